@@ -1,0 +1,269 @@
+"""Checkpoints in transformers' format: found, checked, fingerprinted, loaded. Weights come from safetensors
+only; no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import CheckpointError, UsageError
+
+LARGEST_HEADER = 256 << 20
+DTYPES = ("float32", "bfloat16", "float16")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "pytorch_model.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder that holds a model: ``config.json`` and safetensors. Made by :func:`find_checkpoint`."""
+
+    folder: Path
+    weights: tuple[Path, ...]
+    """The safetensors files, sorted by name."""
+
+    def fingerprint(self) -> str:
+        """``sha256:…`` of every tensor's name, dtype, shape and bytes: the same however the files are cut."""
+        return fingerprint_weights(self.weights)
+
+
+def find_checkpoint(source: str | Path) -> Checkpoint:
+    """The checkpoint at a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
+
+    Raises CheckpointError that says what is missing: the folder, its config.json, its safetensors.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        folder = _from_hub(str(source))
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {source} is a file; give the folder that transformers' save_pretrained wrote"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"checkpoint {folder} has no config.json; give a folder that transformers' save_pretrained wrote"
+        )
+    weights = _weight_files(folder)
+    if not weights:
+        pickles = [name for name in _PICKLES if (folder / name).exists()]
+        if pickles:
+            raise CheckpointError(
+                f"checkpoint {folder} holds its weights as a pickle only ({pickles[0]}), which can run code when it is "
+                "read; load it where you trust it and save it again: model.save_pretrained(folder)"
+            )
+        raise CheckpointError(f"checkpoint {folder} has no model.safetensors")
+    return Checkpoint(folder=folder, weights=tuple(weights))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        return [single] if single.is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+    missing = [name for name in names if os.path.basename(name) != name or not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"checkpoint {folder}: {index.name} names files that are not there: {missing[:3]}")
+    return [folder / name for name in names]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except HFValidationError:
+        raise CheckpointError(f"checkpoint {name}: there is no such folder") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {name}: there is no such folder, and the Hugging Face hub does not give it: {reason}"
+        ) from error
+
+
+def _tensors(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(where the numbers begin, header by tensor name) of a safetensors file."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(LARGEST_HEADER, path.stat().st_size - 8):
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
+                raise ValueError(f"tensor {name!r} lies outside the file: it is cut short")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    return 8 + length, header
+
+
+def fingerprint_weights(files: tuple[Path, ...]) -> str:
+    """See :meth:`Checkpoint.fingerprint`. Reads every byte once, on several threads."""
+    pieces: list[tuple[str, Path, int, int, str]] = []
+    for path in files:
+        base, header = _tensors(path)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            described = json.dumps([name, entry["dtype"], entry["shape"]])
+            pieces.append((name, path, base + begin, base + end, described))
+
+    def digest(piece: tuple[str, Path, int, int, str]) -> bytes:
+        _, path, begin, end, described = piece
+        hashed = hashlib.sha256(described.encode())
+        if end > begin:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                view = memoryview(data)[begin:end]
+                try:
+                    hashed.update(view)
+                finally:
+                    view.release()
+        return hashed.digest()
+
+    pieces.sort(key=lambda piece: piece[0])
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        whole = hashlib.sha256(b"".join(pool.map(digest, pieces)))
+    return f"sha256:{whole.hexdigest()}"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved in ``folder``. CheckpointError if there is none."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"checkpoint {folder} has no tokenizer; save it there too: tokenizer.save_pretrained({str(folder)!r}), or "
+            "give its folder with --tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    return tokenizer
+
+
+PROBE = (
+    "Hello, world!  Two  spaces,\ttabs\nand lines. def f(x): return x**2 + 3.14159\n"
+    "Ünïcödé ÀÉ ß 東京 🙂 1234567890 <|endoftext|> [MASK] don't CamelCase snake_case http://a.b/c?d=e&f"
+)
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """``sha256:…`` of what the tokenizer does: its vocabulary, its ids for a fixed text, its chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer(PROBE)["input_ids"]
+    value = [vocabulary, ids, getattr(tokenizer, "chat_template", None)]
+    return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}"
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` to cuda where there is one, else cpu. UsageError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device!r} is not a device: {error}") from None
+    if parsed.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+        if (parsed.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+    elif parsed.type != "cpu":
+        raise UsageError(f"--device {device}: cpu and cuda are supported")
+    return str(parsed)
+
+
+def load_model(
+    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None
+) -> Any:
+    """The causal language model of a checkpoint, in eval mode.
+
+    Raises CheckpointError where the architecture is not a causal language model, where weights are missing
+    (transformers would draw them at random), of another shape, or not finite.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if dtype not in DTYPES:
+        raise UsageError(f"--model-dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[problem])
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder} does not fit {type(model).__name__}: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"checkpoint {checkpoint.folder}: parameter {name!r} has NaN or infinite weights"
+                + (f" in {dtype}; try --model-dtype bfloat16" if dtype == "float16" else "")
+            )
+    model = model.to(device).eval()
+    refuse_lookahead(model, checkpoint.folder)
+    return model
+
+
+def refuse_lookahead(model: Any, where: Path) -> None:
+    """CheckpointError unless the logits at a place are independent of later tokens: the loss needs that."""
+    import torch
+
+    size = model.get_input_embeddings().num_embeddings
+    length = min(8, size)
+    ids = torch.arange(length, device=model.device).unsqueeze(0)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + size // 2) % size
+    if bool((other == ids).all()):
+        return
+    with torch.no_grad():
+        first, second = (model(input_ids=x).logits[0, : length - 1].float() for x in (ids, other))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        raise CheckpointError(
+            f"checkpoint {where} ({type(model).__name__}) is not causal: changing a later token changed the logits "
+            "before it. Next-token gradients need a causal language model (for BERT-style configs, is_decoder=true)"
+        )
+
+
+def max_positions(model: Any) -> int | None:
+    """The most tokens the model takes, by its config; None where it sets no limit."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

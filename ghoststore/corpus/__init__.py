@@ -1,0 +1,24 @@
+"""Corpora: where training and validation samples come from, whatever form they are stored in.
+
+A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`) and scanned once for its
+fingerprint (`scan_samples`). Importing this package loads neither torch nor pyarrow nor datasets.
+"""
+
+from ghoststore.corpus.corpus import Corpus, Position, spool_stdin
+from ghoststore.corpus.fields import Content, Fields, Messages, PromptCompletion, ResolvedFields, Sample
+from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
+
+__all__ = [
+    "MAX_DOMAINS",
+    "Content",
+    "Corpus",
+    "Fields",
+    "Messages",
+    "Position",
+    "PromptCompletion",
+    "ResolvedFields",
+    "Sample",
+    "Scan",
+    "scan_samples",
+    "spool_stdin",
+]

@@ -1,0 +1,286 @@
+"""What a row means: the names of its fields, and the sample that it becomes.
+
+A row is a mapping from field names to values, as any form of file gives it. Which field is which is
+decided once, on the first row (`Fields.resolve`), and kept; every later row must fit that decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, TypeAlias, get_args
+
+import orjson
+import xxhash
+
+from ghoststore.errors import CorpusError, UsageError
+
+Kind: TypeAlias = Literal["text", "prompt-completion", "messages"]
+
+OPTIONS = {
+    "text": "--text-field",
+    "prompt": "--prompt-field",
+    "completion": "--completion-field",
+    "messages": "--messages-field",
+    "id": "--id-field",
+    "domain": "--domain-field",
+}
+CONTENT_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+
+
+class RowError(ValueError):
+    """What is wrong with one row; `Corpus` adds the file and the line and raises `CorpusError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion:
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """A conversation: non-empty; every message has at least a "role" (str) and a "content"."""
+
+    messages: list[dict[str, object]]
+
+
+Content: TypeAlias = str | PromptCompletion | Messages
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a corpus.
+
+    ``source_row`` is its place in the corpus, from 0; ``id`` the id field, or that place in decimal.
+    ``content`` is None where the field is null: such a sample is unusable and keeps its row.
+    ``file`` indexes `Corpus.files`; ``offset`` is the byte at which the record begins in that file
+    (in its decompressed bytes for .gz and .zst), or -1 in forms without offsets.
+    """
+
+    source_row: int
+    id: str
+    domain: str | None
+    content: Content | None
+    offset: int
+    file: int
+
+    def canonical(self) -> bytes:
+        """The bytes that fingerprints cover: JSON with sorted keys of id, domain and content.
+
+        The same row has the same bytes in every form of file; its place does not enter.
+        """
+        plain: object = self.content
+        if isinstance(plain, PromptCompletion):
+            plain = {"prompt": plain.prompt, "completion": plain.completion}
+        elif isinstance(plain, Messages):
+            plain = {"messages": plain.messages}
+        return orjson.dumps(
+            {"id": self.id, "domain": self.domain, "content": plain}, option=orjson.OPT_SORT_KEYS
+        )
+
+    def digest(self) -> int:
+        """xxh3_64 of `canonical`, in [0, 2**64)."""
+        return xxhash.xxh3_64_intdigest(self.canonical())
+
+    def texts(self) -> list[str]:
+        """The texts of the content, in order; content of a message that is no string, as JSON."""
+        match self.content:
+            case None:
+                return []
+            case PromptCompletion(prompt, completion):
+                return [prompt, completion]
+            case Messages(messages):
+                return [_message_text(message) for message in messages]
+            case text:
+                return [text]
+
+    def preview(self) -> str:
+        """The whole content for a person to read; "" for an unusable sample."""
+        if isinstance(self.content, Messages):
+            roles = [message["role"] for message in self.content.messages]
+            return "\n".join(f"{role}: {text}" for role, text in zip(roles, self.texts(), strict=True))
+        return "".join(self.texts())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """Names of the fields of a row; None is found on the first row by its conventional name.
+
+    Raises UsageError for a prompt without a completion, and for more than one kind of content.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    domain: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [
+            kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)
+        ]
+        if len(given) > 1:
+            roles = [role for kind in given for role in CONTENT_FIELDS[kind]]
+            options = [OPTIONS[role] for role in roles if getattr(self, role) is not None]
+            raise UsageError(
+                f"{', '.join(options)} name different kinds of content: give --text-field alone, "
+                "or --prompt-field and --completion-field, or --messages-field alone"
+            )
+        if (self.prompt is None) != (self.completion is None):
+            raise UsageError("--prompt-field and --completion-field must be given together")
+
+    def resolve(self, first_row: Mapping[str, object], where: str) -> ResolvedFields:
+        """Decide which fields are used, on the first row, which ``where`` names in errors.
+
+        Content: the names given; else "text"; else "prompt" with "completion"; else "messages".
+        Raises CorpusError for a given name that the row lacks, and when no content is found.
+        """
+        found = f"fields found: {_quoted(first_row)}"
+        for role, option in OPTIONS.items():
+            name = getattr(self, role)
+            if name is not None and name not in first_row:
+                raise CorpusError(f"{where}: no field {name!r} (from {option}); {found}")
+        labels = {
+            label: label if name is None and label in first_row else name
+            for label, name in (("id", self.id), ("domain", self.domain))
+        }
+        for kind, roles in CONTENT_FIELDS.items():
+            if getattr(self, roles[0]) is not None:
+                names = {role: getattr(self, role) for role in roles}
+                return ResolvedFields(kind=kind, **names, **labels)
+        for kind, roles in CONTENT_FIELDS.items():
+            if all(role in first_row for role in roles):
+                return ResolvedFields(kind=kind, **{role: role for role in roles}, **labels)
+        raise CorpusError(
+            f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found}. "
+            "Name the fields with --text-field, --prompt-field and --completion-field, or --messages-field"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedFields:
+    """The fields of a corpus as decided; exactly those of its kind of content are set.
+
+    Raises UsageError where names and kind do not fit (a manifest changed by hand).
+    """
+
+    kind: Kind
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+    id: str | None = None
+    domain: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise UsageError(f"kind of content: expected one of {get_args(Kind)}, found {self.kind!r}")
+        for role in OPTIONS:
+            name = getattr(self, role)
+            wanted = role in CONTENT_FIELDS[self.kind]
+            if name is None and not wanted:
+                continue
+            if not isinstance(name, str) or not (wanted or role in ("id", "domain")):
+                expected = "a field name" if wanted else "no field"
+                raise UsageError(f"{role} field of {self.kind} content: expected {expected}, found {name!r}")
+
+    def to_json(self) -> dict[str, str | None]:
+        """A dictionary of JSON values that `from_json` turns back into the same fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, object]) -> ResolvedFields:
+        """The inverse of `to_json`; raises UsageError for anything else."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping) or sorted(value) != sorted(names):
+            raise UsageError(f"resolved fields: expected an object of {names}, found {value!r:.200}")
+        return cls(**value)  # type: ignore[arg-type]
+
+    def columns(self) -> list[str]:
+        """The names of all fields that are read, each once."""
+        return list(dict.fromkeys(n for role in OPTIONS if (n := getattr(self, role)) is not None))
+
+    def sample(self, row: object, *, source_row: int, file: int, offset: int) -> Sample:
+        """The sample of a row; raises RowError for a missing field or a value of a wrong type."""
+        row = check_object(row)
+        try:
+            content = _text(row, self.text) if self.text is not None else self._structured(row)
+            name = str(source_row) if self.id is None else _label(row, self.id)
+            domain = None
+            if self.domain is not None and row[self.domain] is not None:
+                domain = _label(row, self.domain)
+        except KeyError as error:
+            raise RowError(f"no field {error.args[0]!r}; fields found: {_quoted(row)}") from None
+        return Sample(source_row, name, domain, content, offset, file)
+
+    def _structured(self, row: dict[str, object]) -> Content | None:
+        if self.messages is not None:
+            return _conversation(row, self.messages)
+        assert self.prompt is not None
+        assert self.completion is not None
+        prompt, completion = _text(row, self.prompt), _text(row, self.completion)
+        if prompt is None or completion is None:
+            return None
+        return PromptCompletion(prompt, completion)
+
+
+def check_object(row: object) -> dict[str, object]:
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, found {_found(row)}")
+    return row
+
+
+def _text(row: dict[str, object], field: str) -> str | None:
+    value = row[field]
+    if value is None or isinstance(value, str):
+        return value
+    raise RowError(f"field {field!r}: expected a string or null, found {_found(value)}")
+
+
+def _label(row: dict[str, object], field: str) -> str:
+    value = row[field]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise RowError(f"field {field!r}: expected a string or an integer, found {_found(value)}")
+
+
+def _conversation(row: dict[str, object], field: str) -> Messages | None:
+    value = row[field]
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {field!r}: expected a non-empty list of messages, found {_found(value)}")
+    for number, message in enumerate(value, start=1):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+            raise RowError(
+                f"field {field!r}, message {number}: expected an object with a 'role' and a 'content', "
+                f"found {_found(message)}"
+            )
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise RowError(f"field {field!r}: a message holds a value that JSON lacks ({error})") from None
+    return Messages(value)
+
+
+def _message_text(message: dict[str, object]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else orjson.dumps(content).decode()
+
+
+def _found(value: object) -> str:
+    if value is None:
+        return "null"
+    return f"{value!r:.80} ({type(value).__name__})"
+
+
+def _quoted(names: Mapping[str, object]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"

@@ -1,0 +1,65 @@
+"""Errors of ghoststore: each names the object, what was expected, what was found and what to do.
+
+Every error inherits the builtin that a Python user would catch, and carries the exit code that the
+command line ends with (documented in ``docs/cli.md``).
+"""
+
+from __future__ import annotations
+
+
+class GhostStoreError(Exception):
+    """Base of all errors that ghoststore raises on purpose.
+
+    ``exit_code`` is the status with which the command line ends.
+    """
+
+    exit_code = 1
+
+
+class UsageError(GhostStoreError, ValueError):
+    """An input or an option cannot be used as given (exit code 2)."""
+
+    exit_code = 2
+
+
+class CorpusError(UsageError):
+    """A corpus cannot be read: missing, malformed (with the row or line), or without a needed field."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint cannot be used: missing files, unsafe format, missing or non-finite weights."""
+
+
+class LayerError(UsageError):
+    """A layer cannot be projected: unknown pattern, unsupported type, or a rank that does not fit."""
+
+
+class CaptureError(GhostStoreError, RuntimeError):
+    """The side branches did not see what they must see; no vector of that batch may be used."""
+
+
+class MismatchError(GhostStoreError, ValueError):
+    """What was asked for does not fit what is stored; both values are in the message (exit code 3)."""
+
+    exit_code = 3
+
+
+class CorruptError(GhostStoreError, OSError):
+    """Stored bytes are missing or are not those that were committed (exit code 4)."""
+
+    exit_code = 4
+
+
+class BusyError(GhostStoreError, RuntimeError):
+    """Another process is writing what was asked for (exit code 5)."""
+
+    exit_code = 5
+
+
+class StorageError(GhostStoreError, OSError):
+    """The store cannot be written: no space, or an input/output error (exit code 6).
+
+    What was committed before stays intact, and the same command resumes.
+    """
+
+    exit_code = 6

@@ -1,0 +1,43 @@
+"""Progress of long work, told to whoever listens: nobody, a terminal, or a program."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of work with a known number of rows (None: unknown)."""
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        """``rows`` more rows are done, of ``tokens`` tokens."""
+
+    def close(self) -> None:
+        """The work has ended."""
+
+
+class Progress(Protocol):
+    """A listener. ``ghoststore.cli`` shows progress bars on stderr."""
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        """A piece of work begins, ``done`` of its ``total`` rows done already."""
+
+    def note(self, message: str) -> None:
+        """Something the user should know, in a line."""
+
+
+class _SilentTask:
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Silent:
+    """Tells nobody."""
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        return _SilentTask()
+
+    def note(self, message: str) -> None:
+        pass

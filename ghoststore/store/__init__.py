@@ -1,0 +1,10 @@
+"""The store on disk: parts of vectors, committed span by span. Format: ``docs/format.md``."""
+
+from ghoststore.store.commits import Commit
+from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+from ghoststore.store.manifest import Manifest
+from ghoststore.store.part import Part
+from ghoststore.store.status import Status
+from ghoststore.store.store import Store
+
+__all__ = ["FORMAT_VERSION", "Commit", "Manifest", "Part", "PartLayout", "Status", "Store"]

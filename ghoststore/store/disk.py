@@ -1,0 +1,74 @@
+"""Writing so that a crash cannot undo or half-do it, and the errors of disks in words."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ghoststore.errors import BusyError, StorageError
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(path: Path, data: bytes) -> bool:
+    """Make ``path`` appear whole, on disk, with ``data``; False if it exists already (it is left alone)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    flush(path.parent)
+    return True
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn the operating system's errors into StorageError: what was being written, why, what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space is left on the device; free some"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = f"{error.strerror}; make it writable"
+        elif error.errno is None:
+            raise
+        else:
+            reason = f"{error.strerror} (errno {error.errno})"
+        raise StorageError(
+            f"cannot write {what}: {reason}. What was committed is intact: the same command resumes"
+        ) from error
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` against other processes; BusyError if one has it. Ends with the process."""
+    with storage_errors(str(path)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"{what} is being written by another process; wait for it, or choose another --name") from None
+        yield
+    finally:
+        os.close(handle)

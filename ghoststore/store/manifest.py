@@ -1,0 +1,94 @@
+"""The manifest: what a part was made of, in full, and the comparison that refuses anything else.
+
+A manifest is plain JSON. Its sections under ``IDENTITY`` say what the rows *are*: two manifests that differ
+there describe different parts. The others (``source``, ``software``, ``compute``) say how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ghoststore.errors import CorruptError, MismatchError
+from ghoststore.store.commits import json_digest
+from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+
+Manifest = dict[str, Any]
+
+IDENTITY = ("checkpoint", "tokenizer", "corpus", "tokens", "loss", "projection", "layers", "storage", "batching", "dtype")
+"""Sections that must be equal for a build to continue a part."""
+DESCRIPTION = ("source", "software", "compute", "coverage")
+"""Sections that may differ: paths, versions, devices."""
+
+
+def layout_of(manifest: Manifest) -> PartLayout:
+    """The arrays that ``manifest`` describes; CorruptError if it does not describe any."""
+    try:
+        storage = manifest["storage"]
+        return PartLayout(
+            rows=int(storage["rows"]), dimension=int(storage["dimension"]), groups=len(storage["groups"]),
+            dtype=str(storage["dtype"]), span_rows=int(storage["span_rows"]), chunk_rows=int(storage["chunk_rows"]),
+            store_text=bool(storage["store_text"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"the manifest's storage section cannot be used: {error!r}") from error
+
+
+def seal(manifest: Manifest) -> dict[str, Any]:
+    """The attributes of a part's group: format version, manifest, its checksum."""
+    return {"ghoststore_format": FORMAT_VERSION, "manifest": manifest, "manifest_sha256": json_digest(manifest)}
+
+
+def unseal(attributes: Mapping[str, Any], where: str) -> Manifest:
+    """The manifest in a group's attributes.
+
+    MismatchError for another format version, CorruptError if the checksum does not hold.
+    """
+    check_format(attributes, where)
+    manifest = attributes.get("manifest")
+    if not isinstance(manifest, dict) or attributes.get("manifest_sha256") != json_digest(manifest):
+        raise CorruptError(f"{where} does not hold the manifest that was written: its checksum does not fit")
+    missing = [name for name in IDENTITY if name not in manifest]
+    if missing:
+        raise CorruptError(f"{where} lacks the manifest's sections {missing}")
+    return manifest
+
+
+def check_format(attributes: Mapping[str, Any], where: str) -> None:
+    """MismatchError unless ``attributes`` are of a format version that this release reads."""
+    found = attributes.get("ghoststore_format")
+    if found is None:
+        raise MismatchError(f"{where} is a Zarr group but not ghoststore's: it has no 'ghoststore_format' attribute")
+    if found != FORMAT_VERSION:
+        raise MismatchError(
+            f"{where} has format version {found!r}; this release reads version {FORMAT_VERSION}. Use a release "
+            "that reads it"
+        )
+
+
+def differences(stored: Any, asked: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, stored value, asked value) wherever two JSON values differ."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted({*stored, *asked}):
+            found += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if stored == asked else [(path, stored, asked)]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:87]}…"
+
+
+def refuse_differences(stored: Manifest, asked: Manifest, where: str) -> None:
+    """MismatchError listing every identity value that differs, both sides shown."""
+    found = [d for section in IDENTITY for d in differences(stored[section], asked[section], section)]
+    if not found:
+        return
+    lines = "\n".join(f"  {path}: stored {_shown(old)}, asked for {_shown(new)}" for path, old, new in found[:12])
+    more = f"\n  … and {len(found) - 12} more" if len(found) > 12 else ""
+    raise MismatchError(
+        f"{where} was built with other settings; nothing was changed:\n{lines}{more}\n"
+        "Use the stored settings to continue it, or another --name for a new part"
+    )

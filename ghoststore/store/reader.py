@@ -1,0 +1,106 @@
+"""Streaming chunks of a part with read-ahead: bounded memory, every checksum checked.
+
+A chunk file is its numbers, little endian and row by row, and the crc32c of them in four bytes (Zarr's
+``bytes`` and ``crc32c`` codecs). Reading that directly into a buffer that is used again is 1.5 to 2 times as
+fast as going through Zarr; ``tests/store/test_reader.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.layout import ArraySpec
+from ghoststore.store.part import Part
+
+CRC_BYTES = 4
+READ_AHEAD = 2
+"""Chunks in memory beside the one in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next one is asked for."""
+
+    start: int
+    stop: int
+    data: NDArray[Any]
+
+
+def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
+    """Fill ``buffer`` with a chunk file's numbers. CorruptError naming the file if it is not what was written."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            view, filled = memoryview(buffer), 0
+            while filled < len(view) and (count := file.readinto(view[filled:])):
+                filled += count
+            end = file.read(1) if filled == len(view) else b""
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing, though its span is committed; see `ghoststore verify`") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error}") from error
+    if filled != len(buffer) or end:
+        raise CorruptError(f"{path} has {'more than ' * bool(end)}{filled} bytes; {len(buffer)} were written")
+    stated = int.from_bytes(buffer[-CRC_BYTES:].tobytes(), "little")
+    if google_crc32c.value(buffer[:-CRC_BYTES]) != stated:
+        raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
+
+
+def _places(part: Part, spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
+    """(file, first row, one past the last) of each chunk of the spans."""
+    for span in spans:
+        start, stop = part.layout.span_of(span)
+        for key in part.layout.chunk_keys(spec, span):
+            first = int(key.split("/")[2]) * spec.chunk_rows
+            yield part.path / key, max(first, start), min(first + spec.chunk_rows, stop)
+
+
+def stream(part: Part, name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
+    """Chunks of a numeric array over ``spans`` (default: every committed one), in order, read ahead by a thread.
+
+    Memory: READ_AHEAD + 1 chunks, whatever the size of the part.
+    """
+    spec = part.spec(name)
+    width = spec.columns or 1
+    size = spec.chunk_rows * width * spec.dtype.itemsize + CRC_BYTES
+    places = list(_places(part, spec, part.spans if spans is None else spans))
+    free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
+    full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
+    for _ in range(min(READ_AHEAD + 1, len(places))):
+        free.put(np.empty(size, dtype=np.uint8))
+
+    def read_ahead() -> None:
+        try:
+            for path, start, stop in places:
+                buffer = free.get()
+                if buffer is None:
+                    return
+                read_chunk(path, buffer)
+                full.put((buffer, start, stop))
+        except BaseException as error:  # noqa: BLE001 - carried to the reader, which raises it
+            full.put(error)
+
+    thread = threading.Thread(target=read_ahead, name="ghoststore-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in places:
+            item = full.get()
+            if isinstance(item, BaseException):
+                raise item
+            buffer, start, stop = item
+            numbers = buffer[:-CRC_BYTES].view(spec.dtype)
+            shaped = numbers.reshape(-1, width) if spec.columns is not None else numbers
+            yield Chunk(start, stop, shaped[: stop - start])
+            free.put(buffer)
+    finally:
+        free.put(None)
+        thread.join()

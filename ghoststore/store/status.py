@@ -1,0 +1,33 @@
+"""What became of a row: every row of the corpus has one, whether or not it has a vector."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+FIRST_UNUSABLE = 16
+"""Statuses from here on mean: no vector (its numbers are zero), never in a result or an index."""
+
+
+class Status(IntEnum):
+    """The ``status`` array of a part. Numbers are part of the format and never change."""
+
+    OK = 0
+    TRUNCATED = 1
+    """Longer than ``max_length``: the vector is that of its first ``max_length`` tokens."""
+    EMPTY = 16
+    """No text, or a text without tokens."""
+    TOO_SHORT = 17
+    """One token: nothing to predict."""
+    NO_TARGETS = 18
+    """Every token that could be a target is masked (an empty completion, or a prompt that fills the row)."""
+    TOO_LONG = 19
+    """Longer than ``max_length``, under the policy ``skip``."""
+    NOT_FINITE = 20
+    """The loss or the gradient is NaN or infinite."""
+    OUT_OF_RANGE = 21
+    """The vector is finite but too large for the stored dtype (float16)."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether the row has a vector."""
+        return self < FIRST_UNUSABLE

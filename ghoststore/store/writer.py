@@ -1,0 +1,149 @@
+"""Writing the spans of a part, in the background, each committed only when it is on the disk."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ghoststore.errors import BusyError
+from ghoststore.store.commits import write_commit
+from ghoststore.store.disk import exclusive, flush, storage_errors
+from ghoststore.store.encoding import encoding
+from ghoststore.store.part import Part
+from ghoststore.store.status import Status
+
+
+@contextmanager
+def writing(part: Part) -> Iterator[None]:
+    """Hold ``part`` against other writers on this machine; BusyError if one is at work."""
+    with exclusive(part.path / "commits" / ".lock", f"part {part.name!r}"):
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class SpanData:
+    """All rows of one span: ``arrays`` by name, in stored dtypes; unusable rows have zero vectors."""
+
+    span: int
+    arrays: Mapping[str, NDArray[Any]]
+
+
+def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], part: Part) -> None:
+    """Encode float32 ``vectors`` into ``arrays`` and fill ``norm``; rows that cannot be kept get a status.
+
+    A row that is not finite, or not finite once encoded, becomes zero. Norms are those of the stored
+    numbers, so that a cosine is that of what is read.
+    """
+    status = arrays["status"]
+    usable = status < Status.EMPTY
+    finite = np.isfinite(vectors).all(1) & np.isfinite(arrays["loss"])
+    status[usable & ~finite] = Status.NOT_FINITE
+    vectors[~(usable & finite)] = 0.0
+    code = encoding(part.layout.dtype)
+    stored = code.encode(vectors)
+    decoded = code.decode(stored)
+    fits = np.isfinite(decoded).all(1)
+    if not fits.all():
+        status[~fits] = Status.OUT_OF_RANGE
+        stored[~fits] = 0
+        decoded[~fits] = 0.0
+    unusable = status >= Status.EMPTY
+    arrays["loss"][unusable] = 0.0
+    arrays["vectors"] = stored
+    arrays["norm"] = np.stack(
+        [np.sqrt(np.square(decoded[:, start:stop], dtype=np.float64).sum(1)) for _, start, stop in part.groups], axis=1
+    ).astype(np.float32)
+
+
+def write_span(part: Part, data: SpanData) -> None:
+    """Write one span: chunks, flush, record. BusyError if another process committed it meanwhile."""
+    layout = part.layout
+    start, stop = layout.span_of(data.span)
+    keys: list[str] = []
+    with storage_errors(f"span {data.span} of {part.path}"):
+        folders: set[Path] = set()
+        for spec in layout.arrays():
+            values = data.arrays[spec.name]
+            assert len(values) == stop - start, spec.name
+            array = zarr.open_array(part.path / spec.name, mode="r+").with_config({"write_empty_chunks": True})
+            array[start:stop] = values
+            for key in layout.chunk_keys(spec, data.span):
+                path = part.path / key
+                flush(path)
+                folders.update((path.parent, path.parent.parent))
+                keys.append(key)
+        for folder in folders:
+            flush(folder)
+        status = np.asarray(data.arrays["status"])
+        counts = {member.name.lower(): int((status == member).sum()) for member in Status}
+        if not write_commit(
+            part.path,
+            span=data.span,
+            start=start,
+            stop=stop,
+            keys=keys,
+            statuses={name: count for name, count in counts.items() if count},
+            tokens=int(np.asarray(data.arrays["n_tokens"], dtype=np.int64).sum()),
+        ):
+            raise BusyError(f"span {data.span} of {part.path} was committed by another process")
+
+
+class BackgroundWriter:
+    """Writes spans in a thread of its own while the next batch computes; at most one waits its turn.
+
+    ``with BackgroundWriter(part) as writer: writer.put(span_data)``. An error of the thread is raised by the
+    next :meth:`put` or at the end of the block.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.seconds = 0.0
+        """Time spent writing, in the background."""
+        self.bytes = 0
+        self._queue: queue.Queue[SpanData | None] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ghoststore-writer", daemon=True)
+
+    def __enter__(self) -> BackgroundWriter:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def put(self, data: SpanData) -> None:
+        """Hand a span over; blocks while one is being written and another waits."""
+        self._raise()
+        self._queue.put(data)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is not None:
+                continue
+            begun = time.perf_counter()
+            try:
+                write_span(self.part, data)
+            except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
+                self._error = error
+            self.seconds += time.perf_counter() - begun
+            self.bytes += sum(v.nbytes for v in data.arrays.values() if isinstance(v, np.ndarray) and v.dtype != object)

@@ -1,0 +1,52 @@
+"""The side branch y = W x + P_outᵀ G P_in x at G = 0, as an autograd function.
+
+Its forward adds nothing: the output shares the memory of y. Its backward passes dy on untouched and
+returns, as the gradient of the per-sample matrices G (B, K, J), the block Σ_m (P_out δ_m)(P_in x_m)ᵀ:
+what autograd would give for ∂ℓ/∂G of the branch written out (Hu et al. 2021; Choe et al.,
+arXiv 2405.13954, section 3). G is a leaf that requires a gradient, so autograd reaches every branch
+although all parameters are frozen, and no weight gradient is ever computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from indexer.layers import LayerType, Sides
+
+
+class SideBranch(torch.autograd.Function):
+    """``SideBranch.apply(y, G, kept, module, layer_type, sides, flipped) -> y``, see the module's docstring.
+
+    ``flipped``: this use sees the block's sides swapped (an lm_head tied to an embedding); its block is
+    transposed before it is returned.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        leaf_BKJ: Tensor,
+        kept: Tensor,
+        module: nn.Module,
+        layer_type: LayerType,
+        sides: Sides,
+        flipped: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.use = (module, layer_type, sides, flipped)
+        # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        (kept,) = ctx.saved_tensors
+        module, layer_type, sides, flipped = ctx.use
+        with torch.autocast(device_type=dy.device.type, enabled=False):
+            block_BKJ = layer_type.block(module, kept, dy, sides)
+        if flipped:
+            block_BKJ = block_BKJ.transpose(1, 2)
+        return dy, block_BKJ, None, None, None, None, None

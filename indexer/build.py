@@ -1,0 +1,452 @@
+"""``ghoststore.build``: a checkpoint and a corpus to a part of a store.
+
+Three things run at once: a thread reads and tokenizes the next span, the main thread computes, a thread
+writes and commits the last span.
+"""
+
+from __future__ import annotations
+
+import platform
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    fingerprint_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    resolve_device,
+)
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, spool_stdin
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.progress import Progress, Silent, Task
+from ghoststore.store import Manifest, Part, PartLayout, Status, Store
+from ghoststore.store.layout import safe_name
+from ghoststore.store.manifest import refuse_differences
+from ghoststore.store.part import create_part, span_table
+from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
+from indexer.encoder import RowEncoder
+from indexer.losses import Reduction
+from indexer.plan import CorpusPlan, plan_batches, plan_corpus, rows_of_spans
+from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
+from indexer.selection import select_blocks
+
+DEFAULT_MAX_LENGTH = 1024
+DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+STDIN_FILE = "stdin.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """What a build did, or, after a dry run, would do."""
+
+    store: str
+    part: str
+    rows: int
+    """Rows of the part."""
+    tokens: int | None
+    """Tokens in all of them; None where they were not counted."""
+    layers: int
+    coverage: float
+    """Share of the model's parameters that the projected layers hold."""
+    dimension: int
+    bytes_on_disk: int
+    """Bytes of the part's chunks, texts and ids aside."""
+    memory_bytes: int
+    """Estimate of the build's own memory beside the model: matrices, span buffers, logits of a batch."""
+    dry_run: bool
+    resumed_rows: int = 0
+    """Rows that were committed before this call."""
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Rows of the part by status."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time: total, compute, waiting for the corpus, writing (in the background)."""
+    manifest: Manifest = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A build, resolved: everything that :func:`build` decides before it computes."""
+
+    checkpoint: Checkpoint
+    corpus: Corpus
+    tokenizer: Tokenizer
+    settings: TokenSettings
+    projection: Projection
+    plan: CorpusPlan
+    manifest: Manifest
+    model: Any
+
+
+def build(
+    *,
+    checkpoint: str | Path,
+    data: str | Path,
+    store: str | Path,
+    name: str | None = None,
+    tokenizer: str | Path | None = None,
+    projection: ProjectionConfig | None = None,
+    fields: Fields | None = None,
+    proj_dtype: str = "float32",
+    loss_reduction: Reduction = "mean",
+    max_length: int | None = None,
+    overlong: Overlong = "truncate",
+    max_samples: int | None = None,
+    batch_tokens: int | None = None,
+    span_rows: int | None = None,
+    store_text: bool = False,
+    device: str = "auto",
+    model_dtype: str = "float32",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Each sample's projected gradient at ``checkpoint``, for every sample of ``data``, into ``store``.
+
+    Parameters have the names of the command's options. ``checkpoint`` is a folder in transformers' format
+    or a hub id; ``data`` any form of corpus, see ``docs/corpus.md``. ``max_length`` is in tokens (default: the
+    model's positions, at most 1024), ``batch_tokens`` the padded tokens of a batch (default 2,048 on a CPU,
+    16,384 on CUDA). The part is called ``name``, by default after the checkpoint and the corpus.
+
+    A part that exists already and is of the same build is continued: only spans without a commit record
+    are computed, and the result is byte-identical to an uninterrupted build's.
+
+    Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used,
+    MismatchError if the part that exists was built otherwise, BusyError if another process is building it,
+    StorageError if the disk refuses. What was committed stays committed.
+    """
+    progress = progress or Silent()
+    begun = time.perf_counter()
+    device = resolve_device(device)
+    batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type]
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens must be at least 1, not {batch_tokens}")
+    if max_samples is not None and max_samples < 1:
+        raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
+    found = find_checkpoint(checkpoint)
+    loaded_tokenizer = load_tokenizer(Path(tokenizer) if tokenizer is not None else found.folder)
+    part_name = name or safe_name(found.folder.resolve().name, _corpus_name(str(data)))
+    target = None if dry_run else Store.create(store)
+    corpus, store_text = _open_corpus(str(data), fields, target, part_name, store_text)
+    _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
+    model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
+    settings = TokenSettings(max_length=_max_length(max_length, model), overlong=overlong)
+    config = projection or ProjectionConfig()
+    selection = select_blocks(
+        model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
+    )
+    proj_plan = ProjectionPlan.of(selection, config)
+    layout_for_rows = lambda rows: PartLayout.choose(  # noqa: E731
+        rows=rows, dimension=proj_plan.dimension, groups=len(proj_plan.groups), dtype=proj_dtype,
+        span_rows=span_rows, store_text=store_text,
+    )  # fmt: skip
+    task = progress.task("scanning corpus", None)
+    seen = 0
+
+    def scanned(rows: int) -> None:
+        nonlocal seen
+        task.advance(rows - seen)
+        seen = rows
+
+    encoder_of_text = Tokenizer(loaded_tokenizer)
+    corpus_plan = plan_corpus(
+        corpus, encoder_of_text, settings, span_rows=layout_for_rows(sys.maxsize).span_rows,
+        max_samples=max_samples, tokenize=dry_run, progress=scanned,
+    )  # fmt: skip
+    task.close()
+    layout = layout_for_rows(corpus_plan.rows)
+    drawn = Projection(proj_plan)
+    manifest: Manifest = {
+        "checkpoint": {"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(loaded_tokenizer)},
+        "corpus": {
+            "fingerprint": corpus_plan.scan.fingerprint,
+            "samples": corpus_plan.scan.rows,
+            "max_samples": max_samples,
+            "domains": corpus_plan.scan.domains,
+            "fields": corpus.resolved.to_json(),
+            "spans": [int(value) for value in np.bitwise_xor.reduce(corpus_plan.table, axis=0)],
+        },
+        "tokens": asdict(settings),
+        "loss": {"definition": "next-token cross-entropy of each sample's own targets", "reduction": loss_reduction},
+        "projection": {**proj_plan.to_json(), "hash": drawn.hash},
+        "layers": proj_plan.layers_json(),
+        "dtype": {"model": model_dtype},
+        "storage": {
+            "rows": layout.rows, "dimension": layout.dimension, "dtype": layout.dtype,
+            "groups": [list(group) for group in proj_plan.groups],
+            "span_rows": layout.span_rows, "chunk_rows": layout.chunk_rows, "store_text": layout.store_text,
+        },
+        "batching": {"batch_tokens": batch_tokens, "order": "longest first inside a span"},
+        "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
+        "source": {
+            "checkpoint": str(found.folder.resolve()),
+            "tokenizer": str(Path(tokenizer).resolve()) if tokenizer is not None else None,
+            "data": _absolute(corpus.source),
+            "form": corpus.form,
+        },
+        "compute": {
+            "device": torch.device(device).type,
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            "threads": torch.get_num_threads(),
+            "gradient_checkpointing": gradient_checkpointing,
+        },
+        "software": software_versions(),
+    }  # fmt: skip
+    report = BuildReport(
+        store=str(store), part=part_name, rows=layout.rows, tokens=corpus_plan.tokens, layers=len(proj_plan.layers),
+        coverage=selection.coverage, dimension=layout.dimension, bytes_on_disk=_bytes_on_disk(layout),
+        memory_bytes=_memory(drawn, layout, model, batch_tokens), dry_run=dry_run, manifest=manifest,
+    )  # fmt: skip
+    if target is None:
+        return report
+    job = _Job(
+        checkpoint=found, corpus=corpus, tokenizer=encoder_of_text, settings=settings, projection=drawn,
+        plan=corpus_plan, manifest=manifest, model=model,
+    )  # fmt: skip
+    part = _open_part(target, part_name, job, progress)
+    with writing(part):
+        part = Part(part.path)
+        resumed = part.rows
+        seconds = _compute(part, job, progress, reduction=loss_reduction, checkpointing=gradient_checkpointing)
+    part = Part(part.path)
+    statuses: dict[str, int] = {}
+    tokens = 0
+    for span in part.spans:
+        commit = part.commit(span)
+        tokens += commit.tokens
+        for status, count in commit.statuses.items():
+            statuses[status] = statuses.get(status, 0) + count
+    seconds["total"] = time.perf_counter() - begun
+    return BuildReport(
+        **{
+            **{name: getattr(report, name) for name in report.__slots__},
+            "tokens": tokens, "resumed_rows": resumed, "statuses": statuses, "seconds": seconds,
+        }
+    )  # fmt: skip
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what computes and writes."""
+    found = {"python": platform.python_version()}
+    for package in ("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _corpus_name(source: str) -> str:
+    if source == "-":
+        return "stdin"
+    name = Path(source.rstrip("/")).name
+    for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _absolute(source: str) -> str:
+    """``source`` as an absolute path where it is one (a split of a saved dataset keeps its ``:split``)."""
+    path, _, split = source.rpartition(":")
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
+
+
+def _open_corpus(
+    data: str, fields: Fields | None, store: Store | None, part: str, store_text: bool
+) -> tuple[Corpus, bool]:
+    """The corpus, and whether its text must be kept: standard input cannot be read again, so it is."""
+    if data != "-":
+        return Corpus.open(data, fields or Fields()), store_text
+    if store is None:
+        raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
+    spool = store.path / "parts" / f".{part}.{STDIN_FILE}"
+    return Corpus.open(str(spool_stdin(sys.stdin.buffer, spool)), fields or Fields()), True
+
+
+def _max_length(asked: int | None, model: Any) -> int:
+    limit = max_positions(model)
+    if asked is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
+    return asked
+
+
+def _bytes_on_disk(layout: PartLayout) -> int:
+    total = 0
+    for spec in layout.arrays():
+        if spec.dtype is not str:
+            chunk = spec.chunk_rows * (spec.columns or 1) * np.dtype(spec.dtype).itemsize + 4
+            total += chunk * -(-layout.rows // spec.chunk_rows)
+    return total
+
+
+def _memory(projection: Projection, layout: PartLayout, model: Any, batch_tokens: int) -> int:
+    matrices = sum(p.numel() * 4 for sides in projection.sides.values() for p in sides)
+    spans = 3 * layout.span_rows * layout.dimension * 4
+    logits = batch_tokens * model.get_input_embeddings().num_embeddings * next(model.parameters()).element_size()
+    return matrices + spans + logits
+
+
+def _open_part(store: Store, name: str, job: _Job, progress: Progress) -> Part:
+    """The part, new or continued. MismatchError if it is of another build."""
+    path = store.part_path(name)
+    if not path.exists():
+        return create_part(path, job.manifest, job.plan.table)
+    part = Part(path)
+    refuse_differences(part.manifest, job.manifest, f"part {name!r} of {store.path}")
+    if not np.array_equal(span_table(path), job.plan.table):
+        raise MismatchError(f"part {name!r}: the spans of the corpus are not those that were planned")
+    for section in ("software", "compute"):
+        if part.manifest[section] != job.manifest[section] and not part.complete:
+            progress.note(
+                f"continuing with other {section} than the part was begun with: bits of new rows may differ from those "
+                f"of an uninterrupted build (was {part.manifest[section]}, is {job.manifest[section]})"
+            )
+    return part
+
+
+@dataclass(frozen=True, slots=True)
+class _SpanRows:
+    span: int
+    rows: list[Row]
+
+
+def _read_ahead(job: _Job, layout: PartLayout, spans: Sequence[int]) -> Iterator[_SpanRows]:
+    """The rows of ``spans``, read and tokenized by a thread while the caller computes."""
+    sizes = [stop - start for start, stop in map(layout.span_of, range(layout.spans))]
+    ready: queue.Queue[_SpanRows | BaseException | None] = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item: _SpanRows | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for span, rows in rows_of_spans(job.corpus, job.tokenizer, job.settings, job.plan.table, sizes, spans):
+                put(_SpanRows(span, rows))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
+            put(error)
+
+    thread = threading.Thread(target=read, name="ghoststore-tokenizer", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _compute(
+    part: Part, job: _Job, progress: Progress, *, reduction: Reduction, checkpointing: bool
+) -> dict[str, float]:
+    """Build every span that has no record yet. Returns seconds by kind of work."""
+    done = set(part.spans)
+    missing = [span for span in range(part.layout.spans) if span not in done]
+    seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
+    if not missing:
+        return seconds
+    task = progress.task("building", part.layout.rows, done=part.rows)
+    batch_tokens = int(part.manifest["batching"]["batch_tokens"])
+    try:
+        with (
+            RowEncoder(job.model, job.projection, reduction=reduction, checkpointing=checkpointing) as encoder,
+            BackgroundWriter(part) as writer,
+        ):
+            waited = time.perf_counter()
+            for work in _read_ahead(job, part.layout, missing):
+                begun = time.perf_counter()
+                seconds["corpus"] += begun - waited
+                arrays = span_arrays(work.rows, part)
+                vectors = encode_rows(encoder, work.rows, arrays, batch_tokens, part.layout.dimension, task)
+                seal_vectors(arrays, vectors, part)
+                waited = time.perf_counter()
+                seconds["compute"] += waited - begun
+                writer.put(SpanData(work.span, arrays))
+        seconds["write"] = writer.seconds
+    finally:
+        task.close()
+    return seconds
+
+
+def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
+    """Every array of a span but ``vectors`` and ``norm``; losses are still zero."""
+    codes = {domain: code for code, domain in enumerate(part.domains)}
+    arrays: dict[str, NDArray[Any]] = {
+        "loss": np.zeros(len(rows), dtype=np.float32),
+        "n_tokens": np.array([len(row.tokens) for row in rows], dtype=np.int32),
+        "status": np.array([row.status for row in rows], dtype=np.uint8),
+        "sample_id": np.array([row.sample.id for row in rows], dtype=object),
+        "domain": np.array([-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows], dtype=np.int16),
+        "source_row": np.array([row.sample.source_row for row in rows], dtype=np.int64),
+        "source_file": np.array([row.sample.file for row in rows], dtype=np.int32),
+        "source_offset": np.array([row.sample.offset for row in rows], dtype=np.int64),
+        "source_digest": np.array([row.sample.digest() for row in rows], dtype=np.uint64),
+        "window_start": np.array([row.window_start for row in rows], dtype=np.int32),
+    }
+    if part.layout.store_text:
+        arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
+    return arrays
+
+
+def encode_rows(
+    encoder: RowEncoder,
+    rows: Sequence[Row],
+    arrays: dict[str, NDArray[Any]],
+    batch_tokens: int,
+    dimension: int,
+    task: Task,
+) -> NDArray[np.float32]:
+    """Vectors (rows, D) of a span; losses go into ``arrays``. Unusable rows stay zero.
+
+    The device computes on while results wait on it; they come back once a span.
+    """
+    usable = [place for place, row in enumerate(rows) if row.status.usable]
+    vectors = torch.zeros(len(rows), dimension, device=encoder.device)
+    losses = torch.zeros(len(rows), device=encoder.device)
+    task.advance(len(rows) - len(usable))
+    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
+        places = [usable[index] for index in batch]
+        encoded = encoder([rows[place] for place in places])
+        where = torch.tensor(places, device=encoder.device)
+        vectors.index_copy_(0, where, encoded.vectors)
+        losses.index_copy_(0, where, encoded.losses)
+        task.advance(len(places), sum(len(rows[place].tokens) for place in places))
+    arrays["loss"] = losses.cpu().numpy()
+    return np.asarray(vectors.cpu().numpy())
+
+
+def corpus_of(part: Part) -> Corpus:
+    """The corpus that ``part`` was built from, where it still is. CorpusError if it is gone."""
+    return Corpus.open(part.manifest["source"]["data"], ResolvedFields.from_json(part.manifest["corpus"]["fields"]))
+
+

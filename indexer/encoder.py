@@ -1,0 +1,103 @@
+"""From rows of tokens to vectors: a causal language model, its engine, and each row's own loss.
+
+Legend: B rows of a batch, T tokens of the longest, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from indexer.engine import GradProjLoraEngine, refuse_randomness
+from indexer.losses import IGNORED, Reduction, next_token_losses
+from indexer.projection import Projection
+from indexer.rows import Row
+
+
+class Encoded(NamedTuple):
+    """One batch, on the model's device, nothing waited for."""
+
+    vectors: Tensor
+    """(B, D) float32."""
+    losses: Tensor
+    """(B,) float32."""
+
+
+class RowEncoder:
+    """``with RowEncoder(model, projection) as encoder: encoder(rows)``; the model is restored at the end."""
+
+    def __init__(
+        self, model: Any, projection: Projection, *, reduction: Reduction = "mean", checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        self.reduction: Reduction = reduction
+        self.engine = GradProjLoraEngine(model, projection=projection)
+        self.device = next(model.parameters()).device
+        accepted = inspect.signature(self.engine.model.forward).parameters
+        self._extra = {"use_cache": False} if "use_cache" in accepted else {}
+        self._checkpointing = checkpointing
+        self._reopened: list[Any] = []
+
+    def __enter__(self) -> RowEncoder:
+        self.engine.attach()
+        try:
+            if self._checkpointing:
+                self._enable_checkpointing()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.engine.detach()
+        if self._checkpointing:
+            self.model.gradient_checkpointing_disable()
+            for layer in self._reopened:
+                layer.training = False
+
+    def _enable_checkpointing(self) -> None:
+        """Recompute activations in backward. transformers does so in training mode only: the layers that
+        checkpoint, and nothing below them, are put in that mode, so no dropout comes alive.
+        """
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self.engine.model.modules():
+            if getattr(module, "gradient_checkpointing", False) and not module.training:
+                module.training = True
+                self._reopened.append(module)
+        refuse_randomness(self.engine.model)
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        """Vectors and losses of ``rows``, which must all have a usable status. Padded on the right."""
+        ids, labels, mask = pad(rows)
+        ids, labels, mask = (x.to(self.device, non_blocking=True) for x in (ids, labels, mask))
+        self.engine.prepare(len(rows))
+        logits = self.model(input_ids=ids, attention_mask=mask, **self._extra).logits
+        losses, _ = next_token_losses(logits, labels, reduction=self.reduction)
+        del logits
+        vectors = self.engine.collect(losses)
+        return Encoded(vectors, losses.detach())
+
+
+def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, labels, mask), each (B, T) int64, padded on the right with id 0, label -100, mask 0.
+
+    Labels are the ids, -100 before a row's first target.
+    """
+    length = max(len(row.tokens) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        tokens = torch.from_numpy(row.tokens).long()
+        count = len(tokens)
+        ids[place, :count] = tokens
+        labels[place, row.first_target : count] = tokens[row.first_target :]
+        mask[place, :count] = 1
+    return ids, labels, mask

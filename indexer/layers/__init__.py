@@ -1,0 +1,28 @@
+"""Layer types whose per-sample gradient the side branch knows. One file a type; importing registers it."""
+
+from indexer.layers.base import (
+    LAYER_TYPES,
+    LayerType,
+    Sides,
+    layer_type_by_name,
+    layer_type_of,
+    register,
+)
+from indexer.layers.conv1d import Conv1DLayer
+from indexer.layers.embedding import EmbeddingLayer
+from indexer.layers.linear import LinearLayer
+from indexer.layers.norm import LayerNormLayer, RMSNormLayer
+
+__all__ = [
+    "LAYER_TYPES",
+    "Conv1DLayer",
+    "EmbeddingLayer",
+    "LayerNormLayer",
+    "LayerType",
+    "LinearLayer",
+    "RMSNormLayer",
+    "Sides",
+    "layer_type_by_name",
+    "layer_type_of",
+    "register",
+]

@@ -1,0 +1,113 @@
+"""What a layer type must say of itself, and the registry of those that do.
+
+Legend of the suffixes used in this package: B samples, M positions of one sample (all axes between the
+first and the last, flattened), I inputs, O outputs, J = k_in and K = k_out numbers after projection.
+
+A layer's *gradient matrix* of one sample is (n_out, n_in). For a matrix layer it is [∂ℓ/∂W | ∂ℓ/∂b]: a
+bias is one more input that is always 1. For a norm it is the column of ∂ℓ/∂γ above ∂ℓ/∂β. The block is
+P_out · gradient · P_inᵀ, formed without the gradient: block = Σ_m (P_out δ_m)(P_in x_m)ᵀ.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import LayerError
+
+
+class Sides(NamedTuple):
+    """The two projection matrices as one use of a layer sees them, on its device."""
+
+    in_JI: Tensor
+    """Projects the layer's input (without the bias)."""
+    in_bias_J: Tensor | None
+    """The column of the input side that belongs to the bias; None without a bias."""
+    out_KO: Tensor
+    """Projects the gradient at the layer's output."""
+
+
+class LayerType(ABC):
+    """One kind of layer: which modules it is, its axes, and its two formulas. Stateless."""
+
+    name: str
+    is_matrix: bool = True
+    """Whether the weight is a matrix (True) or a vector (norms)."""
+    is_lookup: bool = False
+    """Whether the input is an index: such a layer may run once for the whole batch (positions)."""
+
+    @abstractmethod
+    def handles(self, module: nn.Module) -> bool:
+        """Whether ``module`` computes exactly what this type's formulas assume."""
+
+    @abstractmethod
+    def axes(self, module: nn.Module) -> tuple[int, int]:
+        """(n_out, n_in) of the gradient matrix, biases of matrix layers not counted."""
+
+    def check(self, module: nn.Module, name: str) -> None:  # noqa: B027 - most types have nothing to refuse
+        """Raise LayerError for a setting of ``module`` under which the formulas do not hold."""
+
+    @abstractmethod
+    def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
+        """What backward needs of the input: the only thing kept between forward and backward.
+
+        ``x`` is the layer's input, first axis B; ``dtype`` that of its output.
+        """
+
+    @abstractmethod
+    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        """The block (B, K, J), float32, from what was kept and the gradient ``dy`` at the output."""
+
+
+LAYER_TYPES: list[LayerType] = []
+
+
+def register(cls: type[LayerType]) -> type[LayerType]:
+    """Class decorator: makes the type known to every engine. Later ones are asked first."""
+    LAYER_TYPES.insert(0, cls())
+    return cls
+
+
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """The registered type that handles ``module``, or None."""
+    return next((kind for kind in LAYER_TYPES if kind.handles(module)), None)
+
+
+def layer_type_by_name(name: str) -> LayerType:
+    """The registered type called ``name``; LayerError if there is none."""
+    for kind in LAYER_TYPES:
+        if kind.name == name:
+            return kind
+    known = ", ".join(sorted(kind.name for kind in LAYER_TYPES))
+    raise LayerError(f"no layer type is called {name!r}; known types: {known}")
+
+
+def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether ``module`` is a ``cls`` that computes what ``cls`` computes, with a plain weight.
+
+    A subclass that overrides forward, or a weight that is computed (parametrised, quantised), is not.
+    """
+    return (
+        isinstance(module, cls)
+        and type(module).forward is cls.forward
+        and isinstance(module._parameters.get("weight"), nn.Parameter)
+    )
+
+
+def flatten_positions(x: Tensor) -> Tensor:
+    """(B, …, N) to (B, M, N); (B, N) to (B, 1, N)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def project(x_BMN: Tensor, matrix_KN: Tensor, bias_K: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """P x (+ the bias column), (B, M, K), computed in ``dtype``."""
+    bias = None if bias_K is None else bias_K.to(dtype)
+    return torch.nn.functional.linear(x_BMN.to(dtype), matrix_KN.to(dtype), bias)
+
+
+def outer_sum(d_BMK: Tensor, a_BMJ: Tensor) -> Tensor:
+    """Σ_m d_m a_mᵀ: (B, K, J) float32. Summed in float32 whatever the model's dtype."""
+    return torch.bmm(d_BMK.float().transpose(1, 2), a_BMJ.float())

@@ -1,0 +1,21 @@
+"""transformers' Conv1D (GPT-2): a Linear whose weight is stored as (inputs, outputs)."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from indexer.layers.base import register, runs_forward_of
+from indexer.layers.linear import LinearLayer
+
+
+@register
+class Conv1DLayer(LinearLayer):
+    name = "conv1d"
+
+    def handles(self, module: nn.Module) -> bool:
+        return runs_forward_of(module, Conv1D)
+
+    def axes(self, module: nn.Module) -> tuple[int, int]:
+        n_in, n_out = module.get_parameter("weight").shape
+        return n_out, n_in

@@ -1,0 +1,44 @@
+"""torch.nn.Embedding: a Linear whose input is one-hot, so P_in x is a column of P_in: gathered.
+
+n_in is the vocabulary (or the number of positions), n_out the width; the gradient matrix is the
+transpose of the stored weight's gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import LayerError
+from indexer.layers.base import LayerType, Sides, flatten_positions, outer_sum, project, register, runs_forward_of
+
+
+@register
+class EmbeddingLayer(LayerType):
+    name = "embedding"
+    is_lookup = True
+
+    def handles(self, module: nn.Module) -> bool:
+        return runs_forward_of(module, nn.Embedding)
+
+    def axes(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Embedding)
+        return module.embedding_dim, module.num_embeddings
+
+    def check(self, module: nn.Module, name: str) -> None:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            raise LayerError(f"layer {name!r} has max_norm={module.max_norm}: its forward changes its weights")
+        if module.scale_grad_by_freq:
+            raise LayerError(
+                f"layer {name!r} has scale_grad_by_freq: a sample's gradient would depend on its batch mates"
+            )
+
+    def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
+        return x.reshape(x.shape[0], -1)
+
+    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        a_BMJ = torch.nn.functional.embedding(kept, sides.in_JI.t())
+        if module.padding_idx is not None:
+            a_BMJ = a_BMJ.masked_fill((kept == module.padding_idx).unsqueeze(-1), 0.0)
+        return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), a_BMJ)

@@ -1,0 +1,26 @@
+"""torch.nn.Linear: y = x Wᵀ + b, so ∂ℓ/∂[W|b] = Σ_m δ_m [x_m, 1]ᵀ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from indexer.layers.base import LayerType, Sides, flatten_positions, outer_sum, project, register, runs_forward_of
+
+
+@register
+class LinearLayer(LayerType):
+    name = "linear"
+
+    def handles(self, module: nn.Module) -> bool:
+        return runs_forward_of(module, nn.Linear)
+
+    def axes(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+    def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
+        return project(flatten_positions(x), sides.in_JI, sides.in_bias_J, dtype)
+
+    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), kept)

@@ -1,0 +1,105 @@
+"""LayerNorm and RMSNorm: y = γ ⊙ x̂ (+ β), so ∂ℓ/∂γ = Σ_m δ_m ⊙ x̂_m and ∂ℓ/∂β = Σ_m δ_m.
+
+The gradient matrix is one column: γ's numbers above β's. x̂ is computed again in backward from the
+layer's own input, which autograd keeps anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import LayerError
+from indexer.layers.base import LayerType, Sides, flatten_positions, register, runs_forward_of
+
+
+class NormLayer(LayerType):
+    """Shared by both norms; a subclass says how x̂ comes from x."""
+
+    is_matrix = False
+
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        """x̂ in float32, shape of ``x``."""
+        raise NotImplementedError
+
+    def axes(self, module: nn.Module) -> tuple[int, int]:
+        width = module.get_parameter("weight").numel()
+        return (2 if module._parameters.get("bias") is not None else 1) * width, 1
+
+    def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
+        return x
+
+    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        dy = dy.float()
+        gradient_BN = flatten_positions(dy * self.normalised(module, kept)).sum(1)
+        if module._parameters.get("bias") is not None:
+            gradient_BN = torch.cat([gradient_BN, flatten_positions(dy).sum(1)], dim=1)
+        return (gradient_BN @ sides.out_KO.float().t()).unsqueeze(-1)
+
+
+@register
+class LayerNormLayer(NormLayer):
+    name = "layernorm"
+
+    def handles(self, module: nn.Module) -> bool:
+        return runs_forward_of(module, nn.LayerNorm)
+
+    def check(self, module: nn.Module, name: str) -> None:
+        assert isinstance(module, nn.LayerNorm)
+        if len(module.normalized_shape) != 1:
+            raise LayerError(
+                f"layer {name!r} normalises over {len(module.normalized_shape)} axes; one is supported"
+            )
+
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, nn.LayerNorm)
+        return torch.nn.functional.layer_norm(x.float(), module.normalized_shape, None, None, module.eps)
+
+
+@register
+class RMSNormLayer(NormLayer):
+    """torch.nn.RMSNorm and the many RMSNorm classes of transformers, recognised by name.
+
+    A class of that name is believed only after :meth:`check` has compared it with the formula.
+    """
+
+    name = "rmsnorm"
+
+    def handles(self, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+        return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+    @staticmethod
+    def epsilon(module: nn.Module) -> float | None:
+        """The module's epsilon; None where it is the machine epsilon of the input's dtype (torch)."""
+        for attribute in ("variance_epsilon", "eps"):
+            if hasattr(module, attribute):
+                value = getattr(module, attribute)
+                return None if value is None else float(value)
+        return None
+
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(
+            x.float(), (x.shape[-1],), None, self.epsilon(module) or torch.finfo(x.dtype).eps
+        )
+
+    def check(self, module: nn.Module, name: str) -> None:
+        """Run the module on a small input: it must compute γ ⊙ x̂ or (1 + γ) ⊙ x̂."""
+        weight = module.get_parameter("weight")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
+        with torch.no_grad():
+            try:
+                found = module(x).float()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise LayerError(f"layer {name!r} ({type(module).__name__}) is not an RMSNorm: {error}") from error
+            scale = weight.float()
+            x_hat = self.normalised(module, x)
+            tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
+            plain, shifted = x_hat * scale, x_hat * (1.0 + scale)
+            if not any(torch.allclose(found, y, rtol=tolerance, atol=tolerance) for y in (plain, shifted)):
+                raise LayerError(
+                    f"layer {name!r} ({type(module).__name__}) does not compute weight * x / rms(x): "
+                    "its gradient formula is not known; exclude it with --exclude-layers"
+                )

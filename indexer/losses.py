@@ -1,0 +1,120 @@
+"""Each sample's own loss, from the logits of a batch.
+
+Legend: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ghoststore.errors import CaptureError
+
+Reduction = Literal["mean", "sum"]
+
+IGNORED = -100
+"""The label of a token that is no target, as everywhere in the field."""
+
+CHUNK_NUMBERS = 1 << 20
+"""Logits worked on at a time, so that a chunk stays in the cache of a core."""
+
+_MATRIX_PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward", "BmmBackward")
+_RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether nothing keeps ``logits`` for its own backward: they come straight out of a matrix product."""
+    node = logits.grad_fn
+    while node is not None and type(node).__name__.startswith(_RESHAPES):
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node is not None and type(node).__name__.startswith(_MATRIX_PRODUCTS)
+
+
+class _SampleLosses(torch.autograd.Function):
+    """Weighted next-token losses whose gradient is formed in the forward pass, over the logits themselves.
+
+    The obvious form keeps three arrays of B·T·V numbers (logits, log-softmax, gradient); this keeps one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, target_BT: Tensor, weight_BT: Tensor, overwrite: bool) -> Tensor:
+        batch, length, vocabulary = logits_BTV.shape
+        rows = batch * length
+        logits, target_N = logits_BTV.view(rows, vocabulary), target_BT.reshape(rows)
+        gradient = None
+        if logits_BTV.requires_grad:
+            gradient = logits if overwrite else torch.empty_like(logits)
+        losses_N = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        weight_N1 = weight_BT.reshape(rows, 1)
+        step = rows if logits.is_cuda else max(1, CHUNK_NUMBERS // vocabulary)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            index_N1 = target_N[part].clamp_min(0).unsqueeze(1)
+            z = logits[part].float()
+            picked, top = z.gather(1, index_N1), z.amax(1, keepdim=True)
+            spare = logits.dtype != torch.float32 or gradient is logits
+            p = z.sub_(top).exp_() if spare else (z - top).exp_()
+            total = p.sum(1, keepdim=True)
+            # A place without a target has weight 0 even where its logits are not finite.
+            absent = target_N[part].unsqueeze(1) == IGNORED
+            loss = (total.log() + top - picked) * weight_N1[part]
+            losses_N[part] = loss.masked_fill(absent, 0.0).squeeze(1)
+            if gradient is not None:
+                p.mul_(weight_N1[part] / total)
+                p.scatter_add_(1, index_N1, -weight_N1[part])
+                p.masked_fill_(absent, 0.0)
+                if p.data_ptr() != gradient[part].data_ptr():
+                    gradient[part] = p
+        if gradient is not None:
+            ctx.save_for_backward(gradient.view_as(logits_BTV))
+        return losses_N.view(batch, length).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (upstream_B,) = gradients
+        if not bool((upstream_B == 1.0).all()):
+            raise CaptureError(
+                "next_token_losses gives the gradient of losses.sum() alone; it was asked for that of another "
+                "function of the losses"
+            )
+        (gradient,) = ctx.saved_tensors
+        return gradient, None, None, None
+
+
+def next_token_losses(
+    logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Each sample's next-token cross-entropy over its own targets.
+
+    The logits at place t predict the label at t+1: the shift happens here, once, and ``labels_BT`` are
+    the input ids with -100 where a token is no target (padding, prompts).
+
+    Returns ``(losses_B, targets_B)``: float32 losses, the mean (or sum) over the sample's own targets, 0
+    where it has none; and the number of targets, int64. The gradient of ``losses_B.sum()`` is that of every
+    sample's own loss; it is the only gradient that can be asked for. The logits are used up: where the
+    model does not need them for its own backward, the gradient takes their place in memory.
+    """
+    shifted_BT = torch.full_like(labels_BT, IGNORED)
+    shifted_BT[:, :-1] = labels_BT[:, 1:]
+    targets_B = (shifted_BT != IGNORED).sum(1)
+    weight_B = torch.ones_like(targets_B, dtype=torch.float32)
+    if reduction == "mean":
+        weight_B = 1.0 / targets_B.clamp_min(1).float()
+    weight_BT = weight_B.unsqueeze(1) * (shifted_BT != IGNORED)
+    logits_BTV = logits_BTV.contiguous()
+    losses_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))
+    return losses_B, targets_B
+
+
+def next_token_losses_plainly(
+    logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
+) -> tuple[Tensor, Tensor]:
+    """The slow, obvious version that :func:`next_token_losses` must equal."""
+    flat = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].float().transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    targets_B = (labels_BT[:, 1:] != IGNORED).sum(1)
+    divisor = targets_B.clamp_min(1) if reduction == "mean" else torch.ones_like(targets_B)
+    return flat.sum(1) / divisor, targets_B

@@ -1,0 +1,182 @@
+"""The plan of a build: which rows each span holds and which rows share a batch. Fixed by the manifest.
+
+The scan reads the corpus once: it counts rows, fingerprints them, and notes for every span where in the
+corpus it begins and what it must contain, so that any span can be built alone, later, or elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
+from ghoststore.errors import CorpusError, MismatchError
+from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of, rows_of_sample
+
+COLUMNS = ("source_row", "window", "file", "offset", "digest")
+"""Columns of the span table; ``digest`` is a 64-bit hash of the samples that the span's rows come from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusPlan:
+    """What the scan found."""
+
+    scan: Scan
+    rows: int
+    """Rows of the part: samples, or windows of samples."""
+    tokens: int | None
+    """Tokens in all rows, where the scan had to tokenize."""
+    table: NDArray[np.int64]
+    """(spans, 5), see COLUMNS."""
+
+
+class SpanDigest:
+    """Hash of the samples that a span's rows come from, each counted once."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+        self._last = -1
+
+    def add(self, sample: Sample) -> None:
+        """Count ``sample`` if it is not the one counted last."""
+        if sample.source_row != self._last:
+            self._last = sample.source_row
+            self._hash.update(sample.digest().to_bytes(8, "little"))
+
+    def value(self) -> int:
+        """The hash as a signed 64-bit integer."""
+        return int.from_bytes(self._hash.digest(), "little", signed=True)
+
+
+class _TableBuilder:
+    """Notes the first row of every span and the digest of its samples, as rows go by."""
+
+    def __init__(self, span_rows: int) -> None:
+        self.span_rows = span_rows
+        self.rows = 0
+        self.entries: list[list[int]] = []
+        self._digest = SpanDigest()
+
+    def add(self, sample: Sample, rows: int) -> None:
+        """``rows`` rows of ``sample`` follow."""
+        for window in range(rows):
+            if self.rows % self.span_rows == 0:
+                self._close()
+                self.entries.append([sample.source_row, window, sample.file, sample.offset, 0])
+                self._digest = SpanDigest()
+            self._digest.add(sample)
+            self.rows += 1
+
+    def _close(self) -> None:
+        if self.entries:
+            self.entries[-1][4] = self._digest.value()
+
+    def table(self) -> NDArray[np.int64]:
+        self._close()
+        return np.array(self.entries, dtype=np.int64).reshape(-1, len(COLUMNS))
+
+
+def plan_corpus(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    settings: TokenSettings,
+    *,
+    span_rows: int,
+    max_samples: int | None = None,
+    tokenize: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> CorpusPlan:
+    """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
+
+    Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks.
+    Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows.
+    """
+    table = _TableBuilder(span_rows)
+    tokens, lengths_needed = 0, tokenize or settings.needs_lengths
+    waiting: list[Sample] = []
+
+    def flush() -> None:
+        nonlocal tokens
+        for sample, (ids, first_target) in zip(waiting, tokenizer.encode(waiting), strict=True):
+            rows = rows_of_sample(sample, ids, first_target, settings)
+            tokens += sum(len(row.tokens) for row in rows)
+            table.add(sample, len(rows))
+        waiting.clear()
+
+    def see(sample: Sample) -> None:
+        if not lengths_needed:
+            table.add(sample, 1)
+            return
+        waiting.append(sample)
+        if len(waiting) == SAMPLES_AT_ONCE:
+            flush()
+
+    scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see, progress=progress)
+    if waiting:
+        flush()
+    if not scan.rows:
+        raise CorpusError(f"{corpus.source}: has no rows")
+    return CorpusPlan(scan=scan, rows=table.rows, tokens=tokens if lengths_needed else None, table=table.table())
+
+
+def rows_of_spans(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    settings: TokenSettings,
+    table: NDArray[np.int64],
+    sizes: Sequence[int],
+    spans: Sequence[int],
+) -> Iterator[tuple[int, list[Row]]]:
+    """(span, its rows) for each of ``spans``, ascending. Neighbouring spans are read in one go.
+
+    ``sizes[span]`` is its number of rows. MismatchError where the corpus is not the one that was planned.
+    """
+    for run in _neighbours(spans):
+        source_row, window, file, offset, _ = (int(value) for value in table[run[0]])
+        start = Position(source_row=source_row, file=file, offset=offset)
+        rows = rows_of(corpus.samples(start), tokenizer, settings)
+        for _ in islice(rows, window):
+            pass
+        for span in run:
+            found = list(islice(rows, sizes[span]))
+            digest = SpanDigest()
+            for row in found:
+                digest.add(row.sample)
+            if len(found) != sizes[span] or digest.value() != int(table[span][4]):
+                raise MismatchError(
+                    f"{corpus.source} has changed since the part was planned: the samples from row {table[span][0]} on "
+                    f"are not those of span {span}. Restore the corpus, or build another part with --name"
+                )
+            yield span, found
+
+
+def _neighbours(spans: Sequence[int]) -> Iterator[list[int]]:
+    """``spans`` cut into runs of consecutive numbers."""
+    run: list[int] = []
+    for span in spans:
+        if run and span != run[-1] + 1:
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of places in ``lengths``: longest first, equal lengths by place, as many as fit the budget.
+
+    A batch of b samples whose longest has t tokens costs b·t ≤ ``batch_tokens``, except that a sample that is
+    longer than the budget has a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

@@ -1,0 +1,254 @@
+"""Which layers are projected: patterns, tied parameters, and the blocks that come of them.
+
+A pattern is a module path or glob whose components match whole components, anywhere in a module's path:
+``mlp.c_fc`` matches ``transformer.h.0.mlp.c_fc``, ``transformer.h.1`` matches all of block 1 and nothing of
+block 10, ``h.*.attn`` each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``embeddings``, ``head``, ``all``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ghoststore.errors import LayerError
+from indexer.layers import LayerType, layer_type_of
+
+ATTENTION = frozenset(
+    {"attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"}
+)
+FEED_FORWARD = frozenset({"mlp", "ffn", "ff", "feed_forward", "feedforward", "intermediate", "fc1", "fc2"})
+HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "decoder"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """One module that uses a block's parameters."""
+
+    module: str
+    type: str
+    flipped: bool
+    """Whether this module's input axis is the block's output axis."""
+    bias: str | None
+    """The use's bias parameter, or None."""
+    bias_column: int | None
+    """Index of the bias on the use's input axis, or None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A parameter matrix (with the biases of its uses) that becomes one block of the vector."""
+
+    name: str
+    type: str
+    parameters: tuple[str, ...]
+    numel: int
+    """Number of trainable numbers covered."""
+    n_out: int
+    n_in: int
+    """Axes of the gradient matrix, biases included."""
+    is_matrix: bool
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The blocks of a model, in the order of its modules, and how much of the model they cover."""
+
+    blocks: tuple[Block, ...]
+    covered: int
+    total: int
+    """Numbers in the covered parameters, and in all parameters (tied ones once)."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters that the blocks cover, 0 to 1."""
+        return self.covered / self.total if self.total else 0.0
+
+
+def _in_attention(parts: list[str]) -> bool:
+    return not ATTENTION.isdisjoint(parts)
+
+
+def _in_feed_forward(parts: list[str]) -> bool:
+    # BERT calls the second half of its feed-forward "output", next to attention.output.
+    return not _in_attention(parts) and (not FEED_FORWARD.isdisjoint(parts) or "output" in parts)
+
+
+def _matrix(kind: LayerType) -> bool:
+    return kind.is_matrix and not kind.is_lookup
+
+
+ALIASES: dict[str, Callable[[list[str], LayerType], bool]] = {
+    "mlp": lambda parts, kind: _matrix(kind) and _in_feed_forward(parts),
+    "attn": lambda parts, kind: _matrix(kind) and _in_attention(parts),
+    "norm": lambda parts, kind: not kind.is_matrix,
+    "embeddings": lambda parts, kind: kind.is_lookup,
+    "head": lambda parts, kind: _matrix(kind) and parts[-1] in HEADS,
+    "all": lambda parts, kind: True,
+}
+
+
+def matches_path(pattern: str, path: str) -> bool:
+    """Whether the components of ``pattern`` match consecutive whole components of ``path``."""
+    wanted, parts = pattern.split("."), path.split(".")
+    return any(
+        all(fnmatchcase(part, want) for want, part in zip(wanted, parts[start:], strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def matches(pattern: str, path: str, kind: LayerType) -> bool:
+    """Whether ``pattern`` (an alias, a path or a glob) selects the layer at ``path``."""
+    alias = ALIASES.get(pattern)
+    return alias(path.split("."), kind) if alias else matches_path(pattern, path)
+
+
+def _supported_layers(model: nn.Module) -> dict[str, LayerType]:
+    """Every module that a registered type handles and that has parameters, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        kind = layer_type_of(module)
+        if kind is not None:
+            found[name] = kind
+    return found
+
+
+def _examples(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(names[:12])
+    return shown + (f", … ({len(names)} in all)" if len(names) > 12 else "")
+
+
+def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]) -> list[str]:
+    for pattern in [*include, *exclude]:
+        if not any(matches(pattern, name, kind) for name, kind in layers.items()):
+            _refuse_unsupported(model, pattern, layers)
+            raise LayerError(
+                f"layer pattern {pattern!r} matches no layer; the layers of this model are: {_examples(layers)}. "
+                "Patterns match whole path components; `all` takes every layer"
+            )
+    chosen = [
+        name
+        for name, kind in layers.items()
+        if any(matches(pattern, name, kind) for pattern in include)
+        and not any(matches(pattern, name, kind) for pattern in exclude)
+    ]
+    if not chosen:
+        raise LayerError(f"no layer is left: {include} without {exclude}; the layers are: {_examples(layers)}")
+    for pattern in include:
+        _refuse_unsupported(model, pattern, layers, exclude)
+    return chosen
+
+
+def _refuse_unsupported(
+    model: nn.Module, pattern: str, layers: dict[str, LayerType], exclude: Iterable[str] = ()
+) -> None:
+    """LayerError if ``pattern`` selects a module whose own parameters no layer type handles."""
+    for name, module in model.named_modules():
+        own = [key for key, value in module._parameters.items() if value is not None]
+        if not own or name in layers or any(p not in ALIASES and matches_path(p, name) for p in exclude):
+            continue
+        parts = name.split(".")
+        wanted = {
+            "all": True,
+            "mlp": _in_feed_forward(parts),
+            "attn": _in_attention(parts),
+        }.get(pattern, pattern not in ALIASES and matches_path(pattern, name))
+        if wanted:
+            raise LayerError(
+                f"layer {name!r} is a {type(module).__name__} with parameters {own}: no layer type handles it. "
+                f"Leave it out with --exclude-layers {name!r}"
+            )
+
+
+def select_blocks(
+    model: nn.Module,
+    include: Iterable[str] = ("mlp", "attn"),
+    exclude: Iterable[str] = (),
+    *,
+    include_embeddings: bool = False,
+) -> Selection:
+    """The blocks of the layers of ``model`` that the patterns select.
+
+    A parameter that several modules share (a tied lm_head) is one block with all of those modules as
+    uses, whichever of them was selected: its gradient is the sum over its uses.
+
+    Raises LayerError for a pattern without a layer, a selected module whose type is not supported,
+    and a setting of a layer under which its gradient depends on the batch.
+    """
+    layers = _supported_layers(model)
+    wanted = [*include, *(["embeddings"] if include_embeddings else [])]
+    chosen = _chosen(model, layers, wanted, list(exclude))
+    names_of: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        names_of.setdefault(id(parameter), name)
+    users: dict[int, list[str]] = {}
+    for name in layers:
+        users.setdefault(id(model.get_submodule(name)._parameters["weight"]), []).append(name)
+
+    blocks, covered = [], 0
+    seen: set[int] = set()
+    counted: set[int] = set()
+    for name in chosen:
+        weight = model.get_submodule(name)._parameters["weight"]
+        if id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        block, parameters = _block(model, users[id(weight)], layers, names_of)
+        numel = sum(p.numel() for p in parameters if id(p) not in counted)
+        counted.update(id(p) for p in parameters)
+        covered += numel
+        blocks.append(block)
+    return Selection(blocks=tuple(blocks), covered=covered, total=sum(p.numel() for p in model.parameters()))
+
+
+def _block(
+    model: nn.Module, users: list[str], layers: dict[str, LayerType], names_of: dict[int, str]
+) -> tuple[Block, list[nn.Parameter]]:
+    """The block of the parameter that ``users`` share; the first of them names it and gives its axes."""
+    first = users[0]
+    kind = layers[first]
+    n_out, n_in = kind.axes(model.get_submodule(first))
+    weight = model.get_submodule(first).get_parameter("weight")
+    columns: dict[tuple[int, bool], int] = {}
+    uses, parameters = [], [weight]
+    for name in users:
+        module, use_kind = model.get_submodule(name), layers[name]
+        use_kind.check(module, name)
+        if not use_kind.is_matrix and len(users) > 1:
+            raise LayerError(f"layers {users} share the weight of a norm: tied norms are not supported")
+        flipped = use_kind.is_lookup != kind.is_lookup
+        bias = module._parameters.get("bias")
+        column = None
+        if bias is not None:
+            if use_kind.is_matrix:
+                if (id(bias), flipped) not in columns:
+                    columns[id(bias), flipped] = n_out if flipped else n_in
+                    n_out, n_in = n_out + flipped, n_in + (not flipped)
+                    parameters.append(bias)
+                column = columns[id(bias), flipped]
+            else:
+                parameters.append(bias)
+        uses.append(
+            Use(
+                module=name,
+                type=use_kind.name,
+                flipped=flipped,
+                bias=None if bias is None else names_of[id(bias)],
+                bias_column=column,
+            )
+        )
+    block = Block(
+        name=first,
+        type=kind.name,
+        parameters=tuple(names_of[id(p)] for p in parameters),
+        numel=sum(p.numel() for p in parameters),
+        n_out=n_out,
+        n_in=n_in,
+        is_matrix=kind.is_matrix,
+        uses=tuple(uses),
+    )
+    return block, parameters
