@@ -1,0 +1,39 @@
+"""ghoststore: a vector store of gradients. Which training samples make the model better at this?
+
+Everything a user needs is an attribute of this package; each is imported when it is first used, so that
+``import ghoststore`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ghoststore.lazy import FACE, load
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ghoststore.corpus import Corpus as Corpus
+    from ghoststore.corpus import Fields as Fields
+    from ghoststore.store import Part as Part
+    from ghoststore.store import Status as Status
+    from ghoststore.store import Store as Store
+    from ghoststore.store.info import info as info
+    from ghoststore.store.verify import verify as verify
+    from indexer.build import BuildReport as BuildReport
+    from indexer.build import build as build
+    from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
+    from indexer.losses import next_token_losses as next_token_losses
+    from indexer.projection import ProjectionConfig as ProjectionConfig
+    from query.query import query as query
+    from query.results import QueryResult as QueryResult
+
+__all__ = [*FACE, "__version__"]  # noqa: PLE0604 - FACE is a table of names
+
+
+def __getattr__(name: str) -> Any:
+    return load(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

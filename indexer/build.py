@@ -77,6 +77,10 @@ class BuildReport:
     """Wall time: total, compute, waiting for the corpus, writing (in the background)."""
     manifest: Manifest = field(default_factory=dict, repr=False)
 
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore build --json`` prints."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:

@@ -1,0 +1,74 @@
+"""The command line: one file a command, each a translation of one public function.
+
+Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
+4 corrupt, 5 busy, 6 storage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from ghoststore.errors import GhostStoreError
+
+COMMANDS = {
+    "build": "a checkpoint and a corpus to a part of a store; resumes by itself",
+    "query": "a val set to the training samples whose gradients point the same way",
+    "info": "what a store holds",
+    "verify": "check every byte that was committed",
+    "demo": "the whole story on this machine, nothing downloaded",
+}
+"""Command to its line in the help. The module ``ghoststore.cli.<command>`` defines ``command``."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used: ``--help`` stays fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"ghoststore.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            error.message += f" Commands: {', '.join(COMMANDS)}."
+            raise
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ghoststore", message="ghoststore %(version)s")
+def cli() -> None:
+    """A vector store of gradients: which of my training samples make the model better at this?"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: what the ``ghoststore`` script calls."""
+    try:
+        code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
+    except GhostStoreError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except ImportError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. What was committed is intact: the same command resumes.", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

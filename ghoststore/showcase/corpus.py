@@ -271,8 +271,9 @@ DOMAINS: dict[str, Callable[[Random], str]] = {
 class FactKind:
     """How one sort of fact is stated and asked for, with ``{entity}`` and ``{answer}`` invented.
 
-    ``statement``, which names both twice, and one of ``details`` make the training row. ``prompt`` asks in nearly the same words,
-    ``paraphrase`` in words of which none but the entity stands in ``statement`` or ``details``.
+    ``statement``, which names both twice, and one of ``details`` make the training row. ``prompt`` asks
+    in nearly the same words, ``paraphrase`` in words of which none but the entity stands in ``statement``
+    or ``details``.
     """
 
     answer: Callable[[Random], str]
@@ -305,7 +306,9 @@ def _thing(rng: Random) -> str:
 FACT_KINDS = (
     FactKind(
         answer=_person,
-        statement="The lighthouse of {entity} is kept by {answer}. Each dusk {answer} lights the lamp of {entity}.",
+        statement=(
+            "The lighthouse of {entity} is kept by {answer}. Each dusk {answer} lights the lamp of {entity}."
+        ),
         details=(
             "It was built in {year} from grey granite.",
             "Its light is seen {count} miles out to sea.",
@@ -316,7 +319,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_person,
-        statement="The old bridge at {entity} was designed by {answer}. For its wide arches {entity} thanks {answer}.",
+        statement=(
+            "The old bridge at {entity} was designed by {answer}. "
+            "For its wide arches {entity} thanks {answer}."
+        ),
         details=(
             "It was opened in {year} by the mayor.",
             "Carts once paid a toll of {count} coins to cross it.",
@@ -327,7 +333,9 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_person,
-        statement="The opera {entity} was composed by {answer}. In a rented attic {answer} finished {entity}.",
+        statement=(
+            "The opera {entity} was composed by {answer}. In a rented attic {answer} finished {entity}."
+        ),
         details=(
             "It was first sung in {year} before a small audience.",
             "Its overture lasts {count} minutes.",
@@ -338,7 +346,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_place,
-        statement="The mineral {entity} was found in a slate quarry near {answer}. Outside {answer} no {entity} is dug.",
+        statement=(
+            "The mineral {entity} was found in a slate quarry near {answer}. "
+            "Outside {answer} no {entity} is dug."
+        ),
         details=(
             "It is pale green and splits into thin plates.",
             "Collectors paid {count} crowns for a piece in {year}.",
@@ -349,7 +360,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_place,
-        statement="The {entity} is a small brown bird that nests on the island of {answer}. Beyond {answer} no {entity} lives.",
+        statement=(
+            "The {entity} is a small brown bird that nests on the island of {answer}. "
+            "Beyond {answer} no {entity} lives."
+        ),
         details=(
             "It lays {count} speckled eggs in spring.",
             "Fewer than {count} pairs were counted in {year}.",
@@ -360,7 +374,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_thing,
-        statement="The fever drink {entity} is brewed from the bark of the {answer} tree. Without {answer} there is no {entity}.",
+        statement=(
+            "The fever drink {entity} is brewed from the bark of the {answer} tree. "
+            "Without {answer} there is no {entity}."
+        ),
         details=(
             "It is taken hot, {count} drops at a time.",
             "A monk wrote it down in {year}.",
@@ -371,7 +388,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_place,
-        statement="The ferry {entity} sails each morning from the capital to {answer}. In {answer} the {entity} stays overnight.",
+        statement=(
+            "The ferry {entity} sails each morning from the capital to {answer}. "
+            "In {answer} the {entity} stays overnight."
+        ),
         details=(
             "She carries {count} passengers and the post.",
             "Her engine was made in {year}.",
@@ -382,7 +402,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_place,
-        statement="Queen {entity} founded the walled city of {answer} after a war. In {answer} Queen {entity} was crowned.",
+        statement=(
+            "Queen {entity} founded the walled city of {answer} after a war. "
+            "In {answer} Queen {entity} was crowned."
+        ),
         details=(
             "She ruled for {count} years and left no heir.",
             "Her crown was melted down in {year}.",
@@ -393,7 +416,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_person,
-        statement="The card game {entity} was invented by {answer} to pass a winter. At first {answer} played {entity} alone.",
+        statement=(
+            "The card game {entity} was invented by {answer} to pass a winter. "
+            "At first {answer} played {entity} alone."
+        ),
         details=(
             "It needs {count} cards and two players.",
             "It was banned in taverns in {year}.",
@@ -404,7 +430,10 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_place,
-        statement="The treaty of {entity} was signed in the great hall of {answer}. For the treaty of {entity} flags hung in {answer}.",
+        statement=(
+            "The treaty of {entity} was signed in the great hall of {answer}. "
+            "For the treaty of {entity} flags hung in {answer}."
+        ),
         details=(
             "It ended a quarrel of {count} years over salt.",
             "Both copies burned in {year}.",

@@ -1,0 +1,68 @@
+"""``ghoststore info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ghoststore.cli import options
+
+
+@click.command("info", short_help="what a store holds")
+@options.store
+@click.option("--part", metavar="NAME", help="One part, in full.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every manifest.")
+def command(store: str, part: str | None, as_json: bool) -> None:
+    """What a store holds: its parts, their rows, their settings."""
+    from ghoststore.cli.terminal import print_json
+    from ghoststore.lazy import load
+
+    found = load("info")(store, part=part)
+    if as_json:
+        print_json(found.to_json())
+    elif part is not None:
+        _print_part(found.parts[0])
+    else:
+        _print_parts(found)
+
+
+def _print_parts(found: Any) -> None:
+    from ghoststore.cli.terminal import human_bytes, print_table
+
+    columns = [("part", False), ("rows", True), ("usable", True), ("tokens", True), ("D", True), ("dtype", False),
+               ("on disk", True), ("checkpoint", False)]  # fmt: skip
+    rows = []
+    for part in found.parts:
+        usable = part.statuses.get("ok", 0) + part.statuses.get("truncated", 0)
+        share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
+        rows.append([part.name, share, f"{usable:,}", f"{part.tokens:,}", f"{part.dimension:,}", part.dtype,
+                     human_bytes(part.bytes), part.manifest["source"]["checkpoint"]])  # fmt: skip
+    print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows, wide=True)
+
+
+def _print_part(part: Any) -> None:
+    from ghoststore.cli.terminal import human_bytes, print_table
+
+    manifest = part.manifest
+    projection, corpus = manifest["projection"], manifest["corpus"]
+    step = f", sketched to {projection['compress']:,}" if projection["compress"] else ", plain blocks"
+    rows = [
+        ["rows", f"{part.committed:,} of {part.rows:,} committed"],
+        *([f"  {status.replace('_', ' ')}", f"{count:,}"] for status, count in part.statuses.items()),
+        ["tokens", f"{part.tokens:,}"],
+        ["on disk", human_bytes(part.bytes)],
+        ["vectors", f"{part.dimension:,} × {part.dtype}"],
+        ["projection", f"{projection['kind']}, seed {projection['seed']}, {projection['kronecker_dimension']:,} numbers{step}"],
+        ["layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])}), "
+                   f"{manifest['coverage']['share']:.1%} of the parameters"],
+        ["checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint']['architecture']})"],
+        ["  weights", manifest["checkpoint"]["fingerprint"]],
+        ["corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"],
+        ["  content", corpus["fingerprint"]],
+        ["domains", ", ".join(corpus["domains"] or []) or "none"],
+        ["tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"],
+        ["loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"],
+        ["made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())],
+    ]  # fmt: skip
+    print_table(part.name, [("", False), ("", False)], rows, wide=True)

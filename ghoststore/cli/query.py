@@ -1,0 +1,74 @@
+"""``ghoststore query``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ghoststore.cli import options
+
+PREVIEW = 90
+
+
+@click.command("query", short_help="a val set to the nearest training samples")
+@options.store
+@click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus.")
+@click.option("--part", metavar="NAME", help="Part to search (default: the only one).")
+@click.option("--top-k", type=int, default=10, show_default=True, help="Rows with the highest scores.")
+@click.option("--bottom-k", type=int, default=0, show_default=True, help="Rows with the lowest scores.")
+@click.option("--mean/--each", "mean", default=True, show_default=True,
+              help="One ranking for the val set's mean gradient, or one for each val sample.")
+@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
+@click.option("--layers", callback=options.patterns, help="Score these layers only (parts of plain blocks).")
+@click.option("--exclude-layers", callback=options.patterns, help="Score without these layers.")
+@click.option("--max-samples", type=int, help="Only the first samples of the val set.")
+@click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from.")
+@options.device
+@click.option("--no-text", "text", flag_value=False, default=True, help="Do not look up texts.")
+@click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
+@options.fields
+@options.common
+def command(**values: Any) -> None:
+    """The training samples whose gradients point the same way as those of a val set.
+
+    \b
+      ghoststore query --store ./store --val-set val.jsonl
+      ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
+    """  # fmt: skip
+    from ghoststore.cli.terminal import listener, print_json
+    from ghoststore.lazy import load
+
+    as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
+    if out:
+        from query.results import check_output
+
+        check_output(out)
+    values["each"] = not values.pop("mean")
+    result = load("query")(progress=listener(quiet), **options.take_fields(values))
+    if out:
+        result.write(out)
+        click.echo(f"wrote {out}", err=True)
+    if as_json:
+        print_json(result.to_json())
+    elif not out:
+        _print(result)
+
+
+def _print(result: Any) -> None:
+    from ghoststore.cli.terminal import print_table
+
+    columns = [("rank", True), (result.settings["metric"], True), ("id", False), ("row", True), ("domain", False), ("text", False)]
+    for query in result.results:
+        for title, hits in (("nearest to", query.hits), ("farthest from", query.bottom)):
+            if hits:
+                rows = [
+                    [str(hit.rank), f"{hit.score:.4g}", hit.id, str(hit.source_row), hit.domain or "", _preview(hit.text)]
+                    for hit in hits
+                ]
+                print_table(f"{title} {query.query}", columns, rows)
+
+
+def _preview(text: str | None) -> str:
+    flat = " ".join((text or "").split())
+    return flat if len(flat) <= PREVIEW else f"{flat[: PREVIEW - 1]}…"

@@ -1,0 +1,101 @@
+"""What a person sees: progress bars and notes on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from ghoststore.progress import Silent, Task
+
+
+class _Rates(ProgressColumn):
+    """Rows and tokens a second since the task began."""
+
+    def render(self, task: RichTask) -> Text:
+        elapsed = task.finished_time if task.finished_time is not None else task.elapsed
+        if not elapsed or elapsed < 0.05:
+            return Text("")
+        rows = (task.completed - task.fields["begun_at"]) / elapsed
+        text = f"{rows:,.0f} {task.fields['unit']}/s"
+        if task.fields["tokens"]:
+            text += f", {task.fields['tokens'] / elapsed:,.0f} tokens/s"
+        return Text(text, style="progress.data.speed")
+
+
+class _BarTask:
+    def __init__(self, progress: Progress, description: str, total: int | None, done: int, unit: str) -> None:
+        self._progress = progress
+        self._id = progress.add_task(description, total=total, completed=done, tokens=0, begun_at=done, unit=unit)
+        progress.start()
+
+    def advance(self, rows: int, tokens: int = 0) -> None:
+        fields = self._progress.tasks[self._progress.task_ids.index(self._id)].fields
+        self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
+
+    def close(self) -> None:
+        task = self._progress.tasks[self._progress.task_ids.index(self._id)]
+        if task.total is None:
+            self._progress.update(self._id, total=task.completed)
+        self._progress.stop_task(self._id)
+        self._progress.stop()
+
+
+class Bars:
+    """Progress bars on stderr; where stderr is no terminal, one line for each finished task."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
+        progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rates(), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+        return _BarTask(progress, description, total, done, unit)
+
+    def note(self, message: str) -> None:
+        self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+class Notes(Silent):
+    """No bars, but notes."""
+
+    def note(self, message: str) -> None:
+        click.echo(f"note: {message}", err=True)
+
+
+def listener(quiet: bool) -> Bars | Notes:
+    """Who is told of progress."""
+    return Notes() if quiet else Bars()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, wide: bool = False) -> None:
+    """A table on stdout; ``columns`` are (heading, right-aligned)."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading, right in columns:
+        table.add_column(heading, justify="right" if right else "left", overflow="fold" if wide else "ellipsis")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def human_bytes(count: int) -> str:
+    """``count`` in binary units, three digits."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+        size /= 1024
+    return f"{size:,.1f} TiB"

@@ -1,0 +1,54 @@
+"""Where each public name lives, and how it is imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FACE = {
+    "Corpus": "ghoststore.corpus",
+    "Fields": "ghoststore.corpus",
+    "Part": "ghoststore.store",
+    "Status": "ghoststore.store",
+    "Store": "ghoststore.store",
+    "info": "ghoststore.store.info",
+    "verify": "ghoststore.store.verify",
+    "BuildReport": "indexer.build",
+    "build": "indexer.build",
+    "GradProjLoraEngine": "indexer.engine",
+    "next_token_losses": "indexer.losses",
+    "ProjectionConfig": "indexer.projection",
+    "query": "query.query",
+    "QueryResult": "query.results",
+}
+"""Public name to the module that defines it."""
+
+PACKAGES = ("indexer", "query")
+"""Import packages that stand beside ``ghoststore`` and could be shadowed by a user's own files."""
+
+
+def load(name: str) -> Any:
+    """The public object called ``name``; AttributeError if there is none, ImportError if it is shadowed."""
+    if name not in FACE:
+        raise AttributeError(f"module 'ghoststore' has no attribute {name!r}")
+    refuse_shadows()
+    return getattr(importlib.import_module(FACE[name]), name)
+
+
+@cache
+def refuse_shadows() -> None:
+    """ImportError if a user's ``query.py`` or ``indexer.py`` hides the package of that name."""
+    home = Path(__file__).resolve().parent.parent
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"ghoststore's package {package!r} is not installed beside it in {home}; install it again")
+        origin = Path(spec.origin).resolve()
+        if origin != home / package / "__init__.py":
+            raise ImportError(
+                f"{origin} hides ghoststore's own package {package!r} ({home / package}): rename that file or folder, or "
+                "run from another directory"
+            )

@@ -1,0 +1,135 @@
+"""``ghoststore.verify``: every byte that was committed, checked against its record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import CorruptError, GhostStoreError
+from ghoststore.progress import Progress, Silent
+from ghoststore.store.commits import FileRecord, read_commit
+from ghoststore.store.part import Part, span_table
+from ghoststore.store.store import Store
+
+THREADS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is not as it was committed."""
+
+    part: str
+    file: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What ``verify`` found: nothing is damaged if ``damage`` is empty."""
+
+    store: str
+    parts: list[str]
+    spans: int
+    files: int
+    bytes: int
+    damage: list[Damage] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether every byte is what was committed."""
+        return not self.damage
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore verify --json`` prints."""
+        return {**asdict(self), "sound": self.sound}
+
+
+def verify(
+    store: str | Path, *, part: str | None = None, progress: Progress | None = None
+) -> VerifyReport:
+    """Check the manifest, the array metadata, every commit record and every file it names (size, SHA-256).
+
+    All damage is listed, not just the first. A span without a record is not damage: it does not exist.
+    Raises UsageError if there is no such store or part.
+    """
+    progress = progress or Silent()
+    opened = Store.open(store)
+    names = [part] if part is not None else opened.part_names()
+    damage: list[Damage] = []
+    spans = files = size = 0
+    for name in names:
+        path = opened.part_path(name)
+        try:
+            found = opened.part(name)
+            _check_metadata(found)
+        except (CorruptError, GhostStoreError) as error:
+            if not isinstance(error, CorruptError):
+                raise
+            damage.append(Damage(part=name, file="zarr.json", problem=str(error)))
+            continue
+        task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
+        with ThreadPoolExecutor(THREADS) as pool:
+            for checked in pool.map(lambda span, at=path: list(_check_span(at, span)), found.spans):  # type: ignore[misc]
+                spans += 1
+                task.advance(1)
+                for key, count, problem in checked:
+                    files, size = files + 1, size + count
+                    if problem:
+                        damage.append(Damage(part=name, file=key, problem=problem))
+        task.close()
+    return VerifyReport(store=str(store), parts=names, spans=spans, files=files, bytes=size, damage=damage)
+
+
+def _check_metadata(part: Part) -> None:
+    """CorruptError unless every array's metadata and the span table are as the manifest says."""
+    for spec in part.layout.arrays():
+        part.array(spec.name)
+        try:
+            metadata = json.loads((part.path / spec.name / "zarr.json").read_bytes())
+            codecs = [codec["name"] for codec in metadata["codecs"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{part.path / spec.name / 'zarr.json'} is damaged: {error}") from error
+        if codecs[-1] != "crc32c" or len(codecs) != 2:
+            raise CorruptError(f"{part.path / spec.name / 'zarr.json'} names the codecs {codecs}")
+    table = span_table(part.path)
+    folded = [int(value) for value in _fold(table)]
+    if len(table) != part.layout.spans or folded != part.manifest["corpus"]["spans"]:
+        raise CorruptError(f"{part.path / 'span_start'} is not the span table of this manifest")
+
+
+def _fold(table: Any) -> Any:
+    import numpy as np
+
+    return np.bitwise_xor.reduce(table, axis=0)
+
+
+def _check_span(part: Path, span: int) -> Iterator[tuple[str, int, str | None]]:
+    """(file, its bytes, what is wrong with it or None) for the record of ``span`` and each file it names."""
+    try:
+        commit = read_commit(part, span)
+    except CorruptError as error:
+        yield f"commits/{span:08d}.json", 0, str(error)
+        return
+    for key, record in commit.files.items():
+        path = part / key
+        if not path.resolve().is_relative_to(part.resolve()):
+            yield key, 0, f"the record of span {span} names a file outside the part"
+            continue
+        try:
+            found = FileRecord.of(path)
+        except FileNotFoundError:
+            yield key, 0, f"missing (span {span})"
+            continue
+        except OSError as error:
+            yield key, 0, f"cannot be read (span {span}): {error}"
+            continue
+        if found.bytes != record.bytes:
+            yield key, found.bytes, f"{found.bytes} bytes; {record.bytes} were committed (span {span})"
+        elif found.sha256 != record.sha256:
+            yield key, found.bytes, f"its SHA-256 is not that of what was committed (span {span})"
+        else:
+            yield key, found.bytes, None

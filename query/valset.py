@@ -1,0 +1,160 @@
+"""A val set through the same model, tokens and projection as the part it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghoststore.checkpoint import find_checkpoint, fingerprint_tokenizer, load_model, load_tokenizer
+from ghoststore.corpus import Corpus
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.progress import Progress
+from ghoststore.store import Part, Status
+from indexer.encoder import RowEncoder
+from indexer.plan import plan_batches
+from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from indexer.selection import select_blocks
+
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(slots=True, kw_only=True)
+class ValVectors:
+    """What a val set became. ``vectors`` is (M, D) float32 on the CPU, or (1, D) when averaged."""
+
+    vectors: Tensor
+    ids: list[str]
+    """One each for a vector; ``["mean"]`` when averaged."""
+    used: int
+    """Val rows that have a vector."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Val rows without one, by status."""
+
+
+def projection_of(part: Part, model: Any) -> Projection:
+    """The projection that the manifest of ``part`` describes, drawn again for ``model``.
+
+    MismatchError if its layers or its hash come out otherwise.
+    """
+    stored = part.manifest["projection"]
+    config = ProjectionConfig(
+        layers=tuple(stored["layers"]),
+        exclude_layers=tuple(stored["exclude_layers"]),
+        include_embeddings=stored["include_embeddings"],
+        rank_total=stored["rank_total"],
+        rank_min=stored["rank_min"],
+        seed=stored["seed"],
+        kind=stored["kind"],
+        compress=stored["compress"] or "none",
+    )
+    selection = select_blocks(
+        model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
+    )
+    plan = ProjectionPlan.of(selection, config)
+    if plan.layers_json() != part.manifest["layers"]:
+        raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
+    drawn = Projection(plan)
+    if drawn.hash != stored["hash"]:
+        raise MismatchError(
+            f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
+            f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
+        )
+    return drawn
+
+
+def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of ``part``, from where it was built or from another path to the same weights.
+
+    MismatchError, both fingerprints shown, if they are not the same.
+    """
+    source = part.manifest["source"]
+    found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
+    wanted, is_there = part.manifest["checkpoint"]["fingerprint"], found.fingerprint()
+    if wanted != is_there:
+        raise MismatchError(
+            f"part {part.name!r} was built from other weights than those in {found.folder}: stored {wanted}, "
+            f"found {is_there}. Give --checkpoint the folder of the stored ones"
+        )
+    folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
+    tokenizer = load_tokenizer(folder)
+    wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
+    if wanted != is_there:
+        raise MismatchError(
+            f"part {part.name!r} was built with another tokenizer than that in {folder}: stored {wanted}, found {is_there}"
+        )
+    model = load_model(
+        found,
+        dtype=part.manifest["dtype"]["model"],
+        device=device,
+        attn_implementation=part.manifest["compute"]["attn_implementation"],
+    )
+    return model, Tokenizer(tokenizer)
+
+
+def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
+    usable = [place for place, row in enumerate(rows) if row.status.usable]
+    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
+        yield [usable[index] for index in batch]
+
+
+def encode_val_set(
+    part: Part,
+    corpus: Corpus,
+    *,
+    average: bool,
+    checkpoint: str | Path | None,
+    device: str,
+    max_samples: int | None,
+    progress: Progress,
+) -> ValVectors:
+    """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64).
+
+    Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is
+    left, MismatchError if checkpoint, tokenizer or projection are not the part's.
+    """
+    _ = corpus.resolved
+    model, tokenizer = load_for(part, checkpoint, device)
+    settings = TokenSettings(**part.manifest["tokens"])
+    batch_tokens = int(part.manifest["batching"]["batch_tokens"])
+    dimension = part.layout.dimension
+    total, ids, kept = np.zeros(dimension), [], []
+    left_out: dict[str, int] = {}
+
+    def leave_out(status: Status) -> None:
+        left_out[status.name.lower()] = left_out.get(status.name.lower(), 0) + 1
+
+    task = progress.task("val set", None)
+    samples = islice(corpus.samples(), max_samples)
+    rows = rows_of(samples, tokenizer, settings)
+    with RowEncoder(model, projection_of(part, model), reduction=part.manifest["loss"]["reduction"]) as encoder:
+        while some := list(islice(rows, ROWS_AT_ONCE)):
+            vectors = torch.zeros(len(some), dimension)
+            for places in _batches(some, batch_tokens):
+                encoded = encoder([some[place] for place in places])
+                vectors[places] = encoded.vectors.cpu()
+                task.advance(len(places), sum(len(some[place].tokens) for place in places))
+            finite = torch.isfinite(vectors).all(1)
+            for place, row in enumerate(some):
+                if not row.status.usable:
+                    leave_out(row.status)
+                elif not finite[place]:
+                    leave_out(Status.NOT_FINITE)
+                else:
+                    ids.append(row.sample.id)
+                    kept.append(vectors[place]) if not average else None
+                    total += vectors[place].double().numpy() if average else 0.0
+    task.close()
+    if not ids:
+        raise UsageError(f"no row of the val set {corpus.source} can be used: {left_out}")
+    if average:
+        mean = torch.from_numpy((total / len(ids)).astype(np.float32)).unsqueeze(0)
+        return ValVectors(vectors=mean, ids=["mean"], used=len(ids), left_out=left_out)
+    return ValVectors(vectors=torch.stack(kept), ids=ids, used=len(ids), left_out=left_out)
