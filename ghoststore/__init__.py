@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from query.query import query as query
     from query.results import QueryResult as QueryResult
 
-__all__ = [*FACE, "__version__"]  # noqa: PLE0604 - FACE is a table of names
+__all__ = [*FACE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -180,7 +180,9 @@ def resolve_device(device: str) -> str:
         raise UsageError(f"--device {device!r} is not a device: {error}") from None
     if parsed.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+            raise UsageError(
+                f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu"
+            )
         if (parsed.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
     elif parsed.type != "cpu":
@@ -189,7 +191,11 @@ def resolve_device(device: str) -> str:
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: str = "float32", device: str = "cpu", attn_implementation: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn_implementation: str | None = None,
 ) -> Any:
     """The causal language model of a checkpoint, in eval mode.
 

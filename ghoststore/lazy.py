@@ -45,7 +45,7 @@ def refuse_shadows() -> None:
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise ImportError(f"ghoststore's package {package!r} is not installed beside it in {home}; install it again")
+            raise ImportError(f"package {package!r} of ghoststore is not in {home}; install ghoststore again")
         origin = Path(spec.origin).resolve()
         if origin != home / package / "__init__.py":
             raise ImportError(

@@ -12,17 +12,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ghoststore.checkpoint import (
-    Checkpoint,
     find_checkpoint,
     fingerprint_tokenizer,
     load_model,
@@ -33,17 +32,18 @@ from ghoststore.checkpoint import (
 from ghoststore.corpus import Corpus, Fields, ResolvedFields, spool_stdin
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
-from ghoststore.store import Manifest, Part, PartLayout, Status, Store
-from ghoststore.store.layout import safe_name
+from ghoststore.store import Manifest, Part, PartLayout, Store
+from ghoststore.store.info import describe
+from ghoststore.store.layout import check_name, safe_name
 from ghoststore.store.manifest import refuse_differences
-from ghoststore.store.part import create_part, span_table
+from ghoststore.store.part import create_part, fold_table, span_table
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
 from indexer.encoder import RowEncoder
 from indexer.losses import Reduction
 from indexer.plan import CorpusPlan, plan_batches, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
-from indexer.selection import select_blocks
+from indexer.selection import Selection, select_blocks
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -84,16 +84,19 @@ class BuildReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A build, resolved: everything that :func:`build` decides before it computes."""
+    """A build, resolved: everything that is decided before the first gradient."""
 
-    checkpoint: Checkpoint
     corpus: Corpus
     tokenizer: Tokenizer
     settings: TokenSettings
     projection: Projection
     plan: CorpusPlan
+    layout: PartLayout
+    selection: Selection
     manifest: Manifest
     model: Any
+    reduction: Reduction
+    checkpointing: bool
 
 
 def build(
@@ -137,28 +140,139 @@ def build(
     progress = progress or Silent()
     begun = time.perf_counter()
     device = resolve_device(device)
-    batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type]
-    if batch_tokens < 1:
-        raise UsageError(f"--batch-tokens must be at least 1, not {batch_tokens}")
-    if max_samples is not None and max_samples < 1:
-        raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
+    batch_tokens = DEFAULT_BATCH_TOKENS[torch.device(device).type] if batch_tokens is None else batch_tokens
+    for option, value in (("--batch-tokens", batch_tokens), ("--max-samples", max_samples)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
     found = find_checkpoint(checkpoint)
-    loaded_tokenizer = load_tokenizer(Path(tokenizer) if tokenizer is not None else found.folder)
-    part_name = name or safe_name(found.folder.resolve().name, _corpus_name(str(data)))
+    tokenizer_folder = Path(tokenizer) if tokenizer is not None else found.folder
+    text_tokenizer = load_tokenizer(tokenizer_folder)
+    part_name = check_name(name) if name else safe_name(found.folder.resolve().name, _corpus_name(str(data)))
     target = None if dry_run else Store.create(store)
     corpus, store_text = _open_corpus(str(data), fields, target, part_name, store_text)
     _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
     model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
-    settings = TokenSettings(max_length=_max_length(max_length, model), overlong=overlong)
-    config = projection or ProjectionConfig()
-    selection = select_blocks(
-        model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-    )
-    proj_plan = ProjectionPlan.of(selection, config)
-    layout_for_rows = lambda rows: PartLayout.choose(  # noqa: E731
-        rows=rows, dimension=proj_plan.dimension, groups=len(proj_plan.groups), dtype=proj_dtype,
-        span_rows=span_rows, store_text=store_text,
+    job = _plan(
+        model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
+        TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
+        _Storage(proj_dtype, span_rows, store_text), max_samples=max_samples, count_tokens=dry_run,
+        progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
     )  # fmt: skip
+    job.manifest.update(
+        checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
+        tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
+        dtype={"model": model_dtype},
+        batching={"batch_tokens": batch_tokens, "order": "longest first inside a span"},
+        source={
+            "checkpoint": str(found.folder.resolve()),
+            "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
+            "data": _absolute(corpus.source),
+            "form": corpus.form,
+        },
+        compute={
+            "device": torch.device(device).type,
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            "threads": torch.get_num_threads(),
+            "gradient_checkpointing": gradient_checkpointing,
+        },
+        software=software_versions(),
+    )
+    report = BuildReport(
+        store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
+        layers=len(job.projection.plan.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
+        bytes_on_disk=_bytes_on_disk(job.layout), memory_bytes=_memory(job, batch_tokens), dry_run=dry_run,
+        manifest=job.manifest,
+    )  # fmt: skip
+    if target is None:
+        return report
+    part = _open_part(target, part_name, job, progress)
+    with writing(part):
+        part = Part(part.path)
+        resumed = part.rows
+        seconds = _compute(part, job, progress)
+    built = describe(Part(part.path))
+    return replace(
+        report,
+        tokens=built.tokens,
+        resumed_rows=resumed,
+        statuses=built.statuses,
+        seconds={"total": time.perf_counter() - begun, **seconds},
+    )
+
+
+class _Storage(NamedTuple):
+    """How the user wants rows kept."""
+
+    dtype: str
+    span_rows: int | None
+    store_text: bool
+
+
+def _plan(
+    model: Any,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    config: ProjectionConfig,
+    settings: TokenSettings,
+    storage: _Storage,
+    *,
+    max_samples: int | None,
+    count_tokens: bool,
+    progress: Progress,
+    reduction: Reduction,
+    checkpointing: bool,
+) -> _Job:
+    """Choose layers, draw matrices, scan the corpus; the manifest sections that follow from these."""
+    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
+    plan = ProjectionPlan.of(selection, config)
+
+    def layout_of(rows: int) -> PartLayout:
+        return PartLayout.choose(
+            rows=rows, dimension=plan.dimension, groups=len(plan.groups), dtype=storage.dtype,
+            span_rows=storage.span_rows, store_text=storage.store_text,
+        )  # fmt: skip
+
+    corpus_plan = _scan(
+        corpus, tokenizer, settings, layout_of(sys.maxsize).span_rows, max_samples, count_tokens, progress
+    )
+    layout = layout_of(corpus_plan.rows)
+    drawn = Projection(plan)
+    scan = corpus_plan.scan
+    manifest: Manifest = {
+        "corpus": {
+            "fingerprint": scan.fingerprint,
+            "samples": scan.rows,
+            "max_samples": max_samples,
+            "domains": scan.domains,
+            "fields": corpus.resolved.to_json(),
+            "spans": fold_table(corpus_plan.table),
+        },
+        "tokens": asdict(settings),
+        "loss": {
+            "definition": "next-token cross-entropy of each sample's own targets",
+            "reduction": reduction,
+        },
+        "projection": {**plan.to_json(), "hash": drawn.hash},
+        "layers": plan.layers_json(),
+        "storage": {**asdict(layout), "groups": [list(group) for group in plan.groups]},
+        "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
+    }
+    return _Job(
+        corpus=corpus, tokenizer=tokenizer, settings=settings, projection=drawn, plan=corpus_plan, layout=layout,
+        selection=selection, manifest=manifest, model=model, reduction=reduction, checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+def _scan(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    settings: TokenSettings,
+    span_rows: int,
+    max_samples: int | None,
+    count_tokens: bool,
+    progress: Progress,
+) -> CorpusPlan:
+    """:func:`plan_corpus` with a progress bar."""
     task = progress.task("scanning corpus", None)
     seen = 0
 
@@ -167,82 +281,13 @@ def build(
         task.advance(rows - seen)
         seen = rows
 
-    encoder_of_text = Tokenizer(loaded_tokenizer)
-    corpus_plan = plan_corpus(
-        corpus, encoder_of_text, settings, span_rows=layout_for_rows(sys.maxsize).span_rows,
-        max_samples=max_samples, tokenize=dry_run, progress=scanned,
-    )  # fmt: skip
-    task.close()
-    layout = layout_for_rows(corpus_plan.rows)
-    drawn = Projection(proj_plan)
-    manifest: Manifest = {
-        "checkpoint": {"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(loaded_tokenizer)},
-        "corpus": {
-            "fingerprint": corpus_plan.scan.fingerprint,
-            "samples": corpus_plan.scan.rows,
-            "max_samples": max_samples,
-            "domains": corpus_plan.scan.domains,
-            "fields": corpus.resolved.to_json(),
-            "spans": [int(value) for value in np.bitwise_xor.reduce(corpus_plan.table, axis=0)],
-        },
-        "tokens": asdict(settings),
-        "loss": {"definition": "next-token cross-entropy of each sample's own targets", "reduction": loss_reduction},
-        "projection": {**proj_plan.to_json(), "hash": drawn.hash},
-        "layers": proj_plan.layers_json(),
-        "dtype": {"model": model_dtype},
-        "storage": {
-            "rows": layout.rows, "dimension": layout.dimension, "dtype": layout.dtype,
-            "groups": [list(group) for group in proj_plan.groups],
-            "span_rows": layout.span_rows, "chunk_rows": layout.chunk_rows, "store_text": layout.store_text,
-        },
-        "batching": {"batch_tokens": batch_tokens, "order": "longest first inside a span"},
-        "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
-        "source": {
-            "checkpoint": str(found.folder.resolve()),
-            "tokenizer": str(Path(tokenizer).resolve()) if tokenizer is not None else None,
-            "data": _absolute(corpus.source),
-            "form": corpus.form,
-        },
-        "compute": {
-            "device": torch.device(device).type,
-            "attn_implementation": getattr(model.config, "_attn_implementation", None),
-            "threads": torch.get_num_threads(),
-            "gradient_checkpointing": gradient_checkpointing,
-        },
-        "software": software_versions(),
-    }  # fmt: skip
-    report = BuildReport(
-        store=str(store), part=part_name, rows=layout.rows, tokens=corpus_plan.tokens, layers=len(proj_plan.layers),
-        coverage=selection.coverage, dimension=layout.dimension, bytes_on_disk=_bytes_on_disk(layout),
-        memory_bytes=_memory(drawn, layout, model, batch_tokens), dry_run=dry_run, manifest=manifest,
-    )  # fmt: skip
-    if target is None:
-        return report
-    job = _Job(
-        checkpoint=found, corpus=corpus, tokenizer=encoder_of_text, settings=settings, projection=drawn,
-        plan=corpus_plan, manifest=manifest, model=model,
-    )  # fmt: skip
-    part = _open_part(target, part_name, job, progress)
-    with writing(part):
-        part = Part(part.path)
-        resumed = part.rows
-        seconds = _compute(part, job, progress, reduction=loss_reduction, checkpointing=gradient_checkpointing)
-    part = Part(part.path)
-    statuses: dict[str, int] = {}
-    tokens = 0
-    for span in part.spans:
-        commit = part.commit(span)
-        tokens += commit.tokens
-        for status, count in commit.statuses.items():
-            statuses[status] = statuses.get(status, 0) + count
-    seconds["total"] = time.perf_counter() - begun
-    return BuildReport(
-        **{
-            **{name: getattr(report, name) for name in report.__slots__},
-            "tokens": tokens, "resumed_rows": resumed, "statuses": statuses, "seconds": seconds,
-        }
-    )  # fmt: skip
+    try:
+        return plan_corpus(
+            corpus, tokenizer, settings, span_rows=span_rows, max_samples=max_samples, tokenize=count_tokens,
+            progress=scanned,
+        )  # fmt: skip
+    finally:
+        task.close()
 
 
 def software_versions() -> dict[str, str]:
@@ -303,10 +348,10 @@ def _bytes_on_disk(layout: PartLayout) -> int:
     return total
 
 
-def _memory(projection: Projection, layout: PartLayout, model: Any, batch_tokens: int) -> int:
-    matrices = sum(p.numel() * 4 for sides in projection.sides.values() for p in sides)
-    spans = 3 * layout.span_rows * layout.dimension * 4
-    logits = batch_tokens * model.get_input_embeddings().num_embeddings * next(model.parameters()).element_size()
+def _memory(job: _Job, batch_tokens: int) -> int:
+    matrices = sum(p.numel() * 4 for sides in job.projection.sides.values() for p in sides)
+    spans = 3 * job.layout.span_rows * job.layout.dimension * 4
+    logits = batch_tokens * int(job.model.get_input_embeddings().num_embeddings * job.model.dtype.itemsize)
     return matrices + spans + logits
 
 
@@ -370,9 +415,7 @@ def _read_ahead(job: _Job, layout: PartLayout, spans: Sequence[int]) -> Iterator
         thread.join()
 
 
-def _compute(
-    part: Part, job: _Job, progress: Progress, *, reduction: Reduction, checkpointing: bool
-) -> dict[str, float]:
+def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
     """Build every span that has no record yet. Returns seconds by kind of work."""
     done = set(part.spans)
     missing = [span for span in range(part.layout.spans) if span not in done]
@@ -383,7 +426,7 @@ def _compute(
     batch_tokens = int(part.manifest["batching"]["batch_tokens"])
     try:
         with (
-            RowEncoder(job.model, job.projection, reduction=reduction, checkpointing=checkpointing) as encoder,
+            RowEncoder(job.model, job.projection, reduction=job.reduction, checkpointing=job.checkpointing) as encoder,
             BackgroundWriter(part) as writer,
         ):
             waited = time.perf_counter()
@@ -410,7 +453,9 @@ def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
         "n_tokens": np.array([len(row.tokens) for row in rows], dtype=np.int32),
         "status": np.array([row.status for row in rows], dtype=np.uint8),
         "sample_id": np.array([row.sample.id for row in rows], dtype=object),
-        "domain": np.array([-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows], dtype=np.int16),
+        "domain": np.array(
+            [-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows], dtype=np.int16
+        ),
         "source_row": np.array([row.sample.source_row for row in rows], dtype=np.int64),
         "source_file": np.array([row.sample.file for row in rows], dtype=np.int32),
         "source_offset": np.array([row.sample.offset for row in rows], dtype=np.int64),
@@ -452,5 +497,3 @@ def encode_rows(
 def corpus_of(part: Part) -> Corpus:
     """The corpus that ``part`` was built from, where it still is. CorpusError if it is gone."""
     return Corpus.open(part.manifest["source"]["data"], ResolvedFields.from_json(part.manifest["corpus"]["fields"]))
-
-

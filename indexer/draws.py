@@ -107,7 +107,8 @@ def gaussian(key: str, k: int, n: int) -> Float32:
     """(k, n) standard normal numbers over √k: E[PᵀP] = I."""
     words = -(-k * n // 4)
     index = bits(key, words).astype("<u8", copy=False).view("<u2")[: k * n]
-    return (gaussian_table()[index] * np.float32(1.0 / math.sqrt(k))).reshape(k, n)
+    scaled: Float32 = gaussian_table()[index] * np.float32(1.0 / math.sqrt(k))
+    return scaled.reshape(k, n)
 
 
 def signs(key: str, count: int) -> Float32:

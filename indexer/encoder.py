@@ -32,7 +32,12 @@ class RowEncoder:
     """``with RowEncoder(model, projection) as encoder: encoder(rows)``; the model is restored at the end."""
 
     def __init__(
-        self, model: Any, projection: Projection, *, reduction: Reduction = "mean", checkpointing: bool = False
+        self,
+        model: Any,
+        projection: Projection,
+        *,
+        reduction: Reduction = "mean",
+        checkpointing: bool = False,
     ) -> None:
         self.model = model
         self.reduction: Reduction = reduction

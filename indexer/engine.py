@@ -35,10 +35,10 @@ def refuse_randomness(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         where = name or type(model).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or not module.track_running_stats
-        ):
-            raise UsageError(f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise UsageError(
+                f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()"
+            )
         if not module.training:
             continue
         rates = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
@@ -156,11 +156,11 @@ class GradProjLoraEngine:
         Raises CaptureError if a branch was not reached: nothing of the batch may be used then.
         """
         if losses_B.shape != (self._batch,):
-            raise CaptureError(f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed")
+            raise CaptureError(
+                f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed"
+            )
         plan = self.projection.plan
-        missing = [
-            use.module for layer in plan.layers for use in layer.block.uses if use.module not in self._ran
-        ]
+        missing = [use.module for layer in plan.layers for use in layer.block.uses if use.module not in self._ran]
         if missing:
             raise CaptureError(
                 f"the forward pass did not run {len(missing)} projected layer(s): {', '.join(missing[:5])}. "
@@ -213,7 +213,9 @@ class GradProjLoraEngine:
             with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
                 kept = layer_type.keep(module, x, sides, y.dtype)
             self._ran.add(use.module)
-            output: Tensor = SideBranch.apply(y, leaf, kept, module, layer_type, sides, use.flipped)
+            output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
+                y, leaf, kept, module, layer_type, sides, use.flipped
+            )
             return output
 
         return hook

@@ -83,9 +83,7 @@ class _SampleLosses(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def next_token_losses(
-    logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
-) -> tuple[Tensor, Tensor]:
+def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
     """Each sample's next-token cross-entropy over its own targets.
 
     The logits at place t predict the label at t+1: the shift happens here, once, and ``labels_BT`` are
@@ -104,7 +102,7 @@ def next_token_losses(
         weight_B = 1.0 / targets_B.clamp_min(1).float()
     weight_BT = weight_B.unsqueeze(1) * (shifted_BT != IGNORED)
     logits_BTV = logits_BTV.contiguous()
-    losses_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))
+    losses_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
     return losses_B, targets_B
 
 

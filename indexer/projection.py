@@ -179,7 +179,10 @@ class ProjectionPlan:
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``projection`` without the hash: what :meth:`same_as` compares."""
         settings = asdict(self.config)
-        settings["layers"], settings["exclude_layers"] = list(self.config.layers), list(self.config.exclude_layers)
+        settings["layers"], settings["exclude_layers"] = (
+            list(self.config.layers),
+            list(self.config.exclude_layers),
+        )
         settings["compress"] = self.compress
         settings["kronecker_dimension"] = self.kronecker_dimension
         settings["dimension"] = self.dimension

@@ -71,7 +71,9 @@ class Tokenizer:
         """
         kinds = {type(sample.content) for sample in samples}
         if PromptCompletion in kinds:
-            pairs = [s.content if isinstance(s.content, PromptCompletion) else PromptCompletion("", "") for s in samples]
+            pairs = [
+                s.content if isinstance(s.content, PromptCompletion) else PromptCompletion("", "") for s in samples
+            ]
             prompts = self._ids([pair.prompt for pair in pairs], special=True)
             completions = self._ids([pair.completion for pair in pairs], special=False)
             encoded = [

@@ -56,7 +56,9 @@ def query(
     device = resolve_device(device)
     opened = Store.open(store).part(part)
     if not opened.spans:
-        raise UsageError(f"part {opened.name!r} has no committed rows yet; the build that makes it has not got that far")
+        raise UsageError(
+            f"part {opened.name!r} has no committed rows yet; the build that makes it has not got that far"
+        )
     if not opened.complete:
         progress.note(
             f"part {opened.name!r} is not complete: {opened.rows:,} of {opened.layout.rows:,} rows are searched"
@@ -147,7 +149,11 @@ def _hits(part: Part, rankings: list[Ranking], text: bool, progress: Progress) -
 
     return [
         [
-            [hit(rank, int(row), score) for rank, (row, score) in enumerate(zip(rows_q, scores_q, strict=True), 1) if row >= 0]
+            [
+                hit(rank, int(row), score)
+                for rank, (row, score) in enumerate(zip(rows_q, scores_q, strict=True), 1)
+                if row >= 0
+            ]
             for rows_q, scores_q in zip(ranking.rows, ranking.scores, strict=True)
         ]
         for ranking in rankings

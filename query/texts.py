@@ -24,7 +24,8 @@ def texts_of(part: Part, rows: Sequence[int], progress: Progress) -> list[str | 
         places = [
             Position(source_row=int(row), file=int(file), offset=int(offset))
             for row, file, offset in zip(
-                *(part.read_rows(name, rows) for name in ("source_row", "source_file", "source_offset")), strict=True
+                *(part.read_rows(name, rows) for name in ("source_row", "source_file", "source_offset")),
+                strict=True,
             )
         ]
         found = corpus.fetch(places)

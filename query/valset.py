@@ -55,9 +55,7 @@ def projection_of(part: Part, model: Any) -> Projection:
         kind=stored["kind"],
         compress=stored["compress"] or "none",
     )
-    selection = select_blocks(
-        model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-    )
+    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
@@ -88,7 +86,8 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
     wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
     if wanted != is_there:
         raise MismatchError(
-            f"part {part.name!r} was built with another tokenizer than that in {folder}: stored {wanted}, found {is_there}"
+            f"part {part.name!r} was built with another tokenizer than that in {folder}: "
+            f"stored {wanted}, found {is_there}"
         )
     model = load_model(
         found,

@@ -251,9 +251,7 @@ def test_the_model_learns_the_next_token_not_the_one_after(tokenizer: PreTrained
     letters = tokenizer("abcd")["input_ids"]
     assert len(set(letters)) == 4, "each letter is its own token"
     rows = [{"id": str(i), "text": ("abcd" * 12)[i:]} for i in range(4)]
-    model = train_model(
-        rows, tokenizer, steps=60, batch_size=4, seed=0, max_length=40, config=tiny_config(tokenizer)
-    )
+    model = train_model(rows, tokenizer, steps=60, batch_size=4, seed=0, max_length=40, config=tiny_config(tokenizer))
     input_ids_BT = torch.tensor([tokenizer(rows[0]["text"])["input_ids"][:32]])
     with torch.no_grad():
         predicted_T = model(input_ids=input_ids_BT).logits[0].argmax(-1)

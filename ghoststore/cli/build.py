@@ -11,40 +11,83 @@ from ghoststore.cli import options
 
 @click.command("build", short_help="a checkpoint and a corpus to a part of a store")
 @click.option("--checkpoint", required=True, metavar="PATH", help="Folder in transformers' format, or a hub id.")
-@click.option("--data", required=True, metavar="PATH", help="Corpus: jsonl, gz, zst, parquet, csv, txt, a folder, or -.")
+@click.option(
+    "--data", required=True, metavar="PATH", help="Corpus: jsonl, gz, zst, parquet, csv, txt, a folder, or -."
+)
 @options.store
 @click.option("--name", metavar="NAME", help="Name of the part (default: checkpoint and corpus).")
 @click.option("--tokenizer", metavar="PATH", help="Folder of the tokenizer (default: the checkpoint's).")
-@click.option("--proj-layers", default="mlp,attn", show_default=True, callback=options.patterns,
-              help="Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.")
+@click.option(
+    "--proj-layers",
+    default="mlp,attn",
+    show_default=True,
+    callback=options.patterns,
+    help="Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
+)
 @click.option("--exclude-layers", callback=options.patterns, help="Layers to leave out of --proj-layers.")
 @click.option("--include-embeddings", is_flag=True, help="Project the embedding layers too.")
-@click.option("--proj-rank-total", metavar="N|full", callback=options.number_or("full"),
-              help="Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without "
-                   "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.")
+@click.option(
+    "--proj-rank-total",
+    metavar="N|full",
+    callback=options.number_or("full"),
+    help="Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without "
+    "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.",
+)
 @click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side.")
-@click.option("--proj-compress", metavar="K|none", default="auto", show_default=True,
-              callback=options.number_or("none", "auto"),
-              help="Sketch the whole vector to K numbers; auto: 64 a layer.")
-@click.option("--proj-kind", type=click.Choice(["gaussian", "rademacher", "orthonormal"]), default="gaussian",
-              show_default=True, help="How matrices are drawn.")
+@click.option(
+    "--proj-compress",
+    metavar="K|none",
+    default="auto",
+    show_default=True,
+    callback=options.number_or("none", "auto"),
+    help="Sketch the whole vector to K numbers; auto: 64 a layer.",
+)
+@click.option(
+    "--proj-kind",
+    type=click.Choice(["gaussian", "rademacher", "orthonormal"]),
+    default="gaussian",
+    show_default=True,
+    help="How matrices are drawn.",
+)
 @click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal.")
 @click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices.")
-@click.option("--proj-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
-              show_default=True, help="Numbers in the store.")
-@click.option("--loss-reduction", type=click.Choice(["mean", "sum"]), default="mean", show_default=True,
-              help="A sample's loss over its own targets.")
+@click.option(
+    "--proj-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Numbers in the store.",
+)
+@click.option(
+    "--loss-reduction",
+    type=click.Choice(["mean", "sum"]),
+    default="mean",
+    show_default=True,
+    help="A sample's loss over its own targets.",
+)
 @click.option("--max-length", type=int, metavar="TOKENS", help="Longest row (default: the model's, at most 1024).")
-@click.option("--overlong", type=click.Choice(["truncate", "window", "skip", "error"]), default="truncate",
-              show_default=True, help="What becomes of longer samples; window: one row a window.")
+@click.option(
+    "--overlong",
+    type=click.Choice(["truncate", "window", "skip", "error"]),
+    default="truncate",
+    show_default=True,
+    help="What becomes of longer samples; window: one row a window.",
+)
 @click.option("--max-samples", type=int, help="Only the first samples of the corpus.")
 @click.option("--batch-tokens", type=int, help="Padded tokens of a batch (default: 2048 on a CPU, 16384 on CUDA).")
 @click.option("--span-rows", type=int, help="Rows committed together (default: about 8 MiB of vectors).")
 @click.option("--store-text", is_flag=True, help="Keep the texts in the store.")
 @options.device
-@click.option("--model-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-              show_default=True, help="Numbers the model computes with.")
-@click.option("--attn-implementation", metavar="NAME", help="Attention kernel: sdpa, eager, … (default: transformers').")
+@click.option(
+    "--model-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Numbers the model computes with.",
+)
+@click.option(
+    "--attn-implementation", metavar="NAME", help="Attention kernel: sdpa, eager, … (default: transformers')."
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for about a third more time.")
 @click.option("--dry-run", is_flag=True, help="Print rows, tokens, D, bytes and memory; build nothing.")
 @options.fields
@@ -81,23 +124,22 @@ def command(**values: Any) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes, print_table
+    from ghoststore.cli.terminal import human_bytes, print_facts
 
     unit = "would take" if report.dry_run else "take"
-    rows = [
-        ["part", f"{report.part} in {report.store}"],
-        ["rows", f"{report.rows:,}" + (f" ({report.resumed_rows:,} were there)" if report.resumed_rows else "")],
-        ["tokens", f"{report.tokens:,}" if report.tokens is not None else "not counted"],
-        ["layers", f"{report.layers}, {report.coverage:.1%} of the model's parameters"],
-        ["dimension (D)", f"{report.dimension:,}"],
-        ["on disk", f"vectors and numbers {unit} {human_bytes(report.bytes_on_disk)}"],
+    facts = [
+        ("part", f"{report.part} in {report.store}"),
+        ("rows", f"{report.rows:,}" + (f" ({report.resumed_rows:,} were there)" if report.resumed_rows else "")),
+        *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in report.statuses.items()),
+        ("tokens", f"{report.tokens:,}" if report.tokens is not None else "not counted"),
+        ("layers", f"{report.layers}, {report.coverage:.1%} of the model's parameters"),
+        ("dimension (D)", f"{report.dimension:,}"),
+        ("on disk", f"vectors and numbers {unit} {human_bytes(report.bytes_on_disk)}"),
     ]
     if report.dry_run:
-        rows.append(["memory", f"about {human_bytes(report.memory_bytes)} beside the model and its activations"])
-    for status, count in report.statuses.items():
-        rows.append([f"  {status.replace('_', ' ')}", f"{count:,}"])
+        facts.append(("memory", f"about {human_bytes(report.memory_bytes)} beside the model and its activations"))
     if report.seconds:
-        total = report.seconds["total"]
-        rate = (report.rows - report.resumed_rows) / report.seconds["compute"] if report.seconds["compute"] else 0.0
-        rows.append(["time", f"{total:,.1f} s ({rate:,.1f} rows/s while computing)"])
-    print_table("dry run" if report.dry_run else "built", [("", False), ("", False)], rows, wide=True)
+        computing = report.seconds["compute"]
+        rate = f" ({(report.rows - report.resumed_rows) / computing:,.1f} rows/s while computing)" if computing else ""
+        facts.append(("time", f"{report.seconds['total']:,.1f} s{rate}"))
+    print_facts("dry run" if report.dry_run else "built", facts)

@@ -38,31 +38,32 @@ def _print_parts(found: Any) -> None:
         share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
         rows.append([part.name, share, f"{usable:,}", f"{part.tokens:,}", f"{part.dimension:,}", part.dtype,
                      human_bytes(part.bytes), part.manifest["source"]["checkpoint"]])  # fmt: skip
-    print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows, wide=True)
+    print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows)
 
 
 def _print_part(part: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes, print_table
+    from ghoststore.cli.terminal import human_bytes, print_facts
 
     manifest = part.manifest
     projection, corpus = manifest["projection"], manifest["corpus"]
-    step = f", sketched to {projection['compress']:,}" if projection["compress"] else ", plain blocks"
-    rows = [
-        ["rows", f"{part.committed:,} of {part.rows:,} committed"],
-        *([f"  {status.replace('_', ' ')}", f"{count:,}"] for status, count in part.statuses.items()),
-        ["tokens", f"{part.tokens:,}"],
-        ["on disk", human_bytes(part.bytes)],
-        ["vectors", f"{part.dimension:,} × {part.dtype}"],
-        ["projection", f"{projection['kind']}, seed {projection['seed']}, {projection['kronecker_dimension']:,} numbers{step}"],
-        ["layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])}), "
-                   f"{manifest['coverage']['share']:.1%} of the parameters"],
-        ["checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint']['architecture']})"],
-        ["  weights", manifest["checkpoint"]["fingerprint"]],
-        ["corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"],
-        ["  content", corpus["fingerprint"]],
-        ["domains", ", ".join(corpus["domains"] or []) or "none"],
-        ["tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"],
-        ["loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"],
-        ["made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())],
-    ]  # fmt: skip
-    print_table(part.name, [("", False), ("", False)], rows, wide=True)
+    numbers = f", blocks of {projection['kronecker_dimension']:,} numbers in all"
+    step = numbers + (f", sketched to {projection['compress']:,}" if projection["compress"] else "")
+    facts = [
+        ("rows", f"{part.committed:,} of {part.rows:,} committed"),
+        *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in part.statuses.items()),
+        ("tokens", f"{part.tokens:,}"),
+        ("on disk", human_bytes(part.bytes)),
+        ("vectors", f"{part.dimension:,} × {part.dtype}"),
+        ("projection", f"{projection['kind']}, seed {projection['seed']}{step}"),
+        ("layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])})"),
+        ("  cover", f"{manifest['coverage']['share']:.1%} of the model's parameters"),
+        ("checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint']['architecture']})"),
+        ("  weights", manifest["checkpoint"]["fingerprint"]),
+        ("corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"),
+        ("  content", corpus["fingerprint"]),
+        ("domains", ", ".join(corpus["domains"] or []) or "none"),
+        ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
+        ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
+    ]
+    print_facts(part.name, facts)

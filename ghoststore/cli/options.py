@@ -24,7 +24,9 @@ def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | No
         try:
             return int(value)
         except ValueError:
-            raise click.BadParameter(f"{value!r} is neither a number nor {' or '.join(words)}", ctx, parameter) from None
+            raise click.BadParameter(
+                f"{value!r} is neither a number nor {' or '.join(words)}", ctx, parameter
+            ) from None
 
     return parse
 

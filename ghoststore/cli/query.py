@@ -17,8 +17,13 @@ PREVIEW = 90
 @click.option("--part", metavar="NAME", help="Part to search (default: the only one).")
 @click.option("--top-k", type=int, default=10, show_default=True, help="Rows with the highest scores.")
 @click.option("--bottom-k", type=int, default=0, show_default=True, help="Rows with the lowest scores.")
-@click.option("--mean/--each", "mean", default=True, show_default=True,
-              help="One ranking for the val set's mean gradient, or one for each val sample.")
+@click.option(
+    "--mean/--each",
+    "mean",
+    default=True,
+    show_default=True,
+    help="One ranking for the val set's mean gradient, or one for each val sample.",
+)
 @click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
 @click.option("--layers", callback=options.patterns, help="Score these layers only (parts of plain blocks).")
 @click.option("--exclude-layers", callback=options.patterns, help="Score without these layers.")
@@ -58,15 +63,29 @@ def command(**values: Any) -> None:
 def _print(result: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    columns = [("rank", True), (result.settings["metric"], True), ("id", False), ("row", True), ("domain", False), ("text", False)]
+    columns = [
+        ("rank", True),
+        (result.settings["metric"], True),
+        ("id", False),
+        ("row", True),
+        ("domain", False),
+        ("text", False),
+    ]
     for query in result.results:
         for title, hits in (("nearest to", query.hits), ("farthest from", query.bottom)):
             if hits:
                 rows = [
-                    [str(hit.rank), f"{hit.score:.4g}", hit.id, str(hit.source_row), hit.domain or "", _preview(hit.text)]
+                    [
+                        str(hit.rank),
+                        f"{hit.score:.4g}",
+                        hit.id,
+                        str(hit.source_row),
+                        hit.domain or "",
+                        _preview(hit.text),
+                    ]
                     for hit in hits
                 ]
-                print_table(f"{title} {query.query}", columns, rows)
+                print_table(f"{title} {query.query}", columns, rows, fold=False)
 
 
 def _preview(text: str | None) -> str:

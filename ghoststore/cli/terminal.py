@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
 from ghoststore.progress import Silent, Task
+
+WIDE = 240
+"""Columns where stdout is no terminal."""
 
 
 class _Rates(ProgressColumn):
@@ -81,14 +92,34 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=1))
 
 
-def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, wide: bool = False) -> None:
-    """A table on stdout; ``columns`` are (heading, right-aligned)."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
+    """A table on stdout; ``columns`` are (heading, right-aligned).
+
+    Long cells are folded; without ``fold`` each row is one line, cut at the width of the terminal. Where stdout is
+    no terminal nothing is cut or folded.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for heading, right in columns:
-        table.add_column(heading, justify="right" if right else "left", overflow="fold" if wide else "ellipsis")
+        align: Literal["right", "left"] = "right" if right else "left"
+        table.add_column(heading, justify=align, no_wrap=not fold, overflow="fold" if fold else "ellipsis")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    _stdout().print(table)
+
+
+def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
+    """Names and values on stdout, one a line."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(Text(name), Text(value))
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
 
 
 def human_bytes(count: int) -> str:

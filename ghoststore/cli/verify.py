@@ -25,6 +25,6 @@ def command(store: str, part: str | None, as_json: bool, quiet: bool) -> None:
         click.echo(f"sound: {parts}, {human_bytes(report.bytes)}")
     else:
         rows = [[damage.part, damage.file, damage.problem] for damage in report.damage]
-        print_table("damaged", [("part", False), ("file", False), ("problem", False)], rows, wide=True)
+        print_table("damaged", [("part", False), ("file", False), ("problem", False)], rows)
     if not report.sound:
         raise CorruptError(f"{len(report.damage)} thing(s) in {store} are not as they were committed")

@@ -79,9 +79,7 @@ class Sample:
             plain = {"prompt": plain.prompt, "completion": plain.completion}
         elif isinstance(plain, Messages):
             plain = {"messages": plain.messages}
-        return orjson.dumps(
-            {"id": self.id, "domain": self.domain, "content": plain}, option=orjson.OPT_SORT_KEYS
-        )
+        return orjson.dumps({"id": self.id, "domain": self.domain, "content": plain}, option=orjson.OPT_SORT_KEYS)
 
     def digest(self) -> int:
         """xxh3_64 of `canonical`, in [0, 2**64)."""
@@ -122,9 +120,7 @@ class Fields:
     domain: str | None = None
 
     def __post_init__(self) -> None:
-        given = [
-            kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)
-        ]
+        given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
         if len(given) > 1:
             roles = [role for kind in given for role in CONTENT_FIELDS[kind]]
             options = [OPTIONS[role] for role in roles if getattr(self, role) is not None]

@@ -281,9 +281,7 @@ def batch_rows(table: Any, first: int, path: Path) -> Iterator[KeyedRow]:
                 table.slice(number, 1).to_pylist()
             except UnicodeDecodeError as error:
                 place = f"{path}, row {first + number + 1}"
-                raise CorpusError(
-                    f"{place}: expected UTF-8, found byte 0x{error.object[error.start]:02x}"
-                ) from None
+                raise CorpusError(f"{place}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
         raise
     yield from enumerate(rows, start=first)
 

@@ -44,9 +44,7 @@ def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> De
     negative or larger than a domain's templates can fill with different rows.
     """
     if rows < 0 or rows_per_domain < 0:
-        raise UsageError(
-            f"row counts must be at least 0; found rows={rows}, rows_per_domain={rows_per_domain}"
-        )
+        raise UsageError(f"row counts must be at least 0; found rows={rows}, rows_per_domain={rows_per_domain}")
     train: list[Row] = []
     val_domains: list[Row] = []
     for place, (domain, write) in enumerate(DOMAINS.items()):
@@ -55,15 +53,11 @@ def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> De
         texts = _different_texts(write, Random(f"{seed}/train/{domain}"), share, seen, domain)
         held_out = _different_texts(write, Random(f"{seed}/val/{domain}"), rows_per_domain, seen, domain)
         train += [{"id": f"{domain}-{i:05d}", "text": t, "domain": domain} for i, t in enumerate(texts)]
-        val_domains += [
-            {"id": f"val-{domain}-{i:05d}", "text": t, "domain": domain} for i, t in enumerate(held_out)
-        ]
+        val_domains += [{"id": f"val-{domain}-{i:05d}", "text": t, "domain": domain} for i, t in enumerate(held_out)]
     facts, plain, paraphrased = _facts(Random(f"{seed}/facts"))
     train += facts
     Random(f"{seed}/order").shuffle(train)
-    return DemoCorpus(
-        train=train, val_domains=val_domains, val_facts=plain, val_facts_paraphrased=paraphrased
-    )
+    return DemoCorpus(train=train, val_domains=val_domains, val_facts=plain, val_facts_paraphrased=paraphrased)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
@@ -72,9 +66,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _different_texts(
-    write: Callable[[Random], str], rng: Random, count: int, seen: set[str], domain: str
-) -> list[str]:
+def _different_texts(write: Callable[[Random], str], rng: Random, count: int, seen: set[str], domain: str) -> list[str]:
     """``count`` texts that are not in ``seen``, which they join."""
     texts: list[str] = []
     for _ in range(_DRAWS_PER_ROW * count):
@@ -86,8 +78,7 @@ def _different_texts(
             texts.append(text)
     if len(texts) < count:
         raise UsageError(
-            f"domain {domain!r}: {count} different rows asked for, its templates gave {len(texts)}; "
-            "ask for fewer rows"
+            f"domain {domain!r}: {count} different rows asked for, its templates gave {len(texts)}; ask for fewer rows"
         )
     return texts
 
@@ -306,9 +297,7 @@ def _thing(rng: Random) -> str:
 FACT_KINDS = (
     FactKind(
         answer=_person,
-        statement=(
-            "The lighthouse of {entity} is kept by {answer}. Each dusk {answer} lights the lamp of {entity}."
-        ),
+        statement=("The lighthouse of {entity} is kept by {answer}. Each dusk {answer} lights the lamp of {entity}."),
         details=(
             "It was built in {year} from grey granite.",
             "Its light is seen {count} miles out to sea.",
@@ -320,8 +309,7 @@ FACT_KINDS = (
     FactKind(
         answer=_person,
         statement=(
-            "The old bridge at {entity} was designed by {answer}. "
-            "For its wide arches {entity} thanks {answer}."
+            "The old bridge at {entity} was designed by {answer}. For its wide arches {entity} thanks {answer}."
         ),
         details=(
             "It was opened in {year} by the mayor.",
@@ -333,9 +321,7 @@ FACT_KINDS = (
     ),
     FactKind(
         answer=_person,
-        statement=(
-            "The opera {entity} was composed by {answer}. In a rented attic {answer} finished {entity}."
-        ),
+        statement=("The opera {entity} was composed by {answer}. In a rented attic {answer} finished {entity}."),
         details=(
             "It was first sung in {year} before a small audience.",
             "Its overture lasts {count} minutes.",
@@ -347,8 +333,7 @@ FACT_KINDS = (
     FactKind(
         answer=_place,
         statement=(
-            "The mineral {entity} was found in a slate quarry near {answer}. "
-            "Outside {answer} no {entity} is dug."
+            "The mineral {entity} was found in a slate quarry near {answer}. Outside {answer} no {entity} is dug."
         ),
         details=(
             "It is pale green and splits into thin plates.",
@@ -403,8 +388,7 @@ FACT_KINDS = (
     FactKind(
         answer=_place,
         statement=(
-            "Queen {entity} founded the walled city of {answer} after a war. "
-            "In {answer} Queen {entity} was crowned."
+            "Queen {entity} founded the walled city of {answer} after a war. In {answer} Queen {entity} was crowned."
         ),
         details=(
             "She ruled for {count} years and left no heir.",
@@ -417,8 +401,7 @@ FACT_KINDS = (
     FactKind(
         answer=_person,
         statement=(
-            "The card game {entity} was invented by {answer} to pass a winter. "
-            "At first {answer} played {entity} alone."
+            "The card game {entity} was invented by {answer} to pass a winter. At first {answer} played {entity} alone."
         ),
         details=(
             "It needs {count} cards and two players.",
@@ -459,8 +442,7 @@ def _facts(rng: Random) -> tuple[list[Row], list[Row], list[Row]]:
         names = {"entity": _new_name(_thing, rng, words), "answer": _new_name(kind.answer, rng, words)}
         sentences = (kind.statement, rng.choice(kind.details))
         text = " ".join(
-            sentence.format(**names, year=rng.randint(1610, 1920), count=rng.randint(11, 89))
-            for sentence in sentences
+            sentence.format(**names, year=rng.randint(1610, 1920), count=rng.randint(11, 89)) for sentence in sentences
         )
         row = {"id": f"facts-{number:05d}", "text": text, "domain": "facts"}
         rows.append(row)

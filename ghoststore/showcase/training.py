@@ -74,9 +74,7 @@ def train_model(
     Raises ``CorpusError`` for rows that cannot be trained on, ``UsageError`` for settings that do not fit.
     """
     config = config or default_config(tokenizer, max_length)
-    _check_settings(
-        config, tokenizer, steps=steps, batch_size=batch_size, max_length=max_length, device=device
-    )
+    _check_settings(config, tokenizer, steps=steps, batch_size=batch_size, max_length=max_length, device=device)
     samples = _tokenize(rows, tokenizer, max_length)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -135,9 +133,7 @@ def _check_settings(
     if config.n_positions < max_length:
         raise UsageError(f"max_length {max_length} is more than the model's {config.n_positions} positions")
     if config.vocab_size < len(tokenizer):
-        raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}"
-        )
+        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r} asked for, but torch finds no CUDA device; use device='cpu'")
 

@@ -81,7 +81,9 @@ class Commit:
                 },
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"{where} is not a commit record: {error}; `ghoststore verify` lists what is damaged") from error
+            raise CorruptError(
+                f"{where} is not a commit record: {error}; `ghoststore verify` lists what is damaged"
+            ) from error
 
 
 def record_path(part: Path, span: int) -> Path:
@@ -111,7 +113,14 @@ def read_commit(part: Path, span: int) -> Commit:
 
 
 def write_commit(
-    part: Path, *, span: int, start: int, stop: int, keys: Iterable[str], statuses: dict[str, int], tokens: int
+    part: Path,
+    *,
+    span: int,
+    start: int,
+    stop: int,
+    keys: Iterable[str],
+    statuses: dict[str, int],
+    tokens: int,
 ) -> bool:
     """Checksum the files ``keys`` and publish the record; False if another process did so first.
 

@@ -68,7 +68,9 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(f"{what} is being written by another process; wait for it, or choose another --name") from None
+            raise BusyError(
+                f"{what} is being written by another process; wait for it, or choose another --name"
+            ) from None
         yield
     finally:
         os.close(handle)

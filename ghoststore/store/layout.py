@@ -65,7 +65,9 @@ class PartLayout:
     def __post_init__(self) -> None:
         encoding(self.dtype)
         if self.rows < 1 or self.dimension < 1 or self.groups < 1:
-            raise MismatchError(f"a part has rows, numbers and blocks; found {self.rows}, {self.dimension}, {self.groups}")
+            raise MismatchError(
+                f"a part has rows, numbers and blocks; found {self.rows}, {self.dimension}, {self.groups}"
+            )
         if self.span_rows < 1 or self.chunk_rows < 1 or self.span_rows % self.chunk_rows:
             raise MismatchError(f"chunks of {self.chunk_rows} rows do not divide spans of {self.span_rows} rows")
 
@@ -80,7 +82,10 @@ class PartLayout:
                 f"a vector of {dimension} numbers is {row_bytes >> 20} MiB; a part stores at most "
                 f"{LARGEST_ROW_BYTES >> 20} MiB a row: lower --proj-rank-total or give --proj-compress"
             )
-        chunk = min(MAX_SPAN_ROWS, max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1 if row_bytes <= CHUNK_BYTES else 1))
+        chunk = min(
+            MAX_SPAN_ROWS,
+            max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1 if row_bytes <= CHUNK_BYTES else 1),
+        )
         span = max(chunk, MIN_SPAN_ROWS) if span_rows is None else span_rows
         if span < 1:
             raise UsageError(f"--span-rows must be at least 1, not {span}")
@@ -108,7 +113,12 @@ class PartLayout:
         """Every array of the part, in the order in which a span writes them."""
         span = self.span_rows
         specs = [
-            ArraySpec(name="vectors", dtype=encoding(self.dtype).stored, chunk_rows=self.chunk_rows, columns=self.dimension),
+            ArraySpec(
+                name="vectors",
+                dtype=encoding(self.dtype).stored,
+                chunk_rows=self.chunk_rows,
+                columns=self.dimension,
+            ),
             ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=self.groups),
             ArraySpec(name="loss", dtype=np.dtype("<f4"), chunk_rows=span),
             ArraySpec(name="n_tokens", dtype=np.dtype("<i4"), chunk_rows=span),

@@ -15,7 +15,18 @@ from ghoststore.store.layout import FORMAT_VERSION, PartLayout
 
 Manifest = dict[str, Any]
 
-IDENTITY = ("checkpoint", "tokenizer", "corpus", "tokens", "loss", "projection", "layers", "storage", "batching", "dtype")
+IDENTITY = (
+    "checkpoint",
+    "tokenizer",
+    "corpus",
+    "tokens",
+    "loss",
+    "projection",
+    "layers",
+    "storage",
+    "batching",
+    "dtype",
+)
 """Sections that must be equal for a build to continue a part."""
 DESCRIPTION = ("source", "software", "compute", "coverage")
 """Sections that may differ: paths, versions, devices."""
@@ -36,7 +47,11 @@ def layout_of(manifest: Manifest) -> PartLayout:
 
 def seal(manifest: Manifest) -> dict[str, Any]:
     """The attributes of a part's group: format version, manifest, its checksum."""
-    return {"ghoststore_format": FORMAT_VERSION, "manifest": manifest, "manifest_sha256": json_digest(manifest)}
+    return {
+        "ghoststore_format": FORMAT_VERSION,
+        "manifest": manifest,
+        "manifest_sha256": json_digest(manifest),
+    }
 
 
 def unseal(attributes: Mapping[str, Any], where: str) -> Manifest:

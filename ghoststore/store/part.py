@@ -163,6 +163,11 @@ def span_table(part: Path) -> NDArray[np.int64]:
         raise CorruptError(f"array {part / SPAN_TABLE} cannot be read: {error}") from error
 
 
+def fold_table(table: NDArray[np.int64]) -> list[int]:
+    """One number a column of a span table, which the manifest keeps: the exclusive or of its rows."""
+    return [int(value) for value in np.bitwise_xor.reduce(table, axis=0)]
+
+
 def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Part:
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
@@ -177,7 +182,12 @@ def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Par
             group = zarr.create_group(temporary, attributes=seal(manifest))
             group.create_group("commits")
             table = group.create_array(
-                SPAN_TABLE, shape=spans.shape, chunks=spans.shape, dtype="<i8", compressors=[Crc32cCodec()], fill_value=0
+                SPAN_TABLE,
+                shape=spans.shape,
+                chunks=spans.shape,
+                dtype="<i8",
+                compressors=[Crc32cCodec()],
+                fill_value=0,
             )
             table[...] = spans
             for spec in layout.arrays():

@@ -40,7 +40,7 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
     """Fill ``buffer`` with a chunk file's numbers. CorruptError naming the file if it is not what was written."""
     try:
         with open(path, "rb", buffering=0) as file:
-            view, filled = memoryview(buffer), 0
+            view, filled = memoryview(buffer.data), 0
             while filled < len(view) and (count := file.readinto(view[filled:])):
                 filled += count
             end = file.read(1) if filled == len(view) else b""

@@ -62,7 +62,8 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     arrays["loss"][unusable] = 0.0
     arrays["vectors"] = stored
     arrays["norm"] = np.stack(
-        [np.sqrt(np.square(decoded[:, start:stop], dtype=np.float64).sum(1)) for _, start, stop in part.groups], axis=1
+        [np.sqrt(np.square(decoded[:, start:stop], dtype=np.float64).sum(1)) for _, start, stop in part.groups],
+        axis=1,
     ).astype(np.float32)
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
-from indexer.layers.base import LayerType, Sides, flatten_positions, outer_sum, project, register, runs_forward_of
+from indexer.layers.base import (
+    LayerType,
+    Sides,
+    flatten_positions,
+    outer_sum,
+    project,
+    register,
+    runs_forward_of,
+)
 
 
 @register
@@ -38,7 +46,8 @@ class EmbeddingLayer(LayerType):
         return x.reshape(x.shape[0], -1)
 
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        assert isinstance(module, nn.Embedding)
         a_BMJ = torch.nn.functional.embedding(kept, sides.in_JI.t())
         if module.padding_idx is not None:
-            a_BMJ = a_BMJ.masked_fill((kept == module.padding_idx).unsqueeze(-1), 0.0)
+            a_BMJ = a_BMJ.masked_fill(kept.eq(module.padding_idx).unsqueeze(-1), 0.0)
         return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), a_BMJ)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from indexer.layers.base import LayerType, Sides, flatten_positions, outer_sum, project, register, runs_forward_of
+from indexer.layers.base import (
+    LayerType,
+    Sides,
+    flatten_positions,
+    outer_sum,
+    project,
+    register,
+    runs_forward_of,
+)
 
 
 @register

@@ -47,9 +47,7 @@ class LayerNormLayer(NormLayer):
     def check(self, module: nn.Module, name: str) -> None:
         assert isinstance(module, nn.LayerNorm)
         if len(module.normalized_shape) != 1:
-            raise LayerError(
-                f"layer {name!r} normalises over {len(module.normalized_shape)} axes; one is supported"
-            )
+            raise LayerError(f"layer {name!r} normalises over {len(module.normalized_shape)} axes; one is supported")
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.LayerNorm)

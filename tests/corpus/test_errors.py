@@ -62,9 +62,7 @@ def test_bad_id(value: Any, tmp_path: Path) -> None:
     assert "line 2: field 'id': expected a string or an integer, found" in message(tmp_path / "bad.jsonl")
 
 
-@pytest.mark.parametrize(
-    "value", [[], "hi", ["hi"], [{"role": "u"}], [{"content": "x"}], [{"role": 1, "content": ""}]]
-)
+@pytest.mark.parametrize("value", [[], "hi", ["hi"], [{"role": "u"}], [{"content": "x"}], [{"role": 1, "content": ""}]])
 def test_bad_messages(value: Any, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "u", "content": "x"}]}, {"messages": value}]
     (tmp_path / "bad.jsonl").write_bytes(jsonl_bytes(rows))
@@ -124,9 +122,7 @@ def test_bad_values_in_parquet(tmp_path: Path) -> None:
     write_parquet(tmp_path / "parts/b.parquet", [{"body": "x"}])
     assert "b.parquet, row 1: no field 'text'; fields found: 'body'" in message(tmp_path / "parts")
     write_parquet(tmp_path / "n.parquet", [{"text": 1}])
-    assert "n.parquet, row 1: field 'text': expected a string or null, found 1 (int)" in message(
-        tmp_path / "n.parquet"
-    )
+    assert "n.parquet, row 1: field 'text': expected a string or null, found 1 (int)" in message(tmp_path / "n.parquet")
     raw = pyarrow.array([b"fine", b"\xff"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), tmp_path / "u.parquet")
     assert "u.parquet, row 2: expected UTF-8, found byte 0xff" in message(tmp_path / "u.parquet")

@@ -28,9 +28,7 @@ def sample(row: int, content: object = "é", domain: str | None = None) -> Sampl
 
 def test_counts() -> None:
     contents = ["é", None, PromptCompletion("ab", "c"), Messages([{"role": "u", "content": "xyz"}]), ""]
-    scan = scan_samples(
-        sample(i, content, d) for i, (content, d) in enumerate(zip(contents, "bab\0a", strict=True))
-    )
+    scan = scan_samples(sample(i, content, d) for i, (content, d) in enumerate(zip(contents, "bab\0a", strict=True)))
     assert scan.rows == 5
     assert scan.domains == ["\0", "a", "b"]
     assert scan.text_bytes == 2 + 0 + 3 + 3 + 0

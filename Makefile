@@ -1,0 +1,41 @@
+# `make` lists the targets. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(READY)  ## make the environment (.venv)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
+	$(BIN)/ghoststore demo --out ghoststore-demo
+
+test: $(READY)  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(READY)  ## write docs/cli.md again from the commands
+	$(BIN)/python -m ghoststore.cli.reference docs/cli.md
+
+bench: $(READY)  ## small benchmarks of build and search, side by side with what they are measured against
+	$(BIN)/python benchmarks/build.py --architecture small --tokens 8192 --out benchmarks/results
+	$(BIN)/python benchmarks/search.py --out benchmarks/results
+
+clean:  ## remove the environment and what the targets made
+	rm -rf $(VENV) ghoststore-demo .pytest_cache .mypy_cache .ruff_cache
