@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
-	$(BIN)/ghoststore demo --out ghoststore-demo
+	$(BIN)/ghoststore demo --out ghoststore-demo $(if $(wildcard ghoststore-demo/demo.json),--overwrite)
 
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
     from indexer.losses import next_token_losses as next_token_losses
     from indexer.projection import ProjectionConfig as ProjectionConfig
+    from query.demo import demo as demo
     from query.query import query as query
     from query.results import QueryResult as QueryResult
 

@@ -8,7 +8,9 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,22 @@ def resolve_device(device: str) -> str:
     return str(parsed)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers: what matters of them is checked and raised here."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -204,30 +222,22 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     if dtype not in DTYPES:
         raise UsageError(f"--model-dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be loaded: {error}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[problem])
@@ -258,7 +268,9 @@ def refuse_lookahead(model: Any, where: Path) -> None:
     if bool((other == ids).all()):
         return
     with torch.no_grad():
-        first, second = (model(input_ids=x).logits[0, : length - 1].float() for x in (ids, other))
+        first, second = (
+            model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0, : length - 1].float() for x in (ids, other)
+        )
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
         raise CheckpointError(
             f"checkpoint {where} ({type(model).__name__}) is not causal: changing a later token changed the logits "

@@ -21,6 +21,7 @@ FACE = {
     "GradProjLoraEngine": "indexer.engine",
     "next_token_losses": "indexer.losses",
     "ProjectionConfig": "indexer.projection",
+    "demo": "query.demo",
     "query": "query.query",
     "QueryResult": "query.results",
 }
@@ -49,6 +50,6 @@ def refuse_shadows() -> None:
         origin = Path(spec.origin).resolve()
         if origin != home / package / "__init__.py":
             raise ImportError(
-                f"{origin} hides ghoststore's own package {package!r} ({home / package}): rename that file or folder, or "
-                "run from another directory"
+                f"{origin} hides ghoststore's own package {package!r} ({home / package}): rename that file or folder, "
+                "or run from another directory"
             )

@@ -166,7 +166,7 @@ def build(
         source={
             "checkpoint": str(found.folder.resolve()),
             "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
-            "data": _absolute(corpus.source),
+            "data": "-" if str(data) == "-" else _absolute(corpus.source),
             "form": corpus.form,
         },
         compute={
@@ -190,6 +190,8 @@ def build(
         part = Part(part.path)
         resumed = part.rows
         seconds = _compute(part, job, progress)
+    if str(data) == "-":
+        Path(corpus.source).unlink()
     built = describe(Part(part.path))
     return replace(
         report,

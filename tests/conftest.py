@@ -1,10 +1,186 @@
-"""What every test runs under: no network, one thread a process. Set before torch is imported."""
+"""What every test runs under: no network, one thread a process (set before torch is imported). And a `Lab`: a
+tiny saved model, small corpora, and real processes that run the command line and may be killed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
+
+WORDS = [
+    "the", "a", "cat", "dog", "sun", "moon", "river", "stone", "bird", "tree", "song",
+    "night", "day", "old", "new", "red", "runs", "sees", "takes", "gives", "under", "over",
+]  # fmt: skip
+POSITIONS = 32
+Rows = list[dict[str, Any]]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Different sentences of 3 to 8 words."""
+    rng = random.Random(seed)
+    return [" ".join([*rng.choices(WORDS, k=rng.randint(2, 7)), f"{i}."]) for i in range(count)]
+
+
+def sample_rows(count: int, seed: int = 0) -> Rows:
+    """Rows with an id, a text and one of two domains."""
+    texts = sentences(count, seed)
+    return [{"id": f"row-{i}", "text": text, "domain": ("sky", "earth")[i % 2]} for i, text in enumerate(texts)]
+
+
+def write_jsonl(path: Path, rows: Rows) -> Path:
+    """``rows`` as a new or replaced jsonl file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = None, **settings: Any) -> Path:
+    """A GPT-2 of width 32, random weights, and a byte-level tokenizer; saved after ``change(model, tokenizer)``."""
+    import torch
+    import transformers
+
+    from ghoststore.showcase.tokenizer import train_tokenizer
+    from ghoststore.showcase.training import save_checkpoint
+
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = train_tokenizer(sentences(50), 290)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=32, n_layer=layers, n_head=2, initializer_range=0.2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **settings,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.GPT2LMHeadModel(config)
+    if change is not None:
+        with torch.no_grad():
+            change(model, tokenizer)
+    save_checkpoint(model, tokenizer, folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative path, lock files aside."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: exit status (negative: the signal), stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The whole of stdout as one JSON document."""
+        return json.loads(self.out)
+
+
+@dataclass
+class Lab:
+    """What the tests of the store, the query and the command line share."""
+
+    folder: Path
+    checkpoint: Path
+    corpus: Path
+    """jsonl of ``rows``."""
+    rows: Rows
+    _zygote: subprocess.Popen[str]
+    _orders: int = 0
+    _started: dict[int, tuple[Path, Path]] = field(default_factory=dict)
+
+    tree = staticmethod(tree)
+    model = staticmethod(save_model)
+    write = staticmethod(write_jsonl)
+    sample_rows = staticmethod(sample_rows)
+
+    def run(self, *args: str | Path, cwd: Path | None = None, **order: Any) -> Outcome:
+        """``ghoststore ARGS…`` in a process of its own. ``order`` is described in tests/store/zygote.py."""
+        if "code" not in order:
+            order["args"] = [str(arg) for arg in args]
+        streams = self._streams()
+        answer = self._order(cwd=str(cwd or self.folder), stdout=str(streams[0]), stderr=str(streams[1]), **order)
+        return Outcome(answer["code"], *(path.read_text() for path in streams))
+
+    def start(self, *args: str | Path, **order: Any) -> int:
+        """As :meth:`run`, without waiting; gives what :meth:`wait` takes."""
+        streams = self._streams()
+        order |= {"args": [str(arg) for arg in args], "cwd": str(self.folder), "start": True}
+        pid = self._order(stdout=str(streams[0]), stderr=str(streams[1]), **order)["pid"]
+        self._started[pid] = streams
+        return pid
+
+    def stopped(self, pid: int) -> None:
+        """Wait until a process that was started has stopped itself."""
+        assert self._order(stopped=pid)["code"] == signal.SIGSTOP
+
+    def wait(self, pid: int) -> Outcome:
+        """The outcome of a process that was started."""
+        code = self._order(wait=pid)["code"]
+        return Outcome(code, *(path.read_text() for path in self._started.pop(pid)))
+
+    def build(self, store: Path, *options: str | Path, **order: Any) -> Outcome:
+        """The build that most tests use: spans of 6 rows, so that there are several."""
+        given = [str(option) for option in options]
+        defaults = {"--checkpoint": self.checkpoint, "--data": self.corpus, "--span-rows": 6, "--name": "part"}
+        rest = [word for name, value in defaults.items() if name not in given for word in (name, str(value))]
+        return self.run("build", "--store", store, *rest, *given, "--quiet", **order)
+
+    def _streams(self) -> tuple[Path, Path]:
+        self._orders += 1
+        return self.folder / f"{self._orders}.out", self.folder / f"{self._orders}.err"
+
+    def _order(self, **order: Any) -> dict[str, int]:
+        pipes: tuple[IO[str] | None, ...] = (self._zygote.stdin, self._zygote.stdout)
+        assert pipes[0] is not None
+        assert pipes[1] is not None
+        pipes[0].write(json.dumps(order) + "\n")
+        pipes[0].flush()
+        return json.loads(pipes[1].readline())
+
+    def close(self) -> None:
+        """End the process that forks the others."""
+        self._zygote.communicate()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One for the whole session: nothing in it is changed by a test."""
+    folder = tmp_path_factory.mktemp("lab")
+    script = Path(__file__).parent / "store" / "zygote.py"
+    zygote = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+    )
+    rows = sample_rows(27)
+    corpus = write_jsonl(folder / "corpus.jsonl", rows)
+    lab = Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def built(lab: Lab) -> Path:
+    """A store with one complete part called ``part``: copy it before changing it."""
+    store = lab.folder / "built"
+    outcome = lab.build(store)
+    assert outcome.code == 0, outcome.err
+    return store

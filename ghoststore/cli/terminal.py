@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Task as RichTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ghoststore.progress import Silent, Task
@@ -66,9 +66,13 @@ class Bars:
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
         progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rates(), TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Rates(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(),
             console=self.console,
-        )  # fmt: skip
+        )
         return _BarTask(progress, description, total, done, unit)
 
     def note(self, message: str) -> None:

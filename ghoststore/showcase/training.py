@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from ghoststore.checkpoint import quiet_transformers
 from ghoststore.errors import CorpusError, UsageError
 
 PEAK_LEARNING_RATE = 3e-3
@@ -112,7 +113,8 @@ def train_model(
 
 def save_checkpoint(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write model and tokenizer into one folder that ``from_pretrained`` opens, made if missing."""
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -1,0 +1,35 @@
+"""The command reference, written from the commands: ``python -m ghoststore.cli.reference docs/cli.md``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ghoststore.cli import COMMANDS, cli
+
+HEAD = """# Commands
+
+Written by `make docs` from the commands themselves; do not edit.
+
+Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage (an input or an option
+cannot be used), 3 mismatch (what is stored is of another build, checkpoint or format), 4 corrupt, 5 busy (another
+process is writing), 6 the disk refuses, 130 interrupted.
+"""
+
+
+def reference() -> str:
+    """The text of ``docs/cli.md``."""
+    pieces = [HEAD]
+    for name in COMMANDS:
+        context = click.Context(cli, info_name="ghoststore", max_content_width=100, terminal_width=100)
+        command = cli.get_command(context, name)
+        assert command is not None
+        sub = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        pieces.append(f"## ghoststore {name}\n\n```text\n{command.get_help(sub)}\n```\n")
+    return "\n".join(pieces)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")

@@ -1,0 +1,218 @@
+"""``ghoststore.demo``: the whole story on a corpus that is made here, with an answer that is known.
+
+A small multi-domain corpus with planted facts; a small GPT-2 trained on it; a store built; and two questions
+asked of it: does the mean gradient of held-out samples of a domain point at that domain, and does the gradient of
+a question about a fact point at the one training row that states it?
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.showcase.corpus import DemoCorpus, make_corpus, write_jsonl
+from ghoststore.showcase.lexical import TfIdf
+from ghoststore.showcase.tokenizer import train_tokenizer
+from ghoststore.showcase.training import StepReport, save_checkpoint, train_model
+from indexer.build import BuildReport, build
+from query.query import query
+
+MARKER = "demo.json"
+MAX_LENGTH = 128
+QUESTIONS = {"facts": "in the words of the source", "facts_paraphrased": "in other words"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Share of questions whose one true source row is among the k nearest rows."""
+
+    questions: int
+    at_1: float
+    at_10: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What the demo measured. Every file it made is under ``folder``."""
+
+    folder: str
+    rows: int
+    planted: int
+    final_loss: float
+    """Mean training loss of the last 20 steps, nats a token."""
+    domains: dict[str, dict[str, int]]
+    """For each val domain, how many of the ten nearest rows are of each domain."""
+    recall: dict[str, Recall]
+    """By question set (see QUESTIONS), gradients; ``<set>_words`` the same by TF-IDF."""
+    chance_at_10: float
+    """Recall at 10 of a random ranking."""
+    examples: list[dict[str, Any]]
+    """A few questions with the row that came first."""
+    seconds: dict[str, float]
+    plot: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore demo --json`` prints."""
+        return asdict(self)
+
+
+def demo(
+    *,
+    out: str | Path = "ghoststore-demo",
+    seed: int = 0,
+    rows: int = 2400,
+    steps: int = 700,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DemoReport:
+    """Make corpus, model and store under ``out``, ask both questions, plot the answers.
+
+    Nothing is downloaded. Under three minutes on two cores with the default ``rows`` and ``steps``.
+    Raises UsageError if ``out`` exists, unless ``overwrite`` is given and a demo made it.
+    """
+    progress = progress or Silent()
+    folder = Path(out)
+    _claim(folder, overwrite)
+    corpus = make_corpus(seed, rows)
+    files = _write_corpus(folder, corpus)
+    clock = time.perf_counter()
+    loss = _train(folder / "checkpoint", corpus, steps, seed, progress)
+    seconds = {"training": time.perf_counter() - clock}
+    clock = time.perf_counter()
+    store = folder / "store"
+    built: BuildReport = build(
+        checkpoint=folder / "checkpoint", data=files["train"], store=store, name="demo", max_length=MAX_LENGTH,
+        batch_tokens=4096, progress=progress,
+    )  # fmt: skip
+    seconds["build"] = time.perf_counter() - clock
+    clock = time.perf_counter()
+    domains = _ask_domains(store, files, corpus)
+    recall: dict[str, Recall] = {}
+    examples: list[dict[str, Any]] = []
+    words = TfIdf([row["text"] for row in corpus.train])
+    for name in QUESTIONS:
+        questions = corpus.val_facts if name == "facts" else corpus.val_facts_paraphrased
+        result = query(store=store, val_set=files[name], each=True, top_k=10)
+        found = [[hit.id for hit in one.hits] for one in result.results]
+        recall[name] = _recall(questions, found)
+        by_words = words.nearest(words.vectors(q["prompt"] + q["completion"] for q in questions), 10)
+        recall[f"{name}_words"] = _recall(questions, [[corpus.train[row]["id"] for row in rows] for rows in by_words])
+        examples += _examples(questions, result.results) if name == "facts" else []
+    seconds["queries"] = time.perf_counter() - clock
+    report = DemoReport(
+        folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), final_loss=loss, domains=domains,
+        recall=recall, chance_at_10=10 / built.rows, examples=examples, seconds=seconds,
+        plot=str(folder / "demo.png"),
+    )  # fmt: skip
+    _plot(report, folder / "demo.png")
+    (folder / MARKER).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+def _claim(folder: Path, overwrite: bool) -> None:
+    """Make ``folder``, new and marked as a demo's; UsageError if that would touch anything else."""
+    if folder.exists():
+        if not overwrite:
+            raise UsageError(f"{folder} exists; give --out another path, or --overwrite to make that demo again")
+        if not (folder / MARKER).is_file():
+            raise UsageError(f"{folder} was not made by the demo (it has no {MARKER}); it is left alone")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("{}\n")
+
+
+def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
+    """The corpus as jsonl files, by name; each val domain has one of its own."""
+    sets = {"train": corpus.train, "facts": corpus.val_facts, "facts_paraphrased": corpus.val_facts_paraphrased}
+    for row in corpus.val_domains:
+        sets.setdefault(f"val_{row['domain']}", []).append(row)
+    paths = {name: folder / f"{name}.jsonl" for name in sets}
+    for name, rows in sets.items():
+        write_jsonl(paths[name], rows)
+    return paths
+
+
+def _train(folder: Path, corpus: DemoCorpus, steps: int, seed: int, progress: Progress) -> float:
+    """Tokenizer and model, saved to ``folder``; the mean loss of the last 20 steps."""
+    tokenizer = train_tokenizer(row["text"] for row in corpus.train)
+    task = progress.task("training GPT-2", steps, unit="steps")
+    losses: list[float] = []
+
+    def step(report: StepReport) -> None:
+        losses.append(report.loss)
+        task.advance(1)
+
+    model = train_model(
+        corpus.train, tokenizer, steps=steps, batch_size=16, seed=seed, max_length=MAX_LENGTH, on_step=step
+    )
+    task.close()
+    save_checkpoint(model, tokenizer, folder)
+    return float(np.mean(losses[-20:]))
+
+
+def _ask_domains(store: Path, files: Mapping[str, Path], corpus: DemoCorpus) -> dict[str, dict[str, int]]:
+    """For each val domain, the domains of the ten rows nearest to its mean gradient."""
+    counts: dict[str, dict[str, int]] = {}
+    for domain in sorted({row["domain"] for row in corpus.val_domains}):
+        result = query(store=store, val_set=files[f"val_{domain}"], top_k=10, text=False)
+        found = [str(hit.domain) for hit in result.results[0].hits]
+        counts[domain] = {name: found.count(name) for name in sorted({row["domain"] for row in corpus.train})}
+    return counts
+
+
+def _recall(questions: Sequence[Mapping[str, str]], found: Sequence[Sequence[str]]) -> Recall:
+    hits = [
+        (ids[0] == question["source_id"], question["source_id"] in ids[:10])
+        for question, ids in zip(questions, found, strict=True)
+    ]
+    first, ten = np.mean(np.array(hits, dtype=np.float64), axis=0)
+    return Recall(questions=len(hits), at_1=float(first), at_10=float(ten))
+
+
+def _examples(questions: Sequence[Mapping[str, str]], results: Sequence[Any], count: int = 3) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question["prompt"] + question["completion"],
+            "nearest": result.hits[0].text,
+            "score": result.hits[0].score,
+            "is_source": result.hits[0].id == question["source_id"],
+        }
+        for question, result in list(zip(questions, results, strict=True))[:count]
+    ]
+
+
+def _plot(report: DemoReport, path: Path) -> None:
+    """Two panels: domains of the ten nearest rows, and recall of the planted facts beside words and chance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    vals, names = list(report.domains), list(next(iter(report.domains.values())))
+    grid = np.array([[report.domains[val][name] for name in names] for val in vals])
+    left.imshow(grid, cmap="Blues", vmin=0, vmax=10)
+    left.set_xticks(range(len(names)), names)
+    left.set_yticks(range(len(vals)), vals)
+    for (y, x), value in np.ndenumerate(grid):
+        left.text(x, y, str(value), ha="center", va="center", color="white" if value > 5 else "black")
+    left.set(title="Ten nearest rows to a val domain's mean gradient", xlabel="domain of the row", ylabel="val domain")
+    labels = ["same words,\nat 1", "same words,\nat 10", "other words,\nat 1", "other words,\nat 10"]
+    places = np.arange(len(labels))
+    for offset, suffix, label, color in ((-0.2, "", "gradients", "#1f5fa8"), (0.2, "_words", "TF-IDF", "#b8b8b8")):
+        values = [getattr(report.recall[name + suffix], field) for name in QUESTIONS for field in ("at_1", "at_10")]
+        bars = right.bar(places + offset, values, 0.38, label=label, color=color)
+        right.bar_label(bars, fmt="%.2f", fontsize=8)
+    chance = report.chance_at_10
+    right.axhline(chance, color="black", linewidth=0.8, linestyle=":", label=f"chance at 10 ({chance:.3f})")
+    right.set_xticks(places, labels)
+    right.set(ylim=(0, 1.3), title=f"The source rows of {report.planted} planted facts", ylabel="recall")
+    right.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,131 @@
+"""A build that is killed at any moment leaves a store of what it had committed, and resumes to the same bytes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ghoststore
+from ghoststore.errors import UsageError
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+Fault = dict[str, Any]
+UNFINISHED = re.compile(r"(^|/)\.[^/]*\.tmp(/|$)|\.partial$")
+"""Files that a killed process had not given their names yet."""
+
+
+def at(call: str, path: str, when: str, number: int = 1) -> Fault:
+    return {"call": call, "path": path, "when": when, "number": number}
+
+
+MOMENTS: dict[str, tuple[Fault, int | None]] = {
+    # The fault, and how many of the five spans are committed then; None: there is no part yet.
+    "store-begun": (at("replace", r"parts/zarr\.json$", "after"), None),
+    "store-unnamed": (at("replace", r"store/zarr\.json$", "before"), None),
+    "store-unflushed": (at("fsync", r"store/zarr\.json$", "before"), None),
+    "part-arrays": (at("replace", r"/loss/zarr\.json$", "before"), None),
+    "part-unnamed": (at("rename", r"parts/part$", "before"), None),
+    "part-named": (at("rename", r"parts/part$", "after"), 0),
+    "first-chunk": (at("replace", r"part/vectors/c/0/0$", "before"), 0),
+    "between-chunks": (at("fsync", r"part/status/c/2$", "before"), 2),
+    "record-unwritten": (at("fsync", r"commits/\.00000001\.json", "before"), 1),
+    "record-unnamed": (at("link", r"commits/00000002\.json$", "before"), 2),
+    "record-named": (at("link", r"commits/00000002\.json$", "after"), 3),
+    "record-unflushed": (at("fsync", r"part/commits$", "before", number=4), 4),
+    "last-chunk": (at("fsync", r"part/window_start/c/4$", "after"), 4),
+    "last-record": (at("link", r"commits/00000004\.json$", "after"), 5),
+}
+EACH_MOMENT = pytest.mark.parametrize("moment", MOMENTS)
+
+
+@pytest.fixture(scope="session")
+def whole(lab: Lab, built: Path) -> dict[str, bytes]:
+    """Every file of an uninterrupted build."""
+    return lab.tree(built)
+
+
+def kill(lab: Lab, store: Path, moment: str) -> None:
+    outcome = lab.build(store, fault=MOMENTS[moment][0] | {"act": "kill"})
+    assert outcome.code == -9, outcome.err
+
+
+def committed_only(lab: Lab, store: Path, spans: int | None) -> None:
+    """Every way of reading shows the rows of ``spans`` spans and no others, or says that there is no part."""
+    if spans is None:
+        if (store / "zarr.json").exists():
+            assert ghoststore.Store.open(store).part_names() == []
+            assert ghoststore.info(store).parts == []
+        with pytest.raises(UsageError, match=r"has no parts|there is no store"):
+            ghoststore.query(store=store, val_set=lab.corpus, device="cpu")
+        return
+    rows = min(spans * 6, 27)
+    part = ghoststore.Store.open(store).part()
+    assert (part.rows, part.spans, part.complete) == (rows, list(range(spans)), spans == 5)
+    assert ghoststore.info(store).parts[0].committed == rows
+    report = ghoststore.verify(store)
+    assert (report.sound, report.spans) == (True, spans), report.damage
+    if not spans:
+        with pytest.raises(UsageError, match="no committed rows yet"):
+            ghoststore.query(store=store, val_set=lab.corpus, device="cpu")
+        return
+    found = ghoststore.query(store=store, val_set=lab.corpus, top_k=100, bottom_k=100, max_samples=3, device="cpu")
+    for hits in (found.results[0].hits, found.results[0].bottom):
+        assert sorted(hit.source_row for hit in hits) == list(range(rows))
+
+
+@EACH_MOMENT
+def test_resumes_to_the_same_bytes(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    kill(lab, store, moment)
+    committed_only(lab, store, MOMENTS[moment][1])
+    resumed = lab.build(store, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["resumed_rows"] == min((MOMENTS[moment][1] or 0) * 6, 27)
+    found = {name: data for name, data in lab.tree(store).items() if not UNFINISHED.search(name)}
+    assert found.keys() == whole.keys()
+    assert [name for name in whole if found[name] != whole[name]] == []
+
+
+@pytest.mark.parametrize("moment", ["part-unnamed", "first-chunk", "record-unwritten", "record-named"])
+def test_resuming_leaves_nothing_behind(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
+    """Not even the files that the killed process had begun."""
+    store = tmp_path / "store"
+    kill(lab, store, moment)
+    assert lab.build(store).code == 0
+    assert sorted(lab.tree(store).keys() - whole.keys()) == []
+
+
+def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for moment in ("first-chunk", "record-unwritten", "record-named", "last-chunk"):
+        kill(lab, store, moment)
+        committed_only(lab, store, MOMENTS[moment][1])
+    assert lab.build(store).code == 0
+    found = lab.tree(store)
+    assert [name for name in whole if found.get(name) != whole[name]] == []
+
+
+@pytest.mark.parametrize("moment", ["part-arrays", "between-chunks", "record-named"])
+def test_interrupted(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
+    """Control-C: exit code 130, a line that says how to go on, and nothing left lying about."""
+    store = tmp_path / "store"
+    outcome = lab.build(store, fault=MOMENTS[moment][0] | {"act": "interrupt"})
+    assert outcome.code == 130
+    assert outcome.err.strip() == "Interrupted. What was committed is intact: the same command resumes."
+    spans = len(list(store.glob("parts/part/commits/0*.json")))
+    committed_only(lab, store, spans if (store / "parts" / "part").exists() else None)
+    assert lab.build(store).code == 0
+    assert lab.tree(store) == whole
+
+
+def test_nothing_to_do_changes_nothing(lab: Lab, built: Path, whole: dict[str, bytes]) -> None:
+    stamps = {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()}
+    again = lab.build(built, "--json")
+    assert (again.code, again.json["resumed_rows"]) == (0, 27)
+    assert lab.tree(built) == whole
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()} == stamps

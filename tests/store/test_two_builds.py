@@ -1,0 +1,94 @@
+"""Two builds of one part at once: one truth, and the other is refused or finds the work done."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import ghoststore
+from ghoststore.errors import BusyError
+from ghoststore.store.writer import writing
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+
+def command(lab: Lab, store: Path) -> list[str]:
+    return [
+        "build", "--checkpoint", str(lab.checkpoint), "--data", str(lab.corpus), "--store", str(store),
+        "--span-rows", "6", "--name", "part", "--quiet",
+    ]  # fmt: skip
+
+
+def test_second_is_refused(lab: Lab, built: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    half = lab.build(store, fault={"call": "link", "path": r"00000002\.json$", "when": "before", "act": "EIO"})
+    assert half.code == 6
+    before = lab.tree(store)
+    with writing(ghoststore.Store.open(store).part()):
+        outcome = lab.build(store)
+        assert outcome.code == 5, outcome.err
+        assert "part 'part' is being written by another process" in outcome.err
+        assert lab.tree(store) == before
+        with pytest.raises(BusyError):
+            ghoststore.build(
+                checkpoint=lab.checkpoint, data=lab.corpus, store=store, name="part", span_rows=6, device="cpu"
+            )
+        assert ghoststore.query(store=store, val_set=lab.corpus, device="cpu").settings["rows"] == 12
+        assert lab.run("verify", "--store", store).code == 0
+    assert lab.build(store).code == 0
+    assert [name for name, data in lab.tree(built).items() if lab.tree(store).get(name) != data] == []
+
+
+def test_at_the_same_time(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """Three builds started together on a store that is there: nothing is lost whoever wins."""
+    store = tmp_path / "store"
+    ghoststore.Store.create(store)
+    started = [lab.start(*command(lab, store)) for _ in range(3)]
+    outcomes = [lab.wait(pid) for pid in started]
+    assert {outcome.code for outcome in outcomes} <= {0, 5}, [outcome.err for outcome in outcomes]
+    assert 0 in {outcome.code for outcome in outcomes}
+    assert lab.tree(store) == lab.tree(built)
+
+
+@pytest.mark.parametrize(
+    ("call", "path"),
+    [
+        ("replace", r"parts/zarr\.json$"),
+        ("replace", r"store/zarr\.json$"),
+        ("replace", r"parts/\.part.*/norm/zarr\.json$"),
+        ("rename", r"parts/part$"),
+        ("fsync", r"store/parts/part/vectors/c/0/0$"),
+    ],
+    ids=["store-begun", "store-unnamed", "part-begun", "part-unnamed", "span"],
+)
+def test_overtaken(lab: Lab, built: Path, call: str, path: str, tmp_path: Path) -> None:
+    """A second build does everything that it may while the first stands at one place."""
+    store = tmp_path / "store"
+    first = lab.start(*command(lab, store), fault={"call": call, "path": path, "when": "before", "act": "stop"})
+    lab.stopped(first)
+    second = lab.run(*command(lab, store))
+    os.kill(first, signal.SIGCONT)
+    outcomes = [lab.wait(first), second]
+    assert [outcome.code for outcome in outcomes] in ([0, 0], [0, 5]), [outcome.err for outcome in outcomes]
+    assert lab.tree(store) == lab.tree(built)
+
+
+@pytest.mark.parametrize("place", [r"parts/\.part.*/norm/zarr\.json$", r"parts/part$"])
+def test_overtaken_by_another_part(lab: Lab, place: str, tmp_path: Path) -> None:
+    """The same name with other settings: one is built, the other is refused with both values."""
+    store = tmp_path / "store"
+    call = "rename" if place.endswith("part$") else "replace"
+    first = lab.start(*command(lab, store), fault={"call": call, "path": place, "when": "before", "act": "stop"})
+    lab.stopped(first)
+    second = lab.run(*command(lab, store), "--proj-seed", "77")
+    before = lab.tree(store / "parts" / "part")
+    os.kill(first, signal.SIGCONT)
+    outcome = lab.wait(first)
+    assert (second.code, outcome.code) == (0, 3), second.err + outcome.err
+    assert "other settings" in outcome.err
+    assert lab.tree(store / "parts" / "part") == before
