@@ -85,15 +85,11 @@ def prepare(
 ) -> tuple[Path, Path]:
     """(checkpoint, corpus): a model drawn at random, and ``rows`` samples of at least ``length`` tokens."""
     texts = read_texts(data)
-    loaded: Any = (
-        AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_tokenizer(texts, TRAINED_VOCABULARY)
-    )
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else train_tokenizer(texts, TRAINED_VOCABULARY)
     shape = {"vocab_size": len(loaded), **ARCHITECTURES[architecture]}
     end = loaded.eos_token_id
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(n_positions=max(1024, length), bos_token_id=end, eos_token_id=end, **shape)
-    )
+    model = GPT2LMHeadModel(GPT2Config(n_positions=max(1024, length), bos_token_id=end, eos_token_id=end, **shape))
     model.save_pretrained(scratch / architecture)
     loaded.save_pretrained(scratch / architecture)
     return scratch / architecture, write_jsonl(
@@ -192,9 +188,7 @@ def default_projection(model: Any) -> Projection:
     return Projection(ProjectionPlan.of(select_blocks(model, config.layers), config))
 
 
-def build_once(
-    setting: Setting, store: str, span_rows: int | None = None
-) -> tuple[ghoststore.BuildReport, BuildWatch]:
+def build_once(setting: Setting, store: str, span_rows: int | None = None) -> tuple[ghoststore.BuildReport, BuildWatch]:
     """``ghoststore.build`` of the setting's corpus into a new store that is removed again."""
     watch = BuildWatch(setting.device)
     with tempfile.TemporaryDirectory(dir=setting.scratch) as folder:
@@ -398,7 +392,9 @@ def main(
             device=device,
             repeats=repeats,
         )
-        shown = {name: value for name, value in asdict(setting).items() if name not in ("checkpoint", "corpus", "scratch")}
+        shown = {
+            name: value for name, value in asdict(setting).items() if name not in ("checkpoint", "corpus", "scratch")
+        }
         results = Results(
             name=f"build-{architecture}-{dtype}-b{batch}-t{length}" + ("" if device == "cpu" else f"-{device}"),
             title=f"Build ÷ plain forward and backward: {architecture}, {batch} × {length}, {dtype}",

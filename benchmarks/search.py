@@ -55,9 +55,7 @@ Columns = dict[str, NDArray[Any]]
 
 def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
     """The least manifest that a part opens with: its arrays, and that they come from nowhere."""
-    layout = PartLayout.choose(
-        rows=rows, dimension=dimension, groups=1, dtype=dtype, span_rows=None, store_text=False
-    )
+    layout = PartLayout.choose(rows=rows, dimension=dimension, groups=1, dtype=dtype, span_rows=None, store_text=False)
     storage = {
         "rows": rows,
         "dimension": dimension,
@@ -83,6 +81,7 @@ def random_part(store: Store, name: str, manifest: dict[str, Any], columns: Colu
                 for spec in part.layout.arrays()
             }
             arrays["sample_id"] = np.array([f"row-{row}" for row in range(start, stop)], dtype=object)
+            arrays["domain"] -= 1  # none
             arrays |= {column: values[start:stop] for column, values in (columns or {}).items()}
             vectors = rng.standard_normal((stop - start, part.layout.dimension), dtype=np.float32)
             seal_vectors(arrays, vectors, part)

@@ -397,7 +397,7 @@ def _read_ahead(job: _Job, layout: PartLayout, spans: Sequence[int]) -> Iterator
 
     def read() -> None:
         try:
-            for span, rows in rows_of_spans(job.corpus, job.tokenizer, job.settings, job.plan.table, sizes, spans):
+            for span, rows in rows_of_spans(job.corpus, job.tokenizer, job.settings, job.plan, sizes, spans):
                 put(_SpanRows(span, rows))
                 if stop.is_set():
                     return

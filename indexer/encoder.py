@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from ghoststore.errors import UsageError
 from indexer.engine import GradProjLoraEngine, refuse_randomness
 from indexer.losses import IGNORED, Reduction, next_token_losses
 from indexer.projection import Projection
 from indexer.rows import Row
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class Encoded(NamedTuple):
@@ -46,7 +51,7 @@ class RowEncoder:
         accepted = inspect.signature(self.engine.model.forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in accepted else {}
         self._checkpointing = checkpointing
-        self._reopened: list[Any] = []
+        self._changed: list[tuple[Any, bool, dict[str, Any]]] = []
 
     def __enter__(self) -> RowEncoder:
         self.engine.attach()
@@ -62,20 +67,28 @@ class RowEncoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.engine.detach()
-        if self._checkpointing:
-            self.model.gradient_checkpointing_disable()
-            for layer in self._reopened:
-                layer.training = False
+        for module, training, before in self._changed:
+            module.training = training
+            for name in CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(before)
+        self._changed = []
 
     def _enable_checkpointing(self) -> None:
         """Recompute activations in backward. transformers does so in training mode only: the layers that
-        checkpoint, and nothing below them, are put in that mode, so no dropout comes alive.
+        checkpoint, and nothing below them, are put in that mode, so no dropout comes alive. Set by hand:
+        ``gradient_checkpointing_enable`` leaves a hook on the embeddings behind.
         """
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module: Any
         for module in self.engine.model.modules():
-            if getattr(module, "gradient_checkpointing", False) and not module.training:
+            if hasattr(module, "gradient_checkpointing"):
+                before = {name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)}
+                self._changed.append((module, module.training, before))
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
                 module.training = True
-                self._reopened.append(module)
+        if not self._changed:
+            raise UsageError(f"{type(self.engine.model).__name__} does not support gradient checkpointing")
         refuse_randomness(self.engine.model)
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:

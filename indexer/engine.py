@@ -108,6 +108,7 @@ class GradProjLoraEngine:
         """Freeze the parameters and put the branches in place. UsageError if attached already."""
         if self._handles:
             raise UsageError("this engine is attached already; call detach() first")
+        refuse_randomness(self.model)
         device = next(self.model.parameters()).device
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -159,6 +160,8 @@ class GradProjLoraEngine:
             raise CaptureError(
                 f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed"
             )
+        if not self._leaves:
+            raise UsageError("the batch has been collected already; call prepare() before each forward pass")
         plan = self.projection.plan
         missing = [use.module for layer in plan.layers for use in layer.block.uses if use.module not in self._ran]
         if missing:
@@ -187,7 +190,8 @@ class GradProjLoraEngine:
         if unreached:
             raise CaptureError(
                 f"the loss does not depend on {len(unreached)} projected layer(s): {', '.join(unreached[:5])}; leave "
-                "them out with exclude_layers"
+                "them out with exclude_layers. Gradient checkpointing with use_reentrant=True hides layers: use "
+                "use_reentrant=False"
             )
         return self.projection.assemble(blocks)
 
@@ -202,7 +206,8 @@ class GradProjLoraEngine:
             if leaf is None:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            if x.shape[0] != self._batch:
+            # An index of one axis may be positions, however many there are: never taken for samples.
+            if x.shape[0] != self._batch or (layer_type.is_lookup and x.dim() == 1):
                 if not (layer_type.is_lookup and x.dim() == 2 and x.shape[0] == 1):
                     raise CaptureError(
                         f"layer {use.module!r} saw an input of shape {tuple(x.shape)}; its first axis must be the "

@@ -128,31 +128,52 @@ def rows_of_spans(
     corpus: Corpus,
     tokenizer: Tokenizer,
     settings: TokenSettings,
-    table: NDArray[np.int64],
+    plan: CorpusPlan,
     sizes: Sequence[int],
     spans: Sequence[int],
 ) -> Iterator[tuple[int, list[Row]]]:
     """(span, its rows) for each of ``spans``, ascending. Neighbouring spans are read in one go.
 
-    ``sizes[span]`` is its number of rows. MismatchError where the corpus is not the one that was planned.
+    ``sizes[span]`` is its number of rows. Nothing is read beyond the samples that were planned.
+    MismatchError where the corpus is not the one that was planned.
     """
+    table = plan.table
     for run in _neighbours(spans):
         source_row, window, file, offset, _ = (int(value) for value in table[run[0]])
         start = Position(source_row=source_row, file=file, offset=offset)
-        rows = rows_of(corpus.samples(start), tokenizer, settings)
-        for _ in islice(rows, window):
-            pass
+        rows = rows_of(islice(_unless_unreadable(corpus, start), plan.scan.rows - source_row), tokenizer, settings)
         for span in run:
-            found = list(islice(rows, sizes[span]))
+            try:
+                if span == run[0]:
+                    for _ in islice(rows, window):
+                        pass
+                found = list(islice(rows, sizes[span]))
+            except _Unreadable as error:
+                raise _changed(corpus, table, span) from error
             digest = SpanDigest()
             for row in found:
                 digest.add(row.sample)
             if len(found) != sizes[span] or digest.value() != int(table[span][4]):
-                raise MismatchError(
-                    f"{corpus.source} has changed since the part was planned: the samples from row {table[span][0]} on "
-                    f"are not those of span {span}. Restore the corpus, or build another part with --name"
-                )
+                raise _changed(corpus, table, span)
             yield span, found
+
+
+class _Unreadable(MismatchError):
+    """The corpus could be read when it was planned, and cannot be now."""
+
+
+def _unless_unreadable(corpus: Corpus, start: Position) -> Iterator[Sample]:
+    try:
+        yield from corpus.samples(start)
+    except CorpusError as error:
+        raise _Unreadable(str(error)) from error
+
+
+def _changed(corpus: Corpus, table: NDArray[np.int64], span: int) -> MismatchError:
+    return MismatchError(
+        f"{corpus.source} has changed since the part was planned: the samples from row {table[span][0]} on "
+        f"are not those of span {span}. Restore the corpus, or build another part with --name"
+    )
 
 
 def _neighbours(spans: Sequence[int]) -> Iterator[list[int]]:

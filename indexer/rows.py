@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus import Messages, PromptCompletion, Sample
-from ghoststore.errors import CorpusError, UsageError
+from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.store.status import Status
 
 Overlong = Literal["truncate", "window", "skip", "error"]
@@ -152,6 +152,16 @@ def _row(sample: Sample, window: int, start: int, tokens: Tokens, first_target: 
 def rows_of(samples: Iterable[Sample], tokenizer: Tokenizer, settings: TokenSettings) -> Iterator[Row]:
     """The rows of ``samples``, in order, tokenized some hundred at a time."""
     samples = iter(samples)
-    while batch := list(islice(samples, SAMPLES_AT_ONCE)):
-        for sample, (tokens, first_target) in zip(batch, tokenizer.encode(batch), strict=True):
+    while True:
+        batch: list[Sample] = []
+        damage: CorpusError | MismatchError | None = None
+        try:
+            batch.extend(islice(samples, SAMPLES_AT_ONCE))
+        except (CorpusError, MismatchError) as error:
+            damage = error  # raised in its place, after the rows before it
+        for sample, (tokens, first_target) in zip(batch, tokenizer.encode(batch) if batch else [], strict=True):
             yield from rows_of_sample(sample, tokens, first_target, settings)
+        if damage is not None:
+            raise damage
+        if not batch:
+            return

@@ -73,8 +73,8 @@ def _in_attention(parts: list[str]) -> bool:
 
 
 def _in_feed_forward(parts: list[str]) -> bool:
-    # BERT calls the second half of its feed-forward "output", next to attention.output.
-    return not _in_attention(parts) and (not FEED_FORWARD.isdisjoint(parts) or "output" in parts)
+    # BERT calls the second half of its feed-forward output.dense, next to attention.output.dense.
+    return not _in_attention(parts) and (not FEED_FORWARD.isdisjoint(parts) or "output" in parts[:-1])
 
 
 def _matrix(kind: LayerType) -> bool:
@@ -123,7 +123,10 @@ def _examples(names: Iterable[str]) -> str:
 
 
 def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]) -> list[str]:
+    unsupported = _unsupported_modules(model, layers)
     for pattern in [*include, *exclude]:
+        if pattern in exclude and any(_selects_unsupported(pattern, name) for name in unsupported):
+            continue
         if not any(matches(pattern, name, kind) for name, kind in layers.items()):
             _refuse_unsupported(model, pattern, layers)
             raise LayerError(
@@ -143,23 +146,34 @@ def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], 
     return chosen
 
 
+def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
+    """Modules that no layer type handles, with the names of the parameters that no handled layer owns too."""
+    handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
+    found = {}
+    for name, module in model.named_modules():
+        own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
+        if own and name not in layers:
+            found[name] = own
+    return found
+
+
+def _selects_unsupported(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` selects a module at ``name`` that no layer type handles."""
+    parts = name.split(".")
+    if pattern in ALIASES:
+        return {"all": True, "mlp": _in_feed_forward(parts), "attn": _in_attention(parts)}.get(pattern, False)
+    return matches_path(pattern, name)
+
+
 def _refuse_unsupported(
     model: nn.Module, pattern: str, layers: dict[str, LayerType], exclude: Iterable[str] = ()
 ) -> None:
     """LayerError if ``pattern`` selects a module whose own parameters no layer type handles."""
-    for name, module in model.named_modules():
-        own = [key for key, value in module._parameters.items() if value is not None]
-        if not own or name in layers or any(p not in ALIASES and matches_path(p, name) for p in exclude):
-            continue
-        parts = name.split(".")
-        wanted = {
-            "all": True,
-            "mlp": _in_feed_forward(parts),
-            "attn": _in_attention(parts),
-        }.get(pattern, pattern not in ALIASES and matches_path(pattern, name))
-        if wanted:
+    for name, own in _unsupported_modules(model, layers).items():
+        if _selects_unsupported(pattern, name) and not any(_selects_unsupported(p, name) for p in exclude):
+            kind = type(model.get_submodule(name)).__name__
             raise LayerError(
-                f"layer {name!r} is a {type(module).__name__} with parameters {own}: no layer type handles it. "
+                f"layer {name!r} is a {kind} with parameters {own}: no layer type handles it. "
                 f"Leave it out with --exclude-layers {name!r}"
             )
 
@@ -189,7 +203,12 @@ def select_blocks(
     for name in layers:
         users.setdefault(id(model.get_submodule(name)._parameters["weight"]), []).append(name)
 
+    strangers: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if name not in layers:
+            strangers.update({id(p): name for p in module._parameters.values() if p is not None})
     blocks, covered = [], 0
+    owner: dict[int, str] = {}
     seen: set[int] = set()
     counted: set[int] = set()
     for name in chosen:
@@ -197,7 +216,18 @@ def select_blocks(
         if id(weight) in seen:
             continue
         seen.add(id(weight))
+        if id(weight) in strangers:
+            raise LayerError(
+                f"layer {name!r} shares its weight with {strangers[id(weight)]!r}, which no layer type handles: its "
+                f"gradient would be incomplete. Leave it out with --exclude-layers {name!r}"
+            )
         block, parameters = _block(model, users[id(weight)], layers, names_of)
+        for p in parameters:
+            if owner.setdefault(id(p), name) != name:
+                raise LayerError(
+                    f"layers {owner[id(p)]!r} and {name!r} share the bias {names_of[id(p)]!r} but not the weight: not "
+                    f"supported. Leave one out with --exclude-layers {name!r}"
+                )
         numel = sum(p.numel() for p in parameters if id(p) not in counted)
         counted.update(id(p) for p in parameters)
         covered += numel

@@ -25,7 +25,10 @@ class Sketch:
         self.n, self.k = n, k
         self.width = -(-n // k)
         key = f"{key}|sketch={k}x{n}"
-        source = torch.from_numpy(draws.permutation(f"{key}|places", self.width * k))
+        # The permutation is dealt like cards, bucket after bucket: the last row of places may be short.
+        dealt = torch.full((self.width * k,), n)
+        dealt[:n] = torch.from_numpy(draws.permutation(f"{key}|places", n))
+        source = dealt.view(self.width, k).t().reshape(-1)
         sign = torch.from_numpy(draws.signs(f"{key}|signs", self.width * k))
         # Places past the end of the vector read its first number with weight zero.
         past = source >= n

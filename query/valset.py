@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -124,15 +125,11 @@ def encode_val_set(
     settings = TokenSettings(**part.manifest["tokens"])
     batch_tokens = int(part.manifest["batching"]["batch_tokens"])
     dimension = part.layout.dimension
-    total, ids, kept = np.zeros(dimension), [], []
-    left_out: dict[str, int] = {}
-
-    def leave_out(status: Status) -> None:
-        left_out[status.name.lower()] = left_out.get(status.name.lower(), 0) + 1
-
+    total, ids = np.zeros(dimension), []
+    kept: list[Tensor] = []
+    left_out: Counter[str] = Counter()
     task = progress.task("val set", None)
-    samples = islice(corpus.samples(), max_samples)
-    rows = rows_of(samples, tokenizer, settings)
+    rows = rows_of(islice(corpus.samples(), max_samples), tokenizer, settings)
     with RowEncoder(model, projection_of(part, model), reduction=part.manifest["loss"]["reduction"]) as encoder:
         while some := list(islice(rows, ROWS_AT_ONCE)):
             vectors = torch.zeros(len(some), dimension)
@@ -141,19 +138,21 @@ def encode_val_set(
                 vectors[places] = encoded.vectors.cpu()
                 task.advance(len(places), sum(len(some[place].tokens) for place in places))
             finite = torch.isfinite(vectors).all(1)
-            for place, row in enumerate(some):
-                if not row.status.usable:
-                    leave_out(row.status)
-                elif not finite[place]:
-                    leave_out(Status.NOT_FINITE)
-                else:
-                    ids.append(row.sample.id)
-                    kept.append(vectors[place]) if not average else None
-                    total += vectors[place].double().numpy() if average else 0.0
+            fates = [
+                row.status if finite[place] or not row.status.usable else Status.NOT_FINITE
+                for place, row in enumerate(some)
+            ]
+            used = [place for place, fate in enumerate(fates) if fate.usable]
+            left_out.update(fate.name.lower() for fate in fates if not fate.usable)
+            ids += [some[place].sample.id for place in used]
+            if average:
+                total += vectors[used].double().sum(0).numpy()
+            else:
+                kept.append(vectors[used])
     task.close()
     if not ids:
-        raise UsageError(f"no row of the val set {corpus.source} can be used: {left_out}")
+        raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
     if average:
         mean = torch.from_numpy((total / len(ids)).astype(np.float32)).unsqueeze(0)
-        return ValVectors(vectors=mean, ids=["mean"], used=len(ids), left_out=left_out)
-    return ValVectors(vectors=torch.stack(kept), ids=ids, used=len(ids), left_out=left_out)
+        return ValVectors(vectors=mean, ids=["mean"], used=len(ids), left_out=dict(left_out))
+    return ValVectors(vectors=torch.cat(kept), ids=ids, used=len(ids), left_out=dict(left_out))

@@ -6,6 +6,8 @@ layer's own input, which autograd keeps anyway.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
@@ -78,14 +80,18 @@ class RMSNormLayer(NormLayer):
         return None
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(
-            x.float(), (x.shape[-1],), None, self.epsilon(module) or torch.finfo(x.dtype).eps
-        )
+        epsilon = self.epsilon(module)
+        epsilon = torch.finfo(x.dtype).eps if epsilon is None else epsilon
+        return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), None, epsilon)
 
     def check(self, module: nn.Module, name: str) -> None:
         """Run the module on a small input: it must compute γ ⊙ x̂ or (1 + γ) ⊙ x̂."""
+        # A copy with weights of its own: at 1 (or 0) other formulas agree by chance.
+        module = deepcopy(module)
         weight = module.get_parameter("weight")
         generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
         x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
         with torch.no_grad():
             try:

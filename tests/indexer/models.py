@@ -58,10 +58,10 @@ def gpt2(*, tied: bool = True, layers: int = 2, **settings: Any) -> Any:
     return settle(GPT2LMHeadModel(config))
 
 
-def llama(**settings: Any) -> Any:
+def llama(*, layers: int = 2, **settings: Any) -> Any:
     """RMSNorm, grouped queries, gated feed-forward, no biases, an untied head."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=POSITIONS, tie_word_embeddings=False, **settings,
     )  # fmt: skip
     return settle(LlamaForCausalLM(config))

@@ -23,7 +23,6 @@ from .models import (
     next_token_loss_of,
     pad,
     perceptron,
-    projection_of,
 )
 from .oracle import Naive, block_errors, exact_dots, naive, relative_error
 

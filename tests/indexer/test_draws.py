@@ -52,8 +52,7 @@ def test_what_draws_are_made_of_is_the_same_for_ever() -> None:
         == "56824ebb34b15258cda58ddabd2bafa279089c0654f60e3ae9d4ef699dd9b63d"
     )
     assert (
-        sha256(draws.signs("known answer", 1000))
-        == "f90ad7849de89c71d61b5ca42cbcf705781e92684fc0b312de13aa58dc69223c"
+        sha256(draws.signs("known answer", 1000)) == "f90ad7849de89c71d61b5ca42cbcf705781e92684fc0b312de13aa58dc69223c"
     )
 
 
@@ -90,7 +89,7 @@ def test_global_seeds_and_threads_do_not_matter(kind: str) -> None:
     threads = torch.get_num_threads()
     try:
         for seed in (1, 2):
-            np.random.seed(seed)  # noqa: NPY002
+            np.random.seed(seed)
             torch.manual_seed(seed)
             torch.set_num_threads(seed)
             draws.gaussian_table.cache_clear()
@@ -101,10 +100,10 @@ def test_global_seeds_and_threads_do_not_matter(kind: str) -> None:
 
 
 def test_drawing_leaves_the_global_generators_alone() -> None:
-    state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     for kind in KINDS:
         draws.KINDS[kind]("key", 3, 5)
-    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 

@@ -221,7 +221,8 @@ def test_a_sample_does_not_see_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x: x.mean(), lambda x: (x * torch.tensor([1.0, 2.0, 1.0])).sum(), lambda x: x[0], lambda x: -x.sum()]
+    "function",
+    [lambda x: x.mean(), lambda x: (x * torch.tensor([1.0, 2.0, 1.0])).sum(), lambda x: x[0], lambda x: -x.sum()],
 )
 def test_the_gradient_of_another_function_is_refused(function: Any) -> None:
     logits, labels = drawn(3, 6, 20)

@@ -29,9 +29,7 @@ def test_symmetric_where_there_is_room(n_out: int, n_in: int, rank_total: int) -
 
 
 @given(axis, axis, total)
-def test_a_short_axis_keeps_its_length_and_the_other_takes_what_is_left(
-    n_out: int, n_in: int, rank_total: int
-) -> None:
+def test_a_short_axis_keeps_its_length_and_the_other_takes_what_is_left(n_out: int, n_in: int, rank_total: int) -> None:
     side = math.isqrt(rank_total)
     k_out, k_in = ranks(n_out, n_in, rank_total)
     if n_in < side:

@@ -90,7 +90,7 @@ ALIASES: dict[str, tuple[Callable[[], Any], dict[str, list[str]]]] = {
         llama,
         {
             "mlp": each("model.layers", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-            "attn": each("model.layers", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+            "attn": each("model.layers", *(f"self_attn.{leaf}_proj" for leaf in "qkvo")),
             "norm": [*each("model.layers", "input_layernorm", "post_attention_layernorm"), "model.norm"],
             "embeddings": ["model.embed_tokens"],
             "head": ["lm_head"],

@@ -46,7 +46,7 @@ def test_an_unknown_pattern_lists_the_layers(pattern: str) -> None:
 
 
 def test_an_unknown_pattern_to_exclude_is_refused_too() -> None:
-    with pytest.raises(LayerError, match="h.7"):
+    with pytest.raises(LayerError, match=r"h\.7"):
         select_blocks(gpt2(), ("mlp",), ("h.7",))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +27,20 @@ def at(call: str, path: str, when: str, number: int = 1) -> Fault:
 
 MOMENTS: dict[str, tuple[Fault, int | None]] = {
     # The fault, and how many of the five spans are committed then; None: there is no part yet.
-    "store-begun": (at("replace", r"parts/zarr\.json$", "after"), None),
-    "store-unnamed": (at("replace", r"store/zarr\.json$", "before"), None),
+    "store-begun": (at("name", r"parts/zarr\.json$", "after"), None),
+    "store-unnamed": (at("name", r"store/zarr\.json$", "before"), None),
     "store-unflushed": (at("fsync", r"store/zarr\.json$", "before"), None),
-    "part-arrays": (at("replace", r"/loss/zarr\.json$", "before"), None),
-    "part-unnamed": (at("rename", r"parts/part$", "before"), None),
-    "part-named": (at("rename", r"parts/part$", "after"), 0),
-    "first-chunk": (at("replace", r"part/vectors/c/0/0$", "before"), 0),
+    "part-arrays": (at("name", r"/loss/zarr\.json$", "before"), None),
+    "part-unnamed": (at("name", r"parts/part$", "before"), None),
+    "part-named": (at("name", r"parts/part$", "after"), 0),
+    "first-chunk": (at("name", r"part/vectors/c/0/0$", "before"), 0),
     "between-chunks": (at("fsync", r"part/status/c/2$", "before"), 2),
     "record-unwritten": (at("fsync", r"commits/\.00000001\.json", "before"), 1),
-    "record-unnamed": (at("link", r"commits/00000002\.json$", "before"), 2),
-    "record-named": (at("link", r"commits/00000002\.json$", "after"), 3),
+    "record-unnamed": (at("name", r"commits/00000002\.json$", "before"), 2),
+    "record-named": (at("name", r"commits/00000002\.json$", "after"), 3),
     "record-unflushed": (at("fsync", r"part/commits$", "before", number=4), 4),
     "last-chunk": (at("fsync", r"part/window_start/c/4$", "after"), 4),
-    "last-record": (at("link", r"commits/00000004\.json$", "after"), 5),
+    "last-record": (at("name", r"commits/00000004\.json$", "after"), 5),
 }
 EACH_MOMENT = pytest.mark.parametrize("moment", MOMENTS)
 
@@ -129,3 +131,40 @@ def test_nothing_to_do_changes_nothing(lab: Lab, built: Path, whole: dict[str, b
     assert (again.code, again.json["resumed_rows"]) == (0, 27)
     assert lab.tree(built) == whole
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*") if path.is_file()} == stamps
+
+
+def test_all_is_on_the_disk_before_the_record_names_it(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a span, and every folder that was made for one, is flushed before the record appears: a power
+    cut after the record takes nothing with it.
+    """
+    flushed: set[Path] = set()
+    unsafe: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def watched_fsync(handle: int) -> None:
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def watched_link(source: Path, target: Path) -> None:
+        if target.parent.name == "commits":
+            part = target.parent.parent
+            for key in json.loads(Path(source).read_bytes())["files"]:
+                needed = [part / key, *(folder for folder in (part / key).parents if folder.is_relative_to(part))]
+                unsafe.extend(str(path.relative_to(part)) for path in needed if path != part and path not in flushed)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", watched_link)
+    store = tmp_path / "store"
+    ghoststore.Store.create(store)
+    rename = os.rename
+
+    def watched_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        monkeypatch.setattr(os, "fsync", watched_fsync)  # what counts is flushed after the part has its name
+
+    monkeypatch.setattr(os, "rename", watched_rename)
+    ghoststore.build(checkpoint=lab.checkpoint, data=lab.corpus, store=store, name="part", span_rows=6, device="cpu")
+    assert flushed
+    assert sorted(set(unsafe)) == []

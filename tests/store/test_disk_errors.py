@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 PLACES = {
     # Where the error strikes, and how many spans are committed then; None: there is no part yet.
-    "store": ("replace", r"parts/zarr\.json$", None),
+    "store": ("name", r"parts/zarr\.json$", None),
     "store-flush": ("fsync", r"store/parts$", None),
-    "part": ("replace", r"/norm/zarr\.json$", None),
+    "part": ("name", r"/norm/zarr\.json$", None),
     "part-flush": ("fsync", r"/norm$", None),
-    "part-name": ("rename", r"parts/part$", None),
-    "chunk": ("replace", r"vectors/c/2/0$", 2),
+    "part-name": ("name", r"parts/part$", None),
+    "chunk": ("name", r"vectors/c/2/0$", 2),
     "chunk-flush": ("fsync", r"sample_id/c/3$", 3),
     "record": ("fsync", r"commits/\.00000001\.json", 1),
-    "record-name": ("link", r"commits/00000004\.json$", 4),
+    "record-name": ("name", r"commits/00000004\.json$", 4),
 }
 
 

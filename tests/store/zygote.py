@@ -5,8 +5,9 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
 
 - ``args``: run ``ghoststore ARGS…``; or ``code``: run this Python.
 - ``cwd``, ``stdin`` (a file), ``stdout``, ``stderr`` (files that are written).
-- ``fault``: ``{"call": name in os, "path": regular expression on the paths it is called with, "number": which
-  match (from 1), "when": "before" or "after" the call, "act": …}``. ``act`` is ``kill`` (SIGKILL), ``interrupt``
+- ``fault``: ``{"call": "fsync", or "name" for whatever gives a file its name, "path": regular expression on the
+  paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
+  ``act`` is ``kill`` (SIGKILL), ``interrupt``
   (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
 - ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
   ``{"wait": pid}`` until it has ended.
@@ -22,7 +23,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +45,7 @@ import query.query
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query)
 
+CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
 
 
@@ -51,8 +56,8 @@ def paths_of(arguments: tuple[Any, ...]) -> str:
 
 
 def install(fault: dict[str, Any]) -> None:
-    """Replace one function of ``os`` by itself with the fault in it."""
-    real, wanted, act = getattr(os, fault["call"]), re.compile(fault["path"]), fault["act"]
+    """Replace functions of ``os`` by themselves with the fault in them."""
+    wanted, act = re.compile(fault["path"]), fault["act"]
     number, after, seen, done = fault.get("number", 1), fault.get("when") == "after", 0, False
 
     def strike() -> None:
@@ -60,11 +65,12 @@ def install(fault: dict[str, Any]) -> None:
         if act in SIGNALS:
             if not done:
                 done = True
-                os.kill(os.getpid(), SIGNALS[act])
+                # To this thread, which then does not get past this line before the signal is there.
+                signal.pthread_kill(threading.get_ident(), SIGNALS[act])
         else:
             raise OSError(getattr(errno, act), os.strerror(getattr(errno, act)))
 
-    def faulty(*arguments: Any, **options: Any) -> Any:
+    def call(real: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         nonlocal seen
         if not wanted.search(paths_of(arguments)):
             return real(*arguments, **options)
@@ -76,7 +82,8 @@ def install(fault: dict[str, Any]) -> None:
             strike()
         return result
 
-    setattr(os, fault["call"], faulty)
+    for name in CALLS[fault["call"]]:
+        setattr(os, name, partial(call, getattr(os, name)))
 
 
 def child(order: dict[str, Any]) -> int:

@@ -1,0 +1,177 @@
+"""The command line as a program: quick help, data on stdout alone, honest dry runs, no shadows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import zarr
+
+import ghoststore
+from ghoststore.cli import COMMANDS
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+HEAVY = ("torch", "transformers", "zarr", "pyarrow", "datasets", "numpy")
+
+HELP = """
+import sys, json
+from ghoststore.cli import main
+try:
+    main(json.loads(sys.argv[1]))
+except SystemExit as end:
+    code = end.code
+heavy = [name for name in sys.modules if name in json.loads(sys.argv[2])]
+sys.stderr.write(json.dumps([code, heavy]))
+"""
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda words: "-".join(words) or "group")
+def test_help(command: list[str], tmp_path: Path) -> None:
+    """Works, shows every option with help, and loads nothing heavy."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, json.dumps([*command, "--help"]), json.dumps(HEAVY)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert json.loads(done.stderr.splitlines()[-1]) == [0, []], done.stderr
+    assert "Usage: ghoststore" in done.stdout
+    if not command:
+        for name, line in COMMANDS.items():
+            assert name in done.stdout
+            assert line[:40] in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help(command: str) -> None:
+    import importlib
+
+    import click
+
+    found = importlib.import_module(f"ghoststore.cli.{command}").command
+    assert isinstance(found, click.Command)
+    assert found.help
+    for parameter in found.params:
+        assert isinstance(parameter, click.Option), f"{command}: {parameter.name} is no option"
+        assert parameter.help, f"{command} {parameter.opts} has no help"
+
+
+def test_importing_the_package_is_light(tmp_path: Path) -> None:
+    code = f"import ghoststore, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("how", [["--version"], ["-m", "ghoststore", "--version"]], ids=["script", "module"])
+def test_version(how: list[str], tmp_path: Path) -> None:
+    start = [sys.executable] if how[0] == "-m" else [str(Path(sys.executable).parent / "ghoststore")]
+    if not Path(start[0]).exists():
+        pytest.skip("ghoststore is not installed as a script here")
+    done = subprocess.run([*start, *how], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == f"ghoststore {ghoststore.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("query.py", "query"), ("indexer.py", "build"), ("query/__init__.py", "info")]
+)
+def test_a_file_that_hides_a_package_of_ours(lab: Lab, name: str, command: str, tmp_path: Path) -> None:
+    """The error names the user's file, which is not run."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("raise SystemExit('the file of the user was run')\n")
+    words = {
+        "query": ["--store", "s", "--val-set", "v"],
+        "build": ["--store", "s", "--data", "d", "--checkpoint", "c"],
+        "info": ["--store", "s"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "ghoststore", command, *words[command]],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert str(file) in done.stderr
+    assert "rename that file or folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_file_that_hides_a_package_of_ours_in_python(tmp_path: Path) -> None:
+    (tmp_path / "query.py").write_text("raise SystemExit('the file of the user was run')\n")
+    code = "import ghoststore\ntry:\n    ghoststore.query\nexcept ImportError as error:\n    print(error)"
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert str(tmp_path / "query.py") in done.stdout
+
+
+def test_json_is_all_of_stdout(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """For every command that has it, progress bars and notes included: they are on stderr."""
+    val = lab.write(tmp_path / "val.jsonl", [{"text": "the cat"}, {"text": ""}])
+    store = tmp_path / "store"
+    words = ["build", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--store", store, "--json"]
+    dry, build = lab.run(*words, "--dry-run"), lab.run(*words)
+    query = lab.run("query", "--store", store, "--val-set", val, "--json")
+    info, one = (lab.run("info", "--store", store, "--json", *part) for part in ([], ["--part", "model-corpus"]))
+    verify = lab.run("verify", "--store", store, "--json")
+    for outcome in (dry, build, query, info, one, verify):
+        assert outcome.code == 0, outcome.err
+        assert isinstance(outcome.json, dict)
+    assert "building" in build.err
+    assert "note: val rows left out: 1 empty; 1 are used" in query.err
+    assert build.json["statuses"] == {"ok": 27}
+    assert info.json["parts"][0]["manifest"] == build.json["manifest"]
+    assert verify.json["sound"] is True
+
+
+def test_tables_are_on_stdout(lab: Lab, built: Path) -> None:
+    quiet = lab.run("query", "--store", built, "--val-set", lab.corpus, "--top-k", "3", "--quiet")
+    assert quiet.err == ""
+    assert "nearest to mean" in quiet.out
+    assert "row-" in quiet.out
+    assert "27" in lab.run("info", "--store", built).out
+    assert "sha256:" in lab.run("info", "--store", built, "--part", "part").out
+    assert lab.run("verify", "--store", built, "--quiet").out.startswith("sound: 1 part(s), 5 spans")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("options", [[], ["--proj-dtype", "float16", "--span-rows", "10"], ["--proj-rank-total", "16"]])
+def test_a_dry_run_says_what_would_be_and_writes_nothing(
+    lab: Lab, tmp_path: Path, options: list[str], exists: bool
+) -> None:
+    """Rows, tokens, D, memory, and the bytes on the disk to the byte, ids and texts aside."""
+    store = tmp_path / "store"
+    if exists:
+        ghoststore.Store.create(store)
+    before = lab.tree(tmp_path)
+    dry = lab.build(store, *options, "--dry-run", "--json")
+    assert dry.code == 0, dry.err
+    assert lab.tree(tmp_path) == before
+    assert store.exists() == exists
+    said = dry.json
+    assert said["dry_run"] is True
+    assert said["memory_bytes"] > 0
+    real = lab.build(store, *options, "--json").json
+    same = ("rows", "tokens", "dimension", "layers", "coverage", "bytes_on_disk", "part", "memory_bytes")
+    assert {name: said[name] for name in same} == {name: real[name] for name in same}
+    part = ghoststore.Store.open(store).part()
+    assert (said["rows"], said["dimension"]) == part.array("vectors").shape
+    assert said["tokens"] == int(part.array("n_tokens")[...].sum())
+    numeric = [spec.name for spec in part.layout.arrays() if spec.dtype is not str]
+    assert "sample_id" not in numeric
+    sizes = [path.stat().st_size for name in numeric for path in (part.path / name / "c").rglob("*") if path.is_file()]
+    assert said["bytes_on_disk"] == sum(sizes)
+    table = lab.build(store, *options, "--dry-run")
+    for what in ("rows", "tokens", "dimension", "on disk", "memory"):
+        assert what in table.out
+
+
+def test_names_of_parts_by_default(lab: Lab, tmp_path: Path) -> None:
+    """They say what the part is made of."""
+    words = ["--checkpoint", lab.checkpoint, "--data", lab.corpus, "--store", tmp_path / "store", "--json"]
+    outcome = lab.run("build", *words)
+    assert outcome.json["part"] == "model-corpus"
+    assert [name for name, _ in zarr.open_group(tmp_path / "store/parts", mode="r").groups()] == ["model-corpus"]
