@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import click
 
 CORES = len(os.sched_getaffinity(0))
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -218,6 +221,21 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def folders(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options ``--scratch`` and ``--out``."""
+    folder = click.Path(path_type=Path)
+    scratch = click.option("--scratch", type=folder, help="Where to write stores: the disk to measure.")
+    out = click.option("--out", type=folder, default=Path("benchmarks/results"), show_default=True)
+    return scratch(out(command))
+
+
+@contextmanager
+def scratch_folder(parent: Path | None) -> Iterator[Path]:
+    """A new folder in ``parent`` (default: the system's temporary folder), removed at the end."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix="ghoststore-benchmark-") as name:
+        yield Path(name)
+
+
 def read_texts(path: Path, limit: int | None = None) -> list[str]:
     """The texts of the first ``limit`` samples of a corpus that have one."""
     from itertools import islice
@@ -244,6 +262,7 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
         "bfloat16 in hardware": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
         "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load before": round(os.getloadavg()[0], 2),
+        **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("ghoststore", "torch", "transformers", "numpy", "zarr")},

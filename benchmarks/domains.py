@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from common import Results, Table, machine_facts, write_jsonl
+from common import Results, Table, folders, machine_facts, scratch_folder, write_jsonl
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import GPT2Config
@@ -183,8 +182,7 @@ def cells(ways: dict[str, dict[str, Shares]], chance: dict[str, float]) -> list[
 @click.option("--max-length", type=int, default=256, show_default=True, help="Tokens of a sample.")
 @click.option("--proj-rank-total", type=int, help="Also a part of plain blocks of so many numbers, such as 256.")
 @click.option("--max-samples", type=int, help="Only the first samples of the training corpus.")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Where to write checkpoint and store.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
+@folders
 def main(
     data: Path,
     val_set: Path,
@@ -202,8 +200,7 @@ def main(
     facts = machine_facts()
     train_rows, val_rows = read_rows(data)[:max_samples], read_rows(val_set)
     domains = domains_of(val_rows)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="ghoststore-benchmark-") as name:
-        folder = Path(name)
+    with scratch_folder(scratch) as folder:
         trained = train(train_rows, folder / "checkpoint", minutes=minutes, steps=steps, max_length=max_length)
         corpus = write_jsonl(folder / "train.jsonl", train_rows)
         val_sets = {

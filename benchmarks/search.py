@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
@@ -23,11 +22,13 @@ from common import (
     Results,
     Spread,
     Table,
+    folders,
     in_fresh_process,
     machine_facts,
     mebibytes,
     ratios,
     read_texts,
+    scratch_folder,
     write_jsonl,
 )
 from numpy.typing import NDArray
@@ -46,6 +47,8 @@ from query.search import search
 
 QUERIES = (1, 64, 1000)
 TOP_K = 10
+READ, READ_FAR = "plain read, one buffer", "plain read, main memory"
+RING_BYTES = 256 << 20
 GROWTH = 10
 QUERY_RANK_TOTAL = 256
 """48 layers of GPT-2 Small: 12,288 numbers a row."""
@@ -94,14 +97,25 @@ def chunk_files(part: Part) -> list[Path]:
     return [part.path / key for span in part.spans for key in part.layout.chunk_keys(spec, span)]
 
 
-def read_plainly(part: Part) -> None:
-    """Every byte of the vectors into one buffer, file by file, nothing checked."""
+def read_plainly(part: Part, ring_bytes: int) -> Callable[[], None]:
+    """A read of every byte of the vectors, file by file, nothing checked, into a ring of that many bytes.
+
+    A ring of one chunk stays in the processor's cache: no search can be as fast, for it must fetch every
+    number once more. A large one ends in main memory, where a search finds its numbers too.
+    """
     files = chunk_files(part)
-    buffer = memoryview(bytearray(max(path.stat().st_size for path in files)))
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    size = max(path.stat().st_size for path in files)
+    places = max(1, min(ring_bytes // size, len(files)))
+    ring = memoryview(np.ones(places * size, dtype=np.uint8))
+
+    def read() -> None:
+        for number, path in enumerate(files):
+            start = number % places * size
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(ring[start : start + size]):
+                    pass
+
+    return read
 
 
 def forget(part: Part) -> None:
@@ -120,13 +134,13 @@ def search_exactly(part: Part, queries: int, device: str) -> None:
 
 
 def measure_search(
-    folder: str, part_name: str, queries: Sequence[int], device: str, repeats: int, cold: bool
+    folder: str, part_name: str, device: str, repeats: int, queries: Sequence[int], cold: bool
 ) -> dict[str, list[float]]:
-    """Wall seconds, repeat by repeat, of the plain read and of each search; they take turns."""
+    """Wall seconds, repeat by repeat, of the plain reads and of each search; they take turns."""
     part = Store.open(folder).part(part_name)
-    ways: dict[str, Callable[[], None]] = {"read": lambda: read_plainly(part)}
+    ways = {READ: read_plainly(part, 0), READ_FAR: read_plainly(part, RING_BYTES)}
     for count in queries:
-        ways[str(count)] = lambda count=count: search_exactly(part, count, device)
+        ways[f"search, {count:,} queries"] = lambda count=count: search_exactly(part, count, device)
     for run in ways.values():
         run()
     spent: dict[str, list[float]] = {way: [] for way in ways}
@@ -150,30 +164,30 @@ def measure_memory(folder: str, part_name: str, device: str) -> int:
     return memory.beyond()
 
 
-def add_speed(results: Results, store: Path, dtype: str, device: str, repeats: int) -> None:
+def add_speed(results: Results, store: Path, dtype: str, device: str, repeats: int, threads: int) -> None:
     """Bytes a second of the vectors, warm and cold."""
     part = Store.open(store).part(dtype)
     size = sum(path.stat().st_size for path in chunk_files(part))
-    warm = in_fresh_process(measure_search, str(store), dtype, QUERIES, device, repeats, False)
-    cold = in_fresh_process(measure_search, str(store), dtype, QUERIES[:1], device, repeats, True)
+    setting = (str(store), dtype, device, repeats)
+    warm = in_fresh_process(measure_search, *setting, QUERIES, False, threads=threads)
+    cold = in_fresh_process(measure_search, *setting, QUERIES[:1], True, threads=threads)
     rows = []
     for pages, spent in (("warm", warm), ("cold", cold)):
         for way, seconds in spent.items():
-            rates = Spread.of([size / s / 1e9 for s in seconds])
-            queries = f"search, {int(way):,} queries" if way != "read" else "plain read"
             rows.append(
                 {
                     "page cache": pages,
-                    "way": queries,
-                    "GB/s": rates.show(".2f"),
-                    "÷ read": ratios(spent["read"], seconds).show(".2f"),
+                    "way": way,
+                    "GB/s": Spread.of([size / s / 1e9 for s in seconds]).show(".2f"),
+                    "÷ one buffer": ratios(spent[READ], seconds).show(".2f"),
+                    "÷ main memory": ratios(spent[READ_FAR], seconds).show(".2f"),
                     "seconds": f"{Spread.of(seconds).median:.3f}",
                 }
             )
     note = (
-        f"{size / 1e6:,.0f} MB of vectors, {CORES} cores, medians of {repeats} repeats (least to largest) that take "
-        f"turns; cosine, the best {TOP_K}. The plain read goes through the same files with one buffer and checks "
-        "nothing; the search checks every checksum."
+        f"{size / 1e6:,.0f} MB of vectors, {threads} thread(s), medians of {repeats} repeats (least to largest), in "
+        f"turns; cosine, the best {TOP_K}. The plain reads go through the same files and check nothing, one into a "
+        "buffer of a chunk that stays in the processor's cache, one into main memory; the search checks every checksum."
     )
     results.add(Table(f"Exact search, {dtype}", rows, note), **{f"search {dtype}": {"warm": warm, "cold": cold}})
 
@@ -278,6 +292,7 @@ def known_dtypes(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--dimension", type=int, default=3072, show_default=True, help="Numbers of a vector.")
 @click.option("--dtypes", callback=known_dtypes, default="float32,bfloat16", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=int, default=CORES, help="Threads of the search.  [default: all cores]")
 @click.option("--repeats", type=int, default=5, show_default=True)
 @click.option("--query-command", is_flag=True, help="Measure the whole `ghoststore query` command instead.")
 @click.option("--query-rows", type=int, default=10_000, show_default=True, help="Rows for --query-command.")
@@ -285,13 +300,13 @@ def known_dtypes(context: click.Context, parameter: click.Parameter, value: str)
 @click.option("--val-set", type=click.Path(exists=True, path_type=Path), help="Val set for --query-command.")
 @click.option("--val-samples", type=int, default=8, show_default=True, help="Val samples for --query-command.")
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="Its folder, for --query-command.")
-@click.option("--scratch", type=click.Path(path_type=Path), help="Where to write stores: the disk to measure.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
+@folders
 def main(
     rows: int,
     dimension: int,
     dtypes: list[str],
     device: str,
+    threads: int,
     repeats: int,
     query_command: bool,
     query_rows: int,
@@ -304,8 +319,7 @@ def main(
 ) -> None:
     """Compare exact search with a plain read of the same files, or time a whole query."""
     disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="ghoststore-benchmark-") as name:
-        folder = Path(name)
+    with scratch_folder(scratch) as folder:
         if query_command:
             if data is None or val_set is None:
                 raise click.UsageError("--query-command needs --data and --val-set")
@@ -318,22 +332,38 @@ def main(
             add_query(results, query_store(folder, data, tokenizer, query_rows), val_set, val_samples, repeats)
         else:
             results = Results(
-                name=f"search-{rows}x{dimension}" + ("" if device == "cpu" else f"-{device}"),
+                name=f"search-{rows}x{dimension}"
+                + ("" if device == "cpu" else f"-{device}")
+                + ("" if threads == CORES else f"-{threads}-threads"),
                 title=f"Exact search of {rows:,} rows × {dimension:,} numbers",
-                settings={"rows": rows, "dimension": dimension, "dtypes": dtypes, "repeats": repeats, "device": device},
+                settings={
+                    "rows": rows,
+                    "dimension": dimension,
+                    "dtypes": dtypes,
+                    "threads": threads,
+                    "repeats": repeats,
+                    "device": device,
+                },
                 facts=machine_facts(device),
             )
-            measure_all(results, folder, rows, dimension, dtypes, device, repeats)
+            measure_all(results, folder, rows, dimension, dtypes, device, repeats, threads)
         results.write(out)
 
 
 def measure_all(
-    results: Results, folder: Path, rows: int, dimension: int, dtypes: Sequence[str], device: str, repeats: int
+    results: Results,
+    folder: Path,
+    rows: int,
+    dimension: int,
+    dtypes: Sequence[str],
+    device: str,
+    repeats: int,
+    threads: int,
 ) -> None:
     store = Store.create(folder / "store")
     for dtype in dtypes:
         random_part(store, dtype, manifest_of(rows, dimension, dtype))
-        add_speed(results, store.path, dtype, device, repeats)
+        add_speed(results, store.path, dtype, device, repeats, threads)
     random_part(store, "small", manifest_of(max(1, rows // GROWTH), dimension, dtypes[0]))
     add_memory(results, store.path, ("small", dtypes[0]), device)
 

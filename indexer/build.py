@@ -29,14 +29,14 @@ from ghoststore.checkpoint import (
     max_positions,
     resolve_device,
 )
-from ghoststore.corpus import Corpus, Fields, ResolvedFields, spool_stdin
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.info import describe
 from ghoststore.store.layout import check_name, safe_name
 from ghoststore.store.manifest import refuse_differences
-from ghoststore.store.part import create_part, fold_table, span_table
+from ghoststore.store.part import create_part, span_table
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
 from indexer.encoder import RowEncoder
 from indexer.losses import Reduction
@@ -47,7 +47,6 @@ from indexer.selection import Selection, select_blocks
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-STDIN_FILE = "stdin.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +127,8 @@ def build(
     Parameters have the names of the command's options. ``checkpoint`` is a folder in transformers' format
     or a hub id; ``data`` any form of corpus, see ``docs/corpus.md``. ``max_length`` is in tokens (default: the
     model's positions, at most 1024), ``batch_tokens`` the padded tokens of a batch (default 2,048 on a CPU,
-    16,384 on CUDA). The part is called ``name``, by default after the checkpoint and the corpus.
+    16,384 on CUDA). Texts of standard input (``data="-"``) are kept in the store. The part is called ``name``,
+    by default after the checkpoint and the corpus.
 
     A part that exists already and is of the same build is continued: only spans without a commit record
     are computed, and the result is byte-identical to an uninterrupted build's.
@@ -148,58 +148,56 @@ def build(
     tokenizer_folder = Path(tokenizer) if tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(tokenizer_folder)
     part_name = check_name(name) if name else safe_name(found.folder.resolve().name, _corpus_name(str(data)))
-    target = None if dry_run else Store.create(store)
-    corpus, store_text = _open_corpus(str(data), fields, target, part_name, store_text)
-    _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
-    model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
-    job = _plan(
-        model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
-        TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
-        _Storage(proj_dtype, span_rows, store_text), max_samples=max_samples, count_tokens=dry_run,
-        progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
-    )  # fmt: skip
-    job.manifest.update(
-        checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
-        tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
-        dtype={"model": model_dtype},
-        batching={"batch_tokens": batch_tokens, "order": "longest first inside a span"},
-        source={
-            "checkpoint": str(found.folder.resolve()),
-            "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
-            "data": "-" if str(data) == "-" else _absolute(corpus.source),
-            "form": corpus.form,
-        },
-        compute={
-            "device": torch.device(device).type,
-            "attn_implementation": getattr(model.config, "_attn_implementation", None),
-            "threads": torch.get_num_threads(),
-            "gradient_checkpointing": gradient_checkpointing,
-        },
-        software=software_versions(),
-    )
-    report = BuildReport(
-        store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
-        layers=len(job.projection.plan.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
-        bytes_on_disk=_bytes_on_disk(job.layout), memory_bytes=_memory(job, batch_tokens), dry_run=dry_run,
-        manifest=job.manifest,
-    )  # fmt: skip
-    if target is None:
-        return report
-    part = _open_part(target, part_name, job, progress)
-    with writing(part):
-        part = Part(part.path)
-        resumed = part.rows
-        seconds = _compute(part, job, progress)
-    if str(data) == "-":
-        Path(corpus.source).unlink()
-    built = describe(Part(part.path))
-    return replace(
-        report,
-        tokens=built.tokens,
-        resumed_rows=resumed,
-        statuses=built.statuses,
-        seconds={"total": time.perf_counter() - begun, **seconds},
-    )
+    Store.refuse_others(Path(store))
+    with open_corpus(str(data), fields or Fields()) as corpus:
+        _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
+        model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
+        job = _plan(
+            model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
+            TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
+            _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
+            count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        job.manifest.update(
+            checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
+            tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
+            dtype={"model": model_dtype},
+            batching={"batch_tokens": batch_tokens, "order": "longest first inside a span"},
+            source={
+                "checkpoint": str(found.folder.resolve()),
+                "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
+                "data": "-" if str(data) == "-" else _absolute(corpus.source),
+                "form": corpus.form,
+            },
+            compute={
+                "device": torch.device(device).type,
+                "attn_implementation": getattr(model.config, "_attn_implementation", None),
+                "threads": torch.get_num_threads(),
+                "gradient_checkpointing": gradient_checkpointing,
+            },
+            software=software_versions(),
+        )
+        report = BuildReport(
+            store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
+            layers=len(job.projection.plan.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
+            bytes_on_disk=_bytes_on_disk(job.layout), memory_bytes=_memory(job, batch_tokens), dry_run=dry_run,
+            manifest=job.manifest,
+        )  # fmt: skip
+        if dry_run:
+            return report
+        part = _open_part(Store.create(store), part_name, job, progress)
+        with writing(part):
+            part = Part(part.path)
+            resumed = part.rows
+            seconds = _compute(part, job, progress)
+        built = describe(Part(part.path))
+        return replace(
+            report,
+            tokens=built.tokens,
+            resumed_rows=resumed,
+            statuses=built.statuses,
+            seconds={"total": time.perf_counter() - begun, **seconds},
+        )
 
 
 class _Storage(NamedTuple):
@@ -247,7 +245,6 @@ def _plan(
             "max_samples": max_samples,
             "domains": scan.domains,
             "fields": corpus.resolved.to_json(),
-            "spans": fold_table(corpus_plan.table),
         },
         "tokens": asdict(settings),
         "loss": {
@@ -320,18 +317,6 @@ def _absolute(source: str) -> str:
     return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
 
 
-def _open_corpus(
-    data: str, fields: Fields | None, store: Store | None, part: str, store_text: bool
-) -> tuple[Corpus, bool]:
-    """The corpus, and whether its text must be kept: standard input cannot be read again, so it is."""
-    if data != "-":
-        return Corpus.open(data, fields or Fields()), store_text
-    if store is None:
-        raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
-    spool = store.path / "parts" / f".{part}.{STDIN_FILE}"
-    return Corpus.open(str(spool_stdin(sys.stdin.buffer, spool)), fields or Fields()), True
-
-
 def _max_length(asked: int | None, model: Any) -> int:
     limit = max_positions(model)
     if asked is None:
@@ -358,13 +343,11 @@ def _memory(job: _Job, batch_tokens: int) -> int:
 
 
 def _open_part(store: Store, name: str, job: _Job, progress: Progress) -> Part:
-    """The part, new or continued. MismatchError if it is of another build."""
+    """The part, new or there already. MismatchError if it is of another build."""
     path = store.part_path(name)
-    if not path.exists():
-        return create_part(path, job.manifest, job.plan.table)
-    part = Part(path)
+    part = create_part(path, job.manifest, job.plan.table)
     refuse_differences(part.manifest, job.manifest, f"part {name!r} of {store.path}")
-    if not np.array_equal(span_table(path), job.plan.table):
+    if not np.array_equal(span_table(part), job.plan.table):
         raise MismatchError(f"part {name!r}: the spans of the corpus are not those that were planned")
     for section in ("software", "compute"):
         if part.manifest[section] != job.manifest[section] and not part.complete:

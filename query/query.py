@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ghoststore.checkpoint import resolve_device
-from ghoststore.corpus import Corpus, Fields
+from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part, Store
@@ -51,6 +51,8 @@ def query(
     progress = progress or Silent()
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
         raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
+    if max_samples is not None and max_samples < 1:
+        raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
     if metric not in ("dot", "cosine"):
         raise UsageError(f"--metric {metric!r} is unknown; known: dot, cosine")
     device = resolve_device(device)
@@ -64,11 +66,11 @@ def query(
             f"part {opened.name!r} is not complete: {opened.rows:,} of {opened.layout.rows:,} rows are searched"
         )
     groups = choose_groups(opened, layers, exclude_layers)
-    corpus = Corpus.open(str(val_set), fields or Fields())
-    val = encode_val_set(
-        opened, corpus, average=not each, checkpoint=checkpoint, device=device, max_samples=max_samples,
-        progress=progress,
-    )  # fmt: skip
+    with open_corpus(str(val_set), fields or Fields()) as corpus:
+        val = encode_val_set(
+            opened, corpus, average=not each, checkpoint=checkpoint, device=device, max_samples=max_samples,
+            progress=progress,
+        )  # fmt: skip
     if val.left_out:
         shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {val.used} are used")
@@ -140,7 +142,7 @@ def _hits(part: Part, rankings: list[Ranking], text: bool, progress: Progress) -
     texts = texts_of(part, rows, progress) if text else [None] * len(rows)
     names = part.domains
 
-    def hit(rank: int, row: int, score: np.float32) -> Hit:
+    def hit(rank: int, row: int, score: np.float64) -> Hit:
         at = place[row]
         return Hit(
             rank=rank, score=float(score), id=str(ids[at]), source_row=int(sources[at]),

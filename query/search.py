@@ -28,7 +28,7 @@ class Ranking:
 
     rows: NDArray[np.int64]
     """(Q, k)."""
-    scores: NDArray[np.float32]
+    scores: NDArray[np.float64]
     """(Q, k)."""
 
 
@@ -64,7 +64,7 @@ class RunningTopK:
 
     def ranking(self) -> Ranking:
         """What was found."""
-        return Ranking(self.rows.copy(), self.scores.copy())
+        return Ranking(self.rows.copy(), self.scores.astype(np.float64))
 
 
 def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
@@ -103,13 +103,12 @@ def search(
         norm_columns = np.asarray(list(groups))  # type: ignore[assignment]
     if not bool(torch.isfinite(queries_QD).all()):
         raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
-    lengths = queries_QD.norm(dim=1)
+    lengths = queries_QD.double().norm(dim=1)
     if bool((lengths == 0).any()):
         raise UsageError("a query vector is zero: every row would score the same")
-    if metric == "cosine":
-        queries_QD = queries_QD / lengths.unsqueeze(1)
+    # Of length 1, so that no product is larger than its row is long: float32 cannot overflow.
     target = torch.device(device)
-    queries_DQ = queries_QD.to(target).t().contiguous()
+    queries_DQ = (queries_QD.double() / lengths.unsqueeze(1)).float().to(target).t().contiguous()
     best = RunningTopK(queries_QD.shape[0], top_k)
     worst = RunningTopK(queries_QD.shape[0], bottom_k)
     statuses, norms = stream(part, "status"), stream(part, "norm")
@@ -133,5 +132,6 @@ def search(
                 worst.add((-scores_RQ).masked_fill_(unusable.unsqueeze(1), -torch.inf), chunk.start)
             if task:
                 task.advance(chunk.stop - chunk.start)
-    lowest = worst.ranking()
-    return best.ranking(), Ranking(lowest.rows, -lowest.scores)
+    scale = lengths.numpy()[:, None] if metric == "dot" else 1.0
+    highest, lowest = best.ranking(), worst.ranking()
+    return Ranking(highest.rows, highest.scores * scale), Ranking(lowest.rows, -lowest.scores * scale)

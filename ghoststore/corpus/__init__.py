@@ -4,7 +4,7 @@ A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`) and sca
 fingerprint (`scan_samples`). Importing this package loads neither torch nor pyarrow nor datasets.
 """
 
-from ghoststore.corpus.corpus import Corpus, Position, spool_stdin
+from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin
 from ghoststore.corpus.fields import Content, Fields, Messages, PromptCompletion, ResolvedFields, Sample
 from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
 
@@ -19,6 +19,7 @@ __all__ = [
     "ResolvedFields",
     "Sample",
     "Scan",
+    "open_corpus",
     "scan_samples",
     "spool_stdin",
 ]

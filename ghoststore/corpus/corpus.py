@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ghoststore.corpus.fields import Fields, ResolvedFields, RowError, Sample, check_object
-from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of, reading
+from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of
 from ghoststore.errors import CorpusError, StorageError, UsageError
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder"
@@ -87,8 +89,8 @@ class Corpus:
         """The samples at ``places`` (any order, repeated or not) by their source_row.
 
         Plain text forms seek to the offset; compressed ones are streamed once, up to the last place;
-        parquet reads the row groups concerned; a dataset is indexed. Raises CorpusError for a place
-        that the corpus no longer has.
+        parquet reads the row groups concerned; a dataset is indexed. A place where no sample stands any
+        more is left out: whether it is the same sample, its digest tells.
         """
         found: dict[int, Sample] = {}
         for file in sorted({place.file for place in places}):
@@ -102,21 +104,10 @@ class Corpus:
                     found[place.source_row] = self.resolved.sample(
                         row, source_row=place.source_row, file=file, offset=offset
                     )
-                except RowError as error:
-                    raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
+                except RowError:
+                    continue
             found |= self._streamed(file, {p.source_row for p in inside if not self._has_key(p)})
         return found
-
-    def signature(self) -> list[dict[str, str | int]]:
-        """Name, size (bytes) and mtime_ns of every file: equal as long as nothing was written."""
-        listed: list[dict[str, str | int]] = []
-        for path in self.files:
-            for file in sorted(path.rglob("*.arrow")) if path.is_dir() else [path]:
-                with reading(file):
-                    status = file.stat()
-                name = file.relative_to(path.parent).as_posix()
-                listed.append({"name": name, "size": status.st_size, "mtime_ns": status.st_mtime_ns})
-        return listed
 
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
@@ -247,6 +238,16 @@ def _locate_on_hub(source: str, name: str, split: str) -> tuple[Form, list[Path]
         raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}") from error
     cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
     return DatasetForm(loaded), cached[:1] or [Path(source)]
+
+
+@contextmanager
+def open_corpus(source: str, fields: Fields | ResolvedFields) -> Iterator[Corpus]:
+    """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end."""
+    if source != "-":
+        yield Corpus.open(source, fields)
+        return
+    with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
+        yield Corpus.open(str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl")), fields)
 
 
 def spool_stdin(stream: BinaryIO, to: Path) -> Path:

@@ -11,7 +11,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
@@ -42,7 +42,7 @@ class Form(Protocol):
         """Keys and rows from key ``start`` on; only ``columns`` are needed (None: all)."""
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
-        """The rows at ``keys`` (ascending, distinct), which `rows` gave before."""
+        """The rows at ``keys`` (ascending, distinct), which `rows` gave before; those that are gone are left out."""
 
     def count(self, path: Path) -> int:
         """How many rows the file has."""
@@ -255,14 +255,18 @@ class TextForm:
                 raise CorpusError(f"{path}: no record at byte {start}: the file has changed")
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
-        with reading(path), open_bytes(path) as stream:
-            lines = Lines(path, stream)
+        with reading(path), ExitStack() as stack:
+            lines = Lines(path, stack.enter_context(open_bytes(path)))
             for key in keys:
+                if lines.offset > key:  # a record that grew reaches past the next key
+                    lines = Lines(path, stack.enter_context(open_bytes(path)))
                 lines.move_to(key)
-                found = next(self.parse(lines), None)
-                if found is None:
-                    raise CorpusError(f"{path}: no record at byte {key}: the file has changed")
-                yield key, found[1]
+                try:
+                    found = next(self.parse(lines), None)
+                except CorpusError:
+                    continue
+                if found is not None:
+                    yield key, found[1]
 
     def count(self, path: Path) -> int:
         return sum(1 for _ in self.rows(path, None, 0))
@@ -314,8 +318,6 @@ class ParquetForm:
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
         with parquet_file(path) as file:
-            if keys and keys[-1] >= file.metadata.num_rows:
-                raise CorpusError(f"{path}: no row {keys[-1] + 1}: the file has changed")
             columns = wanted(columns, file.schema_arrow.names)
             first = 0
             for group in range(file.num_row_groups):
@@ -358,12 +360,11 @@ class DatasetForm:
                 yield from read(first, min(first + ROWS_PER_BATCH, len(self.dataset)))
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
-        if keys and keys[-1] >= len(self.dataset):
-            raise CorpusError(f"{path}: no row {keys[-1] + 1}: the dataset has changed")
         read = self._reader(path, columns)
         with reading_arrow(path):
             for key in keys:
-                yield from read(key, key + 1)
+                if key < len(self.dataset):
+                    yield from read(key, key + 1)
 
     def count(self, path: Path) -> int:
         return len(self.dataset)

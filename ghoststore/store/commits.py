@@ -80,7 +80,7 @@ class Commit:
                     for name, record in value["files"].items()
                 },
             )  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptError(
                 f"{where} is not a commit record: {error}; `ghoststore verify` lists what is damaged"
             ) from error

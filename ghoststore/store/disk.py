@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,19 @@ def publish(path: Path, data: bytes) -> bool:
     return True
 
 
+UNFINISHED = re.compile(r"\..*\.tmp|.*\.[0-9a-f]{32}\.partial")
+"""Names of what a process that died had not finished: ours, and Zarr's."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead writers left below ``folder``. Only its one writer may."""
+    for path in [path for path in folder.rglob("*") if UNFINISHED.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Turn the operating system's errors into StorageError: what was being written, why, what to do."""
@@ -60,13 +75,16 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path`` against other processes; BusyError if one has it. Ends with the process."""
-    with storage_errors(str(path)):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def exclusive(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of ``folder`` (flock) against other processes of this machine. Ends with the process.
+
+    BusyError if another one holds it, unless ``wait``.
+    """
+    with storage_errors(str(folder)):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(
                 f"{what} is being written by another process; wait for it, or choose another --name"

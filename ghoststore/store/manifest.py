@@ -45,19 +45,23 @@ def layout_of(manifest: Manifest) -> PartLayout:
         raise CorruptError(f"the manifest's storage section cannot be used: {error!r}") from error
 
 
-def seal(manifest: Manifest) -> dict[str, Any]:
-    """The attributes of a part's group: format version, manifest, its checksum."""
+def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
+    """The attributes of a part's group: format version, manifest, SHA-256 of every other file that is written when
+    the part is made and never again (by path in the part), and the checksums of both.
+    """
     return {
         "ghoststore_format": FORMAT_VERSION,
         "manifest": manifest,
         "manifest_sha256": json_digest(manifest),
+        "files": dict(files),
+        "files_sha256": json_digest(dict(files)),
     }
 
 
-def unseal(attributes: Mapping[str, Any], where: str) -> Manifest:
-    """The manifest in a group's attributes.
+def unseal(attributes: Mapping[str, Any], where: str) -> tuple[Manifest, dict[str, str]]:
+    """The manifest and the files in a group's attributes, see :func:`seal`.
 
-    MismatchError for another format version, CorruptError if the checksum does not hold.
+    MismatchError for another format version, CorruptError if a checksum does not hold.
     """
     check_format(attributes, where)
     manifest = attributes.get("manifest")
@@ -66,7 +70,10 @@ def unseal(attributes: Mapping[str, Any], where: str) -> Manifest:
     missing = [name for name in IDENTITY if name not in manifest]
     if missing:
         raise CorruptError(f"{where} lacks the manifest's sections {missing}")
-    return manifest
+    files = attributes.get("files")
+    if not isinstance(files, dict) or attributes.get("files_sha256") != json_digest(files):
+        raise CorruptError(f"{where} does not hold the list of files that was written: its checksum does not fit")
+    return manifest, files
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:

@@ -5,6 +5,7 @@ Legend: N rows, D numbers of a vector.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from ghoststore.errors import CorruptError, GhostStoreError, MismatchError, UsageError
+from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.commits import Commit, committed, read_commit
-from ghoststore.store.disk import flush, storage_errors
+from ghoststore.store.disk import exclusive, flush, storage_errors
 from ghoststore.store.encoding import Encoding, encoding
 from ghoststore.store.layout import ArraySpec, PartLayout
 from ghoststore.store.manifest import Manifest, layout_of, seal, unseal
@@ -38,13 +39,15 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_METADATA:
             raise CorruptError(f"{path} is {path.stat().st_size} bytes: not metadata of ghoststore")
         value = json.loads(path.read_bytes())
-        attributes = value.get("attributes", {})
-        if value.get("node_type") != "group" or not isinstance(attributes, dict):
+        attributes = value.pop("attributes", {})
+        if value != {"zarr_format": 3, "node_type": "group"} or not isinstance(attributes, dict):
             raise ValueError("it does not describe a Zarr group")
         return attributes
     except (FileNotFoundError, NotADirectoryError):
+        if what == "part" and folder.is_dir():
+            raise CorruptError(f"{path} is missing") from None
         raise UsageError(f"there is no {what} at {folder}") from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged: {error}") from error
 
 
@@ -57,7 +60,10 @@ class Part:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
-        self.manifest: Manifest = unseal(read_attributes(path, "part"), str(path / "zarr.json"))
+        self.manifest: Manifest
+        self.files: dict[str, str]
+        """SHA-256, by path, of every file that is written when the part is made, ``zarr.json`` aside."""
+        self.manifest, self.files = unseal(read_attributes(path, "part"), str(path / "zarr.json"))
         self.layout: PartLayout = layout_of(self.manifest)
         try:
             spans = committed(path)
@@ -106,15 +112,24 @@ class Part:
                 return spec
         raise UsageError(f"part {self.name!r} has no array {name!r}")
 
+    def check_file(self, name: str) -> None:
+        """CorruptError unless ``name``, one of ``files``, has the bytes that the part was made with."""
+        try:
+            found = hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+        except FileNotFoundError:
+            raise CorruptError(f"{self.path / name} is missing") from None
+        except OSError as error:
+            raise CorruptError(f"{self.path / name} cannot be read: {error}") from error
+        if found != self.files.get(name):
+            raise CorruptError(f"{self.path / name} is not what was written: its SHA-256 does not hold")
+
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array, checked against the layout; CorruptError if it is not as described."""
         if name not in self._arrays:
             spec = self.spec(name)
+            self.check_file(f"{name}/zarr.json")
             shape = (self.layout.rows,) if spec.columns is None else (self.layout.rows, spec.columns)
-            try:
-                found = zarr.open_array(self.path / name, mode="r")
-            except (GhostStoreError, FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                raise CorruptError(f"array {self.path / name} cannot be opened: {error}") from error
+            found = zarr.open_array(self.path / name, mode="r")
             if found.shape != shape or found.chunks[0] != spec.chunk_rows:
                 raise CorruptError(
                     f"array {self.path / name} has shape {found.shape} in chunks of {found.chunks[0]} rows; the "
@@ -155,66 +170,61 @@ class Part:
         return values
 
 
-def span_table(part: Path) -> NDArray[np.int64]:
+def span_table(part: Part) -> NDArray[np.int64]:
     """(spans, 5) of a part: source row, window, file, byte offset and content digest where each span begins."""
-    try:
-        return np.asarray(zarr.open_array(part / SPAN_TABLE, mode="r")[...])
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise CorruptError(f"array {part / SPAN_TABLE} cannot be read: {error}") from error
-
-
-def fold_table(table: NDArray[np.int64]) -> list[int]:
-    """One number a column of a span table, which the manifest keeps: the exclusive or of its rows."""
-    return [int(value) for value in np.bitwise_xor.reduce(table, axis=0)]
+    for name in part.files:
+        if name.startswith(f"{SPAN_TABLE}/"):
+            part.check_file(name)
+    return np.asarray(zarr.open_array(part.path / SPAN_TABLE, mode="r")[...])
 
 
 def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Part:
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
     If another process made it first, that one is opened. ``spans`` is kept beside the arrays, see
-    :func:`span_table`.
+    :func:`span_table`. Removes what processes that died had begun of the same part.
     """
-    layout = layout_of(manifest)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(str(path)):
-        shutil.rmtree(temporary, ignore_errors=True)
+    with storage_errors(str(path)), exclusive(path.parent, str(path.parent), wait=True):
+        for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
+            shutil.rmtree(abandoned)
+        if path.exists():
+            return Part(path)
         try:
-            group = zarr.create_group(temporary, attributes=seal(manifest))
+            group = zarr.create_group(temporary)
             group.create_group("commits")
-            table = group.create_array(
-                SPAN_TABLE,
-                shape=spans.shape,
-                chunks=spans.shape,
-                dtype="<i8",
-                compressors=[Crc32cCodec()],
-                fill_value=0,
-            )
-            table[...] = spans
-            for spec in layout.arrays():
-                columns = () if spec.columns is None else (spec.columns,)
-                group.create_array(
-                    spec.name,
-                    shape=(layout.rows, *columns),
-                    chunks=(spec.chunk_rows, *columns),
-                    dtype=spec.dtype,
-                    compressors=[Crc32cCodec()],
-                    fill_value="" if spec.dtype is str else 0,
-                    dimension_names=("row", "column")[: 1 + len(columns)],
-                    config={"write_empty_chunks": True},
-                )
-            for folder, _, files in os.walk(temporary):
-                for name in files:
+            _create_arrays(group, layout_of(manifest), spans)
+            files = {
+                str(file.relative_to(temporary)): hashlib.sha256(file.read_bytes()).hexdigest()
+                for file in sorted(temporary.rglob("*"))
+                if file.is_file() and file != temporary / "zarr.json"
+            }
+            group.attrs.put(seal(manifest, files))
+            for folder, _, names in os.walk(temporary):
+                for name in names:
                     flush(Path(folder) / name)
                 flush(Path(folder))
-            try:
-                os.rename(temporary, path)
-            except OSError as error:
-                if not path.exists():
-                    raise
-                stored = Part(path)
-                if stored.manifest != manifest:
-                    raise MismatchError(f"{path} was made by another process with other settings") from error
+            os.rename(temporary, path)
             flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Part(path)
+
+
+def _create_arrays(group: zarr.Group, layout: PartLayout, spans: NDArray[np.int64]) -> None:
+    table = group.create_array(
+        SPAN_TABLE, shape=spans.shape, chunks=spans.shape, dtype="<i8", compressors=[Crc32cCodec()], fill_value=0
+    )
+    table[...] = spans
+    for spec in layout.arrays():
+        columns = () if spec.columns is None else (spec.columns,)
+        group.create_array(
+            spec.name,
+            shape=(layout.rows, *columns),
+            chunks=(spec.chunk_rows, *columns),
+            dtype=spec.dtype,
+            compressors=[Crc32cCodec()],
+            fill_value="" if spec.dtype is str else 0,
+            dimension_names=("row", "column")[: 1 + len(columns)],
+            config={"write_empty_chunks": True},
+        )

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-
-import zarr
+from typing import Any
 
 from ghoststore.errors import UsageError
-from ghoststore.store.disk import flush, storage_errors
+from ghoststore.store.disk import UNFINISHED, flush, publish, storage_errors
 from ghoststore.store.layout import FORMAT_VERSION, check_name
 from ghoststore.store.manifest import check_format
 from ghoststore.store.part import Part, read_attributes
+
+
+def _publish_group(folder: Path, attributes: dict[str, Any]) -> None:
+    """A Zarr group, unless another process made it first; its metadata appear whole or not at all."""
+    folder.mkdir(exist_ok=True)
+    metadata = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    publish(folder / "zarr.json", json.dumps(metadata, indent=2).encode())
+
+
+def _is_begun(entry: Path) -> bool:
+    """Whether ``entry`` is something that creating a store makes before the store has its name."""
+    if UNFINISHED.fullmatch(entry.name):
+        return True
+    inside = list(entry.iterdir()) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
+    return all(file.name == "zarr.json" or UNFINISHED.fullmatch(file.name) is not None for file in inside)
 
 
 class Store:
@@ -32,32 +47,39 @@ class Store:
 
     @classmethod
     def create(cls, path: str | Path) -> Store:
-        """The store at ``path``, made if there is none. UsageError if a file or another folder stands there."""
+        """The store at ``path``, made if there is none. UsageError if a file or another folder stands there.
+
+        A creation that was cut short is completed.
+        """
         folder = Path(path)
-        if (folder / "zarr.json").exists():
-            return cls.open(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        cls.refuse_others(folder)
+        if not (folder / "zarr.json").exists():
+            with storage_errors(str(folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+                for name in ("parts", "runs"):
+                    _publish_group(folder / name, {})
+                _publish_group(folder, {"ghoststore_format": FORMAT_VERSION})
+                flush(folder.parent)
+        return cls.open(folder)
+
+    @staticmethod
+    def refuse_others(folder: Path) -> None:
+        """UsageError if :meth:`create` would touch something that is not a store."""
+        if (folder / "zarr.json").exists() or not folder.exists():
+            return
+        if not folder.is_dir() or not all(_is_begun(entry) for entry in folder.iterdir()):
             raise UsageError(f"{folder} exists and is not a store; give --store another path, or empty it")
-        with storage_errors(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("parts", "runs"):
-                zarr.create_group(folder / name, overwrite=False)
-            zarr.create_group(folder, attributes={"ghoststore_format": FORMAT_VERSION}, overwrite=False)
-            for entry in (folder / "parts", folder / "runs", folder):
-                flush(entry / "zarr.json")
-                flush(entry)
-        return cls(folder)
 
     def part_path(self, name: str) -> Path:
         """Where the part called ``name`` is or would be."""
         return self.path / "parts" / check_name(name)
 
     def part_names(self) -> list[str]:
-        """Names of the parts, sorted."""
+        """Names of the parts, sorted: every folder in ``parts``, so that damage to one is not its disappearance."""
         parts = self.path / "parts"
         if not parts.is_dir():
             return []
-        return sorted(p.name for p in parts.iterdir() if not p.name.startswith(".") and (p / "zarr.json").exists())
+        return sorted(p.name for p in parts.iterdir() if not p.name.startswith(".") and p.is_dir())
 
     def part(self, name: str | None = None) -> Part:
         """The part called ``name``, as it stands now; without a name, the only one.

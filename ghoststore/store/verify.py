@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from ghoststore.errors import CorruptError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store.commits import FileRecord, read_commit
-from ghoststore.store.part import Part, fold_table, span_table
+from ghoststore.store.part import Part
 from ghoststore.store.store import Store
 
 THREADS = 4
@@ -60,16 +59,15 @@ def verify(store: str | Path, *, part: str | None = None, progress: Progress | N
     damage: list[Damage] = []
     spans = files = size = 0
     for name in names:
-        path = opened.part_path(name)
         try:
             found = opened.part(name)
-            _check_metadata(found)
         except CorruptError as error:
             damage.append(Damage(part=name, file="zarr.json", problem=str(error)))
             continue
         task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
+        damage += [Damage(part=name, file=file, problem=problem) for file, problem in _check_metadata(found)]
         with ThreadPoolExecutor(THREADS) as pool:
-            for checked in pool.map(lambda span, at=path: list(_check_span(at, span)), found.spans):
+            for checked in pool.map(lambda span, at=found.path: list(_check_span(at, span)), found.spans):
                 spans += 1
                 task.advance(1)
                 for key, count, problem in checked:
@@ -80,20 +78,13 @@ def verify(store: str | Path, *, part: str | None = None, progress: Progress | N
     return VerifyReport(store=str(store), parts=names, spans=spans, files=files, bytes=size, damage=damage)
 
 
-def _check_metadata(part: Part) -> None:
-    """CorruptError unless every array's metadata and the span table are as the manifest says."""
-    for spec in part.layout.arrays():
-        part.array(spec.name)
+def _check_metadata(part: Part) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) for every file that was written when the part was made."""
+    for name in part.files:
         try:
-            metadata = json.loads((part.path / spec.name / "zarr.json").read_bytes())
-            codecs = [codec["name"] for codec in metadata["codecs"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{part.path / spec.name / 'zarr.json'} is damaged: {error}") from error
-        if codecs[-1] != "crc32c" or len(codecs) != 2:
-            raise CorruptError(f"{part.path / spec.name / 'zarr.json'} names the codecs {codecs}")
-    table = span_table(part.path)
-    if len(table) != part.layout.spans or fold_table(table) != part.manifest["corpus"]["spans"]:
-        raise CorruptError(f"{part.path / 'span_start'} is not the span table of this manifest")
+            part.check_file(name)
+        except CorruptError as error:
+            yield name, str(error)
 
 
 def _check_span(part: Path, span: int) -> Iterator[tuple[str, int, str | None]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError
 from ghoststore.store.commits import write_commit
-from ghoststore.store.disk import exclusive, flush, storage_errors
+from ghoststore.store.disk import exclusive, flush, storage_errors, sweep
 from ghoststore.store.encoding import encoding
 from ghoststore.store.part import Part
 from ghoststore.store.status import Status
@@ -27,7 +27,9 @@ from ghoststore.store.status import Status
 @contextmanager
 def writing(part: Part) -> Iterator[None]:
     """Hold ``part`` against other writers on this machine; BusyError if one is at work."""
-    with exclusive(part.path / "commits" / ".lock", f"part {part.name!r}"):
+    with exclusive(part.path, f"part {part.name!r}"):
+        with storage_errors(str(part.path)):
+            sweep(part.path)
         yield
 
 
@@ -53,18 +55,17 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     code = encoding(part.layout.dtype)
     stored = code.encode(vectors)
     decoded = code.decode(stored)
-    fits = np.isfinite(decoded).all(1)
-    if not fits.all():
-        status[~fits] = Status.OUT_OF_RANGE
-        stored[~fits] = 0
-        decoded[~fits] = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.square(decoded, dtype=np.float64)
+        norm = np.sqrt(np.stack([squares[:, start:stop].sum(1) for _, start, stop in part.groups], axis=1))
+        whole = np.sqrt(np.square(norm).sum(1)).astype(np.float32)
+    fits = np.isfinite(whole)
+    status[~fits] = Status.OUT_OF_RANGE
+    stored[~fits], norm[~fits] = 0, 0.0
+    norm = norm.astype(np.float32)
     unusable = status >= Status.EMPTY
     arrays["loss"][unusable] = 0.0
-    arrays["vectors"] = stored
-    arrays["norm"] = np.stack(
-        [np.sqrt(np.square(decoded[:, start:stop], dtype=np.float64).sum(1)) for _, start, stop in part.groups],
-        axis=1,
-    ).astype(np.float32)
+    arrays["vectors"], arrays["norm"] = stored, norm
 
 
 def write_span(part: Part, data: SpanData) -> None:
@@ -82,7 +83,7 @@ def write_span(part: Part, data: SpanData) -> None:
             for key in layout.chunk_keys(spec, data.span):
                 path = part.path / key
                 flush(path)
-                folders.update((path.parent, path.parent.parent))
+                folders.update(folder for folder in path.parents if folder.is_relative_to(part.path / spec.name))
                 keys.append(key)
         for folder in folders:
             flush(folder)

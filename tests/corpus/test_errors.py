@@ -205,18 +205,15 @@ def test_corpus_that_shrank(tmp_path: Path) -> None:
     path.write_bytes(GOOD * 3)
     corpus = Corpus.open(str(path))
     last = Position(source_row=2, file=0, offset=2 * len(GOOD))
-    before = corpus.signature()
-    assert before == corpus.signature()
     path.write_bytes(GOOD)
-    assert before != corpus.signature()
-    for place in (last, Position(source_row=2, file=0), Position(source_row=0, file=3)):
+    assert corpus.fetch([last]) == {}, "a sample that is gone is left out"
+    for place in (Position(source_row=2, file=0), Position(source_row=0, file=3)):
         with pytest.raises(CorpusError, match=r"a\.jsonl"):
             corpus.fetch([place])
     with pytest.raises(CorpusError, match="no record at byte"):
         list(corpus.samples(last))
     write_parquet(tmp_path / "a.parquet", [{"text": "a"}])
-    with pytest.raises(CorpusError, match=r"a\.parquet: no row 6"):
-        Corpus.open(str(tmp_path / "a.parquet")).fetch([Position(source_row=5, file=0)])
+    assert Corpus.open(str(tmp_path / "a.parquet")).fetch([Position(source_row=5, file=0)]) == {}
     path.unlink()
     with pytest.raises(CorpusError, match="cannot be read"):
-        corpus.signature()
+        corpus.fetch([last])
