@@ -148,6 +148,8 @@ def build(
     tokenizer_folder = Path(tokenizer) if tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(tokenizer_folder)
     part_name = check_name(name) if name else safe_name(found.folder.resolve().name, _corpus_name(str(data)))
+    if dry_run and str(data) == "-":
+        raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     Store.refuse_others(Path(store))
     with open_corpus(str(data), fields or Fields()) as corpus:
         _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded

@@ -5,7 +5,7 @@ Legend: Q queries, R rows of a chunk, D numbers of a vector, G blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,10 +16,19 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
-from ghoststore.store import Part, Status
+from ghoststore.store import Part
 from ghoststore.store.reader import stream
+from ghoststore.store.status import FIRST_UNUSABLE
 
 Metric = Literal["dot", "cosine"]
+Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+
+BFLOAT16_QUERIES = 8
+"""Queries from which a product in bfloat16 is faster than turning the rows into float32."""
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+"""Bound of a cheap product's error, for a query of length 1 and a row of length 1: in bfloat16 the query and the
+result are rounded, each by at most 2^-9 of the lengths; in float32 the sum of some 10^5 products."""
+PAIRS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +44,47 @@ class Ranking:
 class RunningTopK:
     """The k largest scores seen so far of each of Q queries; equal scores by lower row.
 
-    The result does not depend on how the rows were cut into chunks.
+    Candidates are screened by cheap scores and their error bound, and scored again in float64: so the result is that
+    of the exact scores, and equal rows have equal scores wherever they stand.
     """
 
     def __init__(self, queries: int, k: int) -> None:
         self.k = k
-        self.scores = np.full((queries, k), -np.inf, dtype=np.float32)
+        self.scores = np.full((queries, k), -np.inf)
         self.rows = np.full((queries, k), -1, dtype=np.int64)
 
-    def add(self, scores_RQ: Tensor, first_row: int) -> None:
-        """Scores of rows ``first_row`` … ; rows must come in ascending order. -inf is never taken."""
+    def add(
+        self, cheap_RQ: Tensor, slack_R: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
+    ) -> None:
+        """Rows ``first_row`` … with scores that lie within ``slack_R`` of ``cheap_RQ``; in ascending order of rows.
+
+        ``exact(places, queries)`` times ``sign`` gives the scores of pairs, float64.
+        """
         if self.k == 0:
             return
-        threshold = torch.from_numpy(self.scores[:, -1]).to(scores_RQ.device)
-        place, query = (x.cpu().numpy() for x in (scores_RQ > threshold).nonzero(as_tuple=True))
-        if not len(place):
-            return
-        found = scores_RQ[place, query].cpu().numpy()
+        bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
+        highest_RQ = cheap_RQ + slack_R.unsqueeze(1)
+        candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
+        if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
+            # Many: ask for no less than what k rows of this chunk reach for sure.
+            lowest_RQ = (cheap_RQ - slack_R.unsqueeze(1)).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
+            reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
+            if self.k <= len(lowest_RQ):
+                candidate_RQ &= highest_RQ >= reached_Q
+        place, query = (x.cpu().numpy() for x in candidate_RQ.nonzero(as_tuple=True))
+        if len(place):
+            self._merge(place + first_row, query, exact(place, query) * sign)
+
+    def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
+        """Keep the k best of what is kept and these rows, by query, falling score, rising row."""
         touched, column = np.unique(query, return_inverse=True)
-        # Candidates beside what is kept, sorted by query, then falling score, then rising row.
         all_query = np.concatenate([np.repeat(np.arange(len(touched)), self.k), column])
-        all_score = np.concatenate([self.scores[touched].ravel(), found])
-        all_row = np.concatenate([self.rows[touched].ravel(), place + first_row])
+        all_score = np.concatenate([self.scores[touched].ravel(), score])
+        all_row = np.concatenate([self.rows[touched].ravel(), row])
         order = np.lexsort((all_row, -all_score, all_query))
         starts = np.searchsorted(all_query[order], np.arange(len(touched)))
         kept = order[starts[:, None] + np.arange(self.k)]
         self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
-
-    def ranking(self) -> Ranking:
-        """What was found."""
-        return Ranking(self.rows.copy(), self.scores.astype(np.float64))
 
 
 def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
@@ -72,6 +92,27 @@ def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
     if dtype == "bfloat16":
         return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(data)
+
+
+class _RowFacts:
+    """Whether rows can be used and how long they are, span by span beside the stream of vectors."""
+
+    def __init__(self, part: Part, groups: Sequence[int] | None) -> None:
+        self._columns: Any = slice(None) if groups is None else np.asarray(groups)
+        self._status, self._norm = stream(part, "status"), stream(part, "norm")
+        self._start = self._stop = 0
+        self._usable = np.zeros(0, dtype=bool)
+        self._length = np.zeros(0)
+
+    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """(usable, length) of rows ``start`` to ``stop``; chunks must be asked for in ascending order."""
+        while start >= self._stop:
+            status, norm = next(self._status), next(self._norm)
+            self._start, self._stop = status.start, status.stop
+            self._usable = status.data < FIRST_UNUSABLE
+            self._length = np.sqrt(np.square(norm.data[:, self._columns], dtype=np.float64).sum(1))
+        inside = slice(start - self._start, stop - self._start)
+        return self._usable[inside], self._length[inside]
 
 
 def search(
@@ -88,19 +129,18 @@ def search(
     """The ``top_k`` rows with the highest and the ``bottom_k`` with the lowest scores, for each query.
 
     ``queries_QD`` is float32. ``groups`` restricts the score to those blocks (default: all). Rows whose status
-    is not usable are never returned. Products are float32 for every stored dtype. Reads each committed chunk
-    once; memory does not depend on the number of rows.
+    is not usable are never returned; the cosine of a zero row is 0. Reads each committed chunk once; memory does not
+    depend on the number of rows. Scores are float64 products of the stored numbers; the many that cannot matter are
+    told apart by products in float32 (for bfloat16 rows and several queries, in bfloat16) and their error bounds.
 
     Raises UsageError for a query that is zero or not finite, CorruptError for a damaged chunk.
     """
-    chosen = [(start, stop) for _, start, stop in part.groups]
-    norm_columns = slice(None)
     if groups is not None:
         mask = torch.zeros(queries_QD.shape[1])
         for group in groups:
-            mask[slice(*chosen[group])] = 1.0
+            _, start, stop = part.groups[group]
+            mask[start:stop] = 1.0
         queries_QD = queries_QD * mask
-        norm_columns = np.asarray(list(groups))  # type: ignore[assignment]
     if not bool(torch.isfinite(queries_QD).all()):
         raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
     lengths = queries_QD.double().norm(dim=1)
@@ -108,30 +148,35 @@ def search(
         raise UsageError("a query vector is zero: every row would score the same")
     # Of length 1, so that no product is larger than its row is long: float32 cannot overflow.
     target = torch.device(device)
-    queries_DQ = (queries_QD.double() / lengths.unsqueeze(1)).float().to(target).t().contiguous()
-    best = RunningTopK(queries_QD.shape[0], top_k)
-    worst = RunningTopK(queries_QD.shape[0], bottom_k)
-    statuses, norms = stream(part, "status"), stream(part, "norm")
-    status = norm = None
-    with torch.no_grad():
-        for chunk in stream(part, "vectors"):
-            if status is None or chunk.start >= status.stop:
-                status, norm = next(statuses), next(norms)
-            assert norm is not None
-            inside = slice(chunk.start - status.start, chunk.stop - status.start)
-            unusable = torch.from_numpy(status.data[inside] >= Status.EMPTY).to(target)
-            rows_RD = as_tensor(chunk.data, part.layout.dtype).to(target).float()
-            scores_RQ = rows_RD @ queries_DQ
-            if metric == "cosine":
-                squares = np.square(norm.data[inside][:, norm_columns], dtype=np.float64).sum(1)
-                lengths_R = torch.from_numpy(np.sqrt(squares).astype(np.float32)).to(target)
-                scores_RQ /= torch.where(lengths_R > 0, lengths_R, 1.0).unsqueeze(1)
-            scores_RQ.masked_fill_(unusable.unsqueeze(1), -torch.inf)
-            best.add(scores_RQ, chunk.start)
-            if bottom_k:
-                worst.add((-scores_RQ).masked_fill_(unusable.unsqueeze(1), -torch.inf), chunk.start)
-            if task:
-                task.advance(chunk.stop - chunk.start)
+    unit_QD = (queries_QD.double() / lengths.unsqueeze(1)).to(target)
+    count = len(unit_QD)
+    cheap = torch.bfloat16 if part.layout.dtype == "bfloat16" and count >= BFLOAT16_QUERIES else torch.float32
+    queries_DQ = unit_QD.to(cheap).t().contiguous()
+    best, worst, facts = RunningTopK(count, top_k), RunningTopK(count, bottom_k), _RowFacts(part, groups)
+    spare = torch.empty(part.layout.chunk_rows, part.layout.dimension, device=target)
+    for chunk in stream(part, "vectors"):
+        usable, length = facts.of(chunk.start, chunk.stop)
+        factor = 1.0 / np.where(length > 0, length, 1.0) if metric == "cosine" else np.ones_like(length)
+        stored_RD = as_tensor(chunk.data, part.layout.dtype).to(target)
+        rows_RD = stored_RD if stored_RD.dtype == cheap else spare[: len(stored_RD)].copy_(stored_RD)
+        factor_R = torch.from_numpy(factor).to(target)
+        cheap_RQ = (rows_RD @ queries_DQ).float().mul_(factor_R.float().unsqueeze(1))
+        slack_R = torch.from_numpy((ERROR[cheap] * length * factor).astype(np.float32)).to(target)
+        usable_R = torch.from_numpy(usable).to(target)
+
+        def exact(
+            places: NDArray[np.int64], queries: NDArray[np.int64], rows: Tensor = stored_RD, by: Tensor = factor_R
+        ) -> NDArray[np.float64]:
+            scores = np.empty(len(places))
+            for first in range(0, len(places), PAIRS_AT_ONCE):
+                part = slice(first, first + PAIRS_AT_ONCE)
+                products = (rows[places[part]].double() * unit_QD[queries[part]]).sum(1) * by[places[part]]
+                scores[part] = products.cpu().numpy()
+            return scores
+
+        best.add(cheap_RQ, slack_R, usable_R, chunk.start, exact)
+        worst.add(-cheap_RQ, slack_R, usable_R, chunk.start, exact, sign=-1.0)
+        if task:
+            task.advance(chunk.stop - chunk.start)
     scale = lengths.numpy()[:, None] if metric == "dot" else 1.0
-    highest, lowest = best.ranking(), worst.ranking()
-    return Ranking(highest.rows, highest.scores * scale), Ranking(lowest.rows, -lowest.scores * scale)
+    return Ranking(best.rows, best.scores * scale), Ranking(worst.rows, -worst.scores * scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -76,26 +77,29 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
     """
     source = part.manifest["source"]
     found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
-    wanted, is_there = part.manifest["checkpoint"]["fingerprint"], found.fingerprint()
+    with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
+        fingerprint = pool.submit(found.fingerprint)
+        folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
+        tokenizer = load_tokenizer(folder)
+        model = load_model(
+            found,
+            dtype=part.manifest["dtype"]["model"],
+            device=device,
+            attn_implementation=part.manifest["compute"]["attn_implementation"],
+        )
+        is_there = fingerprint.result()
+    wanted = part.manifest["checkpoint"]["fingerprint"]
     if wanted != is_there:
         raise MismatchError(
             f"part {part.name!r} was built from other weights than those in {found.folder}: stored {wanted}, "
             f"found {is_there}. Give --checkpoint the folder of the stored ones"
         )
-    folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
-    tokenizer = load_tokenizer(folder)
     wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
     if wanted != is_there:
         raise MismatchError(
             f"part {part.name!r} was built with another tokenizer than that in {folder}: "
             f"stored {wanted}, found {is_there}"
         )
-    model = load_model(
-        found,
-        dtype=part.manifest["dtype"]["model"],
-        device=device,
-        attn_implementation=part.manifest["compute"]["attn_implementation"],
-    )
     return model, Tokenizer(tokenizer)
 
 

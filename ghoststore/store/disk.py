@@ -75,20 +75,21 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of ``folder`` (flock) against other processes of this machine. Ends with the process.
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of ``folder`` (flock) against other processes of this machine. It ends with the process.
 
-    BusyError if another one holds it, unless ``wait``.
+    BusyError if another one holds it.
     """
-    with storage_errors(str(folder)):
+    busy = f"{what} is being written by another process; wait for it, or choose another --name"
+    try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise BusyError(busy) from None  # just renamed or removed by the process that held it
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(
-                f"{what} is being written by another process; wait for it, or choose another --name"
-            ) from None
+            raise BusyError(busy) from None
         yield
     finally:
         os.close(handle)

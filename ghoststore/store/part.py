@@ -39,6 +39,8 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_METADATA:
             raise CorruptError(f"{path} is {path.stat().st_size} bytes: not metadata of ghoststore")
         value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
         attributes = value.pop("attributes", {})
         if value != {"zarr_format": 3, "node_type": "group"} or not isinstance(attributes, dict):
             raise ValueError("it does not describe a Zarr group")
@@ -181,34 +183,46 @@ def span_table(part: Part) -> NDArray[np.int64]:
 def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Part:
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
-    If another process made it first, that one is opened. ``spans`` is kept beside the arrays, see
-    :func:`span_table`. Removes what processes that died had begun of the same part.
+    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`. It is made in a
+    folder beside it, under that folder's lock; what a process that died had begun there is made again. BusyError if
+    another process is making it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(str(path)), exclusive(path.parent, str(path.parent), wait=True):
-        for abandoned in path.parent.glob(f".{path.name}.*.tmp"):
-            shutil.rmtree(abandoned)
-        if path.exists():
-            return Part(path)
-        try:
-            group = zarr.create_group(temporary)
-            group.create_group("commits")
-            _create_arrays(group, layout_of(manifest), spans)
-            files = {
-                str(file.relative_to(temporary)): hashlib.sha256(file.read_bytes()).hexdigest()
-                for file in sorted(temporary.rglob("*"))
-                if file.is_file() and file != temporary / "zarr.json"
-            }
-            group.attrs.put(seal(manifest, files))
-            for folder, _, names in os.walk(temporary):
-                for name in names:
-                    flush(Path(folder) / name)
-                flush(Path(folder))
-            os.rename(temporary, path)
-            flush(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    begun = path.with_name(f".{path.name}.tmp")
+    with storage_errors(str(path)):
+        if not path.exists():
+            begun.mkdir(exist_ok=True)
+            with exclusive(begun, f"part {path.name!r}"):
+                if not path.exists():
+                    _fill(begun, manifest, spans)
+                    os.rename(begun, path)
+                    flush(path.parent)
     return Part(path)
+
+
+def _fill(folder: Path, manifest: Manifest, spans: NDArray[np.int64]) -> None:
+    """Everything of a new part, on the disk, in ``folder``, whatever was there before."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    try:
+        group = zarr.create_group(folder)
+        group.create_group("commits")
+        _create_arrays(group, layout_of(manifest), spans)
+        files = {
+            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file != folder / "zarr.json"
+        }
+        group.attrs.put(seal(manifest, files))
+        for inside, _, names in os.walk(folder):
+            for name in names:
+                flush(Path(inside) / name)
+            flush(Path(inside))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _create_arrays(group: zarr.Group, layout: PartLayout, spans: NDArray[np.int64]) -> None:

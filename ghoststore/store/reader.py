@@ -23,6 +23,7 @@ from ghoststore.store.layout import ArraySpec
 from ghoststore.store.part import Part
 
 CRC_BYTES = 4
+PIECE_BYTES = 1 << 19
 READ_AHEAD = 2
 """Chunks in memory beside the one in use."""
 
@@ -40,8 +41,11 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
     """Fill ``buffer`` with a chunk file's numbers. CorruptError naming the file if it is not what was written."""
     try:
         with open(path, "rb", buffering=0) as file:
-            view, filled = memoryview(buffer.data), 0
-            while filled < len(view) and (count := file.readinto(view[filled:])):
+            view, filled, checksum = memoryview(buffer.data), 0, 0
+            numbers = len(buffer) - CRC_BYTES
+            while filled < len(view) and (count := file.readinto(view[filled : filled + PIECE_BYTES])):
+                # While the piece is in the processor's cache.
+                checksum = google_crc32c.extend(checksum, buffer[filled : min(filled + count, numbers)])
                 filled += count
             end = file.read(1) if filled == len(view) else b""
     except FileNotFoundError:
@@ -51,7 +55,7 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
     if filled != len(buffer) or end:
         raise CorruptError(f"{path} has {'more than ' * bool(end)}{filled} bytes; {len(buffer)} were written")
     stated = int.from_bytes(buffer[-CRC_BYTES:].tobytes(), "little")
-    if google_crc32c.value(buffer[:-CRC_BYTES]) != stated:
+    if checksum != stated:
         raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
 
 

@@ -29,7 +29,7 @@ MOMENTS: dict[str, tuple[Fault, int | None]] = {
     # The fault, and how many of the five spans are committed then; None: there is no part yet.
     "store-begun": (at("name", r"parts/zarr\.json$", "after"), None),
     "store-unnamed": (at("name", r"store/zarr\.json$", "before"), None),
-    "store-unflushed": (at("fsync", r"store/zarr\.json$", "before"), None),
+    "store-unflushed": (at("fsync", r"store/\.zarr\.json\.\d+\.tmp$", "before"), None),
     "part-arrays": (at("name", r"/loss/zarr\.json$", "before"), None),
     "part-unnamed": (at("name", r"parts/part$", "before"), None),
     "part-named": (at("name", r"parts/part$", "after"), 0),
