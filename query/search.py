@@ -17,17 +17,14 @@ from torch import Tensor
 from ghoststore.errors import UsageError
 from ghoststore.progress import Task
 from ghoststore.store import Part
-from ghoststore.store.reader import stream
+from ghoststore.store.reader import read_span, stream
 from ghoststore.store.status import FIRST_UNUSABLE
 
 Metric = Literal["dot", "cosine"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
-BFLOAT16_QUERIES = 8
-"""Queries from which a product in bfloat16 is faster than turning the rows into float32."""
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
-"""Bound of a cheap product's error, for a query of length 1 and a row of length 1: in bfloat16 the query and the
-result are rounded, each by at most 2^-9 of the lengths; in float32 the sum of some 10^5 products."""
+ERROR = 1e-5
+"""Bound of a float32 product's error, for a query and a row of length 1."""
 PAIRS_AT_ONCE = 1024
 
 
@@ -95,24 +92,25 @@ def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
 
 
 class _RowFacts:
-    """Whether rows can be used and how long they are, span by span beside the stream of vectors."""
+    """Whether rows can be used and how long they are, one span at a time."""
 
     def __init__(self, part: Part, groups: Sequence[int] | None) -> None:
+        self._part = part
         self._columns: Any = slice(None) if groups is None else np.asarray(groups)
-        self._status, self._norm = stream(part, "status"), stream(part, "norm")
-        self._start = self._stop = 0
+        self._span = -1
         self._usable = np.zeros(0, dtype=bool)
         self._length = np.zeros(0)
 
     def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """(usable, length) of rows ``start`` to ``stop``; chunks must be asked for in ascending order."""
-        while start >= self._stop:
-            status, norm = next(self._status), next(self._norm)
-            self._start, self._stop = status.start, status.stop
-            self._usable = status.data < FIRST_UNUSABLE
-            self._length = np.sqrt(np.square(norm.data[:, self._columns], dtype=np.float64).sum(1))
-        inside = slice(start - self._start, stop - self._start)
-        return self._usable[inside], self._length[inside]
+        """(usable, length) of the rows of one chunk."""
+        span = start // self._part.layout.span_rows
+        if span != self._span:
+            status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
+            self._usable = status < FIRST_UNUSABLE
+            self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
+            self._span = span
+        first, _ = self._part.layout.span_of(span)
+        return self._usable[start - first : stop - first], self._length[start - first : stop - first]
 
 
 def search(
@@ -131,7 +129,7 @@ def search(
     ``queries_QD`` is float32. ``groups`` restricts the score to those blocks (default: all). Rows whose status
     is not usable are never returned; the cosine of a zero row is 0. Reads each committed chunk once; memory does not
     depend on the number of rows. Scores are float64 products of the stored numbers; the many that cannot matter are
-    told apart by products in float32 (for bfloat16 rows and several queries, in bfloat16) and their error bounds.
+    told apart by products in float32 and their error bound.
 
     Raises UsageError for a query that is zero or not finite, CorruptError for a damaged chunk.
     """
@@ -150,18 +148,17 @@ def search(
     target = torch.device(device)
     unit_QD = (queries_QD.double() / lengths.unsqueeze(1)).to(target)
     count = len(unit_QD)
-    cheap = torch.bfloat16 if part.layout.dtype == "bfloat16" and count >= BFLOAT16_QUERIES else torch.float32
-    queries_DQ = unit_QD.to(cheap).t().contiguous()
+    queries_DQ = unit_QD.float().t().contiguous()
     best, worst, facts = RunningTopK(count, top_k), RunningTopK(count, bottom_k), _RowFacts(part, groups)
     spare = torch.empty(part.layout.chunk_rows, part.layout.dimension, device=target)
     for chunk in stream(part, "vectors"):
         usable, length = facts.of(chunk.start, chunk.stop)
         factor = 1.0 / np.where(length > 0, length, 1.0) if metric == "cosine" else np.ones_like(length)
         stored_RD = as_tensor(chunk.data, part.layout.dtype).to(target)
-        rows_RD = stored_RD if stored_RD.dtype == cheap else spare[: len(stored_RD)].copy_(stored_RD)
+        rows_RD = stored_RD if stored_RD.dtype == torch.float32 else spare[: len(stored_RD)].copy_(stored_RD)
         factor_R = torch.from_numpy(factor).to(target)
-        cheap_RQ = (rows_RD @ queries_DQ).float().mul_(factor_R.float().unsqueeze(1))
-        slack_R = torch.from_numpy((ERROR[cheap] * length * factor).astype(np.float32)).to(target)
+        cheap_RQ = (rows_RD @ queries_DQ).mul_(factor_R.float().unsqueeze(1))
+        slack_R = torch.from_numpy((ERROR * length * factor).astype(np.float32)).to(target)
         usable_R = torch.from_numpy(usable).to(target)
 
         def exact(

@@ -68,6 +68,18 @@ def _places(part: Part, spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Pat
             yield part.path / key, max(first, start), min(first + spec.chunk_rows, stop)
 
 
+def read_span(part: Part, name: str, span: int) -> NDArray[Any]:
+    """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
+    spec = part.spec(name)
+    width = spec.columns or 1
+    start, stop = part.layout.span_of(span)
+    buffer = np.empty(spec.chunk_rows * width * spec.dtype.itemsize + CRC_BYTES, dtype=np.uint8)
+    (key,) = part.layout.chunk_keys(spec, span)
+    read_chunk(part.path / key, buffer)
+    numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
+    return (numbers.reshape(-1, width) if spec.columns is not None else numbers)[: stop - start]
+
+
 def stream(part: Part, name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
     """Chunks of a numeric array over ``spans`` (default: every committed one), in order, read ahead by a thread.
 
