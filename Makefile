@@ -33,8 +33,12 @@ lint: $(READY)  ## style and types
 docs: $(READY)  ## write docs/cli.md again from the commands
 	$(BIN)/python -m ghoststore.cli.reference docs/cli.md
 
-bench: $(READY)  ## small benchmarks of build and search, side by side with what they are measured against
-	$(BIN)/python benchmarks/build.py --architecture small --tokens 8192 --out benchmarks/results
+ghoststore-demo/demo.json: $(READY)
+	$(MAKE) demo
+
+bench: ghoststore-demo/demo.json  ## small benchmarks of build and search, on the demo's corpus
+	$(BIN)/python benchmarks/build.py --architecture small --length 64 --data ghoststore-demo/train.jsonl \
+		--tokenizer ghoststore-demo/checkpoint --out benchmarks/results
 	$(BIN)/python benchmarks/search.py --out benchmarks/results
 
 clean:  ## remove the environment and what the targets made

@@ -6,6 +6,7 @@ Legend: B samples of a batch, D numbers of a vector.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
+from indexer.activations import lean_activations
 from indexer.branch import SideBranch
 from indexer.layers import LayerType, Sides, layer_type_by_name
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
@@ -87,6 +89,7 @@ class GradProjLoraEngine:
         self._leaves: dict[str, Tensor] = {}
         self._batch = 0
         self._handles: list[RemovableHandle] = []
+        self._lean = ExitStack()
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
 
@@ -113,6 +116,7 @@ class GradProjLoraEngine:
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
+            self._lean.enter_context(lean_activations(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
             for layer in self.projection.plan.layers:
@@ -126,6 +130,7 @@ class GradProjLoraEngine:
 
     def detach(self) -> None:
         """Take every branch away and give every parameter its own ``requires_grad`` back."""
+        self._lean.close()
         for handle in self._handles:
             handle.remove()
         for parameter, flag in self._flags:

@@ -44,7 +44,7 @@ def settle(model: Any, seed: int = 0) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.add_(0.2 * noise)
+                parameter.copy_(parameter.round() + 0.2 * noise)  # torch draws biases of Linear at random
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model.eval()

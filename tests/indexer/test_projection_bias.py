@@ -16,7 +16,7 @@ from indexer.projection import ProjectionConfig
 from .models import perceptron, projection_of
 from .oracle import exact_dots, naive
 
-SEEDS = 250
+SEEDS = 300
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthonormal"])
