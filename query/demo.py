@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,10 @@ def _train(folder: Path, corpus: DemoCorpus, steps: int, seed: int, progress: Pr
         losses.append(report.loss)
         task.advance(1)
 
-    model = train_model(
-        corpus.train, tokenizer, steps=steps, batch_size=16, seed=seed, max_length=MAX_LENGTH, on_step=step
-    )
-    task.close()
+    with closing(task):
+        model = train_model(
+            corpus.train, tokenizer, steps=steps, batch_size=16, seed=seed, max_length=MAX_LENGTH, on_step=step
+        )
     save_checkpoint(model, tokenizer, folder)
     return float(np.mean(losses[-20:]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -74,12 +75,11 @@ def query(
     if val.left_out:
         shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {val.used} are used")
-    task = progress.task("searching", opened.rows)
-    top, bottom = search(
-        opened, val.vectors, metric=metric, top_k=min(top_k, opened.rows), bottom_k=min(bottom_k, opened.rows),
-        groups=groups, device=device, task=task,
-    )  # fmt: skip
-    task.close()
+    with closing(progress.task("searching", opened.rows)) as task:
+        top, bottom = search(
+            opened, val.vectors, metric=metric, top_k=min(top_k, opened.rows), bottom_k=min(bottom_k, opened.rows),
+            groups=groups, device=device, task=task,
+        )  # fmt: skip
     hits = _hits(opened, [top, bottom], text, progress)
     return QueryResult(
         store=str(store),

@@ -23,8 +23,6 @@ from ghoststore.store.status import FIRST_UNUSABLE
 Metric = Literal["dot", "cosine"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
-ERROR = 1e-5
-"""Bound of a float32 product's error, for a query and a row of length 1."""
 PAIRS_AT_ONCE = 1024
 
 
@@ -82,6 +80,15 @@ class RunningTopK:
         starts = np.searchsorted(all_query[order], np.arange(len(touched)))
         kept = order[starts[:, None] + np.arange(self.k)]
         self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
+
+
+def product_error(dimension: int) -> float:
+    """Bound of the error of a float32 product of two vectors of length 1, in any order of summation.
+
+    n·u with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and a few u for the
+    roundings of query, scale and bound.
+    """
+    return (dimension + 8) * 2.0**-24
 
 
 def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
@@ -158,7 +165,9 @@ def search(
         rows_RD = stored_RD if stored_RD.dtype == torch.float32 else spare[: len(stored_RD)].copy_(stored_RD)
         factor_R = torch.from_numpy(factor).to(target)
         cheap_RQ = (rows_RD @ queries_DQ).mul_(factor_R.float().unsqueeze(1))
-        slack_R = torch.from_numpy((ERROR * length * factor).astype(np.float32)).to(target)
+        slack_R = torch.from_numpy((product_error(part.layout.dimension) * length * factor).astype(np.float32)).to(
+            target
+        )
         usable_R = torch.from_numpy(usable).to(target)
 
         def exact(

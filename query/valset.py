@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -132,9 +133,11 @@ def encode_val_set(
     total, ids = np.zeros(dimension), []
     kept: list[Tensor] = []
     left_out: Counter[str] = Counter()
-    task = progress.task("val set", None)
     rows = rows_of(islice(corpus.samples(), max_samples), tokenizer, settings)
-    with RowEncoder(model, projection_of(part, model), reduction=part.manifest["loss"]["reduction"]) as encoder:
+    with (
+        RowEncoder(model, projection_of(part, model), reduction=part.manifest["loss"]["reduction"]) as encoder,
+        closing(progress.task("val set", None)) as task,
+    ):
         while some := list(islice(rows, ROWS_AT_ONCE)):
             vectors = torch.zeros(len(some), dimension)
             for places in _batches(some, batch_tokens):
@@ -153,7 +156,6 @@ def encode_val_set(
                 total += vectors[used].double().sum(0).numpy()
             else:
                 kept.append(vectors[used])
-    task.close()
     if not ids:
         raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
     if average:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def verify(store: str | Path, *, part: str | None = None, progress: Progress | N
             continue
         task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
         damage += [Damage(part=name, file=file, problem=problem) for file, problem in _check_metadata(found)]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with closing(task), ThreadPoolExecutor(THREADS) as pool:
             for checked in pool.map(lambda span, at=found.path: list(_check_span(at, span)), found.spans):
                 spans += 1
                 task.advance(1)
@@ -74,7 +75,6 @@ def verify(store: str | Path, *, part: str | None = None, progress: Progress | N
                     files, size = files + 1, size + count
                     if problem:
                         damage.append(Damage(part=name, file=key, problem=problem))
-        task.close()
     return VerifyReport(store=str(store), parts=names, spans=spans, files=files, bytes=size, damage=damage)
 
 
