@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ghoststore.store.verify import verify as verify
     from indexer.build import BuildReport as BuildReport
     from indexer.build import build as build
+    from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
+    from indexer.dotprod import Scores as Scores
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
     from indexer.losses import next_token_losses as next_token_losses
     from indexer.projection import ProjectionConfig as ProjectionConfig

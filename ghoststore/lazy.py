@@ -18,6 +18,8 @@ FACE = {
     "verify": "ghoststore.store.verify",
     "BuildReport": "indexer.build",
     "build": "indexer.build",
+    "GradDotProdEngine": "indexer.dotprod",
+    "Scores": "indexer.dotprod",
     "GradProjLoraEngine": "indexer.engine",
     "next_token_losses": "indexer.losses",
     "ProjectionConfig": "indexer.projection",

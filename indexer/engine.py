@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.activations import lean_activations
 from indexer.branch import SideBranch
-from indexer.layers import LayerType, Sides, layer_type_by_name
+from indexer.layers import layer_type_by_name
+from indexer.layers.base import by_sample
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import Use, select_blocks
 
@@ -204,22 +205,14 @@ class GradProjLoraEngine:
         """The forward hook of one use; without a prepared batch it leaves the output alone."""
         name = layer.block.name
         layer_type = layer_type_by_name(use.type)
-        sides = self._sides_of(layer, use, layer_type, module)
+        sides = self.projection.sides_of(layer.block, use, module)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             leaf = self._leaves.get(name)
             if leaf is None:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            # An index of one axis may be positions, however many there are: never taken for samples.
-            if x.shape[0] != self._batch or (layer_type.is_lookup and x.dim() == 1):
-                if not (layer_type.is_lookup and x.dim() == 2 and x.shape[0] == 1):
-                    raise CaptureError(
-                        f"layer {use.module!r} saw an input of shape {tuple(x.shape)}; its first axis must be the "
-                        f"{self._batch} samples of the batch. Leave the layer out with exclude_layers"
-                    )
-                # Position embeddings run once for the whole batch: the same numbers, seen once a sample.
-                x, y = x.expand(self._batch, -1), y.expand(self._batch, -1, -1)
+            x, y = by_sample(x, y, self._batch, layer_type, use.module)
             with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
                 kept = layer_type.keep(module, x, sides, y.dtype)
             self._ran.add(use.module)
@@ -229,13 +222,3 @@ class GradProjLoraEngine:
             return output
 
         return hook
-
-    def _sides_of(self, layer: BlockPlan, use: Use, layer_type: LayerType, module: nn.Module) -> Sides:
-        """The block's matrices as ``use`` sees them, in the dtype of its weight."""
-        p_in, p_out = self.projection.sides[layer.block.name]
-        if use.flipped:
-            p_in, p_out = p_out, p_in
-        n_out, n_in = layer_type.axes(module)
-        dtype = module.get_parameter("weight").dtype
-        bias = None if use.bias_column is None else p_in[:, use.bias_column].to(dtype)
-        return Sides(p_in[:, :n_in].to(dtype).contiguous(), bias, p_out[:, :n_out].to(dtype).contiguous())

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghoststore.errors import LayerError, UsageError
 from indexer import draws
-from indexer.selection import Block, Selection
+from indexer.layers import Sides, layer_type_by_name
+from indexer.selection import Block, Selection, Use
 from indexer.sketch import Sketch
 
 Compress = int | Literal["auto", "none"]
@@ -242,6 +243,16 @@ class Projection:
         if self.sketch:
             self.sketch.to(device)
         return self
+
+    def sides_of(self, block: Block, use: Use, module: nn.Module) -> Sides:
+        """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight."""
+        p_in, p_out = self.sides[block.name]
+        if use.flipped:
+            p_in, p_out = p_out, p_in
+        n_out, n_in = layer_type_by_name(use.type).axes(module)
+        dtype = module.get_parameter("weight").dtype
+        bias = None if use.bias_column is None else p_in[:, use.bias_column].to(dtype)
+        return Sides(p_in[:, :n_in].to(dtype).contiguous(), bias, p_out[:, :n_out].to(dtype).contiguous())
 
     def assemble(self, blocks: Sequence[Tensor]) -> Tensor:
         """Blocks (B, k_out, k_in) in the order of the layers to vectors (B, D) float32."""

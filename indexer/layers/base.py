@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ghoststore.errors import LayerError
+from ghoststore.errors import CaptureError, LayerError
+from indexer.layers.terms import Term
 
 
 class Sides(NamedTuple):
@@ -61,6 +62,14 @@ class LayerType(ABC):
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         """The block (B, K, J), float32, from what was kept and the gradient ``dy`` at the output."""
 
+    @abstractmethod
+    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        """Each sample's gradient of every parameter of ``module``, by the parameter's name in it.
+
+        ``x`` is the layer's input, ``dy`` the gradient at its output, first axis B. Matrices are ``Outer``, in the
+        orientation in which the weight is stored.
+        """
+
 
 LAYER_TYPES: list[LayerType] = []
 
@@ -97,9 +106,36 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
+def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> tuple[Tensor, Tensor]:
+    """Input and output of the layer ``name`` with the batch's samples as first axis.
+
+    A position embedding runs once for the whole batch: the same numbers, seen once a sample. CaptureError for
+    any other layer whose first axis is not the batch.
+    """
+    # An index of one axis may be positions, however many there are: never taken for samples.
+    if x.shape[0] == batch and not (kind.is_lookup and x.dim() == 1):
+        return x, y
+    if kind.is_lookup and x.dim() == 2 and x.shape[0] == 1:
+        return x.expand(batch, -1), y.expand(batch, -1, -1)
+    raise CaptureError(
+        f"layer {name!r} saw an input of shape {tuple(x.shape)}; its first axis must be the {batch} samples of the "
+        "batch. Leave the layer out with exclude_layers"
+    )
+
+
 def flatten_positions(x: Tensor) -> Tensor:
     """(B, …, N) to (B, M, N); (B, N) to (B, 1, N)."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is if its dtype is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def summed(x: Tensor) -> Tensor:
+    """(B, …, N) summed over positions: (B, N), at least float32."""
+    return at_least_float(flatten_positions(x)).sum(1)
 
 
 def project(x_BMN: Tensor, matrix_KN: Tensor, bias_K: Tensor | None, dtype: torch.dtype) -> Tensor:

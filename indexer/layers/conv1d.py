@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from indexer.layers.base import register, runs_forward_of
 from indexer.layers.linear import LinearLayer
+from indexer.layers.terms import Outer, Term
 
 
 @register
@@ -19,3 +20,6 @@ class Conv1DLayer(LinearLayer):
     def axes(self, module: nn.Module) -> tuple[int, int]:
         n_in, n_out = module.get_parameter("weight").shape
         return n_out, n_in
+
+    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Term:
+        return Outer(x_BMI, dy_BMO)

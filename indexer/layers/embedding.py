@@ -19,6 +19,7 @@ from indexer.layers.base import (
     register,
     runs_forward_of,
 )
+from indexer.layers.terms import Outer, Term
 
 
 @register
@@ -51,3 +52,10 @@ class EmbeddingLayer(LayerType):
         if module.padding_idx is not None:
             a_BMJ = a_BMJ.masked_fill(kept.eq(module.padding_idx).unsqueeze(-1), 0.0)
         return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), a_BMJ)
+
+    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        assert isinstance(module, nn.Embedding)
+        ids_BM, dy_BMO = x.reshape(x.shape[0], -1), flatten_positions(dy)
+        if module.padding_idx is not None:
+            dy_BMO = dy_BMO.masked_fill(ids_BM.eq(module.padding_idx).unsqueeze(-1), 0.0)
+        return {"weight": Outer(ids_BM, dy_BMO)}

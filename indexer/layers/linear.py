@@ -13,7 +13,9 @@ from indexer.layers.base import (
     project,
     register,
     runs_forward_of,
+    summed,
 )
+from indexer.layers.terms import Outer, Term, Vector
 
 
 @register
@@ -32,3 +34,11 @@ class LinearLayer(LayerType):
 
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), kept)
+
+    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        found = {"weight": self.outer(flatten_positions(x), flatten_positions(dy))}
+        return found if module._parameters.get("bias") is None else {**found, "bias": Vector(summed(dy))}
+
+    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Term:
+        """The weight's term, as the weight is stored."""
+        return Outer(dy_BMO, x_BMI)

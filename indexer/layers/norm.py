@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
-from indexer.layers.base import LayerType, Sides, flatten_positions, register, runs_forward_of
+from indexer.layers.base import LayerType, Sides, at_least_float, register, runs_forward_of, summed
+from indexer.layers.terms import Term, Vector
 
 
 class NormLayer(LayerType):
@@ -21,7 +22,7 @@ class NormLayer(LayerType):
     is_matrix = False
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
-        """x̂ in float32, shape of ``x``."""
+        """x̂ in float32 (float64 for a float64 model), shape of ``x``."""
         raise NotImplementedError
 
     def axes(self, module: nn.Module) -> tuple[int, int]:
@@ -32,11 +33,14 @@ class NormLayer(LayerType):
         return x
 
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
-        dy = dy.float()
-        gradient_BN = flatten_positions(dy * self.normalised(module, kept)).sum(1)
-        if module._parameters.get("bias") is not None:
-            gradient_BN = torch.cat([gradient_BN, flatten_positions(dy).sum(1)], dim=1)
-        return (gradient_BN @ sides.out_KO.float().t()).unsqueeze(-1)
+        gradients = list(self.terms(module, kept, dy).values())
+        gradient_BN = torch.cat([term.values for term in gradients if isinstance(term, Vector)], dim=1)
+        return (gradient_BN.float() @ sides.out_KO.float().t()).unsqueeze(-1)
+
+    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+        dy = at_least_float(dy)
+        found: dict[str, Term] = {"weight": Vector(summed(dy * self.normalised(module, x)))}
+        return found if module._parameters.get("bias") is None else {**found, "bias": Vector(summed(dy))}
 
 
 @register
@@ -53,7 +57,7 @@ class LayerNormLayer(NormLayer):
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.LayerNorm)
-        return torch.nn.functional.layer_norm(x.float(), module.normalized_shape, None, None, module.eps)
+        return torch.nn.functional.layer_norm(at_least_float(x), module.normalized_shape, None, None, module.eps)
 
 
 @register
@@ -82,7 +86,7 @@ class RMSNormLayer(NormLayer):
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
         epsilon = self.epsilon(module)
         epsilon = torch.finfo(x.dtype).eps if epsilon is None else epsilon
-        return torch.nn.functional.rms_norm(x.float(), (x.shape[-1],), None, epsilon)
+        return torch.nn.functional.rms_norm(at_least_float(x), (x.shape[-1],), None, epsilon)
 
     def check(self, module: nn.Module, name: str) -> None:
         """Run the module on a small input: it must compute γ ⊙ x̂ or (1 + γ) ⊙ x̂."""

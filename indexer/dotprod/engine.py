@@ -1,0 +1,580 @@
+"""GradDotProdEngine: ⟨∇ℓ_i, ∇L_val⟩ of every sample of a training batch, inside the ordinary training step.
+
+Legend: B samples of a batch, V val samples, G val groups, K blocks, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod.exact import ExactMethod, Route, parameters_of
+from indexer.dotprod.parameters import Ledger, devices_of, refuse_unsupported_wrappers, survey
+from indexer.dotprod.sketched import SketchedMethod
+from indexer.dotprod.tap import Tap
+from indexer.layers import LayerType, layer_type_of
+from indexer.layers.base import by_sample
+from indexer.losses import next_token_losses
+from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.selection import select_blocks
+
+ValLosses = Callable[[nn.Module, Any], Tensor]
+"""(model, val batch) to the loss of each of its samples, (v,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What :meth:`GradDotProdEngine.collect` gives for one batch; float64 on the model's device."""
+
+    total: Tensor
+    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss."""
+    groups: Tensor
+    """(B, G): against the mean of each val group; one column without groups."""
+    parameters: dict[str, Tensor]
+    """(B,) by parameter; they sum to ``total``. Empty in the sketched mode."""
+    blocks: dict[str, Tensor]
+    """(B,) by module that owns the parameters (a tied parameter: the first). Empty under a global sketch."""
+    pairs: Tensor | None
+    """(B, B): ⟨∇ℓ_i, ∇ℓ_j⟩, where asked for."""
+    vectors: Tensor | None
+    """(B, D) float32: projected gradients of the samples, in the sketched mode."""
+    val_age: int
+    """Optimizer steps since the val gradient was computed."""
+    seconds: float = 0.0
+    """Time spent on scoring in this batch, val pass included (host time)."""
+
+
+def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Next-token loss of each sample of a val batch: a mapping with input_ids, labels and maybe attention_mask, or
+    a tuple of them in that order. Labels are the input ids, -100 where a token is no target.
+    """
+    if not isinstance(batch, Mapping):
+        batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    return next_token_losses(logits, labels)[0]
+
+
+def target_counts(labels_BT: Tensor) -> Tensor:
+    """(B,) int64: targets of each sample under the next-token shift."""
+    return (labels_BT[:, 1:] != -100).sum(1)
+
+
+class GradDotProdEngine:
+    """Scores every training sample against a validation set. The training step stays what it is, bit for bit.
+
+    ::
+
+        engine = GradDotProdEngine(model, val_data, optimizer=optimizer).attach()
+        for x, y in batches:
+            engine.prepare(len(x))
+            loss = loss_of(model(x), y)  # the mean over samples; of a language model: over tokens
+            engine.watch(loss)  # of a language model: engine.watch(loss, labels=y)
+            loss.backward()
+            scores = engine.collect()
+            optimizer.step()
+
+    ``val_data`` is a batch, or a list of batches (a large val set need not fit one pass), of anything that
+    ``val_losses(model, batch)`` turns into one loss a sample; without ``val_losses``, of language-model batches
+    (see :func:`language_model_losses`). The val gradient is computed in eval mode before the first batch and again
+    after every ``val_refresh_interval`` optimizer steps (which ``optimizer`` tells, or :meth:`stepped`).
+
+    ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
+    adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
+    ``exclude_layers`` are patterns of modules whose parameters are left out.
+
+    Raises LayerError naming the module for a trainable parameter that cannot be scored, UsageError for a model whose
+    samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        val_data: Any,
+        *,
+        val_losses: ValLosses | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        groups: Sequence[str] | Literal["each"] | None = None,
+        val_refresh_interval: int = 1,
+        exclude_layers: Sequence[str] = (),
+        route: Route = "auto",
+        pairs: bool = False,
+        projection: ProjectionConfig | Projection | None = None,
+        check: bool = True,
+    ) -> None:
+        if val_refresh_interval < 1:
+            raise UsageError(f"val_refresh_interval must be at least 1 step, not {val_refresh_interval}")
+        if projection is not None and (pairs or exclude_layers or route != "auto"):
+            raise UsageError(
+                "pairs, route and exclude_layers belong to the exact score; the projection names the layers it sketches"
+            )
+        self.model = _unwrap(model)
+        refuse_unsupported_wrappers(self.model)
+        self.val_refresh_interval = val_refresh_interval
+        self._val_batches = _batches(val_data)
+        self._val_losses = val_losses or _default_losses(self.model)
+        self._optimizer = optimizer
+        self._groups = groups
+        self.method: ExactMethod | SketchedMethod
+        self.ledger: Ledger | None = None
+        if projection is None:
+            self.ledger = survey(self.model, exclude_layers)
+            self.method = ExactMethod(self.ledger, route=route, pairs=pairs)
+        else:
+            self.method = SketchedMethod(self.model, _drawn(self.model, projection))
+        self._check = check
+        self.group_names: list[str] = []
+        """Names of the val groups, in the order of ``Scores.groups``; known after the first val pass."""
+        self._group_share: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._flags: list[bool] = []
+        self._phase: Literal["train", "val"] | None = None
+        self._batch = 0
+        self._age: int | None = None
+        self._first_val, self._tokens = 0, 0
+        self._leaf: Tensor | None = None
+        self._upstream: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._checking: _AutogradDots | None = None
+        self._unchecked = check
+        self._narrow = False
+        self._seconds = 0.0
+
+    # Attaching.
+
+    def attach(self) -> GradDotProdEngine:
+        """Put the taps in place; UsageError if they are, or if the model changed so that it cannot be scored."""
+        if self._handles:
+            raise UsageError("this engine is attached already; call detach() first")
+        refuse_unsupported_wrappers(self.model)
+        if isinstance(self.method, SketchedMethod):
+            self.method.attach(next(self.model.parameters()).device)
+        try:
+            for name in self.method.modules:
+                module = self.model.get_submodule(name)
+                kind = layer_type_of(module)
+                assert kind is not None
+                self._handles.append(module.register_forward_hook(self._hook(name, kind), with_kwargs=True))
+            if self._optimizer is not None:
+                self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
+        except BaseException:
+            self.detach()
+            raise
+        self._flags = [p.requires_grad for p in self.model.parameters()]
+        return self
+
+    def detach(self) -> None:
+        """Take every tap away. The val gradient stays; :meth:`attach` goes on where this left."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.discard()
+
+    def __enter__(self) -> GradDotProdEngine:
+        return self.attach()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the taps are in place."""
+        return bool(self._handles)
+
+    # The val gradient.
+
+    def stepped(self) -> None:
+        """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
+        was given the optimizer.
+        """
+        if self._age is not None:
+            self._age += 1
+
+    def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
+        """Other val samples; their gradient is computed at the next :meth:`prepare`."""
+        self._val_batches, self._groups, self._age = _batches(val_data), groups, None
+
+    def refresh(self, loss_scale: float = 1.0) -> None:
+        """Compute the val gradient now. ``loss_scale`` multiplies the val loss (float16) and is divided out again.
+
+        UsageError if a val sample's loss is not finite; CaptureError if the gradient is not, or is not what
+        autograd says.
+        """
+        self._require_attached()
+        if self._phase is not None:
+            raise UsageError("a train batch is open; call collect() or discard() before refresh()")
+        begun = time.perf_counter()
+        checked = self._unchecked and isinstance(self.method, ExactMethod)
+        expected: dict[str, Tensor] | None = {} if checked else None
+        while not self._val_pass(loss_scale, expected):
+            if loss_scale <= 1.0:
+                raise CaptureError("the val gradient is not finite; are the weights, or a val sample, out of range?")
+            loss_scale = max(1.0, loss_scale / 16)
+        if expected is not None and isinstance(self.method, ExactMethod):
+            self.method.check_val(expected, self._tolerance())
+            self._checking = _AutogradDots(expected)
+        self._age = 0
+        self._seconds += time.perf_counter() - begun
+
+    def _val_pass(self, scale: float, expected: dict[str, Tensor] | None) -> bool:
+        """One pass over the val batches; ``expected`` gets autograd's own gradient of their mean."""
+        device = next(self.model.parameters()).device
+        with _evaluating(self.model), torch.enable_grad():
+            sizes: list[int] = []
+            begun = False
+            for batch in self._val_batches:
+                size = _size_of(batch)
+                if not begun:
+                    # How many there are is known before the first pass, from the batches themselves.
+                    counts = [_size_of(each) for each in self._val_batches]
+                    self._name_groups(sum(counts), device)
+                    begun = True
+                self._first_val, self._batch = sum(sizes), size
+                self._leaf = torch.zeros((), device=device, requires_grad=True)
+                self._phase = "val"
+                try:
+                    losses_V = self._val_losses(self.model, batch)
+                    self._backward(losses_V, size, scale, expected)
+                finally:
+                    self._phase, self._leaf = None, None
+                self.method.end_val_batch()
+                sizes.append(size)
+        if expected is not None:
+            for gradient in expected.values():
+                gradient.div_(sum(sizes) * scale)
+        return self.method.end_val(scale)
+
+    def _backward(self, losses_V: Tensor, size: int, scale: float, expected: dict[str, Tensor] | None) -> None:
+        if losses_V.shape != (size,):
+            raise UsageError(
+                f"val_losses gave losses of shape {tuple(losses_V.shape)} for a val batch of {size} samples; "
+                "one loss a sample is needed"
+            )
+        if not bool(torch.isfinite(losses_V).all()):
+            places = (~torch.isfinite(losses_V)).nonzero().flatten() + self._first_val
+            raise UsageError(
+                f"the loss of val sample(s) {places.tolist()[:5]} is not finite; leave them out of the val set"
+            )
+        assert self._leaf is not None
+        sources: list[Tensor] = [self._leaf]
+        names: list[str] = []
+        if expected is not None:
+            assert self.ledger is not None
+            sources += parameters_of(self.ledger)
+            names = list(self.ledger.parameters)
+        total = losses_V.sum() if scale == 1.0 else losses_V.sum() * scale
+        if not total.requires_grad:
+            raise CaptureError("the val losses carry no gradient: does val_losses run under torch.no_grad()?")
+        found = torch.autograd.grad(total, sources, allow_unused=True)
+        if found[0] is None:
+            raise CaptureError("the val losses do not depend on any scored layer")
+        for name, gradient in zip(names, found[1:], strict=True):
+            assert expected is not None
+            assert self.ledger is not None
+            like = self.ledger.parameters[name].parameter
+            into = expected.setdefault(
+                name, torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+            )
+            if gradient is not None:
+                into += gradient.to_dense() if gradient.is_sparse else gradient
+
+    def _name_groups(self, count: int, device: torch.device) -> None:
+        if count < 1:
+            raise UsageError("the val set has no samples")
+        if self._groups is None:
+            names = ["val"] * count
+        elif isinstance(self._groups, str):
+            names = [str(place) for place in range(count)]
+        else:
+            names = [str(name) for name in self._groups]
+            if len(names) != count:
+                raise UsageError(f"groups names {len(names)} val samples, but there are {count}")
+        self.group_names = list(dict.fromkeys(names))
+        place = {name: index for index, name in enumerate(self.group_names)}
+        group_V = torch.tensor([place[name] for name in names], device=device)
+        self._group_share = torch.bincount(group_V, minlength=len(place)).double() / count
+        self.method.begin_val(group_V, len(place), device)
+
+    # A train batch.
+
+    def prepare(self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0) -> None:
+        """Open the taps for one forward and backward pass of ``batch_size`` samples (first axis of every layer).
+
+        Refreshes the val gradient if it is due. ``tokens`` (positions in the batch) helps to choose routes.
+        """
+        self._require_attached()
+        if self._phase is not None:
+            raise UsageError("the last batch was not collected; call collect() after its backward pass, or discard()")
+        if batch_size < 1:
+            raise UsageError(f"a batch has at least one sample, not {batch_size}")
+        if [p.requires_grad for p in self.model.parameters()] != self._flags:
+            raise UsageError("parameters were frozen or unfrozen since the engine attached; make a new engine")
+        self._tokens = tokens
+        if self._age is None or self._age >= self.val_refresh_interval:
+            self.refresh(loss_scale)
+        self._phase, self._batch = "train", batch_size
+        self._upstream = self._weights = None
+        self.method.begin_train(batch_size)
+        if self._checking is not None and self.ledger is not None:
+            self._checking.attach(self.ledger)
+
+    def watch(self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Say what the training loss is of: Σ_i weights[i]·ℓ_i.
+
+        Without ``weights`` the mean over the batch's samples; with ``labels`` (B, T) of a language model, the mean
+        over all targets of the batch, each shifted by one, as transformers' models give it. What ``loss`` is
+        multiplied with afterwards (accumulation, a loss scaler) is read off the backward pass.
+        """
+        if self._phase != "train":
+            raise UsageError("no train batch is open; call prepare() before the forward pass")
+        if not loss.requires_grad:
+            raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
+        if weights is not None and labels is not None:
+            raise UsageError("give weights or labels, not both")
+        device = loss.device
+        if labels is not None:
+            counts_B = target_counts(labels).to(device).double()
+            weights = counts_B / counts_B.sum().clamp_min(1)
+        elif weights is None:
+            weights = torch.full((self._batch,), 1.0 / self._batch, dtype=torch.float64, device=device)
+        if weights.shape != (self._batch,):
+            raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self._batch}")
+        self._weights = weights.to(device).double()
+        loss.register_hook(self._saw_upstream)  # type: ignore[no-untyped-call]
+
+    def _saw_upstream(self, gradient: Tensor) -> None:
+        self._upstream = gradient.detach().double().reshape(())
+
+    def collect(self) -> Scores:
+        """The scores of the batch that was prepared, after its backward pass.
+
+        CaptureError if the watched loss had no part in a backward pass, or if what the taps saw is not what autograd
+        says (first batch only): nothing of the batch may be used then.
+        """
+        if self._phase != "train":
+            raise UsageError("no train batch is open; call prepare() before the forward pass")
+        if self._weights is None:
+            raise UsageError("the loss is not known; call watch(loss) between the forward and the backward pass")
+        if self._upstream is None:
+            raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
+        begun = time.perf_counter()
+        scale_B = self._upstream * self._weights
+        try:
+            scores = self._exact(scale_B) if isinstance(self.method, ExactMethod) else self._sketched(scale_B)
+        finally:
+            self.discard()
+        seconds = self._seconds + time.perf_counter() - begun
+        self._seconds = 0.0
+        return replace(scores, seconds=seconds)
+
+    def discard(self) -> None:
+        """Forget the open batch, if there is one (after an error in its step)."""
+        self._phase = None
+        self._upstream = self._weights = None
+        self.method.begin_train(0)
+        if self._checking is not None:
+            self._checking.detach()
+
+    def _exact(self, scale_B: Tensor) -> Scores:
+        assert isinstance(self.method, ExactMethod)
+        assert self._group_share is not None
+        raw, raw_pairs = self.method.end_train()
+        if self._checking is not None:
+            self.method.check_train(raw, self._checking.found(), self._tolerance())
+            self._checking.detach()
+            self._checking, self._unchecked = None, False
+        divided = {name: _divide(value_BG, scale_B) for name, value_BG in raw.items()}
+        assert self.ledger is not None
+        groups = torch.zeros(self._batch, len(self.group_names), dtype=torch.float64, device=scale_B.device)
+        blocks: dict[str, Tensor] = {name: groups.new_zeros(self._batch) for name in self.ledger.blocks}
+        parameters: dict[str, Tensor] = {}
+        for name, scored in self.ledger.parameters.items():
+            found_BG = divided.get(name)
+            if found_BG is None:
+                parameters[name] = groups.new_zeros(self._batch)
+                continue
+            groups = groups + found_BG
+            parameters[name] = found_BG @ self._group_share
+            blocks[scored.block] = blocks[scored.block] + parameters[name]
+        return Scores(
+            total=groups @ self._group_share, groups=groups, parameters=parameters, blocks=blocks,
+            pairs=None if raw_pairs is None else _divide(_divide(raw_pairs, scale_B).t(), scale_B).t(), vectors=None,
+            val_age=self._age or 0,
+        )  # fmt: skip
+
+    def _sketched(self, scale_B: Tensor) -> Scores:
+        assert isinstance(self.method, SketchedMethod)
+        assert self._group_share is not None
+        assert self.method.val_GD is not None
+        vectors_BD = _divide(self.method.end_train_vectors().double(), scale_B)
+        val_GD = self.method.val_GD.double()
+        mean_D = self._group_share @ val_GD
+        groups = vectors_BD @ val_GD.t()
+        spans = self.method.projection.plan.groups if self.method.blocks else []
+        blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
+        return Scores(
+            total=groups @ self._group_share, groups=groups, parameters={}, blocks=blocks, pairs=None,
+            vectors=vectors_BD.float(), val_age=self._age or 0,
+        )  # fmt: skip
+
+    # Hooks.
+
+    def _hook(self, name: str, kind: LayerType) -> Callable[..., Any]:
+        """The forward hook of one module; without an open batch it leaves the output alone."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            if self._phase is None:
+                return None
+            if self._phase == "train" and self._weights is None:
+                self.method.called(name)  # not again when checkpointing runs the forward pass a second time
+            if not torch.is_grad_enabled() or not y.requires_grad:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            x, y = by_sample(x, y, self._batch, kind, name)
+            self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
+            with torch.autocast(device_type=y.device.type, enabled=False):
+                kept = self.method.to_keep(name, x, y.dtype)
+            see, leaf = self._timed(self._see(name)), self._leaf if self._phase == "val" else None
+            output: Tensor = Tap.apply(y, kept, see, leaf)  # type: ignore[no-untyped-call]
+            return output
+
+        return hook
+
+    def _see(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        if self._phase == "val":
+            return self.method.see_val(
+                name, self._first_val, self._tokens, self.val_refresh_interval, len(self._val_batches)
+            )
+        return self.method.see_train(name)
+
+    def _timed(self, see: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
+        if self._phase == "val":
+            return see  # timed as a whole
+
+        def timed(kept: Tensor, dy: Tensor) -> None:
+            begun = time.perf_counter()
+            see(kept, dy)
+            self._seconds += time.perf_counter() - begun
+
+        return timed
+
+    def _require_attached(self) -> None:
+        if not self._handles:
+            raise UsageError("the engine is not attached; call attach(), or use it as a context manager")
+
+    def _tolerance(self) -> float:
+        return 0.1 if self._narrow else 2e-3
+
+
+class _AutogradDots:
+    """⟨gradient, val gradient⟩ of every parameter, by autograd alone: hooks on the parameters for one backward."""
+
+    def __init__(self, expected: dict[str, Tensor]) -> None:
+        self._expected = expected
+        self._dots: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, ledger: Ledger) -> None:
+        self.detach()
+        self._dots, self._sums = {}, {}
+        for name, scored in ledger.parameters.items():
+            self._handles.append(scored.parameter.register_hook(self._hook(name)))  # type: ignore[no-untyped-call]
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+            wide = gradient.to(self._expected[name].dtype)
+            dot = (wide * self._expected[name]).sum(dtype=torch.float64)
+            size = wide.norm().double() * self._expected[name].norm().double()
+            self._dots[name] = self._dots[name] + dot if name in self._dots else dot
+            self._sums[name] = self._sums[name] + size if name in self._sums else size
+
+        return hook
+
+    def found(self) -> dict[str, tuple[float, float]]:
+        """(dot, product of the norms) by parameter that got a gradient."""
+        return {name: (float(dot), float(self._sums[name])) for name, dot in self._dots.items()}
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    """Eval mode, the random state, and every module's own mode put back at the end."""
+    training = [module for module in model.modules() if module.training]
+    with torch.random.fork_rng(devices=devices_of(model)):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _divide(value: Tensor, scale_B: Tensor) -> Tensor:
+    """``value`` (B, …) float64 divided by the scale of each sample; NaN where a sample has no share in the loss."""
+    return value / scale_B.masked_fill(scale_B == 0, torch.nan).unsqueeze(1)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel: its layers and their names are the model's own."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _batches(val_data: Any) -> list[Any]:
+    batches = val_data if isinstance(val_data, list) else [val_data]
+    if not batches:
+        raise UsageError("the val set has no samples")
+    return batches
+
+
+def _size_of(batch: Any) -> int:
+    """Samples in a val batch: the first axis of its first tensor."""
+    first = batch
+    while not isinstance(first, Tensor):
+        if isinstance(first, Mapping):
+            first = next(iter(first.values()))
+        elif isinstance(first, Sequence) and len(first):
+            first = first[0]
+        else:
+            raise UsageError(
+                f"a val batch holds tensors whose first axis is the samples; found a {type(batch).__name__}"
+            )
+    return len(first)
+
+
+def _default_losses(model: nn.Module) -> ValLosses:
+    if not hasattr(model, "get_output_embeddings"):
+        raise UsageError(
+            f"{type(model).__name__} is not a language model of transformers: give val_losses=f, where f(model, batch) "
+            "is the loss of each sample of a val batch, shape (samples,)"
+        )
+    return language_model_losses
+
+
+def _drawn(model: nn.Module, projection: ProjectionConfig | Projection) -> Projection:
+    if isinstance(projection, Projection):
+        return projection
+    selection = select_blocks(
+        model, projection.layers, projection.exclude_layers, include_embeddings=projection.include_embeddings
+    )
+    return Projection(ProjectionPlan.of(selection, projection))

@@ -1,0 +1,281 @@
+"""The exact score: terms of every layer against the val gradient, by the route that costs least for each parameter.
+
+Legend: B samples, V val samples, G groups of val samples (one, or domains, or each val sample).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod import routes
+from indexer.dotprod.parameters import Ledger, Scored, Tapped
+from indexer.dotprod.tap import See
+from indexer.layers.base import at_least_float
+from indexer.layers.terms import Term, Vector
+
+Route = Literal["auto", "direct", "gram"]
+
+LARGEST_VAL_GRADIENTS = 1 << 28
+"""Numbers of the val gradients of one parameter; with more (many groups), the Gram route is taken."""
+
+NEGLIGIBLE = 1e-2
+"""Share of the whole gradient below which a parameter's own may be rounding noise (a key's bias: exactly zero)."""
+
+
+@dataclass(slots=True)
+class ValSide:
+    """What is kept of a val pass."""
+
+    group_V: Tensor
+    """The group of each val sample."""
+    groups: int
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """(G, *shape) by parameter: mean of the group's gradients, at least float32. Parameters on the direct route."""
+    terms: dict[str, list[tuple[Term, int]]] = field(default_factory=dict)
+    """Terms and the place of their first val sample, by parameter. Parameters on the Gram route."""
+
+    def shares(self) -> Tensor:
+        """(V, G): 1 / size of the group where the sample is of the group, else 0."""
+        member = torch.nn.functional.one_hot(self.group_V, self.groups).double()
+        return member / member.sum(0)
+
+
+class ExactMethod:
+    """Scores by the parameters of a ledger. The engine drives it: val batches, then one train batch after another."""
+
+    def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False) -> None:
+        if route not in get_args(Route):
+            raise UsageError(f"route {route!r} is unknown; known: {', '.join(get_args(Route))}")
+        self.ledger = ledger
+        self.route: Route = route
+        self.wants_pairs = pairs
+        self.val: ValSide | None = None
+        self.routes: dict[str, str] = {}
+        """The route of each parameter, decided in the val pass."""
+        self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._raw: dict[str, Tensor] = {}
+        self._pairs: Tensor | None = None
+        self._train_terms: dict[str, list[Term]] = {}
+        self._calls: dict[str, int] = {}
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules to tap."""
+        return list(self.ledger.tapped)
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks that have scores of their own."""
+        return self.ledger.blocks
+
+    def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a tap keeps of a layer's input: itself, in the dtype the layer computed with."""
+        x = x.detach()
+        return x.to(dtype) if x.is_floating_point() and self.ledger.tapped[name].kind.is_matrix else x
+
+    # The val pass.
+
+    def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
+        """A val pass begins; what the last one left is dropped first."""
+        self.val, self._cast, self.routes = None, {}, {}
+        self.val = ValSide(group_V.to(device), groups)
+
+    def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
+        """The tap of module ``name`` for val samples from ``first`` on; ``tokens`` is that of a train batch."""
+        tapped = self.ledger.tapped[name]
+
+        def see(kept: Tensor, dy: Tensor) -> None:
+            for full, term in self._terms(tapped, kept, dy):
+                scored = self.ledger.parameters[full]
+                if full not in self.routes:
+                    val_tokens = batches * dy.numel() // dy.shape[-1]
+                    self.routes[full] = self._choose(scored, term, val_tokens, tokens or val_tokens, interval)
+                self._add_val(scored, term, first)
+
+        return see
+
+    def _choose(self, scored: Scored, term: Term, val_tokens: int, tokens: int, interval: int) -> str:
+        assert self.val is not None
+        if self.route != "auto":
+            return self.route
+        if isinstance(term, Vector):
+            return "direct"
+        shape, groups = scored.parameter.shape, self.val.groups
+        if groups * shape.numel() > LARGEST_VAL_GRADIENTS:
+            return "gram"
+        if scored.is_lookup:
+            return "direct"
+        uses = scored.matrix_uses
+        by_direct = uses * routes.direct_flops(
+            shape, tokens=tokens, batch=1, val_tokens=val_tokens, groups=groups, interval=interval
+        )
+        by_gram = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
+        return "gram" if by_gram < by_direct else "direct"
+
+    def _add_val(self, scored: Scored, term: Term, first: int) -> None:
+        assert self.val is not None
+        name, parameter = scored.name, scored.parameter
+        if self.routes[name] == "gram":
+            self.val.terms.setdefault(name, []).append((term, first))
+            return
+        into = self.val.gradients.get(name)
+        if into is None:
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            into = torch.zeros(self.val.groups, *parameter.shape, dtype=dtype, device=parameter.device)
+            self.val.gradients[name] = into
+        count = len(term.values if isinstance(term, Vector) else term.columns)
+        routes.add_gradients(term, self.val.group_V[first : first + count], into)
+
+    def end_val_batch(self) -> None:
+        """Nothing waits for the end of a batch."""
+
+    def end_val(self, scale: float) -> bool:
+        """Divide by the sizes of the groups and the ``scale`` of the loss; whether everything is finite."""
+        assert self.val is not None
+        sizes = torch.bincount(self.val.group_V, minlength=self.val.groups).to(torch.float64) * scale
+        finite = True
+        for gradient in self.val.gradients.values():
+            divisor = sizes.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+            gradient.div_(divisor)
+            finite &= bool(torch.isfinite(gradient).all())
+        for name, found in self.val.terms.items():
+            self.val.terms[name] = [(_scaled(term, 1.0 / scale), first) for term, first in found]
+            finite &= all(_finite(term) for term, _ in self.val.terms[name])
+        return finite
+
+    def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
+        """CaptureError naming the first parameter whose val gradient is not what autograd says."""
+        assert self.val is not None
+        share = torch.bincount(self.val.group_V, minlength=self.val.groups).double() / len(self.val.group_V)
+        floor = NEGLIGIBLE * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
+        for name, gradient in expected.items():
+            if self.routes.get(name) == "gram":
+                continue  # held against autograd in the train batch
+            groups = self.val.gradients.get(name)
+            found = torch.zeros_like(gradient)
+            if groups is not None:
+                found = torch.tensordot(share.to(groups.dtype), groups, dims=1).to(gradient.dtype)
+            error, size = float((found - gradient).norm()), float(gradient.norm())
+            if not error <= tolerance * (size + floor):
+                raise CaptureError(_behind_the_back(name, error / size if size else float("inf"), "val gradient"))
+
+    # A train batch.
+
+    def begin_train(self, batch: int) -> None:
+        """A train batch of ``batch`` samples begins."""
+        self._raw, self._train_terms, self._calls = {}, {}, {}
+        self._pairs = None
+
+    def called(self, name: str) -> None:
+        """Module ``name`` ran in the forward pass of the train batch."""
+        for full in self.ledger.tapped[name].parameters.values():
+            self._calls[full] = self._calls.get(full, 0) + 1
+
+    def see_train(self, name: str) -> See:
+        """The tap of module ``name``."""
+        return partial(self._see_train, self.ledger.tapped[name])
+
+    def _see_train(self, tapped: Tapped, kept: Tensor, dy: Tensor) -> None:
+        for full, term in self._terms(tapped, kept, dy):
+            score_BG = self._against_val(full, term)
+            if score_BG is not None:
+                before = self._raw.get(full)
+                self._raw[full] = score_BG if before is None else before + score_BG
+            if self.wants_pairs:
+                terms = self._train_terms.setdefault(full, [])
+                terms.append(term)
+                if len(terms) == self._calls[full]:
+                    self._add_pairs(full)
+
+    def _add_pairs(self, full: str) -> None:
+        terms = self._train_terms.pop(full)
+        found = routes.pairs(terms, self.ledger.parameters[full].parameter.shape).double()
+        self._pairs = found if self._pairs is None else self._pairs + found
+
+    def _against_val(self, full: str, term: Term) -> Tensor | None:
+        """(B, G) float64: raw scores of one term; None if the val loss does not depend on the parameter."""
+        assert self.val is not None
+        if self.routes.get(full) == "gram":
+            per_sample: Tensor | None = None
+            count = len(self.val.group_V)
+            for other, first in self.val.terms.get(full, []):
+                found = routes.gram(term, other).double()
+                if per_sample is None:
+                    per_sample = found.new_zeros(len(found), count)
+                per_sample[:, first : first + found.shape[1]] += found
+            return None if per_sample is None else per_sample @ self.val.shares()
+        if full not in self.val.gradients:
+            return None
+        return routes.direct(term, self._val_gradient(full, term)).double()
+
+    def _val_gradient(self, full: str, term: Term) -> Tensor:
+        """The val gradient in the dtype that the term is multiplied in, cast once a val pass."""
+        assert self.val is not None
+        gradient = self.val.gradients[full]
+        if isinstance(term, Vector) or term.is_lookup or self.val.groups > 1:
+            return gradient
+        key = (full, term.rows.dtype)
+        if key not in self._cast:
+            self._cast[key] = gradient.to(term.rows.dtype)
+        return self._cast[key]
+
+    def end_train(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Raw scores (B, G) by parameter, and raw products of all pairs (B, B) where they were asked for."""
+        raw, pairs = self._raw, self._pairs
+        if self.wants_pairs:
+            for full in list(self._train_terms):  # called more often than it came back
+                self._add_pairs(full)
+            pairs = self._pairs
+        self.begin_train(0)
+        return raw, pairs
+
+    def check_train(self, raw: dict[str, Tensor], expected: dict[str, tuple[float, float]], tolerance: float) -> None:
+        """CaptureError naming the first parameter whose raw scores do not add up to what autograd says.
+
+        ``expected`` is (⟨gradient, val gradient⟩, product of their norms) by parameter.
+        """
+        assert self.val is not None
+        share = torch.bincount(self.val.group_V, minlength=self.val.groups).double() / len(self.val.group_V)
+        floor = NEGLIGIBLE * sum(scale for _, scale in expected.values())
+        for name, (dot, scale) in expected.items():
+            found = float((raw[name] @ share).sum()) if name in raw else 0.0
+            if not abs(found - dot) <= tolerance * (scale + floor):
+                raise CaptureError(_behind_the_back(name, abs(found - dot) / scale if scale else float("inf"), "score"))
+
+    def _terms(self, tapped: Tapped, kept: Tensor, dy: Tensor) -> list[tuple[str, Term]]:
+        terms = tapped.kind.terms(tapped.module, kept, dy)
+        return [(full, terms[key]) for key, full in tapped.parameters.items()]
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    if factor == 1.0:
+        return term
+    if isinstance(term, Vector):
+        return Vector(term.values * factor)
+    return type(term)(term.rows, at_least_float(term.columns) * factor)
+
+
+def _finite(term: Term) -> bool:
+    if isinstance(term, Vector):
+        return bool(torch.isfinite(term.values).all())
+    rows = term.is_lookup or bool(torch.isfinite(term.rows).all())
+    return rows and bool(torch.isfinite(term.columns).all())
+
+
+def _behind_the_back(name: str, error: float, what: str) -> str:
+    return (
+        f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size, so it is used where no "
+        "tap sees it (a functional call on the weight, a module that was replaced after attaching, samples that share a "
+        "place). Leave its module out with exclude_layers"
+    )
+
+
+def parameters_of(ledger: Ledger) -> list[nn.Parameter]:
+    """The scored parameters, in order."""
+    return [scored.parameter for scored in ledger.parameters.values()]

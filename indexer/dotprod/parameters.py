@@ -1,0 +1,153 @@
+"""Which parameters are scored, and which modules use them; what cannot be scored is refused here, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ghoststore.errors import LayerError, UsageError
+from indexer.layers import LayerType, layer_type_of
+from indexer.selection import matches, matches_path
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """A module with at least one scored parameter."""
+
+    module: nn.Module
+    kind: LayerType
+    parameters: dict[str, str]
+    """Names in the module to the scored parameters' names in the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A scored parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    block: str
+    """The module that owns it; the first of them, if several do."""
+    matrix_uses: int
+    """Modules that use it, lookups aside."""
+    is_lookup: bool
+    """Whether every use is a lookup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What :func:`survey` found, in the order of the model."""
+
+    parameters: dict[str, Scored]
+    tapped: dict[str, Tapped]
+    covered: int
+    trainable: int
+    """Numbers in the scored and in all trainable parameters."""
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the modules that own scored parameters."""
+        return list(dict.fromkeys(scored.block for scored in self.parameters.values()))
+
+
+def refuse_unsupported_wrappers(model: nn.Module) -> None:
+    """UsageError for what hides or splits the parameters: torch.compile, FSDP, sharded tensors, batch norm."""
+    if hasattr(model, "_orig_mod"):
+        raise UsageError(
+            f"{type(model).__name__} was compiled by torch.compile: its graph would leave the taps out. Give the "
+            "engine the model before it is compiled, and train that"
+        )
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise UsageError(
+                f"{where} is a {type(module).__name__} that mixes the samples of a batch: no sample has a gradient of "
+                "its own. Freeze its statistics (module.eval()) or use another norm"
+            )
+        if "FullyShardedDataParallel" in type(module).__name__ or "FSDP" in type(module).__name__:
+            raise UsageError(f"{where} is sharded by {type(module).__name__}: not supported; use DDP")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise UsageError(f"{where} was compiled in place (module.compile()): its graph would leave the taps out")
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise UsageError(f"parameter {name!r} is a sharded tensor (DTensor): not supported; use DDP")
+
+
+def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
+    """Every trainable parameter of ``model`` outside ``exclude`` (patterns as for ``--exclude-layers``).
+
+    Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that
+    matches nothing, UsageError for a model without a trainable parameter.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        names.setdefault(id(parameter), name)
+    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise UsageError(f"{type(model).__name__} has no trainable parameter: nothing can be scored")
+    excluded: set[int] = set()
+    used = set()
+    kinds = {name: layer_type_of(module) for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        kind = kinds[name]
+        hit = [p for p in exclude if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
+        used.update(hit)
+        if hit:
+            excluded.update(id(p) for p in module.parameters())
+    unknown = [pattern for pattern in exclude if pattern not in used]
+    if unknown:
+        raise LayerError(f"layer pattern {unknown[0]!r} matches no module of {type(model).__name__}")
+    handled = {
+        id(p) for name, module in model.named_modules() if kinds[name] is not None for p in module._parameters.values()
+    }
+    tapped: dict[str, Tapped] = {}
+    scored: dict[str, Scored] = {}
+    for name, module in model.named_modules():
+        own = {
+            key: names[id(p)]
+            for key, p in module._parameters.items()
+            if p is not None and id(p) in trainable and id(p) not in excluded
+        }
+        if not own:
+            continue
+        kind = kinds[name]
+        if kind is None and all(id(p) in handled for p in module._parameters.values() if p is not None):
+            continue  # it holds what a layer below it uses; a use of its own is found in the first batch
+        if kind is None:
+            raise LayerError(
+                f"module {name or type(model).__name__!r} is a {type(module).__name__} with trainable parameters "
+                f"{sorted(own)}: no layer type handles it, so its gradients cannot be scored. Freeze them, or leave "
+                f"the module out of the score with exclude_layers={name!r}"
+            )
+        kind.check(module, name)
+        tapped[name] = Tapped(module, kind, own)
+        for key, full in own.items():
+            before = scored.get(full)
+            scored[full] = Scored(
+                name=full,
+                parameter=module.get_parameter(key),
+                block=before.block if before else name,
+                matrix_uses=(before.matrix_uses if before else 0) + (not kind.is_lookup),
+                is_lookup=kind.is_lookup and (before.is_lookup if before else True),
+            )
+    if not scored:
+        raise LayerError(f"every trainable parameter is excluded by {list(exclude)}")
+    return Ledger(
+        parameters=scored,
+        tapped=tapped,
+        covered=sum(s.parameter.numel() for s in scored.values()),
+        trainable=sum(p.numel() for p in trainable.values()),
+    )
+
+
+def devices_of(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that ``model`` lies on."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def at_least_float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or ``dtype`` if it is wider."""
+    return torch.promote_types(dtype, torch.float32)

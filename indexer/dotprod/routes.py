@@ -1,0 +1,201 @@
+"""Inner products of per-sample gradients that are never all formed: three ways, and what each costs.
+
+Legend: B samples, M positions of one sample, R and C rows and columns of a parameter, N numbers of a vector;
+V val samples, P their positions, G val gradients (groups). Formulas: Wang et al., arXiv 2406.11011, section 4.
+
+All functions return at least float32, on the device of their input, and hold at most about TILE numbers beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from indexer.layers.base import at_least_float
+from indexer.layers.terms import Outer, Term, Vector
+
+TILE = 1 << 23
+"""Numbers of a temporary array: 32 MiB in float32."""
+
+
+def naive_gradients(term: Term, shape: torch.Size) -> Tensor:
+    """(B, *shape): every sample's gradient, formed. The slow, obvious version that the others must equal."""
+    if isinstance(term, Vector):
+        return term.values.reshape(-1, *shape)
+    columns = at_least_float(term.columns)
+    if not term.is_lookup:
+        return at_least_float(term.rows).transpose(1, 2) @ columns
+    formed = columns.new_zeros(len(columns), *shape)
+    for sample, (places, values) in enumerate(zip(term.rows, columns, strict=True)):
+        formed[sample].index_add_(0, places, values)
+    return formed
+
+
+def direct(term: Term, gradients_G: Tensor) -> Tensor:
+    """(B, G): inner products with G val gradients, (G, *parameter's shape)."""
+    if isinstance(term, Vector):
+        return term.values @ gradients_G.flatten(1).to(term.values.dtype).t()
+    if term.is_lookup:
+        return _direct_lookup(term, gradients_G)
+    if len(gradients_G) == 1:
+        return _direct_one(term, gradients_G[0]).unsqueeze(1)
+    return _direct_many(term, gradients_G)
+
+
+def _direct_one(term: Outer, gradient_RC: Tensor) -> Tensor:
+    """(B,): rowsum((a·G) ⊙ b), multiplying from the longer side, so that the product is the short one."""
+    left, right, matrix = term.rows, term.columns, gradient_RC.to(term.rows.dtype)
+    if left.shape[-1] < right.shape[-1]:
+        left, right, matrix = right, left, matrix.t()
+    batch, positions, width = right.shape
+    found = []
+    for samples in _slices(batch, positions * width):
+        product = left[samples] @ matrix
+        found.append(_dot_rows(product, right[samples]))
+    return torch.cat(found)
+
+
+def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
+    """(B, …) and (B, …) to (B,), at least float32."""
+    x, y = at_least_float(x).flatten(1), at_least_float(y).flatten(1)
+    found: Tensor = torch.linalg.vecdot(x, y)
+    return found
+
+
+def _direct_lookup(term: Outer, gradients_G: Tensor) -> Tensor:
+    """(B, G): the rows of each val gradient that the samples looked up, times δ."""
+    batch, positions, width = term.columns.shape
+    found = []
+    for samples in _slices(batch, positions * width):
+        columns = at_least_float(term.columns[samples])
+        picked = [
+            _dot_rows(torch.nn.functional.embedding(term.rows[samples], gradient), columns) for gradient in gradients_G
+        ]
+        found.append(torch.stack(picked, dim=1))
+    return torch.cat(found)
+
+
+def _direct_many(term: Outer, gradients_G: Tensor) -> Tensor:
+    """(B, G): each sample's gradient once, some rows of it at a time, times all G."""
+    batch, _, n_rows = term.rows.shape
+    n_columns = term.columns.shape[-1]
+    found = term.columns.new_zeros(batch, len(gradients_G), dtype=gradients_G.dtype)
+    for part in _slices(n_rows, batch * n_columns):
+        formed = term.rows[:, :, part].transpose(1, 2) @ term.columns
+        found += formed.flatten(1).to(found.dtype) @ gradients_G[:, part].flatten(1).t()
+    return found
+
+
+def gram(train: Term, val: Term) -> Tensor:
+    """(B, V): inner products of every sample of one with every sample of the other, Σ (a·a')(b·b')."""
+    if isinstance(train, Vector) or isinstance(val, Vector):
+        assert isinstance(train, Vector), "a parameter's terms are of one kind"
+        assert isinstance(val, Vector), "a parameter's terms are of one kind"
+        both: Tensor = train.values @ val.values.to(train.values.dtype).t()
+        return both
+    batch, positions = train.columns.shape[:2]
+    others, their_positions = val.columns.shape[:2]
+    found = torch.zeros(batch, others, dtype=at_least_float(train.columns[:0]).dtype, device=train.columns.device)
+    pair = positions * their_positions
+    for theirs in _slices(others, pair):
+        some = val if theirs == slice(0, others) else Outer(val.rows[theirs], val.columns[theirs])
+        count = some.columns.shape[0]
+        for mine in _slices(batch, pair * count):
+            for places in _slices(positions, their_positions * count * (mine.stop - mine.start)):
+                tile = Outer(train.rows[mine, places], train.columns[mine, places])
+                product = _inner(tile, some, "rows").mul_(_inner(tile, some, "columns"))
+                shape = (mine.stop - mine.start, places.stop - places.start, count, their_positions)
+                found[mine, theirs] += product.view(shape).sum(dim=(1, 3))
+    return found
+
+
+def _inner(one: Outer, other: Outer, side: str) -> Tensor:
+    """(B·M, V·P), at least float32: inner products of the factors of one side, at every two positions."""
+    a, b = getattr(one, side), getattr(other, side)
+    if side == "rows" and one.is_lookup and other.is_lookup:
+        return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(one.columns[:0]).dtype)
+    if side == "rows" and one.is_lookup:
+        return at_least_float(b.flatten(0, 1).index_select(1, a.flatten()).t().contiguous())
+    if side == "rows" and other.is_lookup:
+        return at_least_float(a.flatten(0, 1).index_select(1, b.flatten()))
+    return at_least_float(a.flatten(0, 1) @ b.flatten(0, 1).to(a.dtype).t())
+
+
+def pairs(terms: list[Term], shape: torch.Size) -> Tensor:
+    """(B, B): inner products between the samples of one batch, of a parameter with these terms (its uses)."""
+    dense = all(isinstance(term, Outer) and not term.is_lookup for term in terms)
+    if dense and pairs_by_tiles(terms, shape):
+        return _pairs_formed(terms, shape)
+    found = gram(terms[0], terms[0])
+    for i, one in enumerate(terms):
+        for j, other in enumerate(terms[: i + 1]):
+            if i == j:
+                found = found if i == 0 else found + gram(one, one)
+            else:
+                cross = gram(one, other)
+                found = found + cross + cross.t()
+    return found
+
+
+def pairs_by_tiles(terms: list[Term], shape: torch.Size) -> bool:
+    """Whether forming the gradients of a batch, tile by tile, is cheaper than the Gram route for all its pairs."""
+    outers = [term for term in terms if isinstance(term, Outer)]
+    batch = outers[0].columns.shape[0]
+    positions = sum(term.columns.shape[1] for term in outers)
+    n_rows, n_columns = shape
+    formed = batch * positions * n_rows * n_columns + batch * batch * n_rows * n_columns
+    return formed < batch * positions * batch * positions * (n_rows + n_columns)
+
+
+def _pairs_formed(terms: list[Term], shape: torch.Size) -> Tensor:
+    outers = [term for term in terms if isinstance(term, Outer)]
+    batch = len(outers[0].columns)
+    found = at_least_float(outers[0].columns.new_zeros(batch, batch))
+    for part in _slices(shape[0], batch * shape[1]):
+        formed = at_least_float(outers[0].rows[:, :, part].transpose(1, 2) @ outers[0].columns)
+        for term in outers[1:]:
+            formed = formed + term.rows[:, :, part].transpose(1, 2) @ term.columns
+        flat = formed.flatten(1)
+        found += flat @ flat.t()
+    return found
+
+
+def add_gradients(term: Term, group_V: Tensor, into_G: Tensor) -> None:
+    """Add the gradient of val sample v to ``into_G[group_V[v]]``; ``into_G`` is (G, *parameter's shape)."""
+    for group, into in enumerate(into_G):
+        chosen = term
+        if len(into_G) > 1:
+            places = group_V.eq(group).nonzero().flatten()
+            if not len(places):
+                continue
+            chosen = Vector(term.values[places]) if isinstance(term, Vector) else _some(term, places)
+        if isinstance(chosen, Vector):
+            into += chosen.values.sum(0).to(into.dtype).view_as(into)
+        elif chosen.is_lookup:
+            into.index_add_(0, chosen.rows.flatten(), chosen.columns.flatten(0, 1).to(into.dtype))
+        elif chosen.columns.dtype == into.dtype:
+            into.addmm_(chosen.rows.flatten(0, 1).t(), chosen.columns.flatten(0, 1))
+        else:
+            into += chosen.rows.flatten(0, 1).t() @ chosen.columns.flatten(0, 1)
+
+
+def _some(term: Outer, places: Tensor) -> Outer:
+    return Outer(term.rows[places], term.columns[places])
+
+
+def direct_flops(shape: torch.Size, *, tokens: int, batch: int, val_tokens: int, groups: int, interval: int) -> float:
+    """Multiply-adds of a step by the direct route: the contraction, and the share of forming the val gradients."""
+    size = shape.numel()
+    contraction = tokens * size + (batch * groups * size if groups > 1 else 0)
+    return contraction + val_tokens * size / interval
+
+
+def gram_flops(shape: torch.Size, *, tokens: int, val_tokens: int) -> float:
+    """Multiply-adds of a step by the Gram route."""
+    return float(tokens) * val_tokens * (shape[0] + shape[1])
+
+
+def _slices(count: int, each: int) -> list[slice]:
+    """``range(count)`` in slices of as many as fit TILE at ``each`` numbers, at least one."""
+    step = max(1, TILE // max(1, each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

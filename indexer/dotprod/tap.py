@@ -1,0 +1,38 @@
+"""An autograd function that changes nothing and sees the gradient that passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+See = Callable[[Tensor, Tensor], None]
+"""(what was kept of the layer's input, gradient at its output)."""
+
+
+class Tap(torch.autograd.Function):
+    """``Tap.apply(y, kept, see, leaf) -> y``: backward calls ``see(kept, dy)`` and passes dy on untouched.
+
+    ``kept`` is saved by autograd: gradient checkpointing drops and recomputes it, and a change in place is
+    noticed. ``leaf``, where given, makes ``torch.autograd.grad`` reach the tap without any weight gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, kept: Tensor, see: See, leaf: Tensor | None) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.see = see
+        ctx.set_materialize_grads(False)
+        # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        if dy is None:
+            return None, None, None, None
+        (kept,) = ctx.saved_tensors
+        with torch.autocast(device_type=dy.device.type, enabled=False):
+            ctx.see(kept, dy)
+        return dy, None, None, dy.new_zeros(()) if ctx.needs_input_grad[3] else None
