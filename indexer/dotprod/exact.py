@@ -271,8 +271,8 @@ def _finite(term: Term) -> bool:
 def _behind_the_back(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size, so it is used where no "
-        "tap sees it (a functional call on the weight, a module that was replaced after attaching, samples that share a "
-        "place). Leave its module out with exclude_layers"
+        "tap sees it (a functional call on the weight, a module that was replaced after attaching, samples that share "
+        "a place). Leave its module out with exclude_layers"
     )
 
 

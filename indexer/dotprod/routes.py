@@ -8,6 +8,8 @@ All functions return at least float32, on the device of their input, and hold at
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -109,9 +111,9 @@ def gram(train: Term, val: Term) -> Tensor:
     return found
 
 
-def _inner(one: Outer, other: Outer, side: str) -> Tensor:
+def _inner(one: Outer, other: Outer, side: Literal["rows", "columns"]) -> Tensor:
     """(B·M, V·P), at least float32: inner products of the factors of one side, at every two positions."""
-    a, b = getattr(one, side), getattr(other, side)
+    a, b = (one.rows, other.rows) if side == "rows" else (one.columns, other.columns)
     if side == "rows" and one.is_lookup and other.is_lookup:
         return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(one.columns[:0]).dtype)
     if side == "rows" and one.is_lookup:
