@@ -10,7 +10,8 @@ from ghoststore.errors import UsageError
 from ghoststore.store.disk import UNFINISHED, flush, publish, storage_errors
 from ghoststore.store.layout import FORMAT_VERSION, check_name
 from ghoststore.store.manifest import check_format
-from ghoststore.store.part import Part, read_attributes
+from ghoststore.store.part import Part
+from ghoststore.store.spanned import read_attributes
 
 
 def _publish_group(folder: Path, attributes: dict[str, Any]) -> None:
