@@ -40,7 +40,7 @@ from ghoststore import Corpus, Part, ProjectionConfig, Store
 from ghoststore.showcase.tokenizer import train_tokenizer
 from ghoststore.store import PartLayout
 from ghoststore.store.encoding import ENCODINGS
-from ghoststore.store.manifest import DESCRIPTION, IDENTITY
+from ghoststore.store.manifest import PART
 from ghoststore.store.part import create_part
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
 from query.search import search
@@ -68,7 +68,7 @@ def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
         "chunk_rows": layout.chunk_rows,
         "store_text": False,
     }
-    empty: dict[str, Any] = {section: {} for section in (*IDENTITY, *DESCRIPTION)}
+    empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
     return {**empty, "corpus": {"domains": None}, "storage": storage}
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
     from ghoststore.corpus import Fields as Fields
     from ghoststore.store import Part as Part
+    from ghoststore.store import Run as Run
     from ghoststore.store import Status as Status
     from ghoststore.store import Store as Store
     from ghoststore.store.info import info as info

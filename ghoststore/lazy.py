@@ -12,6 +12,7 @@ FACE = {
     "Corpus": "ghoststore.corpus",
     "Fields": "ghoststore.corpus",
     "Part": "ghoststore.store",
+    "Run": "ghoststore.store",
     "Status": "ghoststore.store",
     "Store": "ghoststore.store",
     "info": "ghoststore.store.info",

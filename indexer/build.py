@@ -37,6 +37,7 @@ from ghoststore.store.info import describe
 from ghoststore.store.layout import check_name, safe_name
 from ghoststore.store.manifest import refuse_differences
 from ghoststore.store.part import create_part, span_table
+from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
 from indexer.encoder import RowEncoder
 from indexer.losses import Reduction
@@ -332,8 +333,7 @@ def _bytes_on_disk(layout: PartLayout) -> int:
     total = 0
     for spec in layout.arrays():
         if spec.dtype is not str:
-            chunk = spec.chunk_rows * (spec.columns or 1) * np.dtype(spec.dtype).itemsize + 4
-            total += chunk * -(-layout.rows // spec.chunk_rows)
+            total += (spec.chunk_bytes + CRC_BYTES) * -(-layout.rows // spec.chunk_rows)
     return total
 
 

@@ -109,6 +109,6 @@ def test_the_format_page_lists_every_array_and_status() -> None:
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:
     layout = PartLayout(rows=1, dimension=1, groups=1, dtype="float32", span_rows=1, chunk_rows=1, store_text=False)
     numbers = [spec for spec in layout.arrays() if spec.dtype is not str and spec.name != "vectors"]
-    size = sum(spec.dtype.itemsize * (spec.columns or 1) for spec in numbers)
+    size = sum(spec.dtype.itemsize * spec.width for spec in numbers)
     assert f"{size} with the default projection" in (ROOT / "docs/format.md").read_text()
     assert size <= 50

@@ -1,4 +1,4 @@
-"""The shape of a part on disk: arrays, chunks, spans. Specified in ``docs/format.md``.
+"""The shape of a part on disk. Specified in ``docs/format.md``.
 
 Legend: N rows, D numbers of a vector, S rows of a span.
 """
@@ -6,6 +6,7 @@ Legend: N rows, D numbers of a vector, S rows of a span.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store.encoding import encoding
+from ghoststore.store.spans import ArraySpec, SpanLayout
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 8 << 20
@@ -23,11 +25,12 @@ MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, what: str = "part") -> str:
     """``name`` itself if it can name a part or a run; UsageError otherwise. Never a path."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot name a part: use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
+            f"{name!r} cannot name a {what}: use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or "
+            "digit"
         )
     return name
 
@@ -39,17 +42,7 @@ def safe_name(*pieces: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArraySpec:
-    """One Zarr array of a part; ``columns`` empty means one number (or string) a row."""
-
-    name: str
-    dtype: Any
-    chunk_rows: int
-    columns: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartLayout:
+class PartLayout(SpanLayout):
     """Everything that fixes the arrays of a part."""
 
     rows: int
@@ -98,16 +91,24 @@ class PartLayout:
             store_text=store_text,
         )  # fmt: skip
 
-    @property
-    def spans(self) -> int:
-        """Number of spans."""
-        return -(-self.rows // self.span_rows)
+    @classmethod
+    def of(cls, storage: Mapping[str, Any]) -> PartLayout:
+        """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        return cls(
+            rows=int(storage["rows"]), dimension=int(storage["dimension"]), groups=len(storage["groups"]),
+            dtype=str(storage["dtype"]), span_rows=int(storage["span_rows"]), chunk_rows=int(storage["chunk_rows"]),
+            store_text=bool(storage["store_text"]),
+        )  # fmt: skip
 
-    def span_of(self, span: int) -> tuple[int, int]:
-        """First row and one past the last of ``span``."""
-        if not 0 <= span < self.spans:
-            raise IndexError(f"span {span} of {self.spans}")
-        return span * self.span_rows, min((span + 1) * self.span_rows, self.rows)
+    @property
+    def length(self) -> int:
+        """Rows."""
+        return self.rows
+
+    @property
+    def span_length(self) -> int:
+        """Rows of a span."""
+        return self.span_rows
 
     def arrays(self) -> list[ArraySpec]:
         """Every array of the part, in the order in which a span writes them."""
@@ -117,13 +118,13 @@ class PartLayout:
                 name="vectors",
                 dtype=encoding(self.dtype).stored,
                 chunk_rows=self.chunk_rows,
-                columns=self.dimension,
+                columns=(self.dimension,),
             ),
-            ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=self.groups),
+            ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)),
             ArraySpec(name="loss", dtype=np.dtype("<f4"), chunk_rows=span),
             ArraySpec(name="n_tokens", dtype=np.dtype("<i4"), chunk_rows=span),
             ArraySpec(name="status", dtype=np.dtype("u1"), chunk_rows=span),
-            ArraySpec(name="sample_id", dtype=str, chunk_rows=span),
+            ArraySpec(name="sample_id", dtype=str, chunk_rows=span, fill=""),
             ArraySpec(name="domain", dtype=np.dtype("<i2"), chunk_rows=span),
             ArraySpec(name="source_row", dtype=np.dtype("<i8"), chunk_rows=span),
             ArraySpec(name="source_file", dtype=np.dtype("<i4"), chunk_rows=span),
@@ -132,12 +133,5 @@ class PartLayout:
             ArraySpec(name="window_start", dtype=np.dtype("<i4"), chunk_rows=span),
         ]
         if self.store_text:
-            specs.append(ArraySpec(name="text", dtype=str, chunk_rows=span))
+            specs.append(ArraySpec(name="text", dtype=str, chunk_rows=span, fill=""))
         return specs
-
-    def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
-        """Paths, relative to the part, of the chunks of one array that ``span`` writes."""
-        start, stop = self.span_of(span)
-        first, last = start // spec.chunk_rows, (stop - 1) // spec.chunk_rows
-        tail = "" if spec.columns is None else "/0"
-        return [f"{spec.name}/c/{chunk}{tail}" for chunk in range(first, last + 1)]

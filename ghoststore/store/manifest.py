@@ -1,53 +1,63 @@
-"""The manifest: what a part was made of, in full, and the comparison that refuses anything else.
+"""The manifest: what a part or a run was made of, in full, and the comparison that refuses anything else.
 
-A manifest is plain JSON. Its sections under ``IDENTITY`` say what the rows *are*: two manifests that differ
-there describe different parts. The others (``source``, ``software``, ``compute``) say how they were made.
+A manifest is plain JSON. Its kind's ``identity`` sections say what the numbers *are*: two manifests that differ
+there describe different parts, or runs. The others (``source``, ``software``, ``compute``) say how they were made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ghoststore.errors import CorruptError, MismatchError
 from ghoststore.store.commits import json_digest
-from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+from ghoststore.store.layout import FORMAT_VERSION
 
 Manifest = dict[str, Any]
 
-IDENTITY = (
-    "checkpoint",
-    "tokenizer",
-    "corpus",
-    "tokens",
-    "loss",
-    "projection",
-    "layers",
-    "storage",
-    "batching",
-    "dtype",
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a store holds in spans: parts and runs."""
+
+    name: str
+    made: str
+    """How it came about, in a word."""
+    identity: tuple[str, ...]
+    """Sections that must be equal for the work to go on."""
+    description: tuple[str, ...]
+    """Sections that may differ: paths, versions, devices."""
+
+
+PART = Kind(
+    name="part",
+    made="built",
+    identity=(
+        "checkpoint",
+        "tokenizer",
+        "corpus",
+        "tokens",
+        "loss",
+        "projection",
+        "layers",
+        "storage",
+        "batching",
+        "dtype",
+    ),
+    description=("source", "software", "compute", "coverage"),
 )
-"""Sections that must be equal for a build to continue a part."""
-DESCRIPTION = ("source", "software", "compute", "coverage")
-"""Sections that may differ: paths, versions, devices."""
-
-
-def layout_of(manifest: Manifest) -> PartLayout:
-    """The arrays that ``manifest`` describes; CorruptError if it does not describe any."""
-    try:
-        storage = manifest["storage"]
-        return PartLayout(
-            rows=int(storage["rows"]), dimension=int(storage["dimension"]), groups=len(storage["groups"]),
-            dtype=str(storage["dtype"]), span_rows=int(storage["span_rows"]), chunk_rows=int(storage["chunk_rows"]),
-            store_text=bool(storage["store_text"]),
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"the manifest's storage section cannot be used: {error!r}") from error
+RUN = Kind(
+    name="run",
+    made="trained",
+    identity=("model", "tokenizer", "corpus", "val", "training", "scoring", "storage"),
+    description=("source", "software", "compute"),
+)
 
 
 def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
-    """The attributes of a part's group: format version, manifest, SHA-256 of every other file that is written when
-    the part is made and never again (by path in the part), and the checksums of both.
+    """The attributes of a part's or run's group: format version, manifest, SHA-256 of every other file that is written
+    when it is made and never again (by path in it), and the checksums of both.
     """
     return {
         "ghoststore_format": FORMAT_VERSION,
@@ -58,7 +68,7 @@ def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def unseal(attributes: Mapping[str, Any], where: str) -> tuple[Manifest, dict[str, str]]:
+def unseal(attributes: Mapping[str, Any], where: str, kind: Kind = PART) -> tuple[Manifest, dict[str, str]]:
     """The manifest and the files in a group's attributes, see :func:`seal`.
 
     MismatchError for another format version, CorruptError if a checksum does not hold.
@@ -67,9 +77,9 @@ def unseal(attributes: Mapping[str, Any], where: str) -> tuple[Manifest, dict[st
     manifest = attributes.get("manifest")
     if not isinstance(manifest, dict) or attributes.get("manifest_sha256") != json_digest(manifest):
         raise CorruptError(f"{where} does not hold the manifest that was written: its checksum does not fit")
-    missing = [name for name in IDENTITY if name not in manifest]
+    missing = [name for name in kind.identity if name not in manifest]
     if missing:
-        raise CorruptError(f"{where} lacks the manifest's sections {missing}")
+        raise CorruptError(f"{where} lacks the sections {missing} of a {kind.name}'s manifest")
     files = attributes.get("files")
     if not isinstance(files, dict) or attributes.get("files_sha256") != json_digest(files):
         raise CorruptError(f"{where} does not hold the list of files that was written: its checksum does not fit")
@@ -103,14 +113,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 90 else f"{text[:87]}…"
 
 
-def refuse_differences(stored: Manifest, asked: Manifest, where: str) -> None:
+def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
     """MismatchError listing every identity value that differs, both sides shown."""
-    found = [d for section in IDENTITY for d in differences(stored[section], asked[section], section)]
+    found = [d for section in kind.identity for d in differences(stored[section], asked[section], section)]
     if not found:
         return
     lines = "\n".join(f"  {path}: stored {_shown(old)}, asked for {_shown(new)}" for path, old, new in found[:12])
     more = f"\n  … and {len(found) - 12} more" if len(found) > 12 else ""
     raise MismatchError(
-        f"{where} was built with other settings; nothing was changed:\n{lines}{more}\n"
-        "Use the stored settings to continue it, or another --name for a new part"
+        f"{where} was {kind.made} with other settings; nothing was changed:\n{lines}{more}\n"
+        f"Use the stored settings to continue it, or another --name for a new {kind.name}"
     )

@@ -1,4 +1,4 @@
-"""Streaming chunks of a part with read-ahead: bounded memory, every checksum checked.
+"""Streaming chunks of a part or a run with read-ahead: bounded memory, every checksum checked.
 
 A chunk file is its numbers, little endian and row by row, and the crc32c of them in four bytes (Zarr's
 ``bytes`` and ``crc32c`` codecs). Reading that directly into a buffer that is used again is 1.5 to 2 times as
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.layout import ArraySpec
-from ghoststore.store.part import Part
+from ghoststore.store.spanned import Spanned
+from ghoststore.store.spans import ArraySpec
 
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 19
@@ -30,7 +30,7 @@ READ_AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next one is asked for."""
+    """Rows (or steps) ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next is asked for."""
 
     start: int
     stop: int
@@ -59,40 +59,42 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
         raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
 
 
-def _places(part: Part, spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
+def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
     """(file, first row, one past the last) of each chunk of the spans."""
     for span in spans:
-        start, stop = part.layout.span_of(span)
-        for key in part.layout.chunk_keys(spec, span):
+        start, stop = source.layout.span_of(span)
+        for key in source.layout.chunk_keys(spec, span):
             first = int(key.split("/")[2]) * spec.chunk_rows
-            yield part.path / key, max(first, start), min(first + spec.chunk_rows, stop)
+            yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
 
 
-def read_span(part: Part, name: str, span: int) -> NDArray[Any]:
-    """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
-    spec = part.spec(name)
-    width = spec.columns or 1
-    start, stop = part.layout.span_of(span)
-    buffer = np.empty(spec.chunk_rows * width * spec.dtype.itemsize + CRC_BYTES, dtype=np.uint8)
-    (key,) = part.layout.chunk_keys(spec, span)
-    read_chunk(part.path / key, buffer)
+def _numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
+    """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
     numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
-    return (numbers.reshape(-1, width) if spec.columns is not None else numbers)[: stop - start]
+    return numbers.reshape(-1, *spec.columns)[:count]
 
 
-def stream(part: Part, name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
+def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
+    """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
+    spec = source.spec(name)
+    start, stop = source.layout.span_of(span)
+    buffer = np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8)
+    (key,) = source.layout.chunk_keys(spec, span)
+    read_chunk(source.path / key, buffer)
+    return _numbers(buffer, spec, stop - start)
+
+
+def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
     """Chunks of a numeric array over ``spans`` (default: every committed one), in order, read ahead by a thread.
 
-    Memory: READ_AHEAD + 1 chunks, whatever the size of the part.
+    Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
     """
-    spec = part.spec(name)
-    width = spec.columns or 1
-    size = spec.chunk_rows * width * spec.dtype.itemsize + CRC_BYTES
-    places = list(_places(part, spec, part.spans if spans is None else spans))
+    spec = source.spec(name)
+    places = list(_places(source, spec, source.spans if spans is None else spans))
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
     for _ in range(min(READ_AHEAD + 1, len(places))):
-        free.put(np.empty(size, dtype=np.uint8))
+        free.put(np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8))
 
     def read_ahead() -> None:
         try:
@@ -113,9 +115,7 @@ def stream(part: Part, name: str, spans: list[int] | None = None) -> Iterator[Ch
             if isinstance(item, BaseException):
                 raise item
             buffer, start, stop = item
-            numbers = buffer[:-CRC_BYTES].view(spec.dtype)
-            shaped = numbers.reshape(-1, width) if spec.columns is not None else numbers
-            yield Chunk(start, stop, shaped[: stop - start])
+            yield Chunk(start, stop, _numbers(buffer, spec, stop - start))
             free.put(buffer)
     finally:
         free.put(None)

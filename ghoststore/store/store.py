@@ -9,8 +9,10 @@ from typing import Any
 from ghoststore.errors import UsageError
 from ghoststore.store.disk import UNFINISHED, flush, publish, storage_errors
 from ghoststore.store.layout import FORMAT_VERSION, check_name
-from ghoststore.store.manifest import check_format
-from ghoststore.store.part import Part, read_attributes
+from ghoststore.store.manifest import PART, RUN, Kind, check_format
+from ghoststore.store.part import Part
+from ghoststore.store.run import Run
+from ghoststore.store.spanned import read_attributes
 
 
 def _publish_group(folder: Path, attributes: dict[str, Any]) -> None:
@@ -76,23 +78,45 @@ class Store:
 
     def part_names(self) -> list[str]:
         """Names of the parts, sorted: every folder in ``parts``, so that damage to one is not its disappearance."""
-        parts = self.path / "parts"
-        if not parts.is_dir():
-            return []
-        return sorted(p.name for p in parts.iterdir() if not p.name.startswith(".") and p.is_dir())
+        return _folders(self.path / "parts")
 
     def part(self, name: str | None = None) -> Part:
         """The part called ``name``, as it stands now; without a name, the only one.
 
         UsageError if there is no such part, or several and no name.
         """
-        names = self.part_names()
+        return Part(self.part_path(self._choose(PART, name, self.part_names(), "build")))
+
+    def run_path(self, name: str) -> Path:
+        """Where the training run called ``name`` is or would be."""
+        return self.path / "runs" / check_name(name, "run")
+
+    def run_names(self) -> list[str]:
+        """Names of the training runs, sorted: every folder in ``runs``."""
+        return _folders(self.path / "runs")
+
+    def run(self, name: str | None = None) -> Run:
+        """The training run called ``name``, as it stands now; without a name, the only one.
+
+        UsageError if there is no such run, or several and no name.
+        """
+        return Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
+
+    def _choose(self, kind: Kind, name: str | None, names: list[str], command: str) -> str:
         if name is None:
             if len(names) == 1:
-                return Part(self.part_path(names[0]))
+                return names[0]
             if not names:
-                raise UsageError(f"{self.path} has no parts; `ghoststore build --store {self.path} …` makes one")
-            raise UsageError(f"{self.path} has several parts; choose one with --part: {', '.join(names)}")
-        if check_name(name) not in names:
-            raise UsageError(f"{self.path} has no part {name!r}; it has: {', '.join(names) or 'none'}")
-        return Part(self.part_path(name))
+                raise UsageError(
+                    f"{self.path} has no {kind.name}s; `ghoststore {command} --store {self.path} …` makes one"
+                )
+            raise UsageError(f"{self.path} has several {kind.name}s; choose one with --{kind.name}: {', '.join(names)}")
+        if check_name(name, kind.name) not in names:
+            raise UsageError(f"{self.path} has no {kind.name} {name!r}; it has: {', '.join(names) or 'none'}")
+        return name
+
+
+def _folders(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())

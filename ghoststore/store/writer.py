@@ -1,4 +1,4 @@
-"""Writing the spans of a part, in the background, each committed only when it is on the disk."""
+"""Writing the spans of a part or a run, in the background, each committed only when it is on the disk."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from ghoststore.store.commits import write_commit
 from ghoststore.store.disk import exclusive, flush, storage_errors, sweep
 from ghoststore.store.encoding import encoding
 from ghoststore.store.part import Part
+from ghoststore.store.spanned import Spanned
 from ghoststore.store.status import Status
 
 
 @contextmanager
-def writing(part: Part) -> Iterator[None]:
-    """Hold ``part`` against other writers on this machine; BusyError if one is at work."""
-    with exclusive(part.path, f"part {part.name!r}"):
-        with storage_errors(str(part.path)):
-            sweep(part.path)
+def writing(target: Spanned[Any]) -> Iterator[None]:
+    """Hold a part or a run against other writers on this machine; BusyError if one is at work."""
+    with exclusive(target.path, f"{target.kind.name} {target.name!r}"):
+        with storage_errors(str(target.path)):
+            sweep(target.path)
         yield
 
 
 @dataclass(frozen=True, slots=True)
 class SpanData:
-    """All rows of one span: ``arrays`` by name, in stored dtypes; unusable rows have zero vectors."""
+    """All rows (or steps) of one span: ``arrays`` by name, in stored dtypes."""
 
     span: int
     arrays: Mapping[str, NDArray[Any]]
@@ -68,48 +69,41 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     arrays["vectors"], arrays["norm"] = stored, norm
 
 
-def write_span(part: Part, data: SpanData) -> None:
+def write_span(target: Spanned[Any], data: SpanData) -> None:
     """Write one span: chunks, flush, record. BusyError if another process committed it meanwhile."""
-    layout = part.layout
+    layout = target.layout
     start, stop = layout.span_of(data.span)
     keys: list[str] = []
-    with storage_errors(f"span {data.span} of {part.path}"):
+    with storage_errors(f"span {data.span} of {target.path}"):
         folders: set[Path] = set()
         for spec in layout.arrays():
             values = data.arrays[spec.name]
             assert len(values) == stop - start, spec.name
-            array = zarr.open_array(part.path / spec.name, mode="r+").with_config({"write_empty_chunks": True})
+            array = zarr.open_array(target.path / spec.name, mode="r+").with_config({"write_empty_chunks": True})
             array[start:stop] = values
             for key in layout.chunk_keys(spec, data.span):
-                path = part.path / key
+                path = target.path / key
                 flush(path)
-                folders.update(folder for folder in path.parents if folder.is_relative_to(part.path / spec.name))
+                folders.update(folder for folder in path.parents if folder.is_relative_to(target.path / spec.name))
                 keys.append(key)
         for folder in folders:
             flush(folder)
-        status = np.asarray(data.arrays["status"])
-        counts = {member.name.lower(): int((status == member).sum()) for member in Status}
+        statuses, tokens = target.summarize(data.arrays)
         if not write_commit(
-            part.path,
-            span=data.span,
-            start=start,
-            stop=stop,
-            keys=keys,
-            statuses={name: count for name, count in counts.items() if count},
-            tokens=int(np.asarray(data.arrays["n_tokens"], dtype=np.int64).sum()),
+            target.path, span=data.span, start=start, stop=stop, keys=keys, statuses=statuses, tokens=tokens
         ):
-            raise BusyError(f"span {data.span} of {part.path} was committed by another process")
+            raise BusyError(f"span {data.span} of {target.path} was committed by another process")
 
 
 class BackgroundWriter:
     """Writes spans in a thread of its own while the next batch computes; at most one waits its turn.
 
-    ``with BackgroundWriter(part) as writer: writer.put(span_data)``. An error of the thread is raised by the
-    next :meth:`put` or at the end of the block.
+    ``with BackgroundWriter(target) as writer: writer.put(span_data)``. An error of the thread is raised by the
+    next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block.
     """
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, target: Spanned[Any]) -> None:
+        self.target = target
         self.seconds = 0.0
         """Time spent writing, in the background."""
         self.bytes = 0
@@ -127,25 +121,34 @@ class BackgroundWriter:
         self._queue.put(None)
         self._thread.join()
         if error is None:
-            self._raise()
+            self.check()
 
     def put(self, data: SpanData) -> None:
         """Hand a span over; blocks while one is being written and another waits."""
-        self._raise()
+        self.check()
         self._queue.put(data)
 
-    def _raise(self) -> None:
+    def wait(self) -> None:
+        """Return when every span that was handed over is committed."""
+        self._queue.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise the error of the thread, if there was one: what was handed over since is not written."""
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
-            if self._error is not None:
-                continue
-            begun = time.perf_counter()
-            try:
-                write_span(self.part, data)
-            except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
-                self._error = error
-            self.seconds += time.perf_counter() - begun
-            self.bytes += sum(v.nbytes for v in data.arrays.values() if isinstance(v, np.ndarray) and v.dtype != object)
+            if self._error is None:
+                self._write(data)
+            self._queue.task_done()
+
+    def _write(self, data: SpanData) -> None:
+        begun = time.perf_counter()
+        try:
+            write_span(self.target, data)
+        except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
+            self._error = error
+        self.seconds += time.perf_counter() - begun
+        self.bytes += sum(v.nbytes for v in data.arrays.values() if isinstance(v, np.ndarray) and v.dtype != object)
