@@ -74,13 +74,14 @@ class _SampleLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (upstream_B,) = gradients
-        if not bool((upstream_B == 1.0).all()):
+        factor = float(upstream_B[0])
+        if not bool((upstream_B == factor).all()):
             raise CaptureError(
-                "next_token_losses gives the gradient of losses.sum() alone; it was asked for that of another "
-                "function of the losses"
+                "next_token_losses gives the gradient of a multiple of losses.sum() alone; it was asked for that of "
+                "another function of the losses"
             )
         (gradient,) = ctx.saved_tensors
-        return gradient, None, None, None
+        return gradient if factor == 1.0 else gradient.mul_(factor), None, None, None
 
 
 def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
 
     Returns ``(losses_B, targets_B)``: float32 losses, the mean (or sum) over the sample's own targets, 0
     where it has none; and the number of targets, int64. The gradient of ``losses_B.sum()`` is that of every
-    sample's own loss; it is the only gradient that can be asked for. The logits are used up: where the
+    sample's own loss; multiples of it are the only gradients that can be asked for, once. The logits are used up: where the
     model does not need them for its own backward, the gradient takes their place in memory.
     """
     shifted_BT = torch.full_like(labels_BT, IGNORED)
@@ -104,6 +105,25 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
     logits_BTV = logits_BTV.contiguous()
     losses_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
     return losses_B, targets_B
+
+
+def training_loss(logits_BTV: Tensor, labels_BT: Tensor, total_targets: float) -> tuple[Tensor, Tensor]:
+    """The loss that training minimises: Σ over all targets of the batch, divided by ``total_targets``.
+
+    ``total_targets`` counts the targets of the whole step (all micro-batches; over ranks, divided by their number, for
+    gradients are averaged). Returns the scalar and each sample's own mean loss (B,), detached, NaN where it has no
+    target. Logits of float16 go through float32 operations whose gradients a loss scaler reaches.
+    """
+    if logits_BTV.dtype == torch.float16:
+        sums_B, targets_B = next_token_losses_plainly(logits_BTV, labels_BT, reduction="sum")
+        return sums_B.sum() / total_targets, (sums_B / targets_B).detach()
+    shifted_BT = torch.full_like(labels_BT, IGNORED)
+    shifted_BT[:, :-1] = labels_BT[:, 1:]
+    is_target = shifted_BT != IGNORED
+    logits_BTV = logits_BTV.contiguous()
+    weight_BT = is_target.float() / total_targets
+    shares_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
+    return shares_B.sum(), (shares_B * (total_targets / is_target.sum(1))).detach().nan_to_num(posinf=torch.nan)
 
 
 def next_token_losses_plainly(

@@ -61,6 +61,11 @@ class RunWriter:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
+    @property
+    def next_step(self) -> int:
+        """The first step that is neither committed nor appended."""
+        return self._next
+
     def append(self, step: int, values: Mapping[str, ArrayLike]) -> None:
         """Keep one step, from 0: ``values`` by array, each of the array's shape without its first axis.
 

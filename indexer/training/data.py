@@ -1,0 +1,161 @@
+"""Training rows out of token shards, and which of them each step takes: a function of seed and step alone.
+
+Legend: N rows (samples, or windows of long ones), B rows of a micro-batch, T tokens of its longest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.corpus.shards import TokenShards
+from ghoststore.errors import CorpusError, UsageError
+from ghoststore.store.run_rows import RowTable
+from indexer import draws
+from indexer.losses import IGNORED
+from indexer.rows import Overlong
+
+
+class Batch(NamedTuple):
+    """One micro-batch, padded on the right."""
+
+    rows: NDArray[np.int64]
+    """(B,): places in the row table."""
+    input_ids: Tensor
+    """(B, T) int64; 0 at padding."""
+    labels: Tensor
+    """(B, T): the ids, -100 at padding and before a row's first target. The loss shifts them."""
+    attention_mask: Tensor
+    """(B, T): 1 where there is a token."""
+
+    def to(self, device: str) -> Batch:
+        """The same on ``device``."""
+        moved = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.attention_mask))
+        return Batch(self.rows, *moved)
+
+
+@dataclass(slots=True)
+class TrainingRows:
+    """The rows of a corpus as training sees them. Made by :meth:`cut`."""
+
+    shards: TokenShards
+    sample: NDArray[np.int64]
+    """(N,): the sample of each row."""
+    window_start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    first_target: NDArray[np.int64]
+    """Of the row: tokens before it are no targets; at least 1."""
+    usable: NDArray[np.int64] = field(init=False)
+    """Places of the rows with at least one target."""
+
+    def __post_init__(self) -> None:
+        self.usable = (self.first_target < self.length).nonzero()[0]
+        if not len(self.usable):
+            raise CorpusError(f"{self.shards.folder} has no row to train on: all are empty, too short or masked")
+
+    @classmethod
+    def cut(cls, shards: TokenShards, max_length: int, overlong: Overlong, domains: tuple[str, ...] = ()) -> TrainingRows:
+        """Rows of at most ``max_length`` tokens; windows of one sample share a token, as in a build.
+
+        ``domains`` keeps rows of these alone. CorpusError under ``overlong="error"``, UsageError for a domain that
+        is not there.
+        """
+        length = shards.length.astype(np.int64)
+        sample = np.arange(len(length))
+        unknown = sorted(set(domains) - set(shards.domains))
+        if unknown:
+            raise UsageError(f"{shards.folder} has no domain {unknown[0]!r}; it has: {', '.join(shards.domains) or 'none'}")
+        if domains:
+            wanted = [shards.domains.index(name) for name in domains]
+            sample = sample[np.isin(shards.domain, wanted)]
+        too_long = length[sample] > max_length
+        if overlong == "error" and too_long.any():
+            first = int(sample[too_long][0])
+            raise CorpusError(
+                f"sample {shards.sample_id[first]!r} has {length[first]} tokens; --max-length is {max_length} and "
+                "--overlong is error"
+            )
+        if overlong == "skip":
+            sample = sample[~too_long]
+        windows = np.ones(len(sample), dtype=np.int64)
+        if overlong == "window":
+            windows = np.where(too_long, -(-(length[sample] - 1) // (max_length - 1)), 1)
+        of_row = np.repeat(sample, windows)
+        place = np.arange(len(of_row)) - np.repeat(np.cumsum(windows) - windows, windows)
+        start = place * (max_length - 1)
+        return cls(
+            shards, of_row, start, np.minimum(length[of_row] - start, max_length),
+            np.maximum(shards.first_target[of_row].astype(np.int64) - start, 1),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(N,): targets of each row."""
+        return np.maximum(self.length - self.first_target, 0)
+
+    def table(self) -> RowTable:
+        """The row table of a run."""
+        shards, of_row = self.shards, self.sample
+        return RowTable(
+            sample_id=np.asarray(shards.sample_id, dtype=object)[of_row], domain=shards.domain[of_row],
+            source_row=shards.source_row[of_row], source_file=shards.source_file[of_row],
+            source_offset=shards.source_offset[of_row], source_digest=shards.source_digest[of_row],
+            window_start=self.window_start, n_tokens=self.length,
+        )  # fmt: skip
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """The micro-batch of these rows."""
+        longest = int(self.length[rows].max())
+        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        labels = torch.full((len(rows), longest), IGNORED)
+        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            start, count = int(self.window_start[row]), int(self.length[row])
+            tokens = torch.from_numpy(self.shards.tokens_of(int(self.sample[row]))[start : start + count].astype(np.int64))
+            ids[place, :count] = tokens
+            first = int(self.first_target[row])
+            labels[place, first:count] = tokens[first:]
+            mask[place, :count] = 1
+        return Batch(rows, ids, labels, mask)
+
+
+class Order:
+    """Which rows step s takes: epoch after epoch, each a permutation drawn from the seed and its number."""
+
+    def __init__(self, rows: TrainingRows, *, seed: int, step_rows: int) -> None:
+        self._rows = rows
+        self._seed = seed
+        self.step_rows = step_rows
+        """Rows of one step, over all ranks and micro-batches."""
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every row once; the last may reach into the next epoch."""
+        return -(-len(self._rows.usable) // self.step_rows)
+
+    def rows_of(self, step: int) -> NDArray[np.int64]:
+        """(step_rows,): places in the row table of step ``step`` (from 0). Ranks and micro-batches take slices."""
+        count = len(self._rows.usable)
+        places = np.arange(step * self.step_rows, (step + 1) * self.step_rows)
+        found = np.empty(len(places), dtype=np.int64)
+        for epoch in np.unique(places // count):
+            inside = places // count == epoch
+            found[inside] = self._of_epoch(int(epoch))[places[inside] % count]
+        return self._rows.usable[found]
+
+    def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self._epoch:
+            key = f"ghoststore/1|training order|seed={self._seed}|epoch={epoch}"
+            self._permutation = np.asarray(draws.permutation(key, len(self._rows.usable)), dtype=np.int64)
+            self._epoch = epoch
+        return self._permutation

@@ -1,0 +1,146 @@
+"""Scores on their way into the store: gathered from all ranks at every save interval, written by the first.
+
+Legend: S steps since the last save, R ranks, B samples of one rank's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.errors import BusyError, StorageError
+from ghoststore.store.run import Run, RunWriter
+from indexer.training.config import OnStoreError
+from indexer.training.ranks import Ranks
+
+SAMPLE_ARRAYS = ("sample", "score", "loss", "group_score", "block_score", "vector")
+"""Arrays that each rank has its own part of; the others are the same on every rank, or the first one's."""
+
+
+class ScoreLog:
+    """``log.add(step, own, shared)`` on every rank, every step; the store gets whole save intervals.
+
+    ``run`` is the run on the rank that leads, None on the others and where nothing is stored. Training is never
+    changed: if the store cannot be written, StorageError on every rank (``stop``), or one note and no more writing
+    (``continue``).
+    """
+
+    def __init__(
+        self,
+        run: Run | None,
+        ranks: Ranks,
+        *,
+        interval: int,
+        stored: bool,
+        on_error: OnStoreError = "stop",
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._ranks = ranks
+        self._interval = interval
+        self._stored = stored
+        self._on_error = on_error
+        self._note = note
+        self._writer = RunWriter(run) if run is not None else None
+        self._stack = ExitStack()
+        self._waiting: list[tuple[int, dict[str, NDArray[Any]], dict[str, float]]] = []
+
+    def __enter__(self) -> ScoreLog:
+        if self._writer is not None:
+            self._stack.enter_context(self._writer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.save()
+            self._guard(lambda: self._writer.flush() if self._writer is not None else None)
+        self._stack.__exit__(kind, error, trace)
+
+    def add(self, step: int, own: Mapping[str, NDArray[Any]], shared: Mapping[str, float]) -> None:
+        """One finished step (from 0): ``own`` arrays (B, …) of this rank, ``shared`` numbers of the step."""
+        if not self._stored:
+            return
+        self._waiting.append((step, dict(own), dict(shared)))
+        if (step + 1) % self._interval == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Gather what waits and hand it to the writer. Called by every rank alike."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        names = sorted(waiting[0][1])
+        gathered = {name: self._gathered(np.stack([own[name] for _, own, _ in waiting])) for name in names}
+
+        def write() -> None:
+            if self._writer is None:
+                return
+            for place, (step, _, shared) in enumerate(waiting):
+                self._writer.append(step, {**shared, **{name: values[:, place] for name, values in gathered.items()}})
+
+        self._guard(write)
+
+    def pending(self) -> dict[str, NDArray[Any]]:
+        """What the store does not have yet, for a checkpoint; empty on ranks that do not write."""
+        self.save()
+        found: dict[str, NDArray[Any]] = {}
+
+        def take() -> None:
+            nonlocal found
+            if self._writer is not None:
+                found = self._writer.pending()
+
+        self._guard(take)
+        return found
+
+    def restore(self, step: int, pending: Mapping[str, NDArray[Any]]) -> None:
+        """Go on after ``step`` finished steps with what :meth:`pending` gave."""
+        if self._writer is None:
+            return
+        if pending:
+            self._writer.restore(pending)
+        if self._writer.next_step < step:
+            self._note(
+                f"the store lacks steps {self._writer.next_step} to {step - 1}: it could not be written then, and the "
+                f"checkpoint is of step {step}"
+            )
+            self._writer.skip_to(step)
+
+    def _gathered(self, values_SB: NDArray[Any]) -> NDArray[Any]:
+        """(R, S, B, …) of every rank."""
+        if self._ranks.count == 1:
+            return values_SB[None]
+        device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu")
+        return self._ranks.stacked(torch.from_numpy(np.ascontiguousarray(values_SB)).to(device)).cpu().numpy()
+
+    def _guard(self, write: Callable[[], None]) -> None:
+        """Write on the rank that leads; every rank hears how it went."""
+        failure: BaseException | None = None
+        try:
+            write()
+        except (StorageError, BusyError) as error:
+            failure = error
+        failed = self._ranks.sum(torch.tensor([float(failure is not None)], device="cuda" if _on_cuda() else "cpu"))
+        if not float(failed[0]):
+            return
+        if self._on_error == "stop":
+            raise failure or StorageError("the rank that writes the store could not; see its message")
+        self._stored = False
+        if failure is not None:
+            self._note(f"{failure} Training goes on without scores in the store (--on-store-error continue)")
+        self._writer = None
+        with suppress(StorageError, BusyError):
+            self._stack.close()
+
+
+def _on_cuda() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_backend() == "nccl"

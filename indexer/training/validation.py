@@ -1,0 +1,125 @@
+"""The val set of a training run: which val samples each val gradient takes, and the val loss.
+
+Legend: V val rows, B rows of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.corpus import Corpus, scan_samples
+from ghoststore.errors import UsageError
+from indexer import draws
+from indexer.encoder import pad
+from indexer.losses import next_token_losses
+from indexer.plan import plan_batches
+from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from indexer.training.config import ValSampling
+from indexer.training.ranks import Ranks
+
+EVAL_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValLoss:
+    """Mean next-token loss, nats a token, over all targets."""
+
+    loss: float
+    by_domain: dict[str, float]
+    targets: int
+
+
+class ValSet:
+    """The usable rows of a val set, tokenized and held in memory."""
+
+    def __init__(self, rows: Sequence[Row], fingerprint: str, left_out: dict[str, int], *, seed: int) -> None:
+        self.rows = list(rows)
+        self.fingerprint = fingerprint
+        self.left_out = left_out
+        """Rows that cannot be used, by status."""
+        self.order = draws.permutation(f"ghoststore/1|val order|seed={seed}", len(self.rows))
+
+    @classmethod
+    def read(
+        cls, corpus: Corpus, tokenizer: Any, max_length: int, *, max_samples: int | None = None, seed: int
+    ) -> ValSet:
+        """Read ``corpus``; longer samples are cut at ``max_length``. UsageError if no row can be used."""
+        _ = corpus.resolved
+        settings = TokenSettings(max_length=max_length, overlong="truncate")
+        rows: list[Row] = []
+        left_out: dict[str, int] = {}
+        for row in rows_of(islice(corpus.samples(), max_samples), Tokenizer(tokenizer), settings):
+            if row.status.usable:
+                rows.append(row)
+            else:
+                left_out[row.status.name.lower()] = left_out.get(row.status.name.lower(), 0) + 1
+        if not rows:
+            raise UsageError(f"no row of the val set {corpus.source} can be used: {left_out or 'it is empty'}")
+        scan = scan_samples(corpus.samples(), max_rows=max_samples)
+        return cls(rows, scan.fingerprint, left_out, seed=seed)
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, sorted; rows without one are ``none``."""
+        return sorted({self.domain_of(place) for place in range(len(self.rows))})
+
+    def domain_of(self, place: int) -> str:
+        """The domain of a row."""
+        return self.rows[place].sample.domain or "none"
+
+    def chosen(self, refresh: int, size: int, sampling: ValSampling) -> NDArray[np.int64]:
+        """Places of the val rows of val gradient number ``refresh``: a function of seed and number alone."""
+        size = min(size, len(self.rows))
+        first = refresh * size if sampling == "rotate" else 0
+        return np.asarray(self.order[np.arange(first, first + size) % len(self.rows)], dtype=np.int64)
+
+    def batches(self, places: Sequence[int], batch_tokens: int = EVAL_BATCH_TOKENS) -> tuple[list[Any], list[int]]:
+        """(batches for the engine, the places in their order): longest first, so that little is padding."""
+        lengths = [len(self.rows[place].tokens) for place in places]
+        plan = plan_batches(lengths, batch_tokens)
+        batches = []
+        for batch in plan:
+            ids, labels, mask = pad([self.rows[places[index]] for index in batch])
+            batches.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+        return batches, [int(places[index]) for batch in plan for index in batch]
+
+    @torch.no_grad()
+    def loss(self, model: Any, ranks: Ranks, *, max_rows: int | None = None) -> ValLoss:
+        """The loss of every row (or the first ``max_rows`` in the seeded order), shared among the ranks.
+
+        In eval mode; every module's own mode is put back.
+        """
+        device = next(model.parameters()).device
+        domains = self.domains
+        sums = torch.zeros(len(domains), 2, dtype=torch.float64)
+        mine = [int(place) for place in self.order[:max_rows][ranks.rank :: ranks.count]]
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            batches, places = self.batches(mine)
+            done = 0
+            for batch in batches:
+                moved = {key: value.to(device) for key, value in batch.items()}
+                labels = moved.pop("labels")
+                losses_B, targets_B = next_token_losses(model(**moved).logits, labels, reduction="sum")
+                here = places[done : done + len(losses_B)]
+                done += len(losses_B)
+                for place, loss, targets in zip(here, losses_B.tolist(), targets_B.tolist(), strict=True):
+                    sums[domains.index(self.domain_of(place))] += torch.tensor([loss, targets], dtype=torch.float64)
+        finally:
+            for module in training:
+                module.training = True
+        sums = ranks.sum(sums.to(device)).cpu()
+        total = sums.sum(0)
+        return ValLoss(
+            loss=float(total[0] / total[1]),
+            by_domain={name: float(row[0] / row[1]) for name, row in zip(domains, sums, strict=True) if row[1]},
+            targets=int(total[1]),
+        )
