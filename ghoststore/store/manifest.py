@@ -6,7 +6,7 @@ there describe different parts. The others (``source``, ``software``, ``compute`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghoststore.errors import CorruptError, MismatchError
@@ -103,14 +103,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 90 else f"{text[:87]}…"
 
 
-def refuse_differences(stored: Manifest, asked: Manifest, where: str) -> None:
-    """MismatchError listing every identity value that differs, both sides shown."""
-    found = [d for section in IDENTITY for d in differences(stored[section], asked[section], section)]
+def refuse_differences(
+    stored: Manifest,
+    asked: Manifest,
+    where: str,
+    *,
+    sections: Sequence[str] = IDENTITY,
+    otherwise: str = "another --name for a new part",
+) -> None:
+    """MismatchError listing every value of ``sections`` that differs, both sides shown."""
+    found = [d for section in sections for d in differences(stored[section], asked[section], section)]
     if not found:
         return
     lines = "\n".join(f"  {path}: stored {_shown(old)}, asked for {_shown(new)}" for path, old, new in found[:12])
     more = f"\n  … and {len(found) - 12} more" if len(found) > 12 else ""
     raise MismatchError(
         f"{where} was built with other settings; nothing was changed:\n{lines}{more}\n"
-        "Use the stored settings to continue it, or another --name for a new part"
+        f"Use the stored settings to continue it, or {otherwise}"
     )

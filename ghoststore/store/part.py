@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.commits import Commit, committed, read_commit
-from ghoststore.store.disk import exclusive, flush, storage_errors
+from ghoststore.store.disk import create_whole
 from ghoststore.store.encoding import Encoding, encoding
 from ghoststore.store.layout import ArraySpec, PartLayout
 from ghoststore.store.manifest import Manifest, layout_of, seal, unseal
@@ -183,46 +181,24 @@ def span_table(part: Part) -> NDArray[np.int64]:
 def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Part:
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
-    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`. It is made in a
-    folder beside it, under that folder's lock; what a process that died had begun there is made again. BusyError if
+    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`. BusyError if
     another process is making it.
     """
-    begun = path.with_name(f".{path.name}.tmp")
-    with storage_errors(str(path)):
-        if not path.exists():
-            begun.mkdir(exist_ok=True)
-            with exclusive(begun, f"part {path.name!r}"):
-                if not path.exists():
-                    _fill(begun, manifest, spans)
-                    os.rename(begun, path)
-                    flush(path.parent)
+    create_whole(path, f"part {path.name!r}", lambda folder: _fill(folder, manifest, spans))
     return Part(path)
 
 
 def _fill(folder: Path, manifest: Manifest, spans: NDArray[np.int64]) -> None:
-    """Everything of a new part, on the disk, in ``folder``, whatever was there before."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    try:
-        group = zarr.create_group(folder)
-        group.create_group("commits")
-        _create_arrays(group, layout_of(manifest), spans)
-        files = {
-            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and file != folder / "zarr.json"
-        }
-        group.attrs.put(seal(manifest, files))
-        for inside, _, names in os.walk(folder):
-            for name in names:
-                flush(Path(inside) / name)
-            flush(Path(inside))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    """Everything of a new part, in the empty ``folder``."""
+    group = zarr.create_group(folder)
+    group.create_group("commits")
+    _create_arrays(group, layout_of(manifest), spans)
+    files = {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / "zarr.json"
+    }
+    group.attrs.put(seal(manifest, files))
 
 
 def _create_arrays(group: zarr.Group, layout: PartLayout, spans: NDArray[np.int64]) -> None:
