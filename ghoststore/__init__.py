@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
     from ghoststore.corpus import Fields as Fields
+    from ghoststore.corpus.shards import TokenShards as TokenShards
     from ghoststore.store import Part as Part
     from ghoststore.store import Run as Run
     from ghoststore.store import Status as Status
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
     from indexer.losses import next_token_losses as next_token_losses
     from indexer.projection import ProjectionConfig as ProjectionConfig
+    from indexer.tokenize import TokenizeReport as TokenizeReport
+    from indexer.tokenize import tokenize as tokenize
     from query.demo import demo as demo
     from query.query import query as query
     from query.results import QueryResult as QueryResult

@@ -8,7 +8,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from typing import Any
 from ghoststore.errors import CheckpointError, UsageError
 
 LARGEST_HEADER = 256 << 20
+TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
+CHECKPOINT_PATTERNS = (*TOKENIZER_PATTERNS, "*.safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth", "pytorch_model.pt")
 
@@ -78,18 +80,18 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: Sequence[str] = CHECKPOINT_PATTERNS, what: str = "checkpoint") -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except HFValidationError:
-        raise CheckpointError(f"checkpoint {name}: there is no such folder") from None
+        raise CheckpointError(f"{what} {name}: there is no such folder") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint {name}: there is no such folder, and the Hugging Face hub does not give it: {reason}"
+            f"{what} {name}: there is no such folder, and the Hugging Face hub does not give it: {reason}"
         ) from error
 
 
@@ -137,6 +139,17 @@ def fingerprint_weights(files: tuple[Path, ...]) -> str:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         whole = hashlib.sha256(b"".join(pool.map(digest, pieces)))
     return f"sha256:{whole.hexdigest()}"
+
+
+def find_tokenizer(source: str | Path) -> Path:
+    """The folder of a saved tokenizer, or of that of a hub id (downloaded without weights unless it is cached).
+
+    Raises CheckpointError if there is none.
+    """
+    folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
+    return folder if folder.exists() else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
 def load_tokenizer(folder: Path) -> Any:

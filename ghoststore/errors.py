@@ -38,6 +38,10 @@ class CaptureError(GhostStoreError, RuntimeError):
     """The side branches did not see what they must see; no vector of that batch may be used."""
 
 
+class WorkerError(GhostStoreError, RuntimeError):
+    """A worker process ended before its work. What was committed stays intact, and the same command resumes."""
+
+
 class MismatchError(GhostStoreError, ValueError):
     """What was asked for does not fit what is stored; both values are in the message (exit code 3)."""
 

@@ -6,14 +6,12 @@ writes and commits the last span.
 
 from __future__ import annotations
 
-import platform
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +27,10 @@ from ghoststore.checkpoint import (
     max_positions,
     resolve_device,
 )
-from ghoststore.corpus import Corpus, Fields, ResolvedFields, open_corpus
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, absolute, open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
+from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.info import describe
 from ghoststore.store.layout import check_name, safe_name
@@ -169,7 +168,7 @@ def build(
             source={
                 "checkpoint": str(found.folder.resolve()),
                 "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
-                "data": "-" if str(data) == "-" else _absolute(corpus.source),
+                "data": "-" if str(data) == "-" else absolute(corpus.source),
                 "form": corpus.form,
             },
             compute={
@@ -178,7 +177,7 @@ def build(
                 "threads": torch.get_num_threads(),
                 "gradient_checkpointing": gradient_checkpointing,
             },
-            software=software_versions(),
+            software=versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
         )
         report = BuildReport(
             store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
@@ -235,9 +234,10 @@ def _plan(
             span_rows=storage.span_rows, store_text=storage.store_text,
         )  # fmt: skip
 
-    corpus_plan = _scan(
-        corpus, tokenizer, settings, layout_of(sys.maxsize).span_rows, max_samples, count_tokens, progress
-    )
+    corpus_plan = plan_corpus(
+        corpus, tokenizer, settings, span_rows=layout_of(sys.maxsize).span_rows, max_samples=max_samples,
+        tokenize=count_tokens, progress=progress,
+    )  # fmt: skip
     layout = layout_of(corpus_plan.rows)
     drawn = Projection(plan)
     scan = corpus_plan.scan
@@ -265,44 +265,6 @@ def _plan(
     )  # fmt: skip
 
 
-def _scan(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    settings: TokenSettings,
-    span_rows: int,
-    max_samples: int | None,
-    count_tokens: bool,
-    progress: Progress,
-) -> CorpusPlan:
-    """:func:`plan_corpus` with a progress bar."""
-    task = progress.task("scanning corpus", None)
-    seen = 0
-
-    def scanned(rows: int) -> None:
-        nonlocal seen
-        task.advance(rows - seen)
-        seen = rows
-
-    try:
-        return plan_corpus(
-            corpus, tokenizer, settings, span_rows=span_rows, max_samples=max_samples, tokenize=count_tokens,
-            progress=scanned,
-        )  # fmt: skip
-    finally:
-        task.close()
-
-
-def software_versions() -> dict[str, str]:
-    """Versions of what computes and writes."""
-    found = {"python": platform.python_version()}
-    for package in ("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def _corpus_name(source: str) -> str:
     if source == "-":
         return "stdin"
@@ -310,14 +272,6 @@ def _corpus_name(source: str) -> str:
     for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt"):
         name = name.removesuffix(suffix)
     return name
-
-
-def _absolute(source: str) -> str:
-    """``source`` as an absolute path where it is one (a split of a saved dataset keeps its ``:split``)."""
-    path, _, split = source.rpartition(":")
-    if Path(source).exists():
-        return str(Path(source).resolve())
-    return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
 
 
 def _max_length(asked: int | None, model: Any) -> int:

@@ -6,7 +6,8 @@ corpus it begins and what it must contain, so that any span can be built alone, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
 from ghoststore.errors import CorpusError, MismatchError
+from ghoststore.progress import Progress, Silent
 from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of, rows_of_sample
 
 COLUMNS = ("source_row", "window", "file", "offset", "digest")
@@ -33,6 +35,8 @@ class CorpusPlan:
     """Tokens in all rows, where the scan had to tokenize."""
     table: NDArray[np.int64]
     """(spans, 5), see COLUMNS."""
+    before: NDArray[np.int64]
+    """(spans,): planned samples before the one that each span begins with."""
 
 
 class SpanDigest:
@@ -59,7 +63,9 @@ class _TableBuilder:
     def __init__(self, span_rows: int) -> None:
         self.span_rows = span_rows
         self.rows = 0
+        self.samples = 0
         self.entries: list[list[int]] = []
+        self.before: list[int] = []
         self._digest = SpanDigest()
 
     def add(self, sample: Sample, rows: int) -> None:
@@ -68,9 +74,11 @@ class _TableBuilder:
             if self.rows % self.span_rows == 0:
                 self._close()
                 self.entries.append([sample.source_row, window, sample.file, sample.offset, 0])
+                self.before.append(self.samples)
                 self._digest = SpanDigest()
             self._digest.add(sample)
             self.rows += 1
+        self.samples += 1
 
     def _close(self) -> None:
         if self.entries:
@@ -89,12 +97,13 @@ def plan_corpus(
     span_rows: int,
     max_samples: int | None = None,
     tokenize: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> CorpusPlan:
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
     Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks.
-    Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows.
+    Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
+    MismatchError for tokens of another tokenizer.
     """
     table = _TableBuilder(span_rows)
     tokens, lengths_needed = 0, tokenize or settings.needs_lengths
@@ -109,6 +118,7 @@ def plan_corpus(
         waiting.clear()
 
     def see(sample: Sample) -> None:
+        tokenizer.check(sample)
         if not lengths_needed:
             table.add(sample, 1)
             return
@@ -116,12 +126,27 @@ def plan_corpus(
         if len(waiting) == SAMPLES_AT_ONCE:
             flush()
 
-    scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see, progress=progress)
+    with closing((progress or Silent()).task("scanning corpus", None)) as task:
+        seen = 0
+
+        def scanned(rows: int) -> None:
+            nonlocal seen
+            task.advance(rows - seen)
+            seen = rows
+
+        scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see, progress=scanned)
     if waiting:
         flush()
     if not scan.rows:
-        raise CorpusError(f"{corpus.source}: has no rows")
-    return CorpusPlan(scan=scan, rows=table.rows, tokens=tokens if lengths_needed else None, table=table.table())
+        of = "" if corpus.domains is None else f" of {', '.join(map(repr, sorted(corpus.domains)))}"
+        raise CorpusError(f"{corpus.source}: has no rows{of}")
+    return CorpusPlan(
+        scan=scan,
+        rows=table.rows,
+        tokens=tokens if lengths_needed else None,
+        table=table.table(),
+        before=np.array(table.before, dtype=np.int64),
+    )
 
 
 def rows_of_spans(
@@ -141,7 +166,8 @@ def rows_of_spans(
     for run in _neighbours(spans):
         source_row, window, file, offset, _ = (int(value) for value in table[run[0]])
         start = Position(source_row=source_row, file=file, offset=offset)
-        rows = rows_of(islice(_unless_unreadable(corpus, start), plan.scan.rows - source_row), tokenizer, settings)
+        planned = islice(_unless_unreadable(corpus, start), plan.scan.rows - int(plan.before[run[0]]))
+        rows = rows_of(planned, tokenizer, settings)
         for span in run:
             try:
                 if span == run[0]:
@@ -171,8 +197,8 @@ def _unless_unreadable(corpus: Corpus, start: Position) -> Iterator[Sample]:
 
 def _changed(corpus: Corpus, table: NDArray[np.int64], span: int) -> MismatchError:
     return MismatchError(
-        f"{corpus.source} has changed since the part was planned: the samples from row {table[span][0]} on "
-        f"are not those of span {span}. Restore the corpus, or build another part with --name"
+        f"{corpus.source} has changed since it was planned: the samples from row {table[span][0]} on are not those "
+        f"of span {span}. Restore the corpus, or begin anew under another name (--name, --out)"
     )
 
 

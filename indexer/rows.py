@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.corpus import Messages, PromptCompletion, Sample
+from ghoststore.checkpoint import fingerprint_tokenizer
+from ghoststore.corpus import Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.store.status import Status
 
@@ -63,13 +65,32 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """See :func:`ghoststore.checkpoint.fingerprint_tokenizer`."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    def check(self, sample: Sample) -> None:
+        """MismatchError for a sample that another tokenizer made tokens of."""
+        if isinstance(sample.content, Tokenized):
+            found = sample.content.vocabulary.tokenizer_fingerprint
+            if found != self.fingerprint:
+                raise MismatchError(
+                    f"sample {sample.id!r} comes from token shards of another tokenizer: theirs is {found}, the "
+                    f"checkpoint's is {self.fingerprint}. Tokenize the corpus again with --tokenizer of this checkpoint"
+                )
+
     def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:
         """(tokens, first target) of each sample. Text gets the special tokens that the tokenizer adds by
-        default; a completion gets none; messages go through the chat template, which writes its own.
+        default; a completion gets none; messages go through the chat template, which writes its own. What was
+        tokenized before is taken as it is.
 
-        Raises CorpusError for messages without a chat template, and for messages the template refuses.
+        Raises CorpusError for messages without a chat template, and for messages the template refuses;
+        MismatchError for tokens of another tokenizer.
         """
         kinds = {type(sample.content) for sample in samples}
+        if Tokenized in kinds:
+            return [self._given(sample) for sample in samples]
         if PromptCompletion in kinds:
             pairs = [
                 s.content if isinstance(s.content, PromptCompletion) else PromptCompletion("", "") for s in samples
@@ -89,6 +110,11 @@ class Tokenizer:
             (NO_TOKENS, 1) if sample.content is None or not any(sample.texts()) else pair
             for sample, pair in zip(samples, encoded, strict=True)
         ]
+
+    def _given(self, sample: Sample) -> tuple[Tokens, int]:
+        self.check(sample)
+        content = sample.content
+        return (content.ids, content.first_target) if isinstance(content, Tokenized) else (NO_TOKENS, 1)
 
     def _ids(self, texts: list[str], *, special: bool) -> list[Tokens]:
         encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)

@@ -4,8 +4,8 @@ A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`) and sca
 fingerprint (`scan_samples`). Importing this package loads neither torch nor pyarrow nor datasets.
 """
 
-from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin
-from ghoststore.corpus.fields import Content, Fields, Messages, PromptCompletion, ResolvedFields, Sample
+from ghoststore.corpus.corpus import Corpus, Position, absolute, open_corpus, spool_stdin
+from ghoststore.corpus.fields import Content, Fields, Messages, PromptCompletion, ResolvedFields, Sample, Tokenized
 from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "ResolvedFields",
     "Sample",
     "Scan",
+    "Tokenized",
+    "absolute",
     "open_corpus",
     "scan_samples",
     "spool_stdin",

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ghoststore.corpus.fields import Fields, ResolvedFields, RowError, Sample, c
 from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of
 from ghoststore.errors import CorpusError, StorageError, UsageError
 
-SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder"
+SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
 NOT_DATA = {"", ".md", ".yaml", ".yml"}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern}):(?P<split>[\w.+%:\[\]-]+)")
@@ -45,6 +45,8 @@ class Corpus:
         self._form = form
         self._fields = fields
         self._counts: list[int] = []
+        self.domains: frozenset[str] | None = None
+        """The domains whose samples `samples` gives; None for all. See `only`."""
 
     @classmethod
     def open(cls, source: str, fields: Fields | ResolvedFields | None = None) -> Corpus:
@@ -56,6 +58,12 @@ class Corpus:
         """
         form, files = locate(source)
         return cls(source, form, files, Fields() if fields is None else fields)
+
+    def only(self, domains: Iterable[str]) -> Corpus:
+        """The same corpus without the samples of other domains, or of none. All keep their ``source_row``."""
+        narrowed = Corpus(self.source, self._form, self.files, self._fields)
+        narrowed.domains = frozenset(domains)
+        return narrowed
 
     @property
     def resolved(self) -> ResolvedFields:
@@ -70,6 +78,7 @@ class Corpus:
         resolved = self.resolved
         columns = resolved.columns()
         has_offsets = self._form.has_offsets
+        domains = self.domains
         source_row, first = self._entry(start)
         for file in range(start.file, len(self.files)):
             path = self.files[file]
@@ -81,7 +90,8 @@ class Corpus:
                         )
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
-                    yield sample
+                    if domains is None or sample.domain in domains:
+                        yield sample
                 source_row += 1
             first = 0
 
@@ -187,7 +197,21 @@ def locate(source: str) -> tuple[Form, list[Path]]:
     raise CorpusError(f"{source}: does not exist{hint}")
 
 
+def absolute(source: str) -> str:
+    """``source`` as an absolute path where it is one (a split of a saved dataset keeps its ``:split``)."""
+    path, _, split = source.rpartition(":")
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
+
+
 def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
+    if (folder / "shards.json").is_file():
+        from ghoststore.corpus.shards import ShardsForm, TokenShards
+
+        if split is not None:
+            raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} holds token shards")
+        return ShardsForm(TokenShards.open(folder, verify_on_read=True)), [folder]
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _locate_saved(folder, split)
     if split is not None:

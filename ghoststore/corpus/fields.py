@@ -7,15 +7,17 @@ decided once, on the first row (`Fields.resolve`), and kept; every later row mus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, TypeAlias, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, Protocol, TypeAlias, get_args
 
+import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
 from ghoststore.errors import CorpusError, UsageError
 
-Kind: TypeAlias = Literal["text", "prompt-completion", "messages"]
+Kind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
 
 OPTIONS = {
     "text": "--text-field",
@@ -30,6 +32,10 @@ CONTENT_FIELDS: dict[Kind, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
+"""Fields that a user may name; "tokens" has none."""
+
+
+CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
 
 class RowError(ValueError):
@@ -49,7 +55,32 @@ class Messages:
     messages: list[dict[str, object]]
 
 
-Content: TypeAlias = str | PromptCompletion | Messages
+class Vocabulary(Protocol):
+    """Whose tokens they are, and the way back to text."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str: ...
+
+    def decode(self, ids: NDArray[np.int32]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A sample that was tokenized before. ``data`` are the ids as little-endian int32; tokens before
+    ``first_target`` (at least 1) are no targets.
+    """
+
+    data: bytes
+    first_target: int
+    vocabulary: Vocabulary = field(compare=False, repr=False)
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """The ids, (tokens,), a copy."""
+        return np.frombuffer(self.data, dtype="<i4").astype(np.int32)
+
+
+Content: TypeAlias = str | PromptCompletion | Messages | Tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +110,18 @@ class Sample:
             plain = {"prompt": plain.prompt, "completion": plain.completion}
         elif isinstance(plain, Messages):
             plain = {"messages": plain.messages}
-        return orjson.dumps({"id": self.id, "domain": self.domain, "content": plain}, option=orjson.OPT_SORT_KEYS)
+        elif isinstance(plain, Tokenized):
+            plain = {"tokens": np.ascontiguousarray(plain.ids), "first_target": plain.first_target}
+        return orjson.dumps({"id": self.id, "domain": self.domain, "content": plain}, option=CANONICAL)
 
     def digest(self) -> int:
         """xxh3_64 of `canonical`, in [0, 2**64)."""
         return xxhash.xxh3_64_intdigest(self.canonical())
 
     def texts(self) -> list[str]:
-        """The texts of the content, in order; content of a message that is no string, as JSON."""
+        """The texts of the content, in order; content of a message that is no string, as JSON. Tokens have none."""
         match self.content:
-            case None:
+            case None | Tokenized():
                 return []
             case PromptCompletion(prompt, completion):
                 return [prompt, completion]
@@ -98,7 +131,9 @@ class Sample:
                 return [text]
 
     def preview(self) -> str:
-        """The whole content for a person to read; "" for an unusable sample."""
+        """The whole content for a person to read (tokens are decoded); "" for an unusable sample."""
+        if isinstance(self.content, Tokenized):
+            return self.content.vocabulary.decode(self.content.ids)
         if isinstance(self.content, Messages):
             roles = [message["role"] for message in self.content.messages]
             return "\n".join(f"{role}: {text}" for role, text in zip(roles, self.texts(), strict=True))
@@ -137,6 +172,11 @@ class Fields:
         Content: the names given; else "text"; else "prompt" with "completion"; else "messages".
         Raises CorpusError for a given name that the row lacks, and when no content is found.
         """
+        if isinstance(first_row.get("tokens"), Tokenized):
+            given = [option for role, option in OPTIONS.items() if getattr(self, role) is not None]
+            if given:
+                raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(given)}")
+            return ResolvedFields(kind="tokens", id="id", domain="domain")
         found = f"fields found: {_quoted(first_row)}"
         for role, option in OPTIONS.items():
             name = getattr(self, role)
@@ -179,7 +219,7 @@ class ResolvedFields:
             raise UsageError(f"kind of content: expected one of {get_args(Kind)}, found {self.kind!r}")
         for role in OPTIONS:
             name = getattr(self, role)
-            wanted = role in CONTENT_FIELDS[self.kind]
+            wanted = role in CONTENT_FIELDS.get(self.kind, ())
             if name is None and not wanted:
                 continue
             if not isinstance(name, str) or not (wanted or role in ("id", "domain")):
@@ -216,6 +256,11 @@ class ResolvedFields:
         return Sample(source_row, name, domain, content, offset, file)
 
     def _structured(self, row: dict[str, object]) -> Content | None:
+        if self.kind == "tokens":
+            tokens = row["tokens"]
+            if not isinstance(tokens, Tokenized):
+                raise RowError(f"field 'tokens': expected a sample of token shards, found {_found(tokens)}")
+            return tokens
         if self.messages is not None:
             return _conversation(row, self.messages)
         assert self.prompt is not None

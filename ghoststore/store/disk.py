@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,12 +75,12 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def exclusive(folder: Path, what: str, option: str = "--name") -> Iterator[None]:
     """Hold the lock of ``folder`` (flock) against other processes of this machine. It ends with the process.
 
-    BusyError if another one holds it.
+    BusyError if another one holds it; ``option`` is the one with which to choose another.
     """
-    busy = f"{what} is being written by another process; wait for it, or choose another --name"
+    busy = f"{what} is being written by another process; wait for it, or choose another {option}"
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -93,3 +93,36 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def create_whole(path: Path, what: str, fill: Callable[[Path], None], option: str = "--name") -> None:
+    """Make the folder ``path`` in one step: it appears whole, on the disk, or not at all. If it is there, nothing is
+    done.
+
+    ``fill`` writes its contents into a folder beside it, under that folder's lock; what a process that died had begun
+    there is made again. BusyError if another process is making it, StorageError if the disk refuses.
+    """
+    begun = path.with_name(f".{path.name}.tmp")
+    with storage_errors(str(path)):
+        if path.exists():
+            return
+        begun.mkdir(exist_ok=True)
+        with exclusive(begun, what, option):
+            if path.exists():
+                return
+            for entry in begun.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            try:
+                fill(begun)
+                for inside, _, names in os.walk(begun):
+                    for name in names:
+                        flush(Path(inside) / name)
+                    flush(Path(inside))
+            except BaseException:
+                shutil.rmtree(begun, ignore_errors=True)
+                raise
+            os.rename(begun, path)
+            flush(path.parent)

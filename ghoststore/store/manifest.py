@@ -28,6 +28,8 @@ class Kind:
     """Sections that must be equal for the work to go on."""
     description: tuple[str, ...]
     """Sections that may differ: paths, versions, devices."""
+    option: str = "--name"
+    """The option that names it."""
 
 
 PART = Kind(
@@ -122,5 +124,5 @@ def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind
     more = f"\n  … and {len(found) - 12} more" if len(found) > 12 else ""
     raise MismatchError(
         f"{where} was {kind.made} with other settings; nothing was changed:\n{lines}{more}\n"
-        f"Use the stored settings to continue it, or another --name for a new {kind.name}"
+        f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
     )

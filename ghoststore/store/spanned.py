@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.commits import Commit, FileRecord, committed, read_commit
-from ghoststore.store.disk import exclusive, flush, storage_errors
+from ghoststore.store.disk import create_whole
 from ghoststore.store.manifest import Kind, Manifest, seal, unseal
 from ghoststore.store.spans import ArraySpec, SpanLayout
 
@@ -222,41 +220,20 @@ def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[
 def create(path: Path, kind: Kind, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
     """Make a part or a run with nothing committed yet, in one step: it appears whole or not at all.
 
-    If it exists, nothing is done. ``fill`` makes its arrays. It is made in a folder beside it, under that folder's
-    lock; what a process that died had begun there is made again. BusyError if another process is making it.
+    If it exists, nothing is done. ``fill`` makes its arrays. BusyError if another process is making it, StorageError
+    if the disk refuses.
     """
-    begun = path.with_name(f".{path.name}.tmp")
-    with storage_errors(str(path)):
-        if not path.exists():
-            begun.mkdir(exist_ok=True)
-            with exclusive(begun, f"{kind.name} {path.name!r}"):
-                if not path.exists():
-                    _fill(begun, manifest, fill)
-                    os.rename(begun, path)
-                    flush(path.parent)
+    create_whole(path, f"{kind.name} {path.name!r}", lambda folder: _fill(folder, manifest, fill))
 
 
 def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
-    """Everything of a new part or run, on the disk, in ``folder``, whatever was there before."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    try:
-        group = zarr.create_group(folder)
-        group.create_group("commits")
-        fill(group)
-        files = {
-            str(file.relative_to(folder)): FileRecord.of(file).sha256
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and file != folder / "zarr.json"
-        }
-        group.attrs.put(seal(manifest, files))
-        for inside, _, names in os.walk(folder):
-            for name in names:
-                flush(Path(inside) / name)
-            flush(Path(inside))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    """Everything of a new part or run, in the empty ``folder``."""
+    group = zarr.create_group(folder)
+    group.create_group("commits")
+    fill(group)
+    files = {
+        str(file.relative_to(folder)): FileRecord.of(file).sha256
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / "zarr.json"
+    }
+    group.attrs.put(seal(manifest, files))

@@ -59,7 +59,9 @@ class TrainingRows:
             raise CorpusError(f"{self.shards.folder} has no row to train on: all are empty, too short or masked")
 
     @classmethod
-    def cut(cls, shards: TokenShards, max_length: int, overlong: Overlong, domains: tuple[str, ...] = ()) -> TrainingRows:
+    def cut(
+        cls, shards: TokenShards, max_length: int, overlong: Overlong, domains: tuple[str, ...] = ()
+    ) -> TrainingRows:
         """Rows of at most ``max_length`` tokens; windows of one sample share a token, as in a build.
 
         ``domains`` keeps rows of these alone. CorpusError under ``overlong="error"``, UsageError for a domain that
@@ -69,7 +71,9 @@ class TrainingRows:
         sample = np.arange(len(length))
         unknown = sorted(set(domains) - set(shards.domains))
         if unknown:
-            raise UsageError(f"{shards.folder} has no domain {unknown[0]!r}; it has: {', '.join(shards.domains) or 'none'}")
+            raise UsageError(
+                f"{shards.folder} has no domain {unknown[0]!r}; it has: {', '.join(shards.domains) or 'none'}"
+            )
         if domains:
             wanted = [shards.domains.index(name) for name in domains]
             sample = sample[np.isin(shards.domain, wanted)]
@@ -119,7 +123,9 @@ class TrainingRows:
         mask = torch.zeros(len(rows), longest, dtype=torch.int64)
         for place, row in enumerate(rows):
             start, count = int(self.window_start[row]), int(self.length[row])
-            tokens = torch.from_numpy(self.shards.tokens_of(int(self.sample[row]))[start : start + count].astype(np.int64))
+            tokens = torch.from_numpy(
+                self.shards.tokens_of(int(self.sample[row]))[start : start + count].astype(np.int64)
+            )
             ids[place, :count] = tokens
             first = int(self.first_target[row])
             labels[place, first:count] = tokens[first:]

@@ -19,7 +19,7 @@ from torch import nn
 
 from ghoststore.errors import CaptureError
 from indexer import draws
-from indexer.dotprod import GradDotProdEngine, Scores
+from indexer.dotprod import GradDotProdEngine
 from indexer.losses import training_loss
 from indexer.training.config import OptimizationConfig, ScoringConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
@@ -126,9 +126,7 @@ class Trainer:
             with self.autocast():
                 self.scorer.prepare(batch, step, self._scale())
         with self.autocast():
-            logits = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            ).logits
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             loss, losses_B = training_loss(logits, batch.labels, total_targets)
             del logits
         if self.scorer is not None:
@@ -203,7 +201,9 @@ class Scorer:
         if refresh != self._refreshed:
             chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
             batches, places = self.val.batches(chosen.tolist())
-            self.engine.set_validation(batches, [self.val.domain_of(place) for place in places] if self.groups else None)
+            self.engine.set_validation(
+                batches, [self.val.domain_of(place) for place in places] if self.groups else None
+            )
             self._refreshed = refresh
         self.engine.prepare(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
 

@@ -84,7 +84,9 @@ def save_state(
         state = begun / STATE
         state.mkdir()
         save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-        save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in pending.items()}, state / "pending.safetensors")
+        save_file(
+            {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in pending.items()}, state / "pending.safetensors"
+        )
         value = {
             "format": FORMAT, "step": step, "identity": dict(identity), "identity_sha256": json_digest(dict(identity)),
             "scaler": dict(scaler), "torch": torch.__version__,
@@ -108,9 +110,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return found
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]
-) -> Resumed:
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> Resumed:
     """Put optimizer state from ``path`` back (the model is loaded already) and say where training stood.
 
     MismatchError if the checkpoint is of another run, CheckpointError if it is damaged or lacks a parameter.
