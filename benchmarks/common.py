@@ -189,6 +189,9 @@ class _WatchedTask:
     description: str
     began: Clock
 
+    def say(self, text: str) -> None:
+        pass
+
     def advance(self, rows: int, tokens: int = 0) -> None:
         pass
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from indexer.projection import ProjectionConfig as ProjectionConfig
     from indexer.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize import tokenize as tokenize
+    from indexer.training.config import TrainConfig as TrainConfig
+    from indexer.training.train import TrainReport as TrainReport
+    from indexer.training.train import train as train
     from query.demo import demo as demo
     from query.query import query as query
     from query.results import QueryResult as QueryResult

@@ -11,6 +11,9 @@ class Task(Protocol):
     def advance(self, rows: int, tokens: int = 0) -> None:
         """``rows`` more rows are done, of ``tokens`` tokens."""
 
+    def say(self, text: str) -> None:
+        """A few words on how it stands, shown beside the bar: a loss, say."""
+
     def close(self) -> None:
         """The work has ended."""
 
@@ -27,6 +30,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, rows: int, tokens: int = 0) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
     def close(self) -> None:

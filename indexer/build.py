@@ -147,7 +147,7 @@ def build(
     found = find_checkpoint(checkpoint)
     tokenizer_folder = Path(tokenizer) if tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(tokenizer_folder)
-    part_name = check_name(name) if name else safe_name(found.folder.resolve().name, _corpus_name(str(data)))
+    part_name = check_name(name) if name else safe_name(found.folder.resolve().name, corpus_name(str(data)))
     if dry_run and str(data) == "-":
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     Store.refuse_others(Path(store))
@@ -265,7 +265,8 @@ def _plan(
     )  # fmt: skip
 
 
-def _corpus_name(source: str) -> str:
+def corpus_name(source: str) -> str:
+    """A short name for the corpus at ``source``."""
     if source == "-":
         return "stdin"
     name = Path(source.rstrip("/")).name

@@ -92,8 +92,8 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
 
     Returns ``(losses_B, targets_B)``: float32 losses, the mean (or sum) over the sample's own targets, 0
     where it has none; and the number of targets, int64. The gradient of ``losses_B.sum()`` is that of every
-    sample's own loss; multiples of it are the only gradients that can be asked for, once. The logits are used up: where the
-    model does not need them for its own backward, the gradient takes their place in memory.
+    sample's own loss; multiples of it are the only gradients that can be asked for, once. The logits are used
+    up: where the model does not need them for its own backward, the gradient takes their place in memory.
     """
     shifted_BT = torch.full_like(labels_BT, IGNORED)
     shifted_BT[:, :-1] = labels_BT[:, 1:]

@@ -15,6 +15,7 @@ from ghoststore.errors import GhostStoreError
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
+    "train": "train a GPT-2 and score every sample of every step, live; resumes by itself",
     "build": "a checkpoint and a corpus to a part of a store; resumes by itself",
     "query": "a val set to the training samples whose gradients point the same way",
     "info": "what a store holds",

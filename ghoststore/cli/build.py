@@ -17,40 +17,8 @@ from ghoststore.cli import options
 @options.store
 @click.option("--name", metavar="NAME", help="Name of the part (default: checkpoint and corpus).")
 @click.option("--tokenizer", metavar="PATH", help="Folder of the tokenizer (default: the checkpoint's).")
-@click.option(
-    "--proj-layers",
-    default="mlp,attn",
-    show_default=True,
-    callback=options.patterns,
-    help="Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
-)
 @click.option("--exclude-layers", callback=options.patterns, help="Layers to leave out of --proj-layers.")
-@click.option("--include-embeddings", is_flag=True, help="Project the embedding layers too.")
-@click.option(
-    "--proj-rank-total",
-    metavar="N|full",
-    callback=options.number_or("full"),
-    help="Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without "
-    "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.",
-)
-@click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side.")
-@click.option(
-    "--proj-compress",
-    metavar="K|none",
-    default="auto",
-    show_default=True,
-    callback=options.number_or("none", "auto"),
-    help="Sketch the whole vector to K numbers; auto: 64 a layer.",
-)
-@click.option(
-    "--proj-kind",
-    type=click.Choice(["gaussian", "rademacher", "orthonormal"]),
-    default="gaussian",
-    show_default=True,
-    help="How matrices are drawn.",
-)
-@click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal.")
-@click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices.")
+@options.projection
 @click.option(
     "--proj-dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -105,17 +73,8 @@ def command(**values: Any) -> None:
 
     as_json, quiet = values.pop("as_json"), values.pop("quiet")
     values = options.take_fields(values)
-    config = load("ProjectionConfig")(
-        layers=values.pop("proj_layers"),
-        exclude_layers=values.pop("exclude_layers"),
-        include_embeddings=values.pop("include_embeddings"),
-        rank_total=values.pop("proj_rank_total"),
-        rank_min=values.pop("proj_rank_min"),
-        seed=values.pop("proj_seed"),
-        kind="orthonormal" if values.pop("proj_row_orthonormal") else values["proj_kind"],
-        compress=values.pop("proj_compress"),
-    )
-    del values["proj_kind"]
+    exclude = values.pop("exclude_layers")
+    config = options.take_projection(values, exclude)
     report = load("build")(projection=config, progress=listener(quiet), **values)
     if as_json:
         print_json(report.to_json())

@@ -54,11 +54,72 @@ def take_fields(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def projection(command: F) -> F:
+    """``--proj-layers`` and its kin: which layers are projected, and how."""
+    for option in reversed(PROJECTION):
+        command = option(command)
+    return command
+
+
+def take_projection(values: dict[str, Any], exclude_layers: tuple[str, ...] = ()) -> Any:
+    """Take the projection options out of ``values``: a ProjectionConfig."""
+    from ghoststore.lazy import load
+
+    kind, orthonormal = values.pop("proj_kind"), values.pop("proj_row_orthonormal")
+    return load("ProjectionConfig")(
+        layers=values.pop("proj_layers"),
+        exclude_layers=exclude_layers,
+        include_embeddings=values.pop("include_embeddings"),
+        rank_total=values.pop("proj_rank_total"),
+        rank_min=values.pop("proj_rank_min"),
+        seed=values.pop("proj_seed"),
+        kind="orthonormal" if orthonormal else kind,
+        compress=values.pop("proj_compress"),
+    )
+
+
 def common(command: F) -> F:
     """``--json`` and ``--quiet``."""
     command = click.option("--quiet", "-q", is_flag=True, help="No progress bars; errors and notes only.")(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")(command)
 
 
+PROJECTION = (
+    click.option(
+        "--proj-layers",
+        default="mlp,attn",
+        show_default=True,
+        callback=patterns,
+        help="Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
+    ),
+    click.option("--include-embeddings", is_flag=True, help="Project the embedding layers too."),
+    click.option(
+        "--proj-rank-total",
+        metavar="N|full",
+        callback=number_or("full"),
+        help="Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without "
+        "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.",
+    ),
+    click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side."),
+    click.option(
+        "--proj-compress",
+        metavar="K|none",
+        default="auto",
+        show_default=True,
+        callback=number_or("none", "auto"),
+        help="Sketch the whole vector to K numbers; auto: 64 a layer.",
+    ),
+    click.option(
+        "--proj-kind",
+        type=click.Choice(["gaussian", "rademacher", "orthonormal"]),
+        default="gaussian",
+        show_default=True,
+        help="How matrices are drawn.",
+    ),
+    click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal."),
+    click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices."),
+)
+
+store_optional = click.option("--store", metavar="PATH", help="The store: a directory.")
 store = click.option("--store", required=True, metavar="PATH", help="The store: a directory.")
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

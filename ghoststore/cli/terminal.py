@@ -43,12 +43,17 @@ class _Rates(ProgressColumn):
 class _BarTask:
     def __init__(self, progress: Progress, description: str, total: int | None, done: int, unit: str) -> None:
         self._progress = progress
-        self._id = progress.add_task(description, total=total, completed=done, tokens=0, begun_at=done, unit=unit)
+        self._id = progress.add_task(
+            description, total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
+        )
         progress.start()
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         fields = self._progress.tasks[self._progress.task_ids.index(self._id)].fields
         self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
+
+    def say(self, text: str) -> None:
+        self._progress.update(self._id, words=text)
 
     def close(self) -> None:
         task = self._progress.tasks[self._progress.task_ids.index(self._id)]
@@ -71,6 +76,7 @@ class Bars:
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             _Rates(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
             console=self.console,
         )
         return _BarTask(progress, description, total, done, unit)

@@ -86,8 +86,9 @@ class GradDotProdEngine:
 
     ``val_data`` is a batch, or a list of batches (a large val set need not fit one pass), of anything that
     ``val_losses(model, batch)`` turns into one loss a sample; without ``val_losses``, of language-model batches
-    (see :func:`language_model_losses`). The val gradient is computed in eval mode before the first batch and again
-    after every ``val_refresh_interval`` optimizer steps (which ``optimizer`` tells, or :meth:`stepped`).
+    (see :func:`language_model_losses`). None: :meth:`set_validation` gives them later. The val gradient is computed
+    in eval mode before the first batch and again after every ``val_refresh_interval`` optimizer steps (which
+    ``optimizer`` tells, or :meth:`stepped`).
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
@@ -231,6 +232,8 @@ class GradDotProdEngine:
     def _val_pass(self, scale: float, expected: dict[str, Tensor] | None) -> bool:
         """One pass over the val batches; ``expected`` gets autograd's own gradient of their mean."""
         device = next(self.model.parameters()).device
+        if not self._val_batches:
+            raise UsageError("there is no val set: give val_data, or call set_validation()")
         with _evaluating(self.model), torch.enable_grad():
             sizes: list[int] = []
             begun = False
@@ -541,6 +544,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _batches(val_data: Any) -> list[Any]:
+    if val_data is None:
+        return []
     batches = val_data if isinstance(val_data, list) else [val_data]
     if not batches:
         raise UsageError("the val set has no samples")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
@@ -15,6 +15,22 @@ ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _at_least(least: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UsageError(f"{_option(name)} must be at least {least}, not {value}")
+
+
+def _one_of(kind: Any, **values: str) -> None:
+    for name, value in values.items():
+        if value not in get_args(kind):
+            raise UsageError(f"{_option(name)} {value!r} is unknown; known: {', '.join(get_args(kind))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +144,22 @@ class TrainConfig:
                 "parameters, or narrower than float32 parameters"
             )
 
+    @classmethod
+    def of(cls, **options: Any) -> TrainConfig:
+        """The configuration of flat ``options``: each goes to the part that has a field of its name.
+
+        UsageError for a name that none has.
+        """
+        parts = {"optimization": OptimizationConfig, "scoring": ScoringConfig}
+        taken: dict[str, Any] = {}
+        for part, kind in parts.items():
+            names = {f.name for f in fields(kind)} & options.keys()
+            taken[part] = kind(**{name: options.pop(name) for name in names})
+        unknown = sorted(options.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise UsageError(f"there is no option {_option(unknown[0])}")
+        return cls(**taken, **options)
+
     @property
     def arithmetic(self) -> str:
         """dtype of the forward and backward pass."""
@@ -137,19 +169,3 @@ class TrainConfig:
     def autocast(self) -> bool:
         """Whether the arithmetic is not that of the parameters."""
         return self.arithmetic != self.model_dtype
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _at_least(least: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UsageError(f"{_option(name)} must be at least {least}, not {value}")
-
-
-def _one_of(kind: Any, **values: str) -> None:
-    for name, value in values.items():
-        if value not in get_args(kind):
-            raise UsageError(f"{_option(name)} {value!r} is unknown; known: {', '.join(get_args(kind))}")

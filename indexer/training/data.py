@@ -103,7 +103,7 @@ class TrainingRows:
     @property
     def targets(self) -> NDArray[np.int64]:
         """(N,): targets of each row."""
-        return np.maximum(self.length - self.first_target, 0)
+        return np.asarray(np.maximum(self.length - self.first_target, 0), dtype=np.int64)
 
     def table(self) -> RowTable:
         """The row table of a run."""

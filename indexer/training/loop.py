@@ -179,6 +179,7 @@ class Scorer:
         val: ValSet,
         config: ScoringConfig,
         *,
+        checkpoint_interval: int,
         groups: list[str],
         blocks: list[str],
         vectors: bool = False,
@@ -191,20 +192,23 @@ class Scorer:
         self.blocks = blocks
         """Names of the blocks whose scores are kept; empty where none are."""
         self.vectors = vectors
-        self._refreshed: int | None = None
+        self._step: int | None = None
+        self._checkpoint_interval = checkpoint_interval
         self._seconds = 0.0
         self._rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def prepare(self, batch: Batch, step: int, loss_scale: float) -> None:
-        """Open the engine for ``batch``; before the first batch of a refresh, choose its val samples."""
-        refresh = step // self.config.val_refresh_interval
-        if refresh != self._refreshed:
-            chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
+        """Open the engine for ``batch``; if the val gradient is due, choose its val samples first.
+
+        It is due at multiples of the refresh interval, and after a checkpoint, where a resumed run has none.
+        """
+        interval = self.config.val_refresh_interval
+        if step != self._step and (self._step is None or not step % interval or not step % self._checkpoint_interval):
+            chosen = self.val.chosen(step // interval, self.config.val_batch_size, self.config.val_sampling)
             batches, places = self.val.batches(chosen.tolist())
-            self.engine.set_validation(
-                batches, [self.val.domain_of(place) for place in places] if self.groups else None
-            )
-            self._refreshed = refresh
+            names = [self.val.domain_of(place) for place in places]
+            self.engine.set_validation(batches, names if self.groups else None)
+        self._step = step
         self.engine.prepare(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
 
     def watch(self, loss: torch.Tensor, batch: Batch, total_targets: float) -> None:

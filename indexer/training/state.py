@@ -8,7 +8,6 @@ optimizer's tensors by parameter name (``optimizer.safetensors``), steps that th
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 from ghoststore.checkpoint import quiet_transformers
 from ghoststore.errors import CheckpointError, MismatchError, UsageError
 from ghoststore.store.commits import json_digest
-from ghoststore.store.disk import flush, storage_errors
+from ghoststore.store.disk import create_whole, storage_errors
+from ghoststore.store.manifest import differences
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -70,34 +70,26 @@ def save_state(
     scaler: Mapping[str, float],
 ) -> Path:
     """Write ``checkpoint-<step>`` in ``folder``; StorageError if the disk refuses. What stands there is left alone."""
-    path = folder / f"checkpoint-{step}"
-    begun = folder / f".{path.name}.tmp"
-    with storage_errors(str(path)):
-        if path.exists():
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        if begun.exists():
-            shutil.rmtree(begun)
+    value = {
+        "format": FORMAT, "step": step, "identity": dict(identity), "identity_sha256": json_digest(dict(identity)),
+        "scaler": dict(scaler), "torch": torch.__version__,
+    }  # fmt: skip
+
+    def fill(begun: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(begun)
         tokenizer.save_pretrained(begun)
         state = begun / STATE
         state.mkdir()
         save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-        save_file(
-            {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in pending.items()}, state / "pending.safetensors"
-        )
-        value = {
-            "format": FORMAT, "step": step, "identity": dict(identity), "identity_sha256": json_digest(dict(identity)),
-            "scaler": dict(scaler), "torch": torch.__version__,
-        }  # fmt: skip
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
+        save_file(tensors, state / "pending.safetensors")
         (state / "state.json").write_text(json.dumps(value, indent=1) + "\n")
-        for inside, _, names in os.walk(begun):
-            for name in names:
-                flush(Path(inside) / name)
-            flush(Path(inside))
-        os.rename(begun, path)
-        flush(folder)
+
+    path = folder / f"checkpoint-{step}"
+    with storage_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    create_whole(path, f"checkpoint {path}", fill, "--output-dir")
     return path
 
 
@@ -125,8 +117,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, i
         pending = {key: tensor.numpy() for key, tensor in load_file(state / "pending.safetensors").items()}
     except FileNotFoundError as error:
         raise UsageError(
-            f"{path} was not written by `ghoststore train` (no {Path(str(error.filename)).name}); give another --output-dir, or "
-            "start from it with --checkpoint"
+            f"{path} was not written by `ghoststore train` (no {Path(str(error.filename)).name}); give another "
+            "--output-dir, or start from it with --checkpoint"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{state} is damaged: {error}; remove {path} to go on from an earlier one") from error
@@ -145,8 +137,6 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, i
 
 
 def _refuse_other(stored: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:
-    from ghoststore.store.manifest import differences
-
     found = differences(dict(stored), dict(identity))
     if found:
         lines = "\n".join(f"  {where}: stored {old!r:.90}, asked for {new!r:.90}" for where, old, new in found[:12])

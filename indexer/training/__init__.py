@@ -1,0 +1,1 @@
+"""Training a GPT-2 with every sample scored: ``ghoststore train``."""

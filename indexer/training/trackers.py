@@ -1,0 +1,100 @@
+"""Optional logging to TensorBoard and Weights & Biases. Neither is installed with ghoststore."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ghoststore.errors import UsageError
+from indexer.training.config import TrainConfig
+from indexer.training.loop import StepResult
+from indexer.training.validation import ValLoss
+
+
+class _Tracker(Protocol):
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Trackers:
+    """Whoever is told of each step."""
+
+    trackers: list[_Tracker] = field(default_factory=list)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, tensorboard: str | Path | None, wandb: str | None, config: TrainConfig, leads: bool
+    ) -> Iterator[Trackers]:
+        """Trackers for a TensorBoard folder and a Weights & Biases project; nothing on ranks that do not lead.
+
+        Weights & Biases works offline unless WANDB_MODE says otherwise. UsageError that says what to install.
+        """
+        opened = cls()
+        writer = run = None
+        if tensorboard is not None and leads:
+            writer = _tensorboard(tensorboard)
+            opened.trackers.append(_TensorBoard(writer))
+        if wandb is not None and leads:
+            run = _wandb(wandb, config)
+            opened.trackers.append(run)
+        try:
+            yield opened
+        finally:
+            if writer is not None:
+                writer.close()
+            if run is not None:
+                run.finish()
+
+    def step(self, result: StepResult, val_loss: ValLoss | None) -> None:
+        """Tell of one step."""
+        if not self.trackers:
+            return
+        values = {
+            "train/loss": result.train_loss,
+            "train/learning_rate": result.learning_rate,
+            "train/grad_norm": result.grad_norm,
+            "train/tokens_per_second": result.tokens / result.seconds,
+        }
+        if val_loss is not None:
+            values["val/loss"] = val_loss.loss
+            values |= {f"val/loss/{name}": loss for name, loss in val_loss.by_domain.items()}
+        score = result.own.get("score")
+        if score is not None and np.isfinite(score).any():
+            finite = score[np.isfinite(score)]
+            values["scores/mean"] = float(finite.mean())
+            values["scores/negative_share"] = float((finite < 0).mean())
+            values["scores/share_of_time"] = result.score_seconds / result.seconds
+        for tracker in self.trackers:
+            tracker.log(values, step=result.step + 1)
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def _tensorboard(folder: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(str(folder))
+
+
+def _wandb(project: str, config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError("--wandb needs Weights & Biases: pip install wandb") from error
+    return wandb.init(project=project, config=asdict(config), mode=os.environ.get("WANDB_MODE", "offline"))
