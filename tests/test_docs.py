@@ -14,7 +14,7 @@ import torch
 import ghoststore
 from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.reference import reference
-from ghoststore.store import Status
+from ghoststore.store import RunLayout, Status
 from ghoststore.store.layout import FORMAT_VERSION, PartLayout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +102,11 @@ def test_the_format_page_lists_every_array_and_status() -> None:
     assert f"format version {FORMAT_VERSION}" in page
     for spec in layout.arrays():
         assert f"| `{spec.name}` |" in page
+    run = RunLayout(steps=1, ranks=1, batch=1, span_steps=1, rows=1, groups=("g",), blocks=("b",), dimension=1)
+    for spec in run.arrays():
+        assert re.search(rf"^\| `{spec.name}` \| .* \| {spec.dtype.name} \|", page, flags=re.MULTILINE)
+    for spec in run.row_arrays():
+        assert f"`{spec.name}`" in page
     for status in Status:
         assert re.search(rf"^\| {status.value} \| {status.name.lower().replace('_', ' ')}", page, flags=re.MULTILINE)
 

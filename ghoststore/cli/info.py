@@ -12,19 +12,26 @@ from ghoststore.cli import options
 @click.command("info", short_help="what a store holds")
 @options.store
 @click.option("--part", metavar="NAME", help="One part, in full.")
+@click.option("--run", metavar="NAME", help="One training run, in full.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every manifest.")
-def command(store: str, part: str | None, as_json: bool) -> None:
-    """What a store holds: its parts, their rows, their settings."""
+def command(store: str, part: str | None, run: str | None, as_json: bool) -> None:
+    """What a store holds: its parts and training runs, how far they are, their settings."""
     from ghoststore.cli.terminal import print_json
     from ghoststore.lazy import load
 
-    found = load("info")(store, part=part)
+    found = load("info")(store, part=part, run=run)
     if as_json:
         print_json(found.to_json())
-    elif part is not None:
-        _print_part(found.parts[0])
+    elif part is not None or run is not None:
+        for one in found.parts:
+            _print_part(one)
+        for one in found.runs:
+            _print_run(one)
     else:
-        _print_parts(found)
+        if found.parts or not found.runs:
+            _print_parts(found)
+        if found.runs:
+            _print_runs(found)
 
 
 def _print_parts(found: Any) -> None:
@@ -67,3 +74,50 @@ def _print_part(part: Any) -> None:
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)
+
+
+def _print_runs(found: Any) -> None:
+    from ghoststore.cli.terminal import human_bytes, print_table
+
+    columns = [("run", False), ("steps", True), ("ranks × batch", True), ("rows", True), ("train loss", True),
+               ("val loss", True), ("negative", True), ("tokens", True), ("on disk", True)]  # fmt: skip
+    rows = []
+    for run in found.runs:
+        share = f"{run.committed:,}" + ("" if run.complete else f" of {run.steps:,}")
+        rows.append([run.name, share, f"{run.ranks} × {run.batch}", f"{run.rows:,}", _number(run.train_loss),
+                     _number(run.val_loss), _share(run.negative), f"{run.tokens:,}",
+                     human_bytes(run.bytes)])  # fmt: skip
+    print_table(f"{found.store}: {len(found.runs)} run(s)", columns, rows)
+
+
+def _print_run(run: Any) -> None:
+    from ghoststore.cli.terminal import human_bytes, print_facts
+
+    storage = run.manifest["storage"]
+    facts = [
+        ("steps", f"{run.committed:,} of {run.steps:,} committed, {storage['span_steps']:,} at a time"),
+        ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch)"),
+        *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
+        ("rows", f"{run.rows:,}"),
+        ("domains", ", ".join(run.manifest["corpus"]["domains"] or []) or "none"),
+        ("train loss", _number(run.train_loss)),
+        ("val loss", _number(run.val_loss)),
+        ("negative scores", _share(run.negative)),
+        ("val groups", ", ".join(storage["groups"]) or "none"),
+        ("blocks", ", ".join(storage["blocks"]) or "none"),
+        ("vectors", f"{storage['dimension']:,} numbers" if storage["dimension"] else "none"),
+        ("tokens", f"{run.tokens:,}"),
+        ("on disk", human_bytes(run.bytes)),
+    ]
+    for section in ("model", "val", "training", "scoring", "source"):
+        facts += [(f"{section}.{name}", str(value)) for name, value in run.manifest[section].items()]
+    facts.append(("made with", ", ".join(f"{name} {version}" for name, version in run.manifest["software"].items())))
+    print_facts(run.name, facts)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"

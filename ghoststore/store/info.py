@@ -6,7 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ghoststore.store.part import Part
+from ghoststore.store.reader import stream
+from ghoststore.store.run import Run
+from ghoststore.store.spanned import Spanned
 from ghoststore.store.store import Store
 
 
@@ -30,43 +35,132 @@ class PartInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """One training run, from its manifest, its commit records, its losses and its scores."""
+
+    name: str
+    complete: bool
+    steps: int
+    """Steps of the run; ``committed`` of them are there."""
+    committed: int
+    ranks: int
+    batch: int
+    """Samples of one rank's step."""
+    rows: int
+    """Rows of the row table: what it trains on."""
+    train_loss: float | None
+    """Of the last committed step with a finite one."""
+    val_loss: float | None
+    negative: float | None
+    """Share of negative scores among the finite ones; None without any."""
+    statuses: dict[str, int]
+    """Committed samples by what became of their score."""
+    tokens: int
+    bytes: int
+    """Bytes of the committed files, the row table aside."""
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
     """What ``ghoststore.info`` returns."""
 
     store: str
     parts: list[PartInfo]
+    runs: list[RunInfo]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore info --json`` prints."""
         return asdict(self)
 
 
-def describe(part: Part) -> PartInfo:
-    """Read the commit records of ``part``; CorruptError if one is damaged."""
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """What all records of a part or a run count."""
+
+    statuses: dict[str, int]
+    tokens: int
+    bytes: int
+
+
+def _sums(source: Spanned[Any]) -> _Sums:
     statuses: dict[str, int] = {}
     tokens = size = 0
-    for span in part.spans:
-        commit = part.commit(span)
+    for span in source.spans:
+        commit = source.commit(span)
         tokens += commit.tokens
         size += sum(record.bytes for record in commit.files.values())
         for status, count in commit.statuses.items():
             statuses[status] = statuses.get(status, 0) + count
+    return _Sums(statuses, tokens, size)
+
+
+def describe(part: Part) -> PartInfo:
+    """Read the commit records of ``part``; CorruptError if one is damaged."""
+    sums = _sums(part)
     return PartInfo(
         name=part.name,
         complete=part.complete,
         rows=part.layout.rows,
         committed=part.rows,
-        statuses=statuses,
-        tokens=tokens,
+        statuses=sums.statuses,
+        tokens=sums.tokens,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
-        bytes=size,
+        bytes=sums.bytes,
         manifest=part.manifest,
     )
 
 
-def info(store: str | Path, *, part: str | None = None) -> StoreInfo:
-    """Every part of a store, or one. UsageError if there is no such store or part."""
+def describe_run(run: Run) -> RunInfo:
+    """Read the commit records, the losses and the scores of ``run``; CorruptError if one of them is damaged."""
+    sums = _sums(run)
+    return RunInfo(
+        name=run.name,
+        complete=run.complete,
+        steps=run.layout.steps,
+        committed=run.steps,
+        ranks=run.layout.ranks,
+        batch=run.layout.batch,
+        rows=run.layout.rows,
+        train_loss=_last(run, "train_loss"),
+        val_loss=_last(run, "val_loss"),
+        negative=_negative(run),
+        statuses=sums.statuses,
+        tokens=sums.tokens,
+        bytes=sums.bytes,
+        manifest=run.manifest,
+    )
+
+
+def _last(run: Run, array: str) -> float | None:
+    """The last finite number of one number a step."""
+    for span in reversed(run.spans):
+        values = run.read_committed(array, [span])
+        finite = np.flatnonzero(np.isfinite(values))
+        if len(finite):
+            return float(values[finite[-1]])
+    return None
+
+
+def _negative(run: Run) -> float | None:
+    negative = scored = 0
+    for chunk in stream(run, "score"):
+        finite = np.isfinite(chunk.data)
+        scored += int(finite.sum())
+        negative += int((chunk.data[finite] < 0).sum())
+    return negative / scored if scored else None
+
+
+def info(store: str | Path, *, part: str | None = None, run: str | None = None) -> StoreInfo:
+    """Every part and training run of a store, or one of either.
+
+    UsageError if there is no such store, part or run.
+    """
     opened = Store.open(store)
-    names = [part] if part is not None else opened.part_names()
-    return StoreInfo(store=str(store), parts=[describe(opened.part(name)) for name in names])
+    parts, runs = opened.chosen(part, run)
+    return StoreInfo(
+        store=str(store),
+        parts=[describe(opened.part(name)) for name in parts],
+        runs=[describe_run(opened.run(name)) for name in runs],
+    )

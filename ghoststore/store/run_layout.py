@@ -45,6 +45,9 @@ class RunLayout(SpanLayout):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"a run needs {name} of at least 1, not {value}")
+        for name in ("groups", "blocks"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise UsageError(f"a run needs different names of {name}; found {', '.join(getattr(self, name)[:20])}")
         for spec in self.arrays():
             step_bytes = spec.width * spec.dtype.itemsize
             if step_bytes > LARGEST_ROW_BYTES:

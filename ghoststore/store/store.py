@@ -102,6 +102,12 @@ class Store:
         """
         return Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
 
+    def chosen(self, part: str | None, run: str | None) -> tuple[list[str], list[str]]:
+        """Names of parts and of runs: those that are named, or all of the store when neither is."""
+        if part is None and run is None:
+            return self.part_names(), self.run_names()
+        return [name for name in (part,) if name is not None], [name for name in (run,) if name is not None]
+
     def _choose(self, kind: Kind, name: str | None, names: list[str], command: str) -> str:
         if name is None:
             if len(names) == 1:

@@ -12,7 +12,7 @@ from typing import Any
 from ghoststore.errors import CorruptError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store.commits import FileRecord, read_commit
-from ghoststore.store.part import Part
+from ghoststore.store.spanned import Spanned
 from ghoststore.store.store import Store
 
 THREADS = 4
@@ -22,9 +22,12 @@ THREADS = 4
 class Damage:
     """One thing that is not as it was committed."""
 
-    part: str
     file: str
+    """Its path in the part or run."""
     problem: str
+    part: str | None = None
+    run: str | None = None
+    """The part or the run it belongs to, the other is None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class VerifyReport:
 
     store: str
     parts: list[str]
+    runs: list[str]
     spans: int
     files: int
     bytes: int
@@ -48,25 +52,28 @@ class VerifyReport:
         return {**asdict(self), "sound": self.sound}
 
 
-def verify(store: str | Path, *, part: str | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Check the manifest, the array metadata, every commit record and every file it names (size, SHA-256).
+def verify(
+    store: str | Path, *, part: str | None = None, run: str | None = None, progress: Progress | None = None
+) -> VerifyReport:
+    """Check every part and training run, or one of either: the manifest, the metadata of arrays, a run's row table,
+    every commit record and every file it names (size, SHA-256).
 
     All damage is listed, not just the first. A span without a record is not damage: it does not exist.
-    Raises UsageError if there is no such store or part.
+    Raises UsageError if there is no such store, part or run.
     """
     progress = progress or Silent()
     opened = Store.open(store)
-    names = [part] if part is not None else opened.part_names()
+    parts, runs = opened.chosen(part, run)
     damage: list[Damage] = []
     spans = files = size = 0
-    for name in names:
+    for name, of in [*((name, {"part": name}) for name in parts), *((name, {"run": name}) for name in runs)]:
         try:
-            found = opened.part(name)
+            found: Spanned[Any] = opened.part(name) if "part" in of else opened.run(name)
         except CorruptError as error:
-            damage.append(Damage(part=name, file="zarr.json", problem=str(error)))
+            damage.append(Damage(**of, file="zarr.json", problem=str(error)))
             continue
         task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
-        damage += [Damage(part=name, file=file, problem=problem) for file, problem in _check_metadata(found)]
+        damage += [Damage(**of, file=file, problem=problem) for file, problem in _check_metadata(found)]
         with closing(task), ThreadPoolExecutor(THREADS) as pool:
             for checked in pool.map(lambda span, at=found.path: list(_check_span(at, span)), found.spans):
                 spans += 1
@@ -74,30 +81,30 @@ def verify(store: str | Path, *, part: str | None = None, progress: Progress | N
                 for key, count, problem in checked:
                     files, size = files + 1, size + count
                     if problem:
-                        damage.append(Damage(part=name, file=key, problem=problem))
-    return VerifyReport(store=str(store), parts=names, spans=spans, files=files, bytes=size, damage=damage)
+                        damage.append(Damage(**of, file=key, problem=problem))
+    return VerifyReport(store=str(store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage)
 
 
-def _check_metadata(part: Part) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) for every file that was written when the part was made."""
-    for name in part.files:
+def _check_metadata(found: Spanned[Any]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) for every file that was written when the part or run was made."""
+    for name in found.files:
         try:
-            part.check_file(name)
+            found.check_file(name)
         except CorruptError as error:
             yield name, str(error)
 
 
-def _check_span(part: Path, span: int) -> Iterator[tuple[str, int, str | None]]:
+def _check_span(folder: Path, span: int) -> Iterator[tuple[str, int, str | None]]:
     """(file, its bytes, what is wrong with it or None) for the record of ``span`` and each file it names."""
     try:
-        commit = read_commit(part, span)
+        commit = read_commit(folder, span)
     except CorruptError as error:
         yield f"commits/{span:08d}.json", 0, str(error)
         return
     for key, record in commit.files.items():
-        path = part / key
-        if not path.resolve().is_relative_to(part.resolve()):
-            yield key, 0, f"the record of span {span} names a file outside the part"
+        path = folder / key
+        if not path.resolve().is_relative_to(folder.resolve()):
+            yield key, 0, f"the record of span {span} names a file outside the part or run"
             continue
         try:
             found = FileRecord.of(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,44 +12,10 @@ import pytest
 import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError
 
+from .harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-Harm = Callable[[Path], None]
-
-
-def flip_first(path: Path) -> None:
-    flip(path, 0)
-
-
-def flip_middle(path: Path) -> None:
-    flip(path, path.stat().st_size // 2)
-
-
-def flip_last(path: Path) -> None:
-    flip(path, path.stat().st_size - 1)
-
-
-def flip(path: Path, place: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def delete(path: Path) -> None:
-    path.unlink()
 
 
 def other_chunk(path: Path) -> None:
@@ -62,7 +27,6 @@ def other_chunk(path: Path) -> None:
         shutil.copy(path.parent.parent / str(int(path.parent.name) + 1) / path.name, path)
 
 
-CHANGES: list[Harm] = [flip_first, flip_middle, flip_last, truncate, empty, lengthen]
 CHUNKS = [
     "vectors/c/1/0", "norm/c/1/0", "loss/c/1", "n_tokens/c/1", "status/c/1", "sample_id/c/1", "domain/c/1",
     "source_row/c/1", "source_file/c/1", "source_offset/c/1", "source_digest/c/1", "window_start/c/1",

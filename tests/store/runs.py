@@ -1,0 +1,90 @@
+"""A training run without training: the same numbers for the same step in every process. Imported by tests, and by
+processes that tests start and kill.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
+
+LAYOUT = RunLayout(
+    steps=23, ranks=2, batch=3, span_steps=5, rows=40, groups=("law", "code"), blocks=("mlp", "attn"), dimension=4
+)
+"""Five spans, the last of three steps."""
+SPANS = 5
+Values = dict[str, Any]
+
+
+def values(step: int, layout: RunLayout = LAYOUT) -> Values:
+    """What one step appends: every third step with a place that has no sample, every fourth with the val loss."""
+    rng = np.random.default_rng([7, step])
+    given: Values = {}
+    for spec in layout.arrays():
+        numbers = rng.standard_normal(spec.columns)
+        given[spec.name] = (numbers if spec.columns else float(numbers)) if spec.dtype.kind == "f" else 96 + step
+    given["sample"] = rng.integers(0, layout.rows, (layout.ranks, layout.batch))
+    if step % 3 == 0:
+        given["sample"][1, 2] = -1
+        for name in ("score", "loss", "group_score", "block_score", "vector"):
+            if name in given:
+                given[name][1, 2] = np.nan
+    if step % 4:
+        del given["val_loss"]
+    return given
+
+
+def row_table(rows: int = LAYOUT.rows) -> RowTable:
+    place = np.arange(rows)
+    return RowTable(
+        sample_id=np.array([f"sample-{row}é" for row in place], dtype=object),
+        domain=place % 3 - 1,
+        source_row=place * 2,
+        source_file=place // 30,
+        source_offset=place * 100,
+        source_digest=np.random.default_rng(3).integers(0, 2**64, rows, dtype=np.uint64),
+        window_start=place % 2,
+        n_tokens=place + 5,
+    )
+
+
+def manifest(layout: RunLayout = LAYOUT, **sections: Any) -> dict[str, Any]:
+    return {
+        "model": {"architecture": "GPT2-Tiny", "layers": 2},
+        "tokenizer": {"fingerprint": "sha256:t"},
+        "corpus": {"fingerprint": "sha256:c", "domains": ["sky", "earth"]},
+        "val": {"fingerprint": "sha256:v"},
+        "training": {"seed": 0, "learning_rate": 0.001},
+        "scoring": {"method": "GradDotProd"},
+        "storage": layout.to_json(),
+        "source": {"data": "train.jsonl"},
+        "software": {"python": "3"},
+        "compute": {"device": "cpu"},
+        **sections,
+    }
+
+
+def make(store: Path, name: str = "run", layout: RunLayout = LAYOUT, **sections: Any) -> Run:
+    """A run with no steps, or the one that is there."""
+    path = Store.create(store).run_path(name)
+    return create_run(path, manifest(layout, **sections), row_table(layout.rows))
+
+
+def train(store: Path, name: str = "run", layout: RunLayout = LAYOUT, start: int = 0, stop: int | None = None) -> Run:
+    """Append the steps from ``start`` to ``stop``, whatever is committed; the run as it is then."""
+    run = make(store, name, layout)
+    with RunWriter(run) as writer:
+        for step in range(start, layout.steps if stop is None else stop):
+            writer.append(step, values(step, layout))
+    run.reload()
+    return run
+
+
+def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.ndarray:
+    """The stored numbers of ``steps``."""
+    (spec,) = [spec for spec in layout.arrays() if spec.name == array]
+    rows = [np.asarray(values(step, layout).get(array, np.nan)) for step in steps]
+    return np.array(rows).astype(spec.dtype).reshape(len(steps), *spec.columns)
