@@ -6,9 +6,10 @@ Legend: B samples of a batch, V val samples, G val groups, K blocks, D numbers o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,9 +19,16 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
-from indexer.dotprod.parameters import Ledger, devices_of, refuse_unsupported_wrappers, survey
+from indexer.dotprod.parameters import (
+    Ledger,
+    batch_norms_of,
+    devices_of,
+    refuse_batch_statistics,
+    refuse_unsupported_wrappers,
+    survey,
+)
 from indexer.dotprod.sketched import SketchedMethod
-from indexer.dotprod.tap import Tap
+from indexer.dotprod.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
 from indexer.losses import next_token_losses
@@ -133,18 +141,21 @@ class GradDotProdEngine:
             self.method = ExactMethod(self.ledger, route=route, pairs=pairs)
         else:
             self.method = SketchedMethod(self.model, _drawn(self.model, projection))
-        self._check = check
+        self._flags = [p.requires_grad for p in self.model.parameters()]
         self.group_names: list[str] = []
         """Names of the val groups, in the order of ``Scores.groups``; known after the first val pass."""
         self._group_share: Tensor | None = None
         self._handles: list[RemovableHandle] = []
-        self._flags: list[bool] = []
+        self._version_at_refresh = self._version_at_detach = -1
+        self._told = False
+        self._batch_norms = batch_norms_of(self.model)
+        self._opened = 0
         self._phase: Literal["train", "val"] | None = None
         self._batch = 0
         self._age: int | None = None
         self._first_val, self._tokens = 0, 0
         self._leaf: Tensor | None = None
-        self._upstream: Tensor | None = None
+        self._upstreams: list[Tensor] = []
         self._weights: Tensor | None = None
         self._checking: _AutogradDots | None = None
         self._unchecked = check
@@ -165,20 +176,26 @@ class GradDotProdEngine:
                 module = self.model.get_submodule(name)
                 kind = layer_type_of(module)
                 assert kind is not None
-                self._handles.append(module.register_forward_hook(self._hook(name, kind), with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_hook(self._hook(name, kind), with_kwargs=True, prepend=True)
+                )
             if self._optimizer is not None:
                 self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
         except BaseException:
             self.detach()
             raise
-        self._flags = [p.requires_grad for p in self.model.parameters()]
+        if _version_of(self.model) != self._version_at_detach:
+            self._age = None
         return self
 
     def detach(self) -> None:
-        """Take every tap away. The val gradient stays; :meth:`attach` goes on where this left."""
+        """Take every tap away. :meth:`attach` goes on where this left: with the same val gradient, unless the weights
+        have changed.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._version_at_detach = _version_of(self.model)
         self.discard()
 
     def __enter__(self) -> GradDotProdEngine:
@@ -200,6 +217,7 @@ class GradDotProdEngine:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
         was given the optimizer.
         """
+        self._told = True
         if self._age is not None:
             self._age += 1
 
@@ -217,6 +235,7 @@ class GradDotProdEngine:
         if self._phase is not None:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
         begun = time.perf_counter()
+        self._age = None  # what an error below leaves behind is never used
         checked = self._unchecked and isinstance(self.method, ExactMethod)
         expected: dict[str, Tensor] | None = {} if checked else None
         while not self._val_pass(loss_scale, expected):
@@ -226,11 +245,15 @@ class GradDotProdEngine:
         if expected is not None and isinstance(self.method, ExactMethod):
             self.method.check_val(expected, self._tolerance())
             self._checking = _AutogradDots(expected)
-        self._age = 0
+        self._age, self._version_at_refresh = 0, _version_of(self.model)
         self._seconds += time.perf_counter() - begun
 
     def _val_pass(self, scale: float, expected: dict[str, Tensor] | None) -> bool:
-        """One pass over the val batches; ``expected`` gets autograd's own gradient of their mean."""
+        """One pass over the val batches, whether everything stayed finite; ``expected`` gets autograd's own gradient
+        of their mean.
+        """
+        if expected is not None:
+            expected.clear()
         device = next(self.model.parameters()).device
         if not self._val_batches:
             raise UsageError("there is no val set: give val_data, or call set_validation()")
@@ -298,9 +321,11 @@ class GradDotProdEngine:
             raise UsageError("the val set has no samples")
         if self._groups is None:
             names = ["val"] * count
-        elif isinstance(self._groups, str):
+        elif self._groups == "each":
             names = [str(place) for place in range(count)]
         else:
+            if isinstance(self._groups, str):
+                raise UsageError(f"groups is 'each' or one name for each val sample, not {self._groups!r}")
             names = [str(name) for name in self._groups]
             if len(names) != count:
                 raise UsageError(f"groups names {len(names)} val samples, but there are {count}")
@@ -315,7 +340,11 @@ class GradDotProdEngine:
     def prepare(self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0) -> None:
         """Open the taps for one forward and backward pass of ``batch_size`` samples (first axis of every layer).
 
-        Refreshes the val gradient if it is due. ``tokens`` (positions in the batch) helps to choose routes.
+        Refreshes the val gradient if it is due. ``tokens`` (positions in the batch) helps to choose routes;
+        ``loss_scale`` is for :meth:`refresh`: with float16, the loss scaler's.
+
+        UsageError if the model is no longer the one the engine was made for, or if its weights changed and nobody
+        told of a step.
         """
         self._require_attached()
         if self._phase is not None:
@@ -323,12 +352,18 @@ class GradDotProdEngine:
         if batch_size < 1:
             raise UsageError(f"a batch has at least one sample, not {batch_size}")
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
-            raise UsageError("parameters were frozen or unfrozen since the engine attached; make a new engine")
+            raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
+        refuse_batch_statistics(self._batch_norms)
+        if self._age == 0 and not self._told and _version_of(self.model) != self._version_at_refresh:
+            raise UsageError(
+                "the weights changed after the val gradient was computed, but no optimizer step was reported: give the "
+                "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
+            )
         self._tokens = tokens
         if self._age is None or self._age >= self.val_refresh_interval:
             self.refresh(loss_scale)
         self._phase, self._batch = "train", batch_size
-        self._upstream = self._weights = None
+        self._upstreams, self._weights = [], None
         self.method.begin_train(batch_size)
         if self._checking is not None and self.ledger is not None:
             self._checking.attach(self.ledger)
@@ -342,6 +377,10 @@ class GradDotProdEngine:
         """
         if self._phase != "train":
             raise UsageError("no train batch is open; call prepare() before the forward pass")
+        if self._weights is not None:
+            raise UsageError("this batch has a watched loss already; watch the one loss that goes through backward()")
+        if loss.numel() != 1:
+            raise UsageError(f"the training loss is one number, but has shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
         if weights is not None and labels is not None:
@@ -355,10 +394,11 @@ class GradDotProdEngine:
         if weights.shape != (self._batch,):
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self._batch}")
         self._weights = weights.to(device).double()
-        loss.register_hook(self._saw_upstream)  # type: ignore[no-untyped-call]
+        loss.register_hook(partial(self._saw_upstream, self._opened))  # type: ignore[no-untyped-call]
 
-    def _saw_upstream(self, gradient: Tensor) -> None:
-        self._upstream = gradient.detach().double().reshape(())
+    def _saw_upstream(self, opened: int, gradient: Tensor) -> None:
+        if opened == self._opened:
+            self._upstreams.append(gradient.detach().double().reshape(()))
 
     def collect(self) -> Scores:
         """The scores of the batch that was prepared, after its backward pass.
@@ -370,10 +410,12 @@ class GradDotProdEngine:
             raise UsageError("no train batch is open; call prepare() before the forward pass")
         if self._weights is None:
             raise UsageError("the loss is not known; call watch(loss) between the forward and the backward pass")
-        if self._upstream is None:
+        if not self._upstreams:
             raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
+        if len(self._upstreams) > 1:
+            raise CaptureError("the watched loss went through backward() more than once; prepare() each pass")
         begun = time.perf_counter()
-        scale_B = self._upstream * self._weights
+        scale_B = self._upstreams[0] * self._weights
         try:
             scores = self._exact(scale_B) if isinstance(self.method, ExactMethod) else self._sketched(scale_B)
         finally:
@@ -383,9 +425,12 @@ class GradDotProdEngine:
         return replace(scores, seconds=seconds)
 
     def discard(self) -> None:
-        """Forget the open batch, if there is one (after an error in its step)."""
+        """Forget the open batch, if there is one (after an error in its step). A backward pass of it that still
+        comes is not scored.
+        """
         self._phase = None
-        self._upstream = self._weights = None
+        self._opened += 1
+        self._upstreams, self._weights = [], None
         self.method.begin_train(0)
         if self._checking is not None:
             self._checking.detach()
@@ -394,7 +439,7 @@ class GradDotProdEngine:
         assert isinstance(self.method, ExactMethod)
         assert self._group_share is not None
         raw, raw_pairs = self.method.end_train()
-        if self._checking is not None:
+        if self._checking is not None and self._checking.says_something():
             self.method.check_train(raw, self._checking.found(), self._tolerance())
             self._checking.detach()
             self._checking, self._unchecked = None, False
@@ -403,11 +448,9 @@ class GradDotProdEngine:
         groups = torch.zeros(self._batch, len(self.group_names), dtype=torch.float64, device=scale_B.device)
         blocks: dict[str, Tensor] = {name: groups.new_zeros(self._batch) for name in self.ledger.blocks}
         parameters: dict[str, Tensor] = {}
+        nothing_BG = _divide(torch.zeros_like(groups), scale_B)
         for name, scored in self.ledger.parameters.items():
-            found_BG = divided.get(name)
-            if found_BG is None:
-                parameters[name] = groups.new_zeros(self._batch)
-                continue
+            found_BG = divided.get(name, nothing_BG)
             groups = groups + found_BG
             parameters[name] = found_BG @ self._group_share
             blocks[scored.block] = blocks[scored.block] + parameters[name]
@@ -449,29 +492,27 @@ class GradDotProdEngine:
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
             with torch.autocast(device_type=y.device.type, enabled=False):
                 kept = self.method.to_keep(name, x, y.dtype)
-            see, leaf = self._timed(self._see(name)), self._leaf if self._phase == "val" else None
+            see, leaf = self._see(name), self._leaf if self._phase == "val" else None
             output: Tensor = Tap.apply(y, kept, see, leaf)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    def _see(self, name: str) -> Callable[[Tensor, Tensor], None]:
+    def _see(self, name: str) -> See:
         if self._phase == "val":
             return self.method.see_val(
                 name, self._first_val, self._tokens, self.val_refresh_interval, len(self._val_batches)
             )
-        return self.method.see_train(name)
+        see, opened = self.method.see_train(name), self._opened
 
-    def _timed(self, see: Callable[[Tensor, Tensor], None]) -> Callable[[Tensor, Tensor], None]:
-        if self._phase == "val":
-            return see  # timed as a whole
-
-        def timed(kept: Tensor, dy: Tensor) -> None:
+        def see_in_time(kept: Tensor, dy: Tensor) -> None:
+            if opened != self._opened:
+                return  # the batch was discarded, or collected already
             begun = time.perf_counter()
             see(kept, dy)
             self._seconds += time.perf_counter() - begun
 
-        return timed
+        return see_in_time
 
     def _require_attached(self) -> None:
         if not self._handles:
@@ -511,6 +552,11 @@ class _AutogradDots:
         """(dot, product of the norms) by parameter that got a gradient."""
         return {name: (float(dot), float(self._sums[name])) for name, dot in self._dots.items()}
 
+    def says_something(self) -> bool:
+        """Whether a gradient came that is not all zero (a batch without targets) nor out of range (float16)."""
+        sizes = torch.stack(list(self._sums.values())) if self._sums else torch.zeros(1)
+        return bool(torch.isfinite(sizes).all()) and bool((sizes > 0).any())
+
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -518,17 +564,22 @@ class _AutogradDots:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """Eval mode, the random state, and every module's own mode put back at the end."""
-    training = [module for module in model.modules() if module.training]
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; the random state and every module's own mode are put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=devices_of(model)):
-        for module in training:
+        for module, _ in modes:
             module.training = False
         try:
             yield
         finally:
-            for module in training:
-                module.training = True
+            for module, training in modes:
+                module.training = training
+
+
+def _version_of(model: nn.Module) -> int:
+    """A number that grows whenever a parameter is changed in place, as optimizers do."""
+    return sum(parameter._version for parameter in model.parameters())
 
 
 def _divide(value: Tensor, scale_B: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import routes
 from indexer.dotprod.parameters import Ledger, Scored, Tapped
 from indexer.dotprod.tap import See
-from indexer.layers.base import at_least_float
 from indexer.layers.terms import Term, Vector
 
 Route = Literal["auto", "direct", "gram"]
@@ -35,6 +34,8 @@ class ValSide:
     group_V: Tensor
     """The group of each val sample."""
     groups: int
+    scale: float = 1.0
+    """What the terms are to be divided by: that of the val loss. The gradients are divided already."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """(G, *shape) by parameter: mean of the group's gradients, at least float32. Parameters on the direct route."""
     terms: dict[str, list[tuple[Term, int]]] = field(default_factory=dict)
@@ -112,8 +113,9 @@ class ExactMethod:
         if scored.is_lookup:
             return "direct"
         uses = scored.matrix_uses
+        batch = max(1, tokens // term.columns.shape[1])
         by_direct = uses * routes.direct_flops(
-            shape, tokens=tokens, batch=1, val_tokens=val_tokens, groups=groups, interval=interval
+            shape, tokens=tokens, batch=batch, val_tokens=val_tokens, groups=groups, interval=interval
         )
         by_gram = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
         return "gram" if by_gram < by_direct else "direct"
@@ -144,9 +146,9 @@ class ExactMethod:
             divisor = sizes.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
             gradient.div_(divisor)
             finite &= bool(torch.isfinite(gradient).all())
-        for name, found in self.val.terms.items():
-            self.val.terms[name] = [(_scaled(term, 1.0 / scale), first) for term, first in found]
-            finite &= all(_finite(term) for term, _ in self.val.terms[name])
+        self.val.scale = scale
+        for found in self.val.terms.values():
+            finite &= all(_finite(term) for term, _ in found)
         return finite
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
@@ -209,7 +211,7 @@ class ExactMethod:
                 if per_sample is None:
                     per_sample = found.new_zeros(len(found), count)
                 per_sample[:, first : first + found.shape[1]] += found
-            return None if per_sample is None else per_sample @ self.val.shares()
+            return None if per_sample is None else (per_sample / self.val.scale) @ self.val.shares()
         if full not in self.val.gradients:
             return None
         return routes.direct(term, self._val_gradient(full, term)).double()
@@ -220,9 +222,9 @@ class ExactMethod:
         gradient = self.val.gradients[full]
         if isinstance(term, Vector) or term.is_lookup or self.val.groups > 1:
             return gradient
-        key = (full, term.rows.dtype)
+        key = (full, routes.product_dtype(term.rows.dtype))
         if key not in self._cast:
-            self._cast[key] = gradient.to(term.rows.dtype)
+            self._cast[key] = gradient.to(key[1])
         return self._cast[key]
 
     def end_train(self) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -253,14 +255,6 @@ class ExactMethod:
         return [(full, terms[key]) for key, full in tapped.parameters.items()]
 
 
-def _scaled(term: Term, factor: float) -> Term:
-    if factor == 1.0:
-        return term
-    if isinstance(term, Vector):
-        return Vector(term.values * factor)
-    return type(term)(term.rows, at_least_float(term.columns) * factor)
-
-
 def _finite(term: Term) -> bool:
     if isinstance(term, Vector):
         return bool(torch.isfinite(term.values).all())
@@ -271,8 +265,8 @@ def _finite(term: Term) -> bool:
 def _behind_the_back(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size, so it is used where no "
-        "tap sees it (a functional call on the weight, a module that was replaced after attaching, samples that share "
-        "a place). Leave its module out with exclude_layers"
+        "tap sees it (a functional call on the weight, a module that was replaced after attaching), or a hook of the "
+        "parameter changes its gradient. Leave it out with exclude_layers"
     )
 
 

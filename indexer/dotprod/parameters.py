@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
 from indexer.layers import LayerType, layer_type_of
-from indexer.selection import matches, matches_path
+from indexer.selection import ALIASES, matches, matches_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +59,9 @@ def refuse_unsupported_wrappers(model: nn.Module) -> None:
             f"{type(model).__name__} was compiled by torch.compile: its graph would leave the taps out. Give the "
             "engine the model before it is compiled, and train that"
         )
+    refuse_batch_statistics(batch_norms_of(model))
     for name, module in model.named_modules():
         where = name or type(model).__name__
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-            raise UsageError(
-                f"{where} is a {type(module).__name__} that mixes the samples of a batch: no sample has a gradient of "
-                "its own. Freeze its statistics (module.eval()) or use another norm"
-            )
         if "FullyShardedDataParallel" in type(module).__name__ or "FSDP" in type(module).__name__:
             raise UsageError(f"{where} is sharded by {type(module).__name__}: not supported; use DDP")
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -76,8 +71,24 @@ def refuse_unsupported_wrappers(model: nn.Module) -> None:
             raise UsageError(f"parameter {name!r} is a sharded tensor (DTensor): not supported; use DDP")
 
 
+def batch_norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch norms of ``model``, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
+    """UsageError if one of them normalises by the statistics of the batch."""
+    for name, module in batch_norms.items():
+        if module.training or not module.track_running_stats:
+            raise UsageError(
+                f"{name or 'the model'} is a {type(module).__name__} that mixes the samples of a batch: no sample has "
+                "a gradient of its own. Freeze its statistics (module.eval(), after model.train()) or use another norm"
+            )
+
+
 def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
-    """Every trainable parameter of ``model`` outside ``exclude`` (patterns as for ``--exclude-layers``).
+    """Every trainable parameter of ``model`` outside ``exclude``: patterns as for ``--exclude-layers``, or of the
+    names of parameters.
 
     Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that
     matches nothing, UsageError for a model without a trainable parameter.
@@ -88,18 +99,24 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
     trainable = {id(p): p for p in model.parameters() if p.requires_grad}
     if not trainable:
         raise UsageError(f"{type(model).__name__} has no trainable parameter: nothing can be scored")
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     excluded: set[int] = set()
     used = set()
     kinds = {name: layer_type_of(module) for name, module in model.named_modules()}
     for name, module in model.named_modules():
         kind = kinds[name]
-        hit = [p for p in exclude if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
+        hit = [p for p in patterns if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
         used.update(hit)
         if hit:
             excluded.update(id(p) for p in module.parameters())
-    unknown = [pattern for pattern in exclude if pattern not in used]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        hit = [p for p in patterns if p not in ALIASES and matches_path(p, name)]
+        used.update(hit)
+        if hit:
+            excluded.add(id(parameter))
+    unknown = [pattern for pattern in patterns if pattern not in used]
     if unknown:
-        raise LayerError(f"layer pattern {unknown[0]!r} matches no module of {type(model).__name__}")
+        raise LayerError(f"layer pattern {unknown[0]!r} matches no module and no parameter of {type(model).__name__}")
     handled = {
         id(p) for name, module in model.named_modules() if kinds[name] is not None for p in module._parameters.values()
     }
@@ -120,7 +137,7 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
             raise LayerError(
                 f"module {name or type(model).__name__!r} is a {type(module).__name__} with trainable parameters "
                 f"{sorted(own)}: no layer type handles it, so its gradients cannot be scored. Freeze them, or leave "
-                f"the module out of the score with exclude_layers={name!r}"
+                f"them out of the score with exclude_layers={list(own.values())}"
             )
         kind.check(module, name)
         tapped[name] = Tapped(module, kind, own)
@@ -134,7 +151,7 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
                 is_lookup=kind.is_lookup and (before.is_lookup if before else True),
             )
     if not scored:
-        raise LayerError(f"every trainable parameter is excluded by {list(exclude)}")
+        raise LayerError(f"every trainable parameter is excluded by {patterns}")
     return Ledger(
         parameters=scored,
         tapped=tapped,
@@ -146,8 +163,3 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
 def devices_of(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that ``model`` lies on."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-def at_least_float_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or ``dtype`` if it is wider."""
-    return torch.promote_types(dtype, torch.float32)

@@ -20,6 +20,13 @@ TILE = 1 << 23
 """Numbers of a temporary array: 32 MiB in float32."""
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which factors of ``dtype`` are multiplied: float32 for float16, whose range holds neither a val
+    gradient without the scale of its loss nor the product of two scaled ones.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def naive_gradients(term: Term, shape: torch.Size) -> Tensor:
     """(B, *shape): every sample's gradient, formed. The slow, obvious version that the others must equal."""
     if isinstance(term, Vector):
@@ -46,13 +53,14 @@ def direct(term: Term, gradients_G: Tensor) -> Tensor:
 
 def _direct_one(term: Outer, gradient_RC: Tensor) -> Tensor:
     """(B,): rowsum((a·G) ⊙ b), multiplying from the longer side, so that the product is the short one."""
-    left, right, matrix = term.rows, term.columns, gradient_RC.to(term.rows.dtype)
+    dtype = product_dtype(term.rows.dtype)
+    left, right, matrix = term.rows, term.columns, gradient_RC.to(dtype)
     if left.shape[-1] < right.shape[-1]:
         left, right, matrix = right, left, matrix.t()
     batch, positions, width = right.shape
     found = []
     for samples in _slices(batch, positions * width):
-        product = left[samples] @ matrix
+        product = left[samples].to(dtype) @ matrix
         found.append(_dot_rows(product, right[samples]))
     return torch.cat(found)
 
@@ -83,9 +91,15 @@ def _direct_many(term: Outer, gradients_G: Tensor) -> Tensor:
     n_columns = term.columns.shape[-1]
     found = term.columns.new_zeros(batch, len(gradients_G), dtype=gradients_G.dtype)
     for part in _slices(n_rows, batch * n_columns):
-        formed = term.rows[:, :, part].transpose(1, 2) @ term.columns
+        formed = _formed(term, part)
         found += formed.flatten(1).to(found.dtype) @ gradients_G[:, part].flatten(1).t()
     return found
+
+
+def _formed(term: Outer, part: slice) -> Tensor:
+    """(B, r, C): some rows of each sample's gradient."""
+    dtype = product_dtype(term.rows.dtype)
+    return term.rows[:, :, part].to(dtype).transpose(1, 2) @ term.columns.to(dtype)
 
 
 def gram(train: Term, val: Term) -> Tensor:
@@ -120,7 +134,8 @@ def _inner(one: Outer, other: Outer, side: Literal["rows", "columns"]) -> Tensor
         return at_least_float(b.flatten(0, 1).index_select(1, a.flatten()).t().contiguous())
     if side == "rows" and other.is_lookup:
         return at_least_float(a.flatten(0, 1).index_select(1, b.flatten()))
-    return at_least_float(a.flatten(0, 1) @ b.flatten(0, 1).to(a.dtype).t())
+    dtype = product_dtype(a.dtype)
+    return at_least_float(a.flatten(0, 1).to(dtype) @ b.flatten(0, 1).to(dtype).t())
 
 
 def pairs(terms: list[Term], shape: torch.Size) -> Tensor:
@@ -154,9 +169,9 @@ def _pairs_formed(terms: list[Term], shape: torch.Size) -> Tensor:
     batch = len(outers[0].columns)
     found = at_least_float(outers[0].columns.new_zeros(batch, batch))
     for part in _slices(shape[0], batch * shape[1]):
-        formed = at_least_float(outers[0].rows[:, :, part].transpose(1, 2) @ outers[0].columns)
+        formed = at_least_float(_formed(outers[0], part))
         for term in outers[1:]:
-            formed = formed + term.rows[:, :, part].transpose(1, 2) @ term.columns
+            formed = formed + _formed(term, part)
         flat = formed.flatten(1)
         found += flat @ flat.t()
     return found

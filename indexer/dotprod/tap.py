@@ -33,6 +33,6 @@ class Tap(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         (kept,) = ctx.saved_tensors
-        with torch.autocast(device_type=dy.device.type, enabled=False):
-            ctx.see(kept, dy)
+        with torch.no_grad(), torch.autocast(device_type=dy.device.type, enabled=False):
+            ctx.see(kept, dy.detach())
         return dy, None, None, dy.new_zeros(()) if ctx.needs_input_grad[3] else None
