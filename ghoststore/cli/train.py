@@ -8,6 +8,7 @@ import click
 
 from ghoststore.cli import options
 
+
 @click.command("train", short_help="train a GPT-2 and score every sample live")
 @click.option("--data", required=True, metavar="PATH", help="Training samples: token shards, or any form of corpus.")
 @click.option("--val-set", metavar="PATH", help="Val samples that training samples are scored against.")
