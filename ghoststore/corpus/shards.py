@@ -199,7 +199,9 @@ class _Shard:
 
 
 class TokenShards:
-    """A complete folder of token shards, memory-mapped. Opened with :meth:`open`; read by any number of threads."""
+    """A complete folder of token shards, memory-mapped. Opened with :meth:`open`; read by any number of threads, and by
+    other processes, where it is opened again.
+    """
 
     def __init__(
         self,
@@ -261,13 +263,20 @@ class TokenShards:
             for _ in pool.map(self._verify_shard, range(self.layout.shards)):
                 pass
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the folder, which is opened again."""
+        return _reopen, (self.folder.absolute(), self._verify_on_read)
+
     @property
     def source(self) -> dict[str, Any]:
         """The corpus that the tokens come from: ``data`` (path, or "-"), ``form``, ``tokenizer``, ``fields``,
         ``max_samples`` and ``only_domains``.
         """
         corpus = self.manifest["corpus"]
-        return {**self.manifest["source"], **{key: corpus[key] for key in ("fields", "max_samples", "only_domains")}}
+        return {
+            **self.manifest["source"],
+            **{key: corpus.get(key) for key in ("fields", "max_samples", "only_domains")},
+        }
 
     @property
     def domain(self) -> NDArray[np.int16]:
@@ -407,6 +416,10 @@ class TokenShards:
     def _verify_shard(self, shard: int) -> None:
         for name, record in self._commits[shard].files.items():
             _check_sha256(self.folder / name, record)
+
+
+def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
+    return TokenShards.open(folder, verify_on_read=verify_on_read)
 
 
 def load_copy(folder: Path) -> Any:

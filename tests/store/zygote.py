@@ -39,11 +39,14 @@ import ghoststore.cli.build
 import ghoststore.cli.info
 import ghoststore.cli.query
 import ghoststore.cli.terminal
+import ghoststore.cli.tokenize
 import ghoststore.cli.verify
 import indexer.build
+import indexer.tokenize
 import query.query
 
-IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query)
+IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
+            query.query)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
