@@ -31,7 +31,7 @@ from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
-from indexer.losses import next_token_losses
+from indexer.losses import next_token_losses, next_token_losses_plainly
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import select_blocks
 
@@ -70,7 +70,17 @@ def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     labels = batch.pop("labels")
     logits = model(**batch).logits
-    return next_token_losses(logits, labels)[0]
+    # The fast form has made its gradient before a scale could reach it, and float16 needs the scale.
+    form = next_token_losses_plainly if _computes_in_float16(model) else next_token_losses
+    return form(logits, labels)[0]
+
+
+def _computes_in_float16(model: nn.Module) -> bool:
+    first = next(model.parameters())
+    kind = first.device.type
+    return first.dtype == torch.float16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    )
 
 
 def target_counts(labels_BT: Tensor) -> Tensor:
@@ -226,7 +236,8 @@ class GradDotProdEngine:
         self._val_batches, self._groups, self._age = _batches(val_data), groups, None
 
     def refresh(self, loss_scale: float = 1.0) -> None:
-        """Compute the val gradient now. ``loss_scale`` multiplies the val loss (float16) and is divided out again.
+        """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
+        float16 needs, and is divided out again.
 
         UsageError if a val sample's loss is not finite; CaptureError if the gradient is not, or is not what
         autograd says.
@@ -234,6 +245,8 @@ class GradDotProdEngine:
         self._require_attached()
         if self._phase is not None:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
+        if self._val_losses is language_model_losses and not _computes_in_float16(self.model):
+            loss_scale = 1.0  # no other dtype needs it
         begun = time.perf_counter()
         self._age = None  # what an error below leaves behind is never used
         checked = self._unchecked and isinstance(self.method, ExactMethod)
