@@ -139,7 +139,7 @@ class GhostEngineManager:
         self._hook: RemovableHandle | None = None
         self._recorder: Recorder | None = None
         self._open: tuple[int, NDArray[np.int64] | None, Tensor | None] | None = None
-        self._watched = False
+        self._watched = self._collected = False
         self._scores: list[Scores] = []
         self._losses: list[float] = []
         self._eta = float("nan")
@@ -195,15 +195,20 @@ class GhostEngineManager:
         """
         if self.engine is None:
             return
-        if self._open is not None:
+        if self._open is not None and not self._collected:
             raise UsageError("the last batch is still open; call prepare_gradients() after its backward pass")
+        if self._open is not None and self._open[0] != iteration:
+            raise UsageError(
+                f"a batch of step {iteration} comes while step {self._open[0]} is open; call aggregate_and_log() after "
+                "optimizer.step()"
+            )
         rows = None
         if batch_idx is not None and self._samples is not None:
             rows = places_of(batch_idx, len(X_train), self._samples)
         elif self.config.store is not None:
             raise UsageError("attach_train_batch needs batch_idx: the place of each sample in the training set")
         self._open = (iteration, rows, Y_train if isinstance(Y_train, Tensor) else None)
-        self._watched = False
+        self._watched = self._collected = False
 
     def prepare_forward_input(self, X_train: Any, Y_train: Any) -> tuple[Any, Any]:
         """Open the engine for the batch (the val gradient is refreshed if it is due); gives back what it got."""
@@ -225,7 +230,7 @@ class GhostEngineManager:
         """After the backward pass: take the batch's scores. The gradients are in ``.grad`` already."""
         if self.engine is None or self._recorder is None:
             return
-        if self._open is None:
+        if self._open is None or self._collected:
             raise UsageError("call attach_train_batch() before the forward pass")
         if not self._watched:
             raise UsageError(
@@ -233,6 +238,7 @@ class GhostEngineManager:
                 "backward pass"
             )
         scores = self.engine.collect()
+        self._collected = True
         self._scores.append(scores)
         _, rows, _ = self._open
         if rows is not None:
@@ -245,7 +251,7 @@ class GhostEngineManager:
         """After ``optimizer.step()``: the step's scores are complete and go to the store's next commit."""
         if self.engine is None or self._recorder is None:
             return
-        if self._open is None or not self._scores:
+        if self._open is None or not self._collected:
             raise UsageError("no scored batch: call prepare_gradients() after the backward pass")
         iteration, rows, _ = self._open
         self.last_scores, self._scores = self._scores, []
@@ -265,11 +271,6 @@ class GhostEngineManager:
             self.engine.discard()
             self._recorder.drop()
             self._open, self._scores, self._losses = None, [], []
-
-    def next_micro_batch(self) -> None:
-        """With accumulation, between two micro-batches of a step: the first one is taken, the next may be attached."""
-        if self.engine is not None:
-            self._open = None
 
     def should_save_metrics(self, iteration: int) -> bool:
         """Whether a save interval ends with step ``iteration`` (from 0)."""

@@ -131,9 +131,7 @@ class Recorder:
     ) -> None:  # fmt: skip
         self.shape = shape
         self._arrays = {"blocks": run is not None and bool(run.layout.blocks)}
-        self.log = ScoreLog(
-            run, ranks, interval=shape.save_interval, stored=stored, on_error=on_store_error, note=note
-        )
+        self.log = ScoreLog(run, ranks, interval=shape.save_interval, stored=stored, on_error=on_store_error, note=note)
         self._stored = stored
         self._parts: list[dict[str, NDArray[Any]]] = []
 
@@ -154,7 +152,9 @@ class Recorder:
         self._parts = []
         count = len(whole["sample"])
         if count > self.shape.batch:
-            raise UsageError(f"step {step} has {count} samples; the run was made for {self.shape.batch} a step and rank")
+            raise UsageError(
+                f"step {step} has {count} samples; the run was made for {self.shape.batch} a step and rank"
+            )
         if self._stored:
             self.log.add(step, {name: _filled(values, self.shape.batch) for name, values in whole.items()}, shared)
         return whole
@@ -169,8 +169,8 @@ def places_of(batch_idx: Any, count: int, samples: Samples) -> NDArray[np.int64]
     found = np.asarray(batch_idx.cpu() if isinstance(batch_idx, torch.Tensor) else batch_idx)
     if found.shape != (count,) or found.dtype.kind not in "iu":
         raise UsageError(
-            f"batch_idx must be the place of each of the {count} samples in the training set, so that a score leads back "
-            f"to its sample; found {found.dtype} of shape {found.shape}"
+            f"batch_idx must be the place of each of the {count} samples in the training set, so that a score leads "
+            f"back to its sample; found {found.dtype} of shape {found.shape}"
         )
     if len(found) and (found.min() < 0 or found.max() >= len(samples.ids)):
         raise UsageError(f"batch_idx has places {found.min()} to {found.max()}; there are {len(samples.ids)} samples")

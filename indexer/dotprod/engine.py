@@ -141,7 +141,7 @@ class GradDotProdEngine:
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
         self._val_batches = _batches(val_data)
-        self._val_losses = val_losses or _default_losses(self.model)
+        self._val_losses = val_losses or (language_model_losses if val_data is None else _default_losses(self.model))
         self._optimizer = optimizer
         self._groups = groups
         self.method: ExactMethod | SketchedMethod
@@ -221,7 +221,22 @@ class GradDotProdEngine:
         """Whether the taps are in place."""
         return bool(self._handles)
 
+    @property
+    def training_batch_open(self) -> bool:
+        """Whether a batch was prepared and neither collected nor discarded."""
+        return self._phase == "train"
+
     # The val gradient.
+
+    @property
+    def val_batches(self) -> list[Any]:
+        """The val set, as it was given; empty without one."""
+        return list(self._val_batches)
+
+    @property
+    def val_samples(self) -> int:
+        """Samples in the val set."""
+        return sum(_size_of(batch) for batch in self._val_batches)
 
     def stepped(self) -> None:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
@@ -373,7 +388,9 @@ class GradDotProdEngine:
                 "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
             )
         self._tokens = tokens
-        if self._age is None or self._age >= self.val_refresh_interval:
+        if isinstance(self.method, SketchedMethod) and not self._val_batches:
+            pass  # vectors alone
+        elif self._age is None or self._age >= self.val_refresh_interval:
             self.refresh(loss_scale)
         self._phase, self._batch = "train", batch_size
         self._upstreams, self._weights = [], None
@@ -475,9 +492,13 @@ class GradDotProdEngine:
 
     def _sketched(self, scale_B: Tensor) -> Scores:
         assert isinstance(self.method, SketchedMethod)
-        assert self._group_share is not None
-        assert self.method.val_GD is not None
         vectors_BD = _divide(self.method.end_train_vectors().double(), scale_B)
+        if self.method.val_GD is None or self._group_share is None:
+            nothing = vectors_BD.new_full((self._batch,), torch.nan)
+            return Scores(
+                total=nothing, groups=vectors_BD.new_zeros(self._batch, 0), parameters={}, blocks={}, pairs=None,
+                vectors=vectors_BD.float(), val_age=0,
+            )  # fmt: skip
         val_GD = self.method.val_GD.double()
         mean_D = self._group_share @ val_GD
         groups = vectors_BD @ val_GD.t()

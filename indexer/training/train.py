@@ -212,8 +212,8 @@ class _Job:
             step_rows=asked.batch_size * asked.gradient_accumulation_steps * self.ranks.count,
         )  # fmt: skip
         steps = order.steps_per_epoch if asked.max_steps is None else asked.max_steps
-        scorer = self._scorer(model, val)
         optimizer = make_optimizer(model, asked)
+        scorer = self._scorer(model, optimizer, val)
         manifest = self._manifest(start, model, shards, rows, val, scorer, steps)
         resumed = Resumed(step=0, pending={}, scaler={})
         identity = {section: manifest[section] for section in IDENTITY}
@@ -364,7 +364,7 @@ class _Job:
             )
         return shards
 
-    def _scorer(self, model: nn.Module, val: ValSet | None) -> Scorer | None:
+    def _scorer(self, model: nn.Module, optimizer: torch.optim.Optimizer, val: ValSet | None) -> Scorer | None:
         if not self._scores:
             return None
         assert val is not None
@@ -377,8 +377,8 @@ class _Job:
             )
             drawn = Projection(ProjectionPlan.of(selection, asked))
         engine = GradDotProdEngine(
-            model, None, val_refresh_interval=scoring.val_refresh_interval, exclude_layers=scoring.exclude_layers,
-            route=scoring.route, projection=drawn,
+            model, None, optimizer=optimizer, val_refresh_interval=scoring.val_refresh_interval,
+            exclude_layers=scoring.exclude_layers, route=scoring.route, projection=drawn,
         )  # fmt: skip
         if scoring.per_layer and not engine.method.blocks:
             raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
