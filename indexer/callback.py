@@ -30,7 +30,7 @@ PENDING = "ghoststore_pending.safetensors"
 """In a Trainer's checkpoint: the steps that the store did not have yet."""
 
 
-class GhostStoreCallback(TrainerCallback):  # type: ignore[misc] - transformers has no types
+class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches, samples=len(dataset))])``.
 
     Every training batch must say which samples it holds: give the dataset an integer column ``sample`` with each
