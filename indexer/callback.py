@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.store.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.engine import ValLosses
 from indexer.dotprod.exact import Route
 from indexer.own_loss import OwnLosses, loss_in, tokens_in
 from indexer.projection import ProjectionConfig
@@ -76,6 +77,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         *,
         store: str | Path,
         val_data: Any,
+        val_losses: ValLosses | None = None,
         samples: int | Sequence[str],
         domains: Sequence[str | None] | None = None,
         name: str = "trainer",
@@ -99,10 +101,11 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._samples = Samples.of(samples, domains)
         self._field = sample_field
         self._interval = dot_prod_save_interval
-        self._engine_options = {
-            "val_refresh_interval": val_refresh_interval, "exclude_layers": tuple(exclude_layers), "route": route,
-            "projection": projection,
-        }  # fmt: skip
+        self._val_losses = val_losses
+        self._refresh_interval = val_refresh_interval
+        self._exclude_layers = tuple(exclude_layers)
+        self._route: Route = route
+        self._projection = projection
         self._per_layer = per_layer
         self._on_store_error: OnStoreError = on_store_error
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
@@ -135,16 +138,17 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
-        engine = GradDotProdEngine(model, self._val_data, optimizer=inner, **self._engine_options)  # type: ignore[arg-type]
+        engine = GradDotProdEngine(
+            model, self._val_data, val_losses=self._val_losses, optimizer=inner,
+            val_refresh_interval=self._refresh_interval, exclude_layers=self._exclude_layers, route=self._route,
+            projection=self._projection,
+        )  # fmt: skip
         self._own_losses = OwnLosses(type(engine.model).__name__)
         shape = RunShape(
             steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             save_interval=self._interval, per_layer=self._per_layer,
         )  # fmt: skip
-        settings = {
-            "val_refresh_interval": engine.val_refresh_interval,
-            "exclude_layers": list(self._engine_options["exclude_layers"]),  # type: ignore[call-overload]
-        }
+        settings = {"val_refresh_interval": self._refresh_interval, "exclude_layers": list(self._exclude_layers)}
         recorder = Recorder.open(
             self._store, self._name, shape, self._samples, engine, ranks_here(), settings,
             on_store_error=self._on_store_error, note=self._note,

@@ -66,6 +66,13 @@ def close_to(found: NDArray[Any], expected: Tensor, tolerance: float = 1e-5) -> 
     agree(values, expected, tolerance)
 
 
+def roughly(found: NDArray[Any], expected: Tensor, tolerance: float) -> None:
+    """Scores of a loop in 16-bit arithmetic."""
+    error = float(np.linalg.norm(found - expected.numpy())) / float(expected.norm())
+    logger.info("relative error %.1e", error)
+    assert error < tolerance
+
+
 def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 

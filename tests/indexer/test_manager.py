@@ -34,6 +34,7 @@ from .loops import (
     identical,
     in_ranks,
     plan,
+    roughly,
     run_of,
     same_arrays,
     steps_of,
@@ -231,7 +232,7 @@ def test_weights_are_those_of_a_loop_without_it(method: str, setting: str, tmp_p
         assert run_of(tmp_path / "store").complete
 
 
-@pytest.mark.parametrize(("setting", "tolerance"), [("accumulation", 1e-5), ("autocast", 0.1), ("scaler", 1e-5)])
+@pytest.mark.parametrize(("setting", "tolerance"), [("accumulation", 1e-5), ("autocast", 0.05), ("scaler", 1e-5)])
 def test_scores_are_those_of_batch_of_one_autograd(setting: str, tolerance: float, tmp_path: Path) -> None:
     settings = dict(SETTINGS[setting])
     accumulation, batch = settings.pop("accumulation", 1), settings.pop("batch", 4)
@@ -242,8 +243,7 @@ def test_scores_are_those_of_batch_of_one_autograd(setting: str, tolerance: floa
     _, expected = train(steps, config, **settings)
     if setting == "autocast":
         for step, _, scores in steps_of(run_of(tmp_path / "store")):
-            error = np.linalg.norm(scores - expected[step].numpy()) / float(expected[step].norm())
-            assert error < tolerance
+            roughly(scores, expected[step], tolerance)
     else:
         check_scores(tmp_path / "store", steps, expected, tolerance)
 
@@ -253,7 +253,7 @@ def test_float16_with_a_loss_scaler(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     _, expected = train(steps, config_of(tmp_path / "store", 3), autocast=torch.float16, scaler=scaler)
     for step, _, scores in steps_of(run_of(tmp_path / "store")):
-        assert np.linalg.norm(scores - expected[step].numpy()) < 0.02 * float(expected[step].norm())
+        roughly(scores, expected[step], 0.02)
 
 
 def test_train_loss_of_uneven_micro_batches_is_the_mean_over_targets(tmp_path: Path) -> None:
@@ -1201,7 +1201,7 @@ def test_two_processes_and_a_model_in_ddp(tmp_path: Path) -> None:
         for rank in range(2):
             places = steps[2 * step + rank][0]
             assert sample[step, rank][: len(places)].tolist() == places
-            close_to(score[step, rank][: len(places)], exact_scores(model, places), 1e-4)
+            close_to(score[step, rank][: len(places)], exact_scores(model, places))
         for rank in range(2):  # gradients of DDP are the mean over ranks
             X, Y, _ = batch_of(steps[2 * step + rank][0])
             (model(input_ids=X, labels=Y).loss / 2).backward()
