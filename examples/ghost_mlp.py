@@ -9,13 +9,13 @@ from torch import nn
 from ghoststore import GradDotProdEngine
 
 torch.manual_seed(0)
-x_train, x_val = torch.randn(64, 10), torch.randn(16, 10)
+x_train, x_val = torch.randn(256, 10), torch.randn(256, 10)
 direction = torch.randn(10)
 y_train, y_val = (x_train @ direction > 0).long(), (x_val @ direction > 0).long()
-y_train[:4] = 1 - y_train[:4]  # four samples are labelled wrongly
+y_train[:20] = 1 - y_train[:20]  # twenty samples are labelled wrongly
 
 model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 
 
 def losses_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -38,4 +38,4 @@ for step in range(10):
     for name, dots in scores.parameters.items():
         print(f"  {name:10} {' '.join(f'{dot:+.4f}' for dot in dots[:6].tolist())} …")
 
-print(f"mean cumulative score: {value[:4].mean():+.4f} of the wrongly labelled, {value[4:].mean():+.4f} of the others")
+print(f"mean cumulative score: {value[:20].mean():+.4f} of the wrongly labelled, {value[20:].mean():+.4f} of the others")
