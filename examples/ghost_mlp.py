@@ -38,4 +38,6 @@ for step in range(10):
     for name, dots in scores.parameters.items():
         print(f"  {name:10} {' '.join(f'{dot:+.4f}' for dot in dots[:6].tolist())} …")
 
-print(f"mean cumulative score: {value[:20].mean():+.4f} of the wrongly labelled, {value[20:].mean():+.4f} of the others")
+print(
+    f"mean cumulative score: {value[:20].mean():+.4f} of the wrongly labelled, {value[20:].mean():+.4f} of the others"
+)
