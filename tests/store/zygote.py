@@ -38,12 +38,14 @@ import ghoststore.checkpoint
 import ghoststore.cli.build
 import ghoststore.cli.info
 import ghoststore.cli.query
+import ghoststore.cli.scores
 import ghoststore.cli.terminal
 import ghoststore.cli.verify
 import indexer.build
 import query.query
+import query.scores
 
-IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query)
+IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query, query.scores)
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
