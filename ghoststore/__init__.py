@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from query.demo import demo as demo
     from query.query import query as query
     from query.results import QueryResult as QueryResult
+    from query.score_results import ScoresResult as ScoresResult
+    from query.scores import scores as scores
 
 __all__ = [*FACE, "__version__"]
 

@@ -36,6 +36,8 @@ FACE = {
     "demo": "query.demo",
     "query": "query.query",
     "QueryResult": "query.results",
+    "ScoresResult": "query.score_results",
+    "scores": "query.scores",
 }
 """Public name to the module that defines it."""
 

@@ -8,8 +8,6 @@ import click
 
 from ghoststore.cli import options
 
-PREVIEW = 90
-
 
 @click.command("query", short_help="a val set to the nearest training samples")
 @options.store
@@ -61,7 +59,7 @@ def command(**values: Any) -> None:
 
 
 def _print(result: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import preview, print_table
 
     columns = [
         ("rank", True),
@@ -81,13 +79,8 @@ def _print(result: Any) -> None:
                         hit.id,
                         str(hit.source_row),
                         hit.domain or "",
-                        _preview(hit.text),
+                        preview(hit.text),
                     ]
                     for hit in hits
                 ]
                 print_table(f"{title} {query.query}", columns, rows, fold=False)
-
-
-def _preview(text: str | None) -> str:
-    flat = " ".join((text or "").split())
-    return flat if len(flat) <= PREVIEW else f"{flat[: PREVIEW - 1]}…"

@@ -38,15 +38,21 @@ import ghoststore.checkpoint
 import ghoststore.cli.build
 import ghoststore.cli.info
 import ghoststore.cli.query
+import ghoststore.cli.scores
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
 import ghoststore.cli.verify
 import indexer.build
 import indexer.tokenize
 import query.query
+import query.scores
 
+<<<<<<< HEAD
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
             query.query)  # fmt: skip
+=======
+IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query, query.scores)
+>>>>>>> wt-d
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
