@@ -641,9 +641,9 @@ def _size_of(batch: Any) -> int:
     """Samples in a val batch: the first axis of its first tensor."""
     first = batch
     while not isinstance(first, Tensor):
-        if isinstance(first, Mapping):
+        if isinstance(first, Mapping) and len(first):
             first = next(iter(first.values()))
-        elif isinstance(first, Sequence) and len(first):
+        elif isinstance(first, Sequence) and not isinstance(first, str | bytes) and len(first):
             first = first[0]
         else:
             raise UsageError(
