@@ -20,6 +20,7 @@ from torch import nn
 from ghoststore.errors import CaptureError
 from indexer import draws
 from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.parameters import devices_of
 from indexer.losses import training_loss
 from indexer.training.config import OptimizationConfig, ScoringConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
@@ -110,6 +111,8 @@ class Trainer:
             loss_sum += loss
             parts.append(part)
         grad_norm = self._clip_and_update(asked.max_grad_norm)
+        if self.scorer is not None:
+            self.scorer.engine.stepped()
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
         own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return StepResult(
@@ -164,10 +167,11 @@ class Trainer:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        """The random state of a micro-batch (dropout) follows from seed, step, rank and place: nothing to save."""
-        if self.config.dropout > 0:
-            key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
-            torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
+        """The random state of a micro-batch (dropout, a checkpoint's own too) follows from seed, step, rank and place:
+        there is nothing to save.
+        """
+        key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
+        torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
 
 
 class Scorer:
@@ -250,9 +254,12 @@ def run_steps(
     *,
     on_step: Callable[[StepResult], None],
 ) -> None:
-    """Steps ``first`` to the last, the engine attached and the model in training mode."""
+    """Steps ``first`` to the last, the engine attached and the model in training mode. The caller's random state is
+    put back.
+    """
     trainer.model.train()
     with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices_of(trainer.model)))
         if trainer.scorer is not None:
             stack.enter_context(trainer.scorer.engine)
         for step in range(first, trainer.steps):

@@ -106,12 +106,14 @@ class ScoreLog:
             return
         if pending:
             self._writer.restore(pending)
-        if self._writer.next_step < step:
+        first = self._writer.next_step
+        if first < step:
             self._note(
-                f"the store lacks steps {self._writer.next_step} to {step - 1}: it could not be written then, and the "
-                f"checkpoint is of step {step}"
+                f"run {self._writer.run.name!r} lacks steps {first + 1} to {step}: the store could not be written then, "
+                f"and training goes on from a checkpoint after them"
             )
-            self._writer.skip_to(step)
+            if step < self._writer.run.layout.steps:
+                self._writer.skip_to(step)
 
     def _gathered(self, values_SB: NDArray[Any]) -> NDArray[Any]:
         """(R, S, B, …) of every rank."""

@@ -48,7 +48,7 @@ from indexer.training.trackers import Trackers
 from indexer.training.validation import ValLoss, ValSet
 
 DEFAULT_MAX_LENGTH = 1024
-SHAPE = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
+SHAPE = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 """Entries of a GPT-2's configuration that the manifest keeps."""
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
 """Sections of the manifest that a checkpoint must agree with."""
@@ -479,8 +479,8 @@ class _Job:
             return None
         scaler = torch.amp.GradScaler(torch.device(self.device).type)
         if resumed.scaler:
-            tracker = int(resumed.scaler["_growth_tracker"])
-            scaler.load_state_dict({**scaler.state_dict(), **resumed.scaler, "_growth_tracker": tracker})
+            counts = {name: int(resumed.scaler[name]) for name in ("growth_interval", "_growth_tracker")}
+            scaler.load_state_dict({**scaler.state_dict(), **resumed.scaler, **counts})
         return scaler
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
