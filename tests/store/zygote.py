@@ -47,12 +47,8 @@ import indexer.tokenize
 import query.query
 import query.scores
 
-<<<<<<< HEAD
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            query.query)  # fmt: skip
-=======
-IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query, query.scores)
->>>>>>> wt-d
+            query.query, query.scores)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
