@@ -120,8 +120,8 @@ def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> t
         return x.expand(batch, -1), y.expand(batch, -1, -1)
     if kind.is_lookup and x.dim() == 1:
         raise CaptureError(
-            f"layer {name!r} saw an input of shape {tuple(x.shape)}, an index of one axis: samples or positions? Give it "
-            "two, (samples, 1) or (1, positions), or leave the layer out with exclude_layers"
+            f"layer {name!r} saw an input of shape {tuple(x.shape)}, an index of one axis: samples or positions? Give "
+            "it two, (samples, 1) or (1, positions), or leave the layer out with exclude_layers"
         )
     raise CaptureError(
         f"layer {name!r} saw an input of shape {tuple(x.shape)}; its first axis must be the {batch} samples of the "
