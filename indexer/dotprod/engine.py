@@ -44,7 +44,9 @@ class Scores:
     """What :meth:`GradDotProdEngine.collect` gives for one batch; float64 on the model's device."""
 
     total: Tensor
-    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss."""
+    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss, not
+    finite where the batch's gradients were out of float16's range.
+    """
     groups: Tensor
     """(B, G): against the mean of each val group; one column without groups."""
     parameters: dict[str, Tensor]
@@ -524,8 +526,11 @@ class GradDotProdEngine:
             x = args[0] if args else next(iter(kwargs.values()))
             x, y = by_sample(x, y, self._batch, kind, name)
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
+            begun = time.perf_counter()
             with torch.autocast(device_type=y.device.type, enabled=False):
                 kept = self.method.to_keep(name, x, y.dtype)
+            if self._phase == "train":  # the val pass is timed as a whole
+                self._seconds += time.perf_counter() - begun
             see, leaf = self._see(name), self._leaf if self._phase == "val" else None
             output: Tensor = Tap.apply(y, kept, see, leaf)  # type: ignore[no-untyped-call]
             return output

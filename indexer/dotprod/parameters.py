@@ -53,7 +53,9 @@ class Ledger:
 
 
 def refuse_unsupported_wrappers(model: nn.Module) -> None:
-    """UsageError for what hides or splits the parameters: torch.compile, FSDP, sharded tensors, batch norm."""
+    """UsageError for what hides or splits the parameters (torch.compile, FSDP, sharded tensors, several devices) and
+    for batch norm.
+    """
     if hasattr(model, "_orig_mod"):
         raise UsageError(
             f"{type(model).__name__} was compiled by torch.compile: its graph would leave the taps out. Give the "
@@ -66,6 +68,9 @@ def refuse_unsupported_wrappers(model: nn.Module) -> None:
             raise UsageError(f"{where} is sharded by {type(module).__name__}: not supported; use DDP")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise UsageError(f"{where} was compiled in place (module.compile()): its graph would leave the taps out")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UsageError(f"the parameters lie on {', '.join(devices)}: one device is supported, or DDP")
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise UsageError(f"parameter {name!r} is a sharded tensor (DTensor): not supported; use DDP")

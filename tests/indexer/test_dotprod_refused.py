@@ -63,6 +63,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         lambda: sequential(w=nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))), LayerError, "'w' is a",
     ),
     "layer norm over two axes": (lambda: sequential(n=nn.LayerNorm((2, 6))), LayerError, "'n' normalises over 2 axes"),
+    "two devices": (
+        lambda: sequential(one=nn.Linear(6, 6), two=nn.Linear(6, 6, device="meta")), UsageError, "lie on cpu, meta",
+    ),
     "compiled in place": (lambda: compiled_in_place(), UsageError, "second was compiled in place"),
     "compiled": (lambda: torch.compile(nn.Linear(6, 6)), UsageError, "torch.compile"),
     "nothing trains": (lambda: nn.Linear(6, 6).requires_grad_(False), UsageError, "no trainable parameter"),
@@ -143,6 +146,16 @@ def test_a_layer_whose_first_axis_is_not_the_batch(layer: nn.Module) -> None:
     with (
         GradDotProdEngine(model, x, val_losses=sum_of_squares) as engine,
         pytest.raises(CaptureError, match=r"layer 'inner' saw an input of shape \(5, 3, 6\).*3 samples"),
+    ):
+        engine.prepare(3)
+
+
+def test_an_index_of_one_axis() -> None:
+    # Positions, or one index a sample: it cannot be told which.
+    model = settle(nn.Sequential(nn.Embedding(8, 6)))
+    with (
+        GradDotProdEngine(model, torch.arange(4), val_losses=sum_of_squares) as engine,
+        pytest.raises(CaptureError, match=r"layer '0' saw .* an index of one axis.*\(samples, 1\)"),
     ):
         engine.prepare(3)
 
@@ -238,6 +251,25 @@ def test_a_parameter_whose_gradient_is_zero_is_no_reason() -> None:
     keys = [name for name in scores.parameters if name.endswith("key.bias")]
     assert len(keys) == 2
     assert all(float(scores.parameters[name].norm()) <= 1e-6 * float(scores.total.norm()) for name in keys)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
+@pytest.mark.parametrize("compiled", ["before", "after"])
+def test_a_compiled_wrapper_of_the_model(compiled: str) -> None:
+    # Compiled afterwards it has the taps; a graph from before has not, which the first batch shows.
+    torch._dynamo.reset()
+    model = settle(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)))
+    exact = exact_plain(model, X, X)
+    wrapper = torch.compile(model, backend="eager")
+    if compiled == "before":
+        wrapper(X)
+    with GradDotProdEngine(model, X, val_losses=sum_of_squares) as engine:
+        if compiled == "before":
+            with pytest.raises(CaptureError, match="a graph compiled before"):
+                plain_step(engine, wrapper, X)
+        else:
+            check(plain_step(engine, wrapper, X), exact)
+    torch._dynamo.reset()
 
 
 # Settings.
