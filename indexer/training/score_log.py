@@ -109,8 +109,8 @@ class ScoreLog:
         first = self._writer.next_step
         if first < step:
             self._note(
-                f"run {self._writer.run.name!r} lacks steps {first + 1} to {step}: the store could not be written then, "
-                f"and training goes on from a checkpoint after them"
+                f"run {self._writer.run.name!r} lacks steps {first + 1} to {step}: the store could not be written "
+                f"then, and training goes on from a checkpoint after them"
             )
             if step < self._writer.run.layout.steps:
                 self._writer.skip_to(step)
