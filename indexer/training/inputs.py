@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ghoststore.checkpoint import (
     Checkpoint,
@@ -67,8 +69,20 @@ class Start:
             parameter.requires_grad_(True)
         model.loss_type = "ForCausalLM"
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(model)
         return model
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Have every layer that can recompute its activations do so in training mode. Set by hand, without the hooks of
+    transformers' own function.
+    """
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not able:
+        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+    for module in able:
+        module.gradient_checkpointing = True
+        module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def is_shards(data: str) -> bool:

@@ -40,13 +40,15 @@ import ghoststore.cli.info
 import ghoststore.cli.query
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
+import ghoststore.cli.train
 import ghoststore.cli.verify
 import indexer.build
 import indexer.tokenize
+import indexer.training.train
 import query.query
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            query.query)  # fmt: skip
+            indexer.training.train, query.query)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
