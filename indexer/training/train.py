@@ -184,6 +184,7 @@ class _Job:
             ranks=self.ranks, device=self.device, steps=steps, scorer=scorer,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
         )  # fmt: skip
+        self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         run = self.ranks.led(lambda: self._open_run(manifest, rows))
         log = ScoreLog(
             run, self.ranks, interval=self.config.dot_prod_save_interval, stored=self.store is not None,

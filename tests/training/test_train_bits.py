@@ -26,8 +26,8 @@ TRAINING: dict[str, Options] = {
     "dropout": {"model": "dropout"},
     "dropout-checkpointing": {"model": "dropout", "gradient_checkpointing": True, "batch_size": 2},
     "checkpointing-bfloat16": {"model": "two", "gradient_checkpointing": True, "train_dtype": "bfloat16"},
-    "windows": {"data": "long", "max_length": 9, "model": "two"},
-    "prompts": {"data": "prompts", "domains": ("law", "news")},
+    "windows": {"corpus": "long", "max_length": 9, "model": "two"},
+    "prompts": {"corpus": "prompts", "domains": ("law", "news")},
 }
 """How the model is trained: both sides of each comparison have it."""
 

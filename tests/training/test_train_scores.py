@@ -33,10 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "groups-accumulation-4": {
         "val_groups": True, "per_layer": True, "gradient_accumulation_steps": 4, "batch_size": 2, "model": "two",
     },
-    "prompts": {"data": "prompts", "val_groups": True, "val_batch_size": 8, "per_layer": True},
-    "windows": {"data": "long", "max_length": 9, "per_layer": True, "gradient_accumulation_steps": 2},
-    "gram": {"data": "prompts", "route": "gram", "val_sampling": "fixed"},
-    "domain": {"data": "prompts", "domains": ("code",), "max_length": 7, "overlong": "truncate"},
+    "prompts": {"corpus": "prompts", "val_groups": True, "val_batch_size": 8, "per_layer": True},
+    "windows": {"corpus": "long", "max_length": 9, "per_layer": True, "gradient_accumulation_steps": 2},
+    "gram": {"corpus": "prompts", "route": "gram", "val_sampling": "fixed"},
+    "domain": {"corpus": "prompts", "domains": ("code",), "max_length": 7, "overlong": "truncate"},
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_scores_and_losses_are_those_of_autograd(gym: Gym, name: str) -> None:
     case = CASES[name]
     trained = gym.train(**case, **KEPT)
     max_length = case.get("max_length", 32)
-    oracle = Oracle(gym, trained, case.get("data", "plain"), max_length)
+    oracle = Oracle(gym, trained, case.get("corpus", "plain"), max_length)
     arrays, run = trained.arrays(), trained.run
     size = case.get("val_batch_size", 3)
     worst = {"score": 0.0, "group": 0.0, "block": 0.0, "loss": 0.0}

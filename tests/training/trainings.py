@@ -101,17 +101,17 @@ class Gym:
     models: dict[str, Path]
     done: dict[str, Trained] = field(default_factory=dict)
 
-    def train(self, data: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
+    def train(self, corpus: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
         """A training in this process; the same options are trained once."""
-        key = json.dumps([data, model, options], sort_keys=True, default=str)
+        key = json.dumps([corpus, model, options], sort_keys=True, default=str)
         if key not in self.done:
             folder = self.folder / f"trained-{len(self.done)}"
-            self.done[key] = self.fresh(folder, data, model, **options)
+            self.done[key] = self.fresh(folder, corpus, model, **options)
         return self.done[key]
 
-    def fresh(self, folder: Path, data: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
+    def fresh(self, folder: Path, corpus: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
         """A training in this process, into ``folder``."""
-        given = {**BASE, "data": self.data[data], "val_set": self.data[f"{data}-val"], **options}
+        given = {**BASE, "data": self.data[corpus], "val_set": self.data[f"{corpus}-val"], **options}
         if model is not None:
             given["checkpoint"] = self.models[model]
         given.setdefault("output_dir", folder / "out")
@@ -119,19 +119,19 @@ class Gym:
         report = ghoststore.train(**given)
         return Trained(Path(given["output_dir"]), Path(given["store"] or folder), report)
 
-    def words(self, folder: Path, *options: str | Path, data: str = "plain") -> list[str]:
+    def words(self, folder: Path, *options: str | Path, corpus: str = "plain") -> list[str]:
         """The words of a command line that trains 12 steps into ``folder``; later options win."""
         given = [
-            "--data", self.data[data], "--val-set", self.data[f"{data}-val"], "--checkpoint", self.models["tiny"],
+            "--data", self.data[corpus], "--val-set", self.data[f"{corpus}-val"], "--checkpoint", self.models["tiny"],
             "--output-dir", folder / "out", "--store", folder / "store", "--name", "run", "--batch-size", 3,
             "--max-steps", 12, "--learning-rate", 5e-3, "--val-batch-size", 3, "--val-refresh-interval", 2,
             "--eval-interval", 6, "--checkpoint-interval", 3, "--dot-prod-save-interval", 4, "--device", "cpu",
         ]  # fmt: skip
         return [str(word) for word in (*given, "--quiet", *options)]
 
-    def run(self, folder: Path, *options: str | Path, data: str = "plain", **order: Any) -> Outcome:
+    def run(self, folder: Path, *options: str | Path, corpus: str = "plain", **order: Any) -> Outcome:
         """That command line in a process of its own, which may be killed."""
-        return self.lab.run("train", *self.words(folder, *options, data=data), **order)
+        return self.lab.run("train", *self.words(folder, *options, corpus=corpus), **order)
 
     def start(self, folder: Path, *options: str | Path, **order: Any) -> int:
         return self.lab.start("train", *self.words(folder, *options), **order)
