@@ -41,14 +41,16 @@ import ghoststore.cli.query
 import ghoststore.cli.scores
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
+import ghoststore.cli.train
 import ghoststore.cli.verify
 import indexer.build
 import indexer.tokenize
+import indexer.training.train
 import query.query
 import query.scores
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            query.query, query.scores)  # fmt: skip
+            indexer.training.train, query.query, query.scores)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
