@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from indexer.dotprod import Scores as Scores
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
     from indexer.losses import next_token_losses as next_token_losses
-    from indexer.manager import GhostConfig as GhostConfig
+    from indexer.ghost_config import GhostConfig as GhostConfig
     from indexer.manager import GhostEngineManager as GhostEngineManager
     from indexer.projection import ProjectionConfig as ProjectionConfig
     from indexer.tokenize import TokenizeReport as TokenizeReport

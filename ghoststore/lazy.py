@@ -25,7 +25,7 @@ FACE = {
     "TrainConfig": "indexer.training.config",
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",
-    "GhostConfig": "indexer.manager",
+    "GhostConfig": "indexer.ghost_config",
     "GhostEngineManager": "indexer.manager",
     "GhostStoreCallback": "indexer.callback",
     "GradProjLoraEngine": "indexer.engine",
