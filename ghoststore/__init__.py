@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
     from indexer.dotprod import Scores as Scores
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
-    from indexer.losses import next_token_losses as next_token_losses
     from indexer.ghost_config import GhostConfig as GhostConfig
+    from indexer.losses import next_token_losses as next_token_losses
     from indexer.manager import GhostEngineManager as GhostEngineManager
     from indexer.projection import ProjectionConfig as ProjectionConfig
     from indexer.tokenize import TokenizeReport as TokenizeReport
