@@ -33,7 +33,7 @@ from query.scores import scores
 MARKER = "demo.json"
 MAX_LENGTH = 128
 RUN, PART = "training", "demo"
-VAL_REFRESH = 10
+VAL_REFRESH = 20
 """Steps for which a val gradient is used."""
 QUESTIONS = {"facts": "in the words of the source", "facts_paraphrased": "in other words"}
 
@@ -172,7 +172,7 @@ def _train(
         data=files["train"], val_set=files["val"], store=folder / "store", name=RUN, output_dir=folder / "training",
         tokenizer=folder / "tokenizer", architecture="GPT2-Tiny", max_length=MAX_LENGTH, batch_size=16,
         max_steps=steps, learning_rate=3e-3, adam_beta2=0.99, weight_decay=0.01, eval_interval=steps,
-        val_batch_size=16, val_refresh_interval=VAL_REFRESH, val_groups=True, keep_checkpoints=1, seed=seed,
+        val_batch_size=32, val_refresh_interval=VAL_REFRESH, val_groups=True, keep_checkpoints=1, seed=seed,
         progress=progress,
     )  # fmt: skip
 
