@@ -143,8 +143,9 @@ def main(
                     )
                     found[group][half].append(loss)
                     print(f"{group} {half} seed {seed}: {loss:.4f}", flush=True)
-        by_half(results, found, shares)
-        results.write(out)
+            del results.tables[1:]  # what there is so far is kept, should the next domain not end
+            by_half(results, found, shares)
+            results.write(out)
 
 
 def by_domain(
