@@ -35,6 +35,7 @@ FACE = {
     "QueryResult": "query.results",
     "ScoresResult": "query.score_results",
     "scores": "query.scores",
+    "watch": "query.watch",
 }
 """Public name to the module that defines it."""
 

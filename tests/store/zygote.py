@@ -41,11 +41,23 @@ import ghoststore.cli.query
 import ghoststore.cli.scores
 import ghoststore.cli.terminal
 import ghoststore.cli.verify
+import ghoststore.cli.watch
 import indexer.build
 import query.query
 import query.scores
+import query.watch
 
-IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, query.query, query.scores)
+IMPORTED = (
+    torch,
+    zarr,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    indexer.build,
+    query.query,
+    query.scores,
+    query.watch,
+)
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
