@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from ghoststore.store.verify import verify as verify
     from indexer.build import BuildReport as BuildReport
     from indexer.build import build as build
+    from indexer.callback import GhostStoreCallback as GhostStoreCallback
     from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
     from indexer.dotprod import Scores as Scores
     from indexer.engine import GradProjLoraEngine as GradProjLoraEngine
+    from indexer.ghost_config import GhostConfig as GhostConfig
     from indexer.losses import next_token_losses as next_token_losses
+    from indexer.manager import GhostEngineManager as GhostEngineManager
     from indexer.projection import ProjectionConfig as ProjectionConfig
     from indexer.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize import tokenize as tokenize

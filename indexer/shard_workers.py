@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ghoststore.errors import GhostStoreError, WorkerError
-from indexer.shard_writer import ShardJob, Written, write_shards
+from indexer.shard_writer import ShardJob, ShardWriter, Written
 
 HANG_UP = (EOFError, BrokenPipeError, ConnectionResetError)
 
@@ -65,7 +65,7 @@ class _Worker:
 def write_side_by_side(job: ShardJob, pieces: Sequence[Sequence[int]], workers: int) -> Generator[Written]:
     """Write ``pieces`` (lists of shards), each in one go, by ``workers`` processes; what each wrote, as it comes.
 
-    Raises WorkerError naming a process that died, and the errors of `write_shards`; the other workers end, too.
+    Raises WorkerError naming a process that died, and the errors of `ShardWriter`; the other workers end, too.
     """
     waiting = deque(pieces)
     started: list[_Worker] = []
@@ -96,6 +96,7 @@ def write_side_by_side(job: ShardJob, pieces: Sequence[Sequence[int]], workers: 
     finally:
         for worker in started:
             worker.pipe.close()
+            worker.process.kill()
         for worker in started:
             worker.process.wait()
 
@@ -112,15 +113,16 @@ def serve(pipe: Connection[Any, Any]) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    job = orders.get()
     try:
-        while True:
-            try:
-                for written in write_shards(job, orders.get()):
+        try:
+            writer = ShardWriter(orders.get())
+            while True:
+                for written in writer.write(orders.get()):
                     pipe.send(written)
                 pipe.send(None)
-            except GhostStoreError as error:
-                pipe.send(error)
+        except GhostStoreError as error:
+            pipe.send(error)
+            orders.get()  # the other end hangs up
     except HANG_UP:
         os._exit(0)
 

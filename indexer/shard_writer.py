@@ -45,19 +45,25 @@ class Written:
     tokens: int
 
 
-def write_shards(job: ShardJob, shards: Sequence[int]) -> Generator[Written]:
-    """Write and commit ``shards`` (ascending), each when the one before is on the disk.
+class ShardWriter:
+    """A job's corpus and tokenizer, opened once in the process that writes."""
 
-    Raises MismatchError where the corpus is not the one that was planned, StorageError if the disk refuses,
-    BusyError if another process wrote the same shard.
-    """
-    corpus = Corpus.open(job.source, job.fields)
-    if job.only_domains is not None:
-        corpus = corpus.only(job.only_domains)
-    tokenizer = Tokenizer(load_copy(job.folder))
-    sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
-    for shard, rows in rows_of_spans(corpus, tokenizer, WHOLE, job.plan, sizes, shards):
-        yield write_shard(job, shard, rows)
+    def __init__(self, job: ShardJob) -> None:
+        self.job = job
+        corpus = Corpus.open(job.source, job.fields)
+        self._corpus = corpus if job.only_domains is None else corpus.only(job.only_domains)
+        self._tokenizer = Tokenizer(load_copy(job.folder))
+        self._sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
+
+    def write(self, shards: Sequence[int]) -> Generator[Written]:
+        """Write and commit ``shards`` (ascending), each when the one before is on the disk.
+
+        Raises MismatchError where the corpus is not the one that was planned, StorageError if the disk refuses,
+        BusyError if another process wrote the same shard.
+        """
+        spans = rows_of_spans(self._corpus, self._tokenizer, WHOLE, self.job.plan, self._sizes, shards)
+        for shard, rows in spans:
+            yield write_shard(self.job, shard, rows)
 
 
 def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:

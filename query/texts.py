@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ghoststore.corpus import Corpus, Position, ResolvedFields
-from ghoststore.errors import UsageError
+from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
 
@@ -13,32 +13,33 @@ from ghoststore.store import Part, Run
 def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress) -> list[str | None]:
     """One text for each of ``rows`` of a part, or of a run's row table.
 
-    None where the corpus is gone or the row is no longer the one that was built from or trained on. What could not be
-    shown is said once, through ``progress``.
+    None where the corpus is gone or the row is no longer the one that was built from or trained on. Tokens of token
+    shards are decoded by the tokenizer that lies with them. What could not be shown is said once, through ``progress``.
     """
     if not rows:
         return []
     if isinstance(source, Part) and source.layout.store_text:
         return [str(text) for text in source.read_rows("text", rows)]
     table = source if isinstance(source, Part) else source.rows
+    places = [
+        Position(source_row=int(row), file=int(file), offset=int(offset))
+        for row, file, offset in zip(
+            *(table.read_rows(name, rows) for name in ("source_row", "source_file", "source_offset")),
+            strict=True,
+        )
+    ]
+    digests = table.read_rows("source_digest", rows)
+    texts: list[str | None] = []
     try:
         corpus = corpus_behind(source)
-        places = [
-            Position(source_row=int(row), file=int(file), offset=int(offset))
-            for row, file, offset in zip(
-                *(table.read_rows(name, rows) for name in ("source_row", "source_file", "source_offset")),
-                strict=True,
-            )
-        ]
         found = corpus.fetch(places)
-    except UsageError as error:
+        for place, digest in zip(places, digests, strict=True):
+            sample = found.get(place.source_row)
+            same = sample is not None and sample.digest() == int(digest)
+            texts.append(sample.preview() if sample is not None and same else None)
+    except (UsageError, CorruptError, MismatchError) as error:  # of the corpus: the store is read by now
         progress.note(f"texts are not shown: {error}")
         return [None] * len(rows)
-    texts: list[str | None] = []
-    for place, digest in zip(places, table.read_rows("source_digest", rows), strict=True):
-        sample = found.get(place.source_row)
-        same = sample is not None and sample.digest() == int(digest)
-        texts.append(sample.preview() if sample is not None and same else None)
     changed = sum(text is None for text in texts)
     if changed:
         progress.note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -14,8 +14,12 @@ import torch
 import ghoststore
 from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.reference import reference
+from ghoststore.corpus.shards import SAMPLE, SHARDS_VERSION
 from ghoststore.store import RunLayout, Status
 from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -109,6 +113,22 @@ def test_the_format_page_lists_every_array_and_status() -> None:
         assert f"`{spec.name}`" in page
     for status in Status:
         assert re.search(rf"^\| {status.value} \| {status.name.lower().replace('_', ' ')}", page, flags=re.MULTILINE)
+
+
+def test_the_page_of_shards_lists_every_field() -> None:
+    page = (ROOT / "docs/shards.md").read_text()
+    assert f"format version {SHARDS_VERSION}" in page
+    assert f"packed, {SAMPLE.itemsize} bytes" in page
+    listed = re.findall(r"^\| `(\w+)` \| (u?int\d+) \|", page, flags=re.MULTILINE)
+    assert listed == [(name, SAMPLE[name].name) for name in SAMPLE.names or ()]
+
+
+def test_the_python_of_the_page_of_shards_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks(ROOT / "docs/shards.md", "python")
+    monkeypatch.chdir(tmp_path)
+    ghoststore.tokenize(data=lab.corpus, tokenizer=lab.checkpoint, out="shards")
+    exec(block, names := dict[str, Any]())
+    assert names["shards"].decode(names["ids"]) == lab.rows[7]["text"]
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

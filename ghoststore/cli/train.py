@@ -28,8 +28,8 @@ from ghoststore.cli import options
               help="The cosine ends at this share of the peak.")  # fmt: skip
 @click.option("--warmup-steps", type=int, help="Linear warm-up (default: a twentieth of the steps, at most 2,000).")
 @click.option("--weight-decay", type=float, default=0.1, show_default=True, help="Of matrices; vectors do not decay.")
-@click.option("--adam-beta1", type=float, default=0.9, show_default=True)
-@click.option("--adam-beta2", type=float, default=0.95, show_default=True)
+@click.option("--adam-beta1", type=float, default=0.9, show_default=True, help="Decay of AdamW's mean.")
+@click.option("--adam-beta2", type=float, default=0.95, show_default=True, help="Decay of its squares.")
 @click.option("--max-grad-norm", type=float, default=1.0, show_default=True, help="Gradient clipping; 0 for none.")
 @click.option("--max-length", type=int, help="Longest row in tokens (default: the model's positions, at most 1024).")
 @click.option("--overlong", type=click.Choice(["window", "truncate", "skip", "error"]), default="window",

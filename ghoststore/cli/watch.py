@@ -195,8 +195,10 @@ def _domains(frame: Any, width: int) -> Any:
         table.add_column("trend", no_wrap=True)
     for one in frame.domains[:DOMAINS]:
         style = "green" if one.value_per_time > 0 else "red"
-        cells = [Text(f"{one.value_per_time:.3g}", style=style), f"{one.times:,}", _share(one.negative_share),
-                 Text(sparkline(one.trend, max(6, width - 50)), style=style)]  # fmt: skip
+        cells: list[Text | str] = [
+            Text(f"{one.value_per_time:.3g}", style=style), f"{one.times:,}", _share(one.negative_share),
+            Text(sparkline(one.trend, max(6, width - 50)), style=style),
+        ]  # fmt: skip
         table.add_row(Text(one.domain or "(none)"), *cells[:columns])
     more = len(frame.domains) - DOMAINS
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))

@@ -199,7 +199,9 @@ class _Shard:
 
 
 class TokenShards:
-    """A complete folder of token shards, memory-mapped. Opened with :meth:`open`; read by any number of threads."""
+    """A complete folder of token shards, memory-mapped. Opened with :meth:`open`; read by any number of threads, and by
+    other processes, where it is opened again.
+    """
 
     def __init__(
         self,
@@ -261,13 +263,20 @@ class TokenShards:
             for _ in pool.map(self._verify_shard, range(self.layout.shards)):
                 pass
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the folder, which is opened again."""
+        return _reopen, (self.folder.absolute(), self._verify_on_read)
+
     @property
     def source(self) -> dict[str, Any]:
         """The corpus that the tokens come from: ``data`` (path, or "-"), ``form``, ``tokenizer``, ``fields``,
         ``max_samples`` and ``only_domains``.
         """
         corpus = self.manifest["corpus"]
-        return {**self.manifest["source"], **{key: corpus[key] for key in ("fields", "max_samples", "only_domains")}}
+        return {
+            **self.manifest["source"],
+            **{key: corpus.get(key) for key in ("fields", "max_samples", "only_domains")},
+        }
 
     @property
     def domain(self) -> NDArray[np.int16]:
@@ -310,13 +319,15 @@ class TokenShards:
         ids = [name for shard in range(self.layout.shards) for name in self._ids_of(shard)]
         return np.array(ids, dtype=object)
 
-    def tokens_of(self, sample: int) -> NDArray[np.int32]:
-        """(length,) ids of one sample, a copy. IndexError beyond the last, CorruptError for ids that no vocabulary
-        has.
+    def tokens_of(self, sample: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+        """(length,) ids of one sample, or of its tokens ``start`` to ``stop``; a copy. Only these are read.
+
+        IndexError beyond the last sample, CorruptError for ids that no vocabulary has.
         """
         shard, row = self._place(sample)
-        start, length = int(shard.samples["start"][row]), int(shard.samples["length"][row])
-        return self._checked(sample, shard.tokens[start : start + length].astype(np.int32))
+        begin, length = int(shard.samples["start"][row]), int(shard.samples["length"][row])
+        stop = length if stop is None else min(stop, length)
+        return self._checked(sample, shard.tokens[begin + start : begin + stop].astype(np.int32))
 
     def row(self, sample: int) -> dict[str, object]:
         """One sample as a row of a corpus: "id", "domain", "tokens"."""
@@ -407,6 +418,10 @@ class TokenShards:
     def _verify_shard(self, shard: int) -> None:
         for name, record in self._commits[shard].files.items():
             _check_sha256(self.folder / name, record)
+
+
+def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
+    return TokenShards.open(folder, verify_on_read=verify_on_read)
 
 
 def load_copy(folder: Path) -> Any:

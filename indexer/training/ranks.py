@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import CaptureError, UsageError, WorkerError
+
+T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=12)
 """While one rank tokenizes or writes, the others wait."""
@@ -30,11 +33,6 @@ class Ranks:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.count > 1:
-            dist.barrier()
-
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over ranks, on every rank."""
         if self.count > 1:
@@ -42,13 +40,38 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def led(self, work: Callable[[], T]) -> T | None:
+        """What ``work`` gives on the rank that leads, None on the others, which wait for it. If it fails, every rank
+        raises: the first its own error, the others WorkerError.
+        """
+        found: T | None = None
+        failure: Exception | None = None
+        if self.leads:
+            try:
+                found = work()
+            except Exception as error:  # noqa: BLE001 - raised below, when the others know
+                failure = error
+        if self.any(failure is not None):
+            raise failure or WorkerError("the first rank could not go on; see its message")
+        return found
+
+    def any(self, happened: bool) -> bool:
+        """Whether it happened on any rank."""
+        if self.count == 1:
+            return happened
+        on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        return bool(self.sum(torch.tensor(float(happened), device=on)))
+
     def stacked(self, values: Tensor) -> Tensor:
-        """(ranks, …): the values of every rank, on every rank."""
+        """(ranks, …): the values of every rank, on every rank, where ``values`` lie."""
         if self.count == 1:
             return values.unsqueeze(0)
-        found = [torch.empty_like(values) for _ in range(self.count)]
-        dist.all_gather(found, values.contiguous())
-        return torch.stack(found)
+        moved = values.contiguous()
+        if dist.get_backend() == "nccl":
+            moved = moved.cuda()
+        found = [torch.empty_like(moved) for _ in range(self.count)]
+        dist.all_gather(found, moved)
+        return torch.stack(found).to(values.device)
 
 
 @contextmanager
@@ -72,6 +95,19 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         yield Ranks(dist.get_rank(), dist.get_world_size()), own
     finally:
         dist.destroy_process_group()
+
+
+def refuse_drift(model: nn.Module, ranks: Ranks) -> None:
+    """CaptureError unless every rank has the same weights, by the sum of their bits."""
+    if ranks.count == 1:
+        return
+    kinds = {2: torch.int16, 4: torch.int32}
+    sums = torch.stack([p.detach().view(kinds[p.element_size()]).sum(dtype=torch.int64) for p in model.parameters()])
+    every = ranks.stacked(sums)
+    if not bool((every == every[0]).all()):
+        place = int((every != every[0]).any(0).nonzero()[0])
+        name = list(dict(model.named_parameters()))[place]
+        raise CaptureError(f"the ranks' weights have drifted apart, first in {name!r}: nothing was saved")
 
 
 def _own(device: str) -> str:

@@ -14,13 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.errors import BusyError, StorageError
+from ghoststore.errors import BusyError, StorageError, WorkerError
 from ghoststore.store.run import Run, RunWriter
 from indexer.training.config import OnStoreError
 from indexer.training.ranks import Ranks
-
-SAMPLE_ARRAYS = ("sample", "score", "loss", "group_score", "block_score", "vector")
-"""Arrays that each rank has its own part of; the others are the same on every rank, or the first one's."""
 
 
 class ScoreLog:
@@ -51,8 +48,8 @@ class ScoreLog:
         self._waiting: list[tuple[int, dict[str, NDArray[Any]], dict[str, float]]] = []
 
     def __enter__(self) -> ScoreLog:
-        if self._writer is not None:
-            self._stack.enter_context(self._writer)
+        writer = self._writer
+        self._ranks.led(lambda: None if writer is None else self._stack.enter_context(writer))
         return self
 
     def __exit__(
@@ -104,43 +101,38 @@ class ScoreLog:
         """Go on after ``step`` finished steps with what :meth:`pending` gave."""
         if self._writer is None:
             return
+        first, steps = self._writer.next_step, self._writer.run.layout.steps
+        begin = min([*pending.get("step", np.zeros(0)).tolist(), step])
         if pending:
             self._writer.restore(pending)
-        if self._writer.next_step < step:
+        if first < begin:
             self._note(
-                f"the store lacks steps {self._writer.next_step} to {step - 1}: it could not be written then, and the "
-                f"checkpoint is of step {step}"
+                f"run {self._writer.run.name!r} lacks steps {first + 1} to {begin}, and training goes on after them: "
+                "the store could not be written then, or is another one"
             )
+        if self._writer.next_step < step < steps:
             self._writer.skip_to(step)
 
     def _gathered(self, values_SB: NDArray[Any]) -> NDArray[Any]:
         """(R, S, B, …) of every rank."""
         if self._ranks.count == 1:
             return values_SB[None]
-        device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu")
-        return self._ranks.stacked(torch.from_numpy(np.ascontiguousarray(values_SB)).to(device)).cpu().numpy()
+        return self._ranks.stacked(torch.from_numpy(values_SB)).numpy()
 
     def _guard(self, write: Callable[[], None]) -> None:
         """Write on the rank that leads; every rank hears how it went."""
-        failure: BaseException | None = None
+        failure: StorageError | BusyError | None = None
         try:
             write()
         except (StorageError, BusyError) as error:
             failure = error
-        failed = self._ranks.sum(torch.tensor([float(failure is not None)], device="cuda" if _on_cuda() else "cpu"))
-        if not float(failed[0]):
+        if not self._ranks.any(failure is not None):
             return
         if self._on_error == "stop":
-            raise failure or StorageError("the rank that writes the store could not; see its message")
+            raise failure or WorkerError("the first rank could not write the store; see its message")
         self._stored = False
         if failure is not None:
-            self._note(f"{failure} Training goes on without scores in the store (--on-store-error continue)")
+            self._note(f"{failure}. Training goes on without scores in the store (--on-store-error continue)")
         self._writer = None
         with suppress(StorageError, BusyError):
             self._stack.close()
-
-
-def _on_cuda() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_initialized() and dist.get_backend() == "nccl"

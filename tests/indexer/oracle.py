@@ -51,6 +51,12 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     }
 
 
+def gradients_alone(model: nn.Module, count: int, loss_of: LossOf) -> list[dict[str, Tensor]]:
+    """The gradients of ``count`` samples, each run alone. ``model`` is copied; its flags and gradients stay."""
+    model = deepcopy(model).requires_grad_(True)
+    return [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
+
+
 def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
     """(O, I) of one block: [weight | biases of its uses], a norm's γ above its β as one column.
 
@@ -79,12 +85,11 @@ def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
 
 
 def naive(model: nn.Module, projection: Projection, count: int, loss_of: LossOf) -> Naive:
-    """The vectors of ``count`` samples. ``model`` is copied; its flags and gradients are not touched."""
-    model = deepcopy(model).requires_grad_(True)
+    """The vectors of ``count`` samples. ``model`` is left alone."""
     plan = projection.plan
     blocks: dict[str, list[Tensor]] = {layer.block.name: [] for layer in plan.layers}
     norms: dict[str, list[Tensor]] = {layer.block.name: [] for layer in plan.layers}
-    gradients = [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
+    gradients = gradients_alone(model, count, loss_of)
     for of_sample in gradients:
         for layer in plan.layers:
             p_in, p_out = projection.sides[layer.block.name]
