@@ -18,6 +18,7 @@ from ghoststore.cli.charts import histogram, line_chart, sparkline
 from ghoststore.cli.watch import duration, render
 from ghoststore.errors import UsageError
 from query.watch import Watcher
+from query.watch_frame import Frame
 
 from .score_runs import DOMAINS, GAP, LAYOUT, Reference, append, committed, make, row_table, values, whole
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 
-def same(frame: query.watch.Frame, other: query.watch.Frame) -> bool:
+def same(frame: Frame, other: Frame) -> bool:
     return replace(frame, commit_age=None) == replace(other, commit_age=None)
 
 
@@ -55,7 +56,7 @@ def test_a_growing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frame.gaps == [GAP]
 
 
-def agree(frame: query.watch.Frame, store: Path, steps: list[int]) -> None:
+def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     """With `scores`, and with what was appended."""
     found = ghoststore.scores(store=store, top_k=5, bottom_k=5, text=False)
     assert [(one.id, one.value, one.times) for one in frame.best] == [(h.id, h.value, h.times) for h in found.hits]
