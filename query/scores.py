@@ -186,6 +186,8 @@ def _extend(
 ) -> None:
     """Append what ``places`` hold of the rows ``mine``."""
     here = np.flatnonzero(np.isin(places.row, mine))
+    if not len(here):
+        return
     rows = places.row[here]
     sources, starts = (run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
     for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
