@@ -38,6 +38,7 @@ FACE = {
     "QueryResult": "query.results",
     "ScoresResult": "query.score_results",
     "scores": "query.scores",
+    "watch": "query.watch",
 }
 """Public name to the module that defines it."""
 

@@ -31,6 +31,16 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlendedHit(Hit):
+    """A row of a ranking by ``--with-scores``: ``score`` is the blend of these two."""
+
+    similarity: float
+    """The cosine or dot product."""
+    value: float | None
+    """Σ η·score in the training run; None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryHits:
     """The rankings of one query: ``"mean"``, or the id of a val sample."""
 

@@ -69,7 +69,7 @@ def plot_scores(
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
     lines = _lines(curves)
     _smooth(curves, len(lines))
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_means(left, curves, lines)
     _draw_sums(right, curves, lines, window)
@@ -84,8 +84,11 @@ def plot_scores(
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(window)
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.6g}" if step < 1e6 else f"{step / 1e6:g} M")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    left.legend(frameon=False, fontsize=9, title="domain (scores)", title_fontsize=9, loc="best")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9,
+                  title="domain (number of scores)", title_fontsize=9)  # fmt: skip
     figure.suptitle(title or _title(run, group, layers, exclude_layers, sums), fontsize=11)
     with storage_errors(str(target)):
         figure.savefig(target, dpi=130)
@@ -133,7 +136,13 @@ def _limit(axes: Any, lowest: NDArray[np.float64], highest: NDArray[np.float64])
     if high > 0 and highest.max() > 3 * high:
         axes.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low))
         axes.annotate(
-            f"↑ up to {highest.max():.3g}", (0.01, 0.99), xycoords="axes fraction", va="top", fontsize=8, color="0.35"
+            f"↑ up to {highest.max():.3g}",
+            (0.14, 0.985),
+            xycoords="axes fraction",
+            va="top",
+            fontsize=8,
+            color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
 
 

@@ -6,7 +6,6 @@ arXiv:2406.11011, section 4.1). Read ``docs/scores.md`` for what it tells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Run, Store
-from query.score_results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
+from query.score_results import HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.score_steps import Places, Steps, choose_column, gaps_of, spans_of, stream_steps, window_of
-from query.score_sums import WEIGHTED, ScoreSums, Tally, Unit, Units, Value, best, standard_error
-from query.texts import texts_of
+from query.score_sums import WEIGHTED, ScoreSums, Unit, Units, Value
+from query.score_tables import by_domain, finite, hits_of
 
 DEFAULT_TOP_K = 10
 
@@ -92,7 +91,7 @@ def scores(
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and by is None:
         allowed = _allowed(units, sums, chosen, min_times)
-        hits = _hits(opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text,
+        hits = hits_of(opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text,
                      unit, progress)  # fmt: skip
     if plot is not None:
         plot_scores(opened, plot, steps=steps, group=group, layers=layers, exclude_layers=exclude_layers)
@@ -116,7 +115,7 @@ def scores(
         summary=_summary(opened, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
-        domains=_by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
+        domains=by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
         history=history,
     )
 
@@ -187,6 +186,8 @@ def _extend(
 ) -> None:
     """Append what ``places`` hold of the rows ``mine``."""
     here = np.flatnonzero(np.isin(places.row, mine))
+    if not len(here):
+        return
     rows = places.row[here]
     sources, starts = (run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
     for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
@@ -197,14 +198,10 @@ def _extend(
         history.append(
             HistoryEntry(
                 step=int(places.step[place]), rank=int(places.rank[place]), source_row=source, window_start=start,
-                loss=_finite(float(places.loss[place])), learning_rate=_finite(eta), score=_finite(score),
+                loss=finite(float(places.loss[place])), learning_rate=finite(eta), score=finite(score),
                 weighted=weighted, cumulative=before + (weighted or 0.0),
             )
         )  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_times: int | None) -> NDArray[np.bool_]:
@@ -213,64 +210,9 @@ def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_ti
     return allowed if chosen is None else allowed & np.isin(units.domain, chosen)
 
 
-def _hits(
-    run: Run,
-    units: Units,
-    sums: ScoreSums,
-    values: NDArray[np.float64],
-    counts: tuple[int, int],
-    text: bool,
-    unit: Unit,
-    progress: Progress,
-) -> list[list[ScoreHit]]:
-    """The highest and the lowest of ``values``, each in order. Every row's data are read once."""
-    rankings = [best(values, counts[0]), best(-values, counts[1])]
-    wanted = sorted({int(place) for ranking in rankings for place in ranking})
-    place_of = {place: index for index, place in enumerate(wanted)}
-    rows = units.first_row[wanted].tolist() if wanted else []
-    ids, sources, domains, starts = (
-        run.rows.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
-    )
-    texts = texts_of(run, rows, progress) if text else [None] * len(rows)
-
-    def hit(rank: int, place: int) -> ScoreHit:
-        at, times = place_of[place], int(sums.times[place])
-        return ScoreHit(
-            rank=rank, value=float(values[place]), id=str(ids[at]), source_row=int(sources[at]),
-            domain=run.domains[domains[at]] if domains[at] >= 0 else None, times=times,
-            mean_score=float(sums.plain[place]) / times, negative_share=int(sums.negative[place]) / times,
-            last_step=int(sums.last_step[place]), text=texts[at],
-            window_start=int(starts[at]) if unit == "window" else 0,
-        )  # fmt: skip
-
-    return [[hit(rank, int(place)) for rank, place in enumerate(ranking, 1)] for ranking in rankings]
-
-
-def _by_domain(run: Run, units: Units, sums: ScoreSums, value: Value, allowed: NDArray[np.bool_]) -> list[DomainScores]:
-    """A row for each domain that has units among the ``allowed``, by falling value per time."""
-    domain, values = units.domain, sums.values(value)
-    found = []
-    for place in np.unique(domain[allowed]).tolist():
-        mine = allowed & (domain == place)
-        scored = mine & np.isfinite(values)
-        times, rows = int(sums.times[mine].sum()), int(scored.sum())
-        total = float(values[scored].sum())
-        plain, squares = float(sums.plain[mine].sum()), float(sums.squares[mine].sum())
-        found.append(
-            DomainScores(
-                domain=run.domains[place] if place >= 0 else None, rows=int(mine.sum()), scored_rows=rows, times=times,
-                value_per_row=total / rows if rows else None, value_per_time=total / times if times else None,
-                value_sum=total, negative_share=int(sums.negative[mine].sum()) / times if times else None,
-                mean_score=plain / times if times else None,
-                standard_error=_finite(float(standard_error(times, plain, squares))),
-            )
-        )  # fmt: skip
-    return sorted(found, key=lambda one: -math.inf if one.value_per_time is None else one.value_per_time, reverse=True)
-
-
 def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSummary:
     spans = spans_of(run, window)
-    tally: Tally = sums.tally
+    tally = sums.tally
     return ScoreSummary(
         steps=_steps_of(run, spans, window), first=max(run.layout.span_of(spans[0])[0], window[0]),
         last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1, planned=run.layout.steps,
