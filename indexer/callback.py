@@ -115,7 +115,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._fp16 = False
         self._stack = ExitStack()
         self._batch: _Batch | None = None
-        self._preparing = False
+        self._preparing = self._trained = False
         self._learning_rate = float("nan")
         self._begun = 0.0
 
@@ -126,6 +126,11 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ) -> None:
         """Attach to the model and open the run."""
         self.close()
+        if self._trained and not state.global_step:
+            raise UsageError(
+                f"this callback has scored a training already, and its run {self._name!r} is that one; make another "
+                "callback with another name"
+            )
         refuse_arguments(args, state)
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
@@ -177,6 +182,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The step is complete."""
         assert self._recorder is not None
+        self._trained = True
         self._recorder.finish(learning_rate=self._learning_rate, seconds=time.perf_counter() - self._begun)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

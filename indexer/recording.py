@@ -30,6 +30,9 @@ from indexer.training.config import OnStoreError
 from indexer.training.ranks import Ranks
 from indexer.training.score_log import ScoreLog
 
+SAME = 0.1
+"""Relative difference up to which scores of a repeated step are the same: devices may add in another order."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
@@ -181,7 +184,9 @@ class Recorder:
         """The step before which everything is committed or in what ``pending`` gave."""
         self._repeated = 0
         """Steps before this one may have been committed by an earlier process."""
-        self._stored_samples: tuple[int, NDArray[np.int64]] | None = None
+        self._compared = False
+        self._read: dict[str, tuple[int, NDArray[Any]]] = {}
+        """The span that was read last, by array."""
         self._drop()
 
     @classmethod
@@ -274,13 +279,15 @@ class Recorder:
                     f"step {step} has {count} samples; the run was made for {self._shape.batch} a step and rank"
                 )
             own = {name: _filled(values, self._shape.batch) for name, values in whole.items()}
-            self._refuse_others(step, own["sample"])
+            self._refuse_others(step, own["sample"], own["score"])
             loss, weight, tokens = self._ranks.stacked(torch.from_numpy(sums)).sum(0).tolist()
             shared = {
                 "learning_rate": learning_rate, "train_loss": loss / weight if weight else float("nan"),
                 "tokens": int(tokens), "seconds": seconds, "score_seconds": score_seconds,
             }  # fmt: skip
             self._log.add(step, own, shared)
+            if step + 1 == self._shape.steps:
+                self._log.save()
         self.next_step = step + 1
 
     def skip(self) -> None:
@@ -288,7 +295,7 @@ class Recorder:
         step = self.next_step
         if self._stored:
             nothing = self._nothing()
-            self._refuse_others(step, nothing["sample"])
+            self._refuse_others(step, nothing["sample"], nothing["score"])
             self._log.add(step, nothing, {})
         self.next_step = step + 1
 
@@ -326,31 +333,40 @@ class Recorder:
             )
         self._log.restore(step, pending)
 
-    def _refuse_others(self, step: int, sample_B: NDArray[np.int64]) -> None:
-        """What is committed never changes: a step that is repeated must be the same one."""
+    def _refuse_others(self, step: int, sample_B: NDArray[np.int64], score_B: NDArray[np.float32]) -> None:
+        """What is committed never changes: a step that is repeated must be of the same samples. That its scores are
+        others (another random state) is said once.
+        """
         if step >= self._repeated:
             return
-        found = self._committed_samples(step)
-        if not self._ranks.any(found is not None and not np.array_equal(found, sample_B)):
-            return
-        name = "" if self._run is None else f"{self._run.name!r} "
-        raise MismatchError(
-            f"the run {name}has step {step} already, with other samples (or none): this is another training, or "
-            "its data come in another order. Nothing was changed; give it a name of its own, or resume from its state"
-        )
+        found = self._committed(step, "sample")
+        if self._ranks.any(found is not None and not np.array_equal(found, sample_B)):
+            name = "" if self._run is None else f"{self._run.name!r} "
+            raise MismatchError(
+                f"the run {name}has step {step} already, with other samples (or none): this is another training, or "
+                "its data come in another order. Nothing was changed; give it a name of its own, or resume from its "
+                "state"
+            )
+        if found is not None and not self._compared:
+            self._compared = True
+            stored = np.nan_to_num(self._committed(step, "score"))
+            if np.linalg.norm(stored - np.nan_to_num(score_B)) > SAME * np.linalg.norm(stored):
+                self._note(
+                    f"step {step} is in the run already, with other scores: this training has other weights or another "
+                    "random state. The store keeps what it has; give another training a name of its own"
+                )
 
-    def _committed_samples(self, step: int) -> NDArray[np.int64] | None:
-        """(B,): those of the first rank; None where the step is not committed, and on other ranks."""
+    def _committed(self, step: int, array: str) -> Any:
+        """(B,): the first rank's values of a step; None where it is not committed, and on other ranks."""
         if self._run is None:
             return None
         span = step // self._run.layout.span_steps
         if span not in self._run.spans:
             return None
         start, stop = self._run.layout.span_of(span)
-        if self._stored_samples is None or self._stored_samples[0] != span:
-            self._stored_samples = (span, self._run.read("sample", start, stop))
-        found: NDArray[np.int64] = self._stored_samples[1][step - start, 0]
-        return found
+        if self._read.get(array, (None,))[0] != span:
+            self._read[array] = (span, self._run.read(array, start, stop))
+        return self._read[array][1][step - start, 0]
 
     def _end(self) -> None:
         """Commit the steps of a save interval that does not become full."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import pytest
 import torch
+import transformers
+from datasets import Dataset
 
 import ghoststore
 from ghoststore.cli import COMMANDS, cli
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def command(name: str) -> click.Command:
@@ -91,8 +98,76 @@ def test_the_loop_in_the_readme_runs() -> None:
     assert names["vectors"].shape == (4, names["engine"].dimension)
 
 
-def test_python_in_the_readme_uses_public_names() -> None:
-    for block in blocks(ROOT / "README.md", "python"):
+class Loops:
+    """What the loops of the docs are given: a small model, rows, val data."""
+
+    def __init__(self) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        config = transformers.GPT2Config(
+            vocab_size=30, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        torch.manual_seed(0)
+        self.model = transformers.GPT2LMHeadModel(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.rows = torch.randint(30, (12, 8))
+        self.val_data = {"input_ids": self.rows[:2], "labels": self.rows[:2]}
+        self.batches = [{"input_ids": rows, "labels": rows} for rows in self.rows.split(4)]
+        self.dataset = Dataset.from_dict({"input_ids": self.rows.tolist(), "labels": self.rows.tolist()})
+        self.max_steps = 12
+        self.X_val = self.Y_val = self.rows[:2]
+
+    def get_batch(self, iteration: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        places = torch.arange(4) + 4 * (iteration % 3)
+        return self.rows[places], self.rows[places], places
+
+    def train_step(self, manager: Any, iteration: int) -> None:
+        X, Y, batch_idx = self.get_batch(iteration)
+        manager.attach_train_batch(X, Y, iteration, batch_idx)
+        X, Y = manager.prepare_forward_input(X, Y)
+        self.model(input_ids=X, labels=Y).loss.backward()
+        manager.prepare_gradients()
+        self.optimizer.step()
+        manager.aggregate_and_log()
+        self.optimizer.zero_grad()
+
+    def names(self) -> dict[str, Any]:
+        return {**vars(self), "get_batch": self.get_batch, "train_step": self.train_step, "torch": torch}
+
+
+def test_the_loop_with_scores_in_the_readme_runs() -> None:
+    (loop,) = [block for block in blocks(ROOT / "README.md", "python") if "GradDotProdEngine" in block]
+    exec(loop, names := Loops().names())
+    assert names["scores"].shape == (4,)
+
+
+def test_the_loops_of_their_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
+    exec(plain, Loops().names())
+    assert capsys.readouterr().out.count("tensor(") == 3
+    exec(manager, Loops().names())
+    assert ghoststore.Store.open("store").run("mine").complete
+    exec(trainer, Loops().names())
+    assert ghoststore.Store.open("store").run("trained").complete
+
+    first = Loops()
+    config = ghoststore.GhostConfig(store="store", name="resumed", samples=12, max_steps=12, batch_size=4)
+    ghosts = ghoststore.GhostEngineManager(config, first.model, first.optimizer, (first.X_val, first.Y_val))
+    for iteration in range(5):
+        first.train_step(ghosts, iteration)
+    exec(save, {**first.names(), "manager": ghosts})
+    ghosts.cleanup()
+    assert ghoststore.Store.open("store").run("resumed").steps == 0
+    names = {**Loops().names(), "config": config, "GhostEngineManager": ghoststore.GhostEngineManager}
+    exec(resume, names)
+    assert ghoststore.Store.open("store").run("resumed").complete
+
+
+def test_python_in_the_docs_uses_public_names() -> None:
+    pages = (ROOT / "README.md", ROOT / "docs/loops.md")
+    for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
             name.strip() for names in re.findall(r"from ghoststore import (.+)", block) for name in names.split(",")
         }
