@@ -38,7 +38,7 @@ ghoststore-demo/demo.json: $(READY)
 
 bench: ghoststore-demo/demo.json  ## small benchmarks of build and search, on the demo's corpus
 	$(BIN)/python benchmarks/build.py --architecture small --length 64 --data ghoststore-demo/train.jsonl \
-		--tokenizer ghoststore-demo/checkpoint --out benchmarks/results
+		--tokenizer ghoststore-demo/tokenizer --out benchmarks/results
 	$(BIN)/python benchmarks/search.py --out benchmarks/results
 
 clean:  ## remove the environment and what the targets made

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from query.demo import demo as demo
     from query.query import query as query
     from query.results import QueryResult as QueryResult
+    from query.score_results import ScoresResult as ScoresResult
+    from query.scores import scores as scores
+    from query.watch import watch as watch
 
 __all__ = [*FACE, "__version__"]
 

@@ -38,6 +38,20 @@ class CaptureError(GhostStoreError, RuntimeError):
     """The side branches did not see what they must see; no vector of that batch may be used."""
 
 
+class DivergedError(GhostStoreError, ArithmeticError):
+    """Training has left the range of numbers: a loss, a gradient or a weight is NaN or infinite. Nothing of that step
+    is kept: no checkpoint, no score.
+    """
+
+    @classmethod
+    def at(cls, step: int, what: str) -> DivergedError:
+        """``what`` happened at ``step`` (from 1)."""
+        return cls(
+            f"step {step}: {what}. Nothing of this step is stored; try a lower --learning-rate or --max-grad-norm, "
+            "with another --output-dir and --name"
+        )
+
+
 class WorkerError(GhostStoreError, RuntimeError):
     """A worker process ended before its work. What was committed stays intact, and the same command resumes."""
 

@@ -36,6 +36,9 @@ FACE = {
     "demo": "query.demo",
     "query": "query.query",
     "QueryResult": "query.results",
+    "ScoresResult": "query.score_results",
+    "scores": "query.scores",
+    "watch": "query.watch",
 }
 """Public name to the module that defines it."""
 

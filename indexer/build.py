@@ -27,7 +27,7 @@ from ghoststore.checkpoint import (
     max_positions,
     resolve_device,
 )
-from ghoststore.corpus import Corpus, Fields, ResolvedFields, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
 from ghoststore.software import versions_of
@@ -434,8 +434,3 @@ def encode_rows(
         task.advance(len(places), sum(len(rows[place].tokens) for place in places))
     arrays["loss"] = losses.cpu().numpy()
     return np.asarray(vectors.cpu().numpy())
-
-
-def corpus_of(part: Part) -> Corpus:
-    """The corpus that ``part`` was built from, where it still is. CorpusError if it is gone."""
-    return Corpus.open(part.manifest["source"]["data"], ResolvedFields.from_json(part.manifest["corpus"]["fields"]))

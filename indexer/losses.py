@@ -22,12 +22,14 @@ CHUNK_NUMBERS = 1 << 20
 
 _MATRIX_PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward", "BmmBackward")
 _RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
+_ENGINES = ("TapBackward", "SideBranchBackward")
+"""Our own functions: they pass the output on and keep nothing of it."""
 
 
 def _may_overwrite(logits: Tensor) -> bool:
     """Whether nothing keeps ``logits`` for its own backward: they come straight out of a matrix product."""
     node = logits.grad_fn
-    while node is not None and type(node).__name__.startswith(_RESHAPES):
+    while node is not None and type(node).__name__.startswith((*_RESHAPES, *_ENGINES)):
         node = node.next_functions[0][0] if node.next_functions else None
     return node is not None and type(node).__name__.startswith(_MATRIX_PRODUCTS)
 

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
-from indexer.dotprod.engine import ValLosses
+from indexer.dotprod.val_data import ValLosses
 from indexer.ghost_config import GhostConfig, Method
 from indexer.own_loss import OwnLosses, loss_in, tokens_in
 from indexer.recording import Recorder, RunShape, Samples, places_of, ranks_here

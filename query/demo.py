@@ -1,8 +1,9 @@
 """``ghoststore.demo``: the whole story on a corpus that is made here, with an answer that is known.
 
-A small multi-domain corpus with planted facts; a small GPT-2 trained on it; a store built; and two questions
-asked of it: does the mean gradient of held-out samples of a domain point at that domain, and does the gradient of
-a question about a fact point at the one training row that states it?
+A small multi-domain corpus with planted facts; a small GPT-2 trained on it, each sample scored live against held-out
+samples of every domain; a store built; and three questions asked of it: which training samples helped each domain
+most, does the mean gradient of held-out samples of a domain point at that domain, and does the gradient of a question
+about a fact point at the one training row that states it?
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,18 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.showcase.corpus import DemoCorpus, make_corpus, write_jsonl
 from ghoststore.showcase.lexical import TfIdf
 from ghoststore.showcase.tokenizer import train_tokenizer
-from ghoststore.showcase.training import StepReport, save_checkpoint, train_model
+from ghoststore.store import Store
 from indexer.build import BuildReport, build
+from indexer.training.train import TrainReport, train
 from query.query import query
+from query.score_plots import plot_scores
+from query.scores import scores
 
 MARKER = "demo.json"
 MAX_LENGTH = 128
+RUN, PART = "training", "demo"
+VAL_REFRESH = 20
+"""Steps for which a val gradient is used."""
 QUESTIONS = {"facts": "in the words of the source", "facts_paraphrased": "in other words"}
 
 
@@ -50,6 +56,11 @@ class DemoReport:
     planted: int
     final_loss: float
     """Mean training loss of the last 20 steps, nats a token."""
+    val_loss: float
+    scored: dict[str, Any]
+    """Of the training-time scores: ``negative_share``, ``share_of_time``, ``val_refresh_interval``, ``run``."""
+    values: dict[str, dict[str, float]]
+    """For each val domain, the mean cumulative score Σ η·s of a training sample of each domain."""
     domains: dict[str, dict[str, int]]
     """For each val domain, how many of the ten nearest rows are of each domain."""
     recall: dict[str, Recall]
@@ -60,6 +71,7 @@ class DemoReport:
     """A few questions with the row that came first."""
     seconds: dict[str, float]
     plot: str
+    scores_plot: str
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore demo --json`` prints."""
@@ -86,23 +98,26 @@ def demo(
     corpus = make_corpus(seed, rows)
     files = _write_corpus(folder, corpus)
     clock = time.perf_counter()
-    loss = _train(folder / "checkpoint", corpus, steps, seed, progress)
-    seconds = {"training": time.perf_counter() - clock}
-    clock = time.perf_counter()
     store = folder / "store"
+    trained = _train(folder, files, corpus, steps, seed, progress)
+    assert trained.checkpoint is not None
+    seconds = {"training with scores": time.perf_counter() - clock}
+    clock = time.perf_counter()
     built: BuildReport = build(
-        checkpoint=folder / "checkpoint", data=files["train"], store=store, name="demo", max_length=MAX_LENGTH,
+        checkpoint=trained.checkpoint, data=files["train"], store=store, name=PART, max_length=MAX_LENGTH,
         batch_tokens=4096, progress=progress,
     )  # fmt: skip
     seconds["build"] = time.perf_counter() - clock
     clock = time.perf_counter()
+    values = _values(store, corpus)
+    plot_scores(Store.open(store).run(RUN), folder / "scores.png")
     domains = _ask_domains(store, files, corpus)
     recall: dict[str, Recall] = {}
     examples: list[dict[str, Any]] = []
     words = TfIdf([row["text"] for row in corpus.train])
     for name in QUESTIONS:
         questions = corpus.val_facts if name == "facts" else corpus.val_facts_paraphrased
-        result = query(store=store, val_set=files[name], each=True, top_k=10)
+        result = query(store=store, part=PART, val_set=files[name], each=True, top_k=10)
         found = [[hit.id for hit in one.hits] for one in result.results]
         recall[name] = _recall(questions, found)
         by_words = words.nearest(words.vectors(q["prompt"] + q["completion"] for q in questions), 10)
@@ -110,9 +125,14 @@ def demo(
         examples += _examples(questions, result.results) if name == "facts" else []
     seconds["queries"] = time.perf_counter() - clock
     report = DemoReport(
-        folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), final_loss=loss, domains=domains,
-        recall=recall, chance_at_10=10 / built.rows, examples=examples, seconds=seconds,
-        plot=str(folder / "demo.png"),
+        folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), domains=domains,
+        final_loss=float(trained.train_loss or np.nan), val_loss=float(trained.val_loss or np.nan),
+        scored={
+            "run": RUN, "negative_share": trained.negative_share, "share_of_time": trained.score_share,
+            "val_refresh_interval": VAL_REFRESH,
+        },
+        values=values, recall=recall, chance_at_10=10 / built.rows, examples=examples, seconds=seconds,
+        plot=str(folder / "demo.png"), scores_plot=str(folder / "scores.png"),
     )  # fmt: skip
     _plot(report, folder / "demo.png")
     (folder / MARKER).write_text(json.dumps(report.to_json(), indent=1) + "\n")
@@ -134,6 +154,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
 def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
     """The corpus as jsonl files, by name; each val domain has one of its own."""
     sets = {"train": corpus.train, "facts": corpus.val_facts, "facts_paraphrased": corpus.val_facts_paraphrased}
+    sets["val"] = corpus.val_domains
     for row in corpus.val_domains:
         sets.setdefault(f"val_{row['domain']}", []).append(row)
     paths = {name: folder / f"{name}.jsonl" for name in sets}
@@ -142,29 +163,34 @@ def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
     return paths
 
 
-def _train(folder: Path, corpus: DemoCorpus, steps: int, seed: int, progress: Progress) -> float:
-    """Tokenizer and model, saved to ``folder``; the mean loss of the last 20 steps."""
-    tokenizer = train_tokenizer(row["text"] for row in corpus.train)
-    task = progress.task("training GPT-2", steps, unit="steps")
-    losses: list[float] = []
+def _train(
+    folder: Path, files: Mapping[str, Path], corpus: DemoCorpus, steps: int, seed: int, progress: Progress
+) -> TrainReport:
+    """A tokenizer, and a small GPT-2 whose samples are scored against every val domain while it trains."""
+    train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
+    return train(
+        data=files["train"], val_set=files["val"], store=folder / "store", name=RUN, output_dir=folder / "training",
+        tokenizer=folder / "tokenizer", architecture="GPT2-Tiny", max_length=MAX_LENGTH, batch_size=16,
+        max_steps=steps, learning_rate=3e-3, adam_beta2=0.99, weight_decay=0.01, eval_interval=steps,
+        val_batch_size=32, val_refresh_interval=VAL_REFRESH, val_groups=True, keep_checkpoints=1, seed=seed,
+        progress=progress,
+    )  # fmt: skip
 
-    def step(report: StepReport) -> None:
-        losses.append(report.loss)
-        task.advance(1)
 
-    with closing(task):
-        model = train_model(
-            corpus.train, tokenizer, steps=steps, batch_size=16, seed=seed, max_length=MAX_LENGTH, on_step=step
-        )
-    save_checkpoint(model, tokenizer, folder)
-    return float(np.mean(losses[-20:]))
+def _values(store: Path, corpus: DemoCorpus) -> dict[str, dict[str, float]]:
+    """For each val domain, the mean Σ η·s of the training samples of each domain."""
+    found = {}
+    for group in sorted({row["domain"] for row in corpus.val_domains}):
+        result = scores(store=store, run=RUN, by="domain", group=group)
+        found[group] = {str(entry.domain): float(entry.value_per_row or 0.0) for entry in result.domains or []}
+    return found
 
 
 def _ask_domains(store: Path, files: Mapping[str, Path], corpus: DemoCorpus) -> dict[str, dict[str, int]]:
     """For each val domain, the domains of the ten rows nearest to its mean gradient."""
     counts: dict[str, dict[str, int]] = {}
     for domain in sorted({row["domain"] for row in corpus.val_domains}):
-        result = query(store=store, val_set=files[f"val_{domain}"], top_k=10, text=False)
+        result = query(store=store, part=PART, val_set=files[f"val_{domain}"], top_k=10, text=False)
         found = [str(hit.domain) for hit in result.results[0].hits]
         counts[domain] = {name: found.count(name) for name in sorted({row["domain"] for row in corpus.train})}
     return counts
@@ -192,28 +218,47 @@ def _examples(questions: Sequence[Mapping[str, str]], results: Sequence[Any], co
 
 
 def _plot(report: DemoReport, path: Path) -> None:
-    """Two panels: domains of the ten nearest rows, and recall of the planted facts beside words and chance."""
+    """Three panels: what training samples did for each val domain, domains of the ten nearest rows, and recall of the
+    planted facts beside words and chance.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    vals, names = list(report.domains), list(next(iter(report.domains.values())))
-    grid = np.array([[report.domains[val][name] for name in names] for val in vals])
-    left.imshow(grid, cmap="Blues", vmin=0, vmax=10)
-    left.set_xticks(range(len(names)), names)
-    left.set_yticks(range(len(vals)), vals)
-    for (y, x), value in np.ndenumerate(grid):
-        left.text(x, y, str(value), ha="center", va="center", color="white" if value > 5 else "black")
-    left.set(title="Ten nearest rows to a val domain's mean gradient", xlabel="domain of the row", ylabel="val domain")
+    figure = Figure(figsize=(16, 4.4), layout="constrained")
+    first, second, third = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    shares = {val: _shares(values) for val, values in report.values.items()}
+    _heat(first, shares, "{:.2f}", (0.0, 1.0))
+    first.set_title("While training: cumulative score of a sample,\nas a share of the highest")
+    first.set(xlabel="domain of the sample", ylabel="scored against the val domain")
+    _heat(second, report.domains, "{:.0f}", (0, 10))
+    second.set_title("After training: the ten rows nearest to\na val domain's mean gradient")
+    second.set(xlabel="domain of the row", ylabel="val domain")
     labels = ["same words,\nat 1", "same words,\nat 10", "other words,\nat 1", "other words,\nat 10"]
     places = np.arange(len(labels))
     for offset, suffix, label, color in ((-0.2, "", "gradients", "#1f5fa8"), (0.2, "_words", "TF-IDF", "#b8b8b8")):
         values = [getattr(report.recall[name + suffix], field) for name in QUESTIONS for field in ("at_1", "at_10")]
-        bars = right.bar(places + offset, values, 0.38, label=label, color=color)
-        right.bar_label(bars, fmt="%.2f", fontsize=8)
+        bars = third.bar(places + offset, values, 0.38, label=label, color=color)
+        third.bar_label(bars, fmt="%.2f", fontsize=8)
     chance = report.chance_at_10
-    right.axhline(chance, color="black", linewidth=0.8, linestyle=":", label=f"chance at 10 ({chance:.3f})")
-    right.set_xticks(places, labels)
-    right.set(ylim=(0, 1.3), title=f"The source rows of {report.planted} planted facts", ylabel="recall")
-    right.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
+    third.axhline(chance, color="black", linewidth=0.8, linestyle=":", label=f"chance at 10 ({chance:.3f})")
+    third.set_xticks(places, labels)
+    third.set(ylim=(0, 1.3), title=f"The source rows of {report.planted} planted facts", ylabel="recall")
+    third.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _shares(values: Mapping[str, float]) -> dict[str, float]:
+    """Each value divided by the largest."""
+    largest = max(values.values())
+    return {name: value / largest if largest > 0 else 0.0 for name, value in values.items()}
+
+
+def _heat(axes: Any, grid: Mapping[str, Mapping[str, float]], form: str, limits: tuple[float, float]) -> None:
+    """Numbers of ``grid``, rows by its keys, on shades of blue."""
+    names = sorted({name for row in grid.values() for name in row})
+    numbers = np.array([[row[name] for name in names] for row in grid.values()])
+    axes.imshow(numbers, cmap="Blues", vmin=limits[0], vmax=limits[1])
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(grid)), list(grid))
+    for (y, x), value in np.ndenumerate(numbers):
+        color = "white" if value > sum(limits) / 2 else "black"
+        axes.text(x, y, form.format(value), ha="center", va="center", color=color)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ghoststore.checkpoint import resolve_device
 from ghoststore.corpus import Fields, open_corpus
@@ -15,8 +18,9 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part, Store
 from indexer.layers import layer_type_by_name
 from indexer.selection import matches
-from query.results import Hit, QueryHits, QueryResult
-from query.search import Metric, Ranking, search
+from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
+from query.results import BlendedHit, Hit, QueryHits, QueryResult
+from query.search import Metric, Ranking, search, similarities
 from query.texts import texts_of
 from query.valset import encode_val_set
 
@@ -37,6 +41,8 @@ def query(
     checkpoint: str | Path | None = None,
     device: str = "auto",
     text: bool = True,
+    with_scores: str | None = None,
+    score_weight: float | None = None,
     progress: Progress | None = None,
 ) -> QueryResult:
     """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``, by exact search.
@@ -46,8 +52,13 @@ def query(
     of plain Kronecker blocks. The val set goes through the model, tokenization and projection that the part's
     manifest names; ``checkpoint`` is another path to the same weights.
 
+    ``with_scores`` names a training run of the store whose values (Σ η·score of a sample) are blended with the
+    similarities: (1 - W)·z(similarity) + W·z(value), W = ``score_weight`` (default 0.5), z standardised over the rows
+    that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
+    unless W is 0.
+
     Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
-    another checkpoint, tokenizer or projection, CorruptError for damaged rows.
+    another checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
     """
     progress = progress or Silent()
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
@@ -56,6 +67,9 @@ def query(
         raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
     if metric not in ("dot", "cosine"):
         raise UsageError(f"--metric {metric!r} is unknown; known: dot, cosine")
+    weight = checked_weight(score_weight)
+    if score_weight is not None and with_scores is None:
+        raise UsageError("--score-weight belongs to --with-scores, which names a training run")
     device = resolve_device(device)
     opened = Store.open(store).part(part)
     if not opened.spans:
@@ -67,6 +81,8 @@ def query(
             f"part {opened.name!r} is not complete: {opened.rows:,} of {opened.layout.rows:,} rows are searched"
         )
     groups = choose_groups(opened, layers, exclude_layers)
+    run = None if with_scores is None else Store.open(store).run(with_scores)
+    values = None if run is None else values_of_rows(opened, run, progress)
     with open_corpus(str(val_set), fields or Fields()) as corpus:
         val = encode_val_set(
             opened, corpus, average=not each, checkpoint=checkpoint, device=device, max_samples=max_samples,
@@ -75,12 +91,25 @@ def query(
     if val.left_out:
         shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {val.used} are used")
+    blend: _Blend | None = None
     with closing(progress.task("searching", opened.rows)) as task:
-        top, bottom = search(
-            opened, val.vectors, metric=metric, top_k=min(top_k, opened.rows), bottom_k=min(bottom_k, opened.rows),
-            groups=groups, device=device, task=task,
-        )  # fmt: skip
-    hits = _hits(opened, [top, bottom], text, progress)
+        counts = (min(top_k, opened.rows), min(bottom_k, opened.rows))
+        if values is None:
+            rankings = search(
+                opened, val.vectors, metric=metric, top_k=counts[0], bottom_k=counts[1], groups=groups, device=device,
+                task=task,
+            )  # fmt: skip
+        else:
+            found = similarities(opened, val.vectors, metric=metric, groups=groups, device=device, task=task)
+            blend = _Blend(found, values, *blended(found, values.value, weight), weight)
+            rankings = (rankings_of(blend.scores, counts[0]), rankings_of(blend.scores, counts[1], sign=-1.0))
+    if blend is not None and blend.without_score:
+        fate = "left out" if weight > 0 else "ranked by similarity, as all are"
+        progress.note(
+            f"{blend.without_score:,} of {blend.without_score + blend.rows:,} usable rows have no score in run "
+            f"{with_scores!r}: they are {fate}"
+        )
+    hits = _hits(opened, rankings, text, progress, blend)
     return QueryResult(
         store=str(store),
         settings={
@@ -97,6 +126,7 @@ def query(
             "exclude_layers": list(exclude_layers),
             "checkpoint": str(checkpoint) if checkpoint else opened.manifest["source"]["checkpoint"],
             "rows": opened.rows,
+            **({} if blend is None else {"with_scores": with_scores, **blend.settings()}),
         },
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(val.ids, *hits, strict=True)
@@ -132,7 +162,47 @@ def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[st
     return chosen
 
 
-def _hits(part: Part, rankings: list[Ranking], text: bool, progress: Progress) -> list[list[list[Hit]]]:
+@dataclass(frozen=True, slots=True)
+class _Blend:
+    """Similarities, values and their blend, for every row of the part."""
+
+    similarity: NDArray[np.float64]
+    """(queries, rows)."""
+    values: RowValues
+    scores: NDArray[np.float64]
+    """(queries, rows): NaN where a row does not take part."""
+    rows: int
+    """Usable rows that have a value."""
+    weight: float
+
+    @property
+    def without_score(self) -> int:
+        """Usable rows without a value."""
+        return int(np.isfinite(self.similarity[0]).sum()) - self.rows
+
+    def settings(self) -> dict[str, Any]:
+        """What the result says of it."""
+        return {
+            "score_weight": self.weight,
+            "blend": BLEND,
+            "value": "cumulative",
+            "joined_by": self.values.joined_by,
+            "run_steps": self.values.steps,
+            "rows_blended": self.rows,
+            "rows_without_score": self.without_score,
+        }
+
+    def hit(self, query: int, row: int, **shared: Any) -> BlendedHit:
+        """The hit of a row."""
+        value = float(self.values.value[row])
+        return BlendedHit(
+            **shared, similarity=float(self.similarity[query, row]), value=value if np.isfinite(value) else None
+        )
+
+
+def _hits(
+    part: Part, rankings: tuple[Ranking, Ranking], text: bool, progress: Progress, blend: _Blend | None
+) -> list[list[list[Hit]]]:
     """For each ranking, for each query, its hits. Every row's data are read once."""
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
@@ -142,21 +212,23 @@ def _hits(part: Part, rankings: list[Ranking], text: bool, progress: Progress) -
     texts = texts_of(part, rows, progress) if text else [None] * len(rows)
     names = part.domains
 
-    def hit(rank: int, row: int, score: np.float64) -> Hit:
+    def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:
         at = place[row]
-        return Hit(
-            rank=rank, score=float(score), id=str(ids[at]), source_row=int(sources[at]),
-            domain=names[domains[at]] if domains[at] >= 0 else None, text=texts[at], window_start=int(windows[at]),
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "rank": rank, "score": float(score), "id": str(ids[at]), "source_row": int(sources[at]),
+            "domain": names[domains[at]] if domains[at] >= 0 else None, "text": texts[at],
+            "window_start": int(windows[at]),
+        }  # fmt: skip
+        return Hit(**shared) if blend is None else blend.hit(query, row, **shared)
 
     return [
         [
             [
-                hit(rank, int(row), score)
+                hit(query, rank, int(row), score)
                 for rank, (row, score) in enumerate(zip(rows_q, scores_q, strict=True), 1)
                 if row >= 0
             ]
-            for rows_q, scores_q in zip(ranking.rows, ranking.scores, strict=True)
+            for query, (rows_q, scores_q) in enumerate(zip(ranking.rows, ranking.scores, strict=True))
         ]
         for ranking in rankings
     ]

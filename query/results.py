@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,16 @@ class Hit:
     """The sample's whole text; None where the source is gone or has changed."""
     window_start: int
     """First token of the row in its sample; 0 unless long samples were split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlendedHit(Hit):
+    """A row of a ranking by ``--with-scores``: ``score`` is the blend of these two."""
+
+    similarity: float
+    """The cosine or dot product."""
+    value: float | None
+    """Σ η·score in the training run; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,36 +75,47 @@ class QueryResult:
 
     def write(self, path: str | Path) -> None:
         """Write to a new file: ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``."""
-        target = check_output(path)
-        with storage_errors(str(target)):
-            if target.suffix == ".parquet":
-                import pyarrow
-                import pyarrow.parquet
+        write_result(path, self.to_json, {"query": str, "list": str, **columns_of(self._hit)}, self.rows())
 
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(self.rows()), _schema()), target)
-                return
-            with open(target, "x", encoding="utf-8", newline="") as file:
-                if target.suffix == ".json":
-                    json.dump(self.to_json(), file, ensure_ascii=False, indent=1)
-                    file.write("\n")
-                elif target.suffix == ".jsonl":
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
-                else:
-                    writer = csv.DictWriter(file, ["query", "list", *Hit.__dataclass_fields__])
-                    writer.writeheader()
-                    writer.writerows(self.rows())
+    @property
+    def _hit(self) -> type[Hit]:
+        """What the hits are."""
+        return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
 
 
-def _schema() -> Any:
-    import pyarrow
+def columns_of(kind: Any) -> dict[str, type]:
+    """The fields of a dataclass of strings and numbers (or None), with their types."""
+    known = {"str": str, "int": int, "float": float}
+    return {field.name: known[str(field.type).removesuffix(" | None")] for field in fields(kind)}
 
-    text, number = pyarrow.string(), pyarrow.int64()
-    return pyarrow.schema(
-        {
-            "query": text, "list": text, "rank": number, "score": pyarrow.float32(), "id": text, "source_row": number,
-            "domain": text, "text": text, "window_start": number,
-        }
-    )  # fmt: skip
+
+def write_result(
+    path: str | Path,
+    document: Callable[[], dict[str, Any]],
+    columns: Mapping[str, type],
+    rows: Iterable[dict[str, Any]],
+) -> None:
+    """Write a new file: the ``document`` as ``.json``, or flat ``rows`` as ``.jsonl``, ``.csv`` or ``.parquet``."""
+    target = check_output(path)
+    with storage_errors(str(target)):
+        if target.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+            schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), target)
+            return
+        with open(target, "x", encoding="utf-8", newline="") as file:
+            if target.suffix == ".json":
+                json.dump(document(), file, ensure_ascii=False, indent=1)
+                file.write("\n")
+            elif target.suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                writer = csv.DictWriter(file, list(columns))
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 def check_output(path: str | Path) -> Path:

@@ -8,8 +8,6 @@ import click
 
 from ghoststore.cli import options
 
-PREVIEW = 90
-
 
 @click.command("query", short_help="a val set to the nearest training samples")
 @options.store
@@ -29,6 +27,19 @@ PREVIEW = 90
 @click.option("--exclude-layers", callback=options.patterns, help="Score without these layers.")
 @click.option("--max-samples", type=int, help="Only the first samples of the val set.")
 @click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from.")
+@click.option(
+    "--with-scores",
+    metavar="RUN",
+    help="Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
+    "row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
+    "value are left out, unless W is 0.",
+)
+@click.option(
+    "--score-weight",
+    type=float,
+    metavar="W",
+    help="W of --with-scores, 0 (similarity alone) to 1 (values alone); default: 0.5.",
+)
 @options.device
 @click.option("--no-text", "text", flag_value=False, default=True, help="Do not look up texts.")
 @click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
@@ -40,6 +51,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore query --store ./store --val-set val.jsonl
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
+      ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
     """  # fmt: skip
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
@@ -61,33 +73,19 @@ def command(**values: Any) -> None:
 
 
 def _print(result: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import preview, print_table
 
-    columns = [
-        ("rank", True),
-        (result.settings["metric"], True),
-        ("id", False),
-        ("row", True),
-        ("domain", False),
-        ("text", False),
-    ]
+    metric, blended = result.settings["metric"], "with_scores" in result.settings
+    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
+    columns = [("rank", True), *scores, ("id", False), ("row", True), ("domain", False), ("text", False)]
     for query in result.results:
         for title, hits in (("nearest to", query.hits), ("farthest from", query.bottom)):
-            if hits:
-                rows = [
-                    [
-                        str(hit.rank),
-                        f"{hit.score:.4g}",
-                        hit.id,
-                        str(hit.source_row),
-                        hit.domain or "",
-                        _preview(hit.text),
-                    ]
-                    for hit in hits
-                ]
+            rows = []
+            for hit in hits:
+                numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
+                shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                rows.append(
+                    [str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)]
+                )  # fmt: skip
+            if rows:
                 print_table(f"{title} {query.query}", columns, rows, fold=False)
-
-
-def _preview(text: str | None) -> str:
-    flat = " ".join((text or "").split())
-    return flat if len(flat) <= PREVIEW else f"{flat[: PREVIEW - 1]}…"

@@ -24,6 +24,8 @@ from ghoststore.progress import Silent, Task
 
 WIDE = 240
 """Columns where stdout is no terminal."""
+PREVIEW = 90
+"""Characters of a text in a table."""
 
 
 class _Rates(ProgressColumn):
@@ -125,6 +127,12 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
     for name, value in facts:
         table.add_row(Text(name), Text(value))
     _stdout().print(table)
+
+
+def preview(text: str | None, length: int = PREVIEW) -> str:
+    """``text`` in one line, cut."""
+    flat = " ".join((text or "").split())
+    return flat if len(flat) <= length else f"{flat[: length - 1]}…"
 
 
 def _stdout() -> Console:

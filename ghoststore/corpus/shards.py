@@ -319,13 +319,15 @@ class TokenShards:
         ids = [name for shard in range(self.layout.shards) for name in self._ids_of(shard)]
         return np.array(ids, dtype=object)
 
-    def tokens_of(self, sample: int) -> NDArray[np.int32]:
-        """(length,) ids of one sample, a copy. IndexError beyond the last, CorruptError for ids that no vocabulary
-        has.
+    def tokens_of(self, sample: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+        """(length,) ids of one sample, or of its tokens ``start`` to ``stop``; a copy. Only these are read.
+
+        IndexError beyond the last sample, CorruptError for ids that no vocabulary has.
         """
         shard, row = self._place(sample)
-        start, length = int(shard.samples["start"][row]), int(shard.samples["length"][row])
-        return self._checked(sample, shard.tokens[start : start + length].astype(np.int32))
+        begin, length = int(shard.samples["start"][row]), int(shard.samples["length"][row])
+        stop = length if stop is None else min(stop, length)
+        return self._checked(sample, shard.tokens[begin + start : begin + stop].astype(np.int32))
 
     def row(self, sample: int) -> dict[str, object]:
         """One sample as a row of a corpus: "id", "domain", "tokens"."""

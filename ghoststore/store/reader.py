@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.spanned import Spanned
-from ghoststore.store.spans import ArraySpec
+from ghoststore.store.spans import ArraySpec, chunk_keys
 
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 19
@@ -120,3 +120,36 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
     finally:
         free.put(None)
         thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Rows (or steps) ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
+
+    start: int
+    stop: int
+    data: dict[str, NDArray[Any]]
+
+
+def side_by_side(source: Spanned[Any], names: Sequence[str], spans: Sequence[int] | None = None) -> Iterator[Pieces]:
+    """Several numeric arrays over ``spans`` (default: every committed one), in order, in pieces whose rows (or steps)
+    are in one chunk of each. Every checksum is checked.
+
+    Memory: one chunk of each array, whatever the size of the part or run.
+    """
+    specs = [source.spec(name) for name in dict.fromkeys(names)]
+    buffers = {spec.name: np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8) for spec in specs}
+    for span in source.spans if spans is None else spans:
+        start, stop = source.layout.span_of(span)
+        held: dict[str, tuple[int, NDArray[Any]]] = {}
+        while start < stop:
+            for spec in specs:
+                first, data = held.get(spec.name, (start, ()))
+                if first + len(data) > start:
+                    continue
+                first = start - start % spec.chunk_rows
+                read_chunk(source.path / chunk_keys(spec, first, first + 1)[0], buffers[spec.name])
+                held[spec.name] = (first, _numbers(buffers[spec.name], spec, min(spec.chunk_rows, stop - first)))
+            end = min(first + len(data) for first, data in held.values())
+            yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
+            start = end

@@ -6,9 +6,8 @@ Legend: B samples of a batch, V val samples, G val groups, K blocks, D numbers o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -18,74 +17,34 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
 from indexer.dotprod.parameters import (
     Ledger,
     batch_norms_of,
-    devices_of,
+    evaluating,
     refuse_batch_statistics,
     refuse_unsupported_wrappers,
     survey,
+    unwrapped,
+    version_of,
 )
+from indexer.dotprod.scores import Scores, divide
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.tap import See, Tap
+from indexer.dotprod.val_data import (
+    ValLosses,
+    batches_of,
+    computes_in_float16,
+    default_losses,
+    language_model_losses,
+    size_of,
+    target_counts,
+)
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
-from indexer.losses import next_token_losses, next_token_losses_plainly
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import select_blocks
-
-ValLosses = Callable[[nn.Module, Any], Tensor]
-"""(model, val batch) to the loss of each of its samples, (v,)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """What :meth:`GradDotProdEngine.collect` gives for one batch; float64 on the model's device."""
-
-    total: Tensor
-    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss."""
-    groups: Tensor
-    """(B, G): against the mean of each val group; one column without groups."""
-    parameters: dict[str, Tensor]
-    """(B,) by parameter; they sum to ``total``. Empty in the sketched mode."""
-    blocks: dict[str, Tensor]
-    """(B,) by module that owns the parameters (a tied parameter: the first). Empty under a global sketch."""
-    pairs: Tensor | None
-    """(B, B): ⟨∇ℓ_i, ∇ℓ_j⟩, where asked for."""
-    vectors: Tensor | None
-    """(B, D) float32: projected gradients of the samples, in the sketched mode."""
-    val_age: int
-    """Optimizer steps since the val gradient was computed."""
-    seconds: float = 0.0
-    """Time spent on scoring in this batch, val pass included (host time)."""
-
-
-def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Next-token loss of each sample of a val batch: a mapping with input_ids, labels and maybe attention_mask, or
-    a tuple of them in that order. Labels are the input ids, -100 where a token is no target.
-    """
-    if not isinstance(batch, Mapping):
-        batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
-    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
-    labels = batch.pop("labels")
-    logits = model(**batch).logits
-    # The fast form has made its gradient before a scale could reach it, and float16 needs the scale.
-    form = next_token_losses_plainly if _computes_in_float16(model) else next_token_losses
-    return form(logits, labels)[0]
-
-
-def _computes_in_float16(model: nn.Module) -> bool:
-    first = next(model.parameters())
-    kind = first.device.type
-    return first.dtype == torch.float16 or (
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    )
-
-
-def target_counts(labels_BT: Tensor) -> Tensor:
-    """(B,) int64: targets of each sample under the next-token shift."""
-    return (labels_BT[:, 1:] != -100).sum(1)
 
 
 class GradDotProdEngine:
@@ -137,11 +96,11 @@ class GradDotProdEngine:
             raise UsageError(
                 "pairs, route and exclude_layers belong to the exact score; the projection names the layers it sketches"
             )
-        self.model = _unwrap(model)
+        self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
-        self._val_batches = _batches(val_data)
-        self._val_losses = val_losses or (language_model_losses if val_data is None else _default_losses(self.model))
+        self._val_batches = batches_of(val_data)
+        self._val_losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
         self._optimizer = optimizer
         self._groups = groups
         self.method: ExactMethod | SketchedMethod
@@ -167,7 +126,7 @@ class GradDotProdEngine:
         self._leaf: Tensor | None = None
         self._upstreams: list[Tensor] = []
         self._weights: Tensor | None = None
-        self._checking: _AutogradDots | None = None
+        self._checking: AutogradDots | None = None
         self._unchecked = check
         self._narrow = False
         self._seconds = 0.0
@@ -194,7 +153,7 @@ class GradDotProdEngine:
         except BaseException:
             self.detach()
             raise
-        if _version_of(self.model) != self._version_at_detach:
+        if version_of(self.model) != self._version_at_detach:
             self._age = None
         return self
 
@@ -205,7 +164,7 @@ class GradDotProdEngine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._version_at_detach = _version_of(self.model)
+        self._version_at_detach = version_of(self.model)
         self.discard()
 
     def __enter__(self) -> GradDotProdEngine:
@@ -236,7 +195,7 @@ class GradDotProdEngine:
     @property
     def val_samples(self) -> int:
         """Samples in the val set."""
-        return sum(_size_of(batch) for batch in self._val_batches)
+        return sum(size_of(batch) for batch in self._val_batches)
 
     def stepped(self) -> None:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
@@ -248,7 +207,7 @@ class GradDotProdEngine:
 
     def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
         """Other val samples; their gradient is computed at the next :meth:`prepare`."""
-        self._val_batches, self._groups, self._age = _batches(val_data), groups, None
+        self._val_batches, self._groups, self._age = batches_of(val_data), groups, None
 
     def refresh(self, loss_scale: float = 1.0) -> None:
         """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
@@ -260,7 +219,7 @@ class GradDotProdEngine:
         self._require_attached()
         if self._phase is not None:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
-        if self._val_losses is language_model_losses and not _computes_in_float16(self.model):
+        if self._val_losses is language_model_losses and not computes_in_float16(self.model):
             loss_scale = 1.0  # no other dtype needs it
         begun = time.perf_counter()
         self._age = None  # what an error below leaves behind is never used
@@ -272,8 +231,8 @@ class GradDotProdEngine:
             loss_scale = max(1.0, loss_scale / 16)
         if expected is not None and isinstance(self.method, ExactMethod):
             self.method.check_val(expected, self._tolerance())
-            self._checking = _AutogradDots(expected)
-        self._age, self._version_at_refresh = 0, _version_of(self.model)
+            self._checking = AutogradDots(expected)
+        self._age, self._version_at_refresh = 0, version_of(self.model)
         self._seconds += time.perf_counter() - begun
 
     def _val_pass(self, scale: float, expected: dict[str, Tensor] | None) -> bool:
@@ -285,14 +244,14 @@ class GradDotProdEngine:
         device = next(self.model.parameters()).device
         if not self._val_batches:
             raise UsageError("there is no val set: give val_data, or call set_validation()")
-        with _evaluating(self.model), torch.enable_grad():
+        with evaluating(self.model), torch.enable_grad():
             sizes: list[int] = []
             begun = False
             for batch in self._val_batches:
-                size = _size_of(batch)
+                size = size_of(batch)
                 if not begun:
                     # How many there are is known before the first pass, from the batches themselves.
-                    counts = [_size_of(each) for each in self._val_batches]
+                    counts = [size_of(each) for each in self._val_batches]
                     self._name_groups(sum(counts), device)
                     begun = True
                 self._first_val, self._batch = sum(sizes), size
@@ -382,7 +341,7 @@ class GradDotProdEngine:
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
-        if self._age == 0 and not self._told and _version_of(self.model) != self._version_at_refresh:
+        if self._age == 0 and not self._told and version_of(self.model) != self._version_at_refresh:
             raise UsageError(
                 "the weights changed after the val gradient was computed, but no optimizer step was reported: give the "
                 "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
@@ -473,12 +432,12 @@ class GradDotProdEngine:
             self.method.check_train(raw, self._checking.found(), self._tolerance())
             self._checking.detach()
             self._checking, self._unchecked = None, False
-        divided = {name: _divide(value_BG, scale_B) for name, value_BG in raw.items()}
+        divided = {name: divide(value_BG, scale_B) for name, value_BG in raw.items()}
         assert self.ledger is not None
         groups = torch.zeros(self._batch, len(self.group_names), dtype=torch.float64, device=scale_B.device)
         blocks: dict[str, Tensor] = {name: groups.new_zeros(self._batch) for name in self.ledger.blocks}
         parameters: dict[str, Tensor] = {}
-        nothing_BG = _divide(torch.zeros_like(groups), scale_B)
+        nothing_BG = divide(torch.zeros_like(groups), scale_B)
         for name, scored in self.ledger.parameters.items():
             found_BG = divided.get(name, nothing_BG)
             groups = groups + found_BG
@@ -486,13 +445,13 @@ class GradDotProdEngine:
             blocks[scored.block] = blocks[scored.block] + parameters[name]
         return Scores(
             total=groups @ self._group_share, groups=groups, parameters=parameters, blocks=blocks,
-            pairs=None if raw_pairs is None else _divide(_divide(raw_pairs, scale_B).t(), scale_B).t(), vectors=None,
+            pairs=None if raw_pairs is None else divide(divide(raw_pairs, scale_B).t(), scale_B).t(), vectors=None,
             val_age=self._age or 0,
         )  # fmt: skip
 
     def _sketched(self, scale_B: Tensor) -> Scores:
         assert isinstance(self.method, SketchedMethod)
-        vectors_BD = _divide(self.method.end_train_vectors().double(), scale_B)
+        vectors_BD = divide(self.method.end_train_vectors().double(), scale_B)
         if self.method.val_GD is None or self._group_share is None:
             nothing = vectors_BD.new_full((self._batch,), torch.nan)
             return Scores(
@@ -524,8 +483,11 @@ class GradDotProdEngine:
             x = args[0] if args else next(iter(kwargs.values()))
             x, y = by_sample(x, y, self._batch, kind, name)
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
+            begun = time.perf_counter()
             with torch.autocast(device_type=y.device.type, enabled=False):
                 kept = self.method.to_keep(name, x, y.dtype)
+            if self._phase == "train":  # the val pass is timed as a whole
+                self._seconds += time.perf_counter() - begun
             see, leaf = self._see(name), self._leaf if self._phase == "val" else None
             output: Tensor = Tap.apply(y, kept, see, leaf)  # type: ignore[no-untyped-call]
             return output
@@ -554,111 +516,6 @@ class GradDotProdEngine:
 
     def _tolerance(self) -> float:
         return 0.1 if self._narrow else 2e-3
-
-
-class _AutogradDots:
-    """⟨gradient, val gradient⟩ of every parameter, by autograd alone: hooks on the parameters for one backward."""
-
-    def __init__(self, expected: dict[str, Tensor]) -> None:
-        self._expected = expected
-        self._dots: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, ledger: Ledger) -> None:
-        self.detach()
-        self._dots, self._sums = {}, {}
-        for name, scored in ledger.parameters.items():
-            self._handles.append(scored.parameter.register_hook(self._hook(name)))  # type: ignore[no-untyped-call]
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
-            wide = gradient.to(self._expected[name].dtype)
-            dot = (wide * self._expected[name]).sum(dtype=torch.float64)
-            size = wide.norm().double() * self._expected[name].norm().double()
-            self._dots[name] = self._dots[name] + dot if name in self._dots else dot
-            self._sums[name] = self._sums[name] + size if name in self._sums else size
-
-        return hook
-
-    def found(self) -> dict[str, tuple[float, float]]:
-        """(dot, product of the norms) by parameter that got a gradient."""
-        return {name: (float(dot), float(self._sums[name])) for name, dot in self._dots.items()}
-
-    def says_something(self) -> bool:
-        """Whether a gradient came that is not all zero (a batch without targets) nor out of range (float16)."""
-        sizes = torch.stack(list(self._sums.values())) if self._sums else torch.zeros(1)
-        return bool(torch.isfinite(sizes).all()) and bool((sizes > 0).any())
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the random state and every module's own mode are put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=devices_of(model)):
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _version_of(model: nn.Module) -> int:
-    """A number that grows whenever a parameter is changed in place, as optimizers do."""
-    return sum(parameter._version for parameter in model.parameters())
-
-
-def _divide(value: Tensor, scale_B: Tensor) -> Tensor:
-    """``value`` (B, …) float64 divided by the scale of each sample; NaN where a sample has no share in the loss."""
-    return value / scale_B.masked_fill(scale_B == 0, torch.nan).unsqueeze(1)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel: its layers and their names are the model's own."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _batches(val_data: Any) -> list[Any]:
-    if val_data is None:
-        return []
-    batches = val_data if isinstance(val_data, list) else [val_data]
-    if not batches:
-        raise UsageError("the val set has no samples")
-    return batches
-
-
-def _size_of(batch: Any) -> int:
-    """Samples in a val batch: the first axis of its first tensor."""
-    first = batch
-    while not isinstance(first, Tensor):
-        if isinstance(first, Mapping):
-            first = next(iter(first.values()))
-        elif isinstance(first, Sequence) and len(first):
-            first = first[0]
-        else:
-            raise UsageError(
-                f"a val batch holds tensors whose first axis is the samples; found a {type(batch).__name__}"
-            )
-    return len(first)
-
-
-def _default_losses(model: nn.Module) -> ValLosses:
-    if not hasattr(model, "get_output_embeddings"):
-        raise UsageError(
-            f"{type(model).__name__} is not a language model of transformers: give val_losses=f, where f(model, batch) "
-            "is the loss of each sample of a val batch, shape (samples,)"
-        )
-    return language_model_losses
 
 
 def _drawn(model: nn.Module, projection: ProjectionConfig | Projection) -> Projection:

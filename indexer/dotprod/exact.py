@@ -264,9 +264,10 @@ def _finite(term: Term) -> bool:
 
 def _behind_the_back(name: str, error: float, what: str) -> str:
     return (
-        f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size, so it is used where no "
-        "tap sees it (a functional call on the weight, a module that was replaced after attaching), or a hook of the "
-        "parameter changes its gradient. Leave it out with exclude_layers"
+        f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size. It is used where no tap "
+        "sees it (a functional call on the weight, a module that was replaced after attaching, a graph compiled "
+        "before), or a hook of the parameter changes its gradient. Leave it out with exclude_layers; check=False "
+        "trusts the taps"
     )
 
 

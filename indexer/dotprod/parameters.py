@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
@@ -53,7 +55,9 @@ class Ledger:
 
 
 def refuse_unsupported_wrappers(model: nn.Module) -> None:
-    """UsageError for what hides or splits the parameters: torch.compile, FSDP, sharded tensors, batch norm."""
+    """UsageError for what hides or splits the parameters (torch.compile, FSDP, sharded tensors, several devices) and
+    for batch norm.
+    """
     if hasattr(model, "_orig_mod"):
         raise UsageError(
             f"{type(model).__name__} was compiled by torch.compile: its graph would leave the taps out. Give the "
@@ -66,6 +70,9 @@ def refuse_unsupported_wrappers(model: nn.Module) -> None:
             raise UsageError(f"{where} is sharded by {type(module).__name__}: not supported; use DDP")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise UsageError(f"{where} was compiled in place (module.compile()): its graph would leave the taps out")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UsageError(f"the parameters lie on {', '.join(devices)}: one device is supported, or DDP")
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise UsageError(f"parameter {name!r} is a sharded tensor (DTensor): not supported; use DDP")
@@ -163,3 +170,29 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
 def devices_of(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that ``model`` lies on."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; the random state and every module's own mode are put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=devices_of(model)):
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def version_of(model: nn.Module) -> int:
+    """A number that grows whenever a parameter is changed in place, as optimizers do."""
+    return sum(parameter._version for parameter in model.parameters())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel: its layers and their names are the model's own."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner

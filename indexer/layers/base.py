@@ -109,14 +109,20 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
 def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> tuple[Tensor, Tensor]:
     """Input and output of the layer ``name`` with the batch's samples as first axis.
 
-    A position embedding runs once for the whole batch: the same numbers, seen once a sample. CaptureError for
-    any other layer whose first axis is not the batch.
+    A position embedding runs once for the whole batch: the same numbers, seen once a sample (what follows then works
+    on B copies: dropout on positions alone would draw for each). CaptureError for any other layer whose first axis is
+    not the batch.
     """
     # An index of one axis may be positions, however many there are: never taken for samples.
     if x.shape[0] == batch and not (kind.is_lookup and x.dim() == 1):
         return x, y
     if kind.is_lookup and x.dim() == 2 and x.shape[0] == 1:
         return x.expand(batch, -1), y.expand(batch, -1, -1)
+    if kind.is_lookup and x.dim() == 1:
+        raise CaptureError(
+            f"layer {name!r} saw an input of shape {tuple(x.shape)}, an index of one axis: samples or positions? Give "
+            "it two, (samples, 1) or (1, positions), or leave the layer out with exclude_layers"
+        )
     raise CaptureError(
         f"layer {name!r} saw an input of shape {tuple(x.shape)}; its first axis must be the {batch} samples of the "
         "batch. Leave the layer out with exclude_layers"

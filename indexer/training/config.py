@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
@@ -23,7 +24,7 @@ def _option(name: str) -> str:
 
 def _at_least(least: float, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < inf:
             raise UsageError(f"{_option(name)} must be at least {least}, not {value}")
 
 
@@ -58,11 +59,13 @@ class OptimizationConfig:
         _at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
         _at_least(1, max_steps=self.max_steps)
         _at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        if not self.learning_rate > 0:
-            raise UsageError(f"--learning-rate must be above 0, not {self.learning_rate}")
-        for name in ("min_learning_rate_ratio", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{_option(name)} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.learning_rate < inf:
+            raise UsageError(f"--learning-rate must be above 0 and finite, not {self.learning_rate}")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise UsageError(f"--min-learning-rate-ratio must be between 0 and 1, not {self.min_learning_rate_ratio}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{_option(name)} must be at least 0 and below 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +131,8 @@ class TrainConfig:
         _at_least(2, max_length=self.max_length)
         _one_of(Overlong, overlong=self.overlong)
         _one_of(OnStoreError, on_store_error=self.on_store_error)
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed must be between 0 and 2**63 - 1, not {self.seed}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout must be at least 0 and below 1, not {self.dropout}")
         for name, dtype in (("model_dtype", self.model_dtype), ("train_dtype", self.arithmetic)):
@@ -155,7 +160,7 @@ class TrainConfig:
         for part, kind in parts.items():
             names = {f.name for f in fields(kind)} & options.keys()
             taken[part] = kind(**{name: options.pop(name) for name in names})
-        unknown = sorted(options.keys() - {f.name for f in fields(cls)})
+        unknown = sorted(options.keys() - {f.name for f in fields(cls) if f.name not in parts})
         if unknown:
             raise UsageError(f"there is no option {_option(unknown[0])}")
         return cls(**taken, **options)

@@ -100,10 +100,9 @@ class TrainingRows:
     def __len__(self) -> int:
         return len(self.sample)
 
-    @property
-    def targets(self) -> NDArray[np.int64]:
-        """(N,): targets of each row."""
-        return np.asarray(np.maximum(self.length - self.first_target, 0), dtype=np.int64)
+    def targets_of(self, rows: NDArray[np.int64]) -> int:
+        """Targets of these rows together."""
+        return int(np.maximum(self.length[rows] - self.first_target[rows], 0).sum())
 
     def table(self) -> RowTable:
         """The row table of a run."""
@@ -117,19 +116,15 @@ class TrainingRows:
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         """The micro-batch of these rows."""
-        longest = int(self.length[rows].max())
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        labels = torch.full((len(rows), longest), IGNORED)
-        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            start, count = int(self.window_start[row]), int(self.length[row])
-            tokens = torch.from_numpy(
-                self.shards.tokens_of(int(self.sample[row]))[start : start + count].astype(np.int64)
-            )
-            ids[place, :count] = tokens
-            first = int(self.first_target[row])
-            labels[place, first:count] = tokens[first:]
-            mask[place, :count] = 1
+        length_B1, first_B1 = self.length[rows][:, None], self.first_target[rows][:, None]
+        place_T = np.arange(int(length_B1.max()))
+        ids_BT = np.zeros((len(rows), len(place_T)), dtype=np.int64)
+        for place, row in enumerate(rows.tolist()):
+            start, length = int(self.window_start[row]), int(self.length[row])
+            ids_BT[place, :length] = self.shards.tokens_of(int(self.sample[row]), start, start + length)
+        mask_BT = place_T < length_B1
+        labels_BT = np.where(mask_BT & (place_T >= first_B1), ids_BT, IGNORED)
+        ids, labels, mask = map(torch.from_numpy, (ids_BT, labels_BT, mask_BT.astype(np.int64)))
         return Batch(rows, ids, labels, mask)
 
 

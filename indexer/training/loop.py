@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ghoststore.errors import CaptureError
+from ghoststore.errors import DivergedError
 from indexer import draws
-from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.parameters import devices_of
 from indexer.losses import training_loss
-from indexer.training.config import OptimizationConfig, ScoringConfig, TrainConfig
+from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.ranks import Ranks
-from indexer.training.validation import ValSet
+from indexer.training.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class StepResult:
     train_loss: float
     """Mean over all targets of the step, nats a token."""
     grad_norm: float
-    """Before clipping; NaN where it is not computed."""
+    """Before clipping; infinite or NaN where a loss scaler left the step out."""
     tokens: int
     """Tokens of all ranks, without padding."""
     seconds: float
@@ -71,6 +71,24 @@ def make_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
 
 
+def autocast(config: TrainConfig, device: str) -> AbstractContextManager[Any]:
+    """The arithmetic of a forward pass under ``config``."""
+    if not config.autocast:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, config.arithmetic))
+
+
+def make_scaler(config: TrainConfig, device: str, state: Mapping[str, float]) -> torch.amp.GradScaler | None:
+    """The loss scaler of float16, in ``state`` (empty: new); None for other arithmetic."""
+    if config.arithmetic != "float16":
+        return None
+    scaler = torch.amp.GradScaler(torch.device(device).type)
+    if state:
+        counts = {name: int(state[name]) for name in ("growth_interval", "_growth_tracker")}
+        scaler.load_state_dict({**scaler.state_dict(), **state, **counts})
+    return scaler
+
+
 @dataclass(slots=True)
 class Trainer:
     """Everything that a step needs. ``model`` may be wrapped in DistributedDataParallel."""
@@ -96,7 +114,7 @@ class Trainer:
             group["lr"] = eta
         rows_of_step = self.order.rows_of(step)
         # Gradients are averaged over ranks: each rank divides by the targets of all, over the number of ranks.
-        total_targets = float(self.rows.targets[rows_of_step].sum()) / self.ranks.count
+        total_targets = self.rows.targets_of(rows_of_step) / self.ranks.count
         mine = np.split(rows_of_step, self.ranks.count)[self.ranks.rank]
         micro_batches = np.split(mine, asked.gradient_accumulation_steps)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -109,8 +127,12 @@ class Trainer:
                 loss, part = self._micro_step(batch, total_targets, step)
             loss_sum += loss
             parts.append(part)
-        grad_norm = self._clip_and_update(asked.max_grad_norm)
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
+        if not math.isfinite(train_loss):
+            raise DivergedError.at(step + 1, f"the loss is {train_loss}")
+        grad_norm = self._clip_and_update(step, asked.max_grad_norm)
+        if self.scorer is not None:
+            self.scorer.stepped()
         own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return StepResult(
             step=step, learning_rate=eta, train_loss=train_loss, grad_norm=grad_norm,
@@ -137,11 +159,19 @@ class Trainer:
             part |= self.scorer.collect()
         return loss.detach().double(), part
 
-    def _clip_and_update(self, max_norm: float) -> float:
+    def _clip_and_update(self, step: int, max_norm: float) -> float:
+        """The optimizer's step; the norm of the gradient before clipping. Under a loss scaler, a step whose gradient
+        is out of range is left out, as long as a smaller scale may help.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        scale = self._scale()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm) if max_norm > 0 else torch.tensor(math.nan)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(torch.isfinite(norm)) and (self.scaler is None or scale <= 1.0):
+            raise DivergedError.at(step + 1, f"the norm of the gradient is {float(norm)}")
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -152,9 +182,15 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the forward pass."""
-        if not self.config.autocast:
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=getattr(torch, self.config.arithmetic))
+        return autocast(self.config, self.device)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model itself."""
+        wrapped = self.model
+        inner = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
+        assert isinstance(inner, nn.Module)
+        return inner
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         model = self.model
@@ -164,84 +200,11 @@ class Trainer:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
     def _seed(self, step: int, micro_batch: int) -> None:
-        """The random state of a micro-batch (dropout) follows from seed, step, rank and place: nothing to save."""
-        if self.config.dropout > 0:
-            key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
-            torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
-
-
-class Scorer:
-    """The engine, fed with val samples as the configuration says. One a rank."""
-
-    def __init__(
-        self,
-        engine: GradDotProdEngine,
-        val: ValSet,
-        config: ScoringConfig,
-        *,
-        checkpoint_interval: int,
-        groups: list[str],
-        blocks: list[str],
-        vectors: bool = False,
-    ) -> None:
-        self.engine = engine
-        self.val = val
-        self.config = config
-        self.groups = groups
-        """Names of the val groups of the run; empty without groups."""
-        self.blocks = blocks
-        """Names of the blocks whose scores are kept; empty where none are."""
-        self.vectors = vectors
-        self._step: int | None = None
-        self._checkpoint_interval = checkpoint_interval
-        self._seconds = 0.0
-        self._rows: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-
-    def prepare(self, batch: Batch, step: int, loss_scale: float) -> None:
-        """Open the engine for ``batch``; if the val gradient is due, choose its val samples first.
-
-        It is due at multiples of the refresh interval, and after a checkpoint, where a resumed run has none.
+        """The random state of a micro-batch (dropout, a checkpoint's own too) follows from seed, step, rank and place:
+        there is nothing to save.
         """
-        interval = self.config.val_refresh_interval
-        if step != self._step and (self._step is None or not step % interval or not step % self._checkpoint_interval):
-            chosen = self.val.chosen(step // interval, self.config.val_batch_size, self.config.val_sampling)
-            batches, places = self.val.batches(chosen.tolist())
-            names = [self.val.domain_of(place) for place in places]
-            self.engine.set_validation(batches, names if self.groups else None)
-        self._step = step
-        self.engine.prepare(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
-
-    def watch(self, loss: torch.Tensor, batch: Batch, total_targets: float) -> None:
-        """The loss is Σ over targets ÷ ``total_targets``."""
-        targets_B = (batch.labels[:, 1:] != -100).sum(1)
-        self.engine.watch(loss, weights=targets_B / total_targets)
-
-    def collect(self) -> dict[str, NDArray[Any]]:
-        """The scores of the batch, as the store keeps them."""
-        scores = self.engine.collect()
-        self._seconds += scores.seconds
-        found = {"score": _stored(scores.total)}
-        if self.groups:
-            column = {name: place for place, name in enumerate(self.engine.group_names)}
-            each = [_stored(scores.groups[:, column[name]]) if name in column else None for name in self.groups]
-            absent = np.full(len(scores.total), np.nan, dtype=np.float32)
-            found["group_score"] = np.stack([absent if values is None else values for values in each], axis=1)
-        if self.blocks:
-            found["block_score"] = np.stack([_stored(scores.blocks[name]) for name in self.blocks], axis=1)
-        if self.vectors:
-            if scores.vectors is None:
-                raise CaptureError("the exact score has no vectors; only the sketched one has")
-            found["vector"] = scores.vectors.cpu().numpy()
-        return found
-
-    def take_seconds(self) -> float:
-        """Time spent on scoring since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-def _stored(values: torch.Tensor) -> NDArray[np.float32]:
-    return values.float().cpu().numpy()
+        key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
+        torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
 
 
 def run_steps(
@@ -250,9 +213,12 @@ def run_steps(
     *,
     on_step: Callable[[StepResult], None],
 ) -> None:
-    """Steps ``first`` to the last, the engine attached and the model in training mode."""
+    """Steps ``first`` to the last, the engine attached and the model in training mode. The caller's random state is
+    put back.
+    """
     trainer.model.train()
     with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices_of(trainer.model)))
         if trainer.scorer is not None:
             stack.enter_context(trainer.scorer.engine)
         for step in range(first, trainer.steps):

@@ -33,11 +33,6 @@ class Ranks:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.count > 1:
-            dist.barrier()
-
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over ranks, on every rank."""
         if self.count > 1:

@@ -2,7 +2,8 @@
 
 ``checkpoint-<step>/`` holds model and tokenizer as ``save_pretrained`` writes them; ``training_state/`` in it the
 optimizer's tensors by parameter name (``optimizer.safetensors``), steps that the store does not have yet
-(``pending.safetensors``) and ``state.json``. It appears under its name only when all of it is on the disk.
+(``pending.safetensors``) and ``state.json``, with the checksums of everything that resuming reads. It appears under its
+name only when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ghoststore.checkpoint import quiet_transformers
-from ghoststore.errors import CheckpointError, MismatchError, UsageError
-from ghoststore.store.commits import json_digest
+from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
+from ghoststore.software import versions_of
+from ghoststore.store.commits import FileRecord, json_digest
 from ghoststore.store.disk import create_whole, storage_errors
 from ghoststore.store.manifest import differences
 
@@ -69,24 +71,36 @@ def save_state(
     pending: Mapping[str, NDArray[Any]],
     scaler: Mapping[str, float],
 ) -> Path:
-    """Write ``checkpoint-<step>`` in ``folder``; StorageError if the disk refuses. What stands there is left alone."""
-    value = {
-        "format": FORMAT, "step": step, "identity": dict(identity), "identity_sha256": json_digest(dict(identity)),
-        "scaler": dict(scaler), "torch": torch.__version__,
+    """Write ``checkpoint-<step>`` in ``folder``. What stands there is left alone.
+
+    StorageError if the disk refuses, DivergedError (and no checkpoint) if a weight is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise DivergedError.at(step, f"parameter {name!r} is not finite any more, so no checkpoint was written")
+    path = folder / f"checkpoint-{step}"
+    value: dict[str, Any] = {
+        "format": FORMAT, "step": step, "identity": dict(identity), "scaler": dict(scaler),
+        "software": versions_of("ghoststore", "torch", "transformers"),
     }  # fmt: skip
 
     def fill(begun: Path) -> None:
-        with quiet_transformers():
-            model.save_pretrained(begun)
-        tokenizer.save_pretrained(begun)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
         state = begun / STATE
         state.mkdir()
-        save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
-        save_file(tensors, state / "pending.safetensors")
+        try:
+            with quiet_transformers():
+                model.save_pretrained(begun)
+            tokenizer.save_pretrained(begun)
+            save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
+            save_file(tensors, state / "pending.safetensors")
+        except SafetensorError as error:  # it hides the operating system's own
+            raise StorageError(f"cannot write {path}: {error}. Checkpoints before it are intact") from error
+        files = [*begun.glob("*.safetensors*"), begun / "config.json", *state.iterdir()]
+        value["files"] = {str(file.relative_to(begun)): asdict(FileRecord.of(file)) for file in sorted(files)}
+        value["sha256"] = json_digest(value)
         (state / "state.json").write_text(json.dumps(value, indent=1) + "\n")
 
-    path = folder / f"checkpoint-{step}"
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
     create_whole(path, f"checkpoint {path}", fill, "--output-dir")
@@ -102,54 +116,107 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return found
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Mapping[str, Any]) -> Resumed:
-    """Put optimizer state from ``path`` back (the model is loaded already) and say where training stood.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """A checkpoint whose files are those that were written. Made by :func:`read_state`."""
 
-    MismatchError if the checkpoint is of another run, CheckpointError if it is damaged or lacks a parameter.
+    path: Path
+    step: int
+    """Finished steps."""
+    identity: dict[str, Any]
+    """Sections of the run's manifest."""
+    scaler: dict[str, float]
+    software: dict[str, str]
+
+
+def read_state(path: Path) -> SavedState:
+    """What ``state.json`` of a checkpoint says, before anything of it is loaded; every file's checksum is checked.
+
+    UsageError for a checkpoint that `ghoststore train` did not write, CorruptError naming the file that is damaged.
     """
-    state = path / STATE
+    file = path / STATE / "state.json"
     try:
-        value = json.loads((state / "state.json").read_text())
-        step, stored, scaler = int(value["step"]), dict(value["identity"]), dict(value["scaler"])
-        if value["format"] != FORMAT or value["identity_sha256"] != json_digest(stored):
-            raise ValueError("its checksum or its format does not fit")
+        value = json.loads(file.read_bytes())
+        stated = value.pop("sha256")
+        if stated != json_digest(value):
+            raise ValueError("its checksum does not hold")
+        if value["format"] != FORMAT:
+            raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
+        saved = SavedState(
+            path=path, step=int(value["step"]), identity=dict(value["identity"]),
+            scaler={str(name): float(number) for name, number in value["scaler"].items()},
+            software=dict(value["software"]),
+        )  # fmt: skip
+        records = {str(name): FileRecord(**record) for name, record in value["files"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        if (path / STATE).is_dir():
+            raise CorruptError(f"{file} is missing; remove {path} to go on from an earlier checkpoint") from None
+        raise UsageError(
+            f"{path} was not written by `ghoststore train`: it has no {STATE}; give another --output-dir, or start "
+            "from it with --checkpoint"
+        ) from None
+    except MismatchError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{file} is damaged ({error}); remove {path} to go on from an earlier checkpoint") from error
+    for name, record in records.items():
+        try:
+            found = FileRecord.of(path / name)
+        except OSError as error:
+            raise CorruptError(f"{path / name} cannot be read: {error}; {_earlier(path)}") from error
+        if found != record:
+            raise CorruptError(
+                f"{path / name} is not what was written ({record.bytes} bytes, sha256 {record.sha256[:12]}…; found "
+                f"{found.bytes} bytes, {found.sha256[:12]}…); {_earlier(path)}"
+            )
+    return saved
+
+
+def restore(saved: SavedState, model: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed:
+    """Put the optimizer's state back (the model's weights are loaded already) and say where training stood.
+
+    CorruptError if it is not that of this model's parameters.
+    """
+    state = saved.path / STATE
+    try:
         tensors = load_file(state / "optimizer.safetensors")
         pending = {key: tensor.numpy() for key, tensor in load_file(state / "pending.safetensors").items()}
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path} was not written by `ghoststore train` (no {Path(str(error.filename)).name}); give another "
-            "--output-dir, or start from it with --checkpoint"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{state} is damaged: {error}; remove {path} to go on from an earlier one") from error
-    _refuse_other(stored, identity, path)
+    except (OSError, SafetensorError) as error:
+        raise CorruptError(f"{state} cannot be read: {error}; {_earlier(saved.path)}") from error
     parameters = named_parameters(model)
     for key, tensor in tensors.items():
         name, _, quantity = key.rpartition("/")
         parameter = parameters.get(name)
         if parameter is None or (quantity != "step" and tensor.shape != parameter.shape):
-            raise CheckpointError(f"{state}: {key!r} of shape {tuple(tensor.shape)} fits no parameter of the model")
-        on = tensor if quantity == "step" else tensor.to(parameter.device)
-        optimizer.state[parameter][quantity] = on
-    if step and any(name for name, p in parameters.items() if p not in optimizer.state):
-        raise CheckpointError(f"{state} lacks the optimizer's state of some parameters; remove {path}")
-    return Resumed(step=step, pending=pending, scaler={str(k): float(v) for k, v in scaler.items()})
+            raise CorruptError(f"{state}: {key!r} of shape {tuple(tensor.shape)} fits no parameter of the model")
+        optimizer.state[parameter][quantity] = tensor if quantity == "step" else tensor.to(parameter.device)
+    lacking = [name for name, parameter in parameters.items() if parameter not in optimizer.state]
+    if lacking and tensors:  # there are none while a loss scaler has left out every step
+        raise CorruptError(f"{state} lacks the optimizer's state of {lacking[0]!r}; {_earlier(saved.path)}")
+    return Resumed(step=saved.step, pending=pending, scaler=saved.scaler)
 
 
-def _refuse_other(stored: Mapping[str, Any], identity: Mapping[str, Any], path: Path) -> None:
-    found = differences(dict(stored), dict(identity))
+def refuse_other(saved: SavedState, identity: Mapping[str, Any]) -> None:
+    """MismatchError, with both values, if a checkpoint is of a run with other settings."""
+    found = differences(saved.identity, dict(identity))
     if found:
         lines = "\n".join(f"  {where}: stored {old!r:.90}, asked for {new!r:.90}" for where, old, new in found[:12])
         raise MismatchError(
-            f"{path} is of a run with other settings; nothing was changed:\n{lines}\n"
+            f"{saved.path} is of a run with other settings; nothing was changed:\n{lines}\n"
             "Use the stored settings to go on, or another --output-dir"
         )
 
 
+def _earlier(path: Path) -> str:
+    return f"remove {path} to go on from an earlier checkpoint"
+
+
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what was begun and not finished."""
+    """Remove all but the newest ``keep`` checkpoints, and what was begun and not finished. A checkpoint loses its name
+    before its files: none is ever there in part.
+    """
     with storage_errors(str(folder)):
-        for path in folder.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(path)
         for path in checkpoints(folder)[: -keep if keep else 0]:
+            path.rename(path.with_name(f".{path.name}.old.tmp"))
+        for path in folder.glob(".checkpoint-*.tmp"):
             shutil.rmtree(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,20 +37,14 @@ class Trackers:
         Weights & Biases works offline unless WANDB_MODE says otherwise. UsageError that says what to install.
         """
         opened = cls()
-        writer = run = None
-        if tensorboard is not None and leads:
-            writer = _tensorboard(tensorboard)
-            opened.trackers.append(_TensorBoard(writer))
-        if wandb is not None and leads:
-            run = _wandb(wandb, config)
-            opened.trackers.append(run)
-        try:
+        with ExitStack() as stack:
+            if tensorboard is not None and leads:
+                opened.trackers.append(stack.enter_context(closing(_TensorBoard(tensorboard))))
+            if wandb is not None and leads:
+                run = _wandb(wandb, config)
+                stack.callback(run.finish)
+                opened.trackers.append(run)
             yield opened
-        finally:
-            if writer is not None:
-                writer.close()
-            if run is not None:
-                run.finish()
 
     def step(self, result: StepResult, val_loss: ValLoss | None) -> None:
         """Tell of one step."""
@@ -76,20 +70,26 @@ class Trackers:
 
 
 class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    """An event file in ``folder``, begun at the first step: what an interrupted run logged from there on is void."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+        self._open: Any = SummaryWriter
+        self._folder = str(folder)
+        self._writer: Any = None
 
     def log(self, values: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            self._writer = self._open(self._folder, purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-
-def _tensorboard(folder: str | Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("--tensorboard needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _wandb(project: str, config: TrainConfig) -> Any:

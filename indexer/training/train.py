@@ -3,120 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ghoststore.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    find_tokenizer,
-    fingerprint_tokenizer,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    resolve_device,
-)
-from ghoststore.corpus import Fields, absolute, open_corpus
-from ghoststore.corpus.shards import TokenShards
-from ghoststore.errors import CaptureError, MismatchError, UsageError
+from ghoststore.checkpoint import resolve_device
+from ghoststore.corpus import Fields, absolute
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.software import versions_of
 from ghoststore.store import Store
+from ghoststore.store.disk import exclusive, storage_errors
 from ghoststore.store.layout import check_name, safe_name
 from ghoststore.store.manifest import Manifest
-from ghoststore.store.run import Run, RunLayout, create_run
+from ghoststore.store.run import Run, create_run
 from indexer.build import corpus_name
-from indexer.dotprod import GradDotProdEngine
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.selection import select_blocks
-from indexer.tokenize import tokenize
-from indexer.training.architectures import architecture, new_model
+from indexer.projection import ProjectionConfig
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
-from indexer.training.loop import Scorer, StepResult, Trainer, make_optimizer, run_steps
-from indexer.training.ranks import Ranks, joined
+from indexer.training.inputs import Start, longest_row, read_val, token_shards
+from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler, run_steps
+from indexer.training.manifest import parameter_count, run_manifest
+from indexer.training.ranks import Ranks, joined, refuse_drift
+from indexer.training.report import TrainReport as TrainReport
+from indexer.training.report import Watch
 from indexer.training.score_log import ScoreLog
-from indexer.training.state import Resumed, checkpoints, load_state, prune, save_state
+from indexer.training.scorer import Scorer
+from indexer.training.state import (
+    Resumed,
+    SavedState,
+    checkpoints,
+    prune,
+    read_state,
+    refuse_other,
+    restore,
+    save_state,
+)
 from indexer.training.trackers import Trackers
 from indexer.training.validation import ValLoss, ValSet
 
-DEFAULT_MAX_LENGTH = 1024
-SHAPE = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
-"""Entries of a GPT-2's configuration that the manifest keeps."""
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
 """Sections of the manifest that a checkpoint must agree with."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainReport:
-    """What a training run did. Losses are nats a token."""
-
-    output_dir: str
-    checkpoint: str | None
-    """The last checkpoint; None after ``eval_only``."""
-    store: str | None
-    run: str | None
-    steps: int
-    resumed_from: int
-    """Steps that were finished before this call."""
-    rows: int
-    """Training rows: samples, or windows of long ones."""
-    parameters: int
-    tokens: int
-    """Tokens of the steps of this call, padding aside."""
-    train_loss: float | None
-    """Mean of the last (at most 20) steps of this call."""
-    val_loss: float | None
-    val_loss_by_domain: dict[str, float]
-    tokens_per_second: float | None
-    score_share: float | None
-    """Share of the time of the steps that scoring took (host time)."""
-    negative_share: float | None
-    """Share of this call's scores of the first rank that are negative."""
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore train --json`` prints."""
-        return asdict(self)
-
-
-class _Start(NamedTuple):
-    """Where the weights and the tokenizer come from."""
-
-    checkpoint: Checkpoint | None
-    tokenizer: Any
-    tokenizer_folder: Path
-
-
-@dataclass(slots=True)
-class _Watch:
-    """What a call has seen of its steps."""
-
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    score_seconds: float = 0.0
-    negative: int = 0
-    scored: int = 0
-    val: ValLoss | None = None
-
-    def see(self, result: StepResult) -> None:
-        """Count one step."""
-        self.losses = [*self.losses[-19:], result.train_loss]
-        self.tokens += result.tokens
-        self.seconds += result.seconds
-        self.score_seconds += result.score_seconds
-        if "score" in result.own:
-            finite = result.own["score"][np.isfinite(result.own["score"])]
-            self.negative += int((finite < 0).sum())
-            self.scored += len(finite)
 
 
 def train(
@@ -153,7 +84,8 @@ def train(
     that was never interrupted (on the same machine and software).
 
     Raises UsageError, CorpusError, CheckpointError or LayerError for inputs that cannot be used, MismatchError if
-    what is there is of another run, BusyError if another process writes it, StorageError if a disk refuses.
+    what is there is of another run, CorruptError if it is damaged, BusyError if another process writes it, StorageError
+    if a disk refuses, DivergedError if a loss, a gradient or a weight stops being a number.
     """
     if config is not None and options:
         raise UsageError(f"give config or single options, not both: {sorted(options)}")
@@ -167,7 +99,7 @@ def train(
             progress=(progress or Silent()) if ranks.leads else Silent(),
         )  # fmt: skip
         with Trackers.open(tensorboard, wandb, config, ranks.leads) as trackers:
-            return job.run(trackers)
+            return job.evaluate() if eval_only else job.run(trackers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,44 +124,73 @@ class _Job:
     ranks: Ranks
     progress: Progress
 
+    def evaluate(self) -> TrainReport:
+        """The val loss of the checkpoint, and nothing else."""
+        begun = time.perf_counter()
+        self._refuse_usage()
+        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        model = start.model(self.config, self.device, None)
+        val = self._val(start, longest_row(model, self.config.max_length))
+        assert val is not None
+        with autocast(self.config, self.device):
+            seen = Watch(val=val.loss(model, self.ranks))
+        return seen.report(
+            output_dir=str(self.output_dir), checkpoint=None, store=None, run=None, steps=0, resumed_from=0, rows=0,
+            parameters=parameter_count(model), seconds=time.perf_counter() - begun,
+        )  # fmt: skip
+
     def run(self, trackers: Trackers) -> TrainReport:
         """All of it."""
         begun = time.perf_counter()
         self._refuse_usage()
-        start = self._start()
-        resume_from = None if self.eval_only else next(reversed(checkpoints(self.output_dir)), None)
-        model = self._model(start, resume_from)
-        max_length = self._max_length(model)
-        val = self._read_val(start.tokenizer, max_length)
-        if self.eval_only:
-            assert val is not None
-            return self._evaluate_only(model, val, begun)
-        shards = self._tokenized(start)
+        with self._output_dir():
+            return self._run(trackers, begun)
+
+    def _run(self, trackers: Trackers, begun: float) -> TrainReport:
+        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        newest = next(reversed(checkpoints(self.output_dir)), None)
+        saved = None if newest is None else read_state(newest)
+        model = start.model(self.config, self.device, newest)
+        max_length = longest_row(model, self.config.max_length)
+        val = self._val(start, max_length)
+        shards = token_shards(
+            self.data, start, self.output_dir, fields=self.fields, max_samples=self.max_samples, ranks=self.ranks,
+            progress=self.progress,
+        )  # fmt: skip
         rows = TrainingRows.cut(shards, max_length, self.config.overlong, self.domains)
+        if len(rows.usable) < len(rows):
+            self.progress.note(
+                f"{len(rows) - len(rows.usable):,} of {len(rows):,} rows have no target and are left out"
+            )
         asked = self.config.optimization
         order = Order(
             rows, seed=self.config.seed,
             step_rows=asked.batch_size * asked.gradient_accumulation_steps * self.ranks.count,
         )  # fmt: skip
         steps = order.steps_per_epoch if asked.max_steps is None else asked.max_steps
-        optimizer = make_optimizer(model, asked)
-        scorer = self._scorer(model, optimizer, val)
-        manifest = self._manifest(start, model, shards, rows, val, scorer, steps)
-        resumed = Resumed(step=0, pending={}, scaler={})
+        scorer = None
+        if val is not None and self._scores:
+            scorer = Scorer.of(model, val, self.config.scoring, self.projection, self._checkpoint_interval)
+        manifest = run_manifest(
+            self.config, start=start, model=model, shards=shards, rows=len(rows), val=val, scorer=scorer,
+            domains=self.domains, steps=steps, ranks=self.ranks.count, max_length=max_length,
+            checkpoint_interval=self._checkpoint_interval, source=self._source(start),
+        )  # fmt: skip
         identity = {section: manifest[section] for section in IDENTITY}
-        if resume_from is not None:
-            resumed = load_state(resume_from, model, optimizer, identity)
-        scaler = self._scaler(resumed)
+        optimizer = make_optimizer(model, asked)
+        resumed = self._resumed(saved, identity, manifest, model, optimizer)
         trainer = Trainer(
             model=self._wrapped(model), optimizer=optimizer, rows=rows, order=order, config=self.config,
-            ranks=self.ranks, device=self.device, steps=steps, scorer=scorer, scaler=scaler,
+            ranks=self.ranks, device=self.device, steps=steps, scorer=scorer,
+            scaler=make_scaler(self.config, self.device, resumed.scaler),
         )  # fmt: skip
-        run = self._open_run(manifest, rows)
+        self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
+        run = self.ranks.led(lambda: self._open_run(manifest, rows))
         log = ScoreLog(
             run, self.ranks, interval=self.config.dot_prod_save_interval, stored=self.store is not None,
             on_error=self.config.on_store_error, note=self.progress.note,
         )  # fmt: skip
-        seen = _Watch()
+        seen = Watch()
         with ExitStack() as stack:
             stack.enter_context(log)
             log.restore(resumed.step, resumed.pending)
@@ -240,29 +201,23 @@ class _Job:
                 val_loss = None
                 if val is not None and (done % self.config.eval_interval == 0 or done == steps):
                     with trainer.autocast():
-                        val_loss = seen.val = val.loss(model, self.ranks)
-                seen.see(result)
+                        val_loss = val.loss(model, self.ranks)
+                seen.see(result, val_loss)
                 log.add(result.step, result.own, _shared(result, val_loss))
                 trackers.step(result, val_loss)
                 task.advance(1, result.tokens)
-                task.say(_words(result, seen))
+                task.say(seen.words())
                 if done % self._checkpoint_interval == 0 or done == steps:
                     self._save(done, trainer, start.tokenizer, identity, log)
 
             run_steps(trainer, resumed.step, on_step=on_step)
-        if seen.val is None and val is not None:
+        if seen.val is None and val is not None:  # it was finished before
             with trainer.autocast():
                 seen.val = val.loss(model, self.ranks)
-        return TrainReport(
+        return seen.report(
             output_dir=str(self.output_dir), checkpoint=str(self.output_dir / f"checkpoint-{steps}"),
             store=None if self.store is None else str(self.store), run=None if run is None else run.name, steps=steps,
-            resumed_from=resumed.step, rows=len(rows), parameters=_count(model), tokens=seen.tokens,
-            train_loss=float(np.mean(seen.losses)) if seen.losses else None,
-            val_loss=None if seen.val is None else seen.val.loss,
-            val_loss_by_domain={} if seen.val is None else seen.val.by_domain,
-            tokens_per_second=seen.tokens / seen.seconds if seen.seconds else None,
-            score_share=seen.score_seconds / seen.seconds if seen.seconds else None,
-            negative_share=seen.negative / seen.scored if seen.scored else None,
+            resumed_from=resumed.step, rows=len(rows), parameters=parameter_count(model),
             seconds=time.perf_counter() - begun,
         )  # fmt: skip
 
@@ -280,6 +235,11 @@ class _Job:
             raise UsageError("give --architecture to train from scratch, or --checkpoint to go on from one")
         if self.eval_only and (self.val_set is None or self.checkpoint is None):
             raise UsageError("--eval-only needs --checkpoint and --val-set")
+        if self.val_set == "-" and self.ranks.count > 1:
+            raise UsageError("--val-set - cannot be read by several ranks; save it to a file first")
+        for option, value in (("--max-samples", self.max_samples), ("--max-val-samples", self.max_val_samples)):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} must be at least 1, not {value}")
         if self.eval_only:
             return
         if self._scores and (self.store is None or self.val_set is None):
@@ -288,200 +248,74 @@ class _Job:
             raise UsageError("projection options belong to --score sketched")
         if self.checkpoint is not None and self.config.dropout:
             raise UsageError("--dropout belongs to --architecture: a checkpoint has its own")
+        if self.name is not None:
+            check_name(self.name)
         if self.store is not None:
             Store.refuse_others(Path(self.store))
         if self.data == "-" and self.ranks.count > 1:
             raise UsageError("--data - cannot be read by several ranks; tokenize it first")
+        if self.data == "-" and self.val_set == "-":
+            raise UsageError("--data and --val-set cannot both be standard input")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise UsageError(f"--output-dir {self.output_dir} is a file; give a folder")
 
-    def _start(self) -> _Start:
-        """Checkpoint and tokenizer: those of the checkpoint, the folder given, or the token shards' own."""
-        found = None if self.checkpoint is None else find_checkpoint(self.checkpoint)
-        if self.tokenizer is not None:
-            folder = find_tokenizer(self.tokenizer)
-        elif found is not None:
-            folder = found.folder
-        elif (Path(self.data) / "shards.json").is_file():
-            folder = Path(self.data) / "tokenizer"
-        else:
-            raise UsageError("give --tokenizer: a new model has none, and the data are not tokenized yet")
-        return _Start(found, load_tokenizer(folder), folder)
+    @contextmanager
+    def _output_dir(self) -> Iterator[None]:
+        """Make the output folder and hold it against other trainings of this machine, on the rank that leads."""
+        with ExitStack() as stack:
 
-    def _model(self, start: _Start, resume_from: Path | None) -> Any:
-        """The model, in its parameters' dtype, on this rank's device; of the newest checkpoint if there is one."""
-        source = find_checkpoint(resume_from) if resume_from is not None else start.checkpoint
-        if source is not None:
-            model = load_model(source, dtype=self.config.model_dtype, device=self.device)
-        else:
-            assert self.config.architecture is not None
-            config = architecture(self.config.architecture, start.tokenizer, dropout=self.config.dropout)
-            model = new_model(config, seed=self.config.seed)
-            model = model.to(device=self.device, dtype=getattr(torch, self.config.model_dtype))
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-        model.loss_type = "ForCausalLM"
-        if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
+            def hold() -> None:
+                with storage_errors(str(self.output_dir)):
+                    self.output_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(self.output_dir, f"--output-dir {self.output_dir}", "--output-dir"))
 
-    def _max_length(self, model: Any) -> int:
-        limit = max_positions(model)
-        asked = self.config.max_length
-        if asked is None:
-            return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-        if limit is not None and asked > limit:
-            raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-        return asked
+            self.ranks.led(hold)
+            yield
 
-    def _read_val(self, tokenizer: Any, max_length: int) -> ValSet | None:
+    def _val(self, start: Start, max_length: int) -> ValSet | None:
         if self.val_set is None:
             return None
-        with open_corpus(self.val_set, self.fields) as corpus:
-            val = ValSet.read(corpus, tokenizer, max_length, max_samples=self.max_val_samples, seed=self.config.seed)
-        if val.left_out:
-            shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
-            self.progress.note(f"val rows left out: {shown}; {len(val.rows)} are used")
-        return val
-
-    def _tokenized(self, start: _Start) -> TokenShards:
-        """The token shards of the corpus, made if it is no such folder. Ranks wait for the first."""
-        folder = Path(self.data)
-        if not (folder / "shards.json").is_file():
-            folder = self.output_dir / "tokens"
-            if self.ranks.leads:
-                tokenize(
-                    data=self.data, tokenizer=start.tokenizer_folder, out=folder, fields=self.fields,
-                    max_samples=self.max_samples, progress=self.progress,
-                )  # fmt: skip
-            self.ranks.wait()
-        elif self.max_samples is not None:
-            raise UsageError("--max-samples belongs to a corpus; token shards are taken whole")
-        shards = TokenShards.open(folder)
-        found = fingerprint_tokenizer(start.tokenizer)
-        if shards.tokenizer_fingerprint != found:
-            raise MismatchError(
-                f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}: stored "
-                f"{shards.tokenizer_fingerprint}, found {found}"
-            )
-        return shards
-
-    def _scorer(self, model: nn.Module, optimizer: torch.optim.Optimizer, val: ValSet | None) -> Scorer | None:
-        if not self._scores:
-            return None
-        assert val is not None
-        scoring = self.config.scoring
-        drawn = None
-        if scoring.score == "sketched":
-            asked = self.projection or ProjectionConfig()
-            selection = select_blocks(
-                model, asked.layers, asked.exclude_layers, include_embeddings=asked.include_embeddings
-            )
-            drawn = Projection(ProjectionPlan.of(selection, asked))
-        engine = GradDotProdEngine(
-            model, None, optimizer=optimizer, val_refresh_interval=scoring.val_refresh_interval,
-            exclude_layers=scoring.exclude_layers, route=scoring.route, projection=drawn,
-        )  # fmt: skip
-        if scoring.per_layer and not engine.method.blocks:
-            raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
-        return Scorer(
-            engine, val, scoring, checkpoint_interval=self._checkpoint_interval,
-            groups=val.domains if scoring.val_groups else [],
-            blocks=list(engine.method.blocks) if scoring.per_layer else [],
+        return read_val(
+            self.val_set, self.fields, start.tokenizer, max_length, max_samples=self.max_val_samples,
+            seed=self.config.seed, progress=self.progress,
         )  # fmt: skip
 
-    def _manifest(
-        self,
-        start: _Start,
-        model: Any,
-        shards: TokenShards,
-        rows: TrainingRows,
-        val: ValSet | None,
-        scorer: Scorer | None,
-        steps: int,
-    ) -> Manifest:
-        asked, scoring = self.config.optimization, self.config.scoring
-        layout = RunLayout(
-            steps=steps, ranks=self.ranks.count, batch=asked.batch_size * asked.gradient_accumulation_steps,
-            span_steps=self.config.dot_prod_save_interval, rows=len(rows),
-            groups=tuple(scorer.groups) if scorer else (), blocks=tuple(scorer.blocks) if scorer else (),
-        )  # fmt: skip
-        method = scorer.engine.method if scorer else None
+    def _source(self, start: Start) -> dict[str, str | None]:
         return {
-            "model": {
-                "architecture": type(model).__name__,
-                "name": self.config.architecture,
-                "config": {key: getattr(model.config, key) for key in SHAPE if hasattr(model.config, key)},
-                "checkpoint": None if start.checkpoint is None else start.checkpoint.fingerprint(),
-                "parameters": _count(model),
-            },
-            "tokenizer": {"fingerprint": shards.tokenizer_fingerprint},
-            "corpus": {
-                "fingerprint": shards.corpus_fingerprint,
-                "samples": shards.samples,
-                "domains": shards.domains or None,
-                "only_domains": sorted(self.domains) or None,
-                "fields": shards.source["fields"],
-            },
-            "val": {
-                "fingerprint": None if val is None else val.fingerprint,
-                "rows": 0 if val is None else len(val.rows),
-                "domains": [] if val is None else val.domains,
-            },
-            "training": {
-                **asdict(asked),
-                "max_steps": steps,
-                "seed": self.config.seed,
-                "dropout": self.config.dropout,
-                "max_length": self._max_length(model),
-                "overlong": self.config.overlong,
-                "model_dtype": self.config.model_dtype,
-                "train_dtype": self.config.arithmetic,
-                "eval_interval": self.config.eval_interval,
-                "loss": "next-token cross-entropy, mean over all targets of a step",
-            },
-            "scoring": {
-                **asdict(scoring),
-                "exclude_layers": list(scoring.exclude_layers),
-                "checkpoint_interval": self._checkpoint_interval,
-                "projection": method.projection.hash if method is not None and hasattr(method, "projection") else None,
-            },
-            "storage": layout.to_json(),
-            "source": {
-                "data": absolute(self.data),
-                "val_set": None if self.val_set is None else absolute(self.val_set),
-                "corpus": shards.source["data"],
-                "form": shards.source["form"],
-                "checkpoint": None if start.checkpoint is None else str(start.checkpoint.folder.resolve()),
-                "output_dir": str(self.output_dir.resolve()),
-            },
-            "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
-            "compute": {
-                "device": torch.device(self.device).type,
-                "attn_implementation": getattr(model.config, "_attn_implementation", None),
-                "threads": torch.get_num_threads(),
-                "gradient_checkpointing": self.config.gradient_checkpointing,
-            },
-        }  # fmt: skip
+            "data": absolute(self.data),
+            "val_set": None if self.val_set is None else absolute(self.val_set),
+            "checkpoint": None if start.checkpoint is None else str(start.checkpoint.folder.resolve()),
+            "output_dir": str(self.output_dir.resolve()),
+        }
+
+    def _resumed(
+        self,
+        saved: SavedState | None,
+        identity: Mapping[str, Any],
+        manifest: Manifest,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> Resumed:
+        """Where training stands: at its beginning, or where the newest checkpoint left it."""
+        if saved is None:
+            return Resumed(step=0, pending={}, scaler={})
+        refuse_other(saved, identity)
+        now = {name: manifest["software"][name] for name in saved.software}
+        if now != saved.software:
+            self.progress.note(
+                f"going on with other software than wrote {saved.path.name} ({saved.software}; now {now}): the last "
+                "bits of what follows may differ from an uninterrupted run"
+            )
+        return restore(saved, model, optimizer)
 
     def _open_run(self, manifest: Manifest, rows: TrainingRows) -> Run | None:
-        """The run, new or there already, on the rank that leads; the others wait until it is there."""
-        run = None
-        if self.store is not None and self.ranks.leads:
-            name = self.name or safe_name(
-                self.config.architecture or Path(str(self.checkpoint)).resolve().name, corpus_name(self.data)
-            )
-            opened = Store.create(self.store)
-            run = create_run(opened.run_path(check_name(name)), manifest, rows.table())
-        self.ranks.wait()
-        return run
-
-    def _scaler(self, resumed: Resumed) -> torch.amp.GradScaler | None:
-        if self.config.arithmetic != "float16":
+        """The run, new or there already; None without a store."""
+        if self.store is None:
             return None
-        scaler = torch.amp.GradScaler(torch.device(self.device).type)
-        if resumed.scaler:
-            tracker = int(resumed.scaler["_growth_tracker"])
-            scaler.load_state_dict({**scaler.state_dict(), **resumed.scaler, "_growth_tracker": tracker})
-        return scaler
+        name = self.name or safe_name(
+            self.config.architecture or Path(str(self.checkpoint)).resolve().name, corpus_name(self.data)
+        )
+        return create_run(Store.create(self.store).run_path(name), manifest, rows.table())
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
         if self.ranks.count == 1:
@@ -491,47 +325,19 @@ class _Job:
 
     def _save(self, step: int, trainer: Trainer, tokenizer: Any, identity: Mapping[str, Any], log: ScoreLog) -> None:
         """A checkpoint after ``step`` steps, by the rank that leads; the replicas must be the same."""
-        model = trainer.scorer.engine.model if trainer.scorer else _inner(trainer.model)
-        self._refuse_drift(model)
+        model = trainer.inner
+        refuse_drift(model, self.ranks)
         pending = log.pending()
-        if self.ranks.leads:
+
+        def save() -> None:
             save_state(
                 self.output_dir, step=step, model=model, tokenizer=tokenizer, optimizer=trainer.optimizer,
                 identity=identity, pending=pending,
                 scaler={} if trainer.scaler is None else {k: float(v) for k, v in trainer.scaler.state_dict().items()},
             )  # fmt: skip
             prune(self.output_dir, self.config.keep_checkpoints)
-        self.ranks.wait()
 
-    def _refuse_drift(self, model: nn.Module) -> None:
-        """CaptureError unless every rank has the same weights, bit for bit."""
-        if self.ranks.count == 1:
-            return
-        sums = torch.stack([p.detach().contiguous().view(torch.uint8).long().sum() for p in model.parameters()])
-        every = self.ranks.stacked(sums)
-        if not bool((every == every[0]).all()):
-            place = int((every != every[0]).any(0).nonzero()[0])
-            name = list(dict(model.named_parameters()))[place]
-            raise CaptureError(f"the ranks' weights have drifted apart, first in {name!r}: nothing was saved")
-
-    def _evaluate_only(self, model: Any, val: ValSet, begun: float) -> TrainReport:
-        found = val.loss(model, self.ranks)
-        return TrainReport(
-            output_dir=str(self.output_dir), checkpoint=None, store=None, run=None, steps=0, resumed_from=0, rows=0,
-            parameters=_count(model), tokens=0, train_loss=None, val_loss=found.loss,
-            val_loss_by_domain=found.by_domain, tokens_per_second=None, score_share=None, negative_share=None,
-            seconds=time.perf_counter() - begun,
-        )  # fmt: skip
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+        self.ranks.led(save)
 
 
 def _shared(result: StepResult, val_loss: ValLoss | None) -> dict[str, float]:
@@ -545,13 +351,3 @@ def _shared(result: StepResult, val_loss: ValLoss | None) -> dict[str, float]:
         "score_seconds": result.score_seconds,
     }
     return found if val_loss is None else {**found, "val_loss": val_loss.loss}
-
-
-def _words(result: StepResult, seen: _Watch) -> str:
-    """What stands beside the progress bar."""
-    words = f"loss {np.mean(seen.losses):.3f}"
-    if seen.val is not None:
-        words += f", val {seen.val.loss:.3f}"
-    if seen.scored:
-        words += f", scoring {seen.score_seconds / seen.seconds:.0%}"
-    return words

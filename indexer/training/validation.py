@@ -82,37 +82,36 @@ class ValSet:
 
     def batches(self, places: Sequence[int], batch_tokens: int = EVAL_BATCH_TOKENS) -> tuple[list[Any], list[int]]:
         """(batches for the engine, the places in their order): longest first, so that little is padding."""
+        plan = self._plan(places, batch_tokens)
+        return [self._batch(batch) for batch in plan], [place for batch in plan for place in batch]
+
+    def _plan(self, places: Sequence[int], batch_tokens: int) -> list[list[int]]:
         lengths = [len(self.rows[place].tokens) for place in places]
-        plan = plan_batches(lengths, batch_tokens)
-        batches = []
-        for batch in plan:
-            ids, labels, mask = pad([self.rows[places[index]] for index in batch])
-            batches.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
-        return batches, [int(places[index]) for batch in plan for index in batch]
+        return [[places[index] for index in batch] for batch in plan_batches(lengths, batch_tokens)]
+
+    def _batch(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
+        return dict(zip(("input_ids", "labels", "attention_mask"), pad([self.rows[p] for p in places]), strict=True))
 
     @torch.no_grad()
-    def loss(self, model: Any, ranks: Ranks, *, max_rows: int | None = None) -> ValLoss:
-        """The loss of every row (or the first ``max_rows`` in the seeded order), shared among the ranks.
+    def loss(self, model: Any, ranks: Ranks) -> ValLoss:
+        """The loss of every row, the work shared among the ranks.
 
         In eval mode; every module's own mode is put back.
         """
         device = next(model.parameters()).device
         domains = self.domains
+        column = {name: place for place, name in enumerate(domains)}
         sums = torch.zeros(len(domains), 2, dtype=torch.float64)
-        mine = [int(place) for place in self.order[:max_rows][ranks.rank :: ranks.count]]
+        mine = self.order[ranks.rank :: ranks.count].tolist()
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            batches, places = self.batches(mine)
-            done = 0
-            for batch in batches:
-                moved = {key: value.to(device) for key, value in batch.items()}
-                labels = moved.pop("labels")
-                losses_B, targets_B = next_token_losses(model(**moved).logits, labels, reduction="sum")
-                here = places[done : done + len(losses_B)]
-                done += len(losses_B)
-                for place, loss, targets in zip(here, losses_B.tolist(), targets_B.tolist(), strict=True):
-                    sums[domains.index(self.domain_of(place))] += torch.tensor([loss, targets], dtype=torch.float64)
+            for places in self._plan(mine, EVAL_BATCH_TOKENS):
+                batch = {key: value.to(device) for key, value in self._batch(places).items()}
+                labels = batch.pop("labels")
+                losses_B, targets_B = next_token_losses(model(**batch).logits, labels, reduction="sum")
+                domain_B = torch.tensor([column[self.domain_of(place)] for place in places])
+                sums.index_add_(0, domain_B, torch.stack([losses_B.double(), targets_B.double()], 1).cpu())
         finally:
             for module in training:
                 module.training = True

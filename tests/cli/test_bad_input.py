@@ -288,6 +288,39 @@ def test_stores_that_are_none(lab: Lab, built: Path, val: Path, tmp_path: Path, 
         assert lab.run(command, "--store", tmp_path / "bare").code == 0
 
 
+@pytest.mark.parametrize("command", ["scores", "watch"])
+def test_runs_that_are_none(lab: Lab, built: Path, val: Path, tmp_path: Path, command: str) -> None:
+    once = ["--once"] if command == "watch" else []
+    refused(lab.run(command, "--store", tmp_path / "absent", *once), "there is no store at .*absent")
+    assert not (tmp_path / "absent").exists()
+    refused(lab.run(command, "--store", val, *once), r"val\.jsonl")
+    refused(lab.run(command, "--store", built, "--run", "../run", *once), r"'\.\./run' cannot name a run")
+    if command == "scores":
+        refused(lab.run(command, "--store", built), "has no runs; `ghoststore train")
+        refused(lab.run(command, "--store", built, "--run", "nonesuch"), "no run 'nonesuch'; it has: none")
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["scores", "--store", "s", "--value", "median"], "'median' is not one of"),
+        (["scores", "--store", "s", "--by", "id"], "'id' is not 'domain'|'id' is not one of"),
+        (["scores", "--store", "s", "--top-k", "ten"], "'ten' is not a valid integer"),
+        (["scores", "--store", "s", "--out", "scores.xlsx"], r"results are written as \.json"),
+        (["scores", "--store", "s", "--plot", "scores.gif"], r"pictures are written as \.png"),
+        (["scores"], "Missing option '--store'"),
+        (["watch", "--store", "s", "--json"], "it needs --once"),
+        (["watch", "--store", "s", "--interval", "0"], "--interval must be above 0"),
+        (["watch", "--store", "s", "--interval", "soon"], "'soon' is not a valid float"),
+        (["query", "--store", "s", "--val-set", "v", "--score-weight", "2"], "--score-weight must be between 0"),
+        (["query", "--store", "s", "--val-set", "v", "--score-weight", "0.5"], "belongs to --with-scores"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_of_scores(lab: Lab, words: list[str], pattern: str) -> None:
+    refused(lab.run(*words), pattern)
+
+
 def test_several_parts(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:
     store = shutil.copytree(built, tmp_path / "store")
     shutil.copytree(store / "parts/part", store / "parts/other")

@@ -207,6 +207,22 @@ def exact_causal_in_double(model: nn.Module) -> Exact:
     return exact_of(model, len(BATCH), loss_of(BATCH), len(VAL), loss_of(VAL))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_checkpointed_layers(make: Any, route: Route, reentrant: bool) -> None:
+    model = make(**({} if make is llama else {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}))
+    exact, pairs = exact_causal(model, val=VAL[:3]), exact_causal(model, val=BATCH)
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with causal_engine(model, route=route, pairs=True) as engine:
+        for _ in range(2):
+            scores = causal_step(engine, model)
+            check(scores, exact)
+            assert scores.pairs is not None
+            agree(scores.pairs, pairs.total())
+
+
 # Some parameters only.
 
 

@@ -38,15 +38,21 @@ import ghoststore.checkpoint
 import ghoststore.cli.build
 import ghoststore.cli.info
 import ghoststore.cli.query
+import ghoststore.cli.scores
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
+import ghoststore.cli.train
 import ghoststore.cli.verify
+import ghoststore.cli.watch
 import indexer.build
 import indexer.tokenize
+import indexer.training.train
 import query.query
+import query.scores
+import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            query.query)  # fmt: skip
+            indexer.training.train, query.query, query.scores, query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}

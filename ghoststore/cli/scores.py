@@ -1,0 +1,176 @@
+"""``ghoststore scores``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ghoststore.cli import options
+
+
+@click.command("scores", short_help="which samples helped while the model trained")
+@options.store
+@click.option("--run", metavar="NAME", help="Training run (default: the only one).")
+@click.option("--top-k", type=int, help="Samples with the highest values (default: 10).")
+@click.option("--bottom-k", type=int, help="Samples with the lowest values (default: 0).")
+@click.option("--sample", metavar="ID", help="Instead: every time that this sample was trained on.")
+@click.option("--by", type=click.Choice(["domain"]), help="Instead: a table of domains.")
+@click.option(
+    "--steps",
+    metavar="A:B",
+    help="Only steps from A up to, not including, B; from 0, either may be left out, and a negative one counts from "
+    "the end of what is committed.",
+)
+@click.option(
+    "--value",
+    type=click.Choice(["cumulative", "mean", "sum", "last"]),
+    default="cumulative",
+    show_default=True,
+    help="cumulative: Σ learning rate × score. mean: that ÷ the times it was scored. sum: Σ score. last: the newest "
+    "score.",
+)
+@click.option("--group", metavar="NAME", help="Scores against this val group (train --val-groups).")
+@click.option(
+    "--layers",
+    callback=options.patterns,
+    metavar="PATTERNS",
+    help="Scores of these layers alone (train --per-layer): module paths or globs.",
+)
+@click.option("--exclude-layers", callback=options.patterns, metavar="PATTERNS", help="Scores without these layers.")
+@click.option(
+    "--unit",
+    type=click.Choice(["sample", "window"]),
+    default="sample",
+    show_default=True,
+    help="Rank samples, the windows of a long one summed, or each window by itself.",
+)
+@click.option("--min-times", type=int, metavar="N", help="Leave out what was scored less often.")
+@click.option("--domain", "domains", multiple=True, metavar="NAME", help="Only samples of this domain; repeatable.")
+@click.option("--text/--no-text", default=True, show_default=True, help="Look up texts in the corpus, if unchanged.")
+@click.option("--plot", metavar="FILE", help="Draw scores by domain over training to a new .png, .pdf or .svg file.")
+@click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
+@options.common
+def command(**values: Any) -> None:
+    """Which training samples helped the val set while the model trained, by the scores of a training run.
+
+    A score is the inner product of a sample's gradient with that of the val loss, at one step. The value of a sample
+    is the sum over steps of learning rate × score: In-Run Data Shapley of first order. Works while the run trains.
+
+    \b
+      ghoststore scores --store ./store --top-k 20 --bottom-k 20
+      ghoststore scores --store ./store --by domain --steps -1000:
+      ghoststore scores --store ./store --sample row-17
+    """  # fmt: skip
+    from ghoststore.cli.terminal import listener, print_json
+    from ghoststore.lazy import load
+
+    as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
+    if out:
+        from query.results import check_output
+
+        check_output(out)
+    result = load("scores")(progress=listener(quiet), **values)
+    if out:
+        result.write(out)
+    for path in (out, values["plot"]):
+        if path:
+            click.echo(f"wrote {path}", err=True)
+    if as_json:
+        print_json(result.to_json())
+    elif not out:
+        _print(result)
+
+
+def _print(result: Any) -> None:
+    _print_summary(result)
+    if result.history is not None:
+        _print_history(result)
+    elif result.domains is not None:
+        _print_domains(result)
+    else:
+        _print_hits(result)
+
+
+def _print_summary(result: Any) -> None:
+    from ghoststore.cli.terminal import print_facts
+
+    summary = result.summary
+    left_out = [
+        f"{count:,} {what}"
+        for count, what in (
+            (summary.unscored, "not scored (NaN)"),
+            (summary.not_finite, "not finite"),
+            (summary.without_learning_rate, "at steps without a learning rate"),
+        )
+        if count
+    ]
+    what = "samples" if result.settings["unit"] == "sample" else "windows"
+    facts = [
+        ("steps", f"{summary.steps:,} committed, {summary.first:,} to {summary.last:,}, of {summary.planned:,}"),
+        (what, f"{summary.seen:,} of {summary.rows:,} seen, {summary.times:,} times"),
+        ("scores", f"{summary.scored:,}, {_share(summary.negative_share)} negative"),
+    ]
+    if left_out:
+        facts.append(("left out", ", ".join(left_out)))
+    if summary.gaps:
+        shown = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in summary.gaps[:5])
+        more = f" and {len(summary.gaps) - 5} more" * (len(summary.gaps) > 5)
+        facts.append(("steps missing", shown + more))
+    print_facts(result.settings["run"], facts)
+
+
+def _print_hits(result: Any) -> None:
+    from ghoststore.cli.terminal import preview, print_table
+
+    windows = result.settings["unit"] == "window"
+    columns = [("rank", True), (NAMES[result.settings["value"]], True), ("times", True), ("negative", True),
+               ("id", False), ("row", True), *([("token", True)] if windows else []), ("domain", False),
+               ("text", False)]  # fmt: skip
+    for title, hits in (("highest", result.hits), ("lowest", result.bottom)):
+        rows = [
+            [str(hit.rank), f"{hit.value:.4g}", f"{hit.times:,}", _share(hit.negative_share), hit.id,
+             str(hit.source_row), *([str(hit.window_start)] if windows else []), hit.domain or "", preview(hit.text)]
+            for hit in hits
+        ]  # fmt: skip
+        if rows:
+            print_table(title, columns, rows, fold=False)
+
+
+def _print_domains(result: Any) -> None:
+    from ghoststore.cli.terminal import print_table
+
+    value = NAMES[result.settings["value"]]
+    columns = [("domain", False), ("rows", True), ("times", True), (f"{value} a row", True), ("a time", True),
+               ("sum", True), ("negative", True), ("mean score", True), ("± standard error", True)]  # fmt: skip
+    rows = [
+        [one.domain or "(none)", f"{one.scored_rows:,} of {one.rows:,}", f"{one.times:,}", _number(one.value_per_row),
+         _number(one.value_per_time), _number(one.value_sum), _share(one.negative_share), _number(one.mean_score),
+         _number(one.standard_error)]
+        for one in result.domains
+    ]  # fmt: skip
+    print_table("by domain", columns, rows)
+
+
+def _print_history(result: Any) -> None:
+    from ghoststore.cli.terminal import print_table
+
+    columns = [("step", True), ("rank", True), ("token", True), ("loss", True), ("learning rate", True),
+               ("score", True), ("η·score", True), ("cumulative", True)]  # fmt: skip
+    rows = [
+        [f"{one.step:,}", str(one.rank), str(one.window_start), _number(one.loss), _number(one.learning_rate),
+         _number(one.score), _number(one.weighted), _number(one.cumulative)]
+        for one in result.history
+    ]  # fmt: skip
+    print_table(f"sample {result.settings['sample']}", columns, rows)
+
+
+NAMES = {"cumulative": "Σ η·score", "mean": "mean η·score", "sum": "Σ score", "last": "last score"}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"

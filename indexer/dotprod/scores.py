@@ -1,0 +1,40 @@
+"""What the engine gives for one batch.
+
+Legend: B samples of a batch, G val groups, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What :meth:`GradDotProdEngine.collect` gives for one batch; float64 on the model's device."""
+
+    total: Tensor
+    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss, not
+    finite where the batch's gradients were out of float16's range.
+    """
+    groups: Tensor
+    """(B, G): against the mean of each val group; one column without groups."""
+    parameters: dict[str, Tensor]
+    """(B,) by parameter; they sum to ``total``. Empty in the sketched mode."""
+    blocks: dict[str, Tensor]
+    """(B,) by module that owns the parameters (a tied parameter: the first). Empty under a global sketch."""
+    pairs: Tensor | None
+    """(B, B): ⟨∇ℓ_i, ∇ℓ_j⟩, where asked for."""
+    vectors: Tensor | None
+    """(B, D) float32: projected gradients of the samples, in the sketched mode."""
+    val_age: int
+    """Optimizer steps since the val gradient was computed."""
+    seconds: float = 0.0
+    """Time spent on scoring in this batch, val pass included (host time)."""
+
+
+def divide(value: Tensor, scale_B: Tensor) -> Tensor:
+    """``value`` (B, …) float64 divided by the scale of each sample; NaN where a sample has no share in the loss."""
+    return value / scale_B.masked_fill(scale_B == 0, torch.nan).unsqueeze(1)

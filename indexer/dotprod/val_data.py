@@ -1,0 +1,78 @@
+"""Val batches: what they hold, how many samples, and the loss of each.
+
+Legend: B samples of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import UsageError
+from indexer.losses import next_token_losses, next_token_losses_plainly
+
+ValLosses = Callable[[nn.Module, Any], Tensor]
+"""(model, val batch) to the loss of each of its samples, (v,)."""
+
+
+def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Next-token loss of each sample of a val batch: a mapping with input_ids, labels and maybe attention_mask, or
+    a tuple of them in that order. Labels are the input ids, -100 where a token is no target.
+    """
+    if not isinstance(batch, Mapping):
+        batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
+    batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    # The fast form has made its gradient before a scale could reach it, and float16 needs the scale.
+    form = next_token_losses_plainly if computes_in_float16(model) else next_token_losses
+    return form(logits, labels)[0]
+
+
+def computes_in_float16(model: nn.Module) -> bool:
+    first = next(model.parameters())
+    kind = first.device.type
+    return first.dtype == torch.float16 or (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    )
+
+
+def target_counts(labels_BT: Tensor) -> Tensor:
+    """(B,) int64: targets of each sample under the next-token shift."""
+    return (labels_BT[:, 1:] != -100).sum(1)
+
+
+def batches_of(val_data: Any) -> list[Any]:
+    if val_data is None:
+        return []
+    batches = val_data if isinstance(val_data, list) else [val_data]
+    if not batches:
+        raise UsageError("the val set has no samples")
+    return batches
+
+
+def size_of(batch: Any) -> int:
+    """Samples in a val batch: the first axis of its first tensor."""
+    first = batch
+    while not isinstance(first, Tensor):
+        if isinstance(first, Mapping) and len(first):
+            first = next(iter(first.values()))
+        elif isinstance(first, Sequence) and not isinstance(first, str | bytes) and len(first):
+            first = first[0]
+        else:
+            raise UsageError(
+                f"a val batch holds tensors whose first axis is the samples; found a {type(batch).__name__}"
+            )
+    return len(first)
+
+
+def default_losses(model: nn.Module) -> ValLosses:
+    if not hasattr(model, "get_output_embeddings"):
+        raise UsageError(
+            f"{type(model).__name__} is not a language model of transformers: give val_losses=f, where f(model, batch) "
+            "is the loss of each sample of a val batch, shape (samples,)"
+        )
+    return language_model_losses

@@ -1,0 +1,149 @@
+"""What training starts from: the weights, the tokenizer, the tokens, the val set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ghoststore.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    find_tokenizer,
+    fingerprint_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+)
+from ghoststore.corpus import Fields, open_corpus
+from ghoststore.corpus.shards import MANIFEST, TOKENIZER, TokenShards
+from ghoststore.errors import BusyError, MismatchError, UsageError
+from ghoststore.progress import Progress
+from indexer.tokenize import tokenize
+from indexer.training.architectures import architecture, new_model
+from indexer.training.config import TrainConfig
+from indexer.training.ranks import Ranks
+from indexer.training.validation import ValSet
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the weights (None: a new model) and the tokenizer come from. Made by :meth:`find`."""
+
+    checkpoint: Checkpoint | None
+    tokenizer: Any
+    tokenizer_folder: Path
+
+    @classmethod
+    def find(cls, checkpoint: str | Path | None, tokenizer: str | Path | None, data: str) -> Start:
+        """The checkpoint, and the tokenizer of the folder given, of the checkpoint, or of the token shards."""
+        found = None if checkpoint is None else find_checkpoint(checkpoint)
+        if tokenizer is not None:
+            folder = find_tokenizer(tokenizer)
+        elif found is not None:
+            folder = found.folder
+        elif is_shards(data):
+            folder = Path(data) / TOKENIZER
+        else:
+            raise UsageError("give --tokenizer: a new model has none, and the data are not tokenized yet")
+        return cls(found, load_tokenizer(folder), folder)
+
+    def model(self, config: TrainConfig, device: str, resume_from: Path | None) -> Any:
+        """The model, every parameter trainable, in its dtype and on ``device``; of ``resume_from`` if there is one."""
+        source = find_checkpoint(resume_from) if resume_from is not None else self.checkpoint
+        if source is not None:
+            model = load_model(source, dtype=config.model_dtype, device=device)
+        else:
+            assert config.architecture is not None
+            model = new_model(
+                architecture(config.architecture, self.tokenizer, dropout=config.dropout), seed=config.seed
+            )
+            model = model.to(device=device, dtype=getattr(torch, config.model_dtype))
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model.loss_type = "ForCausalLM"
+        if config.gradient_checkpointing:
+            _checkpoint_activations(model)
+        return model
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Have every layer that can recompute its activations do so in training mode. Set by hand, without the hooks of
+    transformers' own function.
+    """
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not able:
+        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+    for module in able:
+        module.gradient_checkpointing = True
+        module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def is_shards(data: str) -> bool:
+    """Whether ``data`` is a folder of token shards."""
+    return (Path(data) / MANIFEST).is_file()
+
+
+def longest_row(model: Any, asked: int | None) -> int:
+    """Tokens of the longest row; UsageError for more than the model has positions."""
+    limit = max_positions(model)
+    if asked is None:
+        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
+    return asked
+
+
+def read_val(
+    source: str, fields: Fields, tokenizer: Any, max_length: int, *, max_samples: int | None, seed: int,
+    progress: Progress,
+) -> ValSet:  # fmt: skip
+    """The val set, with a note on rows of it that cannot be used."""
+    with open_corpus(source, fields) as corpus:
+        val = ValSet.read(corpus, tokenizer, max_length, max_samples=max_samples, seed=seed)
+    if val.left_out:
+        shown = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in sorted(val.left_out.items()))
+        progress.note(f"val rows left out: {shown}; {len(val.rows):,} are used")
+    return val
+
+
+def token_shards(
+    data: str, start: Start, output_dir: Path, *, fields: Fields, max_samples: int | None, ranks: Ranks,
+    progress: Progress,
+) -> TokenShards:  # fmt: skip
+    """The token shards at ``data``, or those of the corpus there, made in ``output_dir/tokens`` by the rank that leads.
+
+    MismatchError for tokens of another tokenizer, or of another corpus than it was.
+    """
+    folder = Path(data)
+    if is_shards(data):
+        if max_samples is not None:
+            raise UsageError("--max-samples belongs to a corpus; token shards are taken whole")
+    else:
+        folder = output_dir / "tokens"
+        ranks.led(lambda: _tokenize(data, start, folder, fields, max_samples, progress))
+    shards = TokenShards.open(folder)
+    found = fingerprint_tokenizer(start.tokenizer)
+    if shards.tokenizer_fingerprint != found:
+        raise MismatchError(
+            f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}: stored "
+            f"{shards.tokenizer_fingerprint}, found {found}"
+        )
+    return shards
+
+
+def _tokenize(data: str, start: Start, out: Path, fields: Fields, max_samples: int | None, progress: Progress) -> None:
+    try:
+        tokenize(
+            data=data, tokenizer=start.tokenizer_folder, out=out, fields=fields, max_samples=max_samples,
+            progress=progress,
+        )  # fmt: skip
+    except (MismatchError, BusyError, UsageError) as error:
+        # The option with which to choose another folder is not that of `ghoststore tokenize` here.
+        raise type(error)(str(error).replace("--out ", "--output-dir ")) from error

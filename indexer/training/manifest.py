@@ -1,0 +1,101 @@
+"""The manifest of a training run. Its sections are those of ``docs/format.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ghoststore.corpus.shards import TokenShards
+from ghoststore.software import versions_of
+from ghoststore.store.manifest import Manifest
+from ghoststore.store.run import RunLayout
+from indexer.training.config import TrainConfig
+from indexer.training.inputs import Start
+from indexer.training.scorer import Scorer
+from indexer.training.validation import ValSet
+
+SHAPE = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+"""Entries of a GPT-2's configuration that the manifest keeps."""
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Numbers in the weights; a tied one counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def run_manifest(
+    config: TrainConfig,
+    *,
+    start: Start,
+    model: Any,
+    shards: TokenShards,
+    rows: int,
+    val: ValSet | None,
+    scorer: Scorer | None,
+    domains: tuple[str, ...],
+    steps: int,
+    ranks: int,
+    max_length: int,
+    checkpoint_interval: int,
+    source: Mapping[str, str | None],
+) -> Manifest:
+    """The manifest of a run of ``steps`` steps over ``rows`` rows. ``source`` says where its inputs lie."""
+    asked, scoring = config.optimization, config.scoring
+    layout = RunLayout(
+        steps=steps, ranks=ranks, batch=asked.batch_size * asked.gradient_accumulation_steps,
+        span_steps=config.dot_prod_save_interval, rows=rows, groups=tuple(scorer.groups) if scorer else (),
+        blocks=tuple(scorer.blocks) if scorer else (),
+    )  # fmt: skip
+    method = scorer.engine.method if scorer else None
+    return {
+        "model": {
+            "architecture": type(model).__name__,
+            "name": config.architecture,
+            "config": {key: getattr(model.config, key) for key in SHAPE if hasattr(model.config, key)},
+            "checkpoint": None if start.checkpoint is None else start.checkpoint.fingerprint(),
+            "parameters": parameter_count(model),
+        },
+        "tokenizer": {"fingerprint": shards.tokenizer_fingerprint},
+        "corpus": {
+            "fingerprint": shards.corpus_fingerprint,
+            "samples": shards.samples,
+            "domains": shards.domains or None,
+            "only_domains": sorted(domains) or None,
+            "fields": shards.source["fields"],
+        },
+        "val": {
+            "fingerprint": None if val is None else val.fingerprint,
+            "rows": 0 if val is None else len(val.rows),
+            "domains": [] if val is None else val.domains,
+        },
+        "training": {
+            **asdict(asked),
+            "max_steps": steps,
+            "seed": config.seed,
+            "dropout": config.dropout,
+            "max_length": max_length,
+            "overlong": config.overlong,
+            "model_dtype": config.model_dtype,
+            "train_dtype": config.arithmetic,
+            "eval_interval": config.eval_interval,
+            "loss": "next-token cross-entropy, mean over all targets of a step",
+        },
+        "scoring": {
+            **asdict(scoring),
+            "exclude_layers": list(scoring.exclude_layers),
+            "checkpoint_interval": checkpoint_interval,
+            "projection": method.projection.hash if method is not None and hasattr(method, "projection") else None,
+        },
+        "storage": layout.to_json(),
+        "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},
+        "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
+        "compute": {
+            "device": torch.device(next(model.parameters()).device).type,
+            "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            "threads": torch.get_num_threads(),
+            "gradient_checkpointing": config.gradient_checkpointing,
+        },
+    }

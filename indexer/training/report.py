@@ -1,0 +1,102 @@
+"""What a training run says of itself: beside the progress bar while it trains, and at its end."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from indexer.training.loop import StepResult
+from indexer.training.validation import ValLoss
+
+LAST_STEPS = 20
+"""Steps over which the training loss is averaged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What a training run did. Losses are nats a token."""
+
+    output_dir: str
+    checkpoint: str | None
+    """The last checkpoint; None after ``eval_only``."""
+    store: str | None
+    run: str | None
+    """None after ``eval_only`` and without a store."""
+    steps: int
+    resumed_from: int
+    """Steps that were finished before this call."""
+    rows: int
+    """Training rows: samples, or windows of long ones."""
+    parameters: int
+    tokens: int
+    """Tokens of the steps of this call, padding aside."""
+    train_loss: float | None
+    """Mean of the last (at most 20) steps of this call."""
+    val_loss: float | None
+    val_loss_by_domain: dict[str, float]
+    tokens_per_second: float | None
+    score_share: float | None
+    """Share of the time of the steps that scoring took (host time)."""
+    negative_share: float | None
+    """Share of this call's scores of the first rank that are negative."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore train --json`` prints."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Watch:
+    """What one call has seen of its steps."""
+
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_STEPS))
+    tokens: int = 0
+    seconds: float = 0.0
+    score_seconds: float = 0.0
+    negative: int = 0
+    scored: int = 0
+    val: ValLoss | None = None
+
+    def see(self, result: StepResult, val: ValLoss | None) -> None:
+        """Count one step, and the val loss after it where there is one."""
+        self.losses.append(result.train_loss)
+        self.tokens += result.tokens
+        self.seconds += result.seconds
+        self.score_seconds += result.score_seconds
+        self.val = val or self.val
+        if "score" in result.own:
+            finite = result.own["score"][np.isfinite(result.own["score"])]
+            self.negative += int((finite < 0).sum())
+            self.scored += len(finite)
+
+    def words(self) -> str:
+        """What stands beside the progress bar."""
+        words = f"loss {self.train_loss:.3f}"
+        if self.val is not None:
+            words += f", val {self.val.loss:.3f}"
+        if self.scored:
+            words += f", scoring {self.score_share:.0%} of the time"
+        return words
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the last steps; None before the first."""
+        return float(np.mean(self.losses)) if self.losses else None
+
+    @property
+    def score_share(self) -> float | None:
+        """Share of the steps' time that scoring took."""
+        return self.score_seconds / self.seconds if self.seconds else None
+
+    def report(self, **rest: Any) -> TrainReport:
+        """What was seen, with the ``rest`` of the fields."""
+        return TrainReport(
+            tokens=self.tokens, train_loss=self.train_loss, val_loss=None if self.val is None else self.val.loss,
+            val_loss_by_domain={} if self.val is None else self.val.by_domain,
+            tokens_per_second=self.tokens / self.seconds if self.seconds else None, score_share=self.score_share,
+            negative_share=self.negative / self.scored if self.scored else None, **rest,
+        )  # fmt: skip

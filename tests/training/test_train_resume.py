@@ -1,0 +1,205 @@
+"""A training that is killed at any moment goes on with the same command, and ends as one that was never interrupted:
+the same weights, optimizer state and run, bit for bit; what was committed is never touched again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import ghoststore
+from ghoststore.store import Store
+from indexer.training.state import checkpoints, read_state
+
+from .trainings import arrays_of, same_bits
+
+if TYPE_CHECKING:
+    from .trainings import Gym
+
+Fault = dict[str, Any]
+OPTIONS = ("--val-groups", "--per-layer", "--train-dtype", "bfloat16")
+
+
+def at(call: str, path: str, when: str, number: int = 1) -> Fault:
+    return {"call": call, "path": path, "when": when, "number": number}
+
+
+MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
+    # The fault, the newest checkpoint then, and the committed spans of 4 steps; None: there is no run yet.
+    "tokens-begun": (at("name", r"out/tokens$", "before"), 0, None),
+    "tokens-written": (at("fsync", r"tokens/\.tokens-00000000\.npy", "before"), 0, None),
+    "tokens-committed": (at("name", r"tokens/commits/00000000\.json$", "after"), 0, None),
+    "run-unnamed": (at("name", r"runs/run$", "before"), 0, None),
+    "run-named": (at("name", r"runs/run$", "after"), 0, 0),
+    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.tmp/model\.safetensors$", "before"), 0, 0),
+    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.tmp/training_state/optimizer", "after"), 0, 0),
+    "checkpoint-unnamed": (at("name", r"out/checkpoint-3$", "before"), 0, 0),
+    "checkpoint-named": (at("name", r"out/checkpoint-3$", "after"), 3, 0),
+    "first-chunk": (at("name", r"run/score/c/0/0/0$", "before"), 3, 0),
+    "record-unnamed": (at("name", r"run/commits/00000000\.json$", "before"), 3, 0),
+    "record-named": (at("name", r"run/commits/00000000\.json$", "after"), 3, 1),
+    "second-checkpoint-unnamed": (at("name", r"out/checkpoint-6$", "before"), 3, 1),
+    "pending-checkpoint": (at("name", r"out/checkpoint-6$", "after"), 6, 1),
+    "between-record-and-checkpoint": (at("name", r"run/commits/00000001\.json$", "after"), 6, 2),
+    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.tmp$", "after"), 9, 2),
+    "last-record-unnamed": (at("name", r"run/commits/00000002\.json$", "before"), 9, 2),
+    "last-checkpoint-unnamed": (at("name", r"out/checkpoint-12$", "before"), 9, 3),
+    "last-checkpoint-named": (at("name", r"out/checkpoint-12$", "after"), 12, 3),
+}
+FLUSHES = (60, 140, 175, 205, 265)
+"""Of all calls of fsync, from the first token to the last checkpoint."""
+
+
+@pytest.fixture(scope="module")
+def whole(gym: Gym) -> Path:
+    """The folder of an uninterrupted training."""
+    folder = gym.folder / "whole"
+    outcome = gym.run(folder, *OPTIONS)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def committed(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file that a record names, and of the records."""
+    run = folder / "store" / "runs" / "run"
+    records = sorted(run.glob("commits/0*.json"))
+    names = [name for record in records for name in json.loads(record.read_bytes())["files"]]
+    return {str(path.relative_to(run)): path.read_bytes() for path in (*records, *(run / name for name in names))}
+
+
+def sound(folder: Path, newest: int, spans: int | None) -> None:
+    """What is there after a kill is whole: checkpoints that load, spans that verify."""
+    found = checkpoints(folder / "out")
+    assert [int(path.name.partition("-")[2]) for path in found][-1:] == ([newest] if newest else [])
+    for path in found:
+        assert read_state(path).step == int(path.name.partition("-")[2])
+    if spans is None:
+        assert not (folder / "store" / "runs" / "run").exists()
+        return
+    assert Store.open(folder / "store").run("run").spans == list(range(spans))
+    report = ghoststore.verify(folder / "store")
+    assert report.sound, report.damage
+
+
+def ends_like(folder: Path, whole: Path) -> None:
+    for file in ("model.safetensors", "training_state/optimizer.safetensors"):
+        path = Path("out") / "checkpoint-12" / file
+        assert same_bits(load_file(folder / path), load_file(whole / path)) == []
+    runs = [Store.open(each / "store").run("run") for each in (folder, whole)]
+    assert runs[0].complete
+    assert same_bits(*map(arrays_of, runs)) == []
+    for column in ("sample_id", "window_start", "source_row"):
+        assert runs[0].rows.read(column, 0, 27).tolist() == runs[1].rows.read(column, 0, 27).tolist()
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["checkpoint-12", "checkpoint-9", "tokens"]
+    assert ghoststore.verify(folder / "store").sound
+
+
+def resumes(gym: Gym, folder: Path, whole: Path, newest: int) -> None:
+    before = committed(folder)
+    outcome = gym.run(folder, *OPTIONS, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["resumed_from"] == newest
+    assert outcome.err == ""
+    after = committed(folder)
+    assert {name: after[name] for name in before} == before
+    ends_like(folder, whole)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
+    fault, newest, spans = MOMENTS[moment]
+    outcome = gym.run(tmp_path, *OPTIONS, fault=fault | {"act": "kill"})
+    assert outcome.code == -9, outcome.err
+    sound(tmp_path, newest, spans)
+    resumes(gym, tmp_path, whole, newest)
+
+
+@pytest.mark.parametrize("number", FLUSHES)
+def test_killed_at_any_flush(gym: Gym, whole: Path, number: int, tmp_path: Path) -> None:
+    outcome = gym.run(tmp_path, *OPTIONS, fault=at("fsync", "", "before", number) | {"act": "kill"})
+    assert outcome.code == -9, outcome.err
+    again = gym.run(tmp_path, *OPTIONS)
+    assert again.code == 0, again.err
+    ends_like(tmp_path, whole)
+
+
+def test_killed_again_and_again(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    for moment in ("tokens-written", "run-named", "optimizer-flushed", "record-named", "second-checkpoint-unnamed",
+                   "between-record-and-checkpoint", "last-checkpoint-unnamed"):  # fmt: skip
+        fault, newest, spans = MOMENTS[moment]
+        outcome = gym.run(tmp_path, *OPTIONS, fault=fault | {"act": "kill"})
+        assert outcome.code == -9, outcome.err
+        sound(tmp_path, newest, spans)
+    resumes(gym, tmp_path, whole, 9)
+
+
+@pytest.mark.parametrize("moment", ["tokens-written", "first-chunk", "pending-checkpoint", "last-checkpoint-unnamed"])
+def test_interrupted(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
+    outcome = gym.run(tmp_path, *OPTIONS, fault=MOMENTS[moment][0] | {"act": "interrupt"})
+    assert outcome.code == 130
+    assert outcome.err.strip() == "Interrupted. What was committed is intact: the same command resumes."
+    newest = max([int(path.name.partition("-")[2]) for path in checkpoints(tmp_path / "out")], default=0)
+    resumes(gym, tmp_path, whole, newest)
+
+
+def test_nothing_to_do(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    outcome = gym.run(folder, *OPTIONS, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.json["resumed_from"] == outcome.json["steps"] == 12
+    assert outcome.json["train_loss"] is None
+    assert outcome.json["val_loss"] > 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_from_an_earlier_checkpoint(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    """The newest was removed: its steps are made again, the committed ones dropped."""
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(folder / "out" / "checkpoint-12")
+    resumes(gym, folder, whole, 9)
+
+
+def test_another_output_dir(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    """From the beginning, into the run that is complete: nothing of it changes."""
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    before = committed(folder)
+    shutil.rmtree(folder / "out")
+    assert gym.run(folder, *OPTIONS).code == 0
+    assert committed(folder) == before
+    ends_like(folder, whole)
+
+
+def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    """Checkpoints without the store they wrote to: training goes on, and says what the run lacks."""
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(folder / "store")
+    shutil.rmtree(folder / "out" / "checkpoint-12")
+    outcome = gym.run(folder, *OPTIONS)
+    assert outcome.code == 0
+    assert "note: run 'run' lacks steps 1 to 8, and training goes on after them" in outcome.err
+    run, complete = (Store.open(each / "store").run("run") for each in (folder, whole))
+    assert run.committed_steps().tolist() == [8, 9, 10, 11]
+    np.testing.assert_array_equal(run.read_committed("score"), complete.read_committed("score")[8:])
+
+
+@pytest.mark.parametrize(
+    "options", [("--train-dtype", "float16"), ("--score", "sketched"), ("--checkpoint", "dropout")]
+)
+@pytest.mark.parametrize("moment", ["record-named", "last-checkpoint-unnamed"])
+def test_other_trainings_resume_too(gym: Gym, options: tuple[str, str], moment: str, tmp_path: Path) -> None:
+    """With a loss scaler, a sketch, the dropout of a checkpoint."""
+    if options[0] == "--checkpoint":
+        options = ("--checkpoint", str(gym.models[options[1]]))
+    uninterrupted = gym.folder / "whole-others" / Path(options[1]).name
+    if not uninterrupted.exists():
+        assert gym.run(uninterrupted, *options).code == 0
+    assert gym.run(tmp_path, *options, fault=MOMENTS[moment][0] | {"act": "kill"}).code == -9
+    assert gym.run(tmp_path, *options).code == 0
+    ends_like(tmp_path, uninterrupted)

@@ -1,0 +1,137 @@
+"""Small trainings for the tests: real files, the lab's tiny model, a corpus with prompts, long rows and domains."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import ghoststore
+from ghoststore.store import Run, Store
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab, Outcome
+
+TIMES = ("seconds", "score_seconds")
+"""Arrays of a run that no two runs have the same."""
+BASE: dict[str, Any] = {
+    "batch_size": 3, "max_steps": 20, "learning_rate": 5e-3, "val_batch_size": 3, "eval_interval": 10,
+    "dot_prod_save_interval": 4, "name": "run", "device": "cpu",
+}  # fmt: skip
+
+
+def words(rng: random.Random, count: int) -> str:
+    from tests.conftest import WORDS
+
+    return " ".join(rng.choices(WORDS, k=count))
+
+
+def prompt_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with a prompt, a completion and one of three domains; some longer than 12 tokens."""
+    rng = random.Random(seed)
+    return [
+        {
+            "id": f"pair-{i}", "domain": ("law", "code", "news")[i % 3], "prompt": words(rng, rng.randint(1, 4)),
+            "completion": " " + words(rng, rng.randint(1, 9)),
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """A finished training."""
+
+    output: Path
+    store: Path
+    report: Any
+
+    def weights(self, step: int | None = None) -> dict[str, torch.Tensor]:
+        return load_file(self.checkpoint(step) / "model.safetensors")
+
+    def optimizer(self, step: int | None = None) -> dict[str, torch.Tensor]:
+        return load_file(self.checkpoint(step) / "training_state" / "optimizer.safetensors")
+
+    def checkpoint(self, step: int | None = None) -> Path:
+        return self.output / f"checkpoint-{self.report.steps if step is None else step}"
+
+    @property
+    def run(self) -> Run:
+        return Store.open(self.store).run("run")
+
+    def rows(self, column: str) -> list[Any]:
+        """A column of the row table."""
+        return self.run.rows.read(column, 0, self.run.layout.rows).tolist()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return arrays_of(self.run)
+
+
+def arrays_of(run: Run) -> dict[str, np.ndarray]:
+    """Every array of the committed steps, those of times aside."""
+    return {s.name: run.read_committed(s.name) for s in run.layout.arrays() if s.name not in TIMES}
+
+
+def same_bits(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what is not the same in both, bit for bit (a NaN equals itself)."""
+    assert one.keys() == other.keys()
+    numbers = {name: (as_bytes(one[name]), as_bytes(other[name])) for name in one}
+    return [name for name, (a, b) in numbers.items() if a != b]
+
+
+def as_bytes(values: Any) -> tuple[Any, bytes]:
+    if isinstance(values, torch.Tensor):
+        return (values.shape, values.dtype), values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (values.shape, values.dtype), values.tobytes()
+
+
+@dataclass
+class Gym:
+    """Trains each thing once a session."""
+
+    lab: Lab
+    folder: Path
+    data: dict[str, Path]
+    models: dict[str, Path]
+    done: dict[str, Trained] = field(default_factory=dict)
+
+    def train(self, corpus: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
+        """A training in this process; the same options are trained once."""
+        key = json.dumps([corpus, model, options], sort_keys=True, default=str)
+        if key not in self.done:
+            folder = self.folder / f"trained-{len(self.done)}"
+            self.done[key] = self.fresh(folder, corpus, model, **options)
+        return self.done[key]
+
+    def fresh(self, folder: Path, corpus: str = "plain", model: str | None = "tiny", **options: Any) -> Trained:
+        """A training in this process, into ``folder``."""
+        given = {**BASE, "data": self.data[corpus], "val_set": self.data[f"{corpus}-val"], **options}
+        if model is not None:
+            given["checkpoint"] = self.models[model]
+        given.setdefault("output_dir", folder / "out")
+        given.setdefault("store", folder / "store")
+        report = ghoststore.train(**given)
+        return Trained(Path(given["output_dir"]), Path(given["store"] or folder), report)
+
+    def words(self, folder: Path, *options: str | Path, corpus: str = "plain") -> list[str]:
+        """The words of a command line that trains 12 steps into ``folder``; later options win."""
+        given = [
+            "--data", self.data[corpus], "--val-set", self.data[f"{corpus}-val"], "--checkpoint", self.models["tiny"],
+            "--output-dir", folder / "out", "--store", folder / "store", "--name", "run", "--batch-size", 3,
+            "--max-steps", 12, "--learning-rate", 5e-3, "--val-batch-size", 3, "--val-refresh-interval", 2,
+            "--eval-interval", 6, "--checkpoint-interval", 3, "--dot-prod-save-interval", 4, "--device", "cpu",
+        ]  # fmt: skip
+        return [str(word) for word in (*given, "--quiet", *options)]
+
+    def run(self, folder: Path, *options: str | Path, corpus: str = "plain", **order: Any) -> Outcome:
+        """That command line in a process of its own, which may be killed."""
+        return self.lab.run("train", *self.words(folder, *options, corpus=corpus), **order)
+
+    def start(self, folder: Path, *options: str | Path, **order: Any) -> int:
+        return self.lab.start("train", *self.words(folder, *options), **order)
