@@ -24,8 +24,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.store.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
-from indexer.dotprod.engine import ValLosses
 from indexer.dotprod.exact import Route
+from indexer.dotprod.val_data import ValLosses
 from indexer.own_loss import OwnLosses, loss_in, tokens_in
 from indexer.projection import ProjectionConfig
 from indexer.recording import Recorder, RunShape, Samples, places_of, ranks_here
