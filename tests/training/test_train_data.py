@@ -105,9 +105,7 @@ def test_rows_lead_back_to_their_source(gym: Gym) -> None:
 
 @given(step_rows=st.integers(1, 40), seed=st.integers(0, 3), epochs=st.integers(1, 3))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_row_once_an_epoch(
-    shards: dict[str, TokenShards], step_rows: int, seed: int, epochs: int
-) -> None:
+def test_every_row_once_an_epoch(shards: dict[str, TokenShards], step_rows: int, seed: int, epochs: int) -> None:
     rows = TrainingRows.cut(shards["holes"], 9, "window")
     order, count = Order(rows, seed=seed, step_rows=step_rows), len(rows.usable)
     steps = -(-epochs * count // step_rows)
@@ -183,7 +181,7 @@ def test_a_run_of_a_corpus_goes_on_from_its_shards(gym: Gym, tmp_path: Path) -> 
 
 def test_it_learns_the_next_token_and_not_the_one_after(lab: Lab, gym: Gym, tmp_path: Path) -> None:
     """A cycle of words: greedy decoding repeats it, in a model that was trained on batches with padding."""
-    cycle = "the cat sees a red bird under old tree river".split()
+    cycle = ["the", "cat", "sees", "a", "red", "bird", "under", "old", "tree", "river"]
     texts = [" ".join((cycle * 3)[start : start + 8 + start % 3]) for start in range(10)]
     data = lab.write(tmp_path / "cycle.jsonl", [{"text": text} for text in texts])
     trained = gym.fresh(

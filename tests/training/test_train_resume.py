@@ -189,7 +189,9 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("score"), complete.read_committed("score")[8:])
 
 
-@pytest.mark.parametrize("options", [("--train-dtype", "float16"), ("--score", "sketched"), ("--checkpoint", "dropout")])
+@pytest.mark.parametrize(
+    "options", [("--train-dtype", "float16"), ("--score", "sketched"), ("--checkpoint", "dropout")]
+)
 @pytest.mark.parametrize("moment", ["record-named", "last-checkpoint-unnamed"])
 def test_other_trainings_resume_too(gym: Gym, options: tuple[str, str], moment: str, tmp_path: Path) -> None:
     """With a loss scaler, a sketch, the dropout of a checkpoint."""

@@ -84,9 +84,7 @@ class Oracle:
             assert length == min(len(tokens) - start, max_length)
             self.rows.append((tokens[start : start + length], max(1, first - start)))
         val_rows = [json.loads(line) for line in gym.data[f"{data}-val"].read_text().splitlines()]
-        self.val = [
-            (*tokens_of(self.tokenizer, row), row["domain"]) for row in val_rows
-        ]
+        self.val = [(*tokens_of(self.tokenizer, row), row["domain"]) for row in val_rows]
         self.val = [(tokens[:max_length], first, domain) for tokens, first, domain in self.val]
         self.val = [entry for entry in self.val if entry[1] < len(entry[0])]
         with open_corpus(str(gym.data[f"{data}-val"]), Fields()) as corpus:

@@ -135,4 +135,3 @@ class Gym:
 
     def start(self, folder: Path, *options: str | Path, **order: Any) -> int:
         return self.lab.start("train", *self.words(folder, *options), **order)
-
