@@ -1,5 +1,5 @@
-"""What the store says of a training is true: every number is computed again from the saved checkpoints, sample by sample,
-with plain autograd in float64, no padding, no hook, and the tokenizer's own tokens.
+"""What the store says of a training is true: every number is computed again from the saved checkpoints, sample by
+sample, with plain autograd in float64, no padding, no hook, and the tokenizer's own tokens.
 """
 
 from __future__ import annotations
