@@ -59,8 +59,8 @@ class OptimizationConfig:
         _at_least(1, batch_size=self.batch_size, gradient_accumulation_steps=self.gradient_accumulation_steps)
         _at_least(1, max_steps=self.max_steps)
         _at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        if not 0 < self.learning_rate < inf:
-            raise UsageError(f"--learning-rate must be above 0 and finite, not {self.learning_rate}")
+        if not 0 < self.learning_rate <= 1e30:
+            raise UsageError(f"--learning-rate must be above 0 and at most 1e30, not {self.learning_rate}")
         if not 0 <= self.min_learning_rate_ratio <= 1:
             raise UsageError(f"--min-learning-rate-ratio must be between 0 and 1, not {self.min_learning_rate_ratio}")
         for name in ("adam_beta1", "adam_beta2"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from traceback import clear_frames
 from typing import TypeVar
 
 import torch
@@ -93,8 +95,22 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), own
+    except BaseException as error:
+        _drop_frames(error)
+        raise
     finally:
+        # What is left of DistributedDataParallel must be gone before its process group is. Where it is the last to
+        # hold the group, it destroys it without letting go of the interpreter's lock, and waits for ever for threads
+        # of the group that wait for this lock.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Let go of the variables that an error's traceback keeps."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def refuse_drift(model: nn.Module, ranks: Ranks) -> None:

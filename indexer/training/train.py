@@ -143,11 +143,11 @@ class _Job:
         """All of it."""
         begun = time.perf_counter()
         self._refuse_usage()
-        with self._output_dir():
-            return self._run(trackers, begun)
-
-    def _run(self, trackers: Trackers, begun: float) -> TrainReport:
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        with self._output_dir():
+            return self._run(start, trackers, begun)
+
+    def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
         newest = next(reversed(checkpoints(self.output_dir)), None)
         saved = None if newest is None else read_state(newest)
         model = start.model(self.config, self.device, newest)
