@@ -36,11 +36,9 @@ SCORING: dict[str, tuple[str, Options]] = {
     "gram": ("float32", {"route": "gram"}),
     "groups-and-layers": ("accumulation", {"val_groups": True, "per_layer": True}),
     "refresh-3": ("accumulation", {"val_refresh_interval": 3, "val_sampling": "fixed"}),
-    "refresh-3-float16": ("autocast-float16", {"val_refresh_interval": 3}),
     "refresh-4-dropout": ("dropout", {"val_refresh_interval": 4}),
     "without-embeddings": ("float32", {"exclude_layers": ("embeddings",)}),
     "sketched": ("float32", {"score": "sketched"}),
-    "sketched-dropout": ("dropout-checkpointing", {"score": "sketched"}),
     "scores-every-step-saved": ("windows", {"dot_prod_save_interval": 1, "checkpoint_interval": 5}),
 }
 
