@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import clear_frames
@@ -19,6 +19,10 @@ from ghoststore.errors import CaptureError, UsageError, WorkerError
 
 T = TypeVar("T")
 
+LONGEST_START = timedelta(minutes=5)
+"""For the ranks to find one another: if they do not, that is an error, and torchrun ends them."""
+LONGEST_END = timedelta(seconds=5)
+"""After an error, for the other ranks to hear of it before this one closes its connections."""
 LONGEST_WAIT = timedelta(hours=12)
 """While one rank tokenizes or writes, the others wait."""
 
@@ -92,11 +96,13 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     kind = torch.device(own).type
     if kind == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_START)
     try:
+        dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
         yield Ranks(dist.get_rank(), dist.get_world_size()), own
     except BaseException as error:
         _drop_frames(error)
+        _wait_for_the_others()
         raise
     finally:
         # What is left of DistributedDataParallel must be gone before its process group is. Where it is the last to
@@ -104,6 +110,16 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         # of the group that wait for this lock.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _wait_for_the_others() -> None:
+    """Until every rank has ended with an error, but not long: an error that all have in common may reach one while
+    another still reads what it was sent. Through the store, so that no open collective is disturbed.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    with suppress(RuntimeError):
+        store.set(f"ghoststore/ended/{dist.get_rank()}", "")
+        store.wait([f"ghoststore/ended/{rank}" for rank in range(dist.get_world_size())], LONGEST_END)
 
 
 def _drop_frames(error: BaseException | None) -> None:

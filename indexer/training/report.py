@@ -39,7 +39,7 @@ class TrainReport:
     val_loss_by_domain: dict[str, float]
     tokens_per_second: float | None
     score_share: float | None
-    """Share of the time of the steps that scoring took (host time)."""
+    """Share of the time of the steps that scoring took (host time); None where nothing was scored."""
     negative_share: float | None
     """Share of this call's scores of the first rank that are negative."""
     seconds: float
@@ -89,8 +89,8 @@ class Watch:
 
     @property
     def score_share(self) -> float | None:
-        """Share of the steps' time that scoring took."""
-        return self.score_seconds / self.seconds if self.seconds else None
+        """Share of the steps' time that scoring took; None where nothing was scored."""
+        return self.score_seconds / self.seconds if self.scored else None
 
     def report(self, **rest: Any) -> TrainReport:
         """What was seen, with the ``rest`` of the fields."""

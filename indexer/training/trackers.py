@@ -14,6 +14,7 @@ import numpy as np
 from ghoststore.errors import UsageError
 from indexer.training.config import TrainConfig
 from indexer.training.loop import StepResult
+from indexer.training.ranks import Ranks
 from indexer.training.validation import ValLoss
 
 
@@ -30,7 +31,7 @@ class Trackers:
     @classmethod
     @contextmanager
     def open(
-        cls, tensorboard: str | Path | None, wandb: str | None, config: TrainConfig, leads: bool
+        cls, tensorboard: str | Path | None, wandb: str | None, config: TrainConfig, ranks: Ranks
     ) -> Iterator[Trackers]:
         """Trackers for a TensorBoard folder and a Weights & Biases project; nothing on ranks that do not lead.
 
@@ -38,12 +39,16 @@ class Trackers:
         """
         opened = cls()
         with ExitStack() as stack:
-            if tensorboard is not None and leads:
-                opened.trackers.append(stack.enter_context(closing(_TensorBoard(tensorboard))))
-            if wandb is not None and leads:
-                run = _wandb(wandb, config)
-                stack.callback(run.finish)
-                opened.trackers.append(run)
+
+            def begin() -> None:
+                if tensorboard is not None:
+                    opened.trackers.append(stack.enter_context(closing(_TensorBoard(tensorboard))))
+                if wandb is not None:
+                    run = _wandb(wandb, config)
+                    stack.callback(run.finish)
+                    opened.trackers.append(run)
+
+            ranks.led(begin)
             yield opened
 
     def step(self, result: StepResult, val_loss: ValLoss | None) -> None:

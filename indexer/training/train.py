@@ -98,7 +98,7 @@ def train(
             projection=projection, device=own_device, eval_only=eval_only, ranks=ranks,
             progress=(progress or Silent()) if ranks.leads else Silent(),
         )  # fmt: skip
-        with Trackers.open(tensorboard, wandb, config, ranks.leads) as trackers:
+        with Trackers.open(tensorboard, wandb, config, ranks) as trackers:
             return job.evaluate() if eval_only else job.run(trackers)
 
 

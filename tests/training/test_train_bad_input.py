@@ -90,7 +90,7 @@ def test_refused(gym: Gym, name: str, tmp_path: Path) -> None:
 def test_from_the_command_line(gym: Gym, tmp_path: Path) -> None:
     """Exit code 2, the message alone on stderr, nothing on stdout."""
     for words, message in (
-        (("--checkpoint", tmp_path / "nowhere"), "checkpoint"),
+        (("--checkpoint", gym.data["plain"]), "is a file; give the folder"),
         (("--proj-kind", "rademacher"), "projection options belong to --score sketched"),
         (("--method", "Irregular"), "Irregular"),
         (("--device", "cuda"), "sees no CUDA device"),

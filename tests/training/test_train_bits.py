@@ -20,7 +20,6 @@ TRAINING: dict[str, Options] = {
     "autocast-bfloat16": {"train_dtype": "bfloat16"},
     "autocast-float16": {"train_dtype": "float16"},
     "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 3},
-    "accumulation-float16": {"batch_size": 2, "gradient_accumulation_steps": 3, "train_dtype": "float16"},
     "clipped": {"max_grad_norm": 0.05},
     "not-clipped": {"max_grad_norm": 0.0},
     "dropout": {"model": "dropout"},
@@ -37,12 +36,9 @@ SCORING: dict[str, tuple[str, Options]] = {
     "gram": ("float32", {"route": "gram"}),
     "groups-and-layers": ("accumulation", {"val_groups": True, "per_layer": True}),
     "refresh-3": ("accumulation", {"val_refresh_interval": 3, "val_sampling": "fixed"}),
-    "refresh-3-float16": ("autocast-float16", {"val_refresh_interval": 3}),
     "refresh-4-dropout": ("dropout", {"val_refresh_interval": 4}),
     "without-embeddings": ("float32", {"exclude_layers": ("embeddings",)}),
     "sketched": ("float32", {"score": "sketched"}),
-    "sketched-bfloat16": ("autocast-bfloat16", {"score": "sketched", "val_refresh_interval": 2}),
-    "sketched-dropout": ("dropout-checkpointing", {"score": "sketched"}),
     "scores-every-step-saved": ("windows", {"dot_prod_save_interval": 1, "checkpoint_interval": 5}),
 }
 

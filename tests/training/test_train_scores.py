@@ -188,7 +188,7 @@ def test_val_loss_is_kept_where_it_was_computed(gym: Gym) -> None:
     assert np.isfinite(found).nonzero()[0].tolist() == [9, 19]
     for done in (10, 20):
         model = model_at(trained.checkpoint(done))
-        sums = [(float(loss_of(model, t, f)) * (len(t) - f), len(t) - f) for t, f, _ in oracle.val]
+        sums = [(loss_of(model, t, f).item() * (len(t) - f), len(t) - f) for t, f, _ in oracle.val]
         expected = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
         assert found[done - 1] == pytest.approx(expected, rel=1e-6)
     assert trained.report.val_loss == pytest.approx(expected, rel=1e-6)

@@ -190,8 +190,9 @@ def short(gym: Gym) -> Trained:
     return gym.fresh(gym.folder / "short", max_steps=6, checkpoint_interval=3)
 
 
-@pytest.mark.parametrize("where", ["output", "run"])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("where", "name"), [*(("output", name) for name in OTHERS), *(("run", name) for name in ("seed", "val", "layers"))]
+)
 def test_other_settings(gym: Gym, short: Trained, name: str, where: str, tmp_path: Path) -> None:
     """Refused with both values, by the checkpoints as by the run; nothing is touched."""
     options, message = OTHERS[name]
