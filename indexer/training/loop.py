@@ -34,6 +34,7 @@ class StepResult:
     step: int
     """From 0."""
     learning_rate: float
+    """0 where a loss scaler left the step out: it moved nothing."""
     train_loss: float
     """Mean over all targets of the step, nats a token."""
     grad_norm: float
@@ -135,8 +136,8 @@ class Trainer:
             self.scorer.stepped()
         own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return StepResult(
-            step=step, learning_rate=eta, train_loss=train_loss, grad_norm=grad_norm,
-            tokens=int(self.rows.length[rows_of_step].sum()), seconds=time.perf_counter() - begun,
+            step=step, learning_rate=eta if math.isfinite(grad_norm) else 0.0, train_loss=train_loss,
+            grad_norm=grad_norm, tokens=int(self.rows.length[rows_of_step].sum()), seconds=time.perf_counter() - begun,
             score_seconds=self.scorer.take_seconds() if self.scorer else 0.0, own=own,
         )  # fmt: skip
 
