@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 import ghoststore
 from ghoststore import Corpus, ProjectionConfig
 from ghoststore.showcase.tokenizer import train_tokenizer
-from ghoststore.showcase.training import StepReport, save_checkpoint, train_model
+from indexer.training.architectures import new_model
 
 VOCABULARY = 4096
 BATCH = 16
@@ -55,43 +57,31 @@ def train(rows: Rows, folder: Path, *, minutes: float, steps: int | None, max_le
     """Train a small GPT-2 for about ``minutes`` (or ``steps``) into ``folder``; what was trained."""
     tokenizer = train_tokenizer([row["text"] for row in rows], VOCABULARY)
     config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=max_length,
-        n_layer=4,
-        n_embd=192,
-        n_head=6,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    losses: list[float] = []
+        vocab_size=len(tokenizer), n_positions=max_length, n_layer=4, n_embd=192, n_head=6, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        scratch = Path(name)
+        corpus = write_jsonl(scratch / "rows.jsonl", rows)
+        new_model(config, seed=0).save_pretrained(scratch / "new")
+        tokenizer.save_pretrained(scratch / "new")
 
-    def told(report: StepReport) -> None:
-        losses.append(report.loss)
-        if report.step % 100 == 0:
-            print(f"step {report.step} of {report.steps}: loss {np.mean(losses[-100:]):.3f}", flush=True)
+        def run(count: int) -> Any:
+            return ghoststore.train(
+                data=corpus, checkpoint=scratch / "new", output_dir=scratch / f"{count}", method="Regular",
+                batch_size=BATCH, max_steps=count, max_length=max_length, overlong="truncate", learning_rate=3e-3,
+                adam_beta2=0.99, weight_decay=0.01, eval_interval=count,
+            )  # fmt: skip
 
-    def run(count: int) -> Any:
-        return train_model(
-            rows, tokenizer, steps=count, batch_size=BATCH, seed=0, max_length=max_length, config=config, on_step=told
-        )
-
-    if steps is None:
-        began = time.perf_counter()
-        run(TIMED_STEPS)
-        steps = max(1, round(minutes * 60 / (time.perf_counter() - began) * TIMED_STEPS))
-    losses.clear()
-    began = time.perf_counter()
-    model = run(steps)
-    save_checkpoint(model, tokenizer, folder)
+        if steps is None:
+            began = time.perf_counter()
+            run(TIMED_STEPS)
+            steps = max(TIMED_STEPS + 1, round(minutes * 60 / (time.perf_counter() - began) * TIMED_STEPS))
+        report = run(steps)
+        shutil.copytree(report.checkpoint, folder)
     return {
-        "steps": steps,
-        "seconds": time.perf_counter() - began,
-        "loss": float(np.mean(losses[-50:])),
-        "parameters": model.num_parameters(),
-    }
+        "steps": steps, "seconds": report.seconds, "loss": report.train_loss, "parameters": report.parameters,
+    }  # fmt: skip
 
 
 def build(folder: Path, name: str, data: Path, max_length: int, projection: ProjectionConfig) -> int:

@@ -54,7 +54,6 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
     import transformers
 
     from ghoststore.showcase.tokenizer import train_tokenizer
-    from ghoststore.showcase.training import save_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = train_tokenizer(sentences(50), 290)
@@ -68,7 +67,8 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
     if change is not None:
         with torch.no_grad():
             change(model, tokenizer)
-    save_checkpoint(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

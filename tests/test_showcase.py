@@ -1,4 +1,4 @@
-"""The demo's corpus keeps its promises, its tokenizer survives a folder, its training loop learns."""
+"""The demo's corpus keeps its promises, its tokenizer survives a folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
-from ghoststore.errors import CorpusError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.showcase.corpus import (
     DOMAINS,
     FACT_KINDS,
@@ -29,7 +25,6 @@ from ghoststore.showcase.corpus import (
     write_jsonl,
 )
 from ghoststore.showcase.tokenizer import END_OF_TEXT, train_tokenizer
-from ghoststore.showcase.training import IGNORED, StepReport, _pad, save_checkpoint, train_model
 
 # Words that carry no content: a query and its source may share them.
 FUNCTION_WORDS = re.compile(
@@ -55,21 +50,6 @@ def words(text: str) -> list[str]:
 def content_stems(text: str) -> set[str]:
     """The first five letters of each word that carries content: inflections count as the same word."""
     return {word[:5] for word in words(text) if not FUNCTION_WORDS.fullmatch(word)}
-
-
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_layer=2,
-        n_embd=32,
-        n_head=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
 
 
 # --- Corpus ---------------------------------------------------------------------------------------
@@ -205,93 +185,3 @@ def test_tokenizer_is_the_same_each_time(corpus: DemoCorpus) -> None:
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 257; found 256"):
         train_tokenizer(["text"], 256)
-
-
-# --- Training -------------------------------------------------------------------------------------
-
-
-def test_training_lowers_the_loss_and_can_be_repeated(
-    corpus: DemoCorpus, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    def train(seed: int) -> tuple[GPT2LMHeadModel, list[StepReport]]:
-        reports: list[StepReport] = []
-        model = train_model(
-            corpus.train[:64],
-            tokenizer,
-            steps=20,
-            batch_size=8,
-            seed=seed,
-            max_length=48,
-            config=tiny_config(tokenizer),
-            on_step=reports.append,
-        )
-        return model, reports
-
-    before = torch.random.get_rng_state()
-    model, reports = train(0)
-    assert torch.equal(torch.random.get_rng_state(), before), "torch's own generator was moved"
-    assert not model.training
-    assert [report.step for report in reports] == list(range(1, 21))
-    assert reports[-1].loss < reports[0].loss - 0.5
-    assert reports[0].learning_rate == max(report.learning_rate for report in reports)
-
-    again, reports_again = train(0)
-    assert [r.loss for r in reports_again] == [r.loss for r in reports]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert train(1)[1][0].loss != reports[0].loss
-
-    save_checkpoint(model, tokenizer, tmp_path / "checkpoint")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", local_files_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert (tmp_path / "checkpoint" / "tokenizer.json").exists()
-    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
-
-
-def test_the_model_learns_the_next_token_not_the_one_after(tokenizer: PreTrainedTokenizerFast) -> None:
-    letters = tokenizer("abcd")["input_ids"]
-    assert len(set(letters)) == 4, "each letter is its own token"
-    rows = [{"id": str(i), "text": ("abcd" * 12)[i:]} for i in range(4)]
-    model = train_model(rows, tokenizer, steps=60, batch_size=4, seed=0, max_length=40, config=tiny_config(tokenizer))
-    input_ids_BT = torch.tensor([tokenizer(rows[0]["text"])["input_ids"][:32]])
-    with torch.no_grad():
-        predicted_T = model(input_ids=input_ids_BT).logits[0].argmax(-1)
-    assert torch.equal(predicted_T[4:-1], input_ids_BT[0, 5:])
-    assert not torch.equal(predicted_T[4:-2], input_ids_BT[0, 6:])
-
-
-def test_padding_is_left_out_and_the_end_of_text_is_not() -> None:
-    input_ids_BT, labels_BT, mask_BT = _pad([[5, 6, 0], [7, 0], [8, 9, 3, 0]], 0)
-    assert input_ids_BT.tolist() == [[5, 6, 0, 0], [7, 0, 0, 0], [8, 9, 3, 0]]
-    assert labels_BT.tolist() == [[5, 6, 0, IGNORED], [7, 0, IGNORED, IGNORED], [8, 9, 3, 0]]
-    assert mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"rows": []}, CorpusError, "no rows"),
-        ({"rows": [{"id": "x", "text": ""}]}, CorpusError, r"row 0 \(id 'x'\)"),
-        ({"steps": 0}, UsageError, "found 0, 2 and 16"),
-        ({"max_length": 65}, UsageError, "65 is more than the model's 64 positions"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(
-    tokenizer: PreTrainedTokenizerFast, changed: dict[str, object], error: type[Exception], message: str
-) -> None:
-    settings: dict[str, object] = {
-        "rows": [{"id": "a", "text": "some text"}],
-        "steps": 1,
-        "batch_size": 2,
-        "seed": 0,
-        "max_length": 16,
-        "config": tiny_config(tokenizer),
-    }
-    settings |= changed
-    with pytest.raises(error, match=message):
-        train_model(settings.pop("rows"), tokenizer, **settings)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
-def test_a_missing_device_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UsageError, match="finds no CUDA device"):
-        train_model([{"text": "a"}], tokenizer, steps=1, batch_size=1, seed=0, max_length=8, device="cuda")

@@ -92,7 +92,9 @@ class Scorer:
         except (UsageError, CaptureError) as error:
             if not begun:
                 raise
-            raise DivergedError.at(step + 1, "the val loss, or its gradient, is not finite any more") from error
+            raise DivergedError.at(
+                step + 1, f"the val loss, or its gradient, cannot be used any more: {error}"
+            ) from error
 
     def stepped(self) -> None:
         """The optimizer has made a step."""

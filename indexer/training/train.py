@@ -249,6 +249,8 @@ class _Job:
         if self.checkpoint is not None and self.config.dropout:
             raise UsageError("--dropout belongs to --architecture: a checkpoint has its own")
         if self.name is not None:
+            if self.store is None:
+                raise UsageError("--name is the name of a run: it needs --store")
             check_name(self.name)
         if self.store is not None:
             Store.refuse_others(Path(self.store))

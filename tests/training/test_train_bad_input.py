@@ -28,6 +28,7 @@ NEITHER = r"give --architecture to train from scratch, or --checkpoint"
 
 REFUSED: dict[str, tuple[Options, str]] = {
     "no-store": ({"store": None}, r"GradDotProd needs --val-set and --store; --method Regular trains without"),
+    "name-without-store": ({"method": "Regular", "store": None}, r"--name is the name of a run: it needs --store"),
     "no-val-set": ({"val_set": None}, r"GradDotProd needs --val-set and --store"),
     "no-model": ({"model": None}, NEITHER),
     "two-models": ({"architecture": "GPT2-Tiny"}, NEITHER),

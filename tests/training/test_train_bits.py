@@ -71,7 +71,7 @@ def test_training_changes_the_weights(gym: Gym) -> None:
 
 def test_the_store_changes_nothing(gym: Gym) -> None:
     """Nor does a val set, nor how often something is saved."""
-    plain = gym.train(method="Regular", store=None, val_set=None)
+    plain = gym.train(method="Regular", store=None, name=None, val_set=None)
     assert same_bits(plain.weights(), gym.train().weights()) == []
     often = gym.train(checkpoint_interval=1, keep_checkpoints=None)
     assert same_bits(plain.weights(), often.weights()) == []
