@@ -44,6 +44,7 @@ from ghoststore.store.manifest import PART
 from ghoststore.store.part import create_part
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
 from query.search import search
+from query.terms import Term
 
 QUERIES = (1, 64, 1000)
 TOP_K = 10
@@ -130,7 +131,7 @@ def forget(part: Part) -> None:
 
 def search_exactly(part: Part, queries: int, device: str) -> None:
     vectors = torch.randn(queries, part.layout.dimension, generator=torch.Generator().manual_seed(1))
-    search(part, vectors, metric="cosine", top_k=TOP_K, device=device)
+    search([Term.of(part, vectors, metric="cosine")], top_k=TOP_K, device=device)
 
 
 def measure_search(

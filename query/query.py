@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ghoststore.checkpoint import resolve_device
-from ghoststore.corpus import Fields, open_corpus
+from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.store import Part, Store
-from indexer.layers import layer_type_by_name
-from indexer.selection import matches
-from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
+from query.question import Asked, Combine, Question, ask
 from query.results import BlendedHit, Hit, QueryHits, QueryResult
-from query.search import Metric, Ranking, search, similarities
+from query.search import Ranking
+from query.terms import Metric
 from query.texts import texts_of
-from query.valset import encode_val_set
 
 
 def query(
@@ -33,6 +26,8 @@ def query(
     top_k: int = 10,
     bottom_k: int = 0,
     each: bool = False,
+    group_field: str | None = None,
+    combine: Combine = "mean",
     metric: Metric = "cosine",
     layers: Sequence[str] = (),
     exclude_layers: Sequence[str] = (),
@@ -52,6 +47,10 @@ def query(
     of plain Kronecker blocks. The val set goes through the model, tokenization and projection that the part's
     manifest names; ``checkpoint`` is another path to the same weights.
 
+    ``group_field`` names a field of the val set: one ranking for the mean gradient of each group, and before them one
+    called ``combined``: by the ``mean`` or the ``max`` of a row's scores over the groups, or by ``rank-fusion``
+    (reciprocal ranks).
+
     ``with_scores`` names a training run of the store whose values (Σ η·score of a sample) are blended with the
     similarities: (1 - W)·z(similarity) + W·z(value), W = ``score_weight`` (default 0.5), z standardised over the rows
     that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
@@ -63,147 +62,26 @@ def query(
     progress = progress or Silent()
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
         raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
-    if max_samples is not None and max_samples < 1:
-        raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
-    if metric not in ("dot", "cosine"):
-        raise UsageError(f"--metric {metric!r} is unknown; known: dot, cosine")
-    weight = checked_weight(score_weight)
-    if score_weight is not None and with_scores is None:
-        raise UsageError("--score-weight belongs to --with-scores, which names a training run")
-    device = resolve_device(device)
-    opened = Store.open(store).part(part)
-    if not opened.spans:
-        raise UsageError(
-            f"part {opened.name!r} has no committed rows yet; the build that makes it has not got that far"
-        )
-    if not opened.complete:
-        progress.note(
-            f"part {opened.name!r} is not complete: {opened.rows:,} of {opened.layout.rows:,} rows are searched"
-        )
-    groups = choose_groups(opened, layers, exclude_layers)
-    run = None if with_scores is None else Store.open(store).run(with_scores)
-    values = None if run is None else values_of_rows(opened, run, progress)
-    with open_corpus(str(val_set), fields or Fields()) as corpus:
-        val = encode_val_set(
-            opened, corpus, average=not each, checkpoint=checkpoint, device=device, max_samples=max_samples,
-            progress=progress,
-        )  # fmt: skip
-    if val.left_out:
-        shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
-        progress.note(f"val rows left out: {shown}; {val.used} are used")
-    blend: _Blend | None = None
-    with closing(progress.task("searching", opened.rows)) as task:
-        counts = (min(top_k, opened.rows), min(bottom_k, opened.rows))
-        if values is None:
-            rankings = search(
-                opened, val.vectors, metric=metric, top_k=counts[0], bottom_k=counts[1], groups=groups, device=device,
-                task=task,
-            )  # fmt: skip
-        else:
-            found = similarities(opened, val.vectors, metric=metric, groups=groups, device=device, task=task)
-            blend = _Blend(found, values, *blended(found, values.value, weight), weight)
-            rankings = (rankings_of(blend.scores, counts[0]), rankings_of(blend.scores, counts[1], sign=-1.0))
-    if blend is not None and blend.without_score:
-        fate = "left out" if weight > 0 else "ranked by similarity, as all are"
-        progress.note(
-            f"{blend.without_score:,} of {blend.without_score + blend.rows:,} usable rows have no score in run "
-            f"{with_scores!r}: they are {fate}"
-        )
-    hits = _hits(opened, rankings, text, progress, blend)
+    question = Question(
+        store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
+        layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
+        device=device, with_scores=with_scores, score_weight=score_weight,
+    )  # fmt: skip
+    asked = ask(question, progress)
+    rankings = asked.rank(top_k, bottom_k, progress)
+    hits = _hits(asked, rankings, text, progress)
     return QueryResult(
         store=str(store),
-        settings={
-            "part": opened.name,
-            "val_set": str(val_set),
-            "val_rows": val.used,
-            "val_rows_left_out": val.left_out,
-            "mode": "each" if each else "mean",
-            "metric": metric,
-            "index": "exact",
-            "top_k": top_k,
-            "bottom_k": bottom_k,
-            "layers": list(layers),
-            "exclude_layers": list(exclude_layers),
-            "checkpoint": str(checkpoint) if checkpoint else opened.manifest["source"]["checkpoint"],
-            "rows": opened.rows,
-            **({} if blend is None else {"with_scores": with_scores, **blend.settings()}),
-        },
+        settings={**asked.settings(), "index": "exact", "top_k": top_k, "bottom_k": bottom_k},
         results=[
-            QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(val.ids, *hits, strict=True)
+            QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
     )
 
 
-def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[str]) -> list[int] | None:
-    """Places in ``part.groups`` of the layers that the patterns select; None for all.
-
-    UsageError for a pattern without a layer, and for a part whose blocks were sketched together.
-    """
-    if not layers and not exclude_layers:
-        return None
-    if part.manifest["projection"]["compress"] is not None:
-        raise UsageError(
-            f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part of "
-            "plain blocks for that: ghoststore build … --proj-rank-total 256 --name …"
-        )
-    described = [(str(layer["name"]), layer_type_by_name(layer["type"])) for layer in part.manifest["layers"]]
-    for pattern in [*layers, *exclude_layers]:
-        if not any(matches(pattern, name, kind) for name, kind in described):
-            names = ", ".join(name for name, _ in described[:12])
-            raise UsageError(f"layer pattern {pattern!r} matches no layer of part {part.name!r}: {names} …")
-    chosen = [
-        place
-        for place, (name, kind) in enumerate(described)
-        if (not layers or any(matches(pattern, name, kind) for pattern in layers))
-        and not any(matches(pattern, name, kind) for pattern in exclude_layers)
-    ]
-    if not chosen:
-        raise UsageError(f"no layer of part {part.name!r} is left: {list(layers)} without {list(exclude_layers)}")
-    return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class _Blend:
-    """Similarities, values and their blend, for every row of the part."""
-
-    similarity: NDArray[np.float64]
-    """(queries, rows)."""
-    values: RowValues
-    scores: NDArray[np.float64]
-    """(queries, rows): NaN where a row does not take part."""
-    rows: int
-    """Usable rows that have a value."""
-    weight: float
-
-    @property
-    def without_score(self) -> int:
-        """Usable rows without a value."""
-        return int(np.isfinite(self.similarity[0]).sum()) - self.rows
-
-    def settings(self) -> dict[str, Any]:
-        """What the result says of it."""
-        return {
-            "score_weight": self.weight,
-            "blend": BLEND,
-            "value": "cumulative",
-            "joined_by": self.values.joined_by,
-            "run_steps": self.values.steps,
-            "rows_blended": self.rows,
-            "rows_without_score": self.without_score,
-        }
-
-    def hit(self, query: int, row: int, **shared: Any) -> BlendedHit:
-        """The hit of a row."""
-        value = float(self.values.value[row])
-        return BlendedHit(
-            **shared, similarity=float(self.similarity[query, row]), value=value if np.isfinite(value) else None
-        )
-
-
-def _hits(
-    part: Part, rankings: tuple[Ranking, Ranking], text: bool, progress: Progress, blend: _Blend | None
-) -> list[list[list[Hit]]]:
+def _hits(asked: Asked, rankings: tuple[Ranking, Ranking], text: bool, progress: Progress) -> list[list[list[Hit]]]:
     """For each ranking, for each query, its hits. Every row's data are read once."""
+    part, blend = asked.part, asked.blend
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
     ids, sources, domains, windows = (
@@ -219,7 +97,12 @@ def _hits(
             "domain": names[domains[at]] if domains[at] >= 0 else None, "text": texts[at],
             "window_start": int(windows[at]),
         }  # fmt: skip
-        return Hit(**shared) if blend is None else blend.hit(query, row, **shared)
+        if blend is None:
+            return Hit(**shared)
+        value = float(blend.values.value[row])
+        return BlendedHit(
+            **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None
+        )
 
     return [
         [

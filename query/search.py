@@ -1,26 +1,24 @@
 """Exact search: every committed row against every query, streamed, with a running top k.
 
-Legend: Q queries, R rows of a chunk, D numbers of a vector, G blocks.
+Legend: Q queries, R rows of a piece, D numbers of a vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.errors import UsageError
 from ghoststore.progress import Task
-from ghoststore.store import Part
-from ghoststore.store.reader import read_span, stream
-from ghoststore.store.status import FIRST_UNUSABLE
+from query.stored import StoredRows, side_by_side
+from query.terms import RowFacts, Term, shared_spans
 
-Metric = Literal["dot", "cosine"]
+Combine = Literal["max"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 PAIRS_AT_ONCE = 1024
@@ -49,20 +47,20 @@ class RunningTopK:
         self.rows = np.full((queries, k), -1, dtype=np.int64)
 
     def add(
-        self, cheap_RQ: Tensor, slack_R: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
+        self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
     ) -> None:
-        """Rows ``first_row`` … with scores that lie within ``slack_R`` of ``cheap_RQ``; in ascending order of rows.
+        """Rows ``first_row`` … with scores that lie within ``slack_RQ`` of ``cheap_RQ``; in ascending order of rows.
 
         ``exact(places, queries)`` times ``sign`` gives the scores of pairs, float64.
         """
         if self.k == 0:
             return
         bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
-        highest_RQ = cheap_RQ + slack_R.unsqueeze(1)
+        highest_RQ = cheap_RQ + slack_RQ
         candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
         if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
             # Many: ask for no less than what k rows of this chunk reach for sure.
-            lowest_RQ = (cheap_RQ - slack_R.unsqueeze(1)).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
+            lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
             reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
             if self.k <= len(lowest_RQ):
                 candidate_RQ &= highest_RQ >= reached_Q
@@ -91,138 +89,152 @@ def product_error(dimension: int) -> float:
     return (dimension + 8) * 2.0**-24
 
 
-def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
-    """Stored numbers as a tensor that shares their memory; ``dtype`` is the manifest's."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(data)
+class _Scorer:
+    """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
+
+    With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
+    """
+
+    def __init__(self, terms: Sequence[Term], combine: Combine | None, device: str) -> None:
+        self.terms, self.combine = terms, combine
+        self.device = torch.device(device)
+        lengths_Q = np.max([term.lengths for term in terms], axis=0)
+        if combine:
+            lengths_Q = np.full_like(lengths_Q, lengths_Q.max())  # a maximum compares scores of one unit
+        self.units_Q = np.append(lengths_Q, lengths_Q[0]) if combine else lengths_Q
+        """What scores are multiplied with in the end."""
+        self.queries = len(lengths_Q)
+        self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
+        self._query_DQ = [unit.float().t().contiguous() for unit in self._unit_QD]
+        self._length_Q = [unit.norm(dim=1).float() for unit in self._unit_QD]
+        self._facts = [RowFacts(term) for term in terms]
+
+    @property
+    def columns(self) -> int:
+        """Rankings that come out: one a query, and the combined one."""
+        return len(self.units_Q)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """Every row that is committed in all parts."""
+        sources = [StoredRows(term.part, self.device) for term in self.terms]
+        for vectors in side_by_side(sources, shared_spans(self.terms)):
+            start, stop = vectors[0].start, vectors[0].stop
+            facts = [fact.of(start, stop) for fact in self._facts]
+            usable = np.logical_and.reduce([usable for usable, _, _ in facts])
+            rows, factors, lengths = [], [], []
+            for one, (_, length, factor) in zip(vectors, facts, strict=True):
+                rows.append(one.rows_RD)
+                factors.append(torch.from_numpy(factor).to(self.device))
+                lengths.append(torch.from_numpy(length).to(self.device))
+            yield _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
+
+    def cheap(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """(float32 scores, their largest errors), each (R, columns)."""
+        cheap_RQ = slack_RQ = torch.zeros(())
+        for place, rows_RD in enumerate(piece.rows):
+            factor_R = piece.factors[place]
+            product_RQ = (rows_RD @ self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
+            error_R = product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
+            error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
+            cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
+            slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
+        if len(piece.rows) > 1:
+            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.rows) * 2.0**-23  # the sums' rounding
+        if not self.combine:
+            return cheap_RQ, slack_RQ
+        return (
+            torch.cat([cheap_RQ, cheap_RQ.amax(1, keepdim=True)], dim=1),
+            torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
+        )
+
+    def exact(self, piece: _Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Scores of pairs of a row of the piece and a column, float64."""
+        scores = np.empty(len(places))
+        single = columns < self.queries
+        scores[single] = self._pairs(piece, places[single], columns[single])
+        rows = places[~single]
+        if len(rows):
+            each = self._pairs(piece, np.repeat(rows, self.queries), np.tile(np.arange(self.queries), len(rows)))
+            scores[~single] = each.reshape(len(rows), self.queries).max(1)
+        return scores
+
+    def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
+        scores = np.zeros(len(places))
+        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            for first in range(0, len(places), PAIRS_AT_ONCE):
+                some = slice(first, first + PAIRS_AT_ONCE)
+                row, query = torch.from_numpy(places[some]), torch.from_numpy(queries[some])
+                products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
+                scores[some] += products.cpu().numpy()
+        return scores
+
+    def all_of(self, piece: _Piece) -> NDArray[np.float64]:
+        """(Q, R) scores. Row by row in the order of summation of :meth:`exact`: equal rows have equal scores."""
+        scores = np.zeros((self.queries, piece.stop - piece.start))
+        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            wide_RD = rows_RD.double()
+            for query, unit_D in enumerate(unit_QD):
+                scores[query] += ((wide_RD * unit_D).sum(1) * factor_R).cpu().numpy()
+        return scores
 
 
-class _RowFacts:
-    """Whether rows can be used and how long they are, one span at a time."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows ``start`` to ``stop`` of all terms: vectors, factors and lengths by term."""
 
-    def __init__(self, part: Part, groups: Sequence[int] | None) -> None:
-        self._part = part
-        self._columns: Any = slice(None) if groups is None else np.asarray(groups)
-        self._span = -1
-        self._usable = np.zeros(0, dtype=bool)
-        self._length = np.zeros(0)
+    scorer: _Scorer
+    start: int
+    stop: int
+    usable_R: Tensor
+    rows: list[Tensor]
+    factors: list[Tensor]
+    lengths: list[Tensor]
 
-    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """(usable, length) of the rows of one chunk."""
-        span = start // self._part.layout.span_rows
-        if span != self._span:
-            status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
-            self._usable = status < FIRST_UNUSABLE
-            self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
-            self._span = span
-        first, _ = self._part.layout.span_of(span)
-        return self._usable[start - first : stop - first], self._length[start - first : stop - first]
+    def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`_Scorer.exact`."""
+        return self.scorer.exact(self, places, columns)
 
 
 def search(
-    part: Part,
-    queries_QD: Tensor,
+    terms: Sequence[Term],
     *,
-    metric: Metric,
     top_k: int,
     bottom_k: int = 0,
-    groups: Sequence[int] | None = None,
+    combine: Combine | None = None,
     device: str = "cpu",
     task: Task | None = None,
 ) -> tuple[Ranking, Ranking]:
-    """The ``top_k`` rows with the highest and the ``bottom_k`` with the lowest scores, for each query.
+    """The ``top_k`` rows with the highest and the ``bottom_k`` with the lowest scores, for each query of ``terms``, and
+    after these, with ``combine="max"``, by the largest score that a row has for any query.
 
-    ``queries_QD`` is float32. ``groups`` restricts the score to those blocks (default: all). Rows whose status
-    is not usable are never returned; the cosine of a zero row is 0. Reads each committed chunk once; memory does not
-    depend on the number of rows. Scores are float64 products of the stored numbers; the many that cannot matter are
-    told apart by products in float32 and their error bound.
+    Rows that cannot be used in every part are never returned; the cosine of a zero row is 0. Reads each committed chunk
+    once; memory does not depend on the number of rows. Scores are float64 products of the stored numbers; the many that
+    cannot matter are told apart by products in float32 and their error bound.
 
-    Raises UsageError for a query that is zero or not finite, CorruptError for a damaged chunk.
+    Raises CorruptError for a damaged chunk.
     """
-    target = torch.device(device)
-    unit_QD, lengths = _of_length_one(part, queries_QD, groups, target)
-    count = len(unit_QD)
-    queries_DQ = unit_QD.float().t().contiguous()
-    best, worst, facts = RunningTopK(count, top_k), RunningTopK(count, bottom_k), _RowFacts(part, groups)
-    spare = torch.empty(part.layout.chunk_rows, part.layout.dimension, device=target)
-    for chunk in stream(part, "vectors"):
-        usable, length = facts.of(chunk.start, chunk.stop)
-        factor = 1.0 / np.where(length > 0, length, 1.0) if metric == "cosine" else np.ones_like(length)
-        stored_RD = as_tensor(chunk.data, part.layout.dtype).to(target)
-        rows_RD = stored_RD if stored_RD.dtype == torch.float32 else spare[: len(stored_RD)].copy_(stored_RD)
-        factor_R = torch.from_numpy(factor).to(target)
-        cheap_RQ = (rows_RD @ queries_DQ).mul_(factor_R.float().unsqueeze(1))
-        slack_R = torch.from_numpy((product_error(part.layout.dimension) * length * factor).astype(np.float32)).to(
-            target
-        )
-        usable_R = torch.from_numpy(usable).to(target)
-
-        def exact(
-            places: NDArray[np.int64], queries: NDArray[np.int64], rows: Tensor = stored_RD, by: Tensor = factor_R
-        ) -> NDArray[np.float64]:
-            scores = np.empty(len(places))
-            for first in range(0, len(places), PAIRS_AT_ONCE):
-                part = slice(first, first + PAIRS_AT_ONCE)
-                products = (rows[places[part]].double() * unit_QD[queries[part]]).sum(1) * by[places[part]]
-                scores[part] = products.cpu().numpy()
-            return scores
-
-        best.add(cheap_RQ, slack_R, usable_R, chunk.start, exact)
-        worst.add(-cheap_RQ, slack_R, usable_R, chunk.start, exact, sign=-1.0)
+    scorer = _Scorer(terms, combine, device)
+    best, worst = RunningTopK(scorer.columns, top_k), RunningTopK(scorer.columns, bottom_k)
+    for piece in scorer.pieces():
+        cheap_RQ, slack_RQ = scorer.cheap(piece)
+        best.add(cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact)
+        worst.add(-cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact, sign=-1.0)
         if task:
-            task.advance(chunk.stop - chunk.start)
-    scale = lengths.numpy()[:, None] if metric == "dot" else 1.0
-    return Ranking(best.rows, best.scores * scale), Ranking(worst.rows, -worst.scores * scale)
+            task.advance(piece.stop - piece.start)
+    units = scorer.units_Q[:, None]
+    return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
 
 
-def similarities(
-    part: Part,
-    queries_QD: Tensor,
-    *,
-    metric: Metric,
-    groups: Sequence[int] | None = None,
-    device: str = "cpu",
-    task: Task | None = None,
-) -> NDArray[np.float64]:
+def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | None = None) -> NDArray[np.float64]:
     """(Q, N): the score of every row for each query, as :func:`search` has it; NaN where a row cannot be used.
 
     Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
     """
-    target = torch.device(device)
-    unit_QD, lengths = _of_length_one(part, queries_QD, groups, target)
-    found = np.full((len(unit_QD), part.layout.rows), np.nan)
-    facts = _RowFacts(part, groups)
-    for chunk in stream(part, "vectors"):
-        usable, length = facts.of(chunk.start, chunk.stop)
-        factor = 1.0 / np.where(length > 0, length, 1.0) if metric == "cosine" else np.ones_like(length)
-        rows_RD = as_tensor(chunk.data, part.layout.dtype).to(target).double()
-        for query, unit_D in enumerate(unit_QD):
-            # Row by row in the same order of summation as in search: equal rows have equal scores.
-            scores = (rows_RD * unit_D).sum(1).cpu().numpy() * factor
-            found[query, chunk.start : chunk.stop] = np.where(usable, scores, np.nan)
+    scorer = _Scorer(terms, None, device)
+    found = np.full((scorer.queries, terms[0].part.layout.rows), np.nan)
+    for piece in scorer.pieces():
+        usable = piece.usable_R.cpu().numpy()
+        found[:, piece.start : piece.stop] = np.where(usable, scorer.all_of(piece), np.nan)
         if task:
-            task.advance(chunk.stop - chunk.start)
-    return found * (lengths.numpy()[:, None] if metric == "dot" else 1.0)
-
-
-def _of_length_one(
-    part: Part, queries_QD: Tensor, groups: Sequence[int] | None, target: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(queries of length 1, float64, on ``target``; their lengths), restricted to ``groups``.
-
-    Of length 1, no product is larger than its row is long: float32 cannot overflow. UsageError for a query that is zero
-    or not finite.
-    """
-    if groups is not None:
-        mask = torch.zeros(queries_QD.shape[1])
-        for group in groups:
-            _, start, stop = part.groups[group]
-            mask[start:stop] = 1.0
-        queries_QD = queries_QD * mask
-    if not bool(torch.isfinite(queries_QD).all()):
-        raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
-    lengths = queries_QD.double().norm(dim=1)
-    if bool((lengths == 0).any()):
-        raise UsageError("a query vector is zero: every row would score the same")
-    return (queries_QD.double() / lengths.unsqueeze(1)).to(target), lengths
+            task.advance(piece.stop - piece.start)
+    return np.asarray(found * scorer.units_Q[:, None])

@@ -9,10 +9,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint import find_checkpoint, fingerprint_tokenizer, load_model, load_tokenizer
@@ -27,19 +28,23 @@ from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
 from indexer.selection import select_blocks
 
 ROWS_AT_ONCE = 1024
+Grouping = Literal["mean", "each", "domain"]
 
 
 @dataclass(slots=True, kw_only=True)
 class ValVectors:
-    """What a val set became. ``vectors`` is (M, D) float32 on the CPU, or (1, D) when averaged."""
+    """What a val set became: one vector a val sample, a domain, or for all."""
 
     vectors: Tensor
+    """(M, D) float32 on the CPU."""
     ids: list[str]
-    """One each for a vector; ``["mean"]`` when averaged."""
+    """One each for a vector: the sample's id, the domain, or ``mean``."""
     used: int
     """Val rows that have a vector."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Val rows without one, by status."""
+    rows_of: dict[str, int] = field(default_factory=dict)
+    """Val rows of each mean."""
 
 
 def projection_of(part: Part, model: Any) -> Projection:
@@ -114,23 +119,26 @@ def encode_val_set(
     part: Part,
     corpus: Corpus,
     *,
-    average: bool,
+    grouping: Grouping,
     checkpoint: str | Path | None,
     device: str,
     max_samples: int | None,
     progress: Progress,
 ) -> ValVectors:
-    """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64).
+    """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
 
     Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is
-    left, MismatchError if checkpoint, tokenizer or projection are not the part's.
+    left, or one has no domain where domains are asked for; MismatchError if checkpoint, tokenizer or projection are not
+    the part's.
     """
     _ = corpus.resolved
     model, tokenizer = load_for(part, checkpoint, device)
     settings = TokenSettings(**part.manifest["tokens"])
     batch_tokens = int(part.manifest["batching"]["batch_tokens"])
     dimension = part.layout.dimension
-    total, ids = np.zeros(dimension), []
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: Counter[str] = Counter()
+    ids: list[str] = []
     kept: list[Tensor] = []
     left_out: Counter[str] = Counter()
     rows = rows_of(islice(corpus.samples(), max_samples), tokenizer, settings)
@@ -151,14 +159,31 @@ def encode_val_set(
             ]
             used = [place for place, fate in enumerate(fates) if fate.usable]
             left_out.update(fate.name.lower() for fate in fates if not fate.usable)
-            ids += [some[place].sample.id for place in used]
-            if average:
-                total += vectors[used].double().sum(0).numpy()
-            else:
+            if grouping == "each":
+                ids += [some[place].sample.id for place in used]
                 kept.append(vectors[used])
-    if not ids:
+                continue
+            for label, places in _by_label([some[place] for place in used], used, grouping).items():
+                sums[label] = sums.get(label, np.zeros(dimension)) + vectors[places].double().sum(0).numpy()
+                counts[label] += len(places)
+    if not ids and not counts:
         raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
-    if average:
-        mean = torch.from_numpy((total / len(ids)).astype(np.float32)).unsqueeze(0)
-        return ValVectors(vectors=mean, ids=["mean"], used=len(ids), left_out=dict(left_out))
-    return ValVectors(vectors=torch.cat(kept), ids=ids, used=len(ids), left_out=dict(left_out))
+    if grouping != "each":
+        ids = sorted(sums)
+        kept = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
+    used_rows = counts.total() if counts else len(ids)
+    return ValVectors(vectors=torch.cat(kept), ids=ids, used=used_rows, left_out=dict(left_out), rows_of=dict(counts))
+
+
+def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:
+    """``places`` by the domain of their rows, or all under ``mean``."""
+    found: dict[str, list[int]] = {}
+    for row, place in zip(rows, places, strict=True):
+        label = "mean" if grouping == "mean" else row.sample.domain
+        if label is None:
+            raise UsageError(
+                f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of --group-field "
+                "is null there"
+            )
+        found.setdefault(label, []).append(place)
+    return found

@@ -1,0 +1,285 @@
+"""What is asked of a store, checked; and, once val set and parts are read, the scores that answer it.
+
+:func:`ask` turns a :class:`Question` into an :class:`Asked`, which ranks rows or gives every row's score. ``query`` and
+``select`` are two ways to use it.
+
+Legend: Q rankings, N rows of the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.checkpoint import resolve_device
+from ghoststore.corpus import Corpus, Fields, open_corpus
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
+from ghoststore.store import Part, Store
+from indexer.layers import layer_type_by_name
+from indexer.selection import matches
+from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
+from query.search import Ranking, search, similarities
+from query.terms import METRICS, Metric, Term
+from query.valset import ValVectors, encode_val_set
+
+Combine = Literal["mean", "max", "rank-fusion"]
+COMBINES = ("mean", "max", "rank-fusion")
+COMBINED = "combined"
+"""Name of the ranking over all groups."""
+FUSION_CONSTANT = 60.0
+"""Of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): a row scores Σ over groups of 1 / (60 + its rank)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked; fields have the names of the options of ``ghoststore query``. UsageError where they clash."""
+
+    store: str | Path
+    val_set: str | Path
+    part: str | None = None
+    each: bool = False
+    group_field: str | None = None
+    combine: Combine = "mean"
+    metric: Metric = "cosine"
+    layers: Sequence[str] = ()
+    exclude_layers: Sequence[str] = ()
+    fields: Fields | None = None
+    max_samples: int | None = None
+    checkpoint: str | Path | None = None
+    device: str = "auto"
+    with_scores: str | None = None
+    score_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_samples is not None and self.max_samples < 1:
+            raise UsageError(f"--max-samples must be at least 1, not {self.max_samples}")
+        if self.metric not in METRICS:
+            raise UsageError(f"--metric {self.metric!r} is unknown; known: {', '.join(METRICS)}")
+        if self.combine not in COMBINES:
+            raise UsageError(f"--combine {self.combine!r} is unknown; known: {', '.join(COMBINES)}")
+        if self.each and self.group_field is not None:
+            raise UsageError("--each asks for a ranking a val sample, --group-field for one a group: give one of them")
+        checked_weight(self.score_weight)
+        if self.score_weight is not None and self.with_scores is None:
+            raise UsageError("--score-weight belongs to --with-scores, which names a training run")
+
+    def val_fields(self) -> Fields:
+        """How rows of the val set are read: ``group_field`` takes the place of the domain."""
+        fields = self.fields or Fields()
+        if self.group_field is None:
+            return fields
+        names = {name: getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id")}
+        return Fields(**names, domain=self.group_field)
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Similarities, values and their blend, for every row of the part."""
+
+    similarity: NDArray[np.float64]
+    """(Q, N)."""
+    values: RowValues
+    scores: NDArray[np.float64]
+    """(Q, N): NaN where a row does not take part."""
+    rows: int
+    """Usable rows that have a value."""
+    weight: float
+
+    @property
+    def without_score(self) -> int:
+        """Usable rows without a value."""
+        return int(np.isfinite(self.similarity[0]).sum()) - self.rows
+
+    def settings(self, run: str | None) -> dict[str, Any]:
+        """What the result says of it."""
+        return {
+            "with_scores": run,
+            "score_weight": self.weight,
+            "blend": BLEND,
+            "value": "cumulative",
+            "joined_by": self.values.joined_by,
+            "run_steps": self.values.steps,
+            "rows_blended": self.rows,
+            "rows_without_score": self.without_score,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Asked:
+    """A question with its val set and parts read. The first ranking of ``names`` is the one over everything."""
+
+    question: Question
+    part: Part
+    """The part whose rows are ranked."""
+    val: ValVectors
+    terms: list[Term]
+    """With ``combine="mean"`` their first query is the mean of the groups'."""
+    names: list[str]
+    """Q names of rankings."""
+    run: RowValues | None
+    device: str
+    blend: Blend | None = None
+    """After :meth:`scores` or :meth:`rank` with ``with_scores``."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that are searched."""
+        return self.part.rows
+
+    def rank(self, top_k: int, bottom_k: int, progress: Progress) -> tuple[Ranking, Ranking]:
+        """For each of ``names`` the best and the worst rows."""
+        counts = (min(top_k, self.rows), min(bottom_k, self.rows))
+        if self.run is not None or self._fused:
+            scores = self.scores(progress)
+            return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
+        combine: Literal["max"] | None = "max" if self._grouped and self.question.combine == "max" else None
+        with closing(progress.task("searching", self.rows)) as task:
+            best, worst = search(
+                self.terms, top_k=counts[0], bottom_k=counts[1], combine=combine, device=self.device, task=task
+            )
+        return (_last_first(best), _last_first(worst)) if combine else (best, worst)
+
+    def scores(self, progress: Progress) -> NDArray[np.float64]:
+        """(Q, N): every row's score in every ranking, NaN where a row does not take part. 8 bytes a number."""
+        with closing(progress.task("scoring", self.rows)) as task:
+            found = similarities(self.terms, device=self.device, task=task)
+        if self._grouped and self.question.combine == "max":
+            found = np.concatenate([found.max(0, keepdims=True), found])
+        elif self._fused:
+            found = np.concatenate([fused(found), found])
+        if self.run is None:
+            return found
+        weight = checked_weight(self.question.score_weight)
+        scores, rows = blended(found, self.run.value, weight)
+        self.blend = Blend(found, self.run, scores, rows, weight)
+        if self.blend.without_score:
+            fate = "left out" if weight > 0 else "ranked by similarity, as all are"
+            progress.note(
+                f"{self.blend.without_score:,} of {self.blend.without_score + rows:,} usable rows have no score in run "
+                f"{self.question.with_scores!r}: they are {fate}"
+            )
+        return scores
+
+    @property
+    def _grouped(self) -> bool:
+        return self.question.group_field is not None
+
+    @property
+    def _fused(self) -> bool:
+        return self._grouped and self.question.combine == "rank-fusion"
+
+    def settings(self) -> dict[str, Any]:
+        """What results say of how they came about."""
+        question = self.question
+        mode = "groups" if self._grouped else "each" if question.each else "mean"
+        groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}
+        return {
+            "part": self.part.name,
+            "val_set": str(question.val_set),
+            "val_rows": self.val.used,
+            "val_rows_left_out": self.val.left_out,
+            "mode": mode,
+            **(groups if self._grouped else {}),
+            "metric": question.metric,
+            "layers": list(question.layers),
+            "exclude_layers": list(question.exclude_layers),
+            "checkpoint": str(question.checkpoint or self.part.manifest["source"]["checkpoint"]),
+            "rows": self.rows,
+            **({} if self.blend is None else self.blend.settings(question.with_scores)),
+        }
+
+
+def ask(question: Question, progress: Progress) -> Asked:
+    """Open the part, encode the val set, prepare the rankings.
+
+    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for another
+    checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+    """
+    device = resolve_device(question.device)
+    part = Store.open(question.store).part(question.part)
+    if not part.spans:
+        raise UsageError(f"part {part.name!r} has no committed rows yet; the build that makes it has not got that far")
+    if not part.complete:
+        progress.note(f"part {part.name!r} is not complete: {part.rows:,} of {part.layout.rows:,} rows are searched")
+    groups = choose_groups(part, question.layers, question.exclude_layers)
+    run = None
+    if question.with_scores is not None:
+        run = values_of_rows(part, Store.open(question.store).run(question.with_scores), progress)
+    with open_corpus(str(question.val_set), question.val_fields()) as corpus:
+        val = _encode(part, corpus, question, device, progress)
+    term = Term.of(part, val.vectors, metric=question.metric, groups=groups)
+    names = list(val.ids)
+    if question.group_field is not None:
+        names = [COMBINED, *names]
+        if question.combine == "mean":
+            term = term.with_queries(_with_mean(term))
+    return Asked(question=question, part=part, val=val, terms=[term], names=names, run=run, device=device)
+
+
+def _encode(part: Part, corpus: Corpus, question: Question, device: str, progress: Progress) -> ValVectors:
+    val = encode_val_set(
+        part, corpus, grouping="each" if question.each else "mean" if question.group_field is None else "domain",
+        checkpoint=question.checkpoint, device=device, max_samples=question.max_samples, progress=progress,
+    )  # fmt: skip
+    if val.left_out:
+        shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
+        progress.note(f"val rows left out: {shown}; {val.used} are used")
+    return val
+
+
+def _with_mean(term: Term) -> Any:
+    """The queries of ``term`` with their mean before them: its score is the mean of theirs."""
+    import torch
+
+    return torch.cat([term.queries_QD.mean(0, keepdim=True), term.queries_QD])
+
+
+def _last_first(ranking: Ranking) -> Ranking:
+    return Ranking(np.roll(ranking.rows, 1, axis=0), np.roll(ranking.scores, 1, axis=0))
+
+
+def fused(scores_QN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(1, N): reciprocal rank fusion of Q rankings, Σ 1 / (60 + rank); equal scores by lower row, NaN stays NaN."""
+    total = np.zeros(scores_QN.shape[1])
+    for scores_N in scores_QN:
+        order = np.argsort(-scores_N, kind="stable")  # NaN last
+        rank = np.empty(len(order))
+        rank[order] = np.arange(1, len(order) + 1)
+        total += 1.0 / (FUSION_CONSTANT + rank)
+    total[np.isnan(scores_QN).any(0)] = np.nan
+    return total[None]
+
+
+def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[str]) -> list[int] | None:
+    """Places in ``part.groups`` of the layers that the patterns select; None for all.
+
+    UsageError for a pattern without a layer, and for a part whose blocks were sketched together.
+    """
+    if not layers and not exclude_layers:
+        return None
+    if part.manifest["projection"]["compress"] is not None:
+        raise UsageError(
+            f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part of "
+            "plain blocks for that: ghoststore build … --proj-rank-total 256 --name …"
+        )
+    described = [(str(layer["name"]), layer_type_by_name(layer["type"])) for layer in part.manifest["layers"]]
+    for pattern in [*layers, *exclude_layers]:
+        if not any(matches(pattern, name, kind) for name, kind in described):
+            names = ", ".join(name for name, _ in described[:12])
+            raise UsageError(f"layer pattern {pattern!r} matches no layer of part {part.name!r}: {names} …")
+    chosen = [
+        place
+        for place, (name, kind) in enumerate(described)
+        if (not layers or any(matches(pattern, name, kind) for pattern in layers))
+        and not any(matches(pattern, name, kind) for pattern in exclude_layers)
+    ]
+    if not chosen:
+        raise UsageError(f"no layer of part {part.name!r} is left: {list(layers)} without {list(exclude_layers)}")
+    return chosen

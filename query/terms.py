@@ -1,0 +1,138 @@
+"""What a ranking sums: for each part, its queries, its weight, and how rows are scaled.
+
+score(row, query) = Σ over parts of weight · ⟨query, row⟩ ÷ length(row), where the length is 1 for the dot product, and
+that of the row in the metric for the cosine. One part is the plain case; several are successive checkpoints (TracIn,
+Pruthi et al. 2020; LESS, Xia et al. 2024).
+
+Legend: Q queries, R rows of a span, D numbers of a vector, G blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.errors import UsageError
+from ghoststore.store import Part
+from ghoststore.store.reader import read_span
+from ghoststore.store.status import FIRST_UNUSABLE
+
+Metric = Literal["dot", "cosine"]
+METRICS = ("dot", "cosine")
+
+
+class Preconditioner(Protocol):
+    """A symmetric positive operator A, block by block: scores are qᵀ A g instead of qᵀ g."""
+
+    def apply(self, vectors_QD: Tensor) -> Tensor:
+        """A times each row, (Q, D) float64."""
+
+    def squares(self, span: int) -> NDArray[np.float64]:
+        """(R, G): gᵀ A g of each row of a span, block by block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One part's share of a score. Made by :meth:`of`."""
+
+    part: Part
+    queries_QD: Tensor
+    """(Q, D) float64 on the CPU: what rows are multiplied with; zero outside the chosen blocks."""
+    metric: Metric
+    weight: float
+    groups: Sequence[int] | None
+    preconditioner: Preconditioner | None
+
+    @classmethod
+    def of(
+        cls,
+        part: Part,
+        queries_QD: Tensor,
+        *,
+        metric: Metric,
+        weight: float = 1.0,
+        groups: Sequence[int] | None = None,
+        preconditioner: Preconditioner | None = None,
+    ) -> Term:
+        """Restrict ``queries_QD`` to the blocks ``groups`` (default: all), precondition them, and, for the cosine,
+        scale each to length 1 in the metric.
+
+        UsageError for a query that is not finite or is zero there.
+        """
+        queries = queries_QD.double()
+        if groups is not None:
+            mask = torch.zeros(queries.shape[1], dtype=torch.float64)
+            for group in groups:
+                _, start, stop = part.groups[group]
+                mask[start:stop] = 1.0
+            queries = queries * mask
+        if not bool(torch.isfinite(queries).all()):
+            raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
+        applied = preconditioner.apply(queries) if preconditioner is not None else queries
+        lengths = (queries * applied).sum(1).clamp_min(0).sqrt()
+        if bool((lengths == 0).any()):
+            raise UsageError("a query vector is zero: every row would score the same")
+        if metric == "cosine":
+            applied = applied / lengths.unsqueeze(1)
+        return cls(part, applied, metric, weight, groups, preconditioner)
+
+    @property
+    def lengths(self) -> NDArray[np.float64]:
+        """(Q,): Euclidean lengths of the queries times the weight."""
+        return np.asarray(self.queries_QD.norm(dim=1).numpy() * abs(self.weight))
+
+    def with_queries(self, queries_QD: Tensor) -> Term:
+        """The same term for other, finished queries."""
+        return Term(self.part, queries_QD, self.metric, self.weight, self.groups, self.preconditioner)
+
+
+class RowFacts:
+    """Whether rows can be used, how long they are and how they are scaled, one span at a time."""
+
+    def __init__(self, term: Term) -> None:
+        self._term = term
+        self._columns: slice | NDArray[np.int64] = (
+            slice(None) if term.groups is None else np.asarray(term.groups, dtype=np.int64)
+        )
+        self._span = -1
+        self._usable = np.zeros(0, dtype=bool)
+        self._length = np.zeros(0)
+        self._factor = np.zeros(0)
+
+    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+        """(usable, Euclidean length, factor) of rows of one span: a row's score is its product times the factor.
+
+        The cosine of a row of length zero is 0.
+        """
+        part = self._term.part
+        span = start // part.layout.span_rows
+        if span != self._span:
+            self._read(span)
+        first, _ = part.layout.span_of(span)
+        inside = slice(start - first, stop - first)
+        return self._usable[inside], self._length[inside], self._factor[inside]
+
+    def _read(self, span: int) -> None:
+        term = self._term
+        status, norm = (read_span(term.part, name, span) for name in ("status", "norm"))
+        self._usable = status < FIRST_UNUSABLE
+        self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
+        if term.metric == "cosine":
+            length = self._length
+            if term.preconditioner is not None:
+                length = np.sqrt(term.preconditioner.squares(span)[:, self._columns].sum(1))
+            self._factor = term.weight / np.where(length > 0, length, 1.0)
+        else:
+            self._factor = np.full(len(status), term.weight)
+        self._span = span
+
+
+def shared_spans(terms: Sequence[Term]) -> list[int]:
+    """Spans that are committed in every part."""
+    return sorted(set.intersection(*(set(term.part.spans) for term in terms)))
