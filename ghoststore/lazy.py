@@ -35,6 +35,7 @@ FACE = {
     "tokenize": "indexer.tokenize",
     "demo": "query.demo",
     "query": "query.query",
+    "self_influence": "query.self_influence",
     "QueryResult": "query.results",
     "ScoresResult": "query.score_results",
     "scores": "query.scores",

@@ -40,6 +40,7 @@ from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
 from indexer.encoder import RowEncoder
 from indexer.losses import Reduction
+from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
 from indexer.plan import CorpusPlan, plan_batches, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
@@ -96,6 +97,8 @@ class _Job:
     model: Any
     reduction: Reduction
     checkpointing: bool
+    fixed: dict[str, NDArray[Any]]
+    """Arrays that the part keeps beside its rows."""
 
 
 def build(
@@ -119,6 +122,7 @@ def build(
     model_dtype: str = "float32",
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    optimizer_state: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -129,6 +133,10 @@ def build(
     model's positions, at most 1024), ``batch_tokens`` the padded tokens of a batch (default 2,048 on a CPU,
     16,384 on CUDA). Texts of standard input (``data="-"``) are kept in the store. The part is called ``name``,
     by default after the checkpoint and the corpus.
+
+    ``optimizer_state`` names a training checkpoint (of ``ghoststore train`` or transformers' Trainer) whose second
+    moment of Adam, factored to row and column, scales both sides of the projection: products of two vectors are then
+    ⟨g, V^-½ g'⟩, what a step of Adam on one sample does to the loss of the other.
 
     A part that exists already and is of the same build is continued: only spans without a commit record
     are computed, and the result is byte-identical to an uninterrupted build's.
@@ -159,6 +167,7 @@ def build(
             TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
+            optimizer_state=optimizer_state,
         )  # fmt: skip
         job.manifest.update(
             checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
@@ -170,6 +179,8 @@ def build(
                 "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
                 "data": "-" if str(data) == "-" else absolute(corpus.source),
                 "form": corpus.form,
+                "optimizer_state": None if optimizer_state is None else str(Path(optimizer_state).resolve()),
+                "learning_rate": learning_rate_of(found.folder),
             },
             compute={
                 "device": torch.device(device).type,
@@ -223,6 +234,7 @@ def _plan(
     progress: Progress,
     reduction: Reduction,
     checkpointing: bool,
+    optimizer_state: str | Path | None,
 ) -> _Job:
     """Choose layers, draw matrices, scan the corpus; the manifest sections that follow from these."""
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
@@ -239,7 +251,10 @@ def _plan(
         tokenize=count_tokens, progress=progress,
     )  # fmt: skip
     layout = layout_of(corpus_plan.rows)
-    drawn = Projection(plan)
+    scales = None
+    if optimizer_state is not None:
+        scales = read_scales(optimizer_state, model, [layer.block for layer in plan.layers])
+    drawn = Projection(plan, scales)
     scan = corpus_plan.scan
     manifest: Manifest = {
         "corpus": {
@@ -254,7 +269,11 @@ def _plan(
             "definition": "next-token cross-entropy of each sample's own targets",
             "reduction": reduction,
         },
-        "projection": {**plan.to_json(), "hash": drawn.hash},
+        "projection": {
+            **plan.to_json(),
+            "hash": drawn.hash,
+            **({} if scales is None else {"optimizer_state": scales_digest(scales)}),
+        },
         "layers": plan.layers_json(),
         "storage": {**asdict(layout), "groups": [list(group) for group in plan.groups]},
         "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
@@ -262,6 +281,7 @@ def _plan(
     return _Job(
         corpus=corpus, tokenizer=tokenizer, settings=settings, projection=drawn, plan=corpus_plan, layout=layout,
         selection=selection, manifest=manifest, model=model, reduction=reduction, checkpointing=checkpointing,
+        fixed={} if scales is None else flat(scales),
     )  # fmt: skip
 
 
@@ -302,7 +322,7 @@ def _memory(job: _Job, batch_tokens: int) -> int:
 def _open_part(store: Store, name: str, job: _Job, progress: Progress) -> Part:
     """The part, new or there already. MismatchError if it is of another build."""
     path = store.part_path(name)
-    part = create_part(path, job.manifest, job.plan.table)
+    part = create_part(path, job.manifest, job.plan.table, job.fixed)
     refuse_differences(part.manifest, job.manifest, f"part {name!r} of {store.path}")
     if not np.array_equal(span_table(part), job.plan.table):
         raise MismatchError(f"part {name!r}: the spans of the corpus are not those that were planned")

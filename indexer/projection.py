@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ghoststore.errors import LayerError, UsageError
 from indexer import draws
 from indexer.layers import Sides, layer_type_by_name
+from indexer.optimizer_state import SideScales
 from indexer.selection import Block, Selection, Use
 from indexer.sketch import Sketch
 
@@ -214,9 +215,12 @@ def draw_side(config: ProjectionConfig, layer: str, side: Literal["in", "out"], 
 
 
 class Projection:
-    """The drawn matrices of a plan: float32 on the CPU until :meth:`to`."""
+    """The drawn matrices of a plan: float32 on the CPU until :meth:`to`.
 
-    def __init__(self, plan: ProjectionPlan) -> None:
+    ``scales``, by block name, multiply the columns of P_in and P_out: see :mod:`indexer.optimizer_state`.
+    """
+
+    def __init__(self, plan: ProjectionPlan, scales: Mapping[str, SideScales] | None = None) -> None:
         self.plan = plan
         self.sides: dict[str, tuple[Tensor, Tensor]] = {}
         """(P_in, P_out) by block name."""
@@ -225,6 +229,8 @@ class Projection:
             block = layer.block
             p_in = draw_side(plan.config, block.name, "in", layer.k_in, block.n_in)
             p_out = draw_side(plan.config, block.name, "out", layer.k_out, block.n_out)
+            if scales is not None:
+                p_in, p_out = p_in * scales[block.name].scale_in, p_out * scales[block.name].scale_out
             self.sides[block.name] = (p_in, p_out)
             for matrix in (p_in, p_out):
                 digest.update(matrix.numpy().astype("<f4", copy=False).tobytes())

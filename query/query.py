@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from query.question import Asked, Combine, Question, ask
-from query.results import BlendedHit, Hit, QueryHits, QueryResult
-from query.search import Ranking
+from query.hits import hits_of
+from query.parts import PartWeights
+from query.question import Combine, Precondition, Question, ask
+from query.results import QueryHits, QueryResult
 from query.terms import Metric
-from query.texts import texts_of
 
 
 def query(
     *,
     store: str | Path,
     val_set: str | Path,
-    part: str | None = None,
+    part: str | Sequence[str] | None = None,
+    part_weights: PartWeights | None = None,
     top_k: int = 10,
     bottom_k: int = 0,
     each: bool = False,
@@ -38,6 +36,8 @@ def query(
     text: bool = True,
     with_scores: str | None = None,
     score_weight: float | None = None,
+    precondition: Precondition = "none",
+    damping: float | None = None,
     progress: Progress | None = None,
 ) -> QueryResult:
     """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``, by exact search.
@@ -50,6 +50,14 @@ def query(
     ``group_field`` names a field of the val set: one ranking for the mean gradient of each group, and before them one
     called ``combined``: by the ``mean`` or the ``max`` of a row's scores over the groups, or by ``rank-fusion``
     (reciprocal ranks).
+
+    Several names as ``part`` are builds of the same rows at successive checkpoints: the score is the sum of theirs
+    (TracIn, LESS), weighted by ``part_weights``: ``learning-rate`` (of the checkpoints, the default), ``equal``, or a
+    number each.
+
+    ``precondition="second-moment"`` scores with qᵀ (H + λI)⁻¹ g, H the second moment of the part's rows by block and λ
+    = ``damping`` (default 0.1) × the mean eigenvalue of H; the cosine is then that of this metric. H is computed by one
+    scan and cached.
 
     ``with_scores`` names a training run of the store whose values (Σ η·score of a sample) are blended with the
     similarities: (1 - W)·z(similarity) + W·z(value), W = ``score_weight`` (default 0.5), z standardised over the rows
@@ -65,11 +73,12 @@ def query(
     question = Question(
         store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
         layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
-        device=device, with_scores=with_scores, score_weight=score_weight,
+        device=device, with_scores=with_scores, score_weight=score_weight, part_weights=part_weights,
+        precondition=precondition, damping=damping,
     )  # fmt: skip
     asked = ask(question, progress)
     rankings = asked.rank(top_k, bottom_k, progress)
-    hits = _hits(asked, rankings, text, progress)
+    hits = hits_of(asked.part, rankings, text, progress, asked.blend)
     return QueryResult(
         store=str(store),
         settings={**asked.settings(), "index": "exact", "top_k": top_k, "bottom_k": bottom_k},
@@ -77,41 +86,3 @@ def query(
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
     )
-
-
-def _hits(asked: Asked, rankings: tuple[Ranking, Ranking], text: bool, progress: Progress) -> list[list[list[Hit]]]:
-    """For each ranking, for each query, its hits. Every row's data are read once."""
-    part, blend = asked.part, asked.blend
-    rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
-    place = {row: index for index, row in enumerate(rows)}
-    ids, sources, domains, windows = (
-        part.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
-    )
-    texts = texts_of(part, rows, progress) if text else [None] * len(rows)
-    names = part.domains
-
-    def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:
-        at = place[row]
-        shared: dict[str, Any] = {
-            "rank": rank, "score": float(score), "id": str(ids[at]), "source_row": int(sources[at]),
-            "domain": names[domains[at]] if domains[at] >= 0 else None, "text": texts[at],
-            "window_start": int(windows[at]),
-        }  # fmt: skip
-        if blend is None:
-            return Hit(**shared)
-        value = float(blend.values.value[row])
-        return BlendedHit(
-            **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None
-        )
-
-    return [
-        [
-            [
-                hit(query, rank, int(row), score)
-                for rank, (row, score) in enumerate(zip(rows_q, scores_q, strict=True), 1)
-                if row >= 0
-            ]
-            for query, (rows_q, scores_q) in enumerate(zip(ranking.rows, ranking.scores, strict=True))
-        ]
-        for ranking in rankings
-    ]

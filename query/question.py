@@ -25,11 +25,15 @@ from ghoststore.store import Part, Store
 from indexer.layers import layer_type_by_name
 from indexer.selection import matches
 from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
+from query.parts import PartWeights, open_parts
 from query.search import Ranking, search, similarities
-from query.terms import METRICS, Metric, Term
+from query.second_moment import DampedInverse, checked_damping
+from query.terms import METRICS, Metric, Term, shared_spans
 from query.valset import ValVectors, encode_val_set
 
 Combine = Literal["mean", "max", "rank-fusion"]
+Precondition = Literal["none", "second-moment"]
+PRECONDITIONS = ("none", "second-moment")
 COMBINES = ("mean", "max", "rank-fusion")
 COMBINED = "combined"
 """Name of the ranking over all groups."""
@@ -43,7 +47,9 @@ class Question:
 
     store: str | Path
     val_set: str | Path
-    part: str | None = None
+    part: str | Sequence[str] | None = None
+    """Several are successive checkpoints: their scores are summed by ``part_weights``."""
+    part_weights: PartWeights | None = None
     each: bool = False
     group_field: str | None = None
     combine: Combine = "mean"
@@ -56,6 +62,8 @@ class Question:
     device: str = "auto"
     with_scores: str | None = None
     score_weight: float | None = None
+    precondition: Precondition = "none"
+    damping: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_samples is not None and self.max_samples < 1:
@@ -66,6 +74,11 @@ class Question:
             raise UsageError(f"--combine {self.combine!r} is unknown; known: {', '.join(COMBINES)}")
         if self.each and self.group_field is not None:
             raise UsageError("--each asks for a ranking a val sample, --group-field for one a group: give one of them")
+        if self.precondition not in PRECONDITIONS:
+            raise UsageError(f"--precondition {self.precondition!r} is unknown; known: {', '.join(PRECONDITIONS)}")
+        if self.damping is not None and self.precondition == "none":
+            raise UsageError("--damping belongs to --precondition second-moment")
+        checked_damping(self.damping)
         checked_weight(self.score_weight)
         if self.score_weight is not None and self.with_scores is None:
             raise UsageError("--score-weight belongs to --with-scores, which names a training run")
@@ -119,6 +132,8 @@ class Asked:
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
+    weights: list[float]
+    """Of the parts."""
     terms: list[Term]
     """With ``combine="mean"`` their first query is the mean of the groups'."""
     names: list[str]
@@ -131,7 +146,7 @@ class Asked:
     @property
     def rows(self) -> int:
         """Rows that are searched."""
-        return self.part.rows
+        return sum(stop - start for start, stop in map(self.part.layout.span_of, shared_spans(self.terms)))
 
     def rank(self, top_k: int, bottom_k: int, progress: Progress) -> tuple[Ranking, Ranking]:
         """For each of ``names`` the best and the worst rows."""
@@ -179,15 +194,20 @@ class Asked:
         """What results say of how they came about."""
         question = self.question
         mode = "groups" if self._grouped else "each" if question.each else "mean"
+        parts = [term.part for term in self.terms]
+        several: dict[str, Any] = {"parts": [part.name for part in parts], "part_weights": self.weights}
+        preconditioned = {"precondition": question.precondition, "damping": checked_damping(question.damping)}
         groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}
         return {
             "part": self.part.name,
+            **(several if len(parts) > 1 else {}),
             "val_set": str(question.val_set),
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": question.metric,
+            **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             "checkpoint": str(question.checkpoint or self.part.manifest["source"]["checkpoint"]),
@@ -203,24 +223,44 @@ def ask(question: Question, progress: Progress) -> Asked:
     checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
     """
     device = resolve_device(question.device)
-    part = Store.open(question.store).part(question.part)
-    if not part.spans:
-        raise UsageError(f"part {part.name!r} has no committed rows yet; the build that makes it has not got that far")
-    if not part.complete:
-        progress.note(f"part {part.name!r} is not complete: {part.rows:,} of {part.layout.rows:,} rows are searched")
+    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
+    part = parts[0]
+    if len(parts) > 1 and question.checkpoint is not None:
+        raise UsageError("--checkpoint is another path to one part's checkpoint; it cannot stand for several parts")
     groups = choose_groups(part, question.layers, question.exclude_layers)
     run = None
     if question.with_scores is not None:
         run = values_of_rows(part, Store.open(question.store).run(question.with_scores), progress)
     with open_corpus(str(question.val_set), question.val_fields()) as corpus:
-        val = _encode(part, corpus, question, device, progress)
-    term = Term.of(part, val.vectors, metric=question.metric, groups=groups)
-    names = list(val.ids)
+        vals = [_encode(one, corpus, question, device, progress) for one in parts]
+    _refuse_other_queries(parts, vals)
+    terms = []
+    for one, val, weight in zip(parts, vals, weights, strict=True):
+        inverse = None
+        if question.precondition == "second-moment":
+            inverse = DampedInverse(one, checked_damping(question.damping), progress, device)
+        terms.append(
+            Term.of(one, val.vectors, metric=question.metric, weight=weight, groups=groups, preconditioner=inverse)
+        )
+    names = list(vals[0].ids)
     if question.group_field is not None:
         names = [COMBINED, *names]
         if question.combine == "mean":
-            term = term.with_queries(_with_mean(term))
-    return Asked(question=question, part=part, val=val, terms=[term], names=names, run=run, device=device)
+            terms = [term.with_queries(_with_mean(term)) for term in terms]
+    return Asked(
+        question=question, part=part, val=vals[0], weights=weights, terms=terms, names=names, run=run, device=device
+    )
+
+
+def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> None:
+    """UsageError where val samples have a gradient at one checkpoint and none at another."""
+    for part, val in zip(parts, vals, strict=True):
+        if (val.ids, val.used) != (vals[0].ids, vals[0].used):
+            raise UsageError(
+                f"{val.used} val samples have a gradient at the checkpoint of part {part.name!r}, and {vals[0].used} "
+                f"at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores cannot be "
+                "summed. Remove these val samples, or query one part"
+            )
 
 
 def _encode(part: Part, corpus: Corpus, question: Question, device: str, progress: Progress) -> ValVectors:

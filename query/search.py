@@ -107,7 +107,7 @@ class _Scorer:
         self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
         self._query_DQ = [unit.float().t().contiguous() for unit in self._unit_QD]
         self._length_Q = [unit.norm(dim=1).float() for unit in self._unit_QD]
-        self._facts = [RowFacts(term) for term in terms]
+        self._facts = [RowFacts.for_term(term) for term in terms]
 
     @property
     def columns(self) -> int:

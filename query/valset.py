@@ -21,7 +21,9 @@ from ghoststore.corpus import Corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Status
+from ghoststore.store.part import fixed_array
 from indexer.encoder import RowEncoder
+from indexer.optimizer_state import SCALES, SideScales, unflat
 from indexer.plan import plan_batches
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
@@ -67,13 +69,24 @@ def projection_of(part: Part, model: Any) -> Projection:
     plan = ProjectionPlan.of(selection, config)
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
-    drawn = Projection(plan)
+    drawn = Projection(plan, _scales(part, plan))
     if drawn.hash != stored["hash"]:
         raise MismatchError(
             f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
             f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
         )
     return drawn
+
+
+def _scales(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
+    """Those that ``--optimizer-state`` gave the part."""
+    if part.manifest["projection"].get("optimizer_state") is None:
+        return None
+    arrays = {name: fixed_array(part, name) for name in SCALES}
+    try:
+        return unflat(arrays, [layer.block for layer in plan.layers])
+    except ValueError as error:
+        raise MismatchError(f"part {part.name!r}: its scales are not of these layers: {error}") from error
 
 
 def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:

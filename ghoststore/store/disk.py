@@ -40,6 +40,17 @@ def publish(path: Path, data: bytes) -> bool:
     return True
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Make ``path`` hold ``data``, on disk, in one step: a reader sees what was there before, or all of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
 UNFINISHED = re.compile(r"\..*\.tmp|.*\.[0-9a-f]{32}\.partial")
 """Names of what a process that died had not finished: ours, and Zarr's."""
 

@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from ghoststore.errors import CorruptError
 from ghoststore.store.encoding import Encoding, encoding
 from ghoststore.store.layout import PartLayout
 from ghoststore.store.manifest import PART, Manifest
@@ -68,25 +69,38 @@ class Part(Spanned[PartLayout]):
 
 def span_table(part: Part) -> NDArray[np.int64]:
     """(spans, 5) of a part: source row, window, file, byte offset and content digest where each span begins."""
-    for name in part.files:
-        if name.startswith(f"{SPAN_TABLE}/"):
-            part.check_file(name)
-    return np.asarray(zarr.open_array(part.path / SPAN_TABLE, mode="r")[...])
+    return fixed_array(part, SPAN_TABLE)
 
 
-def create_part(path: Path, manifest: Manifest, spans: NDArray[np.int64]) -> Part:
+def fixed_array(part: Part, name: str) -> NDArray[Any]:
+    """An array that was written when the part was made, see :func:`create_part`. CorruptError if it is damaged, or not
+    there.
+    """
+    files = [file for file in part.files if file.startswith(f"{name}/")]
+    if not files:
+        raise CorruptError(f"part {part.name!r} has no array {name!r}, which its manifest tells of")
+    for file in files:
+        part.check_file(file)
+    return np.asarray(zarr.open_array(part.path / name, mode="r")[...])
+
+
+def create_part(
+    path: Path, manifest: Manifest, spans: NDArray[np.int64], fixed: Mapping[str, NDArray[Any]] | None = None
+) -> Part:
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
-    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`. BusyError if
-    another process is making it.
+    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`, and so are the arrays
+    of ``fixed``, see :func:`fixed_array`. BusyError if another process is making it.
     """
     layout = PartLayout.of(manifest["storage"])
 
     def fill(group: zarr.Group) -> None:
-        table = group.create_array(
-            SPAN_TABLE, shape=spans.shape, chunks=spans.shape, dtype="<i8", compressors=[Crc32cCodec()], fill_value=0
-        )
-        table[...] = spans
+        for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
+            array = group.create_array(
+                name, shape=values.shape, chunks=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()],
+                fill_value=0,
+            )  # fmt: skip
+            array[...] = values
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 

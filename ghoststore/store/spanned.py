@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError, UsageError
-from ghoststore.store.commits import Commit, FileRecord, committed, read_commit
+from ghoststore.store.commits import Commit, FileRecord, committed, json_digest, read_commit, record_path
 from ghoststore.store.disk import create_whole
 from ghoststore.store.manifest import Kind, Manifest, seal, unseal
 from ghoststore.store.spans import ArraySpec, SpanLayout
@@ -113,6 +114,20 @@ class Spanned(ABC, Generic[L]):
     def commit(self, span: int) -> Commit:
         """The record of a committed span."""
         return read_commit(self.path, span)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.
+
+        CorruptError if a record is missing.
+        """
+        digest = hashlib.sha256(json_digest(self.manifest).encode())
+        for span in self.spans:
+            path = record_path(self.path, span)
+            try:
+                digest.update(f"{span}:".encode() + path.read_bytes())
+            except OSError as error:
+                raise CorruptError(f"{path} cannot be read: {error}") from error
+        return digest.hexdigest()
 
     def spec(self, name: str) -> ArraySpec:
         """The specification of one array; UsageError if there is no such array."""

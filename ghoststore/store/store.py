@@ -15,7 +15,7 @@ from ghoststore.store.run import Run
 from ghoststore.store.spanned import read_attributes
 
 
-def _publish_group(folder: Path, attributes: dict[str, Any]) -> None:
+def publish_group(folder: Path, attributes: dict[str, Any]) -> None:
     """A Zarr group, unless another process made it first; its metadata appear whole or not at all."""
     folder.mkdir(exist_ok=True)
     metadata = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
@@ -59,8 +59,8 @@ class Store:
             with storage_errors(str(folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 for name in ("parts", "runs"):
-                    _publish_group(folder / name, {})
-                _publish_group(folder, {"ghoststore_format": FORMAT_VERSION})
+                    publish_group(folder / name, {})
+                publish_group(folder, {"ghoststore_format": FORMAT_VERSION})
                 flush(folder.parent)
         return cls.open(folder)
 

@@ -40,6 +40,9 @@ class LayerType(ABC):
     is_lookup: bool = False
     """Whether the input is an index: such a layer may run once for the whole batch (positions)."""
 
+    transposed: bool = False
+    """Whether the weight is stored as (n_in, n_out)."""
+
     @abstractmethod
     def handles(self, module: nn.Module) -> bool:
         """Whether ``module`` computes exactly what this type's formulas assume."""

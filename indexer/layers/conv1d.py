@@ -13,6 +13,7 @@ from indexer.layers.terms import Outer, Term
 @register
 class Conv1DLayer(LinearLayer):
     name = "conv1d"
+    transposed = True
 
     def handles(self, module: nn.Module) -> bool:
         return runs_forward_of(module, Conv1D)

@@ -25,6 +25,7 @@ from indexer.layers.terms import Outer, Term
 @register
 class EmbeddingLayer(LayerType):
     name = "embedding"
+    transposed = True
     is_lookup = True
 
     def handles(self, module: nn.Module) -> bool:

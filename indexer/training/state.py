@@ -81,6 +81,7 @@ def save_state(
     path = folder / f"checkpoint-{step}"
     value: dict[str, Any] = {
         "format": FORMAT, "step": step, "identity": dict(identity), "scaler": dict(scaler),
+        "learning_rate": float(optimizer.param_groups[0]["lr"]),
         "software": versions_of("ghoststore", "torch", "transformers"),
     }  # fmt: skip
 
