@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from ghoststore.store.encoding import Encoding, encoding
+from ghoststore.store.encoding import Encoding, Float32, encoding
 from ghoststore.store.layout import PartLayout
 from ghoststore.store.manifest import PART, Manifest
 from ghoststore.store.spanned import Spanned, create, create_array, gather
@@ -57,6 +57,14 @@ class Part(Spanned[PartLayout]):
         counts = {member.name.lower(): int((status == member).sum()) for member in Status}
         tokens = int(np.asarray(arrays["n_tokens"], dtype=np.int64).sum())
         return {name: count for name, count in counts.items() if count}, tokens
+
+    def read_vectors(self, start: int, stop: int) -> Float32:
+        """(rows, D): the vectors of rows ``start`` to ``stop``, decoded; for a few, since all are in memory.
+
+        Raises as :meth:`read`.
+        """
+        scale = self.read("scale", start, stop) if self.encoding.scaled else None
+        return self.encoding.decode(self.read("vectors", start, stop), scale, self.groups)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> list[Any]:
         """One value for each of ``rows``, in their order; each span is read once."""
