@@ -66,7 +66,7 @@ class Part(Spanned[PartLayout]):
         scale = self.read("scale", start, stop) if self.encoding.scaled else None
         return self.encoding.decode(self.read("vectors", start, stop), scale, self.groups)
 
-    def read_rows(self, name: str, rows: Sequence[int]) -> list[Any]:
+    def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
         """One value for each of ``rows``, in their order; each span is read once."""
         found = gather(
             rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), self.spec(name).dtype
