@@ -15,8 +15,8 @@ from common import SelfTimes  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402, F401
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 
+import query.part_encoder  # noqa: E402
 import query.query  # noqa: E402
-import query.valset  # noqa: E402
 from ghoststore.checkpoint import Checkpoint  # noqa: E402
 from indexer.encoder import RowEncoder  # noqa: E402
 
@@ -24,10 +24,10 @@ IMPORTED = time.perf_counter()
 
 PHASES = (
     (Checkpoint, "fingerprint", "fingerprint of the weights"),
-    (query.valset, "load_tokenizer", "tokenizer load"),
-    (query.valset, "fingerprint_tokenizer", "fingerprint of the tokenizer"),
-    (query.valset, "load_model", "model load"),
-    (query.valset, "projection_of", "drawing the projection"),
+    (query.part_encoder, "load_tokenizer", "tokenizer load"),
+    (query.part_encoder, "fingerprint_tokenizer", "fingerprint of the tokenizer"),
+    (query.part_encoder, "load_model", "model load"),
+    (query.part_encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
     (query.query, "search", "search"),

@@ -29,7 +29,7 @@ from ghoststore.checkpoint import (
 )
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import MismatchError, UsageError
-from ghoststore.progress import Progress, Silent, Task
+from ghoststore.progress import Progress, Silent
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.info import describe
@@ -38,10 +38,10 @@ from ghoststore.store.manifest import refuse_differences
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
-from indexer.encoder import RowEncoder
+from indexer.encoder import RowEncoder, encode_rows
 from indexer.losses import Reduction
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
-from indexer.plan import CorpusPlan, plan_batches, plan_corpus, rows_of_spans
+from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
 from indexer.selection import Selection, select_blocks
@@ -396,8 +396,9 @@ def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
                 begun = time.perf_counter()
                 seconds["corpus"] += begun - waited
                 arrays = span_arrays(work.rows, part)
-                vectors = encode_rows(encoder, work.rows, arrays, batch_tokens, part.layout.dimension, task)
-                seal_vectors(arrays, vectors, part)
+                encoded = encode_rows(encoder, work.rows, batch_tokens, task)
+                arrays["loss"] = encoded.losses.cpu().numpy()
+                seal_vectors(arrays, encoded.vectors.cpu().numpy(), part)
                 waited = time.perf_counter()
                 seconds["compute"] += waited - begun
                 writer.put(SpanData(work.span, arrays))
@@ -408,10 +409,9 @@ def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
 
 
 def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
-    """Every array of a span but ``vectors`` and ``norm``; losses are still zero."""
+    """Every array of a span but ``loss`` and those of its vectors."""
     codes = {domain: code for code, domain in enumerate(part.domains)}
     arrays: dict[str, NDArray[Any]] = {
-        "loss": np.zeros(len(rows), dtype=np.float32),
         "n_tokens": np.array([len(row.tokens) for row in rows], dtype=np.int32),
         "status": np.array([row.status for row in rows], dtype=np.uint8),
         "sample_id": np.array([row.sample.id for row in rows], dtype=object),
@@ -427,30 +427,3 @@ def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
     if part.layout.store_text:
         arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
     return arrays
-
-
-def encode_rows(
-    encoder: RowEncoder,
-    rows: Sequence[Row],
-    arrays: dict[str, NDArray[Any]],
-    batch_tokens: int,
-    dimension: int,
-    task: Task,
-) -> NDArray[np.float32]:
-    """Vectors (rows, D) of a span; losses go into ``arrays``. Unusable rows stay zero.
-
-    The device computes on while results wait on it; they come back once a span.
-    """
-    usable = [place for place, row in enumerate(rows) if row.status.usable]
-    vectors = torch.zeros(len(rows), dimension, device=encoder.device)
-    losses = torch.zeros(len(rows), device=encoder.device)
-    task.advance(len(rows) - len(usable))
-    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
-        places = [usable[index] for index in batch]
-        encoded = encoder([rows[place] for place in places])
-        where = torch.tensor(places, device=encoder.device)
-        vectors.index_copy_(0, where, encoded.vectors)
-        losses.index_copy_(0, where, encoded.losses)
-        task.advance(len(places), sum(len(rows[place].tokens) for place in places))
-    arrays["loss"] = losses.cpu().numpy()
-    return np.asarray(vectors.cpu().numpy())

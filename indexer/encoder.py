@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ghoststore.errors import UsageError
+from ghoststore.progress import Task
 from indexer.engine import GradProjLoraEngine, refuse_randomness
 from indexer.losses import IGNORED, Reduction, next_token_losses
+from indexer.plan import plan_batches
 from indexer.projection import Projection
 from indexer.rows import Row
 
@@ -25,7 +27,7 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class Encoded(NamedTuple):
-    """One batch, on the model's device, nothing waited for."""
+    """Some rows, on the model's device, nothing waited for."""
 
     vectors: Tensor
     """(B, D) float32."""
@@ -101,6 +103,26 @@ class RowEncoder:
         del logits
         vectors = self.engine.collect(losses)
         return Encoded(vectors, losses.detach())
+
+
+def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:
+    """Vectors and losses of many ``rows``, in batches of at most ``batch_tokens`` padded tokens; zeros for rows without
+    a usable status.
+
+    The device computes on while results wait on it.
+    """
+    usable = [place for place, row in enumerate(rows) if row.status.usable]
+    vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
+    losses = torch.zeros(len(rows), device=encoder.device)
+    task.advance(len(rows) - len(usable))
+    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
+        places = [usable[index] for index in batch]
+        encoded = encoder([rows[place] for place in places])
+        where = torch.tensor(places, device=encoder.device)
+        vectors.index_copy_(0, where, encoded.vectors)
+        losses.index_copy_(0, where, encoded.losses)
+        task.advance(len(places), sum(len(rows[place].tokens) for place in places))
+    return Encoded(vectors, losses)
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -249,6 +250,12 @@ class Projection:
         if self.sketch:
             self.sketch.to(device)
         return self
+
+    def unsketched(self) -> Projection:
+        """The same matrices without the second step: vectors are the Kronecker blocks of the layers."""
+        other = copy.copy(self)
+        other.plan, other.sketch = replace(self.plan, compress=None), None
+        return other
 
     def sides_of(self, block: Block, use: Use, module: nn.Module) -> Sides:
         """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight."""

@@ -5,9 +5,8 @@ Legend: R rows of a chunk, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.store import Part
-from ghoststore.store.reader import stream
+from ghoststore.store.encoding import multiply
+from ghoststore.store.reader import Chunk, read_span, stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,30 @@ class Vectors:
     """(R, D) float32, on the device."""
 
 
-def as_tensor(data: NDArray[Any], dtype: str) -> Tensor:
-    """Stored numbers as a tensor that shares their memory; ``dtype`` is the manifest's."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(data)
+def _themselves(stored: Tensor) -> Tensor:
+    return stored
+
+
+def _bfloat16(bits: Tensor) -> Tensor:
+    return bits.view(torch.bfloat16)
+
+
+def _signs(bits: Tensor) -> Tensor:
+    """(R, columns) uint8 to (R, 8 · columns) int8: 1 for a bit, -1 for none, the lowest bit first."""
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    table = (np.unpackbits(byte, axis=1, bitorder="little").astype(np.int8) * 2 - 1).view(np.int64)
+    eights = torch.from_numpy(table.ravel()).to(bits.device).index_select(0, bits.flatten().int())
+    return eights.view(torch.int8).view(len(bits), -1)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": _themselves,
+    "float16": _themselves,
+    "bfloat16": _bfloat16,
+    "int8": _themselves,
+    "onebit": _signs,
+}
+"""``Encoding.numbers`` on the device: D columns or more, in any dtype that float32 holds exactly."""
 
 
 class StoredRows:
@@ -45,14 +64,18 @@ class StoredRows:
 
     def stream(self, spans: list[int] | None = None) -> Iterator[Vectors]:
         """Chunks of ``spans`` (default: every committed one), in order; memory does not depend on the part's size."""
+        layout = self.part.layout
+        numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
         spare = torch.empty(0)
         for chunk in stream(self.part, "vectors", spans):
-            stored_RD = as_tensor(chunk.data, self.part.layout.dtype).to(self.device)
-            if stored_RD.dtype != torch.float32:
+            rows_RD = numbers(torch.from_numpy(chunk.data).to(self.device))
+            if rows_RD.dtype != torch.float32:
                 if not spare.numel():
-                    spare = torch.empty(self.part.layout.chunk_rows, self.part.layout.dimension, device=self.device)
-                stored_RD = spare[: len(stored_RD)].copy_(stored_RD)
-            yield Vectors(chunk.start, chunk.stop, stored_RD)
+                    spare = torch.empty(layout.chunk_rows, layout.dimension, device=self.device)
+                rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
+            if self.part.encoding.scaled:
+                multiply(rows_RD, scale_of(chunk).to(self.device), self.part.groups)
+            yield Vectors(chunk.start, chunk.stop, rows_RD)
 
     def gather(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """(rows, D) float32 on the device, in the order of ``rows``, which may repeat. Reads the spans they lie in.
@@ -71,6 +94,23 @@ class StoredRows:
             if len(mine):
                 found[torch.from_numpy(mine)] = chunk.rows_RD[torch.from_numpy(wanted[mine] - chunk.start)]
         return found
+
+
+class _Scales:
+    """The scales of rows, one span at a time."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._span = -1
+        self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        """(R, G) of the rows of ``chunk``."""
+        span = chunk.start // self._part.layout.span_rows
+        if span != self._span:
+            self._span, self._scale = span, read_span(self._part, "scale", span)
+        first, _ = self._part.layout.span_of(span)
+        return torch.from_numpy(self._scale[chunk.start - first : chunk.stop - first])
 
 
 def side_by_side(sources: Sequence[StoredRows], spans: list[int]) -> Iterator[list[Vectors]]:

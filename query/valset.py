@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.checkpoint import find_checkpoint, fingerprint_tokenizer, load_model, load_tokenizer
 from ghoststore.corpus import Corpus
-from ghoststore.errors import MismatchError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Status
-from ghoststore.store.part import fixed_array
-from indexer.encoder import RowEncoder
-from indexer.optimizer_state import SCALES, SideScales, unflat
-from indexer.plan import plan_batches
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
-from indexer.selection import select_blocks
+from indexer.rows import Row
+from query.part_encoder import PartEncoder
 
 ROWS_AT_ONCE = 1024
 Grouping = Literal["mean", "each", "domain"]
@@ -49,85 +41,6 @@ class ValVectors:
     """Val rows of each mean."""
 
 
-def projection_of(part: Part, model: Any) -> Projection:
-    """The projection that the manifest of ``part`` describes, drawn again for ``model``.
-
-    MismatchError if its layers or its hash come out otherwise.
-    """
-    stored = part.manifest["projection"]
-    config = ProjectionConfig(
-        layers=tuple(stored["layers"]),
-        exclude_layers=tuple(stored["exclude_layers"]),
-        include_embeddings=stored["include_embeddings"],
-        rank_total=stored["rank_total"],
-        rank_min=stored["rank_min"],
-        seed=stored["seed"],
-        kind=stored["kind"],
-        compress=stored["compress"] or "none",
-    )
-    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
-    plan = ProjectionPlan.of(selection, config)
-    if plan.layers_json() != part.manifest["layers"]:
-        raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
-    drawn = Projection(plan, _scales(part, plan))
-    if drawn.hash != stored["hash"]:
-        raise MismatchError(
-            f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
-            f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
-        )
-    return drawn
-
-
-def _scales(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
-    """Those that ``--optimizer-state`` gave the part."""
-    if part.manifest["projection"].get("optimizer_state") is None:
-        return None
-    arrays = {name: fixed_array(part, name) for name in SCALES}
-    try:
-        return unflat(arrays, [layer.block for layer in plan.layers])
-    except ValueError as error:
-        raise MismatchError(f"part {part.name!r}: its scales are not of these layers: {error}") from error
-
-
-def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:
-    """The model and tokenizer of ``part``, from where it was built or from another path to the same weights.
-
-    MismatchError, both fingerprints shown, if they are not the same.
-    """
-    source = part.manifest["source"]
-    found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
-    with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
-        fingerprint = pool.submit(found.fingerprint)
-        folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
-        tokenizer = load_tokenizer(folder)
-        model = load_model(
-            found,
-            dtype=part.manifest["dtype"]["model"],
-            device=device,
-            attn_implementation=part.manifest["compute"]["attn_implementation"],
-        )
-        is_there = fingerprint.result()
-    wanted = part.manifest["checkpoint"]["fingerprint"]
-    if wanted != is_there:
-        raise MismatchError(
-            f"part {part.name!r} was built from other weights than those in {found.folder}: stored {wanted}, "
-            f"found {is_there}. Give --checkpoint the folder of the stored ones"
-        )
-    wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
-    if wanted != is_there:
-        raise MismatchError(
-            f"part {part.name!r} was built with another tokenizer than that in {folder}: "
-            f"stored {wanted}, found {is_there}"
-        )
-    return model, Tokenizer(tokenizer)
-
-
-def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[int]]:
-    usable = [place for place, row in enumerate(rows) if row.status.usable]
-    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
-        yield [usable[index] for index in batch]
-
-
 def encode_val_set(
     part: Part,
     corpus: Corpus,
@@ -145,26 +58,18 @@ def encode_val_set(
     the part's.
     """
     _ = corpus.resolved
-    model, tokenizer = load_for(part, checkpoint, device)
-    settings = TokenSettings(**part.manifest["tokens"])
-    batch_tokens = int(part.manifest["batching"]["batch_tokens"])
-    dimension = part.layout.dimension
     sums: dict[str, NDArray[np.float64]] = {}
     counts: Counter[str] = Counter()
     ids: list[str] = []
     kept: list[Tensor] = []
     left_out: Counter[str] = Counter()
-    rows = rows_of(islice(corpus.samples(), max_samples), tokenizer, settings)
     with (
-        RowEncoder(model, projection_of(part, model), reduction=part.manifest["loss"]["reduction"]) as encoder,
+        PartEncoder(part, checkpoint=checkpoint, device=device) as encoder,
         closing(progress.task("val set", None)) as task,
     ):
+        rows = encoder.rows(islice(corpus.samples(), max_samples))
         while some := list(islice(rows, ROWS_AT_ONCE)):
-            vectors = torch.zeros(len(some), dimension)
-            for places in _batches(some, batch_tokens):
-                encoded = encoder([some[place] for place in places])
-                vectors[places] = encoded.vectors.cpu()
-                task.advance(len(places), sum(len(some[place].tokens) for place in places))
+            vectors = encoder.vectors(some, task)
             finite = torch.isfinite(vectors).all(1)
             fates = [
                 row.status if finite[place] or not row.status.usable else Status.NOT_FINITE
@@ -177,7 +82,7 @@ def encode_val_set(
                 kept.append(vectors[used])
                 continue
             for label, places in _by_label([some[place] for place in used], used, grouping).items():
-                sums[label] = sums.get(label, np.zeros(dimension)) + vectors[places].double().sum(0).numpy()
+                sums[label] = sums.get(label, np.zeros(encoder.dimension)) + vectors[places].double().sum(0).numpy()
                 counts[label] += len(places)
     if not ids and not counts:
         raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")

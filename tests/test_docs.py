@@ -18,6 +18,7 @@ from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.reference import reference
 from ghoststore.corpus.shards import SAMPLE, SHARDS_VERSION
 from ghoststore.store import RunLayout, Status
+from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.layout import FORMAT_VERSION, PartLayout
 
 if TYPE_CHECKING:
@@ -177,10 +178,10 @@ def test_python_in_the_docs_uses_public_names() -> None:
 
 def test_the_format_page_lists_every_array_and_status() -> None:
     page = (ROOT / "docs/format.md").read_text()
-    layout = PartLayout(rows=1, dimension=1, groups=1, dtype="float32", span_rows=1, chunk_rows=1, store_text=True)
+    layout = PartLayout(rows=1, dimension=1, groups=1, dtype="int8", span_rows=1, chunk_rows=1, store_text=True)
     assert f"format version {FORMAT_VERSION}" in page
-    for spec in layout.arrays():
-        assert f"| `{spec.name}` |" in page
+    for name in [*(spec.name for spec in layout.arrays()), *ENCODINGS]:
+        assert f"| `{name}` |" in page
     run = RunLayout(steps=1, ranks=1, batch=1, span_steps=1, rows=1, groups=("g",), blocks=("b",), dimension=1)
     for spec in run.arrays():
         assert re.search(rf"^\| `{spec.name}` \| .* \| {spec.dtype.name} \|", page, flags=re.MULTILINE)

@@ -38,13 +38,14 @@ def _print_parts(found: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table
 
     columns = [("part", False), ("rows", True), ("usable", True), ("tokens", True), ("D", True), ("dtype", False),
-               ("on disk", True), ("checkpoint", False)]  # fmt: skip
+               ("bytes a row", True), ("on disk", True), ("checkpoint", False)]  # fmt: skip
     rows = []
     for part in found.parts:
         usable = part.statuses.get("ok", 0) + part.statuses.get("truncated", 0)
         share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
         rows.append([part.name, share, f"{usable:,}", f"{part.tokens:,}", f"{part.dimension:,}", part.dtype,
-                     human_bytes(part.bytes), part.manifest["source"]["checkpoint"]])  # fmt: skip
+                     f"{part.row_bytes:,}", human_bytes(part.bytes),
+                     part.manifest["source"]["checkpoint"]])  # fmt: skip
     print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows)
 
 
@@ -61,6 +62,7 @@ def _print_part(part: Any) -> None:
         ("tokens", f"{part.tokens:,}"),
         ("on disk", human_bytes(part.bytes)),
         ("vectors", f"{part.dimension:,} × {part.dtype}"),
+        ("bytes a row", f"{part.row_bytes:,}, ids and texts aside"),
         ("projection", f"{projection['kind']}, seed {projection['seed']}{step}"),
         ("layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])})"),
         ("  cover", f"{manifest['coverage']['share']:.1%} of the model's parameters"),

@@ -1,10 +1,13 @@
-"""How the numbers of a vector are stored: float32 rows to bytes on disk and back."""
+"""How the numbers of a vector are stored: float32 rows to bytes on disk and back.
+
+Legend: R rows, D numbers of a vector, G blocks of columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,42 +15,121 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 
 Float32 = NDArray[np.float32]
+Groups = Sequence[tuple[str, int, int]]
+"""(name, first column, one past the last) of each block; together, in order, all D columns."""
+
+LARGEST_CODE = 127
+LARGEST_SCALE = np.float32(66052 * 2.0**105)
+"""The largest number of 17 bits whose product with 127 is finite in float32."""
 
 
-@dataclass(frozen=True, slots=True)
+class Encoded(NamedTuple):
+    """Rows as they are stored."""
+
+    stored: NDArray[Any]
+    """(R, columns), what becomes of the array ``vectors``."""
+    scale: Float32 | None = None
+    """(R, G), the array ``scale``: what the codes of each row and block are multiplied with. None without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
     """One value of ``--proj-dtype``."""
 
     name: str
     stored: np.dtype[Any]
     """dtype of the Zarr array."""
-    encode: Callable[[Float32], NDArray[Any]]
-    """float32 (rows, D) to the stored dtype, rounded to nearest even; too large becomes infinite."""
-    decode: Callable[[NDArray[Any]], Float32]
-    """Back to float32, exactly."""
+    encode: Callable[[Float32, Groups], Encoded]
+    """Finite float32 (R, D), rounded to nearest even; what is too large becomes infinite."""
+    numbers: Callable[[NDArray[Any], int], Float32]
+    """(R, columns) as stored, and D, to (R, D): exactly what is stored, before the scale. Never shares memory where
+    there is a scale."""
+    columns: Callable[[int], int] = lambda dimension: dimension
+    """Columns of the Zarr array for D numbers."""
+    scaled: bool = False
+    """Whether there is a ``scale``."""
+
+    def decode(self, stored: NDArray[Any], scale: Float32 | None = None, groups: Groups = ()) -> Float32:
+        """Stored rows back to (R, D) float32, the same bits everywhere. Scales and blocks where :attr:`scaled`."""
+        numbers = self.numbers(stored, groups[-1][2] if groups else stored.shape[1])
+        if self.scaled:
+            multiply(numbers, scale, groups)
+        return numbers
+
+    def row_bytes(self, dimension: int) -> int:
+        """Bytes of one stored vector, its scales aside."""
+        return self.columns(dimension) * self.stored.itemsize
 
 
-def _to_bfloat16(x: Float32) -> NDArray[np.uint16]:
+def multiply(numbers_RD: Any, scale_RG: Any, groups: Groups) -> None:
+    """Multiply each block by its scales, in place. Arrays of NumPy or tensors."""
+    for place, (_, start, stop) in enumerate(groups):
+        numbers_RD[:, start:stop] *= scale_RG[:, place, None]
+
+
+def _as_float32(stored: NDArray[Any], dimension: int) -> Float32:
+    return stored.astype(np.float32, copy=False)
+
+
+def _to_bfloat16(x: Float32, groups: Groups) -> Encoded:
     u = np.ascontiguousarray(x).view(np.uint32)
     rounded: NDArray[np.uint16] = ((u + np.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16).astype(np.uint16)
     # The carry above turns some NaNs into numbers; a NaN must stay one.
-    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+    return Encoded(np.where(np.isnan(x), np.uint16(0x7FC0), rounded))
 
 
-def _from_bfloat16(u: NDArray[Any]) -> Float32:
+def _from_bfloat16(u: NDArray[Any], dimension: int) -> Float32:
     return (u.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _to_float16(x: Float32) -> NDArray[Any]:
+def _to_float16(x: Float32, groups: Groups) -> Encoded:
     with np.errstate(over="ignore"):
-        return x.astype(np.float16)
+        return Encoded(x.astype(np.float16))
+
+
+def _to_int8(x: Float32, groups: Groups) -> Encoded:
+    """x ≈ scale · code, |code| ≤ 127, and no number is further off than half a scale.
+
+    The scale is the largest magnitude of the block ÷ 127, rounded up to 17 bits: its product with a code of 7 bits is
+    exact in float32, so decoding rounds nothing and encoding what was decoded changes nothing.
+    """
+    largest = np.stack([np.abs(x[:, start:stop]).max(1) for _, start, stop in groups], axis=1)
+    bits = ((largest / np.float32(LARGEST_CODE)).view(np.uint32) + np.uint32(0x7F)) & np.uint32(0xFFFFFF80)
+    scale: Float32 = np.minimum(bits.view(np.float32), LARGEST_SCALE)
+    divisor = np.where(scale > 0, scale, np.float32(1))
+    codes = np.empty(x.shape, dtype=np.int8)
+    for place, (_, start, stop) in enumerate(groups):
+        codes[:, start:stop] = np.rint(x[:, start:stop] / divisor[:, place, None])
+    return Encoded(codes, scale)
+
+
+def _to_onebit(x: Float32, groups: Groups) -> Encoded:
+    """x ≈ ±scale: the bit is 1 for x ≥ 0, and the scale is the block's mean magnitude, whose error is the least."""
+    scale = np.stack([np.abs(x[:, start:stop]).mean(1, dtype=np.float64) for _, start, stop in groups], axis=1)
+    return Encoded(np.packbits(x >= 0, axis=1, bitorder="little"), scale.astype(np.float32))
+
+
+def _from_onebit(bits: NDArray[Any], dimension: int) -> Float32:
+    return np.unpackbits(bits, axis=1, count=dimension, bitorder="little").astype(np.float32) * 2 - 1
 
 
 ENCODINGS: dict[str, Encoding] = {
-    "float32": Encoding("float32", np.dtype("<f4"), lambda x: x, lambda x: x.astype(np.float32, copy=False)),
-    "float16": Encoding("float16", np.dtype("<f2"), _to_float16, lambda x: x.astype(np.float32)),
-    # No Zarr release has bfloat16: the array is uint16, and the manifest says what its bits mean.
-    "bfloat16": Encoding("bfloat16", np.dtype("<u2"), _to_bfloat16, _from_bfloat16),
+    code.name: code
+    for code in (
+        Encoding(name="float32", stored=np.dtype("<f4"), encode=lambda x, groups: Encoded(x), numbers=_as_float32),
+        Encoding(name="float16", stored=np.dtype("<f2"), encode=_to_float16, numbers=_as_float32),
+        # No Zarr release has bfloat16: the array is uint16, and the manifest says what its bits mean.
+        Encoding(name="bfloat16", stored=np.dtype("<u2"), encode=_to_bfloat16, numbers=_from_bfloat16),
+        Encoding(name="int8", stored=np.dtype("i1"), encode=_to_int8, numbers=_as_float32, scaled=True),
+        Encoding(
+            name="onebit",
+            stored=np.dtype("u1"),
+            encode=_to_onebit,
+            numbers=_from_onebit,
+            columns=lambda dimension: -(-dimension // 8),
+            scaled=True,
+        ),
+    )
 }
 
 

@@ -29,6 +29,8 @@ class PartInfo:
     tokens: int
     dimension: int
     dtype: str
+    row_bytes: int
+    """Bytes of a row's numbers, its id and text aside."""
     bytes: int
     """Bytes of the committed files."""
     manifest: dict[str, Any]
@@ -107,6 +109,7 @@ def describe(part: Part) -> PartInfo:
         tokens=sums.tokens,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
+        row_bytes=part.layout.row_bytes,
         bytes=sums.bytes,
         manifest=part.manifest,
     )

@@ -68,8 +68,11 @@ class PartLayout(SpanLayout):
     def choose(
         cls, *, rows: int, dimension: int, groups: int, dtype: str, span_rows: int | None, store_text: bool
     ) -> PartLayout:
-        """Chunks of about 8 MiB, a power of two of rows; spans of one chunk, or 256 rows if that is more."""
-        row_bytes = dimension * encoding(dtype).stored.itemsize
+        """Chunks of about 8 MiB, a power of two of rows; spans of one chunk, or 256 rows if that is more.
+
+        Smaller codes than bytes count as bytes: a chunk is at most four times as large once it is read as float32.
+        """
+        row_bytes = max(encoding(dtype).row_bytes(dimension), dimension)
         if row_bytes > LARGEST_ROW_BYTES:
             raise UsageError(
                 f"a vector of {dimension} numbers is {row_bytes >> 20} MiB; a part stores at most "
@@ -110,16 +113,23 @@ class PartLayout(SpanLayout):
         """Rows of a span."""
         return self.span_rows
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's numbers in all arrays; its id and text come on top."""
+        return sum(spec.width * int(spec.dtype.itemsize) for spec in self.arrays() if spec.dtype is not str)
+
     def arrays(self) -> list[ArraySpec]:
         """Every array of the part, in the order in which a span writes them."""
-        span = self.span_rows
+        code, span = encoding(self.dtype), self.span_rows
+        scale = [ArraySpec(name="scale", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,))]
         specs = [
             ArraySpec(
                 name="vectors",
-                dtype=encoding(self.dtype).stored,
+                dtype=code.stored,
                 chunk_rows=self.chunk_rows,
-                columns=(self.dimension,),
+                columns=(code.columns(self.dimension),),
             ),
+            *(scale if code.scaled else []),
             ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)),
             ArraySpec(name="loss", dtype=np.dtype("<f4"), chunk_rows=span),
             ArraySpec(name="n_tokens", dtype=np.dtype("<i4"), chunk_rows=span),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.encoding import Encoding, encoding
+from ghoststore.store.encoding import Encoding, Float32, encoding
 from ghoststore.store.layout import PartLayout
 from ghoststore.store.manifest import PART, Manifest
 from ghoststore.store.spanned import Spanned, create, create_array, gather
@@ -59,7 +59,15 @@ class Part(Spanned[PartLayout]):
         tokens = int(np.asarray(arrays["n_tokens"], dtype=np.int64).sum())
         return {name: count for name, count in counts.items() if count}, tokens
 
-    def read_rows(self, name: str, rows: Sequence[int]) -> list[Any]:
+    def read_vectors(self, start: int, stop: int) -> Float32:
+        """(rows, D): the vectors of rows ``start`` to ``stop``, decoded; for a few, since all are in memory.
+
+        Raises as :meth:`read`.
+        """
+        scale = self.read("scale", start, stop) if self.encoding.scaled else None
+        return self.encoding.decode(self.read("vectors", start, stop), scale, self.groups)
+
+    def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
         """One value for each of ``rows``, in their order; each span is read once."""
         found = gather(
             rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), self.spec(name).dtype

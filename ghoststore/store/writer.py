@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from ghoststore.errors import BusyError
 from ghoststore.store.commits import write_commit
 from ghoststore.store.disk import exclusive, flush, storage_errors, sweep
-from ghoststore.store.encoding import encoding
 from ghoststore.store.part import Part
 from ghoststore.store.spanned import Spanned
 from ghoststore.store.status import Status
@@ -43,7 +42,7 @@ class SpanData:
 
 
 def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], part: Part) -> None:
-    """Encode float32 ``vectors`` into ``arrays`` and fill ``norm``; rows that cannot be kept get a status.
+    """Encode float32 ``vectors`` into ``arrays``, with their ``norm``; rows that cannot be kept get a status.
 
     A row that is not finite, or not finite once encoded, becomes zero. Norms are those of the stored
     numbers, so that a cosine is that of what is read.
@@ -53,9 +52,8 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     finite = np.isfinite(vectors).all(1) & np.isfinite(arrays["loss"])
     status[usable & ~finite] = Status.NOT_FINITE
     vectors[~(usable & finite)] = 0.0
-    code = encoding(part.layout.dtype)
-    stored = code.encode(vectors)
-    decoded = code.decode(stored)
+    stored, scale = part.encoding.encode(vectors, part.groups)
+    decoded = part.encoding.decode(stored, scale, part.groups)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.square(decoded, dtype=np.float64)
         norm = np.sqrt(np.stack([squares[:, start:stop].sum(1) for _, start, stop in part.groups], axis=1))
@@ -67,6 +65,9 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     unusable = status >= Status.EMPTY
     arrays["loss"][unusable] = 0.0
     arrays["vectors"], arrays["norm"] = stored, norm
+    if scale is not None:
+        scale[~fits] = 0.0
+        arrays["scale"] = scale
 
 
 def write_span(target: Spanned[Any], data: SpanData) -> None:

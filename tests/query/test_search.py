@@ -16,6 +16,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
+from ghoststore.store.encoding import ENCODINGS
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -46,7 +47,7 @@ def store_of(lab: Lab, folder: Path, data: Path, **settings: Any) -> Path:
 def vectors(store: Path) -> np.ndarray:
     """Stored numbers, as float64."""
     part = ghoststore.Store.open(store).part()
-    return part.encoding.decode(part.read("vectors", 0, part.layout.rows)).astype(np.float64)
+    return part.read_vectors(0, part.layout.rows).astype(np.float64)
 
 
 def brute_force(rows_ND: np.ndarray, query_D: np.ndarray, metric: str) -> np.ndarray:
@@ -73,12 +74,15 @@ def agree(found: Listed, scores_N: np.ndarray, k: int) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("projection", [None, PLAIN], ids=["sketched", "plain"])
+@pytest.mark.parametrize("dtype", ENCODINGS)
 @pytest.mark.parametrize("each", [True, False], ids=["each", "mean"])
-def test_equals_brute_force(lab: Lab, folder: Path, val: Path, metric: str, dtype: str, each: bool) -> None:
-    store = store_of(lab, folder, lab.corpus, proj_dtype=dtype)
+def test_equals_brute_force(
+    lab: Lab, folder: Path, val: Path, metric: str, dtype: str, projection: ProjectionConfig | None, each: bool
+) -> None:
+    store = store_of(lab, folder, lab.corpus, proj_dtype=dtype, projection=projection)
     rows_ND = vectors(store)
-    queries_QD = vectors(store_of(lab, folder, val))
+    queries_QD = vectors(store_of(lab, folder, val, projection=projection))
     if not each:
         queries_QD = queries_QD.mean(0, keepdims=True)
     found = ghoststore.query(

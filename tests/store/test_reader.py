@@ -12,6 +12,7 @@ import zarr
 
 import ghoststore
 from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.reader import READ_AHEAD, stream
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def streamed(part: ghoststore.Part, name: str, spans: list[int] | None = None) -
 
 
 @pytest.mark.parametrize("span_rows", [6, 8, 100])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ENCODINGS)
 def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_rows: int) -> None:
     store = tmp_path / "store"
     ghoststore.build(
@@ -41,7 +42,7 @@ def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_ro
     )  # fmt: skip
     part = ghoststore.Store.open(store).part()
     group = zarr.open_group(part.path, mode="r")
-    for name in SHAPES:
+    for name in [*SHAPES, *(["scale"] if part.encoding.scaled else [])]:
         plain = np.asarray(group[name][...])
         found = streamed(part, name)
         assert found.dtype == plain.dtype

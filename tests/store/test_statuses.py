@@ -45,7 +45,7 @@ def statuses(part: ghoststore.Part) -> list[Status]:
 def check(lab: Lab, part: ghoststore.Part, metric: str = "cosine") -> None:
     """Unusable rows are zeros, and no query returns them from either end; usable ones are all there."""
     usable = [row for row, status in enumerate(statuses(part)) if status.usable]
-    vectors = part.encoding.decode(read(part, "vectors"))
+    vectors = part.read_vectors(0, part.layout.rows)
     for row, status in enumerate(statuses(part)):
         assert np.isfinite(vectors[row]).all()
         assert bool(vectors[row].any()) == status.usable

@@ -1,0 +1,133 @@
+"""The model, tokens and projection of a part once more: what its rows are compared with, and its rows again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ghoststore.checkpoint import find_checkpoint, fingerprint_tokenizer, load_model, load_tokenizer
+from ghoststore.corpus import Sample
+from ghoststore.errors import MismatchError
+from ghoststore.progress import Task
+from ghoststore.store import Part
+from ghoststore.store.part import fixed_array
+from indexer.encoder import RowEncoder, encode_rows
+from indexer.optimizer_state import SCALES, SideScales, unflat
+from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from indexer.selection import select_blocks
+
+
+class PartEncoder:
+    """Samples to vectors, as the build of ``part`` makes them: ``with PartEncoder(part, device="cpu") as encoder``.
+
+    With ``blocks`` a vector is the Kronecker blocks before the sketch, :attr:`groups` their columns. MismatchError if
+    checkpoint, tokenizer or projection are not the part's; ``checkpoint`` is another place of the same weights.
+    """
+
+    def __init__(self, part: Part, *, checkpoint: str | Path | None = None, device: str, blocks: bool = False) -> None:
+        model, self._tokenizer = load_for(part, checkpoint, device)
+        projection = projection_of(part, model)
+        if blocks:
+            projection = projection.unsketched()
+        self.groups = projection.plan.groups
+        """(name, first column, one past the last) of each block of a vector."""
+        self.dimension = projection.plan.dimension
+        self._settings = TokenSettings(**part.manifest["tokens"])
+        self._batch_tokens = int(part.manifest["batching"]["batch_tokens"])
+        self._encoder = RowEncoder(model, projection, reduction=part.manifest["loss"]["reduction"])
+
+    def __enter__(self) -> PartEncoder:
+        self._encoder.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._encoder.__exit__(kind, error, trace)
+
+    def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
+        """The rows of ``samples``, in order, tokenized some hundred at a time."""
+        return rows_of(samples, self._tokenizer, self._settings)
+
+    def vectors(self, rows: Sequence[Row], task: Task) -> Tensor:
+        """(rows, D) float32 on the CPU; zeros for rows without a usable status."""
+        return encode_rows(self._encoder, rows, self._batch_tokens, task).vectors.cpu()
+
+
+def projection_of(part: Part, model: Any) -> Projection:
+    """The projection that the manifest of ``part`` describes, drawn again for ``model``.
+
+    MismatchError if its layers or its hash come out otherwise.
+    """
+    stored = part.manifest["projection"]
+    config = ProjectionConfig(
+        layers=tuple(stored["layers"]),
+        exclude_layers=tuple(stored["exclude_layers"]),
+        include_embeddings=stored["include_embeddings"],
+        rank_total=stored["rank_total"],
+        rank_min=stored["rank_min"],
+        seed=stored["seed"],
+        kind=stored["kind"],
+        compress=stored["compress"] or "none",
+    )
+    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
+    plan = ProjectionPlan.of(selection, config)
+    if plan.layers_json() != part.manifest["layers"]:
+        raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
+    drawn = Projection(plan, _scales(part, plan))
+    if drawn.hash != stored["hash"]:
+        raise MismatchError(
+            f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
+            f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
+        )
+    return drawn
+
+
+def _scales(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
+    """Those that ``--optimizer-state`` gave the part."""
+    if part.manifest["projection"].get("optimizer_state") is None:
+        return None
+    arrays = {name: fixed_array(part, name) for name in SCALES}
+    try:
+        return unflat(arrays, [layer.block for layer in plan.layers])
+    except ValueError as error:
+        raise MismatchError(f"part {part.name!r}: its scales are not of these layers: {error}") from error
+
+
+def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of ``part``, from where it was built or from another path to the same weights.
+
+    MismatchError, both fingerprints shown, if they are not the same.
+    """
+    source = part.manifest["source"]
+    found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
+    with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
+        fingerprint = pool.submit(found.fingerprint)
+        folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
+        tokenizer = load_tokenizer(folder)
+        model = load_model(
+            found,
+            dtype=part.manifest["dtype"]["model"],
+            device=device,
+            attn_implementation=part.manifest["compute"]["attn_implementation"],
+        )
+        is_there = fingerprint.result()
+    wanted = part.manifest["checkpoint"]["fingerprint"]
+    if wanted != is_there:
+        raise MismatchError(
+            f"part {part.name!r} was built from other weights than those in {found.folder}: stored {wanted}, "
+            f"found {is_there}. Give --checkpoint the folder of the stored ones"
+        )
+    wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
+    if wanted != is_there:
+        raise MismatchError(
+            f"part {part.name!r} was built with another tokenizer than that in {folder}: "
+            f"stored {wanted}, found {is_there}"
+        )
+    return model, Tokenizer(tokenizer)
