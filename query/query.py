@@ -11,7 +11,8 @@ from ghoststore.progress import Progress, Silent
 from query.hits import hits_of
 from query.parts import PartWeights
 from query.question import Combine, Precondition, Question, ask
-from query.results import QueryHits, QueryResult
+from query.report import write_report
+from query.results import QueryHits, QueryResult, check_output
 from query.terms import Metric
 
 
@@ -38,6 +39,7 @@ def query(
     score_weight: float | None = None,
     precondition: Precondition = "none",
     damping: float | None = None,
+    report: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QueryResult:
     """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``, by exact search.
@@ -64,12 +66,15 @@ def query(
     that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
     unless W is 0.
 
+    ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
+
     Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
     another checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
     """
     progress = progress or Silent()
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
         raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
+    page = None if report is None else check_output(report, "--report", (".html",))
     question = Question(
         store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
         layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
@@ -79,10 +84,13 @@ def query(
     asked = ask(question, progress)
     rankings = asked.rank(top_k, bottom_k, progress)
     hits = hits_of(asked.part, rankings, text, progress, asked.blend)
-    return QueryResult(
+    result = QueryResult(
         store=str(store),
         settings={**asked.settings(), "index": "exact", "top_k": top_k, "bottom_k": bottom_k},
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
     )
+    if page is not None:
+        write_report(page, asked, result, rankings, progress)
+    return result

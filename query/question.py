@@ -142,6 +142,7 @@ class Asked:
     device: str
     blend: Blend | None = None
     """After :meth:`scores` or :meth:`rank` with ``with_scores``."""
+    _scores: NDArray[np.float64] | None = None
 
     @property
     def rows(self) -> int:
@@ -163,6 +164,8 @@ class Asked:
 
     def scores(self, progress: Progress) -> NDArray[np.float64]:
         """(Q, N): every row's score in every ranking, NaN where a row does not take part. 8 bytes a number."""
+        if self._scores is not None:
+            return self._scores
         with closing(progress.task("scoring", self.rows)) as task:
             found = similarities(self.terms, device=self.device, task=task)
         if self._grouped and self.question.combine == "max":
@@ -170,6 +173,7 @@ class Asked:
         elif self._fused:
             found = np.concatenate([fused(found), found])
         if self.run is None:
+            self._scores = found
             return found
         weight = checked_weight(self.question.score_weight)
         scores, rows = blended(found, self.run.value, weight)
@@ -180,6 +184,7 @@ class Asked:
                 f"{self.blend.without_score:,} of {self.blend.without_score + rows:,} usable rows have no score in run "
                 f"{self.question.with_scores!r}: they are {fate}"
             )
+        self._scores = scores
         return scores
 
     @property
@@ -232,7 +237,7 @@ def ask(question: Question, progress: Progress) -> Asked:
     if question.with_scores is not None:
         run = values_of_rows(part, Store.open(question.store).run(question.with_scores), progress)
     with open_corpus(str(question.val_set), question.val_fields()) as corpus:
-        vals = [_encode(one, corpus, question, device, progress) for one in parts]
+        vals = [encode(one, corpus, question, device, progress) for one in parts]
     _refuse_other_queries(parts, vals)
     terms = []
     for one, val, weight in zip(parts, vals, weights, strict=True):
@@ -263,12 +268,16 @@ def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> 
             )
 
 
-def _encode(part: Part, corpus: Corpus, question: Question, device: str, progress: Progress) -> ValVectors:
+def encode(
+    part: Part, corpus: Corpus, question: Question, device: str, progress: Progress, *, blocks: bool = False
+) -> ValVectors:
+    """The val set's vectors as ``question`` groups them; with ``blocks`` before the sketch. Notes what is left out."""
     val = encode_val_set(
         part, corpus, grouping="each" if question.each else "mean" if question.group_field is None else "domain",
-        checkpoint=question.checkpoint, device=device, max_samples=question.max_samples, progress=progress,
+        checkpoint=question.checkpoint, device=device, max_samples=question.max_samples, blocks=blocks,
+        progress=progress,
     )  # fmt: skip
-    if val.left_out:
+    if val.left_out and not blocks:
         shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {val.used} are used")
     return val

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,13 @@ def write_result(
                 writer.writerows(rows)
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, option: str = "--out", forms: Sequence[str] = FORMS) -> Path:
     """``path`` if results can be written there; UsageError for an unknown form or a file that exists."""
     target = Path(path)
-    if target.suffix not in FORMS:
-        raise UsageError(f"--out {target}: results are written as {', '.join(FORMS)}")
+    if target.suffix not in forms:
+        raise UsageError(f"{option} {target}: results are written as {', '.join(forms)}")
     if target.exists():
-        raise UsageError(f"--out {target} exists; nothing was written. Give another path, or remove it")
+        raise UsageError(f"{option} {target} exists; nothing was written. Give another path, or remove it")
     if not target.resolve().parent.is_dir():
-        raise UsageError(f"--out {target}: the folder {target.resolve().parent} does not exist")
+        raise UsageError(f"{option} {target}: the folder {target.resolve().parent} does not exist")
     return target

@@ -50,12 +50,13 @@ def encode_val_set(
     device: str,
     max_samples: int | None,
     progress: Progress,
+    blocks: bool = False,
 ) -> ValVectors:
     """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
 
-    Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is
-    left, or one has no domain where domains are asked for; MismatchError if checkpoint, tokenizer or projection are not
-    the part's.
+    With ``blocks`` the vectors are those before the sketch. Rows that cannot be used (too short, masked, not finite)
+    are left out and counted. UsageError if none is left, or one has no domain where domains are asked for;
+    MismatchError if checkpoint, tokenizer or projection are not the part's.
     """
     _ = corpus.resolved
     sums: dict[str, NDArray[np.float64]] = {}
@@ -64,7 +65,7 @@ def encode_val_set(
     kept: list[Tensor] = []
     left_out: Counter[str] = Counter()
     with (
-        PartEncoder(part, checkpoint=checkpoint, device=device) as encoder,
+        PartEncoder(part, checkpoint=checkpoint, device=device, blocks=blocks) as encoder,
         closing(progress.task("val set", None)) as task,
     ):
         rows = encoder.rows(islice(corpus.samples(), max_samples))
