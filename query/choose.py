@@ -68,6 +68,7 @@ class Amount:
             return self.count
         if self.fraction is not None:
             return max(1, math.floor(self.fraction * int(np.isfinite(score_M).sum()) + 0.5))
+        assert self.threshold is not None
         return int((score_M >= self.threshold).sum())
 
     @property

@@ -29,7 +29,12 @@ Advance = Callable[[int], None]
 
 def products(vectors_CD: Tensor, vector_D: Tensor) -> Scores:
     """(C,): inner products, row by row in one order of summation, so that equal rows have equal products."""
-    pieces = [(rows_RD * vector_D).sum(1) for rows_RD in vectors_CD.split(ROWS_AT_ONCE)]
+    return _by_rows(vectors_CD, lambda rows_RD: (rows_RD * vector_D).sum(1))
+
+
+def _by_rows(vectors_CD: Tensor, of: Callable[[Tensor], Tensor]) -> Scores:
+    """(C,): ``of`` some rows at once, so that no second array of C·D numbers is made."""
+    pieces = [of(vectors_CD[first : first + ROWS_AT_ONCE]) for first in range(0, len(vectors_CD), ROWS_AT_ONCE)]
     return np.asarray(torch.cat(pieces).double().cpu().numpy())
 
 
@@ -79,8 +84,7 @@ def greats_step(score_C: Scores, vectors_CD: Tensor, asked: int, weight: float) 
 
     At weight 1 a candidate that points the way of everything chosen has in the end lost s̄.
     """
-    squares_C = torch.cat([rows_RD.square().sum(1) for rows_RD in vectors_CD.split(ROWS_AT_ONCE)])
-    mean_square = float(squares_C.double().mean())
+    mean_square = float(_by_rows(vectors_CD, lambda rows_RD: rows_RD.square().sum(1)).mean())
     return weight * float(np.abs(score_C[:asked]).mean()) / (asked * mean_square) if mean_square else 0.0
 
 

@@ -38,7 +38,7 @@ class Leak:
 
 
 def shingles(text: str) -> list[str]:
-    """Every run of 8 words of ``text``, repeated ones too; all its words as one where it has fewer; none without any."""
+    """Every run of 8 words of ``text``, or all its words as one where it has fewer; none without any."""
     words = WORD.findall(text.casefold())
     if len(words) <= SHINGLE_WORDS:
         return [" ".join(words)] if words else []
@@ -111,7 +111,8 @@ def report_of(found: list[Leak], policy: Leaks) -> dict[str, Any]:
     """What the report says: how many, and the first of them."""
     return {
         "policy": policy,
-        "rule": f"holds at least {OVERLAP:.0%} of a val sample's runs of {SHINGLE_WORDS} words; all words equal below that",
+        "shingle_words": SHINGLE_WORDS,
+        "least_overlap": OVERLAP,
         "found": len(found),
         "rows": [asdict(leak) for leak in found[:SHOWN]],
     }

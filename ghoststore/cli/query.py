@@ -10,9 +10,7 @@ from ghoststore.cli import options
 
 
 @click.command("query", short_help="a val set to the nearest training samples")
-@options.store
-@click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus.")
-@click.option("--part", metavar="NAME", help="Part to search (default: the only one).")
+@options.question
 @click.option("--top-k", type=int, default=10, show_default=True, help="Rows with the highest scores.")
 @click.option("--bottom-k", type=int, default=0, show_default=True, help="Rows with the lowest scores.")
 @click.option(
@@ -22,28 +20,8 @@ from ghoststore.cli import options
     show_default=True,
     help="One ranking for the val set's mean gradient, or one for each val sample.",
 )
-@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
-@click.option("--layers", callback=options.patterns, help="Score these layers only (parts of plain blocks).")
-@click.option("--exclude-layers", callback=options.patterns, help="Score without these layers.")
-@click.option("--max-samples", type=int, help="Only the first samples of the val set.")
-@click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from.")
-@click.option(
-    "--with-scores",
-    metavar="RUN",
-    help="Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
-    "row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
-    "value are left out, unless W is 0.",
-)
-@click.option(
-    "--score-weight",
-    type=float,
-    metavar="W",
-    help="W of --with-scores, 0 (similarity alone) to 1 (values alone); default: 0.5.",
-)
-@options.device
 @click.option("--no-text", "text", flag_value=False, default=True, help="Do not look up texts.")
 @click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
-@options.fields
 @options.common
 def command(**values: Any) -> None:
     """The training samples whose gradients point the same way as those of a val set.

@@ -1,4 +1,4 @@
-"""Rows of a corpus written to a new file or folder: in the form in which they are, or as jsonl, parquet or a dataset."""
+"""Rows of a corpus written to a new file or folder: in the form that they have, or as jsonl, parquet or a dataset."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def kind_of(out: Path) -> str:
 
 
 def check_copy(source: str, form: str, out: Path) -> None:
-    """UsageError unless rows of the corpus ``source``, of ``form``, can be written to ``out``, a new path in a folder
-    that exists.
-    """
+    """UsageError unless rows of the corpus ``source``, of ``form``, can be written to ``out``."""
     have, wanted = form.partition(".")[0], kind_of(out)
     if have == "token-shards":
         raise UsageError(
@@ -51,7 +49,6 @@ def check_copy(source: str, form: str, out: Path) -> None:
     if wanted != have and wanted not in COMMON:
         names = ".jsonl, .parquet or a folder" + (f", or .{have}" if have not in COMMON else "")
         raise UsageError(f"--out {out}: rows of {source} ({form}) cannot be written as {wanted}; give {names}")
-    check_new("--out", out)
 
 
 def check_new(option: str, path: Path) -> None:
