@@ -83,7 +83,8 @@ def write_copy(originals: Originals, out: Path, order: Sequence[int] | None) -> 
                 lines = originals.lines() if same else map(_as_json, originals.rows())
                 with _packed(temporary, out.suffix.lower()) as file:
                     file.write(header)
-                    file.writelines(_ordered(lines, order))
+                    for line in _ordered(lines, order):
+                        file.write(line)
 
 
 def _ordered(items: Iterable[T], order: Sequence[int] | None) -> Iterable[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class Originals:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as a dictionary of all its fields."""
+        if self.kind == "jsonl":
+            yield from map(json.loads, self.lines())  # orjson makes floats of integers beyond 64 bits
+            return
         for form, path, keyed in self.corpus.at(self.places):
             for key, row in form.pick(path, None, list(keyed)):
                 yield self._check(path, keyed.pop(key), row)
