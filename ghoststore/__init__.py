@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from query.results import QueryResult as QueryResult
     from query.score_results import ScoresResult as ScoresResult
     from query.scores import scores as scores
+    from query.select import select as select
+    from query.select_report import SelectReport as SelectReport
     from query.self_influence import self_influence as self_influence
     from query.watch import watch as watch
 

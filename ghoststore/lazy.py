@@ -39,6 +39,8 @@ FACE = {
     "QueryResult": "query.results",
     "ScoresResult": "query.score_results",
     "scores": "query.scores",
+    "select": "query.select",
+    "SelectReport": "query.select_report",
     "watch": "query.watch",
 }
 """Public name to the module that defines it."""

@@ -32,9 +32,7 @@ def open_parts(
     UsageError for a part named twice, without rows, or without a learning rate; MismatchError for parts of other rows.
     """
     opened = Store.open(store)
-    asked: list[str | None] = [names] if names is None or isinstance(names, str) else list(names)
-    if not asked:
-        asked = [None]
+    asked = part_names(names)
     twice = sorted({str(name) for name in asked if asked.count(name) > 1})
     if twice:
         raise UsageError(f"--part {twice[0]!r} is given twice")
@@ -50,6 +48,11 @@ def open_parts(
             )
     _refuse_other_rows(parts)
     return parts, _weights(parts, weights)
+
+
+def part_names(names: str | Sequence[str] | None) -> list[str | None]:
+    """One name or several as a list; [None] for the only part of a store."""
+    return [names] if names is None or isinstance(names, str) else list(names) or [None]
 
 
 def _refuse_other_rows(parts: Sequence[Part]) -> None:

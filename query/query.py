@@ -39,6 +39,7 @@ def query(
     score_weight: float | None = None,
     precondition: Precondition = "none",
     damping: float | None = None,
+    rerank: int | None = None,
     report: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QueryResult:
@@ -66,6 +67,9 @@ def query(
     that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
     unless W is 0.
 
+    ``rerank`` is a number of candidates: the gradients of the best (and worst) so many rows by the stored vectors are
+    computed again by the model, and ranked by their exact scores. For parts whose vectors are codes of few bits.
+
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
     Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
@@ -82,11 +86,11 @@ def query(
         precondition=precondition, damping=damping,
     )  # fmt: skip
     asked = ask(question, progress)
-    rankings = asked.rank(top_k, bottom_k, progress)
+    rankings = asked.rank(top_k, bottom_k, progress, candidates=rerank)
     hits = hits_of(asked.part, rankings, text, progress, asked.blend)
     result = QueryResult(
         store=str(store),
-        settings={**asked.settings(), "index": "exact", "top_k": top_k, "bottom_k": bottom_k},
+        settings={**asked.settings(), "index": "exact", "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k},
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],

@@ -24,8 +24,10 @@ from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from indexer.layers import layer_type_by_name
 from indexer.selection import matches
+from query.again import RowsAgain
 from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
 from query.parts import PartWeights, open_parts
+from query.rerank import rerank
 from query.search import Ranking, search, similarities
 from query.second_moment import DampedInverse, checked_damping
 from query.terms import METRICS, Metric, Term, shared_spans
@@ -149,8 +151,16 @@ class Asked:
         """Rows that are searched."""
         return sum(stop - start for start, stop in map(self.part.layout.span_of, shared_spans(self.terms)))
 
-    def rank(self, top_k: int, bottom_k: int, progress: Progress) -> tuple[Ranking, Ranking]:
-        """For each of ``names`` the best and the worst rows."""
+    def rank(
+        self, top_k: int, bottom_k: int, progress: Progress, *, candidates: int | None = None
+    ) -> tuple[Ranking, Ranking]:
+        """For each of ``names`` the best and the worst rows.
+
+        With ``candidates`` that many are found by the stored vectors, and ranked by gradients that the model computes
+        again. UsageError where these are fewer than the rows asked for, or the score is no product with one vector.
+        """
+        if candidates is not None:
+            return self._rank_again(top_k, bottom_k, candidates, progress)
         counts = (min(top_k, self.rows), min(bottom_k, self.rows))
         if self.run is not None or self._fused:
             scores = self.scores(progress)
@@ -161,6 +171,33 @@ class Asked:
                 self.terms, top_k=counts[0], bottom_k=counts[1], combine=combine, device=self.device, task=task
             )
         return (_last_first(best), _last_first(worst)) if combine else (best, worst)
+
+    def _rank_again(self, top_k: int, bottom_k: int, candidates: int, progress: Progress) -> tuple[Ranking, Ranking]:
+        if candidates < max(top_k, bottom_k):
+            raise UsageError(f"--rerank {candidates} is fewer than the rows asked for, {max(top_k, bottom_k)}")
+        unfit = {
+            "several --part": len(self.terms) > 1,
+            "--precondition": self.question.precondition != "none",
+            "--with-scores": self.run is not None,
+            f"--combine {self.question.combine}": self._grouped and self.question.combine != "mean",
+        }
+        for option, given in unfit.items():
+            if given:
+                raise UsageError(
+                    f"--rerank scores rows by one product with each query; it cannot be used with {option}"
+                )
+        (term,) = self.terms
+        found = self.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress)
+        with RowsAgain(self.part, checkpoint=self.question.checkpoint, device=self.device, progress=progress) as again:
+            best, worst = (
+                rerank(one, term.queries_QD, metric=self.question.metric, top_k=min(count, one.rows.shape[1]),
+                       rows_again=lambda rows: again(rows) * term.mask, sign=sign)
+                for one, count, sign in zip(found, (top_k, bottom_k), (1.0, -1.0), strict=True)
+            )  # fmt: skip
+        if self.question.metric == "dot":
+            return best, worst
+        lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
+        return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
 
     def scores(self, progress: Progress) -> NDArray[np.float64]:
         """(Q, N): every row's score in every ranking, NaN where a row does not take part. 8 bytes a number."""

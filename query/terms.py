@@ -65,13 +65,7 @@ class Term:
 
         UsageError for a query that is not finite or is zero there.
         """
-        queries = queries_QD.double()
-        if groups is not None:
-            mask = torch.zeros(queries.shape[1], dtype=torch.float64)
-            for group in groups:
-                _, start, stop = part.groups[group]
-                mask[start:stop] = 1.0
-            queries = queries * mask
+        queries = queries_QD.double() * mask_of(part, groups)
         if not bool(torch.isfinite(queries).all()):
             raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
         applied = preconditioner.apply(queries) if preconditioner is not None else queries
@@ -87,9 +81,25 @@ class Term:
         """(Q,): Euclidean lengths of the queries times the weight."""
         return np.asarray(self.queries_QD.norm(dim=1).numpy() * abs(self.weight))
 
+    @property
+    def mask(self) -> Tensor:
+        """(D,) float64: 1 in the chosen blocks, 0 elsewhere."""
+        return mask_of(self.part, self.groups)
+
     def with_queries(self, queries_QD: Tensor) -> Term:
         """The same term for other, finished queries."""
         return Term(self.part, queries_QD, self.metric, self.weight, self.groups, self.preconditioner)
+
+
+def mask_of(part: Part, groups: Sequence[int] | None) -> Tensor:
+    """(D,) float64: 1 in the blocks ``groups`` (None: all), 0 elsewhere."""
+    if groups is None:
+        return torch.ones(part.layout.dimension, dtype=torch.float64)
+    mask = torch.zeros(part.layout.dimension, dtype=torch.float64)
+    for group in groups:
+        _, start, stop = part.groups[group]
+        mask[start:stop] = 1.0
+    return mask
 
 
 class RowFacts:

@@ -167,7 +167,7 @@ def test_the_loops_of_their_page_run(
 
 
 def test_python_in_the_docs_uses_public_names() -> None:
-    pages = (ROOT / "README.md", ROOT / "docs/loops.md")
+    pages = (ROOT / "README.md", ROOT / "docs/loops.md", ROOT / "docs/select.md")
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
             name.strip() for names in re.findall(r"from ghoststore import (.+)", block) for name in names.split(",")
@@ -205,6 +205,18 @@ def test_the_python_of_the_page_of_shards_runs(lab: Lab, tmp_path: Path, monkeyp
     ghoststore.tokenize(data=lab.corpus, tokenizer=lab.checkpoint, out="shards")
     exec(block, names := dict[str, Any]())
     assert names["shards"].decode(names["ids"]) == lab.rows[7]["text"]
+
+
+def test_the_python_of_the_page_of_select_runs(
+    lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = blocks(ROOT / "docs/select.md", "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").symlink_to(built)
+    lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
+    exec(block, names := dict[str, Any]())
+    assert names["made"].samples == 10
+    assert "sky 3 of 14" in capsys.readouterr().out
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

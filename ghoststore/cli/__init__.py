@@ -18,13 +18,15 @@ COMMANDS = {
     "train": "train a GPT-2 and score every sample of every step, live; resumes by itself",
     "build": "a checkpoint and a corpus to a part of a store; resumes by itself",
     "query": "a val set to the training samples whose gradients point the same way",
+    "select": "a val set to a training set: the original rows of the best samples",
+    "self-influence": "the samples that are unlike the rest: rare, noisy or mislabelled ones",
     "scores": "which samples helped while the model trained: top, bottom, by domain, of one",
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",
     "verify": "check every byte that was committed",
     "demo": "the whole story on this machine, nothing downloaded",
 }
-"""Command to its line in the help. The module ``ghoststore.cli.<command>`` defines ``command``."""
+"""Command to its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""
 
 
 class LazyGroup(click.Group):
@@ -36,7 +38,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"ghoststore.cli.{cmd_name}").command
+        command = importlib.import_module(f"ghoststore.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

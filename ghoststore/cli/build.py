@@ -57,6 +57,12 @@ from ghoststore.cli import options
     "--attn-implementation", metavar="NAME", help="Attention kernel: sdpa, eager, … (default: transformers')."
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory for about a third more time.")
+@click.option(
+    "--optimizer-state",
+    metavar="PATH",
+    help="A training checkpoint (of `ghoststore train` or transformers' Trainer) whose second moment of Adam scales "
+    "the gradients: scores then tell what a step of Adam does.",
+)
 @click.option("--dry-run", is_flag=True, help="Print rows, tokens, D, bytes and memory; build nothing.")
 @options.fields
 @options.common

@@ -31,6 +31,25 @@ def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | No
     return parse
 
 
+def one_or_several(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """None, one value, or all of an option that may be repeated."""
+    return values if len(values) > 1 else values[0] if values else None
+
+
+def weights(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | tuple[float, ...] | None:
+    """``learning-rate``, ``equal``, or comma-separated numbers."""
+    if value is None or value in ("learning-rate", "equal"):
+        return value
+    try:
+        return tuple(float(piece) for piece in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is neither learning-rate, equal, nor numbers with commas between them", ctx, parameter
+        ) from None
+
+
 def fields(command: F) -> F:
     """``--text-field`` and its kin: how rows of a corpus are read."""
     for option, what in (
@@ -52,6 +71,14 @@ def take_fields(values: dict[str, Any]) -> dict[str, Any]:
     names = ("text", "prompt", "completion", "messages", "id", "domain")
     values["fields"] = Fields(**{name: values.pop(f"{name}_field") for name in names})
     return values
+
+
+def question(command: F) -> F:
+    """``--store``, ``--val-set`` and every other option of `query.question.Question` but ``--mean/--each``."""
+    command = fields(device(command))
+    for option in reversed(QUESTION):
+        command = option(command)
+    return command
 
 
 def projection(command: F) -> F:
@@ -83,6 +110,67 @@ def common(command: F) -> F:
     command = click.option("--quiet", "-q", is_flag=True, help="No progress bars; errors and notes only.")(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")(command)
 
+
+store_optional = click.option("--store", metavar="PATH", help="The store: a directory.")
+store = click.option("--store", required=True, metavar="PATH", help="The store: a directory.")
+device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+
+QUESTION = (
+    store,
+    click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus."),
+    click.option(
+        "--part",
+        multiple=True,
+        metavar="NAME",
+        callback=one_or_several,
+        help="Part to search (default: the only one). Repeated: builds of the same rows at successive checkpoints, "
+        "whose scores are summed.",
+    ),
+    click.option(
+        "--part-weights",
+        metavar="W",
+        callback=weights,
+        help="Of several --part: learning-rate (of their checkpoints, the default), equal, or a number each, "
+        "comma-separated.",
+    ),
+    click.option("--group-field", metavar="NAME", help="Field of the val set by which it is cut into groups."),
+    click.option(
+        "--combine",
+        type=click.Choice(["mean", "max", "rank-fusion"]),
+        default="mean",
+        show_default=True,
+        help="The ranking over all groups: by the mean or the largest of a row's scores, or by the sum of 1 / (60 + "
+        "its rank).",
+    ),
+    click.option(
+        "--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score."
+    ),
+    click.option("--layers", callback=patterns, help="Score these layers only (parts of plain blocks)."),
+    click.option("--exclude-layers", callback=patterns, help="Score without these layers."),
+    click.option(
+        "--precondition",
+        type=click.Choice(["none", "second-moment"]),
+        default="none",
+        show_default=True,
+        help="Score with the damped inverse of the second moment of the part's rows, block by block.",
+    ),
+    click.option("--damping", type=float, help="Of --precondition, relative to the mean eigenvalue (default: 0.1)."),
+    click.option("--max-samples", type=int, help="Only the first samples of the val set."),
+    click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from."),
+    click.option(
+        "--with-scores",
+        metavar="RUN",
+        help="Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of "
+        "a row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
+        "value are left out, unless W is 0.",
+    ),
+    click.option(
+        "--score-weight",
+        type=float,
+        metavar="W",
+        help="W of --with-scores, 0 (similarity alone) to 1 (values alone); default: 0.5.",
+    ),
+)
 
 PROJECTION = (
     click.option(
@@ -119,7 +207,3 @@ PROJECTION = (
     click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal."),
     click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices."),
 )
-
-store_optional = click.option("--store", metavar="PATH", help="The store: a directory.")
-store = click.option("--store", required=True, metavar="PATH", help="The store: a directory.")
-device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -10,9 +11,7 @@ from ghoststore.cli import options
 
 
 @click.command("query", short_help="a val set to the nearest training samples")
-@options.store
-@click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus.")
-@click.option("--part", metavar="NAME", help="Part to search (default: the only one).")
+@options.question
 @click.option("--top-k", type=int, default=10, show_default=True, help="Rows with the highest scores.")
 @click.option("--bottom-k", type=int, default=0, show_default=True, help="Rows with the lowest scores.")
 @click.option(
@@ -22,50 +21,47 @@ from ghoststore.cli import options
     show_default=True,
     help="One ranking for the val set's mean gradient, or one for each val sample.",
 )
-@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
-@click.option("--layers", callback=options.patterns, help="Score these layers only (parts of plain blocks).")
-@click.option("--exclude-layers", callback=options.patterns, help="Score without these layers.")
-@click.option("--max-samples", type=int, help="Only the first samples of the val set.")
-@click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from.")
 @click.option(
-    "--with-scores",
-    metavar="RUN",
-    help="Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
-    "row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
-    "value are left out, unless W is 0.",
+    "--rerank",
+    type=int,
+    metavar="N",
+    help="Compute the gradients of the N best rows again and rank these by exact scores: for parts of int8 or onebit.",
 )
-@click.option(
-    "--score-weight",
-    type=float,
-    metavar="W",
-    help="W of --with-scores, 0 (similarity alone) to 1 (values alone); default: 0.5.",
-)
-@options.device
 @click.option("--no-text", "text", flag_value=False, default=True, help="Do not look up texts.")
 @click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
-@options.fields
+@click.option(
+    "--report", metavar="FILE", help="Write a new .html file: one page with texts, histograms, domains, layers."
+)
 @options.common
 def command(**values: Any) -> None:
     """The training samples whose gradients point the same way as those of a val set.
 
     \b
-      ghoststore query --store ./store --val-set val.jsonl
+      ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
     """  # fmt: skip
-    from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
+
+    values["each"] = not values.pop("mean")
+    answer(load("query"), options.take_fields(values))
+
+
+def answer(function: Callable[..., Any], values: dict[str, Any]) -> None:
+    """Call a function that gives a QueryResult with ``values``, and show or write that."""
+    from ghoststore.cli.terminal import listener, print_json
 
     as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
     if out:
         from query.results import check_output
 
         check_output(out)
-    values["each"] = not values.pop("mean")
-    result = load("query")(progress=listener(quiet), **options.take_fields(values))
+    result = function(progress=listener(quiet), **values)
     if out:
         result.write(out)
         click.echo(f"wrote {out}", err=True)
+    if values.get("report"):
+        click.echo(f"wrote {values['report']}", err=True)
     if as_json:
         print_json(result.to_json())
     elif not out:

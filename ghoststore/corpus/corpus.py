@@ -119,6 +119,14 @@ class Corpus:
             found |= self._streamed(file, {p.source_row for p in inside if not self._has_key(p)})
         return found
 
+    def at(self, places: Sequence[Position]) -> Iterator[tuple[Form, Path, dict[int, Position]]]:
+        """Where different ``places`` with known offsets are: for each file its form, its path, and the places by their
+        key in it, ascending.
+        """
+        for file in sorted({place.file for place in places}):
+            keyed = {self._key(place): place for place in places if place.file == file}
+            yield self._form, self.files[self._checked(file)], {key: keyed[key] for key in sorted(keyed)}
+
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
             for key, row in self._form.rows(path, None, 0):

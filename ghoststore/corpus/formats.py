@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,19 @@ class Lines:
             yield line
 
 
+class KeptLines(Lines):
+    """Lines that are kept as they are given, in ``kept``."""
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        super().__init__(path, stream)
+        self.kept: list[bytes] = []
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in super().__iter__():
+            self.kept.append(line)
+            yield line
+
+
 def decode(line: bytes, lines: Lines) -> str:
     try:
         return line.decode()
@@ -255,18 +269,30 @@ class TextForm:
                 raise CorpusError(f"{path}: no record at byte {start}: the file has changed")
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
+        for key, row, _ in self.records(path, keys):
+            yield key, row
+
+    def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
+        """As `pick`, and the bytes of each record with its line ending, where it has one."""
         with reading(path), ExitStack() as stack:
-            lines = Lines(path, stack.enter_context(open_bytes(path)))
+            lines = KeptLines(path, stack.enter_context(open_bytes(path)))
             for key in keys:
                 if lines.offset > key:  # a record that grew reaches past the next key
-                    lines = Lines(path, stack.enter_context(open_bytes(path)))
+                    lines = KeptLines(path, stack.enter_context(open_bytes(path)))
                 lines.move_to(key)
+                lines.kept.clear()
                 try:
                     found = next(self.parse(lines), None)
                 except CorpusError:
                     continue
                 if found is not None:
-                    yield key, found[1]
+                    yield key, found[1], b"".join(lines.kept)
+
+    def header(self, path: Path) -> bytes:
+        """What stands before the first record, without a BOM: a header, or nothing."""
+        first, _ = next(self.rows(path, None, 0), (0, None))
+        with reading(path), open_bytes(path) as stream:
+            return stream.read(first).removeprefix(BOM)
 
     def count(self, path: Path) -> int:
         return sum(1 for _ in self.rows(path, None, 0))
@@ -317,17 +343,28 @@ class ParquetForm:
                 first += batch.num_rows
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
+        for first, inside, table in self.groups(path, columns, keys):
+            for key in inside:
+                yield from batch_rows(table.slice(key - first, 1), key, path)
+
+    def groups(
+        self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]
+    ) -> Iterator[tuple[int, Sequence[int], Any]]:
+        """(first row, those of ``keys`` in it, Arrow table) of each row group with any of ``keys``."""
         with parquet_file(path) as file:
             columns = wanted(columns, file.schema_arrow.names)
             first = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                inside = [key for key in keys if first <= key < first + size]
+                inside = keys[bisect_left(keys, first) : bisect_left(keys, first + size)]
                 if inside:
-                    table = file.read_row_group(group, columns=columns)
-                    for key in inside:
-                        yield from batch_rows(table.slice(key - first, 1), key, path)
+                    yield first, inside, file.read_row_group(group, columns=columns)
                 first += size
+
+    def schema(self, path: Path) -> Any:
+        """Its Arrow schema, with metadata."""
+        with parquet_file(path) as file:
+            return file.schema_arrow
 
     def count(self, path: Path) -> int:
         with parquet_file(path) as file:
@@ -371,6 +408,10 @@ class DatasetForm:
 
     def where(self, path: Path, key: int) -> str:
         return f"{path}, row {key + 1}"
+
+    def schema(self, path: Path) -> Any:
+        """Its Arrow schema, with metadata."""
+        return self.dataset.features.arrow_schema
 
     def _reader(self, path: Path, columns: Sequence[str] | None) -> Callable[[int, int], Iterator[KeyedRow]]:
         columns = wanted(columns, self.dataset.column_names)

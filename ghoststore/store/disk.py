@@ -23,20 +23,29 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write what is to be the file ``path``: that appears whole, on disk, at the end, or not at all.
+
+    FileExistsError if it exists already (it is left alone).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        flush(temporary)
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
 def publish(path: Path, data: bytes) -> bool:
     """Make ``path`` appear whole, on disk, with ``data``; False if it exists already (it is left alone)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     try:
-        os.link(temporary, path)
+        with appearing(path) as temporary:
+            temporary.write_bytes(data)
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
-    flush(path.parent)
     return True
 
 

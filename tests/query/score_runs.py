@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ghoststore.progress import Silent
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
 
 BLOCKS = ("transformer.h.0.mlp.c_fc", "transformer.h.0.attn.c_proj", "transformer.h.10.mlp.c_fc")
@@ -169,3 +170,40 @@ def first_row(key: int, unit: str) -> int:
 def domain_of(key: int, unit: str) -> str | None:
     place = int(row_table().domain[first_row(key, unit)])
     return DOMAINS[place] if place >= 0 else None
+
+
+class Notes(Silent):
+    """What the user was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+def run_on(
+    store: Path, name: str, source: np.ndarray, digest: np.ndarray, start: np.ndarray | None = None, **sections: Any
+) -> np.ndarray:
+    """A run whose rows are these, each scored in 2 of 3 steps or so; the value of each row (NaN: not scored)."""
+    rows = len(source)
+    table = RowTable(
+        sample_id=np.array([f"row-{i}" for i in source], dtype=object), domain=source * 0 - 1, source_row=source,
+        source_file=source * 0, source_offset=source * 0 - 1, source_digest=digest,
+        window_start=source * 0 if start is None else start, n_tokens=source * 0 + 5,
+    )  # fmt: skip
+    layout = RunLayout(steps=3, ranks=1, batch=rows, span_steps=3, rows=rows)
+    sections = {"corpus": {"fingerprint": "sha256:other", "domains": None}} | sections
+    run = make(store, name, layout, table, **sections)
+    rng, value, times = np.random.default_rng(3), np.zeros(rows), np.zeros(rows)
+    with RunWriter(run) as writer:
+        for step in range(3):
+            score = rng.standard_normal(rows).astype(np.float32)
+            score[rng.random(rows) < 0.6] = np.nan
+            eta = 0.1 * (step + 1)
+            counts = np.isfinite(score)
+            value[counts] += eta * score[counts]
+            times += counts
+            writer.append(step, {"sample": np.arange(rows)[None], "score": score[None], "learning_rate": eta})
+    value[times == 0] = np.nan
+    return value

@@ -153,3 +153,46 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     )  # fmt: skip
     assert found.rows.tolist() == [[0, 2, 1, 3, -1]]
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("dtype", ["int8", "onebit"])
+@pytest.mark.parametrize(
+    "settings", [{"each": True}, {}, {"group_field": "domain"}, {"each": True, "layers": ["mlp"]}], ids=str
+)
+def test_query_with_rerank_gives_exact_scores(
+    lab: Lab, tmp_path: Path, metric: Metric, dtype: str, settings: dict[str, Any]
+) -> None:
+    data = reading(lab, tmp_path, "jsonl")
+    val_set = lab.write(tmp_path / "val.jsonl", lab.sample_rows(4, 3))
+    for name in ("float32", dtype):
+        built(lab, tmp_path, data, name, projection=PROJECTIONS["plain"])
+
+    def ask(part: str, **more: Any) -> Any:
+        wanted = {"metric": metric, "top_k": 28, "bottom_k": 3, "device": "cpu", **settings, **more}
+        return ghoststore.query(store=tmp_path / "store", part=part, val_set=val_set, **wanted)
+
+    exact, again = ask("float32"), ask(dtype, rerank=28)
+    assert again.settings["rerank"] == 28
+    for mine, theirs in zip(again.results, exact.results, strict=True):
+        assert mine.query == theirs.query
+        for one, other in ((mine.hits, theirs.hits), (mine.bottom, theirs.bottom)):
+            assert [hit.source_row for hit in one] == [hit.source_row for hit in other]
+            largest = max(abs(hit.score) for hit in theirs.hits)
+            np.testing.assert_allclose(
+                [hit.score for hit in one], [hit.score for hit in other], rtol=1e-4, atol=1e-5 * largest
+            )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rerank": 3, "top_k": 4}, "fewer than the rows asked for, 4"),
+        ({"rerank": 5, "top_k": 4, "precondition": "second-moment"}, "with --precondition"),
+        ({"rerank": 5, "top_k": 4, "group_field": "domain", "combine": "max"}, "with --combine max"),
+    ],
+)
+def test_rerank_refused(lab: Lab, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    built(lab, tmp_path, reading(lab, tmp_path, "jsonl"), "int8")
+    with pytest.raises(UsageError, match=message):
+        ghoststore.query(store=tmp_path / "store", val_set=lab.corpus, device="cpu", **settings)

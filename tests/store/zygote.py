@@ -39,6 +39,7 @@ import ghoststore.cli.build
 import ghoststore.cli.info
 import ghoststore.cli.query
 import ghoststore.cli.scores
+import ghoststore.cli.select
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
 import ghoststore.cli.train
@@ -49,10 +50,11 @@ import indexer.tokenize
 import indexer.training.train
 import query.query
 import query.scores
+import query.select
 import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            indexer.training.train, query.query, query.scores, query.watch)  # fmt: skip
+            indexer.training.train, query.query, query.scores, query.select, query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}

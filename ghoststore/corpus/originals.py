@@ -1,0 +1,126 @@
+"""Rows of a corpus as they stand there, with every field, each checked against the digest that it had."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ghoststore.corpus.corpus import Corpus, Position
+from ghoststore.corpus.fields import RowError
+from ghoststore.corpus.formats import DatasetForm, ParquetForm, TextForm
+from ghoststore.errors import CorpusError, MismatchError
+
+ONE_FILE = "one file cannot hold both: give --out a .jsonl file"
+
+
+class Originals:
+    """Different rows of ``corpus`` in the order of the corpus, each time anew.
+
+    Every method raises MismatchError for a row whose digest is not that in ``digests``, or that is gone.
+    """
+
+    def __init__(self, corpus: Corpus, places: Sequence[Position], digests: Sequence[int]) -> None:
+        self.corpus = corpus
+        self.places = sorted(places, key=lambda place: place.source_row)
+        self._digest = {place.source_row: int(digest) for place, digest in zip(places, digests, strict=True)}
+
+    @property
+    def kind(self) -> str:
+        """jsonl, csv, txt, parquet, dataset or token-shards, whatever the packing."""
+        return self.corpus.form.partition(".")[0]
+
+    def header(self) -> bytes:
+        """Of a text form: what stands before the first row. CorpusError if files of the corpus differ in it."""
+        found: bytes | None = None
+        for form, path, _ in self.corpus.at(self.places):
+            assert isinstance(form, TextForm)
+            header = form.header(path)
+            if found is not None and header.strip() != found.strip():
+                raise CorpusError(f"{path}: expected the header {found!r:.200} of the files before it; {ONE_FILE}")
+            found = header if found is None else found
+        return found or b""
+
+    def lines(self) -> Iterator[bytes]:
+        """Of a text form: the bytes of every row, a line ending added where there is none."""
+        for form, path, keyed in self.corpus.at(self.places):
+            assert isinstance(form, TextForm)
+            for key, row, record in form.records(path, list(keyed)):
+                self._check(path, keyed.pop(key), row)
+                yield record if record.endswith(b"\n") else record + b"\n"
+            self._refuse_missing(path, keyed)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row as a dictionary of all its fields."""
+        if self.kind == "jsonl":
+            yield from map(json.loads, self.lines())  # orjson makes floats of integers beyond 64 bits
+            return
+        for form, path, keyed in self.corpus.at(self.places):
+            for key, row in form.pick(path, None, list(keyed)):
+                yield self._check(path, keyed.pop(key), row)
+            self._refuse_missing(path, keyed)
+
+    def schema(self) -> Any:
+        """The Arrow schema of a corpus of parquet files or a dataset. CorpusError if its files have different ones."""
+        found: Any = None
+        for form, path, _ in self.corpus.at(self.places):
+            assert isinstance(form, ParquetForm | DatasetForm)
+            schema = form.schema(path)
+            if found is not None and not schema.equals(found):
+                raise CorpusError(f"{path}: expected the columns and types of the files before it; {ONE_FILE}")
+            found = schema if found is None else found
+        return found
+
+    def tables(self) -> Iterator[Any]:
+        """Of parquet files or a dataset: Arrow tables of all columns."""
+        for form, path, keyed in self.corpus.at(self.places):
+            if isinstance(form, DatasetForm):
+                self.check()
+                yield form.dataset.select(list(keyed)).with_format("arrow")[:]
+                continue
+            assert isinstance(form, ParquetForm)
+            for first, inside, table in form.groups(path, None, list(keyed)):
+                chosen = table.take([key - first for key in inside])
+                columns = self.corpus.resolved.columns()
+                for key, row in zip(inside, chosen.select(columns).to_pylist(), strict=True):
+                    self._check(path, keyed.pop(key), row)
+                yield chosen
+            self._refuse_missing(path, keyed)
+
+    def dataset(self) -> Any:
+        """Of a dataset: the rows as one. They are its own, with features and format."""
+        self.check()
+        ((form, _, keyed),) = self.corpus.at(self.places)
+        assert isinstance(form, DatasetForm)
+        return form.dataset.select(list(keyed))
+
+    def check(self) -> None:
+        """Read every row, only to compare its digest."""
+        for form, path, keyed in self.corpus.at(self.places):
+            for key, row in form.pick(path, self.corpus.resolved.columns(), list(keyed)):
+                self._check(path, keyed.pop(key), row)
+            self._refuse_missing(path, keyed)
+
+    def _check(self, path: Path, place: Position, row: object) -> dict[str, Any]:
+        """``row``, a dictionary, if it is the sample that belongs at ``place``."""
+        expected = self._digest[place.source_row]
+        try:
+            sample = self.corpus.resolved.sample(row, source_row=place.source_row, file=place.file, offset=place.offset)
+            found = f"{sample.digest():016x}"
+        except RowError as error:
+            found = str(error)
+        if found != f"{expected:016x}":
+            raise MismatchError(
+                f"{path}: row {place.source_row} of the corpus is not the one that the part was built from: expected "
+                f"the digest {expected:016x}, found {found}. Build the part again on the corpus as it is"
+            )
+        assert isinstance(row, dict)
+        return row
+
+    def _refuse_missing(self, path: Path, keyed: dict[int, Position]) -> None:
+        for place in keyed.values():
+            raise MismatchError(
+                f"{path}: row {place.source_row} of the corpus is no longer there. Build the part again on the corpus "
+                "as it is"
+            )

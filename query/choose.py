@@ -1,0 +1,236 @@
+"""How much to choose, and of what: an amount, quotas by domain, and the plain choice, best first.
+
+A choice spends a budget, in samples or in tokens, that is dealt to *pools*: one for each domain with a quota, and one
+for all others. Each pool is served from the top of the ranking and closes at the first sample that does not fit.
+
+Legend: M samples of the part, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import UsageError
+
+Spread = Literal["proportional", "equal"]
+SPREADS = ("proportional", "equal")
+Quotas = Mapping[str, float] | Spread
+"""A float is a share of the budget, an int a number of samples."""
+OTHERS = "(others)"
+"""The pool of domains without a quota."""
+NO_DOMAIN = "(none)"
+"""The pool of samples without a domain, where every domain has a quota."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """How much to choose: exactly one is given, else UsageError."""
+
+    fraction: float | None = None
+    """Of the usable samples: in (0, 1]."""
+    count: int | None = None
+    """Samples: at least 1."""
+    threshold: float | None = None
+    """Lowest score."""
+    token_budget: int | None = None
+    """Most tokens in all: at least 1."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
+            raise UsageError(
+                f"how much to choose: give one of --fraction, --count, --threshold and --token-budget, not {found}"
+            )
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise UsageError(f"--fraction must be above 0 and at most 1, not {self.fraction}")
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"--count must be at least 1, not {self.count}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UsageError(f"--threshold must be a finite number, not {self.threshold}")
+        if self.token_budget is not None and self.token_budget < 1:
+            raise UsageError(f"--token-budget must be at least 1, not {self.token_budget}")
+
+    def budget(self, score_M: NDArray[np.float64]) -> int:
+        """Samples (or tokens, see ``in_tokens``) to choose, out of samples with these scores (NaN: unusable).
+
+        A fraction is rounded to the nearest whole number, half up, and at least 1.
+        """
+        if self.token_budget is not None:
+            return self.token_budget
+        if self.count is not None:
+            return self.count
+        if self.fraction is not None:
+            return max(1, math.floor(self.fraction * int(np.isfinite(score_M).sum()) + 0.5))
+        assert self.threshold is not None
+        return int((score_M >= self.threshold).sum())
+
+    @property
+    def in_tokens(self) -> bool:
+        """Whether the budget is one of tokens."""
+        return self.token_budget is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """The one that is given."""
+        names = ("fraction", "count", "threshold", "token_budget")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def check_quotas(quotas: Quotas | None, amount: Amount) -> None:
+    """UsageError for quotas that no part could have, or that do not go with the amount."""
+    if quotas is None:
+        return
+    if amount.threshold is not None:
+        raise UsageError("quotas share out a budget: give --count, --fraction or --token-budget, not --threshold")
+    if isinstance(quotas, str):
+        if quotas not in SPREADS:
+            raise UsageError(f"--quotas {quotas!r} is unknown; known: {', '.join(SPREADS)}")
+        return
+    for domain, quota in quotas.items():
+        shown = f"--quota {domain}={quota}"
+        if isinstance(quota, bool) or not isinstance(quota, int | float):
+            raise UsageError(f"{shown}: expected a share (0.3) or a number of samples (100)")
+        if isinstance(quota, int):
+            if quota < 0:
+                raise UsageError(f"{shown}: a number of samples cannot be negative")
+            if amount.in_tokens:
+                raise UsageError(f"{shown} is a number of samples: with --token-budget give a share of the tokens")
+        elif not 0 <= quota <= 1:
+            raise UsageError(f"{shown}: a share lies between 0 and 1; a number of samples has no decimal point")
+    shares = sum(quota for quota in quotas.values() if isinstance(quota, float))
+    if shares > 1 + 1e-9:
+        raise UsageError(f"--quota: the shares add up to {shares:g}, more than 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Who may be chosen, and how many."""
+
+    names: list[str]
+    """One each for a pool."""
+    limits: list[int]
+    """Samples or tokens of each."""
+    pool_M: NDArray[np.int64]
+    """(M,): the pool of each sample."""
+    cost_M: NDArray[np.int64]
+    """(M,): what each sample takes of the limit: 1, or its tokens."""
+
+    def scaled(self, factor: int) -> Pools:
+        """With ``factor`` times the limits."""
+        return Pools(self.names, [limit * factor for limit in self.limits], self.pool_M, self.cost_M)
+
+    def in_samples(self, count: int) -> Pools:
+        """``count`` samples, dealt to the pools in proportion to their limits."""
+        return Pools(self.names, apportion(count, self.limits), self.pool_M, np.ones_like(self.cost_M))
+
+    def best(self, ranked: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the samples ``ranked``, best first, that fit, in their order."""
+        fits = np.zeros(len(ranked), dtype=bool)
+        for pool, limit in enumerate(self.limits):
+            (mine,) = np.nonzero(self.pool_M[ranked] == pool)
+            fits[mine] = np.cumsum(self.cost_M[ranked[mine]]) <= limit
+        return ranked[fits]
+
+    def spent(self, chosen: NDArray[np.int64]) -> list[int]:
+        """What ``chosen`` samples take of each limit."""
+        sums = np.bincount(self.pool_M[chosen], weights=self.cost_M[chosen], minlength=len(self.limits))
+        return [int(spent) for spent in sums]
+
+
+class Room:
+    """What is left of the limits while a greedy choice goes on among candidates, the samples ``places``."""
+
+    def __init__(self, pools: Pools, places: NDArray[np.int64]) -> None:
+        self._left = list(pools.limits)
+        self._pool_C = pools.pool_M[places]
+        self._cost_C = pools.cost_M[places]
+        self.open_C: NDArray[np.bool_] = np.ones(len(places), dtype=bool)
+        """(C,): not chosen yet, and of a pool that is not closed."""
+
+    def take(self, candidate: int) -> bool:
+        """Choose it if it fits; else its pool closes."""
+        pool, cost = self._pool_C[candidate], int(self._cost_C[candidate])
+        if cost > self._left[pool]:
+            self.open_C &= self._pool_C != pool
+            return False
+        self._left[pool] -= cost
+        self.open_C[candidate] = False
+        return True
+
+
+def ranked(score_M: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Samples with a score, best first; equal scores by lower place."""
+    order = np.argsort(-score_M, kind="stable")  # NaN last
+    return order[: int((~np.isnan(score_M)).sum())]
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` in whole numbers in proportion to ``weights``, by largest remainder, the first of equal ones."""
+    whole = sum(weights)
+    if whole <= 0:
+        return [0] * len(weights)
+    exact = [total * weight / whole for weight in weights]
+    dealt = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: (dealt[place] - exact[place], place))
+    for place in by_remainder[: total - sum(dealt)]:
+        dealt[place] += 1
+    return dealt
+
+
+def make_pools(
+    amount: Amount,
+    quotas: Quotas | None,
+    *,
+    score_M: NDArray[np.float64],
+    tokens_M: NDArray[np.int64],
+    domain_M: NDArray[np.int16],
+    domains: Sequence[str],
+    part: str,
+) -> Pools:
+    """The pools of a choice among samples with these scores (NaN: unusable), tokens and places in ``domains`` (-1:
+    none). ``part`` is named in errors.
+
+    ``proportional`` shares are those of the domains among the usable samples (with a token budget: of their tokens).
+    UsageError for quotas without domains, of a domain that the part lacks, and of more than there is to share.
+    """
+    budget = amount.budget(score_M)
+    cost_M = tokens_M if amount.in_tokens else np.ones(len(score_M), dtype=np.int64)
+    if quotas is None:
+        return Pools(["all"], [budget], np.zeros(len(score_M), dtype=np.int64), cost_M)
+    if not domains:
+        raise UsageError(
+            f"quotas by domain: part {part!r} has no domains. Build it with --domain-field, or leave the quotas out"
+        )
+    if isinstance(quotas, str):
+        usable = np.isfinite(score_M)
+        weights = np.ones(usable.sum()) if quotas == "equal" else cost_M[usable].astype(float)
+        sums = np.bincount(domain_M[usable] + 1, weights=weights, minlength=len(domains) + 1)
+        if quotas == "equal":
+            sums = np.minimum(sums, 1.0)
+        return Pools([NO_DOMAIN, *domains], apportion(budget, sums.tolist()), domain_M.astype(np.int64) + 1, cost_M)
+    unknown = [domain for domain in quotas if domain not in domains]
+    if unknown:
+        known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
+        raise UsageError(f"--quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
+    pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # the last entry is that of -1
+    pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
+    return Pools([*quotas, OTHERS], _limits(list(quotas.values()), budget), pool_of[domain_M], cost_M)
+
+
+def _limits(quotas: list[float], budget: int) -> list[int]:
+    """What each quota is of the budget, and at the end what is left for the others."""
+    counts = sum(quota for quota in quotas if isinstance(quota, int))
+    shares = [quota * budget for quota in quotas if isinstance(quota, float)]
+    left = budget - counts - sum(shares)
+    if left < -1e-6 * budget:
+        raise UsageError(
+            f"--quota: {counts} samples and shares of {sum(shares):g} are more than the {budget} to choose"
+        )
+    dealt = iter(apportion(budget - counts, [*shares, max(left, 0.0)]))
+    return [quota if isinstance(quota, int) else next(dealt) for quota in quotas] + [next(dealt)]

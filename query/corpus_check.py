@@ -1,0 +1,59 @@
+"""Whether the corpus behind a part is still the one that it was built from; and where each of its samples stands."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from contextlib import closing
+
+from ghoststore.corpus import Corpus, Position, Sample, scan_samples
+from ghoststore.errors import MismatchError
+from ghoststore.progress import Progress
+from ghoststore.store import Part
+
+
+class Places:
+    """Where the samples of a corpus stand, as a pass over it found them: 12 bytes a sample."""
+
+    def __init__(self) -> None:
+        self._file = array("i")
+        self._offset = array("q")
+
+    def add(self, sample: Sample) -> None:
+        """The next sample."""
+        self._file.append(sample.file)
+        self._offset.append(sample.offset)
+
+    def of(self, source_rows: Iterable[int]) -> list[Position]:
+        """Of these samples."""
+        return [Position(source_row=row, file=self._file[row], offset=self._offset[row]) for row in source_rows]
+
+
+def read_unchanged(corpus: Corpus, part: Part, see: Callable[[Sample], None], progress: Progress) -> Places:
+    """Read every sample of ``corpus`` that ``part`` was built from, in order; ``see`` gets each.
+
+    MismatchError, both fingerprints shown, if they are no longer the same; CorpusError where it cannot be read.
+    """
+    stored = part.manifest["corpus"]
+    places = Places()
+    done = 0
+
+    def on_sample(sample: Sample) -> None:
+        places.add(sample)
+        see(sample)
+
+    with closing(progress.task("reading the corpus", stored["samples"], unit="samples")) as task:
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            task.advance(rows - done)
+            done = rows
+
+        scan = scan_samples(corpus.samples(), max_rows=stored["max_samples"], on_sample=on_sample, progress=advance)
+    if scan.fingerprint != stored["fingerprint"]:
+        raise MismatchError(
+            f"{corpus.source} has changed since part {part.name!r} was built from it: stored {stored['fingerprint']} "
+            f"({stored['samples']:,} samples), found {scan.fingerprint} ({scan.rows:,}). Nothing was written; build "
+            "the part again on the corpus as it is, or bring the old one back"
+        )
+    return places
