@@ -175,7 +175,10 @@ def _short(pools: Pools, ranking: NDArray[np.int64], picked: NDArray[np.int64]) 
 
 def _nothing(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64]) -> str:
     if not len(ranking):
-        return f"part {samples.part.name!r} has no sample that can be chosen: nothing was written"
+        return (
+            f"part {samples.part.name!r} has no sample that can be chosen (usable, and no near-duplicate of the val "
+            "set): nothing was written"
+        )
     best = ranking[0]
     return (
         f"nothing was chosen, and nothing was written: the best of {len(ranking):,} samples has the score "

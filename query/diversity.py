@@ -63,9 +63,9 @@ def mmr(score_C: Scores, unit_CD: Tensor, room: Room, weight: float, advance: Ad
 
 
 def greats(score_C: Scores, vectors_CD: Tensor, room: Room, eta: float, advance: Advance) -> list[int]:
-    """GREATS (Wang et al. 2024, "GREATS: online selection of high-quality data for LLM training", section 4): each time
-    the candidate i with the largest score_i − η·Σ over chosen j of ⟨g_i, g_j⟩. That is what a step of size η along the
-    chosen gradients leaves of its score, to second order with the Hessian taken as the identity.
+    """GREATS (Wang et al. 2024, "GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration"):
+    each time the candidate i with the largest score_i − η·Σ over chosen j of ⟨g_i, g_j⟩. That is what a step of size η
+    along the chosen gradients leaves of its score, to second order with the Hessian taken as the identity.
 
     Time C·D a choice; memory beside the vectors C.
     """

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ghoststore.corpus import Sample
 from ghoststore.errors import UsageError
@@ -24,6 +24,7 @@ SHOWN = 1000
 """Leaks that a report lists."""
 
 WORD = re.compile(r"\w+")
+Shingle: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,12 @@ class Leak:
     """Share of the val sample's shingles that the row holds; 1 where their words are equal."""
 
 
-def shingles(text: str) -> list[str]:
+def shingles(text: str) -> Iterable[Shingle]:
     """Every run of 8 words of ``text``, or all its words as one where it has fewer; none without any."""
     words = WORD.findall(text.casefold())
-    if len(words) <= SHINGLE_WORDS:
-        return [" ".join(words)] if words else []
-    return [" ".join(words[place : place + SHINGLE_WORDS]) for place in range(len(words) - SHINGLE_WORDS + 1)]
+    if len(words) < SHINGLE_WORDS:
+        return [tuple(words)] if words else []
+    return zip(*(words[first:] for first in range(SHINGLE_WORDS)), strict=False)
 
 
 class LeakCheck:
@@ -51,40 +52,23 @@ class LeakCheck:
     def __init__(self, val_samples: Iterable[Sample]) -> None:
         self._ids: list[str] = []
         self._sizes: list[int] = []
-        self._whole: dict[str, int] = {}
-        """The words of short val samples, to the first that has them."""
-        self._samples_of: dict[str, list[int]] = {}
+        self._holders: dict[Shingle, list[int]] = {}
         """Shingles to the val samples that hold them."""
         self.found: dict[int, Leak] = {}
         """Leaks by source row."""
-        for sample in val_samples:
-            self._index(sample)
-
-    def _index(self, sample: Sample) -> None:
-        held = dict.fromkeys(shingles(sample.preview()))
-        place = len(self._ids)
-        self._ids.append(sample.id)
-        self._sizes.append(len(held))
-        first = next(iter(held), "")
-        if first.count(" ") < SHINGLE_WORDS - 1:
-            if first:
-                self._whole.setdefault(first, place)
-            return
-        for shingle in held:
-            self._samples_of.setdefault(shingle, []).append(place)
+        for place, sample in enumerate(val_samples):
+            held = set(shingles(sample.preview()))
+            self._ids.append(sample.id)
+            self._sizes.append(len(held))
+            for shingle in held:
+                self._holders.setdefault(shingle, []).append(place)
 
     def see(self, sample: Sample) -> None:
-        """Compare one sample of the corpus with the val set."""
-        held = shingles(sample.preview())
-        if len(held) == 1 and held[0] in self._whole:
-            self.found[sample.source_row] = Leak(
-                sample.id, sample.source_row, self._ids[self._whole[held[0]]], overlap=1.0
-            )
-            return
-        known = {shingle for shingle in held if shingle in self._samples_of}
+        """Compare one sample of the corpus with the val set. Of val samples that overlap alike, the first is named."""
+        known = set(filter(self._holders.__contains__, shingles(sample.preview())))
         if not known:
             return
-        counts = Counter(place for shingle in known for place in self._samples_of[shingle])
+        counts = Counter(place for shingle in known for place in self._holders[shingle])
         overlap, place = max((count / self._sizes[place], -place) for place, count in counts.items())
         if overlap >= OVERLAP:
             self.found[sample.source_row] = Leak(sample.id, sample.source_row, self._ids[-place], overlap)

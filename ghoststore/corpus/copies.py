@@ -20,8 +20,9 @@ T = TypeVar("T")
 
 COMMON = ("jsonl", "parquet", "dataset")
 """Forms that hold the rows of any corpus."""
-LINES = ("jsonl", "csv", "txt")
 TABLES = ("parquet", "dataset")
+GROUP_BYTES = 64 << 20
+"""Of a parquet row group, about, before it is encoded."""
 
 
 def kind_of(out: Path) -> str:
@@ -120,10 +121,24 @@ def _write_parquet(originals: Originals, path: Path, order: Sequence[int] | None
 
     if originals.kind in TABLES and order is None:
         with pyarrow.parquet.ParquetWriter(path, originals.schema()) as writer:
-            for table in originals.tables():
+            for table in _gathered(originals.tables()):
                 writer.write_table(table)
     else:
         pyarrow.parquet.write_table(_table(originals, order), path)
+
+
+def _gathered(tables: Iterable[Any]) -> Iterator[Any]:
+    """Small tables joined to row groups of a common size: few rows are chosen out of each group of the source."""
+    import pyarrow
+
+    held: list[Any] = []
+    for table in tables:
+        held.append(table)
+        if sum(one.nbytes for one in held) >= GROUP_BYTES:
+            yield pyarrow.concat_tables(held)
+            held = []
+    if held:
+        yield pyarrow.concat_tables(held)
 
 
 def _table(originals: Originals, order: Sequence[int] | None) -> Any:

@@ -141,6 +141,16 @@ def test_parquet_keeps_schema_and_metadata(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_parquet_has_no_tiny_row_groups(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows out of many groups of the source are gathered, up to a size."""
+    source = write("parquet", ROWS)  # groups of 3
+    assert pyarrow.parquet.ParquetFile(copied(source, tmp_path / "a.parquet")).num_row_groups == 1
+    monkeypatch.setattr("ghoststore.corpus.copies.GROUP_BYTES", 1)
+    out = copied(source, tmp_path / "b.parquet")
+    assert pyarrow.parquet.ParquetFile(out).num_row_groups == 4
+    assert read(out) == [ROWS[row] for row in CHOSEN]
+
+
 def test_a_dataset_keeps_its_features(tmp_path: Path) -> None:
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"]),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -289,6 +290,8 @@ def test_leaks(lab: Lab, tmp_path: Path) -> None:
     assert made.leaks["rows"] == [{"id": "copy", "source_row": 27, "val_id": "v0", "overlap": 1.0}]
     assert any("1 near-duplicate(s) of the val set" in said for said in notes.said)
     assert 27 in source_rows(select(store, val, tmp_path / "b.jsonl", count=28, leaks="keep"))
+    with pytest.raises(UsageError, match=r"no sample that can be chosen \(usable, and no near-duplicate"):
+        select(store, corpus, tmp_path / "c.jsonl", count=3)
     with pytest.raises(UsageError, match=r"the first is 'copy' \(row 27\), which holds 100% of val sample 'v0'"):
         select(store, val, tmp_path / "c.jsonl", count=3, leaks="error")
     assert not list(tmp_path.glob("c.jsonl*"))
@@ -343,3 +346,37 @@ def test_the_first_rows_of_a_corpus(lab: Lab, val: Path, tmp_path: Path) -> None
     assert lab.build(store, "--data", corpus, "--max-samples", "10").code == 0
     lab.write(corpus, [*lab.rows[:10], {"text": "another"}])
     assert source_rows(select(store, val, tmp_path / "out.jsonl", fraction=1.0)) == list(range(10))
+
+
+def test_an_incomplete_part(built: Path, val: Path, tmp_path: Path, score: np.ndarray) -> None:
+    """Rows of spans that are not committed do not exist."""
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    (store / "parts" / "part" / "commits" / "00000001.json").unlink()
+    there = np.where(np.arange(27) // 6 == 1, np.nan, score)
+    made = select(store, val, tmp_path / "out.jsonl", count=8)
+    assert made.available == 21
+    assert source_rows(made) == top(there, 8)
+
+
+@pytest.mark.parametrize("form", ["folder", "csv", "parquet", "dataset"])
+def test_other_forms(lab: Lab, val: Path, tmp_path: Path, form: str) -> None:
+    """From the store to the rows, with a field of the user's own; see also tests/corpus/test_copies.py."""
+    rows = [row | {"note": f"n{number}"} for number, row in enumerate(lab.rows)]
+    corpus, out, table = tmp_path / f"in.{form}", tmp_path / f"out.{form}", datasets.Dataset.from_list(rows)
+    if form == "folder":
+        corpus.mkdir()
+        out = tmp_path / "out.jsonl"
+        for name, some in (("a", rows[:10]), ("b", rows[10:])):
+            lab.write(corpus / f"{name}.jsonl", some)
+    elif form == "dataset":
+        out = tmp_path / "out"
+        table.save_to_disk(str(corpus))
+    else:
+        getattr(table, f"to_{form}")(str(corpus))
+    assert lab.build(tmp_path / "store", "--data", corpus).code == 0
+    made = select(tmp_path / "store", val, out, count=9)
+    found = datasets.load_from_disk(str(out)) if form == "dataset" else None
+    if found is None:
+        read = {".jsonl": datasets.Dataset.from_json, ".csv": datasets.Dataset.from_csv}
+        found = read.get(out.suffix, datasets.Dataset.from_parquet)(str(out), cache_dir=str(tmp_path / "cache"))
+    assert found.to_list() == [rows[row] for row in source_rows(made)]
