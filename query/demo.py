@@ -25,6 +25,7 @@ from ghoststore.showcase.lexical import TfIdf
 from ghoststore.showcase.tokenizer import train_tokenizer
 from ghoststore.store import Store
 from indexer.build import BuildReport, build
+from indexer.projection import ProjectionConfig
 from indexer.training.train import TrainReport, train
 from query.query import query
 from query.score_plots import plot_scores
@@ -35,7 +36,19 @@ MAX_LENGTH = 128
 RUN, PART = "training", "demo"
 VAL_REFRESH = 20
 """Steps for which a val gradient is used."""
-QUESTIONS = {"facts": "in the words of the source", "facts_paraphrased": "in other words"}
+QUESTIONS = {
+    "facts": "in nearly the source's words",
+    "facts_paraphrased": "in other words",
+    "facts_inflected": "in other words, names inflected",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "cosine": {"metric": "cosine"},
+    "dot": {"metric": "dot"},
+    "preconditioned dot": {"metric": "dot", "precondition": "second-moment"},
+}
+WORDS = "TF-IDF, words alone"
+PROJECTION = ProjectionConfig(rank_total=256)
+"""Plain blocks: the second moment is then estimated layer by layer, from many more rows than numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +77,7 @@ class DemoReport:
     domains: dict[str, dict[str, int]]
     """For each val domain, how many of the ten nearest rows are of each domain."""
     recall: dict[str, Recall]
-    """By question set (see QUESTIONS), gradients; ``<set>_words`` the same by TF-IDF."""
+    """By ``<question set>/<method>``, see QUESTIONS and METHODS; the last method is TF-IDF."""
     chance_at_10: float
     """Recall at 10 of a random ranking."""
     examples: list[dict[str, Any]]
@@ -105,7 +118,7 @@ def demo(
     clock = time.perf_counter()
     built: BuildReport = build(
         checkpoint=trained.checkpoint, data=files["train"], store=store, name=PART, max_length=MAX_LENGTH,
-        batch_tokens=4096, progress=progress,
+        batch_tokens=4096, projection=PROJECTION, proj_dtype="int8", progress=progress,
     )  # fmt: skip
     seconds["build"] = time.perf_counter() - clock
     clock = time.perf_counter()
@@ -116,13 +129,13 @@ def demo(
     examples: list[dict[str, Any]] = []
     words = TfIdf([row["text"] for row in corpus.train])
     for name in QUESTIONS:
-        questions = corpus.val_facts if name == "facts" else corpus.val_facts_paraphrased
-        result = query(store=store, part=PART, val_set=files[name], each=True, top_k=10)
-        found = [[hit.id for hit in one.hits] for one in result.results]
-        recall[name] = _recall(questions, found)
+        questions = getattr(corpus, f"val_{name}")
+        for method, settings in METHODS.items():
+            result = query(store=store, part=PART, val_set=files[name], each=True, top_k=10, **settings)
+            recall[f"{name}/{method}"] = _recall(questions, [[hit.id for hit in one.hits] for one in result.results])
         by_words = words.nearest(words.vectors(q["prompt"] + q["completion"] for q in questions), 10)
-        recall[f"{name}_words"] = _recall(questions, [[corpus.train[row]["id"] for row in rows] for rows in by_words])
-        examples += _examples(questions, result.results) if name == "facts" else []
+        recall[f"{name}/{WORDS}"] = _recall(questions, [[corpus.train[row]["id"] for row in rows] for rows in by_words])
+        examples += _examples(questions, result.results) if name == "facts_inflected" else []
     seconds["queries"] = time.perf_counter() - clock
     report = DemoReport(
         folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), domains=domains,
@@ -153,7 +166,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
 
 def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
     """The corpus as jsonl files, by name; each val domain has one of its own."""
-    sets = {"train": corpus.train, "facts": corpus.val_facts, "facts_paraphrased": corpus.val_facts_paraphrased}
+    sets = {"train": corpus.train, **{name: getattr(corpus, f"val_{name}") for name in QUESTIONS}}
     sets["val"] = corpus.val_domains
     for row in corpus.val_domains:
         sets.setdefault(f"val_{row['domain']}", []).append(row)
@@ -223,8 +236,8 @@ def _plot(report: DemoReport, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4.4), layout="constrained")
-    first, second, third = figure.subplots(1, 3, width_ratios=(1, 1, 1.15))
+    figure = Figure(figsize=(18, 4.6), layout="constrained")
+    first, second, third = figure.subplots(1, 3, width_ratios=(1, 1, 1.6))
     shares = {val: _shares(values) for val, values in report.values.items()}
     _heat(first, shares, "{:.2f}", (0.0, 1.0))
     first.set_title("While training: cumulative score of a sample,\nas a share of the highest")
@@ -232,17 +245,18 @@ def _plot(report: DemoReport, path: Path) -> None:
     _heat(second, report.domains, "{:.0f}", (0, 10))
     second.set_title("After training: the ten rows nearest to\na val domain's mean gradient")
     second.set(xlabel="domain of the row", ylabel="val domain")
-    labels = ["same words,\nat 1", "same words,\nat 10", "other words,\nat 1", "other words,\nat 10"]
+    labels = [f"{words}\nat {k}" for words in ("same words,", "other words,", "no shared words,") for k in (1, 10)]
     places = np.arange(len(labels))
-    for offset, suffix, label, color in ((-0.2, "", "gradients", "#1f5fa8"), (0.2, "_words", "TF-IDF", "#b8b8b8")):
-        values = [getattr(report.recall[name + suffix], field) for name in QUESTIONS for field in ("at_1", "at_10")]
-        bars = third.bar(places + offset, values, 0.38, label=label, color=color)
-        third.bar_label(bars, fmt="%.2f", fontsize=8)
+    shown = (("cosine", "#9ec1e6"), ("preconditioned dot", "#1f5fa8"), (WORDS, "#b8b8b8"))
+    for place, (method, color) in enumerate(shown):
+        values = [getattr(report.recall[f"{name}/{method}"], at) for name in QUESTIONS for at in ("at_1", "at_10")]
+        bars = third.bar(places + 0.28 * (place - 1), values, 0.27, label=method, color=color)
+        third.bar_label(bars, fmt="%.2f", fontsize=7)
     chance = report.chance_at_10
     third.axhline(chance, color="black", linewidth=0.8, linestyle=":", label=f"chance at 10 ({chance:.3f})")
-    third.set_xticks(places, labels)
+    third.set_xticks(places, labels, fontsize=8)
     third.set(ylim=(0, 1.3), title=f"The source rows of {report.planted} planted facts", ylabel="recall")
-    third.legend(loc="upper center", ncols=3, fontsize=8, frameon=False)
+    third.legend(loc="upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 

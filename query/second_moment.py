@@ -32,6 +32,8 @@ from query.stored import StoredRows
 from query.terms import RowFacts
 
 DEFAULT_DAMPING = 0.1
+ENOUGH_ROWS = 5
+"""Rows for each number of a block, for a second moment that needs little damping."""
 LARGEST_BLOCK = 16_384
 """Numbers of the widest block: its matrix is 2 GiB."""
 FORMAT = 1
@@ -118,6 +120,12 @@ class DampedInverse:
             self._factor(block, name) for block, (name, _, _) in zip(self.moment.blocks, part.groups, strict=True)
         ]
         self._squares: NDArray[np.float64] | None = None
+        widest = max(stop - start for _, start, stop in part.groups)
+        if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
+            progress.note(
+                f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with --damping "
+                f"{self.damping:g} noise may decide; try --damping 1, or plain blocks (build --proj-rank-total 256)"
+            )
 
     def _factor(self, block_KK: Tensor, name: str) -> Tensor:
         """L of H + λI = L Lᵀ, float64."""

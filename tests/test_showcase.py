@@ -68,9 +68,10 @@ def test_counts_and_fields(corpus: DemoCorpus) -> None:
     facts = len(FACT_KINDS) * FACTS_PER_KIND
     assert Counter(row["domain"] for row in corpus.train) == dict.fromkeys(DOMAINS, 600) | {"facts": facts}
     assert Counter(row["domain"] for row in corpus.val_domains) == dict.fromkeys(DOMAINS, 16)
-    assert len(corpus.val_facts) == len(corpus.val_facts_paraphrased) == facts
+    sets = (corpus.val_facts, corpus.val_facts_paraphrased, corpus.val_facts_inflected)
+    assert {len(queries) for queries in sets} == {facts}
     assert all(row.keys() == {"id", "text", "domain"} for row in corpus.train + corpus.val_domains)
-    queries = corpus.val_facts + corpus.val_facts_paraphrased
+    queries = [query for queries in sets for query in queries]
     assert all(row.keys() == {"id", "prompt", "completion", "domain", "source_id"} for row in queries)
     domains = [row["domain"] for row in corpus.train]
     assert domains != sorted(domains, key=domains.index), "the rows are not shuffled"
@@ -90,7 +91,7 @@ def test_no_text_and_no_id_comes_twice(seed: int) -> None:
     made = make_corpus(seed)
     texts = [row["text"] for row in made.train + made.val_domains]
     assert len(set(texts)) == len(texts)
-    everything = made.train + made.val_domains + made.val_facts + made.val_facts_paraphrased
+    everything = made.train + made.val_domains + made.val_facts + made.val_facts_paraphrased + made.val_facts_inflected
     assert len({row["id"] for row in everything}) == len(everything)
 
 
@@ -126,6 +127,16 @@ def test_queries_share_the_words_they_should(seed: int) -> None:
         assert shared < content_stems(plain["prompt"]) & content_stems(source)
         (entity,) = (word for word in words(paraphrased["prompt"]) if word[:5] in shared)
         assert [row["id"] for row in made.train if entity in row["text"].lower()] == [plain["source_id"]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_inflected_queries_share_no_word_of_content(seed: int) -> None:
+    made = make_corpus(seed)
+    sources = {row["id"]: row["text"] for row in made.train}
+    for paraphrased, inflected in zip(made.val_facts_paraphrased, made.val_facts_inflected, strict=True):
+        assert paraphrased["source_id"] == inflected["source_id"]
+        source = {word for word in words(sources[inflected["source_id"]]) if not FUNCTION_WORDS.fullmatch(word)}
+        assert source.isdisjoint(words(inflected["prompt"] + inflected["completion"]))
 
 
 @pytest.mark.parametrize("kind", FACT_KINDS, ids=lambda kind: kind.paraphrase.split()[-1])

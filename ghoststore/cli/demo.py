@@ -53,11 +53,12 @@ def _print(report: Any) -> None:
         [("val domain", False), *((name, True) for name in names)],
         [[val, *(str(counts[name]) for name in names)] for val, counts in report.domains.items()],
     )
+    from query.demo import QUESTIONS
+
     rows = []
-    for name, label in (("facts", "in nearly the source's words"), ("facts_paraphrased", "in other words")):
-        for suffix, method in (("", "gradients"), ("_words", "TF-IDF, words alone")):
-            found = report.recall[name + suffix]
-            rows.append([label, method, f"{found.at_1:.2f}", f"{found.at_10:.2f}"])
+    for name, found in report.recall.items():
+        questions, method = name.split("/", 1)
+        rows.append([QUESTIONS[questions], method, f"{found.at_1:.2f}", f"{found.at_10:.2f}"])
     rows.append(["", "chance", f"{report.chance_at_10 / 10:.4f}", f"{report.chance_at_10:.3f}"])
     print_table(
         f"Finding the one row of {report.rows:,} that states a fact",
@@ -65,14 +66,14 @@ def _print(report: Any) -> None:
         rows,
     )
     click.echo(
-        "The invented names stand in one row each, so matching words finds that row; gradients see no words,\n"
-        "only what the model would learn.\n"
+        "The invented names stand in one row each, so matching words finds that row, until each name has another\n"
+        "ending. Gradients see no words, only what the model would learn.\n"
     )
     for example in report.examples:
         verdict = "the source" if example["is_source"] else "not the source"
         print_facts(
             f"asked: {example['question']}",
-            [("nearest row", str(example["nearest"])), ("", f"cosine {example['score']:.3f}, {verdict}")],
+            [("nearest row", str(example["nearest"])), ("", f"score {example['score']:.3g}, {verdict}")],
         )
         click.echo()
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
@@ -86,6 +87,12 @@ def _print(report: Any) -> None:
             ("try", f"ghoststore info --store {report.folder}/store"),
             ("", f"ghoststore scores --store {report.folder}/store --top-k 5 --bottom-k 5"),
             ("", f"{query}/val_recipe.jsonl"),
-            ("", f"{query}/facts.jsonl --each --top-k 3"),
+            ("", f"{query}/facts_inflected.jsonl --each --metric dot --precondition second-moment --top-k 3"),
+            ("", f"{query}/val.jsonl --group-field domain --combine max --report {report.folder}/report.html"),
+            (
+                "",
+                f"ghoststore select --store {report.folder}/store --val-set {report.folder}/val_recipe.jsonl "
+                f"--count 100 --out {report.folder}/best.jsonl",
+            ),
         ],
     )

@@ -23,9 +23,9 @@ _DRAWS_PER_ROW = 200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoCorpus:
-    """Training rows and three validation sets; every ``id`` is unique in all four.
+    """Training rows and four validation sets; every ``id`` is unique in all five.
 
-    ``train`` and ``val_domains`` hold ``{"id", "text", "domain"}``. The two sets of queries hold
+    ``train`` and ``val_domains`` hold ``{"id", "text", "domain"}``. The three sets of queries hold
     ``{"id", "prompt", "completion", "domain", "source_id"}``: ``prompt + completion`` is the text (the
     completion begins with its space), and ``source_id`` names the one training row that states it.
     """
@@ -34,6 +34,8 @@ class DemoCorpus:
     val_domains: list[Row]
     val_facts: list[Row]
     val_facts_paraphrased: list[Row]
+    val_facts_inflected: list[Row]
+    """As the paraphrased ones, each invented name with an ending: no word of content stands in the source."""
 
 
 def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> DemoCorpus:
@@ -54,10 +56,13 @@ def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> De
         held_out = _different_texts(write, Random(f"{seed}/val/{domain}"), rows_per_domain, seen, domain)
         train += [{"id": f"{domain}-{i:05d}", "text": t, "domain": domain} for i, t in enumerate(texts)]
         val_domains += [{"id": f"val-{domain}-{i:05d}", "text": t, "domain": domain} for i, t in enumerate(held_out)]
-    facts, plain, paraphrased = _facts(Random(f"{seed}/facts"))
+    facts, plain, paraphrased, inflected = _facts(Random(f"{seed}/facts"))
     train += facts
     Random(f"{seed}/order").shuffle(train)
-    return DemoCorpus(train=train, val_domains=val_domains, val_facts=plain, val_facts_paraphrased=paraphrased)
+    return DemoCorpus(
+        train=train, val_domains=val_domains, val_facts=plain, val_facts_paraphrased=paraphrased,
+        val_facts_inflected=inflected,
+    )  # fmt: skip
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
@@ -428,8 +433,12 @@ FACT_KINDS = (
 )
 
 
-def _facts(rng: Random) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows that state the facts, queries in nearly their words, queries in other words.
+INFLECTIONS = {"entity": "ish", "answer": "ian"}
+"""Endings that make other words of the invented names."""
+
+
+def _facts(rng: Random) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
+    """Rows that state the facts; queries in nearly their words, in other words, and in others with inflected names.
 
     No invented word is part of another, so that a name stands in one row alone.
     """
@@ -437,6 +446,7 @@ def _facts(rng: Random) -> tuple[list[Row], list[Row], list[Row]]:
     rows: list[Row] = []
     plain: list[Row] = []
     paraphrased: list[Row] = []
+    inflected: list[Row] = []
     for kind in FACT_KINDS * FACTS_PER_KIND:
         number = len(rows)
         names = {"entity": _new_name(_thing, rng, words), "answer": _new_name(kind.answer, rng, words)}
@@ -446,20 +456,22 @@ def _facts(rng: Random) -> tuple[list[Row], list[Row], list[Row]]:
         )
         row = {"id": f"facts-{number:05d}", "text": text, "domain": "facts"}
         rows.append(row)
-        for queries, prompt, prefix in (
-            (plain, kind.prompt, "query"),
-            (paraphrased, kind.paraphrase, "query-paraphrased"),
+        other = {name: " ".join(word + INFLECTIONS[name] for word in value.split()) for name, value in names.items()}
+        for queries, prompt, prefix, named in (
+            (plain, kind.prompt, "query", names),
+            (paraphrased, kind.paraphrase, "query-paraphrased", names),
+            (inflected, kind.paraphrase, "query-inflected", other),
         ):
             queries.append(
                 {
                     "id": f"{prefix}-{number:05d}",
-                    "prompt": prompt.format(**names),
-                    "completion": f" {names['answer']}",
+                    "prompt": prompt.format(**named),
+                    "completion": f" {named['answer']}",
                     "domain": "facts",
                     "source_id": row["id"],
                 }
             )
-    return rows, plain, paraphrased
+    return rows, plain, paraphrased, inflected
 
 
 def _new_name(draw: Callable[[Random], str], rng: Random, words: set[str]) -> str:
