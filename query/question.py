@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,8 +90,7 @@ class Question:
         fields = self.fields or Fields()
         if self.group_field is None:
             return fields
-        names = {name: getattr(fields, name) for name in ("text", "prompt", "completion", "messages", "id")}
-        return Fields(**names, domain=self.group_field)
+        return replace(fields, domain=self.group_field, domain_option="--group-field")
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,8 @@ class Fields:
     messages: str | None = None
     id: str | None = None
     domain: str | None = None
+    domain_option: str = OPTIONS["domain"]
+    """The option that named ``domain``, for messages."""
 
     def __post_init__(self) -> None:
         given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
@@ -181,7 +183,8 @@ class Fields:
         for role, option in OPTIONS.items():
             name = getattr(self, role)
             if name is not None and name not in first_row:
-                raise CorpusError(f"{where}: no field {name!r} (from {option}); {found}")
+                given_by = self.domain_option if role == "domain" else option
+                raise CorpusError(f"{where}: no field {name!r} (from {given_by}); {found}")
         labels = {
             label: label if name is None and label in first_row else name
             for label, name in (("id", self.id), ("domain", self.domain))
