@@ -134,7 +134,7 @@ class _Scorer:
         for place, rows_RD in enumerate(piece.rows):
             factor_R = piece.factors[place]
             product_RQ = (rows_RD @ self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
-            error_R = product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
+            error_R = self._product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
             error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
             cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
             slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
@@ -146,6 +146,11 @@ class _Scorer:
             torch.cat([cheap_RQ, cheap_RQ.amax(1, keepdim=True)], dim=1),
             torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
         )
+
+    def _product_error(self, dimension: int) -> float:
+        """That of :func:`product_error`, and of inputs cut to TF32 where the user lets a GPU do that."""
+        tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return product_error(dimension) + (2.0**-9 if tf32 else 0.0)
 
     def exact(self, piece: _Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of pairs of a row of the piece and a column, float64."""

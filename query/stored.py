@@ -67,8 +67,8 @@ class StoredRows:
         layout = self.part.layout
         numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
         spare = torch.empty(0)
-        for chunk in stream(self.part, "vectors", spans):
-            rows_RD = numbers(torch.from_numpy(chunk.data).to(self.device))
+        for chunk, stored in self._chunks(spans):
+            rows_RD = numbers(stored)
             if rows_RD.dtype != torch.float32:
                 if not spare.numel():
                     spare = torch.empty(layout.chunk_rows, layout.dimension, device=self.device)
@@ -76,6 +76,15 @@ class StoredRows:
             if self.part.encoding.scaled:
                 multiply(rows_RD, scale_of(chunk).to(self.device), self.part.groups)
             yield Vectors(chunk.start, chunk.stop, rows_RD)
+
+    def _chunks(self, spans: list[int] | None) -> Iterator[tuple[Chunk, Tensor]]:
+        """Chunks with their stored numbers on the device."""
+        chunks = stream(self.part, "vectors", spans)
+        if self.device.type == "cuda":
+            from query.device_stream import on_device
+
+            return on_device(chunks, self.device)
+        return ((chunk, torch.from_numpy(chunk.data)) for chunk in chunks)
 
     def gather(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """(rows, D) float32 on the device, in the order of ``rows``, which may repeat. Reads the spans they lie in.
