@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,10 +41,11 @@ RowSource = Callable[[NDArray[np.int64]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How near the ranking of one dtype is to float32's, query by query."""
+    """How near the rankings of one dtype are to float32's: means over the queries, and the least."""
 
-    spearman: list[float]
-    recall: dict[int, list[float]]
+    spearman: float
+    least_spearman: float
+    recall: dict[int, float]
     """By number of rows: the share of float32's best that are among this dtype's best."""
 
 
@@ -83,8 +84,9 @@ def cosines(part: Part, queries_QD: Tensor) -> Scores:
 def agreement(exact_QN: Scores, found_QN: Scores) -> Agreement:
     """Of rankings by ``found_QN`` with those by ``exact_QN``."""
     pairs = list(zip(exact_QN, found_QN, strict=True))
-    recall = {cut: [shared(best(exact, cut), best(found, cut)) for exact, found in pairs] for cut in CUTS}
-    return Agreement([spearman(exact, found) for exact, found in pairs], recall)
+    correlations = [spearman(exact, found) for exact, found in pairs]
+    recall = {cut: mean_shared((best(exact, cut), best(found, cut)) for exact, found in pairs) for cut in CUTS}
+    return Agreement(float(np.mean(correlations)), min(correlations), recall)
 
 
 def spearman(x: Scores, y: Scores) -> float:
@@ -93,8 +95,9 @@ def spearman(x: Scores, y: Scores) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def shared(wanted: NDArray[np.int64], found: NDArray[np.int64]) -> float:
-    return float(np.isin(wanted, found).mean())
+def mean_shared(pairs: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
+    """The mean share of the first of each pair that is in the second."""
+    return float(np.mean([np.isin(wanted, found).mean() for wanted, found in pairs]))
 
 
 def add_agreement(results: Results, label: str, parts: dict[str, Part], queries: dict[str, Tensor]) -> None:
@@ -111,8 +114,8 @@ def add_agreement(results: Results, label: str, parts: dict[str, Part], queries:
         for kind, vectors in queries.items():
             found = agreement(exact[kind], cosines(part, vectors))
             numbers[f"{dtype}, {kind}"] = asdict(found)
-            row[f"{kind}: Spearman, mean (least)"] = f"{np.mean(found.spearman):.4f} ({min(found.spearman):.4f})"
-            row |= {f"{kind}: recall@{cut}": f"{np.mean(found.recall[cut]):.3f}" for cut in CUTS}
+            row[f"{kind}: Spearman, mean (least)"] = f"{found.spearman:.4f} ({found.least_spearman:.4f})"
+            row |= {f"{kind}: recall@{cut}": f"{found.recall[cut]:.3f}" for cut in CUTS}
         rows.append(row)
     counts = ", ".join(f"{len(vectors)} {kind}" for kind, vectors in queries.items())
     note = (
@@ -134,9 +137,9 @@ def add_reranking(results: Results, label: str, parts: dict[str, Part], queries:
                 row = {"dtype": dtype, "query": kind}
                 for count in (TOP_K, *CANDIDATES):
                     found, seconds = reranked(parts[dtype], vectors, count, sources[kind])
-                    recall = [shared(*pair) for pair in zip(wanted, found, strict=True)]
+                    recall = mean_shared(zip(wanted, found, strict=True))
                     numbers[f"{dtype}, {kind}, {count}"] = {"recall": recall, "seconds": seconds}
-                    row["as stored" if count == TOP_K else f"of {count} candidates"] = f"{np.mean(recall):.3f}"
+                    row["as stored" if count == TOP_K else f"of {count} candidates"] = f"{recall:.3f}"
                     if count > TOP_K:
                         row[f"seconds, {count}"] = f"{seconds:.1f}" if kind == "domain means" else ""
                 rows.append(row)
