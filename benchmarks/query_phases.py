@@ -17,6 +17,7 @@ from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 
 import query.part_encoder  # noqa: E402
 import query.query  # noqa: E402
+import query.question  # noqa: E402
 from ghoststore.checkpoint import Checkpoint  # noqa: E402
 from indexer.encoder import RowEncoder  # noqa: E402
 
@@ -30,7 +31,7 @@ PHASES = (
     (query.part_encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
-    (query.query, "search", "search"),
+    (query.question, "search", "search"),
     (query.query, "_hits", "ids and texts of the hits"),
 )
 

@@ -397,8 +397,8 @@ def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
                 seconds["corpus"] += begun - waited
                 arrays = span_arrays(work.rows, part)
                 encoded = encode_rows(encoder, work.rows, batch_tokens, task)
-                arrays["loss"] = encoded.losses.cpu().numpy()
-                seal_vectors(arrays, encoded.vectors.cpu().numpy(), part)
+                arrays["loss"] = encoded.losses.numpy()
+                seal_vectors(arrays, encoded.vectors.numpy(), part)
                 waited = time.perf_counter()
                 seconds["compute"] += waited - begun
                 writer.put(SpanData(work.span, arrays))

@@ -27,7 +27,7 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class Encoded(NamedTuple):
-    """Some rows, on the model's device, nothing waited for."""
+    """Some rows: on the model's device, nothing waited for, or on the CPU."""
 
     vectors: Tensor
     """(B, D) float32."""
@@ -106,10 +106,10 @@ class RowEncoder:
 
 
 def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:
-    """Vectors and losses of many ``rows``, in batches of at most ``batch_tokens`` padded tokens; zeros for rows without
-    a usable status.
+    """Vectors and losses of many ``rows``, on the CPU; zeros for rows without a usable status.
 
-    The device computes on while results wait on it.
+    In batches of at most ``batch_tokens`` padded tokens. The device computes on while results wait on it; they come
+    back once.
     """
     usable = [place for place, row in enumerate(rows) if row.status.usable]
     vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
@@ -122,7 +122,7 @@ def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, tas
         vectors.index_copy_(0, where, encoded.vectors)
         losses.index_copy_(0, where, encoded.losses)
         task.advance(len(places), sum(len(rows[place].tokens) for place in places))
-    return Encoded(vectors, losses)
+    return Encoded(vectors.cpu(), losses.cpu())
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,7 +57,7 @@ class PartEncoder:
 
     def vectors(self, rows: Sequence[Row], task: Task) -> Tensor:
         """(rows, D) float32 on the CPU; zeros for rows without a usable status."""
-        return encode_rows(self._encoder, rows, self._batch_tokens, task).vectors.cpu()
+        return encode_rows(self._encoder, rows, self._batch_tokens, task).vectors
 
 
 def projection_of(part: Part, model: Any) -> Projection:

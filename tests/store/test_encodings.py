@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -29,6 +30,13 @@ PLAIN = ProjectionConfig(rank_total=18)
 UNEVEN = ProjectionConfig(compress=27)
 """Not a multiple of 8: the last byte of one-bit codes is padded."""
 SCALED = [name for name, code in ENCODINGS.items() if code.scaled]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
 Rows = tuple[NDArray[np.float32], Groups]
 
 
@@ -124,21 +132,27 @@ def test_the_ends_of_float32(name: str) -> None:
     assert np.abs(decoded[0] / x[0] - 1).max() < 1e-4
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("projection", [None, PLAIN, UNEVEN], ids=["sketched", "plain", "uneven"])
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_read_as_tensors_bit_for_bit(
-    lab: Lab, tmp_path: Path, name: str, projection: ProjectionConfig | None, monkeypatch: pytest.MonkeyPatch
+    lab: Lab,
+    tmp_path: Path,
+    name: str,
+    projection: ProjectionConfig | None,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a query reads is what was decoded, over several chunks a span and several spans; norms are its lengths."""
     monkeypatch.setattr("ghoststore.store.layout.CHUNK_BYTES", 1024)
     part = built(lab, tmp_path, name, projection=projection, span_rows=8)
     decoded = part.read_vectors(0, 27)
     assert decoded.shape == (27, part.layout.dimension)
-    streamed = [(piece.start, piece.rows_RD.clone().numpy()) for piece in StoredRows(part).stream()]
+    streamed = [(piece.start, piece.rows_RD.cpu().clone().numpy()) for piece in StoredRows(part, device).stream()]
     assert [start for start, _ in streamed] == list(range(0, 27, part.layout.chunk_rows))
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in streamed]), decoded)
     wanted = [26, 0, 13, 13]
-    np.testing.assert_array_equal(StoredRows(part).gather(wanted).numpy(), decoded[wanted])
+    np.testing.assert_array_equal(StoredRows(part, device).gather(wanted).cpu().numpy(), decoded[wanted])
     for place, (_, start, stop) in enumerate(part.groups):
         lengths = np.linalg.norm(decoded[:, start:stop].astype(np.float64), axis=1)
         np.testing.assert_allclose(part.read("norm", 0, 27)[:, place], lengths, rtol=1e-6)
@@ -160,6 +174,16 @@ def test_a_flipped_byte_of_a_scale_is_found(lab: Lab, tmp_path: Path, name: str)
     assert damage.file == "scale/c/1/0"
     with pytest.raises(CorruptError, match="scale/c/1/0 is damaged"):
         ghoststore.query(store=tmp_path / "store", val_set=lab.corpus, max_samples=1, device="cpu")
+
+
+def test_a_reader_that_does_not_know_the_encoding_names_it(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(lab, tmp_path, "int8")
+    known = {name: code for name, code in ENCODINGS.items() if name != "int8"}
+    monkeypatch.setattr("ghoststore.store.encoding.ENCODINGS", known)
+    with pytest.raises(CorruptError, match="'int8' is unknown; known: float32, float16, bfloat16, onebit"):
+        Store.open(tmp_path / "store").part("int8")
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
