@@ -34,6 +34,8 @@ FACE = {
     "TokenizeReport": "indexer.tokenize",
     "tokenize": "indexer.tokenize",
     "demo": "query.demo",
+    "index": "query.index",
+    "IndexReport": "query.index",
     "query": "query.query",
     "QueryResult": "query.results",
     "ScoresResult": "query.score_results",

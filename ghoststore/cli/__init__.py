@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a GPT-2 and score every sample of every step, live; resumes by itself",
     "build": "a checkpoint and a corpus to a part of a store; resumes by itself",
     "query": "a val set to the training samples whose gradients point the same way",
+    "index": "a FAISS index of a part, its recall measured",
     "scores": "which samples helped while the model trained: top, bottom, by domain, of one",
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",

@@ -1,0 +1,343 @@
+"""Indexes of a part on the disk: a folder each, with a manifest that appears last and names everything else.
+
+An index is a cache of what is committed: deleting it loses nothing, and one that does not fit the part any more is
+refused. Specified in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.store.commits import FileRecord, json_digest, record_path
+from ghoststore.store.disk import exclusive, flush, publish, storage_errors
+from ghoststore.store.layout import check_name
+from ghoststore.store.part import Part
+
+FOLDER = "index"
+MANIFEST = "index.json"
+INDEX_VERSION = 1
+ROW_BYTES = 24
+"""Of the file of rows: the row, the digest of its numbers, its length."""
+LARGEST_MANIFEST = 1 << 20
+LARGEST_EFFORT = 1 << 30
+SUFFIXES = {"faiss": ".faiss", "rows": ".rows"}
+"""Kind of file to the end of its name."""
+
+_FILE = re.compile(r"[0-9a-f]{16}\.(faiss|rows)")
+_BEGUN = "begun"
+State = Literal["current", "stale", "damaged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Share of the exact best rows that the index finds, measured when it was built."""
+
+    queries: int
+    at_10: float
+    at_100: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexManifest:
+    """What an index is, what it covers and how good it was found to be."""
+
+    factory: str
+    """FAISS's factory string."""
+    metric: Literal["dot", "cosine"]
+    dimension: int
+    """Numbers of a vector of the part."""
+    front_dimension: int
+    """Numbers that FAISS sees: fewer where a sketch stands in front."""
+    front_key: str | None
+    """What the sketch is drawn from; None without one."""
+    scale: float
+    """What vectors are multiplied with for the dot product, so that any dtype holds them; a power of two."""
+    rows: int
+    """Rows that have a vector: those in the index."""
+    spans: int
+    coverage: str
+    """SHA-256 over the commit records of the covered spans, see :func:`coverage`."""
+    effort: int | None
+    """``nprobe`` or ``efSearch``; None for kinds without one."""
+    candidates: int
+    """Rows that are scored exactly for each query."""
+    target_recall: float
+    recall: dict[str, Recall]
+    """By kind of query: ``row`` for single rows of the part, ``mean`` for means of rows."""
+    seconds: float
+    """Wall time of building and measuring."""
+    software: dict[str, str]
+    files: dict[str, FileRecord]
+    """By kind, see ``SUFFIXES``; each is named after the first 16 digits of its SHA-256."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("dot", "cosine") or not 0 < self.scale < float("inf"):
+            raise ValueError(f"it ranks by {self.metric!r}, scaled by {self.scale}")
+        effort = 1 if self.effort is None else self.effort
+        counts = (self.dimension, self.front_dimension, self.rows, self.spans, self.candidates, effort)
+        if not all(isinstance(count, int) and 0 < count <= LARGEST_EFFORT for count in counts):
+            raise ValueError(f"its counts are out of range: {counts}")
+        if self.front_dimension > self.dimension or (self.front_key is None) != (
+            self.front_dimension == self.dimension
+        ):
+            raise ValueError(f"its front maps {self.dimension} numbers to {self.front_dimension}")
+        if set(self.files) != set(SUFFIXES) or self.files["rows"].bytes != self.rows * ROW_BYTES:
+            raise ValueError(f"its files are not those of {self.rows} rows")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, the manifest aside."""
+        return sum(record.bytes for record in self.files.values())
+
+    @property
+    def recall_at_10(self) -> float:
+        """The worse of single rows and means."""
+        return min(recall.at_10 for recall in self.recall.values())
+
+    @property
+    def recall_at_100(self) -> float:
+        """The worse of single rows and means."""
+        return min(recall.at_100 for recall in self.recall.values())
+
+    @property
+    def reached(self) -> bool:
+        """Whether the recall is what was asked for."""
+        return self.recall_at_10 >= self.target_recall
+
+    def to_json(self) -> dict[str, Any]:
+        """What the commands print of it."""
+        told = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
+        return {**told, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
+
+    def path_of(self, folder: Path, kind: str) -> Path:
+        """The file of one kind."""
+        return folder / (self.files[kind].sha256[:16] + SUFFIXES[kind])
+
+    def encode(self) -> bytes:
+        """The bytes of ``index.json``, with a checksum of itself."""
+        value = {"ghoststore_index": INDEX_VERSION, **asdict(self)}
+        return (json.dumps({**value, "manifest_sha256": json_digest(value)}, indent=1) + "\n").encode()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> IndexManifest:
+        """Parse ``index.json``. MismatchError for another version, CorruptError if it is not what was written."""
+        try:
+            value: dict[str, Any] = json.loads(data)
+            stated = value.pop("manifest_sha256")
+            if stated != json_digest(value):
+                raise ValueError("its own checksum does not hold")
+            version = value.pop("ghoststore_index")
+            if version != INDEX_VERSION:
+                raise MismatchError(
+                    f"{where} has version {version!r}; this release reads {INDEX_VERSION}: "
+                    "`ghoststore index … --rebuild` makes it again"
+                )
+            recall = {str(kind): Recall(**found) for kind, found in value.pop("recall").items()}
+            files = {str(kind): _record(found) for kind, found in value.pop("files").items()}
+            return cls(**value, recall=recall, files=files)
+        except MismatchError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptError(
+                f"{where} is not the manifest of an index: {error}; `ghoststore index … --rebuild` makes it again"
+            ) from error
+
+
+def _record(found: Mapping[str, Any]) -> FileRecord:
+    record = FileRecord(int(found["bytes"]), str(found["sha256"]))
+    if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+        raise ValueError(f"{record.sha256!r} is not a SHA-256")
+    return record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexState:
+    """One index of a part, and whether it can be used."""
+
+    name: str
+    state: State
+    problem: str | None
+    """Why it is stale or damaged."""
+    manifest: IndexManifest | None
+    """None if it cannot be read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the commands print of it."""
+        head = {"name": self.name, "state": self.state, "problem": self.problem}
+        return head | ({} if self.manifest is None else self.manifest.to_json())
+
+
+def index_folder(part: Part, name: str) -> Path:
+    """Where the index called ``name`` is or would be."""
+    return part.path / FOLDER / check_name(name, "index")
+
+
+def index_names(part: Part) -> list[str]:
+    """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
+    folder = part.path / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+
+
+def coverage(part: Part) -> str:
+    """SHA-256 over the number and the bytes of the commit record of every committed span, in order.
+
+    Records name the checksum of every file: two parts with equal coverage have equal rows.
+    """
+    digest = hashlib.sha256()
+    for span in part.spans:
+        try:
+            digest.update(
+                span.to_bytes(8, "little") + hashlib.sha256(record_path(part.path, span).read_bytes()).digest()
+            )
+        except FileNotFoundError:
+            raise CorruptError(f"{record_path(part.path, span)} is missing") from None
+    return digest.hexdigest()
+
+
+def read_manifest(part: Part, name: str) -> IndexManifest:
+    """The manifest of one index.
+
+    UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
+    """
+    path = index_folder(part, name) / MANIFEST
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not the manifest of an index")
+        return IndexManifest.decode(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        names = ", ".join(index_names(part)) or "none"
+        raise UsageError(
+            f"part {part.name!r} has no index {name!r}; it has: {names}. `ghoststore index` makes one"
+        ) from None
+
+
+def check_coverage(part: Part, name: str, manifest: IndexManifest) -> None:
+    """MismatchError unless the index covers exactly what is committed in ``part``."""
+    again = "; `ghoststore index` builds it again"
+    spans = len(part.spans)
+    if manifest.spans != spans:
+        raise MismatchError(
+            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{again}"
+        )
+    if manifest.dimension != part.layout.dimension or manifest.coverage != coverage(part):
+        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{again}")
+
+
+def damage_of(folder: Path, manifest: IndexManifest) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong with it) for the files of an index."""
+    for kind, record in manifest.files.items():
+        path = manifest.path_of(folder, kind)
+        try:
+            if path.stat().st_size != record.bytes:
+                yield path, f"{path.stat().st_size} bytes; {record.bytes} were written"
+            elif FileRecord.of(path) != record:
+                yield path, "its SHA-256 is not that of what was written"
+        except FileNotFoundError:
+            yield path, "missing"
+        except OSError as error:
+            yield path, f"cannot be read: {error}"
+
+
+def index_states(part: Part) -> list[IndexState]:
+    """Every index of ``part``. Of the files only the sizes are looked at: :func:`damage_of` reads them."""
+    states = []
+    for name in index_names(part):
+        manifest, state, problem = None, "current", None
+        try:
+            manifest = read_manifest(part, name)
+            for kind, record in manifest.files.items():
+                path = manifest.path_of(index_folder(part, name), kind)
+                if not path.is_file() or path.stat().st_size != record.bytes:
+                    raise CorruptError(f"{path} is missing or cut")
+            check_coverage(part, name, manifest)
+        except MismatchError as error:
+            state, problem = "stale", str(error)
+        except CorruptError as error:
+            state, problem = "damaged", str(error)
+        states.append(IndexState(name=name, state=state, problem=problem, manifest=manifest))  # type: ignore[arg-type]
+    return states
+
+
+@contextmanager
+def writing(part: Part, name: str) -> Iterator[Path]:
+    """The folder of an index, locked against other processes, without what a dead one had begun.
+
+    What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,
+    StorageError if the disk refuses.
+    """
+    folder, what = index_folder(part, name), f"index {name!r} of part {part.name!r}"
+    with storage_errors(str(folder)):
+        for group in (folder.parent, folder):
+            group.mkdir(exist_ok=True)
+            publish(group / "zarr.json", b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
+        with exclusive(folder, what):
+            _sweep(folder)
+            try:
+                yield folder
+            finally:
+                _sweep(folder)
+                if not (folder / MANIFEST).exists():
+                    shutil.rmtree(folder)
+
+
+def begun_path(folder: Path, kind: str) -> Path:
+    """Where a file of one kind is written before it has its name."""
+    return folder / (_BEGUN + SUFFIXES[kind])
+
+
+def seal_files(folder: Path) -> dict[str, FileRecord]:
+    """The records of the files that stand at :func:`begun_path`, which get their names."""
+    records = {}
+    for kind, suffix in SUFFIXES.items():
+        path = begun_path(folder, kind)
+        flush(path)
+        records[kind] = FileRecord.of(path)
+        os.replace(path, folder / (records[kind].sha256[:16] + suffix))
+    return records
+
+
+def publish_index(folder: Path, manifest: IndexManifest) -> None:
+    """Make ``manifest`` that of the index, in one step: who opens it gets this one or the one before, whole."""
+    path = folder / f"{_BEGUN}.json"
+    path.write_bytes(manifest.encode())
+    flush(path)
+    flush(folder)
+    os.replace(path, folder / MANIFEST)
+    flush(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what the manifest does not name."""
+    kept = {"zarr.json", MANIFEST}
+    try:
+        manifest = IndexManifest.decode((folder / MANIFEST).read_bytes(), "")
+        kept |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
+    except (FileNotFoundError, CorruptError, MismatchError):
+        pass  # nothing is there that could be used
+    for path in folder.iterdir():
+        if path.name not in kept and (_FILE.fullmatch(path.name) or path.stem == _BEGUN):
+            path.unlink()
+
+
+def remove_index(part: Part, name: str) -> None:
+    """Delete an index. UsageError if there is none, BusyError while a process builds it."""
+    folder = index_folder(part, name)
+    if name not in index_names(part):
+        names = ", ".join(index_names(part)) or "none"
+        raise UsageError(f"part {part.name!r} has no index {name!r}; it has: {names}")
+    with storage_errors(str(folder)), exclusive(folder, f"index {name!r} of part {part.name!r}"):
+        (folder / MANIFEST).unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
