@@ -117,8 +117,8 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
             asked, stored = getattr(plan, setting), getattr(manifest, setting)
             if asked != stored:
                 raise UsageError(
-                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {asked!r}: give --rebuild "
-                    "to replace it, or another --name"
+                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {asked!r}: give "
+                    "--rebuild to replace it, or another --name"
                 )
         check_coverage(part, plan.name, manifest)
         for path, problem in damage_of(index_folder(part, plan.name), manifest):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store.commits import FileRecord, json_digest, record_path
 from ghoststore.store.disk import exclusive, flush, publish, storage_errors
-from ghoststore.store.layout import check_name
+from ghoststore.store.layout import check_name, is_name
 from ghoststore.store.part import Part
 
 FOLDER = "index"
@@ -184,10 +184,8 @@ def index_folder(part: Part, name: str) -> Path:
 
 def index_names(part: Part) -> list[str]:
     """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
-    folder = part.path / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+    found = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
+    return sorted(name for name in found if is_name(name))
 
 
 def coverage(part: Part) -> str:

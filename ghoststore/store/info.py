@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ghoststore.store.indexes import index_states
 from ghoststore.store.part import Part
 from ghoststore.store.reader import stream
 from ghoststore.store.run import Run
@@ -31,6 +32,8 @@ class PartInfo:
     dtype: str
     bytes: int
     """Bytes of the committed files."""
+    indexes: list[dict[str, Any]]
+    """Each with its name, its state (current, stale, damaged), settings and recall."""
     manifest: dict[str, Any]
 
 
@@ -108,6 +111,7 @@ def describe(part: Part) -> PartInfo:
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         bytes=sums.bytes,
+        indexes=[state.to_json() for state in index_states(part)],
         manifest=part.manifest,
     )
 
