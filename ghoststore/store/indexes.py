@@ -91,6 +91,9 @@ class IndexManifest:
             self.front_dimension == self.dimension
         ):
             raise ValueError(f"its front maps {self.dimension} numbers to {self.front_dimension}")
+        shares = [share for one in self.recall.values() for share in (one.at_10, one.at_100)]
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"its recall is out of range: {shares}")
         if set(self.files) != set(SUFFIXES) or self.files["rows"].bytes != self.rows * ROW_BYTES:
             raise ValueError(f"its files are not those of {self.rows} rows")
 
@@ -269,7 +272,7 @@ def index_states(part: Part) -> list[IndexState]:
 
 
 @contextmanager
-def writing(part: Part, name: str) -> Iterator[Path]:
+def building(part: Part, name: str) -> Iterator[Path]:
     """The folder of an index, locked against other processes, without what a dead one had begun.
 
     What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,

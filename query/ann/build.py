@@ -17,7 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.software import versions_of
 from ghoststore.store import Part
-from ghoststore.store.indexes import IndexManifest, begun_path, coverage, publish_index, seal_files, writing
+from ghoststore.store.indexes import IndexManifest, begun_path, building, coverage, publish_index, seal_files
 from ghoststore.store.reader import read_span
 from indexer import draws
 from query.ann.engine import Engine, load_faiss
@@ -79,7 +79,7 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
     key = front_key(part.layout.dimension) if sketched else None
     scale = power_of_two(float(np.median(table["length"])))
     front = Front(part.layout.dimension, plan.front_dimension, key, plan.metric, scale)
-    with writing(part, plan.name) as folder:
+    with building(part, plan.name) as folder:
         if engine.needs_training:
             engine.train(training_rows(part, front, table, engine, progress))
         fill(engine, front, part, table, progress)

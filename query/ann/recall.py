@@ -115,7 +115,7 @@ def tune(
             break
         ranks = {kind: _ranks_of_exact(searcher, sample) for kind, sample in samples.items()}
         for candidates in CANDIDATES:
-            recall = min(float((rank < candidates).mean()) for rank in ranks.values())
+            recall = min(float(np.mean(rank < candidates)) if len(rank) else 1.0 for rank in ranks.values())
             cost = scanned + min(candidates, engine.rows) * row_bytes
             if best is None or (-recall, cost) < best[:2]:
                 best = (-recall, cost, effort, candidates)
