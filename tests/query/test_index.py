@@ -287,6 +287,37 @@ def test_what_an_index_cannot_rank(tmp_path: Path) -> None:
         index.refuse([Term.of(part, term.queries_QD, metric="cosine", preconditioner=Identity())])
 
 
+ANONYMOUS = """
+import sys
+from pathlib import Path
+from ghoststore import Store
+from query.ann.index import AnnIndex
+
+def anonymous():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) << 10
+
+part = Store.open({store!r}).part()
+AnnIndex.open(part, "small")  # libraries are loaded, buffers are there
+before = anonymous()
+index = AnnIndex.open(part, "large")
+print(anonymous() - before, index.manifest.size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what memory is mapped")
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "Flat"])
+def test_an_index_is_mapped_not_read(tmp_path: Path, lab: Lab, factory: str) -> None:
+    part = make_part(tmp_path / "store", clustered(8000, 512), unusable=())
+    build(part, factory="SQ8", dimension=16, name="small")
+    build(part, factory=factory, name="large")
+    outcome = lab.run(code=ANONYMOUS.format(store=str(tmp_path / "store")))
+    assert outcome.code == 0, outcome.err
+    taken, size = map(int, outcome.out.split())
+    assert size > 16e6
+    assert taken < size / 4
+
+
 def test_defaults() -> None:
     assert choose_dimension("auto", 12_288) == 1024
     assert choose_dimension("auto", 2048) == choose_dimension("none", 2048) == 2048
