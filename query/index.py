@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent
@@ -54,7 +54,7 @@ def index(
     name: str | None = None,
     dimension: Dimension = "auto",
     target_recall: float = TARGET_RECALL,
-    device: Literal["cpu", "cuda"] | str = "cpu",
+    device: str = "cpu",
     rebuild: bool = False,
     progress: Progress | None = None,
 ) -> IndexReport:

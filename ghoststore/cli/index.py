@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ghoststore.cli import options
+from ghoststore.errors import UsageError
 
 
 @click.command("index", short_help="a FAISS index of a part, its recall measured")
@@ -53,6 +55,7 @@ def command(list_them: bool, remove: str | None, **values: Any) -> None:
 
     as_json, quiet = values.pop("as_json"), values.pop("quiet")
     if list_them or remove is not None:
+        _refuse_options()
         _manage(values["store"], values["part"], remove, as_json)
         return
     report = load("index")(progress=listener(quiet), **values)
@@ -62,6 +65,15 @@ def command(list_them: bool, remove: str | None, **values: Any) -> None:
         _print(
             f"{report.name}, {report.manifest.rows:,} rows of {report.part}", [[report.name, *_cells(report.manifest)]]
         )
+
+
+def _refuse_options() -> None:
+    """UsageError for options of building beside --list or --remove."""
+    context = click.get_current_context()
+    building = ("factory", "metric", "name", "dimension", "target_recall", "device", "rebuild")
+    for name in building:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--list and --remove build nothing: leave out --{name.replace('_', '-')}")
 
 
 def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> None:

@@ -255,7 +255,9 @@ def index_states(part: Part) -> list[IndexState]:
     """Every index of ``part``. Of the files only the sizes are looked at: :func:`damage_of` reads them."""
     states = []
     for name in index_names(part):
-        manifest, state, problem = None, "current", None
+        manifest: IndexManifest | None = None
+        state: State = "current"
+        problem: str | None = None
         try:
             manifest = read_manifest(part, name)
             for kind, record in manifest.files.items():
@@ -267,7 +269,7 @@ def index_states(part: Part) -> list[IndexState]:
             state, problem = "stale", str(error)
         except CorruptError as error:
             state, problem = "damaged", str(error)
-        states.append(IndexState(name=name, state=state, problem=problem, manifest=manifest))  # type: ignore[arg-type]
+        states.append(IndexState(name=name, state=state, problem=problem, manifest=manifest))
     return states
 
 

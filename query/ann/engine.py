@@ -19,6 +19,8 @@ Float32 = NDArray[np.float32]
 
 CANDIDATE_BATCH = 256
 """Queries that are searched at once: bounds the memory of their candidates."""
+MOST_ON_GPU = 2048
+"""Candidates that FAISS finds for a query on a GPU."""
 
 
 def load_faiss() -> Any:
@@ -166,8 +168,10 @@ class Engine:
         return 1.0 if effort is None else min(1.0, 32 * effort / max(1, self.rows))
 
     def search(self, queries_Qd: Float32, count: int) -> NDArray[np.int64]:
-        """(Q, count) places of candidates, best first by the coded vectors; -1 where there are no more."""
-        count = min(count, self.rows)
+        """(Q, count) places of candidates, best first by the coded vectors; -1 where there are no more. Never more than
+        there are rows; on a GPU at most 2,048.
+        """
+        count = min(count, self.rows) if self.device == "cpu" else min(count, self.rows, MOST_ON_GPU)
         found = [
             self._index.search(np.ascontiguousarray(queries_Qd[first : first + CANDIDATE_BATCH]), count)[1]
             for first in range(0, len(queries_Qd), CANDIDATE_BATCH)

@@ -203,6 +203,8 @@ def test_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
     assert "mine" in lab.run("index", "--store", store, "--list").out
     assert "index mine" in lab.run("info", "--store", store, "--part", "part").out
     assert lab.run("verify", "--store", store).code == 0
+    mixed = lab.run("index", "--store", store, "--list", "--factory", "SQ8")
+    assert (mixed.code, "leave out --factory" in mixed.err) == (2, True)
     assert lab.run("index", "--store", store, "--remove", "mine").code == 0
     gone = lab.run("index", "--store", store, "--remove", "mine")
     assert (gone.code, "has no index 'mine'" in gone.err) == (2, True)
