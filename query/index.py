@@ -9,8 +9,8 @@ from typing import Any
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part, Store
+from ghoststore.store.index_manifest import IndexManifest
 from ghoststore.store.indexes import (
-    IndexManifest,
     check_coverage,
     damage_of,
     index_folder,

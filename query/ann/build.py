@@ -17,7 +17,8 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.software import versions_of
 from ghoststore.store import Part
-from ghoststore.store.indexes import IndexManifest, begun_path, building, coverage, publish_index, seal_files
+from ghoststore.store.index_manifest import IndexManifest
+from ghoststore.store.indexes import begun_path, building, coverage, publish_index, seal_files
 from ghoststore.store.reader import read_span
 from indexer import draws
 from query.ann.engine import Engine, load_faiss

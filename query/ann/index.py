@@ -9,8 +9,8 @@ import numpy as np
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Part
+from ghoststore.store.index_manifest import IndexManifest
 from ghoststore.store.indexes import (
-    IndexManifest,
     check_coverage,
     damage_of,
     index_folder,

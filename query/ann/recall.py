@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.progress import Task
-from ghoststore.store.indexes import Recall
+from ghoststore.store.index_manifest import Recall
 from indexer import draws
 from query.ann.engine import Engine
 from query.ann.rows import CheckedRows

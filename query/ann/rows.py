@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError
 from ghoststore.store import Part
-from ghoststore.store.indexes import ROW_BYTES
+from ghoststore.store.index_manifest import ROW_BYTES
 from ghoststore.store.spans import chunk_keys
 from query.stored import StoredRows
 
