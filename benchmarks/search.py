@@ -55,6 +55,8 @@ QUERY_RANK_TOTAL = 256
 """48 layers of GPT-2 Small: 12,288 numbers a row."""
 
 Columns = dict[str, NDArray[Any]]
+Draw = Callable[[np.random.Generator, int, int], NDArray[np.float32]]
+"""Generator, rows, numbers of a row."""
 
 
 def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
@@ -73,8 +75,14 @@ def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
     return {**empty, "corpus": {"domains": None}, "storage": storage}
 
 
-def random_part(store: Store, name: str, manifest: dict[str, Any], columns: Columns | None = None) -> Part:
-    """A complete part of normal vectors, written as a build writes. ``columns`` are arrays of all its rows."""
+def normal(rng: np.random.Generator, count: int, dimension: int) -> NDArray[np.float32]:
+    return rng.standard_normal((count, dimension), dtype=np.float32)
+
+
+def random_part(
+    store: Store, name: str, manifest: dict[str, Any], columns: Columns | None = None, draw: Draw = normal
+) -> Part:
+    """A complete part of drawn vectors, written as a build writes. ``columns`` are arrays of all its rows."""
     part = create_part(store.part_path(name), manifest, np.zeros((1, 5), dtype=np.int64))
     rng = np.random.default_rng(0)
     with BackgroundWriter(part) as writer:
@@ -87,7 +95,7 @@ def random_part(store: Store, name: str, manifest: dict[str, Any], columns: Colu
             arrays["sample_id"] = np.array([f"row-{row}" for row in range(start, stop)], dtype=object)
             arrays["domain"] -= 1  # none
             arrays |= {column: values[start:stop] for column, values in (columns or {}).items()}
-            vectors = rng.standard_normal((stop - start, part.layout.dimension), dtype=np.float32)
+            vectors = draw(rng, stop - start, part.layout.dimension)
             seal_vectors(arrays, vectors, part)
             writer.put(SpanData(span, arrays))
     return Part(part.path)

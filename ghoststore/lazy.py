@@ -34,6 +34,8 @@ FACE = {
     "TokenizeReport": "indexer.tokenize",
     "tokenize": "indexer.tokenize",
     "demo": "query.demo",
+    "index": "query.index",
+    "IndexReport": "query.index",
     "query": "query.query",
     "self_influence": "query.self_influence",
     "QueryResult": "query.results",

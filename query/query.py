@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from query.ann.index import AnnIndex
 from query.hits import hits_of
 from query.parts import PartWeights
 from query.question import Combine, Precondition, Question, ask
@@ -39,11 +42,13 @@ def query(
     score_weight: float | None = None,
     precondition: Precondition = "none",
     damping: float | None = None,
+    index: str = "exact",
+    index_name: str | None = None,
     rerank: int | None = None,
     report: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QueryResult:
-    """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``, by exact search.
+    """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``.
 
     With ``each`` one ranking for every val sample, else one for their mean gradient. ``metric`` is ``dot`` or
     ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers of a part
@@ -67,6 +72,9 @@ def query(
     that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
     unless W is 0.
 
+    ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made (called ``index_name``; default:
+    the only one for the metric) and scores them exactly; its measured recall is among the settings.
+
     ``rerank`` is a number of candidates: the gradients of the best (and worst) so many rows by the stored vectors are
     computed again by the model, and ranked by their exact scores. For parts whose vectors are codes of few bits.
 
@@ -79,6 +87,10 @@ def query(
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
         raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
     page = None if report is None else check_output(report, "--report", (".html",))
+    if index not in ("exact", "ann"):
+        raise UsageError(f"--index {index!r} is unknown; known: exact, ann")
+    if index_name is not None and index == "exact":
+        raise UsageError("--index-name belongs to --index ann")
     question = Question(
         store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
         layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
@@ -86,11 +98,14 @@ def query(
         precondition=precondition, damping=damping,
     )  # fmt: skip
     asked = ask(question, progress)
-    rankings = asked.rank(top_k, bottom_k, progress, candidates=rerank)
+    opened = None
+    if index == "ann":
+        opened = AnnIndex.open(asked.part, index_name, metric=metric, device=asked.device)
+    rankings = asked.rank(top_k, bottom_k, progress, candidates=rerank, index=opened)
     hits = hits_of(asked.part, rankings, text, progress, asked.blend)
     result = QueryResult(
         store=str(store),
-        settings={**asked.settings(), "index": "exact", "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k},
+        settings={**asked.settings(), **index_settings(opened), "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k},
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
@@ -98,3 +113,16 @@ def query(
     if page is not None:
         write_report(page, asked, result, rankings, progress)
     return result
+
+
+def index_settings(index: AnnIndex | None) -> dict[str, Any]:
+    """What a result says of how its rows were found."""
+    if index is None:
+        return {"index": "exact"}
+    manifest = index.manifest
+    return {
+        "index": "ann",
+        "index_name": index.name,
+        "factory": manifest.factory,
+        "recall": {name: asdict(one) for name, one in manifest.recall.items()},
+    }

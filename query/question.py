@@ -25,6 +25,7 @@ from ghoststore.store import Part, Store
 from indexer.layers import layer_type_by_name
 from indexer.selection import matches
 from query.again import RowsAgain
+from query.ann.index import AnnIndex
 from query.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
 from query.parts import PartWeights, open_parts
 from query.rerank import rerank
@@ -151,16 +152,30 @@ class Asked:
         return sum(stop - start for start, stop in map(self.part.layout.span_of, shared_spans(self.terms)))
 
     def rank(
-        self, top_k: int, bottom_k: int, progress: Progress, *, candidates: int | None = None
+        self,
+        top_k: int,
+        bottom_k: int,
+        progress: Progress,
+        *,
+        candidates: int | None = None,
+        index: AnnIndex | None = None,
     ) -> tuple[Ranking, Ranking]:
-        """For each of ``names`` the best and the worst rows.
+        """For each of ``names`` the best and the worst rows, by exact search or, with ``index``, out of its candidates.
 
         With ``candidates`` that many are found by the stored vectors, and ranked by gradients that the model computes
         again. UsageError where these are fewer than the rows asked for, or the score is no product with one vector.
         """
         if candidates is not None:
-            return self._rank_again(top_k, bottom_k, candidates, progress)
+            return self._rank_again(top_k, bottom_k, candidates, progress, index)
         counts = (min(top_k, self.rows), min(bottom_k, self.rows))
+        if index is not None:
+            index.refuse(self.terms)
+            if self.run is not None or self._by_rows:
+                option = "--with-scores" if self.run is not None else f"--combine {self.question.combine}"
+                raise UsageError(
+                    f"{option} needs the scores of all rows, which an index does not give; use --index exact"
+                )
+            return index.search(self.terms[0], top_k=counts[0], bottom_k=counts[1])
         if self.run is not None or self._fused:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
@@ -171,14 +186,16 @@ class Asked:
             )
         return (_last_first(best), _last_first(worst)) if combine else (best, worst)
 
-    def _rank_again(self, top_k: int, bottom_k: int, candidates: int, progress: Progress) -> tuple[Ranking, Ranking]:
+    def _rank_again(
+        self, top_k: int, bottom_k: int, candidates: int, progress: Progress, index: AnnIndex | None
+    ) -> tuple[Ranking, Ranking]:
         if candidates < max(top_k, bottom_k):
             raise UsageError(f"--rerank {candidates} is fewer than the rows asked for, {max(top_k, bottom_k)}")
         unfit = {
             "several --part": len(self.terms) > 1,
             "--precondition": self.question.precondition != "none",
             "--with-scores": self.run is not None,
-            f"--combine {self.question.combine}": self._grouped and self.question.combine != "mean",
+            f"--combine {self.question.combine}": self._by_rows,
         }
         for option, given in unfit.items():
             if given:
@@ -186,7 +203,7 @@ class Asked:
                     f"--rerank scores rows by one product with each query; it cannot be used with {option}"
                 )
         (term,) = self.terms
-        found = self.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress)
+        found = self.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
         with RowsAgain(self.part, checkpoint=self.question.checkpoint, device=self.device, progress=progress) as again:
             best, worst = (
                 rerank(one, term.queries_QD, metric=self.question.metric, top_k=min(count, one.rows.shape[1]),
@@ -226,6 +243,11 @@ class Asked:
     @property
     def _grouped(self) -> bool:
         return self.question.group_field is not None
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether the combined score of a row is no product with one vector."""
+        return self._grouped and self.question.combine != "mean"
 
     @property
     def _fused(self) -> bool:

@@ -89,6 +89,19 @@ def product_error(dimension: int) -> float:
     return (dimension + 8) * 2.0**-24
 
 
+def pair_scores(
+    rows_RD: Tensor, factor_R: Tensor, unit_QD: Tensor, places: NDArray[np.int64], queries: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """For each pair of a row and a query their product times the row's factor, float64. It depends on the two alone."""
+    scores = np.empty(len(places))
+    for first in range(0, len(places), PAIRS_AT_ONCE):
+        some = slice(first, first + PAIRS_AT_ONCE)
+        row, query = torch.from_numpy(places[some]), torch.from_numpy(queries[some])
+        products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
+        scores[some] = products.cpu().numpy()
+    return scores
+
+
 class _Scorer:
     """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
 
@@ -166,11 +179,7 @@ class _Scorer:
     def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
         scores = np.zeros(len(places))
         for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
-            for first in range(0, len(places), PAIRS_AT_ONCE):
-                some = slice(first, first + PAIRS_AT_ONCE)
-                row, query = torch.from_numpy(places[some]), torch.from_numpy(queries[some])
-                products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
-                scores[some] += products.cpu().numpy()
+            scores += pair_scores(rows_RD, factor_R, unit_QD, places, queries)
         return scores
 
     def all_of(self, piece: _Piece) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "query": "a val set to the training samples whose gradients point the same way",
     "select": "a val set to a training set: the original rows of the best samples",
     "self-influence": "the samples that are unlike the rest: rare, noisy or mislabelled ones",
+    "index": "a FAISS index of a part, its recall measured",
     "scores": "which samples helped while the model trained: top, bottom, by domain, of one",
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",

@@ -73,9 +73,19 @@ def _print_part(part: Any) -> None:
         ("domains", ", ".join(corpus["domains"] or []) or "none"),
         ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
         ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
+        *((f"index {one['name']}", _index(one)) for one in part.indexes),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)
+
+
+def _index(one: dict[str, Any]) -> str:
+    from ghoststore.cli.terminal import human_bytes
+
+    if one["state"] != "current":
+        return f"{one['state']}: {one['problem']}"
+    recall = ", ".join(f"{found['at_10']:.3f} ({kind})" for kind, found in one["recall"].items())
+    return f"{one['factory']} by {one['metric']}, {human_bytes(one['bytes'])}, recall@10 {recall}"
 
 
 def _print_runs(found: Any) -> None:

@@ -22,6 +22,14 @@ from ghoststore.cli import options
     help="One ranking for the val set's mean gradient, or one for each val sample.",
 )
 @click.option(
+    "--index",
+    type=click.Choice(["exact", "ann"]),
+    default="exact",
+    show_default=True,
+    help="Read every vector, or take candidates from a FAISS index (`ghoststore index`) and score these exactly.",
+)
+@click.option("--index-name", metavar="NAME", help="Index of --index ann (default: the only one for the metric).")
+@click.option(
     "--rerank",
     type=int,
     metavar="N",

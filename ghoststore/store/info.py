@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ghoststore.store.indexes import index_states
 from ghoststore.store.part import Part
 from ghoststore.store.reader import stream
 from ghoststore.store.run import Run
@@ -33,6 +34,8 @@ class PartInfo:
     """Bytes of a row's numbers, its id and text aside."""
     bytes: int
     """Bytes of the committed files."""
+    indexes: list[dict[str, Any]]
+    """Each with its name, its state (current, stale, damaged), settings and recall."""
     manifest: dict[str, Any]
 
 
@@ -111,6 +114,7 @@ def describe(part: Part) -> PartInfo:
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,
         bytes=sums.bytes,
+        indexes=[state.to_json() for state in index_states(part)],
         manifest=part.manifest,
     )
 

@@ -25,9 +25,14 @@ MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+def is_name(name: str) -> bool:
+    """Whether ``name`` can name a part, a run or an index. Never a path."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str, what: str = "part") -> str:
-    """``name`` itself if it can name a part or a run; UsageError otherwise. Never a path."""
-    if not _NAME.fullmatch(name):
+    """``name`` itself if it can name a part, a run or an index; UsageError otherwise."""
+    if not is_name(name):
         raise UsageError(
             f"{name!r} cannot name a {what}: use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or "
             "digit"

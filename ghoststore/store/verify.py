@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import CorruptError
-from ghoststore.progress import Progress, Silent
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.progress import Progress, Silent, Task
 from ghoststore.store.commits import FileRecord, read_commit
+from ghoststore.store.indexes import FOLDER, MANIFEST, damage_of, index_folder, index_names, read_manifest
+from ghoststore.store.part import Part
 from ghoststore.store.spanned import Spanned
 from ghoststore.store.store import Store
 
@@ -56,7 +59,7 @@ def verify(
     store: str | Path, *, part: str | None = None, run: str | None = None, progress: Progress | None = None
 ) -> VerifyReport:
     """Check every part and training run, or one of either: the manifest, the metadata of arrays, a run's row table,
-    every commit record and every file it names (size, SHA-256).
+    every commit record and every file it names (size, SHA-256), and the files of a part's indexes.
 
     All damage is listed, not just the first. A span without a record is not damage: it does not exist.
     Raises UsageError if there is no such store, part or run.
@@ -74,14 +77,12 @@ def verify(
             continue
         task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
         damage += [Damage(**of, file=file, problem=problem) for file, problem in _check_metadata(found)]
-        with closing(task), ThreadPoolExecutor(THREADS) as pool:
-            for checked in pool.map(lambda span, at=found.path: list(_check_span(at, span)), found.spans):
-                spans += 1
-                task.advance(1)
-                for key, count, problem in checked:
-                    files, size = files + 1, size + count
-                    if problem:
-                        damage.append(Damage(**of, file=key, problem=problem))
+        spans += len(found.spans)
+        with closing(task):
+            for key, count, problem in chain(_check_spans(found, task), _check_indexes(found)):
+                files, size = files + 1, size + count
+                if problem:
+                    damage.append(Damage(**of, file=key, problem=problem))
     return VerifyReport(store=str(store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage)
 
 
@@ -92,6 +93,33 @@ def _check_metadata(found: Spanned[Any]) -> Iterator[tuple[str, str]]:
             found.check_file(name)
         except CorruptError as error:
             yield name, str(error)
+
+
+def _check_spans(found: Spanned[Any], task: Task) -> Iterator[tuple[str, int, str | None]]:
+    """What :func:`_check_span` says of every committed span."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for checked in pool.map(lambda span: list(_check_span(found.path, span)), found.spans):
+            task.advance(1)
+            yield from checked
+
+
+def _check_indexes(found: Spanned[Any]) -> Iterator[tuple[str, int, str | None]]:
+    """(file, its bytes, what is wrong with it or None) for each file of each index. A stale index is not damage."""
+    if not isinstance(found, Part):
+        return
+    for name in index_names(found):
+        folder = index_folder(found, name)
+        try:
+            manifest = read_manifest(found, name)
+        except CorruptError as error:
+            yield f"{FOLDER}/{name}/{MANIFEST}", 0, str(error)
+            continue
+        except (MismatchError, UsageError):
+            continue  # of another version, which is refused when it is used; or just removed
+        wrong = dict(damage_of(folder, manifest))
+        for kind, record in manifest.files.items():
+            path = manifest.path_of(folder, kind)
+            yield str(path.relative_to(found.path)), record.bytes, wrong.get(path)
 
 
 def _check_span(folder: Path, span: int) -> Iterator[tuple[str, int, str | None]]:

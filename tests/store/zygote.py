@@ -36,10 +36,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import ghoststore
 import ghoststore.checkpoint
 import ghoststore.cli.build
+import ghoststore.cli.index
 import ghoststore.cli.info
 import ghoststore.cli.query
 import ghoststore.cli.scores
 import ghoststore.cli.select
+import ghoststore.cli.self_influence
 import ghoststore.cli.terminal
 import ghoststore.cli.tokenize
 import ghoststore.cli.train
@@ -48,13 +50,14 @@ import ghoststore.cli.watch
 import indexer.build
 import indexer.tokenize
 import indexer.training.train
+import query.index
 import query.query
 import query.scores
 import query.select
 import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            indexer.training.train, query.query, query.scores, query.select, query.watch)  # fmt: skip
+            indexer.training.train, query.index, query.query, query.scores, query.select, query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}

@@ -1,0 +1,203 @@
+"""What is asked of FAISS, and its complaints in words. FAISS is imported when the first index is used.
+
+Legend: Q queries, R rows, d numbers that FAISS sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError, UsageError
+
+Float32 = NDArray[np.float32]
+
+CANDIDATE_BATCH = 256
+"""Queries that are searched at once: bounds the memory of their candidates."""
+MOST_ON_GPU = 2048
+"""Candidates that FAISS finds for a query on a GPU."""
+
+
+def load_faiss() -> Any:
+    """The module ``faiss``; UsageError that says what to install where it is missing or too old."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UsageError(
+            "an index needs FAISS, which is not installed: pip install 'ghoststore[cpu]' (or 'ghoststore[gpu]', not "
+            "both); exact search needs neither"
+        ) from error
+    if not hasattr(faiss, "IO_FLAG_MMAP_IFC"):
+        raise UsageError(f"faiss {faiss.__version__} is too old: pip install --upgrade 'ghoststore[cpu]'")
+    return faiss
+
+
+def check_device(device: str) -> str:
+    """``device`` itself, if FAISS can use it; UsageError that says what to install for ``cuda`` otherwise."""
+    name, _, number = device.partition(":")
+    if name not in ("cpu", "cuda") or (number and not (name == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {device!r}: an index knows cpu, cuda and cuda:N")
+    if name == "cuda":
+        faiss = load_faiss()
+        count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else -1
+        if count < 0:
+            raise UsageError(
+                f"--device {device}: the faiss that is installed ({faiss.__version__}) has no GPU index. Install "
+                "faiss-gpu (CUDA 12) or faiss-gpu-cuvs (CUDA 13) in place of faiss-cpu: all three are imported as "
+                "faiss, so uninstall faiss-cpu first; or use --device cpu"
+            )
+        if int(number or 0) >= count:
+            raise UsageError(f"--device {device}: FAISS sees {count} GPUs; use --device cpu")
+    return device
+
+
+class Engine:
+    """One FAISS index by inner product, whose ids are places 0, 1, 2, … in the order of adding."""
+
+    def __init__(self, index: Any, factory: str, device: str = "cpu") -> None:
+        self.factory, self.device = factory, device
+        self._index = index
+        self._resources: Any = None
+
+    @classmethod
+    def create(cls, factory: str, dimension: int, device: str = "cpu") -> Engine:
+        """An empty index. UsageError with FAISS's own words for a factory string that it rejects."""
+        faiss = load_faiss()
+        try:
+            index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise UsageError(f"--factory {factory!r} is not one that FAISS makes: {_reason(error)}") from error
+        return cls(index, factory)._on(check_device(device))
+
+    @classmethod
+    def read(cls, path: Path, factory: str, device: str = "cpu") -> Engine:
+        """The index in a file whose checksum holds, memory-mapped on the CPU."""
+        faiss = load_faiss()
+        flags = faiss.IO_FLAG_MMAP_IFC if device == "cpu" else 0
+        try:
+            index = faiss.read_index(str(path), flags)
+        except RuntimeError as error:
+            raise CorruptError(
+                f"{path} cannot be read by faiss {faiss.__version__}: {_reason(error)}; `ghoststore index … --rebuild`"
+            ) from error
+        return cls(index, factory)._on(check_device(device))
+
+    def _on(self, device: str) -> Engine:
+        if device != "cpu":
+            faiss = load_faiss()
+            self._resources = faiss.StandardGpuResources()
+            with self._words(f"on {device}"):
+                number = int(device.partition(":")[2] or 0)
+                self._index = faiss.index_cpu_to_gpu(self._resources, number, self._index)
+            self.device = device
+        return self
+
+    @contextmanager
+    def _words(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise UsageError(f"--factory {self.factory!r} cannot be used {doing}: {_reason(error)}") from error
+
+    @property
+    def rows(self) -> int:
+        """Rows that were added."""
+        return int(self._index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+        return int(self._index.d)
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether :meth:`train` must come before :meth:`add`."""
+        return not self._index.is_trained
+
+    @property
+    def lists(self) -> int | None:
+        """Inverted lists; None for kinds without."""
+        inverted = self._inverted
+        return None if inverted is None else int(inverted.nlist)
+
+    def train(self, rows_Rd: Float32) -> None:
+        """Learn lists and codes. The same rows on one thread give the same bits."""
+        with self._words(f"with {len(rows_Rd):,} rows to train on"):
+            self._index.train(rows_Rd)
+
+    def add(self, rows_Rd: Float32) -> None:
+        """Append rows."""
+        with self._words("for rows numbered from 0"):
+            self._index.add(rows_Rd)
+
+    def write(self, path: Path) -> None:
+        """Write to ``path``, as an index of the CPU."""
+        faiss = load_faiss()
+        index = self._index if self.device == "cpu" else faiss.index_gpu_to_cpu(self._index)
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:  # FAISS does not say which errno
+            raise OSError(None, f"FAISS cannot write {path}: {_reason(error)}") from error
+
+    def efforts(self) -> list[int | None]:
+        """Settings of ``nprobe`` or ``efSearch`` to try, from the cheapest; ``[None]`` for kinds without one."""
+        if self.lists is not None:
+            return [*(1 << power for power in range((self.lists - 1).bit_length())), self.lists]
+        if self._graph is not None:
+            return [1 << power for power in range(4, 13)]
+        return [None]
+
+    def set_effort(self, effort: int | None) -> None:
+        """Use a setting of :meth:`efforts` from here on."""
+        if effort is None:
+            return
+        if self._inverted is not None:
+            self._inverted.nprobe = effort
+        elif self._graph is not None:
+            self._graph.hnsw.efSearch = effort
+
+    def share(self, effort: int | None) -> float:
+        """About what share of the rows a search with ``effort`` looks at."""
+        if self.lists is not None:
+            return (effort or 1) / self.lists
+        return 1.0 if effort is None else min(1.0, 32 * effort / max(1, self.rows))
+
+    def search(self, queries_Qd: Float32, count: int) -> NDArray[np.int64]:
+        """(Q, count) places of candidates, best first by the coded vectors; -1 where there are no more. Never more than
+        there are rows; on a GPU at most 2,048.
+        """
+        count = min(count, self.rows) if self.device == "cpu" else min(count, self.rows, MOST_ON_GPU)
+        found = [
+            self._index.search(np.ascontiguousarray(queries_Qd[first : first + CANDIDATE_BATCH]), count)[1]
+            for first in range(0, len(queries_Qd), CANDIDATE_BATCH)
+        ]
+        return np.concatenate(found) if found else np.empty((0, count), dtype=np.int64)
+
+    @property
+    def _inverted(self) -> Any:
+        return _find(self._index, "nprobe")
+
+    @property
+    def _graph(self) -> Any:
+        return _find(self._index, "hnsw")
+
+
+def _find(index: Any, attribute: str) -> Any:
+    """The index with ``attribute`` inside transforms and refinements; None if there is none."""
+    faiss = load_faiss()
+    while index is not None:
+        index = faiss.downcast_index(index)
+        if hasattr(index, attribute):
+            return index
+        index = getattr(index, "index", None) or getattr(index, "base_index", None)
+    return None
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS's own words, without the place in its source."""
+    return " ".join(str(error).split()).rpartition(".cpp:")[2].partition(": ")[2] or str(error)

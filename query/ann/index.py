@@ -1,0 +1,135 @@
+"""An index of a part, opened: checked first, refused if it is damaged or does not fit what is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.store import Part
+from ghoststore.store.index_manifest import IndexManifest
+from ghoststore.store.indexes import (
+    check_coverage,
+    damage_of,
+    index_folder,
+    index_names,
+    read_manifest,
+)
+from query.ann.engine import Engine, check_device
+from query.ann.front import Front
+from query.ann.rows import ROW, CheckedRows
+from query.ann.searcher import Searcher
+from query.search import Ranking
+from query.terms import Metric, Term
+
+ATTEMPTS = 5
+"""An index that is replaced while it is opened is opened again."""
+
+
+class AnnIndex:
+    """Made by :meth:`open`. It stays what it is while another one takes its name."""
+
+    def __init__(self, part: Part, name: str, manifest: IndexManifest, searcher: Searcher) -> None:
+        self.part, self.name, self.manifest = part, name, manifest
+        self._searcher = searcher
+
+    @classmethod
+    def open(
+        cls, part: Part, name: str | None = None, *, metric: Metric | None = None, device: str = "cpu"
+    ) -> AnnIndex:
+        """The index called ``name``; without a name the only one, or the only one for ``metric``.
+
+        Its files are memory-mapped, once their SHA-256 hold. UsageError if there is no such index or several,
+        MismatchError if it is stale (rows were committed since, or it is of other vectors) or of another metric,
+        CorruptError naming the file if one is damaged. Whatever it is, ``ghoststore index`` builds it again.
+        """
+        check_device(device)
+        name = choose_index(part, metric) if name is None else name
+        for _ in range(ATTEMPTS):
+            manifest = read_manifest(part, name)
+            try:
+                opened = cls._load(part, name, manifest, metric, device)
+            except CorruptError:
+                if manifest == read_manifest(part, name):
+                    raise
+                continue
+            if manifest == read_manifest(part, name):
+                return opened
+        raise MismatchError(f"index {name!r} of part {part.name!r} is being replaced again and again; try later")
+
+    @classmethod
+    def _load(cls, part: Part, name: str, manifest: IndexManifest, metric: Metric | None, device: str) -> AnnIndex:
+        if metric is not None and manifest.metric != metric:
+            raise MismatchError(
+                f"index {name!r} is for --metric {manifest.metric}, not {metric}: "
+                f"`ghoststore index --metric {metric}` makes one"
+            )
+        check_coverage(part, name, manifest)
+        folder = index_folder(part, name)
+        for path, problem in damage_of(folder, manifest):
+            raise CorruptError(f"{path} of index {name!r}: {problem}; `ghoststore index` builds it again")
+        engine = Engine.read(manifest.path_of(folder, "faiss"), manifest.factory, device)
+        engine.set_effort(manifest.effort)
+        rows = CheckedRows(part, _table(manifest.path_of(folder, "rows"), part))
+        if (engine.rows, engine.dimension) != (manifest.rows, manifest.front_dimension):
+            raise CorruptError(
+                f"{manifest.path_of(folder, 'faiss')} holds {engine.rows} rows × {engine.dimension}; its manifest says "
+                f"{manifest.rows} × {manifest.front_dimension}"
+            )
+        front = Front(
+            manifest.dimension, manifest.front_dimension, manifest.front_key, manifest.metric, manifest.scale
+        )  # fmt: skip
+        return cls(part, name, manifest, Searcher(engine, front, rows, manifest.candidates))
+
+    def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
+        """The best and the worst rows of the part for each query of ``term``, with the scores of exact search.
+
+        Rows may be missing from a ranking (see the manifest's ``recall``), none has a score that is not its own.
+        UsageError for what :meth:`refuse` refuses, CorruptError for a damaged row.
+        """
+        self.refuse([term])
+        return self._searcher.search(term, top_k=top_k, bottom_k=bottom_k)
+
+    def refuse(self, terms: Sequence[Term]) -> None:
+        """UsageError, with the reason, for scores that this index cannot rank by."""
+        exact = "; use --index exact"
+        if len(terms) != 1:
+            raise UsageError(f"an index is of one part, the scores are summed over {len(terms)}{exact}")
+        (term,) = terms
+        if term.part.path != self.part.path:
+            raise UsageError(f"index {self.name!r} is of part {self.part.name!r}, not {term.part.name!r}{exact}")
+        if term.metric != self.manifest.metric:
+            raise UsageError(
+                f"index {self.name!r} is for --metric {self.manifest.metric}, not {term.metric}: "
+                f"`ghoststore index --metric {term.metric}` makes one"
+            )
+        if term.metric == "cosine" and term.groups is not None:
+            raise UsageError(
+                f"an index by cosine ranks whole vectors, not some layers: these have lengths of their own{exact}, or "
+                "--metric dot"
+            )
+        if term.metric == "cosine" and term.preconditioner is not None:
+            raise UsageError(f"an index by cosine knows no preconditioned lengths{exact}, or --metric dot")
+
+
+def choose_index(part: Part, metric: Metric | None) -> str:
+    """The name of the only index of ``part``, or of the only one for ``metric``. UsageError otherwise."""
+    names = [name for name in index_names(part) if metric is None or read_manifest(part, name).metric == metric]
+    if len(names) == 1:
+        return names[0]
+    what = "index" if metric is None else f"index for --metric {metric}"
+    if not names:
+        wanted = "" if metric is None else f" --metric {metric}"
+        raise UsageError(f"part {part.name!r} has no {what}; `ghoststore index --part {part.name}{wanted}` makes one")
+    raise UsageError(f"part {part.name!r} has more than one {what}; choose with --index-name: {', '.join(names)}")
+
+
+def _table(path: Path, part: Part) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """The rows file, memory-mapped; CorruptError if it names rows that the part cannot have."""
+    table: np.ndarray[tuple[int], np.dtype[np.void]] = np.memmap(path, dtype=ROW, mode="r")
+    rows = table["row"]
+    if rows[0] < 0 or rows[-1] >= part.layout.rows or bool((rows[1:] <= rows[:-1]).any()):
+        raise CorruptError(f"{path} names rows that part {part.name!r} cannot have")
+    return table

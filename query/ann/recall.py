@@ -1,0 +1,168 @@
+"""How much of the exact ranking an index finds: measured on a sample, and settings chosen by it.
+
+A val set is not at hand when an index is built. The queries are what it holds instead: single rows, and means of
+several, where possible of one domain, as the mean gradient of a val set is. A query's own rows count for nothing.
+
+Legend: Q queries, D numbers of a vector, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.progress import Task
+from ghoststore.store.index_manifest import Recall
+from indexer import draws
+from query.ann.engine import Engine
+from query.ann.rows import CheckedRows
+from query.ann.searcher import Searcher
+from query.search import Ranking, search
+from query.terms import Metric, Term
+
+QUERIES = 64
+"""Of each kind."""
+MEMBERS = 16
+"""Rows of which a mean is taken."""
+CUTS = (10, 100)
+CANDIDATES = (128, 256, 512, 1024, 2048, 4096)
+"""Rows to score exactly: what is tried, from the cheapest."""
+RANDOM_READ = 4
+"""A byte of a row that is read by itself costs about so many bytes of codes that are scanned."""
+KEY = "ghoststore/1|index|recall"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Queries of one kind, the rows they were made of, and their exact ranking without these."""
+
+    term: Term
+    own: NDArray[np.int64]
+    """(Q, members) rows."""
+    exact: Ranking
+    """The 100 best rows, or all there are."""
+
+
+def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, task: Task) -> dict[str, Sample]:
+    """Sample queries by kind, and one exact search for all of them. ``domain`` is that of each row of the table."""
+    usable = np.flatnonzero(rows.table["length"] > 0)
+    order = usable[draws.permutation(f"{KEY}|rows", len(usable))]
+    members = max(1, min(MEMBERS, len(order) // 4))
+    made = {"row": order[:QUERIES, None], "mean": _groups(order, domain, members)}
+    terms, own = {}, {}
+    for kind, places in made.items():
+        ascending, inverse = np.unique(places, return_inverse=True)
+        mean_QD = rows.read(ascending).double()[torch.from_numpy(inverse.reshape(places.shape))].mean(1)
+        kept = (mean_QD.norm(dim=1) > 0).numpy()
+        terms[kind] = Term.of(rows.part, mean_QD[torch.from_numpy(kept)], metric=metric)
+        own[kind] = rows.table["row"][places[kept]]
+    together = terms["row"].with_queries(torch.cat([term.queries_QD for term in terms.values()]))
+    exact, _ = search([together], top_k=max(CUTS) + members, task=task)
+    split = len(terms["row"].queries_QD)
+    parts = {"row": slice(None, split), "mean": slice(split, None)}
+    return {
+        kind: Sample(term, own[kind], without(_some(exact, parts[kind]), own[kind], max(CUTS)))
+        for kind, term in terms.items()
+        if len(term.queries_QD)
+    }
+
+
+def _groups(order: NDArray[np.int64], domain: NDArray[np.int16], members: int) -> NDArray[np.int64]:
+    """(queries, members) places of rows whose mean is a query: of one domain after the other."""
+    groups: list[NDArray[np.int64]] = []
+    by_domain = [order[domain[order] == one] for one in np.unique(domain[order])]
+    for turn in range(QUERIES):
+        for places in by_domain:
+            group = places[turn * members : (turn + 1) * members]
+            if len(group) == members and len(groups) < QUERIES:
+                groups.append(group)
+    return np.stack(groups) if groups else order[None, :members]
+
+
+def _some(ranking: Ranking, queries: slice) -> Ranking:
+    return Ranking(ranking.rows[queries], ranking.scores[queries])
+
+
+def without(ranking: Ranking, own: NDArray[np.int64], k: int) -> Ranking:
+    """The best ``k`` of a ranking that are not among a query's ``own`` rows; fewer where all queries have fewer."""
+    foreign = ~(ranking.rows[:, :, None] == own[:, None, :]).any(2) & (ranking.rows >= 0)
+    order = np.argsort(~foreign, axis=1, kind="stable")[:, :k]
+    kept = np.take_along_axis(foreign, order, axis=1)
+    rows = np.where(kept, np.take_along_axis(ranking.rows, order, axis=1), -1)
+    return Ranking(rows, np.where(kept, np.take_along_axis(ranking.scores, order, axis=1), -np.inf))
+
+
+def tune(
+    engine: Engine, searcher: Searcher, samples: Mapping[str, Sample], target: float, code_bytes: float
+) -> tuple[int | None, int]:
+    """The cheapest (effort, candidates) with which every kind of query reaches the recall ``target`` at 10; those that
+    find most where none does.
+
+    A row of the exact ranking that is among the candidates is in the result, for these are scored exactly: places of
+    candidates say it all. Cost counts bytes, no clock: the same index gets the same settings.
+    """
+    row_bytes = RANDOM_READ * searcher.rows.part.encoding.stored.itemsize * searcher.rows.part.layout.dimension
+    reached: list[tuple[float, int | None, int]] = []
+    best: tuple[float, float, int | None, int] | None = None
+    for effort in engine.efforts():
+        engine.set_effort(effort)
+        scanned = engine.share(effort) * engine.rows * code_bytes
+        if reached and scanned > min(reached)[0]:
+            break
+        ranks = {kind: _ranks_of_exact(searcher, sample) for kind, sample in samples.items()}
+        for candidates in CANDIDATES:
+            recall = min(float(np.mean(rank < candidates)) if len(rank) else 1.0 for rank in ranks.values())
+            cost = scanned + min(candidates, engine.rows) * row_bytes
+            if best is None or (-recall, cost) < best[:2]:
+                best = (-recall, cost, effort, candidates)
+            if recall >= target:
+                reached.append((cost, effort, candidates))
+                break
+    assert best is not None
+    _, effort, candidates = min(reached, key=lambda found: found[0]) if reached else best[1:]
+    return effort, candidates
+
+
+def _ranks_of_exact(searcher: Searcher, sample: Sample) -> NDArray[np.int64]:
+    """For each row of the exact ten best: its place among the candidates, or one past the last."""
+    exact = sample.exact.rows[:, : min(CUTS)]
+    places_QC = searcher.engine.search(searcher.front.queries(sample.term.queries_QD), max(CANDIDATES))
+    rows_QC = np.where(places_QC >= 0, searcher.rows.table["row"][places_QC], -1)
+    ranks = []
+    for wanted, found in zip(exact, rows_QC, strict=True):
+        place = {row: rank for rank, row in enumerate(found.tolist())}
+        ranks += [place.get(row, max(CANDIDATES)) for row in wanted.tolist() if row >= 0]
+    return np.array(ranks, dtype=np.int64)
+
+
+def measure(searcher: Searcher, samples: Mapping[str, Sample]) -> dict[str, Recall]:
+    """The recall of what ``searcher`` returns, by kind of query."""
+    return {
+        kind: Recall(
+            queries=len(sample.own),
+            at_10=_recall(searcher, sample, CUTS[0]),
+            at_100=_recall(searcher, sample, CUTS[1]),
+        )
+        for kind, sample in samples.items()
+    }
+
+
+def _recall(searcher: Searcher, sample: Sample, k: int) -> float:
+    found, _ = searcher.search(sample.term, top_k=k + sample.own.shape[1])
+    return recall_of(without(found, sample.own, k), sample.exact, k)
+
+
+def recall_of(found: Ranking, exact: Ranking, k: int) -> float:
+    """Share of the ``k`` exact best that were found; a row of equal score is as good."""
+    shares = []
+    for rows, scores, best_rows, best_scores in zip(
+        found.rows[:, :k], found.scores[:, :k], exact.rows[:, :k], exact.scores[:, :k], strict=True
+    ):
+        wanted = int((best_rows >= 0).sum())
+        if wanted:
+            shares.append(min(wanted, int(((scores >= best_scores[wanted - 1]) & (rows >= 0)).sum())) / wanted)
+    return float(np.mean(shares)) if shares else 1.0

@@ -1,0 +1,91 @@
+"""Single rows of a part at random, each checked against a digest that the index keeps.
+
+A chunk's own checksum covers the whole chunk: reading a few hundred rows of a large part through it would read nearly
+all of it.
+
+Legend: R rows, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.errors import CorruptError
+from ghoststore.store import Part
+from ghoststore.store.index_manifest import ROW_BYTES
+from ghoststore.store.spans import chunk_keys
+from query.stored import StoredRows
+
+PLAIN_DTYPES = ("float32", "float16", "bfloat16")
+"""Encodings whose numbers are those of ``vectors`` alone: any row can be read by itself."""
+
+ROW = np.dtype([("row", "<i8"), ("digest", "<u8"), ("length", "<f8")])
+"""One row of an index: its row in the part, :func:`digest_of` its numbers, its Euclidean length as stored."""
+assert ROW.itemsize == ROW_BYTES
+
+
+def digest_of(row_D: NDArray[np.float32]) -> int:
+    """xxh3-64 of a row's numbers as little-endian float32, whatever they are stored as."""
+    return xxhash.xxh3_64_intdigest(row_D.astype("<f4", copy=False).data)
+
+
+class CheckedRows:
+    """Reads rows of ``part`` that are in the table of an index."""
+
+    def __init__(self, part: Part, table: NDArray[np.void]) -> None:
+        self.part, self.table = part, table
+
+    def read(self, places: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """(R, D) float32 of the rows at ``places`` of the table, in their order; ascending is fastest.
+
+        CorruptError naming the chunk for a row that is not what was indexed.
+        """
+        entries = self.table[np.asarray(places, dtype=np.int64)]
+        rows, digests = entries["row"].tolist(), entries["digest"].tolist()
+        if self.part.layout.dtype in PLAIN_DTYPES:
+            found = self._read_plain(rows)
+        else:
+            found = StoredRows(self.part).gather(rows).numpy()
+        for row, digest, row_D in zip(rows, digests, found, strict=True):
+            if digest_of(row_D) != digest:
+                raise CorruptError(
+                    f"{self._chunk(row)}: row {row} is not what was indexed; `ghoststore verify` tells whether the "
+                    "chunk or the index is damaged"
+                )
+        return torch.from_numpy(found)
+
+    def _chunk(self, row: int) -> Path:
+        (key,) = chunk_keys(self.part.spec("vectors"), row, row + 1)
+        return self.part.path / key
+
+    def _read_plain(self, rows: list[int]) -> NDArray[np.float32]:
+        spec, encoding = self.part.spec("vectors"), self.part.encoding
+        size = spec.width * encoding.stored.itemsize
+        stored = np.empty((len(rows), spec.width), dtype=encoding.stored)
+        place = 0
+        while place < len(rows):
+            chunk = rows[place] // spec.chunk_rows
+            path = self._chunk(rows[place])
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    while place < len(rows) and rows[place] // spec.chunk_rows == chunk:
+                        file.seek(rows[place] % spec.chunk_rows * size)
+                        if file.readinto(stored[place].data.cast("B")) != size:
+                            raise CorruptError(f"{path} is cut short at row {rows[place]}; see `ghoststore verify`")
+                        place += 1
+            except FileNotFoundError:
+                raise CorruptError(
+                    f"{path} is missing, though its span is committed; see `ghoststore verify`"
+                ) from None
+            except CorruptError:
+                raise
+            except OSError as error:
+                raise CorruptError(f"{path} cannot be read: {error}") from error
+        return np.asarray(encoding.decode(stored))

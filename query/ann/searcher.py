@@ -1,0 +1,83 @@
+"""Candidates by FAISS, exact scores by the stored vectors.
+
+Legend: Q queries, R rows, D numbers of a vector, C candidates of a query.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError
+from query.ann.engine import Engine
+from query.ann.front import Front
+from query.ann.rows import CheckedRows
+from query.search import Ranking, pair_scores
+from query.terms import Term
+
+OVERSAMPLE = 4
+"""At least so many candidates are scored for each row that is asked for."""
+BATCH_BYTES = 32 << 20
+"""Of the float32 rows that are in memory at once."""
+
+
+class Searcher:
+    """Ranks rows as ``query.search.search`` does, of the candidates alone: equal scores, bit for bit."""
+
+    def __init__(self, engine: Engine, front: Front, rows: CheckedRows, candidates: int) -> None:
+        self.engine, self.front, self.rows = engine, front, rows
+        self.candidates = candidates
+
+    def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
+        """The best ``top_k`` and the worst ``bottom_k`` candidates for each query of ``term``, equal scores by lower
+        row. Where there are fewer rows, ``rows`` ends in -1.
+
+        Raises CorruptError for a damaged row.
+        """
+        return self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
+
+    def _best(self, term: Term, k: int, sign: float) -> Ranking:
+        queries = len(term.queries_QD)
+        rows_Qk, scores_Qk = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), -sign * np.inf)
+        if k == 0 or queries == 0:
+            return Ranking(rows_Qk, scores_Qk)
+        signed = sign if term.weight >= 0 else -sign
+        places_QC = self.engine.search(
+            self.front.queries(term.queries_QD * signed), max(self.candidates, OVERSAMPLE * k)
+        )  # fmt: skip
+        if places_QC.max(initial=-1) >= len(self.rows.table):
+            raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
+        scores_QC = self._scores(term, places_QC)
+        rows_QC = np.where(places_QC >= 0, self.rows.table["row"][places_QC], -1)
+        found = min(k, places_QC.shape[1])
+        # Places without a candidate come last, whatever the sign.
+        order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :found]
+        rows_Qk[:, :found] = np.take_along_axis(rows_QC, order_QC, axis=1)
+        kept_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
+        scores_Qk[:, :found] = np.where(rows_Qk[:, :found] >= 0, kept_QC, -sign * np.inf)
+        return Ranking(rows_Qk, scores_Qk)
+
+    def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(Q, C): exact scores; each row is read once."""
+        units_Q = term.lengths
+        unit_QD = term.queries_QD / torch.from_numpy(units_Q).unsqueeze(1)
+        query, column = np.nonzero(places_QC >= 0)
+        places, place_of_pair = np.unique(places_QC[query, column], return_inverse=True)
+        pairs = np.argsort(place_of_pair, kind="stable")
+        scores_QC = np.zeros(places_QC.shape)
+        batch = max(1, BATCH_BYTES // (4 * unit_QD.shape[1]))
+        for first in range(0, len(places), batch):
+            some = places[first : first + batch]
+            begin, end = np.searchsorted(place_of_pair[pairs], (first, first + len(some)))
+            mine = pairs[begin:end]
+            scores_QC[query[mine], column[mine]] = pair_scores(
+                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[mine] - first, query[mine]
+            )
+        return np.asarray(scores_QC * units_Q[:, None])
+
+    def _factors(self, term: Term, places: NDArray[np.int64]) -> torch.Tensor:
+        """What the products of rows are multiplied with, as ``query.terms.RowFacts`` has it."""
+        length = self.rows.table["length"][places]
+        scaled = term.weight / np.where(length > 0, length, 1.0)
+        return torch.from_numpy(scaled if term.metric == "cosine" else np.full(len(places), term.weight))
