@@ -1,0 +1,105 @@
+"""``query --index ann``: the rows of exact search where recall is 1, and a refusal where an index cannot answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ghoststore
+from ghoststore import ProjectionConfig
+from ghoststore.errors import GhostStoreError, MismatchError, UsageError
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+ROWS = 300
+
+
+@pytest.fixture(scope="module")
+def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two parts of the same rows; the first has an index by either metric."""
+    folder = tmp_path_factory.mktemp("index-query")
+    data = lab.write(folder / "train.jsonl", lab.sample_rows(ROWS, 1))
+    lab.write(folder / "val.jsonl", lab.sample_rows(5, 3))
+    for name in ("one", "two"):
+        ghoststore.build(
+            checkpoint=lab.checkpoint, data=data, store=folder / "store", name=name, device="cpu",
+            projection=ProjectionConfig(rank_total=16), span_rows=64,
+        )  # fmt: skip
+    for metric in ("cosine", "dot"):
+        ghoststore.index(store=folder / "store", part="one", metric=metric, factory="Flat")
+    return folder / "store"
+
+
+def ask(store: Path, index: str, **settings: Any) -> Any:
+    settings = {"part": "one", "top_k": 7, "bottom_k": 2, "device": "cpu"} | settings
+    return ghoststore.query(store=store, val_set=store.parent / "val.jsonl", index=index, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"each": True}, {"metric": "dot"}, {"group_field": "domain"}, {"metric": "dot", "layers": ["mlp"]},
+        {"metric": "dot", "precondition": "second-moment"}, {"rerank": 20},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None:
+    exact, found = ask(store, "exact", **settings), ask(store, "ann", **settings)
+    assert found.settings["index"] == "ann"
+    assert found.settings["factory"] == "Flat"
+    assert found.settings["recall"]["row"]["at_10"] == 1.0
+    assert exact.settings["index"] == "exact"
+    for mine, theirs in zip(found.results, exact.results, strict=True):
+        assert mine.query == theirs.query
+        for one, other in ((mine.hits, theirs.hits), (mine.bottom, theirs.bottom)):
+            assert [hit.id for hit in one] == [hit.id for hit in other]
+            assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"layers": ["mlp"]}, UsageError, "ranks whole vectors"),
+        ({"precondition": "second-moment"}, UsageError, "knows no preconditioned lengths"),
+        ({"part": ["one", "two"], "part_weights": "equal"}, UsageError, "summed over 2"),
+        ({"group_field": "domain", "combine": "max"}, UsageError, "--combine max needs the scores of all rows"),
+        ({"part": "two"}, UsageError, "no index"),
+        ({"index_name": "other"}, UsageError, "no index 'other'"),
+        ({"index_name": "dot-Flat"}, GhostStoreError, "dot"),
+    ],
+)
+def test_refused(store: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ask(store, "ann", **settings)
+
+
+def test_unknown_words(store: Path) -> None:
+    with pytest.raises(UsageError, match="'fast' is unknown"):
+        ask(store, "fast")
+    with pytest.raises(UsageError, match="belongs to --index ann"):
+        ask(store, "exact", index_name="cosine")
+
+
+def test_more_rows_than_there_are(store: Path) -> None:
+    exact, found = (ask(store, index, top_k=10 * ROWS) for index in ("exact", "ann"))
+    assert [hit.id for hit in found.results[0].hits] == [hit.id for hit in exact.results[0].hits]
+    assert len(found.results[0].hits) == ROWS
+
+
+def test_stale(lab: Lab, store: Path, tmp_path: Path) -> None:
+    """Rows that were committed since are not silently left out."""
+    import shutil
+
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    record = copy / "parts" / "one" / "commits" / "00000001.json"
+    kept = record.read_bytes()
+    record.unlink()
+    lab.write(tmp_path / "val.jsonl", lab.sample_rows(5, 3))
+    with pytest.raises(MismatchError, match=r"stale: .* `ghoststore index` builds it again"):
+        ask(copy, "ann")
+    record.write_bytes(kept)
+    assert ask(copy, "ann").results[0].hits
