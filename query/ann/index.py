@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +93,17 @@ class AnnIndex:
         """
         self.refuse([term])
         return self._searcher.search(term, top_k=top_k, bottom_k=bottom_k)
+
+    def settings(self) -> dict[str, Any]:
+        """What results say of the index that they came from: which it is, and its measured recall."""
+        manifest = self.manifest
+        return {
+            "index": "ann",
+            "index_name": self.name,
+            "factory": manifest.factory,
+            "candidates": manifest.candidates,
+            "recall": {kind: asdict(recall) for kind, recall in manifest.recall.items()},
+        }
 
     def refuse(self, terms: Sequence[Term]) -> None:
         """UsageError, with the reason, for scores that this index cannot rank by."""

@@ -379,3 +379,6 @@ def test_manifests_are_plain_json(part: Part) -> None:
     text = (part.path / "index" / "plain" / "index.json").read_text()
     assert json.loads(text)["factory"] == report.manifest.factory
     json.dumps(report.to_json())
+    told = AnnIndex.open(part, "plain").settings()
+    assert (told["index"], told["index_name"], told["factory"]) == ("ann", "plain", report.manifest.factory)
+    assert json.loads(json.dumps(told["recall"]))["mean"]["at_10"] == report.manifest.recall["mean"].at_10
