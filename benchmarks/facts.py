@@ -118,7 +118,7 @@ def main(demo: Path, out: Path) -> None:
             except GhostStoreError as error:
                 click.echo(f"{built.label}, {score}: {error}", err=True)
                 continue
-            rows.append(cells(built.label, score, f"{described.bytes / described.committed:,.0f}", found))
+            rows.append(cells(built.label, score, f"{described.row_bytes:,}", found))
             numbers[f"{built.name}/{score}"] = found
     words = TfIdf([row["text"] for row in train])
     by_words = {

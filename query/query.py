@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
@@ -105,7 +103,13 @@ def query(
     hits = hits_of(asked.part, rankings, text, progress, asked.blend)
     result = QueryResult(
         store=str(store),
-        settings={**asked.settings(), **index_settings(opened), "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k},
+        settings={
+            **asked.settings(),
+            **({"index": "exact"} if opened is None else opened.settings()),
+            "rerank": rerank,
+            "top_k": top_k,
+            "bottom_k": bottom_k,
+        },
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
@@ -113,16 +117,3 @@ def query(
     if page is not None:
         write_report(page, asked, result, rankings, progress)
     return result
-
-
-def index_settings(index: AnnIndex | None) -> dict[str, Any]:
-    """What a result says of how its rows were found."""
-    if index is None:
-        return {"index": "exact"}
-    manifest = index.manifest
-    return {
-        "index": "ann",
-        "index_name": index.name,
-        "factory": manifest.factory,
-        "recall": {name: asdict(one) for name, one in manifest.recall.items()},
-    }
