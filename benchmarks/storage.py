@@ -32,7 +32,7 @@ EXACT = "float32"
 PROJECTIONS = {"sketched": ProjectionConfig(), "plain blocks": ProjectionConfig(rank_total=256)}
 QUERIES: dict[str, Grouping] = {"domain means": "domain", "val samples": "each"}
 CUTS = (10, 100)
-CANDIDATES = (100, 400)
+CANDIDATES = (100,)
 TOP_K = 10
 
 Scores = NDArray[np.float64]

@@ -207,6 +207,7 @@ def test_build_and_query_from_shards(lab: Lab, rows: str, tmp_path: Path) -> Non
     assert results[0] == results[1]
     assert part.manifest["source"] | {"checkpoint": None} == {
         "checkpoint": None, "tokenizer": None, "data": str(tmp_path / "shards"), "form": "token-shards",
+        "optimizer_state": None, "learning_rate": None,
     }  # fmt: skip
 
 
