@@ -72,7 +72,7 @@ def val_queries(part: Part) -> Queries:
     """Usable rows of a part that was built of a val set, and means of rows of one domain."""
     status, domain = (np.asarray(part.read(name, 0, part.layout.rows)) for name in ("status", "domain"))
     order = np.random.default_rng(0).permutation(np.flatnonzero(status < 16))
-    vectors = part.encoding.decode(part.read("vectors", 0, part.layout.rows))
+    vectors = part.read_vectors(0, part.layout.rows)
     groups = []
     for one in np.unique(domain[order]):
         mine = order[domain[order] == one]
