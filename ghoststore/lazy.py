@@ -36,6 +36,7 @@ FACE = {
     "demo": "query.demo",
     "index": "query.index",
     "IndexReport": "query.index",
+    "evaluate": "query.evaluate.evaluate",
     "query": "query.query",
     "self_influence": "query.self_influence",
     "QueryResult": "query.results",

@@ -60,8 +60,9 @@ class _Rows:
     digest: NDArray[np.uint64]
 
 
-def values_of_rows(part: Part, run: Run, progress: Progress) -> RowValues:
-    """The value of each committed row of ``part`` in ``run``, joined by the sample's place in the corpus.
+def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None = None) -> RowValues:
+    """The value of each committed row of ``part`` in ``run``, joined by the sample's place in the corpus: for the whole
+    val set, or one val ``group``.
 
     By window where both cut long samples into the same windows; otherwise each row has the value of its whole sample.
     MismatchError if part and run are not of the same samples, UsageError for a run without steps.
@@ -74,7 +75,7 @@ def values_of_rows(part: Part, run: Run, progress: Progress) -> RowValues:
     units = Units(run, joined_by)
     sums = ScoreSums(len(units))
     with closing(progress.task("reading scores", run.steps, unit="steps")) as task:
-        for piece in stream_steps(run, choose_column(run), spans_of(run, window), window):
+        for piece in stream_steps(run, choose_column(run, group), spans_of(run, window), window):
             sums.add(piece.places, units.of(piece.places.row))
             task.advance(piece.stop - piece.start)
     value = np.full(part.layout.rows, np.nan)

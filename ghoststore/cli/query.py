@@ -95,5 +95,5 @@ def _print(result: Any) -> None:
                 print_table(f"{title} {query.query}", columns, rows, fold=False)
     if result.settings.get("index") == "ann":
         recall = result.settings["recall"]
-        shown = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
-        click.echo(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {shown}.")
+        told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
+        click.echo(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")

@@ -97,6 +97,12 @@ class TrainingRows:
             np.maximum(shards.first_target[of_row].astype(np.int64) - start, 1),
         )  # fmt: skip
 
+    def only(self, samples: NDArray[np.bool_]) -> TrainingRows:
+        """The rows of the samples that are True, one for each of the shards. CorpusError if none has a target."""
+        kept = samples[self.sample]
+        columns = (self.sample, self.window_start, self.length, self.first_target)
+        return TrainingRows(self.shards, *(column[kept] for column in columns))
+
     def __len__(self) -> int:
         return len(self.sample)
 

@@ -5,7 +5,7 @@ Legend: V val rows, B rows of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ghoststore.corpus import Corpus, scan_samples
 from ghoststore.errors import UsageError
@@ -102,19 +103,8 @@ class ValSet:
         domains = self.domains
         column = {name: place for place, name in enumerate(domains)}
         sums = torch.zeros(len(domains), 2, dtype=torch.float64)
-        mine = self.order[ranks.rank :: ranks.count].tolist()
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            for places in self._plan(mine, EVAL_BATCH_TOKENS):
-                batch = {key: value.to(device) for key, value in self._batch(places).items()}
-                labels = batch.pop("labels")
-                losses_B, targets_B = next_token_losses(model(**batch).logits, labels, reduction="sum")
-                domain_B = torch.tensor([column[self.domain_of(place)] for place in places])
-                sums.index_add_(0, domain_B, torch.stack([losses_B.double(), targets_B.double()], 1).cpu())
-        finally:
-            for module in training:
-                module.training = True
+        for places, sums_B2 in self._sums(model, self.order[ranks.rank :: ranks.count].tolist()):
+            sums.index_add_(0, torch.tensor([column[self.domain_of(place)] for place in places]), sums_B2)
         sums = ranks.sum(sums.to(device)).cpu()
         total = sums.sum(0)
         return ValLoss(
@@ -122,3 +112,26 @@ class ValSet:
             by_domain={name: float(row[0] / row[1]) for name, row in zip(domains, sums, strict=True) if row[1]},
             targets=int(total[1]),
         )
+
+    @torch.no_grad()
+    def losses(self, model: Any) -> NDArray[np.float64]:
+        """(V,): the mean loss of each row over its targets. In eval mode; every module's own mode is put back."""
+        found = np.zeros(len(self.rows))
+        for places, sums_B2 in self._sums(model, range(len(self.rows))):
+            found[places] = (sums_B2[:, 0] / sums_B2[:, 1]).numpy()
+        return found
+
+    def _sums(self, model: Any, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """(places, (B, 2): summed loss and targets of each) of batches of ``rows``, float64 on the CPU."""
+        device = next(model.parameters()).device
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            for places in self._plan(rows, EVAL_BATCH_TOKENS):
+                batch = {key: value.to(device) for key, value in self._batch(places).items()}
+                labels = batch.pop("labels")
+                losses_B, targets_B = next_token_losses(model(**batch).logits, labels, reduction="sum")
+                yield places, torch.stack([losses_B.double(), targets_B.double()], 1).cpu()
+        finally:
+            for module in training:
+                module.training = True

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import ghoststore
 import ghoststore.checkpoint
 import ghoststore.cli.build
+import ghoststore.cli.evaluate
 import ghoststore.cli.index
 import ghoststore.cli.info
 import ghoststore.cli.query

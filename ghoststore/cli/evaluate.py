@@ -1,0 +1,83 @@
+"""``ghoststore evaluate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ghoststore.cli import options
+
+
+@click.command("evaluate", short_help="do scores predict what training does?")
+@options.store
+@click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus.")
+@click.option("--out", required=True, metavar="FOLDER", help="Folder for what the trainings find; resumes there.")
+@click.option(
+    "--part",
+    multiple=True,
+    metavar="NAME",
+    callback=options.one_or_several,
+    help="Part to evaluate (default: the only one). Repeated: the sums over all of them, too.",
+)
+@click.option(
+    "--part-weights", metavar="W", callback=options.weights, help="Of several --part, as in `ghoststore query`."
+)
+@click.option("--run", metavar="NAME", help="Evaluate the values of this training run as well.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help="dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all).",
+)
+@click.option("--halves", type=int, default=20, show_default=True, help="Models to train, each on a random half.")
+@click.option("--max-steps", type=int, default=200, show_default=True, help="Steps of each training.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Samples of a step.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="Its peak.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of halves, weights and order.")
+@click.option("--damping", type=float, help="Of the preconditioned methods (default: 0.1).")
+@click.option("--max-val-samples", type=int, help="Only the first samples of the val set.")
+@click.option("--workers", type=int, help="Trainings at once (default: one a processor, at most 4; 1 on a GPU).")
+@options.device
+@options.fields
+@options.common
+def command(**values: Any) -> None:
+    """The linear datamodeling score (LDS): do scores add up to what training on some of the samples does?
+
+    Small models of the checkpoint's architecture are trained anew, each on a random half of the corpus. For every val
+    sample, the loss of each model is correlated (Spearman) with the sum of the scores of the samples that it saw. 1 is
+    perfect, 0 is noise; intervals are from resampling the trainings.
+
+    \b
+      ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation
+      ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation --halves 60 --method cosine
+    """  # fmt: skip
+    from ghoststore.cli.terminal import listener, print_json
+    from ghoststore.lazy import load
+
+    as_json, quiet = values.pop("as_json"), values.pop("quiet")
+    if not values["methods"]:
+        del values["methods"]
+    report = load("evaluate")(progress=listener(quiet), **options.take_fields(values))
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report)
+
+
+def _print(report: Any) -> None:
+    from ghoststore.cli.terminal import print_table
+
+    settings = report.settings
+    print_table(
+        f"LDS over {settings['halves']} trainings on halves of {settings['samples']:,} samples (95 % interval)",
+        [("score", False), (f"each of {settings['val_samples']:,} val samples", True),
+         (f"{len(settings['groups'])} val groups", True)],
+        [[one.method, _shown(one.samples), _shown(one.groups)] for one in report.results],
+    )  # fmt: skip
+    click.echo(f"Mean val loss {report.loss['mean']:.4f}, ± {report.loss['deviation']:.4f} from half to half.")
+
+
+def _shown(score: Any) -> str:
+    return "–" if score is None else f"{score.value:+.3f} ({score.low:+.3f} to {score.high:+.3f})"

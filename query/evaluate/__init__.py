@@ -1,0 +1,1 @@
+"""Counterfactual evaluation: do scores predict what training without some samples does?"""

@@ -1,0 +1,75 @@
+"""What is evaluated: one score for each val sample and each sample of the corpus, by method.
+
+Legend: V val samples, N samples of the corpus, R rows of a part (samples, or windows of long ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.corpus import Corpus
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
+from ghoststore.showcase.lexical import TfIdf
+from ghoststore.store import Part
+from query.question import Question, ask
+
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "dot": {"metric": "dot"},
+    "cosine": {"metric": "cosine"},
+    "preconditioned-dot": {"metric": "dot", "precondition": "second-moment"},
+    "preconditioned-cosine": {"metric": "cosine", "precondition": "second-moment"},
+}
+"""Scores of a store, as settings of a question."""
+BASELINES = ("tf-idf", "random")
+METHODS = (*GRADIENTS, *BASELINES)
+MOST_NUMBERS = 1 << 28
+"""Of the dense TF-IDF vectors: 1 GiB."""
+
+
+def of_gradients(question: Question, ids: list[str], samples: int, progress: Progress) -> NDArray[np.float64]:
+    """(V, N): scores of ``question``, which asks for each val sample, summed over the windows of a sample.
+
+    UsageError where the val samples are not those called ``ids``.
+    """
+    asked = ask(question, progress)
+    if asked.names != ids:
+        raise UsageError(
+            f"the val set has {len(asked.names)} usable samples for the store and {len(ids)} for the trainings, or in "
+            "another order; remove those that cannot be used"
+        )
+    return by_sample(asked.scores(progress), asked.part, samples)
+
+
+def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArray[np.float64]:
+    """(V, N): scores of rows summed over the windows of a sample; 0 for what has none (NaN)."""
+    found = np.zeros((len(scores_VR), samples))
+    for span in part.spans:
+        start, stop = part.layout.span_of(span)
+        rows = np.nan_to_num(scores_VR[:, start:stop], nan=0.0)
+        np.add.at(found.T, part.read("source_row", start, stop), rows.T)
+    return found
+
+
+def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:
+    """(V, N): cosines of TF-IDF vectors. UsageError for a corpus too large for dense vectors."""
+    texts = [sample.preview() for sample in corpus.samples()][:samples]
+    words = len({word for text in texts for word in text.lower().split()})
+    if len(texts) * words > MOST_NUMBERS:
+        raise UsageError(f"--method tf-idf: {len(texts):,} samples of {words:,} words are too many; leave it out")
+    index = TfIdf(texts)
+    return np.asarray(index.vectors(val_texts) @ index.rows.T, dtype=np.float64)
+
+
+def of_chance(val: int, samples: int, seed: int) -> NDArray[np.float64]:
+    """(V, N): random numbers."""
+    return np.random.default_rng(seed).standard_normal((val, samples))
+
+
+def grouped(scores_VN: NDArray[np.float64], groups: Mapping[str, list[int]]) -> NDArray[np.float64]:
+    """(groups, N): the mean over the val samples of each group."""
+    return np.stack([scores_VN[places].mean(0) for places in groups.values()])
