@@ -31,6 +31,16 @@ from ghoststore.cli import options
     metavar="NAME",
     help="dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all).",
 )
+@click.option(
+    "--test",
+    "tests",
+    multiple=True,
+    metavar="NAME",
+    help="lds (default), removal, tail-patch; repeatable.",
+)
+@click.option("--drop", type=float, default=0.1, show_default=True, help="removal: share of samples left out.")
+@click.option("--top-k", type=int, default=16, show_default=True, help="tail-patch: samples of a step.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="removal, tail-patch: random sets beside it.")
 @click.option("--halves", type=int, default=20, show_default=True, help="Models to train, each on a random half.")
 @click.option("--max-steps", type=int, default=200, show_default=True, help="Steps of each training.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Samples of a step.")
@@ -43,11 +53,15 @@ from ghoststore.cli import options
 @options.fields
 @options.common
 def command(**values: Any) -> None:
-    """The linear datamodeling score (LDS): do scores add up to what training on some of the samples does?
+    """Do scores predict what training does? Three tests, on your own task.
 
-    Small models of the checkpoint's architecture are trained anew, each on a random half of the corpus. For every val
-    sample, the loss of each model is correlated (Spearman) with the sum of the scores of the samples that it saw. 1 is
-    perfect, 0 is noise; intervals are from resampling the trainings.
+    lds, the linear datamodeling score: small models of the checkpoint's architecture are trained anew, each on a random
+    half of the corpus. For every val sample, the loss of each model is correlated (Spearman) with the sum of the scores
+    of the samples that it saw. 1 is perfect, 0 is noise; intervals are from resampling the trainings.
+
+    removal: models are trained without the samples that rank highest, and without random ones.
+
+    tail-patch: one step from the checkpoint on the samples that rank highest, and on random ones.
 
     \b
       ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation
@@ -57,8 +71,9 @@ def command(**values: Any) -> None:
     from ghoststore.lazy import load
 
     as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    if not values["methods"]:
-        del values["methods"]
+    for name in ("methods", "tests"):
+        if not values[name]:
+            del values[name]
     report = load("evaluate")(progress=listener(quiet), **options.take_fields(values))
     if as_json:
         print_json(report.to_json())
@@ -70,14 +85,31 @@ def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
     settings = report.settings
-    print_table(
-        f"LDS over {settings['halves']} trainings on halves of {settings['samples']:,} samples (95 % interval)",
-        [("score", False), (f"each of {settings['val_samples']:,} val samples", True),
-         (f"{len(settings['groups'])} val groups", True)],
-        [[one.method, _shown(one.samples), _shown(one.groups)] for one in report.results],
-    )  # fmt: skip
-    click.echo(f"Mean val loss {report.loss['mean']:.4f}, ± {report.loss['deviation']:.4f} from half to half.")
+    if report.lds:
+        print_table(
+            f"LDS over {settings['halves']} trainings on halves of {settings['samples']:,} samples (95 % interval)",
+            [("score", False), (f"each of {settings['val_samples']:,} val samples", True),
+             (f"{len(settings['groups'])} val groups", True)],
+            [[one.method, _shown(one.samples), _shown(one.groups)] for one in report.lds],
+        )  # fmt: skip
+    if report.removal:
+        print_table(
+            f"Val loss after training without {settings['drop']:.0%} of the samples, and against random ones",
+            [("the best by", False), ("val loss", True), ("change", True), ("± random", True)],
+            [[one.method, f"{one.loss:.4f}", f"{one.change:+.4f}", _number(one.deviation)] for one in report.removal],
+        )
+    if report.tail_patch:
+        print_table(
+            f"What one step on {settings['top_k']} samples takes off the loss of the val groups",
+            [("the best by", False), ("gain", True), ("random", True), ("± random", True)],
+            [[one.method, f"{one.gain:+.5f}", f"{one.random:+.5f}", _number(one.deviation)]
+             for one in report.tail_patch],
+        )  # fmt: skip
 
 
 def _shown(score: Any) -> str:
     return "–" if score is None else f"{score.value:+.3f} ({score.low:+.3f} to {score.high:+.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"

@@ -69,14 +69,14 @@ class Retrainer:
             job.val_set, job.fields, load_tokenizer(Path(job.tokenizer_folder)), job.max_length,
             max_samples=job.max_val_samples, seed=0, progress=Silent(),
         )  # fmt: skip
-        self._rows = TrainingRows.cut(self.shards, job.max_length, "truncate")
+        self.rows = TrainingRows.cut(self.shards, job.max_length, "truncate")
 
     def val_losses(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """(V,): the mean loss of each val sample after training on the samples ``kept``, one for each of the corpus.
 
         The same for the same arguments on the same machine. UsageError if no sample with a target is kept.
         """
-        rows = self._rows.only(kept)
+        rows = self.rows.only(kept)
         config = self.job.recipe.config()
         asked = config.optimization
         model = self._new_model(config.seed)

@@ -114,12 +114,15 @@ class ValSet:
         )
 
     @torch.no_grad()
-    def losses(self, model: Any) -> NDArray[np.float64]:
-        """(V,): the mean loss of each row over its targets. In eval mode; every module's own mode is put back."""
+    def losses(self, model: Any, rows: Sequence[int] | None = None) -> NDArray[np.float64]:
+        """(rows,): the mean loss over its targets of each of ``rows`` (default: all). In eval mode; every module's own
+        mode is put back.
+        """
+        wanted = range(len(self.rows)) if rows is None else rows
         found = np.zeros(len(self.rows))
-        for places, sums_B2 in self._sums(model, range(len(self.rows))):
+        for places, sums_B2 in self._sums(model, wanted):
             found[places] = (sums_B2[:, 0] / sums_B2[:, 1]).numpy()
-        return found
+        return found[list(wanted)]
 
     def _sums(self, model: Any, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """(places, (B, 2): summed loss and targets of each) of batches of ``rows``, float64 on the CPU."""

@@ -1,48 +1,38 @@
-"""``ghoststore.evaluate``: do a store's scores predict what training without some of the samples does?"""
+"""``ghoststore.evaluate``: do a store's scores predict what training with or without some of the samples does?"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import find_checkpoint, resolve_device
+from ghoststore.checkpoint import find_checkpoint, load_model, resolve_device
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.store import Part, Store
-from indexer.tokenize import tokenize
-from indexer.training.inputs import is_shards
-from indexer.training.retrain import Recipe, Retrainer, Retraining
-from query.blend import values_of_rows
-from query.corpus_check import read_unchanged
-from query.evaluate.lds import Lds, lds
-from query.evaluate.predictors import (
-    BASELINES,
-    GRADIENTS,
-    METHODS,
-    by_sample,
-    grouped,
-    of_chance,
-    of_gradients,
-    of_words,
-)
-from query.evaluate.trainings import Plan, losses_of_halves
+from ghoststore.store import Store
+from indexer.training.patch import Patch
+from indexer.training.retrain import Recipe
+from query.evaluate.lds import Lds, half, lds
+from query.evaluate.predictors import METHODS, grouped
+from query.evaluate.removal import Removal, removal_of, without_best
+from query.evaluate.tail_patch import TailPatch, TailPatches
+from query.evaluate.task import Scored, Task
+from query.evaluate.trainings import losses_of
 from query.parts import PartWeights, part_names
 from query.question import Question
-from query.texts import corpus_behind
 
-Scores = NDArray[np.float64]
+TESTS = ("lds", "removal", "tail-patch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
-    """One method. LDS of the losses of single val samples, and of the mean losses of groups of them."""
+    """The LDS of one method: for the losses of single val samples, and for the mean losses of groups of them."""
 
     method: str
     samples: Lds | None
@@ -53,14 +43,14 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateReport:
-    """What ``ghoststore.evaluate`` found."""
+    """What ``ghoststore.evaluate`` found: one entry a method in each test that was asked for."""
 
     store: str
     out: str
     settings: dict[str, Any]
-    loss: dict[str, float]
-    """Over the trainings, mean val loss: its mean, and the standard deviation between halves."""
-    results: list[Evaluated]
+    lds: list[Evaluated]
+    removal: list[Removal]
+    tail_patch: list[TailPatch]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore evaluate --json`` prints."""
@@ -75,8 +65,12 @@ def evaluate(
     part: str | Sequence[str] | None = None,
     part_weights: PartWeights | None = None,
     run: str | None = None,
+    tests: Sequence[str] = ("lds",),
     methods: Sequence[str] = METHODS,
     halves: int = 20,
+    drop: float = 0.1,
+    top_k: int = 16,
+    repeats: int = 3,
     max_steps: int = 200,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
@@ -88,157 +82,138 @@ def evaluate(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> EvaluateReport:
-    """The linear datamodeling score of each of ``methods``: see `query.evaluate.lds`.
+    """Test the scores of each of ``methods`` by training: see `docs/evaluate.md`.
 
-    ``halves`` models of the architecture of the part's checkpoint are trained anew, each on another random half of the
-    corpus that the part was built from, for ``max_steps`` steps of ``batch_size`` samples, by ``workers`` processes at
-    once (default: as many as processors, at most 4; 1 on a GPU). What each loses on each val sample is kept in ``out``:
-    the same call goes on where it was interrupted, and asks other methods without training again.
+    ``tests``: ``lds`` trains ``halves`` models on random halves and correlates sums of scores with losses; ``removal``
+    trains without the ``drop`` share of samples that each method ranks highest, and ``repeats`` times without as many
+    random ones; ``tail-patch`` takes one step from the part's checkpoint on the ``top_k`` best samples of each val
+    group, and ``repeats`` times on random ones.
+
+    Models are of the architecture of the part's checkpoint, from new weights, trained on the corpus that the part was
+    built from for ``max_steps`` steps of ``batch_size`` samples, by ``workers`` processes at once (default: as many as
+    processors, at most 4; 1 on a GPU). Results are kept in ``out``: the same call goes on where it was interrupted, and
+    asks other methods of the same trainings.
 
     With several names as ``part``, methods are those of the first, and ``checkpoints-dot`` and ``checkpoints-cosine``
     of all together, weighted by ``part_weights`` as in ``ghoststore.query``. ``run`` is a training run of the store,
     whose values (Σ η·score) are evaluated, too.
 
-    Raises UsageError for unknown methods and counts that make no sense, MismatchError if the corpus has changed or
+    Raises UsageError for unknown words and counts that make no sense, MismatchError if the corpus has changed or
     ``out`` is of another evaluation, and what ``ghoststore.query`` raises.
     """
     progress = progress or Silent()
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise UsageError(f"--method {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
-    for option, value, least in (("--halves", halves, 3), ("--max-steps", max_steps, 1), ("--workers", workers, 1)):
-        if value is not None and value < least:
-            raise UsageError(f"{option} must be at least {least}, not {value}")
+    _refuse(
+        tests, methods, halves=halves, drop=drop, top_k=top_k, repeats=repeats, max_steps=max_steps, workers=workers
+    )
     device = resolve_device(device)
-    folder = Path(out)
-    task = _Task.of(
-        Store.open(store).part(part_names(part)[0]), str(val_set), folder, fields or Fields(), max_val_samples,
-        Recipe(max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed), device, progress,
+    opened, names = Store.open(store), part_names(part)
+    task = Task.of(
+        opened.part(names[0]), str(val_set), Path(out), fields=fields or Fields(), max_val_samples=max_val_samples,
+        recipe=Recipe(max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        device=device, progress=progress,
     )  # fmt: skip
-    plan = task.plan(halves, seed)
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
-    losses_VM = losses_of_halves(plan, folder / "halves", workers, progress)
     base = Question(
         store=store, val_set=val_set, part=task.part.name, each=True, fields=fields, max_samples=max_val_samples,
         device=device,
     )  # fmt: skip
-    several = {"part": part_names(part), "part_weights": part_weights}
-    scores = task.scores(base, several, methods, damping, seed, progress)
-    results = [task.result(method, of(), plan.kept(), losses_VM) for method, of in scores.items()]
-    if run is not None:
-        results.append(task.of_run(store, run, plan.kept(), losses_VM, progress))
-    means_M = losses_VM.mean(0)
+    several = {"part": names, "part_weights": part_weights}
+    of = task.methods(base, several, methods, damping, None if run is None else opened.run(run))
+    trainings = _Trainings(task, Path(out) / "trainings", workers)
+    kept = {f"half-{number:05d}": half(seed, number, task.samples) for number in range(halves)}
+    halved = trainings.losses(kept) if "lds" in tests else {}
+    scored: dict[str, Scored] = {}
+    correlations = []
+    for method, compute in of.items():
+        one = compute()
+        if "lds" in tests:
+            correlations.append(_lds_of(task, method, one, np.stack(list(kept.values())), halved))
+        scored[method] = Scored(whole_N=one.whole_N, groups=one.groups, samples_VN=None)  # (V, N) is large
     return EvaluateReport(
-        store=str(store), out=str(folder), loss={"mean": float(means_M.mean()), "deviation": float(means_M.std())},
+        store=str(store), out=str(out),
         settings={
-            "part": task.part.name, "val_set": str(val_set), "val_samples": len(task.ids), "samples": plan.samples,
-            "groups": {name: len(places) for name, places in task.groups.items()}, "halves": halves,
-            **asdict(plan.job.recipe),
+            "part": task.part.name, "val_set": str(val_set), "val_samples": len(task.ids), "samples": task.samples,
+            "groups": {name: len(places) for name, places in task.groups.items()}, "tests": list(tests),
+            "halves": halves, "drop": drop, "top_k": top_k, "repeats": repeats, **asdict(task.retrainer.job.recipe),
         },
-        results=results,
+        lds=correlations,
+        removal=_removals(trainings, scored, drop, repeats) if "removal" in tests else [],
+        tail_patch=_tail_patches(task, scored, top_k, repeats) if "tail-patch" in tests else [],
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """What all methods are evaluated on."""
+def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:
+    """UsageError for words and numbers that make no sense."""
+    for option, given, known in (("--test", tests, TESTS), ("--method", methods, METHODS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise UsageError(f"{option} {unknown[0]!r} is unknown; known: {', '.join(known)}")
+    if not tests:
+        raise UsageError(f"give at least one --test: {', '.join(TESTS)}")
+    if not 0 < drop < 1:
+        raise UsageError(f"--drop must be above 0 and below 1, not {drop}")
+    for name, count in counts.items():
+        least = 3 if name == "halves" else 1
+        if count is not None and count < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {count}")
 
-    part: Part
-    job: Retraining
-    ids: list[str]
-    """Of the val samples."""
-    texts: list[str]
-    groups: dict[str, list[int]]
-    """Places of val samples, by domain."""
-    samples: int
-    val_fingerprint: str
 
-    @classmethod
-    def of(
-        cls, part: Part, val_set: str, out: Path, fields: Fields, max_val_samples: int | None, recipe: Recipe,
-        device: str, progress: Progress,
-    ) -> _Task:  # fmt: skip
-        """Check the corpus, tokenize it once, read the val set."""
-        corpus = corpus_behind(part)
-        read_unchanged(corpus, part, lambda sample: None, progress)
-        source = part.manifest["source"]
-        model = find_checkpoint(source["checkpoint"]).folder
-        tokenizer = Path(source["tokenizer"]) if source["tokenizer"] else model
-        shards = Path(source["data"])
-        if not is_shards(str(shards)):
-            shards = out / "tokens"
-            kept = part.manifest["corpus"]
-            names = ("text", "prompt", "completion", "messages", "id", "domain")
-            tokenize(
-                data=source["data"], tokenizer=tokenizer, out=shards, max_samples=kept["max_samples"],
-                fields=Fields(**{name: kept["fields"].get(name) for name in names}), progress=progress,
-            )  # fmt: skip
-        job = Retraining(
-            model_folder=str(model), tokenizer_folder=str(tokenizer), shards=str(shards), val_set=val_set,
-            fields=fields, max_val_samples=max_val_samples, max_length=part.manifest["tokens"]["max_length"],
-            recipe=recipe, device=device,
-        )  # fmt: skip
-        retrainer = Retrainer(job)
-        rows = retrainer.val.rows
-        groups: dict[str, list[int]] = {}
-        for place in range(len(rows)):
-            groups.setdefault(retrainer.val.domain_of(place), []).append(place)
-        return cls(
-            part=part, job=job, ids=[row.sample.id for row in rows], texts=[row.sample.preview() for row in rows],
-            groups=dict(sorted(groups.items())), samples=len(retrainer.shards.length),
-            val_fingerprint=retrainer.val.fingerprint,
-        )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Trainings:
+    """Trains, or finds what was trained."""
 
-    def plan(self, halves: int, seed: int) -> Plan:
-        """The trainings, and what their results are of."""
-        manifest = self.part.manifest
-        identity = {
-            "corpus": manifest["corpus"]["fingerprint"], "tokenizer": manifest["tokenizer"]["fingerprint"],
-            "val": self.val_fingerprint, "architecture": (Path(self.job.model_folder) / "config.json").read_text(),
-        }  # fmt: skip
-        return Plan(job=self.job, identity=identity, samples=self.samples, seed=seed, halves=halves)
+    task: Task
+    folder: Path
+    workers: int
 
-    def scores(
-        self, base: Question, several: dict[str, Any], methods: Sequence[str], damping: float | None, seed: int,
-        progress: Progress,
-    ) -> dict[str, Callable[[], Scores]]:  # fmt: skip
-        """By method, what gives its (V, N) scores: one at a time in memory."""
+    def losses(self, kept: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float64]]:
+        """(V,) by name."""
+        return losses_of(self.task.plan(kept), self.folder, self.workers, self.task.progress)
 
-        def gradients(**settings: Any) -> Callable[[], Scores]:
-            if "precondition" in settings:
-                settings["damping"] = damping
-            question = replace(base, **settings)
-            return lambda: of_gradients(question, self.ids, self.samples, progress)
 
-        found = {method: gradients(**GRADIENTS[method]) for method in methods if method in GRADIENTS}
-        if len(several["part"]) > 1:
-            found |= {f"checkpoints-{metric}": gradients(**several, metric=metric) for metric in ("dot", "cosine")}
-        baselines: dict[str, Callable[[], Scores]] = {
-            "tf-idf": lambda: of_words(corpus_behind(self.part), self.texts, self.samples),
-            "random": lambda: of_chance(len(self.ids), self.samples, seed),
-        }
-        return found | {method: baselines[method] for method in BASELINES if method in methods}
+def _lds_of(
+    task: Task, method: str, scored: Scored, kept_MN: NDArray[np.bool_], halved: Mapping[str, NDArray[np.float64]]
+) -> Evaluated:
+    losses_VM = np.stack(list(halved.values()), axis=1)
+    return Evaluated(
+        method=method,
+        samples=None if scored.samples_VN is None else lds(scored.samples_VN, kept_MN, losses_VM),
+        groups=lds(np.stack(list(scored.groups.values())), kept_MN, grouped(losses_VM, task.places(scored))),
+    )
 
-    def result(self, method: str, scores_VN: Scores, kept_MN: NDArray[np.bool_], losses_VM: Scores) -> Evaluated:
-        """The LDS of one method."""
-        return Evaluated(
-            method=method, samples=lds(scores_VN, kept_MN, losses_VM),
-            groups=lds(grouped(scores_VN, self.groups), kept_MN, grouped(losses_VM, self.groups)),
-        )  # fmt: skip
 
-    def of_run(
-        self, store: str | Path, name: str, kept_MN: NDArray[np.bool_], losses_VM: Scores, progress: Progress
-    ) -> Evaluated:
-        """The LDS of a training run's values: by val group where it keeps them for ours, else for the whole val set."""
-        run = Store.open(store).run(name)
-        groups = self.groups if set(self.groups) <= set(run.layout.groups) else {"all": list(range(len(self.ids)))}
-        scores = [
-            by_sample(values_of_rows(self.part, run, progress, None if group == "all" else group).value[None],
-                      self.part, self.samples)[0]
-            for group in groups
-        ]  # fmt: skip
-        return Evaluated(
-            method=f"training-time ({name})", samples=None,
-            groups=lds(np.stack(scores), kept_MN, grouped(losses_VM, groups)),
-        )  # fmt: skip
+def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, repeats: int) -> list[Removal]:
+    task = trainings.task
+    count = max(1, round(drop * task.samples))
+    rng = np.random.default_rng(task.retrainer.job.recipe.seed)
+    random = {
+        f"without-random-{count}-{repeat}": without_best(rng.standard_normal(task.samples), count)
+        for repeat in range(repeats)
+    }
+    best = {method: without_best(one.whole_N, count) for method, one in scored.items() if method != "random"}
+    names = {method: f"without-{_file_name(method)}-{count}" for method in best}
+    found = trainings.losses({**random, **{names[method]: mask for method, mask in best.items()}})
+    return [removal_of(method, found[names[method]], [found[name] for name in random], task.groups) for method in best]
+
+
+def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:
+    retrainer = task.retrainer
+    model = load_model(find_checkpoint(retrainer.job.model_folder), device=retrainer.job.device)
+    patch = Patch(model, retrainer.rows, retrainer.val)
+    seed = retrainer.job.recipe.seed
+    patches = {}
+    results = []
+    for method, one in scored.items():
+        if method == "random":
+            continue
+        places = task.places(one)
+        key = tuple(places)
+        if key not in patches:
+            patches[key] = TailPatches(patch, places, count=top_k, repeats=repeats, seed=seed)
+        results.append(patches[key].of(method, np.stack(list(one.groups.values()))))
+    return results
+
+
+def _file_name(method: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in method)

@@ -1,10 +1,11 @@
-"""Trainings on halves, several at once, each result kept the moment it is there: what is interrupted goes on."""
+"""Trainings on parts of a corpus, several at once, each kept the moment it is there: what is interrupted goes on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,7 +21,6 @@ from ghoststore.progress import Progress
 from ghoststore.store.commits import json_digest
 from ghoststore.store.disk import publish, storage_errors
 from indexer.training.retrain import Retrainer, Retraining
-from query.evaluate.lds import half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,54 +30,57 @@ class Plan:
     job: Retraining
     identity: dict[str, Any]
     """What the results are of: fingerprints and settings."""
-    samples: int
-    seed: int
-    halves: int
+    kept: Mapping[str, NDArray[np.bool_]]
+    """(N,) by name: the samples of each training."""
 
-    @property
-    def digest(self) -> str:
-        """Of everything that a result depends on; the number of halves does not enter, so that more may follow."""
-        return json_digest({**self.identity, "recipe": asdict(self.job.recipe), "samples": self.samples,
-                            "seed": self.seed, "max_length": self.job.max_length})  # fmt: skip
+    def digest(self, name: str) -> str:
+        """Of everything that the result of one training depends on."""
+        samples = hashlib.sha256(np.packbits(self.kept[name]).tobytes()).hexdigest()
+        return json_digest(
+            {
+                **self.identity,
+                "recipe": asdict(self.job.recipe),
+                "max_length": self.job.max_length,
+                "of": len(self.kept[name]),
+                "samples": samples,
+            }
+        )
 
-    def kept(self) -> NDArray[np.bool_]:
-        """(M, N): the samples of each half."""
-        return np.stack([half(self.seed, number, self.samples) for number in range(self.halves)])
 
-
-def losses_of_halves(plan: Plan, folder: Path, workers: int, progress: Progress) -> NDArray[np.float64]:
-    """(V, M): the loss of each val sample after each training, from ``folder`` or made now.
+def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dict[str, NDArray[np.float64]]:
+    """(V,) by name: the loss of each val sample after each training, from ``folder`` or made now.
 
     MismatchError if a result in ``folder`` is of another plan, CorruptError if one is damaged, WorkerError if a
     process ends before its work.
     """
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    found = {number: _read(_path(folder, number), plan) for number in range(plan.halves)}
-    missing = [number for number, losses in found.items() if losses is None]
-    with closing(progress.task("training on halves", plan.halves, plan.halves - len(missing), "trainings")) as task:
-        for number, losses in _train(plan, missing, workers):
-            value = {"plan": plan.digest, "half": number, "val_loss": losses.tolist()}
+    there = {name: _read(_path(folder, name), plan.digest(name)) for name in plan.kept}
+    found = {name: losses for name, losses in there.items() if losses is not None}
+    missing = [name for name in plan.kept if name not in found]
+    with closing(progress.task("training", len(plan.kept), len(found), "trainings")) as task:
+        for name, losses in _train(plan, missing, workers):
+            value = {"plan": plan.digest(name), "val_loss": losses.tolist()}
             value["sha256"] = json_digest(value)
             with storage_errors(str(folder)):
-                publish(_path(folder, number), (json.dumps(value) + "\n").encode())
-            found[number] = losses
+                publish(_path(folder, name), (json.dumps(value) + "\n").encode())
+            found[name] = losses
             task.advance(1)
-    return np.stack([np.asarray(found[number]) for number in range(plan.halves)], axis=1)
+    return {name: found[name] for name in plan.kept}
 
 
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.json"
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
 
 
-def _read(path: Path, plan: Plan) -> NDArray[np.float64] | None:
+def _read(path: Path, digest: str) -> NDArray[np.float64] | None:
     """The losses that were kept, or None."""
     try:
         value = json.loads(path.read_bytes())
         stated = value.pop("sha256")
         if stated != json_digest(value):
             raise ValueError("its checksum does not hold")
-        if value["plan"] != plan.digest:
+        if value["plan"] != digest:
             raise MismatchError(
                 f"{path} is of another evaluation (other data, model or settings); give --out another folder"
             )
@@ -90,21 +93,19 @@ def _read(path: Path, plan: Plan) -> NDArray[np.float64] | None:
         raise CorruptError(f"{path} is damaged ({error}); remove it, and it is made anew") from error
 
 
-def _train(plan: Plan, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """(number, losses) of each training as it ends."""
-    if workers == 1 or len(numbers) <= 1:
-        retrainer = Retrainer(plan.job) if numbers else None
-        for number in numbers:
+def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """(name, losses) of each training as it ends."""
+    if workers == 1 or len(names) <= 1:
+        retrainer = Retrainer(plan.job) if names else None
+        for name in names:
             assert retrainer is not None
-            yield number, retrainer.val_losses(half(plan.seed, number, plan.samples))
+            yield name, retrainer.val_losses(plan.kept[name])
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(plan.job, threads)
     ) as pool:
-        futures: dict[Future[NDArray[np.float64]], int] = {
-            pool.submit(_one, half(plan.seed, number, plan.samples)): number for number in numbers
-        }
+        futures: dict[Future[NDArray[np.float64]], str] = {pool.submit(_one, plan.kept[name]): name for name in names}
         try:
             while futures:
                 done, _ = wait(futures, return_when=FIRST_COMPLETED)

@@ -85,6 +85,14 @@ def evaluate(folder: Path, out: Path, **settings: Any) -> Any:
     return ghoststore.evaluate(store=folder / "store", val_set=folder / "val.jsonl", out=out, **wanted)
 
 
+def job_of(checkpoint: Path, folder: Path, out: Path, recipe: Recipe) -> Retraining:
+    return Retraining(
+        model_folder=str(checkpoint), tokenizer_folder=str(checkpoint), shards=str(out / "tokens"),
+        val_set=str(folder / "val.jsonl"), fields=Fields(), max_val_samples=None, max_length=32, recipe=recipe,
+        device="cpu",
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def done(folder: Path) -> Path:
     """An evaluation of four trainings: copy it before changing it."""
@@ -94,13 +102,7 @@ def done(folder: Path) -> Path:
 
 def test_a_retraining_is_what_train_does(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     """On all samples, from the same new weights: the same losses as those of a checkpoint of ``ghoststore train``."""
-    recipe = Recipe(max_steps=5, batch_size=4, seed=2)
-    job = Retraining(
-        model_folder=str(lab.checkpoint), tokenizer_folder=str(lab.checkpoint), shards=str(done / "tokens"),
-        val_set=str(folder / "val.jsonl"), fields=Fields(), max_val_samples=None, max_length=32, recipe=recipe,
-        device="cpu",
-    )  # fmt: skip
-    retrainer = Retrainer(job)
+    retrainer = Retrainer(job_of(lab.checkpoint, folder, done, Recipe(max_steps=5, batch_size=4, seed=2)))
     found = retrainer.val_losses(np.ones(SAMPLES, dtype=bool))
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -122,14 +124,16 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     """Scores by hand, from queries, against what the evaluation says."""
     out = shutil.copytree(done, tmp_path / "out")
     report = evaluate(folder, out, part=["one", "two"], part_weights="equal", run="run")
-    by_method = {one.method: one for one in report.results}
+    by_method = {one.method: one for one in report.lds}
     assert list(by_method) == [
         "dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "checkpoints-dot", "checkpoints-cosine",
         "tf-idf", "random", "training-time (run)",
     ]  # fmt: skip
     assert by_method["checkpoints-cosine"].samples == by_method["cosine"].samples, "both parts are of one checkpoint"
     kept = np.stack([half(0, number, SAMPLES) for number in range(4)])
-    losses = np.stack([json.loads(file.read_text())["val_loss"] for file in sorted((out / "halves").iterdir())], axis=1)
+    losses = np.stack(
+        [json.loads(file.read_text())["val_loss"] for file in sorted((out / "trainings").iterdir())], axis=1
+    )
     assert losses.shape == (VAL, 4)
     found = ghoststore.query(
         store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, metric="dot", top_k=SAMPLES,
@@ -150,7 +154,7 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = shutil.copytree(done, tmp_path / "out")
-    (out / "halves" / "00002.json").unlink()
+    (out / "trainings" / "half-00002.json").unlink()
     trained: list[np.ndarray] = []
     original = Retrainer.val_losses
 
@@ -161,28 +165,94 @@ def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monk
     monkeypatch.setattr(Retrainer, "val_losses", count)
     evaluate(folder, out, methods=["random"])
     assert [row.tolist() for row in trained] == [half(0, 2, SAMPLES).tolist()]
-    before = {path.name: path.read_bytes() for path in (done / "halves").iterdir()}
-    assert {path.name: path.read_bytes() for path in (out / "halves").iterdir()} == before
+    before = {path.name: path.read_bytes() for path in (done / "trainings").iterdir()}
+    assert {path.name: path.read_bytes() for path in (out / "trainings").iterdir()} == before
     evaluate(folder, out, methods=["cosine"], halves=5)
     assert len(trained) == 2
 
 
 def test_workers_find_the_same(folder: Path, done: Path, tmp_path: Path) -> None:
     evaluate(folder, tmp_path / "out", methods=["random"], workers=2)
-    for path in sorted((done / "halves").iterdir()):
-        mine, theirs = (json.loads((at / "halves" / path.name).read_text()) for at in (tmp_path / "out", done))
+    for path in sorted((done / "trainings").iterdir()):
+        mine, theirs = (json.loads((at / "trainings" / path.name).read_text()) for at in (tmp_path / "out", done))
         assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+
+
+def test_removal(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """The masks by hand, the losses those of trainings on them, resumed like any other."""
+    settings: dict[str, Any] = {"tests": ["removal"], "methods": ["dot", "random"], "drop": 0.2, "repeats": 2}
+    report = evaluate(folder, tmp_path / "out", **settings)
+    (one,) = report.removal
+    assert (one.method, report.lds, report.tail_patch) == ("dot", [], [])
+    files = sorted(path.name for path in (tmp_path / "out" / "trainings").iterdir())
+    assert files == ["without-dot-8.json", "without-random-8-0.json", "without-random-8-1.json"]
+    losses = [np.array(json.loads((tmp_path / "out" / "trainings" / name).read_text())["val_loss"]) for name in files]
+    found = ghoststore.query(
+        store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, metric="dot", top_k=SAMPLES,
+        device="cpu",
+    )  # fmt: skip
+    total = np.zeros(SAMPLES)
+    for result in found.results:
+        for hit in result.hits:
+            total[hit.source_row] += hit.score
+    kept = np.ones(SAMPLES, dtype=bool)
+    kept[np.argsort(-total)[:8]] = False
+    task = Retrainer(job_of(lab.checkpoint, folder, tmp_path / "out", Recipe(max_steps=3, batch_size=4)))
+    np.testing.assert_allclose(losses[0], task.val_losses(kept))
+    random = np.stack(losses[1:])
+    assert one.loss == pytest.approx(losses[0].mean())
+    assert one.change == pytest.approx(losses[0].mean() - random.mean())
+    assert one.deviation == pytest.approx(random.mean(1).std(ddof=1))
+    assert one.groups["sky"] == pytest.approx((losses[0] - random.mean(0))[[0, 2, 4]].mean())
+    assert evaluate(folder, tmp_path / "out", **settings).removal == report.removal
+
+
+def test_tail_patch(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """One step by hand: the gradient of the mean loss of the best samples, of a thousandth of the weights' length."""
+    report = evaluate(folder, tmp_path / "out", tests=["tail-patch"], methods=["cosine"], top_k=3, repeats=2)
+    (one,) = report.tail_patch
+    retrainer = Retrainer(job_of(lab.checkpoint, folder, tmp_path / "out", Recipe()))
+    found = ghoststore.query(
+        store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, top_k=SAMPLES, device="cpu"
+    )
+    scores = np.zeros((VAL, SAMPLES))
+    for place, result in enumerate(found.results):
+        for hit in result.hits:
+            scores[place, hit.source_row] = hit.score
+    for name, places in {"earth": [1, 3, 5], "sky": [0, 2, 4]}.items():
+        model = load_model(find_checkpoint(lab.checkpoint))
+        before = retrainer.val.losses(model, places).mean()
+        best = np.argsort(-scores[places].mean(0), kind="stable")[:3]
+        losses = []
+        for sample in best:
+            ids = torch.from_numpy(retrainer.shards.tokens_of(int(sample), 0, 32).astype(np.int64))[None]
+            losses.append(model(input_ids=ids, labels=ids).loss)
+        torch.stack(losses).mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad * (1e-3 * weights.norm() / gradients.norm())
+        gain = before - retrainer.val.losses(model, places).mean()
+        assert one.groups[name] == pytest.approx(gain, rel=1e-3, abs=1e-6)
+    assert one.gain == pytest.approx(np.mean(list(one.groups.values())))
+    assert one.gain > one.random
+    assert one.deviation is not None
+    assert not (tmp_path / "out" / "trainings").exists()
 
 
 def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
-    with pytest.raises(MismatchError, match=r"00000\.json is of another evaluation"):
+    with pytest.raises(MismatchError, match=r"half-00000\.json is of another evaluation"):
         evaluate(folder, out, max_steps=4)
-    (out / "halves" / "00001.json").write_text("{}")
-    with pytest.raises(CorruptError, match=r"00001\.json is damaged"):
+    (out / "trainings" / "half-00001.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"half-00001\.json is damaged"):
         evaluate(folder, out)
     for settings, message in [
-        ({"methods": ["trak"]}, "'trak' is unknown"), ({"halves": 2}, "--halves must be at least 3"),
+        ({"tests": ["loo"]}, "--test 'loo' is unknown"), ({"tests": []}, "at least one --test"),
+        ({"drop": 1.0}, "--drop must be"), ({"top_k": 0}, "--top-k must be at least 1"),
+        ({"repeats": 0}, "--repeats must be at least 1"), ({"methods": ["trak"]}, "'trak' is unknown"),
+        ({"halves": 2}, "--halves must be at least 3"),
         ({"workers": 0}, "--workers must be at least 1"), ({"max_steps": 0}, "--max-steps must be at least 1"),
         ({"learning_rate": -1.0}, "--learning-rate"),
     ]:  # fmt: skip
@@ -211,5 +281,5 @@ def test_command(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     outcome = lab.run(*common)
     assert outcome.code == 0, outcome.err
     assert "cosine" in outcome.out
-    assert "Mean val loss" in outcome.out
-    assert lab.run(*common, "--json").json["results"][0]["method"] == "cosine"
+    assert "LDS over 4 trainings" in outcome.out
+    assert lab.run(*common, "--json").json["lds"][0]["method"] == "cosine"

@@ -1,0 +1,46 @@
+"""Removal: is the model worse at the val set when the samples that rank highest are left out of training?
+
+Legend: V val samples, N samples of the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """The mean val loss of a model that was trained without the samples that a method ranks highest."""
+
+    method: str
+    loss: float
+    change: float
+    """Against the mean of trainings without as many random samples: above 0, the method names samples that help."""
+    deviation: float | None
+    """Of the random trainings; None for one."""
+    groups: dict[str, float]
+    """``change`` of each val group."""
+
+
+def without_best(scores_N: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """(N,): False for the ``count`` highest scores; equal ones by lower sample."""
+    kept = np.ones(len(scores_N), dtype=bool)
+    kept[np.argsort(-scores_N, kind="stable")[:count]] = False
+    return kept
+
+
+def removal_of(
+    method: str, losses_V: NDArray[np.float64], random: Sequence[NDArray[np.float64]], groups: Mapping[str, list[int]]
+) -> Removal:
+    """One method's result beside those of random removals, (V,) each."""
+    random_RV = np.stack(random)
+    means_R = random_RV.mean(1)
+    return Removal(
+        method=method, loss=float(losses_V.mean()), change=float(losses_V.mean() - means_R.mean()),
+        deviation=float(means_R.std(ddof=1)) if len(means_R) > 1 else None,
+        groups={name: float((losses_V - random_RV.mean(0))[places].mean()) for name, places in groups.items()},
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""What scores are evaluated on: the corpus of a part, a val set, and the scores themselves.
+
+Legend: V val samples, G val groups, N samples of the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.checkpoint import find_checkpoint
+from ghoststore.corpus import Fields
+from ghoststore.progress import Progress
+from ghoststore.store import Part, Run
+from indexer.tokenize import tokenize
+from indexer.training.inputs import is_shards
+from indexer.training.retrain import Recipe, Retrainer, Retraining
+from query.blend import values_of_rows
+from query.corpus_check import read_unchanged
+from query.evaluate.predictors import BASELINES, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
+from query.evaluate.trainings import Plan
+from query.question import Question
+from query.texts import corpus_behind
+
+WHOLE = "all"
+"""The group of a whole val set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What one method says of every sample of the corpus."""
+
+    whole_N: NDArray[np.float64]
+    """For the whole val set."""
+    groups: dict[str, NDArray[np.float64]]
+    """(N,) for each val group, or for ``WHOLE`` alone where scores are not kept by our groups."""
+    samples_VN: NDArray[np.float64] | None
+    """For each val sample, where there is such a score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Made by :meth:`of`."""
+
+    part: Part
+    retrainer: Retrainer
+    groups: dict[str, list[int]]
+    """Places of val samples, by domain."""
+    progress: Progress
+
+    @classmethod
+    def of(
+        cls, part: Part, val_set: str, out: Path, *, fields: Fields, max_val_samples: int | None, recipe: Recipe,
+        device: str, progress: Progress,
+    ) -> Task:  # fmt: skip
+        """Check the corpus behind ``part``, tokenize it once (into ``out``), read the val set.
+
+        MismatchError if the corpus is not the one that the part was built from any more.
+        """
+        read_unchanged(corpus_behind(part), part, lambda sample: None, progress)
+        source, kept = part.manifest["source"], part.manifest["corpus"]
+        model = find_checkpoint(source["checkpoint"]).folder
+        tokenizer = Path(source["tokenizer"]) if source["tokenizer"] else model
+        shards = Path(source["data"])
+        if not is_shards(str(shards)):
+            shards = out / "tokens"
+            names = ("text", "prompt", "completion", "messages", "id", "domain")
+            tokenize(
+                data=source["data"], tokenizer=tokenizer, out=shards, max_samples=kept["max_samples"],
+                fields=Fields(**{name: kept["fields"].get(name) for name in names}), progress=progress,
+            )  # fmt: skip
+        retrainer = Retrainer(
+            Retraining(
+                model_folder=str(model),
+                tokenizer_folder=str(tokenizer),
+                shards=str(shards),
+                val_set=val_set,
+                fields=fields,
+                max_val_samples=max_val_samples,
+                max_length=part.manifest["tokens"]["max_length"],
+                recipe=recipe,
+                device=device,
+            )
+        )
+        groups: dict[str, list[int]] = {}
+        for place in range(len(retrainer.val.rows)):
+            groups.setdefault(retrainer.val.domain_of(place), []).append(place)
+        return cls(part=part, retrainer=retrainer, groups=dict(sorted(groups.items())), progress=progress)
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return len(self.retrainer.shards.length)
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the val samples."""
+        return [row.sample.id for row in self.retrainer.val.rows]
+
+    def plan(self, kept: Mapping[str, NDArray[np.bool_]]) -> Plan:
+        """Trainings on the samples ``kept``, by name, and what their results are of."""
+        manifest, job = self.part.manifest, self.retrainer.job
+        identity = {
+            "corpus": manifest["corpus"]["fingerprint"],
+            "tokenizer": manifest["tokenizer"]["fingerprint"],
+            "val": self.retrainer.val.fingerprint,
+            "architecture": (Path(job.model_folder) / "config.json").read_text(),
+        }
+        return Plan(job=job, identity=identity, kept=kept)
+
+    def methods(
+        self, base: Question, several: Mapping[str, Any], methods: Sequence[str], damping: float | None, run: Run | None
+    ) -> dict[str, Callable[[], Scored]]:
+        """By method, what computes its scores. ``several`` are the parts, and their weights, of ``checkpoints-…``."""
+
+        def gradients(**settings: Any) -> Callable[[], Scored]:
+            if "precondition" in settings:
+                settings["damping"] = damping
+            question = replace(base, **settings)
+            return lambda: self._of_samples(of_gradients(question, self.ids, self.samples, self.progress))
+
+        found = {method: gradients(**GRADIENTS[method]) for method in methods if method in GRADIENTS}
+        if len(several["part"]) > 1:
+            found |= {f"checkpoints-{metric}": gradients(**several, metric=metric) for metric in ("dot", "cosine")}
+        texts = [row.sample.preview() for row in self.retrainer.val.rows]
+        seed = self.retrainer.job.recipe.seed
+        baselines: dict[str, Callable[[], Scored]] = {
+            "tf-idf": lambda: self._of_samples(of_words(corpus_behind(self.part), texts, self.samples)),
+            "random": lambda: self._of_samples(of_chance(len(texts), self.samples, seed)),
+        }
+        found |= {method: baselines[method] for method in BASELINES if method in methods}
+        return found if run is None else {**found, f"training-time ({run.name})": lambda: self._of_run(run)}
+
+    def _of_samples(self, scores_VN: NDArray[np.float64]) -> Scored:
+        by_group = grouped(scores_VN, self.groups)
+        return Scored(
+            whole_N=scores_VN.mean(0), groups=dict(zip(self.groups, by_group, strict=True)), samples_VN=scores_VN
+        )
+
+    def _of_run(self, run: Run) -> Scored:
+        """Σ η·score of a training run: by val group where it keeps them for ours, else for the whole val set."""
+
+        def values(group: str | None) -> NDArray[np.float64]:
+            of_rows = values_of_rows(self.part, run, self.progress, group).value
+            return np.asarray(by_sample(of_rows[None], self.part, self.samples)[0])
+
+        whole_N = values(None)
+        ours = self.groups if set(self.groups) <= set(run.layout.groups) else ()
+        return Scored(
+            whole_N=whole_N, groups={name: values(name) for name in ours} or {WHOLE: whole_N}, samples_VN=None
+        )
+
+    def places(self, scored: Scored) -> dict[str, list[int]]:
+        """The val samples of each group of ``scored``."""
+        everything = list(range(len(self.retrainer.val.rows)))
+        return {name: self.groups.get(name, everything) for name in scored.groups}
