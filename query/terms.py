@@ -36,6 +36,9 @@ class Preconditioner(Protocol):
     def squares(self, span: int) -> NDArray[np.float64]:
         """(R, G): gᵀ A g of each row of a span, block by block."""
 
+    def halved(self, rows_RD: Tensor) -> Tensor:
+        """(R, D) float64: each row times a B with BᵀB = A, block by block; products of these are gᵀ A g'."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:

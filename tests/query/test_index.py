@@ -288,6 +288,9 @@ def test_what_an_index_cannot_rank(tmp_path: Path) -> None:
         def squares(self, span: int) -> np.ndarray:
             raise AssertionError
 
+        def halved(self, rows_RD: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
     with pytest.raises(UsageError, match="preconditioned"):
         index.refuse([Term.of(part, term.queries_QD, metric="cosine", preconditioner=Identity())])
 
