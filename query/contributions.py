@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.corpus import open_corpus
+from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from query.again import RowsAgain
 from query.question import Asked, encode
@@ -39,9 +40,8 @@ class Contributions:
 
 
 def contributions(asked: Asked, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions | str:
-    """For ``rows`` of each of the rankings of ``asked``. Where that is not possible: the reason, in words.
-
-    Raises as ``ask`` does where the model is needed once more.
+    """For ``rows`` of each of the rankings of ``asked``. Where that is not possible, as without the corpus behind a
+    sketched part: the reason, in words.
     """
     sketched = asked.part.manifest["projection"]["compress"] is not None
     if not sketched:
@@ -52,7 +52,10 @@ def contributions(asked: Asked, rows: Sequence[Sequence[int]], progress: Progres
         return "the part keeps one sketch of all layers, and scores are of several parts or preconditioned"
     if len(asked.val.ids) > MOST_VAL_VECTORS:
         return f"there are more than {MOST_VAL_VECTORS} val vectors, and the part keeps one sketch of all layers"
-    return _again(asked, rows, progress)
+    try:
+        return _again(asked, rows, progress)
+    except (UsageError, MismatchError) as error:  # model and val set are those of a moment ago: it is the corpus
+        return f"the part keeps one sketch of all layers, and its rows cannot be computed again ({error})"
 
 
 def _queries(asked: Asked, rows: Sequence[Sequence[int]]) -> list[tuple[int | None, Sequence[int]]]:

@@ -77,6 +77,12 @@ class Question:
             raise UsageError(f"--combine {self.combine!r} is unknown; known: {', '.join(COMBINES)}")
         if self.each and self.group_field is not None:
             raise UsageError("--each asks for a ranking a val sample, --group-field for one a group: give one of them")
+        if self.group_field is None and self.combine != "mean":
+            raise UsageError(f"--combine {self.combine} belongs to --group-field, which cuts the val set into groups")
+        if self.group_field is not None and self.fields is not None and self.fields.domain is not None:
+            raise UsageError(
+                "--domain-field and --group-field both name the groups of the val set: give the latter alone"
+            )
         if self.precondition not in PRECONDITIONS:
             raise UsageError(f"--precondition {self.precondition!r} is unknown; known: {', '.join(PRECONDITIONS)}")
         if self.damping is not None and self.precondition == "none":
@@ -303,13 +309,26 @@ def ask(question: Question, progress: Progress) -> Asked:
         if question.precondition == "second-moment":
             inverse = DampedInverse(one, checked_damping(question.damping), progress, device)
         terms.append(
-            Term.of(one, val.vectors, metric=question.metric, weight=weight, groups=groups, preconditioner=inverse)
-        )
+            Term.of(
+                one, val.vectors, metric=question.metric, weight=weight, groups=groups, preconditioner=inverse,
+                names=val.ids,
+            )
+        )  # fmt: skip
     names = list(vals[0].ids)
     if question.group_field is not None:
+        if COMBINED in names:
+            raise UsageError(
+                f"a group of --group-field {question.group_field} is called {COMBINED!r}, as the ranking over all "
+                "groups is: give it another name"
+            )
         names = [COMBINED, *names]
         if question.combine == "mean":
             terms = [term.with_queries(_with_mean(term)) for term in terms]
+            if not max(term.lengths[0] for term in terms):
+                raise UsageError(
+                    "the groups cancel each other: the mean of their queries is zero, and every row would score the "
+                    "same; give --combine max or rank-fusion"
+                )
     return Asked(
         question=question, part=part, val=vals[0], weights=weights, terms=terms, names=names, run=run, device=device
     )

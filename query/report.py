@@ -48,7 +48,7 @@ def write_report(
     elif asked.question.each:
         titles = {}
     page = {
-        "title": f"{_count(result)} nearest to {Path(str(result.settings['val_set'])).name}",
+        "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
         "subtitle": _subtitle(asked, result),
         "metric": result.settings["metric"],
         "rankings": [
@@ -85,8 +85,9 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     if not len(finite):
         return None
     low, high = float(finite.min()), float(finite.max())
-    spread = high - low
-    counts, _ = np.histogram(finite, BINS, (low, high) if spread > 0 else (low - 0.5, high + 0.5))
+    spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # else bins are as fine as rounding
+    shares = (finite - low) / spread if spread else np.full(len(finite), 0.5)
+    counts, _ = np.histogram(shares, BINS, (0.0, 1.0))
     tall = HEIGHT * np.log1p(counts) / np.log1p(counts.max())
     wide = WIDTH / BINS
 
@@ -184,7 +185,10 @@ def _short(names: Sequence[str]) -> list[str]:
 
 def _count(result: QueryResult) -> str:
     most = max((len(one.hits) for one in result.results), default=0)
-    return f"The {most} training samples" if most != 1 else "The training sample"
+    if not most:
+        most = max((len(one.bottom) for one in result.results), default=0)
+        return f"The {most} training samples farthest from" if most != 1 else "The training sample farthest from"
+    return f"The {most} training samples nearest to" if most != 1 else "The training sample nearest to"
 
 
 def _subtitle(asked: Asked, result: QueryResult) -> str:

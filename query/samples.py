@@ -18,6 +18,8 @@ from ghoststore.store.reader import read_span
 from query.question import Asked
 from query.stored import StoredRows
 
+ROWS_AT_ONCE = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -76,7 +78,8 @@ class Samples:
 
 def vectors_of(asked: Asked, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
     """(C, D) float32 on the question's device: vectors whose inner products are the similarities of ``rows`` over the
-    layers in question, Σ over its parts of weight · ⟨g, g'⟩ ÷ Σ weights; with ``unit`` those of the cosines.
+    layers in question, Σ over its parts of weight · ⟨g, g'⟩ ÷ Σ weights; with ``unit`` those of the cosines. Both in
+    the metric of the scores: preconditioned where these are.
 
     CorruptError for damaged rows. A row of zeros stays one.
     """
@@ -84,6 +87,10 @@ def vectors_of(asked: Asked, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
     pieces = []
     for term in asked.terms:
         vectors_CD = StoredRows(term.part, asked.device).gather(rows)
+        if term.preconditioner is not None:
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                some_RD = vectors_CD[first : first + ROWS_AT_ONCE]
+                some_RD.copy_(term.preconditioner.halved(some_RD))
         if term.groups is not None:
             spans = [term.part.groups[group][1:] for group in term.groups]
             vectors_CD = torch.cat([vectors_CD[:, start:stop] for start, stop in spans], dim=1)

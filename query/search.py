@@ -22,6 +22,8 @@ Combine = Literal["max"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 PAIRS_AT_ONCE = 1024
+SAFE = 2.0**90
+"""Rows whose length or factor is beyond this, or below its inverse, may leave the range of float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,12 @@ def product_error(dimension: int) -> float:
     return (dimension + 8) * 2.0**-24
 
 
+def _out_of_range(numbers_R: Tensor) -> Tensor:
+    """(R,): whether a number (not zero) is so large or small that float32 products with it overflow or lose digits."""
+    size_R = numbers_R.abs()
+    return (size_R != 0) & ~((size_R >= 1 / SAFE) & (size_R <= SAFE))
+
+
 def pair_scores(
     rows_RD: Tensor, factor_R: Tensor, unit_QD: Tensor, places: NDArray[np.int64], queries: NDArray[np.int64]
 ) -> NDArray[np.float64]:
@@ -149,6 +157,9 @@ class _Scorer:
             product_RQ = (rows_RD @ self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
             error_R = self._product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
             error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
+            wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
+            if bool(wild_R.any()):  # the bound does not hold: only the exact score tells
+                product_RQ[wild_R], error_RQ[wild_R] = 0.0, torch.inf
             cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
             slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
         if len(piece.rows) > 1:

@@ -149,18 +149,19 @@ class DampedInverse:
         ]
         return torch.cat(pieces, dim=1)
 
-    def squares_of(self, rows_RD: Tensor) -> Tensor:
-        """(R, G): gᵀ (H + λI)⁻¹ g of each row, block by block, float64: |L⁻¹ g|²."""
+    def halved(self, rows_RD: Tensor) -> Tensor:
+        """(R, D) float64: L⁻¹ g of each row, block by block. Products of these are gᵀ (H + λI)⁻¹ g'."""
         wide_RD = rows_RD.double()
-        return torch.stack(
-            [
-                torch.linalg.solve_triangular(factor.to(wide_RD.device), wide_RD[:, start:stop].t(), upper=False)
-                .square()
-                .sum(0)
-                for factor, (_, start, stop) in zip(self._factors, self.part.groups, strict=True)
-            ],
-            dim=1,
-        )
+        pieces = [
+            torch.linalg.solve_triangular(factor.to(wide_RD.device), wide_RD[:, start:stop].t(), upper=False).t()
+            for factor, (_, start, stop) in zip(self._factors, self.part.groups, strict=True)
+        ]
+        return torch.cat(pieces, dim=1)
+
+    def squares_of(self, rows_RD: Tensor) -> Tensor:
+        """(R, G): gᵀ (H + λI)⁻¹ g of each row, block by block, float64."""
+        square_RD = self.halved(rows_RD).square_()
+        return torch.stack([square_RD[:, start:stop].sum(1) for _, start, stop in self.part.groups], dim=1)
 
     def squares(self, span: int) -> NDArray[np.float64]:
         """(R, G): :meth:`squares_of` the rows of a committed span, from the cache."""

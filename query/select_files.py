@@ -43,6 +43,10 @@ class SelectFiles:
         files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
         for option, path in (("--out", files.out), ("--report", files.report), ("the list of rows,", files.rows)):
             check_new(option, path)
+        if files.rows.resolve() == files.out.resolve():
+            raise UsageError(
+                f"--out {out}: the list of rows of --report {said} is written there; give either another name"
+            )
         return files
 
     def check(self, corpus: Corpus) -> None:

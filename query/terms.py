@@ -36,6 +36,9 @@ class Preconditioner(Protocol):
     def squares(self, span: int) -> NDArray[np.float64]:
         """(R, G): gᵀ A g of each row of a span, block by block."""
 
+    def halved(self, rows_RD: Tensor) -> Tensor:
+        """(R, D) float64: each row times a B with BᵀB = A, block by block; products of these are gᵀ A g'."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -59,19 +62,27 @@ class Term:
         weight: float = 1.0,
         groups: Sequence[int] | None = None,
         preconditioner: Preconditioner | None = None,
+        names: Sequence[str] | None = None,
     ) -> Term:
         """Restrict ``queries_QD`` to the blocks ``groups`` (default: all), precondition them, and, for the cosine,
         scale each to length 1 in the metric.
 
-        UsageError for a query that is not finite or is zero there.
+        UsageError for a query that is not finite or is zero there, by its place in ``names``.
         """
         queries = queries_QD.double() * mask_of(part, groups)
-        if not bool(torch.isfinite(queries).all()):
-            raise UsageError("a query vector is not finite: the val set's gradient has NaN or infinite numbers")
+        whole = torch.isfinite(queries).all(1)
+        if not bool(whole.all()):
+            raise UsageError(
+                f"{_which(~whole, names)} is not finite: the val set's gradient has NaN or infinite numbers"
+            )
         applied = preconditioner.apply(queries) if preconditioner is not None else queries
         lengths = (queries * applied).sum(1).clamp_min(0).sqrt()
         if bool((lengths == 0).any()):
-            raise UsageError("a query vector is zero: every row would score the same")
+            where = "" if groups is None else " in these layers"
+            raise UsageError(
+                f"{_which(lengths == 0, names)} is zero{where}: every row would score the same. Leave it out of the "
+                "val set" + ("" if groups is None else ", or choose other layers")
+            )
         if metric == "cosine":
             applied = applied / lengths.unsqueeze(1)
         return cls(part, applied, metric, weight, groups, preconditioner)
@@ -89,6 +100,11 @@ class Term:
     def with_queries(self, queries_QD: Tensor) -> Term:
         """The same term for other, finished queries."""
         return Term(self.part, queries_QD, self.metric, self.weight, self.groups, self.preconditioner)
+
+
+def _which(wrong_Q: Tensor, names: Sequence[str] | None) -> str:
+    place = int(wrong_Q.nonzero()[0])
+    return "a query vector" if names is None else f"the query {names[place]!r}"
 
 
 def mask_of(part: Part, groups: Sequence[int] | None) -> Tensor:

@@ -11,8 +11,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def patterns(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """A comma-separated list of patterns."""
-    return tuple(piece.strip() for piece in (value or "").split(",") if piece.strip())
+    """A comma-separated list of patterns; none is no list, which would stand for all layers."""
+    found = tuple(piece.strip() for piece in (value or "").split(",") if piece.strip())
+    if value is not None and not found:
+        raise click.BadParameter(f"{value!r} names no layer; leave the option out for all", ctx, parameter)
+    return found
 
 
 def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | None], int | str | None]:

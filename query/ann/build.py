@@ -68,14 +68,18 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
     Memory: the index itself, 24 bytes a row, at most 512 MiB of rows to train on, and a chunk. The same part gives the
     same index on one thread and one version of FAISS.
 
-    UsageError for a factory string that FAISS rejects and a part without a usable row, CorruptError for damaged rows,
-    BusyError while another process builds it.
+    UsageError for a factory string that FAISS rejects and a part without a usable row that is not zero, CorruptError
+    for damaged rows, BusyError while another process builds it.
     """
     began = time.perf_counter()
     engine = Engine.create(plan.factory, plan.front_dimension, plan.device)
     table, domain = usable_rows(part)
     if not len(table):
         raise UsageError(f"part {part.name!r} has no usable row to index")
+    if not bool((table["length"] > 0).any()):
+        raise UsageError(
+            f"every usable row of part {part.name!r} is zero: there is nothing to rank, and nothing to index"
+        )
     sketched = plan.front_dimension < part.layout.dimension
     key = front_key(part.layout.dimension) if sketched else None
     scale = power_of_two(float(np.median(table["length"])))

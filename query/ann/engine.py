@@ -72,7 +72,10 @@ class Engine:
             index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise UsageError(f"--factory {factory!r} is not one that FAISS makes: {_reason(error)}") from error
-        return cls(index, factory)._on(check_device(device))
+        made = cls(index, factory)
+        if made.lists == 0:
+            raise UsageError(f"--factory {factory!r} has no inverted list: give at least one, such as IVF1024")
+        return made._on(check_device(device))
 
     @classmethod
     def read(cls, path: Path, factory: str, device: str = "cpu") -> Engine:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
 from query.question import fused
+from query.valset import ValVectors
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -127,3 +129,49 @@ def test_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     assert outcome.code == 2
     assert "'other'" in outcome.err
     assert "--group-field" in outcome.err
+
+
+class Sent:
+    """A val set whose gradients are given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, vectors: list[list[float]], ids: list[str]) -> None:
+        made = ValVectors(vectors=torch.tensor(vectors), ids=ids, used=len(ids))
+        monkeypatch.setattr("query.question.encode_val_set", lambda *_, **__: made)
+
+
+def test_groups_that_cancel_are_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mean has no direction; the largest score of either is still one."""
+    dimension = ghoststore.Store.open(store).part("train").layout.dimension
+    Sent(monkeypatch, [[0.5] * dimension, [-0.5] * dimension], ["a", "b"])
+    asked: dict[str, Any] = {"store": store, "part": "train", "group_field": "task", "device": "cpu"}
+    with pytest.raises(UsageError, match=r"cancel each other.*--combine max"):
+        ghoststore.query(val_set=store.parent / "val.jsonl", **asked)
+    found = ghoststore.query(val_set=store.parent / "val.jsonl", combine="max", **asked)
+    assert len(found.results[0].hits) == 10
+
+
+def test_a_query_of_zeros_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dimension = ghoststore.Store.open(store).part("train").layout.dimension
+    Sent(monkeypatch, [[0.5] * dimension, [0.0] * dimension], ["a", "b"])
+    with pytest.raises(UsageError, match=r"the query 'b' is zero: .* Leave it out"):
+        ghoststore.query(store=store, part="train", val_set=store.parent / "val.jsonl", each=True, device="cpu")
+
+
+def test_a_group_with_the_name_of_all(lab: Lab, store: Path, tmp_path: Path) -> None:
+    val = lab.write(tmp_path / "val.jsonl", [row | {"task": "combined"} for row in lab.sample_rows(2)])
+    with pytest.raises(UsageError, match="is called 'combined'"):
+        ghoststore.query(store=store, part="train", val_set=val, group_field="task", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--combine", "max"], "--combine max belongs to --group-field"),
+        (["--group-field", "task", "--domain-field", "domain"], "--domain-field and --group-field both name"),
+        (["--layers", " , "], "names no layer"),
+    ],
+)
+def test_no_option_is_ignored(lab: Lab, store: Path, options: list[str], message: str) -> None:
+    outcome = lab.run("query", "--store", store, "--part", "train", "--val-set", store.parent / "val.jsonl", *options)
+    assert outcome.code == 2
+    assert message in outcome.err

@@ -217,6 +217,7 @@ def test_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
         ({"factory": "Nonsense"}, "--factory 'Nonsense' is not one that FAISS makes: could not parse"),
         ({"factory": ""}, "is not one that FAISS makes"),
         ({"factory": "IDMap,Flat"}, "cannot be used for rows numbered from 0"),
+        ({"factory": "IVF0,Flat"}, "has no inverted list"),
         ({"factory": "IVF4096,Flat"}, "cannot be used with 396 rows to train on"),
         ({"dimension": 97}, "--dimension 97: give 1 to 96"),
         ({"dimension": 0}, "--dimension 0"),
@@ -240,6 +241,8 @@ def test_a_part_without_usable_rows(tmp_path: Path) -> None:
         build(make_part(tmp_path / "all", clustered(60), unusable=range(60)))
     with pytest.raises(UsageError, match="no usable row"):
         build(make_part(tmp_path / "none", clustered(60), spans=[]))
+    with pytest.raises(UsageError, match="every usable row of part 'part' is zero"):
+        build(make_part(tmp_path / "zero", clustered(60) * 0))
 
 
 def test_other_settings_under_the_same_name_need_rebuild(tmp_path: Path) -> None:
@@ -283,6 +286,9 @@ def test_what_an_index_cannot_rank(tmp_path: Path) -> None:
             return vectors_QD
 
         def squares(self, span: int) -> np.ndarray:
+            raise AssertionError
+
+        def halved(self, rows_RD: torch.Tensor) -> torch.Tensor:
             raise AssertionError
 
     with pytest.raises(UsageError, match="preconditioned"):

@@ -149,6 +149,35 @@ def test_histogram() -> None:
     assert spread is not None
     assert spread["rows"] == 3
     assert spread["zero"] == 240.0
+    for nearly in ([1.0, 1.0 - 2**-53], [1e20, 1e20], [0.0, 1e-300]):  # bins would be finer than numbers are
+        found = histogram(np.array(nearly), [])
+        assert found is not None
+        assert found["rows"] == 2
+
+
+def test_without_the_corpus(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """A page without texts, and for a sketch without layers, says so; `select` needs the corpus, a page does not."""
+    data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(9, 1))
+    ghoststore.build(
+        checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", device="cpu",
+        projection=ProjectionConfig(compress=24),
+    )  # fmt: skip
+    data.unlink()
+    page = tmp_path / "page.html"
+    found = ghoststore.query(store=tmp_path / "store", val_set=folder / "val.jsonl", report=page, device="cpu")
+    assert len(found.results[0].hits) == 9
+    assert "What each layer adds is not shown: the part keeps one sketch" in page.read_text()
+    assert "cannot be computed again" in page.read_text()
+
+
+def test_the_farthest_alone(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    ghoststore.query(
+        store=folder / "plain", val_set=folder / "val.jsonl", top_k=0, bottom_k=3, report=page, device="cpu"
+    )
+    Page(page.read_text())
+    assert "The 3 training samples farthest from val.jsonl" in page.read_text()
+    assert "nearest" not in page.read_text().lower()
 
 
 @pytest.mark.parametrize(("name", "message"), [("out.txt", "written as .html"), ("no/out.html", "does not exist")])

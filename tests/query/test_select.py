@@ -197,6 +197,40 @@ def test_mmr_is_the_formula(built: Path, val: Path, tmp_path: Path, score: np.nd
     assert order == [places[place] for place in chosen]
 
 
+@pytest.mark.parametrize("diversity", ["mmr", "greats"])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_diversity_is_in_the_metric_of_the_scores(
+    built: Path, val: Path, tmp_path: Path, diversity: Any, metric: Any
+) -> None:
+    """Preconditioned scores go with preconditioned products of candidates."""
+    settings: dict[str, Any] = {"metric": metric, "precondition": "second-moment", "damping": 0.05}
+    score = score_of(built, val, **settings)
+    vectors = Store.open(built).part().read("vectors", 0, 27).astype(np.float64)
+    second = vectors.T @ vectors / 27
+    inverse = np.linalg.inv(second + 0.05 * np.trace(second) / len(second) * np.eye(len(second)))
+    pairs = vectors @ inverse @ vectors.T
+    if metric == "cosine" or diversity == "mmr":
+        pairs /= np.sqrt(np.outer(np.diag(pairs), np.diag(pairs)))
+    places = sorted(top(score, 15), key=lambda row: -score[row])
+    pairs, ours = pairs[np.ix_(places, places)], score[places]
+    relevance = (ours - ours[-1]) / (ours[0] - ours[-1])
+    eta = 2.0 * np.abs(ours[:6]).mean() / (6 * np.diag(pairs).mean())
+    chosen: list[int] = []
+    while len(chosen) < 6:
+        if diversity == "mmr":
+            value = 0.3 * relevance - (0.7 * pairs[:, chosen].max(1) if chosen else 0.0)
+        else:
+            value = ours - eta * pairs[:, chosen].sum(1)
+        value[chosen] = -np.inf
+        chosen.append(int(value.argmax()))
+    made = select(
+        built, val, tmp_path / "out.jsonl", count=6, diversity=diversity, candidates=15,
+        diversity_weight=0.7 if diversity == "mmr" else 2.0, **settings,
+    )  # fmt: skip
+    order = [entry["source_row"] for entry in sorted(listed(made), key=lambda entry: entry["picked"])]
+    assert order == [places[place] for place in chosen]
+
+
 def test_facility_location_is_the_formula(built: Path, val: Path, tmp_path: Path, score: np.ndarray) -> None:
     """Through the store, in NumPy: what adds most to Σ relevance · the largest cosine to what is chosen."""
     places = sorted(top(score, 20), key=lambda row: -score[row])

@@ -108,6 +108,15 @@ def test_bad_options(lab: Lab, built: Path, val: Path, tmp_path: Path, options: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_out_is_not_the_list_of_rows(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:
+    """``--report a.json`` puts the list of rows at ``a.rows.jsonl``."""
+    report = tmp_path / "a.json"
+    outcome = run(lab, built, val, tmp_path / "a.rows.jsonl", "--count", "3", "--report", report)
+    assert outcome.code == 2
+    assert "the list of rows of --report" in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.report.json", "out.jsonl.report.rows.jsonl"])
 def test_nothing_is_written_over(lab: Lab, built: Path, val: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
