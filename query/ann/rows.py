@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,6 @@ from ghoststore.errors import CorruptError
 from ghoststore.store import Part
 from ghoststore.store.index_manifest import ROW_BYTES
 from ghoststore.store.spans import chunk_keys
-from query.stored import StoredRows
-
-PLAIN_DTYPES = ("float32", "float16", "bfloat16")
-"""Encodings whose numbers are those of ``vectors`` alone: any row can be read by itself."""
 
 ROW = np.dtype([("row", "<i8"), ("digest", "<u8"), ("length", "<f8")])
 """One row of an index: its row in the part, :func:`digest_of` its numbers, its Euclidean length as stored."""
@@ -49,10 +46,9 @@ class CheckedRows:
         """
         entries = self.table[np.asarray(places, dtype=np.int64)]
         rows, digests = entries["row"].tolist(), entries["digest"].tolist()
-        if self.part.layout.dtype in PLAIN_DTYPES:
-            found = self._read_plain(rows)
-        else:
-            found = StoredRows(self.part).gather(rows).numpy()
+        encoding = self.part.encoding
+        scale = self._stored("scale", rows) if encoding.scaled else None
+        found = np.asarray(encoding.decode(self._stored("vectors", rows), scale, self.part.groups))
         for row, digest, row_D in zip(rows, digests, found, strict=True):
             if digest_of(row_D) != digest:
                 raise CorruptError(
@@ -61,18 +57,19 @@ class CheckedRows:
                 )
         return torch.from_numpy(found)
 
-    def _chunk(self, row: int) -> Path:
-        (key,) = chunk_keys(self.part.spec("vectors"), row, row + 1)
+    def _chunk(self, row: int, array: str = "vectors") -> Path:
+        (key,) = chunk_keys(self.part.spec(array), row, row + 1)
         return self.part.path / key
 
-    def _read_plain(self, rows: list[int]) -> NDArray[np.float32]:
-        spec, encoding = self.part.spec("vectors"), self.part.encoding
-        size = spec.width * encoding.stored.itemsize
-        stored = np.empty((len(rows), spec.width), dtype=encoding.stored)
+    def _stored(self, array: str, rows: list[int]) -> NDArray[Any]:
+        """(R, columns) of an array of numbers, as stored, read row by row."""
+        spec = self.part.spec(array)
+        size = spec.width * spec.dtype.itemsize
+        stored = np.empty((len(rows), spec.width), dtype=spec.dtype)
         place = 0
         while place < len(rows):
             chunk = rows[place] // spec.chunk_rows
-            path = self._chunk(rows[place])
+            path = self._chunk(rows[place], array)
             try:
                 with open(path, "rb", buffering=0) as file:
                     while place < len(rows) and rows[place] // spec.chunk_rows == chunk:
@@ -88,4 +85,4 @@ class CheckedRows:
                 raise
             except OSError as error:
                 raise CorruptError(f"{path} cannot be read: {error}") from error
-        return np.asarray(encoding.decode(stored))
+        return stored
