@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """``sha256:…`` of every tensor's name, dtype, shape and bytes: the same however the files are cut."""
         return fingerprint_weights(self.weights)
+
+    def numbers(self) -> int:
+        """Numbers in all tensors, by the headers of the files."""
+        headers = (_tensors(path)[1] for path in self.weights)
+        return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
@@ -284,14 +290,21 @@ def refuse_lookahead(model: Any, where: Path) -> None:
     other[0, -1] = (other[0, -1] + size // 2) % size
     if bool((other == ids).all()):
         return
-    with torch.no_grad():
-        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, other))
-    moved = (first - second).abs().amax(dim=(0, 2))
-    if float(moved[:-1].max()) > 1e-3 * float(moved[-1]) + 1e-6 * float(first.abs().max()):
+    if sees_ahead(model, ids, other):
         raise CheckpointError(
             f"checkpoint {where} ({type(model).__name__}) is not causal: changing a later token changed the logits "
             "before it. Next-token gradients need a causal language model (for BERT-style configs, is_decoder=true)"
         )
+
+
+def sees_ahead(model: Any, ids: Any, other: Any) -> bool:
+    """Whether the logits before the last token differ between (1, tokens) ``ids`` and ``other``, which differ there."""
+    import torch
+
+    with torch.no_grad():
+        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, other))
+    moved = (first - second).abs().amax(dim=(0, 2))
+    return float(moved[:-1].max()) > 1e-3 * float(moved[-1]) + 1e-6 * float(first.abs().max())
 
 
 def max_positions(model: Any) -> int | None:

@@ -1,0 +1,74 @@
+"""Are the engine's vectors the gradients? Each block against plain autograd of one sample at a time.
+
+The engine sees the calls of modules. Where a weight is used in another way too (``F.linear(x, module.weight)``, an
+assembled weight, a compiled call), autograd's gradient has more in it than the vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghoststore.machine import available_memory
+from query.doctor.compare import EXACT, worst
+from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.subject import Subject
+
+NAMED = 5
+"""Layers that a sentence names."""
+FAINT = 1e-3
+"""A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
+
+
+def enough_memory(subject: Subject) -> str | None:
+    """Why there is no room for a gradient of every parameter; None where there is."""
+    needed = 4 * subject.selection.total
+    free = available_memory(subject.models.device)
+    if free is None or needed * 1.2 < free:
+        return None
+    return (
+        f"a gradient of every parameter takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
+        f"{subject.models.device} are free"
+    )
+
+
+def examine(subject: Subject) -> Finding:
+    """Blocks first, then the vectors that a store would hold."""
+    reason = enough_memory(subject)
+    if reason is not None:
+        return skipped(reason)
+    layers = subject.projection.plan.layers
+    kronecker = subject.alone(subject.model, subject.few, subject.projection.unsketched()).vectors
+    vectors = subject.alone(subject.model, subject.few).vectors
+    blocks = [torch.stack([plain.blocks[layer.block.name] for plain in subject.plain]) for layer in layers]
+    error = worst(vectors, subject.projection.assemble(blocks))
+    floor = FAINT * torch.cat([block.flatten(1) for block in blocks], dim=1).norm(dim=1).cpu()
+    by_layer = {
+        layer.block.name: _error(kronecker[:, layer.start : layer.stop], block.flatten(1).cpu(), floor)
+        for layer, block in zip(layers, blocks, strict=True)
+    }
+    wrong = sorted((name for name, one in by_layer.items() if not one <= EXACT), key=lambda name: -by_layer[name])
+    details = {"vector": error, "layers": {name: by_layer[name] for name in wrong}, "tolerance": EXACT}
+    if wrong or not error <= EXACT:
+        named = ", ".join(f"{name} ({by_layer[name]:.2g})" for name in wrong[:NAMED])
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        return Finding(
+            status=Verdict.WRONG,
+            summary=f"vectors differ from autograd's by {error:.2g}: {named or 'no single layer'}{more}",
+            advice=(
+                "The weight of a layer is used other than by calling the layer, where the engine does not see it. Call "
+                f"the layer itself, or leave it out: --exclude-layers '{','.join(wrong)}'.",
+            ),
+            details=details,
+        )
+    count = len(subject.few)
+    summary = f"the vectors of {count} samples are autograd's, to {error:.1g} ({len(layers)} layers)"
+    return Finding(status=Verdict.OK, summary=summary, details=details)
+
+
+def _error(found: Tensor, expected: Tensor, floor: Tensor) -> float:
+    error = (found - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), floor)
+    return float(error.nan_to_num(nan=0.0 if bool(torch.isfinite(found).all()) else torch.inf).max())
+
+
+CHECK = Check(name="exactness", asks="Are the vectors what autograd gives?", run=examine, needs_gradients=True)
