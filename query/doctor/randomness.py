@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 
 def examine(subject: Subject) -> Finding:
     """What the modules say of themselves, and two forward passes of one batch in the model's own mode."""
-    devices = [subject.model.device] if subject.models.device.startswith("cuda") else []
+    devices = [subject.models.device] if subject.models.device.startswith("cuda") else []
     with torch.random.fork_rng(devices):
         first, second = (subject.logits(subject.few).double() for _ in range(2))
         difference = float((first - second).norm() / first.norm())
