@@ -310,7 +310,17 @@ def sees_ahead(model: Any, ids: Any, other: Any) -> bool:
 def max_positions(model: Any) -> int | None:
     """The most tokens the model takes, by its config; None where it sets no limit."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
-        value = getattr(model.config, name, None)
+        value = getattr(getattr(model, "config", None), name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def choose_max_length(asked: int | None, model: Any, default: int) -> int:
+    """``asked``, or ``default`` but not more than the model takes. UsageError if more was asked for."""
+    limit = max_positions(model)
+    if asked is None:
+        return min(limit or default, default)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
+    return asked

@@ -27,4 +27,4 @@ def examine(subject: Subject) -> Finding:
     return Finding(status=Verdict.OK, summary="changing the last token changes no logits before it")
 
 
-CHECK = Check(name="causality", asks="Are logits independent of later tokens?", run=examine, needs_gradients=True)
+CHECK = Check(name="causality", asks="Are logits independent of later tokens?", run=examine, needs=("randomness",))

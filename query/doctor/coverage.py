@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from indexer.layers import layer_type_of
-from query.doctor.exactness import enough_memory
-from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.exactness import EVERY_GRADIENT
+from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
 from query.doctor.subject import Subject
 
 LOW = 0.5
@@ -40,7 +40,7 @@ def shares(squares: Mapping[str, float]) -> dict[str, float]:
 def examine(subject: Subject) -> Finding:
     """Exact squared norms by plain autograd, as shares of each sample's own, the mean over a few samples."""
     of_parameters = subject.selection.coverage
-    reason = enough_memory(subject)
+    reason = subject.lacks_memory(4, EVERY_GRADIENT)
     if reason is not None:
         return skipped(f"the layers hold {of_parameters:.1%} of the parameters; of the gradient: {reason}")
     each = [shares(plain.squares) for plain in subject.plain]
@@ -81,4 +81,4 @@ def examine(subject: Subject) -> Finding:
     )
 
 
-CHECK = Check(name="coverage", asks="How much of the gradient do the layers see?", run=examine, needs_gradients=True)
+CHECK = Check(name="coverage", asks="How much of the gradient do the layers see?", run=examine, needs=GRADIENTS)

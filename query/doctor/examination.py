@@ -10,21 +10,33 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint import find_checkpoint, load_tokenizer, max_positions, resolve_device
+from ghoststore.checkpoint import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
 from indexer.losses import Reduction
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import select_blocks
-from query.doctor import causality, coverage, disk, exactness, faiss, invariance, machine, precision, randomness
+from query.doctor import (
+    causality,
+    coverage,
+    disk,
+    exactness,
+    faiss,
+    gradients,
+    invariance,
+    machine,
+    precision,
+    randomness,
+)
 from query.doctor.finding import Check, Finding, Verdict, skipped
 from query.doctor.models import LoadedModels, Models, SavedModels
 from query.doctor.rows import choose_rows
 from query.doctor.subject import Subject
 
 CHECKS = tuple(
-    module.CHECK for module in (randomness, causality, exactness, invariance, precision, coverage, faiss, disk, machine)
+    module.CHECK
+    for module in (randomness, causality, gradients, exactness, invariance, precision, coverage, faiss, disk, machine)
 )
 """In the order in which they are done and shown."""
 
@@ -96,7 +108,7 @@ def doctor(
     with ExitStack() as stack:
         corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields()))
         reference = models.reference()
-        length = _length(max_length, reference)
+        length = choose_max_length(max_length, reference, MAX_LENGTH)
         rows = choose_rows(corpus, text_tokenizer, max_length=length, count=samples)
     selection = select_blocks(
         reference, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
@@ -133,8 +145,9 @@ def _examine(subject: Subject, progress: Progress) -> dict[str, Finding]:
 
 def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Finding:
     """The finding of one check. It is skipped where an earlier one tells that it could not be answered."""
-    if check.needs_gradients and before["randomness"].status is Verdict.WRONG:
-        return skipped("the forward pass is random: see randomness")
+    reasons = [name for name in check.needs if before[name].status is Verdict.WRONG]
+    if reasons:
+        return skipped(f"cannot be told: see {reasons[0]}")
     try:
         return check.run(subject)
     except CaptureError as error:
@@ -166,10 +179,3 @@ def _patient(
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(found.folder if tokenizer is None else Path(tokenizer))
     return models, tokenizer
-
-
-def _length(asked: int | None, model: Any) -> int:
-    limit = max_positions(model) if hasattr(model, "config") else None
-    if asked is not None and limit is not None and asked > limit:
-        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-    return asked or min(MAX_LENGTH, limit or MAX_LENGTH)

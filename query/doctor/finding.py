@@ -52,8 +52,12 @@ class Check:
     name: str
     asks: str
     run: Callable[[Subject], Finding]
-    needs_gradients: bool = False
-    """Whether it can only be answered for a model whose forward is not random."""
+    needs: tuple[str, ...] = ()
+    """Checks before this one that must not have found anything wrong: without them its answer means nothing."""
+
+
+GRADIENTS = ("randomness", "gradients")
+"""What a check of gradients needs: that they are the same each time, and finite."""
 
 
 def skipped(reason: str) -> Finding:

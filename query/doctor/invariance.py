@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from transformers.utils import is_flash_attn_2_available
 
-from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.errors import UsageError
 from indexer.rows import Row
 from query.doctor.compare import EXACT, relative_errors, worst
-from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
 from query.doctor.locate import first_difference
 from query.doctor.models import HALF_ONLY, attending, kernel_of
 from query.doctor.rows import cut
@@ -28,13 +28,18 @@ class Invariance(NamedTuple):
     """By what was changed: batch mates of one length (no padding), padding, order."""
     losses: float
     worst_row: int
+    tolerance: float
 
     @property
     def largest(self) -> float:
         return max(*self.vectors.values(), self.losses)
 
+    @property
+    def sound(self) -> bool:
+        return self.largest <= self.tolerance
 
-def measure(subject: Subject, model: Any) -> Invariance:
+
+def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invariance:
     """Each of a few samples alone, beside others of its length, padded beside others, and in reverse order."""
     rows = subject.few
     everyone = list(range(len(rows)))
@@ -53,33 +58,34 @@ def measure(subject: Subject, model: Any) -> Invariance:
         "padding": worst(together.vectors, alone.vectors),
         "order": worst(reversed_.vectors, together.vectors),
     }
-    return Invariance(errors, losses, int(relative_errors(together.vectors, alone.vectors).argmax()))
+    return Invariance(errors, losses, int(relative_errors(together.vectors, alone.vectors).argmax()), tolerance)
 
 
 def examine(subject: Subject) -> Finding:
     """Every kernel that there is, in float32, flash attention in 16 bits."""
     measured: dict[str, Invariance] = {}
     missing: dict[str, str] = {}
-    problems, culprits = [], {}
+    problems: list[str] = []
+    culprits: dict[str, str | None] = {}
     for kernel in _kernels(subject):
         name = kernel or "its own attention"
-        rough = (kernel or "").startswith(HALF_ONLY)
         try:
-            if rough:
+            if (kernel or "").startswith(HALF_ONLY):
                 dtype = "bfloat16" if subject.models.dtype == "float32" else subject.models.dtype
-                measured[name] = measure(subject, subject.models.in_dtype(dtype, kernel))
+                found = measure(subject, subject.models.in_dtype(dtype, kernel), ROUGH)
             else:
                 with attending(subject.model, kernel) as model:
-                    measured[name] = found = measure(subject, model)
-                    if not found.largest <= EXACT:
+                    found = measure(subject, model)
+                    if not found.sound:
                         culprits[name] = _culprit(subject, subject.few[found.worst_row])
-        except (UsageError, CheckpointError) as error:
+        except UsageError as error:
             missing[name] = str(error)
             if subject.kernels is not None:
                 problems.append(f"{name} cannot be used: {error}")
             continue
-        if not measured[name].largest <= (ROUGH if rough else EXACT):
-            problems.append(_sentence(name, measured[name], ROUGH if rough else EXACT, culprits.get(name)))
+        measured[name] = found
+        if not found.sound:
+            problems.append(_sentence(name, found, culprits.get(name)))
     details = {
         "kernels": {name: {**found.vectors, "losses": found.losses} for name, found in measured.items()},
         "not there": missing,
@@ -87,9 +93,7 @@ def examine(subject: Subject) -> Finding:
         "tolerance": EXACT,
     }
     if problems:
-        return Finding(
-            status=Verdict.WRONG, summary="; ".join(problems), advice=_advice(measured, problems), details=details
-        )
+        return Finding(status=Verdict.WRONG, summary="; ".join(problems), advice=_advice(measured), details=details)
     largest = max(found.largest for found in measured.values())
     kernels = ", ".join(measured)
     summary = f"alone, padded, reordered, in other company: the same vector, to {largest:.1g} ({kernels})"
@@ -113,18 +117,18 @@ def _culprit(subject: Subject, row: Row) -> str | None:
     return first_difference(subject.model, alone, padded, len(row.tokens))
 
 
-def _sentence(kernel: str, found: Invariance, tolerance: float, culprit: str | None) -> str:
-    causes = {name: error for name, error in found.vectors.items() if not error <= tolerance}
+def _sentence(kernel: str, found: Invariance, culprit: str | None) -> str:
+    causes = {name: error for name, error in found.vectors.items() if not error <= found.tolerance}
     told = ", ".join(f"{name} ({error:.2g})" for name, error in causes.items()) or f"(losses: {found.losses:.2g})"
     where = f", first in the output of {culprit}" if culprit else ""
     return f"with {kernel}, a sample's vector changes with {told}{where}"
 
 
-def _advice(measured: dict[str, Invariance], problems: Sequence[str]) -> tuple[str, ...]:
-    sound = [name for name, found in measured.items() if found.largest <= EXACT]
+def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:
+    sound = [name for name, found in measured.items() if found.sound]
     if sound:
         return (f"Build with --attn-implementation {sound[0]}.",)
-    if any(found.vectors["batch mates"] > EXACT for found in measured.values()):
+    if any(found.vectors["batch mates"] > found.tolerance for found in measured.values()):
         return ("Something mixes the samples of a batch, such as a statistic over it or routing with a capacity.",)
     if not measured:
         return ("Leave --attn-implementation out, or give one that is installed.",)
@@ -135,5 +139,8 @@ def _advice(measured: dict[str, Invariance], problems: Sequence[str]) -> tuple[s
 
 
 CHECK = Check(
-    name="invariance", asks="Does a vector depend on batch mates or padding?", run=examine, needs_gradients=True
+    name="invariance",
+    asks="Does a vector depend on batch mates or padding?",
+    run=examine,
+    needs=GRADIENTS,
 )

@@ -72,14 +72,15 @@ class LoadedModels:
     def reference(self) -> Any:
         if all(p.dtype == torch.float32 for p in self._model.parameters()) and self._kernel is None:
             return self._model
+        _refuse_too_large(sum(p.numel() for p in self._model.parameters()), self.device, self.name)
         return self.in_dtype("float32", None if _half_only(self._kernel) else self._kernel)
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
-        _refuse_too_large(sum(p.numel() for p in self._model.parameters()), self.device, self.name)
-        model = deepcopy(self._model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(getattr(torch, dtype))
+        cast: dict[int, Any] = {  # what deepcopy finds there it does not copy
+            id(p): nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True), p.requires_grad)
+            for p in self._model.parameters()
+        }
+        model = deepcopy(self._model, cast)
         kernel = kernel or self._kernel
         if kernel is not None:
             set_kernel(model, kernel)

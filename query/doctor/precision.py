@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from ghoststore.errors import CheckpointError
-from indexer.encoder import Encoded
+from ghoststore.errors import UsageError
 from query.doctor.compare import relative_errors, same_ranking, worst
-from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
 from query.doctor.invariance import ROUGH
 from query.doctor.subject import Subject
 
@@ -36,52 +34,54 @@ class Precision:
     """Largest relative difference of a few vectors, in a padded batch against alone."""
 
 
-def measure(subject: Subject, model: Any, exact: Encoded) -> Precision:
-    """``model`` in its dtype against the ``exact`` vectors of all rows."""
+def measure(subject: Subject, model: Any) -> Precision:
+    """``model`` in its dtype against the reference."""
     found = subject.alone(model, subject.rows)
-    finite_B = torch.isfinite(found.vectors).all(1) & torch.isfinite(found.losses)
-    if not bool(finite_B.all()):
-        return Precision(not_finite=int((~finite_B).sum()))
-    ranking = same_ranking(found.vectors, exact.vectors)
-    few = subject.few
-    together = subject.encode(model, few, [list(range(len(few)))])
+    if found.not_finite:
+        return Precision(not_finite=found.not_finite)
+    ranking = same_ranking(found.vectors, subject.exact.vectors)
     return Precision(
         not_finite=0,
         spearman=float(np.mean(ranking)),
         least_spearman=min(ranking),
-        vectors=float(relative_errors(found.vectors, exact.vectors).mean()),
-        batch=worst(together.vectors, subject.alone(model, few).vectors),
+        vectors=float(relative_errors(found.vectors, subject.exact.vectors).mean()),
+        batch=drift(subject, model),
     )
+
+
+def drift(subject: Subject, model: Any) -> float:
+    """Largest relative difference of a few vectors in one padded batch from those alone."""
+    few = subject.few
+    together = subject.encode(model, few, [list(range(len(few)))])
+    return worst(together.vectors, subject.alone(model, few).vectors)
 
 
 def examine(subject: Subject) -> Finding:
     """bfloat16, and the dtype that was asked for. What is wrong in a dtype that was not asked for is advice."""
+    reason = subject.lacks_memory(2, "a second copy in 16 bits")
+    if reason is not None:
+        return skipped(reason)
     asked = subject.models.dtype
-    exact = subject.alone(subject.model, subject.rows)
-    bad = int((~(torch.isfinite(exact.vectors).all(1) & torch.isfinite(exact.losses))).sum())
-    if bad:
-        summary = f"{bad} of {len(subject.rows)} samples have no finite gradient in float32 itself"
-        advice = ("The checkpoint is damaged or has diverged: look at its weights and at its loss.",)
-        return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details={"not_finite": {"float32": bad}})
-    status, told, advised, details = Verdict.OK, [], [], dict[str, Any]()
+    status, told, advised, details = Verdict.OK, list[str](), list[str](), dict[str, Any]()
+    rows, tolerance = len(subject.rows), ROUGH + drift(subject, subject.model)
     for dtype in dict.fromkeys(["bfloat16", *([asked] if asked != "float32" else [])]):
         try:
-            found = measure(subject, subject.models.in_dtype(dtype), exact)
-        except CheckpointError as error:
-            verdict, sentence, advice_of = Verdict.WRONG, f"{dtype}: {error}", f"Do not build with {dtype}."
+            found = measure(subject, subject.models.in_dtype(dtype))
+        except UsageError as error:
+            verdict, sentence, advice = Verdict.WRONG, f"{dtype}: {error}", f"Do not build with --model-dtype {dtype}."
         else:
             details[dtype] = asdict(found)
-            verdict, sentence, advice_of = _judge(dtype, found, len(subject.rows))
+            verdict, sentence, advice = _judge(dtype, found, rows, tolerance)
         if verdict is Verdict.WRONG and dtype != asked:
             verdict = Verdict.ADVICE
         status = max(status, verdict, key=[Verdict.OK, Verdict.ADVICE, Verdict.WRONG].index)
         told.append(sentence)
-        advised += [advice_of] if advice_of else []
+        advised += [advice] if advice else []
     return Finding(status=status, summary="; ".join(told), advice=tuple(advised), details=details)
 
 
-def _judge(dtype: str, found: Precision, rows: int) -> tuple[Verdict, str, str]:
-    """(verdict, sentence, advice) on one dtype, as if it had been asked for."""
+def _judge(dtype: str, found: Precision, rows: int, tolerance: float) -> tuple[Verdict, str, str]:
+    """(verdict, sentence, advice) on one dtype, as if it had been asked for. ``tolerance``: of ``batch``."""
     if found.not_finite:
         return (
             Verdict.WRONG,
@@ -91,7 +91,7 @@ def _judge(dtype: str, found: Precision, rows: int) -> tuple[Verdict, str, str]:
     sentence = (
         f"{dtype} ranks as float32 does with Spearman {found.spearman:.3f}, vectors differ by {found.vectors:.1%}"
     )
-    if not found.batch <= ROUGH:
+    if not found.batch <= tolerance:
         return (
             Verdict.WRONG,
             f"{sentence}; in a padded batch they differ by {found.batch:.0%} from those alone",
@@ -104,5 +104,8 @@ def _judge(dtype: str, found: Precision, rows: int) -> tuple[Verdict, str, str]:
 
 
 CHECK = Check(
-    name="precision", asks="Does bfloat16 keep the ranking, within its range?", run=examine, needs_gradients=True
+    name="precision",
+    asks="Does bfloat16 keep the ranking, within its range?",
+    run=examine,
+    needs=GRADIENTS,
 )

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from indexer.encoder import Encoded, RowEncoder, pad
+from ghoststore.machine import available_memory
+from indexer.encoder import RowEncoder, pad
 from indexer.losses import Reduction, next_token_losses_plainly
 from indexer.plain import all_trainable, gradients_of, plain_blocks
 from indexer.projection import Projection
@@ -24,6 +25,8 @@ from query.doctor.models import Models
 
 PLAIN_ROWS = 8
 """Rows whose gradient is taken by plain autograd, and which are tried in other company."""
+HEADROOM = 1.2
+"""Free memory wanted for what takes 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,20 @@ class PlainGradient:
     """(K, J) float32 by block name, on the model's device."""
     squares: dict[str, float]
     """Squared norm of the gradient of every parameter, by name."""
+
+
+class Vectors(NamedTuple):
+    """Some rows, on the CPU."""
+
+    vectors: Tensor
+    """(B, D) float32."""
+    losses: Tensor
+    """(B,) float32."""
+
+    @property
+    def not_finite(self) -> int:
+        """Rows whose vector or loss is NaN or infinite."""
+        return int((~(torch.isfinite(self.vectors).all(1) & torch.isfinite(self.losses))).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +74,20 @@ class Subject:
         step = max(1.0, (len(self.rows) - 1) / (PLAIN_ROWS - 1))
         return [self.rows[round(place * step)] for place in range(min(PLAIN_ROWS, len(self.rows)))]
 
+    def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
+        """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
+        needed, free = bytes_a_number * self.selection.total, available_memory(self.models.device)
+        if free is None or needed * HEADROOM < free:
+            return None
+        return f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {self.models.device} are free"
+
     def encode(
         self,
         model: Any,
         rows: Sequence[Row],
         batches: Sequence[Sequence[int]],
         projection: Projection | None = None,
-    ) -> Encoded:
+    ) -> Vectors:
         """Vectors and losses of ``rows``, in their order, computed in ``batches`` of places, on the CPU."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with RowEncoder(model, projection or self.projection, reduction=self.reduction) as encoder:
@@ -71,9 +95,9 @@ class Subject:
                 vectors, losses = encoder([rows[place] for place in batch])
                 found.update(zip(batch, zip(vectors.cpu(), losses.cpu(), strict=True), strict=True))
         vectors_B, losses_B = zip(*(found[place] for place in range(len(rows))), strict=True)
-        return Encoded(torch.stack(vectors_B), torch.stack(losses_B))
+        return Vectors(torch.stack(vectors_B), torch.stack(losses_B))
 
-    def alone(self, model: Any, rows: Sequence[Row], projection: Projection | None = None) -> Encoded:
+    def alone(self, model: Any, rows: Sequence[Row], projection: Projection | None = None) -> Vectors:
         """As :meth:`encode`, each row in a batch of its own."""
         return self.encode(model, rows, [[place] for place in range(len(rows))], projection)
 
@@ -82,6 +106,11 @@ class Subject:
         with torch.no_grad():
             logits: Tensor = self._forward(rows)[0]
         return logits
+
+    @cached_property
+    def exact(self) -> Vectors:
+        """Of all rows by the reference, each alone."""
+        return self.alone(self.model, self.rows)
 
     @cached_property
     def plain(self) -> list[PlainGradient]:

@@ -37,7 +37,7 @@ def test_nothing_is_wrong_with_a_healthy_model(architecture: str, projection: An
     report = examine(CAUSAL[architecture](), tmp_path, projection=projection)
     assert report.wrong == []
     assert list(report.findings) == [check.name for check in CHECKS]
-    for name in ("randomness", "causality", "exactness", "invariance", "precision"):
+    for name in ("randomness", "causality", "gradients", "exactness", "invariance", "precision"):
         assert str(report.findings[name].status) == "ok", report.findings[name]
     found = json.loads(json.dumps(report.to_json(), allow_nan=False))
     details = {name: one["details"] for name, one in found["findings"].items()}
@@ -59,7 +59,7 @@ def test_each_planted_defect_is_found_and_named(defect: str, tmp_path: Path) -> 
     json.dumps(report.to_json(), allow_nan=False)
     if check == "randomness":
         assert report.wrong == ["randomness"]
-        assert "random" in report.findings["exactness"].summary
+        assert "see randomness" in report.findings["exactness"].summary
     elif check == "exactness":
         assert report.wrong == ["exactness"]
         assert list(report.findings["exactness"].details["layers"]) == ["transformer.h.1.mlp.c_fc"]
@@ -86,7 +86,9 @@ def test_gradients_that_are_not_finite_in_float32_are_wrong(tmp_path: Path) -> N
     model = gpt2()
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.fill_(1e30)
-    assert "precision" in examine(model, tmp_path).wrong
+    report = examine(model, tmp_path)
+    assert report.wrong == ["gradients"]
+    assert "see gradients" in report.findings["exactness"].summary
 
 
 def test_one_leaky_kernel_is_found_and_the_others_stay_sound(tmp_path: Path) -> None:
@@ -104,8 +106,8 @@ def test_a_layer_that_does_not_run_is_wrong(tmp_path: Path) -> None:
     model = gpt2()
     model.transformer.h[0].mlp.unused = torch.nn.Linear(24, 24)
     report = examine(model, tmp_path)
-    assert "exactness" in report.wrong
-    assert "mlp.unused" in report.findings["exactness"].summary
+    assert report.wrong == ["gradients"]
+    assert "mlp.unused" in report.findings["gradients"].summary
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,7 +15,7 @@ import torch
 from ghoststore import Corpus, ProjectionConfig, doctor
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory, computes_bfloat16, processor, total_memory
-from query.doctor import DoctorReport, disk, exactness
+from query.doctor import DoctorReport, disk, subject
 from query.doctor.compare import relative_errors, same_ranking, spearman
 from query.doctor.rows import choose_rows
 from tests.indexer.models import gpt2
@@ -68,9 +68,10 @@ def test_a_small_or_lopsided_share_brings_advice(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_into_memory_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exactness, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(subject, "available_memory", lambda device: 1000)
     report = examine(tmp_path)
-    assert report.findings["exactness"].status == report.findings["coverage"].status == "skipped"
+    skipped = [name for name, finding in report.findings.items() if finding.status == "skipped"]
+    assert skipped == ["exactness", "precision", "coverage"]
     assert "GiB" in report.findings["exactness"].summary
     monkeypatch.setattr("query.doctor.models.available_memory", lambda device: 1000)
     with pytest.raises(UsageError, match="in float32"):
