@@ -30,7 +30,7 @@ from query.doctor import (
     randomness,
 )
 from query.doctor.finding import Check, Finding, Verdict, skipped
-from query.doctor.models import LoadedModels, Models, SavedModels
+from query.doctor.models import LoadedModels, Models, SavedModels, half_only
 from query.doctor.rows import choose_rows
 from query.doctor.subject import Subject
 
@@ -103,6 +103,8 @@ def doctor(
     progress = progress or Silent()
     if samples < 3:
         raise UsageError(f"--samples must be at least 3 (a ranking of two others), not {samples}")
+    if half_only(attn_implementation) and (model_dtype or "float32") == "float32":
+        raise UsageError(f"{attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel")
     models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
     config = projection or ProjectionConfig()
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from indexer.rows import Row
 from query.doctor.compare import EXACT, relative_errors, worst
 from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
 from query.doctor.locate import first_difference
-from query.doctor.models import HALF_ONLY, attending, kernel_of
+from query.doctor.models import attending, half_only, kernel_of
 from query.doctor.rows import cut
 from query.doctor.subject import Subject
 
@@ -54,7 +54,7 @@ def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invarianc
         for found, expected in ((together, alone), (reversed_, alone), (mates, even_alone))
     )
     errors = {
-        "batch mates": worst(mates.vectors, even_alone.vectors),
+        "batch_mates": worst(mates.vectors, even_alone.vectors),
         "padding": worst(together.vectors, alone.vectors),
         "order": worst(reversed_.vectors, together.vectors),
     }
@@ -70,7 +70,7 @@ def examine(subject: Subject) -> Finding:
     for kernel in _kernels(subject):
         name = kernel or "its own attention"
         try:
-            if (kernel or "").startswith(HALF_ONLY):
+            if half_only(kernel):
                 dtype = "bfloat16" if subject.models.dtype == "float32" else subject.models.dtype
                 found = measure(subject, subject.models.in_dtype(dtype, kernel), ROUGH)
             else:
@@ -88,7 +88,7 @@ def examine(subject: Subject) -> Finding:
             problems.append(_sentence(name, found, culprits.get(name)))
     details = {
         "kernels": {name: {**found.vectors, "losses": found.losses} for name, found in measured.items()},
-        "not there": missing,
+        "unavailable": missing,
         "first": culprits,
         "tolerance": EXACT,
     }
@@ -119,16 +119,19 @@ def _culprit(subject: Subject, row: Row) -> str | None:
 
 def _sentence(kernel: str, found: Invariance, culprit: str | None) -> str:
     causes = {name: error for name, error in found.vectors.items() if not error <= found.tolerance}
-    told = ", ".join(f"{name} ({error:.2g})" for name, error in causes.items()) or f"(losses: {found.losses:.2g})"
+    told = (
+        ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
+        or f"(losses: {found.losses:.2g})"
+    )
     where = f", first in the output of {culprit}" if culprit else ""
-    return f"with {kernel}, a sample's vector changes with {told}{where}"
+    return f"with {kernel}, a sample's vector changes with {told or 'its batch (the loss)'}{where}"
 
 
 def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:
     sound = [name for name, found in measured.items() if found.sound]
     if sound:
         return (f"Build with --attn-implementation {sound[0]}.",)
-    if any(found.vectors["batch mates"] > found.tolerance for found in measured.values()):
+    if any(found.vectors["batch_mates"] > found.tolerance for found in measured.values()):
         return ("Something mixes the samples of a batch, such as a statistic over it or routing with a capacity.",)
     if not measured:
         return ("Leave --attn-implementation out, or give one that is installed.",)

@@ -18,9 +18,6 @@ from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory
 from indexer.engine import unwrap
 
-HALF_ONLY = "flash_attention"
-"""What names of kernels begin with that have no float32."""
-
 
 class Models(Protocol):
     """Where models of one checkpoint come from."""
@@ -46,7 +43,7 @@ class SavedModels:
 
     def reference(self) -> Any:
         _refuse_too_large(self._checkpoint.numbers(), self.device, self.name)
-        return self.in_dtype("float32", None if _half_only(self._kernel) else self._kernel)
+        return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
         return load_model(self._checkpoint, dtype=dtype, device=self.device, attn_implementation=kernel or self._kernel)
@@ -73,7 +70,7 @@ class LoadedModels:
         if all(p.dtype == torch.float32 for p in self._model.parameters()) and self._kernel is None:
             return self._model
         _refuse_too_large(sum(p.numel() for p in self._model.parameters()), self.device, self.name)
-        return self.in_dtype("float32", None if _half_only(self._kernel) else self._kernel)
+        return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
         cast: dict[int, Any] = {  # what deepcopy finds there it does not copy
@@ -87,8 +84,9 @@ class LoadedModels:
         return model
 
 
-def _half_only(kernel: str | None) -> bool:
-    return (kernel or "").startswith(HALF_ONLY)
+def half_only(kernel: str | None) -> bool:
+    """Whether an attention kernel has 16-bit dtypes alone."""
+    return (kernel or "").startswith("flash_attention")
 
 
 def _refuse_too_large(numbers: int, device: str, name: str) -> None:

@@ -76,6 +76,7 @@ def test_a_diverged_checkpoint_ends_with_7(lab: Lab, tmp_path: Path) -> None:
         (("--samples", "2"), "at least 3"),
         (("--max-length", "33"), "32 positions"),
         (("--attn-implementation", "nonesuch"), "nonesuch"),
+        (("--attn-implementation", "flash_attention_2"), "no float32"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--device", "cuda:99"), "cuda"),
     ],

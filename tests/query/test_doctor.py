@@ -102,6 +102,12 @@ def test_a_kernel_that_is_not_there_is_refused(tmp_path: Path) -> None:
         examine(gpt2(), tmp_path, attn_implementation="nonesuch")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash attention may be there")
+def test_flash_attention_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="flash_attention_2"):
+        doctor(model=gpt2(), tokenizer=Words(), attn_implementation="flash_attention_2", model_dtype="bfloat16")
+
+
 def test_a_layer_that_does_not_run_is_wrong(tmp_path: Path) -> None:
     model = gpt2()
     model.transformer.h[0].mlp.unused = torch.nn.Linear(24, 24)
