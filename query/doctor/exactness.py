@@ -27,7 +27,7 @@ def examine(subject: Subject) -> Finding:
         return skipped(reason)
     layers = subject.projection.plan.layers
     kronecker = subject.alone(subject.model, subject.few, subject.projection.unsketched()).vectors
-    vectors = subject.alone(subject.model, subject.few).vectors
+    vectors = subject.exact.vectors[subject.few_places]
     blocks = [torch.stack([plain.blocks[layer.block.name] for plain in subject.plain]) for layer in layers]
     error = worst(vectors, subject.projection.assemble(blocks))
     floor = FAINT * torch.cat([block.flatten(1) for block in blocks], dim=1).norm(dim=1).cpu()

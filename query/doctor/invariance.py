@@ -119,12 +119,9 @@ def _culprit(subject: Subject, row: Row) -> str | None:
 
 def _sentence(kernel: str, found: Invariance, culprit: str | None) -> str:
     causes = {name: error for name, error in found.vectors.items() if not error <= found.tolerance}
-    told = (
-        ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
-        or f"(losses: {found.losses:.2g})"
-    )
+    told = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
     where = f", first in the output of {culprit}" if culprit else ""
-    return f"with {kernel}, a sample's vector changes with {told or 'its batch (the loss)'}{where}"
+    return f"with {kernel}, a sample's vector changes with {told or 'its batch, or its loss does'}{where}"
 
 
 def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ghoststore.machine import available_memory
 from indexer.encoder import RowEncoder, pad
@@ -71,8 +72,13 @@ class Subject:
     @property
     def few(self) -> Sequence[Row]:
         """At most PLAIN_ROWS rows, from the shortest to the longest."""
+        return [self.rows[place] for place in self.few_places]
+
+    @property
+    def few_places(self) -> list[int]:
+        """Where :attr:`few` stand among the rows."""
         step = max(1.0, (len(self.rows) - 1) / (PLAIN_ROWS - 1))
-        return [self.rows[round(place * step)] for place in range(min(PLAIN_ROWS, len(self.rows)))]
+        return [round(place * step) for place in range(min(PLAIN_ROWS, len(self.rows)))]
 
     def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
         """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
@@ -121,7 +127,7 @@ class Subject:
                 logits, labels = self._forward([row])
                 (loss,), _ = next_token_losses_plainly(logits, labels, reduction=self.reduction)
                 gradients = gradients_of(self.model, loss)
-                squares = {name: float(gradient.double().square().sum()) for name, gradient in gradients.items()}
+                squares = {name: float(vector_norm(g, dtype=torch.float64)) ** 2 for name, g in gradients.items()}
                 found.append(PlainGradient(blocks=plain_blocks(self.projection, gradients), squares=squares))
         return found
 
