@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import click
 
-CORES = len(os.sched_getaffinity(0))
+from ghoststore.machine import CORES, computes_bfloat16, processor, total_memory
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -261,9 +262,9 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": CORES,
-        "processor": _processor(),
-        "bfloat16 in hardware": "avx512_bf16" in Path("/proc/cpuinfo").read_text(),
-        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "processor": processor(),
+        "bfloat16 in hardware": computes_bfloat16(),
+        "memory GiB": round(total_memory() / 2**30, 1),
         "load before": round(os.getloadavg()[0], 2),
         **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "system": f"{platform.system()} {platform.machine()}",
@@ -273,13 +274,6 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
 from query.again import RowsAgain
+from query.doctor.compare import spearman
 from query.rerank import rerank
 from query.search import Ranking, search
 from query.stored import StoredRows
@@ -87,12 +88,6 @@ def agreement(exact_QN: Scores, found_QN: Scores) -> Agreement:
     correlations = [spearman(exact, found) for exact, found in pairs]
     recall = {cut: mean_shared((best(exact, cut), best(found, cut)) for exact, found in pairs) for cut in CUTS}
     return Agreement(float(np.mean(correlations)), min(correlations), recall)
-
-
-def spearman(x: Scores, y: Scores) -> float:
-    """Correlation of the ranks; equal numbers by place."""
-    ranks = [np.argsort(np.argsort(values, kind="stable")) for values in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def mean_shared(pairs: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:

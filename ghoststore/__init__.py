@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from indexer.training.train import TrainReport as TrainReport
     from indexer.training.train import train as train
     from query.demo import demo as demo
+    from query.doctor import DoctorReport as DoctorReport
+    from query.doctor import doctor as doctor
     from query.evaluate.evaluate import evaluate as evaluate
     from query.index import IndexReport as IndexReport
     from query.index import index as index

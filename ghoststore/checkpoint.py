@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """``sha256:…`` of every tensor's name, dtype, shape and bytes: the same however the files are cut."""
         return fingerprint_weights(self.weights)
+
+    def numbers(self) -> int:
+        """Numbers in all tensors, by the headers of the files."""
+        headers = (_tensors(path)[1] for path in self.weights)
+        return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
@@ -284,20 +290,37 @@ def refuse_lookahead(model: Any, where: Path) -> None:
     other[0, -1] = (other[0, -1] + size // 2) % size
     if bool((other == ids).all()):
         return
-    with torch.no_grad():
-        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, other))
-    moved = (first - second).abs().amax(dim=(0, 2))
-    if float(moved[:-1].max()) > 1e-3 * float(moved[-1]) + 1e-6 * float(first.abs().max()):
+    if sees_ahead(model, ids, other):
         raise CheckpointError(
             f"checkpoint {where} ({type(model).__name__}) is not causal: changing a later token changed the logits "
             "before it. Next-token gradients need a causal language model (for BERT-style configs, is_decoder=true)"
         )
 
 
+def sees_ahead(model: Any, ids: Any, other: Any) -> bool:
+    """Whether the logits before the last token differ between (1, tokens) ``ids`` and ``other``, which differ there."""
+    import torch
+
+    with torch.no_grad():
+        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, other))
+    moved = (first - second).abs().amax(dim=(0, 2))
+    return float(moved[:-1].max()) > 1e-3 * float(moved[-1]) + 1e-6 * float(first.abs().max())
+
+
 def max_positions(model: Any) -> int | None:
     """The most tokens the model takes, by its config; None where it sets no limit."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
-        value = getattr(model.config, name, None)
+        value = getattr(getattr(model, "config", None), name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def choose_max_length(asked: int | None, model: Any, default: int) -> int:
+    """``asked``, or ``default`` but not more than the model takes. UsageError if more was asked for."""
+    limit = max_positions(model)
+    if asked is None:
+        return min(limit or default, default)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
+    return asked

@@ -81,3 +81,9 @@ class StorageError(GhostStoreError, OSError):
     """
 
     exit_code = 6
+
+
+class UnsoundError(GhostStoreError, ValueError):
+    """``ghoststore doctor`` found what would make a store wrong (exit code 7). The findings were printed."""
+
+    exit_code = 7

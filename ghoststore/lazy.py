@@ -34,6 +34,8 @@ FACE = {
     "TokenizeReport": "indexer.tokenize",
     "tokenize": "indexer.tokenize",
     "demo": "query.demo",
+    "doctor": "query.doctor",
+    "DoctorReport": "query.doctor",
     "index": "query.index",
     "IndexReport": "query.index",
     "evaluate": "query.evaluate.evaluate",

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.checkpoint import (
+    choose_max_length,
     find_checkpoint,
     fingerprint_tokenizer,
     load_model,
     load_tokenizer,
-    max_positions,
     resolve_device,
 )
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
@@ -164,7 +164,7 @@ def build(
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
-            TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
+            TokenSettings(max_length=choose_max_length(max_length, model, DEFAULT_MAX_LENGTH), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state,
@@ -293,15 +293,6 @@ def corpus_name(source: str) -> str:
     for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt"):
         name = name.removesuffix(suffix)
     return name
-
-
-def _max_length(asked: int | None, model: Any) -> int:
-    limit = max_positions(model)
-    if asked is None:
-        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if limit is not None and asked > limit:
-        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-    return asked
 
 
 def _bytes_on_disk(layout: PartLayout) -> int:

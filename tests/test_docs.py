@@ -20,6 +20,7 @@ from ghoststore.corpus.shards import SAMPLE, SHARDS_VERSION
 from ghoststore.store import RunLayout, Status
 from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+from query.doctor.examination import CHECKS
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -167,7 +168,7 @@ def test_the_loops_of_their_page_run(
 
 
 def test_python_in_the_docs_uses_public_names() -> None:
-    pages = (ROOT / "README.md", ROOT / "docs/loops.md", ROOT / "docs/select.md")
+    pages = (ROOT / "README.md", ROOT / "docs/loops.md", ROOT / "docs/select.md", ROOT / "docs/doctor.md")
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
             name.strip() for names in re.findall(r"from ghoststore import (.+)", block) for name in names.split(",")
@@ -217,6 +218,22 @@ def test_the_python_of_the_page_of_select_runs(
     exec(block, names := dict[str, Any]())
     assert names["made"].samples == 10
     assert "sky 3 of 14" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_of_the_doctor_runs(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = blocks(ROOT / "docs/doctor.md", "python")
+    monkeypatch.chdir(tmp_path)
+    lab.write(tmp_path / "train.jsonl", lab.rows)
+    model = transformers.AutoModelForCausalLM.from_pretrained(lab.checkpoint)
+    exec(block, {"model": model, "tokenizer": transformers.AutoTokenizer.from_pretrained(lab.checkpoint)})
+    assert "exactness ok" in capsys.readouterr().out
+
+
+def test_the_page_of_the_doctor_lists_every_check() -> None:
+    listed = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/doctor.md").read_text(), flags=re.MULTILINE)
+    assert listed == [(check.name, check.asks) for check in CHECKS]
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

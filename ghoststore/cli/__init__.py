@@ -1,7 +1,7 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 130 interrupted.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS = {
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",
     "verify": "check every byte that was committed",
+    "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",
 }
 """Command to its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""

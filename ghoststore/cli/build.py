@@ -26,13 +26,7 @@ from ghoststore.cli import options
     show_default=True,
     help="Numbers in the store; int8 takes a quarter of float32, onebit (signs) a thirtieth.",
 )
-@click.option(
-    "--loss-reduction",
-    type=click.Choice(["mean", "sum"]),
-    default="mean",
-    show_default=True,
-    help="A sample's loss over its own targets.",
-)
+@options.loss_reduction
 @click.option("--max-length", type=int, metavar="TOKENS", help="Longest row (default: the model's, at most 1024).")
 @click.option(
     "--overlong",
@@ -46,13 +40,7 @@ from ghoststore.cli import options
 @click.option("--span-rows", type=int, help="Rows committed together (default: about 8 MiB of vectors).")
 @click.option("--store-text", is_flag=True, help="Keep the texts in the store.")
 @options.device
-@click.option(
-    "--model-dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Numbers the model computes with.",
-)
+@options.model_dtype
 @click.option(
     "--attn-implementation", metavar="NAME", help="Attention kernel: sdpa, eager, … (default: transformers')."
 )

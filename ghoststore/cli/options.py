@@ -117,6 +117,20 @@ def common(command: F) -> F:
 store_optional = click.option("--store", metavar="PATH", help="The store: a directory.")
 store = click.option("--store", required=True, metavar="PATH", help="The store: a directory.")
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
+model_dtype = click.option(
+    "--model-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Numbers the model computes with.",
+)
+loss_reduction = click.option(
+    "--loss-reduction",
+    type=click.Choice(["mean", "sum"]),
+    default="mean",
+    show_default=True,
+    help="A sample's loss over its own targets.",
+)
 
 QUESTION = (
     store,

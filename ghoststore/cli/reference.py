@@ -15,7 +15,7 @@ Written by `make docs` from the commands themselves; do not edit.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage (an input or an option
 cannot be used), 3 mismatch (what is stored is of another build, checkpoint or format), 4 corrupt, 5 busy (another
-process is writing), 6 the disk refuses, 130 interrupted.
+process is writing), 6 the disk refuses, 7 unsound (`doctor` found what would make a store wrong), 130 interrupted.
 """
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from indexer.plain import gradient_matrix, gradients_of, plain_blocks
 from indexer.projection import Projection
-from indexer.selection import Block
 
 LossOf = Callable[[nn.Module, int], Tensor]
 """(model, i) to the loss of sample i alone, a scalar."""
@@ -41,47 +41,11 @@ class Naive:
         return torch.stack(list(self.norms.values())).square().sum(0).sqrt()
 
 
-def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """float64 gradients by name of a scalar loss; tied parameters appear once, under their first name."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter).double() if gradient is None else gradient.to_dense().double()
-        for name, parameter, gradient in zip(names, parameters, found, strict=True)
-    }
-
-
 def gradients_alone(model: nn.Module, count: int, loss_of: LossOf) -> list[dict[str, Tensor]]:
     """The gradients of ``count`` samples, each run alone. ``model`` is copied; its flags and gradients stay."""
     model = deepcopy(model).requires_grad_(True)
-    return [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
-
-
-def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
-    """(O, I) of one block: [weight | biases of its uses], a norm's γ above its β as one column.
-
-    A bias of a use that sees the block flipped (a head tied to an embedding) is one more row.
-    """
-    weight = gradients[block.parameters[0]]
-    if not block.is_matrix:
-        return torch.cat([gradients[name] for name in block.parameters]).unsqueeze(1)
-    if block.type in ("conv1d", "embedding"):
-        weight = weight.t()
-    seen = set()
-    for use in block.uses:
-        if use.bias is None or use.bias in seen:
-            continue
-        seen.add(use.bias)
-        bias = gradients[use.bias]
-        if (use.type == "embedding") == (block.type == "embedding"):
-            column = torch.zeros(weight.shape[0], dtype=torch.float64)
-            column[: len(bias)] = bias
-            weight = torch.cat([weight, column.unsqueeze(1)], dim=1)
-        else:
-            row = torch.zeros(weight.shape[1], dtype=torch.float64)
-            row[: len(bias)] = bias
-            weight = torch.cat([weight, row.unsqueeze(0)], dim=0)
-    return weight
+    found = [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
+    return [{name: gradient.double() for name, gradient in of_sample.items()} for of_sample in found]
 
 
 def naive(model: nn.Module, projection: Projection, count: int, loss_of: LossOf) -> Naive:
@@ -91,11 +55,10 @@ def naive(model: nn.Module, projection: Projection, count: int, loss_of: LossOf)
     norms: dict[str, list[Tensor]] = {layer.block.name: [] for layer in plan.layers}
     gradients = gradients_alone(model, count, loss_of)
     for of_sample in gradients:
+        projected = plain_blocks(projection, of_sample)
         for layer in plan.layers:
-            p_in, p_out = projection.sides[layer.block.name]
-            matrix = gradient_matrix(layer.block, of_sample)
-            blocks[layer.block.name].append(p_out.double() @ matrix @ p_in.double().t())
-            norms[layer.block.name].append(matrix.norm())
+            blocks[layer.block.name].append(projected[layer.block.name])
+            norms[layer.block.name].append(gradient_matrix(layer.block, of_sample).norm())
     stacked = {name: torch.stack(of_block) for name, of_block in blocks.items()}
     vectors = torch.cat([block.flatten(1) for block in stacked.values()], dim=1)
     if projection.sketch:

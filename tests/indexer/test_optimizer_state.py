@@ -15,9 +15,9 @@ from ghoststore import ProjectionConfig
 from ghoststore.checkpoint import find_checkpoint, load_model
 from ghoststore.errors import CheckpointError, CorruptError, MismatchError
 from indexer.optimizer_state import block_matrix, factored, flat, read_scales, unflat
+from indexer.plain import gradient_matrix
 from indexer.projection import Projection, ProjectionPlan
 from indexer.selection import select_blocks
-from tests.indexer.oracle import gradient_matrix
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import ghoststore
 import ghoststore.checkpoint
 import ghoststore.cli.build
+import ghoststore.cli.doctor
 import ghoststore.cli.evaluate
 import ghoststore.cli.index
 import ghoststore.cli.info
@@ -51,6 +52,7 @@ import ghoststore.cli.watch
 import indexer.build
 import indexer.tokenize
 import indexer.training.train
+import query.doctor
 import query.index
 import query.query
 import query.scores
@@ -58,7 +60,8 @@ import query.select
 import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            indexer.training.train, query.index, query.query, query.scores, query.select, query.watch)  # fmt: skip
+            indexer.training.train, query.doctor, query.index, query.query, query.scores, query.select,
+            query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}

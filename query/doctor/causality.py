@@ -1,0 +1,30 @@
+"""Do the logits at a place depend on later tokens? Then they know what they must predict."""
+
+from __future__ import annotations
+
+import torch
+
+from ghoststore.checkpoint import sees_ahead
+from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.subject import Subject
+
+
+def examine(subject: Subject) -> Finding:
+    """The last token of the longest row is replaced by another token of the rows."""
+    tokens = max((row.tokens for row in subject.rows), key=len)
+    ids = torch.from_numpy(tokens).long().unsqueeze(0).to(subject.models.device)
+    others = [int(token) for row in subject.rows for token in row.tokens if token != tokens[-1]]
+    if not others:
+        return skipped("all samples are one token over and over: no later token can be changed")
+    changed = ids.clone()
+    changed[0, -1] = others[0]
+    if sees_ahead(subject.model, ids, changed):
+        return Finding(
+            status=Verdict.WRONG,
+            summary="changing the last token changes the logits before it",
+            advice=("Next-token gradients need a causal model (for BERT-style configs, is_decoder=true).",),
+        )
+    return Finding(status=Verdict.OK, summary="changing the last token changes no logits before it")
+
+
+CHECK = Check(name="causality", asks="Are logits independent of later tokens?", run=examine, needs=("randomness",))

@@ -1,0 +1,78 @@
+"""How fast is the disk of the store? A file is written through to it, read back and removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+
+from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.subject import Subject
+
+FILE = 256 << 20
+PIECE = 4 << 20
+SECONDS = 5.0
+"""A slow disk is measured for so long, each way."""
+FREE = 4
+"""The file takes at most one part in so many of the free space."""
+SLOW = 100e6
+"""Bytes a second below which an exact query waits for the disk."""
+
+
+def examine(subject: Subject) -> Finding:
+    """Bytes a second, one way after the other, of the folder that is or will hold the store."""
+    folder = subject.store.resolve()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < FREE * PIECE:
+            return skipped(f"{folder} has {free / 2**20:.0f} MiB left, too few to measure")
+        with tempfile.TemporaryFile(dir=folder) as file:
+            size, write = _write(file.fileno(), min(FILE, free // FREE))
+            evicted = _evict(file.fileno())
+            read = _read(file.fileno(), size)
+    except OSError as error:
+        return skipped(f"{folder} cannot be written: {error.strerror or error}")
+    details = {
+        "folder": str(folder), "bytes": size, "write_bytes_per_second": write, "read_bytes_per_second": read,
+        "read_from_disk": evicted, "free_bytes": free,
+    }  # fmt: skip
+    summary = f"{write / 1e6:,.0f} MB/s written with fsync, {read / 1e6:,.0f} MB/s read{'' if evicted else ' (memory)'}"
+    if min(write, read) >= SLOW:
+        return Finding(status=Verdict.OK, summary=summary, details=details)
+    advice = (
+        "An exact query reads every vector at this speed: keep the store on a local disk, or its rows small "
+        "(--proj-dtype int8 or onebit).",
+    )
+    return Finding(status=Verdict.ADVICE, summary=summary, advice=advice, details=details)
+
+
+def _write(handle: int, limit: int) -> tuple[int, float]:
+    """(bytes, bytes a second) of writing random bytes in turn and forcing them to the disk."""
+    piece, size, begun = os.urandom(PIECE), 0, time.perf_counter()
+    while size + PIECE <= limit and time.perf_counter() - begun < SECONDS:
+        size += os.write(handle, piece)
+    os.fsync(handle)
+    return size, size / (time.perf_counter() - begun)
+
+
+def _evict(handle: int) -> bool:
+    """Whether the file's pages could be dropped from memory, so that reading reads the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def _read(handle: int, size: int) -> float:
+    """Bytes a second of reading from the beginning."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    done, begun = 0, time.perf_counter()
+    while done < size and time.perf_counter() - begun < SECONDS:
+        done += len(os.read(handle, PIECE))
+    return done / (time.perf_counter() - begun)
+
+
+CHECK = Check(name="disk", asks="How fast is the disk of the store?", run=examine)

@@ -1,0 +1,62 @@
+"""Are the engine's vectors the gradients? Each block against plain autograd of one sample at a time.
+
+The engine sees the calls of modules. Where a weight is used in another way too (``F.linear(x, module.weight)``, an
+assembled weight, a compiled call), autograd's gradient has more in it than the vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from query.doctor.compare import EXACT, worst
+from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
+from query.doctor.subject import Subject
+
+EVERY_GRADIENT = "a gradient of every parameter"
+NAMED = 5
+"""Layers that a sentence names."""
+FAINT = 1e-3
+"""A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
+
+
+def examine(subject: Subject) -> Finding:
+    """Blocks first, then the vectors that a store would hold."""
+    reason = subject.lacks_memory(4, EVERY_GRADIENT)
+    if reason is not None:
+        return skipped(reason)
+    layers = subject.projection.plan.layers
+    kronecker = subject.alone(subject.model, subject.few, subject.projection.unsketched()).vectors
+    vectors = subject.exact.vectors[subject.few_places]
+    blocks = [torch.stack([plain.blocks[layer.block.name] for plain in subject.plain]) for layer in layers]
+    error = worst(vectors, subject.projection.assemble(blocks))
+    floor = FAINT * torch.cat([block.flatten(1) for block in blocks], dim=1).norm(dim=1).cpu()
+    by_layer = {
+        layer.block.name: _error(kronecker[:, layer.start : layer.stop], block.flatten(1).cpu(), floor)
+        for layer, block in zip(layers, blocks, strict=True)
+    }
+    wrong = sorted((name for name, one in by_layer.items() if not one <= EXACT), key=lambda name: -by_layer[name])
+    details = {"vector": error, "layers": {name: by_layer[name] for name in wrong}, "tolerance": EXACT}
+    if wrong:
+        named = ", ".join(f"{name} ({by_layer[name]:.2g})" for name in wrong[:NAMED])
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        return Finding(
+            status=Verdict.WRONG,
+            summary=f"vectors differ from autograd's by {error:.2g}: {named}{more}",
+            advice=(
+                "The weight of a layer is used other than by calling the layer, where the engine does not see it. Call "
+                f"the layer itself, or leave it out: --exclude-layers '{','.join(wrong)}'.",
+            ),
+            details=details,
+        )
+    count = len(subject.few)
+    summary = f"the vectors of {count} samples are autograd's, to {error:.1g} ({len(layers)} layers)"
+    return Finding(status=Verdict.OK, summary=summary, details=details)
+
+
+def _error(found: Tensor, expected: Tensor, floor: Tensor) -> float:
+    error = (found - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), floor)
+    return float(error.nan_to_num(nan=0.0).max())  # 0 ÷ 0: a layer without a gradient
+
+
+CHECK = Check(name="exactness", asks="Are the vectors what autograd gives?", run=examine, needs=GRADIENTS)

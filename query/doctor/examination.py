@@ -1,0 +1,183 @@
+"""``ghoststore.doctor``: would a store of this model, built on this machine, be right?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ghoststore.checkpoint import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
+from ghoststore.corpus import Fields, open_corpus
+from ghoststore.errors import CaptureError, UsageError
+from ghoststore.progress import Progress, Silent
+from indexer.losses import Reduction
+from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.selection import select_blocks
+from query.doctor import (
+    causality,
+    coverage,
+    disk,
+    exactness,
+    faiss,
+    gradients,
+    invariance,
+    machine,
+    precision,
+    randomness,
+)
+from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.models import LoadedModels, Models, SavedModels, half_only
+from query.doctor.rows import choose_rows
+from query.doctor.subject import Subject
+
+CHECKS = tuple(
+    module.CHECK
+    for module in (randomness, causality, gradients, exactness, invariance, precision, coverage, faiss, disk, machine)
+)
+"""In the order in which they are done and shown."""
+
+MAX_LENGTH = 128
+"""Tokens of the longest sample, unless asked otherwise: enough for all that is checked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """What was found, check by check."""
+
+    model: str
+    """The checkpoint's folder, or the class of a model in memory."""
+    settings: dict[str, Any]
+    findings: Mapping[str, Finding]
+    """By name of the check, in the order of CHECKS."""
+
+    @property
+    def wrong(self) -> list[str]:
+        """The checks that found what would make a store wrong."""
+        return [name for name, finding in self.findings.items() if finding.status is Verdict.WRONG]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore doctor --json`` prints."""
+        asks = {check.name: check.asks for check in CHECKS}
+        return {
+            "model": self.model,
+            "settings": self.settings,
+            "wrong": self.wrong,
+            "findings": {name: {"asks": asks[name], **finding.to_json()} for name, finding in self.findings.items()},
+        }
+
+
+def doctor(
+    *,
+    checkpoint: str | Path | None = None,
+    model: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    data: str | Path | None = None,
+    fields: Fields | None = None,
+    projection: ProjectionConfig | None = None,
+    loss_reduction: Reduction = "mean",
+    model_dtype: str | None = None,
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    max_length: int | None = None,
+    samples: int = 16,
+    store: str | Path = ".",
+    progress: Progress | None = None,
+) -> DoctorReport:
+    """Examine a ``checkpoint``, or a ``model`` in memory with its tokenizer, before anything is built of it.
+
+    Parameters have the names of the command's options. ``tokenizer`` is a folder, or the object itself. ``samples``
+    samples (at least 3) of ``data`` (default: built-in sentences) are cut to ``max_length`` tokens (default: 128, or
+    the model's positions if fewer). ``attn_implementation`` None examines eager, sdpa and, on CUDA, flash attention
+    where it is installed. ``store`` is the folder whose disk is measured; nothing of it is changed. A model in memory
+    is examined in the mode it is in and left as it was, flags and kernel too.
+
+    Needs memory for the model in float32, a second copy in 16 bits, and a gradient of every parameter. What does not
+    fit is skipped, and the finding says so.
+
+    Raises UsageError, CheckpointError, LayerError or CorpusError for inputs of which no store could be built at all.
+    """
+    progress = progress or Silent()
+    if samples < 3:
+        raise UsageError(f"--samples must be at least 3 (a ranking of two others), not {samples}")
+    if half_only(attn_implementation) and (model_dtype or "float32") == "float32":
+        raise UsageError(f"{attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel")
+    models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
+    config = projection or ProjectionConfig()
+    with ExitStack() as stack:
+        corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields()))
+        reference = models.reference()
+        length = choose_max_length(max_length, reference, MAX_LENGTH)
+        rows = choose_rows(corpus, text_tokenizer, max_length=length, count=samples)
+    selection = select_blocks(
+        reference, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
+    )
+    plan = ProjectionPlan.of(selection, config)
+    subject = Subject(
+        models=models, model=reference, rows=rows, selection=selection, projection=Projection(plan),
+        kernels=None if attn_implementation is None else (attn_implementation,), reduction=loss_reduction,
+        store=Path(store),
+    )  # fmt: skip
+    settings = {
+        "data": "built-in sentences" if data is None else str(data),
+        "samples": len(rows),
+        "max_length": length,
+        "model_dtype": models.dtype,
+        "device": models.device,
+        "attn_implementation": attn_implementation,
+        "loss_reduction": loss_reduction,
+        "projection": plan.to_json(),
+    }
+    return DoctorReport(model=models.name, settings=settings, findings=_examine(subject, progress))
+
+
+def _examine(subject: Subject, progress: Progress) -> dict[str, Finding]:
+    findings: dict[str, Finding] = {}
+    with closing(progress.task("examining", len(CHECKS), unit="checks")) as task:
+        for check in CHECKS:
+            task.say(check.name)
+            findings[check.name] = _one(check, subject, findings)
+            task.advance(1)
+        task.say("")
+    return findings
+
+
+def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Finding:
+    """The finding of one check. It is skipped where an earlier one tells that it could not be answered."""
+    reasons = [name for name in check.needs if before[name].status is Verdict.WRONG]
+    if reasons:
+        return skipped(f"cannot be told: see {reasons[0]}")
+    try:
+        return check.run(subject)
+    except CaptureError as error:
+        return Finding(status=Verdict.WRONG, summary=f"the engine refuses this model: {error}")
+    except torch.OutOfMemoryError as error:
+        return skipped(f"{subject.models.device} has not enough memory: {str(error).splitlines()[0]}")
+
+
+def _patient(
+    checkpoint: str | Path | None,
+    model: torch.nn.Module | None,
+    tokenizer: Any,
+    dtype: str | None,
+    device: str,
+    kernel: str | None,
+) -> tuple[Models, Any]:
+    """The model's source, and its tokenizer."""
+    if (checkpoint is None) == (model is None):
+        raise UsageError("give either a checkpoint or a model in memory")
+    models: Models
+    if model is not None:
+        if tokenizer is None:
+            raise UsageError("a model in memory needs its tokenizer: tokenizer=…")
+        models = LoadedModels(model, dtype, device, kernel)
+        return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
+    assert checkpoint is not None
+    found = find_checkpoint(checkpoint)
+    models = SavedModels(found, dtype or "float32", resolve_device(device), kernel)
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(found.folder if tokenizer is None else Path(tokenizer))
+    return models, tokenizer

@@ -1,0 +1,34 @@
+"""Is FAISS there, and on which device? Only ``ghoststore index`` needs it."""
+
+from __future__ import annotations
+
+from ghoststore.errors import UsageError
+from query.ann.engine import check_device, load_faiss
+from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.subject import Subject
+
+
+def examine(subject: Subject) -> Finding:
+    """Never wrong: exact search needs no FAISS."""
+    try:
+        faiss = load_faiss()
+    except UsageError as error:
+        return Finding(
+            status=Verdict.ADVICE, summary="no FAISS that can be used", advice=(f"{error}.",),
+            details={"installed": False},
+        )  # fmt: skip
+    details = {"installed": True, "version": faiss.__version__, "gpus": 0}
+    if subject.models.device.startswith("cuda"):
+        try:
+            check_device("cuda")
+        except UsageError as error:
+            return Finding(
+                status=Verdict.ADVICE, summary=f"FAISS {faiss.__version__}, for the CPU alone",
+                advice=(f"{error}.",), details=details,
+            )  # fmt: skip
+    details["gpus"] = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    where = f"{details['gpus']} GPUs" if details["gpus"] else "the CPU"
+    return Finding(status=Verdict.OK, summary=f"FAISS {faiss.__version__} on {where}", details=details)
+
+
+CHECK = Check(name="faiss", asks="Is FAISS there, on which device?", run=examine)

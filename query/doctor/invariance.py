@@ -1,0 +1,146 @@
+"""Is a sample's vector its own, whatever it is batched with and however it is padded? With each attention kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from transformers.utils import is_flash_attn_2_available
+
+from ghoststore.errors import UsageError
+from indexer.rows import Row
+from query.doctor.compare import EXACT, relative_errors, worst
+from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
+from query.doctor.locate import first_difference
+from query.doctor.models import attending, half_only, kernel_of
+from query.doctor.rows import cut
+from query.doctor.subject import Subject
+
+ROUGH = 0.2
+"""Relative difference of vectors in a 16-bit dtype that is more than its rounding."""
+
+
+class Invariance(NamedTuple):
+    """One kernel: largest relative differences of vectors and losses from those of each sample alone."""
+
+    vectors: dict[str, float]
+    """By what was changed: batch mates of one length (no padding), padding, order."""
+    losses: float
+    worst_row: int
+    tolerance: float
+
+    @property
+    def largest(self) -> float:
+        return max(*self.vectors.values(), self.losses)
+
+    @property
+    def sound(self) -> bool:
+        return self.largest <= self.tolerance
+
+
+def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invariance:
+    """Each of a few samples alone, beside others of its length, padded beside others, and in reverse order."""
+    rows = subject.few
+    everyone = list(range(len(rows)))
+    even = [cut(row, min(len(row.tokens) for row in rows)) for row in rows]
+    even = [row for row in even if len(row.tokens) == len(even[0].tokens)]
+    alone, even_alone = subject.alone(model, rows), subject.alone(model, even)
+    together = subject.encode(model, rows, [everyone])
+    reversed_ = subject.encode(model, rows, [everyone[::-1]])
+    mates = subject.encode(model, even, [list(range(len(even)))])
+    losses = max(
+        worst(found.losses.unsqueeze(1), expected.losses.unsqueeze(1))
+        for found, expected in ((together, alone), (reversed_, alone), (mates, even_alone))
+    )
+    errors = {
+        "batch_mates": worst(mates.vectors, even_alone.vectors),
+        "padding": worst(together.vectors, alone.vectors),
+        "order": worst(reversed_.vectors, together.vectors),
+    }
+    return Invariance(errors, losses, int(relative_errors(together.vectors, alone.vectors).argmax()), tolerance)
+
+
+def examine(subject: Subject) -> Finding:
+    """Every kernel that there is, in float32, flash attention in 16 bits."""
+    measured: dict[str, Invariance] = {}
+    missing: dict[str, str] = {}
+    problems: list[str] = []
+    culprits: dict[str, str | None] = {}
+    for kernel in _kernels(subject):
+        name = kernel or "its own attention"
+        try:
+            if half_only(kernel):
+                dtype = "bfloat16" if subject.models.dtype == "float32" else subject.models.dtype
+                found = measure(subject, subject.models.in_dtype(dtype, kernel), ROUGH)
+            else:
+                with attending(subject.model, kernel) as model:
+                    found = measure(subject, model)
+                    if not found.sound:
+                        culprits[name] = _culprit(subject, subject.few[found.worst_row])
+        except UsageError as error:
+            missing[name] = str(error)
+            if subject.kernels is not None:
+                problems.append(f"{name} cannot be used: {error}")
+            continue
+        measured[name] = found
+        if not found.sound:
+            problems.append(_sentence(name, found, culprits.get(name)))
+    details = {
+        "kernels": {name: {**found.vectors, "losses": found.losses} for name, found in measured.items()},
+        "unavailable": missing,
+        "first": culprits,
+        "tolerance": EXACT,
+    }
+    if problems:
+        return Finding(status=Verdict.WRONG, summary="; ".join(problems), advice=_advice(measured), details=details)
+    largest = max(found.largest for found in measured.values())
+    kernels = ", ".join(measured)
+    summary = f"alone, padded, reordered, in other company: the same vector, to {largest:.1g} ({kernels})"
+    return Finding(status=Verdict.OK, summary=summary, details=details)
+
+
+def _kernels(subject: Subject) -> Sequence[str | None]:
+    if subject.kernels is not None:
+        return subject.kernels
+    own = kernel_of(subject.model)
+    if own is None:
+        return [None]
+    flash = subject.models.device.startswith("cuda") and is_flash_attn_2_available()
+    return list(dict.fromkeys([own, "eager", "sdpa", *(["flash_attention_2"] if flash else [])]))
+
+
+def _culprit(subject: Subject, row: Row) -> str | None:
+    """The first module whose output for ``row`` is another beside the longest row than alone."""
+    longest = max(subject.few, key=lambda row: len(row.tokens))
+    alone, padded = (partial(subject.logits, rows) for rows in ([row], [row, longest]))
+    return first_difference(subject.model, alone, padded, len(row.tokens))
+
+
+def _sentence(kernel: str, found: Invariance, culprit: str | None) -> str:
+    causes = {name: error for name, error in found.vectors.items() if not error <= found.tolerance}
+    told = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
+    where = f", first in the output of {culprit}" if culprit else ""
+    return f"with {kernel}, a sample's vector changes with {told or 'its batch, or its loss does'}{where}"
+
+
+def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:
+    sound = [name for name, found in measured.items() if found.sound]
+    if sound:
+        return (f"Build with --attn-implementation {sound[0]}.",)
+    if any(found.vectors["batch_mates"] > found.tolerance for found in measured.values()):
+        return ("Something mixes the samples of a batch, such as a statistic over it or routing with a capacity.",)
+    if not measured:
+        return ("Leave --attn-implementation out, or give one that is installed.",)
+    return (
+        "Padding leaks into real tokens: attention, a mean over positions or position ids ignore attention_mask. "
+        "Padding is on the right, with mask 0.",
+    )
+
+
+CHECK = Check(
+    name="invariance",
+    asks="Does a vector depend on batch mates or padding?",
+    run=examine,
+    needs=GRADIENTS,
+)

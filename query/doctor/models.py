@@ -1,0 +1,132 @@
+"""The model that is looked at: in float32 as the reference, in other dtypes, and with each attention kernel.
+
+A saved one is loaded exactly as a build loads it. A loaded one is the caller's own: it is never changed for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ghoststore.checkpoint import DTYPES, Checkpoint, load_model, quiet_transformers
+from ghoststore.errors import UsageError
+from ghoststore.machine import available_memory
+from indexer.engine import unwrap
+
+
+class Models(Protocol):
+    """Where models of one checkpoint come from."""
+
+    name: str
+    dtype: str
+    """The dtype that a build would compute in."""
+    device: str
+
+    def reference(self) -> Any:
+        """The model in float32; the caller's own where that is what it is."""
+
+    def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
+        """A model in ``dtype`` with an attention ``kernel`` (None: the one asked for, or its default)."""
+
+
+class SavedModels:
+    """Of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, kernel: str | None) -> None:
+        self.name, self.dtype, self.device = str(checkpoint.folder), dtype, device
+        self._checkpoint, self._kernel = checkpoint, kernel
+
+    def reference(self) -> Any:
+        _refuse_too_large(self._checkpoint.numbers(), self.device, self.name)
+        return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
+
+    def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
+        return load_model(self._checkpoint, dtype=dtype, device=self.device, attn_implementation=kernel or self._kernel)
+
+
+class LoadedModels:
+    """Of a model in memory. Its parameters are cast and its buffers are not, as transformers does when it loads."""
+
+    def __init__(self, model: nn.Module, dtype: str | None, device: str, kernel: str | None) -> None:
+        self._model = unwrap(model)
+        first = next(self._model.parameters(), None)
+        if first is None:
+            raise UsageError(f"{type(self._model).__name__} has no parameters")
+        own = str(first.device)
+        if device not in ("auto", own, first.device.type):
+            raise UsageError(f"--device {device}: the model that was given is on {own}; move it, or leave device out")
+        self.name, self.device = type(self._model).__name__, own
+        self.dtype = dtype or str(first.dtype).removeprefix("torch.")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--model-dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        self._kernel = kernel
+
+    def reference(self) -> Any:
+        if all(p.dtype == torch.float32 for p in self._model.parameters()) and self._kernel is None:
+            return self._model
+        _refuse_too_large(sum(p.numel() for p in self._model.parameters()), self.device, self.name)
+        return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
+
+    def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
+        cast: dict[int, Any] = {  # what deepcopy finds there it does not copy
+            id(p): nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True), p.requires_grad)
+            for p in self._model.parameters()
+        }
+        model = deepcopy(self._model, cast)
+        kernel = kernel or self._kernel
+        if kernel is not None:
+            set_kernel(model, kernel)
+        return model
+
+
+def half_only(kernel: str | None) -> bool:
+    """Whether an attention kernel has 16-bit dtypes alone."""
+    return (kernel or "").startswith("flash_attention")
+
+
+def _refuse_too_large(numbers: int, device: str, name: str) -> None:
+    free = available_memory(device)
+    if free is not None and 4 * numbers > free:
+        raise UsageError(
+            f"{name} takes {4 * numbers / 2**30:.1f} GiB in float32, with which everything is compared, and "
+            f"{free / 2**30:.1f} GiB of {device} are free; try --device cpu, or a smaller model of the same family"
+        )
+
+
+def kernel_of(model: Any) -> str | None:
+    """The name of a model's attention kernel; None for a model that is not of transformers."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return name if isinstance(name, str) and hasattr(model, "set_attn_implementation") else None
+
+
+def set_kernel(model: Any, kernel: str) -> None:
+    """Switch the attention of ``model`` to ``kernel``. UsageError if it cannot be had."""
+    if kernel_of(model) is None:
+        raise UsageError(f"{type(model).__name__} is not of transformers: it has no attention kernels to choose from")
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(kernel)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"attention kernel {kernel!r}: {str(error).splitlines()[0]}") from error
+    if kernel_of(model) != kernel:
+        raise UsageError(f"attention kernel {kernel!r}: {type(model).__name__} does not have it")
+
+
+@contextmanager
+def attending(model: Any, kernel: str | None) -> Iterator[Any]:
+    """``model`` with another attention kernel until the block ends; None: as it is. UsageError as `set_kernel`."""
+    before = kernel_of(model)
+    if kernel is None or kernel == before:
+        yield model
+        return
+    set_kernel(model, kernel)
+    try:
+        yield model
+    finally:
+        assert before is not None
+        set_kernel(model, before)

@@ -1,0 +1,41 @@
+"""Is the forward pass the same each time? Dropout that was left on makes every gradient a draw."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ghoststore.errors import UsageError
+from indexer.engine import refuse_randomness
+from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.locate import first_difference
+from query.doctor.subject import Subject
+
+TOLERANCE = 1e-5
+"""Relative difference of the logits of two passes: no kernel's atomics come near it."""
+
+
+def examine(subject: Subject) -> Finding:
+    """What the modules say of themselves, and two forward passes of one batch in the model's own mode."""
+    devices = [subject.models.device] if subject.models.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices):
+        first, second = (subject.logits(subject.few).double() for _ in range(2))
+        difference = float((first - second).norm() / first.norm())
+        details = {"difference": difference, "training": bool(subject.model.training)}
+        try:
+            refuse_randomness(subject.model)
+        except UsageError as error:
+            advice = ("Call model.eval() before its gradients are taken.",)
+            return Finding(status=Verdict.WRONG, summary=str(error), advice=advice, details=details)
+        if difference > TOLERANCE:
+            again = partial(subject.logits, subject.few)
+            where = first_difference(subject.model, again, again)
+            summary = f"two forward passes of one batch differ by {difference:.2g}, first in the output of {where}"
+            advice = ("Something draws random numbers in eval mode, too, such as dropout with training=True.",)
+            return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details={**details, "first": where})
+    same = "are equal bit for bit" if difference == 0 else f"differ by {difference:.1g}, which is rounding"
+    return Finding(status=Verdict.OK, summary=f"two forward passes of one batch {same}", details=details)
+
+
+CHECK = Check(name="randomness", asks="Is a forward pass the same each time?", run=examine)

@@ -1,0 +1,137 @@
+"""What every check is given: the model, its rows and projection, and vectors of them in any company.
+
+Legend: B samples, D numbers of a vector, K and J the ranks of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from ghoststore.machine import available_memory
+from indexer.encoder import RowEncoder, pad
+from indexer.losses import Reduction, next_token_losses_plainly
+from indexer.plain import all_trainable, gradients_of, plain_blocks
+from indexer.projection import Projection
+from indexer.rows import Row
+from indexer.selection import Selection
+from query.doctor.models import Models
+
+PLAIN_ROWS = 8
+"""Rows whose gradient is taken by plain autograd, and which are tried in other company."""
+HEADROOM = 1.2
+"""Free memory wanted for what takes 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainGradient:
+    """One row by batch-of-one autograd, with a gradient of every parameter."""
+
+    blocks: dict[str, Tensor]
+    """(K, J) float32 by block name, on the model's device."""
+    squares: dict[str, float]
+    """Squared norm of the gradient of every parameter, by name."""
+
+
+class Vectors(NamedTuple):
+    """Some rows, on the CPU."""
+
+    vectors: Tensor
+    """(B, D) float32."""
+    losses: Tensor
+    """(B,) float32."""
+
+    @property
+    def not_finite(self) -> int:
+        """Rows whose vector or loss is NaN or infinite."""
+        return int((~(torch.isfinite(self.vectors).all(1) & torch.isfinite(self.losses))).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The model under examination."""
+
+    models: Models
+    model: Any
+    """The reference: float32."""
+    rows: Sequence[Row]
+    selection: Selection
+    projection: Projection
+    kernels: tuple[str, ...] | None
+    """Attention kernels that were asked for; None: those that there are."""
+    reduction: Reduction
+    store: Path
+
+    @property
+    def few(self) -> Sequence[Row]:
+        """At most PLAIN_ROWS rows, from the shortest to the longest."""
+        return [self.rows[place] for place in self.few_places]
+
+    @property
+    def few_places(self) -> list[int]:
+        """Where :attr:`few` stand among the rows."""
+        step = max(1.0, (len(self.rows) - 1) / (PLAIN_ROWS - 1))
+        return [round(place * step) for place in range(min(PLAIN_ROWS, len(self.rows)))]
+
+    def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
+        """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
+        needed, free = bytes_a_number * self.selection.total, available_memory(self.models.device)
+        if free is None or needed * HEADROOM < free:
+            return None
+        return f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {self.models.device} are free"
+
+    def encode(
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        batches: Sequence[Sequence[int]],
+        projection: Projection | None = None,
+    ) -> Vectors:
+        """Vectors and losses of ``rows``, in their order, computed in ``batches`` of places, on the CPU."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        with RowEncoder(model, projection or self.projection, reduction=self.reduction) as encoder:
+            for batch in batches:
+                vectors, losses = encoder([rows[place] for place in batch])
+                found.update(zip(batch, zip(vectors.cpu(), losses.cpu(), strict=True), strict=True))
+        vectors_B, losses_B = zip(*(found[place] for place in range(len(rows))), strict=True)
+        return Vectors(torch.stack(vectors_B), torch.stack(losses_B))
+
+    def alone(self, model: Any, rows: Sequence[Row], projection: Projection | None = None) -> Vectors:
+        """As :meth:`encode`, each row in a batch of its own."""
+        return self.encode(model, rows, [[place] for place in range(len(rows))], projection)
+
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """(B, T, V) of the reference for a padded batch, without a graph."""
+        with torch.no_grad():
+            logits: Tensor = self._forward(rows)[0]
+        return logits
+
+    @cached_property
+    def exact(self) -> Vectors:
+        """Of all rows by the reference, each alone."""
+        return self.alone(self.model, self.rows)
+
+    @cached_property
+    def plain(self) -> list[PlainGradient]:
+        """Of :attr:`few`. Needs as much memory as the weights beside them."""
+        found = []
+        with all_trainable(self.model):
+            for row in self.few:
+                logits, labels = self._forward([row])
+                (loss,), _ = next_token_losses_plainly(logits, labels, reduction=self.reduction)
+                gradients = gradients_of(self.model, loss)
+                squares = {name: float(vector_norm(g, dtype=torch.float64)) ** 2 for name, g in gradients.items()}
+                found.append(PlainGradient(blocks=plain_blocks(self.projection, gradients), squares=squares))
+        return found
+
+    def _forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        device = next(self.model.parameters()).device
+        ids, labels, mask = (x.to(device) for x in pad(rows))
+        return self.model(input_ids=ids, attention_mask=mask).logits, labels
