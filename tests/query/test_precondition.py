@@ -20,6 +20,8 @@ from ghoststore.progress import Silent
 from ghoststore.store.commits import FileRecord, json_digest
 from query.second_moment import DampedInverse, SecondMoment
 
+from .made_parts import clustered, make_part
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
@@ -142,6 +144,13 @@ def test_self_influence(stores: dict[str, Path], projection: str) -> None:
     assert [hit.source_row for hit in ranked.hits] == best
     np.testing.assert_allclose([hit.score for hit in ranked.hits], expected[best], rtol=1e-6)
     assert result.settings["damping"] == 0.1
+
+
+def test_equal_rows_have_equal_lengths(tmp_path: Path) -> None:
+    """Wherever they stand in a chunk, and however long that is: so ties go to the lower row."""
+    rows = np.tile(clustered(37), (10, 1))[:363]
+    squares = DampedInverse(make_part(tmp_path, rows, unusable=()), 0.1, Silent()).self_influence()
+    np.testing.assert_array_equal(squares, squares[np.arange(363) % 37])
 
 
 class Notes(Silent):
