@@ -10,7 +10,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from query.ann.index import AnnIndex
 from query.hits import hits_of
-from query.parts import PartWeights
+from query.parts import PartWeights, part_names
 from query.question import Combine, Precondition, Question, ask
 from query.report import write_report
 from query.results import QueryHits, QueryResult, check_output
@@ -95,6 +95,8 @@ def query(
         device=device, with_scores=with_scores, score_weight=score_weight, part_weights=part_weights,
         precondition=precondition, damping=damping,
     )  # fmt: skip
+    if index == "ann":
+        _refuse_index(question)
     asked = ask(question, progress)
     opened = None
     if index == "ann":
@@ -117,3 +119,13 @@ def query(
     if page is not None:
         write_report(page, asked, result, rankings, progress)
     return result
+
+
+def _refuse_index(question: Question) -> None:
+    """UsageError for scores that no index has: before any work, and before one is asked for that would not help."""
+    parts = len(part_names(question.part))
+    if parts > 1:
+        raise UsageError(f"an index is of one part, the scores are summed over {parts}; use --index exact")
+    option = "--with-scores" if question.with_scores is not None else f"--combine {question.combine}"
+    if question.with_scores is not None or question.combine != "mean":
+        raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use --index exact")

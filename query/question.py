@@ -221,19 +221,26 @@ class Asked:
         lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
         return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
 
-    def scores(self, progress: Progress) -> NDArray[np.float64]:
-        """(Q, N): every row's score in every ranking, NaN where a row does not take part. 8 bytes a number."""
+    def scores(self, progress: Progress, first: int | None = None) -> NDArray[np.float64]:
+        """(Q, N): every row's score in every ranking, or in the ``first`` ones; NaN where a row does not take part. 8
+        bytes a number.
+        """
         if self._scores is not None:
-            return self._scores
+            return self._scores[:first]
+        terms, alone = self.terms, first is not None and self.run is None and not self._by_rows
+        if alone:
+            terms = [term.with_queries(term.queries_QD[:first]) for term in terms]
         with closing(progress.task("scoring", self.rows)) as task:
-            found = similarities(self.terms, device=self.device, task=task)
+            found = similarities(terms, device=self.device, task=task)
+        if alone:
+            return found
         if self._grouped and self.question.combine == "max":
             found = np.concatenate([found.max(0, keepdims=True), found])
         elif self._fused:
             found = np.concatenate([fused(found), found])
         if self.run is None:
             self._scores = found
-            return found
+            return found[:first]
         weight = checked_weight(self.question.score_weight)
         scores, rows = blended(found, self.run.value, weight)
         self.blend = Blend(found, self.run, scores, rows, weight)
@@ -244,7 +251,7 @@ class Asked:
                 f"{self.question.with_scores!r}: they are {fate}"
             )
         self._scores = scores
-        return scores
+        return scores[:first]
 
     @property
     def _grouped(self) -> bool:

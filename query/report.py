@@ -38,7 +38,7 @@ def write_report(
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
-    scores = asked.scores(progress)[: len(shown)]
+    scores = asked.scores(progress, len(shown))
     rows = [[int(row) for row in mine if row >= 0] for mine in rankings[0].rows[: len(shown)]]
     layers = contributions(asked, rows, progress)
     domains = _Domains(asked)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,7 +69,8 @@ class SecondMoment:
                 "of plain blocks (--proj-rank-total)"
             )
         cache = _Cache(part, "second_moment")
-        held = cache.read(progress)
+        sizes = [stop - start for _, start, stop in part.groups]
+        held = cache.read({f"{place}": (size, size) for place, size in enumerate(sizes)} | {"rows": ()}, progress)
         if held is not None:
             return cls([held[f"{place}"] for place in range(len(part.groups))], int(held["rows"]))
         moment = cls.scan(part, progress, device)
@@ -111,7 +113,7 @@ class DampedInverse:
     """
 
     def __init__(self, part: Part, damping: float, progress: Progress, device: str = "cpu") -> None:
-        self.part, self.damping = part, checked_damping(damping)
+        self.part, self.damping = part, float(checked_damping(damping))
         self._progress, self._device = progress, torch.device(device)
         self.moment = SecondMoment.of(part, progress, device)
         self.strength = self.damping * self.moment.mean_eigenvalue
@@ -175,7 +177,8 @@ class DampedInverse:
         """
         if self._squares is None:
             cache = _Cache(self.part, f"self_influence-{self.damping!r}")
-            held = cache.read(self._progress)
+            shape = (self.part.layout.rows, len(self.part.groups))
+            held = cache.read({"squares": shape}, self._progress)
             if held is None:
                 held = {"squares": torch.from_numpy(self._scan())}
                 cache.write(held, self._progress)
@@ -186,9 +189,15 @@ class DampedInverse:
         found = np.zeros((self.part.layout.rows, len(self.part.groups)))
         with closing(self._progress.task("self-influence", self.part.rows)) as task:
             for chunk in StoredRows(self.part, self._device).stream():
-                found[chunk.start : chunk.stop] = self.squares_of(chunk.rows_RD).cpu().numpy()
+                found[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
                 task.advance(chunk.stop - chunk.start)
         return found
+
+
+def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To 26 bits: the last ones depend on the place of a row in its chunk, and equal rows should have equal scores."""
+    mantissa, exponent = np.frexp(numbers)
+    return np.asarray(np.ldexp(np.rint(mantissa * 2.0**26) / 2.0**26, exponent))
 
 
 def checked_damping(damping: float | None) -> float:
@@ -213,8 +222,8 @@ class _Cache:
         self.folder = part.path / "second_moment"
         self.covers = part.fingerprint()
 
-    def read(self, progress: Progress) -> dict[str, Tensor] | None:
-        """What is held, or None."""
+    def read(self, shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> dict[str, Tensor] | None:
+        """What is held, or None. Nothing of another shape is read into memory."""
         path = self.folder / f"{self.name}.json"
         try:
             if path.stat().st_size > LARGEST_RECORD:
@@ -226,10 +235,12 @@ class _Cache:
             if value["format"] != FORMAT or value["covers"] != self.covers:
                 return None  # of other rows: computed anew
             data = self.folder / self._data
-            if asdict(FileRecord.of(data)) != value["file"]:
+            if data.stat().st_size != value["file"]["bytes"] or asdict(FileRecord.of(data)) != value["file"]:
                 raise ValueError(f"{data.name} is not what was written")
             with safe_open(data, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+                if {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} != shapes:  # noqa: SIM118
+                    raise ValueError(f"{data.name} has other tensors than this part")
+                return {key: file.get_tensor(key) for key in shapes}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

@@ -79,7 +79,7 @@ def select(
     found = list(leak_check.found.values())
     if leaks == "error":
         refuse(found, str(wanted.val_set))
-    samples = Samples.of(asked.part, asked.scores(progress)[0])
+    samples = Samples.of(asked.part, asked.scores(progress, 1)[0])
     excluded = np.isin(samples.source_row, list(leak_check.found) if leaks == "exclude" else [])
     chosen = choice.make(asked, samples, np.where(excluded, np.nan, samples.score), progress)
     settings = {**asked.settings(), "val_set": str(wanted.val_set), "ranking": asked.names[0], **choice.settings()}

@@ -82,8 +82,9 @@ def _print(result: Any) -> None:
     metric, blended = result.settings["metric"], "with_scores" in result.settings
     scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
     columns = [("rank", True), *scores, ("id", False), ("row", True), ("domain", False), ("text", False)]
+    titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     for query in result.results:
-        for title, hits in (("nearest to", query.hits), ("farthest from", query.bottom)):
+        for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
@@ -92,7 +93,7 @@ def _print(result: Any) -> None:
                     [str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)]
                 )  # fmt: skip
             if rows:
-                print_table(f"{title} {query.query}", columns, rows, fold=False)
+                print_table(title.format(query.query, metric), columns, rows, fold=False)
     if result.settings.get("index") == "ann":
         recall = result.settings["recall"]
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())

@@ -12,7 +12,9 @@ import torch
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
-from query.question import fused
+from ghoststore.progress import Silent
+from query.question import Question, ask, fused
+from query.search import similarities
 from query.valset import ValVectors
 
 if TYPE_CHECKING:
@@ -89,6 +91,25 @@ def test_equals_the_obvious(store: Path, metric: str, combine: Any, top_k: int) 
     assert found.settings["mode"] == "groups"
     assert found.settings["groups"] == {"a": 2, "b": 3, "c": 2}
     assert found.settings["val_rows_left_out"] == {"empty": 1}
+
+
+@pytest.mark.parametrize("settings", [{"each": True}, *({"group_field": "task", "combine": one} for one in COMBINED)])
+def test_the_first_rankings_alone(store: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost no more memory than they are, where the others do not decide them."""
+    asked = ask(
+        Question(store=store, part="train", val_set=store.parent / "val.jsonl", device="cpu", **settings), Silent()
+    )
+    sizes = []
+
+    def counted(terms: Any, **options: Any) -> Any:
+        sizes.append(len(terms[0].queries_QD))
+        return similarities(terms, **options)
+
+    monkeypatch.setattr("query.question.similarities", counted)
+    first = asked.scores(Silent(), 1)
+    assert sizes == [1 if settings.get("combine") in (None, "mean") else 3]
+    np.testing.assert_array_equal(first, asked.scores(Silent())[:1])
+    np.testing.assert_array_equal(first, asked.scores(Silent(), 1))
 
 
 def test_ties_and_missing_rows_in_rank_fusion() -> None:

@@ -65,6 +65,7 @@ def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None
         ({"layers": ["mlp"]}, UsageError, "ranks whole vectors"),
         ({"precondition": "second-moment"}, UsageError, "knows no preconditioned lengths"),
         ({"part": ["one", "two"], "part_weights": "equal"}, UsageError, "summed over 2"),
+        ({"part": ["two", "one"], "part_weights": "equal"}, UsageError, "summed over 2"),  # "two" has no index
         ({"group_field": "domain", "combine": "max"}, UsageError, "--combine max needs the scores of all rows"),
         ({"part": "two"}, UsageError, "no index"),
         ({"index_name": "other"}, UsageError, "no index 'other'"),

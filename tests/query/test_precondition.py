@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
+from ghoststore.store.commits import FileRecord, json_digest
 from query.second_moment import DampedInverse, SecondMoment
+
+from .made_parts import clustered, make_part
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
+ZEROS = torch.zeros(2, 2)
 SKETCHED = ProjectionConfig(compress=12)
 PLAIN = ProjectionConfig(rank_total=16)
 PROJECTIONS = pytest.mark.parametrize("projection", ["sketched", "plain"])
@@ -139,6 +146,13 @@ def test_self_influence(stores: dict[str, Path], projection: str) -> None:
     assert result.settings["damping"] == 0.1
 
 
+def test_equal_rows_have_equal_lengths(tmp_path: Path) -> None:
+    """Wherever they stand in a chunk, and however long that is: so ties go to the lower row."""
+    rows = np.tile(clustered(37), (10, 1))[:363]
+    squares = DampedInverse(make_part(tmp_path, rows, unusable=()), 0.1, Silent()).self_influence()
+    np.testing.assert_array_equal(squares, squares[np.arange(363) % 37])
+
+
 class Notes(Silent):
     def __init__(self) -> None:
         self.tasks: list[str] = []
@@ -203,6 +217,27 @@ def test_cache_is_used_checked_and_left_behind(lab: Lab, stores: dict[str, Path]
     outcome = lab.run("verify", "--store", store, "--json")
     assert json.loads(outcome.out)["sound"]
     assert ghoststore.build(**settings).resumed_rows == 60
+
+
+def test_a_cache_of_other_shapes_is_not_used(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Its checksums hold, for whoever can write a store can write these too."""
+    store = tmp_path / "store"
+    shutil.copytree(stores["plain"], store)
+    shutil.copy(stores["plain"].parent / "val.jsonl", tmp_path / "val.jsonl")
+    wanted = ask(store, precondition="second-moment")
+    cache = store / "parts" / "train" / "second_moment"
+    for name, tensors in (("second_moment", {"rows": torch.tensor(3)}), ("self_influence-0.1", {"squares": ZEROS})):
+        (data,) = cache.glob(f"{name}-????????????????.safetensors")
+        data.write_bytes(save(tensors))
+        record = json.loads((cache / f"{name}.json").read_text())
+        record["file"] = asdict(FileRecord.of(data))
+        del record["record_sha256"]
+        record["record_sha256"] = json_digest(record)
+        (cache / f"{name}.json").write_text(json.dumps(record))
+        notes = Notes()
+        found = ask(store, precondition="second-moment", progress=notes)
+        assert any("has other tensors" in note for note in notes.notes)
+        assert [hit.score for hit in found.results[0].hits] == [hit.score for hit in wanted.results[0].hits]
 
 
 def test_read_only_store_answers_and_says_so(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
