@@ -24,7 +24,6 @@ from ghoststore.checkpoint import (
     fingerprint_tokenizer,
     load_model,
     load_tokenizer,
-    max_positions,
     resolve_device,
 )
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
@@ -43,10 +42,9 @@ from indexer.losses import Reduction
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
 from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row
 from indexer.selection import Selection, select_blocks
 
-DEFAULT_MAX_LENGTH = 1024
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -164,7 +162,7 @@ def build(
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
-            TokenSettings(max_length=_max_length(max_length, model), overlong=overlong),
+            TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state,
@@ -293,15 +291,6 @@ def corpus_name(source: str) -> str:
     for suffix in (".gz", ".zst", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt"):
         name = name.removesuffix(suffix)
     return name
-
-
-def _max_length(asked: int | None, model: Any) -> int:
-    limit = max_positions(model)
-    if asked is None:
-        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if limit is not None and asked > limit:
-        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-    return asked
 
 
 def _bytes_on_disk(layout: PartLayout) -> int:

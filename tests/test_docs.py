@@ -167,7 +167,7 @@ def test_the_loops_of_their_page_run(
 
 
 def test_python_in_the_docs_uses_public_names() -> None:
-    pages = (ROOT / "README.md", ROOT / "docs/loops.md", ROOT / "docs/select.md")
+    pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("loops", "select", "fidelity"))]
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
             name.strip() for names in re.findall(r"from ghoststore import (.+)", block) for name in names.split(",")
@@ -217,6 +217,18 @@ def test_the_python_of_the_page_of_select_runs(
     exec(block, names := dict[str, Any]())
     assert names["made"].samples == 10
     assert "sky 3 of 14" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_of_fidelity_runs(
+    lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(lab.checkpoint)
+    (tmp_path / "train.jsonl").symlink_to(lab.corpus)
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/fidelity.md", "python"):
+        exec(block, names)
+    assert names["gradient"].shape[1] == 32
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:
