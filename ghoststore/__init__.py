@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from indexer.training.train import TrainReport as TrainReport
     from indexer.training.train import train as train
     from query.demo import demo as demo
+    from query.fidelity import FidelityReport as FidelityReport
+    from query.fidelity import fidelity as fidelity
     from query.full_gradients import FullGradientsReport as FullGradientsReport
     from query.full_gradients import full_gradients as full_gradients
     from query.index import IndexReport as IndexReport

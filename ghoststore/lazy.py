@@ -34,6 +34,8 @@ FACE = {
     "TokenizeReport": "indexer.tokenize",
     "tokenize": "indexer.tokenize",
     "demo": "query.demo",
+    "fidelity": "query.fidelity",
+    "FidelityReport": "query.fidelity",
     "full_gradients": "query.full_gradients",
     "FullGradientsReport": "query.full_gradients",
     "index": "query.index",

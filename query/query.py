@@ -10,10 +10,11 @@ from typing import Any
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.store.fidelity import read_fidelity
 from query.ann.index import AnnIndex
 from query.hits import hits_of
 from query.parts import PartWeights
-from query.question import Combine, Precondition, Question, ask
+from query.question import Asked, Combine, Precondition, Question, ask
 from query.report import write_report
 from query.results import QueryHits, QueryResult, check_output
 from query.terms import Metric
@@ -105,7 +106,14 @@ def query(
     hits = hits_of(asked.part, rankings, text, progress, asked.blend)
     result = QueryResult(
         store=str(store),
-        settings={**asked.settings(), **index_settings(opened), "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k},
+        settings={
+            **asked.settings(),
+            **index_settings(opened),
+            "rerank": rerank,
+            "top_k": top_k,
+            "bottom_k": bottom_k,
+            "fidelity": fidelity_settings(asked, progress),
+        },
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
         ],
@@ -113,6 +121,22 @@ def query(
     if page is not None:
         write_report(page, asked, result, rankings, progress)
     return result
+
+
+def fidelity_settings(asked: Asked, progress: Progress) -> dict[str, Any] | None:
+    """What `ghoststore.fidelity` measured of rankings like this one; None where it has not, or where the score is
+    another: of some layers, several parts, preconditioned or blended.
+    """
+    question = asked.question
+    plain = question.precondition == "none" and question.with_scores is None and asked.terms[0].groups is None
+    kept = read_fidelity(asked.part, question.metric) if plain and len(asked.terms) == 1 else None
+    if kept is None or kept.state == "damaged":
+        if kept is not None:
+            progress.note(
+                f"the measured fidelity is not shown: {kept.problem}; `ghoststore fidelity` measures it again"
+            )
+        return None
+    return kept.to_json()
 
 
 def index_settings(index: AnnIndex | None) -> dict[str, Any]:

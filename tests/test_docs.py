@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,10 +226,12 @@ def test_the_python_of_the_page_of_fidelity_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(lab.checkpoint)
     (tmp_path / "train.jsonl").symlink_to(lab.corpus)
+    shutil.copytree(built, tmp_path / "store")
     names: dict[str, Any] = {}
     for block in blocks(ROOT / "docs/fidelity.md", "python"):
         exec(block, names)
     assert names["gradient"].shape[1] == 32
+    assert names["spearman"].value > 0.5
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

@@ -93,3 +93,7 @@ def _print(result: Any) -> None:
                 )  # fmt: skip
             if rows:
                 print_table(f"{title} {query.query}", columns, rows, fold=False)
+    if result.settings.get("fidelity"):
+        from ghoststore.store.fidelity import fidelity_line
+
+        click.echo(f"fidelity: {fidelity_line(result.settings['fidelity'])}")

@@ -52,7 +52,7 @@ def test_every_option_has_help(command: str) -> None:
 
     import click
 
-    found = importlib.import_module(f"ghoststore.cli.{command}").command
+    found = importlib.import_module(f"ghoststore.cli.{command.replace('-', '_')}").command
     assert isinstance(found, click.Command)
     assert found.help
     for parameter in found.params:

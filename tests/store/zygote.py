@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 import ghoststore
 import ghoststore.checkpoint
 import ghoststore.cli.build
+import ghoststore.cli.fidelity
 import ghoststore.cli.full_gradients
 import ghoststore.cli.index
 import ghoststore.cli.info
@@ -51,6 +52,7 @@ import ghoststore.cli.watch
 import indexer.build
 import indexer.tokenize
 import indexer.training.train
+import query.fidelity
 import query.full_gradients
 import query.index
 import query.query
@@ -59,8 +61,8 @@ import query.select
 import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            indexer.training.train, query.full_gradients,
-            query.index, query.query, query.scores, query.select, query.watch)  # fmt: skip
+            indexer.training.train, query.fidelity, query.full_gradients, query.index, query.query,
+            query.scores, query.select, query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
