@@ -40,6 +40,8 @@ FACE = {
     "FullGradientsReport": "query.full_gradients",
     "index": "query.index",
     "IndexReport": "query.index",
+    "ErrorCurve": "query.plot_error",
+    "plot_error": "query.plot_error",
     "query": "query.query",
     "self_influence": "query.self_influence",
     "QueryResult": "query.results",

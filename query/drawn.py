@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ class Draw:
         if self.val_set is None and self.fields is not None and self.fields != Fields():
             raise UsageError("fields of a val set belong to --val-set: without it rows of the part are val samples")
 
-    def choose(self, part: Part, progress: Progress) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows to rank, rows that are val samples), different and usable, in ascending order."""
-        usable = usable_rows(part)
+    def choose(self, part: Part, progress: Progress, *others: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(rows to rank, rows that are val samples), different, usable in ``part`` and ``others``, ascending."""
+        usable = reduce(np.intersect1d, map(usable_rows, (part, *others)))
         vals = 0 if self.val_set is not None else self.val_samples
         if len(usable) < self.rows + vals:
             vals = min(vals, len(usable) // VAL_SHARE)
@@ -93,9 +94,11 @@ class Drawn:
     """(Q, D) float32: the val samples as a query encodes them."""
 
 
-def draw(again: RowsAgain, asked: Draw, progress: Progress) -> Drawn:
-    """Draw from the part of ``again``, which is entered and left here: its model is free for other uses afterwards."""
-    places, held_out = asked.choose(again.part, progress)
+def draw(again: RowsAgain, asked: Draw, progress: Progress, *others: Part) -> Drawn:
+    """Draw from the part of ``again`` rows that ``others`` have, too. It is entered and left here: its model is free
+    for other uses afterwards.
+    """
+    places, held_out = asked.choose(again.part, progress, *others)
     rows, vals = again.tokens(places), asked.read_vals(again, held_out)
     with again:
         queries = again.vectors(vals)

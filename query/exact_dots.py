@@ -37,6 +37,12 @@ class Products:
     val_Q: NDArray[np.float64]
     row_R: NDArray[np.float64]
 
+    @classmethod
+    def of(cls, vals_QD: Tensor, rows_RD: Tensor) -> Products:
+        """Of float64 vectors that are all in memory."""
+        dots = (vals_QD @ rows_RD.t(), vals_QD.square().sum(1), rows_RD.square().sum(1))
+        return cls(*(np.asarray(numbers.numpy()) for numbers in dots))
+
     def __add__(self, other: Products) -> Products:
         """Of vectors that are these and those side by side."""
         return Products(self.dots_QR + other.dots_QR, self.val_Q + other.val_Q, self.row_R + other.row_R)
@@ -73,15 +79,19 @@ class Pieces:
     ) -> None:
         self._scales = scales
         self.chosen = [block for block in blocks if chosen is None or block.name in chosen]
-        self._covered = {name for block in self.chosen for name in block.parameters}
+        self.covered = {name for block in self.chosen for name in block.parameters}
+        """Parameters of the chosen blocks."""
 
     @property
     def parameters(self) -> set[str] | None:
         """Those that a gradient must have; None: all."""
-        return None if self._scales is None else self._covered
+        return None if self._scales is None else self.covered
 
-    def matrix(self, block: Block, gradient: Gradient) -> Tensor:
-        """(n_out, n_in) float32 of a chosen block."""
+    def matrices(self, gradient: Gradient) -> list[Tensor]:
+        """(n_out, n_in) float32 of each chosen block."""
+        return [self._matrix(block, gradient) for block in self.chosen]
+
+    def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
         matrix = block_matrix(block, gradient.parts).float()
         if self._scales is None:
             return matrix
@@ -90,8 +100,8 @@ class Pieces:
 
     def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:
         """Flat float32 vectors (n,)."""
-        layers = [self.matrix(block, gradient).flatten() for block in self.chosen]
-        rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self._covered]
+        layers = [matrix.flatten() for matrix in self.matrices(gradient)]
+        rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self.covered]
         return {"layers": layers, "rest": [] if self._scales is not None else rest}
 
 

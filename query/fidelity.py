@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ghoststore.corpus import Fields
 from ghoststore.errors import GhostStoreError, UsageError
@@ -103,10 +101,11 @@ def fidelity(
     groups = choose_groups(opened, layers, exclude_layers)
     again = open_again(opened, "the fidelity", checkpoint=checkpoint, device=device, progress=progress)
     drawn = draw(again, asked, progress)
-    found_QR = stored_scores(opened, drawn, metric, groups)
-    exact = measure_exactly(again, drawn, groups, progress)
+    found = stored_products(opened, drawn, groups)
+    pieces = pieces_of(again, groups)
+    exact = measure_exactly(exactly(again, pieces), pieces, drawn, progress)
     queries, rows_in = finite_pairs(exact.values(), progress)
-    found_QR = found_QR[queries][:, rows_in]
+    found_QR = found.only(queries, rows_in).scores(metric)
     references = {share: products.only(queries, rows_in) for share, products in exact.items()}
     whole = None if scaled(opened) else references["layers"] + references["rest"]
     report = FidelityReport(
@@ -125,24 +124,30 @@ def scaled(part: Part) -> bool:
     return part.manifest["projection"].get("optimizer_state") is not None
 
 
-def stored_scores(part: Part, drawn: Drawn, metric: Metric, groups: Sequence[int] | None) -> NDArray[np.float64]:
-    """(Q, R): what a query gives the drawn rows, by the vectors of the blocks ``groups`` (default: all)."""
+def stored_products(part: Part, drawn: Drawn, groups: Sequence[int] | None = None) -> Products:
+    """What a query gives the drawn rows, by the vectors of the blocks ``groups`` (default: all)."""
     rows_RD = StoredRows(part).gather(drawn.places).double() * mask_of(part, groups)
     queries_QD = drawn.queries_QD.double() * mask_of(part, groups)
-    if metric == "cosine":
-        rows_RD, queries_QD = _unit(rows_RD), _unit(queries_QD)
-    return np.asarray((queries_QD @ rows_RD.t()).numpy())
+    return Products.of(queries_QD, rows_RD)
 
 
-def measure_exactly(
-    again: RowsAgain, drawn: Drawn, groups: Sequence[int] | None, progress: Progress
-) -> dict[Share, Products]:
-    """Exact products of the drawn rows, over the layers of ``groups`` (default: all projected ones) and the rest."""
+def pieces_of(again: RowsAgain, groups: Sequence[int] | None = None) -> Pieces:
+    """How gradients are cut for the part of ``again``: the layers of ``groups`` (default: all projected), the rest."""
     plan = again.encoder.plan
     blocks = [layer.block for layer in plan.layers]
     chosen = None if groups is None else {blocks[group].name for group in groups}
-    pieces = Pieces(blocks, scales_of(again.part, plan), chosen)
-    exact = ExactGradients(again.encoder.model, pieces.parameters, reduction=again.part.manifest["loss"]["reduction"])
+    return Pieces(blocks, scales_of(again.part, plan), chosen)
+
+
+def exactly(again: RowsAgain, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:
+    """Exact gradients by the model of ``again``, which is taken over; with ``layers_alone`` without the rest."""
+    reduction = again.part.manifest["loss"]["reduction"]
+    names = pieces.covered if layers_alone else pieces.parameters
+    return ExactGradients(again.encoder.model, names, reduction=reduction)
+
+
+def measure_exactly(exact: ExactGradients, pieces: Pieces, drawn: Drawn, progress: Progress) -> dict[Share, Products]:
+    """Exact products of the drawn rows, over the layers and the rest."""
     vals, rows = len(drawn.vals), len(drawn.rows)
     passes = -(-vals // vals_at_once(exact))
     if passes > 1:
@@ -164,11 +169,6 @@ def finite_pairs(exact: Collection[Products], progress: Progress) -> tuple[NDArr
     if not queries.any() or rows.sum() < 2:
         raise UsageError("the exact gradients of the drawn samples are not finite: there is nothing to compare with")
     return queries, rows
-
-
-def _unit(rows: Tensor) -> Tensor:
-    lengths = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
 
 
 def _keep(part: Part, report: FidelityReport, progress: Progress) -> FidelityReport:

@@ -232,6 +232,7 @@ def test_the_python_of_the_page_of_fidelity_runs(
         exec(block, names)
     assert names["gradient"].shape[1] == 32
     assert names["spearman"].value > 0.5
+    assert len(names["errors"]) == 1
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "self-influence": "the samples that are unlike the rest: rare, noisy or mislabelled ones",
     "index": "a FAISS index of a part, its recall measured",
     "fidelity": "how far a store's rankings are from those of the exact gradients",
+    "plot-error": "error of inner products against the numbers of a vector, measured and by theory",
     "full-gradients": "exact gradients of a few samples, in full, as safetensors; resumes by itself",
     "scores": "which samples helped while the model trained: top, bottom, by domain, of one",
     "watch": "a live view of a training run, from another terminal",
