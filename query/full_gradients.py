@@ -1,22 +1,14 @@
-"""``ghoststore.full_gradients``: exact gradients of a few samples, in full, as safetensors.
-
-Legend: B rows of a file, P numbers of a gradient.
-"""
+"""``ghoststore.full_gradients``: exact gradients of a few samples, in full, as safetensors."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from ghoststore.checkpoint import (
     DTYPES,
@@ -28,53 +20,23 @@ from ghoststore.checkpoint import (
     resolve_device,
 )
 from ghoststore.corpus import Corpus, Fields, Sample, absolute, open_corpus, scan_samples
-from ghoststore.errors import CorpusError, StorageError, UsageError
+from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.software import versions_of
-from ghoststore.store import Status
 from ghoststore.store.manifest import Manifest
 from indexer.losses import Reduction
 from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row, rows_of
 from indexer.selection import select_blocks
 from query.exact_gradients import ExactGradients
-from query.gradient_files import GradientFiles, file_name, stored_manifest
+from query.gradient_files import stored_manifest
+from query.gradient_job import FullGradientsReport as FullGradientsReport
+from query.gradient_job import GradientsJob, RowsRead
 
 Parameters = Literal["all", "projected"]
 DEFAULT_SAMPLES = 64
 DEFAULT_LAYERS = ("mlp", "attn")
 FILE_BYTES = 256 << 20
 """Of a file's gradients, where a single one is not larger."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FullGradientsReport:
-    """What was written, or, after a dry run, would be."""
-
-    out: str
-    samples: int
-    rows: int
-    tokens: int
-    numbers: int
-    """Numbers of one gradient."""
-    parameters: int
-    """Parameters (tensors) they belong to."""
-    dtype: str
-    files: int
-    resumed_files: int
-    """Files that were there before this call."""
-    bytes_on_disk: int
-    """Of all gradients."""
-    memory_bytes: int
-    """Beside the model and its activations: one file's gradients twice, and one gradient in the model's dtype."""
-    dry_run: bool
-    statuses: dict[str, int] = field(default_factory=dict)
-    """Rows by status. A row that cannot be used has a gradient of zeros."""
-    seconds: float = 0.0
-    manifest: Manifest = field(default_factory=dict, repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore full-gradients --json`` prints."""
-        return asdict(self)
 
 
 def full_gradients(
@@ -145,118 +107,11 @@ def full_gradients(
             "compute": {"device": torch.device(device).type, "threads": torch.get_num_threads(),
                         "attn_implementation": getattr(model.config, "_attn_implementation", None)},
         }  # fmt: skip
-        job = _Job(exact, read, manifest, getattr(torch, dtype))
+        job = GradientsJob(exact, read, manifest, getattr(torch, dtype))
         if dry_run:
             stored = stored_manifest(out, manifest)
             return job.report(out, dry_run=True, resumed=0 if stored is None else len(stored["files"]))
         return job.write(out, progress, begun)
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """The rows in question."""
-
-    rows: list[Row]
-    samples: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A request, resolved: nothing is left to decide."""
-
-    exact: ExactGradients
-    read: _Read
-    manifest: Manifest
-    dtype: torch.dtype
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one stored gradient."""
-        return self.exact.numbers * self.dtype.itemsize
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """(first row, one past the last) of each file."""
-        rows, size = len(self.read.rows), self.manifest["rows_per_file"]
-        return [(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-    def report(self, out: Path, *, dry_run: bool, resumed: int, seconds: float = 0.0) -> FullGradientsReport:
-        """What is known without the files."""
-        widest = max(stop - start for start, stop in self.blocks)
-        one = self.exact.numbers * next(iter(self.exact.parameters.values())).dtype.itemsize
-        return FullGradientsReport(
-            out=str(out), samples=self.read.samples, rows=len(self.read.rows),
-            tokens=sum(len(row.tokens) for row in self.read.rows), numbers=self.exact.numbers,
-            parameters=len(self.exact.parameters), dtype=self.manifest["dtype"]["stored"], files=len(self.blocks),
-            resumed_files=resumed, bytes_on_disk=len(self.read.rows) * self.row_bytes,
-            memory_bytes=2 * widest * self.row_bytes + one, dry_run=dry_run,
-            statuses=dict(Counter(row.status.name.lower() for row in self.read.rows)), seconds=seconds,
-            manifest=self.manifest,
-        )  # fmt: skip
-
-    def write(self, out: Path, progress: Progress, begun: float) -> FullGradientsReport:
-        """Every file that is missing."""
-        self._refuse_too_large(self.report(out, dry_run=False, resumed=0).memory_bytes)
-        size = self.manifest["rows_per_file"]
-        with GradientFiles.writing(out, self.manifest) as files:
-            there = set(files.there)
-            missing = [(start, stop) for start, stop in self.blocks if file_name(start, size) not in there]
-            self._refuse_full_disk(out, sum(stop - start for start, stop in missing))
-            rows = len(self.read.rows)
-            todo = sum(stop - start for start, stop in missing)
-            with closing(progress.task("exact gradients", rows, done=rows - todo)) as task:
-                for start, stop in missing:
-                    some = self.read.rows[start:stop]
-                    files.write((start, stop), *self._gradients(some))
-                    task.advance(stop - start, sum(len(row.tokens) for row in some))
-            statuses = Counter(status for entry in files.manifest["files"].values() for status in entry["statuses"])
-            report = self.report(out, dry_run=False, resumed=len(there), seconds=time.perf_counter() - begun)
-            return replace(report, statuses=dict(statuses), manifest=files.manifest)
-
-    def _gradients(self, rows: Sequence[Row]) -> tuple[Tensor, list[float | None], list[str]]:
-        """(B, P) in the stored dtype, zeros for a row that cannot be used; losses (None without one) and statuses."""
-        found = torch.zeros(len(rows), self.exact.numbers, dtype=self.dtype)
-        losses: list[float | None] = [None] * len(rows)
-        fates = [row.status for row in rows]
-        for place, row in enumerate(rows):
-            if not row.status.usable:
-                continue
-            gradient = self.exact(row)
-            if not gradient.finite:
-                fates[place] = Status.NOT_FINITE
-                continue
-            losses[place] = gradient.loss
-            for one in self.exact.slices:
-                found[place, one.start : one.stop] = gradient.parts[one.name].flatten()
-            if not bool(torch.isfinite(found[place]).all()):
-                fates[place] = Status.OUT_OF_RANGE
-                found[place] = 0
-        return found, losses, [fate.name.lower() for fate in fates]
-
-    def _refuse_too_large(self, needed: int) -> None:
-        there = physical_memory()
-        if there is not None and needed > there:
-            raise UsageError(
-                f"gradients of {self.exact.numbers:,} numbers need {needed:,} bytes of memory beside the model; this "
-                f"machine has {there:,}. Give --parameters projected with fewer --proj-layers, or --dtype bfloat16"
-            )
-
-    def _refuse_full_disk(self, out: Path, rows: int) -> None:
-        needed, free = rows * self.row_bytes, shutil.disk_usage(out).free
-        if needed > free:
-            raise StorageError(
-                f"cannot write {out}: {rows} gradients take {needed:,} bytes, {free:,} are free there; nothing was "
-                "written. Give --out another disk, a smaller --max-samples, or --parameters projected"
-            )
-
-
-def physical_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _refuse(
@@ -274,7 +129,7 @@ def _refuse(
         raise UsageError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
 
 
-def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> _Read:
+def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> RowsRead:
     samples: list[Sample] = []
 
     def see(sample: Sample) -> None:
@@ -284,7 +139,7 @@ def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_sam
     scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see)
     if not samples:
         raise CorpusError(f"{corpus.source}: has no rows")
-    return _Read(list(rows_of(samples, tokenizer, settings)), scan.rows, scan.fingerprint)
+    return RowsRead(list(rows_of(samples, tokenizer, settings)), scan.rows, scan.fingerprint)
 
 
 def _row_entry(row: Row) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Legend: Q val samples, R rows, N numbers of the naive projection.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -18,18 +17,18 @@ import torch
 from torch import Tensor
 
 from ghoststore.corpus import Fields
-from ghoststore.errors import MismatchError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part, Store
 from ghoststore.store.disk import replace as replace_file
 from ghoststore.store.disk import storage_errors
-from ghoststore.store.manifest import differences
 from indexer.rows import Row
 from query.again import RowsAgain
 from query.agreement import Agreement, Estimate, Resampler, agreement
 from query.dense import DenseProjection
 from query.drawn import Draw, draw, open_again
 from query.error_plot import draw_errors
+from query.error_reference import fitting_parts, parse_reference, part_of_rank
 from query.exact_dots import MEMORY, Pieces, Products
 from query.exact_gradients import ExactGradients
 from query.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, stored_products
@@ -37,10 +36,8 @@ from query.projection_theory import PairMoments, dense_error, kronecker_error
 from query.score_plots import check_plot
 from query.terms import METRICS, Metric
 
-SHARED = ("checkpoint", "tokenizer", "corpus", "tokens", "loss")
 PAIRS = 16
 """Pairs of gradients that the Kronecker theory is averaged over."""
-REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=(\d{1,12})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,54 +142,6 @@ def plot_error(
     )  # fmt: skip
     _write(curve, path, other)
     return curve
-
-
-def parse_reference(reference: str) -> tuple[str, int]:
-    """(mode, N or 0); UsageError for anything else."""
-    found = REFERENCE.fullmatch(reference)
-    if found is None:
-        raise UsageError(f"--reference {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
-    return (found[1], int(found[2])) if found[1] else (reference, 0)
-
-
-def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
-    """The parts called ``names``, or all with rows, that share checkpoint, corpus, tokens, loss and layers.
-
-    MismatchError where they do not.
-    """
-    parts = [store.part(name) for name in names or store.part_names()]
-    parts = [part for part in parts if names or part.spans]
-    if not parts:
-        raise UsageError(f"{store.path} has no part with committed rows")
-    first = parts[0]
-    for part in parts[1:]:
-        found = differences(_identity(first), _identity(part))
-        if found:
-            path, ours, theirs = found[0]
-            raise MismatchError(
-                f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {ours!r:.90} in the "
-                f"first and {theirs!r:.90} in the second. Name those that are with --part"
-            )
-    return parts
-
-
-def _identity(part: Part) -> dict[str, Any]:
-    """What parts of one curve share."""
-    layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
-    state = part.manifest["projection"].get("optimizer_state")
-    return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, "optimizer_state": state}
-
-
-def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
-    """The part built with a rank total of ``rank``; UsageError if none or several are."""
-    found = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
-    if len(found) != 1:
-        known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
-        problem = "no part was" if not found else f"{len(found)} parts were"
-        raise UsageError(f"--reference rank={rank}: {problem} built with --proj-rank-total {rank}; there are: {known}")
-    if len(parts) == 1:
-        raise UsageError(f"--reference rank={rank}: no other part is there to be compared with it")
-    return found[0]
 
 
 class _Measure:

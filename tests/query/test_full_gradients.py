@@ -258,7 +258,7 @@ def test_refused(lab: Lab, tmp_path: Path, settings: dict[str, Any], error: type
 
 def test_too_large_for_memory_or_disk(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = report_of(lab, tmp_path / "out", dry_run=True).memory_bytes
-    monkeypatch.setattr(query.full_gradients, "physical_memory", lambda: needed - 1)
+    monkeypatch.setattr("query.gradient_job.physical_memory", lambda: needed - 1)
     with pytest.raises(UsageError, match=f"need {needed:,} bytes of memory beside the model; this machine has"):
         report_of(lab, tmp_path / "out")
     monkeypatch.undo()
