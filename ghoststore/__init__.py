@@ -41,8 +41,14 @@ if TYPE_CHECKING:
     from query.doctor import DoctorReport as DoctorReport
     from query.doctor import doctor as doctor
     from query.evaluate.evaluate import evaluate as evaluate
+    from query.fidelity import FidelityReport as FidelityReport
+    from query.fidelity import fidelity as fidelity
+    from query.full_gradients import FullGradientsReport as FullGradientsReport
+    from query.full_gradients import full_gradients as full_gradients
     from query.index import IndexReport as IndexReport
     from query.index import index as index
+    from query.plot_error import ErrorCurve as ErrorCurve
+    from query.plot_error import plot_error as plot_error
     from query.query import query as query
     from query.results import QueryResult as QueryResult
     from query.score_results import ScoresResult as ScoresResult

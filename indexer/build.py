@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.checkpoint import (
-    choose_max_length,
     find_checkpoint,
     fingerprint_tokenizer,
     load_model,
@@ -43,10 +42,9 @@ from indexer.losses import Reduction
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
 from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Overlong, Row, Tokenizer, TokenSettings
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row
 from indexer.selection import Selection, select_blocks
 
-DEFAULT_MAX_LENGTH = 1024
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -164,7 +162,7 @@ def build(
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
-            TokenSettings(max_length=choose_max_length(max_length, model, DEFAULT_MAX_LENGTH), overlong=overlong),
+            TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state,

@@ -50,8 +50,7 @@ class RowEncoder:
         self.reduction: Reduction = reduction
         self.engine = GradProjLoraEngine(model, projection=projection)
         self.device = next(model.parameters()).device
-        accepted = inspect.signature(self.engine.model.forward).parameters
-        self._extra = {"use_cache": False} if "use_cache" in accepted else {}
+        self._extra = forward_options(self.engine.model)
         self._checkpointing = checkpointing
         self._changed: list[tuple[Any, bool, dict[str, Any]]] = []
 
@@ -103,6 +102,11 @@ class RowEncoder:
         del logits
         vectors = self.engine.collect(losses)
         return Encoded(vectors, losses.detach())
+
+
+def forward_options(model: Any) -> dict[str, Any]:
+    """What the model's forward is called with beside its inputs."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:

@@ -97,7 +97,7 @@ def block_matrix(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
     weight = tensors[block.parameters[0]]
     if layer_type_by_name(block.type).transposed:
         weight = weight.t()
-    matrix = torch.zeros(block.n_out, block.n_in, dtype=weight.dtype)
+    matrix = weight.new_zeros(block.n_out, block.n_in)
     matrix[: weight.shape[0], : weight.shape[1]] = weight
     for use in block.uses:
         if use.bias is None or use.bias_column is None:

@@ -14,13 +14,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import fingerprint_tokenizer
+from ghoststore.checkpoint import choose_max_length, fingerprint_tokenizer
 from ghoststore.corpus import Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.store.status import Status
 
 Overlong = Literal["truncate", "window", "skip", "error"]
 SAMPLES_AT_ONCE = 256
+DEFAULT_MAX_LENGTH = 1024
 
 Tokens = NDArray[np.int32]
 NO_TOKENS: Tokens = np.zeros(0, dtype=np.int32)
@@ -43,6 +44,11 @@ class TokenSettings:
     def needs_lengths(self) -> bool:
         """Whether the number of rows, or the refusal of the corpus, depends on the lengths of its samples."""
         return self.overlong in ("window", "error")
+
+
+def longest_row(model: Any, asked: int | None) -> int:
+    """``--max-length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
+    return choose_max_length(asked, model, DEFAULT_MAX_LENGTH)
 
 
 @dataclass(frozen=True, slots=True)

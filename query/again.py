@@ -5,7 +5,7 @@ Legend: D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint import resolve_device
-from ghoststore.corpus import Position
+from ghoststore.corpus import Position, Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part
@@ -65,6 +65,11 @@ class RowsAgain:
         """D."""
         return self._encoder.dimension
 
+    @property
+    def encoder(self) -> PartEncoder:
+        """The model and the projection."""
+        return self._encoder
+
     def __enter__(self) -> RowsAgain:
         self._encoder.__enter__()
         return self
@@ -88,11 +93,20 @@ class RowsAgain:
                 some = wanted[start : start + at_once]
                 (usable,) = np.nonzero(np.asarray(self.part.read_rows("status", some)) < FIRST_UNUSABLE)
                 task.advance(len(some) - len(usable))
-                found[start + usable] = self._encoder.vectors(self._rows(some[usable]), task)
+                found[start + usable] = self._encoder.vectors(self.tokens(some[usable]), task)
         return found[place]
 
-    def _rows(self, rows: NDArray[np.int64]) -> list[Row]:
-        """The tokens of ``rows`` as they were built."""
+    def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
+        """Rows of other ``samples``, tokenized as the part's are."""
+        return self._encoder.rows(samples)
+
+    def vectors(self, rows: Sequence[Row]) -> Tensor:
+        """(rows, D) float32 on the CPU: what the model makes of ``rows``, wherever they come from."""
+        with closing(self._progress.task("gradients", len(rows))) as task:
+            return self._encoder.vectors(rows, task)
+
+    def tokens(self, rows: NDArray[np.int64]) -> list[Row]:
+        """``rows`` as they were built, read from the corpus. MismatchError for a sample that has changed."""
         columns = ("source_row", "source_file", "source_offset", "window_start", "source_digest")
         facts = zip(*(map(int, self.part.read_rows(name, rows)) for name in columns), strict=True)
         digests: dict[int, int] = {}

@@ -42,6 +42,16 @@ class PartEncoder:
         self._batch_tokens = int(part.manifest["batching"]["batch_tokens"])
         self._encoder = RowEncoder(model, projection, reduction=part.manifest["loss"]["reduction"])
 
+    @property
+    def model(self) -> Any:
+        """The model itself; free for other uses while the encoder is not entered."""
+        return self._encoder.engine.model
+
+    @property
+    def plan(self) -> ProjectionPlan:
+        """Layers and ranks of the projection."""
+        return self._encoder.engine.projection.plan
+
     def __enter__(self) -> PartEncoder:
         self._encoder.__enter__()
         return self
@@ -80,7 +90,7 @@ def projection_of(part: Part, model: Any) -> Projection:
     plan = ProjectionPlan.of(selection, config)
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
-    drawn = Projection(plan, _scales(part, plan))
+    drawn = Projection(plan, scales_of(part, plan))
     if drawn.hash != stored["hash"]:
         raise MismatchError(
             f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
@@ -89,7 +99,7 @@ def projection_of(part: Part, model: Any) -> Projection:
     return drawn
 
 
-def _scales(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
+def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
     """Those that ``--optimizer-state`` gave the part."""
     if part.manifest["projection"].get("optimizer_state") is None:
         return None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.store.fidelity import read_fidelity
 from query.ann.index import AnnIndex
 from query.hits import hits_of
 from query.parts import PartWeights, part_names
-from query.question import Combine, Precondition, Question, ask
+from query.question import Asked, Combine, Precondition, Question, ask
 from query.report import write_report
 from query.results import QueryHits, QueryResult, check_output
 from query.terms import Metric
@@ -111,6 +113,7 @@ def query(
             "rerank": rerank,
             "top_k": top_k,
             "bottom_k": bottom_k,
+            "fidelity": fidelity_settings(asked, progress),
         },
         results=[
             QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
@@ -129,3 +132,19 @@ def _refuse_index(question: Question) -> None:
     option = "--with-scores" if question.with_scores is not None else f"--combine {question.combine}"
     if question.with_scores is not None or question.combine != "mean":
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use --index exact")
+
+
+def fidelity_settings(asked: Asked, progress: Progress) -> dict[str, Any] | None:
+    """What `ghoststore.fidelity` measured of rankings like this one; None where it has not, or where the score is
+    another: of some layers, several parts, preconditioned or blended.
+    """
+    question = asked.question
+    plain = question.precondition == "none" and question.with_scores is None and asked.terms[0].groups is None
+    kept = read_fidelity(asked.part, question.metric) if plain and len(asked.terms) == 1 else None
+    if kept is None or kept.state == "damaged":
+        if kept is not None:
+            progress.note(
+                f"the measured fidelity is not shown: {kept.problem}; `ghoststore fidelity` measures it again"
+            )
+        return None
+    return kept.to_json()

@@ -9,12 +9,10 @@ Legend: Q queries, R rows of a chunk, N rows of the part, D numbers of a vector,
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ghoststore.errors import GhostStoreError, UsageError
+from ghoststore.errors import CorruptError, GhostStoreError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.commits import FileRecord, json_digest
+from ghoststore.store.commits import FileRecord
 from ghoststore.store.disk import replace, storage_errors
+from ghoststore.store.kept import read_record, write_record
 from ghoststore.store.store import publish_group
 from query.stored import StoredRows
 from query.terms import RowFacts
@@ -38,7 +37,6 @@ ENOUGH_ROWS = 5
 LARGEST_BLOCK = 16_384
 """Numbers of the widest block: its matrix is 2 GiB."""
 FORMAT = 1
-LARGEST_RECORD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +224,7 @@ class _Cache:
         """What is held, or None. Nothing of another shape is read into memory."""
         path = self.folder / f"{self.name}.json"
         try:
-            if path.stat().st_size > LARGEST_RECORD:
-                raise ValueError("it is too large")
-            value = json.loads(path.read_bytes())
-            stated = value.pop("record_sha256")
-            if stated != json_digest(value):
-                raise ValueError("its checksum does not hold")
+            value = read_record(path)
             if value["format"] != FORMAT or value["covers"] != self.covers:
                 return None  # of other rows: computed anew
             data = self.folder / self._data
@@ -243,7 +236,10 @@ class _Cache:
                 return {key: file.get_tensor(key) for key in shapes}
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except CorruptError as error:
+            progress.note(f"{error}: it is a cache, and is computed anew")
+            return None
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             progress.note(f"{path} is damaged ({error}): it is a cache, and is computed anew")
             return None
 
@@ -254,11 +250,10 @@ class _Cache:
                 publish_group(self.folder, {})
                 data = self.folder / self._data
                 replace(data, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-                value: dict[str, Any] = {
-                    "format": FORMAT, "covers": self.covers, "file": asdict(FileRecord.of(data)),
-                }  # fmt: skip
-                value["record_sha256"] = json_digest(value)
-                replace(self.folder / f"{self.name}.json", (json.dumps(value, indent=1) + "\n").encode())
+                write_record(
+                    self.folder / f"{self.name}.json",
+                    {"format": FORMAT, "covers": self.covers, "file": asdict(FileRecord.of(data))},
+                )
             self._forget_others()
         except GhostStoreError as error:
             progress.note(f"what was computed is not kept for the next query: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,8 @@ def test_the_loops_of_their_page_run(
 
 
 def test_python_in_the_docs_uses_public_names() -> None:
-    pages = (ROOT / "README.md", ROOT / "docs/loops.md", ROOT / "docs/select.md", ROOT / "docs/doctor.md")
+    names = ("loops", "select", "doctor", "fidelity", "query", "evaluate")
+    pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
             name.strip() for names in re.findall(r"from ghoststore import (.+)", block) for name in names.split(",")
@@ -234,6 +236,21 @@ def test_the_python_of_the_page_of_the_doctor_runs(
 def test_the_page_of_the_doctor_lists_every_check() -> None:
     listed = re.findall(r"^\| `(\w+)` \| (.*?) \|", (ROOT / "docs/doctor.md").read_text(), flags=re.MULTILINE)
     assert listed == [(check.name, check.asks) for check in CHECKS]
+
+
+def test_the_python_of_the_page_of_fidelity_runs(
+    lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(lab.checkpoint)
+    (tmp_path / "train.jsonl").symlink_to(lab.corpus)
+    shutil.copytree(built, tmp_path / "store")
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/fidelity.md", "python"):
+        exec(block, names)
+    assert names["gradient"].shape[1] == 32
+    assert names["spearman"].value > 0.5
+    assert len(names["errors"]) == 1
 
 
 def test_the_format_pages_bytes_a_row_are_those_of_the_arrays() -> None:

@@ -51,6 +51,7 @@ def _print_parts(found: Any) -> None:
 
 def _print_part(part: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
+    from ghoststore.store.fidelity import fidelity_line
 
     manifest = part.manifest
     projection, corpus = manifest["projection"], manifest["corpus"]
@@ -74,6 +75,7 @@ def _print_part(part: Any) -> None:
         ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
         ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
         *((f"index {one['name']}", _index(one)) for one in part.indexes),
+        *(("fidelity", fidelity_line(one)) for one in part.fidelity),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)

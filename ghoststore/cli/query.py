@@ -98,3 +98,7 @@ def _print(result: Any) -> None:
         recall = result.settings["recall"]
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
         click.echo(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")
+    if result.settings.get("fidelity"):
+        from ghoststore.store.fidelity import fidelity_line
+
+        click.echo(f"fidelity: {fidelity_line(result.settings['fidelity'])}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ghoststore.store.fidelity import kept_fidelities
 from ghoststore.store.indexes import index_states
 from ghoststore.store.part import Part
 from ghoststore.store.reader import stream
@@ -36,6 +37,8 @@ class PartInfo:
     """Bytes of the committed files."""
     indexes: list[dict[str, Any]]
     """Each with its name, its state (current, stale, damaged), settings and recall."""
+    fidelity: list[dict[str, Any]]
+    """What `ghoststore.fidelity` measured, by metric, and its state (current, stale, damaged)."""
     manifest: dict[str, Any]
 
 
@@ -115,6 +118,7 @@ def describe(part: Part) -> PartInfo:
         row_bytes=part.layout.row_bytes,
         bytes=sums.bytes,
         indexes=[state.to_json() for state in index_states(part)],
+        fidelity=[kept.to_json() for kept in kept_fidelities(part)],
         manifest=part.manifest,
     )
 

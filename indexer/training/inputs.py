@@ -17,7 +17,6 @@ from ghoststore.checkpoint import (
     fingerprint_tokenizer,
     load_model,
     load_tokenizer,
-    max_positions,
 )
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.corpus.shards import MANIFEST, TOKENIZER, TokenShards
@@ -28,8 +27,6 @@ from indexer.training.architectures import architecture, new_model
 from indexer.training.config import TrainConfig
 from indexer.training.ranks import Ranks
 from indexer.training.validation import ValSet
-
-DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +85,6 @@ def _checkpoint_activations(model: Any) -> None:
 def is_shards(data: str) -> bool:
     """Whether ``data`` is a folder of token shards."""
     return (Path(data) / MANIFEST).is_file()
-
-
-def longest_row(model: Any, asked: int | None) -> int:
-    """Tokens of the longest row; UsageError for more than the model has positions."""
-    limit = max_positions(model)
-    if asked is None:
-        return min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if limit is not None and asked > limit:
-        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-    return asked
 
 
 def read_val(

@@ -23,9 +23,10 @@ from ghoststore.store.manifest import Manifest
 from ghoststore.store.run import Run, create_run
 from indexer.build import corpus_name
 from indexer.projection import ProjectionConfig
+from indexer.rows import longest_row
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
-from indexer.training.inputs import Start, longest_row, read_val, token_shards
+from indexer.training.inputs import Start, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler, run_steps
 from indexer.training.manifest import parameter_count, run_manifest
 from indexer.training.ranks import Ranks, joined, refuse_drift

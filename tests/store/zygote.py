@@ -38,8 +38,11 @@ import ghoststore.checkpoint
 import ghoststore.cli.build
 import ghoststore.cli.doctor
 import ghoststore.cli.evaluate
+import ghoststore.cli.fidelity
+import ghoststore.cli.full_gradients
 import ghoststore.cli.index
 import ghoststore.cli.info
+import ghoststore.cli.plot_error
 import ghoststore.cli.query
 import ghoststore.cli.scores
 import ghoststore.cli.select
@@ -53,15 +56,18 @@ import indexer.build
 import indexer.tokenize
 import indexer.training.train
 import query.doctor
+import query.fidelity
+import query.full_gradients
 import query.index
+import query.plot_error
 import query.query
 import query.scores
 import query.select
 import query.watch
 
 IMPORTED = (torch, zarr, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, indexer.build, indexer.tokenize,
-            indexer.training.train, query.doctor, query.index, query.query, query.scores, query.select,
-            query.watch)  # fmt: skip
+            indexer.training.train, query.doctor, query.fidelity, query.full_gradients, query.index, query.plot_error,
+            query.query, query.scores, query.select, query.watch)  # fmt: skip
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}

@@ -1,0 +1,156 @@
+"""Exact inner products of val samples' gradients with rows' gradients, in bounded memory.
+
+Only as many val gradients as fit are held; rows go by one at a time, and all again for the next val samples.
+
+Legend: Q val samples, R rows, n numbers of a piece of a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.progress import Task
+from indexer.optimizer_state import SideScales, block_matrix
+from indexer.rows import Row
+from indexer.selection import Block
+from query.exact_gradients import ExactGradients, Gradient
+from query.terms import Metric
+
+Share = Literal["layers", "rest"]
+SHARES: tuple[Share, ...] = ("layers", "rest")
+MEMORY = 2 << 30
+"""Bytes of val gradients that are held, where a single one is not larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Inner products of val samples with rows, and squared lengths; float64."""
+
+    dots_QR: NDArray[np.float64]
+    val_Q: NDArray[np.float64]
+    row_R: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vals_QD: Tensor, rows_RD: Tensor) -> Products:
+        """Of float64 vectors that are all in memory."""
+        dots = (vals_QD @ rows_RD.t(), vals_QD.square().sum(1), rows_RD.square().sum(1))
+        return cls(*(np.asarray(numbers.numpy()) for numbers in dots))
+
+    def __add__(self, other: Products) -> Products:
+        """Of vectors that are these and those side by side."""
+        return Products(self.dots_QR + other.dots_QR, self.val_Q + other.val_Q, self.row_R + other.row_R)
+
+    @property
+    def lengths(self) -> NDArray[np.float64]:
+        """|g| |h| of each pair."""
+        return np.asarray(np.sqrt(self.val_Q)[:, None] * np.sqrt(self.row_R))
+
+    def scores(self, metric: Metric) -> NDArray[np.float64]:
+        """(Q, R); the cosine with a vector of length zero is 0."""
+        if metric == "dot":
+            return self.dots_QR
+        lengths = self.lengths
+        return np.asarray(self.dots_QR / np.where(lengths > 0, lengths, 1.0))
+
+    def only(self, queries: NDArray[np.bool_], rows: NDArray[np.bool_]) -> Products:
+        """Of some val samples and rows."""
+        return Products(self.dots_QR[queries][:, rows], self.val_Q[queries], self.row_R[rows])
+
+
+class Pieces:
+    """Cuts a gradient into flat vectors: those of ``chosen`` blocks (default: all of ``blocks``), and the rest.
+
+    A block is its gradient matrix as the build lays it out, with ``scales`` multiplied as a build with an optimizer
+    state does; there is no rest then, for only the layers' scales are known.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        scales: Mapping[str, SideScales] | None = None,
+        chosen: Collection[str] | None = None,
+    ) -> None:
+        self._scales = scales
+        self.chosen = [block for block in blocks if chosen is None or block.name in chosen]
+        self.covered = {name for block in self.chosen for name in block.parameters}
+        """Parameters of the chosen blocks."""
+
+    @property
+    def parameters(self) -> set[str] | None:
+        """Those that a gradient must have; None: all."""
+        return None if self._scales is None else self.covered
+
+    def matrices(self, gradient: Gradient) -> list[Tensor]:
+        """(n_out, n_in) float32 of each chosen block."""
+        return [self._matrix(block, gradient) for block in self.chosen]
+
+    def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
+        matrix = block_matrix(block, gradient.parts).float()
+        if self._scales is None:
+            return matrix
+        side = self._scales[block.name]
+        return matrix * side.scale_out.to(matrix.device).unsqueeze(1) * side.scale_in.to(matrix.device)
+
+    def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:
+        """Flat float32 vectors (n,)."""
+        layers = [matrix.flatten() for matrix in self.matrices(gradient)]
+        rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self.covered]
+        return {"layers": layers, "rest": [] if self._scales is not None else rest}
+
+
+def exact_products(
+    exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], rows: Sequence[Row], task: Task
+) -> dict[Share, Products]:
+    """Products over the layers, and over the rest: their sum is that over all parameters.
+
+    NaN where a gradient is not finite. Products are float32 matrix products of one parameter's numbers, summed over
+    parameters in float64. ``task`` advances by the gradients that are computed.
+    """
+    found = {
+        share: Products(np.zeros((len(vals), len(rows))), np.zeros(len(vals)), np.zeros(len(rows))) for share in SHARES
+    }
+    at_once = vals_at_once(exact)
+    for first in range(0, len(vals), at_once):
+        some = slice(first, min(first + at_once, len(vals)))
+        held = _hold(exact, pieces, vals[some], task)
+        for share in SHARES:
+            found[share].val_Q[some] = sum((_squares(piece) for piece in held[share]), np.zeros(some.stop - first))
+        for place, row in enumerate(rows):
+            mine = pieces.of(exact(row))
+            for share in SHARES:
+                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in mine[share])
+                found[share].row_R[place] = sum(squares)
+                for val_Qn, row_n in zip(held[share], mine[share], strict=True):
+                    found[share].dots_QR[some, place] += (val_Qn @ row_n).double().cpu().numpy()
+            task.advance(1, len(row.tokens))
+    return found
+
+
+def vals_at_once(exact: ExactGradients) -> int:
+    """Val gradients that are held together."""
+    return max(1, MEMORY // (4 * exact.numbers))
+
+
+def _hold(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:
+    """(Q, n) a piece."""
+    held: dict[Share, list[Tensor]] = {}
+    for place, row in enumerate(vals):
+        mine = pieces.of(exact(row))
+        if not held:
+            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in mine[share]] for share in SHARES}
+        for share in SHARES:
+            for rows_Qn, piece in zip(held[share], mine[share], strict=True):
+                rows_Qn[place] = piece
+        task.advance(1, len(row.tokens))
+    return held
+
+
+def _squares(rows_Qn: Tensor) -> NDArray[np.float64]:
+    return np.array([float(row.square().sum(dtype=torch.float64)) for row in rows_Qn])
