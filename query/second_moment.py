@@ -10,24 +10,18 @@ Legend: Q queries, R rows of a chunk, N rows of the part, D numbers of a vector,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ghoststore.errors import CorruptError, GhostStoreError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.commits import FileRecord
-from ghoststore.store.disk import replace, storage_errors
-from ghoststore.store.kept import read_record, write_record
-from ghoststore.store.store import publish_group
+from query.part_cache import PartCache, keep_newest
 from query.stored import StoredRows
 from query.terms import RowFacts
 
@@ -36,7 +30,8 @@ ENOUGH_ROWS = 5
 """Rows for each number of a block, for a second moment that needs little damping."""
 LARGEST_BLOCK = 16_384
 """Numbers of the widest block: its matrix is 2 GiB."""
-FORMAT = 1
+DAMPINGS_KEPT = 3
+"""Dampings whose self-influences stay on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +61,14 @@ class SecondMoment:
                 f"most {LARGEST_BLOCK:,} × {LARGEST_BLOCK:,} is made. Build a part with a smaller --proj-compress, or "
                 "of plain blocks (--proj-rank-total)"
             )
-        cache = _Cache(part, "second_moment")
+        cache = PartCache(part, "second_moment", progress)
         sizes = [stop - start for _, start, stop in part.groups]
-        held = cache.read({f"{place}": (size, size) for place, size in enumerate(sizes)} | {"rows": ()}, progress)
+        held = cache.tensors({f"{place}": (size, size) for place, size in enumerate(sizes)} | {"rows": ()})
         if held is not None:
             return cls([held[f"{place}"] for place in range(len(part.groups))], int(held["rows"]))
         moment = cls.scan(part, progress, device)
         tensors = {f"{place}": block for place, block in enumerate(moment.blocks)}
-        cache.write({**tensors, "rows": torch.tensor(moment.rows)}, progress)
+        cache.keep({**tensors, "rows": torch.tensor(moment.rows)})
         return moment
 
     @classmethod
@@ -122,9 +117,11 @@ class DampedInverse:
         self._squares: NDArray[np.float64] | None = None
         widest = max(stop - start for _, start, stop in part.groups)
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
+            sketched = part.manifest["projection"]["compress"] is not None
+            other = ", or a part of plain blocks (build --proj-rank-total 256)" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with --damping "
-                f"{self.damping:g} noise may decide; try --damping 1, or plain blocks (build --proj-rank-total 256)"
+                f"{self.damping:g} noise may decide; try --damping 1{other}"
             )
 
     def _factor(self, block_KK: Tensor, name: str) -> Tensor:
@@ -174,22 +171,17 @@ class DampedInverse:
         The self-influence of a row (its own effect on its own loss). By one scan, cached for this damping.
         """
         if self._squares is None:
-            cache = _Cache(self.part, f"self_influence-{self.damping!r}")
-            shape = (self.part.layout.rows, len(self.part.groups))
-            held = cache.read({"squares": shape}, self._progress)
-            if held is None:
-                held = {"squares": torch.from_numpy(self._scan())}
-                cache.write(held, self._progress)
-            self._squares = np.asarray(held["squares"].numpy())
+            cache = PartCache(self.part, f"self_influence-{self.damping!r}", self._progress)
+            self._squares = cache.rows((self.part.layout.rows, len(self.part.groups)), self._scan)
+            with suppress(OSError):  # of a store that cannot be written
+                keep_newest(self.part, "self_influence-*", DAMPINGS_KEPT)
         return self._squares
 
-    def _scan(self) -> NDArray[np.float64]:
-        found = np.zeros((self.part.layout.rows, len(self.part.groups)))
+    def _scan(self, found_NG: NDArray[np.float64]) -> None:
         with closing(self._progress.task("self-influence", self.part.rows)) as task:
             for chunk in StoredRows(self.part, self._device).stream():
-                found[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
+                found_NG[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
                 task.advance(chunk.stop - chunk.start)
-        return found
 
 
 def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -205,65 +197,3 @@ def checked_damping(damping: float | None) -> float:
     if not (damping >= 0 and math.isfinite(damping)):
         raise UsageError(f"--damping must be 0 or more and finite, not {damping}")
     return damping
-
-
-class _Cache:
-    """Tensors computed from all committed rows of a part, in ``second_moment/`` beside its arrays. A cache: checked
-    before it is read, computed anew where it does not cover what is committed or is damaged, and deleting it loses
-    nothing.
-
-    ``<name>.json`` names the safetensors file, its checksum and the fingerprint of what it covers.
-    """
-
-    def __init__(self, part: Part, name: str) -> None:
-        self.part, self.name = part, name
-        self.folder = part.path / "second_moment"
-        self.covers = part.fingerprint()
-
-    def read(self, shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> dict[str, Tensor] | None:
-        """What is held, or None. Nothing of another shape is read into memory."""
-        path = self.folder / f"{self.name}.json"
-        try:
-            value = read_record(path)
-            if value["format"] != FORMAT or value["covers"] != self.covers:
-                return None  # of other rows: computed anew
-            data = self.folder / self._data
-            if data.stat().st_size != value["file"]["bytes"] or asdict(FileRecord.of(data)) != value["file"]:
-                raise ValueError(f"{data.name} is not what was written")
-            with safe_open(data, framework="pt") as file:
-                if {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()} != shapes:  # noqa: SIM118
-                    raise ValueError(f"{data.name} has other tensors than this part")
-                return {key: file.get_tensor(key) for key in shapes}
-        except FileNotFoundError:
-            return None
-        except CorruptError as error:
-            progress.note(f"{error}: it is a cache, and is computed anew")
-            return None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            progress.note(f"{path} is damaged ({error}): it is a cache, and is computed anew")
-            return None
-
-    def write(self, tensors: dict[str, Tensor], progress: Progress) -> None:
-        """Keep ``tensors``. Where the store cannot be written, that is noted and nothing is kept."""
-        try:
-            with storage_errors(str(self.folder)):
-                publish_group(self.folder, {})
-                data = self.folder / self._data
-                replace(data, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-                write_record(
-                    self.folder / f"{self.name}.json",
-                    {"format": FORMAT, "covers": self.covers, "file": asdict(FileRecord.of(data))},
-                )
-            self._forget_others()
-        except GhostStoreError as error:
-            progress.note(f"what was computed is not kept for the next query: {error}")
-
-    @property
-    def _data(self) -> str:
-        return f"{self.name}-{self.covers[:16]}.safetensors"
-
-    def _forget_others(self) -> None:
-        """Remove what the name held for rows as they stood before."""
-        for path in self.folder.glob(f"{self.name}-*.safetensors"):
-            if path.name != self._data and len(path.stem) == len(self.name) + 17:
-                path.unlink(missing_ok=True)

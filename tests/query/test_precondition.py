@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import asdict
@@ -25,7 +26,6 @@ from .made_parts import clustered, make_part
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-ZEROS = torch.zeros(2, 2)
 SKETCHED = ProjectionConfig(compress=12)
 PLAIN = ProjectionConfig(rank_total=16)
 PROJECTIONS = pytest.mark.parametrize("projection", ["sketched", "plain"])
@@ -189,7 +189,7 @@ def test_cache_is_used_checked_and_left_behind(lab: Lab, stores: dict[str, Path]
     assert not {"second moment", "self-influence"} & set(again.tasks)
     assert same == scores
     cache = store / "parts" / "train" / "second_moment"
-    for damaged in sorted(cache.glob("*.safetensors")):
+    for damaged in sorted([*cache.glob("*.safetensors"), *cache.glob("*.npy")]):
         data = bytearray(damaged.read_bytes())
         data[len(data) // 2] ^= 1
         damaged.write_bytes(bytes(data))
@@ -226,9 +226,14 @@ def test_a_cache_of_other_shapes_is_not_used(stores: dict[str, Path], tmp_path: 
     shutil.copy(stores["plain"].parent / "val.jsonl", tmp_path / "val.jsonl")
     wanted = ask(store, precondition="second-moment")
     cache = store / "parts" / "train" / "second_moment"
-    for name, tensors in (("second_moment", {"rows": torch.tensor(3)}), ("self_influence-0.1", {"squares": ZEROS})):
-        (data,) = cache.glob(f"{name}-????????????????.safetensors")
-        data.write_bytes(save(tensors))
+    zeros = io.BytesIO()
+    np.save(zeros, np.zeros((2, 2)))
+    for name, content, message in (
+        ("second_moment", save({"rows": torch.tensor(3)}), "has other tensors"),
+        ("self_influence-0.1", zeros.getvalue(), r"of shape (2, 2)"),
+    ):
+        (data,) = cache.glob(f"{name}-????????????????.[sn]*")
+        data.write_bytes(content)
         record = json.loads((cache / f"{name}.json").read_text())
         record["file"] = asdict(FileRecord.of(data))
         del record["record_sha256"]
@@ -236,15 +241,42 @@ def test_a_cache_of_other_shapes_is_not_used(stores: dict[str, Path], tmp_path: 
         (cache / f"{name}.json").write_text(json.dumps(record))
         notes = Notes()
         found = ask(store, precondition="second-moment", progress=notes)
-        assert any("has other tensors" in note for note in notes.notes)
+        assert any(message in note for note in notes.notes)
         assert [hit.score for hit in found.results[0].hits] == [hit.score for hit in wanted.results[0].hits]
+
+
+def test_a_record_names_no_file_of_others(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(stores["plain"], store)
+    shutil.copy(stores["plain"].parent / "val.jsonl", tmp_path / "val.jsonl")
+    wanted = ask(store, precondition="second-moment")
+    path = store / "parts" / "train" / "second_moment" / "second_moment.json"
+    record = json.loads(path.read_text()) | {"data": "../../val/zarr.json"}
+    del record["record_sha256"]
+    path.write_text(json.dumps(record | {"record_sha256": json_digest(record)}))
+    notes = Notes()
+    found = ask(store, precondition="second-moment", progress=notes)
+    assert any("it names a file '../../val/zarr.json'" in note for note in notes.notes)
+    assert [hit.score for hit in found.results[0].hits] == [hit.score for hit in wanted.results[0].hits]
+
+
+def test_dampings_do_not_pile_up(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Of the self-influences, which have a number for each row and block, the newest few stay."""
+    store = tmp_path / "store"
+    shutil.copytree(stores["plain"], store)
+    for damping in (0.1, 0.2, 0.3, 0.4, 0.5):
+        ghoststore.self_influence(store=store, part="train", damping=damping, device="cpu")
+    cache = store / "parts" / "train" / "second_moment"
+    assert len(list(cache.glob("self_influence-*.json"))) == len(list(cache.glob("self_influence-*.npy"))) == 3
+    assert (cache / "self_influence-0.5.json").exists()
+    assert (cache / "second_moment.json").exists()
 
 
 def test_read_only_store_answers_and_says_so(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("query.second_moment.replace", refuse)
+    monkeypatch.setattr("query.part_cache.write_record", refuse)
     notes = Notes()
     found = ask(stores["plain"], precondition="second-moment", damping=0.3217, progress=notes)
     assert found.results
