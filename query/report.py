@@ -207,6 +207,11 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
         )
     if isinstance(layers, str):
         told.append(f"What each layer adds is not shown: {layers}.")
+    if result.settings.get("rerank") is not None:
+        told.append(
+            "The scores listed are those of gradients that were computed again; histograms, and what layers add, are "
+            "of the stored vectors."
+        )
     return " ".join(told)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,13 +120,26 @@ def test_plain_zarr_reads_the_store(lab: Lab, built: Path) -> None:
         arrays = dict(part.arrays())
         assert {name: (array.shape, str(array.dtype)) for name, array in arrays.items() if name in SHAPES} == SHAPES
         assert sorted(arrays) == sorted([*SHAPES, *STRINGS, "span_start"])
-        assert [name for name, _ in part.groups()] == ["commits"]
+        assert {name for name, _ in part.groups()} - {"second_moment", "index", "fidelity"} == {"commits"}
         assert list(arrays["sample_id"][...]) == [row["id"] for row in lab.rows]
         domains = part.attrs["manifest"]["corpus"]["domains"]
         assert [domains[code] for code in arrays["domain"][...]] == [row["domain"] for row in lab.rows]
         assert arrays["source_row"][...].tolist() == list(range(ROWS))
         assert (arrays["status"][...] == 0).all()
         assert (arrays["n_tokens"][...] > 1).all()
+
+
+def test_caches_are_groups_to_plain_zarr(built: Path, tmp_path: Path) -> None:
+    """What queries, indexes and measurements leave in a part makes no reader of Zarr stumble."""
+    store = tmp_path / "store"
+    shutil.copytree(built, store)
+    ghoststore.self_influence(store=store, damping=1.0, device="cpu")
+    ghoststore.index(store=store, factory="Flat")
+    ghoststore.fidelity(store=store, rows=8, val_samples=2, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part = zarr.open(store, mode="r")["parts/part"]
+        assert [name for name, _ in part.groups()] == ["commits", "fidelity", "index", "second_moment"]
 
 
 def test_offsets_lead_to_the_records(lab: Lab, built: Path) -> None:
