@@ -135,7 +135,7 @@ def test_caches_are_groups_to_plain_zarr(built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, store)
     ghoststore.self_influence(store=store, damping=1.0, device="cpu")
     ghoststore.index(store=store, factory="Flat")
-    ghoststore.fidelity(store=store, rows=8, val_samples=2, device="cpu")
+    ghoststore.fidelity(store=store, rows=12, val_samples=2, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         part = zarr.open(store, mode="r")["parts/part"]
