@@ -15,9 +15,9 @@ from common import SelfTimes  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402, F401
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 
+import query.asked  # noqa: E402
 import query.part_encoder  # noqa: E402
 import query.query  # noqa: E402
-import query.question  # noqa: E402
 from ghoststore.checkpoint import Checkpoint  # noqa: E402
 from indexer.encoder import RowEncoder  # noqa: E402
 
@@ -31,7 +31,7 @@ PHASES = (
     (query.part_encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
-    (query.question, "search", "search"),
+    (query.asked, "search", "search"),
     (query.query, "_hits", "ids and texts of the hits"),
 )
 

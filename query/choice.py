@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from query.asked import Asked
 from query.choose import Amount, Pools, Quotas, Room, check_quotas, make_pools, ranked
 from query.diversity import DIVERSITIES, Diversity, cosines, facility_location, greats, greats_step, mmr
-from query.question import Asked
 from query.samples import Samples, vectors_of
 
 DEFAULT_WEIGHTS = {"mmr": 0.5, "greats": 1.0}

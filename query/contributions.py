@@ -20,7 +20,7 @@ from ghoststore.corpus import open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from query.again import RowsAgain
-from query.question import Asked, encode
+from query.asked import Asked, encode
 from query.stored import StoredRows
 from query.terms import RowFacts, Term
 

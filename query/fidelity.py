@@ -25,9 +25,9 @@ from query.agreement import Agreement, agreement
 from query.drawn import Draw, Drawn, draw, open_again
 from query.exact_dots import Pieces, Products, Share, exact_products, vals_at_once
 from query.exact_gradients import ExactGradients
+from query.layers import choose_groups
 from query.part_encoder import scales_of
 from query.parts import open_parts
-from query.question import choose_groups
 from query.stored import StoredRows
 from query.terms import METRICS, Metric, mask_of
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from query.question import Blend
+from query.asked import Blend
 from query.results import BlendedHit, Hit
 from query.search import Ranking
 from query.texts import texts_of

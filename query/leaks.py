@@ -8,6 +8,7 @@ equal. The text of a sample is the whole of it: prompt and completion, all messa
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -39,8 +40,11 @@ class Leak:
 
 
 def shingles(text: str) -> Iterable[Shingle]:
-    """Every run of 8 words of ``text``, or all its words as one where it has fewer; none without any."""
-    words = WORD.findall(text.casefold())
+    """Every run of 8 words of ``text``, or all its words as one where it has fewer; none without any.
+
+    Letters are compared in Unicode's NFKC form, case folded: é is é however it is written.
+    """
+    words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if len(words) < SHINGLE_WORDS:
         return [tuple(words)] if words else []
     return zip(*(words[first:] for first in range(SHINGLE_WORDS)), strict=False)

@@ -11,9 +11,10 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store.fidelity import read_fidelity
 from query.ann.index import AnnIndex
+from query.asked import Asked, ask
 from query.hits import hits_of
 from query.parts import PartWeights, part_names
-from query.question import Asked, Combine, Precondition, Question, ask
+from query.question import Combine, Precondition, Question
 from query.report import write_report
 from query.results import QueryHits, QueryResult, check_output
 from query.terms import Metric

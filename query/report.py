@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from ghoststore.progress import Progress
 from ghoststore.store.disk import storage_errors
+from query.asked import Asked
 from query.contributions import Contributions, contributions
-from query.question import COMBINED, Asked
+from query.question import COMBINED
 from query.results import Hit, QueryResult
 from query.search import Ranking
 

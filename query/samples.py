@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghoststore.store import Part
 from ghoststore.store.reader import read_span
-from query.question import Asked
+from query.asked import Asked
 from query.stored import StoredRows
 
 ROWS_AT_ONCE = 512

@@ -12,13 +12,14 @@ import numpy as np
 from ghoststore.corpus import open_corpus
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Store
+from query.asked import ask
 from query.choice import Choice
 from query.choose import Amount, Quotas
 from query.corpus_check import read_unchanged
 from query.diversity import Diversity
 from query.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
 from query.parts import part_names
-from query.question import Question, ask
+from query.question import Question
 from query.samples import Samples
 from query.select_files import Order, SelectFiles
 from query.select_report import SelectReport

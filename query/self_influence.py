@@ -12,8 +12,8 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.store.status import FIRST_UNUSABLE
 from query.blend import rankings_of
 from query.hits import hits_of
+from query.layers import choose_groups
 from query.parts import open_parts
-from query.question import choose_groups
 from query.results import QueryHits, QueryResult
 from query.second_moment import DampedInverse, checked_damping
 

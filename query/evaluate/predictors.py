@@ -16,7 +16,8 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.showcase.lexical import TfIdf
 from ghoststore.store import Part
-from query.question import Question, ask
+from query.asked import ask
+from query.question import Question
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "dot": {"metric": "dot"},

@@ -13,7 +13,8 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
-from query.question import Question, ask, fused
+from query.asked import ask, fused
+from query.question import Question
 from query.search import similarities
 from query.valset import ValVectors
 
@@ -105,7 +106,7 @@ def test_the_first_rankings_alone(store: Path, settings: dict[str, Any], monkeyp
         sizes.append(len(terms[0].queries_QD))
         return similarities(terms, **options)
 
-    monkeypatch.setattr("query.question.similarities", counted)
+    monkeypatch.setattr("query.asked.similarities", counted)
     first = asked.scores(Silent(), 1)
     assert sizes == [1 if settings.get("combine") in (None, "mean") else 3]
     np.testing.assert_array_equal(first, asked.scores(Silent())[:1])
@@ -157,7 +158,7 @@ class Sent:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, vectors: list[list[float]], ids: list[str]) -> None:
         made = ValVectors(vectors=torch.tensor(vectors), ids=ids, used=len(ids))
-        monkeypatch.setattr("query.question.encode_val_set", lambda *_, **__: made)
+        monkeypatch.setattr("query.asked.encode_val_set", lambda *_, **__: made)
 
 
 def test_groups_that_cancel_are_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ LONG = "one two three four five six seven eight nine ten"
         (LONG, LONG.replace("ten", "11"), 2 / 3),
         (LONG, LONG.replace("five", "5"), None),
         ("STRASSE, a b", "straße a  b.", 1.0),
+        ("caf\u00e9 cr\u00e8me", "cafe\u0301 cre\u0300me", 1.0),
         ("a short text", "a short text", 1.0),
         ("a short text", "this is a short text", None),
         ("...", "...", None),

@@ -13,8 +13,9 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
+from query.asked import ask
 from query.contributions import Contributions, contributions
-from query.question import Question, ask
+from query.question import Question
 from query.report import histogram
 
 if TYPE_CHECKING:
