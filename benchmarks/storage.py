@@ -22,7 +22,7 @@ from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
 from query.again import RowsAgain
-from query.doctor.compare import spearman
+from query.rank_correlation import spearman
 from query.rerank import rerank
 from query.search import Ranking, search
 from query.stored import StoredRows
@@ -85,9 +85,9 @@ def cosines(part: Part, queries_QD: Tensor) -> Scores:
 def agreement(exact_QN: Scores, found_QN: Scores) -> Agreement:
     """Of rankings by ``found_QN`` with those by ``exact_QN``."""
     pairs = list(zip(exact_QN, found_QN, strict=True))
-    correlations = [spearman(exact, found) for exact, found in pairs]
+    correlations = spearman(exact_QN, found_QN)
     recall = {cut: mean_shared((best(exact, cut), best(found, cut)) for exact, found in pairs) for cut in CUTS}
-    return Agreement(float(np.mean(correlations)), min(correlations), recall)
+    return Agreement(float(correlations.mean()), float(correlations.min()), recall)
 
 
 def mean_shared(pairs: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:

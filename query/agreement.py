@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from query.rank_correlation import spearman
+
 Scores = NDArray[np.float64]
 RESAMPLES = 1000
 AT = 10
@@ -55,7 +57,7 @@ def agreement(found_QR: Scores, exact_QR: Scores, *, seed: int = 0) -> Agreement
     squares = np.stack([np.square(found_QR - exact_QR).sum(1), np.square(exact_QR).sum(1)], axis=1)
     resample = Resampler(len(exact_QR), seed)
     return Agreement(
-        spearman=resample(np.array([spearman(found, exact) for found, exact in pairs]), _mean),
+        spearman=resample(spearman(found_QR, exact_QR), _mean),
         sign=resample(same.mean(1), _mean),
         recall=resample(np.array([np.isin(best(exact, at), best(found, at)).mean() for found, exact in pairs]), _mean),
         at=at,
@@ -74,21 +76,6 @@ class Resampler:
         value = float(statistic(of_queries[None])[0])
         edges = np.quantile(statistic(of_queries[self._drawn_SQ]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(edges[0]), float(edges[1]))
-
-
-def spearman(x: Scores, y: Scores) -> float:
-    """Rank correlation; 0 where all numbers of one side are equal."""
-    ranks_x, ranks_y = mean_ranks(x), mean_ranks(y)
-    if not (ranks_x.std() and ranks_y.std()):
-        return 0.0
-    return float(np.corrcoef(ranks_x, ranks_y)[0, 1])
-
-
-def mean_ranks(x: Scores) -> Scores:
-    """Ranks from 1; equal numbers share the mean of theirs."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    mean = np.cumsum(counts) - (counts - 1) / 2
-    return np.asarray(mean[inverse], dtype=np.float64)
 
 
 def best(scores: Scores, at: int) -> NDArray[np.int64]:

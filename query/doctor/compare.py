@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from query.rank_correlation import spearman
+
 EXACT = 1e-3
 """Relative difference in float32 beyond which two vectors are not the same: rounding is about 1e-6."""
 
@@ -33,14 +35,9 @@ def cosines(vectors_BD: Tensor) -> NDArray[np.float64]:
     return np.asarray((unit_BD @ unit_BD.t()).numpy(), dtype=np.float64)
 
 
-def spearman(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
-    """Correlation of the ranks; equal numbers by place."""
-    first, second = (np.argsort(np.argsort(values, kind="stable")) for values in (x, y))
-    return float(np.corrcoef(first, second)[0, 1])
-
-
 def same_ranking(found_BD: Tensor, expected_BD: Tensor) -> list[float]:
     """For each sample as a query: Spearman of its cosines with all others, found against expected. B ≥ 3."""
     found, expected = cosines(found_BD), cosines(expected_BD)
     others = ~np.eye(len(found), dtype=bool)
-    return [spearman(found[i][others[i]], expected[i][others[i]]) for i in range(len(found))]
+    shape = (len(found), len(found) - 1)
+    return [float(one) for one in spearman(found[others].reshape(shape), expected[others].reshape(shape))]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexer import draws
+from query.rank_correlation import spearman
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -55,18 +56,3 @@ def lds(scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: N
         resampled[place] = spearman(predicted_QM[:, chosen], actual_QM[:, chosen]).mean()
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Lds(value=value, low=float(low), high=float(high), targets=len(scores_QN))
-
-
-def spearman(x_QM: NDArray[np.float64], y_QM: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(Q,): Spearman's rank correlation of each pair of rows; 0 where one of them is constant."""
-    x, y = (ranks(values) for values in (x_QM, y_QM))
-    x, y = (values - values.mean(1, keepdims=True) for values in (x, y))
-    lengths = np.sqrt(np.square(x).sum(1) * np.square(y).sum(1))
-    return np.asarray(np.where(lengths > 0, (x * y).sum(1) / np.where(lengths > 0, lengths, 1.0), 0.0))
-
-
-def ranks(values_QM: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(Q, M): the rank of each number in its row, from 1; equal numbers share the mean of theirs."""
-    below = (values_QM[:, :, None] > values_QM[:, None, :]).sum(2)
-    equal = (values_QM[:, :, None] == values_QM[:, None, :]).sum(2)
-    return np.asarray(below + (equal + 1) / 2)

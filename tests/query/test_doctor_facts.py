@@ -16,7 +16,7 @@ from ghoststore import Corpus, ProjectionConfig, doctor
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory, computes_bfloat16, processor, total_memory
 from query.doctor import DoctorReport, disk, subject
-from query.doctor.compare import relative_errors, same_ranking, spearman
+from query.doctor.compare import relative_errors, same_ranking
 from query.doctor.rows import choose_rows
 from tests.indexer.models import gpt2
 from tests.indexer.oracle import gradients_alone
@@ -136,7 +136,6 @@ def test_differences_and_rankings() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[3.0, 4.5], [0.0, 0.0], [float("nan"), 0.0]])
     assert relative_errors(y, x).tolist() == [pytest.approx(0.1), 0.0, float("inf")]
-    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 15.0])) == pytest.approx(0.5)
     vectors = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     assert same_ranking(vectors * torch.arange(1, 7).unsqueeze(1), vectors) == pytest.approx([1.0] * 6)
     assert min(same_ranking(torch.randn(6, 5), vectors)) < 1

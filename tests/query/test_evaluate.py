@@ -18,7 +18,8 @@ from ghoststore.checkpoint import find_checkpoint, load_model
 from ghoststore.corpus import Fields
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from indexer.training.retrain import Recipe, Retrainer, Retraining
-from query.evaluate.lds import half, lds, ranks, spearman
+from query.evaluate.lds import half, lds
+from query.rank_correlation import mean_ranks, spearman
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -32,7 +33,7 @@ def test_spearman_is_scipys() -> None:
     for mine, a, b in zip(spearman(x, y), x, y, strict=True):
         assert mine == pytest.approx(spearmanr(a, b).statistic)
     assert spearman(np.ones((1, 5)), rng.standard_normal((1, 5)))[0] == 0.0
-    assert ranks(np.array([[3.0, 1.0, 3.0]])).tolist() == [[2.5, 1.0, 2.5]]
+    assert mean_ranks(np.array([[3.0, 1.0, 3.0]])).tolist() == [[2.5, 1.0, 2.5]]
 
 
 def test_halves_are_halves_and_follow_from_the_seed() -> None:
