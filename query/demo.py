@@ -135,7 +135,7 @@ def demo(
             recall[f"{name}/{method}"] = _recall(questions, [[hit.id for hit in one.hits] for one in result.results])
         by_words = words.nearest(words.vectors(q["prompt"] + q["completion"] for q in questions), 10)
         recall[f"{name}/{WORDS}"] = _recall(questions, [[corpus.train[row]["id"] for row in rows] for rows in by_words])
-        examples += _examples(questions, result.results) if name == "facts_inflected" else []
+        examples += _examples(questions, result.results) if name == "facts_paraphrased" else []
     seconds["queries"] = time.perf_counter() - clock
     report = DemoReport(
         folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), domains=domains,
