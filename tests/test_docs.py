@@ -222,6 +222,24 @@ def test_the_python_of_the_page_of_select_runs(
     assert "sky 3 of 14" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["query", "evaluate"])
+def test_the_python_of_the_pages_of_questions_runs(
+    lab: Lab,
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    page: str,
+) -> None:
+    (block,) = blocks(ROOT / f"docs/{page}.md", "python")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(built, tmp_path / "store")
+    lab.write(tmp_path / "val.jsonl", lab.sample_rows(4, 5))
+    exec(block, {})
+    out = capsys.readouterr().out
+    assert ("combined [('row-" if page == "query" else "preconditioned-dot Lds(") in out
+
+
 def test_the_python_of_the_page_of_the_doctor_runs(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

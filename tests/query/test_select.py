@@ -203,6 +203,7 @@ def test_diversity_is_in_the_metric_of_the_scores(
     built: Path, val: Path, tmp_path: Path, diversity: Any, metric: Any
 ) -> None:
     """Preconditioned scores go with preconditioned products of candidates."""
+    built = shutil.copytree(built, tmp_path / "store")  # it keeps a cache
     settings: dict[str, Any] = {"metric": metric, "precondition": "second-moment", "damping": 0.05}
     score = score_of(built, val, **settings)
     vectors = Store.open(built).part().read("vectors", 0, 27).astype(np.float64)
