@@ -178,9 +178,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def built(lab: Lab) -> Path:
-    """A store with one complete part called ``part``: copy it before changing it."""
+def built(lab: Lab) -> Iterator[Path]:
+    """A store with one complete part called ``part``: copy it before changing it, or asking what keeps a cache."""
     store = lab.folder / "built"
     outcome = lab.build(store)
     assert outcome.code == 0, outcome.err
-    return store
+    before = tree(store)
+    yield store
+    after = tree(store)
+    assert [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)] == []
