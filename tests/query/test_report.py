@@ -116,6 +116,25 @@ def test_layers_sum_to_the_score(folder: Path, metric: Any, settings: dict[str, 
             assert by_row[int(row)].sum() == pytest.approx(score, rel=1e-9)
 
 
+def test_layers_of_several_parts(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """Weighted like their scores, they sum to the sum."""
+    for place in range(2):
+        ghoststore.build(
+            checkpoint=lab.model(tmp_path / f"model-{place}", seed=place), data=folder / "train.jsonl", device="cpu",
+            store=tmp_path / "store", name=f"part-{place}", projection=ProjectionConfig(rank_total=16), span_rows=8,
+        )  # fmt: skip
+    question = Question(
+        store=tmp_path / "store", val_set=folder / "val.jsonl", part=["part-0", "part-1"], part_weights=(0.3, 2.0),
+        device="cpu",
+    )  # fmt: skip
+    asked = ask(question, Silent())
+    best, _ = asked.rank(4, 0, Silent())
+    found = contributions(asked, [[int(row) for row in best.rows[0]]], Silent())
+    assert isinstance(found, Contributions)
+    for row, score in zip(best.rows[0], best.scores[0], strict=True):
+        assert found.of[0][int(row)].sum() == pytest.approx(score, rel=1e-9)
+
+
 def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """They sum to the score of a part whose blocks were never sketched."""
     for name, compress in (("sketched", 24), ("exact", "none")):
