@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ghoststore.checkpoint import resolve_device
 from ghoststore.corpus import Corpus, open_corpus
@@ -113,11 +115,8 @@ class Asked:
         counts = (min(top_k, self.rows), min(bottom_k, self.rows))
         if index is not None:
             index.refuse(self.terms)
-            if self.run is not None or self._by_rows:
-                option = "--with-scores" if self.run is not None else f"--combine {self.question.combine}"
-                raise UsageError(
-                    f"{option} needs the scores of all rows, which an index does not give; use --index exact"
-                )
+            assert self.run is None, "an index does not give the scores of all rows: refused by query()"
+            assert not self._by_rows
             return index.search(self.terms[0], top_k=counts[0], bottom_k=counts[1])
         if self.run is not None or self._fused:
             scores = self.scores(progress)
@@ -304,10 +303,8 @@ def encode(
     return val
 
 
-def _with_mean(term: Term) -> Any:
+def _with_mean(term: Term) -> Tensor:
     """The queries of ``term`` with their mean before them: its score is the mean of theirs."""
-    import torch
-
     return torch.cat([term.queries_QD.mean(0, keepdim=True), term.queries_QD])
 
 

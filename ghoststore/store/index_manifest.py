@@ -93,11 +93,6 @@ class IndexManifest:
         return min(recall.at_10 for recall in self.recall.values())
 
     @property
-    def recall_at_100(self) -> float:
-        """The worse of single rows and means."""
-        return min(recall.at_100 for recall in self.recall.values())
-
-    @property
     def reached(self) -> bool:
         """Whether the recall is what was asked for."""
         return self.recall_at_10 >= self.target_recall
