@@ -33,7 +33,7 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
         raise UsageError(f"{store.path} has no part with committed rows")
     first = parts[0]
     for part in parts[1:]:
-        found = differences(_identity(first), _identity(part))
+        found = differences(exact_identity(first), exact_identity(part))
         if found:
             path, ours, theirs = found[0]
             raise MismatchError(
@@ -43,8 +43,8 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
     return parts
 
 
-def _identity(part: Part) -> dict[str, Any]:
-    """What parts of one curve share."""
+def exact_identity(part: Part) -> dict[str, Any]:
+    """What the exact gradients of a part's rows are of, and parts of one curve share."""
     layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
     state = part.manifest["projection"].get("optimizer_state")
     return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, "optimizer_state": state}

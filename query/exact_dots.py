@@ -43,6 +43,16 @@ class Products:
         dots = (vals_QD @ rows_RD.t(), vals_QD.square().sum(1), rows_RD.square().sum(1))
         return cls(*(np.asarray(numbers.numpy()) for numbers in dots))
 
+    @classmethod
+    def empty(cls, queries: int, rows: int) -> Products:
+        """NaN, to be filled by :meth:`put`."""
+        return cls(np.full((queries, rows), np.nan), np.full(queries, np.nan), np.full(rows, np.nan))
+
+    def put(self, queries: slice, rows: slice, products: Products) -> None:
+        """Fill in those of some val samples and rows."""
+        self.dots_QR[queries, rows] = products.dots_QR
+        self.val_Q[queries], self.row_R[rows] = products.val_Q, products.row_R
+
     def __add__(self, other: Products) -> Products:
         """Of vectors that are these and those side by side."""
         return Products(self.dots_QR + other.dots_QR, self.val_Q + other.val_Q, self.row_R + other.row_R)
@@ -105,6 +115,34 @@ class Pieces:
         return {"layers": layers, "rest": [] if self._scales is not None else rest}
 
 
+class HeldVals:
+    """The gradients of ``vals``, held in memory; rows go by one at a time. ``task`` advances by what is computed."""
+
+    def __init__(self, exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> None:
+        self._exact, self._pieces = exact, pieces
+        self._held = _hold(exact, pieces, vals, task)
+        self.squares = {
+            share: sum((_squares(piece) for piece in self._held[share]), np.zeros(len(vals))) for share in SHARES
+        }
+        """(Q,) each: squared lengths, over the layers and over the rest."""
+
+    def products(self, rows: Sequence[Row], task: Task) -> dict[Share, Products]:
+        """Products with ``rows``, over the layers and over the rest."""
+        found = {
+            share: Products(np.zeros((len(squares), len(rows))), squares, np.zeros(len(rows)))
+            for share, squares in self.squares.items()
+        }
+        for place, row in enumerate(rows):
+            mine = self._pieces.of(self._exact(row))
+            for share in SHARES:
+                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in mine[share])
+                found[share].row_R[place] = sum(squares)
+                for val_Qn, row_n in zip(self._held[share], mine[share], strict=True):
+                    found[share].dots_QR[:, place] += (val_Qn @ row_n).double().cpu().numpy()
+            task.advance(1, len(row.tokens))
+        return found
+
+
 def exact_products(
     exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], rows: Sequence[Row], task: Task
 ) -> dict[Share, Products]:
@@ -113,29 +151,18 @@ def exact_products(
     NaN where a gradient is not finite. Products are float32 matrix products of one parameter's numbers, summed over
     parameters in float64. ``task`` advances by the gradients that are computed.
     """
-    found = {
-        share: Products(np.zeros((len(vals), len(rows))), np.zeros(len(vals)), np.zeros(len(rows))) for share in SHARES
-    }
-    at_once = vals_at_once(exact)
+    found = {share: Products.empty(len(vals), len(rows)) for share in SHARES}
+    at_once = vals_at_once(exact.numbers)
     for first in range(0, len(vals), at_once):
         some = slice(first, min(first + at_once, len(vals)))
-        held = _hold(exact, pieces, vals[some], task)
-        for share in SHARES:
-            found[share].val_Q[some] = sum((_squares(piece) for piece in held[share]), np.zeros(some.stop - first))
-        for place, row in enumerate(rows):
-            mine = pieces.of(exact(row))
-            for share in SHARES:
-                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in mine[share])
-                found[share].row_R[place] = sum(squares)
-                for val_Qn, row_n in zip(held[share], mine[share], strict=True):
-                    found[share].dots_QR[some, place] += (val_Qn @ row_n).double().cpu().numpy()
-            task.advance(1, len(row.tokens))
+        for share, products in HeldVals(exact, pieces, vals[some], task).products(rows, task).items():
+            found[share].put(some, slice(None), products)
     return found
 
 
-def vals_at_once(exact: ExactGradients) -> int:
-    """Val gradients that are held together."""
-    return max(1, MEMORY // (4 * exact.numbers))
+def vals_at_once(numbers: int) -> int:
+    """Val gradients of so many numbers that are held together."""
+    return max(1, MEMORY // (4 * numbers))
 
 
 def _hold(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:

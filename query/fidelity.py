@@ -149,14 +149,21 @@ def exactly(again: RowsAgain, pieces: Pieces, *, layers_alone: bool = False) -> 
 def measure_exactly(exact: ExactGradients, pieces: Pieces, drawn: Drawn, progress: Progress) -> dict[Share, Products]:
     """Exact products of the drawn rows, over the layers and the rest."""
     vals, rows = len(drawn.vals), len(drawn.rows)
-    passes = -(-vals // vals_at_once(exact))
-    if passes > 1:
-        progress.note(
-            f"a gradient has {exact.numbers:,} numbers: {vals_at_once(exact)} val gradients are held at a time, and "
-            f"those of the rows are computed {passes} times"
-        )
+    passes = passes_over_rows(exact.numbers, vals, progress)
     with closing(progress.task("exact gradients", vals + passes * rows)) as task:
         return exact_products(exact, pieces, drawn.vals, drawn.rows, task)
+
+
+def passes_over_rows(numbers: int, vals: int, progress: Progress) -> int:
+    """How often the gradients of the rows, of so many ``numbers``, are computed; a note where it is not once."""
+    at_once = vals_at_once(numbers)
+    passes = -(-vals // at_once)
+    if passes > 1:
+        progress.note(
+            f"a gradient has {numbers:,} numbers: {at_once} val gradients are held at a time, and those of the rows "
+            f"are computed {passes} times"
+        )
+    return passes
 
 
 def finite_pairs(exact: Collection[Products], progress: Progress) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

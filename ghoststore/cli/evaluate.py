@@ -29,7 +29,8 @@ from ghoststore.cli import options
     "methods",
     multiple=True,
     metavar="NAME",
-    help="dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all).",
+    help="dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all of these). "
+    "Slow, only if named: exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
 )
 @click.option(
     "--test",

@@ -19,7 +19,7 @@ from ghoststore.store import Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
 from query.evaluate.lds import Lds, half, lds
-from query.evaluate.predictors import METHODS, grouped
+from query.evaluate.predictors import EXACT, METHODS, grouped
 from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
@@ -94,6 +94,10 @@ def evaluate(
     processors, at most 4; 1 on a GPU). Results are kept in ``out``: the same call goes on where it was interrupted, and
     asks other methods of the same trainings.
 
+    ``exact-dot`` and ``exact-cosine`` are scores of the exact gradients of all parameters, ``exact-layers-dot`` and
+    ``exact-layers-cosine`` of the part's layers: computed once for all four, one backward pass a sample, and only if
+    ``methods`` names them.
+
     With several names as ``part``, methods are those of the first, and ``checkpoints-dot`` and ``checkpoints-cosine``
     of all together, weighted by ``part_weights`` as in ``ghoststore.query``. ``run`` is a training run of the store,
     whose values (Σ η·score) are evaluated, too.
@@ -145,7 +149,7 @@ def evaluate(
 
 def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:
     """UsageError for words and numbers that make no sense."""
-    for option, given, known in (("--test", tests, TESTS), ("--method", methods, METHODS)):
+    for option, given, known in (("--test", tests, TESTS), ("--method", methods, (*METHODS, *EXACT))):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise UsageError(f"{option} {unknown[0]!r} is unknown; known: {', '.join(known)}")

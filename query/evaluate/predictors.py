@@ -17,7 +17,9 @@ from ghoststore.progress import Progress
 from ghoststore.showcase.lexical import TfIdf
 from ghoststore.store import Part
 from query.asked import ask
+from query.exact_dots import SHARES, Share
 from query.question import Question
+from query.terms import Metric
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "dot": {"metric": "dot"},
@@ -28,6 +30,13 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 """Scores of a store, as settings of a question."""
 BASELINES = ("tf-idf", "random")
 METHODS = (*GRADIENTS, *BASELINES)
+EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {
+    "exact-dot": (SHARES, "dot"),
+    "exact-cosine": (SHARES, "cosine"),
+    "exact-layers-dot": (("layers",), "dot"),
+    "exact-layers-cosine": (("layers",), "cosine"),
+}
+"""Scores of exact gradients, of all parameters or of the projected layers: slow, so only where they are asked for."""
 MOST_NUMBERS = 1 << 28
 """Of the dense TF-IDF vectors: 1 GiB."""
 
@@ -38,12 +47,17 @@ def of_gradients(question: Question, ids: list[str], samples: int, progress: Pro
     UsageError where the val samples are not those called ``ids``.
     """
     asked = ask(question, progress)
-    if asked.names != ids:
+    refuse_other_val(asked.names, ids)
+    return by_sample(asked.scores(progress), asked.part, samples)
+
+
+def refuse_other_val(found: list[str], ids: list[str]) -> None:
+    """UsageError where the val samples that a part ``found`` usable are not those called ``ids``."""
+    if found != ids:
         raise UsageError(
-            f"the val set has {len(asked.names)} usable samples for the store and {len(ids)} for the trainings, or in "
+            f"the val set has {len(found)} usable samples for the store and {len(ids)} for the trainings, or in "
             "another order; remove those that cannot be used"
         )
-    return by_sample(asked.scores(progress), asked.part, samples)
 
 
 def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArray[np.float64]:

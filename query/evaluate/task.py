@@ -22,7 +22,8 @@ from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.blend import values_of_rows
 from query.corpus_check import read_unchanged
-from query.evaluate.predictors import BASELINES, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
+from query.evaluate.exact import ExactScores
+from query.evaluate.predictors import BASELINES, EXACT, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
 from query.evaluate.trainings import Plan
 from query.question import Question
 from query.texts import corpus_behind
@@ -51,6 +52,7 @@ class Task:
     retrainer: Retrainer
     groups: dict[str, list[int]]
     """Places of val samples, by domain."""
+    out: Path
     progress: Progress
 
     @classmethod
@@ -90,7 +92,7 @@ class Task:
         groups: dict[str, list[int]] = {}
         for place in range(len(retrainer.val.rows)):
             groups.setdefault(retrainer.val.domain_of(place), []).append(place)
-        return cls(part=part, retrainer=retrainer, groups=dict(sorted(groups.items())), progress=progress)
+        return cls(part=part, retrainer=retrainer, groups=dict(sorted(groups.items())), out=out, progress=progress)
 
     @property
     def samples(self) -> int:
@@ -116,7 +118,10 @@ class Task:
     def methods(
         self, base: Question, several: Mapping[str, Any], methods: Sequence[str], damping: float | None, run: Run | None
     ) -> dict[str, Callable[[], Scored]]:
-        """By method, what computes its scores. ``several`` are the parts, and their weights, of ``checkpoints-…``."""
+        """By method, what computes its scores. ``several`` are the parts, and their weights, of ``checkpoints-…``.
+
+        UsageError for a method that the part cannot have.
+        """
 
         def gradients(**settings: Any) -> Callable[[], Scored]:
             if "precondition" in settings:
@@ -127,6 +132,7 @@ class Task:
         found = {method: gradients(**GRADIENTS[method]) for method in methods if method in GRADIENTS}
         if len(several["part"]) > 1:
             found |= {f"checkpoints-{metric}": gradients(**several, metric=metric) for metric in ("dot", "cosine")}
+        found |= self._exact(base, [method for method in methods if method in EXACT])
         texts = [row.sample.preview() for row in self.retrainer.val.rows]
         seed = self.retrainer.job.recipe.seed
         baselines: dict[str, Callable[[], Scored]] = {
@@ -135,6 +141,18 @@ class Task:
         }
         found |= {method: baselines[method] for method in BASELINES if method in methods}
         return found if run is None else {**found, f"training-time ({run.name})": lambda: self._of_run(run)}
+
+    def _exact(self, base: Question, methods: Sequence[str]) -> dict[str, Callable[[], Scored]]:
+        scores = ExactScores(
+            part=self.part, question=base, ids=self.ids, val_fingerprint=self.retrainer.val.fingerprint,
+            samples=self.samples, folder=self.out / "exact", progress=self.progress,
+        )  # fmt: skip
+
+        def exact(method: str) -> Callable[[], Scored]:
+            scores.refuse(method)
+            return lambda: self._of_samples(scores.of(method))
+
+        return {method: exact(method) for method in methods}
 
     def _of_samples(self, scores_VN: NDArray[np.float64]) -> Scored:
         by_group = grouped(scores_VN, self.groups)
