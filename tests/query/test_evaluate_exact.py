@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 SAMPLES, VAL, UNUSABLE = 24, 5, 7
-LENGTH = {"one": 32, "windows": 9}
+LENGTH = {"one": 32, "windows": 12}
 METHODS = list(EXACT)
 
 
@@ -41,7 +41,7 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = lab.sample_rows(SAMPLES, 1)
     rows[UNUSABLE]["text"] = ""
     data = lab.write(folder / "train.jsonl", rows)
-    texts = ["the cat sees", "a red bird", "the old song", "night under stone", "a dog runs"]
+    texts = ["the cat sees", "a red bird", "the old song", "the moon gives", "a dog runs"]
     lab.write(folder / "val.jsonl", [{"text": text, "domain": ("sky", "earth")[i % 2]} for i, text in enumerate(texts)])
     settings: dict[str, dict[str, Any]] = {
         "one": {}, "windows": {"max_length": LENGTH["windows"], "overlong": "window"},
