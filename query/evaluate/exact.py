@@ -128,18 +128,14 @@ class ExactScores:
         pieces = pieces_of(again)
         exact = exactly(again, pieces)
         passes_over_rows(self._numbers, len(vals), self.progress)
-
-        def computed(same_vals: Sequence[Block]) -> Iterator[tuple[Block, dict[Share, Products]]]:
-            some = same_vals[0].vals
-            held = HeldVals(exact, pieces, vals[some], task)
-            _refuse_useless(self.ids[some], sum((held.squares[share] for share in shares), np.zeros(1)))
-            for block in same_vals:
-                yield block, held.products(again.tokens(places_R[block.rows]), task)
-
         total, todo = _gradients(blocks), _gradients(missing)
         with closing(self.progress.task("exact gradients", total, total - todo)) as task:
-            for _, same_vals in groupby(missing, key=lambda block: block.vals.start):
-                yield from computed(list(same_vals))
+            for (start, stop), same_vals in groupby(missing, key=lambda block: (block.vals.start, block.vals.stop)):
+                held = HeldVals(exact, pieces, vals[start:stop], task)
+                _refuse_useless(self.ids[start:stop], sum((held.squares[share] for share in shares), np.zeros(1)))
+                for block in same_vals:
+                    yield block, held.products(again.tokens(places_R[block.rows]), task)
+                del held  # before the next are held
 
     def _vals(self, again: RowsAgain) -> list[Row]:
         """The val samples as the part's tokens are made. UsageError if they are not those called ``ids``."""
