@@ -37,12 +37,14 @@ from ghoststore.store.manifest import refuse_differences
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
+from indexer.calibrate import SampleDraw, calibrate
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.losses import Reduction
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
+from indexer.part_projection import calibrated_as
 from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row, rows_of
 from indexer.selection import Selection, select_blocks
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -87,7 +89,9 @@ class _Job:
     corpus: Corpus
     tokenizer: Tokenizer
     settings: TokenSettings
-    projection: Projection
+    projected: ProjectionPlan
+    projection: Projection | None
+    """None in a dry run of one that is learned."""
     plan: CorpusPlan
     layout: PartLayout
     selection: Selection
@@ -160,12 +164,14 @@ def build(
     with open_corpus(str(data), fields or Fields()) as corpus:
         _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
+        config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
-            model, corpus, Tokenizer(text_tokenizer), projection or ProjectionConfig(),
+            model, corpus, Tokenizer(text_tokenizer), config,
             TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
-            optimizer_state=optimizer_state,
+            optimizer_state=optimizer_state, batch_tokens=batch_tokens, dry_run=dry_run,
+            there=_existing(store, part_name) if config.calibrated else None,
         )  # fmt: skip
         job.manifest.update(
             checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
@@ -190,7 +196,7 @@ def build(
         )
         report = BuildReport(
             store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
-            layers=len(job.projection.plan.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
+            layers=len(job.projected.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
             bytes_on_disk=_bytes_on_disk(job.layout), memory_bytes=_memory(job, batch_tokens), dry_run=dry_run,
             manifest=job.manifest,
         )  # fmt: skip
@@ -233,26 +239,45 @@ def _plan(
     reduction: Reduction,
     checkpointing: bool,
     optimizer_state: str | Path | None,
+    batch_tokens: int,
+    dry_run: bool,
+    there: Part | None,
 ) -> _Job:
-    """Choose layers, draw matrices, scan the corpus; the manifest sections that follow from these."""
+    """Choose layers, scan the corpus, draw or learn matrices; the manifest sections that follow from these."""
+    if optimizer_state is not None and config.preconditioned:
+        raise UsageError(
+            f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
+            "own: choose one (--proj-precondition none)"
+        )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
+    drawn_samples = SampleDraw(config.calibration_samples, config.seed)
 
     def layout_of(rows: int) -> PartLayout:
         return PartLayout.choose(
-            rows=rows, dimension=plan.dimension, groups=len(plan.groups), dtype=storage.dtype,
+            rows=rows, dimension=plan.dimension, groups=plan.group_count, dtype=storage.dtype,
             span_rows=storage.span_rows, store_text=storage.store_text,
         )  # fmt: skip
 
     corpus_plan = plan_corpus(
         corpus, tokenizer, settings, span_rows=layout_of(sys.maxsize).span_rows, max_samples=max_samples,
-        tokenize=count_tokens, progress=progress,
+        tokenize=count_tokens, on_sample=drawn_samples.see if config.calibrated else None, progress=progress,
     )  # fmt: skip
     layout = layout_of(corpus_plan.rows)
     scales = None
     if optimizer_state is not None:
         scales = read_scales(optimizer_state, model, [layer.block for layer in plan.layers])
-    drawn = Projection(plan, scales)
+    if config.calibrated and there is not None:
+        plan = _learned_before(there, plan)
+    elif config.calibrated and not dry_run:
+        rows = rows_of(drawn_samples.samples, tokenizer, settings)
+        learned = calibrate(
+            model, plan, evenly(list(rows), config.calibration_samples), reduction=reduction,
+            batch_tokens=batch_tokens, scales=scales, progress=progress,
+        )  # fmt: skip
+        plan = replace(plan, calibration=learned)
+    known = plan.calibration is not None or not config.calibrated
+    drawn = Projection(plan, scales) if known else None
     scan = corpus_plan.scan
     manifest: Manifest = {
         "corpus": {
@@ -269,18 +294,43 @@ def _plan(
         },
         "projection": {
             **plan.to_json(),
-            "hash": drawn.hash,
+            "hash": None if drawn is None else drawn.hash,
             **({} if scales is None else {"optimizer_state": scales_digest(scales)}),
         },
         "layers": plan.layers_json(),
-        "storage": {**asdict(layout), "groups": [list(group) for group in plan.groups]},
+        "storage": {**asdict(layout), "groups": [list(group) for group in plan.groups] if known else None},
         "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
     }
+    fixed = {} if scales is None else flat(scales)
+    if plan.calibration is not None:
+        fixed |= plan.calibration.arrays(plan.shapes)
     return _Job(
-        corpus=corpus, tokenizer=tokenizer, settings=settings, projection=drawn, plan=corpus_plan, layout=layout,
-        selection=selection, manifest=manifest, model=model, reduction=reduction, checkpointing=checkpointing,
-        fixed={} if scales is None else flat(scales),
+        corpus=corpus, tokenizer=tokenizer, settings=settings, projected=plan, projection=drawn, plan=corpus_plan,
+        layout=layout, selection=selection, manifest=manifest, model=model, reduction=reduction,
+        checkpointing=checkpointing, fixed=fixed,
     )  # fmt: skip
+
+
+def _existing(store: str | Path, name: str) -> Part | None:
+    """The part, if it is there already."""
+    if not (Path(store) / "zarr.json").exists():
+        return None
+    opened = Store.open(store)
+    return opened.part(name) if name in opened.part_names() else None
+
+
+def _learned_before(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
+    """``plan`` with what ``part`` learned when it was begun. MismatchError if it was begun with other settings."""
+    learned = ("calibration", "hash", "optimizer_state")
+    stored = {name: value for name, value in part.manifest["projection"].items() if name not in learned}
+    manifest = part.manifest
+    refuse_differences({**manifest, "projection": stored}, {**manifest, "projection": plan.to_json()}, str(part.path))
+    return calibrated_as(part, plan)
+
+
+def evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most ``count`` of ``rows``: long samples may have many windows."""
+    return [rows[place * len(rows) // count] for place in range(count)] if len(rows) > count else list(rows)
 
 
 def corpus_name(source: str) -> str:
@@ -302,7 +352,7 @@ def _bytes_on_disk(layout: PartLayout) -> int:
 
 
 def _memory(job: _Job, batch_tokens: int) -> int:
-    matrices = sum(p.numel() * 4 for sides in job.projection.sides.values() for p in sides)
+    matrices = sum(4 * (one.k_in * one.n_in + one.k_out * one.n_out) for one in job.projected.shapes)
     spans = 3 * job.layout.span_rows * job.layout.dimension * 4
     logits = batch_tokens * int(job.model.get_input_embeddings().num_embeddings * job.model.dtype.itemsize)
     return matrices + spans + logits
@@ -375,6 +425,7 @@ def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
         return seconds
     task = progress.task("building", part.layout.rows, done=part.rows)
     batch_tokens = int(part.manifest["batching"]["batch_tokens"])
+    assert job.projection is not None
     try:
         with (
             RowEncoder(job.model, job.projection, reduction=job.reduction, checkpointing=job.checkpointing) as encoder,

@@ -71,6 +71,6 @@ def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[s
     found = {}
     for layer in projection.plan.layers:
         matrix = gradient_matrix(layer.block, gradients)
-        p_in, p_out = (side.to(matrix) for side in projection.sides[layer.block.name])
+        p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[layer.block.name])
         found[layer.block.name] = p_out @ matrix @ p_in.t()
     return found

@@ -6,7 +6,7 @@ corpus it begins and what it must contain, so that any span can be built alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -97,11 +97,13 @@ def plan_corpus(
     span_rows: int,
     max_samples: int | None = None,
     tokenize: bool = False,
+    on_sample: Callable[[Sample], None] | None = None,
     progress: Progress | None = None,
 ) -> CorpusPlan:
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
-    Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks.
+    Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks. ``on_sample`` is
+    shown every sample.
     Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
     MismatchError for tokens of another tokenizer.
     """
@@ -119,6 +121,8 @@ def plan_corpus(
 
     def see(sample: Sample) -> None:
         tokenizer.check(sample)
+        if on_sample is not None:
+            on_sample(sample)
         if not lengths_needed:
             table.add(sample, 1)
             return

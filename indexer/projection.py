@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,19 @@ from torch import Tensor, nn
 
 from ghoststore.errors import LayerError, UsageError
 from indexer import draws
-from indexer.layers import Sides, layer_type_by_name
+from indexer.calibration import LEARNED, Calibration, LayerShape
+from indexer.layers import Axis, Sides, layer_type_by_name
 from indexer.optimizer_state import SideScales
 from indexer.selection import Block, Selection, Use
-from indexer.sketch import Sketch
+from indexer.sketch import BlockSketches, Sketch
 
 Compress = int | Literal["auto", "none"]
+CompressBy = Literal["auto", "layer", "all"]
 RankTotal = int | Literal["full"]
+KINDS = (*draws.KINDS, LEARNED)
+PRECONDITIONS = ("auto", "none", "kronecker")
+LATER_SETTINGS = ("compress_by", "rank_ratio", "calibration_samples", "precondition", "damping")
+"""Fields of a configuration that a manifest has only where they are not plain."""
 
 SKETCHED_RANK_TOTAL = 64 * 64
 PLAIN_RANK_TOTAL = 256
@@ -34,6 +41,15 @@ class ProjectionConfig:
     By default blocks of up to 64 × 64 are sketched to 64 numbers a layer. Giving ``rank_total`` without
     ``compress`` means plain Kronecker blocks, whose scores can be taken layer by layer; ``"full"`` keeps every
     axis at its own length: the vectors are then the gradients themselves.
+
+    ``compress_by`` says whether one sketch is made of all layers together (``"all"``; the default of drawn kinds) or
+    one of each, with sizes in proportion to the layers' share of the squared norm of gradients (``"layer"``; the
+    default of the kind ``"pca"``): scores can then be taken layer by layer. The kind ``"pca"`` and the sizes are
+    learned from ``calibration_samples`` of the corpus, so only a build can have them.
+
+    ``precondition="kronecker"`` puts the inverse root of the layers' second moment, as two factors, into the sides: see
+    :mod:`indexer.preconditioner`. It is learned, too; ``damping`` is relative to the mean eigenvalue of each factor.
+    ``"auto"`` is ``"kronecker"`` for a build (:meth:`for_build`), else ``"none"``.
     """
 
     layers: tuple[str, ...] = ("mlp", "attn")
@@ -44,10 +60,26 @@ class ProjectionConfig:
     seed: int = 0
     kind: str = "gaussian"
     compress: Compress = "auto"
+    compress_by: CompressBy = "auto"
+    rank_ratio: float = 1.0
+    """k_in ÷ k_out."""
+    calibration_samples: int = 256
+    precondition: str = "auto"
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.kind not in draws.KINDS:
-            raise UsageError(f"projection kind {self.kind!r} is unknown; known: {', '.join(draws.KINDS)}")
+        if self.kind not in KINDS:
+            raise UsageError(f"projection kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
+        if self.compress_by not in ("auto", "layer", "all"):
+            raise UsageError(f"--proj-compress-by takes layer, all or auto, not {self.compress_by!r}")
+        if not 0 < self.rank_ratio < math.inf:
+            raise UsageError(f"--proj-rank-ratio must be above 0, not {self.rank_ratio}")
+        if self.precondition not in PRECONDITIONS:
+            raise UsageError(f"--proj-precondition {self.precondition!r} is unknown; known: {', '.join(PRECONDITIONS)}")
+        if not 0 < self.damping < math.inf:
+            raise UsageError(f"--proj-damping must be above 0, not {self.damping}")
+        if self.calibration_samples < 1:
+            raise UsageError(f"--calibration-samples must be at least 1, not {self.calibration_samples}")
         if isinstance(self.rank_total, str) and self.rank_total != "full":
             raise UsageError(f"--proj-rank-total takes a number or full, not {self.rank_total!r}")
         if isinstance(self.rank_total, int) and self.rank_total < 1:
@@ -63,6 +95,35 @@ class ProjectionConfig:
     def sketched(self) -> bool:
         """Whether the second step follows."""
         return self.compress != "none" and not (self.compress == "auto" and self.rank_total is not None)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether each layer is sketched by itself."""
+        by_default = self.compress_by == "auto" and self.learns_sides
+        return self.sketched and (by_default or self.compress_by == "layer")
+
+    def for_build(self, *, optimizer_state: bool) -> ProjectionConfig:
+        """With ``precondition`` decided: by default Kronecker, unless the vectors have another metric already, or are
+        to be the gradients themselves.
+        """
+        if self.precondition != "auto":
+            return self
+        return replace(self, precondition="none" if optimizer_state or self.rank_total == "full" else "kronecker")
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the sides hold a preconditioner."""
+        return self.precondition == "kronecker"
+
+    @property
+    def learns_sides(self) -> bool:
+        """Whether the sides depend on the corpus."""
+        return self.kind == LEARNED or self.preconditioned
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a sample of the corpus is needed."""
+        return self.learns_sides or self.by_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,19 +142,21 @@ class BlockPlan:
         return self.start + self.k_out * self.k_in
 
 
-def ranks(n_out: int, n_in: int, rank_total: RankTotal) -> tuple[int, int]:
-    """(k_out, k_in): both ⌊√rank_total⌋ unless an axis is smaller; then the other takes what is left.
+def ranks(n_out: int, n_in: int, rank_total: RankTotal, ratio: float = 1.0) -> tuple[int, int]:
+    """(k_out, k_in): ⌊√(rank_total / ratio)⌋ and ⌊√(rank_total · ratio)⌋, at least 1, unless an axis is smaller; then
+    the other takes what is left.
 
     The product never exceeds ``rank_total``; ``"full"`` is the lengths of the axes.
     """
     if rank_total == "full":
         return n_out, n_in
-    side = math.isqrt(rank_total)
-    if n_in < side:
+    k_in = min(max(1, math.isqrt(math.floor(rank_total * ratio))), rank_total)
+    k_out = max(1, min(math.isqrt(math.floor(rank_total / ratio)), rank_total // k_in))
+    if n_in < k_in:
         return min(n_out, rank_total // n_in), n_in
-    if n_out < side:
+    if n_out < k_out:
         return n_out, min(n_in, rank_total // n_out)
-    return side, side
+    return k_out, k_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +166,28 @@ class ProjectionPlan:
     config: ProjectionConfig
     layers: tuple[BlockPlan, ...]
     compress: int | None
-    """K of the global sketch, or None for plain Kronecker blocks."""
+    """K of the sketch, or of the sketches of all layers together; None for plain Kronecker blocks."""
     coverage: float
+    calibration: Calibration | None = None
+    """What was learned, where that is needed."""
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether each layer has a sketch of its own, of a size that is learned."""
+        return self.compress is not None and self.config.by_layer
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """What a calibration must know of each layer."""
+        return [
+            LayerShape(layer.block.name, layer.k_out, layer.k_in, layer.block.n_out, layer.block.n_in)
+            for layer in self.layers
+        ]
+
+    @property
+    def group_count(self) -> int:
+        """Of :attr:`groups`, known before anything is learned."""
+        return 1 if self.compress and not self.shared_out else len(self.layers)
 
     @property
     def kronecker_dimension(self) -> int:
@@ -119,6 +202,12 @@ class ProjectionPlan:
     @property
     def groups(self) -> list[tuple[str, int, int]]:
         """(name, start, stop) of the stored columns that can be scored by themselves."""
+        if self.shared_out:
+            assert self.calibration is not None
+            assert self.calibration.shares is not None
+            names, sizes = (layer.block.name for layer in self.layers), self.calibration.shares.sizes
+            ends = list(accumulate(sizes))
+            return [(name, end - size, end) for name, size, end in zip(names, sizes, ends, strict=True)]
         if self.compress:
             return [("all", 0, self.compress)]
         return [(layer.block.name, layer.start, layer.stop) for layer in self.layers]
@@ -139,7 +228,7 @@ class ProjectionPlan:
         layers, start = [], 0
         for block in selection.blocks:
             cls._refuse_too_large(config, block)
-            k_out, k_in = ranks(block.n_out, block.n_in, rank_total)
+            k_out, k_in = ranks(block.n_out, block.n_in, rank_total, config.rank_ratio)
             if block.is_matrix and min(k_out, k_in) < config.rank_min:
                 raise LayerError(
                     f"--proj-rank-min {config.rank_min} cannot be met by layer {block.name!r} "
@@ -175,6 +264,11 @@ class ProjectionPlan:
                     f"--proj-compress {config.compress} is not smaller than the {dimension} numbers of the "
                     "Kronecker blocks; give a smaller K, or none"
                 )
+            if config.by_layer and config.compress < layers:
+                raise UsageError(
+                    f"--proj-compress {config.compress} is less than a number for each of {layers} layers; give more, "
+                    "or --proj-compress-by all"
+                )
             return config.compress
         wanted = NUMBERS_PER_LAYER * layers
         return wanted if wanted < dimension else None
@@ -182,6 +276,18 @@ class ProjectionPlan:
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``projection`` without the hash: what :meth:`same_as` compares."""
         settings = asdict(self.config)
+        settings["compress_by"] = "layer" if self.shared_out else "all"
+        settings["precondition"] = "kronecker" if self.config.preconditioned else "none"
+        plain = {"compress_by": "all", "rank_ratio": 1.0, "precondition": "none"}
+        if not self.config.calibrated:
+            plain["calibration_samples"] = settings["calibration_samples"]
+        if not self.config.preconditioned:
+            plain["damping"] = settings["damping"]
+        for name, value in plain.items():  # as the parts of earlier releases have it
+            if settings[name] == value:
+                del settings[name]
+        if self.calibration is not None:
+            settings["calibration"] = self.calibration.to_json()
         settings["layers"], settings["exclude_layers"] = (
             list(self.config.layers),
             list(self.config.exclude_layers),
@@ -215,38 +321,82 @@ def draw_side(config: ProjectionConfig, layer: str, side: Literal["in", "out"], 
     return torch.from_numpy(draws.KINDS[config.kind](key, k, n))
 
 
-class Projection:
-    """The drawn matrices of a plan: float32 on the CPU until :meth:`to`.
+def drawn_sides(config: ProjectionConfig, layer: BlockPlan) -> tuple[Tensor, Tensor]:
+    """(P_in, P_out) of a layer, see :func:`draw_side`."""
+    block = layer.block
+    p_in = draw_side(config, block.name, "in", layer.k_in, block.n_in)
+    return p_in, draw_side(config, block.name, "out", layer.k_out, block.n_out)
 
-    ``scales``, by block name, multiply the columns of P_in and P_out: see :mod:`indexer.optimizer_state`.
+
+class Projection:
+    """The matrices of a plan: float32 on the CPU until :meth:`to`.
+
+    ``scales``, by block name, multiply the columns of P_in and P_out: see :mod:`indexer.optimizer_state`. UsageError
+    for a plan that lacks what it must learn from a sample of a corpus.
     """
 
     def __init__(self, plan: ProjectionPlan, scales: Mapping[str, SideScales] | None = None) -> None:
+        calibration = plan.calibration
+        if plan.config.calibrated and calibration is None:
+            raise UsageError(
+                "the kind 'pca', a precondition, and sketches layer by layer are learned from a sample of a corpus: "
+                "only a build has them. Give --proj-kind gaussian, --proj-compress-by all and --proj-precondition none"
+            )
         self.plan = plan
-        self.sides: dict[str, tuple[Tensor, Tensor]] = {}
-        """(P_in, P_out) by block name."""
+        self.sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        """(P_in, P_out) by block name; None, of :meth:`with_sides` alone: the axis as it is."""
         digest = hashlib.sha256()
         for layer in plan.layers:
             block = layer.block
-            p_in = draw_side(plan.config, block.name, "in", layer.k_in, block.n_in)
-            p_out = draw_side(plan.config, block.name, "out", layer.k_out, block.n_out)
+            if calibration is not None and calibration.sides is not None:
+                p_in, p_out = calibration.sides[block.name]
+            else:
+                p_in, p_out = drawn_sides(plan.config, layer)
             if scales is not None:
                 p_in, p_out = p_in * scales[block.name].scale_in, p_out * scales[block.name].scale_out
             self.sides[block.name] = (p_in, p_out)
             for matrix in (p_in, p_out):
                 digest.update(matrix.numpy().astype("<f4", copy=False).tobytes())
-        self.sketch: Sketch | None = None
-        if plan.compress:
-            key = f"ghoststore/1|seed={plan.config.seed}"
-            self.sketch = Sketch(key, plan.kronecker_dimension, plan.compress)
+        self.sketch = self._sketch()
+        if self.sketch is not None:
             digest.update(self.sketch.digest())
         self.hash = f"sha256:{digest.hexdigest()}"
         """SHA-256 of every matrix in the order of the layers, then of the sketch."""
 
+    @classmethod
+    def with_sides(cls, plan: ProjectionPlan, sides: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> Projection:
+        """Blocks of the layers of ``plan`` by other (P_in, P_out); None: the axis as it is. Without sketch and hash."""
+        found = cls.__new__(cls)
+        found.sides = dict(sides)
+        layers, start = [], 0
+        for layer in plan.layers:
+            p_in, p_out = sides[layer.block.name]
+            k_out, k_in = (
+                n if p is None else len(p) for n, p in ((layer.block.n_out, p_out), (layer.block.n_in, p_in))
+            )
+            layers.append(replace(layer, k_out=k_out, k_in=k_in, start=start))
+            start = layers[-1].stop
+        found.plan = replace(plan, layers=tuple(layers), compress=None)
+        found.sketch, found.hash = None, ""
+        return found
+
+    def _sketch(self) -> Sketch | BlockSketches | None:
+        plan = self.plan
+        key = f"ghoststore/1|seed={plan.config.seed}"
+        if plan.shared_out and plan.calibration is not None and plan.calibration.shares is not None:
+            columns = [(layer.start, layer.stop) for layer in plan.layers]
+            return BlockSketches(key, [layer.block.name for layer in plan.layers], columns, *plan.calibration.shares)
+        if plan.compress and not plan.shared_out:
+            return Sketch(key, plan.kronecker_dimension, plan.compress)
+        return None
+
     def to(self, device: torch.device | str) -> Projection:
         """Move every matrix to ``device``, in place."""
         device = torch.device(device)
-        self.sides = {name: (p_in.to(device), p_out.to(device)) for name, (p_in, p_out) in self.sides.items()}
+        self.sides = {
+            name: (None if p_in is None else p_in.to(device), None if p_out is None else p_out.to(device))
+            for name, (p_in, p_out) in self.sides.items()
+        }
         if self.sketch:
             self.sketch.to(device)
         return self
@@ -259,13 +409,17 @@ class Projection:
 
     def sides_of(self, block: Block, use: Use, module: nn.Module) -> Sides:
         """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight."""
-        p_in, p_out = self.sides[block.name]
+        (p_in, p_out), (size_in, size_out) = self.sides[block.name], (block.n_in, block.n_out)
         if use.flipped:
-            p_in, p_out = p_out, p_in
+            p_in, p_out, size_in, size_out = p_out, p_in, size_out, size_in
         n_out, n_in = layer_type_by_name(use.type).axes(module)
         dtype = module.get_parameter("weight").dtype
-        bias = None if use.bias_column is None else p_in[:, use.bias_column].to(dtype)
-        return Sides(p_in[:, :n_in].to(dtype).contiguous(), bias, p_out[:, :n_out].to(dtype).contiguous())
+        bias = None if use.bias_column is None or p_in is None else p_in[:, use.bias_column].to(dtype)
+        return Sides(
+            Axis(size_in, use.bias_column) if p_in is None else p_in[:, :n_in].to(dtype).contiguous(),
+            bias,
+            Axis(size_out) if p_out is None else p_out[:, :n_out].to(dtype).contiguous(),
+        )
 
     def assemble(self, blocks: Sequence[Tensor]) -> Tensor:
         """Blocks (B, k_out, k_in) in the order of the layers to vectors (B, D) float32."""

@@ -43,7 +43,7 @@ def contributions(asked: Asked, rows: Sequence[Sequence[int]], progress: Progres
     """For ``rows`` of each of the rankings of ``asked``. Where that is not possible, as without the corpus behind a
     sketched part: the reason, in words.
     """
-    sketched = asked.part.manifest["projection"]["compress"] is not None
+    sketched = asked.part.sketched_together
     if not sketched:
         names = [asked.part.groups[place][0] for place in _chosen(asked.terms[0])]
         note = "To the similarity: they sum to it."

@@ -46,8 +46,12 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
 def exact_identity(part: Part) -> dict[str, Any]:
     """What the exact gradients of a part's rows are of, and parts of one curve share."""
     layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
-    state = part.manifest["projection"].get("optimizer_state")
-    return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, "optimizer_state": state}
+    projection = part.manifest["projection"]
+    metric = {
+        "optimizer_state": projection.get("optimizer_state"),
+        "preconditioner": projection.get("calibration", {}).get("preconditioner"),
+    }
+    return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, **metric}
 
 
 def part_of_rank(parts: Sequence[Part], rank: int) -> Part:

@@ -7,7 +7,7 @@ Legend: Q val samples, R rows, n numbers of a piece of a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.progress import Task
-from indexer.optimizer_state import SideScales, block_matrix
+from indexer.optimizer_state import block_matrix
 from indexer.rows import Row
 from indexer.selection import Block
 from query.exact_gradients import ExactGradients, Gradient
@@ -77,17 +77,17 @@ class Products:
 class Pieces:
     """Cuts a gradient into flat vectors: those of ``chosen`` blocks (default: all of ``blocks``), and the rest.
 
-    A block is its gradient matrix as the build lays it out, with ``scales`` multiplied as a build with an optimizer
-    state does; there is no rest then, for only the layers' scales are known.
+    A block is its gradient matrix as the build lays it out, in the ``metric`` of the part, see
+    :func:`indexer.part_projection.metric_of`; there is no rest then, for the metric is known of the layers alone.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        scales: Mapping[str, SideScales] | None = None,
+        metric: Callable[[Block, Tensor], Tensor] | None = None,
         chosen: Collection[str] | None = None,
     ) -> None:
-        self._scales = scales
+        self._metric = metric
         self.chosen = [block for block in blocks if chosen is None or block.name in chosen]
         self.covered = {name for block in self.chosen for name in block.parameters}
         """Parameters of the chosen blocks."""
@@ -95,7 +95,7 @@ class Pieces:
     @property
     def parameters(self) -> set[str] | None:
         """Those that a gradient must have; None: all."""
-        return None if self._scales is None else self.covered
+        return None if self._metric is None else self.covered
 
     def matrices(self, gradient: Gradient) -> list[Tensor]:
         """(n_out, n_in) float32 of each chosen block."""
@@ -103,16 +103,13 @@ class Pieces:
 
     def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
         matrix = block_matrix(block, gradient.parts).float()
-        if self._scales is None:
-            return matrix
-        side = self._scales[block.name]
-        return matrix * side.scale_out.to(matrix.device).unsqueeze(1) * side.scale_in.to(matrix.device)
+        return matrix if self._metric is None else self._metric(block, matrix)
 
     def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:
         """Flat float32 vectors (n,)."""
         layers = [matrix.flatten() for matrix in self.matrices(gradient)]
         rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self.covered]
-        return {"layers": layers, "rest": [] if self._scales is not None else rest}
+        return {"layers": layers, "rest": [] if self._metric is not None else rest}
 
 
 class HeldVals:

@@ -20,13 +20,13 @@ from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part
 from ghoststore.store.fidelity import keep_fidelity
+from indexer.part_projection import metric_of
 from query.again import RowsAgain
 from query.agreement import Agreement, agreement
 from query.drawn import Draw, Drawn, draw, open_again
 from query.exact_dots import Pieces, Products, Share, exact_products, vals_at_once
 from query.exact_gradients import ExactGradients
 from query.layers import choose_groups
-from query.part_encoder import scales_of
 from query.parts import open_parts
 from query.stored import StoredRows
 from query.terms import METRICS, Metric, mask_of
@@ -48,8 +48,8 @@ class FidelityReport:
     layers: Agreement
     """Of scores by stored vectors with those by exact gradients of the layers: what the projection costs."""
     all: Agreement | None
-    """With those by exact gradients of all parameters: what the choice of layers costs, too. None for a part scaled by
-    an optimizer state, which holds the scales of its own layers alone."""
+    """With those by exact gradients of all parameters: what the choice of layers costs, too. None for a part in a
+    metric of its own (an optimizer state's, or a preconditioner's), which is known of its layers alone."""
     coverage: float
     """Share of the model's parameters that the layers hold."""
     only_layers: list[str]
@@ -120,8 +120,18 @@ def fidelity(
 
 
 def scaled(part: Part) -> bool:
-    """Whether the vectors of ``part`` are scaled by an optimizer state."""
-    return part.manifest["projection"].get("optimizer_state") is not None
+    """Whether the vectors of ``part`` are gradients in a metric of its layers: an optimizer state's, or a
+    preconditioner's.
+    """
+    return metric_words(part) is not None
+
+
+def metric_words(part: Part) -> str | None:
+    """The metric of the vectors of ``part``; None for plain gradients."""
+    projection = part.manifest["projection"]
+    if projection.get("optimizer_state") is not None:
+        return "scaled by an optimizer state"
+    return None if projection.get("precondition", "none") == "none" else "preconditioned when it was built"
 
 
 def stored_products(part: Part, drawn: Drawn, groups: Sequence[int] | None = None) -> Products:
@@ -136,7 +146,7 @@ def pieces_of(again: RowsAgain, groups: Sequence[int] | None = None) -> Pieces:
     plan = again.encoder.plan
     blocks = [layer.block for layer in plan.layers]
     chosen = None if groups is None else {blocks[group].name for group in groups}
-    return Pieces(blocks, scales_of(again.part, plan), chosen)
+    return Pieces(blocks, metric_of(again.part, plan), chosen)
 
 
 def exactly(again: RowsAgain, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:

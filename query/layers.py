@@ -17,7 +17,7 @@ def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[st
     """
     if not layers and not exclude_layers:
         return None
-    if part.manifest["projection"]["compress"] is not None:
+    if part.sketched_together:
         raise UsageError(
             f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part of "
             "plain blocks for that: ghoststore build … --proj-rank-total 256 --name …"

@@ -15,10 +15,9 @@ from ghoststore.corpus import Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Task
 from ghoststore.store import Part
-from ghoststore.store.part import fixed_array
 from indexer.encoder import RowEncoder, encode_rows
-from indexer.optimizer_state import SCALES, SideScales, unflat
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.part_projection import calibrated_as, scales_of
+from indexer.projection import LATER_SETTINGS, Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
 from indexer.selection import select_blocks
 
@@ -85,9 +84,13 @@ def projection_of(part: Part, model: Any) -> Projection:
         seed=stored["seed"],
         kind=stored["kind"],
         compress=stored["compress"] or "none",
+        **(
+            {"precondition": "none", "compress_by": "all"}
+            | {name: stored[name] for name in LATER_SETTINGS if name in stored}
+        ),
     )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
-    plan = ProjectionPlan.of(selection, config)
+    plan = calibrated_as(part, ProjectionPlan.of(selection, config))
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
     drawn = Projection(plan, scales_of(part, plan))
@@ -97,17 +100,6 @@ def projection_of(part: Part, model: Any) -> Projection:
             f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
         )
     return drawn
-
-
-def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
-    """Those that ``--optimizer-state`` gave the part."""
-    if part.manifest["projection"].get("optimizer_state") is None:
-        return None
-    arrays = {name: fixed_array(part, name) for name in SCALES}
-    try:
-        return unflat(arrays, [layer.block for layer in plan.layers])
-    except ValueError as error:
-        raise MismatchError(f"part {part.name!r}: its scales are not of these layers: {error}") from error
 
 
 def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:

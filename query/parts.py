@@ -19,8 +19,8 @@ PartWeights = str | Sequence[float]
 """``learning-rate``, ``equal``, or a number for each part."""
 SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
 """Sections of the manifest that parts must share to be summed: the same rows, projected alike."""
-OWN = ("projection.hash", "projection.optimizer_state")
-"""But each checkpoint may have the scales of its own optimizer state."""
+OWN = ("projection.hash", "projection.optimizer_state", "projection.calibration")
+"""But each checkpoint may have the scales of its own optimizer state, and has learned from its own gradients."""
 
 
 def open_parts(

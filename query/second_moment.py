@@ -117,7 +117,7 @@ class DampedInverse:
         self._squares: NDArray[np.float64] | None = None
         widest = max(stop - start for _, start, stop in part.groups)
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
-            sketched = part.manifest["projection"]["compress"] is not None
+            sketched = part.sketched_together
             other = ", or a part of plain blocks (build --proj-rank-total 256)" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with --damping "

@@ -19,6 +19,7 @@ from ghoststore.cli import options
 @click.option("--tokenizer", metavar="PATH", help="Folder of the tokenizer (default: the checkpoint's).")
 @click.option("--exclude-layers", callback=options.patterns, help="Layers to leave out of --proj-layers.")
 @options.projection
+@options.learned_projection
 @click.option(
     "--proj-dtype",
     type=click.Choice(["float32", "float16", "bfloat16", "int8", "onebit"]),

@@ -91,6 +91,13 @@ def projection(command: F) -> F:
     return command
 
 
+def learned_projection(command: F) -> F:
+    """The options of a projection that learns from a sample of the corpus; after those of :func:`projection`."""
+    for option in reversed(LEARNED_PROJECTION):
+        command = option(command)
+    return command
+
+
 def take_projection(values: dict[str, Any], exclude_layers: tuple[str, ...] = ()) -> Any:
     """Take the projection options out of ``values``: a ProjectionConfig."""
     from ghoststore.lazy import load
@@ -105,6 +112,9 @@ def take_projection(values: dict[str, Any], exclude_layers: tuple[str, ...] = ()
         seed=values.pop("proj_seed"),
         kind="orthonormal" if orthonormal else kind,
         compress=values.pop("proj_compress"),
+        compress_by=values.pop("proj_compress_by", "auto"),
+        rank_ratio=values.pop("proj_rank_ratio"),
+        **{field: values.pop(option) for option, field in LEARNED_FIELDS.items() if option in values},
     )
 
 
@@ -207,6 +217,9 @@ PROJECTION = (
     ),
     click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side."),
     click.option(
+        "--proj-rank-ratio", type=float, default=1.0, show_default=True, help="k_in ÷ k_out of a block; 1 errs least."
+    ),
+    click.option(
         "--proj-compress",
         metavar="K|none",
         default="auto",
@@ -216,11 +229,50 @@ PROJECTION = (
     ),
     click.option(
         "--proj-kind",
-        type=click.Choice(["gaussian", "rademacher", "orthonormal"]),
+        type=click.Choice(["gaussian", "rademacher", "orthonormal", "pca"]),
         default="gaussian",
         show_default=True,
-        help="How matrices are drawn.",
+        help="How matrices are drawn; pca: the principal directions of the gradients, learned (build alone).",
     ),
     click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal."),
     click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices."),
 )
+
+LEARNED_PROJECTION = (
+    click.option(
+        "--proj-compress-by",
+        type=click.Choice(["auto", "layer", "all"]),
+        default="auto",
+        show_default=True,
+        help="layer: a sketch of each layer, sized by its share of the gradient, so that --layers can be asked "
+        "for; all: one of all together; auto: layer where anything is learned.",
+    ),
+    click.option(
+        "--proj-precondition",
+        type=click.Choice(["auto", "none", "kronecker"]),
+        default="auto",
+        show_default=True,
+        help="kronecker: scores are products in the inverse second moment of the gradients, which is learned as two "
+        "factors a layer (K-FAC); auto: kronecker, unless --optimizer-state or full blocks are given.",
+    ),
+    click.option(
+        "--proj-damping",
+        type=float,
+        default=0.1,
+        show_default=True,
+        help="Of --proj-precondition, relative to the mean eigenvalue of each factor.",
+    ),
+    click.option(
+        "--calibration-samples",
+        type=int,
+        default=256,
+        show_default=True,
+        help="Samples of the corpus that the projection is learned from.",
+    ),
+)
+LEARNED_FIELDS = {
+    "proj_precondition": "precondition",
+    "proj_damping": "damping",
+    "calibration_samples": "calibration_samples",
+}
+"""Names of options and of fields of a ProjectionConfig."""

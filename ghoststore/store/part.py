@@ -52,6 +52,12 @@ class Part(Spanned[PartLayout]):
         """(name, first column, one past the last) of each block with a norm of its own."""
         return [(str(name), int(start), int(stop)) for name, start, stop in self.manifest["storage"]["groups"]]
 
+    @property
+    def sketched_together(self) -> bool:
+        """Whether one sketch holds all layers, so that nothing can be said of one of them."""
+        projection = self.manifest["projection"]
+        return projection["compress"] is not None and projection.get("compress_by", "all") == "all"
+
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
         """Rows by status, and their tokens."""
         status = np.asarray(arrays["status"])

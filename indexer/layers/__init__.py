@@ -2,6 +2,7 @@
 
 from indexer.layers.base import (
     LAYER_TYPES,
+    Axis,
     LayerType,
     Sides,
     layer_type_by_name,
@@ -15,6 +16,7 @@ from indexer.layers.norm import LayerNormLayer, RMSNormLayer
 
 __all__ = [
     "LAYER_TYPES",
+    "Axis",
     "Conv1DLayer",
     "EmbeddingLayer",
     "LayerNormLayer",

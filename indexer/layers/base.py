@@ -20,14 +20,29 @@ from ghoststore.errors import CaptureError, LayerError
 from indexer.layers.terms import Term
 
 
+class Axis(NamedTuple):
+    """In the place of a projection matrix: the axis as it is, ``size`` numbers."""
+
+    size: int
+    bias_column: int | None = None
+    """The number that belongs to the bias, which is always 1; None without a bias."""
+
+    def lay_out(self, x_BMN: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, M, size): ``x_BMN``, zeros behind it, and the bias."""
+        laid = torch.nn.functional.pad(x_BMN.to(dtype), (0, self.size - x_BMN.shape[-1]))
+        if self.bias_column is not None:
+            laid[..., self.bias_column] = 1.0
+        return laid
+
+
 class Sides(NamedTuple):
     """The two projection matrices as one use of a layer sees them, on its device."""
 
-    in_JI: Tensor
+    in_JI: Tensor | Axis
     """Projects the layer's input (without the bias)."""
     in_bias_J: Tensor | None
-    """The column of the input side that belongs to the bias; None without a bias."""
-    out_KO: Tensor
+    """The column of the input side that belongs to the bias; None without a bias, and where ``in_JI`` is an axis."""
+    out_KO: Tensor | Axis
     """Projects the gradient at the layer's output."""
 
 
@@ -147,8 +162,10 @@ def summed(x: Tensor) -> Tensor:
     return at_least_float(flatten_positions(x)).sum(1)
 
 
-def project(x_BMN: Tensor, matrix_KN: Tensor, bias_K: Tensor | None, dtype: torch.dtype) -> Tensor:
+def project(x_BMN: Tensor, matrix_KN: Tensor | Axis, bias_K: Tensor | None, dtype: torch.dtype) -> Tensor:
     """P x (+ the bias column), (B, M, K), computed in ``dtype``."""
+    if isinstance(matrix_KN, Axis):
+        return matrix_KN.lay_out(x_BMN, dtype)
     bias = None if bias_K is None else bias_K.to(dtype)
     return torch.nn.functional.linear(x_BMN.to(dtype), matrix_KN.to(dtype), bias)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
 from indexer.layers.base import (
+    Axis,
     LayerType,
     Sides,
     flatten_positions,
@@ -49,10 +50,25 @@ class EmbeddingLayer(LayerType):
 
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         assert isinstance(module, nn.Embedding)
+        if isinstance(sides.in_JI, Axis):
+            return self._whole_axis(
+                module, kept, project(flatten_positions(dy), sides.out_KO, None, dy.dtype), sides.in_JI
+            )
         a_BMJ = torch.nn.functional.embedding(kept, sides.in_JI.t())
         if module.padding_idx is not None:
             a_BMJ = a_BMJ.masked_fill(kept.eq(module.padding_idx).unsqueeze(-1), 0.0)
         return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), a_BMJ)
+
+    @staticmethod
+    def _whole_axis(module: nn.Embedding, ids_BM: Tensor, d_BMK: Tensor, axis: Axis) -> Tensor:
+        """(B, K, vocabulary): each gradient added at its token."""
+        if module.padding_idx is not None:
+            d_BMK = d_BMK.masked_fill(ids_BM.eq(module.padding_idx).unsqueeze(-1), 0.0)
+        batch, _, k = d_BMK.shape
+        places = ids_BM + axis.size * torch.arange(batch, device=ids_BM.device).unsqueeze(1)
+        block = torch.zeros(batch * axis.size, k, device=d_BMK.device)
+        block.index_add_(0, places.flatten(), d_BMK.float().flatten(0, 1))
+        return block.view(batch, axis.size, k).transpose(1, 2)
 
     def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
         assert isinstance(module, nn.Embedding)

@@ -30,7 +30,7 @@ from query.error_reference import exact_identity
 from query.evaluate.exact_blocks import Block, BlockFiles, grid
 from query.evaluate.predictors import EXACT, by_sample, refuse_other_val
 from query.exact_dots import HeldVals, Products, Share, vals_at_once
-from query.fidelity import exactly, passes_over_rows, pieces_of, scaled
+from query.fidelity import exactly, metric_words, passes_over_rows, pieces_of, scaled
 from query.question import Question
 
 ROWS_AT_ONCE = 512
@@ -59,8 +59,9 @@ class ExactScores:
         """UsageError where the part cannot have ``method``."""
         if scaled(self.part) and "rest" in EXACT[method][0]:
             raise UsageError(
-                f"--method {method}: the vectors of part {self.part.name!r} are scaled by an optimizer state, and the "
-                "scales of all parameters are not known; give exact-layers-dot or exact-layers-cosine"
+                f"--method {method}: the vectors of part {self.part.name!r} are in the metric of its layers "
+                f"({metric_words(self.part)}), which is not known of all parameters; give exact-layers-dot or "
+                "exact-layers-cosine, or --part one of plain gradients"
             )
 
     def of(self, method: str) -> NDArray[np.float64]:

@@ -1,0 +1,115 @@
+"""The Kronecker preconditioner of a build: gradients in a metric in which common directions weigh less.
+
+Most of a gradient's length lies in a few directions that all samples share; what tells one sample from another is the
+rest. With H the second moment of a layer's gradients, influence functions score with gᵀ (H + λ)⁻¹ g' (Koh, Liang 2017).
+H is as large as the layer squared; K-FAC keeps a factor for each side (Martens, Grosse 2015; George et al. 2018): with
+gradient matrices G, H ≈ E[G Gᵀ] ⊗ E[Gᵀ G] / E|G|². A build multiplies its two sides with the inverse roots of the
+damped factors, so that plain products of two vectors are those scores, with nothing to be inverted over what is stored.
+
+Of a factor only the leading eigenvectors are kept; all others count with their mean eigenvalue.
+
+Legend: O, I axes of a gradient matrix, n either of them, m eigenvectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOST_DIRECTIONS = 128
+"""m, where an axis is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A symmetric (n, n) matrix, positive, by its leading eigenvectors."""
+
+    vectors: Tensor
+    """(m, n) float32, orthonormal rows, the largest eigenvalue first."""
+    values: Tensor
+    """(m,) float32 eigenvalues, at least 0."""
+    rest: float
+    """The mean of the other n - m eigenvalues; 0 where there are none."""
+
+    @property
+    def mean(self) -> float:
+        """The mean eigenvalue."""
+        m, n = self.vectors.shape
+        return (float(self.values.double().sum()) + self.rest * (n - m)) / n
+
+    def root_times(self, rows_RN: Tensor, damping: float) -> Tensor:
+        """(R, n): each row times (F / mean + damping)^-½, in float64, then in the dtype of ``rows_RN``."""
+        mean = self.mean
+        inner = (self.values.double() / mean + damping).rsqrt()
+        outer = (self.rest / mean + damping) ** -0.5
+        vectors, rows = self.vectors.double().to(rows_RN.device), rows_RN.double()
+        found = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
+        return torch.as_tensor(found.to(rows_RN.dtype))
+
+    def leading(self) -> Factor:
+        """With as many eigenvectors as are kept, see :func:`directions`."""
+        m, n = self.vectors.shape
+        kept = directions(n)
+        if m <= kept:
+            return self
+        others = float(self.values[kept:].double().sum()) + self.rest * (n - m)
+        return Factor(self.vectors[:kept], self.values[:kept], others / (n - kept))
+
+    def flat(self) -> Tensor:
+        """Values, rest and vectors in one."""
+        return torch.cat([self.values, torch.tensor([self.rest]), self.vectors.flatten()])
+
+    @classmethod
+    def of_flat(cls, numbers: Tensor, n: int) -> Factor:
+        """The inverse of :meth:`flat`."""
+        m = directions(n)
+        values, rest, vectors = torch.split(numbers, [m, 1, m * n])
+        return cls(vectors.view(m, n), values, float(rest))
+
+
+def directions(n: int) -> int:
+    """m of an axis of ``n``."""
+    return min(n, MOST_DIRECTIONS)
+
+
+def flat_length(n: int) -> int:
+    """Numbers of :meth:`Factor.flat`."""
+    return directions(n) * (n + 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Preconditioner:
+    """Of all layers of a projection."""
+
+    factors: Mapping[str, tuple[Factor, Factor]]
+    """(of the input side (I), of the output side (O)) by block name. E|G|² is the trace of either."""
+    damping: float
+
+    def scale(self, name: str) -> float:
+        """What remains of the inverse root of H beside those of the factors: (mean squared number of G)^-½."""
+        f_in, f_out = self.factors[name]
+        return float((f_out.mean / f_in.vectors.shape[1]) ** -0.5)
+
+    def sides(self, name: str, p_in: Tensor, p_out: Tensor) -> tuple[Tensor, Tensor]:
+        """P_in (J, I) and P_out (K, O) of gradients in the metric."""
+        f_in, f_out = self.factors[name]
+        return f_in.root_times(p_in, self.damping), f_out.root_times(p_out, self.damping) * self.scale(name)
+
+    def matrix(self, name: str, g_OI: Tensor) -> Tensor:
+        """The gradient matrix of one sample, in the metric: products of two of these are the scores."""
+        f_in, f_out = self.factors[name]
+        half_OI = f_in.root_times(g_OI, self.damping)
+        return f_out.root_times(half_OI.t(), self.damping).t() * self.scale(name)
+
+    def digest(self) -> str:
+        """``sha256:…`` of the damping and all factors."""
+        digest = hashlib.sha256(json.dumps([self.damping, list(self.factors)]).encode())
+        for pair in self.factors.values():
+            for factor in pair:
+                digest.update(factor.flat().numpy().astype("<f4", copy=False).tobytes())
+        return f"sha256:{digest.hexdigest()}"
