@@ -251,7 +251,7 @@ def _plan(
         )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
-    drawn_samples = SampleDraw(config.calibration_samples, config.seed)
+    drawn_samples = SampleDraw(config.calibration_samples)
 
     def layout_of(rows: int) -> PartLayout:
         return PartLayout.choose(

@@ -47,15 +47,15 @@ BYTES_AT_ONCE = 256 << 20
 
 
 class SampleDraw:
-    """A random choice of ``count`` samples out of those it sees, by ``seed`` and their rows alone."""
+    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._heap: list[tuple[int, int, Sample]] = []
 
     def see(self, sample: Sample) -> None:
         """One more."""
-        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{self._seed}|{sample.source_row}".encode())
+        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
         entry = (-lot, sample.source_row, sample)
         if len(self._heap) < self._count:
             heapq.heappush(self._heap, entry)
@@ -199,8 +199,8 @@ class _Passes:
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
-            most = k if not self.plan.config.preconditioned else max(k, directions(n))
-            sums.append(Leading(self._key(layer, f"directions {axis}"), n, most, self.device))
+            most = self._wanted(k, n)
+            sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
             other = self._drawn(layer, "in" if axis == "out" else "out")
             sides[block.name] = (other, None) if axis == "out" else (None, other)
         for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
@@ -214,19 +214,21 @@ class _Passes:
                 raise _nothing_to_learn(layer.block.name, str(error)) from error
         return found
 
+    def _wanted(self, k: int, n: int) -> int:
+        """Eigenvectors of an axis of n whose rank is k."""
+        config = self.plan.config
+        return max(k if config.kind == LEARNED else 0, directions(n) if config.preconditioned else 0)
+
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
         """The side that the other axis is learned with, scaled; None: the axis as it is."""
         n = layer.block.n_in if axis == "in" else layer.block.n_out
         if n <= DRAWN_RANK and self.scales is None:
             return None
-        drawn = torch.from_numpy(draws.gaussian(self._key(layer, f"learning {axis}"), DRAWN_RANK, n))
+        drawn = torch.from_numpy(draws.gaussian(_key(layer, f"learning {axis}"), DRAWN_RANK, n))
         if self.scales is None:
             return drawn
         pair = self.scales[layer.block.name]
         return drawn * (pair.scale_in if axis == "in" else pair.scale_out)
-
-    def _key(self, layer: BlockPlan, what: str) -> str:
-        return f"ghoststore/1|seed={self.plan.config.seed}|layer={layer.block.name}|{what}"
 
     def _laid(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
         """(n, columns): the axis that is learned first, its scales multiplied, all samples' numbers behind it."""
@@ -251,6 +253,11 @@ class _Passes:
                         for layer in layers
                     ]
                     self.advance(len(some), sum(len(row.tokens) for row in some))
+
+
+def _key(layer: BlockPlan, what: str) -> str:
+    """Without the projection's seed: what is learned is of the corpus."""
+    return f"ghoststore/1|calibration|layer={layer.block.name}|{what}"
 
 
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:

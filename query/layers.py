@@ -19,8 +19,8 @@ def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[st
         return None
     if part.sketched_together:
         raise UsageError(
-            f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part of "
-            "plain blocks for that: ghoststore build … --proj-rank-total 256 --name …"
+            f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part that "
+            "has: ghoststore build … --proj-compress-by layer --name …"
         )
     described = [(str(layer["name"]), layer_type_by_name(layer["type"])) for layer in part.manifest["layers"]]
     for pattern in [*layers, *exclude_layers]:

@@ -20,7 +20,8 @@ PartWeights = str | Sequence[float]
 SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
 """Sections of the manifest that parts must share to be summed: the same rows, projected alike."""
 OWN = ("projection.hash", "projection.optimizer_state", "projection.calibration")
-"""But each checkpoint may have the scales of its own optimizer state, and has learned from its own gradients."""
+"""And what is in them: each checkpoint may have the scales of its own optimizer state, and has learned from its own
+gradients."""
 
 
 def open_parts(
@@ -62,7 +63,7 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
             difference
             for section in SHARED
             for difference in differences(first.manifest[section], part.manifest[section], section)
-            if difference[0] not in OWN
+            if not difference[0].startswith(OWN)
         ]
         if first.layout.span_rows != part.layout.span_rows:
             found.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))

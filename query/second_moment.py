@@ -118,7 +118,7 @@ class DampedInverse:
         widest = max(stop - start for _, start, stop in part.groups)
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
             sketched = part.sketched_together
-            other = ", or a part of plain blocks (build --proj-rank-total 256)" if sketched else ""
+            other = ", or a part with a sketch for each layer (build --proj-compress-by layer)" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with --damping "
                 f"{self.damping:g} noise may decide; try --damping 1{other}"

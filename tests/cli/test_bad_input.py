@@ -338,8 +338,8 @@ def test_several_parts(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None
         (["--metric", "euclid"], ["'euclid' is not one of"]),
         (["--max-samples", "0"], ["--max-samples must be at least 1"]),
         (["--max-samples", "-1"], ["--max-samples must be at least 1"]),
-        (["--layers", "mlp"], ["keeps one sketch of all layers together", "--proj-rank-total"]),
-        (["--exclude-layers", "attn"], ["keeps one sketch of all layers together"]),
+        (["--layers", "h.99"], [r"'h\.99' matches no layer"]),
+        (["--exclude-layers", "mlp,attn"], ["no layer of part .* is left"]),
         (["--val-set", "{tmp}/absent.jsonl"], [r"absent\.jsonl: does not exist"]),
         (["--text-field", "words"], ["no field 'words'"]),
         (["--checkpoint", "{tmp}/absent"], ["absent", "no such folder"]),
@@ -355,6 +355,14 @@ def test_query_options(
     words = [word.format(tmp=tmp_path) for word in options]
     default = [] if "--val-set" in words else ["--val-set", str(val)]
     refused(lab.run("query", "--store", built, *default, *words), *patterns)
+
+
+@pytest.mark.parametrize("option", [["--layers", "mlp"], ["--exclude-layers", "attn"]])
+def test_layers_of_one_sketch(lab: Lab, val: Path, tmp_path: Path, option: list[str]) -> None:
+    store = tmp_path / "store"
+    assert lab.build(store, "--proj-compress-by", "all").code == 0
+    refused(lab.run("query", "--store", store, "--val-set", val, *option), "one sketch of all layers together",
+            "--proj-compress-by layer")  # fmt: skip
 
 
 @pytest.mark.parametrize("texts", [[""], [None, "a"], ["", " "]])

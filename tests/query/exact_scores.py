@@ -31,8 +31,11 @@ def exact_folder(lab: Lab, folder: Path) -> Path:
     texts = ["the cat sees", "a red bird", "the old song", "the moon gives", "a dog runs"]
     lab.write(folder / "val.jsonl", [{"text": text, "domain": ("sky", "earth")[i % 2]} for i, text in enumerate(texts)])
     settings: dict[str, dict[str, Any]] = {
-        "one": {}, "windows": {"max_length": LENGTH["windows"], "overlong": "window"},
-        "ranks": {"projection": ProjectionConfig(rank_total=16)},
+        "one": {"projection": ProjectionConfig(precondition="none")},
+        "windows": {
+            "projection": ProjectionConfig(precondition="none"), "max_length": LENGTH["windows"], "overlong": "window",
+        },
+        "ranks": {"projection": ProjectionConfig(precondition="none", rank_total=16)},
     }  # fmt: skip
     for name, given in settings.items():
         ghoststore.build(

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 PARTS = {
-    "full": {"projection": ProjectionConfig(layers=("all",), rank_total="full")},
-    "layers": {"projection": ProjectionConfig(rank_total="full")},
-    "rank": {"projection": ProjectionConfig(rank_total=64)},
-    "low": {"projection": ProjectionConfig(rank_total=4)},
-    "onebit": {"projection": ProjectionConfig(rank_total=64), "proj_dtype": "onebit"},
-    "sketched": {"projection": ProjectionConfig(rank_total=64, compress=48)},
+    "full": {"projection": ProjectionConfig(precondition="none", layers=("all",), rank_total="full")},
+    "layers": {"projection": ProjectionConfig(precondition="none", rank_total="full")},
+    "rank": {"projection": ProjectionConfig(precondition="none", rank_total=64)},
+    "low": {"projection": ProjectionConfig(precondition="none", rank_total=4)},
+    "onebit": {"projection": ProjectionConfig(precondition="none", rank_total=64), "proj_dtype": "onebit"},
+    "sketched": {"projection": ProjectionConfig(precondition="none", rank_total=64, compress=48)},
 }
 ROWS, VALS = 40, 8
 
@@ -190,7 +190,7 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     ghoststore.build(
         checkpoint=store.parent / "model", data=store.parent / "train.jsonl", store=tmp_path / "store", device="cpu",
-        name="scaled", projection=ProjectionConfig(rank_total="full"), optimizer_state=tmp_path,
+        name="scaled", projection=ProjectionConfig(precondition="none", rank_total="full"), optimizer_state=tmp_path,
     )  # fmt: skip
     report = measure(tmp_path / "store", "scaled", metric="dot")
     assert report.layers.relative_error.value < 1e-5

@@ -37,7 +37,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val"):
         ghoststore.build(
             checkpoint=lab.checkpoint, data=data if name == "train" else folder / "val.jsonl", store=folder / "store",
-            name=name, span_rows=16, projection=ProjectionConfig(rank_total=16), device="cpu",
+            name=name, span_rows=16, projection=ProjectionConfig(precondition="none", rank_total=16), device="cpu",
         )  # fmt: skip
     return folder / "store"
 

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 ROWS, VALS, CORPUS = 60, 12, 80
 PARTS = {
     # Names that say nothing, and one that lies: parts are found by their manifests.
-    "a": ProjectionConfig(rank_total=4),
-    "rank-4": ProjectionConfig(rank_total=16, seed=3),
-    "c": ProjectionConfig(rank_total=64),
-    "d": ProjectionConfig(rank_total=256, seed=5),
-    "e": ProjectionConfig(rank_total=256, compress=96),
-    "f": ProjectionConfig(rank_total=64, kind="rademacher", seed=8),
-    "whole": ProjectionConfig(rank_total="full"),
+    "a": ProjectionConfig(precondition="none", rank_total=4),
+    "rank-4": ProjectionConfig(precondition="none", rank_total=16, seed=3),
+    "c": ProjectionConfig(precondition="none", rank_total=64),
+    "d": ProjectionConfig(precondition="none", rank_total=256, seed=5),
+    "e": ProjectionConfig(precondition="none", rank_total=256, compress=96),
+    "f": ProjectionConfig(precondition="none", rank_total=64, kind="rademacher", seed=8),
+    "whole": ProjectionConfig(precondition="none", rank_total="full"),
 }
 
 
@@ -113,7 +113,7 @@ def test_many_draws_lie_on_theory(lab: Lab, store: Path, tmp_path: Path) -> None
     """Over twelve seeds of one rank the root mean square of the errors is that of the theory."""
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(40, 1))
     for seed in range(12):
-        projection = ProjectionConfig(rank_total=36, seed=seed)
+        projection = ProjectionConfig(precondition="none", rank_total=36, seed=seed)
         build(tmp_path, f"seed-{seed}", checkpoint=store.parent / "model", projection=projection, data=data)
     curve = curve_of(tmp_path / "store", tmp_path / "error.png", rows=30, val_samples=10)
     measured = np.sqrt(np.mean([point.rms_error.value**2 for point in curve.points]))
@@ -175,10 +175,14 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
         "one": {},
         "other-corpus": {"data": lab.write(tmp_path / "other.jsonl", lab.sample_rows(30, 2))},
         "other-model": {"checkpoint": lab.model(tmp_path / "second", seed=4)},
-        "other-layers": {"projection": ProjectionConfig(layers=("mlp",), rank_total=16)},
+        "other-layers": {"projection": ProjectionConfig(precondition="none", layers=("mlp",), rank_total=16)},
         "other-loss": {"loss_reduction": "sum"},
     }.items():
-        build(tmp_path, name, **{"projection": ProjectionConfig(rank_total=16), "data": data, **settings})
+        build(
+            tmp_path,
+            name,
+            **{"projection": ProjectionConfig(precondition="none", rank_total=16), "data": data, **settings},
+        )
     for name, what in (
         ("other-corpus", "corpus.fingerprint"), ("other-model", "checkpoint.fingerprint"), ("other-layers", "layers"),
         ("other-loss", "loss.reduction"),
@@ -212,7 +216,13 @@ def test_checkpoint_gone(lab: Lab, store: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(lab.checkpoint, tmp_path / "model"))
     shutil.rmtree(folder / "store" / "parts")
     (folder / "store" / "parts").mkdir()
-    build(folder, "part", checkpoint=model, data=folder / "train.jsonl", projection=ProjectionConfig(rank_total=16))
+    build(
+        folder,
+        "part",
+        checkpoint=model,
+        data=folder / "train.jsonl",
+        projection=ProjectionConfig(precondition="none", rank_total=16),
+    )
     model.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="the error of part 'part' cannot be measured without its checkpoint"):
         curve_of(folder / "store", tmp_path / "error.png")

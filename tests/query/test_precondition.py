@@ -26,8 +26,8 @@ from .made_parts import clustered, make_part
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-SKETCHED = ProjectionConfig(compress=12)
-PLAIN = ProjectionConfig(rank_total=16)
+SKETCHED = ProjectionConfig(precondition="none", compress=12)
+PLAIN = ProjectionConfig(precondition="none", rank_total=16)
 PROJECTIONS = pytest.mark.parametrize("projection", ["sketched", "plain"])
 
 
@@ -317,6 +317,6 @@ def test_damping_zero_of_a_regular_block(stores: dict[str, Path]) -> None:
 def test_no_gradient_anywhere(lab: Lab, tmp_path: Path) -> None:
     data = lab.write(tmp_path / "empty.jsonl", [{"text": ""}] * 3)
     val = lab.write(tmp_path / "val.jsonl", lab.sample_rows(2))
-    ghoststore.build(checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", device="cpu")
+    ghoststore.build(checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", projection=PLAIN, device="cpu")
     with pytest.raises(UsageError, match="no usable row"):
         ghoststore.query(store=tmp_path / "store", val_set=val, precondition="second-moment", device="cpu")

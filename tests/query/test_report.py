@@ -36,7 +36,10 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     val = [row | {"task": ("a", "b")[i % 2]} for i, row in enumerate(lab.sample_rows(4, 3))]
     val[0]["text"] = HOSTILE
     lab.write(folder / "val.jsonl", val)
-    projections = {"sketched": ProjectionConfig(compress=24), "plain": ProjectionConfig(rank_total=16)}
+    projections = {
+        "sketched": ProjectionConfig(precondition="none", compress=24),
+        "plain": ProjectionConfig(rank_total=16),
+    }
     for name, projection in projections.items():
         ghoststore.build(
             checkpoint=lab.checkpoint, data=data, store=folder / name, projection=projection, span_rows=8, device="cpu"
@@ -121,7 +124,8 @@ def test_layers_of_several_parts(lab: Lab, folder: Path, tmp_path: Path) -> None
     for place in range(2):
         ghoststore.build(
             checkpoint=lab.model(tmp_path / f"model-{place}", seed=place), data=folder / "train.jsonl", device="cpu",
-            store=tmp_path / "store", name=f"part-{place}", projection=ProjectionConfig(rank_total=16), span_rows=8,
+            store=tmp_path / "store", name=f"part-{place}", span_rows=8,
+            projection=ProjectionConfig(precondition="none", rank_total=16),
         )  # fmt: skip
     question = Question(
         store=tmp_path / "store", val_set=folder / "val.jsonl", part=["part-0", "part-1"], part_weights=(0.3, 2.0),
@@ -140,7 +144,7 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
     for name, compress in (("sketched", 24), ("exact", "none")):
         # Attention alone: its axes are short enough to keep their length, so that only the sketch differs.
         projection = ProjectionConfig(
-            layers=("attn",), rank_total=None if compress == 24 else "full", compress=compress
+            precondition="none", layers=("attn",), rank_total=None if compress == 24 else "full", compress=compress
         )
         ghoststore.build(
             checkpoint=lab.checkpoint, data=folder / "train.jsonl", store=tmp_path / name, device="cpu",
@@ -180,7 +184,7 @@ def test_without_the_corpus(lab: Lab, folder: Path, tmp_path: Path) -> None:
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(9, 1))
     ghoststore.build(
         checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", device="cpu",
-        projection=ProjectionConfig(compress=24),
+        projection=ProjectionConfig(precondition="none", compress=24),
     )  # fmt: skip
     data.unlink()
     page = tmp_path / "page.html"

@@ -21,7 +21,8 @@ from ghoststore.store.encoding import ENCODINGS
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-PLAIN = ProjectionConfig(rank_total=16)
+SKETCHED = ProjectionConfig(precondition="none")
+PLAIN = ProjectionConfig(precondition="none", rank_total=16)
 Listed = list[tuple[int, float]]
 
 
@@ -38,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store_of(lab: Lab, folder: Path, data: Path, **settings: Any) -> Path:
     """A store with one part; made once for the same settings."""
     store = folder / "-".join([data.stem, *(f"{value}" for value in settings.values() if isinstance(value, str | int))])
-    store = store.with_name(store.name + ("-plain" if settings.get("projection") is PLAIN else ""))
+    projection = settings.get("projection")
+    store = store.with_name(store.name + ("-plain" if projection is PLAIN else "-sketch" if projection else ""))
     settings = {"span_rows": 6} | settings
     ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, device="cpu", **settings)
     return store
@@ -74,11 +76,11 @@ def agree(found: Listed, scores_N: np.ndarray, k: int) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("projection", [None, PLAIN], ids=["sketched", "plain"])
+@pytest.mark.parametrize("projection", [SKETCHED, PLAIN], ids=["sketched", "plain"])
 @pytest.mark.parametrize("dtype", ENCODINGS)
 @pytest.mark.parametrize("each", [True, False], ids=["each", "mean"])
 def test_equals_brute_force(
-    lab: Lab, folder: Path, val: Path, metric: str, dtype: str, projection: ProjectionConfig | None, each: bool
+    lab: Lab, folder: Path, val: Path, metric: str, dtype: str, projection: ProjectionConfig, each: bool
 ) -> None:
     store = store_of(lab, folder, lab.corpus, proj_dtype=dtype, projection=projection)
     rows_ND = vectors(store)
@@ -185,10 +187,12 @@ def test_each_row_is_nearest_to_itself(lab: Lab, folder: Path, dtype: str) -> No
 
 
 def test_max_samples(lab: Lab, folder: Path, val: Path) -> None:
-    store = store_of(lab, folder, lab.corpus)
+    store = store_of(lab, folder, lab.corpus, projection=SKETCHED)
     two = ghoststore.query(store=store, val_set=val, max_samples=2, top_k=4, device="cpu")
     assert two.settings["val_rows"] == 2
-    scores_N = brute_force(vectors(store), vectors(store_of(lab, folder, val))[:2].mean(0), "cosine")
+    scores_N = brute_force(
+        vectors(store), vectors(store_of(lab, folder, val, projection=SKETCHED))[:2].mean(0), "cosine"
+    )
     agree(listed(two.results[0].hits), scores_N, 4)
 
 
@@ -197,7 +201,7 @@ def test_two_parts(lab: Lab, tmp_path: Path, val: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         ghoststore.build(
             checkpoint=lab.checkpoint, data=lab.corpus, store=store, name=name,
-            projection=ProjectionConfig(seed=seed), device="cpu",
+            projection=ProjectionConfig(precondition="none", seed=seed), device="cpu",
         )  # fmt: skip
     with pytest.raises(UsageError, match="several parts; choose one with --part: a, b"):
         ghoststore.query(store=store, val_set=val, device="cpu")
