@@ -273,7 +273,7 @@ def _plan(
         rows = rows_of(drawn_samples.samples, tokenizer, settings)
         learned = calibrate(
             model, plan, evenly(list(rows), config.calibration_samples), reduction=reduction,
-            batch_tokens=batch_tokens, scales=scales, progress=progress,
+            batch_tokens=batch_tokens, scales=scales, progress=progress, checkpointing=checkpointing,
         )  # fmt: skip
         plan = replace(plan, calibration=learned)
     known = plan.calibration is not None or not config.calibrated

@@ -116,11 +116,13 @@ def calibrate(
     batch_tokens: int,
     scales: Mapping[str, SideScales] | None,
     progress: Progress,
+    checkpointing: bool = False,
 ) -> Calibration:
     """Learn from ``rows`` what ``plan`` needs: sides, a preconditioner, the sizes of sketches of layers.
 
+    Rows without a usable status are left out, and so are those whose loss or gradient is not finite, as in a build.
     ``scales`` multiply both sides, as in :class:`Projection`. CorpusError if no row is usable, LayerError for a layer
-    whose gradients are zero or not finite.
+    whose gradients are zero, or not finite for any row.
     """
     usable = [row for row in rows if row.status.usable]
     if not usable:
@@ -128,7 +130,7 @@ def calibrate(
             f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
             "used; give --proj-kind gaussian --proj-precondition none --proj-compress-by all"
         )
-    run = _Passes(model, plan, usable, reduction, batch_tokens, scales)
+    run = _Passes(model, plan, usable, reduction, batch_tokens, scales, checkpointing)
     learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
     passes = 2 * plan.config.learns_sides + plan.shared_out
     with closing(progress.task("learning the projection", passes * len(usable))) as task:
@@ -140,7 +142,7 @@ def calibrate(
             concentrated = plan.config.kind == LEARNED and not plan.config.preconditioned
             energies = run.energies(learned, alike=not concentrated)
             learned = replace(learned, shares=share_out(energies, plan.compress, keep=concentrated))
-    return learned
+    return replace(learned, samples=run.finite)
 
 
 class _Passes:
@@ -148,11 +150,13 @@ class _Passes:
 
     def __init__(
         self, model: Any, plan: ProjectionPlan, rows: Sequence[Row], reduction: Reduction, batch_tokens: int,
-        scales: Mapping[str, SideScales] | None,
+        scales: Mapping[str, SideScales] | None, checkpointing: bool,
     ) -> None:  # fmt: skip
         self.model, self.plan, self.rows = model, plan, rows
         self.reduction: Reduction = reduction
-        self.batch_tokens, self.scales = batch_tokens, scales
+        self.batch_tokens, self.scales, self.checkpointing = batch_tokens, scales, checkpointing
+        self.finite = len(rows)
+        """Rows of the last pass whose loss and gradient were finite: those that count."""
         self.device = next(model.parameters()).device
         self.advance: Callable[[int, int], None] = lambda rows, tokens: None
 
@@ -187,10 +191,7 @@ class _Passes:
         for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
             for total, block_BKJ in zip(sums, blocks, strict=True):
                 total += block_BKJ.flatten(1).double().square().sum(0).cpu()
-        means = [total / len(self.rows) for total in sums]
-        for layer, mean in zip(self.plan.layers, means, strict=True):
-            if not bool(torch.isfinite(mean).all()):
-                raise _nothing_to_learn(layer.block.name, "its gradients are not finite")
+        means = [total / self.finite for total in sums]
         return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
 
     def _factors(self, axis: str) -> dict[str, Factor]:
@@ -224,11 +225,13 @@ class _Passes:
         n = layer.block.n_in if axis == "in" else layer.block.n_out
         if n <= DRAWN_RANK and self.scales is None:
             return None
-        drawn = torch.from_numpy(draws.gaussian(_key(layer, f"learning {axis}"), DRAWN_RANK, n))
+        exact = n <= DRAWN_RANK
+        key = _key(layer, f"learning {axis}")
+        side = torch.eye(n) if exact else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
         if self.scales is None:
-            return drawn
+            return side
         pair = self.scales[layer.block.name]
-        return drawn * (pair.scale_in if axis == "in" else pair.scale_out)
+        return side * (pair.scale_in if axis == "in" else pair.scale_out)
 
     def _laid(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
         """(n, columns): the axis that is learned first, its scales multiplied, all samples' numbers behind it."""
@@ -240,19 +243,31 @@ class _Passes:
         return laid * scale.to(laid.device).unsqueeze(1)
 
     def _blocks(self, projection: Projection) -> Iterator[list[Tensor]]:
-        """Blocks (B, K, J) of all layers, batch by batch."""
+        """Blocks (B, K, J) of all layers, batch by batch, of the rows that are finite."""
         layers = projection.plan.layers
         most = max(1, BYTES_AT_ONCE // (4 * projection.plan.kronecker_dimension))
-        with RowEncoder(self.model, projection, reduction=self.reduction) as encoder:
+        self.finite, broken = 0, ""
+        with RowEncoder(self.model, projection, reduction=self.reduction, checkpointing=self.checkpointing) as encoder:
             for batch in plan_batches([len(row.tokens) for row in self.rows], self.batch_tokens):
                 for start in range(0, len(batch), most):
                     some = [self.rows[place] for place in batch[start : start + most]]
-                    vectors = encoder(some).vectors
+                    vectors, losses = encoder(some)
+                    finite = vectors.isfinite().all(1) & losses.isfinite()
+                    if not bool(finite.all()):
+                        broken = next((one.block.name for one in layers if not _finite(vectors, one)), broken)
+                        vectors = vectors[finite]
+                    self.finite += len(vectors)
                     yield [
-                        vectors[:, layer.start : layer.stop].view(len(some), layer.k_out, layer.k_in)
+                        vectors[:, layer.start : layer.stop].view(len(vectors), layer.k_out, layer.k_in)
                         for layer in layers
                     ]
                     self.advance(len(some), sum(len(row.tokens) for row in some))
+        if not self.finite:
+            raise _nothing_to_learn(broken or layers[0].block.name, "the gradients are not finite")
+
+
+def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
+    return bool(vectors[:, layer.start : layer.stop].isfinite().all())
 
 
 def _key(layer: BlockPlan, what: str) -> str:
@@ -263,5 +278,6 @@ def _key(layer: BlockPlan, what: str) -> str:
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:
     return LayerError(
         f"layer {layer!r}: no projection can be learned from the sample of the corpus ({problem}); leave the layer out "
-        f"with --exclude-layers {layer!r}, or give --proj-kind gaussian"
+        f"with --exclude-layers {layer!r}, or give --proj-kind gaussian --proj-precondition none "
+        "--proj-compress-by all"
     )

@@ -408,12 +408,20 @@ class Projection:
         return other
 
     def sides_of(self, block: Block, use: Use, module: nn.Module) -> Sides:
-        """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight."""
+        """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight. UsageError where
+        they are too large for it.
+        """
         (p_in, p_out), (size_in, size_out) = self.sides[block.name], (block.n_in, block.n_out)
         if use.flipped:
             p_in, p_out, size_in, size_out = p_out, p_in, size_out, size_in
         n_out, n_in = layer_type_by_name(use.type).axes(module)
         dtype = module.get_parameter("weight").dtype
+        for side in (p_in, p_out):
+            if side is not None and not bool(side.to(dtype).isfinite().all()):
+                raise UsageError(
+                    f"layer {block.name!r}: its projection has numbers up to {float(side.abs().max()):.2g}, which "
+                    f"are infinite in {dtype}; give --model-dtype bfloat16, or --proj-precondition none"
+                )
         bias = None if use.bias_column is None or p_in is None else p_in[:, use.bias_column].to(dtype)
         return Sides(
             Axis(size_in, use.bias_column) if p_in is None else p_in[:, :n_in].to(dtype).contiguous(),

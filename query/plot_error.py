@@ -31,7 +31,7 @@ from query.error_plot import draw_errors
 from query.error_reference import fitting_parts, parse_reference, part_of_rank
 from query.exact_dots import MEMORY, Pieces, Products
 from query.exact_gradients import ExactGradients
-from query.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, stored_products
+from query.fidelity import exactly, finite_pairs, measure_exactly, metric_words, pieces_of, scaled, stored_products
 from query.projection_theory import PairMoments, dense_error, kronecker_error
 from query.score_plots import check_plot
 from query.terms import METRICS, Metric
@@ -119,7 +119,10 @@ def plot_error(
     asked = Draw(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
     parts = fitting_parts(Store.open(store), [part] if isinstance(part, str) else list(part or ()))
     if mode == "full" and scaled(parts[0]):
-        raise UsageError("--reference full: these parts are scaled by an optimizer state, known for their layers alone")
+        raise UsageError(
+            f"--reference full: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
+            "which is not known of all parameters; give full_layers"
+        )
     target = part_of_rank(parts, number) if mode == "rank" else None
     measure = _Measure(parts, asked, checkpoint, device, progress)
     found = {one.name: measure.stored(one) for one in parts}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
-from indexer.layers.base import LayerType, Sides, at_least_float, project, register, runs_forward_of, summed
+from indexer.layers.base import Axis, LayerType, Sides, at_least_float, project, register, runs_forward_of, summed
 from indexer.layers.terms import Term, Vector
 
 
@@ -35,7 +35,8 @@ class NormLayer(LayerType):
     def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         gradients = list(self.terms(module, kept, dy).values())
         gradient_BN = torch.cat([term.values for term in gradients if isinstance(term, Vector)], dim=1)
-        return project(gradient_BN.unsqueeze(1), sides.out_KO, None, torch.float32).transpose(1, 2)
+        block_BK1 = project(gradient_BN.unsqueeze(1), sides.out_KO, None, torch.float32).transpose(1, 2)
+        return block_BK1 if isinstance(sides.in_JI, Axis) else block_BK1 * sides.in_JI[:, 0].float()
 
     def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
         dy = at_least_float(dy)
