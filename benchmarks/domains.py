@@ -22,9 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 import ghoststore
 from ghoststore import Corpus, ProjectionConfig
 from ghoststore.showcase.tokenizer import train_tokenizer
-from indexer.training.architectures import new_model
+from indexer.training.architectures import Shape, new_model
 
 VOCABULARY = 4096
+SHAPE = Shape(layers=4, width=192, heads=6)
 BATCH = 16
 TIMED_STEPS = 30
 CUTS = (10, 100)
@@ -53,12 +54,15 @@ def read_rows(path: Path) -> Rows:
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
-def train(rows: Rows, folder: Path, *, minutes: float, steps: int | None, max_length: int) -> dict[str, Any]:
+def train(
+    rows: Rows, folder: Path, *, minutes: float, steps: int | None, max_length: int, shape: Shape = SHAPE
+) -> dict[str, Any]:
     """Train a small GPT-2 for about ``minutes`` (or ``steps``) into ``folder``; what was trained."""
     tokenizer = train_tokenizer([row["text"] for row in rows], VOCABULARY)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=max_length, n_layer=4, n_embd=192, n_head=6, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), n_positions=max_length, n_layer=shape.layers, n_embd=shape.width,
+        n_head=shape.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         scratch = Path(name)
