@@ -33,7 +33,8 @@ SCORES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-PLAIN = ProjectionConfig(rank_total=256)
+RAW = "none"
+PLAIN = ProjectionConfig(rank_total=256, precondition=RAW)
 
 Rows = list[dict[str, str]]
 
@@ -49,14 +50,34 @@ class Build:
 
 
 BUILDS = (
-    Build(label="sketched, 64 a layer (default)", name="sketched"),
-    Build(label="plain blocks, 64 a layer", name="plain64", settings={"projection": ProjectionConfig(rank_total=64)}),
+    Build(label="default: preconditioned, sketched, 64 a layer", name="default"),
+    Build(label="the same, int8", name="default-int8", settings={"proj_dtype": "int8"}),
+    Build(
+        label="preconditioned, sketched, 256 a layer, int8", name="default256-int8",
+        settings={"projection": ProjectionConfig(compress=4096), "proj_dtype": "int8"},
+    ),
+    Build(
+        label="preconditioned, plain blocks, 256 a layer, int8", name="kronecker256-int8",
+        settings={"projection": ProjectionConfig(rank_total=256), "proj_dtype": "int8"},
+    ),
+    Build(
+        label="principal directions, 64 a layer", name="pca",
+        settings={"projection": ProjectionConfig(kind="pca", precondition=RAW)},
+    ),
+    Build(
+        label="sketched together, 64 a layer", name="sketched",
+        settings={"projection": ProjectionConfig(precondition=RAW)},
+    ),
+    Build(
+        label="plain blocks, 64 a layer", name="plain64",
+        settings={"projection": ProjectionConfig(rank_total=64, precondition=RAW)},
+    ),
     Build(label="plain blocks, 256 a layer", name="plain256", settings={"projection": PLAIN}),
     Build(
         label="plain blocks, 256 a layer, int8", name="plain256-int8",
         settings={"projection": PLAIN, "proj_dtype": "int8"},
     ),
-    Build(label="sketched, with Adam's state", name="sketched-adam", adam=True),
+    Build(label="sketched together, with Adam's state", name="sketched-adam", adam=True),
     Build(
         label="plain blocks, 256, with Adam's state", name="plain256-adam",
         settings={"projection": PLAIN}, adam=True,

@@ -56,7 +56,8 @@ def _print_part(part: Any) -> None:
     manifest = part.manifest
     projection, corpus = manifest["projection"], manifest["corpus"]
     numbers = f", blocks of {projection['kronecker_dimension']:,} numbers in all"
-    step = numbers + (f", sketched to {projection['compress']:,}" if projection["compress"] else "")
+    by = "layer by layer" if projection.get("compress_by") == "layer" else "all layers together"
+    step = numbers + (f", sketched to {projection['compress']:,} {by}" if projection["compress"] else "")
     facts = [
         ("rows", f"{part.committed:,} of {part.rows:,} committed"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in part.statuses.items()),
@@ -65,6 +66,7 @@ def _print_part(part: Any) -> None:
         ("vectors", f"{part.dimension:,} × {part.dtype}"),
         ("bytes a row", f"{part.row_bytes:,}, ids and texts aside"),
         ("projection", f"{projection['kind']}, seed {projection['seed']}{step}"),
+        *_learned(projection),
         ("layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])})"),
         ("  cover", f"{manifest['coverage']['share']:.1%} of the model's parameters"),
         ("checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint']['architecture']})"),
@@ -79,6 +81,17 @@ def _print_part(part: Any) -> None:
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)
+
+
+def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
+    if projection.get("optimizer_state"):
+        return [("  metric", "of an optimizer state (--optimizer-state)")]
+    if "calibration" not in projection:
+        return []
+    sample = f"learned from {projection['calibration']['samples']:,} samples"
+    if projection.get("precondition", "none") == "none":
+        return [("  sizes and sides", sample)]
+    return [("  metric", f"preconditioned ({projection['precondition']}, damping {projection['damping']:g}), {sample}")]
 
 
 def _index(one: dict[str, Any]) -> str:
