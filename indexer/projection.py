@@ -104,11 +104,12 @@ class ProjectionConfig:
 
     def for_build(self, *, optimizer_state: bool) -> ProjectionConfig:
         """With ``precondition`` decided: by default Kronecker, unless the vectors have another metric already, or are
-        to be the gradients themselves.
+        to be the gradients themselves, or as near to these as can be (``"pca"``).
         """
         if self.precondition != "auto":
             return self
-        return replace(self, precondition="none" if optimizer_state or self.rank_total == "full" else "kronecker")
+        plain = optimizer_state or self.rank_total == "full" or self.kind == LEARNED
+        return replace(self, precondition="none" if plain else "kronecker")
 
     @property
     def preconditioned(self) -> bool:

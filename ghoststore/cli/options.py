@@ -253,7 +253,7 @@ LEARNED_PROJECTION = (
         default="auto",
         show_default=True,
         help="kronecker: scores are products in the inverse second moment of the gradients, which is learned as two "
-        "factors a layer (K-FAC); auto: kronecker, unless --optimizer-state or full blocks are given.",
+        "factors a layer (K-FAC); auto: kronecker, unless --optimizer-state, pca or full blocks are given.",
     ),
     click.option(
         "--proj-damping",
