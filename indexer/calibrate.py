@@ -38,6 +38,8 @@ from indexer.rows import Row
 
 OVERSAMPLING = 3
 """Random directions for each eigenvector that is wanted."""
+LEAST_DIRECTIONS = 64
+"""In all: few eigenvectors of a slowly falling spectrum need more than that."""
 DRAWN_RANK = 64
 """Of the side that is drawn while the other is learned."""
 ROUNDING = 2.0**-20
@@ -73,7 +75,7 @@ class Leading:
 
     def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
         self.k = k
-        m = min(n, OVERSAMPLING * k)
+        m = min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
         drawn = torch.eye(n) if m == n else torch.linalg.qr(torch.from_numpy(draws.gaussian(key, m, n)).t()).Q
         self._directions = drawn.contiguous().to(device)
         self._products = torch.zeros(n, m, device=device)
