@@ -198,11 +198,12 @@ class _Passes:
 
     def _factors(self, axis: str) -> dict[str, Factor]:
         """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
-        layers, sums, sides = self.plan.layers, [], {}
+        config, layers, sums, sides = self.plan.config, self.plan.layers, [], {}
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
-            most = k if not self.plan.config.preconditioned else max(k, directions(n))
+            # Of drawn sides no more than the preconditioner keeps: parts of any rank then have the same one.
+            most = max(k if config.kind == LEARNED else 1, directions(n) if config.preconditioned else 1)
             sums.append(Leading(self._key(layer, f"directions {axis}"), n, most, self.device))
             other = self._drawn(layer, "in" if axis == "out" else "out")
             sides[block.name] = (other, None) if axis == "out" else (None, other)
