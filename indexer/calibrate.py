@@ -38,6 +38,8 @@ from indexer.rows import Row
 
 OVERSAMPLING = 3
 """Random directions for each eigenvector that is wanted."""
+LEAST_DIRECTIONS = 64
+"""In all: few eigenvectors of a slowly falling spectrum need more than that."""
 DRAWN_RANK = 64
 """Of the side that is drawn while the other is learned."""
 ROUNDING = 2.0**-20
@@ -73,7 +75,7 @@ class Leading:
 
     def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
         self.k = k
-        m = min(n, OVERSAMPLING * k)
+        m = min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
         drawn = torch.eye(n) if m == n else torch.linalg.qr(torch.from_numpy(draws.gaussian(key, m, n)).t()).Q
         self._directions = drawn.contiguous().to(device)
         self._products = torch.zeros(n, m, device=device)
@@ -196,7 +198,7 @@ class _Passes:
 
     def _factors(self, axis: str) -> dict[str, Factor]:
         """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
-        layers, sums, sides = self.plan.layers, [], {}
+        config, layers, sums, sides = self.plan.config, self.plan.layers, [], {}
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
@@ -218,7 +220,7 @@ class _Passes:
     def _wanted(self, k: int, n: int) -> int:
         """Eigenvectors of an axis of n whose rank is k."""
         config = self.plan.config
-        return max(k if config.kind == LEARNED else 0, directions(n) if config.preconditioned else 0)
+        return max(k if config.kind == LEARNED else 1, directions(n) if config.preconditioned else 1)
 
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
         """The side that the other axis is learned with, scaled; None: the axis as it is."""

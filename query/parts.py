@@ -63,7 +63,7 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
             difference
             for section in SHARED
             for difference in differences(first.manifest[section], part.manifest[section], section)
-            if not difference[0].startswith(OWN)
+            if not any(f"{difference[0]}.".startswith(f"{own}.") for own in OWN)
         ]
         if first.layout.span_rows != part.layout.span_rows:
             found.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
