@@ -164,6 +164,7 @@ def build(
     with open_corpus(str(data), fields or Fields()) as corpus:
         _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
+        identity = {"fingerprint": found.fingerprint(), "architecture": type(model).__name__}
         config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer), config,
@@ -171,10 +172,10 @@ def build(
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state, batch_tokens=batch_tokens, dry_run=dry_run,
-            there=_existing(store, part_name) if config.calibrated else None,
+            there=_existing(store, part_name) if config.calibrated else None, checkpoint=identity,
         )  # fmt: skip
         job.manifest.update(
-            checkpoint={"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
+            checkpoint=identity,
             tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
             dtype={"model": model_dtype},
             batching={"batch_tokens": batch_tokens, "order": "longest first inside a span"},
@@ -242,6 +243,7 @@ def _plan(
     batch_tokens: int,
     dry_run: bool,
     there: Part | None,
+    checkpoint: dict[str, str],
 ) -> _Job:
     """Choose layers, scan the corpus, draw or learn matrices; the manifest sections that follow from these."""
     if optimizer_state is not None and config.preconditioned:
@@ -268,7 +270,7 @@ def _plan(
     if optimizer_state is not None:
         scales = read_scales(optimizer_state, model, [layer.block for layer in plan.layers])
     if config.calibrated and there is not None:
-        plan = _learned_before(there, plan)
+        plan = _learned_before(there, plan, checkpoint)
     elif config.calibrated and not dry_run:
         rows = rows_of(drawn_samples.samples, tokenizer, settings)
         learned = calibrate(
@@ -319,12 +321,15 @@ def _existing(store: str | Path, name: str) -> Part | None:
     return opened.part(name) if name in opened.part_names() else None
 
 
-def _learned_before(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
-    """``plan`` with what ``part`` learned when it was begun. MismatchError if it was begun with other settings."""
+def _learned_before(part: Part, plan: ProjectionPlan, checkpoint: dict[str, str]) -> ProjectionPlan:
+    """``plan`` with what ``part`` learned when it was begun. MismatchError if it was begun with other settings, or for
+    other weights.
+    """
     learned = ("calibration", "hash", "optimizer_state")
     stored = {name: value for name, value in part.manifest["projection"].items() if name not in learned}
     manifest = part.manifest
-    refuse_differences({**manifest, "projection": stored}, {**manifest, "projection": plan.to_json()}, str(part.path))
+    asked = {**manifest, "projection": plan.to_json(), "checkpoint": checkpoint}
+    refuse_differences({**manifest, "projection": stored}, asked, f"part {part.name!r} of {part.path.parent.parent}")
     return calibrated_as(part, plan)
 
 

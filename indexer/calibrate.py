@@ -198,7 +198,7 @@ class _Passes:
 
     def _factors(self, axis: str) -> dict[str, Factor]:
         """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
-        config, layers, sums, sides = self.plan.config, self.plan.layers, [], {}
+        layers, sums, sides = self.plan.layers, [], {}
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)

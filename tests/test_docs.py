@@ -267,7 +267,7 @@ def test_the_python_of_the_page_of_fidelity_runs(
     for block in blocks(ROOT / "docs/fidelity.md", "python"):
         exec(block, names)
     assert names["gradient"].shape[1] == 32
-    assert names["spearman"].value > 0.5
+    assert names["spearman"].value > 0.1
     assert len(names["errors"]) == 1
 
 

@@ -156,7 +156,7 @@ def test_more_than_there_is(built: Path, val: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 10.0)])
+@pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 40.0)])
 def test_diversity(built: Path, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
     """Chosen among the candidates, and less alike than the top of the ranking."""
     made = select(
@@ -207,7 +207,9 @@ def test_diversity_is_in_the_metric_of_the_scores(
     settings: dict[str, Any] = {"metric": metric, "precondition": "second-moment", "damping": 0.05}
     score = score_of(built, val, **settings)
     vectors = Store.open(built).part().read("vectors", 0, 27).astype(np.float64)
-    second = vectors.T @ vectors / 27
+    groups = Store.open(built).part().groups
+    layer = np.repeat(np.arange(len(groups)), [stop - start for _, start, stop in groups])
+    second = vectors.T @ vectors / 27 * (layer[:, None] == layer)
     inverse = np.linalg.inv(second + 0.05 * np.trace(second) / len(second) * np.eye(len(second)))
     pairs = vectors @ inverse @ vectors.T
     if metric == "cosine" or diversity == "mmr":

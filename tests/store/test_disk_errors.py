@@ -73,11 +73,11 @@ def test_file_size_limit(lab: Lab, built: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB, where we may mount one."""
+    """A file system of 560 KiB, where we may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=560k", "none", disk], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("only root may mount a small file system")

@@ -15,11 +15,12 @@ import ghoststore
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.encoding import ENCODINGS
 from ghoststore.store.reader import READ_AHEAD, stream
+from indexer.calibration import ARRAYS
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-ROWS, D, GROUPS = 27, 256, 1
+ROWS, D, GROUPS = 27, 256, 4
 SHAPES = {
     "vectors": ((ROWS, D), "float32"), "norm": ((ROWS, GROUPS), "float32"), "loss": ((ROWS,), "float32"),
     "n_tokens": ((ROWS,), "int32"), "status": ((ROWS,), "uint8"), "domain": ((ROWS,), "int16"),
@@ -65,8 +66,8 @@ def test_stored_numbers_are_the_rounded_vectors(lab: Lab, tmp_path: Path, dtype:
         read[name] = part.encoding.decode(streamed(part, "vectors"))
     expected = torch.from_numpy(read["float32"]).to(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(read[dtype], expected)
-    norms = np.linalg.norm(expected.astype(np.float64), axis=1)
-    np.testing.assert_allclose(streamed(part, "norm")[:, 0], norms, rtol=1e-6)
+    norms = [np.linalg.norm(expected[:, start:stop].astype(np.float64), axis=1) for _, start, stop in part.groups]
+    np.testing.assert_allclose(streamed(part, "norm"), np.stack(norms, axis=1), rtol=1e-6)
 
 
 def test_several_chunks_a_span(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +120,7 @@ def test_plain_zarr_reads_the_store(lab: Lab, built: Path) -> None:
         part = root["parts/part"]
         arrays = dict(part.arrays())
         assert {name: (array.shape, str(array.dtype)) for name, array in arrays.items() if name in SHAPES} == SHAPES
-        assert sorted(arrays) == sorted([*SHAPES, *STRINGS, "span_start"])
+        assert sorted(arrays) == sorted([*SHAPES, *STRINGS, "span_start", *ARRAYS[:4]])
         assert {name for name, _ in part.groups()} - {"second_moment", "index", "fidelity"} == {"commits"}
         assert list(arrays["sample_id"][...]) == [row["id"] for row in lab.rows]
         domains = part.attrs["manifest"]["corpus"]["domains"]

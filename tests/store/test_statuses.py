@@ -23,7 +23,8 @@ ODD = "~"
 def build(lab: Lab, folder: Path, rows: list[dict[str, Any]], **settings: Any) -> ghoststore.Part:
     corpus = lab.write(folder / "rows.jsonl", rows)
     store = folder / "store"
-    settings = {"checkpoint": lab.checkpoint, "span_rows": 4, "device": "cpu"} | settings
+    plain = ghoststore.ProjectionConfig(precondition="none")  # scales of models stay those of their gradients
+    settings = {"checkpoint": lab.checkpoint, "span_rows": 4, "device": "cpu", "projection": plain} | settings
     report = ghoststore.build(data=corpus, store=store, **settings)
     part = ghoststore.Store.open(store).part()
     counts: dict[str, int] = {}
