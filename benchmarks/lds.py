@@ -258,13 +258,13 @@ def add_table(results: Results, bench: Bench, halved: Halved) -> None:
     spread = float(halved.losses_VM.std(axis=1, ddof=1).mean())
     note = (
         f"LDS over {len(halved.kept_MN)} models, each trained on another random half of {bench.task.samples:,} "
-        f"samples; {len(bench.task.ids)} val samples in {len(groups)} group(s). `val samples`: the mean over their losses; "
-        "`val groups`: over the mean losses of groups; `samples of`: over the val samples of one. Intervals (95 %) "
-        "resample the trainings. Preconditioned parts: the Kronecker preconditioner of a build; `preconditioned-dot`: "
-        "the second moment of the stored rows, on top. Several checkpoints are weighted by their learning rates. "
-        "`training-time`: Σ η·score of the run, kept for groups alone. Exact gradients are computed for the first line "
-        "of a metric, and serve the others. Between halves the loss of a val sample has a standard deviation of "
-        f"{spread:.3f}."
+        f"samples; {len(bench.task.ids)} val samples in {len(groups)} group(s). `val samples`: the mean over their "
+        "losses; `val groups`: over the mean losses of groups; `samples of`: over the val samples of one. Intervals "
+        "(95 %) resample the trainings. Preconditioned parts: the Kronecker preconditioner of a build; "
+        "`preconditioned-dot`: the second moment of the stored rows, on top. Several checkpoints are weighted by their "
+        "learning rates. `training-time`: Σ η·score of the run, kept for groups alone. Exact gradients are computed "
+        "for the first line of a metric, and serve the others. Between halves the loss of a val sample has a standard "
+        f"deviation of {spread:.3f}."
     )
     results.add(Table("Linear datamodeling score", rows, note), lds=numbers, losses=halved.losses_VM.tolist())
 
