@@ -44,7 +44,7 @@ DRAWN_RANK = 64
 """Of the side that is drawn while the other is learned."""
 ROUNDING = 2.0**-20
 """Eigenvalues below this share of the largest are rounding of float32 sums."""
-BYTES_AT_ONCE = 256 << 20
+BYTES_AT_ONCE = 64 << 20
 """Of the blocks of a batch."""
 
 
