@@ -34,7 +34,9 @@ PARTS = {
     "plain-blocks": ProjectionConfig(layers=ALL, rank_total=49, damping=0.02),
     "together": ProjectionConfig(layers=ALL, compress_by="all", compress=100, rank_ratio=0.5),
     "pca": ProjectionConfig(layers=ALL, kind="pca", precondition="none", rank_total=81, compress=150),
-    "pca-preconditioned": ProjectionConfig(layers=ALL, kind="pca", rank_total=81, compress=150),
+    "pca-preconditioned": ProjectionConfig(
+        layers=ALL, kind="pca", rank_total=81, compress=150, precondition="kronecker"
+    ),
     "sizes": ProjectionConfig(layers=ALL, compress_by="layer", precondition="none", compress=90, kind="orthonormal"),
 }
 

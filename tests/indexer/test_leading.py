@@ -82,33 +82,32 @@ def samples(count: int) -> list[Sample]:
     return [Sample(place, f"id-{place}", None, "text", -1, place) for place in range(count)]
 
 
-def chosen(count: int, seed: int, rows: list[Sample]) -> list[int]:
-    drawn = SampleDraw(count, seed)
+def chosen(count: int, rows: list[Sample]) -> list[int]:
+    drawn = SampleDraw(count)
     for sample in rows:
         drawn.see(sample)
     return [sample.source_row for sample in drawn.samples]
 
 
-def test_a_draw_depends_on_rows_and_seed_alone() -> None:
+def test_a_draw_depends_on_rows_alone() -> None:
     rows = samples(200)
-    first = chosen(20, 0, rows)
+    first = chosen(20, rows)
     assert len(first) == 20 == len(set(first))
     assert first == sorted(first)
     order = np.random.default_rng(0).permutation(200)
-    assert first == chosen(20, 0, [rows[place] for place in order])
-    assert first != chosen(20, 1, rows)
-    assert set(chosen(19, 0, rows)) < set(first)
-    assert [row for row in first if row < 90] == [row for row in chosen(20, 0, rows[:90]) if row in first]
+    assert first == chosen(20, [rows[place] for place in order])
+    assert set(chosen(19, rows)) < set(first)
+    assert [row for row in first if row < 90] == [row for row in chosen(20, rows[:90]) if row in first]
 
 
 def test_a_small_corpus_is_seen_whole() -> None:
-    assert chosen(256, 3, samples(7)) == list(range(7))
-    assert chosen(7, 3, samples(7)) == list(range(7))
-    assert chosen(5, 3, []) == []
+    assert chosen(256, samples(7)) == list(range(7))
+    assert chosen(7, samples(7)) == list(range(7))
+    assert chosen(5, []) == []
 
 
 def test_every_row_is_as_likely() -> None:
-    counts = np.bincount([row for seed in range(600) for row in chosen(5, seed, samples(25))], minlength=25)
+    counts = np.bincount(np.array(chosen(3000, samples(15000))) // 600, minlength=25)
     assert counts.sum() == 3000
     deviation = (counts - 120) / math.sqrt(600 * 0.2 * 0.8)
     assert np.abs(deviation).max() < 4

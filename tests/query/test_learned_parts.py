@@ -115,7 +115,7 @@ def test_a_curve_of_one_preconditioner(store: Path, tmp_path: Path) -> None:
 def test_a_curve_of_two_metrics_is_refused(store: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"store": store, "rows": 20, "val_samples": 4, "device": "cpu"}
     for other in ("plain", "damped"):
-        with pytest.raises(MismatchError, match="are no points of one curve: preconditioner"):
+        with pytest.raises(MismatchError, match="are no points of one curve: precondition"):
             ghoststore.plot_error(out=tmp_path / "error.png", part=["rank", other], **asked)
     with pytest.raises(UsageError, match=r"preconditioned when it was built.*give full_layers"):
         ghoststore.plot_error(out=tmp_path / "error.png", part=["rank"], reference="full", **asked)
