@@ -37,7 +37,7 @@ from ghoststore.store.manifest import refuse_differences
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
-from indexer.calibrate import SampleDraw, calibrate
+from indexer.calibrate import SampleDraw, calibrate, learning_bytes
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.losses import Reduction
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
@@ -67,7 +67,8 @@ class BuildReport:
     bytes_on_disk: int
     """Bytes of the part's chunks, texts and ids aside."""
     memory_bytes: int
-    """Estimate of the build's own memory beside the model: matrices, span buffers, logits of a batch."""
+    """Estimate of the build's own memory beside the model: matrices, span buffers or what learning takes, logits of a
+    batch."""
     dry_run: bool
     resumed_rows: int = 0
     """Rows that were committed before this call."""
@@ -360,7 +361,7 @@ def _memory(job: _Job, batch_tokens: int) -> int:
     matrices = sum(4 * (one.k_in * one.n_in + one.k_out * one.n_out) for one in job.projected.shapes)
     spans = 3 * job.layout.span_rows * job.layout.dimension * 4
     logits = batch_tokens * int(job.model.get_input_embeddings().num_embeddings * job.model.dtype.itemsize)
-    return matrices + spans + logits
+    return matrices + max(spans, learning_bytes(job.projected)) + logits
 
 
 def _open_part(store: Store, name: str, job: _Job, progress: Progress) -> Part:

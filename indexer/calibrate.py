@@ -75,7 +75,7 @@ class Leading:
 
     def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
         self.k = k
-        m = min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
+        m = _random_directions(n, k)
         drawn = torch.eye(n) if m == n else torch.linalg.qr(torch.from_numpy(draws.gaussian(key, m, n)).t()).Q
         self._directions = drawn.contiguous().to(device)
         self._products = torch.zeros(n, m, device=device)
@@ -202,7 +202,7 @@ class _Passes:
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
-            most = self._wanted(k, n)
+            most = _eigenvectors(self.plan, n, k)
             sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
             other = self._drawn(layer, "in" if axis == "out" else "out")
             sides[block.name] = (other, None) if axis == "out" else (None, other)
@@ -216,11 +216,6 @@ class _Passes:
             except (ValueError, RuntimeError) as error:
                 raise _nothing_to_learn(layer.block.name, str(error)) from error
         return found
-
-    def _wanted(self, k: int, n: int) -> int:
-        """Eigenvectors of an axis of n whose rank is k."""
-        config = self.plan.config
-        return max(k if config.kind == LEARNED else 1, directions(n) if config.preconditioned else 1)
 
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
         """The side that the other axis is learned with, scaled; None: the axis as it is."""
@@ -270,6 +265,29 @@ class _Passes:
 
 def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
     return bool(vectors[:, layer.start : layer.stop].isfinite().all())
+
+
+def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
+    """Those wanted of an axis of n whose rank is k."""
+    return max(k if plan.config.kind == LEARNED else 1, directions(n) if plan.config.preconditioned else 1)
+
+
+def _random_directions(n: int, k: int) -> int:
+    """m, for k eigenvectors of an axis of n."""
+    return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
+
+
+def learning_bytes(plan: ProjectionPlan) -> int:
+    """Estimate of the memory that learning takes beside the model: random directions and their products for the larger
+    side of the layers, and the blocks of a batch, three times over.
+    """
+    if not plan.config.calibrated:
+        return 0
+    sides = (
+        sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
+        for axes in ([(one.n_out, one.k_out) for one in plan.shapes], [(one.n_in, one.k_in) for one in plan.shapes])
+    )
+    return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
 
 
 def _key(layer: BlockPlan, what: str) -> str:
