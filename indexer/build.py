@@ -205,6 +205,7 @@ def build(
         if dry_run:
             return report
         part = _open_part(Store.create(store), part_name, job, progress)
+        job.fixed.clear()  # on the disk now
         with writing(part):
             part = Part(part.path)
             resumed = part.rows
