@@ -274,12 +274,11 @@ def _plan(
     if config.calibrated and there is not None:
         plan = _learned_before(there, plan, checkpoint)
     elif config.calibrated and not dry_run:
-        rows = rows_of(drawn_samples.samples, tokenizer, settings)
-        learned = calibrate(
-            model, plan, evenly(list(rows), config.calibration_samples), reduction=reduction,
-            batch_tokens=batch_tokens, scales=scales, progress=progress, checkpointing=checkpointing,
-        )  # fmt: skip
-        plan = replace(plan, calibration=learned)
+        rows = list(rows_of(drawn_samples.samples, tokenizer, settings))
+        plan = replace(plan, calibration=calibrate(
+            model, plan, evenly(rows, config.calibration_samples), reduction=reduction, batch_tokens=batch_tokens,
+            scales=scales, progress=progress, checkpointing=checkpointing,
+        ))  # fmt: skip
     known = plan.calibration is not None or not config.calibrated
     drawn = Projection(plan, scales) if known else None
     scan = corpus_plan.scan

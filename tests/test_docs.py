@@ -256,18 +256,16 @@ def test_the_page_of_the_doctor_lists_every_check() -> None:
     assert listed == [(check.name, check.asks) for check in CHECKS]
 
 
-def test_the_python_of_the_page_of_fidelity_runs(
-    lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_python_of_the_page_of_fidelity_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(lab.checkpoint)
     (tmp_path / "train.jsonl").symlink_to(lab.corpus)
-    shutil.copytree(built, tmp_path / "store")
+    assert lab.build(tmp_path / "store", "--proj-precondition", "none").code == 0
     names: dict[str, Any] = {}
     for block in blocks(ROOT / "docs/fidelity.md", "python"):
         exec(block, names)
     assert names["gradient"].shape[1] == 32
-    assert names["spearman"].value > 0.1
+    assert names["spearman"].value > 0.5
     assert len(names["errors"]) == 1
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 import ghoststore
@@ -89,25 +90,25 @@ def test_order_of_parts_and_the_rest_of_the_query(store: Path) -> None:
 def test_chunks_of_different_sizes(lab: Lab, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of other dtypes are cut into other chunks: rows still meet."""
     settings: dict[str, Any] = {"data": store.parent / "train.jsonl", "span_rows": 16, "device": "cpu"}
-    for name, size in (("one", 4096), ("two", 3 * 4096)):
+    for name, dtype, size in (("one", "float32", 4096), ("two", "float16", 3 * 4096)):
         monkeypatch.setattr("ghoststore.store.layout.CHUNK_BYTES", size)
-        ghoststore.build(checkpoint=store.parent / name, store=tmp_path / "store", name=name, **settings)
+        ghoststore.build(
+            checkpoint=store.parent / name, store=tmp_path / "store", name=name, proj_dtype=dtype, **settings
+        )
     parts = [ghoststore.Store.open(tmp_path / "store").part(name) for name in ("one", "two")]
     assert parts[0].layout.chunk_rows < parts[1].layout.chunk_rows <= 16
     val_set = store.parent / "val.jsonl"
     found = [
-        {
-            hit.source_row: hit.score
+        [
+            (hit.source_row, hit.score)
             for hit in ghoststore.query(
                 store=where, val_set=val_set, part=["one", "two"], top_k=ROWS, metric="dot", text=False, device="cpu"
             ).results[0].hits
-        }
+        ]
         for where in (tmp_path / "store", store)
     ]  # fmt: skip
-    assert found[0].keys() == found[1].keys()
-    largest = max(map(abs, found[1].values()))
-    for row, score in found[0].items():
-        assert score == pytest.approx(found[1][row], abs=1e-3 * largest)
+    assert [row for row, _ in found[0]] == [row for row, _ in found[1]]
+    np.testing.assert_allclose([score for _, score in found[0]], [score for _, score in found[1]], rtol=2e-3)
 
 
 def test_only_rows_that_all_parts_have(lab: Lab, store: Path, tmp_path: Path) -> None:

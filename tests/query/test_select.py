@@ -156,9 +156,11 @@ def test_more_than_there_is(built: Path, val: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 40.0)])
-def test_diversity(built: Path, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
-    """Chosen among the candidates, and less alike than the top of the ranking."""
+@pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 10.0)])
+def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
+    """Chosen among the candidates, and less alike than the top of the ranking: of plain gradients, which are alike."""
+    built = tmp_path / "store"
+    assert lab.build(built, "--proj-precondition", "none").code == 0
     made = select(
         built, val, tmp_path / "out.jsonl", count=6, diversity=diversity, diversity_weight=weight, candidates=20,
         metric=metric,
