@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, wr
 from indexer.calibrate import SampleDraw, calibrate, learning_bytes
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.losses import Reduction
+from indexer.model_check import ROWS_LOOKED_AT, ModelCheck
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
 from indexer.part_projection import calibrated_as
 from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
@@ -48,6 +50,8 @@ from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row, r
 from indexer.selection import Selection, select_blocks
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+SHORTEST_PAIR = 4
+"""Tokens of two rows of two tokens: with less for a batch, every row has one of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +104,8 @@ class _Job:
     model: Any
     reduction: Reduction
     checkpointing: bool
+    padding: bool
+    """Whether rows of different lengths share a batch."""
     fixed: dict[str, NDArray[Any]]
     """Arrays that the part keeps beside its rows."""
 
@@ -179,7 +185,11 @@ def build(
             checkpoint=identity,
             tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
             dtype={"model": model_dtype},
-            batching={"batch_tokens": batch_tokens, "order": "longest first inside a span"},
+            batching={
+                "batch_tokens": batch_tokens,
+                "order": "longest first inside a span",
+                "padding": job.padding,
+            },
             source={
                 "checkpoint": str(found.folder.resolve()),
                 "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
@@ -255,6 +265,14 @@ def _plan(
         )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
+    first = list(rows_of(islice(corpus.samples(), ROWS_LOOKED_AT), tokenizer, settings))
+    padding = ModelCheck(
+        model, plan, first, reduction=reduction, checkpointing=checkpointing, alone=batch_tokens < SHORTEST_PAIR
+    ).run()
+    if not padding:
+        progress.note(
+            f"padding changes what {type(model).__name__} makes of a row: only rows of one length share a batch"
+        )
     drawn_samples = SampleDraw(config.calibration_samples)
 
     def layout_of(rows: int) -> PartLayout:
@@ -277,7 +295,7 @@ def _plan(
         rows = list(rows_of(drawn_samples.samples, tokenizer, settings))
         plan = replace(plan, calibration=calibrate(
             model, plan, evenly(rows, config.calibration_samples), reduction=reduction, batch_tokens=batch_tokens,
-            scales=scales, progress=progress, checkpointing=checkpointing,
+            scales=scales, progress=progress, checkpointing=checkpointing, padding=padding,
         ))  # fmt: skip
     known = plan.calibration is not None or not config.calibrated
     drawn = Projection(plan, scales) if known else None
@@ -310,7 +328,7 @@ def _plan(
     return _Job(
         corpus=corpus, tokenizer=tokenizer, settings=settings, projected=plan, projection=drawn, plan=corpus_plan,
         layout=layout, selection=selection, manifest=manifest, model=model, reduction=reduction,
-        checkpointing=checkpointing, fixed=fixed,
+        checkpointing=checkpointing, padding=padding, fixed=fixed,
     )  # fmt: skip
 
 
@@ -434,7 +452,13 @@ def _compute(part: Part, job: _Job, progress: Progress) -> dict[str, float]:
     assert job.projection is not None
     try:
         with (
-            RowEncoder(job.model, job.projection, reduction=job.reduction, checkpointing=job.checkpointing) as encoder,
+            RowEncoder(
+                job.model,
+                job.projection,
+                reduction=job.reduction,
+                checkpointing=job.checkpointing,
+                padding=job.padding,
+            ) as encoder,
             BackgroundWriter(part) as writer,
         ):
             waited = time.perf_counter()

@@ -119,6 +119,7 @@ def calibrate(
     scales: Mapping[str, SideScales] | None,
     progress: Progress,
     checkpointing: bool = False,
+    padding: bool = True,
 ) -> Calibration:
     """Learn from ``rows`` what ``plan`` needs: sides, a preconditioner, the sizes of sketches of layers.
 
@@ -132,7 +133,7 @@ def calibrate(
             f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
             "used; give --proj-kind gaussian --proj-precondition none --proj-compress-by all"
         )
-    run = _Passes(model, plan, usable, reduction, batch_tokens, scales, checkpointing)
+    run = _Passes(model, plan, usable, reduction, batch_tokens, scales, checkpointing, padding)
     learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
     passes = 2 * plan.config.learns_sides + plan.shared_out
     with closing(progress.task("learning the projection", passes * len(usable))) as task:
@@ -152,11 +153,11 @@ class _Passes:
 
     def __init__(
         self, model: Any, plan: ProjectionPlan, rows: Sequence[Row], reduction: Reduction, batch_tokens: int,
-        scales: Mapping[str, SideScales] | None, checkpointing: bool,
+        scales: Mapping[str, SideScales] | None, checkpointing: bool, padding: bool,
     ) -> None:  # fmt: skip
         self.model, self.plan, self.rows = model, plan, rows
         self.reduction: Reduction = reduction
-        self.batch_tokens, self.scales, self.checkpointing = batch_tokens, scales, checkpointing
+        self.batch_tokens, self.scales, self.checkpointing, self.padding = batch_tokens, scales, checkpointing, padding
         self.finite = len(rows)
         """Rows of the last pass whose loss and gradient were finite: those that count."""
         self.device = next(model.parameters()).device
@@ -245,7 +246,8 @@ class _Passes:
         most = max(1, BYTES_AT_ONCE // (4 * projection.plan.kronecker_dimension))
         self.finite, broken = 0, ""
         with RowEncoder(self.model, projection, reduction=self.reduction, checkpointing=self.checkpointing) as encoder:
-            for batch in plan_batches([len(row.tokens) for row in self.rows], self.batch_tokens):
+            lengths = [len(row.tokens) for row in self.rows]
+            for batch in plan_batches(lengths, self.batch_tokens, padding=self.padding):
                 for start in range(0, len(batch), most):
                     some = [self.rows[place] for place in batch[start : start + most]]
                     vectors, losses = encoder(some)

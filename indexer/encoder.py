@@ -45,10 +45,14 @@ class RowEncoder:
         *,
         reduction: Reduction = "mean",
         checkpointing: bool = False,
+        padding: bool = True,
     ) -> None:
         self.model = model
+        self.padding = padding
+        """Whether rows of different lengths share a batch of :func:`encode_rows`."""
         self.reduction: Reduction = reduction
-        self.engine = GradProjLoraEngine(model, projection=projection)
+        # A build examines the model before its first row (indexer.model_check); what follows runs the same model.
+        self.engine = GradProjLoraEngine(model, projection=projection, check=False)
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)
         self._checkpointing = checkpointing
@@ -119,7 +123,8 @@ def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, tas
     vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
     losses = torch.zeros(len(rows), device=encoder.device)
     task.advance(len(rows) - len(usable))
-    for batch in plan_batches([len(rows[place].tokens) for place in usable], batch_tokens):
+    lengths = [len(rows[place].tokens) for place in usable]
+    for batch in plan_batches(lengths, batch_tokens, padding=encoder.padding):
         places = [usable[index] for index in batch]
         encoded = encoder([rows[place] for place in places])
         where = torch.tensor(places, device=encoder.device)

@@ -17,10 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.activations import lean_activations
 from indexer.branch import SideBranch
+from indexer.forward_probe import CallKeeper, strangers
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
+from indexer.sample_axis import Witness, refuse_mixed
 from indexer.selection import Use, select_blocks
+
+TESTED_BATCHES = 2
+"""Batches of two samples or more whose losses are reweighted: a layer that routes tokens may look right in one."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -68,6 +73,10 @@ class GradProjLoraEngine:
     While attached, every parameter is frozen; on exit, also after an exception, each gets back the
     ``requires_grad`` it had and every hook is gone. Outputs are bit-identical with and without the engine.
 
+    That the samples are the first axis of every layer is tested in the first two batches of more than one sample: by a
+    second backward pass of reweighted losses (:mod:`indexer.sample_axis`), of a compiled model by a second forward
+    pass (:mod:`indexer.forward_probe`). ``check=False`` trusts that they are.
+
     Raises LayerError for layers that cannot be projected, UsageError for a model whose forward is random.
     """
 
@@ -77,8 +86,10 @@ class GradProjLoraEngine:
         config: ProjectionConfig | None = None,
         *,
         projection: Projection | None = None,
+        check: bool = True,
     ) -> None:
         self.model = unwrap(model)
+        self._compiled = model if model is not self.model else None
         refuse_randomness(self.model)
         if projection is None:
             config = config or ProjectionConfig()
@@ -93,6 +104,9 @@ class GradProjLoraEngine:
         self._lean = ExitStack()
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._ran: set[str] = set()
+        self._tests_left = TESTED_BATCHES if check else 0
+        self._witness: Witness | None = None
+        self._keeper: CallKeeper | None = None
 
     @property
     def dimension(self) -> int:
@@ -117,6 +131,8 @@ class GradProjLoraEngine:
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
+            if self._compiled is not None and self._tests_left:
+                self._keeper = CallKeeper(self._compiled)
             self._lean.enter_context(lean_activations(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
@@ -132,6 +148,9 @@ class GradProjLoraEngine:
     def detach(self) -> None:
         """Take every branch away and give every parameter its own ``requires_grad`` back."""
         self._lean.close()
+        if self._keeper is not None:
+            self._keeper.remove()
+            self._keeper = None
         for handle in self._handles:
             handle.remove()
         for parameter, flag in self._flags:
@@ -147,6 +166,10 @@ class GradProjLoraEngine:
         device = next(self.model.parameters()).device
         self._batch = batch_size
         self._ran = set()
+        tested = self._tests_left > 0 and batch_size > 1
+        self._witness = Witness(device) if tested and self._keeper is None else None
+        if self._keeper is not None:
+            self._keeper.call, self._keeper.wanted = None, tested
         self._leaves = {
             # One number seen as (B, k_out, k_in): the leaf costs nothing.
             layer.block.name: torch.zeros((), device=device)
@@ -160,7 +183,8 @@ class GradProjLoraEngine:
 
         ``losses_B[i]`` must depend on sample i alone. One call to each :meth:`prepare`.
 
-        Raises CaptureError if a branch was not reached: nothing of the batch may be used then.
+        Raises CaptureError if a branch was not reached, or (first batches) if a layer mixes samples: nothing of the
+        batch may be used then.
         """
         if losses_B.shape != (self._batch,):
             raise CaptureError(
@@ -183,7 +207,7 @@ class GradProjLoraEngine:
                 "use_reentrant=True? Use use_reentrant=False"
             )
         try:
-            blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
+            blocks = self._blocks(losses_B, leaves)
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise CaptureError(
@@ -191,7 +215,10 @@ class GradProjLoraEngine:
                 ) from error
             raise
         finally:
-            self._leaves = {}  # not earlier: checkpointing runs the forward, and so the branches, again
+            self._leaves, self._witness = (
+                {},
+                None,
+            )  # not earlier: checkpointing runs the forward, and so the branches, again
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
         if unreached:
             raise CaptureError(
@@ -199,7 +226,32 @@ class GradProjLoraEngine:
                 "them out with exclude_layers. Gradient checkpointing with use_reentrant=True hides layers: use "
                 "use_reentrant=False"
             )
-        return self.projection.assemble(blocks)
+        return self.projection.assemble([block for block in blocks if block is not None])
+
+    def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """The blocks of the leaves' layers; in the first batches held against those of reweighted losses."""
+        witness = self._witness
+        if witness is None:
+            blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
+            self._leaves = {}  # the branches leave what follows alone
+            self._check_compiled()
+            return blocks
+        with witness.plain():
+            blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
+        witness.weighted(losses_B, leaves)
+        if witness.finite and len(witness.seen) == len(self._ran):  # else the batch says nothing of some layers
+            refuse_mixed(witness.problems(), len(self._ran))
+            self._tests_left -= 1
+        return blocks
+
+    def _check_compiled(self) -> None:
+        """The graph of a compiled model is used up by one backward pass: its layers are looked at going forward."""
+        call = None if self._keeper is None else self._keeper.call
+        if call is None:
+            return
+        problems = strangers(self.model, call, self._batch, self._ran)
+        refuse_mixed(problems, len(self._ran))
+        self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
         """The forward hook of one use; without a prepared batch it leaves the output alone."""
@@ -219,6 +271,6 @@ class GradProjLoraEngine:
             output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
                 y, leaf, kept, module, layer_type, sides, use.flipped
             )
-            return output
+            return output if self._witness is None else self._witness.tap(use.module, output)
 
         return hook

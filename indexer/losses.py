@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ghoststore.errors import CaptureError
-
 Reduction = Literal["mean", "sum"]
 
 IGNORED = -100
@@ -69,6 +67,7 @@ class _SampleLosses(torch.autograd.Function):
                 p.masked_fill_(absent, 0.0)
                 if p.data_ptr() != gradient[part].data_ptr():
                     gradient[part] = p
+        ctx.factor_B = None
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(logits_BTV))
         return losses_N.view(batch, length).sum(1)
@@ -76,14 +75,17 @@ class _SampleLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (upstream_B,) = gradients
-        factor = float(upstream_B[0])
-        if not bool((upstream_B == factor).all()):
-            raise CaptureError(
-                "next_token_losses gives the gradient of a multiple of losses.sum() alone; it was asked for that of "
-                "another function of the losses"
-            )
         (gradient,) = ctx.saved_tensors
-        return gradient if factor == 1.0 else gradient.mul_(factor), None, None, None
+        # What was multiplied in for an earlier backward pass of a retained graph is divided out again: the array is
+        # the one of its size, and a copy would double the peak.
+        factor_B = upstream_B if ctx.factor_B is None else upstream_B / ctx.factor_B
+        if bool((factor_B == 1.0).all()):
+            return gradient, None, None, None
+        factor_B11 = factor_B.view(-1, 1, 1)
+        if bool((upstream_B == 0.0).any()):  # could not be divided out again
+            return (gradient * factor_B11).to(gradient.dtype), None, None, None
+        ctx.factor_B = upstream_B
+        return gradient.data.mul_(factor_B11), None, None, None
 
 
 def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
@@ -93,9 +95,9 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
     the input ids with -100 where a token is no target (padding, prompts).
 
     Returns ``(losses_B, targets_B)``: float32 losses, the mean (or sum) over the sample's own targets, 0
-    where it has none; and the number of targets, int64. The gradient of ``losses_B.sum()`` is that of every
-    sample's own loss; multiples of it are the only gradients that can be asked for, once. The logits are used
-    up: where the model does not need them for its own backward, the gradient takes their place in memory.
+    where it has none; and the number of targets, int64. Gradients of first order of any function of the losses can be
+    asked for. The logits are used up: where the model does not need them for its own backward, the gradient takes
+    their place in memory.
     """
     shifted_BT = torch.full_like(labels_BT, IGNORED)
     shifted_BT[:, :-1] = labels_BT[:, 1:]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from indexer.projection import Projection
 from indexer.selection import Block
@@ -68,9 +71,70 @@ def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
 
 def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """P_out G P_inᵀ of every block by name, (K, J) in the gradients' dtype."""
-    found = {}
-    for layer in projection.plan.layers:
-        matrix = gradient_matrix(layer.block, gradients)
-        p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[layer.block.name])
-        found[layer.block.name] = p_out @ matrix @ p_in.t()
-    return found
+    return {layer.block.name: plain_block(projection, layer.block, gradients) for layer in projection.plan.layers}
+
+
+def plain_block(projection: Projection, block: Block, gradients: dict[str, Tensor]) -> Tensor:
+    """P_out G P_inᵀ of one block, (K, J) in the gradients' dtype."""
+    matrix = gradient_matrix(block, gradients)
+    p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[block.name])
+    return p_out @ matrix @ p_in.t()
+
+
+class ArrivingBlocks:
+    """The blocks of a projection from one ``loss.backward()`` inside; a gradient is dropped when its block is done.
+
+    Only the blocks' parameters are trainable inside; at the end each has its own flag and ``.grad`` again. Holds the
+    gradients of one block at a time, or of a few.
+    """
+
+    def __init__(self, model: nn.Module, projection: Projection) -> None:
+        self._projection = projection
+        self._blocks = {layer.block.name: layer.block for layer in projection.plan.layers}
+        parameters = dict(model.named_parameters())
+        self._flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters.values()]
+        self._owner = {name: block for block in self._blocks.values() for name in block.parameters}
+        self._parameters = {name: parameters[name] for name in self._owner}
+        self._pending: dict[str, dict[str, Tensor]] = {name: {} for name in self._blocks}
+        self._done: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> ArrivingBlocks:
+        for parameter, _, _ in self._flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            hook = partial(self._arrived, name)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, flag, gradient in self._flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        block, gradient = self._owner[name], parameter.grad
+        assert gradient is not None
+        parameter.grad = None
+        pending = self._pending[block.name]
+        pending[name] = gradient.to_dense().float()
+        if len(pending) == len(set(block.parameters)):
+            self._finish(block)
+
+    def _finish(self, block: Block) -> None:
+        pending = self._pending.pop(block.name)
+        for name in block.parameters:  # the loss does not depend on it
+            pending.setdefault(name, torch.zeros_like(self._parameters[name], dtype=torch.float32))
+        self._done[block.name] = plain_block(self._projection, block, pending)
+
+    def blocks(self) -> list[Tensor]:
+        """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
+        for name in list(self._pending):
+            self._finish(self._blocks[name])
+        return [self._done[name] for name in self._blocks]

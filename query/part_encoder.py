@@ -39,7 +39,12 @@ class PartEncoder:
         self.dimension = projection.plan.dimension
         self._settings = TokenSettings(**part.manifest["tokens"])
         self._batch_tokens = int(part.manifest["batching"]["batch_tokens"])
-        self._encoder = RowEncoder(model, projection, reduction=part.manifest["loss"]["reduction"])
+        self._encoder = RowEncoder(
+            model,
+            projection,
+            reduction=part.manifest["loss"]["reduction"],
+            padding=part.manifest["batching"]["padding"],
+        )
 
     @property
     def model(self) -> Any:

@@ -18,11 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.autograd_check import AutogradDots
+from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
 from indexer.dotprod.parameters import (
     Ledger,
     batch_norms_of,
-    evaluating,
     refuse_batch_statistics,
     refuse_unsupported_wrappers,
     survey,
@@ -31,7 +31,6 @@ from indexer.dotprod.parameters import (
 )
 from indexer.dotprod.scores import Scores, divide
 from indexer.dotprod.sketched import SketchedMethod
-from indexer.dotprod.tap import See, Tap
 from indexer.dotprod.val_data import (
     ValLosses,
     batches_of,
@@ -43,8 +42,10 @@ from indexer.dotprod.val_data import (
 )
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
+from indexer.modes import evaluating
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import select_blocks
+from indexer.tap import See, Tap
 
 
 class GradDotProdEngine:
@@ -110,6 +111,9 @@ class GradDotProdEngine:
             self.method = ExactMethod(self.ledger, route=route, pairs=pairs)
         else:
             self.method = SketchedMethod(self.model, _drawn(self.model, projection))
+        kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
+        self._kinds = {name: kind for name, kind in kinds.items() if kind is not None}
+        self._axes = KnownAxes(self.model, self._kinds, trusted=not check)
         self._flags = [p.requires_grad for p in self.model.parameters()]
         self.group_names: list[str] = []
         """Names of the val groups, in the order of ``Scores.groups``; known after the first val pass."""
@@ -141,10 +145,9 @@ class GradDotProdEngine:
         if isinstance(self.method, SketchedMethod):
             self.method.attach(next(self.model.parameters()).device)
         try:
-            for name in self.method.modules:
+            self._axes.attach()
+            for name, kind in self._kinds.items():
                 module = self.model.get_submodule(name)
-                kind = layer_type_of(module)
-                assert kind is not None
                 self._handles.append(
                     module.register_forward_hook(self._hook(name, kind), with_kwargs=True, prepend=True)
                 )
@@ -161,6 +164,7 @@ class GradDotProdEngine:
         """Take every tap away. :meth:`attach` goes on where this left: with the same val gradient, unless the weights
         have changed.
         """
+        self._axes.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -223,6 +227,9 @@ class GradDotProdEngine:
             loss_scale = 1.0  # no other dtype needs it
         begun = time.perf_counter()
         self._age = None  # what an error below leaves behind is never used
+        if self._val_batches:
+            first = self._val_batches[0]
+            self._axes.probe(self._val_losses, first, size_of(first), loss_scale)
         checked = self._unchecked and isinstance(self.method, ExactMethod)
         expected: dict[str, Tensor] | None = {} if checked else None
         while not self._val_pass(loss_scale, expected):
@@ -353,6 +360,7 @@ class GradDotProdEngine:
             self.refresh(loss_scale)
         self._phase, self._batch = "train", batch_size
         self._upstreams, self._weights = [], None
+        self._axes.begin_train()
         self.method.begin_train(batch_size)
         if self._checking is not None and self.ledger is not None:
             self._checking.attach(self.ledger)
@@ -406,6 +414,7 @@ class GradDotProdEngine:
         begun = time.perf_counter()
         scale_B = self._upstreams[0] * self._weights
         try:
+            self._axes.check_train(self._batch)
             scores = self._exact(scale_B) if isinstance(self.method, ExactMethod) else self._sketched(scale_B)
         finally:
             self.discard()
@@ -482,6 +491,8 @@ class GradDotProdEngine:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
             x, y = by_sample(x, y, self._batch, kind, name)
+            if self._phase == "train":
+                self._axes.ran(name)
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
             begun = time.perf_counter()
             with torch.autocast(device_type=y.device.type, enabled=False):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import routes
 from indexer.dotprod.parameters import Ledger, Scored, Tapped
-from indexer.dotprod.tap import See
 from indexer.layers.terms import Term, Vector
+from indexer.tap import See
 
 Route = Literal["auto", "direct", "gram"]
 

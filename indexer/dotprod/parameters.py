@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
@@ -165,25 +163,6 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
         covered=sum(s.parameter.numel() for s in scored.values()),
         trainable=sum(p.numel() for p in trainable.values()),
     )
-
-
-def devices_of(model: nn.Module) -> list[int]:
-    """Indices of the CUDA devices that ``model`` lies on."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the random state and every module's own mode are put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=devices_of(model)):
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def version_of(model: nn.Module) -> int:

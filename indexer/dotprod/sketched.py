@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ghoststore.errors import CaptureError
-from indexer.dotprod.tap import See
 from indexer.layers import LayerType, Sides, layer_type_by_name
 from indexer.projection import BlockPlan, Projection
 from indexer.selection import Use
+from indexer.tap import See
 
 
 class SketchedMethod:

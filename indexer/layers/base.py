@@ -124,6 +124,27 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
+def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
+    """Why an input ``x`` of a layer cannot have the ``batch`` samples on its first axis, in words; None where it can.
+
+    That it can does not say that it has: see :mod:`indexer.sample_axis`.
+    """
+    shape = tuple(x.shape)
+    if kind.is_lookup and x.dim() == 1:  # may be positions, however many there are: never taken for samples
+        return (
+            f"saw an input of shape {shape}, an index of one axis: samples or positions? Give it two, (samples, 1) or "
+            "(1, positions)"
+        )
+    if x.shape[0] == batch or _once_for_all(x, kind):
+        return None
+    return f"saw an input of shape {shape} in a batch of {batch} samples"
+
+
+def _once_for_all(x: Tensor, kind: LayerType) -> bool:
+    """Whether this is an index of positions, (1, positions), that runs once for the whole batch."""
+    return kind.is_lookup and x.dim() == 2 and x.shape[0] == 1
+
+
 def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> tuple[Tensor, Tensor]:
     """Input and output of the layer ``name`` with the batch's samples as first axis.
 
@@ -131,20 +152,14 @@ def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> t
     on B copies: dropout on positions alone would draw for each). CaptureError for any other layer whose first axis is
     not the batch.
     """
-    # An index of one axis may be positions, however many there are: never taken for samples.
-    if x.shape[0] == batch and not (kind.is_lookup and x.dim() == 1):
-        return x, y
-    if kind.is_lookup and x.dim() == 2 and x.shape[0] == 1:
-        return x.expand(batch, -1), y.expand(batch, -1, -1)
-    if kind.is_lookup and x.dim() == 1:
+    problem = axis_problem(x, batch, kind)
+    if problem is not None:
         raise CaptureError(
-            f"layer {name!r} saw an input of shape {tuple(x.shape)}, an index of one axis: samples or positions? Give "
-            "it two, (samples, 1) or (1, positions), or leave the layer out with exclude_layers"
+            f"layer {name!r} {problem}; its first axis must be the samples. Leave the layer out with exclude_layers"
         )
-    raise CaptureError(
-        f"layer {name!r} saw an input of shape {tuple(x.shape)}; its first axis must be the {batch} samples of the "
-        "batch. Leave the layer out with exclude_layers"
-    )
+    if x.shape[0] != batch:
+        return x.expand(batch, -1), y.expand(batch, -1, -1)
+    return x, y
 
 
 def flatten_positions(x: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import nn
 
 from ghoststore.errors import DivergedError
 from indexer import draws
-from indexer.dotprod.parameters import devices_of
 from indexer.losses import training_loss
+from indexer.modes import devices_of
 from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.ranks import Ranks

@@ -29,16 +29,16 @@ X, VAL, OTHER = numbers(3, 0), numbers(4, 1), numbers(2, 2)
 
 
 class Counting:
-    """A val_losses that knows how often it was called, and may fail."""
+    """A val_losses that knows how often it was called with the whole val set, and may fail."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.fails = False
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += len(x) == len(VAL)  # not in the probe of two and three samples
         losses = sum_of_squares(model, x)
-        return losses * torch.nan if self.fails and self.calls % 2 == 0 else losses
+        return losses * torch.nan if self.fails and len(x) != len(VAL) else losses
 
 
 def train_step(engine: GradDotProdEngine, model: nn.Module, optimizer: torch.optim.Optimizer) -> Scores:

@@ -145,7 +145,7 @@ def test_a_layer_whose_first_axis_is_not_the_batch(layer: nn.Module) -> None:
     x = torch.ones(3, 5, 6)
     with (
         GradDotProdEngine(model, x, val_losses=sum_of_squares) as engine,
-        pytest.raises(CaptureError, match=r"layer 'inner' saw an input of shape \(5, 3, 6\).*3 samples"),
+        pytest.raises(CaptureError, match=r"inner: saw an input of shape \(5, 3, 6\) in a batch of 3 samples"),
     ):
         engine.prepare(3)
 
@@ -155,7 +155,7 @@ def test_an_index_of_one_axis() -> None:
     model = settle(nn.Sequential(nn.Embedding(8, 6)))
     with (
         GradDotProdEngine(model, torch.arange(4), val_losses=sum_of_squares) as engine,
-        pytest.raises(CaptureError, match=r"layer '0' saw .* an index of one axis.*\(samples, 1\)"),
+        pytest.raises(CaptureError, match=r"0: saw .* an index of one axis.*\(samples, 1\)"),
     ):
         engine.prepare(3)
 

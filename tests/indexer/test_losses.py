@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ghoststore.errors import CaptureError
 from indexer import losses as module
 from indexer.losses import IGNORED, next_token_losses, next_token_losses_plainly
 
@@ -222,14 +221,26 @@ def test_a_sample_does_not_see_its_neighbours() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: (x * torch.tensor([1.0, 2.0, 1.0])).sum(), lambda x: x[0]],
+    [lambda x: (x * torch.tensor([1.0, 2.0, 1.0])).sum(), lambda x: x[0], lambda x: x.square().sum() / x[2]],
 )
-def test_the_gradient_of_another_function_is_refused(function: Any) -> None:
+def test_the_gradient_of_any_function_is_that_of_the_plain_form(function: Any) -> None:
+    logits, labels = drawn(3, 6, 20)
+    leaf = logits.requires_grad_(True)
+    (expected,) = torch.autograd.grad(function(next_token_losses_plainly(leaf, labels)[0]), leaf)
+    (found,) = torch.autograd.grad(function(next_token_losses(leaf, labels)[0]), leaf)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_retained_graph_gives_one_gradient_after_another() -> None:
     logits, labels = drawn(3, 6, 20)
     leaf = logits.requires_grad_(True)
     losses, _ = next_token_losses(leaf, labels)
-    with pytest.raises(CaptureError, match=r"losses.sum\(\) alone"):
-        torch.autograd.grad(function(losses), leaf)
+    (plain,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=True)
+    plain = plain.clone()
+    for weights in ([1.0, 4.0, 0.5], [2.0, 0.0, 1.0], [8.0, 1.0, 1.0], [1.0, 1.0, 1.0]):
+        weight_B = torch.tensor(weights)
+        (found,) = torch.autograd.grad(losses, leaf, grad_outputs=weight_B, retain_graph=True)
+        assert torch.equal(found, plain * weight_B.view(-1, 1, 1))  # powers of two: not a bit is lost
 
 
 @pytest.mark.parametrize("factor", [-1.0, 1 / 3, 65536.0])

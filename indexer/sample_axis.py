@@ -1,0 +1,240 @@
+"""Which axis of a layer carries the samples: shown by gradients, not guessed from a length.
+
+A layer's gradient can be taken sample by sample only if the rows of what it puts out belong to the samples of the
+batch: ∂ℓ_i/∂y[b] = 0 for i ≠ b. A layer that sees (positions, samples, width), a table (positions, positions) or tokens
+that a router picked has a first axis as well, and its length may be that of the batch by chance.
+
+The test reweights: rows of the gradient of Σ_i w_i ℓ_i must be w_b times those of Σ_i ℓ_i. Weights are powers of two,
+so rows that belong together scale without rounding; any other row holds Σ_{i≠b} (w_i - w_b) ∂ℓ_i/∂y[b] too much.
+
+Legend: B samples, M positions of one sample, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import CaptureError
+from indexer.layers import LayerType
+from indexer.layers.base import axis_problem, by_sample
+from indexer.tap import Tap
+
+SKETCH = 4
+"""Random sums of a row: all of them vanish for rows that differ with probability zero."""
+PROBE_SIZES = (2, 3)
+"""Batches of two sizes: an axis that is not the samples' cannot have the length of both."""
+TOLERANCE, NARROW_TOLERANCE = 1e-3, 0.05
+"""Foreign share of a row; of 16-bit gradients, whose sums a GPU may round in another order the second time."""
+FAINT = 1e-6
+"""Of the largest row: a row smaller than this is measured against it."""
+
+
+class Witness:
+    """Sees the gradients at the outputs of layers in two backward passes, and says which layers mix samples.
+
+    ::
+
+        witness = Witness(device)
+        y = witness.tap("layer", y)  # in the forward pass, at each call of each layer
+        witness.run(losses_B)
+        witness.problems()
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.leaf = torch.zeros((), device=device, requires_grad=True)
+        """Makes autograd reach the taps, whatever is frozen."""
+        self._names: list[str] = []
+        self._seen: list[dict[int, Tensor]] = []
+        self._weights = torch.ones(0)
+        self._narrow = False
+
+    def tap(self, name: str, y: Tensor) -> Tensor:
+        """``y``, whose first axis should be the samples, watched."""
+        self._names.append(name)
+        seen: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
+        return seen
+
+    def _see(self, place: int, kept: Tensor, dy: Tensor) -> None:
+        self._narrow |= dy.dtype in (torch.float16, torch.bfloat16)
+        if self._seen:  # not in a backward pass of anybody else's
+            self._seen[-1][place] = row_sums(dy)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """What is seen inside is the backward pass of Σ ℓ_i."""
+        self._seen.append({})
+        yield
+
+    def weighted(self, losses_B: Tensor, sources: Sequence[Tensor], scale: float = 1.0) -> None:
+        """The backward pass of Σ w_i ℓ_i, times ``scale``; the graph is used up. After :meth:`plain`."""
+        half = any(rows.dtype == torch.float16 for rows in self._seen[-1].values())
+        self._weights = sample_weights(len(losses_B), 4 if half else 8).to(losses_B.device)
+        self._seen.append({})
+        torch.autograd.grad(
+            losses_B, sources, grad_outputs=(self._weights * scale).to(losses_B.dtype), allow_unused=True
+        )
+
+    def run(self, losses_B: Tensor, scale: float = 1.0) -> None:
+        """Both backward passes, for the taps alone."""
+        with self.plain():
+            ones = torch.full_like(losses_B, scale)
+            torch.autograd.grad(losses_B, [self.leaf], grad_outputs=ones, retain_graph=True, allow_unused=True)
+        self.weighted(losses_B, [self.leaf], scale)
+
+    @property
+    def seen(self) -> set[str]:
+        """Layers that a gradient came to which is not all zero (samples without targets say nothing)."""
+        return {self._names[place] for place, rows in self._seen[0].items() if bool(rows.any())}
+
+    @property
+    def finite(self) -> bool:
+        """Whether both passes stayed within the range of their numbers; if not, nothing can be said."""
+        return all(bool(rows.isfinite().all()) for seen in self._seen for rows in seen.values())
+
+    def problems(self) -> dict[str, str]:
+        """Layers in which one sample's loss reaches the rows of another, in words."""
+        return {
+            name: f"the loss of one sample reaches the rows of others ({share:.2g} of a row)"
+            for name, share in self.mixed().items()
+        }
+
+    def mixed(self) -> dict[str, float]:
+        """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
+        found: dict[str, float] = {}
+        first, second = self._seen
+        for place, plain_BS in first.items():
+            name = self._names[place]
+            error = _foreign(plain_BS.double(), second[place].double(), self._weights.double())
+            if error > (NARROW_TOLERANCE if self._narrow else TOLERANCE):
+                found[name] = max(error, found.get(name, 0.0))
+        return found
+
+
+def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
+    scaled_BS = weighted_BS / weights_B.unsqueeze(1)
+    error_B = (scaled_BS - plain_BS).norm(dim=1)
+    size_B = torch.maximum(plain_BS.norm(dim=1), scaled_BS.norm(dim=1))
+    largest = float(size_B.max())
+    return 0.0 if largest == 0.0 else float((error_B / (size_B + FAINT * largest)).max())
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
+    x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
+    if not x.is_floating_point() or x.dtype == torch.float16:  # sums would leave its range
+        x_BMO = x_BMO.float() if x.is_floating_point() else x_BMO.double()
+    generator = torch.Generator().manual_seed(x_BMO.shape[1] * 1_000_003 + x_BMO.shape[2])
+    sides = (torch.randn(n, SKETCH, generator=generator) for n in x_BMO.shape[1:])
+    left_MS, right_OS = (side.to(x_BMO.device, x_BMO.dtype) for side in sides)
+    return ((x_BMO @ right_OS).to(torch.promote_types(x_BMO.dtype, torch.float32)) * left_MS).sum(1)
+
+
+def sample_weights(count: int, classes: int) -> Tensor:
+    """(count,): powers of two in a random order, all different where ``classes`` are enough."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    exponents = torch.arange(count) % classes - min(count, classes) // 2
+    return torch.ldexp(torch.ones(count), exponents[order])
+
+
+class AxisProbe:
+    """Forward passes of small batches with layers watched: which of them see the samples, which do not.
+
+    ``kinds`` are the layers by name. Every pass adds to :attr:`problems`, so that all are named at once.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType]) -> None:
+        self.model = model
+        self.problems: dict[str, str] = {}
+        """By layer: what is wrong with it, in words."""
+        self.seen: set[str] = set()
+        """Layers that took part in a loss."""
+        self._kinds = kinds
+
+    def run(self, losses: Callable[[], Tensor], batch: int, scale: float = 1.0) -> bool:
+        """One probe: ``losses()`` runs the model on ``batch`` samples and gives the loss of each, (batch,).
+
+        False if it says nothing: the losses have another shape, or gradients are out of the range of their numbers (a
+        smaller ``scale`` may help). The model's mode and its random state are the caller's. CaptureError if the taps
+        change what the model computes.
+        """
+        with torch.no_grad():
+            alone_B = losses()
+        witness = Witness(next(self.model.parameters()).device)
+        with torch.enable_grad(), self._watched(witness, batch):
+            losses_B = losses()
+        if losses_B.shape != (batch,):
+            return False
+        if not torch.allclose(losses_B.detach(), alone_B, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise CaptureError(
+                "watching the layers changes the losses of this model: an index that runs once for the whole batch is "
+                "none of positions. Leave that embedding out with exclude_layers"
+            )
+        if not losses_B.requires_grad:
+            return True
+        witness.run(losses_B, scale)
+        if not witness.finite:
+            return False
+        self.seen |= witness.seen
+        self.problems.update(witness.problems())
+        return True
+
+    @contextmanager
+    def _watched(self, witness: Witness, batch: int) -> Iterator[None]:
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                self._hook(witness, name, kind, batch), with_kwargs=True, prepend=True
+            )
+            for name, kind in self._kinds.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, witness: Witness, name: str, kind: LayerType, batch: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            problem = axis_problem(x, batch, kind)
+            if problem is not None:
+                self.problems[name] = problem
+                return None
+            return witness.tap(name, by_sample(x, y, batch, kind, name)[1])
+
+        return hook
+
+    def refuse(self) -> None:
+        """CaptureError that names every layer with a problem."""
+        refuse_mixed(self.problems, len(self._kinds))
+
+
+def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
+    """CaptureError that names every layer of ``problems``, if there is one."""
+    if not problems:
+        return
+    lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
+    raise CaptureError(
+        f"{len(problems)} of {layers} layers do not have the samples of the batch on their first axis, so no sample "
+        f"has a gradient of its own there:\n{lines}\nHave the model work batch first (batch_first=True), or leave "
+        f"these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
+    )
+
+
+def taken(batch: Any, places: Sequence[int], size: int) -> Any:
+    """The samples of ``batch`` at ``places``: of every tensor in it whose first axis has the length ``size``."""
+    if isinstance(batch, Tensor):
+        cut = batch.dim() > 0 and len(batch) == size
+        return batch[torch.tensor(places, device=batch.device)] if cut else batch
+    if isinstance(batch, Mapping):
+        return {key: taken(value, places, size) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(taken(value, places, size) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(taken(value, places, size) for value in batch)
+    return batch
