@@ -74,8 +74,8 @@ class GradProjLoraEngine:
     ``requires_grad`` it had and every hook is gone. Outputs are bit-identical with and without the engine.
 
     That the samples are the first axis of every layer is tested in the first two batches of more than one sample: by a
-    second backward pass of reweighted losses (:mod:`indexer.sample_axis`), of a compiled model by a second forward
-    pass (:mod:`indexer.forward_probe`). ``check=False`` trusts that they are.
+    second backward pass of reweighted losses (:mod:`indexer.sample_axis`; not of a compiled model) and a second forward
+    pass (:mod:`indexer.forward_probe`; where the model itself is called). ``check=False`` trusts that they are.
 
     Raises LayerError for layers that cannot be projected, UsageError for a model whose forward is random.
     """
@@ -89,7 +89,7 @@ class GradProjLoraEngine:
         check: bool = True,
     ) -> None:
         self.model = unwrap(model)
-        self._compiled = model if model is not self.model else None
+        self._given = model
         refuse_randomness(self.model)
         if projection is None:
             config = config or ProjectionConfig()
@@ -131,8 +131,8 @@ class GradProjLoraEngine:
         self.projection.to(device)
         self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            if self._compiled is not None and self._tests_left:
-                self._keeper = CallKeeper(self._compiled)
+            if self._tests_left:
+                self._keeper = CallKeeper(self._given)
             self._lean.enter_context(lean_activations(self.model))
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
@@ -167,7 +167,8 @@ class GradProjLoraEngine:
         self._batch = batch_size
         self._ran = set()
         tested = self._tests_left > 0 and batch_size > 1
-        self._witness = Witness(device) if tested and self._keeper is None else None
+        compiled = self._given is not self.model
+        self._witness = Witness(device) if tested and not compiled else None
         if self._keeper is not None:
             self._keeper.call, self._keeper.wanted = None, tested
         self._leaves = {
@@ -233,24 +234,29 @@ class GradProjLoraEngine:
         witness = self._witness
         if witness is None:
             blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
+        else:
+            with witness.plain():
+                blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
+            witness.weighted(losses_B, leaves)
+        if self._tests_left and self._batch > 1:
             self._leaves = {}  # the branches leave what follows alone
-            self._check_compiled()
-            return blocks
-        with witness.plain():
-            blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
-        witness.weighted(losses_B, leaves)
-        if witness.finite and len(witness.seen) == len(self._ran):  # else the batch says nothing of some layers
-            refuse_mixed(witness.problems(), len(self._ran))
-            self._tests_left -= 1
+            self._check(witness)
         return blocks
 
-    def _check_compiled(self) -> None:
-        """The graph of a compiled model is used up by one backward pass: its layers are looked at going forward."""
+    def _check(self, witness: Witness | None) -> None:
+        """Refuse what mixes samples, by reweighted losses and by a forward pass of some samples of the batch.
+
+        The graph of a compiled model is used up by one backward pass: it has no ``witness``.
+        """
+        if witness is not None:
+            if not witness.finite or len(witness.seen) < len(self._ran):
+                return  # the batch says nothing of some layers
+            refuse_mixed(witness.problems(), len(self._ran))
         call = None if self._keeper is None else self._keeper.call
-        if call is None:
-            return
-        problems = strangers(self.model, call, self._batch, self._ran)
-        refuse_mixed(problems, len(self._ran))
+        if call is not None:
+            refuse_mixed(strangers(self.model, call, self._batch, self._ran), len(self._ran))
+        elif witness is None:
+            return  # only parts of the model were called
         self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:

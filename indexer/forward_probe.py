@@ -1,13 +1,14 @@
-"""Layers that no loss of val samples has reached: do the rows of their inputs follow the samples of the batch?
+"""Do the rows of a layer's input follow the samples of the batch, whatever their company?
 
-Where there is one training loss alone, nothing can be reweighted (:mod:`indexer.sample_axis`). Then the model runs once
-more, without a graph, on two and on three samples of the batch: a layer's input must have as many rows, and each row
-must be the one that its sample had in the other company.
+The model runs again, without a graph, on the whole batch, on two and three samples of it and on single ones: a layer's
+input must have as many rows, and each row must be the one that its sample has in the whole. That the gradients at a
+layer's output belong to the samples is what :mod:`indexer.sample_axis` shows; this shows that nothing before the layer
+mixes them, and stands in where there is one training loss alone, which cannot be reweighted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from indexer.layers import layer_type_of
 from indexer.layers.base import axis_problem, by_sample
 from indexer.modes import evaluating
-from indexer.sample_axis import NARROW_TOLERANCE, PROBE_SIZES, TOLERANCE, row_sums, taken
+from indexer.sample_axis import NARROW_TOLERANCE, TOLERANCE, row_sums, taken
+
+ABSENT = "does not run in eval mode"
+ALONE = 16
+"""Samples that run alone: all of a small batch."""
 
 
 class Call(NamedTuple):
@@ -49,27 +54,53 @@ class CallKeeper:
 def strangers(model: nn.Module, call: Call, batch: int, layers: Iterable[str]) -> dict[str, str]:
     """Of ``layers``, those whose input does not follow the ``batch`` samples of ``call``, and what is wrong, in words.
 
-    The model runs in eval mode; its mode and the random state are put back. Layers that do not run then are strangers,
-    too.
+    The model runs in eval mode; its mode and the random state are put back. A layer that does not run then is one of
+    them: nothing is known of it.
     """
     names = set(layers)
     problems: dict[str, str] = {}
-    rows: list[dict[str, list[Tensor]]] = []
-    picks = [[0, 1 % batch], [1 % batch, 0, 1 % batch]]
-    assert tuple(map(len, picks)) == PROBE_SIZES
+    last = batch - 1
+    alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
+    picks: list[Sequence[int]] = [range(batch), [last, 0], [batch // 2, 0, last], *([place] for place in alone)]
+    whole: dict[str, list[Tensor]] = {}
     for places in picks:
         seen: dict[str, list[Tensor]] = {}
-        inputs = taken((call.args, call.kwargs), places, batch)
-        with evaluating(model), torch.no_grad(), _watched(model, names, len(places), seen, problems):
-            model(*inputs[0], **inputs[1])
-        rows.append(seen)
-    for name in sorted(names - set(problems)):
-        first, second = (seen.get(name, []) for seen in rows)
-        if not first or len(first) != len(second):
-            problems[name] = "does not run, or not as often, in eval mode on some samples of the batch alone"
-        elif not all(_same_rows(a[[1, 0, 1]], b) for a, b in zip(first, second, strict=True)):
-            problems[name] = "its input does not follow the samples of the batch"
+        args, kwargs = taken((call.args, call.kwargs), places, batch)
+        with evaluating(model), torch.no_grad():
+            with _watched(model, names, len(places), seen, problems):
+                watched = model(*args, **kwargs)
+            if not whole and not _same_output(watched, model(*args, **kwargs)):
+                problems |= dict.fromkeys(
+                    _lookups(model, names), "is an index for the whole batch, but not of positions"
+                )
+        whole = whole or seen
+        for name in names - set(problems):
+            expected, found = whole.get(name, []), seen.get(name, [])
+            if not expected:
+                problems[name] = ABSENT
+            elif len(expected) != len(found):
+                problems[name] = "runs more often for some samples of a batch than for all of them"
+            elif not all(_same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
+                problems[name] = "its input does not follow the samples: they are mixed, routed or in another order"
     return problems
+
+
+def _lookups(model: nn.Module, names: Iterable[str]) -> list[str]:
+    kinds = {name: layer_type_of(model.get_submodule(name)) for name in names}
+    return [name for name, kind in kinds.items() if kind is not None and kind.is_lookup]
+
+
+def _same_output(found: Any, expected: Any) -> bool:
+    """Whether two outputs of a model hold the same tensors, up to rounding."""
+    if isinstance(expected, Tensor):
+        return found.shape == expected.shape and torch.allclose(
+            found.double(), expected.double(), rtol=NARROW_TOLERANCE, atol=1e-3, equal_nan=True
+        )
+    if isinstance(expected, Mapping):
+        return all(_same_output(found[key], value) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return all(_same_output(one, other) for one, other in zip(found, expected, strict=True))
+    return True
 
 
 def _same_rows(expected_BS: Tensor, found_BS: Tensor) -> bool:
@@ -82,16 +113,18 @@ def _same_rows(expected_BS: Tensor, found_BS: Tensor) -> bool:
 def _watched(
     model: nn.Module, names: Iterable[str], batch: int, seen: dict[str, list[Tensor]], problems: dict[str, str]
 ) -> Any:
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> None:
+    def hook_of(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             x = args[0] if args else next(iter(kwargs.values()))
             kind = layer_type_of(module)
             assert kind is not None
             problem = axis_problem(x, batch, kind)
             if problem is not None:
                 problems[name] = problem
-                return
-            seen.setdefault(name, []).append(row_sums(by_sample(x, y, batch, kind, name)[0]))
+                return None
+            x_B, y_B = by_sample(x, y, batch, kind, name)
+            seen.setdefault(name, []).append(row_sums(x_B))
+            return y_B  # as the engines give it back: positions, once a sample
 
         return hook
 

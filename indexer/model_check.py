@@ -147,7 +147,8 @@ class ModelCheck:
         raise CaptureError(
             f"{type(self._model).__name__} gives a sample another gradient beside others than alone, in "
             f"{len(together)} layer(s): {_named(together)}. Something mixes the samples of a batch, such as a "
-            "statistic over it or routing with a capacity: such a model cannot be built in batches; give --batch-tokens 1"
+            "statistic over it or routing with a capacity: such a model cannot be built in batches; give "
+            "--batch-tokens 1"
         )
 
     def _wrong(self, projection: Projection, found_BD: Tensor, expected_BD: Tensor) -> dict[str, float]:

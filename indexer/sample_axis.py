@@ -35,6 +35,12 @@ FAINT = 1e-6
 """Of the largest row: a row smaller than this is measured against it."""
 
 
+_NO_POSITIONS = (
+    "watching the layers changes what this model computes: an index that runs once for the whole batch is none of "
+    "positions. Leave that embedding out with exclude_layers"
+)
+
+
 class Witness:
     """Sees the gradients at the outputs of layers in two backward passes, and says which layers mix samples.
 
@@ -124,6 +130,12 @@ def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     return 0.0 if largest == 0.0 else float((error_B / (size_B + FAINT * largest)).max())
 
 
+def _same(found_B: Tensor, expected_B: Tensor) -> bool:
+    narrow = found_B.dtype in (torch.float16, torch.bfloat16)
+    tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
+    return torch.allclose(found_B.detach(), expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+
+
 def row_sums(x: Tensor) -> Tensor:
     """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
     x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
@@ -155,34 +167,51 @@ class AxisProbe:
         self.seen: set[str] = set()
         """Layers that took part in a loss."""
         self._kinds = kinds
+        self._losses_B = torch.zeros(0)
 
-    def run(self, losses: Callable[[], Tensor], batch: int, scale: float = 1.0) -> bool:
+    def run(
+        self, losses: Callable[[], Tensor], batch: int, scale: float = 1.0, *, more_of_the_same: bool = False
+    ) -> bool:
         """One probe: ``losses()`` runs the model on ``batch`` samples and gives the loss of each, (batch,).
+        ``more_of_the_same``: the first of them are those of the probe before, and must have the losses they had.
 
         False if it says nothing: the losses have another shape, or gradients are out of the range of their numbers (a
         smaller ``scale`` may help). The model's mode and its random state are the caller's. CaptureError if the taps
         change what the model computes.
         """
         with torch.no_grad():
-            alone_B = losses()
+            unwatched_B = losses()
         witness = Witness(next(self.model.parameters()).device)
         with torch.enable_grad(), self._watched(witness, batch):
-            losses_B = losses()
+            try:
+                losses_B = losses()
+            except (RuntimeError, ValueError, IndexError) as error:  # without the taps it ran
+                raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
         if losses_B.shape != (batch,):
             return False
-        if not torch.allclose(losses_B.detach(), alone_B, rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise CaptureError(
-                "watching the layers changes the losses of this model: an index that runs once for the whole batch is "
-                "none of positions. Leave that embedding out with exclude_layers"
-            )
+        if not _same(losses_B, unwatched_B):
+            raise CaptureError(_NO_POSITIONS)
         if not losses_B.requires_grad:
             return True
+        if more_of_the_same:
+            self._refuse_company(unwatched_B)
+        self._losses_B = unwatched_B
         witness.run(losses_B, scale)
         if not witness.finite:
             return False
         self.seen |= witness.seen
         self.problems.update(witness.problems())
         return True
+
+    def _refuse_company(self, losses_B: Tensor) -> None:
+        """CaptureError if samples of the probe before have another loss in this one."""
+        count = min(len(self._losses_B), len(losses_B))
+        if not _same(losses_B[:count], self._losses_B[:count]):
+            raise CaptureError(
+                "the loss of a sample changes with its batch mates: something mixes the samples of a batch (a "
+                "statistic over it, routing with a capacity), so no sample has a gradient of its own. Leave it out of "
+                "the model (an eval mode, a router without capacity)"
+            )
 
     @contextmanager
     def _watched(self, witness: Witness, batch: int) -> Iterator[None]:
@@ -211,7 +240,7 @@ class AxisProbe:
 
     def refuse(self) -> None:
         """CaptureError that names every layer with a problem."""
-        refuse_mixed(self.problems, len(self._kinds))
+        refuse_mixed({name: self.problems[name] for name in self._kinds if name in self.problems}, len(self._kinds))
 
 
 def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
@@ -219,10 +248,16 @@ def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
     if not problems:
         return
     lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
+    everywhere = (
+        "Where it is all layers, the model itself mixes the samples of a batch (a statistic over it, routing with a "
+        "capacity), and can only be given one sample at a time (--batch-tokens 1). "
+        if len(problems) == layers
+        else ""
+    )
     raise CaptureError(
         f"{len(problems)} of {layers} layers do not have the samples of the batch on their first axis, so no sample "
-        f"has a gradient of its own there:\n{lines}\nHave the model work batch first (batch_first=True), or leave "
-        f"these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
+        f"has a gradient of its own there:\n{lines}\n{everywhere}Have the model work batch first "
+        f"(batch_first=True), or leave these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
-from indexer.forward_probe import CallKeeper, strangers
+from indexer.forward_probe import ABSENT, CallKeeper, strangers
 from indexer.layers import LayerType
 from indexer.modes import evaluating
 from indexer.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
@@ -20,15 +20,16 @@ Losses = Callable[[nn.Module, Any], Tensor]
 class KnownAxes:
     """The verdicts on the layers ``kinds`` of ``model``, by name; ``trusted``: all are taken to be right.
 
-    :meth:`probe` reweights the losses of val samples. A layer that took no part in these is looked at in the first
-    train batch that runs it, see :mod:`indexer.forward_probe`.
+    :meth:`probe` reweights the losses of val samples (:mod:`indexer.sample_axis`); in the first train batch of two
+    samples or more :meth:`check_train` has the model run on some of them (:mod:`indexer.forward_probe`). Both must
+    agree, but for layers that val samples do not reach, where the second alone decides.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType], *, trusted: bool) -> None:
         self._model, self._kinds = model, kinds
         self._known: set[str] = set(kinds) if trusted else set()
         self._ran: set[str] = set()
-        self._probed = trusted
+        self._probed = self._followed = trusted
         self._keeper: CallKeeper | None = None
 
     def attach(self) -> None:
@@ -45,27 +46,27 @@ class KnownAxes:
     @property
     def complete(self) -> bool:
         """Whether there is nothing left to find out."""
-        return len(self._known) == len(self._kinds)
+        return self._followed and len(self._known) == len(self._kinds)
 
     def probe(self, losses: Losses, batch: Any, size: int, loss_scale: float) -> None:
-        """Reweight the losses of two and of three samples of a val batch of ``size``, the first time this is called.
+        """Reweight the losses of two and of three samples of a val batch of ``size``, and of all, the first time.
 
         CaptureError that names every layer whose rows are not the samples'.
         """
         if self._probed or not size:
             return
         with evaluating(self._model):
-            probe = self._resized(losses, batch, size, loss_scale)
-            if probe is None and size > 1:  # one that knows one size of batch alone
-                probe = AxisProbe(self._model, self._kinds)
+            probe = self._resized(losses, batch, size, loss_scale) or AxisProbe(self._model, self._kinds)
+            if size > max(PROBE_SIZES) or (size > 1 and not probe.seen):
                 self._run(probe, partial(losses, self._model, batch), size, loss_scale)
-        if probe is not None:
-            probe.refuse()
-            self._known |= probe.seen
+        probe.refuse()
+        self._known |= probe.seen
         self._probed = True
 
     def _resized(self, losses: Losses, batch: Any, size: int, scale: float) -> AxisProbe | None:
-        """The probe of two and of three samples of ``batch``; None where that says nothing."""
+        """The probe of two and of three samples of ``batch``; None where that says nothing: a function may know one
+        size of batch alone.
+        """
         probe = AxisProbe(self._model, self._kinds)
         try:
             for count in PROBE_SIZES:
@@ -85,13 +86,13 @@ class KnownAxes:
 
     @staticmethod
     def _run(probe: AxisProbe, losses: Callable[[], Tensor], size: int, scale: float) -> bool:
-        while not (told := probe.run(losses, size, scale)) and scale > 1.0:
+        while not (told := probe.run(losses, size, scale, more_of_the_same=True)) and scale > 1.0:
             scale = max(1.0, scale / 16)
         return told
 
     def ran(self, name: str) -> None:
         """Layer ``name`` takes part in the train batch that is open."""
-        if name not in self._known:
+        if not self.complete:
             self._ran.add(name)
 
     def begin_train(self) -> None:
@@ -101,19 +102,23 @@ class KnownAxes:
             self._keeper.call, self._keeper.wanted = None, not self.complete
 
     def check_train(self, batch: int) -> None:
-        """The layers of the train batch of ``batch`` samples that were not known before. CaptureError that names every
-        layer whose input does not follow the samples.
+        """Look at the layers of the train batch of ``batch`` samples, the first time, and later at those that did not
+        run before. CaptureError that names every layer whose input does not follow the samples.
         """
-        unknown = {name for name in self._ran if name not in self._known}
-        if not unknown:
+        unknown = self._ran - self._known
+        if not unknown and (self._followed or batch < 2):
             return
         call = None if self._keeper is None else self._keeper.call
-        if call is None:
+        if call is None and unknown:
             raise CaptureError(
                 f"it cannot be told which axis of {', '.join(sorted(unknown)[:5])} carries the samples: no val "
                 "sample's loss reaches it, and the model itself is not called in the training step, only parts of it. "
                 "Give val_data whose val_losses reach it, call the model, or leave it out with exclude_layers"
             )
-        refuse_mixed(strangers(self._model, call, batch, unknown), len(self._kinds))
+        if call is not None:
+            looked_at = unknown if self._followed else self._ran
+            problems = strangers(self._model, call, batch, looked_at)
+            known_elsewhere = {name for name, problem in problems.items() if problem == ABSENT} - unknown
+            refuse_mixed({n: p for n, p in problems.items() if n not in known_elsewhere}, len(self._kinds))
+        self._followed |= batch > 1
         self._known |= unknown
-        self.begin_train()
