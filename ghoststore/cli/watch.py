@@ -70,6 +70,8 @@ def render(frame: Any, width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from ghoststore.corpus.repeated import repeated_words
+
     if frame.waiting is not None:
         return Text(f"{frame.store}: {frame.waiting}", style="yellow")
     half = (width - 1) // 2 if width >= NARROW else width
@@ -85,7 +87,9 @@ def render(frame: Any, width: int) -> Any:
         else:
             grid.add_row(panels[place])
             grid.add_row(panels[place + 1])
-    return Group(_head(frame, width), grid, *(Text(f"note: {note}", style="yellow") for note in frame.notes))
+    words = repeated_words(frame.repeated_ids)
+    notes = [*frame.notes, *([words] if words else [])]
+    return Group(_head(frame, width), grid, *(Text(f"note: {note}", style="yellow") for note in notes))
 
 
 def _panel(title: str, content: Any, width: int, height: int | None = None) -> Any:
