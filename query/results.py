@@ -45,11 +45,11 @@ class QueryHits:
     """The rankings of one query: ``"mean"``, or the id of a val sample."""
 
     query: str
+    val_row: int | None = None
+    """Place of the val sample in the val set, from 0, which its id need not tell; None for a mean."""
     hits: list[Hit]
     bottom: list[Hit]
     """Lowest scores, lowest first; empty unless asked for."""
-    val_row: int | None = None
-    """Place of the val sample in the val set, from 0, which its id need not tell; None for a mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

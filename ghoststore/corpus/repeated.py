@@ -52,13 +52,13 @@ class RepeatedIds:
             self._spill()
 
     def count(self) -> Repeated | None:
-        """How many ids occur more than once, and in how many samples; None where every id is unique."""
-        ids = samples = 0
+        """How many ids occur more than once, and in how many samples; None where every id is unique. Once."""
         if self._file is None:
             ids, samples = _repeated(np.frombuffer(self._held, dtype=np.uint64))
         else:
             self._spill()
-            ids, samples = self._merged(self._file)
+            with self._file as file:
+                ids, samples = self._merged(file)
         return {"ids": ids, "samples": samples} if ids else None
 
     def _spill(self) -> None:
