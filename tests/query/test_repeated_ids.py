@@ -203,6 +203,8 @@ def test_what_is_asked_says_so(lab: Lab, folder: Path) -> None:
     assert {one.source_row for one in frame.best} == {hit.source_row for hit in scores.hits[:5]}
     held = ghoststore.info(store)
     assert [one.repeated_ids for one in (*held.parts, *held.runs)] == [REPEATED, REPEATED]
+    shown = lab.run("watch", "--once", "--store", store).out
+    assert all(f"(row {one.source_row})" in shown for one in frame.best)
     for words in (["scores"], ["watch", "--once"], ["info", "--part", "part"], ["info", "--run", "run"]):
         assert "occur more than once" in " ".join(lab.run(*words, "--store", store).out.split()), words
 
