@@ -306,6 +306,7 @@ def _plan(
             "samples": scan.rows,
             "max_samples": max_samples,
             "domains": scan.domains,
+            "repeated_ids": corpus_plan.repeated_ids,
             "fields": corpus.resolved.to_json(),
         },
         "tokens": asdict(settings),

@@ -17,6 +17,7 @@ import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,10 @@ def _by_name(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 
 def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A ``state_dict`` of torch's Adam numbers its parameters; names follow from the order and the shapes.
+    """A ``state_dict`` of torch's Adam numbers its parameters; names follow from the order, the groups and the shapes.
+
+    Shapes alone would not do: the layers of a model have the same ones, and an optimizer with a group a layer, say from
+    the last to the first, would pass for one in the order of the model.
 
     CheckpointError where no known order fits, or two fit that name the parameters differently.
     """
@@ -178,9 +182,11 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     if not shapes:
         raise CheckpointError(f"--optimizer-state {path} holds no {QUANTITY}: it is not the state of Adam or AdamW")
     if all("param_names" in group for group in groups):
-        orders = [[str(name) for group in groups for name in group["param_names"]]]
+        likely = [[[str(name) for name in group["param_names"]] for group in groups]]
     else:
-        orders = _likely_orders(parameters)
+        likely = _likely_groups(parameters)
+    sizes = [len(group["params"]) for group in groups if group["params"]]
+    orders = [list(chain(*named)) for named in likely if [len(names) for names in named if names] == sizes]
     fitting = [
         order
         for order in orders
@@ -191,7 +197,8 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     if not fitting or any(order != fitting[0] for order in fitting):
         problem = "fits no order of the model's parameters" if not fitting else "fits several orders of the parameters"
         raise CheckpointError(
-            f"--optimizer-state {path} numbers its {len(numbers)} parameters and {problem} ({len(parameters)}); save "
+            f"--optimizer-state {path} numbers its {len(numbers)} parameters, in {len(sizes)} group(s), and {problem} "
+            f"({len(parameters)}); save "
             "it with names: torch.optim.AdamW(model.named_parameters(), …)"
         )
     return {
@@ -199,22 +206,25 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     }
 
 
-def _likely_orders(parameters: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """As the model has them; or decayed ones first: transformers' rule (no biases, no norms), or nanoGPT's."""
+def _likely_groups(parameters: Mapping[str, tuple[int, ...]]) -> list[list[list[str]]]:
+    """The groups of an optimizer, by its maker: one as the model has them; or two, decayed ones first: transformers'
+    rule (no biases, no norms), or nanoGPT's.
+    """
     names = list(parameters)
 
-    def split(decays: Callable[[str], bool]) -> list[str]:
-        return [name for name in names if decays(name)] + [name for name in names if not decays(name)]
+    def split(decays: Callable[[str], bool]) -> list[list[str]]:
+        return [[name for name in names if decays(name)], [name for name in names if not decays(name)]]
 
     def by_name(name: str) -> bool:
         return not (name.endswith("bias") or "norm" in name.lower() or "ln_" in name)
 
-    return [names, split(by_name), split(lambda name: len(parameters[name]) >= 2)]
+    return [[names], split(by_name), split(lambda name: len(parameters[name]) >= 2)]
 
 
 def learning_rate_of(folder: Path) -> float | None:
     """The learning rate of the last step before a training checkpoint, as ``ghoststore train`` (``state.json``) or
-    transformers' Trainer (``trainer_state.json``) wrote it beside it; None where neither says.
+    transformers' Trainer (``trainer_state.json``) wrote it beside it; None where neither says, or where the Trainer
+    logged it at another step.
     """
     try:
         ours = folder / OURS.parent / "state.json"
@@ -222,8 +232,10 @@ def learning_rate_of(folder: Path) -> float | None:
             return _rate(json.loads(ours.read_bytes()).get("learning_rate"))
         theirs = folder / "trainer_state.json"
         if theirs.is_file():
-            logged = [entry["learning_rate"] for entry in json.loads(theirs.read_bytes())["log_history"]
-                      if "learning_rate" in entry]  # fmt: skip
+            state = json.loads(theirs.read_bytes())
+            # It logs every so many steps: what it logged last may be of a step long before the checkpoint.
+            logged = [entry["learning_rate"] for entry in state["log_history"]
+                      if "learning_rate" in entry and entry["step"] == state["global_step"]]  # fmt: skip
             return _rate(logged[-1]) if logged else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # only weights of several parts need it, and asking for them says what is missing

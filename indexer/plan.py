@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
+from ghoststore.corpus.repeated import Repeated, RepeatedIds, repeated_words
 from ghoststore.errors import CorpusError, MismatchError
 from ghoststore.progress import Progress, Silent
 from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of, rows_of_sample
@@ -37,6 +38,8 @@ class CorpusPlan:
     """(spans, 5), see COLUMNS."""
     before: NDArray[np.int64]
     """(spans,): planned samples before the one that each span begins with."""
+    repeated_ids: Repeated | None
+    """None where every sample has an id of its own."""
 
 
 class SpanDigest:
@@ -103,13 +106,14 @@ def plan_corpus(
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
     Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks. ``on_sample`` is
-    shown every sample.
+    shown every sample. Ids that samples share are counted, and noted.
     Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
     MismatchError for tokens of another tokenizer.
     """
     table = _TableBuilder(span_rows)
     tokens, lengths_needed = 0, tokenize or settings.needs_lengths
     waiting: list[Sample] = []
+    named, ids = corpus.resolved.id is not None, RepeatedIds()  # without a field, ids are places: no two are the same
 
     def flush() -> None:
         nonlocal tokens
@@ -121,6 +125,8 @@ def plan_corpus(
 
     def see(sample: Sample) -> None:
         tokenizer.check(sample)
+        if named:
+            ids.add(sample.id)
         if on_sample is not None:
             on_sample(sample)
         if not lengths_needed:
@@ -130,7 +136,8 @@ def plan_corpus(
         if len(waiting) == SAMPLES_AT_ONCE:
             flush()
 
-    with closing((progress or Silent()).task("scanning corpus", None)) as task:
+    progress = progress or Silent()
+    with closing(progress.task("scanning corpus", None)) as task:
         seen = 0
 
         def scanned(rows: int) -> None:
@@ -144,12 +151,16 @@ def plan_corpus(
     if not scan.rows:
         of = "" if corpus.domains is None else f" of {', '.join(map(repr, sorted(corpus.domains)))}"
         raise CorpusError(f"{corpus.source}: has no rows{of}")
+    repeated_ids = ids.count()
+    if words := repeated_words(repeated_ids):
+        progress.note(f"{corpus.source}: {words}")
     return CorpusPlan(
         scan=scan,
         rows=table.rows,
         tokens=tokens if lengths_needed else None,
         table=table.table(),
         before=np.array(table.before, dtype=np.int64),
+        repeated_ids=repeated_ids,
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.software import versions_of
 from ghoststore.store import Store
@@ -127,6 +128,7 @@ def open_run(
             "fingerprint": samples.fingerprint(),
             "samples": len(samples.ids),
             "domains": samples.domain_names or None,
+            "repeated_ids": RepeatedIds.of(samples.ids),
         },
         "val": {"fingerprint": val_fingerprint(engine.val_batches), "rows": engine.val_samples},
         "training": {"batch": shape.batch, "max_steps": shape.steps},

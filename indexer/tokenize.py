@@ -70,6 +70,8 @@ class TokenizeReport:
     vocabulary: int
     tokenizer_fingerprint: str
     corpus_fingerprint: str
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     bytes_on_disk: int
     resumed_samples: int
     """Samples that were committed before this call."""
@@ -188,6 +190,7 @@ def _manifest(
             "max_samples": max_samples,
             "only_domains": None if corpus.domains is None else sorted(corpus.domains),
             "domains": scan.domains,
+            "repeated_ids": plan.repeated_ids,
             "fields": corpus.resolved.to_json(),
         },
         "storage": {
@@ -303,6 +306,7 @@ def _report(shards: TokenShards, resumed: int, written: int, workers: int, secon
         out=str(shards.folder), samples=shards.samples, tokens=shards.tokens, shards=shards.layout.shards,
         domains=counts, empty_samples=int((shards.length == 0).sum()), token_dtype=shards.layout.token_dtype.name,
         vocabulary=shards.layout.vocabulary, tokenizer_fingerprint=shards.tokenizer_fingerprint,
-        corpus_fingerprint=shards.corpus_fingerprint, bytes_on_disk=sum(path.stat().st_size for path in files),
+        corpus_fingerprint=shards.corpus_fingerprint, repeated_ids=shards.repeated_ids,
+        bytes_on_disk=sum(path.stat().st_size for path in files),
         resumed_samples=resumed, written_tokens=written, workers=workers, seconds=seconds,
     )  # fmt: skip

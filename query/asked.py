@@ -190,6 +190,11 @@ class Asked:
         return scores[:first]
 
     @property
+    def val_rows(self) -> Sequence[int | None]:
+        """For each of ``names`` the place of its val sample in the val set; None for a mean."""
+        return self.val.places if self.question.each else [None] * len(self.names)
+
+    @property
     def _grouped(self) -> bool:
         return self.question.group_field is not None
 
@@ -224,6 +229,7 @@ class Asked:
             "exclude_layers": list(question.exclude_layers),
             "checkpoint": str(question.checkpoint or self.part.manifest["source"]["checkpoint"]),
             "rows": self.rows,
+            "repeated_ids": self.part.repeated_ids,
             **({} if self.blend is None else self.blend.settings(question.with_scores)),
         }
 
@@ -280,11 +286,11 @@ def ask(question: Question, progress: Progress) -> Asked:
 def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> None:
     """UsageError where val samples have a gradient at one checkpoint and none at another."""
     for part, val in zip(parts, vals, strict=True):
-        if (val.ids, val.used) != (vals[0].ids, vals[0].used):
+        if val.digest != vals[0].digest:  # ids may repeat, and as many may be others
             raise UsageError(
                 f"{val.used} val samples have a gradient at the checkpoint of part {part.name!r}, and {vals[0].used} "
-                f"at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores cannot be "
-                "summed. Remove these val samples, or query one part"
+                f"(or others) at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores "
+                "cannot be summed. Remove these val samples, or query one part"
             )
 
 

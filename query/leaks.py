@@ -35,6 +35,8 @@ class Leak:
     id: str
     source_row: int
     val_id: str
+    val_row: int
+    """Place of the val sample in the val set, from 0."""
     overlap: float
     """Share of the val sample's shingles that the row holds; 1 where their words are equal."""
 
@@ -54,7 +56,8 @@ class LeakCheck:
     """Holds an index of the val set; rows of the corpus pass by, each once."""
 
     def __init__(self, val_samples: Iterable[Sample]) -> None:
-        self._ids: list[str] = []
+        self._vals: list[tuple[str, int]] = []
+        """(id, source row)."""
         self._sizes: list[int] = []
         self._holders: dict[Shingle, list[int]] = {}
         """Shingles to the val samples that hold them."""
@@ -62,7 +65,7 @@ class LeakCheck:
         """Leaks by source row."""
         for place, sample in enumerate(val_samples):
             held = set(shingles(sample.preview()))
-            self._ids.append(sample.id)
+            self._vals.append((sample.id, sample.source_row))
             self._sizes.append(len(held))
             for shingle in held:
                 self._holders.setdefault(shingle, []).append(place)
@@ -75,7 +78,7 @@ class LeakCheck:
         counts = Counter(place for shingle in known for place in self._holders[shingle])
         overlap, place = max((count / self._sizes[place], -place) for place, count in counts.items())
         if overlap >= OVERLAP:
-            self.found[sample.source_row] = Leak(sample.id, sample.source_row, self._ids[-place], overlap)
+            self.found[sample.source_row] = Leak(sample.id, sample.source_row, *self._vals[-place], overlap)
 
 
 def check_policy(leaks: Leaks) -> None:
@@ -90,8 +93,8 @@ def refuse(found: list[Leak], val_set: str) -> None:
         first = found[0]
         raise UsageError(
             f"{len(found):,} sample(s) of the corpus are near-duplicates of the val set {val_set}: the first is "
-            f"{first.id!r} (row {first.source_row}), which holds {first.overlap:.0%} of val sample {first.val_id!r}. "
-            "Nothing was written; leave them out with --leaks exclude"
+            f"{first.id!r} (row {first.source_row}), which holds {first.overlap:.0%} of val sample {first.val_id!r} "
+            f"(row {first.val_row}). Nothing was written; leave them out with --leaks exclude"
         )
 
 

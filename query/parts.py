@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ghoststore.corpus.repeated import repeated_words
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
@@ -49,6 +50,12 @@ def open_parts(
             )
     _refuse_other_rows(parts)
     return parts, _weights(parts, weights)
+
+
+def note_repeated(part: Part, progress: Progress) -> None:
+    """Say that ids of ``part`` do not tell its samples apart, if that is so."""
+    if words := repeated_words(part.repeated_ids):
+        progress.note(f"part {part.name!r}: {words} (source_row)")
 
 
 def part_names(names: str | Sequence[str] | None) -> list[str | None]:

@@ -13,7 +13,7 @@ from ghoststore.store.fidelity import read_fidelity
 from query.ann.index import AnnIndex
 from query.asked import Asked, ask
 from query.hits import hits_of
-from query.parts import PartWeights, part_names
+from query.parts import PartWeights, note_repeated, part_names
 from query.question import Combine, Precondition, Question
 from query.report import write_report
 from query.results import QueryHits, QueryResult, check_output
@@ -101,6 +101,7 @@ def query(
     if index == "ann":
         _refuse_index(question)
     asked = ask(question, progress)
+    note_repeated(asked.part, progress)
     opened = None
     if index == "ann":
         opened = AnnIndex.open(asked.part, index_name, metric=metric, device=asked.device)
@@ -117,7 +118,8 @@ def query(
             "fidelity": fidelity_settings(asked, progress),
         },
         results=[
-            QueryHits(query=name, hits=best, bottom=worst) for name, best, worst in zip(asked.names, *hits, strict=True)
+            QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
+            for name, val_row, best, worst in zip(asked.names, asked.val_rows, *hits, strict=True)
         ],
     )
     if page is not None:

@@ -45,6 +45,8 @@ class QueryHits:
     """The rankings of one query: ``"mean"``, or the id of a val sample."""
 
     query: str
+    val_row: int | None = None
+    """Place of the val sample in the val set, from 0, which its id need not tell; None for a mean."""
     hits: list[Hit]
     bottom: list[Hit]
     """Lowest scores, lowest first; empty unless asked for."""
@@ -67,15 +69,16 @@ class QueryResult:
         return {"store": self.store, "settings": self.settings, "results": results}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Flat rows: query, list (top or bottom) and the fields of a hit."""
+        """Flat rows: query, its val row, list (top or bottom) and the fields of a hit."""
         for result in self.results:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
-                    yield {"query": result.query, "list": name, **asdict(hit)}
+                    yield {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
 
     def write(self, path: str | Path) -> None:
         """Write to a new file: ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``."""
-        write_result(path, self.to_json, {"query": str, "list": str, **columns_of(self._hit)}, self.rows())
+        columns = {"query": str, "val_row": int, "list": str, **columns_of(self._hit)}
+        write_result(path, self.to_json, columns, self.rows())
 
     @property
     def _hit(self) -> type[Hit]:

@@ -55,7 +55,7 @@ class DomainScores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """One time that a sample was trained on."""
+    """One time that a sample was trained on. Samples of one id are told apart by ``source_row``."""
 
     step: int
     rank: int
@@ -68,7 +68,7 @@ class HistoryEntry:
     weighted: float | None
     """η·score."""
     cumulative: float
-    """Sum of the weighted scores up to here."""
+    """Sum of the weighted scores of this sample (its ``source_row``) up to here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,8 @@ class ScoreSummary:
     without_learning_rate: int
     negative_share: float | None
     """Among the scores that count; None without any."""
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class ScoresResult:
     domains: list[DomainScores] | None = None
     """By falling value per time; only where ``by`` was asked for."""
     history: list[HistoryEntry] | None = None
-    """In the order of steps; only of a ``sample``."""
+    """In the order of steps; only of a ``sample``, or of all samples of that id."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore scores --json`` prints: of ``hits``, ``bottom``, ``domains`` and ``history`` what

@@ -47,7 +47,8 @@ def scores(
 ) -> ScoresResult:
     """The samples with the highest (``top_k``, by default 10) and lowest (``bottom_k``) values in a training run.
 
-    With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id. ``value`` is
+    With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
+    a running sum of its own, where several have it). ``value`` is
     ``cumulative`` (Σ η·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
@@ -75,18 +76,15 @@ def scores(
     chosen = _domain_places(opened, domains)
     units = Units(opened, unit)
     sums = ScoreSums(len(units), weighted=value in WEIGHTED)
-    history: list[HistoryEntry] | None = None
-    if sample is not None:
-        history = []
-    mine = None if sample is None else _rows_of_id(opened, sample, progress)
+    history = None if sample is None else _History(opened, _rows_of_id(opened, sample, progress))
     spans = spans_of(opened, window)
     with closing(progress.task("reading scores", _steps_of(opened, spans, window), unit="steps")) as task:
         for piece in stream_steps(opened, column, spans, window, loss=history is not None):
             counts = sums.add(piece.places, units.of(piece.places.row))
-            if history is not None and mine is not None:
-                _extend(history, opened, piece.places, counts, mine)
+            if history is not None:
+                history.extend(piece.places, counts)
             task.advance(piece.stop - piece.start)
-    if history is not None and not history:
+    if history is not None and not history.entries:
         progress.note(f"sample {sample!r} was not trained on in these steps")
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and by is None:
@@ -116,7 +114,7 @@ def scores(
         hits=hits[0],
         bottom=hits[1],
         domains=by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
-        history=history,
+        history=None if history is None else history.entries,
     )
 
 
@@ -177,31 +175,47 @@ def _rows_of_id(run: Run, sample: str, progress: Progress) -> NDArray[np.int64]:
         raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {some}")
     samples = len(np.unique(run.rows.read_rows("source_row", found)))
     if samples > 1:
-        progress.note(f"{samples} samples have the id {sample!r}: see source_row")
+        progress.note(f"{samples} samples have the id {sample!r}, each a running sum of its own: see source_row")
     return np.asarray(found, dtype=np.int64)
 
 
-def _extend(
-    history: list[HistoryEntry], run: Run, places: Places, counts: NDArray[np.bool_], mine: NDArray[np.int64]
-) -> None:
-    """Append what ``places`` hold of the rows ``mine``."""
-    here = np.flatnonzero(np.isin(places.row, mine))
-    if not len(here):
-        return
-    rows = places.row[here]
-    sources, starts = (run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
-    for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
-        assert places.loss is not None
-        score, eta = float(places.score[place]), float(places.learning_rate[place])
-        weighted = eta * score if counts[place] else None
-        before = history[-1].cumulative if history else 0.0
-        history.append(
-            HistoryEntry(
-                step=int(places.step[place]), rank=int(places.rank[place]), source_row=source, window_start=start,
-                loss=finite(float(places.loss[place])), learning_rate=finite(eta), score=finite(score),
-                weighted=weighted, cumulative=before + (weighted or 0.0),
+class _History:
+    """Every time that the rows ``mine`` were trained on. A sample's windows share one running sum; samples, even of
+    the same id, do not.
+    """
+
+    def __init__(self, run: Run, mine: NDArray[np.int64]) -> None:
+        self._run = run
+        self._mine = mine
+        self._sums: dict[int, float] = {}
+        """By source row."""
+        self.entries: list[HistoryEntry] = []
+
+    def extend(self, places: Places, counts: NDArray[np.bool_]) -> None:
+        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count."""
+        here = np.flatnonzero(np.isin(places.row, self._mine))
+        if not len(here):
+            return
+        rows = places.row[here]
+        sources, starts = (self._run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
+        for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
+            assert places.loss is not None
+            score, eta = float(places.score[place]), float(places.learning_rate[place])
+            weighted = eta * score if counts[place] else None
+            self._sums[source] = self._sums.get(source, 0.0) + (weighted or 0.0)
+            self.entries.append(
+                HistoryEntry(
+                    step=int(places.step[place]),
+                    rank=int(places.rank[place]),
+                    source_row=source,
+                    window_start=start,
+                    loss=finite(float(places.loss[place])),
+                    learning_rate=finite(eta),
+                    score=finite(score),
+                    weighted=weighted,
+                    cumulative=self._sums[source],
+                )
             )
-        )  # fmt: skip
 
 
 def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_times: int | None) -> NDArray[np.bool_]:
@@ -218,5 +232,5 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
         last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1, planned=run.layout.steps,
         gaps=gaps_of(run, window), rows=len(units), seen=int(sums.seen.sum()), times=tally.times, scored=tally.scored,
         unscored=tally.unscored, not_finite=tally.not_finite, without_learning_rate=tally.without_learning_rate,
-        negative_share=tally.negative_share,
+        negative_share=tally.negative_share, repeated_ids=run.repeated_ids,
     )  # fmt: skip

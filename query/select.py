@@ -18,7 +18,7 @@ from query.choose import Amount, Quotas
 from query.corpus_check import read_unchanged
 from query.diversity import Diversity
 from query.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
-from query.parts import part_names
+from query.parts import note_repeated, part_names
 from query.question import Question
 from query.samples import Samples
 from query.select_files import Order, SelectFiles
@@ -76,6 +76,7 @@ def select(
     with open_corpus(str(wanted.val_set), wanted.val_fields()) as val_set:
         leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
         asked = ask(replace(wanted, val_set=val_set.source), progress)
+    note_repeated(asked.part, progress)
     places = read_unchanged(corpus, asked.part, leak_check.see, progress)
     found = list(leak_check.found.values())
     if leaks == "error":

@@ -13,7 +13,7 @@ from ghoststore.store.status import FIRST_UNUSABLE
 from query.blend import rankings_of
 from query.hits import hits_of
 from query.layers import choose_groups
-from query.parts import open_parts
+from query.parts import note_repeated, open_parts
 from query.results import QueryHits, QueryResult
 from query.second_moment import DampedInverse, checked_damping
 
@@ -44,6 +44,7 @@ def self_influence(
     if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
         raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
     (opened,), _ = open_parts(store, part, None, progress)
+    note_repeated(opened, progress)
     groups = choose_groups(opened, layers, exclude_layers)
     inverse = DampedInverse(opened, checked_damping(damping), progress, resolve_device(device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
@@ -66,6 +67,7 @@ def self_influence(
             "layers": list(layers),
             "exclude_layers": list(exclude_layers),
             "rows": opened.rows,
+            "repeated_ids": opened.repeated_ids,
             "top_k": top_k,
             "bottom_k": bottom_k,
         },

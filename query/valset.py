@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +40,10 @@ class ValVectors:
     """Val rows without one, by status."""
     rows_of: dict[str, int] = field(default_factory=dict)
     """Val rows of each mean."""
+    places: list[int] = field(default_factory=list)
+    """With ``each``: the place in the val set, from 0, of the sample that each vector is of. Ids may repeat."""
+    digest: int = 0
+    """Hash of which val rows have a vector: their samples' places and first tokens."""
 
 
 def encode_val_set(
@@ -62,6 +67,8 @@ def encode_val_set(
     sums: dict[str, NDArray[np.float64]] = {}
     counts: Counter[str] = Counter()
     ids: list[str] = []
+    places: list[int] = []
+    used_rows, which = 0, xxhash.xxh3_64()
     kept: list[Tensor] = []
     left_out: Counter[str] = Counter()
     with (
@@ -77,21 +84,32 @@ def encode_val_set(
                 for place, row in enumerate(some)
             ]
             used = [place for place, fate in enumerate(fates) if fate.usable]
+            used_rows += len(used)
+            for place in used:
+                which.update(f"{some[place].sample.source_row} {some[place].window_start};".encode())
             left_out.update(fate.name.lower() for fate in fates if not fate.usable)
             if grouping == "each":
                 ids += [some[place].sample.id for place in used]
+                places += [some[place].sample.source_row for place in used]
                 kept.append(vectors[used])
                 continue
-            for label, places in _by_label([some[place] for place in used], used, grouping).items():
-                sums[label] = sums.get(label, np.zeros(encoder.dimension)) + vectors[places].double().sum(0).numpy()
-                counts[label] += len(places)
+            for label, mine in _by_label([some[place] for place in used], used, grouping).items():
+                sums[label] = sums.get(label, np.zeros(encoder.dimension)) + vectors[mine].double().sum(0).numpy()
+                counts[label] += len(mine)
     if not ids and not counts:
         raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
     if grouping != "each":
         ids = sorted(sums)
         kept = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
-    used_rows = counts.total() if counts else len(ids)
-    return ValVectors(vectors=torch.cat(kept), ids=ids, used=used_rows, left_out=dict(left_out), rows_of=dict(counts))
+    return ValVectors(
+        vectors=torch.cat(kept),
+        ids=ids,
+        used=used_rows,
+        left_out=dict(left_out),
+        rows_of=dict(counts),
+        places=places,
+        digest=which.intdigest(),
+    )
 
 
 def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:

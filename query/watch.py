@@ -75,7 +75,8 @@ class Watcher:
         """Committed spans that are not read yet."""
         self._texts_at_hand = text
         self._texts: dict[int, str | None] = {}
-        self._ids: dict[int, str] = {}
+        self._ids: dict[int, tuple[str, int]] = {}
+        """(id, source row) of units that were shown."""
         self._last: Frame | None = None
         self._heard = _Heard()
 
@@ -139,6 +140,7 @@ class Watcher:
         unread = sum(stop - start for start, stop in map(run.layout.span_of, self._pending))
         shared: dict[str, Any] = {
             "store": str(self._store.path), "run": run.name, "planned": run.layout.steps, "steps": run.steps,
+            "repeated_ids": run.repeated_ids,
         }  # fmt: skip
         if not run.spans:
             return Frame(waiting=f"run {run.name!r} has no committed steps yet", **shared)
@@ -168,7 +170,8 @@ class Watcher:
     def _extreme(self, unit: int, values: NDArray[np.float64], run: Run) -> Extreme:
         domain = int(self._domain[unit])
         return Extreme(
-            id=self._ids[unit], domain=run.domains[domain] if domain >= 0 else None,
+            id=self._ids[unit][0], source_row=self._ids[unit][1],
+            domain=run.domains[domain] if domain >= 0 else None,
             value=float(values[unit]), times=int(self._sums.times[unit]), text=self._texts.get(unit),
         )  # fmt: skip
 
@@ -178,7 +181,8 @@ class Watcher:
         if not new:
             return
         rows = self._units.first_row[new].tolist()
-        self._ids |= zip(new, map(str, run.rows.read_rows("sample_id", rows)), strict=True)
+        ids, sources = (run.rows.read_rows(name, rows) for name in ("sample_id", "source_row"))
+        self._ids |= zip(new, zip(map(str, ids), sources.tolist(), strict=True), strict=True)
         source = run.manifest["source"]
         quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
         if quick and self._texts_at_hand:

@@ -11,6 +11,7 @@ class Extreme:
     """One of the best or worst samples so far, by Σ η·score."""
 
     id: str
+    source_row: int
     domain: str | None
     value: float
     times: int
@@ -51,6 +52,8 @@ class Frame:
     waiting: str | None = None
     """What is waited for; None once there are steps."""
     notes: list[str] = field(default_factory=list)
+    repeated_ids: dict[str, int] | None = None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     planned: int = 0
     steps: int = 0
     """Committed steps."""

@@ -73,6 +73,7 @@ def _print_part(part: Any) -> None:
         ("  weights", manifest["checkpoint"]["fingerprint"]),
         ("corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"),
         ("  content", corpus["fingerprint"]),
+        *_repeated(part),
         ("domains", ", ".join(corpus["domains"] or []) or "none"),
         ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
         ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
@@ -81,6 +82,13 @@ def _print_part(part: Any) -> None:
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)
+
+
+def _repeated(one: Any) -> list[tuple[str, str]]:
+    from ghoststore.corpus.repeated import repeated_words
+
+    words = repeated_words(one.repeated_ids)
+    return [("  ids", words)] if words else []
 
 
 def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
@@ -126,6 +134,7 @@ def _print_run(run: Any) -> None:
         ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch)"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
         ("rows", f"{run.rows:,}"),
+        *_repeated(run),
         ("domains", ", ".join(run.manifest["corpus"]["domains"] or []) or "none"),
         ("train loss", _number(run.train_loss)),
         ("val loss", _number(run.val_loss)),

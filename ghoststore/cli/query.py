@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,9 @@ def _print(result: Any) -> None:
     scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
     columns = [("rank", True), *scores, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
+    times = Counter(query.query for query in result.results)
     for query in result.results:
+        name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:
@@ -93,7 +96,7 @@ def _print(result: Any) -> None:
                     [str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)]
                 )  # fmt: skip
             if rows:
-                print_table(title.format(query.query, metric), columns, rows, fold=False)
+                print_table(title.format(name, metric), columns, rows, fold=False)
     if result.settings.get("index") == "ann":
         recall = result.settings["recall"]
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())

@@ -94,6 +94,7 @@ def _print(result: Any) -> None:
 
 def _print_summary(result: Any) -> None:
     from ghoststore.cli.terminal import print_facts
+    from ghoststore.corpus.repeated import repeated_words
 
     summary = result.summary
     left_out = [
@@ -113,6 +114,8 @@ def _print_summary(result: Any) -> None:
     ]
     if left_out:
         facts.append(("left out", ", ".join(left_out)))
+    if words := repeated_words(summary.repeated_ids):
+        facts.append(("ids", words))
     if summary.gaps:
         shown = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in summary.gaps[:5])
         more = f" and {len(summary.gaps) - 5} more" * (len(summary.gaps) > 5)
@@ -157,12 +160,16 @@ def _print_history(result: Any) -> None:
 
     columns = [("step", True), ("rank", True), ("token", True), ("loss", True), ("learning rate", True),
                ("score", True), ("η·score", True), ("cumulative", True)]  # fmt: skip
-    rows = [
-        [f"{one.step:,}", str(one.rank), str(one.window_start), _number(one.loss), _number(one.learning_rate),
-         _number(one.score), _number(one.weighted), _number(one.cumulative)]
-        for one in result.history
-    ]  # fmt: skip
-    print_table(f"sample {result.settings['sample']}", columns, rows)
+    samples = sorted({one.source_row for one in result.history})
+    for source_row in samples or [None]:
+        rows = [
+            [f"{one.step:,}", str(one.rank), str(one.window_start), _number(one.loss), _number(one.learning_rate),
+             _number(one.score), _number(one.weighted), _number(one.cumulative)]
+            for one in result.history
+            if one.source_row == source_row
+        ]  # fmt: skip
+        which = f", row {source_row}" if len(samples) > 1 else ""
+        print_table(f"sample {result.settings['sample']}{which}", columns, rows)
 
 
 NAMES = {"cumulative": "Σ η·score", "mean": "mean η·score", "sum": "Σ score", "last": "last score"}

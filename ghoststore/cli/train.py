@@ -113,6 +113,7 @@ def _projection(values: dict[str, Any]) -> Any:
 
 def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_facts
+    from ghoststore.corpus.repeated import repeated_words
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -127,6 +128,7 @@ def _print(report: Any) -> None:
         facts += [
             ("steps", f"{report.steps:,}{resumed}"),
             ("train loss", f"{number(report.train_loss, '.4f')} (last steps)"),
+            *([("ids", words)] if (words := repeated_words(report.repeated_ids)) else []),
             ("speed", f"{number(report.tokens_per_second, ',.0f')} tokens/s"),
             ("checkpoint", report.checkpoint),
         ]

@@ -70,13 +70,15 @@ def render(frame: Any, width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from ghoststore.corpus.repeated import repeated_words
+
     if frame.waiting is not None:
         return Text(f"{frame.store}: {frame.waiting}", style="yellow")
     half = (width - 1) // 2 if width >= NARROW else width
     panels = (
         _losses(frame, half), _now(frame, half), _scores(frame, half), _domains(frame, half),
-        _extremes("best so far, by Σ η·score", frame.best, "green", half),
-        _extremes("worst so far", frame.worst, "red", half),
+        _extremes("best so far, by Σ η·score", frame.best, "green", half, rows=frame.repeated_ids is not None),
+        _extremes("worst so far", frame.worst, "red", half, rows=frame.repeated_ids is not None),
     )  # fmt: skip
     grid = Table.grid()
     for place in range(0, len(panels), 2):
@@ -85,7 +87,9 @@ def render(frame: Any, width: int) -> Any:
         else:
             grid.add_row(panels[place])
             grid.add_row(panels[place + 1])
-    return Group(_head(frame, width), grid, *(Text(f"note: {note}", style="yellow") for note in frame.notes))
+    words = repeated_words(frame.repeated_ids)
+    notes = [*frame.notes, *([words] if words else [])]
+    return Group(_head(frame, width), grid, *(Text(f"note: {note}", style="yellow") for note in notes))
 
 
 def _panel(title: str, content: Any, width: int, height: int | None = None) -> Any:
@@ -204,7 +208,8 @@ def _domains(frame: Any, width: int) -> Any:
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))
 
 
-def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
+def _extremes(title: str, extremes: Any, style: str, width: int, *, rows: bool) -> Any:
+    """With ``rows`` ids do not tell samples apart: their rows stand beside them."""
     from rich.table import Table
     from rich.text import Text
 
@@ -213,13 +218,14 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     def longest(cells: list[str], most: int) -> int:
         return min(most, max(map(len, cells), default=0))
 
+    names = [f"{one.id} (row {one.source_row})" if rows else one.id for one in extremes]
     table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
     table.add_column(justify="right", no_wrap=True, width=longest([f"{one.value:.3g}" for one in extremes], 12))
-    table.add_column(no_wrap=True, overflow="ellipsis", width=longest([one.id for one in extremes], width // 3))
+    table.add_column(no_wrap=True, overflow="ellipsis", width=longest(names, width // 3))
     table.add_column(no_wrap=True, overflow="ellipsis", width=longest([one.domain or "" for one in extremes], 11))
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for one in extremes:
-        table.add_row(Text(f"{one.value:.3g}", style=style), Text(one.id), Text(one.domain or "", style="dim"),
+    for one, name in zip(extremes, names, strict=True):
+        table.add_row(Text(f"{one.value:.3g}", style=style), Text(name), Text(one.domain or "", style="dim"),
                       Text(preview(one.text), style="dim"))  # fmt: skip
     return _panel(title, table, width)
 

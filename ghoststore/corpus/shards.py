@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ghoststore.corpus.fields import Tokenized
 from ghoststore.corpus.formats import KeyedRow
+from ghoststore.corpus.repeated import Repeated
 from ghoststore.corpus.scan import MAX_DOMAINS
 from ghoststore.errors import CheckpointError, CorpusError, CorruptError, MismatchError
 from ghoststore.store.commits import Commit, FileRecord, committed, json_digest, read_commit, record_path
@@ -222,6 +223,8 @@ class TokenShards:
         """Names that ``domain`` indexes."""
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
         self.corpus_fingerprint: str = manifest["corpus"]["fingerprint"]
+        self.repeated_ids: Repeated | None = manifest["corpus"].get("repeated_ids")
+        """None where every id is unique."""
         self._files = files
         self._commits = commits
         self._verify_on_read = verify_on_read

@@ -29,6 +29,8 @@ class PartInfo:
     statuses: dict[str, int]
     """Committed rows by status."""
     tokens: int
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     dimension: int
     dtype: str
     row_bytes: int
@@ -56,6 +58,8 @@ class RunInfo:
     """Samples of one rank's step."""
     rows: int
     """Rows of the row table: what it trains on."""
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     train_loss: float | None
     """Of the last committed step with a finite one."""
     val_loss: float | None
@@ -113,6 +117,7 @@ def describe(part: Part) -> PartInfo:
         committed=part.rows,
         statuses=sums.statuses,
         tokens=sums.tokens,
+        repeated_ids=part.repeated_ids,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,
@@ -134,6 +139,7 @@ def describe_run(run: Run) -> RunInfo:
         ranks=run.layout.ranks,
         batch=run.layout.batch,
         rows=run.layout.rows,
+        repeated_ids=run.repeated_ids,
         train_loss=_last(run, "train_loss"),
         val_loss=_last(run, "val_loss"),
         negative=_negative(run),

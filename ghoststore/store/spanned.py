@@ -111,6 +111,12 @@ class Spanned(ABC, Generic[L]):
         """Names that the ``domain`` array indexes; -1 there is no domain."""
         return list(self.manifest["corpus"]["domains"] or [])
 
+    @property
+    def repeated_ids(self) -> dict[str, int] | None:
+        """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+        found: dict[str, int] | None = self.manifest["corpus"].get("repeated_ids")
+        return found
+
     def commit(self, span: int) -> Commit:
         """The record of a committed span."""
         return read_commit(self.path, span)

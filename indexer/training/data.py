@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ghoststore.corpus.repeated import Repeated, RepeatedIds
 from ghoststore.corpus.shards import TokenShards
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.store.run_rows import RowTable
@@ -109,6 +110,12 @@ class TrainingRows:
     def targets_of(self, rows: NDArray[np.int64]) -> int:
         """Targets of these rows together."""
         return int(np.maximum(self.length[rows] - self.first_target[rows], 0).sum())
+
+    def repeated_ids(self) -> Repeated | None:
+        """Ids that several samples of these rows have; None where every id is unique."""
+        if self.shards.repeated_ids is None:
+            return None
+        return RepeatedIds.of(self.shards.sample_id[np.unique(self.sample)])
 
     def table(self) -> RowTable:
         """The row table of a run."""

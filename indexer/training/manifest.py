@@ -13,6 +13,7 @@ from ghoststore.software import versions_of
 from ghoststore.store.manifest import Manifest
 from ghoststore.store.run import RunLayout
 from indexer.training.config import TrainConfig
+from indexer.training.data import TrainingRows
 from indexer.training.inputs import Start
 from indexer.training.scorer import Scorer
 from indexer.training.validation import ValSet
@@ -32,7 +33,7 @@ def run_manifest(
     start: Start,
     model: Any,
     shards: TokenShards,
-    rows: int,
+    rows: TrainingRows,
     val: ValSet | None,
     scorer: Scorer | None,
     domains: tuple[str, ...],
@@ -42,11 +43,11 @@ def run_manifest(
     checkpoint_interval: int,
     source: Mapping[str, str | None],
 ) -> Manifest:
-    """The manifest of a run of ``steps`` steps over ``rows`` rows. ``source`` says where its inputs lie."""
+    """The manifest of a run of ``steps`` steps over ``rows``. ``source`` says where its inputs lie."""
     asked, scoring = config.optimization, config.scoring
     layout = RunLayout(
         steps=steps, ranks=ranks, batch=asked.batch_size * asked.gradient_accumulation_steps,
-        span_steps=config.dot_prod_save_interval, rows=rows, groups=tuple(scorer.groups) if scorer else (),
+        span_steps=config.dot_prod_save_interval, rows=len(rows), groups=tuple(scorer.groups) if scorer else (),
         blocks=tuple(scorer.blocks) if scorer else (),
     )  # fmt: skip
     method = scorer.engine.method if scorer else None
@@ -64,6 +65,7 @@ def run_manifest(
             "samples": shards.samples,
             "domains": shards.domains or None,
             "only_domains": sorted(domains) or None,
+            "repeated_ids": rows.repeated_ids(),
             "fields": shards.source["fields"],
         },
         "val": {

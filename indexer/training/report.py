@@ -31,6 +31,8 @@ class TrainReport:
     rows: int
     """Training rows: samples, or windows of long ones."""
     parameters: int
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     tokens: int
     """Tokens of the steps of this call, padding aside."""
     train_loss: float | None

@@ -137,7 +137,7 @@ class _Job:
             seen = Watch(val=val.loss(model, self.ranks))
         return seen.report(
             output_dir=str(self.output_dir), checkpoint=None, store=None, run=None, steps=0, resumed_from=0, rows=0,
-            parameters=parameter_count(model), seconds=time.perf_counter() - begun,
+            repeated_ids=None, parameters=parameter_count(model), seconds=time.perf_counter() - begun,
         )  # fmt: skip
 
     def run(self, trackers: Trackers) -> TrainReport:
@@ -173,7 +173,7 @@ class _Job:
         if val is not None and self._scores:
             scorer = Scorer.of(model, val, self.config.scoring, self.projection, self._checkpoint_interval)
         manifest = run_manifest(
-            self.config, start=start, model=model, shards=shards, rows=len(rows), val=val, scorer=scorer,
+            self.config, start=start, model=model, shards=shards, rows=rows, val=val, scorer=scorer,
             domains=self.domains, steps=steps, ranks=self.ranks.count, max_length=max_length,
             checkpoint_interval=self._checkpoint_interval, source=self._source(start),
         )  # fmt: skip
@@ -219,7 +219,7 @@ class _Job:
             output_dir=str(self.output_dir), checkpoint=str(self.output_dir / f"checkpoint-{steps}"),
             store=None if self.store is None else str(self.store), run=None if run is None else run.name, steps=steps,
             resumed_from=resumed.step, rows=len(rows), parameters=parameter_count(model),
-            seconds=time.perf_counter() - begun,
+            repeated_ids=manifest["corpus"]["repeated_ids"], seconds=time.perf_counter() - begun,
         )  # fmt: skip
 
     @property

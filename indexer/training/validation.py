@@ -26,6 +26,8 @@ from indexer.training.config import ValSampling
 from indexer.training.ranks import Ranks
 
 EVAL_BATCH_TOKENS = 4096
+NO_DOMAIN = "none"
+"""The domain of val rows without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +40,14 @@ class ValLoss:
 
 
 class ValSet:
-    """The usable rows of a val set, tokenized and held in memory."""
+    """The usable rows of a val set, tokenized and held in memory.
+
+    UsageError where a domain is called as rows without one are.
+    """
 
     def __init__(self, rows: Sequence[Row], fingerprint: str, left_out: dict[str, int], *, seed: int) -> None:
         self.rows = list(rows)
+        _refuse_none(self.rows)
         self.fingerprint = fingerprint
         self.left_out = left_out
         """Rows that cannot be used, by status."""
@@ -73,7 +79,8 @@ class ValSet:
 
     def domain_of(self, place: int) -> str:
         """The domain of a row."""
-        return self.rows[place].sample.domain or "none"
+        domain = self.rows[place].sample.domain
+        return NO_DOMAIN if domain is None else domain
 
     def chosen(self, refresh: int, size: int, sampling: ValSampling) -> NDArray[np.int64]:
         """Places of the val rows of val gradient number ``refresh``: a function of seed and number alone."""
@@ -138,3 +145,13 @@ class ValSet:
         finally:
             for module in training:
                 module.training = True
+
+
+def _refuse_none(rows: Sequence[Row]) -> None:
+    domains = {row.sample.domain for row in rows}
+    if None in domains and NO_DOMAIN in domains:
+        named = next(row.sample for row in rows if row.sample.domain == NO_DOMAIN)
+        raise UsageError(
+            f"val sample {named.id!r} (row {named.source_row}) has a domain called {NO_DOMAIN!r}, as val samples "
+            "without a domain are called, and there are such: give them, or it, another name"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.parts import PartWeights, part_names
+from query.parts import PartWeights, note_repeated, part_names
 from query.question import Question
 
 TESTS = ("lds", "removal", "tail-patch")
@@ -118,6 +118,7 @@ def evaluate(
     )  # fmt: skip
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
+    note_repeated(task.part, progress)
     base = Question(
         store=store, val_set=val_set, part=task.part.name, each=True, fields=fields, max_samples=max_val_samples,
         device=device,
@@ -133,11 +134,12 @@ def evaluate(
         one = compute()
         if "lds" in tests:
             correlations.append(_lds_of(task, method, one, np.stack(list(kept.values())), halved))
-        scored[method] = Scored(whole_N=one.whole_N, groups=one.groups, samples_VN=None)  # (V, N) is large
+        scored[method] = replace(one, samples_VN=None)  # (V, N) is large
     return EvaluateReport(
         store=str(store), out=str(out),
         settings={
-            "part": task.part.name, "val_set": str(val_set), "val_samples": len(task.ids), "samples": task.samples,
+            "part": task.part.name, "repeated_ids": task.part.repeated_ids, "val_set": str(val_set),
+            "val_samples": len(task.ids), "samples": task.samples,
             "groups": {name: len(places) for name, places in task.groups.items()}, "tests": list(tests),
             "halves": halves, "drop": drop, "top_k": top_k, "repeats": repeats, **asdict(task.retrainer.job.recipe),
         },

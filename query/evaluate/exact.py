@@ -49,6 +49,8 @@ class ExactScores:
     question: Question
     """The val set, and the device."""
     ids: list[str]
+    places: list[int]
+    """Of the val samples, in the val set: ids may repeat."""
     val_fingerprint: str
     samples: int
     """N."""
@@ -139,11 +141,11 @@ class ExactScores:
                 del held  # before the next are held
 
     def _vals(self, again: RowsAgain) -> list[Row]:
-        """The val samples as the part's tokens are made. UsageError if they are not those called ``ids``."""
+        """The val samples as the part's tokens are made. UsageError if they are not those at ``places``."""
         with open_corpus(str(self.question.val_set), self.question.val_fields()) as corpus:
             rows = again.rows(islice(corpus.samples(), self.question.max_samples))
             vals = [row for row in rows if row.status.usable]
-        refuse_other_val([row.sample.id for row in vals], self.ids)
+        refuse_other_val([row.sample.source_row for row in vals], self.places)
         return vals
 
 

@@ -41,22 +41,26 @@ MOST_NUMBERS = 1 << 28
 """Of the dense TF-IDF vectors: 1 GiB."""
 
 
-def of_gradients(question: Question, ids: list[str], samples: int, progress: Progress) -> NDArray[np.float64]:
+def of_gradients(question: Question, places: list[int], samples: int, progress: Progress) -> NDArray[np.float64]:
     """(V, N): scores of ``question``, which asks for each val sample, summed over the windows of a sample.
 
-    UsageError where the val samples are not those called ``ids``.
+    UsageError where the val samples are not those at ``places`` of the val set.
     """
     asked = ask(question, progress)
-    refuse_other_val(asked.names, ids)
+    refuse_other_val(asked.val.places, places)
     return by_sample(asked.scores(progress), asked.part, samples)
 
 
-def refuse_other_val(found: list[str], ids: list[str]) -> None:
-    """UsageError where the val samples that a part ``found`` usable are not those called ``ids``."""
-    if found != ids:
+def refuse_other_val(found: list[int], places: list[int]) -> None:
+    """UsageError where the val samples that a part ``found`` usable are not those at ``places`` of the val set. Ids
+    would not tell: two samples may have the same.
+    """
+    if found != places:
+        first = min(set(found) ^ set(places), default=None)
+        which = "" if first is None else f", the first that only one of them can use at row {first}"
         raise UsageError(
-            f"the val set has {len(found)} usable samples for the store and {len(ids)} for the trainings, or in "
-            "another order; remove those that cannot be used"
+            f"the val set has {len(found)} usable samples for the store and {len(places)} for the trainings{which}; "
+            "remove those that cannot be used"
         )
 
 

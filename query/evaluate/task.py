@@ -42,6 +42,8 @@ class Scored:
     """(N,) for each val group, or for ``WHOLE`` alone where scores are not kept by our groups."""
     samples_VN: NDArray[np.float64] | None
     """For each val sample, where there is such a score."""
+    by_group: bool = True
+    """Whether ``groups`` are the val set's own; else the one there stands for the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,11 @@ class Task:
         """Of the val samples."""
         return [row.sample.id for row in self.retrainer.val.rows]
 
+    @property
+    def places_in_val(self) -> list[int]:
+        """Of the val samples: their places in the val set, from 0."""
+        return [row.sample.source_row for row in self.retrainer.val.rows]
+
     def plan(self, kept: Mapping[str, NDArray[np.bool_]]) -> Plan:
         """Trainings on the samples ``kept``, by name, and what their results are of."""
         manifest, job = self.part.manifest, self.retrainer.job
@@ -127,7 +134,7 @@ class Task:
             if "precondition" in settings:
                 settings["damping"] = damping
             question = replace(base, **settings)
-            return lambda: self._of_samples(of_gradients(question, self.ids, self.samples, self.progress))
+            return lambda: self._of_samples(of_gradients(question, self.places_in_val, self.samples, self.progress))
 
         found = {method: gradients(**GRADIENTS[method]) for method in methods if method in GRADIENTS}
         if len(several["part"]) > 1:
@@ -144,8 +151,9 @@ class Task:
 
     def _exact(self, base: Question, methods: Sequence[str]) -> dict[str, Callable[[], Scored]]:
         scores = ExactScores(
-            part=self.part, question=base, ids=self.ids, val_fingerprint=self.retrainer.val.fingerprint,
-            samples=self.samples, folder=self.out / "exact", progress=self.progress,
+            part=self.part, question=base, ids=self.ids, places=self.places_in_val,
+            val_fingerprint=self.retrainer.val.fingerprint, samples=self.samples,
+            folder=self.out / "exact", progress=self.progress,
         )  # fmt: skip
 
         def exact(method: str) -> Callable[[], Scored]:
@@ -161,19 +169,29 @@ class Task:
         )
 
     def _of_run(self, run: Run) -> Scored:
-        """Σ η·score of a training run: by val group where it keeps them for ours, else for the whole val set."""
+        """Σ η·score of a training run: by val group where it keeps them for ours, else for the whole val set.
+
+        Groups of the same names are ours only where the run's val set is; one of another is evaluated whole, and noted.
+        """
 
         def values(group: str | None) -> NDArray[np.float64]:
             of_rows = values_of_rows(self.part, run, self.progress, group).value
             return np.asarray(by_sample(of_rows[None], self.part, self.samples)[0])
 
         whole_N = values(None)
-        ours = self.groups if set(self.groups) <= set(run.layout.groups) else ()
-        return Scored(
-            whole_N=whole_N, groups={name: values(name) for name in ours} or {WHOLE: whole_N}, samples_VN=None
-        )
+        same_val = run.manifest["val"].get("fingerprint") == self.retrainer.val.fingerprint
+        if not same_val:
+            self.progress.note(
+                f"run {run.name!r} was scored against another val set than the one that is evaluated: its values are "
+                "taken for the whole of it"
+            )
+        if same_val and set(self.groups) <= set(run.layout.groups):
+            return Scored(whole_N=whole_N, groups={name: values(name) for name in self.groups}, samples_VN=None)
+        return Scored(whole_N=whole_N, groups={WHOLE: whole_N}, samples_VN=None, by_group=False)
 
     def places(self, scored: Scored) -> dict[str, list[int]]:
         """The val samples of each group of ``scored``."""
-        everything = list(range(len(self.retrainer.val.rows)))
-        return {name: self.groups.get(name, everything) for name in scored.groups}
+        if scored.by_group:
+            return self.groups
+        (name,) = scored.groups  # it may be called as one of the groups is
+        return {name: list(range(len(self.retrainer.val.rows)))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,3 +218,35 @@ def test_refused(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     refused("has shape", lambda folder: ours(folder, {f"{n}/exp_avg_sq": torch.ones(3) for n in names}))
     refused("was not trained", lambda folder: ours(
         folder, {f"{n}/exp_avg_sq": torch.zeros(shapes[n].shape) for n in names}))  # fmt: skip
+
+
+def test_groups_from_the_last_layer_to_the_first(lab: Lab, tmp_path: Path) -> None:
+    """Layers have the same shapes: numbers without names are refused, and names are believed."""
+    model = load_model(find_checkpoint(lab.model(tmp_path / "model", layers=2)))
+    blocks = select_blocks(model, ("all",), ()).blocks
+    ranks = ("wte", "wpe", "h.1", "h.0", "ln_f")
+    v = {name: torch.rand(p.shape) + 0.1 for name, p in model.named_parameters()}
+    for named in (True, False):
+        grouped = [[(name, p) for name, p in model.named_parameters() if f"{rank}." in name] for rank in ranks]
+        groups = [{"params": pairs if named else [p for _, p in pairs]} for pairs in grouped]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        for name, p in model.named_parameters():
+            optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": v[name]}
+        torch.save(optimizer.state_dict(), tmp_path / "model" / "optimizer.pt")
+        if not named:
+            with pytest.raises(CheckpointError, match=r"in 5 group\(s\), and fits no order"):
+                read_scales(tmp_path / "model", model, blocks)
+            continue
+        found = read_scales(tmp_path / "model", model, blocks)
+        for block in blocks:
+            assert torch.equal(found[block.name].scale_in, factored(block_matrix(block, v)).scale_in)
+
+
+@pytest.mark.parametrize(("step", "rate"), [(7, 2e-4), (8, None)])
+def test_a_learning_rate_that_was_logged_at_another_step(tmp_path: Path, step: int, rate: float | None) -> None:
+    """The Trainer logs every so many steps, and saves when it wants."""
+    from indexer.optimizer_state import learning_rate_of
+
+    logged = [{"learning_rate": 1e-3, "step": 1}, {"learning_rate": 2e-4, "step": 7}, {"train_loss": 3.0, "step": step}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": logged}))
+    assert learning_rate_of(tmp_path) == rate

@@ -35,7 +35,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (checkpoint / "training_state" / "state.json").write_text(json.dumps({"learning_rate": RATES[0]}))
         else:
             logged = [{"learning_rate": 1.0, "step": 1}, {"learning_rate": RATES[1], "step": 2}, {"eval_loss": 3.0}]
-            (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": logged}))
+            (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": logged}))
         ghoststore.build(
             checkpoint=checkpoint, data=data, store=folder / "store", name=name, span_rows=16, device="cpu",
             proj_dtype=("float32", "float16")[place],

@@ -64,8 +64,9 @@ def test_json_has_the_documented_keys(lab: Lab, built: Path, val: Path, mode: st
     assert (settings["top_k"], settings["bottom_k"], settings["metric"]) == (4, bottom, "cosine")
     queries = ["mean"] if mode == "--mean" else ["v0", "v1", "v2"]
     assert [result["query"] for result in document["results"]] == queries
+    assert [result["val_row"] for result in document["results"]] == ([None] if mode == "--mean" else [0, 1, 2])
     for result in document["results"]:
-        assert list(result) == (["query", "hits", "bottom"] if bottom else ["query", "hits"])
+        assert list(result) == ["query", "val_row", "hits", *(["bottom"] if bottom else [])]
         for hits, count in ((result["hits"], 4), (result.get("bottom", []), bottom)):
             assert [hit["rank"] for hit in hits] == list(range(1, count + 1))
             for hit in hits:
@@ -194,11 +195,11 @@ def read_back(out: Path, document: Any) -> list[dict[str, Any]]:
     """Flat rows, numbers as numbers, scores as float32 has them."""
     match out.suffix:
         case ".json":
-            whole = json.loads(out.read_text())
-            assert whole == document
+            written = json.loads(out.read_text())
+            assert written == document
             rows = [
-                {"query": result["query"], "list": name, **hit}
-                for result in whole["results"]
+                {"query": result["query"], "val_row": result["val_row"], "list": name, **hit}
+                for result in written["results"]
                 for name, hits in (("top", result["hits"]), ("bottom", result["bottom"]))
                 for hit in hits
             ]
@@ -209,5 +210,6 @@ def read_back(out: Path, document: Any) -> list[dict[str, Any]]:
                 rows = list(csv.DictReader(file))
         case _:
             rows = pyarrow.parquet.read_table(out).to_pylist()
-    numbers = {"rank": int, "source_row": int, "window_start": int, "score": lambda value: float(f"{float(value):.6g}")}
+    whole = dict.fromkeys(("val_row", "rank", "source_row", "window_start"), int)
+    numbers: dict[str, Any] = {**whole, "score": lambda value: float(f"{float(value):.6g}")}
     return [{key: numbers.get(key, lambda v: v or None)(value) for key, value in row.items()} for row in rows]

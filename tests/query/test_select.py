@@ -326,7 +326,7 @@ def test_leaks(lab: Lab, tmp_path: Path) -> None:
     notes = Notes()
     made = select(store, val, tmp_path / "a.jsonl", count=27, progress=notes)
     assert source_rows(made) == list(range(27))
-    assert made.leaks["rows"] == [{"id": "copy", "source_row": 27, "val_id": "v0", "overlap": 1.0}]
+    assert made.leaks["rows"] == [{"id": "copy", "source_row": 27, "val_id": "v0", "val_row": 0, "overlap": 1.0}]
     assert any("1 near-duplicate(s) of the val set" in said for said in notes.said)
     assert 27 in source_rows(select(store, val, tmp_path / "b.jsonl", count=28, leaks="keep"))
     with pytest.raises(UsageError, match=r"no sample that can be chosen \(usable, and no near-duplicate"):
