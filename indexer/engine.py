@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.activations import lean_activations
 from indexer.branch import SideBranch
-from indexer.forward_probe import CallKeeper, strangers
+from indexer.forward_probe import ABSENT, CallKeeper, strangers
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
@@ -254,7 +254,10 @@ class GradProjLoraEngine:
             refuse_mixed(witness.problems(), len(self._ran))
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
-            refuse_mixed(strangers(self.model, call, self._batch, self._ran), len(self._ran))
+            problems = strangers(self.model, call, self._batch, self._ran)
+            if witness is not None:  # a layer that a fused kernel stands in for without a graph has shown itself
+                problems = {name: problem for name, problem in problems.items() if problem != ABSENT}
+            refuse_mixed(problems, len(self._ran))
         elif witness is None:
             return  # only parts of the model were called
         self._tests_left -= 1

@@ -227,9 +227,7 @@ class GradDotProdEngine:
             loss_scale = 1.0  # no other dtype needs it
         begun = time.perf_counter()
         self._age = None  # what an error below leaves behind is never used
-        if self._val_batches:
-            first = self._val_batches[0]
-            self._axes.probe(self._val_losses, first, size_of(first), loss_scale)
+        self.examine(loss_scale)
         checked = self._unchecked and isinstance(self.method, ExactMethod)
         expected: dict[str, Tensor] | None = {} if checked else None
         while not self._val_pass(loss_scale, expected):
@@ -241,6 +239,15 @@ class GradDotProdEngine:
             self._checking = AutogradDots(expected)
         self._age, self._version_at_refresh = 0, version_of(self.model)
         self._seconds += time.perf_counter() - begun
+
+    def examine(self, loss_scale: float = 1.0) -> None:
+        """Find out which axis of each layer carries the samples, unless that is known; :meth:`refresh` does it, too.
+
+        CaptureError that names every layer that mixes the samples of a batch.
+        """
+        if self._val_batches:
+            first = self._val_batches[0]
+            self._axes.probe(self._val_losses, first, size_of(first), loss_scale)
 
     def _val_pass(self, scale: float, expected: dict[str, Tensor] | None) -> bool:
         """One pass over the val batches, whether everything stayed finite; ``expected`` gets autograd's own gradient

@@ -82,10 +82,7 @@ class Scorer:
         """
         interval = self.config.val_refresh_interval
         if step != self._step and (self._step is None or not step % interval or not step % self._checkpoint_interval):
-            chosen = self.val.chosen(step // interval, self.config.val_batch_size, self.config.val_sampling)
-            batches, places = self.val.batches(chosen.tolist())
-            names = [self.val.domain_of(place) for place in places]
-            self.engine.set_validation(batches, names if self.groups else None)
+            self._choose_val(step)
         begun, self._step = self._step is not None, step
         try:
             self.engine.prepare(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
@@ -95,6 +92,18 @@ class Scorer:
             raise DivergedError.at(
                 step + 1, f"the val loss, or its gradient, cannot be used any more: {error}"
             ) from error
+
+    def _choose_val(self, step: int) -> None:
+        refresh = step // self.config.val_refresh_interval
+        chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
+        batches, places = self.val.batches(chosen.tolist())
+        names = [self.val.domain_of(place) for place in places]
+        self.engine.set_validation(batches, names if self.groups else None)
+
+    def examine(self, step: int, loss_scale: float) -> None:
+        """Before the run is made: CaptureError for layers that mix the samples of a batch."""
+        self._choose_val(step)
+        self.engine.examine(loss_scale)
 
     def stepped(self) -> None:
         """The optimizer has made a step."""

@@ -185,6 +185,9 @@ class _Job:
             ranks=self.ranks, device=self.device, steps=steps, scorer=scorer,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
         )  # fmt: skip
+        if scorer is not None:
+            with trainer.autocast():
+                scorer.examine(resumed.step, 1.0 if trainer.scaler is None else float(trainer.scaler.get_scale()))
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         run = self.ranks.led(lambda: self._open_run(manifest, rows))
         log = ScoreLog(
