@@ -41,6 +41,7 @@ from indexer.dotprod.val_data import (
     size_of,
     target_counts,
 )
+from indexer.dotprod.val_targets import Groups, rows_with_targets
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
@@ -63,9 +64,10 @@ class GradDotProdEngine:
 
     ``val_data`` is a batch, or a list of batches (a large val set need not fit one pass), of anything that
     ``val_losses(model, batch)`` turns into one loss a sample; without ``val_losses``, of language-model batches
-    (see :func:`language_model_losses`). None: :meth:`set_validation` gives them later. The val gradient is computed
-    in eval mode before the first batch and again after every ``val_refresh_interval`` optimizer steps (which
-    ``optimizer`` tells, or :meth:`stepped`).
+    (see :func:`language_model_losses`), whose rows without a target are left out with a warning: they have no loss.
+    A ``val_losses`` of one's own must be given none: its every row counts. None: :meth:`set_validation` gives them
+    later. The val gradient is computed in eval mode before the first batch and again after every
+    ``val_refresh_interval`` optimizer steps (which ``optimizer`` tells, or :meth:`stepped`).
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
@@ -99,10 +101,9 @@ class GradDotProdEngine:
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
-        self._val_batches = batches_of(val_data)
         self._val_losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
+        self._val_batches, self._groups = self._usable(val_data, groups)
         self._optimizer = optimizer
-        self._groups = groups
         self.method: ExactMethod | SketchedMethod
         self.ledger: Ledger | None = None
         if projection is None:
@@ -189,7 +190,7 @@ class GradDotProdEngine:
 
     @property
     def val_batches(self) -> list[Any]:
-        """The val set, as it was given; empty without one."""
+        """The val set, as it was given but for rows without targets; empty without one."""
         return list(self._val_batches)
 
     @property
@@ -207,7 +208,11 @@ class GradDotProdEngine:
 
     def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
         """Other val samples; their gradient is computed at the next :meth:`prepare`."""
-        self._val_batches, self._groups, self._age = batches_of(val_data), groups, None
+        (self._val_batches, self._groups), self._age = self._usable(val_data, groups), None
+
+    def _usable(self, val_data: Any, groups: Groups) -> tuple[list[Any], Groups]:
+        batches = batches_of(val_data)
+        return rows_with_targets(batches, groups) if self._val_losses is language_model_losses else (batches, groups)
 
     def refresh(self, loss_scale: float = 1.0) -> None:
         """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
