@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
+from indexer.dotprod.held_loss import HeldLoss
 from indexer.dotprod.parameters import (
     Ledger,
     batch_norms_of,
@@ -129,6 +130,7 @@ class GradDotProdEngine:
         self._weights: Tensor | None = None
         self._checking: AutogradDots | None = None
         self._unchecked = check
+        self._held_loss = HeldLoss(self.model, self._val_losses, enabled=check)
         self._narrow = False
         self._seconds = 0.0
 
@@ -149,6 +151,7 @@ class GradDotProdEngine:
                 self._handles.append(
                     module.register_forward_hook(self._hook(name, kind), with_kwargs=True, prepend=True)
                 )
+            self._handles += self._held_loss.attach()
             if self._optimizer is not None:
                 self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
         except BaseException:
@@ -361,13 +364,21 @@ class GradDotProdEngine:
         self.method.begin_train(batch_size)
         if self._checking is not None and self.ledger is not None:
             self._checking.attach(self.ledger)
+        self._held_loss.begin()
 
-    def watch(self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def watch(
+        self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
+    ) -> None:
         """Say what the training loss is of: Σ_i weights[i]·ℓ_i.
 
         Without ``weights`` the mean over the batch's samples; with ``labels`` (B, T) of a language model, the mean
-        over all targets of the batch, each shifted by one, as transformers' models give it. What ``loss`` is
-        multiplied with afterwards (accumulation, a loss scaler) is read off the backward pass.
+        over all targets of the batch, each shifted by one, as transformers' models give it; with both, ℓ_i is the mean
+        over the targets of sample i. What ``loss`` is multiplied with afterwards (accumulation, a loss scaler) is read
+        off the backward pass.
+
+        The first loss is held against the model's logits where ``labels`` are given or the model itself returned it;
+        for any other, give ``batch``, the train batch in the form that ``val_losses(model, batch)`` takes. UsageError
+        if it is another loss than was said, or cannot be held; an engine with ``check=False`` trusts.
         """
         if self._phase != "train":
             raise UsageError("no train batch is open; call prepare() before the forward pass")
@@ -377,18 +388,32 @@ class GradDotProdEngine:
             raise UsageError(f"the training loss is one number, but has shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
-        if weights is not None and labels is not None:
-            raise UsageError("give weights or labels, not both")
-        device = loss.device
+        self._weights = self._weights_of(loss, weights, labels)
+        try:
+            self._held_loss.check(
+                loss, self._weights, labels=labels, batch=batch, explicit=weights is not None, narrow=self._narrow
+            )
+        except BaseException:
+            self._weights = None  # the loss is not watched
+            raise
+        loss.register_hook(partial(self._saw_upstream, self._opened))  # type: ignore[no-untyped-call]
+
+    def _weights_of(self, loss: Tensor, weights: Tensor | None, labels: Tensor | None) -> Tensor:
+        """(B,) float64."""
         if labels is not None:
-            counts_B = target_counts(labels).to(device).double()
-            weights = counts_B / counts_B.sum().clamp_min(1)
+            if labels.dim() != 2 or len(labels) != self._batch:
+                raise UsageError(
+                    f"labels are of tokens, one row a sample: there are labels of shape {tuple(labels.shape)} for a "
+                    f"batch of {self._batch} samples"
+                )
+            if weights is None:
+                counts_B = target_counts(labels).to(loss.device).double()
+                weights = counts_B / counts_B.sum().clamp_min(1)
         elif weights is None:
-            weights = torch.full((self._batch,), 1.0 / self._batch, dtype=torch.float64, device=device)
+            weights = torch.full((self._batch,), 1.0 / self._batch, dtype=torch.float64, device=loss.device)
         if weights.shape != (self._batch,):
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self._batch}")
-        self._weights = weights.to(device).double()
-        loss.register_hook(partial(self._saw_upstream, self._opened))  # type: ignore[no-untyped-call]
+        return weights.to(loss.device).double()
 
     def _saw_upstream(self, opened: int, gradient: Tensor) -> None:
         if opened == self._opened:
@@ -408,6 +433,7 @@ class GradDotProdEngine:
             raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
         if len(self._upstreams) > 1:
             raise CaptureError("the watched loss went through backward() more than once; prepare() each pass")
+        self._held_loss.check_backward()
         begun = time.perf_counter()
         scale_B = self._upstreams[0] * self._weights
         try:
@@ -426,6 +452,7 @@ class GradDotProdEngine:
         self._opened += 1
         self._upstreams, self._weights = [], None
         self.method.begin_train(0)
+        self._held_loss.forget()
         if self._checking is not None:
             self._checking.detach()
 
