@@ -84,9 +84,12 @@ def logits_in(output: Any, labels: Tensor) -> list[Tensor]:
     fitting = [
         (name != "logits", place, tensor)
         for place, (name, tensor) in enumerate(named.items())
-        if tensor.dim() == 3 and tensor.is_floating_point() and tensor.shape[-1] > largest
-        and tensor.shape[0] == batch and tensor.shape[1] in (length, length - 1)
-    ]  # fmt: skip
+        if tensor.dim() == 3
+        and tensor.is_floating_point()
+        and tensor.shape[-1] > largest
+        and tensor.shape[0] == batch
+        and tensor.shape[1] in (length, length - 1)
+    ]
     return [tensor for _, _, tensor in sorted(fitting, key=lambda one: one[:2])]
 
 

@@ -163,7 +163,7 @@ class HeldLoss:
             if factor is None and not _AUXILIARY.search(name):
                 continue  # what it is to the loss, its value must show
             share = float("nan") if factor is None else factor * float(term.detach())
-            if abs(share - float(loss.detach())) <= 1e-6 * abs(share):
+            if abs(share - float(loss.detach())) <= 1e-5 * abs(share):
                 continue  # the loss itself, perhaps divided
             raise UsageError(
                 f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) has a second loss in it: "
@@ -179,9 +179,17 @@ class HeldLoss:
     # Against what it is held.
 
     def _against_logits(
-        self, loss: Tensor, weights: Tensor, labels: Tensor | None, own: Tensor | None, seen: Seen, start: Start,
-        without: list[Tensor], explicit: bool, narrow: bool,
-    ) -> None:  # fmt: skip
+        self,
+        loss: Tensor,
+        weights: Tensor,
+        labels: Tensor | None,
+        own: Tensor | None,
+        seen: Seen,
+        start: Start,
+        without: list[Tensor],
+        explicit: bool,
+        narrow: bool,
+    ) -> None:
         given = labels if labels is not None else own
         assert given is not None
         tolerances = NARROW if narrow else WIDE

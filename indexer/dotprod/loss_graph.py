@@ -53,7 +53,7 @@ def gradient_at(loss: Tensor, node: Node, like: Tensor, scale: float) -> Tensor 
     """``scale`` · ∂loss/∂logits, of the shape of ``like``; the graph stays. None where the shapes do not fit."""
     seed = torch.full_like(loss, scale)
     (gradient,) = torch.autograd.grad(loss, [GradientEdge(node, 0)], seed, retain_graph=True, allow_unused=True)
-    return gradient.view_as(like) if gradient is not None and gradient.numel() == like.numel() else None
+    return gradient.reshape(like.shape) if gradient is not None and gradient.numel() == like.numel() else None
 
 
 def coefficient_of(term: Tensor, loss: Tensor) -> float | None:

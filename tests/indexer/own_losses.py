@@ -53,10 +53,19 @@ def mixture(kind: str, **settings: Any) -> Any:
     """A mixture of experts: ``mixtral``, ``olmoe`` or ``qwen2-moe``."""
     model, config, own = _EXPERTS_OF[kind]
     shape = {
-        "vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 32,
-        "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return settle(model(config(**shape, **own, **settings)))
 
 
@@ -75,11 +84,20 @@ def decoder(kind: str, **settings: Any) -> Any:
     """A decoder of Bart's family, as it is made: its weights are small, so that every loss is about log V."""
     model, config = DECODERS[kind]
     shape = {
-        "vocab_size": VOCABULARY, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 3,
-        "encoder_ffn_dim": 40, "decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_dim": 40,
-        "max_position_embeddings": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": VOCABULARY,
+        "d_model": 24,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 3,
+        "encoder_ffn_dim": 40,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 3,
+        "decoder_ffn_dim": 40,
+        "max_position_embeddings": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         "decoder_start_token_id": 0,
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     return model(config(**shape, **settings)).eval()
 
@@ -112,9 +130,12 @@ class Chunked(nn.Module):
         for start in range(0, hidden.shape[1], 7):
             part = slice(start, start + 7)
             total = total + F.cross_entropy(
-                self.inner.lm_head(hidden[:, part]).transpose(1, 2), targets[:, part],
-                ignore_index=IGNORED, reduction="sum", label_smoothing=self.smoothing,
-            )  # fmt: skip
+                self.inner.lm_head(hidden[:, part]).transpose(1, 2),
+                targets[:, part],
+                ignore_index=IGNORED,
+                reduction="sum",
+                label_smoothing=self.smoothing,
+            )
         return {"loss": total / (targets != IGNORED).sum()}
 
 
@@ -188,9 +209,11 @@ def losses_of_logits(logits_of: Callable[[Any, Tensor], Tensor]) -> Callable[[An
     def losses(model: Any, batch: Any) -> Tensor:
         labels = batch["labels"]
         each = F.cross_entropy(
-            logits_of(model, batch["input_ids"])[:, :-1].transpose(1, 2), labels[:, 1:],
-            ignore_index=IGNORED, reduction="none",
-        )  # fmt: skip
+            logits_of(model, batch["input_ids"])[:, :-1].transpose(1, 2),
+            labels[:, 1:],
+            ignore_index=IGNORED,
+            reduction="none",
+        )
         return each.sum(1) / (labels[:, 1:] != IGNORED).sum(1)
 
     return losses
@@ -202,9 +225,12 @@ def smoothed_losses(epsilon: float) -> Callable[[Any, Any], Tensor]:
     def losses(model: Any, batch: Any) -> Tensor:
         logits, labels = model(input_ids=batch["input_ids"]).logits, batch["labels"]
         each = F.cross_entropy(
-            logits[:, :-1].transpose(1, 2), labels[:, 1:],
-            ignore_index=IGNORED, reduction="none", label_smoothing=epsilon,
-        )  # fmt: skip
+            logits[:, :-1].transpose(1, 2),
+            labels[:, 1:],
+            ignore_index=IGNORED,
+            reduction="none",
+            label_smoothing=epsilon,
+        )
         return each.sum(1) / (labels[:, 1:] != IGNORED).sum(1)
 
     return losses

@@ -191,7 +191,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "z-loss": (lambda z: mean_loss(z, LABELS) + z_loss(z), "a z-loss in it, 0.0001 ×"),
     "a constant": (lambda z: mean_loss(z, LABELS) + 0.3, "what else it is of is not known.*batch=batch"),
     "another": (lambda z: z.square().mean(), "what else it is of is not known"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["with logits", "without"])
@@ -282,9 +282,10 @@ def test_a_second_term_that_is_too_small_to_see(kind: str) -> None:
 def test_narrow_numbers(dtype: torch.dtype) -> None:
     model = gpt2()
     losses = [
-        lambda z: mean_loss(z, LABELS), lambda z: mean_loss(z.float(), LABELS),
+        lambda z: mean_loss(z, LABELS),
+        lambda z: mean_loss(z.float(), LABELS),
         lambda z: mean_loss(z, LABELS).to(dtype),
-    ]  # fmt: skip
+    ]
     for loss_of in losses:
         with torch.autocast("cpu", dtype=dtype), causal_engine(model) as engine:
             smoothed = lambda: mean_loss(model(input_ids=IDS).logits.float(), LABELS, label_smoothing=0.1)  # noqa: E731
@@ -467,6 +468,41 @@ def test_dropout_in_a_loss_of_ones_own() -> None:
         engine.watch(loss, batch=x)
         assert torch.equal(torch.get_rng_state(), state)
         assert model.training
+
+
+class ManyClasses(nn.Module):
+    """Labels (samples, classes) that are no tokens; with ``strict``, not to be left out."""
+
+    def __init__(self, *, strict: bool) -> None:
+        super().__init__()
+        self.inner, self.strict = perceptron(), strict
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.inner(x)
+        if labels is None:
+            if self.strict:
+                raise TypeError("no labels")
+            return {"logits": logits}
+        loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1) @ WEIGHTS
+        return {"loss": loss, "logits": logits}
+
+
+WEIGHTS = torch.tensor([2.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_labels_that_are_no_tokens_and_weights_that_are_the_users_word(strict: bool) -> None:
+    model = ManyClasses(strict=strict)
+    x, val = (torch.randn(n, 7, generator=torch.Generator().manual_seed(n)) for n in (4, 3))
+    labels = (torch.randn(4, 5, generator=torch.Generator().manual_seed(9)) > 0).long()
+
+    def losses(model: Any, x: Tensor) -> Tensor:
+        return sum_of_squares(model.inner, x)
+
+    with GradDotProdEngine(model, val, val_losses=losses) as engine:
+        own = lambda: model(x, labels)["loss"]  # noqa: E731
+        refused(engine, own, r"does not run without labels|returns no logits of shape")
+        assert bool(scored(engine, own, weights=WEIGHTS).total[:3].isfinite().all())
 
 
 # Once, and nothing is kept.
