@@ -26,7 +26,7 @@ from ghoststore.store.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
-from indexer.own_loss import OwnLosses, loss_in, tokens_in
+from indexer.own_loss import loss_in, own_loss, tokens_in
 from indexer.projection import ProjectionConfig
 from indexer.recording import Recorder, RunShape, Samples, places_of, ranks_here
 from indexer.training.config import OnStoreError
@@ -113,7 +113,6 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self.engine: GradDotProdEngine | None = None
         """The engine, while training."""
         self._recorder: Recorder | None = None
-        self._own_losses = OwnLosses("the model")
         self._optimizer: Any = None
         self._fp16 = False
         self._stack = ExitStack()
@@ -143,7 +142,6 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             val_refresh_interval=self._refresh_interval, exclude_layers=self._exclude_layers, route=self._route,
             projection=self._projection,
         )  # fmt: skip
-        self._own_losses = OwnLosses(type(engine.model).__name__)
         shape = RunShape(
             steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             save_interval=self._interval, per_layer=self._per_layer,
@@ -283,8 +281,14 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         loss = loss_in(output)
         if loss is None:
             raise UsageError(f"{type(module).__name__} returned no loss, though it was given labels")
-        own = self._own_losses.read(output, loss, batch.labels, batch.items)
-        engine.watch(loss, weights=own.weights)
+        own = own_loss(loss, batch.labels, batch.items)
+        try:
+            engine.watch(loss, weights=own.weights, labels=batch.labels)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}. (This callback scores the loss that the model itself returns; watch() is for a loop of your "
+                "own, with GradDotProdEngine or GhostEngineManager)"
+            ) from error
         batch.loss = float(loss.detach()) * own.divisor
         batch.weight = float(own.weights.sum()) * own.divisor
 

@@ -23,7 +23,7 @@ from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.dotprod.val_data import ValLosses
 from indexer.ghost_config import GhostConfig, Method
-from indexer.own_loss import OwnLosses, loss_in, tokens_in
+from indexer.own_loss import loss_in, own_loss, tokens_in
 from indexer.recording import Recorder, RunShape, Samples, places_of, ranks_here
 from indexer.training.ranks import Ranks
 
@@ -129,7 +129,6 @@ class GhostEngineManager:
             exclude_layers=() if sketched else self.config.exclude_layers,
             projection=self.config.projection() if sketched else None,
         )  # fmt: skip
-        self._own_losses = OwnLosses(type(self.engine.model).__name__)
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
         with ExitStack() as stack:
@@ -243,7 +242,9 @@ class GhostEngineManager:
             batch.prepared, batch.labels = True, Y_train
         return X_train, Y_train
 
-    def watch(self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def watch(
+        self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
+    ) -> None:
         """Say what the training loss is of, see :meth:`GradDotProdEngine.watch`: the mean over samples, over the
         targets in ``labels``, or Σ weights·ℓ. Before it is divided for accumulation or multiplied by a scaler.
 
@@ -251,23 +252,23 @@ class GhostEngineManager:
         """
         if self.engine is None:
             return
-        batch = self._opened("attach_train_batch() and prepare_forward_input() before watch()")
-        if not batch.prepared:
+        opened = self._opened("attach_train_batch() and prepare_forward_input() before watch()")
+        if not opened.prepared:
             raise UsageError("call prepare_forward_input() before the forward pass")
-        if batch.own_loss is not None:
-            if loss is batch.own_loss and weights is None and labels is None:
+        if opened.own_loss is not None:
+            if loss is opened.own_loss and weights is None and labels is None:
                 return
             raise UsageError(
                 f"the loss that {type(self.engine.model).__name__} returned is watched already; to train on "
                 "another one, call the model without labels"
             )
-        self.engine.watch(loss, weights=weights, labels=labels)
-        batch.watched, batch.loss = True, float(loss.detach())
+        self.engine.watch(loss, weights=weights, labels=labels, batch=batch)
+        opened.watched, opened.loss = True, float(loss.detach())
         if weights is not None:
-            batch.weight = float(weights.sum())
+            opened.weight = float(weights.sum())
             return
-        batch.weight = float(batch.size) if labels is None else float(target_counts(labels).sum())
-        batch.loss *= batch.weight
+        opened.weight = float(opened.size) if labels is None else float(target_counts(labels).sum())
+        opened.loss *= opened.weight
 
     def prepare_gradients(self) -> None:
         """After the backward pass: take the batch's scores. The gradients are in ``.grad`` already."""
@@ -427,8 +428,8 @@ class GhostEngineManager:
         labels = kwargs.get("labels", batch.labels)
         if loss is None or not isinstance(labels, Tensor) or labels.dim() != 2:
             return
-        own = self._own_losses.read(output, loss, labels, kwargs.get("num_items_in_batch"))
-        engine.watch(loss, weights=own.weights)
+        own = own_loss(loss, labels, kwargs.get("num_items_in_batch"))
+        engine.watch(loss, weights=own.weights, labels=labels)
         batch.own_loss, batch.watched = loss, True
         batch.loss = float(loss.detach()) * own.divisor
         batch.weight = float(own.weights.sum()) * own.divisor

@@ -1,4 +1,4 @@
-"""The loss that a causal language model returns by itself: what it is of, held once against the plain form.
+"""The loss that a causal language model returns by itself: where it is, and what it is of.
 
 Legend: B samples of a micro-batch, T tokens of the longest.
 """
@@ -8,15 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ghoststore.errors import UsageError
 from indexer.dotprod import target_counts
-from indexer.losses import next_token_losses_plainly
-
-TOLERANCE = 1e-2
-"""Relative; a model may compute its loss in bfloat16."""
 
 
 class OwnLoss(NamedTuple):
@@ -43,38 +37,10 @@ def tokens_in(kwargs: Mapping[str, Any]) -> int:
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
-class OwnLosses:
-    """Reads the losses of one model, and holds the first against next-token cross-entropy."""
-
-    def __init__(self, model: str) -> None:
-        self._model = model
-        self._checked = False
-
-    def read(self, output: Any, loss: Tensor, labels_BT: Tensor, items: Any = None) -> OwnLoss:
-        """What ``loss`` is of. ``items`` is ``num_items_in_batch``, where the model was given it.
-
-        UsageError, in the first batch with targets, if the loss is not Σ of next-token losses over targets ÷ their
-        number: then nothing is known of its samples' shares.
-        """
-        counts_B = target_counts(labels_BT).to(loss.device).double()
-        divisor = float(counts_B.sum().clamp_min(1) if items is None else items)
-        if not self._checked and bool(torch.isfinite(loss.detach())) and bool(counts_B.any()):
-            self._check(output, float(loss.detach()), labels_BT, divisor)
-            self._checked = True
-        return OwnLoss(loss, counts_B / divisor, divisor)
-
-    def _check(self, output: Any, loss: float, labels_BT: Tensor, divisor: float) -> None:
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            return  # a fused loss; the engine holds its gradient against autograd's
-        expected = float("nan")
-        if logits.shape[:-1] == labels_BT.shape:
-            with torch.no_grad(), torch.autocast(device_type=logits.device.type, enabled=False):
-                sums_B, _ = next_token_losses_plainly(logits.detach(), labels_BT.to(logits.device), reduction="sum")
-            expected = float(sums_B.double().sum()) / divisor
-        if not abs(loss - expected) <= TOLERANCE * abs(expected) + 1e-6:
-            raise UsageError(
-                f"the loss that {self._model} returns ({loss:.6g}) is not the mean next-token loss over the targets "
-                f"in its labels ({expected:.6g}), so the share of each sample in it is not known; "
-                "compute one from the logits (no labels for the model), and say what it is of: watch(loss, weights=…)"
-            )
+def own_loss(loss: Tensor, labels_BT: Tensor, items: Any = None) -> OwnLoss:
+    """What the ``loss`` that a causal language model returned for ``labels_BT`` is of, if it is what it should be: the
+    engine's watch() holds it against the logits. ``items`` is ``num_items_in_batch``, where the model was given it.
+    """
+    counts_B = target_counts(labels_BT).to(loss.device).double()
+    divisor = float(counts_B.sum().clamp_min(1) if items is None else items)
+    return OwnLoss(loss, counts_B / divisor, divisor)

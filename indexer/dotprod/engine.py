@@ -20,6 +20,7 @@ from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
+from indexer.dotprod.held_loss import HeldLoss
 from indexer.dotprod.parameters import (
     Ledger,
     batch_norms_of,
@@ -40,6 +41,7 @@ from indexer.dotprod.val_data import (
     size_of,
     target_counts,
 )
+from indexer.dotprod.val_targets import Groups, rows_with_targets
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample
 from indexer.modes import evaluating
@@ -64,9 +66,10 @@ class GradDotProdEngine:
 
     ``val_data`` is a batch, or a list of batches (a large val set need not fit one pass), of anything that
     ``val_losses(model, batch)`` turns into one loss a sample; without ``val_losses``, of language-model batches
-    (see :func:`language_model_losses`). None: :meth:`set_validation` gives them later. The val gradient is computed
-    in eval mode before the first batch and again after every ``val_refresh_interval`` optimizer steps (which
-    ``optimizer`` tells, or :meth:`stepped`).
+    (see :func:`language_model_losses`), whose rows without a target are left out with a warning: they have no loss.
+    A ``val_losses`` of one's own must be given none: its every row counts. None: :meth:`set_validation` gives them
+    later. The val gradient is computed in eval mode before the first batch and again after every
+    ``val_refresh_interval`` optimizer steps (which ``optimizer`` tells, or :meth:`stepped`).
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
@@ -100,10 +103,9 @@ class GradDotProdEngine:
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
-        self._val_batches = batches_of(val_data)
         self._val_losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
+        self._val_batches, self._groups = self._usable(val_data, groups)
         self._optimizer = optimizer
-        self._groups = groups
         self.method: ExactMethod | SketchedMethod
         self.ledger: Ledger | None = None
         if projection is None:
@@ -132,6 +134,7 @@ class GradDotProdEngine:
         self._weights: Tensor | None = None
         self._checking: AutogradDots | None = None
         self._unchecked = check
+        self._held_loss = HeldLoss(self.model, self._val_losses, enabled=check)
         self._narrow = False
         self._seconds = 0.0
 
@@ -151,6 +154,7 @@ class GradDotProdEngine:
                 self._handles.append(
                     module.register_forward_hook(self._hook(name, kind), with_kwargs=True, prepend=True)
                 )
+            self._handles += self._held_loss.attach()
             if self._optimizer is not None:
                 self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
         except BaseException:
@@ -193,7 +197,7 @@ class GradDotProdEngine:
 
     @property
     def val_batches(self) -> list[Any]:
-        """The val set, as it was given; empty without one."""
+        """The val set, as it was given but for rows without targets; empty without one."""
         return list(self._val_batches)
 
     @property
@@ -211,7 +215,11 @@ class GradDotProdEngine:
 
     def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
         """Other val samples; their gradient is computed at the next :meth:`prepare`."""
-        self._val_batches, self._groups, self._age = batches_of(val_data), groups, None
+        (self._val_batches, self._groups), self._age = self._usable(val_data, groups), None
+
+    def _usable(self, val_data: Any, groups: Groups) -> tuple[list[Any], Groups]:
+        batches = batches_of(val_data)
+        return rows_with_targets(batches, groups) if self._val_losses is language_model_losses else (batches, groups)
 
     def refresh(self, loss_scale: float = 1.0) -> None:
         """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
@@ -371,13 +379,21 @@ class GradDotProdEngine:
         self.method.begin_train(batch_size)
         if self._checking is not None and self.ledger is not None:
             self._checking.attach(self.ledger)
+        self._held_loss.begin()
 
-    def watch(self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def watch(
+        self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
+    ) -> None:
         """Say what the training loss is of: Σ_i weights[i]·ℓ_i.
 
         Without ``weights`` the mean over the batch's samples; with ``labels`` (B, T) of a language model, the mean
-        over all targets of the batch, each shifted by one, as transformers' models give it. What ``loss`` is
-        multiplied with afterwards (accumulation, a loss scaler) is read off the backward pass.
+        over all targets of the batch, each shifted by one, as transformers' models give it; with both, ℓ_i is the mean
+        over the targets of sample i. What ``loss`` is multiplied with afterwards (accumulation, a loss scaler) is read
+        off the backward pass.
+
+        The first loss is held against the model's logits where ``labels`` are given or the model itself returned it;
+        for any other, give ``batch``, the train batch in the form that ``val_losses(model, batch)`` takes. UsageError
+        if it is another loss than was said, or cannot be held; an engine with ``check=False`` trusts.
         """
         if self._phase != "train":
             raise UsageError("no train batch is open; call prepare() before the forward pass")
@@ -387,18 +403,32 @@ class GradDotProdEngine:
             raise UsageError(f"the training loss is one number, but has shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
-        if weights is not None and labels is not None:
-            raise UsageError("give weights or labels, not both")
-        device = loss.device
+        self._weights = self._weights_of(loss, weights, labels)
+        try:
+            self._held_loss.check(
+                loss, self._weights, labels=labels, batch=batch, explicit=weights is not None, narrow=self._narrow
+            )
+        except BaseException:
+            self._weights = None  # the loss is not watched
+            raise
+        loss.register_hook(partial(self._saw_upstream, self._opened))  # type: ignore[no-untyped-call]
+
+    def _weights_of(self, loss: Tensor, weights: Tensor | None, labels: Tensor | None) -> Tensor:
+        """(B,) float64."""
         if labels is not None:
-            counts_B = target_counts(labels).to(device).double()
-            weights = counts_B / counts_B.sum().clamp_min(1)
+            if labels.dim() != 2 or len(labels) != self._batch:
+                raise UsageError(
+                    f"labels are of tokens, one row a sample: there are labels of shape {tuple(labels.shape)} for a "
+                    f"batch of {self._batch} samples"
+                )
+            if weights is None:
+                counts_B = target_counts(labels).to(loss.device).double()
+                weights = counts_B / counts_B.sum().clamp_min(1)
         elif weights is None:
-            weights = torch.full((self._batch,), 1.0 / self._batch, dtype=torch.float64, device=device)
+            weights = torch.full((self._batch,), 1.0 / self._batch, dtype=torch.float64, device=loss.device)
         if weights.shape != (self._batch,):
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self._batch}")
-        self._weights = weights.to(device).double()
-        loss.register_hook(partial(self._saw_upstream, self._opened))  # type: ignore[no-untyped-call]
+        return weights.to(loss.device).double()
 
     def _saw_upstream(self, opened: int, gradient: Tensor) -> None:
         if opened == self._opened:
@@ -418,6 +448,7 @@ class GradDotProdEngine:
             raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
         if len(self._upstreams) > 1:
             raise CaptureError("the watched loss went through backward() more than once; prepare() each pass")
+        self._held_loss.check_backward()
         begun = time.perf_counter()
         scale_B = self._upstreams[0] * self._weights
         try:
@@ -437,6 +468,7 @@ class GradDotProdEngine:
         self._opened += 1
         self._upstreams, self._weights = [], None
         self.method.begin_train(0)
+        self._held_loss.forget()
         if self._checking is not None:
             self._checking.detach()
 

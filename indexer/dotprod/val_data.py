@@ -20,7 +20,8 @@ ValLosses = Callable[[nn.Module, Any], Tensor]
 
 def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
     """Next-token loss of each sample of a val batch: a mapping with input_ids, labels and maybe attention_mask, or
-    a tuple of them in that order. Labels are the input ids, -100 where a token is no target.
+    a tuple of them in that order. Labels are the input ids, -100 where a token is no target. NaN where a sample has no
+    target: it has no loss, and must not count as one of zero.
     """
     if not isinstance(batch, Mapping):
         batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
@@ -29,7 +30,9 @@ def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
     logits = model(**batch).logits
     # The fast form has made its gradient before a scale could reach it, and float16 needs the scale.
     form = next_token_losses_plainly if computes_in_float16(model) else next_token_losses
-    return form(logits, labels)[0]
+    losses_B, targets_B = form(logits, labels)
+    absent_B = targets_B == 0
+    return losses_B.masked_fill(absent_B, torch.nan) if bool(absent_B.any()) else losses_B
 
 
 def computes_in_float16(model: nn.Module) -> bool:

@@ -89,18 +89,6 @@ def test_a_batch_without_any_targets_has_no_scores_and_the_next_is_unharmed() ->
         check(causal_step(engine, model), exact_causal(model, val=VAL[:3]))
 
 
-def test_val_samples_without_targets_have_a_gradient_of_zero() -> None:
-    # They count in the mean: what the val set is, is the caller's choice.
-    model = gpt2()
-    val = [VAL[0], (VAL[1][0], torch.full_like(VAL[1][1], IGNORED))]
-    with causal_engine(model, val, groups="each") as engine:
-        scores = causal_step(engine, model)
-    exact = exact_causal(model, val=VAL[:1]).total()
-    agree(scores.groups[:, :1], exact)
-    assert torch.equal(scores.groups[:, 1], torch.zeros(4, dtype=torch.float64))
-    agree(scores.total, exact[:, 0] / 2)
-
-
 # The shift of the labels.
 
 

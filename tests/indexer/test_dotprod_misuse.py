@@ -81,9 +81,12 @@ MISUSES: dict[str, tuple[Call, type[GhostStoreError], str]] = {
     "wrong weights": (
         opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(2))), UsageError, r"\(2,\) samples, but .* has 3",
     ),
-    "wrong labels": (opened(lambda e, m: e.watch(loss_of(m), labels=LABELS)), UsageError, r"\(2,\) samples"),
-    "weights and labels": (
-        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(3), labels=LABELS)), UsageError, "not both",
+    "wrong labels": (opened(lambda e, m: e.watch(loss_of(m), labels=LABELS)), UsageError, r"\(2, 5\).* 3 samples"),
+    "labels of classes": (
+        opened(lambda e, m: e.watch(loss_of(m), labels=LABELS[0, :3])), UsageError, r"of tokens.* shape \(3,\)",
+    ),
+    "weights and wrong labels": (
+        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(3), labels=LABELS)), UsageError, r"\(2, 5\)",
     ),
     "unfreezing": (unfreeze, UsageError, "frozen or unfrozen since the engine was made"),
     "another batch": (opened(lambda e, m: m(X[:2])), CaptureError, r"shape \(2, 6\).*3 samples"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ghoststore import GhostConfig, GhostEngineManager, GradProjLoraEngine
 from ghoststore.errors import BusyError, CaptureError, MismatchError, UsageError, WorkerError
 from indexer.losses import next_token_losses
-from indexer.own_loss import OwnLosses
+from indexer.own_loss import own_loss
 
 from .loops import (
     ROWS,
@@ -836,18 +836,11 @@ def test_a_loss_that_is_not_the_mean_over_targets_is_refused(change: Callable[[T
     manager.cleanup()
 
 
-def test_the_check_of_a_loss_waits_for_targets() -> None:
+def test_what_a_model_s_own_loss_is_of() -> None:
     model = gpt2()
     X, Y, _ = batch_of([0, 1])
-    reader = OwnLosses("it")
-    output = model(input_ids=X, labels=torch.full_like(Y, -100))
-    assert output.loss.isnan()
-    reader.read(output, output.loss, torch.full_like(Y, -100))
-    good = model(input_ids=X, labels=Y)
-    with pytest.raises(UsageError, match="it returns"):
-        reader.read(good, good.loss * 2, Y)
     items = model(input_ids=X, labels=Y, num_items_in_batch=torch.tensor(77))
-    own = OwnLosses("it").read(items, items.loss, Y, torch.tensor(77))
+    own = own_loss(items.loss, Y, torch.tensor(77))
     assert own.divisor == 77
     assert float(own.weights.sum()) == pytest.approx(int((Y[:, 1:] != -100).sum()) / 77)
 

@@ -1,0 +1,160 @@
+"""The forward pass of the first training batch: what went in, what came out, and how to run it once more.
+
+Legend: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import UsageError
+from indexer.dotprod.parameters import devices_of
+
+_LABELS = ("labels", "targets", "target")
+"""What models call them."""
+
+_OF_LABELS = (*_LABELS, "shift_labels", "num_items_in_batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a forward pass starts from, apart from weights and input."""
+
+    random: Tensor
+    random_of_cuda: dict[int, Tensor]
+    autocast: torch.dtype | None
+
+    @classmethod
+    def now(cls, model: nn.Module) -> Start:
+        """The present one."""
+        kind = _device_type(model)
+        return cls(
+            torch.get_rng_state(),
+            {index: torch.cuda.get_rng_state(index) for index in devices_of(model)},
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A forward pass of the model itself."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any
+    versions: dict[int, int]
+    """Of each tensor in the output, by id: a loss that works in place uses up the logits."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Seen:
+        """Right after the forward pass."""
+        versions = {id(tensor): tensor._version for tensor in tensors_in(output).values()}
+        return cls(args, kwargs, output, versions)
+
+    def unchanged(self, tensor: Tensor) -> bool:
+        """Whether it still holds what the model put there."""
+        return self.versions.get(id(tensor)) == tensor._version
+
+
+def tensors_in(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by their names; of a tuple, by their places."""
+    if isinstance(output, Tensor):
+        items: Any = {"the output": output}.items()
+    elif isinstance(output, Mapping):
+        items = output.items()
+    elif isinstance(output, tuple | list):
+        items = ((f"output[{place}]", value) for place, value in enumerate(output))
+    else:
+        items = getattr(output, "__dict__", {}).items()
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
+def logits_in(output: Any, labels: Tensor) -> list[Tensor]:
+    """What may be the logits for ``labels`` (B, T): (B, T, V) or (B, T − 1, V), a tensor of that name first."""
+    named = tensors_in(output)
+    batch, length = labels.shape
+    largest = int(labels.max()) if labels.numel() else 0
+    fitting = [
+        (name != "logits", place, tensor)
+        for place, (name, tensor) in enumerate(named.items())
+        if tensor.dim() == 3
+        and tensor.is_floating_point()
+        and tensor.shape[-1] > largest
+        and tensor.shape[0] == batch
+        and tensor.shape[1] in (length, length - 1)
+    ]
+    return [tensor for _, _, tensor in sorted(fitting, key=lambda one: one[:2])]
+
+
+def labels_among(model: nn.Module, seen: Seen, batch: int) -> Tensor | None:
+    """The labels (B, T) of tokens that the model itself was given."""
+    given = {**dict(zip(_parameters_of(model), seen.args, strict=False)), **seen.kwargs}
+    for name in _LABELS:
+        labels = given.get(name)
+        if isinstance(labels, Tensor) and labels.dim() == 2 and len(labels) == batch and not labels.is_floating_point():
+            return labels
+    return None
+
+
+@torch.no_grad()
+def output_without_labels(model: nn.Module, seen: Seen, start: Start) -> Any:
+    """The model's forward pass once more, without labels, from the same random state.
+
+    UsageError if it does not run without them.
+    """
+    names = _parameters_of(model)
+    args = [None if names[i : i + 1] and names[i] in _OF_LABELS else value for i, value in enumerate(seen.args)]
+    kwargs = {name: value for name, value in seen.kwargs.items() if name not in _OF_LABELS}
+    with again(model, start):
+        try:
+            return model.forward(*args, **kwargs)  # not __call__: the hooks have had their turn
+        except Exception as error:
+            raise UsageError(
+                f"the forward pass of {type(model).__name__} does not run without labels ({error!r:.200}), and with "
+                "them it returns no logits that its loss could be held against; say what the loss is of, "
+                "watch(loss, weights=…, batch=batch), or trust it: check=False"
+            ) from error
+
+
+@contextmanager
+def again(model: nn.Module, start: Start) -> Iterator[None]:
+    """As it was at ``start``: random state and autocast. At the end both, and every buffer, are as before."""
+    kind = _device_type(model)
+    kept = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with (
+            torch.random.fork_rng(devices=devices_of(model)),
+            torch.autocast(kind, dtype=start.autocast, enabled=start.autocast is not None),
+        ):
+            torch.set_rng_state(start.random)
+            for index, state in start.random_of_cuda.items():
+                torch.cuda.set_rng_state(state, index)
+            yield
+    finally:
+        for module, name, buffer, values, version in kept:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def _device_type(model: nn.Module) -> str:
+    return str(next(model.parameters()).device.type)
+
+
+def _parameters_of(model: nn.Module) -> list[str]:
+    """Names of what ``forward`` takes by place."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in kinds]

@@ -1,0 +1,324 @@
+"""The loss that is scored is the loss that trains: the first watched loss, held against the model's own logits.
+
+Legend: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ghoststore.errors import UsageError
+from indexer.dotprod.forward_seen import (
+    Seen,
+    Start,
+    again,
+    labels_among,
+    logits_in,
+    output_without_labels,
+    tensors_in,
+)
+from indexer.dotprod.loss_forms import Held, Watched, explain, hold, next_tokens
+from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
+from indexer.dotprod.val_data import ValLosses
+from indexer.losses import IGNORED
+
+WIDE, NARROW = (1e-4, 1e-3), (1e-3, 2e-2)
+"""Relative tolerances of the loss and of its gradient at the logits: in float32, and where 16-bit numbers take part.
+
+The gradient says more: with the weights that a model starts from, every cross-entropy is about log V.
+"""
+
+_AUXILIARY = re.compile(r"aux|router|balanc|z_loss|penalt", re.IGNORECASE)
+
+
+class HeldLoss:
+    """Keeps the forward pass of the first training batch until its loss is watched, and holds that against its logits.
+
+    Once for each engine: after the first loss that is finite nothing is kept any more.
+    """
+
+    def __init__(self, model: nn.Module, val_losses: ValLosses, *, enabled: bool) -> None:
+        self._model = model
+        self._val_losses = val_losses
+        self._done = not enabled
+        self._open = False
+        self._start: Start | None = None
+        self._seen: Seen | None = None
+        self._unwatched: dict[str, list[float]] = {}
+        """Other losses in the output, and the gradients that came to them in the backward pass."""
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hooks on the model itself; none where there is nothing to hold any more."""
+        if self._done:
+            return []
+        return [
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def begin(self) -> None:
+        """A train batch is open."""
+        if not self._done:
+            self._open, self._start = True, Start.now(self._model)
+
+    def forget(self) -> None:
+        """It is closed: nothing of it is kept."""
+        self._let_go()
+        self._unwatched = {}
+
+    def _let_go(self) -> None:
+        self._open, self._start, self._seen = False, None, None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._open and module is self._model and torch.is_grad_enabled():  # a deep copy of it has this hook, too
+            self._start = Start.now(self._model)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if self._open and module is self._model and torch.is_grad_enabled():
+            self._seen = Seen.of(args, kwargs, output)
+
+    def check(
+        self, loss: Tensor, weights: Tensor, *, labels: Tensor | None, batch: Any, explicit: bool, narrow: bool
+    ) -> None:
+        """Hold ``loss`` = Σ_i weights[i]·ℓ_i, weights (B,) float64, against the logits for ``labels`` (B, T), or
+        against ``val_losses`` of ``batch``, where they are given; else against the labels that the model was given,
+        if the loss is the model's own.
+
+        ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next.
+        UsageError if it is another loss, or cannot be held.
+        """
+        if self._done:
+            return
+        seen, start = self._seen, self._start
+        assert start is not None
+        if not bool(torch.isfinite(loss.detach()).all()) or not bool(weights.any()):
+            self._let_go()
+            return
+        narrow |= start.autocast is not None or _is_narrow(loss) or any(map(_is_narrow, self._model.parameters()))
+        own = None
+        if seen is not None and labels is None and _is_own(loss, seen):
+            own = labels_among(self._model, seen, len(weights))
+        without: list[Tensor] = []
+        if seen is not None:
+            without = self._refuse_terms(loss, seen, any_term=labels is not None or own is not None)
+        if batch is not None:
+            self._against_val_losses(loss, weights, batch, start, narrow)
+        elif labels is not None and seen is None:
+            raise UsageError(
+                f"the forward pass of {self._name} was not seen in this batch (does the loop call its parts?), so the "
+                "loss cannot be held against its logits; say what it is of: watch(loss, weights=…, batch=batch), "
+                "which holds it against val_losses of the batch; or trust it: check=False"
+            )
+        elif seen is not None and (labels is not None or own is not None):
+            self._against_logits(loss, weights, labels, own, seen, start, without, explicit, narrow)
+        self._done = True
+        self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
+
+    def check_backward(self) -> None:
+        """UsageError if another loss in the model's output took part in the backward pass."""
+        for name, gradients in self._unwatched.items():
+            if any(gradients):
+                raise UsageError(
+                    f"{name} of the output of {self._name} took part in the backward pass beside the watched loss "
+                    f"(its gradient is {sum(gradients):g}): no sample's share of it is known. {_WITHOUT}"
+                )
+
+    @property
+    def _name(self) -> str:
+        return type(self._model).__name__
+
+    # What goes into the loss beside the cross-entropy.
+
+    def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool) -> list[Tensor]:
+        """UsageError if another loss in the output is part of this one; those that are not are kept an eye on.
+
+        Returns those that are part of it with a coefficient of zero.
+        """
+        without: list[Tensor] = []
+        self._unwatched = {}
+        hidden = hidden_auxiliary_loss(loss)
+        if hidden is not None:
+            raise UsageError(
+                f"{self._name} adds an auxiliary loss in its backward pass ({hidden}), which the value of its loss "
+                f"does not show: no sample's share of it is known. {_WITHOUT}"
+            )
+        for name, term in tensors_in(seen.output).items():
+            if term.numel() != 1 or term.grad_fn is None or term is loss or term.grad_fn is loss.grad_fn:
+                continue
+            if not any_term and not _AUXILIARY.search(name):
+                continue
+            if not depends_on(loss, term):
+                self._keep_an_eye_on(name, term)
+                continue
+            factor = coefficient_of(term, loss)
+            if factor == 0.0:
+                without.append(term)
+                continue
+            if factor is None and not _AUXILIARY.search(name):
+                continue  # what it is to the loss, its value must show
+            share = float("nan") if factor is None else factor * float(term.detach())
+            if abs(share - float(loss.detach())) <= 1e-5 * abs(share):
+                continue  # the loss itself, perhaps divided
+            raise UsageError(
+                f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) has a second loss in it: "
+                f"{'' if factor is None else f'{factor:g} × '}{name} ({float(term.detach()):.6g}). It is one of the "
+                f"whole batch: no sample's share of it is known. {_WITHOUT}"
+            )
+        return without
+
+    def _keep_an_eye_on(self, name: str, term: Tensor) -> None:
+        gradients = self._unwatched.setdefault(name, [])
+        term.register_hook(lambda gradient: gradients.append(float(gradient)))  # type: ignore[no-untyped-call]
+
+    # Against what it is held.
+
+    def _against_logits(
+        self,
+        loss: Tensor,
+        weights: Tensor,
+        labels: Tensor | None,
+        own: Tensor | None,
+        seen: Seen,
+        start: Start,
+        without: list[Tensor],
+        explicit: bool,
+        narrow: bool,
+    ) -> None:
+        given = labels if labels is not None else own
+        assert given is not None
+        tolerances = NARROW if narrow else WIDE
+        extra = torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0
+        value, gradient = tolerances[0] + extra, tolerances[1]
+        trusted = labels is None and explicit  # the weights are the user's word, where nothing says otherwise
+        best: tuple[Watched, Held] | None = None
+        for logits in logits_in(seen.output, given):
+            if not seen.unchanged(logits):
+                continue
+            for targets in _targets(logits, given, also_own_places=labels is None):
+                watched = self._watched(loss, weights, logits, targets, without)
+                held = hold(watched)
+                if held.fits(value, gradient):
+                    return
+                best = best or (watched, held)
+        if best is None or best[0].gradient is None:
+            # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
+            for logits in logits_in(self._without_labels(seen, start, trusted=trusted), given):
+                for targets in _targets(logits, given, also_own_places=labels is None):
+                    watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
+                    held = hold(watched)
+                    if held.fits(value, gradient):
+                        return
+                    best = (watched, held)
+        if best is None:
+            if trusted:
+                return
+            raise UsageError(
+                f"{self._name} returns no logits of shape (samples, tokens, words) for labels of shape "
+                f"{tuple(given.shape)}, with labels nor without, so its loss cannot be held against them; say what it "
+                "is of: watch(loss, weights=…), with batch=batch to hold it against val_losses; or trust it: "
+                "check=False"
+            )
+        self._refuse(*best, given, value, gradient)
+
+    def _without_labels(self, seen: Seen, start: Start, *, trusted: bool) -> Any:
+        try:
+            return output_without_labels(self._model, seen, start)
+        except UsageError:
+            if trusted:
+                return None
+            raise
+
+    def _watched(
+        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor]
+    ) -> Watched:
+        """With its gradient at the logits, where that can be had without running what is not ours twice."""
+        gradient, scale = None, 1.0
+        if logits.requires_grad:
+            way = way_to(loss, logits, without)
+            if way.beside:
+                self._refuse_beside(loss, way.beside)
+            if way.logits is not None and way.native:
+                scale = float(min(4096, max(1, int((targets != IGNORED).sum()))))  # float16 would lose small ones
+                gradient = gradient_at(loss, way.logits, logits, scale)
+        return Watched(float(loss.detach()), logits.detach(), targets, weights, gradient, scale)
+
+    def _refuse_beside(self, loss: Tensor, parameters: list[Tensor]) -> None:
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        found = sorted({names.get(id(parameter), "one outside the model") for parameter in parameters})
+        raise UsageError(
+            f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) reaches {len(found)} parameters "
+            f"({', '.join(found[:3])}{', …' if len(found) > 3 else ''}) without passing through the logits: it has a "
+            f"second loss in it, and no sample's share of that is known. {_WITHOUT} (a term that is zero may be added "
+            "after watch())"
+        )
+
+    def _refuse(self, watched: Watched, held: Held, labels: Tensor, value: float, gradient: float) -> None:
+        counts_B = watched.counts.double()
+        by_targets = torch.allclose(watched.weights * counts_B.sum(), counts_B * watched.weights.sum(), rtol=1e-6)
+        what = "the mean next-token loss over the targets in its labels"
+        if not by_targets:
+            what = "Σ weights × each sample's mean next-token loss"
+        by = f"{held.expected:.6g}; {_percent(held.value_error)} off"
+        if held.value_error <= value:
+            by = f"{held.expected:.6g}, but its gradient is {_percent(held.gradient_error)} off"
+        raise UsageError(
+            f"the loss of {self._name} that is watched ({watched.loss:.6g}) is not {what} ({by}): "
+            f"{explain(watched, labels, value)}"
+        )
+
+    def _against_val_losses(self, loss: Tensor, weights: Tensor, batch: Any, start: Start, narrow: bool) -> None:
+        with again(self._model, start), torch.no_grad():
+            losses = self._val_losses(self._model, batch)
+        if losses.shape != weights.shape:
+            raise UsageError(
+                f"val_losses gave losses of shape {tuple(losses.shape)} for the train batch of {len(weights)} samples; "
+                "one loss a sample is needed"
+            )
+        shares = torch.where(weights == 0, 0.0, losses.to(weights.device).double() * weights)
+        expected, found = float(shares.sum()), float(loss.detach())
+        tolerance = (NARROW if narrow else WIDE)[0] + (torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0)
+        if not abs(found - expected) <= tolerance * abs(expected) + 1e-9:
+            off = abs(found - expected) / abs(expected) if expected else float("inf")
+            raise UsageError(
+                f"the loss of {self._name} that is watched ({found:.6g}) is not Σ weights × val_losses(model, batch) "
+                f"({expected:.6g}; {_percent(off)} off): the loss that trains and val_losses must be of one kind, with "
+                "the weights that watch() is told (without any, the mean over samples), watched before it is divided "
+                "or multiplied"
+            )
+
+
+_WITHOUT = (
+    "Train without it (a mixture of experts: output_router_logits=False, in the call or in the model's config), or "
+    "compute a loss from the logits, and watch that and train on it alone"
+)
+
+
+def _targets(logits: Tensor, labels: Tensor, *, also_own_places: bool) -> list[Tensor]:
+    found = [next_tokens(logits, labels)]
+    if also_own_places and labels.shape == logits.shape[:2]:
+        found.append(labels.to(logits.device))
+    return found
+
+
+def _is_own(loss: Tensor, seen: Seen) -> bool:
+    """Whether it is the loss that the model returned, or made of it."""
+    output = seen.output
+    if isinstance(output, Tensor):
+        return loss is output
+    terms = tensors_in(output)
+    own = [terms["loss"]] if "loss" in terms else [term for term in terms.values() if term.numel() == 1]
+    return any(term.requires_grad and depends_on(loss, term) for term in own)
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2g} %" if error < 1 else f"{error:.2g} times"

@@ -1,0 +1,238 @@
+"""What a language model's loss is of: held against its logits, and named where it is something else.
+
+Legend: B samples, T tokens, V vocabulary, N = B·T places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from indexer.losses import IGNORED
+
+CHUNK_NUMBERS = 1 << 22
+"""Logits worked on at a time: the check must not need more memory than the training step."""
+
+_LARGEST_DIVISOR = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A loss as it was watched: Σ_i weights[i] · (mean cross-entropy over the targets of sample i)."""
+
+    loss: float
+    logits: Tensor
+    """(B, T, V), detached."""
+    targets: Tensor
+    """(B, T): the label that each place predicts, -100 where it predicts none."""
+    weights: Tensor
+    """(B,) float64."""
+    gradient: Tensor | None
+    """(B, T, V): ``scale`` times that of the loss at the logits; None where it cannot be had."""
+    scale: float
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,): targets of each sample."""
+        return (self.targets != IGNORED).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What was watched beside what the logits say."""
+
+    expected: float
+    value_error: float
+    """Relative, of the loss."""
+    gradient_error: float
+    """Relative, of the norm of its gradient at the logits; 0.0 where that is not known."""
+
+    def fits(self, value: float, gradient: float) -> bool:
+        """Whether both errors are within these tolerances (NaN is not)."""
+        return self.value_error <= value and self.gradient_error <= gradient
+
+
+def next_tokens(logits_BTV: Tensor, labels: Tensor) -> Tensor:
+    """(B, T): the label after each place. ``labels`` has as many places as the logits, or one more."""
+    targets_BT = labels[:, 1:].to(logits_BTV.device)
+    if targets_BT.shape[1] == logits_BTV.shape[1]:
+        return targets_BT
+    return F.pad(targets_BT, (0, 1), value=IGNORED)
+
+
+def hold(watched: Watched) -> Held:
+    """Σ over targets of share · cross-entropy, chunk by chunk in float32, and its gradient softmax − one-hot."""
+    share_N = _shares(watched.weights, watched.targets).flatten()
+    logits_NV, target_N = watched.logits.flatten(0, 1), watched.targets.flatten()
+    gradient_NV = None if watched.gradient is None else watched.gradient.flatten(0, 1)
+    value, error, size = (torch.zeros((), dtype=torch.float64, device=logits_NV.device) for _ in range(3))
+    for part in _chunks(logits_NV):
+        place_N1, log_p = target_N[part].clamp_min(0).unsqueeze(1), logits_NV[part].float().log_softmax(1)
+        absent_N1 = target_N[part].unsqueeze(1) == IGNORED  # their logits need not be finite
+        value -= (log_p.gather(1, place_N1).masked_fill(absent_N1, 0.0).squeeze(1).double() * share_N[part]).sum()
+        if gradient_NV is None:
+            continue
+        expected = log_p.exp_()
+        expected.scatter_add_(1, place_N1, torch.full_like(expected[:, :1], -1.0))
+        expected *= (share_N[part] * watched.scale).float().unsqueeze(1)
+        expected.masked_fill_(absent_N1, 0.0)
+        size += expected.square().sum(dtype=torch.float64)
+        error += (gradient_NV[part].float() - expected).square().sum(dtype=torch.float64)
+    gap = abs(watched.loss - float(value))
+    return Held(
+        expected=float(value),
+        value_error=gap / abs(float(value)) if float(value) else (float("inf") if gap else 0.0),
+        gradient_error=float((error / size).sqrt()) if float(size) else (float("inf") if float(error) else 0.0),
+    )
+
+
+def _shares(weights_B: Tensor, targets_BT: Tensor) -> Tensor:
+    """(B, T) float64: what each place's cross-entropy counts in the loss."""
+    there_BT = (targets_BT != IGNORED).double()
+    share_B = weights_B.to(targets_BT.device) / there_BT.sum(1).clamp_min(1)
+    return there_BT * share_B.unsqueeze(1)
+
+
+def _chunks(logits_NV: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK_NUMBERS // logits_NV.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits_NV), step))
+
+
+# What it is instead. This is the way to an error: clear rather than lean.
+
+
+Loss = Callable[[Tensor], Tensor]
+"""Of the logits (B, T, V)."""
+
+
+def explain(watched: Watched, labels: Tensor, tolerance: float) -> str:
+    """What the loss is, and what to do; where nothing fits, what to do alone."""
+    for loss_of, words in _guesses(watched, labels):
+        if _is(watched, loss_of, tolerance):
+            return words if watched.gradient is not None else f"by its value, {words}"
+    return f"what else it is of is not known; {_OWN}"
+
+
+_OWN = (
+    "compute a next-token loss from the logits (no labels for the model) and watch that; or, for a loss of another "
+    "kind, give the engine val_losses of that kind and call watch(loss, weights=…, batch=batch)"
+)
+
+
+def _guesses(watched: Watched, labels: Tensor) -> Iterator[tuple[Loss, str]]:
+    counts_B, targets_BT = watched.counts.double(), watched.targets
+    own_BT = labels.to(targets_BT.device)
+    if own_BT.shape == targets_BT.shape:
+        own_counts_B = (own_BT != IGNORED).sum(1).double()
+        for weights_B in (own_counts_B / own_counts_B.sum(), watched.weights):
+            yield (
+                _cross_entropy(own_BT, weights_B),
+                "it is the cross-entropy at the labels' own places, not shifted. If the labels are meant so (shifted "
+                "already), say so: watch(loss, labels=torch.cat([labels[:, :1], labels], 1)). Else compute a "
+                "next-token loss from the logits (no labels for the model) and watch(loss, labels=labels)",
+            )
+    there_B = (counts_B > 0).double()
+    mean = _cross_entropy(targets_BT, counts_B / counts_B.sum())
+    yield mean, "it is the mean over all targets: watch(loss, labels=labels)"
+    yield (
+        _cross_entropy(targets_BT, counts_B),
+        "it is the sum over the targets, not the mean: divide it by their number, or say "
+        "watch(loss, weights=(labels[:, 1:] != -100).sum(1), labels=labels)",
+    )
+    for number, words in (
+        (len(counts_B), "watch(loss)"),
+        (float(there_B.sum()), "watch(loss, weights=w / w.sum()), with w = (labels[:, 1:] != -100).any(1)"),
+    ):
+        yield (
+            _cross_entropy(targets_BT, there_B / number),
+            f"it is the mean over the samples of their own means: {words}",
+        )
+    asked = _cross_entropy(targets_BT, watched.weights)
+    factor = _coefficient(watched, lambda logits: 0.0 * asked(logits), asked)
+    yield from _multiples(asked, factor, _rounded(watched, factor))
+    smoothing = _coefficient(watched, asked, lambda logits: _spread(logits, watched) - asked(logits))
+    if 0.0 < smoothing < 1.0:
+        epsilon = _rounded(watched, smoothing)
+        yield (
+            lambda logits: (1 - epsilon) * asked(logits) + epsilon * _spread(logits, watched),
+            f"it is that of label smoothing {epsilon:g}: train without it, or {_OWN}",
+        )
+    z = _rounded(watched, _coefficient(watched, asked, lambda logits: _z(logits, watched)))
+    if 0.0 < z < 0.01:
+        yield (
+            lambda logits: asked(logits) + z * _z(logits, watched),
+            f"it has a z-loss in it, {z:g} × the mean of log²Σexp(logits): train without it, or {_OWN}",
+        )
+
+
+def _multiples(asked: Loss, factor: float, rounded: float) -> Iterator[tuple[Loss, str]]:
+    if factor <= 0.0 or rounded == 1.0:
+        return
+    divisor = round(1 / factor)
+    if 2 <= divisor <= _LARGEST_DIVISOR:
+        yield (
+            lambda logits: asked(logits) / divisor,
+            f"it is that divided by {divisor}: watch it before it is divided (for accumulation)",
+        )
+    yield (
+        lambda logits: asked(logits) * rounded,
+        f"it is that times {rounded:g}: watch it before it is multiplied, or say watch(loss, weights=…, labels=labels)",
+    )
+
+
+def _cross_entropy(targets_BT: Tensor, weights_B: Tensor) -> Loss:
+    share_BT = _shares(weights_B, targets_BT)
+
+    def loss_of(logits_BTV: Tensor) -> Tensor:
+        each_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, reduction="none")
+        return (each_BT.double() * share_BT).sum()
+
+    return loss_of
+
+
+def _spread(logits_BTV: Tensor, watched: Watched) -> Tensor:
+    """Cross-entropy against all words alike."""
+    each_BT = -logits_BTV.log_softmax(2).mean(2).double()
+    return (each_BT * _shares(watched.weights, watched.targets)).sum()
+
+
+def _z(logits_BTV: Tensor, watched: Watched) -> Tensor:
+    each_BT = logits_BTV.logsumexp(2).double().square()
+    return (each_BT * _shares(watched.weights, watched.targets)).sum()
+
+
+def _coefficient(watched: Watched, base: Loss, direction: Loss) -> float:
+    """c of loss = base + c · direction: by least squares of gradients, where there is one, else of values."""
+    at_base, at_direction = _at(watched, base), _at(watched, direction)
+    if watched.gradient is None:
+        return (watched.loss - at_base[0]) / at_direction[0] if at_direction[0] else 0.0
+    left = watched.gradient.double() / watched.scale - at_base[1].double()
+    size = float(at_direction[1].double().square().sum())
+    return float((left * at_direction[1]).sum()) / size if size else 0.0
+
+
+def _rounded(watched: Watched, coefficient: float) -> float:
+    """As people choose them. One number, the value, can be had with some coefficient of anything; few are round."""
+    return float(f"{coefficient:.{2 if watched.gradient is None else 3}g}")
+
+
+def _is(watched: Watched, loss_of: Loss, tolerance: float) -> bool:
+    value, gradient = _at(watched, loss_of)
+    if not abs(watched.loss - value) <= tolerance * abs(value):
+        return False
+    if watched.gradient is None:
+        return True
+    error = (watched.gradient.float() / watched.scale - gradient).norm()
+    return float(error) <= 0.02 * float(gradient.norm())
+
+
+def _at(watched: Watched, loss_of: Loss) -> tuple[float, Tensor]:
+    with torch.enable_grad(), torch.autocast(watched.logits.device.type, enabled=False):
+        logits = watched.logits.detach().float().requires_grad_()
+        value = loss_of(logits)
+        (gradient,) = torch.autograd.grad(value, logits)
+    return float(value.detach()), gradient
