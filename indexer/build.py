@@ -46,7 +46,7 @@ from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_
 from indexer.part_projection import calibrated_as
 from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row, rows_of
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.selection import Selection, select_blocks
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -168,13 +168,12 @@ def build(
     if dry_run and str(data) == "-":
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     Store.refuse_others(Path(store))
-    with open_corpus(str(data), fields or Fields()) as corpus:
-        _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
+    with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
         identity = {"fingerprint": found.fingerprint(), "architecture": type(model).__name__}
         config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
-            model, corpus, Tokenizer(text_tokenizer), config,
+            model, corpus, Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note), config,
             TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,

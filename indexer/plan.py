@@ -19,7 +19,7 @@ from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
 from ghoststore.corpus.repeated import Repeated, RepeatedIds, repeated_words
 from ghoststore.errors import CorpusError, MismatchError
 from ghoststore.progress import Progress, Silent
-from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of, rows_of_sample
+from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of
 
 COLUMNS = ("source_row", "window", "file", "offset", "digest")
 """Columns of the span table; ``digest`` is a 64-bit hash of the samples that the span's rows come from."""
@@ -105,20 +105,20 @@ def plan_corpus(
 ) -> CorpusPlan:
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
-    Tokenizes only where the number of rows depends on it (``window``, ``error``) or ``tokenize`` asks. ``on_sample`` is
-    shown every sample. Ids that samples share are counted, and noted.
+    Tokenizes only where the number of rows depends on it (``window``, ``error``), where the tokenizer has tokens that
+    the model's embedding lacks, or ``tokenize`` asks. ``on_sample`` is shown every sample. Ids that samples share are
+    counted, and noted.
     Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
-    MismatchError for tokens of another tokenizer.
+    MismatchError for tokens of another tokenizer; UsageError for a row with a token that the embedding lacks.
     """
     table = _TableBuilder(span_rows)
-    tokens, lengths_needed = 0, tokenize or settings.needs_lengths
+    tokens, lengths_needed = 0, tokenize or settings.needs_lengths or tokenizer.exceeds
     waiting: list[Sample] = []
     named, ids = corpus.resolved.id is not None, RepeatedIds()  # without a field, ids are places: no two are the same
 
     def flush() -> None:
         nonlocal tokens
-        for sample, (ids, first_target) in zip(waiting, tokenizer.encode(waiting), strict=True):
-            rows = rows_of_sample(sample, ids, first_target, settings)
+        for sample, rows in zip(waiting, tokenizer.rows(waiting, settings), strict=True):
             tokens += sum(len(row.tokens) for row in rows)
             table.add(sample, len(rows))
         waiting.clear()

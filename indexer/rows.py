@@ -5,19 +5,20 @@ A row is what gets one vector: a sample, or one window of a long one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.checkpoint import choose_max_length, fingerprint_tokenizer
-from ghoststore.corpus import Messages, PromptCompletion, Sample, Tokenized
+from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.store.status import Status
+from indexer.whole_text import WholeTexts
 
 Overlong = Literal["truncate", "window", "skip", "error"]
 SAMPLES_AT_ONCE = 256
@@ -65,19 +66,50 @@ class Row:
     status: Status
 
 
-class Tokenizer:
-    """Samples to tokens through the checkpoint's own tokenizer."""
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids the input embedding of ``model`` has rows for; None for a module that names no embedding."""
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
-    def __init__(self, tokenizer: Any) -> None:
+
+class Tokenizer:
+    """Samples to tokens through the checkpoint's own tokenizer.
+
+    ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None where no model
+    gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, vocabulary: int | None = None, note: Callable[[str], None] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.note = note
+        self._tried: set[str] = set()
+        self._whole_texts = WholeTexts(tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
         """See :func:`ghoststore.checkpoint.fingerprint_tokenizer`."""
         return fingerprint_tokenizer(self.tokenizer)
 
+    @cached_property
+    def size(self) -> int:
+        """One more than its largest id."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether it has ids that the model's embedding lacks: then every row is looked at before any work."""
+        return self.vocabulary is not None and self.size > self.vocabulary
+
     def check(self, sample: Sample) -> None:
-        """MismatchError for a sample that another tokenizer made tokens of."""
+        """MismatchError for a sample that another tokenizer made tokens of, UsageError for a prompt with a completion
+        where the tokenizer does not tell them apart. Notes tools that the chat template leaves out.
+        """
+        self._note_left_out(sample)
+        if isinstance(sample.content, PromptCompletion):
+            self._whole_texts.refuse_without_offsets()
         if isinstance(sample.content, Tokenized):
             found = sample.content.vocabulary.tokenizer_fingerprint
             if found != self.fingerprint:
@@ -86,28 +118,51 @@ class Tokenizer:
                     f"checkpoint's is {self.fingerprint}. Tokenize the corpus again with --tokenizer of this checkpoint"
                 )
 
+    def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
+        """UsageError for the first of ``tokens`` that the model's embedding has no row for."""
+        if self.vocabulary is None or not len(tokens) or int(tokens.max()) < self.vocabulary:
+            return
+        token = int(tokens[tokens >= self.vocabulary][0])
+        text = self.tokenizer.decode([token])
+        raise UsageError(
+            f"sample {sample_id!r} (row {source_row}) has the token {token} ({text!r}), but the model's embedding has "
+            f"{self.vocabulary:,} rows, ids 0 to {self.vocabulary - 1}; the tokenizer has ids up to {self.size - 1}. "
+            f"Give the tokenizer that belongs to the checkpoint (--tokenizer), or train rows for the new tokens first: "
+            f"model.resize_token_embeddings({self.size}), and save the model"
+        )
+
+    def rows(self, samples: list[Sample], settings: TokenSettings) -> list[list[Row]]:
+        """The rows of each of ``samples``. Raises as :meth:`encode` and :func:`rows_of_sample`, and UsageError for a
+        usable row with a token that the model's embedding lacks.
+        """
+        found = [
+            rows_of_sample(sample, tokens, first_target, settings)
+            for sample, (tokens, first_target) in zip(samples, self.encode(samples), strict=True)
+        ]
+        for row in chain.from_iterable(found):
+            if row.status.usable:
+                self.refuse_beyond(row.tokens, row.sample.id, row.sample.source_row)
+        return found
+
     def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:
-        """(tokens, first target) of each sample. Text gets the special tokens that the tokenizer adds by
-        default; a completion gets none; messages go through the chat template, which writes its own. What was
-        tokenized before is taken as it is.
+        """(tokens, first target) of each sample, whose whole text is tokenized once. Text, and a prompt with its
+        completion, get the special tokens that the tokenizer adds by default; messages go through the chat template,
+        which writes its own. What was tokenized before is taken as it is.
 
         Raises CorpusError for messages without a chat template, and for messages the template refuses;
-        MismatchError for tokens of another tokenizer.
+        MismatchError for tokens of another tokenizer; UsageError for a prompt with a completion where the tokenizer
+        has no offsets.
         """
         kinds = {type(sample.content) for sample in samples}
         if Tokenized in kinds:
             return [self._given(sample) for sample in samples]
         if PromptCompletion in kinds:
-            pairs = [
-                s.content if isinstance(s.content, PromptCompletion) else PromptCompletion("", "") for s in samples
-            ]
-            prompts = self._ids([pair.prompt for pair in pairs], special=True)
-            completions = self._ids([pair.completion for pair in pairs], special=False)
-            encoded = [
-                (np.concatenate([prompt, completion]), max(1, len(prompt)))
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
+            nothing = PromptCompletion("", "")
+            pairs = [sample.content if isinstance(sample.content, PromptCompletion) else nothing for sample in samples]
+            encoded = [(ids, max(1, first)) for ids, first in self._whole_texts.encode(pairs)]
         elif Messages in kinds:
+            for sample in samples:
+                self._note_left_out(sample)
             encoded = [(ids, 1) for ids in self._ids([self._chat(sample) for sample in samples], special=False)]
         else:
             texts = [sample.content if isinstance(sample.content, str) else "" for sample in samples]
@@ -126,6 +181,22 @@ class Tokenizer:
         encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
+    def _note_left_out(self, sample: Sample) -> None:
+        """A note where tools or documents change nothing in the text: tried on the first sample that has any."""
+        content = sample.content
+        if self.note is None or not isinstance(content, Messages):
+            return
+        for name in BESIDE_MESSAGES:
+            if name not in self._tried and getattr(content, name):
+                self._tried.add(name)
+                others = (None if other == name else getattr(content, other) for other in BESIDE_MESSAGES)
+                without = replace(sample, content=Messages(content.messages, *others))
+                if self._chat(without) == self._chat(sample):
+                    self.note(
+                        f"sample {sample.id!r} has {name}, and the tokenizer's chat template leaves them out: they are "
+                        f"in no text. Give the tokenizer a template that prints {name}"
+                    )
+
     def _chat(self, sample: Sample) -> str:
         if not isinstance(sample.content, Messages):
             return ""
@@ -136,8 +207,9 @@ class Tokenizer:
             )
         import jinja2
 
+        given = sample.content.to_json()
         try:
-            return str(self.tokenizer.apply_chat_template(sample.content.messages, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
 
@@ -191,8 +263,7 @@ def rows_of(samples: Iterable[Sample], tokenizer: Tokenizer, settings: TokenSett
             batch.extend(islice(samples, SAMPLES_AT_ONCE))
         except (CorpusError, MismatchError) as error:
             damage = error  # raised in its place, after the rows before it
-        for sample, (tokens, first_target) in zip(batch, tokenizer.encode(batch) if batch else [], strict=True):
-            yield from rows_of_sample(sample, tokens, first_target, settings)
+        yield from chain.from_iterable(tokenizer.rows(batch, settings) if batch else ())
         if damage is not None:
             raise damage
         if not batch:

@@ -126,14 +126,14 @@ def tokenize(
     _refuse_others(folder)
     text_tokenizer = load_tokenizer(find_tokenizer(tokenizer))
     loaded = time.perf_counter()
-    with open_corpus(str(data), fields or Fields()) as corpus:
+    with open_corpus(str(data), fields or Fields(), progress) as corpus:
         if corpus.resolved.kind == "tokens":
             raise UsageError(f"{data} holds tokens already; give the corpus that they were made of")
         if domains:
             corpus = corpus.only(domains)
         plan = plan_corpus(
-            corpus, Tokenizer(text_tokenizer), WHOLE, span_rows=shard_samples or DEFAULT_SHARD_SAMPLES,
-            max_samples=max_samples, progress=progress,
+            corpus, Tokenizer(text_tokenizer, note=progress.note), WHOLE,
+            span_rows=shard_samples or DEFAULT_SHARD_SAMPLES, max_samples=max_samples, progress=progress,
         )  # fmt: skip
         _refuse_unknown(corpus, plan, max_samples)
         scanned = time.perf_counter()

@@ -98,7 +98,7 @@ class RowsAgain:
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         """Rows of other ``samples``, tokenized as the part's are."""
-        return self._encoder.rows(samples)
+        return self._encoder.rows(samples, self._progress.note)
 
     def vectors(self, rows: Sequence[Row]) -> Tensor:
         """(rows, D) float32 on the CPU: what the model makes of ``rows``, wherever they come from."""

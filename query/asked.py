@@ -249,7 +249,7 @@ def ask(question: Question, progress: Progress) -> Asked:
     run = None
     if question.with_scores is not None:
         run = values_of_rows(part, Store.open(question.store).run(question.with_scores), progress)
-    with open_corpus(str(question.val_set), question.val_fields()) as corpus:
+    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
         vals = [encode(one, corpus, question, device, progress) for one in parts]
     _refuse_other_queries(parts, vals)
     terms = []

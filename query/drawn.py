@@ -68,13 +68,13 @@ class Draw:
         drawn = np.random.default_rng(self.seed).choice(usable, rows + vals, replace=False)
         return np.sort(drawn[vals:]), np.sort(drawn[:vals])
 
-    def read_vals(self, again: RowsAgain, places: NDArray[np.int64]) -> list[Row]:
+    def read_vals(self, again: RowsAgain, places: NDArray[np.int64], progress: Progress) -> list[Row]:
         """The val samples: the rows ``places``, or as many of ``val_set``, drawn; those that cannot be used are left
         out.
         """
         if self.val_set is None:
             return again.tokens(places)
-        with open_corpus(str(self.val_set), self.fields or Fields()) as corpus:
+        with open_corpus(str(self.val_set), self.fields or Fields(), progress) as corpus:
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
         usable = [row for row in again.rows(samples) if row.status.usable]
         if not usable:
@@ -99,7 +99,7 @@ def draw(again: RowsAgain, asked: Draw, progress: Progress, *others: Part) -> Dr
     for other uses afterwards.
     """
     places, held_out = asked.choose(again.part, progress, *others)
-    rows, vals = again.tokens(places), asked.read_vals(again, held_out)
+    rows, vals = again.tokens(places), asked.read_vals(again, held_out, progress)
     with again:
         queries = again.vectors(vals)
     return Drawn(places, rows, vals, queries)

@@ -25,7 +25,7 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.software import versions_of
 from ghoststore.store.manifest import Manifest
 from indexer.losses import Reduction
-from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, longest_row, rows_of
+from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.selection import select_blocks
 from query.exact_gradients import ExactGradients
 from query.gradient_files import stored_manifest
@@ -79,11 +79,11 @@ def full_gradients(
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     found, device = find_checkpoint(checkpoint), resolve_device(device)
     folder = Path(tokenizer) if tokenizer is not None else found.folder
-    own = Tokenizer(load_tokenizer(folder))
-    with open_corpus(str(data), fields or Fields()) as corpus:
-        _ = corpus.resolved  # a corpus that cannot be read is refused before a model is loaded
+    text_tokenizer = load_tokenizer(folder)
+    with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
         settings = TokenSettings(max_length=longest_row(model, max_length), overlong=overlong)
+        own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note)
         read = _read(corpus, own, settings, max_samples)
         names = None
         if parameters == "projected":
@@ -93,7 +93,7 @@ def full_gradients(
         exact = ExactGradients(model, names, reduction=loss_reduction)
         manifest: Manifest = {
             "checkpoint": {"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
-            "tokenizer": {"fingerprint": fingerprint_tokenizer(own.tokenizer)},
+            "tokenizer": {"fingerprint": fingerprint_tokenizer(text_tokenizer)},
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
             "loss": {"definition": "next-token cross-entropy of each sample's own targets",

@@ -2,7 +2,8 @@
 
 Two texts are compared by their words: runs of letters, digits and underscores, case folded. A row is a near-duplicate
 of a val sample if it holds at least half of its runs of 8 words; for val samples of fewer words, if the words are
-equal. The text of a sample is the whole of it: prompt and completion, all messages.
+equal. The text of a sample is the whole of it: prompt and completion, all messages; not the tools and documents beside
+them, which samples share that have nothing else in common.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class LeakCheck:
         self.found: dict[int, Leak] = {}
         """Leaks by source row."""
         for place, sample in enumerate(val_samples):
-            held = set(shingles(sample.preview()))
+            held = set(shingles(sample.own_text()))
             self._vals.append((sample.id, sample.source_row))
             self._sizes.append(len(held))
             for shingle in held:
@@ -72,7 +73,7 @@ class LeakCheck:
 
     def see(self, sample: Sample) -> None:
         """Compare one sample of the corpus with the val set. Of val samples that overlap alike, the first is named."""
-        known = set(filter(self._holders.__contains__, shingles(sample.preview())))
+        known = set(filter(self._holders.__contains__, shingles(sample.own_text())))
         if not known:
             return
         counts = Counter(place for shingle in known for place in self._holders[shingle])

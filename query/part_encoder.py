@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from ghoststore.store import Part
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.part_projection import calibrated_as, scales_of
 from indexer.projection import LATER_SETTINGS, Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from indexer.rows import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
 from indexer.selection import select_blocks
 
 
@@ -65,9 +65,14 @@ class PartEncoder:
     ) -> None:
         self._encoder.__exit__(kind, error, trace)
 
-    def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
-        """The rows of ``samples``, in order, tokenized some hundred at a time."""
-        return rows_of(samples, self._tokenizer, self._settings)
+    def rows(self, samples: Iterable[Sample], note: Callable[[str], None] | None = None) -> Iterator[Row]:
+        """The rows of ``samples``, in order, tokenized some hundred at a time; all of them at once where the tokenizer
+        has tokens that the model's embedding lacks, so that a row with one is refused (UsageError) before any work.
+        ``note`` is told what the chat template leaves out.
+        """
+        self._tokenizer.note = note
+        rows = rows_of(samples, self._tokenizer, self._settings)
+        return iter(list(rows)) if self._tokenizer.exceeds else rows
 
     def vectors(self, rows: Sequence[Row], task: Task) -> Tensor:
         """(rows, D) float32 on the CPU; zeros for rows without a usable status."""
@@ -137,4 +142,4 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
             f"part {part.name!r} was built with another tokenizer than that in {folder}: "
             f"stored {wanted}, found {is_there}"
         )
-    return model, Tokenizer(tokenizer)
+    return model, Tokenizer(tokenizer, vocabulary=embedding_rows(model))

@@ -75,7 +75,7 @@ def encode_val_set(
         PartEncoder(part, checkpoint=checkpoint, device=device, blocks=blocks) as encoder,
         closing(progress.task("val set", None)) as task,
     ):
-        rows = encoder.rows(islice(corpus.samples(), max_samples))
+        rows = encoder.rows(islice(corpus.samples(), max_samples), progress.note)
         while some := list(islice(rows, ROWS_AT_ONCE)):
             vectors = encoder.vectors(some, task)
             finite = torch.isfinite(vectors).all(1)

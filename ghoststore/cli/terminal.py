@@ -70,6 +70,7 @@ class Bars:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
+        self._said: set[str] = set()
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
         progress = Progress(
@@ -84,14 +85,21 @@ class Bars:
         return _BarTask(progress, description, total, done, unit)
 
     def note(self, message: str) -> None:
-        self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if message not in self._said:  # a command may open one val set several times
+            self._said.add(message)
+            self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class Notes(Silent):
     """No bars, but notes."""
 
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
     def note(self, message: str) -> None:
-        click.echo(f"note: {message}", err=True)
+        if message not in self._said:
+            self._said.add(message)
+            click.echo(f"note: {message}", err=True)
 
 
 def listener(quiet: bool) -> Bars | Notes:

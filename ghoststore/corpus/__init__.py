@@ -5,10 +5,20 @@ fingerprint (`scan_samples`). Importing this package loads neither torch nor pya
 """
 
 from ghoststore.corpus.corpus import Corpus, Position, absolute, open_corpus, spool_stdin
-from ghoststore.corpus.fields import Content, Fields, Messages, PromptCompletion, ResolvedFields, Sample, Tokenized
+from ghoststore.corpus.fields import (
+    BESIDE_MESSAGES,
+    Content,
+    Fields,
+    Messages,
+    PromptCompletion,
+    ResolvedFields,
+    Sample,
+    Tokenized,
+)
 from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
 
 __all__ = [
+    "BESIDE_MESSAGES",
     "MAX_DOMAINS",
     "Content",
     "Corpus",

@@ -8,14 +8,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ghoststore.corpus.fields import Fields, ResolvedFields, RowError, Sample, check_object
+from ghoststore.corpus.fields import CONTENT_FIELDS, Fields, ResolvedFields, RowError, Sample, check_object
 from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of
 from ghoststore.errors import CorpusError, StorageError, UsageError
+from ghoststore.progress import Progress
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
 NOT_DATA = {"", ".md", ".yaml", ".yml"}
@@ -47,6 +48,8 @@ class Corpus:
         self._counts: list[int] = []
         self.domains: frozenset[str] | None = None
         """The domains whose samples `samples` gives; None for all. See `only`."""
+        self.unread: list[str] = []
+        """Fields of the first row that are not read and may belong to the text. Known once `resolved` was decided."""
 
     @classmethod
     def open(cls, source: str, fields: Fields | ResolvedFields | None = None) -> Corpus:
@@ -135,7 +138,9 @@ class Corpus:
                     first = check_object(row)
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
-                return fields.resolve(first, where)
+                resolved = fields.resolve(first, where)
+                self.unread = resolved.unread(first)
+                return resolved
         raise CorpusError(f"{self.source}: has no rows")
 
     def _streamed(self, file: int, source_rows: set[int]) -> dict[int, Sample]:
@@ -273,13 +278,36 @@ def _locate_on_hub(source: str, name: str, split: str) -> tuple[Form, list[Path]
 
 
 @contextmanager
-def open_corpus(source: str, fields: Fields | ResolvedFields) -> Iterator[Corpus]:
-    """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end."""
-    if source != "-":
-        yield Corpus.open(source, fields)
-        return
-    with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
-        yield Corpus.open(str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl")), fields)
+def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
+    """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end.
+
+    With ``progress`` the first row is read at once, and a note names the fields of it that are not read, where they may
+    belong to the text.
+    """
+    with ExitStack() as stack:
+        if source == "-":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ghoststore-"))
+            source = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
+        corpus = Corpus.open(source, fields)
+        if progress is not None:
+            _note_unread(corpus, progress)
+        yield corpus
+
+
+def _note_unread(corpus: Corpus, progress: Progress) -> None:
+    resolved = corpus.resolved
+    if corpus.unread:
+        of_content = [getattr(resolved, role) for role in CONTENT_FIELDS.get(resolved.kind, ())]
+        where = {"messages": "put it among the messages", "prompt-completion": "join it to the prompt"}
+        progress.note(
+            f"{corpus.source}: {_listed(corpus.unread)} of its rows {'is' if len(corpus.unread) == 1 else 'are'} not "
+            f"read (read: {_listed(of_content)}). What belongs to the text there: "
+            f"{where.get(resolved.kind, 'join it to the text')}, in the file"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def spool_stdin(stream: BinaryIO, to: Path) -> Path:

@@ -7,8 +7,9 @@ decided once, on the first row (`Fields.resolve`), and kept; every later row mus
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import orjson
@@ -33,7 +34,28 @@ CONTENT_FIELDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
 }
 """Fields that a user may name; "tokens" has none."""
-
+BESIDE_MESSAGES = ("tools", "documents")
+"""Fields that go to the chat template with the messages. A row need not have them; without one is null."""
+WELL_KNOWN = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    *BESIDE_MESSAGES,
+    "functions",
+    "system",
+    "system_prompt",
+    "instruction",
+    "input",
+    "output",
+    "context",
+    "history",
+    "question",
+    "answer",
+    "response",
+)
+"""Fields in which the common layouts keep a part of a sample's text."""
 
 CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY
 
@@ -50,9 +72,21 @@ class PromptCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """A conversation: non-empty; every message has at least a "role" (str) and a "content"."""
+    """A conversation as the chat template gets it: non-empty; every message has a "role" (str) and a "content".
+
+    Of everything else in messages, tools and documents, keys whose value is null are left out: Parquet and Arrow give
+    every struct every key, JSON does not.
+    """
 
     messages: list[dict[str, object]]
+    tools: list[dict[str, object]] | None = None
+    """JSON schemas of the tools that the model may call; None where the row has none."""
+    documents: list[dict[str, object]] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Messages, and what stands beside them where there is any."""
+        beside = {"tools": self.tools, "documents": self.documents}
+        return {"messages": self.messages, **{name: value for name, value in beside.items() if value is not None}}
 
 
 class Vocabulary(Protocol):
@@ -109,7 +143,7 @@ class Sample:
         if isinstance(plain, PromptCompletion):
             plain = {"prompt": plain.prompt, "completion": plain.completion}
         elif isinstance(plain, Messages):
-            plain = {"messages": plain.messages}
+            plain = plain.to_json()
         elif isinstance(plain, Tokenized):
             plain = {"tokens": np.ascontiguousarray(plain.ids), "first_target": plain.first_target}
         return orjson.dumps({"id": self.id, "domain": self.domain, "content": plain}, option=CANONICAL)
@@ -119,19 +153,28 @@ class Sample:
         return xxhash.xxh3_64_intdigest(self.canonical())
 
     def texts(self) -> list[str]:
-        """The texts of the content, in order; content of a message that is no string, as JSON. Tokens have none."""
+        """The texts of the content, in order. Tokens have none. What is no string in a message (parts, tool calls) is
+        shown as JSON; tools and documents beside the messages are not among them.
+        """
         match self.content:
             case None | Tokenized():
                 return []
             case PromptCompletion(prompt, completion):
                 return [prompt, completion]
-            case Messages(messages):
+            case Messages(messages=messages):
                 return [_message_text(message) for message in messages]
             case text:
                 return [text]
 
     def preview(self) -> str:
         """The whole content for a person to read (tokens are decoded); "" for an unusable sample."""
+        if not isinstance(self.content, Messages):
+            return self.own_text()
+        beside = {name: value for name, value in self.content.to_json().items() if name != "messages"}
+        return "\n".join([*(f"{name}: {_json(value)}" for name, value in beside.items()), self.own_text()])
+
+    def own_text(self) -> str:
+        """As `preview`, without the tools and documents beside messages: they are often the same for many samples."""
         if isinstance(self.content, Tokenized):
             return self.content.vocabulary.decode(self.content.ids)
         if isinstance(self.content, Messages):
@@ -242,8 +285,14 @@ class ResolvedFields:
         return cls(**value)  # type: ignore[arg-type]
 
     def columns(self) -> list[str]:
-        """The names of all fields that are read, each once."""
-        return list(dict.fromkeys(n for role in OPTIONS if (n := getattr(self, role)) is not None))
+        """The names of all fields that are read, each once. A row need not have those of BESIDE_MESSAGES."""
+        beside = BESIDE_MESSAGES if self.kind == "messages" else ()
+        return list(dict.fromkeys([*(n for role in OPTIONS if (n := getattr(self, role)) is not None), *beside]))
+
+    def unread(self, first_row: Mapping[str, object]) -> list[str]:
+        """Fields of ``first_row`` that are not read, and hold a part of a sample's text in the common layouts."""
+        read = self.columns()
+        return [] if self.kind == "tokens" else [name for name in WELL_KNOWN if name in first_row and name not in read]
 
     def sample(self, row: object, *, source_row: int, file: int, offset: int) -> Sample:
         """The sample of a row; raises RowError for a missing field or a value of a wrong type."""
@@ -303,21 +352,71 @@ def _conversation(row: dict[str, object], field: str) -> Messages | None:
     if not isinstance(value, list) or not value:
         raise RowError(f"field {field!r}: expected a non-empty list of messages, found {_found(value)}")
     for number, message in enumerate(value, start=1):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and _may_stand(message)):
             raise RowError(
                 f"field {field!r}, message {number}: expected an object with a 'role' and a 'content', "
                 f"found {_found(message)}"
             )
+    _check_json(value, field, "a message")
+    tools, documents = (_objects(row, name) for name in BESIDE_MESSAGES)
+    return Messages([_normal_message(message) for message in value], tools, documents)
+
+
+def _may_stand(message: dict[str, object]) -> bool:
+    """Whether a message says something: a model that only calls tools often leaves the content out."""
+    return "content" in message or message.get("tool_calls") is not None
+
+
+def _normal_message(message: dict[str, object]) -> dict[str, object]:
+    content = {"content": _without_nulls(message.get("content"))}
+    rest = {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
+    return {**rest, **content} if "content" in message else {"role": rest.pop("role"), **content, **rest}
+
+
+def _objects(row: dict[str, object], field: str) -> list[dict[str, object]] | None:
+    """The value of ``tools`` or ``documents``, without nulls; None where the row has none."""
+    value = row.get(field)
+    if isinstance(value, str):
+        with suppress(orjson.JSONDecodeError):  # what is no JSON stays a string, and is refused
+            value = orjson.loads(value) if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowError(
+            f"field {field!r}: expected a list of objects for the chat template, a JSON string of one, or null, found "
+            f"{_found(value)}; rename the field if it is something else"
+        )
+    _check_json(value, field, "it")
+    return [_without_nulls(item) for item in value]
+
+
+def _check_json(value: object, field: str, what: str) -> None:
+    """RowError for values that JSON lacks, and for nesting so deep that no template means it."""
     try:
         orjson.dumps(value)
     except orjson.JSONEncodeError as error:
-        raise RowError(f"field {field!r}: a message holds a value that JSON lacks ({error})") from None
-    return Messages(value)
+        raise RowError(f"field {field!r}: {what} holds a value that JSON lacks ({error})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """``value`` without the keys of its objects, at any depth, whose value is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def _message_text(message: dict[str, object]) -> str:
+    """The content, and after it what else the message holds (tool calls, names) as JSON."""
     content = message["content"]
-    return content if isinstance(content, str) else orjson.dumps(content).decode()
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    texts = [content if isinstance(content, str) else "" if content is None else _json(content)]
+    return " ".join(filter(None, [*texts, _json(rest) if rest else ""]))
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
 
 
 def _found(value: object) -> str:

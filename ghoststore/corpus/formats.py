@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol, TypeAlias
 import orjson
 import zstandard
 
+from ghoststore.corpus.fields import BESIDE_MESSAGES
 from ghoststore.errors import CorpusError
 
 KeyedRow: TypeAlias = tuple[int, object]
@@ -317,8 +318,11 @@ def batch_rows(table: Any, first: int, path: Path) -> Iterator[KeyedRow]:
 
 
 def wanted(columns: Sequence[str] | None, names: Iterable[str]) -> list[str] | None:
-    """The columns to read; all (None) when one is missing, so that the row tells what there is instead."""
-    return list(columns) if columns is not None and set(columns) <= set(names) else None
+    """The columns to read; all (None) when one is missing that a row must have: the row tells what there is instead."""
+    there = set(names)
+    if columns is None or not set(columns) - there <= set(BESIDE_MESSAGES):
+        return None
+    return [name for name in columns if name in there]
 
 
 @dataclass(frozen=True, slots=True)

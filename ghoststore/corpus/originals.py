@@ -9,7 +9,7 @@ from typing import Any
 
 from ghoststore.corpus.corpus import Corpus, Position
 from ghoststore.corpus.fields import RowError
-from ghoststore.corpus.formats import DatasetForm, ParquetForm, TextForm
+from ghoststore.corpus.formats import DatasetForm, ParquetForm, TextForm, wanted
 from ghoststore.errors import CorpusError, MismatchError
 
 ONE_FILE = "one file cannot hold both: give --out a .jsonl file"
@@ -82,7 +82,7 @@ class Originals:
             assert isinstance(form, ParquetForm)
             for first, inside, table in form.groups(path, None, list(keyed)):
                 chosen = table.take([key - first for key in inside])
-                columns = self.corpus.resolved.columns()
+                columns = wanted(self.corpus.resolved.columns(), chosen.column_names)
                 for key, row in zip(inside, chosen.select(columns).to_pylist(), strict=True):
                     self._check(path, keyed.pop(key), row)
                 yield chosen

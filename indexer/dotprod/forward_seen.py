@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.dotprod.parameters import devices_of
+from indexer.modes import devices_of
 
 _LABELS = ("labels", "targets", "target")
 """What models call them."""

@@ -19,7 +19,7 @@ from ghoststore.errors import CorpusError, UsageError
 from ghoststore.store.run_rows import RowTable
 from indexer import draws
 from indexer.losses import IGNORED
-from indexer.rows import Overlong
+from indexer.rows import Overlong, Tokenizer
 
 
 class Batch(NamedTuple):
@@ -116,6 +116,17 @@ class TrainingRows:
         if self.shards.repeated_ids is None:
             return None
         return RepeatedIds.of(self.shards.sample_id[np.unique(self.sample)])
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """UsageError for a usable row with a token that the model's embedding lacks. Reads the rows only where the
+        tokenizer has such tokens.
+        """
+        if not tokenizer.exceeds:
+            return
+        for row in self.usable.tolist():
+            sample, start = int(self.sample[row]), int(self.window_start[row])
+            tokens = self.shards.tokens_of(sample, start, start + int(self.length[row]))
+            tokenizer.refuse_beyond(tokens, self.shards.sample_id[sample], int(self.shards.source_row[sample]))
 
     def table(self) -> RowTable:
         """The row table of a run."""

@@ -22,6 +22,7 @@ from ghoststore.corpus import Fields, open_corpus
 from ghoststore.corpus.shards import MANIFEST, TOKENIZER, TokenShards
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from indexer.rows import Tokenizer
 from indexer.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
 from indexer.training.config import TrainConfig
@@ -88,11 +89,11 @@ def is_shards(data: str) -> bool:
 
 
 def read_val(
-    source: str, fields: Fields, tokenizer: Any, max_length: int, *, max_samples: int | None, seed: int,
+    source: str, fields: Fields, tokenizer: Tokenizer, max_length: int, *, max_samples: int | None, seed: int,
     progress: Progress,
 ) -> ValSet:  # fmt: skip
     """The val set, with a note on rows of it that cannot be used."""
-    with open_corpus(source, fields) as corpus:
+    with open_corpus(source, fields, progress) as corpus:
         val = ValSet.read(corpus, tokenizer, max_length, max_samples=max_samples, seed=seed)
     if val.left_out:
         shown = ", ".join(f"{count:,} {status.replace('_', ' ')}" for status, count in sorted(val.left_out.items()))

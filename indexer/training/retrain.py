@@ -16,6 +16,7 @@ from ghoststore.corpus import Fields
 from ghoststore.corpus.shards import TokenShards
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
+from indexer.rows import Tokenizer
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import read_val
@@ -66,10 +67,17 @@ class Retrainer:
         self.job = job
         self.shards = TokenShards.open(job.shards)
         self.val: ValSet = read_val(
-            job.val_set, job.fields, load_tokenizer(Path(job.tokenizer_folder)), job.max_length,
+            job.val_set, job.fields, self._tokenizer(), job.max_length,
             max_samples=job.max_val_samples, seed=0, progress=Silent(),
         )  # fmt: skip
         self.rows = TrainingRows.cut(self.shards, job.max_length, "truncate")
+
+    def _tokenizer(self) -> Tokenizer:
+        vocabulary = getattr(self._config().get_text_config(), "vocab_size", None)
+        return Tokenizer(load_tokenizer(Path(self.job.tokenizer_folder)), vocabulary=vocabulary)
+
+    def _config(self) -> Any:
+        return AutoConfig.from_pretrained(self.job.model_folder, local_files_only=True, trust_remote_code=False)
 
     def val_losses(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         """(V,): the mean loss of each val sample after training on the samples ``kept``, one for each of the corpus.
@@ -89,7 +97,7 @@ class Retrainer:
         return self.val.losses(model)
 
     def _new_model(self, seed: int) -> Any:
-        config = AutoConfig.from_pretrained(self.job.model_folder, local_files_only=True, trust_remote_code=False)
+        config = self._config()
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"):
             if hasattr(config, name):
                 setattr(config, name, 0.0)

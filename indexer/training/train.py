@@ -23,7 +23,7 @@ from ghoststore.store.manifest import Manifest
 from ghoststore.store.run import Run, create_run
 from indexer.build import corpus_name
 from indexer.projection import ProjectionConfig
-from indexer.rows import longest_row
+from indexer.rows import Tokenizer, embedding_rows, longest_row
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Start, read_val, token_shards
@@ -131,7 +131,7 @@ class _Job:
         self._refuse_usage()
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         model = start.model(self.config, self.device, None)
-        val = self._val(start, longest_row(model, self.config.max_length))
+        val = self._val(self._tokenizer(start, model), longest_row(model, self.config.max_length))
         assert val is not None
         with autocast(self.config, self.device):
             seen = Watch(val=val.loss(model, self.ranks))
@@ -153,12 +153,14 @@ class _Job:
         saved = None if newest is None else read_state(newest)
         model = start.model(self.config, self.device, newest)
         max_length = longest_row(model, self.config.max_length)
-        val = self._val(start, max_length)
+        tokenizer = self._tokenizer(start, model)
+        val = self._val(tokenizer, max_length)
         shards = token_shards(
             self.data, start, self.output_dir, fields=self.fields, max_samples=self.max_samples, ranks=self.ranks,
             progress=self.progress,
         )  # fmt: skip
         rows = TrainingRows.cut(shards, max_length, self.config.overlong, self.domains)
+        rows.check(tokenizer)
         if len(rows.usable) < len(rows):
             self.progress.note(
                 f"{len(rows) - len(rows.usable):,} of {len(rows):,} rows have no target and are left out"
@@ -278,11 +280,14 @@ class _Job:
             self.ranks.led(hold)
             yield
 
-    def _val(self, start: Start, max_length: int) -> ValSet | None:
+    def _tokenizer(self, start: Start, model: Any) -> Tokenizer:
+        return Tokenizer(start.tokenizer, vocabulary=embedding_rows(model), note=self.progress.note)
+
+    def _val(self, tokenizer: Tokenizer, max_length: int) -> ValSet | None:
         if self.val_set is None:
             return None
         return read_val(
-            self.val_set, self.fields, start.tokenizer, max_length, max_samples=self.max_val_samples,
+            self.val_set, self.fields, tokenizer, max_length, max_samples=self.max_val_samples,
             seed=self.config.seed, progress=self.progress,
         )  # fmt: skip
 

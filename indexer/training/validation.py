@@ -55,14 +55,16 @@ class ValSet:
 
     @classmethod
     def read(
-        cls, corpus: Corpus, tokenizer: Any, max_length: int, *, max_samples: int | None = None, seed: int
+        cls, corpus: Corpus, tokenizer: Tokenizer, max_length: int, *, max_samples: int | None = None, seed: int
     ) -> ValSet:
-        """Read ``corpus``; longer samples are cut at ``max_length``. UsageError if no row can be used."""
+        """Read ``corpus``; longer samples are cut at ``max_length``. UsageError if no row can be used, or one has a
+        token that the model's embedding lacks.
+        """
         _ = corpus.resolved
         settings = TokenSettings(max_length=max_length, overlong="truncate")
         rows: list[Row] = []
         left_out: dict[str, int] = {}
-        for row in rows_of(islice(corpus.samples(), max_samples), Tokenizer(tokenizer), settings):
+        for row in rows_of(islice(corpus.samples(), max_samples), tokenizer, settings):
             if row.status.usable:
                 rows.append(row)
             else:

@@ -16,6 +16,7 @@ from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
 from indexer.losses import Reduction
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
+from indexer.rows import Tokenizer, embedding_rows
 from indexer.selection import select_blocks
 from query.doctor import (
     causality,
@@ -108,10 +109,11 @@ def doctor(
     models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
     config = projection or ProjectionConfig()
     with ExitStack() as stack:
-        corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields()))
+        corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields(), progress))
         reference = models.reference()
         length = choose_max_length(max_length, reference, MAX_LENGTH)
-        rows = choose_rows(corpus, text_tokenizer, max_length=length, count=samples)
+        own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
+        rows = choose_rows(corpus, own, max_length=length, count=samples)
     selection = select_blocks(
         reference, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 from ghoststore.corpus import Corpus, Sample
 from ghoststore.errors import UsageError
@@ -37,15 +36,16 @@ def built_in() -> list[Sample]:
     return [Sample(i, f"built-in-{i}", None, text, -1, 0) for i, text in enumerate(texts)]
 
 
-def choose_rows(corpus: Corpus | None, tokenizer: Any, *, max_length: int, count: int) -> list[Row]:
+def choose_rows(corpus: Corpus | None, tokenizer: Tokenizer, *, max_length: int, count: int) -> list[Row]:
     """``count`` rows (fewer if there are not as many), at most ``max_length`` tokens each, of different lengths.
 
     Of the first 256 samples of ``corpus`` (None: built-in sentences), spread evenly from the shortest to the longest.
-    Where all are about as long, every other one is cut. UsageError if fewer than three have tokens to predict.
+    Where all are about as long, every other one is cut. UsageError if fewer than three have tokens to predict, or one a
+    token that the model's embedding lacks.
     """
     samples = built_in() if corpus is None else islice(corpus.samples(), POOL)
     settings = TokenSettings(max_length=max_length, overlong="truncate")
-    usable = [row for row in rows_of(samples, Tokenizer(tokenizer), settings) if row.status.usable]
+    usable = [row for row in rows_of(samples, tokenizer, settings) if row.status.usable]
     if len(usable) < 3:
         where = "the built-in sentences" if corpus is None else corpus.source
         raise UsageError(f"{where}: {len(usable)} samples have tokens to predict; the doctor needs at least 3")

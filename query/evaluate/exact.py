@@ -142,7 +142,7 @@ class ExactScores:
 
     def _vals(self, again: RowsAgain) -> list[Row]:
         """The val samples as the part's tokens are made. UsageError if they are not those at ``places``."""
-        with open_corpus(str(self.question.val_set), self.question.val_fields()) as corpus:
+        with open_corpus(str(self.question.val_set), self.question.val_fields(), self.progress) as corpus:
             rows = again.rows(islice(corpus.samples(), self.question.max_samples))
             vals = [row for row in rows if row.status.usable]
         refuse_other_val([row.sample.source_row for row in vals], self.places)

@@ -111,7 +111,7 @@ def test_content_and_previews() -> None:
     ]
     chat = sample_of({"messages": turns})
     assert chat.content == Messages(turns)
-    assert chat.preview() == "user: hi\nassistant: null"
+    assert chat.preview() == 'user: hi {"extra":[1]}\nassistant: '
     assert sample_of({"text": "whole"}).preview() == "whole"
     assert sample_of({"text": None}).preview() == ""
 

@@ -53,7 +53,7 @@ def test_a_text_is_predicted_from_its_second_token_on() -> None:
 
 
 def test_a_prompt_is_no_target() -> None:
-    pair = PromptCompletion("one two three", "four five")
+    pair = PromptCompletion("one two three", " four five")
     (row,) = rows(words(), pair)
     assert texts(row) == (["one", "two", "three"], ["four", "five"])
     (row,) = rows(words(begins=True), pair)
@@ -73,7 +73,7 @@ def test_an_empty_prompt_and_an_empty_completion() -> None:
 
 
 def test_a_prompt_that_fills_the_row_leaves_no_target() -> None:
-    (row,) = rows(words(), PromptCompletion("one two three four", "five"), max_length=4)
+    (row,) = rows(words(), PromptCompletion("one two three four", " five"), max_length=4)
     assert row.status is Status.NO_TARGETS
 
 
@@ -83,7 +83,7 @@ def test_samples_without_anything_keep_their_place(begins: bool) -> None:
     assert [row.status for row in found] == [Status.OK, Status.EMPTY, Status.EMPTY, Status.OK, Status.EMPTY]
     assert [row.sample.source_row for row in found] == [0, 1, 2, 3, 4]
     assert [len(row.tokens) == 0 for row in found] == [False, True, True, False, True]
-    found = rows(words(begins=begins), None, PromptCompletion("one", "two"), None)
+    found = rows(words(begins=begins), None, PromptCompletion("one", " two"), None)
     assert [row.status for row in found] == [Status.EMPTY, Status.OK, Status.EMPTY]
 
 

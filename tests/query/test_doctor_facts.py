@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from ghoststore import Corpus, ProjectionConfig, doctor
+from ghoststore.checkpoint import load_tokenizer
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory, computes_bfloat16, processor, total_memory
+from indexer.rows import Tokenizer
 from query.doctor import DoctorReport, disk, subject
 from query.doctor.compare import relative_errors, same_ranking
 from query.doctor.rows import choose_rows
@@ -37,7 +39,7 @@ def examine(tmp_path: Path, **settings: Any) -> DoctorReport:
 
 def test_shares_of_the_gradient_are_those_of_plain_autograd(tmp_path: Path) -> None:
     model = gpt2()
-    rows = choose_rows(None, Words(), max_length=32, count=4)
+    rows = choose_rows(None, Tokenizer(Words()), max_length=32, count=4)
 
     def loss_of(model: Any, sample: int) -> torch.Tensor:
         ids = torch.from_numpy(rows[sample].tokens).long().unsqueeze(0)
@@ -122,14 +124,17 @@ def test_without_faiss_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_rows_are_of_different_lengths_even_where_the_corpus_is_not(lab: Lab, tmp_path: Path) -> None:
     path = lab.write(tmp_path / "even.jsonl", [{"text": "one two three four five six seven eight"}] * 9)
-    rows = choose_rows(Corpus.open(str(path)), Words(), max_length=32, count=6)
+    rows = choose_rows(Corpus.open(str(path)), Tokenizer(Words()), max_length=32, count=6)
     assert [len(row.tokens) for row in rows] == [8, 4, 8, 4, 8, 4]
-    lab.write(path, [{"prompt": "one two three", "completion": "four five"}] * 4)
-    rows = choose_rows(Corpus.open(str(path)), Words(), max_length=32, count=6)
-    assert [(len(row.tokens), row.first_target) for row in rows] == [(5, 3), (4, 3)] * 2
+    lab.write(path, [{"prompt": "the cat sees", "completion": " the dog"}] * 4)
+    tokenizer = load_tokenizer(lab.checkpoint)
+    prompt, whole = (len(tokenizer(text)["input_ids"]) for text in ("the cat sees", "the cat sees the dog"))
+    rows = choose_rows(Corpus.open(str(path)), Tokenizer(tokenizer), max_length=32, count=6)
+    expected = [(whole, prompt), (max(whole // 2, prompt + 1), prompt)] * 2
+    assert [(len(row.tokens), row.first_target) for row in rows] == expected
     lab.write(path, [{"text": "one two"}, {"text": "one"}, {"text": ""}])
     with pytest.raises(UsageError, match=r"even\.jsonl: 1 samples"):
-        choose_rows(Corpus.open(str(path)), Words(), max_length=32, count=6)
+        choose_rows(Corpus.open(str(path)), Tokenizer(Words()), max_length=32, count=6)
 
 
 def test_differences_and_rankings() -> None:

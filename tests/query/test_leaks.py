@@ -92,3 +92,10 @@ def test_tokens_are_decoded() -> None:
 
     tokens = Tokenized(np.arange(9, dtype="<i4").tobytes(), 1, Words())
     assert found([tokens], [" ".join(f"w{number}" for number in range(9))]) == {0: ("s0", 1.0)}
+
+
+def test_samples_that_share_their_tools_alone_are_no_duplicates() -> None:
+    tools: list[dict[str, object]] = [{"name": "search", "description": LONG * 3}]
+    one, other = (Messages([{"role": "user", "content": text}], tools) for text in ("which cat", "how many dogs"))
+    assert found([one], [other]) == {}
+    assert found([one], [other, one]) == {1: ("s0", 1.0)}

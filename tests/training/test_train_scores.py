@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghoststore.corpus import Fields, open_corpus
+from indexer.rows import Tokenizer
 from indexer.training.validation import ValSet
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Oracle:
         self.val = [(tokens[:max_length], first, domain) for tokens, first, domain in self.val]
         self.val = [entry for entry in self.val if entry[1] < len(entry[0])]
         with open_corpus(str(gym.data[f"{data}-val"]), Fields()) as corpus:
-            self.chooser = ValSet.read(corpus, self.tokenizer, max_length, seed=0)
+            self.chooser = ValSet.read(corpus, Tokenizer(self.tokenizer), max_length, seed=0)
         assert len(self.chooser.rows) == len(self.val)
 
     def val_gradients(self, model: Any, places: list[int]) -> dict[str, dict[str, torch.Tensor]]:
