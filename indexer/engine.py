@@ -17,9 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.activations import lean_activations
 from indexer.branch import SideBranch
-from indexer.forward_probe import ABSENT, CallKeeper, strangers
+from indexer.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
 from indexer.layers import layer_type_by_name
-from indexer.layers.base import by_sample
+from indexer.layers.base import by_sample, input_of, output_problem
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
 from indexer.sample_axis import Witness, refuse_mixed
 from indexer.selection import Use, select_blocks
@@ -140,7 +140,8 @@ class GradProjLoraEngine:
                 for use in layer.block.uses:
                     module = self.model.get_submodule(use.module)
                     hook = self._hook(layer, use, module)
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                    # First of all hooks: another may change what the layer puts out.
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         except BaseException:
             self.detach()
             raise
@@ -254,13 +255,21 @@ class GradProjLoraEngine:
             refuse_mixed(witness.problems(), len(self._ran))
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
-            problems = strangers(self.model, call, self._batch, self._ran)
-            if witness is not None:  # a layer that a fused kernel stands in for without a graph has shown itself
-                problems = {name: problem for name, problem in problems.items() if problem != ABSENT}
-            refuse_mixed(problems, len(self._ran))
+            refuse_mixed(self._strangers(call, told=witness is not None), len(self._ran))
         elif witness is None:
             return  # only parts of the model were called
         self._tests_left -= 1
+
+    def _strangers(self, call: Call, *, told: bool) -> dict[str, str]:
+        """Layers whose input does not follow the samples; ``told``: reweighted losses have found nothing."""
+        try:
+            problems = strangers(self.model, call, self._batch, self._ran)
+        except CannotRun:
+            if not told:
+                raise
+            return {}
+        # Without a graph a fused kernel may stand in for layers: these have shown themselves.
+        return {name: problem for name, problem in problems.items() if problem != ABSENT or not told}
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
         """The forward hook of one use; without a prepared batch it leaves the output alone."""
@@ -272,7 +281,10 @@ class GradProjLoraEngine:
             leaf = self._leaves.get(name)
             if leaf is None:
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
+            if self._witness is not None:
+                problem = output_problem(layer_type, module, x, y)
+                refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             x, y = by_sample(x, y, self._batch, layer_type, use.module)
             with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
                 kept = layer_type.keep(module, x, sides, y.dtype)

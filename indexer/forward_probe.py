@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ghoststore.errors import CaptureError
 from indexer.layers import layer_type_of
-from indexer.layers.base import axis_problem, by_sample
-from indexer.modes import evaluating
+from indexer.layers.base import axis_problem, by_sample, input_of
+from indexer.modes import autocast_dtype, buffers_kept, device_type, evaluating
 from indexer.sample_axis import NARROW_TOLERANCE, TOLERANCE, row_sums, taken
 
 ABSENT = "does not run in eval mode"
@@ -26,11 +27,16 @@ ALONE = 16
 """Samples that run alone: all of a small batch."""
 
 
+class CannotRun(CaptureError):
+    """The model does not run on some of the samples of a batch alone."""
+
+
 class Call(NamedTuple):
-    """What the model was called with."""
+    """What the model was called with, and under which autocast."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    autocast: torch.dtype | None
 
 
 class CallKeeper:
@@ -43,7 +49,7 @@ class CallKeeper:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.wanted and torch.is_grad_enabled():
-            self.call = Call(args, dict(kwargs))
+            self.call = Call(args, dict(kwargs), autocast_dtype(module))
 
     def remove(self) -> None:
         """Take the hook away and let go of the call."""
@@ -54,8 +60,8 @@ class CallKeeper:
 def strangers(model: nn.Module, call: Call, batch: int, layers: Iterable[str]) -> dict[str, str]:
     """Of ``layers``, those whose input does not follow the ``batch`` samples of ``call``, and what is wrong, in words.
 
-    The model runs in eval mode; its mode and the random state are put back. A layer that does not run then is one of
-    them: nothing is known of it.
+    The model runs in eval mode; its mode, its buffers and the random state are put back. A layer that does not run then
+    is one of them: nothing is known of it. CannotRun where the model takes no other batch than the whole one.
     """
     names = set(layers)
     problems: dict[str, str] = {}
@@ -63,26 +69,35 @@ def strangers(model: nn.Module, call: Call, batch: int, layers: Iterable[str]) -
     alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
     picks: list[Sequence[int]] = [range(batch), [last, 0], [batch // 2, 0, last], *([place] for place in alone)]
     whole: dict[str, list[Tensor]] = {}
-    for places in picks:
-        seen: dict[str, list[Tensor]] = {}
-        args, kwargs = taken((call.args, call.kwargs), places, batch)
-        with evaluating(model), torch.no_grad():
+    autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
+    with evaluating(model), buffers_kept(model), torch.no_grad(), autocast:
+        for places in picks:
+            seen: dict[str, list[Tensor]] = {}
             with _watched(model, names, len(places), seen, problems):
-                watched = model(*args, **kwargs)
-            if not whole and not _same_output(watched, model(*args, **kwargs)):
-                problems |= dict.fromkeys(
-                    _lookups(model, names), "is an index for the whole batch, but not of positions"
-                )
-        whole = whole or seen
-        for name in names - set(problems):
-            expected, found = whole.get(name, []), seen.get(name, [])
-            if not expected:
-                problems[name] = ABSENT
-            elif len(expected) != len(found):
-                problems[name] = "runs more often for some samples of a batch than for all of them"
-            elif not all(_same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
-                problems[name] = "its input does not follow the samples: they are mixed, routed or in another order"
+                watched = _run(model, call, places, batch)
+            if not whole and not _same_output(watched, _run(model, call, places, batch)):
+                problems |= dict.fromkeys(_lookups(model, names), "an index for the whole batch, not of positions")
+            whole = whole or seen
+            for name in names - set(problems):
+                expected, found = whole.get(name, []), seen.get(name, [])
+                if not expected:
+                    problems[name] = ABSENT
+                elif len(expected) != len(found):
+                    problems[name] = "runs more often for some samples of a batch than for all of them"
+                elif not all(_same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
+                    problems[name] = "its input does not follow the samples: they are mixed, routed or in another order"
     return problems
+
+
+def _run(model: nn.Module, call: Call, places: Sequence[int], batch: int) -> Any:
+    args, kwargs = taken((call.args, call.kwargs), places, batch)
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise CannotRun(
+            f"{type(model).__name__} does not run on {len(places)} of the {batch} samples of a batch ({error!r:.200}), "
+            "so it cannot be told which axis of each layer carries the samples; check=False trusts that it is the first"
+        ) from error
 
 
 def _lookups(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -115,7 +130,7 @@ def _watched(
 ) -> Any:
     def hook_of(name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             kind = layer_type_of(module)
             assert kind is not None
             problem = axis_problem(x, batch, kind)

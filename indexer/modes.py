@@ -26,3 +26,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Every buffer is at the end what it was: a forward pass may count, or keep statistics."""
+    kept = [
+        (module, name, buffer, buffer.clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values, version in kept:
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def autocast_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the autocast that is open for the device of ``model``; None without one."""
+    kind = device_type(model)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def device_type(model: nn.Module) -> str:
+    """``cpu`` or ``cuda``."""
+    return str(next(model.parameters()).device.type)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
 from indexer.layers import LayerType
-from indexer.layers.base import axis_problem, by_sample
+from indexer.layers.base import axis_problem, by_sample, input_of, output_problem
 from indexer.tap import Tap
 
 SKETCH = 4
@@ -133,7 +133,8 @@ def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
 def _same(found_B: Tensor, expected_B: Tensor) -> bool:
     narrow = found_B.dtype in (torch.float16, torch.bfloat16)
     tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
-    return torch.allclose(found_B.detach(), expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+    found_B, expected_B = found_B.detach().double(), expected_B.double()
+    return torch.allclose(found_B, expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -229,8 +230,8 @@ class AxisProbe:
 
     def _hook(self, witness: Witness, name: str, kind: LayerType, batch: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            problem = axis_problem(x, batch, kind)
+            x = input_of(args, kwargs)
+            problem = axis_problem(x, batch, kind) or output_problem(kind, module, x, y)
             if problem is not None:
                 self.problems[name] = problem
                 return None
@@ -255,9 +256,8 @@ def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
         else ""
     )
     raise CaptureError(
-        f"{len(problems)} of {layers} layers do not have the samples of the batch on their first axis, so no sample "
-        f"has a gradient of its own there:\n{lines}\n{everywhere}Have the model work batch first "
-        f"(batch_first=True), or leave these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
+        f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
+        f"{everywhere}Have the model work batch first (batch_first=True), or leave these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
-from indexer.forward_probe import ABSENT, CallKeeper, strangers
+from indexer.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
 from indexer.layers import LayerType
-from indexer.modes import evaluating
+from indexer.modes import buffers_kept, evaluating
 from indexer.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
 
 Losses = Callable[[nn.Module, Any], Tensor]
@@ -55,7 +55,7 @@ class KnownAxes:
         """
         if self._probed or not size:
             return
-        with evaluating(self._model):
+        with evaluating(self._model), buffers_kept(self._model):
             probe = self._resized(losses, batch, size, loss_scale) or AxisProbe(self._model, self._kinds)
             if size > max(PROBE_SIZES) or (size > 1 and not probe.seen):
                 self._run(probe, partial(losses, self._model, batch), size, loss_scale)
@@ -116,9 +116,15 @@ class KnownAxes:
                 "Give val_data whose val_losses reach it, call the model, or leave it out with exclude_layers"
             )
         if call is not None:
-            looked_at = unknown if self._followed else self._ran
-            problems = strangers(self._model, call, batch, looked_at)
-            known_elsewhere = {name for name, problem in problems.items() if problem == ABSENT} - unknown
-            refuse_mixed({n: p for n, p in problems.items() if n not in known_elsewhere}, len(self._kinds))
+            refuse_mixed(self._strangers(call, batch, unknown), len(self._kinds))
         self._followed |= batch > 1
         self._known |= unknown
+
+    def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
+        try:
+            problems = strangers(self._model, call, batch, unknown if self._followed else self._ran)
+        except CannotRun:
+            if unknown:
+                raise
+            return {}  # reweighted losses have told
+        return {name: problem for name, problem in problems.items() if problem != ABSENT or name in unknown}

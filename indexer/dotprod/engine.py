@@ -43,7 +43,7 @@ from indexer.dotprod.val_data import (
 )
 from indexer.dotprod.val_targets import Groups, rows_with_targets
 from indexer.layers import LayerType, layer_type_of
-from indexer.layers.base import by_sample
+from indexer.layers.base import by_sample, input_of
 from indexer.modes import evaluating
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.selection import select_blocks
@@ -528,7 +528,7 @@ class GradDotProdEngine:
                 self.method.called(name)  # not again when checkpointing runs the forward pass a second time
             if not torch.is_grad_enabled() or not y.requires_grad:
                 return None
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             x, y = by_sample(x, y, self._batch, kind, name)
             if self._phase == "train":
                 self._axes.ran(name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.modes import devices_of
+from indexer.modes import autocast_dtype, buffers_kept, device_type, devices_of
 
 _LABELS = ("labels", "targets", "target")
 """What models call them."""
@@ -34,12 +34,8 @@ class Start:
     @classmethod
     def now(cls, model: nn.Module) -> Start:
         """The present one."""
-        kind = _device_type(model)
-        return cls(
-            torch.get_rng_state(),
-            {index: torch.cuda.get_rng_state(index) for index in devices_of(model)},
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        )
+        cuda = {index: torch.cuda.get_rng_state(index) for index in devices_of(model)}
+        return cls(torch.get_rng_state(), cuda, autocast_dtype(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,32 +122,15 @@ def output_without_labels(model: nn.Module, seen: Seen, start: Start) -> Any:
 @contextmanager
 def again(model: nn.Module, start: Start) -> Iterator[None]:
     """As it was at ``start``: random state and autocast. At the end both, and every buffer, are as before."""
-    kind = _device_type(model)
-    kept = [
-        (module, name, buffer, buffer.clone(), buffer._version)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        with (
-            torch.random.fork_rng(devices=devices_of(model)),
-            torch.autocast(kind, dtype=start.autocast, enabled=start.autocast is not None),
-        ):
-            torch.set_rng_state(start.random)
-            for index, state in start.random_of_cuda.items():
-                torch.cuda.set_rng_state(state, index)
-            yield
-    finally:
-        for module, name, buffer, values, version in kept:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(values)
-
-
-def _device_type(model: nn.Module) -> str:
-    return str(next(model.parameters()).device.type)
+    with (
+        buffers_kept(model),
+        torch.random.fork_rng(devices=devices_of(model)),
+        torch.autocast(device_type(model), dtype=start.autocast, enabled=start.autocast is not None),
+    ):
+        torch.set_rng_state(start.random)
+        for index, state in start.random_of_cuda.items():
+            torch.cuda.set_rng_state(state, index)
+        yield
 
 
 def _parameters_of(model: nn.Module) -> list[str]:

@@ -11,13 +11,17 @@ P_out · gradient · P_inᵀ, formed without the gradient: block = Σ_m (P_out �
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, LayerError
 from indexer.layers.terms import Term
+
+OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
+"""Relative difference of an output from the formula's that is more than rounding, in float32 and in 16 bits."""
 
 
 class Axis(NamedTuple):
@@ -68,6 +72,13 @@ class LayerType(ABC):
 
     def check(self, module: nn.Module, name: str) -> None:  # noqa: B027 - most types have nothing to refuse
         """Raise LayerError for a setting of ``module`` under which the formulas do not hold."""
+
+    @abstractmethod
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        """What ``module`` makes of the input ``x`` if the formulas hold, written out; one of a few forms.
+
+        The module's own ``forward`` is not called: it may have been replaced.
+        """
 
     @abstractmethod
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
@@ -122,6 +133,33 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
         and type(module).forward is cls.forward
         and isinstance(module._parameters.get("weight"), nn.Parameter)
     )
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with: its first argument."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def output_problem(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> str | None:
+    """Why ``y`` cannot be what the formulas of ``kind`` assume that ``module`` makes of ``x``, in words; None where it
+    is: the forward of a layer may have been replaced, or take more than one input.
+    """
+    with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
+        error = min(_relative(y, expected) for expected in kind.outputs(module, x.detach()))
+    narrow = {x.dtype, y.dtype} & {torch.float16, torch.bfloat16}
+    if error <= (NARROW_OUTPUT if narrow else OUTPUT):
+        return None
+    return (
+        f"computes something else than a {kind.name} ({error:.2g} of its output): a forward that was replaced, or more"
+    )
+
+
+def _relative(y: Tensor, expected: Tensor) -> float:
+    if y.shape != expected.shape:
+        return float("inf")
+    error, size = (y.double() - expected.double()).norm(), expected.double().norm()
+    return 0.0 if not bool(error) else float(error / size.clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:

@@ -45,6 +45,9 @@ class EmbeddingLayer(LayerType):
                 f"layer {name!r} has scale_grad_by_freq: a sample's gradient would depend on its batch mates"
             )
 
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        return [torch.nn.functional.embedding(x, module.get_parameter("weight"))]
+
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return x.reshape(x.shape[0], -1)
 

@@ -29,6 +29,11 @@ class LinearLayer(LayerType):
         assert isinstance(module, nn.Linear)
         return module.out_features, module.in_features
 
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        weight: Tensor = module.get_parameter("weight")
+        rows = weight.t() if self.transposed else weight
+        return [torch.nn.functional.linear(x.to(weight.dtype), rows, module._parameters.get("bias"))]
+
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return project(flatten_positions(x), sides.in_JI, sides.in_bias_J, dtype)
 

@@ -25,6 +25,11 @@ class NormLayer(LayerType):
         """x̂ in float32 (float64 for a float64 model), shape of ``x``."""
         raise NotImplementedError
 
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        x_hat, bias = self.normalised(module, x), module._parameters.get("bias")
+        weight = module.get_parameter("weight").to(x_hat.dtype)
+        return [x_hat * weight + (0.0 if bias is None else bias)]
+
     def axes(self, module: nn.Module) -> tuple[int, int]:
         width = module.get_parameter("weight").numel()
         return (2 if module._parameters.get("bias") is not None else 1) * width, 1
@@ -74,6 +79,11 @@ class RMSNormLayer(NormLayer):
         weight = module._parameters.get("weight")
         named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
         return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+    def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
+        x_hat = self.normalised(module, x)
+        weight = module.get_parameter("weight").to(x_hat.dtype)
+        return [x_hat * weight, x_hat * (1.0 + weight)]
 
     @staticmethod
     def epsilon(module: nn.Module) -> float | None:
