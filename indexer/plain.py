@@ -7,7 +7,7 @@ Legend: K and J the ranks of a block, O and I the axes of a gradient matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -81,31 +81,62 @@ def plain_block(projection: Projection, block: Block, gradients: dict[str, Tenso
     return p_out @ matrix @ p_in.t()
 
 
-class ArrivingBlocks:
-    """The blocks of a projection from one ``loss.backward()`` inside; a gradient is dropped when its block is done.
+class BlockGradients:
+    """The blocks of a projection from gradients that arrive one parameter at a time, in any order, each once.
 
-    Only the blocks' parameters are trainable inside; at the end each has its own flag and ``.grad`` again. Holds the
-    gradients of one block at a time, or of a few.
+    A gradient is dropped when its block is done: those of one block at a time are held, or of a few.
+    """
+
+    def __init__(self, projection: Projection, blocks: Iterable[Block]) -> None:
+        self._projection = projection
+        self._blocks = {block.name: block for block in blocks}
+        self._pending: dict[str, dict[str, Tensor]] = {name: {} for name in self._blocks}
+        self._done: dict[str, Tensor] = {}
+
+    def owners(self) -> dict[str, Block]:
+        """The block of each parameter by name."""
+        return {name: block for block in self._blocks.values() for name in block.parameters}
+
+    def arrived(self, block: Block, name: str, gradient: Tensor) -> None:
+        """The gradient of parameter ``name`` of ``block``."""
+        pending = self._pending[block.name]
+        pending[name] = gradient.detach().to_dense().float()
+        if len(pending) == len(set(block.parameters)):
+            del self._pending[block.name]
+            self._done[block.name] = plain_block(self._projection, block, pending)
+
+    def finished(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(K, J) float32 by block; the gradient of a parameter that did not arrive is zeros, like ``shapes`` of it."""
+        for name, pending in self._pending.items():
+            block = self._blocks[name]
+            for own in block.parameters:  # the loss does not depend on it
+                pending.setdefault(own, torch.zeros_like(shapes[own], dtype=torch.float32))
+            self._done[name] = plain_block(self._projection, block, pending)
+        self._pending = {}
+        return self._done
+
+
+class ArrivingBlocks:
+    """The blocks of a projection from one ``loss.backward()`` inside, see :class:`BlockGradients`.
+
+    Only the blocks' parameters are trainable inside; at the end each has its own flag and ``.grad`` again.
     """
 
     def __init__(self, model: nn.Module, projection: Projection) -> None:
-        self._projection = projection
-        self._blocks = {layer.block.name: layer.block for layer in projection.plan.layers}
-        parameters = dict(model.named_parameters())
-        self._flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters.values()]
-        self._owner = {name: block for block in self._blocks.values() for name in block.parameters}
-        self._parameters = {name: parameters[name] for name in self._owner}
-        self._pending: dict[str, dict[str, Tensor]] = {name: {} for name in self._blocks}
-        self._done: dict[str, Tensor] = {}
+        self._gradients = BlockGradients(projection, [layer.block for layer in projection.plan.layers])
+        self._names = [layer.block.name for layer in projection.plan.layers]
+        self._parameters = dict(model.named_parameters())
+        self._flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._parameters.values()]
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> ArrivingBlocks:
         for parameter, _, _ in self._flags:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for name, parameter in self._parameters.items():
+        for name, block in self._gradients.owners().items():
+            parameter = self._parameters[name]
             parameter.requires_grad_(True)
-            hook = partial(self._arrived, name)
+            hook = partial(self._arrived, name, block)
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         return self
 
@@ -118,23 +149,12 @@ class ArrivingBlocks:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
-        block, gradient = self._owner[name], parameter.grad
+    def _arrived(self, name: str, block: Block, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        parameter.grad = None
-        pending = self._pending[block.name]
-        pending[name] = gradient.to_dense().float()
-        if len(pending) == len(set(block.parameters)):
-            self._finish(block)
-
-    def _finish(self, block: Block) -> None:
-        pending = self._pending.pop(block.name)
-        for name in block.parameters:  # the loss does not depend on it
-            pending.setdefault(name, torch.zeros_like(self._parameters[name], dtype=torch.float32))
-        self._done[block.name] = plain_block(self._projection, block, pending)
+        self._gradients.arrived(block, name, gradient)
 
     def blocks(self) -> list[Tensor]:
         """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
-        for name in list(self._pending):
-            self._finish(self._blocks[name])
-        return [self._done[name] for name in self._blocks]
+        found = self._gradients.finished(self._parameters)
+        return [found[name] for name in self._names]

@@ -257,7 +257,8 @@ def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
     )
     raise CaptureError(
         f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
-        f"{everywhere}Have the model work batch first (batch_first=True), or leave these layers out (exclude_layers, --exclude-layers): {','.join(problems)}"
+        f"{everywhere}Have the model work batch first (batch_first=True), or leave these layers out "
+        f"(exclude_layers, --exclude-layers): {','.join(problems)}"
     )
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ghoststore.errors import CaptureError
 from indexer.dotprod.parameters import Ledger
+from indexer.plain import BlockGradients
+from indexer.projection import Projection
+
+FAINT = 1e-2
+"""Share of the whole below which a block's own gradient may be rounding noise (a key's bias: exactly zero)."""
 
 
 class AutogradDots:
@@ -47,6 +54,61 @@ class AutogradDots:
         return bool(torch.isfinite(sizes).all()) and bool((sizes > 0).any())
 
     def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+class AutogradBlocks:
+    """The blocks of a whole batch's gradient, by autograd alone: hooks on the parameters for one backward pass."""
+
+    def __init__(self, model: nn.Module, projection: Projection) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._blocks = [
+            layer.block
+            for layer in projection.plan.layers
+            if all(self._parameters[name].requires_grad for name in layer.block.parameters)
+        ]
+        """Autograd has nothing to say of what is frozen."""
+        self._projection = projection
+        self._gradients = BlockGradients(projection, self._blocks)
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Before the forward pass of a batch."""
+        self.detach()
+        self._gradients = BlockGradients(self._projection, self._blocks)
+        for name, block in self._gradients.owners().items():
+
+            def hook(gradient: Tensor, name: str = name, block: Any = block) -> None:
+                self._gradients.arrived(block, name, gradient)
+
+            self._handles.append(self._parameters[name].register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def agree(self, blocks: dict[str, Tensor], tolerance: float) -> bool:
+        """Whether the sums over samples of ``blocks`` (B, K, J) are autograd's; False where the gradient is zero or not
+        finite, and says nothing. CaptureError naming every layer that differs.
+        """
+        expected = self._gradients.finished(self._parameters)
+        whole = torch.stack([block.norm() for block in expected.values()]).norm() if expected else torch.zeros(())
+        if not bool(torch.isfinite(whole)) or (expected and not bool(whole)):
+            return False
+        wrong = {}
+        for name, block in expected.items():
+            error = float((blocks[name].sum(0) - block).norm() / torch.maximum(block.norm(), FAINT * whole))
+            if not error <= tolerance:
+                wrong[name] = error
+        if wrong:
+            shown = ", ".join(f"{name} ({error:.2g})" for name, error in list(wrong.items())[:8])
+            raise CaptureError(
+                f"the projected gradients of {len(wrong)} layer(s) differ from autograd's: {shown}. A weight is used "
+                "where no tap sees it (a functional call on it, a module that was replaced after attaching), or a hook "
+                "of the parameter changes its gradient. Leave it out with exclude_layers; check=False trusts the taps"
+            )
+        return True
+
+    def detach(self) -> None:
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
-from indexer.dotprod.autograd_check import AutogradDots
+from indexer.dotprod.autograd_check import AutogradBlocks, AutogradDots
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route, parameters_of
 from indexer.dotprod.held_loss import HeldLoss
@@ -133,6 +133,7 @@ class GradDotProdEngine:
         self._upstreams: list[Tensor] = []
         self._weights: Tensor | None = None
         self._checking: AutogradDots | None = None
+        self._checking_blocks: AutogradBlocks | None = None
         self._unchecked = check
         self._held_loss = HeldLoss(self.model, self._val_losses, enabled=check)
         self._narrow = False
@@ -379,6 +380,9 @@ class GradDotProdEngine:
         self.method.begin_train(batch_size)
         if self._checking is not None and self.ledger is not None:
             self._checking.attach(self.ledger)
+        if self._unchecked and isinstance(self.method, SketchedMethod):
+            self._checking_blocks = AutogradBlocks(self.model, self.method.projection)
+            self._checking_blocks.attach()
         self._held_loss.begin()
 
     def watch(
@@ -471,6 +475,9 @@ class GradDotProdEngine:
         self._held_loss.forget()
         if self._checking is not None:
             self._checking.detach()
+        if self._checking_blocks is not None:
+            self._checking_blocks.detach()
+            self._checking_blocks = None
 
     def _exact(self, scale_B: Tensor) -> Scores:
         assert isinstance(self.method, ExactMethod)
@@ -499,7 +506,10 @@ class GradDotProdEngine:
 
     def _sketched(self, scale_B: Tensor) -> Scores:
         assert isinstance(self.method, SketchedMethod)
-        vectors_BD = divide(self.method.end_train_vectors().double(), scale_B)
+        raw_BD, agreed = self.method.end_train_vectors(self._checking_blocks, self._tolerance())
+        if agreed:
+            self._unchecked = False
+        vectors_BD = divide(raw_BD.double(), scale_B)
         if self.method.val_GD is None or self._group_share is None:
             nothing = vectors_BD.new_full((self._batch,), torch.nan)
             return Scores(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghoststore.errors import CaptureError
+from indexer.dotprod.autograd_check import AutogradBlocks
 from indexer.layers import LayerType, Sides, layer_type_by_name
 from indexer.projection import BlockPlan, Projection
 from indexer.selection import Use
@@ -109,6 +110,10 @@ class SketchedMethod:
         """The tap of module ``name``."""
         return partial(self._see, name)
 
-    def end_train_vectors(self) -> Tensor:
-        """(B, D): the vectors of the batch, still times the scale of the training loss."""
-        return self._vectors()
+    def end_train_vectors(self, checking: AutogradBlocks | None, tolerance: float) -> tuple[Tensor, bool]:
+        """(B, D): the vectors of the batch, still times the scale of the training loss; and whether ``checking`` found
+        them to be autograd's.
+        """
+        blocks = dict(self._blocks)
+        vectors = self._vectors()
+        return vectors, checking is not None and checking.agree(blocks, tolerance)
