@@ -14,10 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import choose_max_length, fingerprint_tokenizer
+from ghoststore.checkpoint import choose_max_length
 from ghoststore.corpus import Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.same_model import tokenizer_lines
 from ghoststore.store.status import Status
+from ghoststore.tokenizer_identity import tokenizer_identity
 
 Overlong = Literal["truncate", "window", "skip", "error"]
 SAMPLES_AT_ONCE = 256
@@ -72,18 +74,19 @@ class Tokenizer:
         self.tokenizer = tokenizer
 
     @cached_property
-    def fingerprint(self) -> str:
-        """See :func:`ghoststore.checkpoint.fingerprint_tokenizer`."""
-        return fingerprint_tokenizer(self.tokenizer)
+    def identity(self) -> dict[str, Any]:
+        """See :func:`ghoststore.tokenizer_identity.tokenizer_identity`."""
+        return tokenizer_identity(self.tokenizer)
 
     def check(self, sample: Sample) -> None:
         """MismatchError for a sample that another tokenizer made tokens of."""
         if isinstance(sample.content, Tokenized):
-            found = sample.content.vocabulary.tokenizer_fingerprint
-            if found != self.fingerprint:
+            theirs = sample.content.vocabulary.tokenizer_identity
+            if theirs["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
-                    f"sample {sample.id!r} comes from token shards of another tokenizer: theirs is {found}, the "
-                    f"checkpoint's is {self.fingerprint}. Tokenize the corpus again with --tokenizer of this checkpoint"
+                    f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
+                    f"{tokenizer_lines(theirs, self.identity)}\n"
+                    "Tokenize the corpus again with --tokenizer of this checkpoint"
                 )
 
     def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:

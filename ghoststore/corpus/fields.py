@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import orjson
@@ -59,7 +59,7 @@ class Vocabulary(Protocol):
     """Whose tokens they are, and the way back to text."""
 
     @property
-    def tokenizer_fingerprint(self) -> str: ...
+    def tokenizer_identity(self) -> dict[str, Any]: ...
 
     def decode(self, ids: NDArray[np.int32]) -> str: ...
 
