@@ -67,6 +67,9 @@ DROPOUT = frozenset(
 )
 """Fields that change outputs in training mode alone: gradients are taken in eval mode, training runs keep them."""
 
+LARGEST_NUMBER = 1 << 20
+"""Of a stored field that the configuration at hand does not have."""
+
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _FLOAT = "__float__"
 
@@ -99,7 +102,8 @@ def config_differences(stored: dict[str, Any], config: Any, *, training: bool = 
     found = config_identity(config, training=training)
     if stored == found:
         return []
-    return differences(_read_again(stored, config, training), found, "checkpoint.config")
+    read = _read_again(stored, config, training) if _is_worth_reading(stored, found) else stored
+    return differences(read, found, "checkpoint.config")
 
 
 def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool = False) -> dict[str, Any]:
@@ -109,6 +113,20 @@ def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool 
     if stored is not None and not config_differences(stored, config, training=training):
         return stored
     return config_identity(config, training=training)
+
+
+def _is_worth_reading(stored: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether ``stored`` may still mean the same as ``found``. Two whole numbers that differ never do; and a manifest
+    may come from anywhere: a class makes lists as long as the numbers that it reads, so others are read up to a limit.
+    """
+    for name, value in stored.items():
+        other = found.get(name)
+        if isinstance(value, dict):
+            if not _is_worth_reading(value, other if isinstance(other, dict) else {}):
+                return False
+        elif isinstance(value, int) and value != other and (isinstance(other, int) or abs(value) > LARGEST_NUMBER):
+            return False
+    return True
 
 
 def _read_again(stored: dict[str, Any], config: Any, training: bool) -> dict[str, Any]:

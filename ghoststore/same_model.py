@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint import Checkpoint
-from ghoststore.config_identity import agreed_config, config_differences, config_identity
+from ghoststore.config_identity import agreed_config, config_differences
 from ghoststore.errors import MismatchError
 from ghoststore.store.build_command import build_command
-from ghoststore.store.manifest import Difference, Manifest, difference_lines, differences
+from ghoststore.store.manifest import Manifest, difference_lines, differences, is_whole_tokenizer
 from ghoststore.store.part import Part
-from ghoststore.tokenizer_identity import is_complete, tokenizer_identity
+from ghoststore.tokenizer_identity import tokenizer_identity
 
 
-def checkpoint_section(
-    fingerprint: str, model: Any, stored: Manifest | None = None, *, training: bool = False
-) -> dict[str, Any]:
+def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = None) -> dict[str, Any]:
     """The manifest's ``checkpoint``: the fingerprint of the weights, the class of the model, its configuration.
 
     ``stored`` is the manifest that this one is going to be compared with: where both configurations say the same, in
@@ -26,7 +24,7 @@ def checkpoint_section(
     return {
         "fingerprint": fingerprint,
         "architecture": type(model).__name__,
-        "config": agreed_config(said, model.config, training=training),
+        "config": agreed_config(said, model.config),
     }
 
 
@@ -60,7 +58,7 @@ def refuse_other_model(
 def refuse_incomplete(part: Part) -> None:
     """MismatchError for a part whose manifest does not say which configuration and which tokenizer it is of."""
     manifest = part.manifest
-    if "config" in manifest["checkpoint"] and is_complete(manifest["tokenizer"]):
+    if isinstance(manifest["checkpoint"].get("config"), dict) and is_whole_tokenizer(manifest["tokenizer"]):
         return
     stdin = " (with its corpus on standard input)" if manifest["source"]["data"] == "-" else ""
     raise MismatchError(
@@ -71,19 +69,19 @@ def refuse_incomplete(part: Part) -> None:
     )
 
 
-def start_section(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+def start_section(checkpoint: Checkpoint | None, stored: Any = None) -> dict[str, Any] | None:
     """What a training run says of the checkpoint that it began with: its weights, and its configuration as its
-    config.json has it. None for a new model.
+    config.json has it. None for a new model. ``stored`` is the section that this one is going to be compared with.
     """
     if checkpoint is None:
         return None
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    return {"fingerprint": checkpoint.fingerprint(), "config": config_identity(config, training=True)}
+    said = stored.get("config") if isinstance(stored, dict) else None
+    return {"fingerprint": checkpoint.fingerprint(), "config": agreed_config(said, config, training=True)}
 
 
 def tokenizer_lines(stored: dict[str, Any], found: dict[str, Any]) -> str:
     """A line for each section in which two tokenizers differ, for the message of an error."""
-    different: list[Difference] = differences(stored, found, "tokenizer")
-    return difference_lines(different, "found")
+    return difference_lines(differences(stored, found, "tokenizer"), "found")

@@ -92,11 +92,6 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
     return str(tokenizer_identity(tokenizer)["fingerprint"])
 
 
-def is_complete(section: dict[str, Any]) -> bool:
-    """Whether a manifest's ``tokenizer`` is a whole identity, not the fingerprint alone that was kept once."""
-    return "special_tokens" in section
-
-
 def _backend(backend: Any) -> dict[str, Any]:
     sections = json.loads(backend.to_str())
     for name in RUNTIME:

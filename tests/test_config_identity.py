@@ -235,6 +235,24 @@ def test_another_release_of_transformers(older: Any, settings: dict[str, Any], d
     assert agreed_config(stored, found) == (stored if differs is None else config_identity(found))
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"num_hidden_layers": 10**12},
+        {"n_layer": 10**12},
+        {"text_config": {"num_hidden_layers": 10**12}},
+        {"num_hidden_layers": "x" * 10**6},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10**12, "factor": -(10**12)}},
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_a_stored_configuration_may_come_from_anywhere(hostile: dict[str, Any]) -> None:
+    """A list of 10¹² layer types is not made of it."""
+    found = tf.Qwen3Config(hidden_size=16, num_attention_heads=4, num_hidden_layers=2)
+    stored = {name: value for name, value in config_identity(found).items() if name != "attention_bias"} | hostile
+    assert any(next(iter(hostile)) in path for path, _, _ in config_differences(stored, found))
+
+
 def test_numbers_that_json_does_not_know() -> None:
     config = tf.Mamba2Config()
     stored = json.loads(json.dumps(config_identity(config), allow_nan=False))

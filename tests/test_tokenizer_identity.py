@@ -11,8 +11,8 @@ import pytest
 import transformers as tf
 
 from ghoststore.checkpoint import load_tokenizer
-from ghoststore.store.manifest import differences
-from ghoststore.tokenizer_identity import LARGEST_SECTION, fingerprint_tokenizer, is_complete, tokenizer_identity
+from ghoststore.store.manifest import differences, is_whole_tokenizer
+from ghoststore.tokenizer_identity import LARGEST_SECTION, fingerprint_tokenizer, tokenizer_identity
 from tests.conftest import save_model
 
 PIECES = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "▁a": 6, "ab": 7, "<pad>": 8}
@@ -53,7 +53,7 @@ def test_saved_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
         found.append(tokenizer_identity(made))
     assert found[0] == found[1] == found[2]
     assert json.loads(json.dumps(found[0])) == found[0]
-    assert is_complete(found[0])
+    assert is_whole_tokenizer(found[0])
     assert str(tmp_path) not in json.dumps(found[0])
 
 

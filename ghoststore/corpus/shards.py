@@ -25,7 +25,7 @@ from ghoststore.corpus.formats import KeyedRow
 from ghoststore.corpus.scan import MAX_DOMAINS
 from ghoststore.errors import CheckpointError, CorpusError, CorruptError, MismatchError
 from ghoststore.store.commits import Commit, FileRecord, committed, json_digest, read_commit, record_path
-from ghoststore.store.manifest import Kind
+from ghoststore.store.manifest import Kind, is_whole_tokenizer
 
 SHARDS_VERSION = 1
 MANIFEST = "shards.json"
@@ -155,9 +155,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _refuse_incomplete(folder: Path, manifest: Mapping[str, Any]) -> None:
     """MismatchError for a manifest that does not say which tokenizer it is of, but for its vocabulary."""
-    from ghoststore.tokenizer_identity import is_complete
-
-    if is_complete(manifest["tokenizer"]):
+    if is_whole_tokenizer(manifest["tokenizer"]):
         return
     source = manifest["source"]
     command = shlex.join(

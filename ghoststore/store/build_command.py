@@ -45,7 +45,7 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     """(option, value): None and False for one that is not given, True for a flag."""
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
     yield "--checkpoint", source["checkpoint"]
-    yield "--tokenizer", source["tokenizer"]
+    yield "--tokenizer", source.get("tokenizer")
     yield "--data", source["data"]
     yield "--store", store
     yield "--name", name
@@ -58,9 +58,9 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--store-text", storage["store_text"] and source["data"] != "-"
     yield "--loss-reduction", manifest["loss"]["reduction"]
     yield "--model-dtype", manifest["dtype"]["model"]
-    yield "--attn-implementation", compute["attn_implementation"]
-    yield "--gradient-checkpointing", compute["gradient_checkpointing"]
-    yield "--optimizer-state", source["optimizer_state"]
+    yield "--attn-implementation", compute.get("attn_implementation")
+    yield "--gradient-checkpointing", compute.get("gradient_checkpointing")
+    yield "--optimizer-state", source.get("optimizer_state")
     yield "--proj-dtype", storage["dtype"]
     yield from _projection(manifest["projection"], manifest["layers"])
 

@@ -13,7 +13,6 @@ from typing import Any
 from ghoststore.errors import CorruptError, MismatchError
 from ghoststore.store.commits import json_digest
 from ghoststore.store.layout import FORMAT_VERSION
-from ghoststore.tokenizer_identity import is_complete
 
 Manifest = dict[str, Any]
 Difference = tuple[str, Any, Any]
@@ -148,10 +147,15 @@ def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind
     )
 
 
+def is_whole_tokenizer(section: Mapping[str, Any]) -> bool:
+    """Whether a manifest's ``tokenizer`` is a whole identity, not the fingerprint alone that was kept once."""
+    return isinstance(section.get("special_tokens"), dict)
+
+
 def refuse_unreleased(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
     """MismatchError if only ``asked`` identifies the whole of its tokenizer: no release has written ``stored``."""
     theirs, ours = stored.get("tokenizer"), asked.get("tokenizer")
-    if theirs is not None and ours is not None and is_complete(ours) and not is_complete(theirs):
+    if theirs is not None and ours is not None and is_whole_tokenizer(ours) and not is_whole_tokenizer(theirs):
         raise MismatchError(
             f"{where} was {kind.made} by an unreleased version of ghoststore: what it holds does not identify the "
             "configuration of the model and the whole of its tokenizer, so nothing tells whether they are still the "

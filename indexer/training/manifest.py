@@ -52,13 +52,13 @@ def run_manifest(
         blocks=tuple(scorer.blocks) if scorer else (),
     )  # fmt: skip
     method = scorer.engine.method if scorer else None
-    known = None if stored is None else stored["model"].get("config")
+    known = {} if stored is None else stored["model"]
     return {
         "model": {
             "architecture": type(model).__name__,
             "name": config.architecture,
-            "config": agreed_config(known, model.config, training=True),
-            "checkpoint": start_section(start.checkpoint),
+            "config": agreed_config(known.get("config"), model.config, training=True),
+            "checkpoint": start_section(start.checkpoint, known.get("checkpoint")),
             "parameters": parameter_count(model),
         },
         "tokenizer": shards.tokenizer_identity,
