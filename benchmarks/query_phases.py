@@ -15,6 +15,7 @@ from common import SelfTimes  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402, F401
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 
+import ghoststore.same_model  # noqa: E402
 import query.asked  # noqa: E402
 import query.part_encoder  # noqa: E402
 import query.query  # noqa: E402
@@ -26,7 +27,7 @@ IMPORTED = time.perf_counter()
 PHASES = (
     (Checkpoint, "fingerprint", "fingerprint of the weights"),
     (query.part_encoder, "load_tokenizer", "tokenizer load"),
-    (query.part_encoder, "fingerprint_tokenizer", "fingerprint of the tokenizer"),
+    (ghoststore.same_model, "tokenizer_identity", "identity of the tokenizer"),
     (query.part_encoder, "load_model", "model load"),
     (query.part_encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),

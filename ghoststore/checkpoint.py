@@ -175,20 +175,6 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-PROBE = (
-    "Hello, world!  Two  spaces,\ttabs\nand lines. def f(x): return x**2 + 3.14159\n"
-    "Ünïcödé ÀÉ ß 東京 🙂 1234567890 <|endoftext|> [MASK] don't CamelCase snake_case http://a.b/c?d=e&f"
-)
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """``sha256:…`` of what the tokenizer does: its vocabulary, its ids for a fixed text, its chat template."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    ids = tokenizer(PROBE)["input_ids"]
-    value = [vocabulary, ids, getattr(tokenizer, "chat_template", None)]
-    return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}"
-
-
 def resolve_device(device: str) -> str:
     """``auto`` to cuda where there is one, else cpu. UsageError for a device that is not there."""
     import torch

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from ghoststore.checkpoint import (
     find_checkpoint,
-    fingerprint_tokenizer,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -30,6 +29,7 @@ from ghoststore.checkpoint import (
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.same_model import checkpoint_section, refuse_incomplete
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.info import describe
@@ -38,6 +38,7 @@ from ghoststore.store.manifest import refuse_differences
 from ghoststore.store.part import create_part, span_table
 from ghoststore.store.reader import CRC_BYTES
 from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors, writing
+from ghoststore.tokenizer_identity import tokenizer_identity
 from indexer.calibrate import SampleDraw, calibrate, learning_bytes
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.losses import Reduction
@@ -168,9 +169,12 @@ def build(
     if dry_run and str(data) == "-":
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     Store.refuse_others(Path(store))
+    there = _existing(store, part_name)
+    if there is not None:
+        refuse_incomplete(there)
     with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
-        identity = {"fingerprint": found.fingerprint(), "architecture": type(model).__name__}
+        identity = checkpoint_section(found.fingerprint(), model, None if there is None else there.manifest)
         config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note), config,
@@ -178,11 +182,11 @@ def build(
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state, batch_tokens=batch_tokens, dry_run=dry_run,
-            there=_existing(store, part_name) if config.calibrated else None, checkpoint=identity,
+            there=there if config.calibrated else None, checkpoint=identity,
         )  # fmt: skip
         job.manifest.update(
             checkpoint=identity,
-            tokenizer={"fingerprint": fingerprint_tokenizer(text_tokenizer)},
+            tokenizer=tokenizer_identity(text_tokenizer),
             dtype={"model": model_dtype},
             batching={
                 "batch_tokens": batch_tokens,
@@ -254,7 +258,7 @@ def _plan(
     batch_tokens: int,
     dry_run: bool,
     there: Part | None,
-    checkpoint: dict[str, str],
+    checkpoint: dict[str, Any],
 ) -> _Job:
     """Choose layers, scan the corpus, draw or learn matrices; the manifest sections that follow from these."""
     if optimizer_state is not None and config.preconditioned:
@@ -340,7 +344,7 @@ def _existing(store: str | Path, name: str) -> Part | None:
     return opened.part(name) if name in opened.part_names() else None
 
 
-def _learned_before(part: Part, plan: ProjectionPlan, checkpoint: dict[str, str]) -> ProjectionPlan:
+def _learned_before(part: Part, plan: ProjectionPlan, checkpoint: dict[str, Any]) -> ProjectionPlan:
     """``plan`` with what ``part`` learned when it was begun. MismatchError if it was begun with other settings, or for
     other weights.
     """

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ghoststore.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.software import versions_of
@@ -91,6 +92,12 @@ class RunShape:
     per_layer: bool = False
 
 
+def _config_of(model: Any) -> dict[str, Any] | None:
+    """The identity of a transformers model's configuration; None for another model."""
+    config = getattr(model, "config", None)
+    return config_identity(config, training=True) if hasattr(config, "to_diff_dict") else None
+
+
 def open_run(
     store: str | Path,
     name: str,
@@ -122,6 +129,7 @@ def open_run(
             "architecture": type(engine.model).__name__,
             "parameters": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "config": _config_of(engine.model),
         },
         "tokenizer": {"fingerprint": None},
         "corpus": {

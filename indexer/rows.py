@@ -14,10 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import choose_max_length, fingerprint_tokenizer
+from ghoststore.checkpoint import choose_max_length
 from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.same_model import tokenizer_lines
 from ghoststore.store.status import Status
+from ghoststore.tokenizer_identity import tokenizer_identity
 from indexer.whole_text import WholeTexts
 
 Overlong = Literal["truncate", "window", "skip", "error"]
@@ -89,9 +91,9 @@ class Tokenizer:
         self._whole_texts = WholeTexts(tokenizer)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """See :func:`ghoststore.checkpoint.fingerprint_tokenizer`."""
-        return fingerprint_tokenizer(self.tokenizer)
+    def identity(self) -> dict[str, Any]:
+        """See :func:`ghoststore.tokenizer_identity.tokenizer_identity`."""
+        return tokenizer_identity(self.tokenizer)
 
     @cached_property
     def size(self) -> int:
@@ -111,11 +113,12 @@ class Tokenizer:
         if isinstance(sample.content, PromptCompletion):
             self._whole_texts.refuse_without_offsets()
         if isinstance(sample.content, Tokenized):
-            found = sample.content.vocabulary.tokenizer_fingerprint
-            if found != self.fingerprint:
+            theirs = sample.content.vocabulary.tokenizer_identity
+            if theirs["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
-                    f"sample {sample.id!r} comes from token shards of another tokenizer: theirs is {found}, the "
-                    f"checkpoint's is {self.fingerprint}. Tokenize the corpus again with --tokenizer of this checkpoint"
+                    f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
+                    f"{tokenizer_lines(theirs, self.identity)}\n"
+                    "Tokenize the corpus again with --tokenizer of this checkpoint"
                 )
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:

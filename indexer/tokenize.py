@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ghoststore.checkpoint import find_tokenizer, fingerprint_tokenizer, load_tokenizer, quiet_transformers
+from ghoststore.checkpoint import find_tokenizer, load_tokenizer, quiet_transformers
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.corpus.shards import (
     MANIFEST,
@@ -30,9 +30,11 @@ from ghoststore.corpus.shards import (
 )
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.same_model import tokenizer_lines
 from ghoststore.software import versions_of
 from ghoststore.store.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.manifest import refuse_differences
+from ghoststore.tokenizer_identity import tokenizer_identity
 from indexer.plan import CorpusPlan, plan_corpus
 from indexer.rows import Tokenizer
 from indexer.shard_workers import write_side_by_side
@@ -183,7 +185,7 @@ def _manifest(
         domains=len(scan.domains or ()),
     )  # fmt: skip
     return {
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer), "vocabulary": layout.vocabulary},
+        "tokenizer": {**tokenizer_identity(tokenizer), "vocabulary": layout.vocabulary},
         "corpus": {
             "fingerprint": scan.fingerprint,
             "samples": scan.rows,
@@ -210,11 +212,11 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
         (begun / "commits").mkdir()
         with quiet_transformers():
             tokenizer.save_pretrained(begun / TOKENIZER)
-            found = fingerprint_tokenizer(load_tokenizer(begun / TOKENIZER))
-        if found != manifest["tokenizer"]["fingerprint"]:
+            given, found = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
+        if found != given:
             raise CheckpointError(
-                "the tokenizer comes back otherwise after save_pretrained: fingerprint "
-                f"{manifest['tokenizer']['fingerprint']}, then {found}; give one that can be saved"
+                "the tokenizer comes back otherwise after save_pretrained; give one that can be saved:\n"
+                f"{tokenizer_lines(given, found)}"
             )
         files = {
             str(file.relative_to(begun)): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -305,7 +307,7 @@ def _report(shards: TokenShards, resumed: int, written: int, workers: int, secon
     return TokenizeReport(
         out=str(shards.folder), samples=shards.samples, tokens=shards.tokens, shards=shards.layout.shards,
         domains=counts, empty_samples=int((shards.length == 0).sum()), token_dtype=shards.layout.token_dtype.name,
-        vocabulary=shards.layout.vocabulary, tokenizer_fingerprint=shards.tokenizer_fingerprint,
+        vocabulary=shards.layout.vocabulary, tokenizer_fingerprint=shards.tokenizer_identity["fingerprint"],
         corpus_fingerprint=shards.corpus_fingerprint, repeated_ids=shards.repeated_ids,
         bytes_on_disk=sum(path.stat().st_size for path in files),
         resumed_samples=resumed, written_tokens=written, workers=workers, seconds=seconds,

@@ -14,7 +14,6 @@ from ghoststore.checkpoint import (
     DTYPES,
     Checkpoint,
     find_checkpoint,
-    fingerprint_tokenizer,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -22,6 +21,7 @@ from ghoststore.checkpoint import (
 from ghoststore.corpus import Corpus, Fields, Sample, absolute, open_corpus, scan_samples
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.same_model import checkpoint_section
 from ghoststore.software import versions_of
 from ghoststore.store.manifest import Manifest
 from indexer.losses import Reduction
@@ -92,8 +92,8 @@ def full_gradients(
             names = {name for block in chosen.blocks for name in block.parameters}
         exact = ExactGradients(model, names, reduction=loss_reduction)
         manifest: Manifest = {
-            "checkpoint": {"fingerprint": found.fingerprint(), "architecture": type(model).__name__},
-            "tokenizer": {"fingerprint": fingerprint_tokenizer(text_tokenizer)},
+            "checkpoint": checkpoint_section(found.fingerprint(), model),
+            "tokenizer": own.identity,
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
             "loss": {"definition": "next-token cross-entropy of each sample's own targets",

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ghoststore.checkpoint import find_checkpoint, fingerprint_tokenizer, load_model, load_tokenizer
+from ghoststore.checkpoint import find_checkpoint, load_model, load_tokenizer
 from ghoststore.corpus import Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Task
+from ghoststore.same_model import refuse_incomplete, refuse_other_model
 from ghoststore.store import Part
 from indexer.encoder import RowEncoder, encode_rows
 from indexer.part_projection import calibrated_as, scales_of
@@ -115,8 +116,10 @@ def projection_of(part: Part, model: Any) -> Projection:
 def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, from where it was built or from another path to the same weights.
 
-    MismatchError, both fingerprints shown, if they are not the same.
+    MismatchError naming every field that is not the same, with both values, and for a part of an unreleased version,
+    which does not say what it is of.
     """
+    refuse_incomplete(part)
     source = part.manifest["source"]
     found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
@@ -129,17 +132,6 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
             device=device,
             attn_implementation=part.manifest["compute"]["attn_implementation"],
         )
-        is_there = fingerprint.result()
-    wanted = part.manifest["checkpoint"]["fingerprint"]
-    if wanted != is_there:
-        raise MismatchError(
-            f"part {part.name!r} was built from other weights than those in {found.folder}: stored {wanted}, "
-            f"found {is_there}. Give --checkpoint the folder of the stored ones"
-        )
-    wanted, is_there = part.manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(tokenizer)
-    if wanted != is_there:
-        raise MismatchError(
-            f"part {part.name!r} was built with another tokenizer than that in {folder}: "
-            f"stored {wanted}, found {is_there}"
-        )
+        weights = fingerprint.result()
+    refuse_other_model(part, found, weights, model, tokenizer, folder)
     return model, Tokenizer(tokenizer, vocabulary=embedding_rows(model))

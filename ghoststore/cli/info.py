@@ -125,6 +125,13 @@ def _print_runs(found: Any) -> None:
     print_table(f"{found.store}: {len(found.runs)} run(s)", columns, rows)
 
 
+def _said(value: Any) -> str:
+    """An entry of a manifest; of one with entries (a model's configuration) how many there are: --json has them."""
+    if not isinstance(value, dict):
+        return str(value)
+    return str(value["fingerprint"]) if "fingerprint" in value else f"{len(value)} fields"
+
+
 def _print_run(run: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
 
@@ -146,7 +153,7 @@ def _print_run(run: Any) -> None:
         ("on disk", human_bytes(run.bytes)),
     ]
     for section in ("model", "val", "training", "scoring", "source"):
-        facts += [(f"{section}.{name}", str(value)) for name, value in run.manifest[section].items()]
+        facts += [(f"{section}.{name}", _said(value)) for name, value in run.manifest[section].items()]
     facts.append(("made with", ", ".join(f"{name} {version}" for name, version in run.manifest["software"].items())))
     print_facts(run.name, facts)
 

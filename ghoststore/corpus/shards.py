@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ghoststore.corpus.repeated import Repeated
 from ghoststore.corpus.scan import MAX_DOMAINS
 from ghoststore.errors import CheckpointError, CorpusError, CorruptError, MismatchError
 from ghoststore.store.commits import Commit, FileRecord, committed, json_digest, read_commit, record_path
-from ghoststore.store.manifest import Kind
+from ghoststore.store.manifest import Kind, is_whole_tokenizer
 
 SHARDS_VERSION = 1
 MANIFEST = "shards.json"
@@ -143,6 +144,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         for section in ("tokenizer", "corpus"):
             if not isinstance(manifest[section]["fingerprint"], str):
                 raise ValueError(f"the fingerprint of its {section} is no string")
+        _refuse_incomplete(folder, manifest)
         return manifest, files
     except (FileNotFoundError, NotADirectoryError):
         raise CorpusError(f"{folder} holds no token shards (it has no {MANIFEST})") from None
@@ -150,6 +152,20 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged: {error}") from error
+
+
+def _refuse_incomplete(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """MismatchError for a manifest that does not say which tokenizer it is of, but for its vocabulary."""
+    if is_whole_tokenizer(manifest["tokenizer"]):
+        return
+    source = manifest["source"]
+    command = shlex.join(
+        ["ghoststore", "tokenize", "--data", str(source["data"]), "--tokenizer", str(source["tokenizer"]), "--out"]
+    )
+    raise MismatchError(
+        f"{folder} was tokenized by an unreleased version of ghoststore: its manifest does not identify the whole of "
+        f"the tokenizer. Tokenize the corpus again, into a new folder:\n  {command} …"
+    )
 
 
 def layout_of(manifest: Mapping[str, Any], where: Path) -> ShardLayout:
@@ -221,7 +237,10 @@ class TokenShards:
         """Tokens in all shards."""
         self.domains: list[str] = list(manifest["corpus"]["domains"] or [])
         """Names that ``domain`` indexes."""
-        self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        self.tokenizer_identity: dict[str, Any] = {
+            name: value for name, value in manifest["tokenizer"].items() if name != "vocabulary"
+        }
+        """See :func:`ghoststore.tokenizer_identity.tokenizer_identity`."""
         self.corpus_fingerprint: str = manifest["corpus"]["fingerprint"]
         self.repeated_ids: Repeated | None = manifest["corpus"].get("repeated_ids")
         """None where every id is unique."""
@@ -429,7 +448,8 @@ def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
 
 def load_copy(folder: Path) -> Any:
     """The tokenizer in a folder of shards, complete or not. CorruptError if it is not the one that was saved there."""
-    from ghoststore.checkpoint import fingerprint_tokenizer, load_tokenizer
+    from ghoststore.checkpoint import load_tokenizer
+    from ghoststore.tokenizer_identity import fingerprint_tokenizer
 
     manifest, files = read_manifest(folder)
     for name, sha256 in files.items():

@@ -6,7 +6,7 @@ there describe different parts, or runs. The others (``source``, ``software``, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from ghoststore.store.commits import json_digest
 from ghoststore.store.layout import FORMAT_VERSION
 
 Manifest = dict[str, Any]
+Difference = tuple[str, Any, Any]
+"""(dotted path, stored value, value that is asked for or found)."""
+SHOWN = 90
+"""Characters of a value in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +104,7 @@ def check_format(attributes: Mapping[str, Any], where: str) -> None:
         )
 
 
-def differences(stored: Any, asked: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+def differences(stored: Any, asked: Any, path: str = "") -> list[Difference]:
     """(path, stored value, asked value) wherever two JSON values differ."""
     if isinstance(stored, dict) and isinstance(asked, dict):
         found = []
@@ -110,19 +114,50 @@ def differences(stored: Any, asked: Any, path: str = "") -> list[tuple[str, Any,
     return [] if stored == asked else [(path, stored, asked)]
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:87]}…"
+def difference_lines(found: Sequence[Difference], verb: str = "asked for") -> str:
+    """A line for each of the first differences: its path and both values, long ones from where they part."""
+    lines = []
+    for path, stored, asked in found[:12]:
+        old, new = _shown(stored, asked)
+        lines.append(f"  {path}: stored {old}, {verb} {new}")
+    if len(found) > 12:
+        lines.append(f"  … and {len(found) - 12} more")
+    return "\n".join(lines)
+
+
+def _shown(stored: Any, asked: Any) -> tuple[str, str]:
+    """Both values; of long ones a piece from where they part."""
+    old, new = repr(stored), repr(asked)
+    same = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    start = same - 30 if same > SHOWN - 30 else 0
+    pieces = (f"…{text[start:]}" if start else text for text in (old, new))
+    old, new = (text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}…" for text in pieces)
+    return old, new
 
 
 def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
     """MismatchError listing every identity value that differs, both sides shown."""
+    refuse_unreleased(stored, asked, where, kind)
     found = [d for section in kind.identity for d in differences(stored[section], asked[section], section)]
     if not found:
         return
-    lines = "\n".join(f"  {path}: stored {_shown(old)}, asked for {_shown(new)}" for path, old, new in found[:12])
-    more = f"\n  … and {len(found) - 12} more" if len(found) > 12 else ""
     raise MismatchError(
-        f"{where} was {kind.made} with other settings; nothing was changed:\n{lines}{more}\n"
+        f"{where} was {kind.made} with other settings; nothing was changed:\n{difference_lines(found)}\n"
         f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
     )
+
+
+def is_whole_tokenizer(section: Mapping[str, Any]) -> bool:
+    """Whether a manifest's ``tokenizer`` is a whole identity, not the fingerprint alone that was kept once."""
+    return isinstance(section.get("special_tokens"), dict)
+
+
+def refuse_unreleased(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
+    """MismatchError if only ``asked`` identifies the whole of its tokenizer: no release has written ``stored``."""
+    theirs, ours = stored.get("tokenizer"), asked.get("tokenizer")
+    if theirs is not None and ours is not None and is_whole_tokenizer(ours) and not is_whole_tokenizer(theirs):
+        raise MismatchError(
+            f"{where} was {kind.made} by an unreleased version of ghoststore: what it holds does not identify the "
+            "configuration of the model and the whole of its tokenizer, so nothing tells whether they are still the "
+            f"same. Remove it, or give another {kind.option}"
+        )

@@ -14,7 +14,6 @@ from ghoststore.checkpoint import (
     Checkpoint,
     find_checkpoint,
     find_tokenizer,
-    fingerprint_tokenizer,
     load_model,
     load_tokenizer,
 )
@@ -22,6 +21,8 @@ from ghoststore.corpus import Fields, open_corpus
 from ghoststore.corpus.shards import MANIFEST, TOKENIZER, TokenShards
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.same_model import tokenizer_lines
+from ghoststore.tokenizer_identity import tokenizer_identity
 from indexer.rows import Tokenizer
 from indexer.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
@@ -117,11 +118,12 @@ def token_shards(
         folder = output_dir / "tokens"
         ranks.led(lambda: _tokenize(data, start, folder, fields, max_samples, progress))
     shards = TokenShards.open(folder)
-    found = fingerprint_tokenizer(start.tokenizer)
-    if shards.tokenizer_fingerprint != found:
+    found = tokenizer_identity(start.tokenizer)
+    if shards.tokenizer_identity != found:
         raise MismatchError(
-            f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}: stored "
-            f"{shards.tokenizer_fingerprint}, found {found}"
+            f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}:\n"
+            f"{tokenizer_lines(shards.tokenizer_identity, found)}\n"
+            "Give --tokenizer the one that made them, or tokenize the corpus again"
         )
     return shards
 

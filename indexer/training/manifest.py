@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ghoststore.config_identity import agreed_config
 from ghoststore.corpus.shards import TokenShards
+from ghoststore.same_model import start_section
 from ghoststore.software import versions_of
 from ghoststore.store.manifest import Manifest
 from ghoststore.store.run import RunLayout
@@ -17,9 +19,6 @@ from indexer.training.data import TrainingRows
 from indexer.training.inputs import Start
 from indexer.training.scorer import Scorer
 from indexer.training.validation import ValSet
-
-SHAPE = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size", "resid_pdrop", "embd_pdrop", "attn_pdrop")
-"""Entries of a GPT-2's configuration that the manifest keeps."""
 
 
 def parameter_count(model: torch.nn.Module) -> int:
@@ -42,8 +41,11 @@ def run_manifest(
     max_length: int,
     checkpoint_interval: int,
     source: Mapping[str, str | None],
+    stored: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """The manifest of a run of ``steps`` steps over ``rows``. ``source`` says where its inputs lie."""
+    """The manifest of a run of ``steps`` steps over ``rows``. ``source`` says where its inputs lie,
+    ``stored`` what the checkpoint says from which it goes on.
+    """
     asked, scoring = config.optimization, config.scoring
     layout = RunLayout(
         steps=steps, ranks=ranks, batch=asked.batch_size * asked.gradient_accumulation_steps,
@@ -51,15 +53,16 @@ def run_manifest(
         blocks=tuple(scorer.blocks) if scorer else (),
     )  # fmt: skip
     method = scorer.engine.method if scorer else None
+    known = {} if stored is None else stored["model"]
     return {
         "model": {
             "architecture": type(model).__name__,
             "name": config.architecture,
-            "config": {key: getattr(model.config, key) for key in SHAPE if hasattr(model.config, key)},
-            "checkpoint": None if start.checkpoint is None else start.checkpoint.fingerprint(),
+            "config": agreed_config(known.get("config"), model.config, training=True),
+            "checkpoint": start_section(start.checkpoint, known.get("checkpoint")),
             "parameters": parameter_count(model),
         },
-        "tokenizer": {"fingerprint": shards.tokenizer_fingerprint},
+        "tokenizer": shards.tokenizer_identity,
         "corpus": {
             "fingerprint": shards.corpus_fingerprint,
             "samples": shards.samples,

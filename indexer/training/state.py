@@ -28,11 +28,12 @@ from ghoststore.errors import CorruptError, DivergedError, MismatchError, Storag
 from ghoststore.software import versions_of
 from ghoststore.store.commits import FileRecord, json_digest
 from ghoststore.store.disk import create_whole, storage_errors
-from ghoststore.store.manifest import differences
+from ghoststore.store.manifest import Kind, difference_lines, differences, refuse_unreleased
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
+CHECKPOINT = Kind(name="checkpoint", made="written", identity=(), description=(), option="--output-dir")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +200,11 @@ def restore(saved: SavedState, model: nn.Module, optimizer: torch.optim.Optimize
 
 def refuse_other(saved: SavedState, identity: Mapping[str, Any]) -> None:
     """MismatchError, with both values, if a checkpoint is of a run with other settings."""
+    refuse_unreleased(saved.identity, dict(identity), str(saved.path), CHECKPOINT)
     found = differences(saved.identity, dict(identity))
     if found:
-        lines = "\n".join(f"  {where}: stored {old!r:.90}, asked for {new!r:.90}" for where, old, new in found[:12])
         raise MismatchError(
-            f"{saved.path} is of a run with other settings; nothing was changed:\n{lines}\n"
+            f"{saved.path} is of a run with other settings; nothing was changed:\n{difference_lines(found)}\n"
             "Use the stored settings to go on, or another --output-dir"
         )
 

@@ -178,6 +178,7 @@ class _Job:
             self.config, start=start, model=model, shards=shards, rows=rows, val=val, scorer=scorer,
             domains=self.domains, steps=steps, ranks=self.ranks.count, max_length=max_length,
             checkpoint_interval=self._checkpoint_interval, source=self._source(start),
+            stored=None if saved is None else saved.identity,
         )  # fmt: skip
         identity = {section: manifest[section] for section in IDENTITY}
         optimizer = make_optimizer(model, asked)

@@ -25,6 +25,7 @@ from query.corpus_check import read_unchanged
 from query.evaluate.exact import ExactScores
 from query.evaluate.predictors import BASELINES, EXACT, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
 from query.evaluate.trainings import Plan
+from query.part_encoder import load_for
 from query.question import Question
 from query.texts import corpus_behind
 
@@ -62,10 +63,11 @@ class Task:
         cls, part: Part, val_set: str, out: Path, *, fields: Fields, max_val_samples: int | None, recipe: Recipe,
         device: str, progress: Progress,
     ) -> Task:  # fmt: skip
-        """Check the corpus behind ``part``, tokenize it once (into ``out``), read the val set.
+        """Check the model and the corpus behind ``part``, tokenize it once (into ``out``), read the val set.
 
-        MismatchError if the corpus is not the one that the part was built from any more.
+        MismatchError if one of them is not the one that the part was built from any more.
         """
+        load_for(part, None, device)  # trainings take its configuration, its weights and its tokenizer from the folder
         read_unchanged(corpus_behind(part), part, lambda sample: None, progress)
         source, kept = part.manifest["source"], part.manifest["corpus"]
         model = find_checkpoint(source["checkpoint"]).folder

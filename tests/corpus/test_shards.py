@@ -227,12 +227,13 @@ def test_another_tokenizer_is_refused(lab: Lab, built: Path, folder: Path, tmp_p
         tokenizer.add_tokens(["<other>"])
 
     checkpoint = lab.model(tmp_path / "model", change=other)
-    theirs = TokenShards.open(folder).tokenizer_fingerprint
-    ours = Tokenizer(load_tokenizer(checkpoint)).fingerprint
+    theirs = TokenShards.open(folder).tokenizer_identity["fingerprint"]
+    ours = Tokenizer(load_tokenizer(checkpoint)).identity["fingerprint"]
     outcome = lab.build(tmp_path / "store", "--checkpoint", checkpoint, "--data", folder)
     assert outcome.code == 3, outcome.err
     assert theirs in outcome.err
     assert ours in outcome.err
+    assert "tokenizer.added_tokens.290: stored None, found {'content': '<other>'" in outcome.err
     assert not list(tmp_path.glob("store/parts/*/zarr.json"))
     ghoststore.tokenize(data=lab.corpus, tokenizer=checkpoint, out=tmp_path / "others")
     with pytest.raises(MismatchError, match=ours):

@@ -949,6 +949,21 @@ def test_a_run_with_other_settings(case: str, bench: Bench, tmp_path: Path) -> N
         GhostEngineManager(config_of(tmp_path / "store", **settings), model, sgd(model), val_data=VAL_BATCH)
 
 
+@pytest.mark.parametrize(
+    ("field", "stored", "asked"),
+    [("activation_function", "gelu_new", "relu"), ("layer_norm_epsilon", 1e-05, 0.1), ("resid_pdrop", 0.1, 0.2)],
+)
+def test_a_run_with_another_model_of_the_same_weights(
+    field: str, stored: Any, asked: Any, bench: Bench, tmp_path: Path
+) -> None:
+    bench.manager.cleanup()
+    model = gpt2(**{field: asked})
+    with pytest.raises(MismatchError, match=rf"model\.config\.{field}: stored {stored!r}, asked for {asked!r}"):
+        GhostEngineManager(
+            config_of(tmp_path / "store", gradient_accumulation_steps=2), model, sgd(model), val_data=VAL_BATCH
+        )
+
+
 def test_a_run_with_another_val_set_or_frozen_layers(bench: Bench, tmp_path: Path) -> None:
     bench.manager.cleanup()
     config = config_of(tmp_path / "store", gradient_accumulation_steps=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_what_is_a_near_duplicate(val: Content | None, row: Content | None, over
 
 def test_tokens_are_decoded() -> None:
     class Words:
-        tokenizer_fingerprint = "words"
+        tokenizer_identity: ClassVar[dict[str, Any]] = {"fingerprint": "words"}
 
         def decode(self, ids: np.ndarray) -> str:
             return " ".join(f"w{number}" for number in ids)

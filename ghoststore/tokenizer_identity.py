@@ -1,0 +1,144 @@
+"""Which tokenizer it is: everything that changes which ids a text, or a chat, becomes.
+
+Small sections are kept as they are, so that a refusal can show both values; large ones (a vocabulary, merges) as
+SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LARGEST_SECTION = 2000
+"""Characters of JSON up to which a section is kept as it is."""
+
+RUNTIME = ("version", "truncation", "padding")
+"""Entries of tokenizer.json that say nothing of ids: each call sets truncation and padding anew."""
+
+NOISE = frozenset(
+    {
+        # Where it comes from and how it was loaded.
+        "_commit_hash",
+        "auto_map",
+        "backend",
+        "from_slow",
+        "is_local",
+        "local_files_only",
+        "name_or_path",
+        "processor_class",
+        "subfolder",
+        "tokenizer_class",  # the class of the loaded one is compared by its name
+        "tokenizer_file",
+        "tokenizer_object",
+        "transformers_version",
+        "trust_remote_code",
+        "vocab",
+        "vocab_file",
+        "merges",
+        "merges_file",
+        # Of padding, truncation, decoding and the names of inputs: rows are cut and padded by ghoststore.
+        "clean_up_tokenization_spaces",
+        "max_length",
+        "model_input_names",
+        "model_max_length",
+        "pad_to_multiple_of",
+        "pad_token_type_id",
+        "padding_side",
+        "stride",
+        "truncation_side",
+        "truncation_strategy",
+        # In sections of their own.
+        "add_bos_token",  # the post-processor
+        "add_eos_token",
+        "added_tokens_decoder",
+        "additional_special_tokens",  # the added tokens
+        "chat_template",
+        "extra_special_tokens",
+        "split_special_tokens",
+    }
+)
+"""Settings of a tokenizer that are no section of their own in its identity. All others are in."""
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """The sections of a transformers tokenizer, as JSON values, and ``fingerprint``: ``sha256:…`` of them all.
+
+    Of one with a Rust backend: ``normalizer``, ``pre_tokenizer``, ``post_processor``, ``decoder``, ``model`` and
+    ``added_tokens`` (by id) of its tokenizer.json, complete. Of another: ``files``, the SHA-256 of each that it saves.
+    Of both: ``class``, ``special_tokens``, ``chat_template`` and ``settings``, those of tokenizer_config.json.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = _files(tokenizer) if backend is None else _backend(backend)
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    sections = {
+        **described,
+        "class": type(tokenizer).__name__,
+        "special_tokens": special,
+        "chat_template": _condensed(getattr(tokenizer, "chat_template", None)),
+        "settings": {
+            **_settings(tokenizer, special),
+            "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+        },
+    }
+    text = json.dumps(sections, sort_keys=True)
+    return {"fingerprint": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}", **sections}
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """The ``fingerprint`` of :func:`tokenizer_identity`."""
+    return str(tokenizer_identity(tokenizer)["fingerprint"])
+
+
+def _backend(backend: Any) -> dict[str, Any]:
+    sections = json.loads(backend.to_str())
+    for name in RUNTIME:
+        sections.pop(name, None)
+    added = {str(token.pop("id")): token for token in sections.pop("added_tokens", [])}
+    found = {name: _condensed(section) for name, section in sections.items()}
+    return {**found, "added_tokens": _kept(added, _text(added))}
+
+
+def _files(tokenizer: Any) -> dict[str, Any]:
+    """Of a tokenizer that is Python: the files that it saves, its settings aside, which hold paths and versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {
+            str(path.relative_to(folder)): _digest(path.read_bytes())
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and path.name not in ("tokenizer_config.json", "special_tokens_map.json")
+        }
+    added = {str(index): repr(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    return {"files": files, "added_tokens": _kept(added, _text(added))}
+
+
+def _settings(tokenizer: Any, special: dict[str, str]) -> dict[str, Any]:
+    given = getattr(tokenizer, "init_kwargs", {})
+    names = sorted(given.keys() - NOISE - special.keys() - set(getattr(tokenizer, "SPECIAL_TOKENS_ATTRIBUTES", ())))
+    return {name: _condensed(json.loads(json.dumps(given[name], default=str))) for name in names}
+
+
+def _condensed(section: Any) -> Any:
+    """``section`` if it is small, else its digest; of one with entries, the digests of those that are large."""
+    if not isinstance(section, dict):
+        return _kept(section, _text(section))
+    texts = {name: _text(entry) for name, entry in section.items()}
+    if sum(map(len, texts.values())) <= LARGEST_SECTION:
+        return section
+    return {name: _kept(entry, texts[name]) for name, entry in section.items()}
+
+
+def _kept(value: Any, text: str) -> Any:
+    """``value`` if its JSON ``text`` is short, else the digest."""
+    return value if len(text) <= LARGEST_SECTION else _digest(text)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _digest(value: str | bytes) -> str:
+    data = value.encode() if isinstance(value, str) else value
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
