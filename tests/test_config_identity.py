@@ -222,7 +222,6 @@ def without(*names: str, **others: Any) -> Callable[[dict[str, Any]], dict[str, 
         (without(model_type="qwen2"), {}, "model_type"),
         (without(num_attention_heads="many"), {}, "num_attention_heads"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_another_release_of_transformers(older: Any, settings: dict[str, Any], differs: str | None) -> None:
     """A field that the release before did not have is equal where it is what the class makes of the others."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import ghoststore
 from ghoststore.corpus import Sample
@@ -144,3 +145,35 @@ def test_the_model_is_left_as_it_was() -> None:
     assert bool((model.attn.weight.grad == 1.0).all())
     assert sum(p.grad is not None for p in model.parameters()) == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="this transformers has no DeepSeek-V3.2")
+def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None:
+    """Its indexer keeps the best eight keys of a query, padded ones among them."""
+    config = transformers.DeepseekV32Config(
+        vocab_size=290, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        index_topk=8, index_n_heads=2, index_head_dim=16, n_group=1, topk_group=1, max_position_embeddings=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.DeepseekV32ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(lab.checkpoint).save_pretrained(tmp_path / "model")
+    found = []
+    for name, batch_tokens in (("together", 2048), ("alone", 1)):
+        report = ghoststore.build(
+            checkpoint=tmp_path / "model", data=lab.corpus, store=tmp_path / "store", name=name, device="cpu",
+            projection=ghoststore.ProjectionConfig(layers=("o_proj", "mlp"), rank_total=16, precondition="none"),
+            batch_tokens=batch_tokens,
+        )  # fmt: skip
+        part = Store.open(tmp_path / "store").part(name)
+        found.append(np.asarray(part.read_vectors(0, part.rows)))
+    assert report.rows == len(lab.rows)
+    assert Store.open(tmp_path / "store").part("together").manifest["batching"]["padding"] is False
+    error = np.linalg.norm(found[0] - found[1], axis=1) / np.linalg.norm(found[1], axis=1)
+    assert error.max() < 1e-4
