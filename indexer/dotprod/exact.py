@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import routes
+from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.parameters import Ledger, Scored, Tapped
+from indexer.dotprod.scores import Scores, divide
 from indexer.layers.terms import Term, Vector
 from indexer.tap import See
 
@@ -48,9 +50,11 @@ class ValSide:
 
 
 class ExactMethod:
-    """Scores by the parameters of a ledger. The engine drives it: val batches, then one train batch after another."""
+    """Scores by the parameters of a ledger. ``check``: the first batch that says something is held against autograd."""
 
-    def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False) -> None:
+    needs_val = True
+
+    def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False, check: bool = True) -> None:
         if route not in get_args(Route):
             raise UsageError(f"route {route!r} is unknown; known: {', '.join(get_args(Route))}")
         self.ledger = ledger
@@ -64,6 +68,11 @@ class ExactMethod:
         self._pairs: Tensor | None = None
         self._train_terms: dict[str, list[Term]] = {}
         self._calls: dict[str, int] = {}
+        self._unchecked = check
+        self._dots: AutogradDots | None = None
+
+    def attach(self, device: torch.device) -> None:
+        """Nothing to make ready."""
 
     @property
     def modules(self) -> list[str]:
@@ -151,8 +160,13 @@ class ExactMethod:
             finite &= all(_finite(term) for term, _ in found)
         return finite
 
+    def asked_of_autograd(self) -> dict[str, nn.Parameter]:
+        """Every scored parameter, until a train batch was held against autograd."""
+        return {name: scored.parameter for name, scored in self.ledger.parameters.items()} if self._unchecked else {}
+
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
         """CaptureError naming the first parameter whose val gradient is not what autograd says."""
+        self._dots = AutogradDots(expected)
         assert self.val is not None
         share = torch.bincount(self.val.group_V, minlength=self.val.groups).double() / len(self.val.group_V)
         floor = NEGLIGIBLE * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
@@ -173,6 +187,10 @@ class ExactMethod:
         """A train batch of ``batch`` samples begins."""
         self._raw, self._train_terms, self._calls = {}, {}, {}
         self._pairs = None
+        if self._dots is not None and batch:
+            self._dots.attach(self.ledger)
+        elif self._dots is not None:
+            self._dots.detach()
 
     def called(self, name: str) -> None:
         """Module ``name`` ran in the forward pass of the train batch."""
@@ -227,15 +245,30 @@ class ExactMethod:
             self._cast[key] = gradient.to(key[1])
         return self._cast[key]
 
-    def end_train(self) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Raw scores (B, G) by parameter, and raw products of all pairs (B, B) where they were asked for."""
-        raw, pairs = self._raw, self._pairs
+    def scores(self, scale_B: Tensor, share_G: Tensor | None, tolerance: float) -> Scores:
+        """See :class:`indexer.dotprod.method.Method`."""
+        assert share_G is not None
         if self.wants_pairs:
             for full in list(self._train_terms):  # called more often than it came back
                 self._add_pairs(full)
-            pairs = self._pairs
-        self.begin_train(0)
-        return raw, pairs
+        if self._dots is not None and self._dots.says_something():
+            self.check_train(self._raw, self._dots.found(), tolerance)
+            self._dots.detach()
+            self._dots, self._unchecked = None, False
+        groups = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
+        nothing_BG = divide(torch.zeros_like(groups), scale_B)
+        blocks = {name: groups.new_zeros(len(scale_B)) for name in self.ledger.blocks}
+        parameters: dict[str, Tensor] = {}
+        for name, scored in self.ledger.parameters.items():
+            found_BG = divide(self._raw[name], scale_B) if name in self._raw else nothing_BG
+            groups = groups + found_BG
+            parameters[name] = found_BG @ share_G
+            blocks[scored.block] = blocks[scored.block] + parameters[name]
+        pairs = None if self._pairs is None else divide(divide(self._pairs, scale_B).t(), scale_B).t()
+        return Scores(
+            total=groups @ share_G, groups=groups, parameters=parameters, blocks=blocks, pairs=pairs, vectors=None,
+            val_age=0,
+        )  # fmt: skip
 
     def check_train(self, raw: dict[str, Tensor], expected: dict[str, tuple[float, float]], tolerance: float) -> None:
         """CaptureError naming the first parameter whose raw scores do not add up to what autograd says.
@@ -269,8 +302,3 @@ def _behind_the_back(name: str, error: float, what: str) -> str:
         "before), or a hook of the parameter changes its gradient. Leave it out with exclude_layers; check=False "
         "trusts the taps"
     )
-
-
-def parameters_of(ledger: Ledger) -> list[nn.Parameter]:
-    """The scored parameters, in order."""
-    return [scored.parameter for scored in ledger.parameters.values()]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
 from indexer.dotprod.autograd_check import AutogradBlocks
+from indexer.dotprod.scores import Scores, divide
 from indexer.layers import LayerType, Sides, layer_type_by_name
 from indexer.projection import BlockPlan, Projection
 from indexer.selection import Use
@@ -19,9 +20,14 @@ from indexer.tap import See
 
 
 class SketchedMethod:
-    """Scores of the layers of a projection, through it: the vectors are those that a build stores."""
+    """Scores of the layers of a projection, through it: the vectors are those that a build stores. ``check``: the first
+    batch that says something is held against autograd.
+    """
 
-    def __init__(self, model: torch.nn.Module, projection: Projection) -> None:
+    needs_val = False
+    """Vectors need none."""
+
+    def __init__(self, model: nn.Module, projection: Projection, *, check: bool = True) -> None:
         self.projection = projection
         self.routes: dict[str, str] = {}
         self.val_GD: Tensor | None = None
@@ -32,6 +38,8 @@ class SketchedMethod:
         self._val: list[Tensor] = []
         self._group_V = torch.zeros(0)
         self._groups = 1
+        self._unchecked = check
+        self._checking: AutogradBlocks | None = None
 
     def attach(self, device: torch.device) -> None:
         """Move the matrices to the model's device and cut them for each use."""
@@ -91,6 +99,13 @@ class SketchedMethod:
         """The backward pass of one val batch is done."""
         self._val.append(self._vectors())
 
+    def asked_of_autograd(self) -> dict[str, nn.Parameter]:
+        """Nothing: the val pass goes through the same taps as a train batch."""
+        return {}
+
+    def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
+        """Nothing was asked."""
+
     def end_val(self, scale: float) -> bool:
         """Mean vectors of the groups, divided by the ``scale`` of the loss; whether they are finite."""
         vectors_VD = torch.cat(self._val) / scale
@@ -102,6 +117,12 @@ class SketchedMethod:
     def begin_train(self, batch: int) -> None:
         """A train batch begins."""
         self._blocks, self._ran = {}, set()
+        if self._checking is not None:
+            self._checking.detach()
+            self._checking = None
+        if batch and self._unchecked:
+            self._checking = AutogradBlocks(self._model, self.projection)
+            self._checking.attach()
 
     def called(self, name: str) -> None:
         """Nothing to count."""
@@ -110,10 +131,22 @@ class SketchedMethod:
         """The tap of module ``name``."""
         return partial(self._see, name)
 
-    def end_train_vectors(self, checking: AutogradBlocks | None, tolerance: float) -> tuple[Tensor, bool]:
-        """(B, D): the vectors of the batch, still times the scale of the training loss; and whether ``checking`` found
-        them to be autograd's.
-        """
-        blocks = dict(self._blocks)
-        vectors = self._vectors()
-        return vectors, checking is not None and checking.agree(blocks, tolerance)
+    def scores(self, scale_B: Tensor, share_G: Tensor | None, tolerance: float) -> Scores:
+        """See :class:`indexer.dotprod.method.Method`; without a val pass vectors alone, and scores of NaN."""
+        blocks_BKJ = dict(self._blocks)
+        vectors_BD = divide(self._vectors().double(), scale_B)
+        if self._checking is not None and self._checking.agree(blocks_BKJ, tolerance):
+            self._unchecked = False
+        if self.val_GD is None or share_G is None:
+            groups, total = vectors_BD.new_zeros(len(scale_B), 0), vectors_BD.new_full((len(scale_B),), torch.nan)
+            blocks: dict[str, Tensor] = {}
+        else:
+            val_GD = self.val_GD.double()
+            mean_D, groups = share_G @ val_GD, vectors_BD @ val_GD.t()
+            total = groups @ share_G
+            spans = self.projection.plan.groups if self.blocks else []
+            blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
+        return Scores(
+            total=total, groups=groups, parameters={}, blocks=blocks, pairs=None, vectors=vectors_BD.float(),
+            val_age=0,
+        )  # fmt: skip

@@ -1,0 +1,67 @@
+"""The train batch that is open: how large it is, what its loss is of, and what came to the loss in the backward pass.
+
+Legend: B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod.val_data import target_counts
+
+
+@dataclass(slots=True, eq=False)
+class OpenBatch:
+    """From ``prepare`` to ``collect`` or ``discard``."""
+
+    size: int
+    weights_B: Tensor | None = None
+    """(B,) float64: the watched loss is Σ weights·ℓ; None before it is watched."""
+    _upstreams: list[Tensor] = field(default_factory=list)
+
+    def saw_upstream(self, gradient: Tensor) -> None:
+        """A gradient came to the watched loss."""
+        self._upstreams.append(gradient.detach().double().reshape(()))
+
+    def refuse_to_watch(self, loss: Tensor) -> None:
+        """UsageError or CaptureError for what cannot be the loss of this batch."""
+        if self.weights_B is not None:
+            raise UsageError("this batch has a watched loss already; watch the one loss that goes through backward()")
+        if loss.numel() != 1:
+            raise UsageError(f"the training loss is one number, but has shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
+
+    def weights_of(self, loss: Tensor, weights: Tensor | None, labels: Tensor | None) -> Tensor:
+        """(B,) float64: by default of a mean over samples; with ``labels`` (B, T), over their targets."""
+        if labels is not None:
+            if labels.dim() != 2 or len(labels) != self.size:
+                raise UsageError(
+                    f"labels are of tokens, one row a sample: there are labels of shape {tuple(labels.shape)} for a "
+                    f"batch of {self.size} samples"
+                )
+            if weights is None:
+                counts_B = target_counts(labels).to(loss.device).double()
+                weights = counts_B / counts_B.sum().clamp_min(1)
+        elif weights is None:
+            weights = torch.full((self.size,), 1.0 / self.size, dtype=torch.float64, device=loss.device)
+        if weights.shape != (self.size,):
+            raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self.size}")
+        return weights.to(loss.device).double()
+
+    def scale(self) -> Tensor:
+        """(B,) float64: each sample's share in what went backward, whatever the loss was multiplied with.
+
+        UsageError before a loss is watched, CaptureError unless it went through one backward pass.
+        """
+        if self.weights_B is None:
+            raise UsageError("the loss is not known; call watch(loss) between the forward and the backward pass")
+        if not self._upstreams:
+            raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
+        if len(self._upstreams) > 1:
+            raise CaptureError("the watched loss went through backward() more than once; prepare() each pass")
+        return self._upstreams[0] * self.weights_B

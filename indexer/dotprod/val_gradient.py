@@ -1,0 +1,146 @@
+"""The val gradient: the val samples, their groups, and the pass that computes it.
+
+Legend: V val samples, G groups of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import CaptureError, UsageError
+from indexer.dotprod.axes import KnownAxes
+from indexer.dotprod.method import Method
+from indexer.dotprod.val_data import ValLosses, batches_of, computes_in_float16, language_model_losses, size_of
+from indexer.dotprod.val_targets import Groups, rows_with_targets
+from indexer.modes import evaluating
+from indexer.tap import See
+
+
+class ValGradient:
+    """Val samples of one model, and where the pass over them stands."""
+
+    def __init__(self, model: nn.Module, method: Method, losses: ValLosses) -> None:
+        self.losses = losses
+        self.batches: list[Any] = []
+        self.group_names: list[str] = []
+        """In the order of ``Scores.groups``; known after the first pass."""
+        self.group_share: Tensor | None = None
+        """(G,) float64: of each group in the val samples; None before the first pass."""
+        self.leaf: Tensor | None = None
+        """While a val batch is open: what makes autograd reach its taps."""
+        self._model, self._method = model, method
+        self._groups: Groups = None
+        self._first = 0
+
+    def set(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None) -> None:
+        """Other val samples. Of a language model's, rows without targets are left out."""
+        batches = batches_of(val_data)
+        plain = self.losses is not language_model_losses
+        self.batches, self._groups = (batches, groups) if plain else rows_with_targets(batches, groups)
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(size_of(batch) for batch in self.batches)
+
+    def examine(self, axes: KnownAxes, loss_scale: float) -> None:
+        """Have ``axes`` reweight the losses of the first val batch."""
+        if self.batches:
+            axes.probe(self.losses, self.batches[0], size_of(self.batches[0]), loss_scale)
+
+    def see(self, name: str, tokens: int, interval: int) -> See:
+        """The tap of module ``name`` in the batch that is open."""
+        return self._method.see_val(name, self._first, tokens, interval, len(self.batches))
+
+    def compute(self, loss_scale: float, tolerance: Callable[[], float], opened: Callable[[int], None]) -> None:
+        """One pass, or more with smaller scales of the loss until everything is finite. ``opened`` is told the size of
+        each val batch before its forward pass.
+
+        UsageError if a val sample's loss is not finite; CaptureError if the gradient is not, or is not autograd's.
+        """
+        if self.losses is language_model_losses and not computes_in_float16(self._model):
+            loss_scale = 1.0  # no other dtype needs it
+        asked = dict(self._method.asked_of_autograd())
+        while (expected := self._pass(loss_scale, asked, opened)) is None:
+            if loss_scale <= 1.0:
+                raise CaptureError("the val gradient is not finite; are the weights, or a val sample, out of range?")
+            loss_scale = max(1.0, loss_scale / 16)
+        if asked:
+            self._method.check_val(expected, tolerance())
+
+    def _pass(
+        self, scale: float, asked: dict[str, nn.Parameter], opened: Callable[[int], None]
+    ) -> dict[str, Tensor] | None:
+        """One pass over the val batches: autograd's own gradient of their mean, of the parameters ``asked``; None if
+        something was not finite.
+        """
+        if not self.batches:
+            raise UsageError("there is no val set: give val_data, or call set_validation()")
+        device = next(self._model.parameters()).device
+        self._name_groups(self.samples, device)
+        expected = {
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for name, p in asked.items()
+        }
+        self._first = 0
+        with evaluating(self._model), torch.enable_grad():
+            for batch in self.batches:
+                size = size_of(batch)
+                self.leaf = torch.zeros((), device=device, requires_grad=True)
+                opened(size)
+                try:
+                    self._backward(self.losses(self._model, batch), size, scale, asked, expected)
+                finally:
+                    self.leaf = None
+                self._method.end_val_batch()
+                self._first += size
+        for gradient in expected.values():
+            gradient.div_(self._first * scale)
+        return expected if self._method.end_val(scale) else None
+
+    def _backward(
+        self, losses_V: Tensor, size: int, scale: float, asked: dict[str, nn.Parameter], expected: dict[str, Tensor]
+    ) -> None:
+        if losses_V.shape != (size,):
+            raise UsageError(
+                f"val_losses gave losses of shape {tuple(losses_V.shape)} for a val batch of {size} samples; "
+                "one loss a sample is needed"
+            )
+        if not bool(torch.isfinite(losses_V).all()):
+            places = (~torch.isfinite(losses_V)).nonzero().flatten() + self._first
+            raise UsageError(
+                f"the loss of val sample(s) {places.tolist()[:5]} is not finite; leave them out of the val set"
+            )
+        assert self.leaf is not None
+        total = losses_V.sum() if scale == 1.0 else losses_V.sum() * scale
+        if not total.requires_grad:
+            raise CaptureError("the val losses carry no gradient: does val_losses run under torch.no_grad()?")
+        reached, *found = torch.autograd.grad(total, [self.leaf, *asked.values()], allow_unused=True)
+        if reached is None:
+            raise CaptureError("the val losses do not depend on any scored layer")
+        for into, gradient in zip(expected.values(), found, strict=True):
+            if gradient is not None:
+                into += gradient.to_dense() if gradient.is_sparse else gradient
+
+    def _name_groups(self, count: int, device: torch.device) -> None:
+        if count < 1:
+            raise UsageError("the val set has no samples")
+        if self._groups is None:
+            names = ["val"] * count
+        elif self._groups == "each":
+            names = [str(place) for place in range(count)]
+        else:
+            if isinstance(self._groups, str):
+                raise UsageError(f"groups is 'each' or one name for each val sample, not {self._groups!r}")
+            names = [str(name) for name in self._groups]
+            if len(names) != count:
+                raise UsageError(f"groups names {len(names)} val samples, but there are {count}")
+        self.group_names = list(dict.fromkeys(names))
+        place = {name: index for index, name in enumerate(self.group_names)}
+        group_V = torch.tensor([place[name] for name in names], device=device)
+        self.group_share = torch.bincount(group_V, minlength=len(place)).double() / count
+        self._method.begin_val(group_V, len(place), device)
