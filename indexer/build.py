@@ -174,7 +174,10 @@ def build(
         refuse_incomplete(there)
     with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
-        identity = checkpoint_section(found.fingerprint(), model, None if there is None else there.manifest)
+        identity = {
+            "checkpoint": checkpoint_section(found.fingerprint(), model, None if there is None else there.manifest),
+            "tokenizer": tokenizer_identity(text_tokenizer),
+        }
         config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
             model, corpus, Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note), config,
@@ -182,11 +185,10 @@ def build(
             _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
             count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
             optimizer_state=optimizer_state, batch_tokens=batch_tokens, dry_run=dry_run,
-            there=there if config.calibrated else None, checkpoint=identity,
+            there=there, identity=identity,
         )  # fmt: skip
         job.manifest.update(
-            checkpoint=identity,
-            tokenizer=tokenizer_identity(text_tokenizer),
+            **identity,
             dtype={"model": model_dtype},
             batching={
                 "batch_tokens": batch_tokens,
@@ -258,7 +260,7 @@ def _plan(
     batch_tokens: int,
     dry_run: bool,
     there: Part | None,
-    checkpoint: dict[str, Any],
+    identity: dict[str, Any],
 ) -> _Job:
     """Choose layers, scan the corpus, draw or learn matrices; the manifest sections that follow from these."""
     if optimizer_state is not None and config.preconditioned:
@@ -268,7 +270,10 @@ def _plan(
         )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
-    first = list(rows_of(islice(corpus.samples(), ROWS_LOOKED_AT), tokenizer, settings))
+    if there is not None:  # before any row of another model is looked at
+        _refuse_other(there, plan, identity)
+    looked_at = min(ROWS_LOOKED_AT, max_samples or ROWS_LOOKED_AT)
+    first = list(rows_of(islice(corpus.samples(), looked_at), tokenizer, settings))
     padding = ModelCheck(
         model, plan, first, reduction=reduction, checkpointing=checkpointing, alone=batch_tokens < SHORTEST_PAIR
     ).run()
@@ -293,7 +298,7 @@ def _plan(
     if optimizer_state is not None:
         scales = read_scales(optimizer_state, model, [layer.block for layer in plan.layers])
     if config.calibrated and there is not None:
-        plan = _learned_before(there, plan, checkpoint)
+        plan = calibrated_as(there, plan)
     elif config.calibrated and not dry_run:
         rows = list(rows_of(drawn_samples.samples, tokenizer, settings))
         plan = replace(plan, calibration=calibrate(
@@ -344,16 +349,14 @@ def _existing(store: str | Path, name: str) -> Part | None:
     return opened.part(name) if name in opened.part_names() else None
 
 
-def _learned_before(part: Part, plan: ProjectionPlan, checkpoint: dict[str, Any]) -> ProjectionPlan:
-    """``plan`` with what ``part`` learned when it was begun. MismatchError if it was begun with other settings, or for
-    other weights.
-    """
-    learned = ("calibration", "hash", "optimizer_state")
-    stored = {name: value for name, value in part.manifest["projection"].items() if name not in learned}
-    manifest = part.manifest
-    asked = {**manifest, "projection": plan.to_json(), "checkpoint": checkpoint}
-    refuse_differences({**manifest, "projection": stored}, asked, f"part {part.name!r} of {part.path.parent.parent}")
-    return calibrated_as(part, plan)
+def _refuse_other(part: Part, plan: ProjectionPlan, identity: dict[str, Any]) -> None:
+    """MismatchError if ``part`` was begun with another model or projection. What it learned comes later."""
+    later = ("calibration", "hash", "optimizer_state")
+    stored = {name: value for name, value in part.manifest["projection"].items() if name not in later}
+    asked = {**part.manifest, "projection": plan.to_json(), "layers": plan.layers_json(), **identity}
+    refuse_differences(
+        {**part.manifest, "projection": stored}, asked, f"part {part.name!r} of {part.path.parent.parent}"
+    )
 
 
 def evenly(rows: Sequence[Row], count: int) -> list[Row]:

@@ -143,8 +143,11 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def output_problem(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> str | None:
     """Why ``y`` cannot be what the formulas of ``kind`` assume that ``module`` makes of ``x``, in words; None where it
-    is: the forward of a layer may have been replaced, or take more than one input.
+    is: the forward of a layer may have been replaced, or take more than one input. Of an output that is not finite
+    nothing is said: the loss will tell.
     """
+    if not bool(y.isfinite().all()):
+        return None
     with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
         error = min(_relative(y, expected) for expected in kind.outputs(module, x.detach()))
     narrow = {x.dtype, y.dtype} & {torch.float16, torch.bfloat16}
