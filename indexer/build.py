@@ -272,11 +272,10 @@ def _plan(
     plan = ProjectionPlan.of(selection, config)
     if there is not None:  # before any row of another model is looked at
         _refuse_other(there, plan, identity)
-    looked_at = min(ROWS_LOOKED_AT, max_samples or ROWS_LOOKED_AT)
-    first = list(rows_of(islice(corpus.samples(), looked_at), tokenizer, settings))
     padding = ModelCheck(
-        model, plan, first, reduction=reduction, checkpointing=checkpointing, alone=batch_tokens < SHORTEST_PAIR
-    ).run()
+        model, plan, _first_usable(corpus, tokenizer, settings, max_samples), longest=settings.max_length,
+        reduction=reduction, checkpointing=checkpointing, alone=batch_tokens < SHORTEST_PAIR,
+    ).run()  # fmt: skip
     if not padding:
         progress.note(
             f"padding changes what {type(model).__name__} makes of a row: only rows of one length share a batch"
@@ -357,6 +356,12 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: dict[str, Any]) ->
     refuse_differences(
         {**part.manifest, "projection": stored}, asked, f"part {part.name!r} of {part.path.parent.parent}"
     )
+
+
+def _first_usable(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int | None) -> list[Row]:
+    """The first rows that will have a vector, however far they are from the beginning."""
+    rows = rows_of(islice(corpus.samples(), max_samples), tokenizer, settings)
+    return list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
 
 
 def evenly(rows: Sequence[Row], count: int) -> list[Row]:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.activations import lean_activations
 from indexer.branch import SideBranch
-from indexer.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
+from indexer.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample, input_of, output_problem
 from indexer.projection import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
@@ -233,43 +233,46 @@ class GradProjLoraEngine:
     def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
         """The blocks of the leaves' layers; in the first batches held against those of reweighted losses."""
         witness = self._witness
+        if witness is not None:
+            try:
+                with witness.plain():
+                    blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
+                witness.weighted(losses_B, leaves)
+            except RuntimeError as error:
+                if "donated buffer" not in str(error):
+                    raise
+                witness = None  # compiled in place: its graph is used up by one backward pass
         if witness is None:
             blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
-        else:
-            with witness.plain():
-                blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
-            witness.weighted(losses_B, leaves)
         if self._tests_left and self._batch > 1:
             self._leaves = {}  # the branches leave what follows alone
             self._check(witness)
         return blocks
 
     def _check(self, witness: Witness | None) -> None:
-        """Refuse what mixes samples, by reweighted losses and by a forward pass of some samples of the batch.
+        """Refuse what mixes samples, by reweighted losses and by forward passes of some samples of the batch.
 
-        The graph of a compiled model is used up by one backward pass: it has no ``witness``.
+        Without a ``witness`` (a compiled model, whose graph one backward pass uses up) by the latter alone; and so for
+        layers that got no gradient: a branch that begins at zero says nothing of what is before it. Where neither can
+        tell of a layer, the next batch is tested.
         """
-        if witness is not None:
-            if not witness.finite or len(witness.seen) < len(self._ran):
-                return  # the batch says nothing of some layers
+        told: set[str] = set()
+        if witness is not None and witness.finite:
             refuse_mixed(witness.problems(), len(self._ran))
+            told = witness.seen
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
-            refuse_mixed(self._strangers(call, told=witness is not None), len(self._ran))
-        elif witness is None:
-            return  # only parts of the model were called
-        self._tests_left -= 1
-
-    def _strangers(self, call: Call, *, told: bool) -> dict[str, str]:
-        """Layers whose input does not follow the samples; ``told``: reweighted losses have found nothing."""
-        try:
-            problems = strangers(self.model, call, self._batch, self._ran)
-        except CannotRun:
-            if not told:
-                raise
-            return {}
-        # Without a graph a fused kernel may stand in for layers: these have shown themselves.
-        return {name: problem for name, problem in problems.items() if problem != ABSENT or not told}
+            try:
+                problems = strangers(self.model, call, self._batch, self._ran, outputs=not told)
+            except CannotRun:
+                if not told:
+                    raise
+                call, problems = None, {}
+            # Without a graph a fused kernel may stand in for layers: these have shown themselves.
+            left = {name: words for name, words in problems.items() if words != ABSENT or name not in told}
+            refuse_mixed(left, len(self._ran))
+        if call is not None or told == self._ran:
+            self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
         """The forward hook of one use; without a prepared batch it leaves the output alone."""

@@ -28,14 +28,16 @@ from indexer.rows import Row, Tokens
 from indexer.sample_axis import PROBE_SIZES, AxisProbe
 
 LENGTHS = (7, 5, 3)
-"""Tokens of the samples that are compared with autograd."""
+"""Tokens of the samples that are compared with autograd, or fewer where rows are shorter."""
 SIDE = 4
 """Ranks of the blocks that are compared: no layer's gradient passes sixteen random sums unseen."""
-ROWS_LOOKED_AT = 64
-"""Rows of the corpus among which the longest is sought, to be tried with padding."""
-TOLERANCE, NARROW_TOLERANCE = 1e-3, 0.2
-"""Relative difference of a block that is more than rounding, in float32 and in 16 bits."""
-LOGITS_TOLERANCE, NARROW_LOGITS_TOLERANCE = 1e-3, 0.1
+ROWS_LOOKED_AT = 16
+"""Usable rows of the corpus whose tokens are tried."""
+TOLERANCE, NARROW_TOLERANCE = 1e-2, 0.2
+"""Relative difference of a block that is more than rounding, in float32 and in 16 bits. Large random weights bring
+float32 itself to 2e-3; what is wrong is wrong by far more.
+"""
+LOGITS_TOLERANCE, NARROW_LOGITS_TOLERANCE = 1e-2, 0.1
 FAINT = 1e-3
 """A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
 NAMED = 12
@@ -44,9 +46,9 @@ NAMED = 12
 class ModelCheck:
     """``ModelCheck(model, plan, rows).run()`` says whether rows of different lengths may share a batch.
 
-    ``rows`` are some of the corpus; ``alone``: every row will have a batch of its own. The model is left as it was.
-    Takes about the time of sixty tokens, forward and backward, and of two of the longest row, forward; memory for the
-    largest layer's gradient.
+    ``rows`` are some of the corpus, ``longest`` the most tokens that a row may have; ``alone``: every row will have a
+    batch of its own. The model is left as it was. Takes about the time of sixty tokens, forward and backward, and of
+    one and a half rows of ``longest``, forward; memory for the largest layer's gradient.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class ModelCheck:
         plan: ProjectionPlan,
         rows: Sequence[Row],
         *,
+        longest: int,
         reduction: Reduction = "mean",
         checkpointing: bool = False,
         alone: bool = False,
     ) -> None:
         self._model, self._plan, self._reduction = model, plan, reduction
-        self._alone = alone
+        self._alone, self._longest = alone, longest
         self._checkpointing = checkpointing
         self._tokens = [row.tokens for row in rows if row.status.usable]
         self._narrow = model.dtype in (torch.float16, torch.bfloat16)
@@ -75,15 +78,19 @@ class ModelCheck:
             return True  # no row will have a vector
         self._refuse_mixed_axes()
         projection = self._probing()
-        alike = [self._row(place, max(LENGTHS)) for place in range(len(LENGTHS))]
+        alike = [self._row(place, LENGTHS[0]) for place in range(len(LENGTHS))]
         self._refuse_other_gradients(projection, alike)
         return self._alone or (self._pads_in_small(projection, alike) and self._pads_at_length())
 
     def _row(self, place: int, length: int) -> Row:
-        """A row of ``length`` tokens of the corpus, another for each ``place``."""
-        ids = torch.cat([torch.from_numpy(tokens) for tokens in self._tokens[:ROWS_LOOKED_AT]])
-        tokens: Tokens = ids.roll(-place * length).repeat(-(-length // len(ids)))[:length].numpy()
+        """A row of ``length`` tokens of the corpus (fewer where no row may be as long), another for each ``place``."""
+        tokens: Tokens = self._ids(min(length, self._longest), place).int().numpy()
         return Row(Sample(place, "", None, "", -1, 0), 0, 0, tokens, 1, Status.OK)
+
+    def _ids(self, length: int, place: int = 0) -> Tensor:
+        """(length,): tokens of the corpus, over and over."""
+        ids = torch.cat([torch.from_numpy(tokens) for tokens in self._tokens]).long()
+        return ids.roll(-place * length).repeat(-(-length // len(ids)))[:length]
 
     def _losses(self, rows: Sequence[Row]) -> Tensor:
         device = next(self._model.parameters()).device
@@ -92,6 +99,7 @@ class ModelCheck:
         return next_token_losses_plainly(logits, labels, reduction=self._reduction)[0]
 
     def _refuse_mixed_axes(self) -> None:
+        """CaptureError that names every layer whose rows are not the samples'."""
         uses = [use for layer in self._plan.layers for use in layer.block.uses]
         probe = AxisProbe(self._model, {use.module: layer_type_by_name(use.type) for use in uses})
         for size, length in [(1, 5)] if self._alone else zip(PROBE_SIZES, (5, 7), strict=True):
@@ -169,10 +177,11 @@ class ModelCheck:
         return not self._wrong(projection, self._vectors(projection, [cut]), alone_BD)
 
     def _pads_at_length(self) -> bool:
-        """Half of the longest row, alone and padded to the whole: some attention leaves out tokens beyond a length."""
-        longest = torch.from_numpy(max(self._tokens[:ROWS_LOOKED_AT], key=len)).long()
-        half = longest[: max(1, len(longest) // 2)]
-        padded = torch.cat([half, torch.zeros(len(longest) - len(half), dtype=torch.long)])
+        """Half of the longest row there may be, alone and padded to the whole: some attention leaves out tokens beyond
+        a length. Not the longest row of the corpus: what is asked of the part may be longer.
+        """
+        half = self._ids(max(1, self._longest // 2))
+        padded = torch.cat([half, torch.zeros(self._longest - len(half), dtype=torch.long)])
         alone, beside = (self._logits(ids, len(half)) for ids in (half, padded))
         spread = float((alone - alone.mean(-1, keepdim=True)).norm())
         moved = float((beside - alone).norm())

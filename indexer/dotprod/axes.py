@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ghoststore.errors import CaptureError, UsageError
+from ghoststore.errors import CaptureError
 from indexer.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
 from indexer.layers import LayerType
 from indexer.modes import buffers_kept, evaluating
@@ -48,47 +48,28 @@ class KnownAxes:
         """Whether there is nothing left to find out."""
         return self._followed and len(self._known) == len(self._kinds)
 
-    def probe(self, losses: Losses, batch: Any, size: int, loss_scale: float) -> None:
-        """Reweight the losses of two and of three samples of a val batch of ``size``, and of all, the first time.
+    def probe(self, losses: Losses, batch: Any, size: int) -> None:
+        """Reweight the losses of a val batch of ``size``, and of two and of three samples of it, the first time.
 
         CaptureError that names every layer whose rows are not the samples'.
         """
         if self._probed or not size:
             return
+        probe = AxisProbe(self._model, self._kinds)
         with evaluating(self._model), buffers_kept(self._model):
-            probe = self._resized(losses, batch, size, loss_scale) or AxisProbe(self._model, self._kinds)
-            if size > max(PROBE_SIZES) or (size > 1 and not probe.seen):
-                self._run(probe, partial(losses, self._model, batch), size, loss_scale)
+            if size > 1:
+                probe.run(partial(losses, self._model, batch), size, more_of_the_same=True)
+            for count in PROBE_SIZES:
+                some = taken(batch, [place % size for place in range(count)], size)
+                try:
+                    probe.run(partial(losses, self._model, some), count, more_of_the_same=True)
+                except CaptureError:
+                    raise
+                except Exception:  # noqa: BLE001 - a function of the user's: it may know one size of batch alone
+                    break  # what the whole batch did not show, the first train batch will
         probe.refuse()
         self._known |= probe.seen
         self._probed = True
-
-    def _resized(self, losses: Losses, batch: Any, size: int, scale: float) -> AxisProbe | None:
-        """The probe of two and of three samples of ``batch``; None where that says nothing: a function may know one
-        size of batch alone.
-        """
-        probe = AxisProbe(self._model, self._kinds)
-        try:
-            for count in PROBE_SIZES:
-                some = taken(batch, [place % size for place in range(count)], size)
-                if not self._run(probe, partial(losses, self._model, some), count, scale):
-                    return None
-        except CaptureError:
-            raise
-        except Exception as error:
-            if size > 1:
-                return None
-            raise UsageError(
-                f"val_losses cannot be run on {PROBE_SIZES[0]} copies of the val sample ({error}), so it cannot be "
-                "told which axis of each layer carries the samples; give a val batch of two samples or more"
-            ) from error
-        return probe
-
-    @staticmethod
-    def _run(probe: AxisProbe, losses: Callable[[], Tensor], size: int, scale: float) -> bool:
-        while not (told := probe.run(losses, size, scale, more_of_the_same=True)) and scale > 1.0:
-            scale = max(1.0, scale / 16)
-        return told
 
     def ran(self, name: str) -> None:
         """Layer ``name`` takes part in the train batch that is open."""
@@ -122,7 +103,8 @@ class KnownAxes:
 
     def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
         try:
-            problems = strangers(self._model, call, batch, unknown if self._followed else self._ran)
+            layers = unknown if self._followed else self._ran
+            problems = strangers(self._model, call, batch, layers, outputs=bool(unknown))
         except CannotRun:
             if unknown:
                 raise

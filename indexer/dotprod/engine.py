@@ -218,17 +218,17 @@ class GradDotProdEngine:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
         begun = time.perf_counter()
         self._age = None  # what an error below leaves behind is never used
-        self.examine(loss_scale)
+        self.examine()
         self._val.compute(loss_scale, self._tolerance, self._opened_val)
         self._age, self._version_at_refresh = 0, version_of(self.model)
         self._seconds += time.perf_counter() - begun
 
-    def examine(self, loss_scale: float = 1.0) -> None:
+    def examine(self) -> None:
         """Find out which axis of each layer carries the samples, unless that is known; :meth:`refresh` does it, too.
 
         CaptureError that names every layer that mixes the samples of a batch.
         """
-        self._val.examine(self._axes, loss_scale)
+        self._val.examine(self._axes)
 
     def _opened_val(self, size: int) -> None:
         self._size = size

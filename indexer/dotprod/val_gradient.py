@@ -47,10 +47,10 @@ class ValGradient:
         """How many there are."""
         return sum(size_of(batch) for batch in self.batches)
 
-    def examine(self, axes: KnownAxes, loss_scale: float) -> None:
+    def examine(self, axes: KnownAxes) -> None:
         """Have ``axes`` reweight the losses of the first val batch."""
         if self.batches:
-            axes.probe(self.losses, self.batches[0], size_of(self.batches[0]), loss_scale)
+            axes.probe(self.losses, self.batches[0], size_of(self.batches[0]))
 
     def see(self, name: str, tokens: int, interval: int) -> See:
         """The tap of module ``name`` in the batch that is open."""

@@ -100,10 +100,10 @@ class Scorer:
         names = [self.val.domain_of(place) for place in places]
         self.engine.set_validation(batches, names if self.groups else None)
 
-    def examine(self, step: int, loss_scale: float) -> None:
+    def examine(self, step: int) -> None:
         """Before the run is made: CaptureError for layers that mix the samples of a batch."""
         self._choose_val(step)
-        self.engine.examine(loss_scale)
+        self.engine.examine()
 
     def stepped(self) -> None:
         """The optimizer has made a step."""

@@ -190,7 +190,7 @@ class _Job:
         )  # fmt: skip
         if scorer is not None:
             with trainer.autocast():
-                scorer.examine(resumed.step, 1.0 if trainer.scaler is None else float(trainer.scaler.get_scale()))
+                scorer.examine(resumed.step)
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         run = self.ranks.led(lambda: self._open_run(manifest, rows))
         log = ScoreLog(

@@ -148,7 +148,7 @@ def test_overflow_in_the_val_pass_lowers_the_scale(route: Route) -> None:
             return losses(model, x)
 
         with GradDotProdEngine(model, x, val_losses=counted, route=route) as engine:
-            engine.examine(scale)
+            engine.examine()
             del calls[:]
             engine.prepare(5, loss_scale=scale)
             loss = losses(model, x).mean()

@@ -140,7 +140,7 @@ def test_the_model_is_left_as_it_was() -> None:
     plan = ProjectionPlan.of(select_blocks(model, ("all",)), ProjectionConfig(layers=("all",), rank_total=9))
     ids = pad([(torch.arange(1, 9), torch.arange(1, 9))])[0][0].int().numpy()
     row = Row(Sample(0, "a", None, "text", -1, 0), 0, 0, ids, 1, Status.OK)
-    assert ModelCheck(model, plan, [row]).run()
+    assert ModelCheck(model, plan, [row], longest=32).run()
     assert [p.requires_grad for p in model.parameters()] == flags
     assert bool((model.attn.weight.grad == 1.0).all())
     assert sum(p.grad is not None for p in model.parameters()) == 1
