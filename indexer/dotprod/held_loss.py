@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from indexer.dotprod.forward_seen import (
     output_without_labels,
     tensors_in,
 )
-from indexer.dotprod.loss_forms import Held, Watched, explain, hold, next_tokens
+from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, next_tokens
 from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
 from indexer.dotprod.val_data import ValLosses
 from indexer.losses import IGNORED
@@ -40,7 +40,7 @@ _AUXILIARY = re.compile(r"aux|router|balanc|z_loss|penalt", re.IGNORECASE)
 class HeldLoss:
     """Keeps the forward pass of the first training batch until its loss is watched, and holds that against its logits.
 
-    Once for each engine: after the first loss that is finite nothing is kept any more.
+    Once for each engine: after the first loss that is finite, and that can be told from others, nothing is kept any more.
     """
 
     def __init__(self, model: nn.Module, val_losses: ValLosses, *, enabled: bool) -> None:
@@ -48,6 +48,8 @@ class HeldLoss:
         self._val_losses = val_losses
         self._done = not enabled
         self._open = False
+        self._range = Range()
+        """Of the losses of all samples that a loss was held against by val_losses."""
         self._start: Start | None = None
         self._seen: Seen | None = None
         self._unwatched: dict[str, list[float]] = {}
@@ -90,7 +92,8 @@ class HeldLoss:
         against ``val_losses`` of ``batch``, where they are given; else against the labels that the model was given,
         if the loss is the model's own.
 
-        ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next.
+        ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next; so
+        does one that fits, if every other loss of these logits would fit as well.
         UsageError if it is another loss, or cannot be held.
         """
         if self._done:
@@ -107,8 +110,9 @@ class HeldLoss:
         without: list[Tensor] = []
         if seen is not None:
             without = self._refuse_terms(loss, seen, any_term=labels is not None or own is not None)
+        settled = True
         if batch is not None:
-            self._against_val_losses(loss, weights, batch, start, narrow)
+            settled = self._against_val_losses(loss, weights, batch, start, narrow)
         elif labels is not None and seen is None:
             raise UsageError(
                 f"the forward pass of {self._name} was not seen in this batch (does the loop call its parts?), so the "
@@ -116,8 +120,8 @@ class HeldLoss:
                 "which holds it against val_losses of the batch; or trust it: check=False"
             )
         elif seen is not None and (labels is not None or own is not None):
-            self._against_logits(loss, weights, labels, own, seen, start, without, explicit, narrow)
-        self._done = True
+            settled = self._against_logits(loss, weights, labels, own, seen, start, without, explicit, narrow)
+        self._done = settled
         self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
 
     def check_backward(self) -> None:
@@ -189,7 +193,8 @@ class HeldLoss:
         without: list[Tensor],
         explicit: bool,
         narrow: bool,
-    ) -> None:
+    ) -> bool:
+        """False if it fits, but every other loss would, too."""
         given = labels if labels is not None else own
         assert given is not None
         tolerances = NARROW if narrow else WIDE
@@ -204,7 +209,7 @@ class HeldLoss:
                 watched = self._watched(loss, weights, logits, targets, without)
                 held = hold(watched)
                 if held.fits(value, gradient):
-                    return
+                    return held.tells
                 best = best or (watched, held)
         if best is None or best[0].gradient is None:
             # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
@@ -213,11 +218,11 @@ class HeldLoss:
                     watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
                     held = hold(watched)
                     if held.fits(value, gradient):
-                        return
+                        return held.tells
                     best = (watched, held)
         if best is None:
             if trusted:
-                return
+                return True
             raise UsageError(
                 f"{self._name} returns no logits of shape (samples, tokens, words) for labels of shape "
                 f"{tuple(given.shape)}, with labels nor without, so its loss cannot be held against them; say what it "
@@ -258,7 +263,7 @@ class HeldLoss:
             "after watch())"
         )
 
-    def _refuse(self, watched: Watched, held: Held, labels: Tensor, value: float, gradient: float) -> None:
+    def _refuse(self, watched: Watched, held: Held, labels: Tensor, value: float, gradient: float) -> NoReturn:
         counts_B = watched.counts.double()
         by_targets = torch.allclose(watched.weights * counts_B.sum(), counts_B * watched.weights.sum(), rtol=1e-6)
         what = "the mean next-token loss over the targets in its labels"
@@ -272,7 +277,8 @@ class HeldLoss:
             f"{explain(watched, labels, value)}"
         )
 
-    def _against_val_losses(self, loss: Tensor, weights: Tensor, batch: Any, start: Start, narrow: bool) -> None:
+    def _against_val_losses(self, loss: Tensor, weights: Tensor, batch: Any, start: Start, narrow: bool) -> bool:
+        """False if it fits, but the losses held so far would fit other weights, or a loss of another kind, as well."""
         with again(self._model, start), torch.no_grad():
             losses = self._val_losses(self._model, batch)
         if losses.shape != weights.shape:
@@ -291,6 +297,8 @@ class HeldLoss:
                 "the weights that watch() is told (without any, the mean over samples), watched before it is divided "
                 "or multiplied"
             )
+        self._range.add(losses[(weights != 0).to(losses.device)])
+        return not self._range.alike
 
 
 _WITHOUT = (
