@@ -47,12 +47,13 @@ class Seen:
     output: Any
     versions: dict[int, int]
     """Of each tensor in the output, by id: a loss that works in place uses up the logits."""
+    start: Start
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Seen:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, start: Start) -> Seen:
         """Right after the forward pass."""
         versions = {id(tensor): tensor._version for tensor in tensors_in(output).values()}
-        return cls(args, kwargs, output, versions)
+        return cls(args, kwargs, output, versions, start)
 
     def unchanged(self, tensor: Tensor) -> bool:
         """Whether it still holds what the model put there."""
@@ -100,7 +101,7 @@ def labels_among(model: nn.Module, seen: Seen, batch: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def output_without_labels(model: nn.Module, seen: Seen, start: Start) -> Any:
+def output_without_labels(model: nn.Module, seen: Seen) -> Any:
     """The model's forward pass once more, without labels, from the same random state.
 
     UsageError if it does not run without them.
@@ -108,7 +109,7 @@ def output_without_labels(model: nn.Module, seen: Seen, start: Start) -> Any:
     names = _parameters_of(model)
     args = [None if names[i : i + 1] and names[i] in _OF_LABELS else value for i, value in enumerate(seen.args)]
     kwargs = {name: value for name, value in seen.kwargs.items() if name not in _OF_LABELS}
-    with again(model, start):
+    with again(model, seen.start):
         try:
             return model.forward(*args, **kwargs)  # not __call__: the hooks have had their turn
         except Exception as error:

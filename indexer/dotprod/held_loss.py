@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
+from indexer.dotprod.beside_loss import BesideLoss
 from indexer.dotprod.forward_seen import (
     Seen,
     Start,
@@ -40,7 +41,7 @@ _AUXILIARY = re.compile(r"aux|router|balanc|z_loss|penalt", re.IGNORECASE)
 class HeldLoss:
     """Keeps the forward pass of the first training batch until its loss is watched, and holds that against its logits.
 
-    Once for each engine: after the first loss that is finite, and that can be told from others, nothing is kept any more.
+    Once for each engine: after the first loss that is finite, and can be told from others, nothing is kept any more.
     """
 
     def __init__(self, model: nn.Module, val_losses: ValLosses, *, enabled: bool) -> None:
@@ -51,9 +52,13 @@ class HeldLoss:
         self._range = Range()
         """Of the losses of all samples that a loss was held against by val_losses."""
         self._start: Start | None = None
-        self._seen: Seen | None = None
-        self._unwatched: dict[str, list[float]] = {}
-        """Other losses in the output, and the gradients that came to them in the backward pass."""
+        self._passes: list[Seen] = []
+        """Forward passes of the batch that is open, the last one last."""
+        self._beside: BesideLoss | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldLoss:
+        """Itself: a deep copy of the model has these hooks, too, and they are not meant for it."""
+        return self
 
     def attach(self) -> list[RemovableHandle]:
         """Hooks on the model itself; none where there is nothing to hold any more."""
@@ -72,10 +77,12 @@ class HeldLoss:
     def forget(self) -> None:
         """It is closed: nothing of it is kept."""
         self._let_go()
-        self._unwatched = {}
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
 
     def _let_go(self) -> None:
-        self._open, self._start, self._seen = False, None, None
+        self._open, self._start, self._passes = False, None, []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._open and module is self._model and torch.is_grad_enabled():  # a deep copy of it has this hook, too
@@ -83,7 +90,8 @@ class HeldLoss:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if self._open and module is self._model and torch.is_grad_enabled():
-            self._seen = Seen.of(args, kwargs, output)
+            assert self._start is not None
+            self._passes.append(Seen.of(args, kwargs, output, self._start))
 
     def check(
         self, loss: Tensor, weights: Tensor, *, labels: Tensor | None, batch: Any, explicit: bool, narrow: bool
@@ -98,7 +106,8 @@ class HeldLoss:
         """
         if self._done:
             return
-        seen, start = self._seen, self._start
+        seen = _pass_of(loss, self._passes)
+        start = self._start if seen is None else seen.start
         assert start is not None
         if not bool(torch.isfinite(loss.detach()).all()) or not bool(weights.any()):
             self._let_go()
@@ -120,18 +129,22 @@ class HeldLoss:
                 "which holds it against val_losses of the batch; or trust it: check=False"
             )
         elif seen is not None and (labels is not None or own is not None):
-            settled = self._against_logits(loss, weights, labels, own, seen, start, without, explicit, narrow)
+            settled = self._against_logits(loss, weights, labels, own, seen, without, explicit, narrow)
+        self._beside = BesideLoss(loss, self._passes, narrow=narrow)
         self._done = settled
         self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
 
-    def check_backward(self) -> None:
-        """UsageError if another loss in the model's output took part in the backward pass."""
-        for name, gradients in self._unwatched.items():
-            if any(gradients):
-                raise UsageError(
-                    f"{name} of the output of {self._name} took part in the backward pass beside the watched loss "
-                    f"(its gradient is {sum(gradients):g}): no sample's share of it is known. {_WITHOUT}"
-                )
+    def check_backward(self, upstream: Tensor) -> None:
+        """UsageError if a gradient came to the model's output that is not ``upstream``, what came to the watched loss,
+        times that loss's own: another term would enter the scores.
+        """
+        if self._beside is None:
+            return
+        try:
+            self._beside.refuse(self._model, upstream)
+        except UsageError:
+            self._done = False  # the next batch's loss is held, too
+            raise
 
     @property
     def _name(self) -> str:
@@ -140,12 +153,11 @@ class HeldLoss:
     # What goes into the loss beside the cross-entropy.
 
     def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool) -> list[Tensor]:
-        """UsageError if another loss in the output is part of this one; those that are not are kept an eye on.
+        """UsageError if another loss in the output is part of this one.
 
         Returns those that are part of it with a coefficient of zero.
         """
         without: list[Tensor] = []
-        self._unwatched = {}
         hidden = hidden_auxiliary_loss(loss)
         if hidden is not None:
             raise UsageError(
@@ -158,7 +170,6 @@ class HeldLoss:
             if not any_term and not _AUXILIARY.search(name):
                 continue
             if not depends_on(loss, term):
-                self._keep_an_eye_on(name, term)
                 continue
             factor = coefficient_of(term, loss)
             if factor == 0.0:
@@ -176,10 +187,6 @@ class HeldLoss:
             )
         return without
 
-    def _keep_an_eye_on(self, name: str, term: Tensor) -> None:
-        gradients = self._unwatched.setdefault(name, [])
-        term.register_hook(lambda gradient: gradients.append(float(gradient)))  # type: ignore[no-untyped-call]
-
     # Against what it is held.
 
     def _against_logits(
@@ -189,7 +196,6 @@ class HeldLoss:
         labels: Tensor | None,
         own: Tensor | None,
         seen: Seen,
-        start: Start,
         without: list[Tensor],
         explicit: bool,
         narrow: bool,
@@ -213,7 +219,7 @@ class HeldLoss:
                 best = best or (watched, held)
         if best is None or best[0].gradient is None:
             # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
-            for logits in logits_in(self._without_labels(seen, start, trusted=trusted), given):
+            for logits in logits_in(self._without_labels(seen, trusted=trusted), given):
                 for targets in _targets(logits, given, also_own_places=labels is None):
                     watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
                     held = hold(watched)
@@ -231,9 +237,9 @@ class HeldLoss:
             )
         self._refuse(*best, given, value, gradient)
 
-    def _without_labels(self, seen: Seen, start: Start, *, trusted: bool) -> Any:
+    def _without_labels(self, seen: Seen, *, trusted: bool) -> Any:
         try:
-            return output_without_labels(self._model, seen, start)
+            return output_without_labels(self._model, seen)
         except UsageError:
             if trusted:
                 return None
@@ -312,6 +318,14 @@ def _targets(logits: Tensor, labels: Tensor, *, also_own_places: bool) -> list[T
     if also_own_places and labels.shape == logits.shape[:2]:
         found.append(labels.to(logits.device))
     return found
+
+
+def _pass_of(loss: Tensor, passes: list[Seen]) -> Seen | None:
+    """The last forward pass whose output the loss is made of; where that does not show, the last one."""
+    for seen in passes[::-1] if len(passes) > 1 else []:
+        if any(term.grad_fn is not None and depends_on(loss, term) for term in tensors_in(seen.output).values()):
+            return seen
+    return passes[-1] if passes else None
 
 
 def _is_own(loss: Tensor, seen: Seen) -> bool:
