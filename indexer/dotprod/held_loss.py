@@ -6,7 +6,9 @@ Legend: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
+from math import inf
 from typing import Any, NoReturn
 
 import torch
@@ -19,12 +21,14 @@ from indexer.dotprod.forward_seen import (
     Seen,
     Start,
     again,
-    labels_among,
+    items_in,
+    labels_by_name,
     logits_in,
     output_without_labels,
     tensors_in,
+    words_in,
 )
-from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, next_tokens
+from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, names_it, next_tokens
 from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
 from indexer.dotprod.val_data import ValLosses
 from indexer.losses import IGNORED
@@ -113,23 +117,28 @@ class HeldLoss:
             self._let_go()
             return
         narrow |= start.autocast is not None or _is_narrow(loss) or any(map(_is_narrow, self._model.parameters()))
-        own = None
-        if seen is not None and labels is None and _is_own(loss, seen):
-            own = labels_among(self._model, seen, len(weights))
-        without: list[Tensor] = []
-        if seen is not None:
-            without = self._refuse_terms(loss, seen, any_term=labels is not None or own is not None)
         settled = True
         if batch is not None:
-            settled = self._against_val_losses(loss, weights, batch, start, narrow)
+            settled = self._against_val_losses(loss, weights, batch, start, seen, narrow)
         elif labels is not None and seen is None:
             raise UsageError(
                 f"the forward pass of {self._name} was not seen in this batch (does the loop call its parts?), so the "
                 "loss cannot be held against its logits; say what it is of: watch(loss, weights=…, batch=batch), "
                 "which holds it against val_losses of the batch; or trust it: check=False"
             )
-        elif seen is not None and (labels is not None or own is not None):
-            settled = self._against_logits(loss, weights, labels, own, seen, without, explicit, narrow)
+        elif seen is not None:
+            own = _is_own(loss, seen)
+            named = labels if labels is not None or not own else labels_by_name(self._model, seen, len(weights))
+            without = self._refuse_terms(loss, seen, any_term=named is not None)
+            words = words_in(self._model, seen, len(weights))
+            if named is not None:
+                settled = self._against_logits(
+                    loss, weights, [named], seen, without, explicit, narrow, said=labels is not None
+                )
+            elif words and own:
+                settled = self._against_logits(loss, weights, words, seen, without, explicit, narrow, guessed=True)
+            elif words:
+                self._say_not_held()
         self._beside = BesideLoss(loss, self._passes, narrow=narrow)
         self._done = settled
         self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
@@ -152,8 +161,9 @@ class HeldLoss:
 
     # What goes into the loss beside the cross-entropy.
 
-    def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool) -> list[Tensor]:
-        """UsageError if another loss in the output is part of this one.
+    def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool, seen_by_value: float = inf) -> list[Tensor]:
+        """UsageError if another loss in the output is part of this one, unless its share in it is more than
+        ``seen_by_value``: the value of the loss has been held already, and shows it.
 
         Returns those that are part of it with a coefficient of zero.
         """
@@ -180,6 +190,8 @@ class HeldLoss:
             share = float("nan") if factor is None else factor * float(term.detach())
             if abs(share - float(loss.detach())) <= 1e-5 * abs(share):
                 continue  # the loss itself, perhaps divided
+            if abs(share) > seen_by_value:
+                continue
             raise UsageError(
                 f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) has a second loss in it: "
                 f"{'' if factor is None else f'{factor:g} × '}{name} ({float(term.detach()):.6g}). It is one of the "
@@ -193,49 +205,67 @@ class HeldLoss:
         self,
         loss: Tensor,
         weights: Tensor,
-        labels: Tensor | None,
-        own: Tensor | None,
+        given: list[Tensor],
         seen: Seen,
         without: list[Tensor],
         explicit: bool,
         narrow: bool,
+        *,
+        said: bool = False,
+        guessed: bool = False,
     ) -> bool:
-        """False if it fits, but every other loss would, too."""
-        given = labels if labels is not None else own
-        assert given is not None
+        """For the labels ``given``: ``said`` by the user, or ``guessed``, any of them, from what the model was given.
+
+        False if it fits, but every other loss would, too.
+        """
         tolerances = NARROW if narrow else WIDE
         extra = torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0
         value, gradient = tolerances[0] + extra, tolerances[1]
-        trusted = labels is None and explicit  # the weights are the user's word, where nothing says otherwise
-        best: tuple[Watched, Held] | None = None
-        for logits in logits_in(seen.output, given):
-            if not seen.unchanged(logits):
-                continue
-            for targets in _targets(logits, given, also_own_places=labels is None):
-                watched = self._watched(loss, weights, logits, targets, without)
-                held = hold(watched)
-                if held.fits(value, gradient):
-                    return held.tells
-                best = best or (watched, held)
-        if best is None or best[0].gradient is None:
+        trusted = explicit and not said  # the weights are the user's word, where nothing says otherwise
+        best: list[tuple[Watched, Held, Tensor]] = []
+        for one in given:
+            for logits in logits_in(seen.output, one):
+                if not seen.unchanged(logits):
+                    continue
+                for targets in _targets(logits, one, also_own_places=not said):
+                    watched = self._watched(loss, weights, logits, targets, without, guessed=guessed)
+                    held = hold(watched)
+                    if held.fits(value, gradient):
+                        return held.tells
+                    best.append((watched, held, one))
+        if not guessed and (not best or best[0][0].gradient is None):
             # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
-            for logits in logits_in(self._without_labels(seen, trusted=trusted), given):
-                for targets in _targets(logits, given, also_own_places=labels is None):
+            for logits in logits_in(self._without_labels(seen, trusted=trusted), given[0]):
+                for targets in _targets(logits, given[0], also_own_places=not said):
                     watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
                     held = hold(watched)
                     if held.fits(value, gradient):
                         return held.tells
-                    best = (watched, held)
-        if best is None:
+                    best = [(watched, held, given[0])]
+        if guessed:
+            best = [one for one in best if not explicit and names_it(one[0], one[2], value)]
+            if not best:
+                self._say_not_held()
+                return True
+        if not best:
             if trusted:
                 return True
             raise UsageError(
                 f"{self._name} returns no logits of shape (samples, tokens, words) for labels of shape "
-                f"{tuple(given.shape)}, with labels nor without, so its loss cannot be held against them; say what it "
-                "is of: watch(loss, weights=…), with batch=batch to hold it against val_losses; or trust it: "
+                f"{tuple(given[0].shape)}, with labels nor without, so its loss cannot be held against them; say what "
+                "it is of: watch(loss, weights=…), with batch=batch to hold it against val_losses; or trust it: "
                 "check=False"
             )
-        self._refuse(*best, given, value, gradient)
+        self._refuse(*best[0], seen, value, gradient)
+
+    def _say_not_held(self) -> None:
+        warnings.warn(
+            f"the loss of {self._name} that is watched was not held against its logits: it is taken at its word. If it "
+            "is the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, "
+            "tokens); if it is of another kind, watch(loss, weights=…, batch=batch) holds it against val_losses",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _without_labels(self, seen: Seen, *, trusted: bool) -> Any:
         try:
@@ -246,13 +276,13 @@ class HeldLoss:
             raise
 
     def _watched(
-        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor]
+        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor], *, guessed: bool
     ) -> Watched:
         """With its gradient at the logits, where that can be had without running what is not ours twice."""
         gradient, scale = None, 1.0
         if logits.requires_grad:
             way = way_to(loss, logits, without)
-            if way.beside:
+            if way.beside and not guessed:
                 self._refuse_beside(loss, way.beside)
             if way.logits is not None and way.native:
                 scale = float(min(4096, max(1, int((targets != IGNORED).sum()))))  # float16 would lose small ones
@@ -269,7 +299,9 @@ class HeldLoss:
             "after watch())"
         )
 
-    def _refuse(self, watched: Watched, held: Held, labels: Tensor, value: float, gradient: float) -> NoReturn:
+    def _refuse(
+        self, watched: Watched, held: Held, labels: Tensor, seen: Seen, value: float, gradient: float
+    ) -> NoReturn:
         counts_B = watched.counts.double()
         by_targets = torch.allclose(watched.weights * counts_B.sum(), counts_B * watched.weights.sum(), rtol=1e-6)
         what = "the mean next-token loss over the targets in its labels"
@@ -280,10 +312,12 @@ class HeldLoss:
             by = f"{held.expected:.6g}, but its gradient is {_percent(held.gradient_error)} off"
         raise UsageError(
             f"the loss of {self._name} that is watched ({watched.loss:.6g}) is not {what} ({by}): "
-            f"{explain(watched, labels, value)}"
+            f"{explain(watched, labels, value, items_in(seen))}"
         )
 
-    def _against_val_losses(self, loss: Tensor, weights: Tensor, batch: Any, start: Start, narrow: bool) -> bool:
+    def _against_val_losses(
+        self, loss: Tensor, weights: Tensor, batch: Any, start: Start, seen: Seen | None, narrow: bool
+    ) -> bool:
         """False if it fits, but the losses held so far would fit other weights, or a loss of another kind, as well."""
         with again(self._model, start), torch.no_grad():
             losses = self._val_losses(self._model, batch)
@@ -295,7 +329,11 @@ class HeldLoss:
         shares = torch.where(weights == 0, 0.0, losses.to(weights.device).double() * weights)
         expected, found = float(shares.sum()), float(loss.detach())
         tolerance = (NARROW if narrow else WIDE)[0] + (torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0)
-        if not abs(found - expected) <= tolerance * abs(expected) + 1e-9:
+        allowed = tolerance * abs(expected) + 1e-9
+        fits = abs(found - expected) <= allowed
+        if seen is not None:
+            self._refuse_terms(loss, seen, any_term=False, seen_by_value=2 * allowed if fits else inf)
+        if not fits:
             off = abs(found - expected) / abs(expected) if expected else float("inf")
             raise UsageError(
                 f"the loss of {self._name} that is watched ({found:.6g}) is not Σ weights × val_losses(model, batch) "

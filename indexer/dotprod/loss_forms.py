@@ -140,9 +140,16 @@ Loss = Callable[[Tensor], Tensor]
 """Of the logits (B, T, V)."""
 
 
-def explain(watched: Watched, labels: Tensor, tolerance: float) -> str:
-    """What the loss is, and what to do; where nothing fits, what to do alone."""
-    for loss_of, words in _guesses(watched, labels):
+def names_it(watched: Watched, labels: Tensor, tolerance: float) -> bool:
+    """Whether :func:`explain` knows what the loss is, by its gradient: its value alone can be had by chance."""
+    return watched.gradient is not None and any(
+        _is(watched, loss_of, tolerance) for loss_of, _ in _guesses(watched, labels, None)
+    )
+
+
+def explain(watched: Watched, labels: Tensor, tolerance: float, items: float | None = None) -> str:
+    """What the loss is, and what to do; where nothing fits, what to do alone. ``items`` is ``num_items_in_batch``."""
+    for loss_of, words in _guesses(watched, labels, items):
         if _is(watched, loss_of, tolerance):
             return words if watched.gradient is not None else f"by its value, {words}"
     return f"what else it is of is not known; {_OWN}"
@@ -154,8 +161,14 @@ _OWN = (
 )
 
 
-def _guesses(watched: Watched, labels: Tensor) -> Iterator[tuple[Loss, str]]:
+def _guesses(watched: Watched, labels: Tensor, items: float | None) -> Iterator[tuple[Loss, str]]:
     counts_B, targets_BT = watched.counts.double(), watched.targets
+    if items:
+        yield (
+            _cross_entropy(targets_BT, counts_B / items),
+            f"it is the sum over the targets, divided by num_items_in_batch ({items:g}): "
+            f"watch(loss, weights=(labels[:, 1:] != -100).sum(1) / {items:g}, labels=labels)",
+        )
     own_BT = labels.to(targets_BT.device)
     if own_BT.shape == targets_BT.shape:
         own_counts_B = (own_BT != IGNORED).sum(1).double()
@@ -163,8 +176,9 @@ def _guesses(watched: Watched, labels: Tensor) -> Iterator[tuple[Loss, str]]:
             yield (
                 _cross_entropy(own_BT, weights_B),
                 "it is the cross-entropy at the labels' own places, not shifted. If the labels are meant so (shifted "
-                "already), say so: watch(loss, labels=torch.cat([labels[:, :1], labels], 1)). Else compute a "
-                "next-token loss from the logits (no labels for the model) and watch(loss, labels=labels)",
+                "already), say so: watch(loss, labels=torch.cat([labels[:, :1], labels], 1)); for classes of tokens, "
+                "which are no next tokens, watch(loss, weights=n / n.sum()), with n = (labels != -100).sum(1). Else "
+                "compute a next-token loss from the logits (no labels for the model) and watch(loss, labels=labels)",
             )
     there_B = (counts_B > 0).double()
     mean = _cross_entropy(targets_BT, counts_B / counts_B.sum())

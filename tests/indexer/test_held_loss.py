@@ -501,7 +501,6 @@ def test_labels_that_are_no_tokens_and_weights_that_are_the_users_word(strict: b
 
     with GradDotProdEngine(model, val, val_losses=losses) as engine:
         own = lambda: model(x, labels)["loss"]  # noqa: E731
-        refused(engine, own, r"does not run without labels|returns no logits of shape")
         assert bool(scored(engine, own, weights=WEIGHTS).total[:3].isfinite().all())
 
 
