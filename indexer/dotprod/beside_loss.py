@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import UsageError
 from indexer.dotprod.forward_seen import Seen, tensors_in
 from indexer.dotprod.loss_forms import CHUNK_NUMBERS
-from indexer.dotprod.loss_graph import gradient_at, way_to
+from indexer.dotprod.loss_graph import gradient_at, place_at, way_to
 
 TOLERANCE, NARROW_TOLERANCE = 1e-4, 0.05
 """Relative: a gradient that is multiplied with another number is rounded another way."""
@@ -43,23 +43,23 @@ class BesideLoss:
     def _await(self, loss: Tensor, name: str, tensor: Tensor) -> None:
         way = way_to(loss, tensor)
         if way.logits is None:
-            self._arrivals.append(_Arrivals(name, tensor.grad_fn, torch.zeros_like(tensor)))
+            self._arrivals.append(_Arrivals(name, tensor.grad_fn, tensor, torch.zeros_like(tensor)))
         elif way.native:
             rows = tensor.numel() // tensor.shape[-1] if tensor.dim() else 1
             scale = float(min(4096, max(1, rows)))  # float16 would lose small ones
             gradient = gradient_at(loss, way.logits, tensor, scale)
             if gradient is not None:
-                self._arrivals.append(_Arrivals(name, way.logits, gradient, scale))
+                self._arrivals.append(_Arrivals(name, way.logits, tensor, gradient, scale))
 
     def refuse(self, model: nn.Module, upstream: Tensor) -> None:
         """UsageError if anything came to the output but ``upstream`` times the gradient of the watched loss."""
         for arrivals in self._arrivals:
             error = arrivals.error(upstream)
             if error > self._tolerance:
-                off = "of it nothing does" if error == float("inf") else f"{100 * error:.2g} % off"
+                off = "that loss sends nothing there" if error == float("inf") else f"{100 * error:.2g} % off"
                 raise UsageError(
                     f"{arrivals.name} of the output of {type(model).__name__} took part in the backward pass beside "
-                    f"the watched loss (what came there is not what that loss sends there; {off}): another term goes "
+                    f"the watched loss (what came there is not that loss's gradient: {off}). Another term goes "
                     "backward, and no sample's share of it is known. If it is a mean over samples, give the engine "
                     "val_losses with that term in it and watch the whole loss: watch(loss, weights=…, batch=batch). "
                     "If it is one of the whole batch (a router's), train without it (output_router_logits=False)"
@@ -75,22 +75,25 @@ class BesideLoss:
 class _Arrivals:
     """The gradients that come to one node of the graph, which it hands on."""
 
-    def __init__(self, name: str, node: Any, gradient: Tensor, scale: float = 1.0) -> None:
-        """``gradient`` is ``scale`` times that of the watched loss."""
+    def __init__(self, name: str, node: Any, tensor: Tensor, gradient: Tensor, scale: float = 1.0) -> None:
+        """``node`` is where ``tensor`` comes from; ``gradient`` is ``scale`` times that of the watched loss at it."""
         self.name = name
         self._node: Any = node
+        self._place = place_at(node, tensor)
         self._shape = gradient.shape
         self._expected = _sums(gradient) / scale
         self._arrived: Tensor | None = None
 
     def listen(self) -> RemovableHandle:
-        """From now on."""
-        handle: RemovableHandle = self._node.register_prehook(self._came)
+        """From now on, and once: the node holds this, so this lets go of the node."""
+        node, self._node = self._node, None
+        handle: RemovableHandle = node.register_prehook(self._came)
         return handle
 
     def _came(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[0] is not None:
-            sums = _sums(gradients[0].detach().reshape(self._shape))
+        gradient = gradients[self._place]
+        if gradient is not None:
+            sums = _sums(gradient.detach().reshape(self._shape))
             self._arrived = sums if self._arrived is None else self._arrived + sums
 
     def error(self, upstream: Tensor) -> float:

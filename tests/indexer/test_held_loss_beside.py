@@ -45,7 +45,7 @@ def far_from_zero(logits: Tensor) -> Tensor:
     return 1e-3 * logits.square().mean()
 
 
-BESIDE = "of the output of .* beside the watched loss .*another term.*val_losses with that term.*batch=batch"
+BESIDE = "of the output of .* beside the watched loss .*Another term.*val_losses with that term.*batch=batch"
 
 
 @pytest.mark.parametrize("multiplied", [1.0, 0.25, 4096.0], ids=["plain", "accumulated", "scaled"])
@@ -100,6 +100,41 @@ def test_a_term_beside_a_loss_that_is_no_mean_over_targets(said: str) -> None:
                 engine.discard()
         scores = engine.collect()
     check(scores, exact_of(model, 4, smoothed_loss_of(0.1, BATCH), 3, smoothed_loss_of(0.1, VAL[:3])))
+
+
+class Halves(nn.Module):
+    """Two outputs of one operation, both of a part of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(7, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x).split(5, -1)
+
+
+def halves_losses(model: Any, x: Tensor) -> Tensor:
+    first, second = model(x)
+    return first.square().mean(1) + second.exp().mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_term_of_one_of_two_outputs_of_an_operation(place: int) -> None:
+    model = Halves()
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
+    with GradDotProdEngine(model, x[:3], val_losses=halves_losses) as engine:
+        for term in (1.0, 0.0):
+            engine.prepare(4)
+            halves = model(x)
+            loss = (halves[0].square().mean(1) + halves[1].exp().mean(1)).mean()
+            engine.watch(loss)
+            (loss + term * halves[place].abs().mean()).backward()
+            if term:
+                with pytest.raises(UsageError, match=rf"output\[{place}\] of the output of Halves"):
+                    engine.collect()
+                engine.discard()
+            else:
+                engine.collect()
 
 
 class TwoHeads(nn.Module):
