@@ -102,8 +102,10 @@ class AutogradBlocks:
             shown = ", ".join(f"{name} ({error:.2g})" for name, error in list(wrong.items())[:8])
             raise CaptureError(
                 f"the projected gradients of {len(wrong)} layer(s) differ from autograd's: {shown}. A weight is used "
-                "where no tap sees it (a functional call on it, a module that was replaced after attaching), or a hook "
-                "of the parameter changes its gradient. Leave it out with exclude_layers; check=False trusts the taps"
+                "where no tap sees it (a functional call on it, a module that was replaced after attaching), a hook "
+                "of the parameter changes its gradient, or a second term went backward beside the watched loss (a "
+                "penalty on the weights: leave that to the optimizer's weight_decay). Leave the layer out with "
+                "exclude_layers; check=False trusts the taps"
             )
         return True
 

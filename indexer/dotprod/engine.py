@@ -305,7 +305,7 @@ class GradDotProdEngine:
         """
         opened = self._open_train()
         scale_B = opened.scale()
-        self._held_loss.check_backward()
+        self._held_loss.check_backward(opened.upstream)
         begun = time.perf_counter()
         try:
             self._axes.check_train(opened.size)

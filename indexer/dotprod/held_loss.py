@@ -6,24 +6,29 @@ Legend: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from math import inf
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
+from indexer.dotprod.beside_loss import BesideLoss
 from indexer.dotprod.forward_seen import (
     Seen,
     Start,
     again,
-    labels_among,
+    items_in,
+    labels_by_name,
     logits_in,
     output_without_labels,
     tensors_in,
+    words_in,
 )
-from indexer.dotprod.loss_forms import Held, Watched, explain, hold, next_tokens
+from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, names_it, next_tokens
 from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
 from indexer.dotprod.val_data import ValLosses
 from indexer.losses import IGNORED
@@ -40,7 +45,7 @@ _AUXILIARY = re.compile(r"aux|router|balanc|z_loss|penalt", re.IGNORECASE)
 class HeldLoss:
     """Keeps the forward pass of the first training batch until its loss is watched, and holds that against its logits.
 
-    Once for each engine: after the first loss that is finite nothing is kept any more.
+    Once for each engine: after the first loss that is finite, and can be told from others, nothing is kept any more.
     """
 
     def __init__(self, model: nn.Module, val_losses: ValLosses, *, enabled: bool) -> None:
@@ -48,10 +53,16 @@ class HeldLoss:
         self._val_losses = val_losses
         self._done = not enabled
         self._open = False
+        self._range = Range()
+        """Of the losses of all samples that a loss was held against by val_losses."""
         self._start: Start | None = None
-        self._seen: Seen | None = None
-        self._unwatched: dict[str, list[float]] = {}
-        """Other losses in the output, and the gradients that came to them in the backward pass."""
+        self._passes: list[Seen] = []
+        """Forward passes of the batch that is open, the last one last."""
+        self._beside: BesideLoss | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldLoss:
+        """Itself: a deep copy of the model has these hooks, too, and they are not meant for it."""
+        return self
 
     def attach(self) -> list[RemovableHandle]:
         """Hooks on the model itself; none where there is nothing to hold any more."""
@@ -70,10 +81,12 @@ class HeldLoss:
     def forget(self) -> None:
         """It is closed: nothing of it is kept."""
         self._let_go()
-        self._unwatched = {}
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
 
     def _let_go(self) -> None:
-        self._open, self._start, self._seen = False, None, None
+        self._open, self._start, self._passes = False, None, []
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._open and module is self._model and torch.is_grad_enabled():  # a deep copy of it has this hook, too
@@ -81,7 +94,8 @@ class HeldLoss:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if self._open and module is self._model and torch.is_grad_enabled():
-            self._seen = Seen.of(args, kwargs, output)
+            assert self._start is not None
+            self._passes.append(Seen.of(args, kwargs, output, self._start))
 
     def check(
         self, loss: Tensor, weights: Tensor, *, labels: Tensor | None, batch: Any, explicit: bool, narrow: bool
@@ -90,44 +104,56 @@ class HeldLoss:
         against ``val_losses`` of ``batch``, where they are given; else against the labels that the model was given,
         if the loss is the model's own.
 
-        ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next.
+        ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next; so
+        does one that fits, if every other loss of these logits would fit as well.
         UsageError if it is another loss, or cannot be held.
         """
         if self._done:
             return
-        seen, start = self._seen, self._start
+        seen = _pass_of(loss, self._passes)
+        start = self._start if seen is None else seen.start
         assert start is not None
         if not bool(torch.isfinite(loss.detach()).all()) or not bool(weights.any()):
             self._let_go()
             return
         narrow |= start.autocast is not None or _is_narrow(loss) or any(map(_is_narrow, self._model.parameters()))
-        own = None
-        if seen is not None and labels is None and _is_own(loss, seen):
-            own = labels_among(self._model, seen, len(weights))
-        without: list[Tensor] = []
-        if seen is not None:
-            without = self._refuse_terms(loss, seen, any_term=labels is not None or own is not None)
+        settled = True
         if batch is not None:
-            self._against_val_losses(loss, weights, batch, start, narrow)
+            settled = self._against_val_losses(loss, weights, batch, start, seen, narrow)
         elif labels is not None and seen is None:
             raise UsageError(
                 f"the forward pass of {self._name} was not seen in this batch (does the loop call its parts?), so the "
                 "loss cannot be held against its logits; say what it is of: watch(loss, weights=…, batch=batch), "
                 "which holds it against val_losses of the batch; or trust it: check=False"
             )
-        elif seen is not None and (labels is not None or own is not None):
-            self._against_logits(loss, weights, labels, own, seen, start, without, explicit, narrow)
-        self._done = True
+        elif seen is not None:
+            own = _is_own(loss, seen)
+            named = labels if labels is not None or not own else labels_by_name(self._model, seen, len(weights))
+            without = self._refuse_terms(loss, seen, any_term=named is not None)
+            words = words_in(self._model, seen, len(weights))
+            if named is not None:
+                settled = self._against_logits(
+                    loss, weights, [named], seen, without, explicit, narrow, said=labels is not None
+                )
+            elif words and own:
+                settled = self._against_logits(loss, weights, words, seen, without, explicit, narrow, guessed=True)
+            elif words:
+                self._say_not_held()
+        self._beside = BesideLoss(loss, self._passes, narrow=narrow)
+        self._done = settled
         self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
 
-    def check_backward(self) -> None:
-        """UsageError if another loss in the model's output took part in the backward pass."""
-        for name, gradients in self._unwatched.items():
-            if any(gradients):
-                raise UsageError(
-                    f"{name} of the output of {self._name} took part in the backward pass beside the watched loss "
-                    f"(its gradient is {sum(gradients):g}): no sample's share of it is known. {_WITHOUT}"
-                )
+    def check_backward(self, upstream: Tensor) -> None:
+        """UsageError if a gradient came to the model's output that is not ``upstream``, what came to the watched loss,
+        times that loss's own: another term would enter the scores.
+        """
+        if self._beside is None:
+            return
+        try:
+            self._beside.refuse(self._model, upstream)
+        except UsageError:
+            self._done = False  # the next batch's loss is held, too
+            raise
 
     @property
     def _name(self) -> str:
@@ -135,13 +161,13 @@ class HeldLoss:
 
     # What goes into the loss beside the cross-entropy.
 
-    def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool) -> list[Tensor]:
-        """UsageError if another loss in the output is part of this one; those that are not are kept an eye on.
+    def _refuse_terms(self, loss: Tensor, seen: Seen, *, any_term: bool, seen_by_value: float = inf) -> list[Tensor]:
+        """UsageError if another loss in the output is part of this one, unless its share in it is more than
+        ``seen_by_value``: the value of the loss has been held already, and shows it.
 
         Returns those that are part of it with a coefficient of zero.
         """
         without: list[Tensor] = []
-        self._unwatched = {}
         hidden = hidden_auxiliary_loss(loss)
         if hidden is not None:
             raise UsageError(
@@ -154,7 +180,6 @@ class HeldLoss:
             if not any_term and not _AUXILIARY.search(name):
                 continue
             if not depends_on(loss, term):
-                self._keep_an_eye_on(name, term)
                 continue
             factor = coefficient_of(term, loss)
             if factor == 0.0:
@@ -165,6 +190,8 @@ class HeldLoss:
             share = float("nan") if factor is None else factor * float(term.detach())
             if abs(share - float(loss.detach())) <= 1e-5 * abs(share):
                 continue  # the loss itself, perhaps divided
+            if abs(share) > seen_by_value:
+                continue
             raise UsageError(
                 f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) has a second loss in it: "
                 f"{'' if factor is None else f'{factor:g} × '}{name} ({float(term.detach()):.6g}). It is one of the "
@@ -172,76 +199,90 @@ class HeldLoss:
             )
         return without
 
-    def _keep_an_eye_on(self, name: str, term: Tensor) -> None:
-        gradients = self._unwatched.setdefault(name, [])
-        term.register_hook(lambda gradient: gradients.append(float(gradient)))  # type: ignore[no-untyped-call]
-
     # Against what it is held.
 
     def _against_logits(
         self,
         loss: Tensor,
         weights: Tensor,
-        labels: Tensor | None,
-        own: Tensor | None,
+        given: list[Tensor],
         seen: Seen,
-        start: Start,
         without: list[Tensor],
         explicit: bool,
         narrow: bool,
-    ) -> None:
-        given = labels if labels is not None else own
-        assert given is not None
+        *,
+        said: bool = False,
+        guessed: bool = False,
+    ) -> bool:
+        """For the labels ``given``: ``said`` by the user, or ``guessed``, any of them, from what the model was given.
+
+        False if it fits, but every other loss would, too.
+        """
         tolerances = NARROW if narrow else WIDE
         extra = torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0
         value, gradient = tolerances[0] + extra, tolerances[1]
-        trusted = labels is None and explicit  # the weights are the user's word, where nothing says otherwise
-        best: tuple[Watched, Held] | None = None
-        for logits in logits_in(seen.output, given):
-            if not seen.unchanged(logits):
-                continue
-            for targets in _targets(logits, given, also_own_places=labels is None):
-                watched = self._watched(loss, weights, logits, targets, without)
-                held = hold(watched)
-                if held.fits(value, gradient):
-                    return
-                best = best or (watched, held)
-        if best is None or best[0].gradient is None:
+        trusted = explicit and not said  # the weights are the user's word, where nothing says otherwise
+        best: list[tuple[Watched, Held, Tensor]] = []
+        for one in given:
+            for logits in logits_in(seen.output, one):
+                if not seen.unchanged(logits):
+                    continue
+                for targets in _targets(logits, one, also_own_places=not said):
+                    watched = self._watched(loss, weights, logits, targets, without, guessed=guessed)
+                    held = hold(watched)
+                    if held.fits(value, gradient):
+                        return held.tells
+                    best.append((watched, held, one))
+        if not guessed and (not best or best[0][0].gradient is None):
             # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
-            for logits in logits_in(self._without_labels(seen, start, trusted=trusted), given):
-                for targets in _targets(logits, given, also_own_places=labels is None):
+            for logits in logits_in(self._without_labels(seen, trusted=trusted), given[0]):
+                for targets in _targets(logits, given[0], also_own_places=not said):
                     watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
                     held = hold(watched)
                     if held.fits(value, gradient):
-                        return
-                    best = (watched, held)
-        if best is None:
+                        return held.tells
+                    best = [(watched, held, given[0])]
+        if guessed:
+            best = [one for one in best if not explicit and names_it(one[0], one[2], value)]
+            if not best:
+                self._say_not_held()
+                return True
+        if not best:
             if trusted:
-                return
+                return True
             raise UsageError(
                 f"{self._name} returns no logits of shape (samples, tokens, words) for labels of shape "
-                f"{tuple(given.shape)}, with labels nor without, so its loss cannot be held against them; say what it "
-                "is of: watch(loss, weights=…), with batch=batch to hold it against val_losses; or trust it: "
+                f"{tuple(given[0].shape)}, with labels nor without, so its loss cannot be held against them; say what "
+                "it is of: watch(loss, weights=…), with batch=batch to hold it against val_losses; or trust it: "
                 "check=False"
             )
-        self._refuse(*best, given, value, gradient)
+        self._refuse(*best[0], seen, value, gradient)
 
-    def _without_labels(self, seen: Seen, start: Start, *, trusted: bool) -> Any:
+    def _say_not_held(self) -> None:
+        warnings.warn(
+            f"the loss of {self._name} that is watched was not held against its logits: it is taken at its word. If it "
+            "is the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, "
+            "tokens); if it is of another kind, watch(loss, weights=…, batch=batch) holds it against val_losses",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _without_labels(self, seen: Seen, *, trusted: bool) -> Any:
         try:
-            return output_without_labels(self._model, seen, start)
+            return output_without_labels(self._model, seen)
         except UsageError:
             if trusted:
                 return None
             raise
 
     def _watched(
-        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor]
+        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor], *, guessed: bool
     ) -> Watched:
         """With its gradient at the logits, where that can be had without running what is not ours twice."""
         gradient, scale = None, 1.0
         if logits.requires_grad:
             way = way_to(loss, logits, without)
-            if way.beside:
+            if way.beside and not guessed:
                 self._refuse_beside(loss, way.beside)
             if way.logits is not None and way.native:
                 scale = float(min(4096, max(1, int((targets != IGNORED).sum()))))  # float16 would lose small ones
@@ -258,7 +299,9 @@ class HeldLoss:
             "after watch())"
         )
 
-    def _refuse(self, watched: Watched, held: Held, labels: Tensor, value: float, gradient: float) -> None:
+    def _refuse(
+        self, watched: Watched, held: Held, labels: Tensor, seen: Seen, value: float, gradient: float
+    ) -> NoReturn:
         counts_B = watched.counts.double()
         by_targets = torch.allclose(watched.weights * counts_B.sum(), counts_B * watched.weights.sum(), rtol=1e-6)
         what = "the mean next-token loss over the targets in its labels"
@@ -269,10 +312,13 @@ class HeldLoss:
             by = f"{held.expected:.6g}, but its gradient is {_percent(held.gradient_error)} off"
         raise UsageError(
             f"the loss of {self._name} that is watched ({watched.loss:.6g}) is not {what} ({by}): "
-            f"{explain(watched, labels, value)}"
+            f"{explain(watched, labels, value, items_in(seen))}"
         )
 
-    def _against_val_losses(self, loss: Tensor, weights: Tensor, batch: Any, start: Start, narrow: bool) -> None:
+    def _against_val_losses(
+        self, loss: Tensor, weights: Tensor, batch: Any, start: Start, seen: Seen | None, narrow: bool
+    ) -> bool:
+        """False if it fits, but the losses held so far would fit other weights, or a loss of another kind, as well."""
         with again(self._model, start), torch.no_grad():
             losses = self._val_losses(self._model, batch)
         if losses.shape != weights.shape:
@@ -283,7 +329,11 @@ class HeldLoss:
         shares = torch.where(weights == 0, 0.0, losses.to(weights.device).double() * weights)
         expected, found = float(shares.sum()), float(loss.detach())
         tolerance = (NARROW if narrow else WIDE)[0] + (torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0)
-        if not abs(found - expected) <= tolerance * abs(expected) + 1e-9:
+        allowed = tolerance * abs(expected) + 1e-9
+        fits = abs(found - expected) <= allowed
+        if seen is not None:
+            self._refuse_terms(loss, seen, any_term=False, seen_by_value=2 * allowed if fits else inf)
+        if not fits:
             off = abs(found - expected) / abs(expected) if expected else float("inf")
             raise UsageError(
                 f"the loss of {self._name} that is watched ({found:.6g}) is not Σ weights × val_losses(model, batch) "
@@ -291,6 +341,8 @@ class HeldLoss:
                 "the weights that watch() is told (without any, the mean over samples), watched before it is divided "
                 "or multiplied"
             )
+        self._range.add(losses[(weights != 0).to(losses.device)])
+        return not self._range.alike
 
 
 _WITHOUT = (
@@ -304,6 +356,14 @@ def _targets(logits: Tensor, labels: Tensor, *, also_own_places: bool) -> list[T
     if also_own_places and labels.shape == logits.shape[:2]:
         found.append(labels.to(logits.device))
     return found
+
+
+def _pass_of(loss: Tensor, passes: list[Seen]) -> Seen | None:
+    """The last forward pass whose output the loss is made of; where that does not show, the last one."""
+    for seen in passes[::-1] if len(passes) > 1 else []:
+        if any(term.grad_fn is not None and depends_on(loss, term) for term in tensors_in(seen.output).values()):
+            return seen
+    return passes[-1] if passes else None
 
 
 def _is_own(loss: Tensor, seen: Seen) -> bool:

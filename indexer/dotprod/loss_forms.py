@@ -19,6 +19,12 @@ CHUNK_NUMBERS = 1 << 22
 
 _LARGEST_DIVISOR = 64
 
+ALIKE = 1e-3
+"""Relative: losses this near to one another tell by their value alone neither weights nor targets nor kinds apart.
+
+A head that starts at zero gives each place log V, whatever its target.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Watched:
@@ -50,10 +56,31 @@ class Held:
     """Relative, of the loss."""
     gradient_error: float
     """Relative, of the norm of its gradient at the logits; 0.0 where that is not known."""
+    tells: bool
+    """Whether another loss would not fit as well: its gradient is known, or the places differ in theirs."""
 
     def fits(self, value: float, gradient: float) -> bool:
         """Whether both errors are within these tolerances (NaN is not)."""
         return self.value_error <= value and self.gradient_error <= gradient
+
+
+class Range:
+    """From the least to the largest of some losses."""
+
+    def __init__(self) -> None:
+        self._least, self._largest = float("inf"), float("-inf")
+
+    def add(self, losses: Tensor) -> None:
+        """More of them, of any shape."""
+        if losses.numel():
+            self._least = min(self._least, float(losses.min()))
+            self._largest = max(self._largest, float(losses.max()))
+
+    @property
+    def alike(self) -> bool:
+        """Whether they are one number, as near as :data:`ALIKE`."""
+        size = max(abs(self._least), abs(self._largest))
+        return not self._largest - self._least > ALIKE * size
 
 
 def next_tokens(logits_BTV: Tensor, labels: Tensor) -> Tensor:
@@ -70,11 +97,14 @@ def hold(watched: Watched) -> Held:
     logits_NV, target_N = watched.logits.flatten(0, 1), watched.targets.flatten()
     gradient_NV = None if watched.gradient is None else watched.gradient.flatten(0, 1)
     value, error, size = (torch.zeros((), dtype=torch.float64, device=logits_NV.device) for _ in range(3))
+    spread = Range()
     for part in _chunks(logits_NV):
         place_N1, log_p = target_N[part].clamp_min(0).unsqueeze(1), logits_NV[part].float().log_softmax(1)
         absent_N1 = target_N[part].unsqueeze(1) == IGNORED  # their logits need not be finite
-        value -= (log_p.gather(1, place_N1).masked_fill(absent_N1, 0.0).squeeze(1).double() * share_N[part]).sum()
+        each_N1 = -log_p.gather(1, place_N1)
+        value += (each_N1.masked_fill(absent_N1, 0.0).squeeze(1).double() * share_N[part]).sum()
         if gradient_NV is None:
+            spread.add(each_N1[~absent_N1])
             continue
         expected = log_p.exp_()
         expected.scatter_add_(1, place_N1, torch.full_like(expected[:, :1], -1.0))
@@ -87,6 +117,7 @@ def hold(watched: Watched) -> Held:
         expected=float(value),
         value_error=gap / abs(float(value)) if float(value) else (float("inf") if gap else 0.0),
         gradient_error=float((error / size).sqrt()) if float(size) else (float("inf") if float(error) else 0.0),
+        tells=gradient_NV is not None or not spread.alike,
     )
 
 
@@ -109,9 +140,16 @@ Loss = Callable[[Tensor], Tensor]
 """Of the logits (B, T, V)."""
 
 
-def explain(watched: Watched, labels: Tensor, tolerance: float) -> str:
-    """What the loss is, and what to do; where nothing fits, what to do alone."""
-    for loss_of, words in _guesses(watched, labels):
+def names_it(watched: Watched, labels: Tensor, tolerance: float) -> bool:
+    """Whether :func:`explain` knows what the loss is, by its gradient: its value alone can be had by chance."""
+    return watched.gradient is not None and any(
+        _is(watched, loss_of, tolerance) for loss_of, _ in _guesses(watched, labels, None)
+    )
+
+
+def explain(watched: Watched, labels: Tensor, tolerance: float, items: float | None = None) -> str:
+    """What the loss is, and what to do; where nothing fits, what to do alone. ``items`` is ``num_items_in_batch``."""
+    for loss_of, words in _guesses(watched, labels, items):
         if _is(watched, loss_of, tolerance):
             return words if watched.gradient is not None else f"by its value, {words}"
     return f"what else it is of is not known; {_OWN}"
@@ -123,8 +161,14 @@ _OWN = (
 )
 
 
-def _guesses(watched: Watched, labels: Tensor) -> Iterator[tuple[Loss, str]]:
+def _guesses(watched: Watched, labels: Tensor, items: float | None) -> Iterator[tuple[Loss, str]]:
     counts_B, targets_BT = watched.counts.double(), watched.targets
+    if items:
+        yield (
+            _cross_entropy(targets_BT, counts_B / items),
+            f"it is the sum over the targets, divided by num_items_in_batch ({items:g}): "
+            f"watch(loss, weights=(labels[:, 1:] != -100).sum(1) / {items:g}, labels=labels)",
+        )
     own_BT = labels.to(targets_BT.device)
     if own_BT.shape == targets_BT.shape:
         own_counts_B = (own_BT != IGNORED).sum(1).double()
@@ -132,8 +176,9 @@ def _guesses(watched: Watched, labels: Tensor) -> Iterator[tuple[Loss, str]]:
             yield (
                 _cross_entropy(own_BT, weights_B),
                 "it is the cross-entropy at the labels' own places, not shifted. If the labels are meant so (shifted "
-                "already), say so: watch(loss, labels=torch.cat([labels[:, :1], labels], 1)). Else compute a "
-                "next-token loss from the logits (no labels for the model) and watch(loss, labels=labels)",
+                "already), say so: watch(loss, labels=torch.cat([labels[:, :1], labels], 1)); for classes of tokens, "
+                "which are no next tokens, watch(loss, weights=n / n.sum()), with n = (labels != -100).sum(1). Else "
+                "compute a next-token loss from the logits (no labels for the model) and watch(loss, labels=labels)",
             )
     there_B = (counts_B > 0).double()
     mean = _cross_entropy(targets_BT, counts_B / counts_B.sum())

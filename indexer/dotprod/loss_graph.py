@@ -52,8 +52,14 @@ def way_to(loss: Tensor, logits: Tensor, without: Collection[Tensor] = ()) -> Wa
 def gradient_at(loss: Tensor, node: Node, like: Tensor, scale: float) -> Tensor | None:
     """``scale`` · ∂loss/∂logits, of the shape of ``like``; the graph stays. None where the shapes do not fit."""
     seed = torch.full_like(loss, scale)
-    (gradient,) = torch.autograd.grad(loss, [GradientEdge(node, 0)], seed, retain_graph=True, allow_unused=True)
+    edge = GradientEdge(node, place_at(node, like))
+    (gradient,) = torch.autograd.grad(loss, [edge], seed, retain_graph=True, allow_unused=True)
     return gradient.reshape(like.shape) if gradient is not None and gradient.numel() == like.numel() else None
+
+
+def place_at(node: Node, tensor: Tensor) -> int:
+    """Which output of ``node``, one of its origins, the tensor is: those of a split have one node."""
+    return tensor.output_nr if tensor.grad_fn is node else 0
 
 
 def coefficient_of(term: Tensor, loss: Tensor) -> float | None:

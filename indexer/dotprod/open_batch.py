@@ -53,8 +53,9 @@ class OpenBatch:
             raise UsageError(f"there are weights for {tuple(weights.shape)} samples, but the batch has {self.size}")
         return weights.to(loss.device).double()
 
-    def scale(self) -> Tensor:
-        """(B,) float64: each sample's share in what went backward, whatever the loss was multiplied with.
+    @property
+    def upstream(self) -> Tensor:
+        """() float64: the gradient that came to the watched loss, whatever it was multiplied with.
 
         UsageError before a loss is watched, CaptureError unless it went through one backward pass.
         """
@@ -64,4 +65,10 @@ class OpenBatch:
             raise CaptureError("no gradient came to the watched loss: call backward() on it before collect()")
         if len(self._upstreams) > 1:
             raise CaptureError("the watched loss went through backward() more than once; prepare() each pass")
-        return self._upstreams[0] * self.weights_B
+        return self._upstreams[0]
+
+    def scale(self) -> Tensor:
+        """(B,) float64: each sample's share in what went backward; errors as of :attr:`upstream`."""
+        upstream = self.upstream
+        assert self.weights_B is not None
+        return upstream * self.weights_B

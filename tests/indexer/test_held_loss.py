@@ -501,7 +501,6 @@ def test_labels_that_are_no_tokens_and_weights_that_are_the_users_word(strict: b
 
     with GradDotProdEngine(model, val, val_losses=losses) as engine:
         own = lambda: model(x, labels)["loss"]  # noqa: E731
-        refused(engine, own, r"does not run without labels|returns no logits of shape")
         assert bool(scored(engine, own, weights=WEIGHTS).total[:3].isfinite().all())
 
 
@@ -546,3 +545,42 @@ def test_an_evaluation_between_forward_and_watch(grad: bool) -> None:
         engine.watch(loss, labels=LABELS)
         loss.backward()
         check(engine.collect(), exact_causal(model, val=VAL[:3]))
+
+
+# A head that starts at zero: every cross-entropy is log V, and no value tells one loss from another.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"shift": False}, "not shifted"), ({"smoothing": 0.3}, "smoothing 0.3")]
+)
+def test_a_fused_head_of_zeros_is_held_when_it_is_none_any_more(settings: dict[str, Any], message: str) -> None:
+    model = Chunked(**settings, inner=lambda: gpt2(tied=False))
+    head = model.inner.lm_head.weight
+    trained = head.detach().clone()
+    own = lambda: model(IDS, LABELS)["loss"]  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with chunked_engine(model, optimizer=optimizer) as engine:
+        nn.init.zeros_(head)
+        refused(engine, lambda: own() / 2, "divided by 2", labels=LABELS)  # that can be told
+        scored(engine, own, labels=LABELS)
+        scored(engine, own, labels=LABELS)
+        with torch.no_grad():
+            head.copy_(trained)
+        engine.refresh()
+        refused(engine, own, message, labels=LABELS)
+
+
+def test_losses_of_samples_that_are_all_one_number_are_held_again() -> None:
+    model = gpt2(tied=False)
+    head = model.lm_head.weight
+    trained = head.detach().clone()
+    smooth = lambda: mean_loss(model(input_ids=IDS).logits, LABELS, label_smoothing=0.1)  # noqa: E731
+    said = {"weights": COUNTS / COUNTS.sum(), "batch": {"input_ids": IDS, "labels": LABELS}}
+    losses = losses_of_logits(lambda model, ids: model(input_ids=ids).logits)
+    with GradDotProdEngine(model, val_batch(VAL[:3]), val_losses=losses) as engine:
+        nn.init.zeros_(head)
+        scored(engine, smooth, **said)
+        with torch.no_grad():
+            head.copy_(trained)
+        engine.refresh()
+        refused(engine, smooth, "not Σ weights × val_losses", **said)
