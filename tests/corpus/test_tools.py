@@ -121,7 +121,8 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_keys_that_a_template_prints_in_another_order_are_another_sample(name: str, write: Write) -> None:
     """The text differs, so the digest does."""
     turns = [{"role": "user", "content": "x"}]
-    first, second = Corpus.open(write("jsonl", [{"messages": turns, "id": "a", **row} for row in ORDERS[name]])).samples()
+    rows = [{"messages": turns, "id": "a", **row} for row in ORDERS[name]]
+    first, second = Corpus.open(write("jsonl", rows)).samples()
     assert first.content == second.content, "but for the order"
     one, other = ids_of([first, second])
     assert one != other
