@@ -270,7 +270,9 @@ def refuse_lookahead(model: Any, where: Path) -> None:
     import torch
 
     size = model.get_input_embeddings().num_embeddings
-    length = min(8, size)
+    length = min(8, size, max_positions(model) or 8)
+    if length < 2:
+        return  # nothing stands before the last token
     ids = torch.arange(length, device=model.device).unsqueeze(0)
     other = ids.clone()
     other[0, -1] = (other[0, -1] + size // 2) % size

@@ -7,6 +7,7 @@ SHA-256.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ LARGEST_SECTION = 2000
 
 RUNTIME = ("version", "truncation", "padding")
 """Entries of tokenizer.json that say nothing of ids: each call sets truncation and padding anew."""
+
+PADDING = "pad_token"
 
 NOISE = frozenset(
     {
@@ -69,17 +72,24 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     Of one with a Rust backend: ``normalizer``, ``pre_tokenizer``, ``post_processor``, ``decoder``, ``model`` and
     ``added_tokens`` (by id) of its tokenizer.json, complete. Of another: ``files``, the SHA-256 of each that it saves.
     Of both: ``class``, ``special_tokens``, ``chat_template`` and ``settings``, those of tokenizer_config.json.
+
+    The padding token is in where the chat template names it, and nowhere else: rows are padded by ghoststore.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = _files(tokenizer) if backend is None else _backend(backend)
-    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    template = getattr(tokenizer, "chat_template", None)
+    special = {
+        name: str(token)
+        for name, token in getattr(tokenizer, "special_tokens_map", {}).items()
+        if name != PADDING or PADDING in _text(template)
+    }
     sections = {
         **described,
         "class": type(tokenizer).__name__,
         "special_tokens": special,
-        "chat_template": _condensed(getattr(tokenizer, "chat_template", None)),
+        "chat_template": _condensed(template),
         "settings": {
-            **_settings(tokenizer, special),
+            **_settings(tokenizer, special, rust=backend is not None),
             "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
         },
     }
@@ -114,10 +124,34 @@ def _files(tokenizer: Any) -> dict[str, Any]:
     return {"files": files, "added_tokens": _kept(added, _text(added))}
 
 
-def _settings(tokenizer: Any, special: dict[str, str]) -> dict[str, Any]:
-    given = getattr(tokenizer, "init_kwargs", {})
-    names = sorted(given.keys() - NOISE - special.keys() - set(getattr(tokenizer, "SPECIAL_TOKENS_ATTRIBUTES", ())))
-    return {name: _condensed(json.loads(json.dumps(given[name], default=str))) for name in names}
+def _settings(tokenizer: Any, special: dict[str, str], *, rust: bool) -> dict[str, Any]:
+    given, defaults = getattr(tokenizer, "init_kwargs", {}), _defaults(type(tokenizer))
+    tokens = {*special, PADDING, *getattr(tokenizer, "SPECIAL_TOKENS_ATTRIBUTES", ())}
+    names = sorted(given.keys() - NOISE - tokens)
+    return {
+        name: _condensed(json.loads(json.dumps(given[name], default=str)))
+        for name in names
+        if not _as_absent(name, given[name], defaults, rust=rust)
+    }
+
+
+def _as_absent(name: str, value: Any, defaults: dict[str, Any], *, rust: bool) -> bool:
+    """Whether the class makes the same of ``value`` as of no value: it is off, and off by default.
+
+    What a Rust backend makes of settings is in its own sections: no default is off, there. A tokenizer in Python may
+    take ``legacy`` without naming it, and switch it on where it is absent.
+    """
+    if value is not None and value is not False:
+        return False
+    default = defaults.get(name)
+    return default is None or default is False if rust else name in defaults and default is value
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Defaults of what the ``__init__`` of a class and of its bases name."""
+    made = [vars(base)["__init__"] for base in reversed(kind.__mro__[:-1]) if "__init__" in vars(base)]
+    named = [item for init in made for item in inspect.signature(init).parameters.items()]
+    return {name: parameter.default for name, parameter in named if parameter.default is not inspect.Parameter.empty}
 
 
 def _condensed(section: Any) -> Any:

@@ -27,7 +27,7 @@ from ghoststore.checkpoint import (
     resolve_device,
 )
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
-from ghoststore.errors import MismatchError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.same_model import checkpoint_section, refuse_incomplete
 from ghoststore.software import versions_of
@@ -45,7 +45,7 @@ from indexer.losses import Reduction
 from indexer.model_check import ROWS_LOOKED_AT, ModelCheck
 from indexer.optimizer_state import flat, learning_rate_of, read_scales, scales_digest
 from indexer.part_projection import calibrated_as
-from indexer.plan import CorpusPlan, plan_corpus, rows_of_spans
+from indexer.plan import CorpusPlan, other_places, plan_corpus, rows_of_spans
 from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
 from indexer.rows import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.selection import Selection, select_blocks
@@ -400,7 +400,7 @@ def _open_part(store: Store, name: str, job: _Job, progress: Progress) -> Part:
     part = create_part(path, job.manifest, job.plan.table, job.fixed)
     refuse_differences(part.manifest, job.manifest, f"part {name!r} of {store.path}")
     if not np.array_equal(span_table(part), job.plan.table):
-        raise MismatchError(f"part {name!r}: the spans of the corpus are not those that were planned")
+        raise other_places(part, job.plan.table, job.manifest["source"], store.path)
     for section in ("software", "compute"):
         if part.manifest[section] != job.manifest[section] and not part.complete:
             progress.note(

@@ -6,10 +6,12 @@ corpus it begins and what it must contain, so that any span can be built alone, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,6 +21,9 @@ from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
 from ghoststore.corpus.repeated import Repeated, RepeatedIds, repeated_words
 from ghoststore.errors import CorpusError, MismatchError
 from ghoststore.progress import Progress, Silent
+from ghoststore.store import Part
+from ghoststore.store.manifest import Difference, difference_lines
+from ghoststore.store.part import span_table
 from indexer.rows import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of
 
 COLUMNS = ("source_row", "window", "file", "offset", "digest")
@@ -208,6 +213,28 @@ def _unless_unreadable(corpus: Corpus, start: Position) -> Iterator[Sample]:
         yield from corpus.samples(start)
     except CorpusError as error:
         raise _Unreadable(str(error)) from error
+
+
+def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any], store: Path) -> MismatchError:
+    """What to raise where the samples of ``part`` lie elsewhere in the corpus ``source`` of a manifest, by its span
+    ``table``: rows lead back to their samples by these places.
+    """
+    stored, kept = span_table(part), part.manifest["source"]
+    found: list[Difference] = [
+        (f"source.{name}", kept.get(name), source.get(name))
+        for name in ("form", "data")
+        if kept.get(name) != source.get(name)
+    ]
+    if stored.shape == table.shape:
+        span = int(np.flatnonzero((stored != table).any(axis=1))[0])
+        begins = f"span {span} begins at"
+        columns = zip(COLUMNS, stored[span].tolist(), table[span].tolist(), strict=True)
+        found += [(f"{begins} {name}", old, new) for name, old, new in columns if old != new]
+    return MismatchError(
+        f"part {part.name!r} of {store} was built from the same samples in another form or file, in which they lie at "
+        f"other places; nothing was changed:\n{difference_lines(found)}\n"
+        f"Give the corpus it was begun with to continue it, --data {kept.get('data')}, or another --name for a new one"
+    )
 
 
 def _changed(corpus: Corpus, table: NDArray[np.int64], span: int) -> MismatchError:

@@ -48,8 +48,11 @@ class FidelityReport:
     layers: Agreement
     """Of scores by stored vectors with those by exact gradients of the layers: what the projection costs."""
     all: Agreement | None
-    """With those by exact gradients of all parameters: what the choice of layers costs, too. None for a part in a
-    metric of its own (an optimizer state's, or a preconditioner's), which is known of its layers alone."""
+    """With those by exact gradients of all parameters: what the choice of layers costs, too. None for a part with an
+    ``own_metric``."""
+    own_metric: str | None
+    """Words for the metric of the part's vectors (an optimizer state's, or a preconditioner's), which is known of its
+    layers alone; None for plain gradients."""
     coverage: float
     """Share of the model's parameters that the layers hold."""
     only_layers: list[str]
@@ -113,6 +116,7 @@ def fidelity(
         val_set=None if val_set is None else str(val_set), seed=seed,
         layers=agreement(found_QR, references["layers"].scores(metric), seed=seed),
         all=None if whole is None else agreement(found_QR, whole.scores(metric), seed=seed),
+        own_metric=metric_words(opened),
         coverage=float(opened.manifest["coverage"]["share"]), only_layers=list(layers),
         without_layers=list(exclude_layers), kept=False, seconds=time.perf_counter() - begun,
     )  # fmt: skip

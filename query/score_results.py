@@ -115,6 +115,8 @@ class ScoresResult:
     """By falling value per time; only where ``by`` was asked for."""
     history: list[HistoryEntry] | None = None
     """In the order of steps; only of a ``sample``, or of all samples of that id."""
+    same_id: int | None = None
+    """Samples of the run that have the id of ``sample``, whether or not they were trained on in these steps."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore scores --json`` prints: of ``hits``, ``bottom``, ``domains`` and ``history`` what

@@ -76,7 +76,10 @@ def scores(
     chosen = _domain_places(opened, domains)
     units = Units(opened, unit)
     sums = ScoreSums(len(units), weighted=value in WEIGHTED)
-    history = None if sample is None else _History(opened, _rows_of_id(opened, sample, progress))
+    same_id, history = None, None
+    if sample is not None:
+        mine, same_id = _rows_of_id(opened, sample, progress)
+        history = _History(opened, mine)
     spans = spans_of(opened, window)
     with closing(progress.task("reading scores", _steps_of(opened, spans, window), unit="steps")) as task:
         for piece in stream_steps(opened, column, spans, window, loss=history is not None):
@@ -115,6 +118,7 @@ def scores(
         bottom=hits[1],
         domains=by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
         history=None if history is None else history.entries,
+        same_id=same_id,
     )
 
 
@@ -163,8 +167,8 @@ def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
     return [run.domains.index(name) for name in names] or None
 
 
-def _rows_of_id(run: Run, sample: str, progress: Progress) -> NDArray[np.int64]:
-    """Rows of the sample called ``sample``: one, or its windows. UsageError if there is none."""
+def _rows_of_id(run: Run, sample: str, progress: Progress) -> tuple[NDArray[np.int64], int]:
+    """(rows of the samples called ``sample``, their windows included; how many samples). UsageError if none is."""
     size = run.layout.row_arrays()[0].chunk_rows
     found: list[int] = []
     for start in range(0, len(run.rows), size):
@@ -175,8 +179,8 @@ def _rows_of_id(run: Run, sample: str, progress: Progress) -> NDArray[np.int64]:
         raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {some}")
     samples = len(np.unique(run.rows.read_rows("source_row", found)))
     if samples > 1:
-        progress.note(f"{samples} samples have the id {sample!r}, each a running sum of its own: see source_row")
-    return np.asarray(found, dtype=np.int64)
+        progress.note(f"{samples} samples have the id {sample!r}, each with its own sum: tell them apart by row")
+    return np.asarray(found, dtype=np.int64), samples
 
 
 class _History:

@@ -17,6 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.store import Run, Store
 from ghoststore.store.commits import record_path
+from query.same_id import repeated_among
 from query.score_curves import STEP_ARRAYS, Curves
 from query.score_steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
 from query.score_sums import ScoreSums, Units, best
@@ -77,6 +78,8 @@ class Watcher:
         self._texts: dict[int, str | None] = {}
         self._ids: dict[int, tuple[str, int]] = {}
         """(id, source row) of units that were shown."""
+        self._repeats: dict[str, bool] = {}
+        """Of ids that were shown: whether several samples have them."""
         self._last: Frame | None = None
         self._heard = _Heard()
 
@@ -170,7 +173,7 @@ class Watcher:
     def _extreme(self, unit: int, values: NDArray[np.float64], run: Run) -> Extreme:
         domain = int(self._domain[unit])
         return Extreme(
-            id=self._ids[unit][0], source_row=self._ids[unit][1],
+            id=self._ids[unit][0], source_row=self._ids[unit][1], id_repeats=self._repeats[self._ids[unit][0]],
             domain=run.domains[domain] if domain >= 0 else None,
             value=float(values[unit]), times=int(self._sums.times[unit]), text=self._texts.get(unit),
         )  # fmt: skip
@@ -183,6 +186,9 @@ class Watcher:
         rows = self._units.first_row[new].tolist()
         ids, sources = (run.rows.read_rows(name, rows) for name in ("sample_id", "source_row"))
         self._ids |= zip(new, zip(map(str, ids), sources.tolist(), strict=True), strict=True)
+        names = {str(name) for name in ids} - self._repeats.keys()
+        repeated = repeated_among(run, names)
+        self._repeats |= {name: name in repeated for name in names}
         source = run.manifest["source"]
         quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
         if quick and self._texts_at_hand:

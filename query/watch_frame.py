@@ -11,6 +11,8 @@ class Extreme:
     """One of the best or worst samples so far, by Σ η·score."""
 
     id: str
+    id_repeats: bool
+    """Whether other samples of the run have this id, too: then ``source_row`` tells which one it is."""
     source_row: int
     domain: str | None
     value: float

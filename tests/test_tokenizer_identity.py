@@ -177,6 +177,73 @@ def test_what_a_call_sets_anew_is_no_identity(folder: Path) -> None:
     assert tokenizer_identity(after) == expected
 
 
+def test_a_padding_token_that_was_there_is_no_identity(folder: Path) -> None:
+    """Training scripts set `tokenizer.pad_token = tokenizer.eos_token`, and save the tokenizer with the model."""
+    edit_json(folder, "tokenizer_config.json", lambda value: value.pop("pad_token"))
+    made = load_tokenizer(folder)
+    assert made.pad_token is None
+    expected, ids = tokenizer_identity(made), made(TEXT)["input_ids"]
+    made.pad_token, made.padding_side = made.eos_token, "left"
+    assert tokenizer_identity(made) == expected
+    made.save_pretrained(folder)
+    after = load_tokenizer(folder)
+    assert after.pad_token == made.eos_token
+    assert after(TEXT)["input_ids"] == ids
+    assert tokenizer_identity(after) == expected
+
+
+def test_a_new_padding_token_is_named(folder: Path) -> None:
+    edit_json(folder, "tokenizer_config.json", lambda value: value.pop("pad_token"))
+    made = load_tokenizer(folder)
+    before, size = tokenizer_identity(made), len(made)
+    made.add_special_tokens({"pad_token": "<new pad>"})
+    made.save_pretrained(folder)
+    found = differences(before, tokenizer_identity(load_tokenizer(folder)))
+    assert {name for name, _, _ in found} == {"fingerprint", f"added_tokens.{size}"}
+
+
+def test_a_padding_token_that_a_chat_template_prints_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ pad_token }}" + CHAT)
+    made = load_tokenizer(folder)
+    made.pad_token = made.eos_token
+    before, chat = tokenizer_identity(made), [{"role": "user", "content": "x"}]
+    text = made.apply_chat_template(chat, tokenize=False)
+    made.pad_token = "the"
+    assert made.apply_chat_template(chat, tokenize=False) != text
+    found = differences(before, tokenizer_identity(made))
+    assert ("special_tokens.pad_token", "<|endoftext|>", "the") in found
+
+
+@pytest.mark.parametrize("value", [False, None])
+@pytest.mark.parametrize("name", ["add_prefix_space", "use_default_system_prompt", "fix_mistral_regex"])
+def test_a_setting_that_is_off_is_as_absent(folder: Path, name: str, value: bool | None) -> None:
+    """Releases of transformers write more of what is off, or less."""
+    before = load_tokenizer(folder)
+    in_settings(**{name: value})(folder)
+    after = load_tokenizer(folder)
+    assert name in after.init_kwargs
+    assert after(TEXT)["input_ids"] == before(TEXT)["input_ids"]
+    assert tokenizer_identity(after) == tokenizer_identity(before)
+
+
+def test_a_setting_that_is_on_by_default_is_named_where_it_is_off(tmp_path: Path) -> None:
+    class Legacy(tf.ByT5Tokenizer):  # type: ignore[misc]
+        """As those in Python on SentencePiece: `legacy` is not named, and on where it is absent."""
+
+        def __init__(self, shout: bool = False, quiet: bool = True, **kwargs: Any) -> None:
+            super().__init__(shout=shout, quiet=quiet, **kwargs)
+
+    def settings(**given: Any) -> dict[str, Any]:
+        made = Legacy()
+        made.init_kwargs = given
+        return dict(tokenizer_identity(made)["settings"])
+
+    plain = settings()
+    assert settings(shout=False) == plain
+    for name, value in (("shout", True), ("shout", None), ("quiet", False), ("legacy", False)):
+        assert settings(**{name: value}) == {**plain, name: value}
+
+
 def test_large_sections_are_digests(folder: Path) -> None:
     found = tokenizer_identity(load_tokenizer(folder))
     assert found["model"]["vocab"].startswith("sha256:")

@@ -58,7 +58,8 @@ def _print(report: Any) -> None:
     title = f"{report.part}: {report.rows:,} rows × {report.val_samples:,} val samples by {report.metric}"
     print_table(f"{title}; recall@{report.layers.at}, 95 % intervals", columns, rows)
     if report.all is None:
-        click.echo("against all parameters: not known, the optimizer state's scales are kept for the layers alone")
+        why = f"the part is in a metric of its layers alone ({report.own_metric})"
+        click.echo(f"against all parameters: not known, {why}")
     click.echo(f"{'kept in the part' if report.kept else 'not kept in the part'}, {report.seconds:,.1f} s", err=True)
 
 

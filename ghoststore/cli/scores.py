@@ -168,7 +168,7 @@ def _print_history(result: Any) -> None:
             for one in result.history
             if one.source_row == source_row
         ]  # fmt: skip
-        which = f", row {source_row}" if len(samples) > 1 else ""
+        which = f", row {source_row}" if (result.same_id or 1) > 1 and source_row is not None else ""
         print_table(f"sample {result.settings['sample']}{which}", columns, rows)
 
 

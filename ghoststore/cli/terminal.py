@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import click
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -115,16 +116,36 @@ def print_json(value: Any) -> None:
 def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
     """A table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded; without ``fold`` each row is one line, cut at the width of the terminal. Where stdout is
-    no terminal nothing is cut or folded.
+    Long cells are folded; without ``fold`` each row is one line: what is not right-aligned is cut to the width of the
+    terminal, never a number. Where stdout is no terminal nothing is cut or folded.
     """
+    console = _stdout()
+    widths: list[int | None] = [None] * len(columns)
+    if not fold:
+        cells = zip(*[[heading for heading, _ in columns], *rows], strict=True)
+        whole = [max(map(cell_len, column)) for column in cells]
+        widths = _narrowed(whole, [not right for _, right in columns], console.width - 2 - 3 * len(columns))
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    for heading, right in columns:
+    for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
-        table.add_column(heading, justify=align, no_wrap=not fold, overflow="fold" if fold else "ellipsis")
+        overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
+        table.add_column(heading, justify=align, no_wrap=not fold, overflow=overflow, width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    _stdout().print(table)
+    console.print(table)
+
+
+def _narrowed(whole: list[int], may_give: list[bool], total: int) -> list[int | None]:
+    """Widths that sum to ``total`` where the ``whole`` ones are more: the widest of those that may give do, down to one
+    column each. None for what stays whole.
+    """
+    widths = list(whole)
+    for _ in range(sum(whole) - total):
+        width, place = max(((widths[place], place) for place, may in enumerate(may_give) if may), default=(0, 0))
+        if width < 2:
+            break
+        widths[place] -= 1
+    return [width if width < full else None for width, full in zip(widths, whole, strict=True)]
 
 
 def print_facts(title: str, facts: list[tuple[str, str]]) -> None:

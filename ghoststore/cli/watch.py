@@ -77,8 +77,8 @@ def render(frame: Any, width: int) -> Any:
     half = (width - 1) // 2 if width >= NARROW else width
     panels = (
         _losses(frame, half), _now(frame, half), _scores(frame, half), _domains(frame, half),
-        _extremes("best so far, by Σ η·score", frame.best, "green", half, rows=frame.repeated_ids is not None),
-        _extremes("worst so far", frame.worst, "red", half, rows=frame.repeated_ids is not None),
+        _extremes("best so far, by Σ η·score", frame.best, "green", half),
+        _extremes("worst so far", frame.worst, "red", half),
     )  # fmt: skip
     grid = Table.grid()
     for place in range(0, len(panels), 2):
@@ -208,8 +208,8 @@ def _domains(frame: Any, width: int) -> Any:
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))
 
 
-def _extremes(title: str, extremes: Any, style: str, width: int, *, rows: bool) -> Any:
-    """With ``rows`` ids do not tell samples apart: their rows stand beside them."""
+def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
+    """Where an id does not tell samples apart its row stands beside it, whole: the id and the domain give way."""
     from rich.table import Table
     from rich.text import Text
 
@@ -218,15 +218,28 @@ def _extremes(title: str, extremes: Any, style: str, width: int, *, rows: bool) 
     def longest(cells: list[str], most: int) -> int:
         return min(most, max(map(len, cells), default=0))
 
-    names = [f"{one.id} (row {one.source_row})" if rows else one.id for one in extremes]
+    rows = [f"row {one.source_row}" if one.id_repeats else "" for one in extremes]
+    value = longest([f"{one.value:.3g}" for one in extremes], 12)
+    row = longest(rows, width)
+    name = longest([one.id for one in extremes], width // 3)
+    domain = longest([one.domain or "" for one in extremes], 11)
+    if row:
+        left = width - 4 - (value + 2) - (row + 2) - 2
+        name = min(name, max(left, 1))
+        domain = domain if name + domain + 4 <= left else 0
     table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
-    table.add_column(justify="right", no_wrap=True, width=longest([f"{one.value:.3g}" for one in extremes], 12))
-    table.add_column(no_wrap=True, overflow="ellipsis", width=longest(names, width // 3))
-    table.add_column(no_wrap=True, overflow="ellipsis", width=longest([one.domain or "" for one in extremes], 11))
+    table.add_column(justify="right", no_wrap=True, width=value)
+    table.add_column(no_wrap=True, overflow="ellipsis", width=name)
+    if row:
+        table.add_column(no_wrap=True, width=row)
+    if domain or not row:
+        table.add_column(no_wrap=True, overflow="ellipsis", width=domain)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-    for one, name in zip(extremes, names, strict=True):
-        table.add_row(Text(f"{one.value:.3g}", style=style), Text(name), Text(one.domain or "", style="dim"),
-                      Text(preview(one.text), style="dim"))  # fmt: skip
+    for one, its_row in zip(extremes, rows, strict=True):
+        cells = [Text(f"{one.value:.3g}", style=style), Text(one.id)]
+        cells += [Text(its_row)] if row else []
+        cells += [Text(one.domain or "", style="dim")] if domain or not row else []
+        table.add_row(*cells, Text(preview(one.text), style="dim"))
     return _panel(title, table, width)
 
 

@@ -57,7 +57,7 @@ WELL_KNOWN = (
 )
 """Fields in which the common layouts keep a part of a sample's text."""
 
-CANONICAL = orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY
+CANONICAL = orjson.OPT_SERIALIZE_NUMPY
 
 
 class RowError(ValueError):
@@ -135,18 +135,20 @@ class Sample:
     file: int
 
     def canonical(self) -> bytes:
-        """The bytes that fingerprints cover: JSON with sorted keys of id, domain and content.
+        """The bytes that fingerprints cover: JSON of content, domain and id.
 
-        The same row has the same bytes in every form of file; its place does not enter.
+        Keys are sorted where they are looked up by name: the row's, the content's, a message's. Within what a message
+        holds, in tools and in documents they keep their order, for a chat template prints these in the order it gets.
+        The same row has the same bytes in every form of file that keeps that order; its place does not enter.
         """
         plain: object = self.content
         if isinstance(plain, PromptCompletion):
-            plain = {"prompt": plain.prompt, "completion": plain.completion}
+            plain = {"completion": plain.completion, "prompt": plain.prompt}
         elif isinstance(plain, Messages):
-            plain = plain.to_json()
+            plain = _sorted({**plain.to_json(), "messages": [_sorted(message) for message in plain.messages]})
         elif isinstance(plain, Tokenized):
-            plain = {"tokens": np.ascontiguousarray(plain.ids), "first_target": plain.first_target}
-        return orjson.dumps({"id": self.id, "domain": self.domain, "content": plain}, option=CANONICAL)
+            plain = {"first_target": plain.first_target, "tokens": np.ascontiguousarray(plain.ids)}
+        return orjson.dumps({"content": plain, "domain": self.domain, "id": self.id}, option=CANONICAL)
 
     def digest(self) -> int:
         """xxh3_64 of `canonical`, in [0, 2**64)."""
@@ -405,6 +407,11 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     return value
+
+
+def _sorted(value: dict[str, object]) -> dict[str, object]:
+    """``value`` with its own keys sorted, and those within its values as they are."""
+    return dict(sorted(value.items()))
 
 
 def _message_text(message: dict[str, object]) -> str:

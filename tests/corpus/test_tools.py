@@ -99,6 +99,58 @@ def test_a_conversation_is_one_in_every_form(rows: list[dict[str, Any]], write: 
     assert "null" not in chatter().decode(tokens[0][0]).replace("None", "")
 
 
+def turned(value: Any) -> Any:
+    """``value`` with the keys of all its objects the other way round."""
+    if isinstance(value, list):
+        return [turned(inner) for inner in value]
+    return {key: turned(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+
+CALLED = {"role": "assistant", "content": "", "tool_calls": [call("add", left=2, right=3)]}
+ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tools": ({"tools": ROWS[0]["tools"]}, {"tools": turned(ROWS[0]["tools"])}),
+    "tools as a string": ({"tools": ROWS[0]["tools"]}, {"tools": json.dumps(turned(ROWS[0]["tools"]))}),
+    "documents": ({"documents": PARTS[0]["documents"]}, {"documents": turned(PARTS[0]["documents"])}),
+    "calls": ({"messages": [CALLED]}, {"messages": [{**CALLED, "tool_calls": turned(CALLED["tool_calls"])}]}),
+    "parts": ({"messages": PARTS[0]["messages"]},
+              {"messages": [{**message, "content": turned(message["content"])} for message in PARTS[0]["messages"]]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_keys_that_a_template_prints_in_another_order_are_another_sample(name: str, write: Write) -> None:
+    """The text differs, so the digest does."""
+    turns = [{"role": "user", "content": "x"}]
+    rows = [{"messages": turns, "id": "a", **row} for row in ORDERS[name]]
+    first, second = Corpus.open(write("jsonl", rows)).samples()
+    assert first.content == second.content, "but for the order"
+    one, other = ids_of([first, second])
+    assert one != other
+    assert first.digest() != second.digest()
+
+
+def test_keys_that_a_template_looks_up_may_stand_in_any_order(write: Write) -> None:
+    row = {**ROWS[0], "documents": PARTS[0]["documents"], "id": "a", "domain": "d"}
+    other = {key: row[key] for key in reversed(row)}
+    other["messages"] = [{key: message[key] for key in reversed(message)} for message in row["messages"]]
+    first, second = Corpus.open(write("jsonl", [row, other])).samples()
+    assert ids_of([first]) == ids_of([second])
+    assert first.canonical() == second.canonical()
+
+
+def test_forms_that_give_all_rows_one_order_of_keys(write: Write) -> None:
+    """Parquet and saved datasets have one schema: rows with another order in the file have another text, and digest."""
+    turns = [{"role": "user", "content": "x"}]
+    rows = [{"messages": turns, "tools": tools} for tools in (ROWS[0]["tools"], turned(ROWS[0]["tools"]))]
+    found = [list(Corpus.open(write(form, rows)).samples()) for form in ("jsonl", "parquet", "dataset")]
+    for samples in found[1:]:
+        same_text = [one == other for one, other in zip(ids_of(found[0]), ids_of(samples), strict=True)]
+        same_digest = [one.digest() == other.digest() for one, other in zip(found[0], samples, strict=True)]
+        assert same_digest == same_text
+        assert False in same_text
+    assert len({scan_samples(samples).fingerprint for samples in found}) > 1
+
+
 def test_the_text_is_what_the_template_makes_of_messages_and_tools(write: Write) -> None:
     for rows in (ROWS, PARTS):
         samples = list(Corpus.open(write("jsonl", rows)).samples())

@@ -198,7 +198,19 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
     assert report.all is None
     shown = lab.run("fidelity", "--store", tmp_path / "store", "--rows", "20", "--val-samples", "3", "--quiet")
     assert shown.code == 0, shown.err
-    assert "against all parameters: not known" in shown.out
+    expected = "against all parameters: not known, the part is in a metric of its layers alone"
+    assert f"{expected} (scaled by an optimizer state)" in shown.out
+    for name, precondition in (("plain", "none"), ("learned", "kronecker")):
+        built = lab.run(
+            "build", "--checkpoint", store.parent / "model", "--data", store.parent / "train.jsonl", "--store",
+            tmp_path / "own", "--name", name, "--proj-precondition", precondition, "--device", "cpu", "--quiet",
+        )  # fmt: skip
+        assert built.code == 0, built.err
+        words = ("--store", tmp_path / "own", "--part", name, "--rows", "20", "--val-samples", "3", "--quiet")
+        shown = lab.run("fidelity", *words)
+        assert shown.code == 0, shown.err
+        assert (f"{expected} (preconditioned when it was built)" in shown.out) == (name == "learned")
+        assert "optimizer" not in shown.out
 
 
 def ask(store: Path, **settings: Any) -> Any:

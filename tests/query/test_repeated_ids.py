@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import ghoststore
+from ghoststore.cli import terminal
+from ghoststore.cli.watch import render
+from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.store import RowTable
 from indexer.recording import Samples
+from query.watch import Watcher
 
-from .score_runs import LAYOUT, Notes, append, make, row_table, run_on, values
+from .score_runs import DOMAINS, LAYOUT, Notes, append, make, row_table, run_on, values
 from .selecting import listed, select
 
 if TYPE_CHECKING:
@@ -73,7 +80,7 @@ def test_each_row_has_its_own_sum(tmp_path: Path) -> None:
     append(make(tmp_path / "store", table=table_of({0: "a", 3: "a", 9: "a"})), 0, 10)
     notes = Notes()
     found = ghoststore.scores(store=tmp_path / "store", sample="a", progress=notes)
-    assert notes.said == ["3 samples have the id 'a', each a running sum of its own: see source_row"]
+    assert notes.said == ["3 samples have the id 'a', each with its own sum: tell them apart by row"]
     assert found.history is not None
     assert [one.step for one in found.history] == sorted(one.step for one in found.history)
     for row in (0, 3, 9):
@@ -109,6 +116,75 @@ def test_the_command_shows_a_table_a_row(lab: Lab, tmp_path: Path) -> None:
     alone = lab.run("scores", "--store", tmp_path / "store", "--sample", "own-1").out
     assert "sample own-1" in alone
     assert "sample own-1, row" not in alone
+
+
+def test_the_row_of_an_id_of_which_one_sample_was_seen(lab: Lab, tmp_path: Path) -> None:
+    """Step 0 trains some rows alone; the id of one of them is that of a row which it does not."""
+    seen = values(0)["sample"]
+    mine = int(seen[0, 0])
+    other = min(set(range(LAYOUT.rows)) - set(seen.ravel().tolist()))
+    append(make(tmp_path / "store", table=table_of({mine: "a", other: "a"})), 0, 10)
+    outcome = lab.run("scores", "--store", tmp_path / "store", "--sample", "a", "--steps", "0:1")
+    assert f"sample a, row {mine}" in outcome.out
+    assert f"row {other}" not in outcome.out
+    assert "2 samples have the id 'a', each with its own sum: tell them apart by row" in outcome.err
+
+
+# Where a row is shown.
+
+LONG = "train-python-of-a-long-name-"
+
+
+@pytest.mark.parametrize("width", [40, 80, 84, 120, 200])
+def test_a_row_is_shown_beside_an_id_that_repeats(width: int, tmp_path: Path) -> None:
+    """Whole, however long the id is; of other ids nothing is said."""
+    names = {row: f"{LONG}{row // 2 if row % 4 < 2 else row}" for row in range(LAYOUT.rows)}
+    table = row_table(LAYOUT.rows, LAYOUT.rows, sample_id=np.array(list(names.values()), dtype=object))
+    count = RepeatedIds.of(names.values())
+    run = make(tmp_path / "store", table=table, corpus={"fingerprint": "c", "domains": list(DOMAINS),
+                                                        "repeated_ids": count})  # fmt: skip
+    append(run, 0, 10)
+    frame = Watcher(tmp_path / "store").look()
+    shown = [*frame.best, *frame.worst]
+    alone = [one for one in shown if list(names.values()).count(one.id) == 1]
+    assert 0 < len(alone) < len(shown)
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(frame, width))
+    words = console.export_text().replace("│", " ").split()
+    rows = {int(number) for word, number in itertools.pairwise(words) if word == "row" and number.isdigit()}
+    assert rows == {one.source_row for one in shown if one not in alone}
+
+
+@pytest.mark.parametrize("width", [80, 100, 240])
+def test_numbers_of_a_table_are_never_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row of a ranking is one line; in a narrow terminal its id, domain and text give way."""
+    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
+    columns = [("rank", True), ("Σ η·score", True), ("times", True), ("negative", True), ("id", False), ("row", True),
+               ("domain", False), ("text", False)]  # fmt: skip
+    rows = [
+        ["1", "1.234e-05", "1,234", "12.3%", f"{LONG}1", "123456789", "encyclopedia", "many words " * 8],
+        ["10", "-1e-300", "9", "–", "x", "7", "", ""],
+    ]
+    terminal.print_table("highest", columns, rows, fold=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        numbers = [cell for cell, (_, right) in zip(row, columns, strict=True) if right]
+        assert any(all(number in line.split() for number in numbers) for line in lines), row
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_windows_of_one_sample_are_no_repeated_id(width: int, tmp_path: Path) -> None:
+    """Nor is anything said of rows where nothing repeats but the id of a sample that is not shown."""
+    corpus = {"fingerprint": "c", "domains": list(DOMAINS), "repeated_ids": {"ids": 1, "samples": 2}}
+    append(make(tmp_path / "store", corpus=corpus), 0, 10)
+    frame = Watcher(tmp_path / "store").look()
+    assert not any(one.id_repeats for one in (*frame.best, *frame.worst))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(frame, width))
+    assert "row " not in console.export_text().split("note:")[0]
 
 
 # By place, not by id.
@@ -204,15 +280,14 @@ def test_what_is_asked_says_so(lab: Lab, folder: Path) -> None:
     held = ghoststore.info(store)
     assert [one.repeated_ids for one in (*held.parts, *held.runs)] == [REPEATED, REPEATED]
     shown = lab.run("watch", "--once", "--store", store).out
-    assert all(f"(row {one.source_row})" in shown for one in frame.best)
+    assert {one.id_repeats for one in frame.best} == {one.id in ("a", "c", "7") for one in frame.best}
+    assert all((f"row {one.source_row} " in shown) == one.id_repeats for one in (*frame.best, *frame.worst))
     for words in (["scores"], ["watch", "--once"], ["info", "--part", "part"], ["info", "--run", "run"]):
         assert "occur more than once" in " ".join(lab.run(*words, "--store", store).out.split()), words
 
 
 def test_a_loop_of_ones_own_says_so() -> None:
     """The manager and the callback are told ids, or how many samples there are."""
-    from ghoststore.corpus.repeated import RepeatedIds
-
     assert RepeatedIds.of(Samples.of(["x", "y", "x"]).ids) == {"ids": 1, "samples": 2}
     assert RepeatedIds.of(Samples.of(3).ids) is None
 

@@ -230,7 +230,7 @@ def test_samples_of_the_same_id(tmp_path: Path) -> None:
     append(make(tmp_path / "store", table=table), 0, 5)
     notes = Notes()
     found = ghoststore.scores(store=tmp_path / "store", sample="same", progress=notes)
-    assert notes.said == [f"{SAMPLES} samples have the id 'same', each a running sum of its own: see source_row"]
+    assert notes.said == [f"{SAMPLES} samples have the id 'same', each with its own sum: tell them apart by row"]
     assert found.history is not None
     assert len(found.history) == found.summary.times
 

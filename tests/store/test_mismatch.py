@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import pytest
 
 import ghoststore
@@ -133,6 +134,31 @@ def test_the_same_corpus_elsewhere_continues(lab: Lab, own: Path) -> None:
     moved = lab.write(own / "elsewhere.jsonl", [dict(reversed(row.items())) for row in lab.rows])
     outcome = lab.build(own / "store", "--data", moved)
     assert outcome.code == 0, outcome.err
+    assert lab.tree(own / "store") == before
+
+
+@pytest.mark.parametrize("form", ["corpus.parquet", "corpus.jsonl"])
+def test_the_same_samples_at_other_places(lab: Lab, own: Path, form: str) -> None:
+    """Rows lead back to their samples by these places: what differs is said, and what to do."""
+    data = own / "other" / form
+    data.parent.mkdir()
+    rows = [json.loads(line) for line in (own / "corpus.jsonl").read_text().splitlines()]
+    words = []
+    if form == "corpus.parquet":
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(rows).to_parquet(data)
+        words = ["source.form: stored 'jsonl', asked for 'parquet'", "span 0 begins at offset: stored 0, asked for -1"]
+    else:
+        data.write_text("".join(json.dumps(row, separators=("   ,", ":")) + "\n" for row in rows))
+        begins = [sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:6]) for path in
+                  (own / "corpus.jsonl", data)]  # fmt: skip
+        words = [f"span 1 begins at offset: stored {begins[0]}, asked for {begins[1]}"]
+    before = lab.tree(own / "store")
+    refused(
+        lab.build(own / "store", "--checkpoint", own / "model", "--data", data), *words, "part 'part'",
+        "source.data: stored ", "the same samples", "nothing was changed",
+        f"--data {own / 'corpus.jsonl'}", "another --name",
+    )  # fmt: skip
     assert lab.tree(own / "store") == before
 
 
