@@ -48,7 +48,9 @@ def scores_are_exact(model: nn.Module, x: Tensor, val: Tensor) -> None:
     for name, products in exact.products.items():  # relative to the norms: what cancels leaves rounding
         error = float((scores.parameters[name] - products.mean(1)).norm())
         assert error <= 1e-4 * float(exact.sizes[name].norm()) + 1e-12, f"{name}: {error}"
-    torch.testing.assert_close(torch.stack(list(scores.parameters.values())).sum(0), scores.total, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        torch.stack(list(scores.parameters.values())).sum(0), scores.total, rtol=1e-9, atol=1e-12
+    )
 
 
 def vectors_are_exact(model: nn.Module, x: Tensor, val: Tensor) -> None:
