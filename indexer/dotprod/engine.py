@@ -64,7 +64,8 @@ class GradDotProdEngine:
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
-    ``exclude_layers`` are patterns of modules whose parameters are left out.
+    ``exclude_layers`` are patterns of modules whose parameters are left out. ``check=False`` trusts the taps, the axes
+    of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them of the logits.
 
     Raises LayerError naming the module for a trainable parameter that cannot be scored, UsageError for a model whose
     samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
@@ -84,6 +85,7 @@ class GradDotProdEngine:
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
         check: bool = True,
+        hold_losses: bool = True,
     ) -> None:
         if val_refresh_interval < 1:
             raise UsageError(f"val_refresh_interval must be at least 1 step, not {val_refresh_interval}")
@@ -108,7 +110,7 @@ class GradDotProdEngine:
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
         self._kinds = {name: kind for name, kind in kinds.items() if kind is not None}
         self._axes = KnownAxes(self.model, self._kinds, trusted=not check)
-        self._held_loss = HeldLoss(self.model, losses, enabled=check)
+        self._held_loss = HeldLoss(self.model, losses, enabled=check and hold_losses)
         self._flags = [p.requires_grad for p in self.model.parameters()]
         self._batch_norms = batch_norms_of(self.model)
         self._handles: list[RemovableHandle] = []

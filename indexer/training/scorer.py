@@ -64,7 +64,7 @@ class Scorer:
             drawn = Projection(ProjectionPlan.of(selection, asked))
         engine = GradDotProdEngine(
             model, None, val_refresh_interval=config.val_refresh_interval, exclude_layers=config.exclude_layers,
-            route=config.route, projection=drawn,
+            route=config.route, projection=drawn, hold_losses=False,  # Trainer computes them from the logits
         )  # fmt: skip
         if config.per_layer and not engine.method.blocks:
             raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
