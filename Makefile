@@ -25,10 +25,11 @@ demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
 test: $(READY)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-lint: $(READY)  ## style and types
+lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(READY)  ## write docs/cli.md again from the commands
 	$(BIN)/python -m ghoststore.cli.reference docs/cli.md

@@ -35,19 +35,19 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
-import ghoststore.store.writer
-import indexer.build
-import indexer.encoder
+import ghoststore.store.spans.writer
+import indexer.build.build
+import indexer.encode.encoder
 import indexer.layers.linear
 from ghoststore import Corpus, ProjectionConfig
-from ghoststore.checkpoint import find_checkpoint, load_model, load_tokenizer
-from ghoststore.showcase.tokenizer import train_tokenizer
-from indexer.encoder import RowEncoder, pad
+from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
+from indexer.encode.batching import plan_batches
+from indexer.encode.encoder import RowEncoder, pad
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.layers import layer_type_by_name
-from indexer.plan import plan_batches
-from indexer.projection import Projection, ProjectionPlan
-from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
-from indexer.selection import select_blocks
+from indexer.projection.matrices import Projection, ProjectionPlan
+from indexer.projection.selection import select_blocks
+from query.demo.tokenizer import train_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "gpt2-small": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
@@ -227,17 +227,17 @@ def measure_shares(setting: Setting) -> tuple[dict[str, float], float]:
     conv = layer_type_by_name("conv1d")
     places = (
         (RowEncoder, "__call__", "the model's forward pass"),
-        (indexer.encoder.GradProjLoraEngine, "collect", "the model's backward pass"),
-        (indexer.encoder, "next_token_losses", "losses and their gradient"),
+        (indexer.encode.encoder.GradProjLoraEngine, "collect", "the model's backward pass"),
+        (indexer.encode.encoder, "next_token_losses", "losses and their gradient"),
         (conv, "keep", "projection of inputs, P_in x"),
         (conv, "block", "projection of gradients, P_out δ"),
         (indexer.layers.linear, "outer_sum", "block products"),
         (Projection, "assemble", "assembling and sketch"),
-        (indexer.build, "encode_rows", "gathering a span, transfer to the host"),
-        (indexer.build, "seal_vectors", "storage dtype and norms"),
-        (indexer.build, "span_arrays", "ids, digests, places"),
+        (indexer.build.build, "encode_rows", "gathering a span, transfer to the host"),
+        (indexer.build.build, "seal_vectors", "storage dtype and norms"),
+        (indexer.build.build, "span_arrays", "ids, digests, places"),
         (Tokenizer, "encode", "tokens (a thread)"),
-        (ghoststore.store.writer, "write_span", "writing (a thread, its waits for the disk not counted)"),
+        (ghoststore.store.spans.writer, "write_span", "writing (a thread, its waits for the disk not counted)"),
     )
     with times.wrapped(*places):
         spent = build_once(setting, "shares")[1].seconds()

@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 from ghoststore import Corpus, ProjectionConfig
-from ghoststore.showcase.tokenizer import train_tokenizer
 from indexer.training.architectures import Shape, new_model
+from query.demo.tokenizer import train_tokenizer
 
 VOCABULARY = 4096
 SHAPE = Shape(layers=4, width=192, heads=6)

@@ -29,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ghoststore import GradDotProdEngine, ProjectionConfig
 from indexer.dotprod.exact import ExactMethod
 from indexer.dotprod.routes import gram_flops
-from indexer.losses import training_loss
+from indexer.encode.losses import training_loss
 from indexer.training.architectures import ARCHITECTURES
 
 VOCABULARY = 50257

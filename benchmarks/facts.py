@@ -16,8 +16,8 @@ from common import Results, Table, machine_facts
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import GhostStoreError
-from ghoststore.showcase.lexical import TfIdf
-from query.demo import MAX_LENGTH, QUESTIONS
+from query.demo.demo import MAX_LENGTH, QUESTIONS
+from query.evaluate.tf_idf import TfIdf
 
 CUTS = (1, 10)
 COLUMNS = {"facts": "its words", "facts_paraphrased": "other words", "facts_inflected": "no shared word"}

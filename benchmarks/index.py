@@ -22,9 +22,9 @@ import ghoststore
 from ghoststore import Part, Store
 from query.ann.index import AnnIndex
 from query.ann.recall import recall_of
-from query.search import Ranking, search
-from query.stored import StoredRows
-from query.terms import Metric, Term
+from query.search.part_score import Metric, Term
+from query.search.search import Ranking, search
+from query.search.vectors import StoredRows
 
 QUERIES = 64
 ONE_BY_ONE = 16

@@ -24,15 +24,15 @@ import ghoststore
 from ghoststore import Corpus, ProjectionConfig, Store
 from ghoststore.corpus import Fields
 from ghoststore.progress import Silent
-from ghoststore.showcase.corpus import DemoCorpus, make_corpus, write_jsonl
-from ghoststore.showcase.tokenizer import train_tokenizer
 from indexer.training.retrain import Recipe
+from query.ask.question import Question
+from query.common.rank_correlation import spearman
+from query.demo.corpus import DemoCorpus, make_corpus, write_jsonl
+from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.predictors import grouped
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.question import Question
-from query.rank_correlation import spearman
 
 RUN = "run"
 MAX_LENGTH = 128

@@ -34,19 +34,19 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 from ghoststore import Corpus, Part, ProjectionConfig, Store
-from ghoststore.checkpoint import find_checkpoint, load_model, load_tokenizer
+from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
 from ghoststore.progress import Silent
-from indexer.build import DEFAULT_BATCH_TOKENS
-from indexer.calibrate import SampleDraw
-from indexer.encoder import pad
-from indexer.plan import plan_batches
-from indexer.rows import Tokenizer, TokenSettings, rows_of
+from indexer.build.build import DEFAULT_BATCH_TOKENS
+from indexer.build.calibrate import SampleDraw
+from indexer.encode.batching import plan_batches
+from indexer.encode.encoder import pad
+from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
 from indexer.training.architectures import ARCHITECTURES
-from query.again import RowsAgain
-from query.agreement import Agreement, Estimate, agreement
-from query.drawn import Draw, Drawn, usable_rows
-from query.exact_dots import Products, Share
-from query.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, stored_products
+from query.ask.recompute import RowsAgain
+from query.exact.products import Products, Share
+from query.fidelity.agreement import Agreement, Estimate, agreement
+from query.fidelity.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, stored_products
+from query.fidelity.sample import Draw, Drawn, usable_rows
 
 SHAPE = ARCHITECTURES["GPT2-Tiny"]
 MATRICES = 4 * SHAPE.layers

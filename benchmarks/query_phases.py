@@ -15,25 +15,25 @@ from common import SelfTimes  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402, F401
 from transformers.models.gpt2 import modeling_gpt2  # noqa: E402, F401
 
-import ghoststore.same_model  # noqa: E402
-import query.asked  # noqa: E402
-import query.part_encoder  # noqa: E402
-import query.query  # noqa: E402
-from ghoststore.checkpoint import Checkpoint  # noqa: E402
-from indexer.encoder import RowEncoder  # noqa: E402
+import ghoststore.checkpoint.same_model  # noqa: E402
+import query.answer.query  # noqa: E402
+import query.ask.encoder  # noqa: E402
+import query.ask.scorer  # noqa: E402
+from ghoststore.checkpoint.load import Checkpoint  # noqa: E402
+from indexer.encode.encoder import RowEncoder  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
 PHASES = (
     (Checkpoint, "fingerprint", "fingerprint of the weights"),
-    (query.part_encoder, "load_tokenizer", "tokenizer load"),
-    (ghoststore.same_model, "tokenizer_identity", "identity of the tokenizer"),
-    (query.part_encoder, "load_model", "model load"),
-    (query.part_encoder, "projection_of", "drawing the projection"),
+    (query.ask.encoder, "load_tokenizer", "tokenizer load"),
+    (ghoststore.checkpoint.same_model, "tokenizer_identity", "identity of the tokenizer"),
+    (query.ask.encoder, "load_model", "model load"),
+    (query.ask.encoder, "projection_of", "drawing the projection"),
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
-    (query.asked, "search", "search"),
-    (query.query, "_hits", "ids and texts of the hits"),
+    (query.ask.scorer, "search", "search"),
+    (query.answer.query, "_hits", "ids and texts of the hits"),
 )
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     store, val_set, val_samples = sys.argv[1:]
     times = SelfTimes(clock=time.perf_counter)
     with times.wrapped(*PHASES):
-        query.query.query(store=store, val_set=val_set, max_samples=int(val_samples))
+        query.answer.query.query(store=store, val_set=val_set, max_samples=int(val_samples))
     phases = {"imports": IMPORTED - BEGAN, **times.seconds}
     phases["everything else"] = time.perf_counter() - BEGAN - sum(phases.values())
     print(json.dumps(phases))

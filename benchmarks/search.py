@@ -37,14 +37,15 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 from ghoststore import Corpus, Part, ProjectionConfig, Store
-from ghoststore.showcase.tokenizer import train_tokenizer
 from ghoststore.store import PartLayout
-from ghoststore.store.encoding import ENCODINGS
-from ghoststore.store.manifest import PART
-from ghoststore.store.part import create_part
-from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
-from query.search import search
-from query.terms import Term
+from ghoststore.store.base.manifest import PART
+from ghoststore.store.part.encoding import ENCODINGS
+from ghoststore.store.part.part import create_part
+from ghoststore.store.part.sealing import seal_vectors
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData
+from query.demo.tokenizer import train_tokenizer
+from query.search.part_score import Term
+from query.search.search import search
 
 QUERIES = (1, 64, 1000)
 TOP_K = 10

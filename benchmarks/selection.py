@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 from ghoststore import Corpus, Store
-from ghoststore.showcase.tokenizer import train_tokenizer
+from query.demo.tokenizer import train_tokenizer
 
 VOCABULARY = 4096
 HALVES = ("highest", "random", "lowest")

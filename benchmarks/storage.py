@@ -18,16 +18,17 @@ from transformers.utils.logging import disable_progress_bar
 from ghoststore import Corpus, Part, ProjectionConfig, Store
 from ghoststore.progress import Silent
 from ghoststore.store import PartLayout
-from ghoststore.store.encoding import ENCODINGS
-from ghoststore.store.part import create_part, span_table
-from ghoststore.store.writer import BackgroundWriter, SpanData, seal_vectors
-from query.again import RowsAgain
-from query.rank_correlation import spearman
-from query.rerank import rerank
-from query.search import Ranking, search
-from query.stored import StoredRows
-from query.terms import Term
-from query.valset import Grouping, encode_val_set
+from ghoststore.store.part.encoding import ENCODINGS
+from ghoststore.store.part.part import create_part, span_table
+from ghoststore.store.part.sealing import seal_vectors
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData
+from query.ask.recompute import RowsAgain
+from query.ask.rerank import rerank
+from query.ask.val_set import Grouping, encode_val_set
+from query.common.rank_correlation import spearman
+from query.search.part_score import Term
+from query.search.search import Ranking, search
+from query.search.vectors import StoredRows
 
 EXACT = "float32"
 PROJECTIONS = {"sketched": ProjectionConfig(), "plain blocks": ProjectionConfig(rank_total=256)}

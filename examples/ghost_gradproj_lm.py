@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ghoststore
-from ghoststore.showcase.tokenizer import train_tokenizer
+from query.demo.tokenizer import train_tokenizer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--proj-layers", default="mlp,attn")

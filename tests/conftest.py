@@ -53,7 +53,7 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
     import torch
     import transformers
 
-    from ghoststore.showcase.tokenizer import train_tokenizer
+    from query.demo.tokenizer import train_tokenizer
 
     transformers.utils.logging.disable_progress_bar()
     tokenizer = train_tokenizer(sentences(50), 290)
@@ -114,7 +114,7 @@ class Lab:
     sample_rows = staticmethod(sample_rows)
 
     def run(self, *args: str | Path, cwd: Path | None = None, **order: Any) -> Outcome:
-        """``ghoststore ARGS…`` in a process of its own. ``order`` is described in tests/store/zygote.py."""
+        """``ghoststore ARGS…`` in a process of its own. ``order`` is described in tests/support/zygote.py."""
         if "code" not in order:
             order["args"] = [str(arg) for arg in args]
         streams = self._streams()
@@ -166,7 +166,7 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One for the whole session: nothing in it is changed by a test."""
     folder = tmp_path_factory.mktemp("lab")
-    script = Path(__file__).parent / "store" / "zygote.py"
+    script = Path(__file__).parent / "support" / "zygote.py"
     zygote = subprocess.Popen(
         [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
     )

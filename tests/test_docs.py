@@ -17,10 +17,11 @@ from datasets import Dataset
 import ghoststore
 from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.reference import reference
-from ghoststore.corpus.shards import SAMPLE, SHARDS_VERSION
 from ghoststore.store import RunLayout, Status
-from ghoststore.store.encoding import ENCODINGS
-from ghoststore.store.layout import FORMAT_VERSION, PartLayout
+from ghoststore.store.base.names import FORMAT_VERSION
+from ghoststore.store.part.encoding import ENCODINGS
+from ghoststore.store.part.layout import PartLayout
+from ghoststore.tokens.shards import SAMPLE, SHARDS_VERSION
 from query.doctor.examination import CHECKS
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def _print(report: Any) -> None:
         [("val domain", False), *((name, True) for name in names)],
         [[val, *(str(counts[name]) for name in names)] for val, counts in report.domains.items()],
     )
-    from query.demo import QUESTIONS
+    from query.demo.demo import QUESTIONS
 
     rows = []
     for name, found in report.recall.items():

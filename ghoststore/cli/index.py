@@ -78,7 +78,7 @@ def _refuse_options() -> None:
 
 def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> None:
     from ghoststore.cli.terminal import print_json
-    from ghoststore.store.indexes import index_states, remove_index
+    from ghoststore.store.part.indexes import index_states, remove_index
     from ghoststore.store.store import Store
 
     opened = Store.open(store).part(part)

@@ -51,7 +51,7 @@ def _print_parts(found: Any) -> None:
 
 def _print_part(part: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
-    from ghoststore.store.fidelity import fidelity_line
+    from ghoststore.store.part.fidelity import fidelity_line
 
     manifest = part.manifest
     projection, corpus = manifest["projection"], manifest["corpus"]

@@ -77,7 +77,7 @@ def take_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def question(command: F) -> F:
-    """``--store``, ``--val-set`` and every other option of `query.question.Question` but ``--mean/--each``."""
+    """``--store``, ``--val-set`` and every other option of `query.ask.question.Question` but ``--mean/--each``."""
     command = fields(device(command))
     for option in reversed(QUESTION):
         command = option(command)

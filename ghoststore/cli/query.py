@@ -62,7 +62,7 @@ def answer(function: Callable[..., Any], values: dict[str, Any]) -> None:
 
     as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
     if out:
-        from query.results import check_output
+        from query.common.output import check_output
 
         check_output(out)
     result = function(progress=listener(quiet), **values)
@@ -102,6 +102,6 @@ def _print(result: Any) -> None:
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
         click.echo(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")
     if result.settings.get("fidelity"):
-        from ghoststore.store.fidelity import fidelity_line
+        from ghoststore.store.part.fidelity import fidelity_line
 
         click.echo(f"fidelity: {fidelity_line(result.settings['fidelity'])}")

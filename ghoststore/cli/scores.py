@@ -67,7 +67,7 @@ def command(**values: Any) -> None:
 
     as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
     if out:
-        from query.results import check_output
+        from query.common.output import check_output
 
         check_output(out)
     result = load("scores")(progress=listener(quiet), **values)

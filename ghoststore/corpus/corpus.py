@@ -220,7 +220,7 @@ def absolute(source: str) -> str:
 
 def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
     if (folder / "shards.json").is_file():
-        from ghoststore.corpus.shards import ShardsForm, TokenShards
+        from ghoststore.tokens.shards import ShardsForm, TokenShards
 
         if split is not None:
             raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} holds token shards")

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ghoststore.store.disk import storage_errors
+from ghoststore.store.base.disk import storage_errors
 
 HELD = 1 << 20
 """Hashes in memory at once (8 bytes each); more are sorted into a temporary file (TMPDIR)."""

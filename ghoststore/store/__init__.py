@@ -1,11 +1,12 @@
 """The store on disk: parts of vectors and training runs, committed span by span. Format: ``docs/format.md``."""
 
-from ghoststore.store.commits import Commit
-from ghoststore.store.layout import FORMAT_VERSION, PartLayout
-from ghoststore.store.manifest import Manifest
-from ghoststore.store.part import Part
-from ghoststore.store.run import RowTable, Run, RunLayout, RunWriter, create_run
-from ghoststore.store.status import Status
+from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.names import FORMAT_VERSION
+from ghoststore.store.base.records import Commit
+from ghoststore.store.part.layout import PartLayout
+from ghoststore.store.part.part import Part
+from ghoststore.store.part.status import Status
+from ghoststore.store.run.run import RowTable, Run, RunLayout, RunWriter, create_run
 from ghoststore.store.store import Store
 
 __all__ = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ghoststore.store.fidelity import kept_fidelities
-from ghoststore.store.indexes import index_states
-from ghoststore.store.part import Part
-from ghoststore.store.reader import stream
-from ghoststore.store.run import Run
-from ghoststore.store.spanned import Spanned
+from ghoststore.store.part.fidelity import kept_fidelities
+from ghoststore.store.part.indexes import index_states
+from ghoststore.store.part.part import Part
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.reader import stream
 from ghoststore.store.store import Store
 
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from ghoststore.errors import UsageError
-from ghoststore.store.disk import UNFINISHED, flush, publish, storage_errors
-from ghoststore.store.layout import FORMAT_VERSION, check_name
-from ghoststore.store.manifest import PART, RUN, Kind, check_format
-from ghoststore.store.part import Part
-from ghoststore.store.run import Run
-from ghoststore.store.spanned import read_attributes
-
-
-def publish_group(folder: Path, attributes: dict[str, Any]) -> None:
-    """A Zarr group, unless another process made it first; its metadata appear whole or not at all."""
-    folder.mkdir(exist_ok=True)
-    metadata = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    publish(folder / "zarr.json", json.dumps(metadata, indent=2).encode())
+from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
+from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
+from ghoststore.store.base.names import FORMAT_VERSION, check_name
+from ghoststore.store.part.part import Part
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.group import read_attributes
 
 
 def _is_begun(entry: Path) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
-from ghoststore.store.commits import FileRecord, read_commit
-from ghoststore.store.indexes import FOLDER, MANIFEST, damage_of, index_folder, index_names, read_manifest
-from ghoststore.store.part import Part
-from ghoststore.store.spanned import Spanned
+from ghoststore.store.base.records import FileRecord, read_commit
+from ghoststore.store.part.indexes import FOLDER, MANIFEST, damage_of, index_folder, index_names, read_manifest
+from ghoststore.store.part.part import Part
+from ghoststore.store.spans.group import Spanned
 from ghoststore.store.store import Store
 
 THREADS = 4

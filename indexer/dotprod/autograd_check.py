@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
 from indexer.dotprod.parameters import Ledger
-from indexer.plain import BlockGradients
-from indexer.projection import Projection
+from indexer.encode.plain import BlockGradients
+from indexer.projection.matrices import Projection
 
 FAINT = 1e-2
 """Share of the whole below which a block's own gradient may be rounding noise (a key's bias: exactly zero)."""

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
-from indexer.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
+from indexer.encode.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
+from indexer.encode.modes import buffers_kept, evaluating
+from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
 from indexer.layers import LayerType
-from indexer.modes import buffers_kept, evaluating
-from indexer.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
 
 Losses = Callable[[nn.Module, Any], Tensor]
 
@@ -20,9 +20,9 @@ Losses = Callable[[nn.Module, Any], Tensor]
 class KnownAxes:
     """The verdicts on the layers ``kinds`` of ``model``, by name; ``trusted``: all are taken to be right.
 
-    :meth:`probe` reweights the losses of val samples (:mod:`indexer.sample_axis`); in the first train batch of two
-    samples or more :meth:`check_train` has the model run on some of them (:mod:`indexer.forward_probe`). Both must
-    agree, but for layers that val samples do not reach, where the second alone decides.
+    :meth:`probe` reweights the losses of val samples (:mod:`indexer.encode.sample_axis`); in the first train batch of
+    two samples or more :meth:`check_train` has the model run on some of them (:mod:`indexer.encode.forward_probe`).
+    Both must agree, but for layers that val samples do not reach, where the second alone decides.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType], *, trusted: bool) -> None:

@@ -34,11 +34,11 @@ from indexer.dotprod.scores import Scores
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
+from indexer.encode.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.selection import select_blocks
-from indexer.tap import See, Tap
+from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.selection import select_blocks
 
 
 class GradDotProdEngine:

@@ -17,8 +17,8 @@ from indexer.dotprod import routes
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.parameters import Ledger, Scored, Tapped
 from indexer.dotprod.scores import Scores, divide
+from indexer.encode.tap import See
 from indexer.layers.terms import Term, Vector
-from indexer.tap import See
 
 Route = Literal["auto", "direct", "gram"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.modes import autocast_dtype, buffers_kept, device_type, devices_of
+from indexer.encode.modes import autocast_dtype, buffers_kept, device_type, devices_of
 
 _LABELS = ("labels", "targets", "target")
 """What models call them."""

@@ -31,7 +31,7 @@ from indexer.dotprod.forward_seen import (
 from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, names_it, next_tokens
 from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
 from indexer.dotprod.val_data import ValLosses
-from indexer.losses import IGNORED
+from indexer.encode.losses import IGNORED
 
 WIDE, NARROW = (1e-4, 1e-3), (1e-3, 2e-2)
 """Relative tolerances of the loss and of its gradient at the logits: in float32, and where 16-bit numbers take part.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from indexer.losses import IGNORED
+from indexer.encode.losses import IGNORED
 
 CHUNK_NUMBERS = 1 << 22
 """Logits worked on at a time: the check must not need more memory than the training step."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from indexer.dotprod.scores import Scores
-from indexer.tap import See
+from indexer.encode.tap import See
 
 
 class Method(Protocol):

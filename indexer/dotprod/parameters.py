@@ -9,7 +9,7 @@ from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
 from indexer.layers import LayerType, layer_type_of
-from indexer.selection import ALIASES, matches, matches_path
+from indexer.projection.selection import ALIASES, matches, matches_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ghoststore.errors import CaptureError
 from indexer.dotprod.autograd_check import AutogradBlocks
 from indexer.dotprod.scores import Scores, divide
+from indexer.encode.tap import See
 from indexer.layers import LayerType, Sides, layer_type_by_name
-from indexer.projection import BlockPlan, Projection
-from indexer.selection import Use
-from indexer.tap import See
+from indexer.projection.matrices import BlockPlan, Projection
+from indexer.projection.selection import Use
 
 
 class SketchedMethod:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
-from indexer.losses import next_token_losses, next_token_losses_plainly
+from indexer.encode.losses import next_token_losses, next_token_losses_plainly
 
 ValLosses = Callable[[nn.Module, Any], Tensor]
 """(model, val batch) to the loss of each of its samples, (v,)."""

@@ -16,8 +16,8 @@ from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.method import Method
 from indexer.dotprod.val_data import ValLosses, batches_of, computes_in_float16, language_model_losses, size_of
 from indexer.dotprod.val_targets import Groups, rows_with_targets
-from indexer.modes import evaluating
-from indexer.tap import See
+from indexer.encode.modes import evaluating
+from indexer.encode.tap import See
 
 
 class ValGradient:

@@ -168,7 +168,7 @@ def _relative(y: Tensor, expected: Tensor) -> float:
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
     """Why an input ``x`` of a layer cannot have the ``batch`` samples on its first axis, in words; None where it can.
 
-    That it can does not say that it has: see :mod:`indexer.sample_axis`.
+    That it can does not say that it has: see :mod:`indexer.encode.sample_axis`.
     """
     shape = tuple(x.shape)
     if kind.is_lookup and x.dim() == 1:  # may be positions, however many there are: never taken for samples

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
 from indexer.dotprod.exact import Route
-from indexer.rows import Overlong
+from indexer.encode.tokens import Overlong
 
 Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]

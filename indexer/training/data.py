@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.corpus.repeated import Repeated, RepeatedIds
-from ghoststore.corpus.shards import TokenShards
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.store.run_rows import RowTable
-from indexer import draws
-from indexer.losses import IGNORED
-from indexer.rows import Overlong, Tokenizer
+from ghoststore.store.run.rows import RowTable
+from ghoststore.tokens.shards import TokenShards
+from indexer.encode.losses import IGNORED
+from indexer.encode.tokens import Overlong, Tokenizer
+from indexer.projection import draws
 
 
 class Batch(NamedTuple):

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ghoststore.checkpoint import (
+from ghoststore.checkpoint.load import (
     Checkpoint,
     find_checkpoint,
     find_tokenizer,
     load_model,
     load_tokenizer,
 )
+from ghoststore.checkpoint.same_model import tokenizer_lines
+from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Fields, open_corpus
-from ghoststore.corpus.shards import MANIFEST, TOKENIZER, TokenShards
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
-from ghoststore.same_model import tokenizer_lines
-from ghoststore.tokenizer_identity import tokenizer_identity
-from indexer.rows import Tokenizer
-from indexer.tokenize import tokenize
+from ghoststore.tokens.shards import MANIFEST, TOKENIZER, TokenShards
+from indexer.encode.tokens import Tokenizer
+from indexer.tokenize.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
 from indexer.training.config import TrainConfig
 from indexer.training.ranks import Ranks

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ghoststore.errors import DivergedError
-from indexer import draws
-from indexer.losses import training_loss
-from indexer.modes import devices_of
+from indexer.encode.losses import training_loss
+from indexer.encode.modes import devices_of
+from indexer.projection import draws
 from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.ranks import Ranks

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ghoststore.config_identity import agreed_config
-from ghoststore.corpus.shards import TokenShards
-from ghoststore.same_model import start_section
+from ghoststore.checkpoint.config_identity import agreed_config
+from ghoststore.checkpoint.same_model import start_section
 from ghoststore.software import versions_of
-from ghoststore.store.manifest import Manifest
-from ghoststore.store.run import RunLayout
+from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.run.run import RunLayout
+from ghoststore.tokens.shards import TokenShards
 from indexer.training.config import TrainConfig
 from indexer.training.data import TrainingRows
 from indexer.training.inputs import Start

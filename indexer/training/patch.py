@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
-from indexer.losses import next_token_losses
+from indexer.encode.losses import next_token_losses
 from indexer.training.data import TrainingRows
 from indexer.training.validation import ValSet
 

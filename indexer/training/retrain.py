@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ghoststore.checkpoint import load_tokenizer
+from ghoststore.checkpoint.load import load_tokenizer
 from ghoststore.corpus import Fields
-from ghoststore.corpus.shards import TokenShards
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
-from indexer.rows import Tokenizer
+from ghoststore.tokens.shards import TokenShards
+from indexer.encode.tokens import Tokenizer
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import read_val

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError, StorageError, WorkerError
-from ghoststore.store.run import Run, RunWriter
+from ghoststore.store.run.run import Run, RunWriter
 from indexer.training.config import OnStoreError
 from indexer.training.ranks import Ranks
 

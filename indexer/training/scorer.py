@@ -14,8 +14,8 @@ from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from indexer.dotprod import GradDotProdEngine
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.selection import select_blocks
+from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.selection import select_blocks
 from indexer.training.config import ScoringConfig
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet

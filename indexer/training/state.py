@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ghoststore.checkpoint import quiet_transformers
+from ghoststore.checkpoint.load import quiet_transformers
 from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
 from ghoststore.software import versions_of
-from ghoststore.store.commits import FileRecord, json_digest
-from ghoststore.store.disk import create_whole, storage_errors
-from ghoststore.store.manifest import Kind, difference_lines, differences, refuse_unreleased
+from ghoststore.store.base.disk import create_whole, storage_errors
+from ghoststore.store.base.manifest import Kind, difference_lines, differences, refuse_unreleased
+from ghoststore.store.base.records import FileRecord, json_digest
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")

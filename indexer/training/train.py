@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghoststore.checkpoint import resolve_device
+from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Store
-from ghoststore.store.disk import exclusive, storage_errors
-from ghoststore.store.layout import check_name, safe_name
-from ghoststore.store.manifest import Manifest
-from ghoststore.store.run import Run, create_run
-from indexer.build import corpus_name
-from indexer.projection import ProjectionConfig
-from indexer.rows import Tokenizer, embedding_rows, longest_row
+from ghoststore.store.base.disk import exclusive, storage_errors
+from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.run.run import Run, create_run
+from indexer.build.build import corpus_name
+from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
+from indexer.projection.matrices import ProjectionConfig
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Start, read_val, token_shards

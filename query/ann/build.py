@@ -17,17 +17,17 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.software import versions_of
 from ghoststore.store import Part
-from ghoststore.store.index_manifest import IndexManifest
-from ghoststore.store.indexes import begun_path, building, publish_index, seal_files
-from ghoststore.store.reader import read_span
-from indexer import draws
+from ghoststore.store.part.index_manifest import IndexManifest
+from ghoststore.store.part.indexes import begun_path, building, publish_index, seal_files
+from ghoststore.store.spans.reader import read_span
+from indexer.projection import draws
 from query.ann.engine import Engine, load_faiss
 from query.ann.front import Front, front_key, power_of_two
 from query.ann.recall import CANDIDATES, measure, take_samples, tune
 from query.ann.rows import ROW, CheckedRows, digest_of
 from query.ann.searcher import Searcher
-from query.stored import StoredRows
-from query.terms import Metric, RowFacts
+from query.search.part_score import Metric, RowFacts
+from query.search.vectors import StoredRows
 
 TRAIN_ROWS = 16_384
 TRAIN_ROWS_PER_LIST = 40

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from indexer.sketch import Sketch
-from query.terms import Metric
+from indexer.projection.sketch import Sketch
+from query.search.part_score import Metric
 
 
 def front_key(dimension: int) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Part
-from ghoststore.store.index_manifest import IndexManifest
-from ghoststore.store.indexes import (
+from ghoststore.store.part.index_manifest import IndexManifest
+from ghoststore.store.part.indexes import (
     check_coverage,
     damage_of,
     index_folder,
@@ -23,8 +23,8 @@ from query.ann.engine import Engine, check_device
 from query.ann.front import Front
 from query.ann.rows import ROW, CheckedRows
 from query.ann.searcher import Searcher
-from query.search import Ranking
-from query.terms import Metric, Term
+from query.search.part_score import Metric, Term
+from query.search.search import Ranking
 
 ATTEMPTS = 5
 """An index that is replaced while it is opened is opened again."""

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.progress import Task
-from ghoststore.store.index_manifest import Recall
-from indexer import draws
+from ghoststore.store.part.index_manifest import Recall
+from indexer.projection import draws
 from query.ann.engine import Engine
 from query.ann.rows import CheckedRows
 from query.ann.searcher import Searcher
-from query.search import Ranking, search
-from query.terms import Metric, Term
+from query.search.part_score import Metric, Term
+from query.search.search import Ranking, search
 
 QUERIES = 64
 """Of each kind."""

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError
 from ghoststore.store import Part
-from ghoststore.store.index_manifest import ROW_BYTES
-from ghoststore.store.spans import chunk_keys
+from ghoststore.store.part.index_manifest import ROW_BYTES
+from ghoststore.store.spans.layout import chunk_keys
 
 ROW = np.dtype([("row", "<i8"), ("digest", "<u8"), ("length", "<f8")])
 """One row of an index: its row in the part, :func:`digest_of` its numbers, its Euclidean length as stored."""

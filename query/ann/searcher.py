@@ -13,8 +13,8 @@ from ghoststore.errors import CorruptError
 from query.ann.engine import Engine
 from query.ann.front import Front
 from query.ann.rows import CheckedRows
-from query.search import Ranking, pair_scores
-from query.terms import Term
+from query.search.part_score import Term
+from query.search.search import Ranking, pair_scores
 
 OVERSAMPLE = 4
 """At least so many candidates are scored for each row that is asked for."""
@@ -23,7 +23,7 @@ BATCH_BYTES = 32 << 20
 
 
 class Searcher:
-    """Ranks rows as ``query.search.search`` does, of the candidates alone: equal scores, bit for bit."""
+    """Ranks rows as ``query.search.search.search`` does, of the candidates alone: equal scores, bit for bit."""
 
     def __init__(self, engine: Engine, front: Front, rows: CheckedRows, candidates: int) -> None:
         self.engine, self.front, self.rows = engine, front, rows
@@ -77,7 +77,7 @@ class Searcher:
         return np.asarray(scores_QC * units_Q[:, None])
 
     def _factors(self, term: Term, places: NDArray[np.int64]) -> torch.Tensor:
-        """What the products of rows are multiplied with, as ``query.terms.RowFacts`` has it."""
+        """What the products of rows are multiplied with, as ``query.search.part_score.RowFacts`` has it."""
         length = self.rows.table["length"][places]
         scaled = term.weight / np.where(length > 0, length, 1.0)
         return torch.from_numpy(scaled if term.metric == "cosine" else np.full(len(places), term.weight))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghoststore.checkpoint import sees_ahead
+from ghoststore.checkpoint.load import sees_ahead
 from query.doctor.finding import Check, Finding, Verdict, skipped
 from query.doctor.subject import Subject
 

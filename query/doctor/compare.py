@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from query.rank_correlation import spearman
+from query.common.rank_correlation import spearman
 
 EXACT = 1e-3
 """Relative difference in float32 beyond which two vectors are not the same: rounding is about 1e-6."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
+from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
-from indexer.losses import Reduction
-from indexer.projection import Projection, ProjectionConfig, ProjectionPlan
-from indexer.rows import Tokenizer, embedding_rows
-from indexer.selection import select_blocks
+from indexer.encode.losses import Reduction
+from indexer.encode.tokens import Tokenizer, embedding_rows
+from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.selection import select_blocks
 from query.doctor import (
     causality,
     coverage,

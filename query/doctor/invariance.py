@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers.utils import is_flash_attn_2_available
 
 from ghoststore.errors import UsageError
-from indexer.rows import Row
+from indexer.encode.tokens import Row
 from query.doctor.compare import EXACT, relative_errors, worst
 from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
 from query.doctor.locate import first_difference

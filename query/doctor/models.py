@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ghoststore.checkpoint import DTYPES, Checkpoint, load_model, quiet_transformers
+from ghoststore.checkpoint.load import DTYPES, Checkpoint, load_model, quiet_transformers
 from ghoststore.errors import UsageError
 from ghoststore.machine import available_memory
-from indexer.engine import unwrap
+from indexer.encode.engine import unwrap
 
 
 class Models(Protocol):

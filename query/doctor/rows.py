@@ -8,7 +8,7 @@ from itertools import islice
 
 from ghoststore.corpus import Corpus, Sample
 from ghoststore.errors import UsageError
-from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 
 POOL = 256
 """Samples of a corpus that are looked at to choose from."""

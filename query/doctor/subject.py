@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from ghoststore.machine import available_memory
-from indexer.encoder import RowEncoder, pad
-from indexer.losses import Reduction, next_token_losses_plainly
-from indexer.plain import all_trainable, gradients_of, plain_blocks
-from indexer.projection import Projection
-from indexer.rows import Row
-from indexer.selection import Selection
+from indexer.encode.encoder import RowEncoder, pad
+from indexer.encode.losses import Reduction, next_token_losses_plainly
+from indexer.encode.plain import all_trainable, gradients_of, plain_blocks
+from indexer.encode.tokens import Row
+from indexer.projection.matrices import Projection
+from indexer.projection.selection import Selection
 from query.doctor.models import Models
 
 PLAIN_ROWS = 8

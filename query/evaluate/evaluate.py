@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import find_checkpoint, load_model, resolve_device
+from ghoststore.checkpoint.load import find_checkpoint, load_model, resolve_device
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
+from query.ask.question import Question
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.predictors import EXACT, METHODS, grouped
 from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.parts import PartWeights, note_repeated, part_names
-from query.question import Question
+from query.search.parts import PartWeights, note_repeated, part_names
 
 TESTS = ("lds", "removal", "tail-patch")
 

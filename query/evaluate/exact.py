@@ -22,16 +22,16 @@ from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.commits import json_digest
-from indexer.rows import Row
-from query.again import RowsAgain
-from query.drawn import open_again, usable_rows
-from query.error_reference import exact_identity
+from ghoststore.store.base.records import json_digest
+from indexer.encode.tokens import Row
+from query.ask.question import Question
+from query.ask.recompute import RowsAgain
 from query.evaluate.exact_blocks import Block, BlockFiles, grid
 from query.evaluate.predictors import EXACT, by_sample, refuse_other_val
-from query.exact_dots import HeldVals, Products, Share, vals_at_once
-from query.fidelity import exactly, metric_words, passes_over_rows, pieces_of, scaled
-from query.question import Question
+from query.exact.products import HeldVals, Products, Share, vals_at_once
+from query.fidelity.fidelity import exactly, metric_words, passes_over_rows, pieces_of, scaled
+from query.fidelity.reference import exact_identity
+from query.fidelity.sample import open_again, usable_rows
 
 ROWS_AT_ONCE = 512
 """Of a block: what a killed command computes again, at most."""

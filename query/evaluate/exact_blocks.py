@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import CorruptError, MismatchError
-from ghoststore.store.commits import json_digest
-from ghoststore.store.disk import exclusive, replace, storage_errors, sweep
-from ghoststore.store.kept import read_record, write_record
-from ghoststore.store.manifest import Kind, Manifest, refuse_differences
-from query.exact_dots import SHARES, Products, Share
+from ghoststore.store.base.disk import exclusive, replace, storage_errors, sweep
+from ghoststore.store.base.kept import read_record, write_record
+from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
+from ghoststore.store.base.records import json_digest
+from query.exact.products import SHARES, Products, Share
 
 MANIFEST = "manifest.json"
 KIND = Kind(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from indexer import draws
-from query.rank_correlation import spearman
+from indexer.projection import draws
+from query.common.rank_correlation import spearman
 
 RESAMPLES = 1000
 LEVEL = 0.95

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
-from ghoststore.showcase.lexical import TfIdf
 from ghoststore.store import Part
-from query.asked import ask
-from query.exact_dots import SHARES, Share
-from query.question import Question
-from query.terms import Metric
+from query.ask.question import Question
+from query.ask.scorer import ask
+from query.evaluate.tf_idf import TfIdf
+from query.exact.products import SHARES, Share
+from query.search.part_score import Metric
 
 GRADIENTS: dict[str, dict[str, Any]] = {
     "dot": {"metric": "dot"},

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint import find_checkpoint
+from ghoststore.checkpoint.load import find_checkpoint
 from ghoststore.corpus import Fields
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
-from indexer.tokenize import tokenize
+from indexer.tokenize.tokenize import tokenize
 from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
-from query.blend import values_of_rows
-from query.corpus_check import read_unchanged
+from query.ask.blend import values_of_rows
+from query.ask.encoder import load_for
+from query.ask.question import Question
+from query.common.texts import corpus_behind
+from query.common.unchanged import read_unchanged
 from query.evaluate.exact import ExactScores
 from query.evaluate.predictors import BASELINES, EXACT, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
 from query.evaluate.trainings import Plan
-from query.part_encoder import load_for
-from query.question import Question
-from query.texts import corpus_behind
 
 WHOLE = "all"
 """The group of a whole val set."""

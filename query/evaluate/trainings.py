@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError, MismatchError, WorkerError
 from ghoststore.progress import Progress
-from ghoststore.store.commits import json_digest
-from ghoststore.store.disk import publish, storage_errors
+from ghoststore.store.base.disk import publish, storage_errors
+from ghoststore.store.base.records import json_digest
 from indexer.training.retrain import Retrainer, Retraining
 
 

@@ -14,11 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import ghoststore
-from ghoststore.checkpoint import load_tokenizer
+from ghoststore.checkpoint.load import load_tokenizer
 from ghoststore.corpus import Sample
 from ghoststore.errors import UsageError
 from ghoststore.store import Store
-from indexer.rows import Tokenizer, TokenSettings, embedding_rows, rows_of
+from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, rows_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome

@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from ghoststore.corpus import Corpus, Position
-from ghoststore.corpus.copies import check_copy, write_copy
-from ghoststore.corpus.originals import Originals
+from ghoststore.corpus.export import check_copy, write_copy
+from ghoststore.corpus.source_rows import Originals
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 
 from .conftest import FORMS, Write
@@ -145,7 +145,7 @@ def test_parquet_has_no_tiny_row_groups(write: Write, tmp_path: Path, monkeypatc
     """Rows out of many groups of the source are gathered, up to a size."""
     source = write("parquet", ROWS)  # groups of 3
     assert pyarrow.parquet.ParquetFile(copied(source, tmp_path / "a.parquet")).num_row_groups == 1
-    monkeypatch.setattr("ghoststore.corpus.copies.GROUP_BYTES", 1)
+    monkeypatch.setattr("ghoststore.corpus.export.GROUP_BYTES", 1)
     out = copied(source, tmp_path / "b.parquet")
     assert pyarrow.parquet.ParquetFile(out).num_row_groups == 4
     assert read(out) == [ROWS[row] for row in CHOSEN]

@@ -21,13 +21,13 @@ import tokenizers
 import transformers
 
 import ghoststore
-from ghoststore.checkpoint import load_tokenizer
+from ghoststore.checkpoint.load import load_tokenizer
 from ghoststore.corpus import Corpus, Fields, Position, Tokenized
-from ghoststore.corpus.shards import SAMPLE, TokenShards, npy_bytes
 from ghoststore.errors import BusyError, CorpusError, CorruptError, MismatchError, UsageError
-from ghoststore.store.commits import json_digest
-from ghoststore.store.disk import exclusive
-from indexer.rows import Tokenizer
+from ghoststore.store.base.disk import exclusive
+from ghoststore.store.base.records import json_digest
+from ghoststore.tokens.shards import SAMPLE, TokenShards, npy_bytes
+from indexer.encode.tokens import Tokenizer
 
 from .conftest import Write
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ghoststore.corpus import Corpus, Fields, Messages, Sample, scan_samples
 from ghoststore.errors import CorpusError
-from indexer.rows import Tokenizer
-from tests.indexer.tokenizers_of_all_kinds import byte_level
+from indexer.encode.tokens import Tokenizer
+from tests.support.tokenizers_of_all_kinds import byte_level
 
 from .conftest import Write, jsonl_bytes, write_parquet
 

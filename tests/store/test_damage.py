@@ -11,8 +11,7 @@ import pytest
 
 import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError
-
-from .harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
+from tests.support.harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -164,7 +163,7 @@ def test_a_record_that_is_gone_takes_its_span_along(lab: Lab, built: Path, store
 @pytest.mark.parametrize("name", ["../../outside", "/etc/hostname"])
 def test_a_record_that_names_a_file_elsewhere(lab: Lab, store: Path, name: str) -> None:
     """Hostile records are not followed out of the part."""
-    from ghoststore.store.commits import Commit, FileRecord, read_commit, record_path
+    from ghoststore.store.base.records import Commit, FileRecord, read_commit, record_path
 
     (store / "outside").write_text("secret")
     honest = read_commit(part(store), 1)

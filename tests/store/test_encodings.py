@@ -16,12 +16,12 @@ import ghoststore
 from ghoststore import ProjectionConfig, Store
 from ghoststore.cli.build import command
 from ghoststore.errors import CorruptError
-from ghoststore.store.encoding import ENCODINGS, Groups, encoding
-from ghoststore.store.layout import CHUNK_BYTES, PartLayout
-from indexer.calibration import ARRAYS
-from query.stored import StoredRows
-
-from .harms import flip_middle
+from ghoststore.store.part.encoding import ENCODINGS, Groups, encoding
+from ghoststore.store.part.layout import PartLayout
+from ghoststore.store.spans.layout import CHUNK_BYTES
+from indexer.projection.calibration import ARRAYS
+from query.search.vectors import StoredRows
+from tests.support.harms import flip_middle
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -145,7 +145,7 @@ def test_read_as_tensors_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a query reads is what was decoded, over several chunks a span and several spans; norms are its lengths."""
-    monkeypatch.setattr("ghoststore.store.layout.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("ghoststore.store.spans.layout.CHUNK_BYTES", 1024)
     part = built(lab, tmp_path, name, projection=projection, span_rows=8)
     decoded = part.read_vectors(0, 27)
     assert decoded.shape == (27, part.layout.dimension)
@@ -182,7 +182,7 @@ def test_a_reader_that_does_not_know_the_encoding_names_it(
 ) -> None:
     built(lab, tmp_path, "int8")
     known = {name: code for name, code in ENCODINGS.items() if name != "int8"}
-    monkeypatch.setattr("ghoststore.store.encoding.ENCODINGS", known)
+    monkeypatch.setattr("ghoststore.store.part.encoding.ENCODINGS", known)
     with pytest.raises(CorruptError, match="'int8' is unknown; known: float32, float16, bfloat16, onebit"):
         Store.open(tmp_path / "store").part("int8")
 

@@ -212,7 +212,7 @@ def test_a_manifest_edited_by_hand(lab: Lab, own: Path) -> None:
 
 def test_an_edit_with_a_new_checksum(lab: Lab, own: Path) -> None:
     """A hand that knows the checksum is still found out: the matrices do not have the stored hash."""
-    from ghoststore.store.commits import json_digest
+    from ghoststore.store.base.records import json_digest
 
     path = own / "store/parts/part/zarr.json"
     metadata = json.loads(path.read_text())

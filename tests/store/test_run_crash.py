@@ -19,8 +19,7 @@ import pytest
 import ghoststore
 from ghoststore.errors import BusyError, StorageError
 from ghoststore.store import Run, RunWriter, Store
-
-from .runs import LAYOUT, SPANS, expected, make, train, values
+from tests.support.runs import LAYOUT, SPANS, expected, make, train, values
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome

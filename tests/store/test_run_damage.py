@@ -13,9 +13,8 @@ import pytest
 import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError
 from ghoststore.store import Run, Store
-
-from .harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
-from .runs import LAYOUT, row_table, train
+from tests.support.harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
+from tests.support.runs import LAYOUT, row_table, train
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

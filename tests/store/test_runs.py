@@ -18,10 +18,9 @@ import zarr
 import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
-from ghoststore.store.commits import json_digest
-from ghoststore.store.reader import stream
-
-from .runs import LAYOUT, SPANS, expected, make, manifest, row_table, train, values
+from ghoststore.store.base.records import json_digest
+from ghoststore.store.spans.reader import stream
+from tests.support.runs import LAYOUT, SPANS, expected, make, manifest, row_table, train, values
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -101,7 +100,7 @@ def test_scores_that_are_not_finite_are_kept_and_counted(tmp_path: Path) -> None
 
 def test_chunks_are_parts_of_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks: several a span, none across two, and a span of twelve steps is not cut by five."""
-    monkeypatch.setattr("ghoststore.store.run_layout.CHUNK_BYTES", 5 * 2 * 3 * 4 * 4)
+    monkeypatch.setattr("ghoststore.store.run.layout.CHUNK_BYTES", 5 * 2 * 3 * 4 * 4)
     layout = replace(LAYOUT, steps=30, span_steps=12)
     chunks = {spec.name: spec.chunk_rows for spec in layout.arrays()}
     assert (chunks["vector"], chunks["group_score"], chunks["sample"], chunks["tokens"]) == (4, 6, 6, 12)
@@ -154,7 +153,7 @@ def test_plain_zarr_reads_everything(trained: Path, tmp_path: Path) -> None:
 
 def test_rows(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any order, twice, across chunks; each chunk is read once and each file checked once."""
-    monkeypatch.setattr("ghoststore.store.run_layout.ROW_CHUNK", 16)
+    monkeypatch.setattr("ghoststore.store.run.layout.ROW_CHUNK", 16)
     run = make(tmp_path / "store")
     table = row_table()
     reads: list[str] = []

@@ -11,7 +11,7 @@ import pytest
 
 import ghoststore
 from ghoststore.errors import BusyError
-from ghoststore.store.writer import writing
+from ghoststore.store.spans.writer import writing
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

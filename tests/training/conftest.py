@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .trainings import Gym, prompt_rows, words
+from tests.support.trainings import Gym, prompt_rows, words
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

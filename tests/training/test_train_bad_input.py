@@ -21,7 +21,7 @@ from indexer.training.config import TrainConfig
 from indexer.training.state import checkpoints, save_state
 
 if TYPE_CHECKING:
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 Options = dict[str, Any]
 NEITHER = r"give --architecture to train from scratch, or --checkpoint"

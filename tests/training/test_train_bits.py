@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from .trainings import same_bits
+from tests.support.trainings import same_bits
 
 if TYPE_CHECKING:
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 Options = dict[str, Any]
 

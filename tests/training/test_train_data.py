@@ -16,19 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ghoststore
 from ghoststore.corpus import Fields, open_corpus
-from ghoststore.corpus.shards import TokenShards
 from ghoststore.errors import CorpusError, UsageError
-from indexer.encoder import pad
-from indexer.losses import training_loss
-from indexer.rows import Row, Tokenizer, TokenSettings, rows_of
+from ghoststore.tokens.shards import TokenShards
+from indexer.encode.encoder import pad
+from indexer.encode.losses import training_loss
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.training.data import Order, TrainingRows
-
-from .trainings import same_bits
+from tests.support.trainings import same_bits
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,11 @@ from safetensors.torch import load_file
 
 from ghoststore.store import Store
 from indexer.training.state import checkpoints
-
-from .trainings import arrays_of, same_bits
+from tests.support.trainings import arrays_of, same_bits
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
-
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 OPTIONS = (
     "--gradient-accumulation-steps", "2", "--batch-size", "2", "--val-groups", "--per-layer", "--json",

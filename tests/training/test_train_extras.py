@@ -15,7 +15,7 @@ import ghoststore
 from indexer.training.architectures import ARCHITECTURES, architecture, new_model
 
 if TYPE_CHECKING:
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 
 class Published:

@@ -14,10 +14,10 @@ import pytest
 
 import ghoststore
 from ghoststore.errors import CorruptError, MismatchError
-from ghoststore.store.commits import json_digest
+from ghoststore.store.base.records import json_digest
 
 if TYPE_CHECKING:
-    from .trainings import Gym, Trained
+    from tests.support.trainings import Gym, Trained
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_configuration(gym: Gym, own: Path) -> None:
     def resealed(value: dict[str, Any]) -> None:
         from dataclasses import asdict
 
-        from ghoststore.store.commits import FileRecord
+        from ghoststore.store.base.records import FileRecord
 
         del value["sha256"]
         value["files"]["config.json"] = asdict(FileRecord.of(path / "config.json"))

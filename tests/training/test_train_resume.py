@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 import ghoststore
 from ghoststore.store import Store
 from indexer.training.state import checkpoints, read_state
-
-from .trainings import arrays_of, same_bits
+from tests.support.trainings import arrays_of, same_bits
 
 if TYPE_CHECKING:
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 Fault = dict[str, Any]
 OPTIONS = ("--val-groups", "--per-layer", "--train-dtype", "bfloat16")

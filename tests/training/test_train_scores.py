@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ghoststore.corpus import Fields, open_corpus
-from indexer.rows import Tokenizer
+from indexer.encode.tokens import Tokenizer
 from indexer.training.validation import ValSet
 
 if TYPE_CHECKING:
-    from .trainings import Gym, Trained
+    from tests.support.trainings import Gym, Trained
 
 STEPS = (0, 1, 7, 12, 19)
 """Steps that are computed again."""

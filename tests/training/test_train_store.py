@@ -19,11 +19,10 @@ import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import Store
 from indexer.training.state import checkpoints
-
-from .trainings import Trained, arrays_of, same_bits
+from tests.support.trainings import Trained, arrays_of, same_bits
 
 if TYPE_CHECKING:
-    from .trainings import Gym
+    from tests.support.trainings import Gym
 
 FULL = {"call": "fsync", "path": r"run/score/c/1", "when": "before", "act": "ENOSPC"}
 """The second span of four steps cannot be written."""
@@ -302,7 +301,7 @@ def test_a_folder_of_something_else(gym: Gym, tmp_path: Path) -> None:
 
 def test_other_software_is_noted(gym: Gym, short: Trained, tmp_path: Path) -> None:
     from ghoststore.progress import Silent
-    from ghoststore.store.commits import json_digest
+    from ghoststore.store.base.records import json_digest
 
     shutil.copytree(short.output.parent, tmp_path / "copy")
     path = tmp_path / "copy" / "out" / "checkpoint-6" / "training_state" / "state.json"

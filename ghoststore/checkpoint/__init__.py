@@ -1,0 +1,1 @@
+"""Checkpoints: found, loaded, and told apart."""

@@ -1,0 +1,1 @@
+"""Files, records and manifests, whatever they are of."""

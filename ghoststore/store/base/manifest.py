@@ -1,0 +1,163 @@
+"""The manifest: what a part or a run was made of, in full, and the comparison that refuses anything else.
+
+A manifest is plain JSON. Its kind's ``identity`` sections say what the numbers *are*: two manifests that differ
+there describe different parts, or runs. The others (``source``, ``software``, ``compute``) say how they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ghoststore.errors import CorruptError, MismatchError
+from ghoststore.store.base.names import FORMAT_VERSION
+from ghoststore.store.base.records import json_digest
+
+Manifest = dict[str, Any]
+Difference = tuple[str, Any, Any]
+"""(dotted path, stored value, value that is asked for or found)."""
+SHOWN = 90
+"""Characters of a value in a message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a store holds in spans: parts and runs."""
+
+    name: str
+    made: str
+    """How it came about, in a word."""
+    identity: tuple[str, ...]
+    """Sections that must be equal for the work to go on."""
+    description: tuple[str, ...]
+    """Sections that may differ: paths, versions, devices."""
+    option: str = "--name"
+    """The option that names it."""
+
+
+PART = Kind(
+    name="part",
+    made="built",
+    identity=(
+        "checkpoint",
+        "tokenizer",
+        "corpus",
+        "tokens",
+        "loss",
+        "projection",
+        "layers",
+        "storage",
+        "batching",
+        "dtype",
+    ),
+    description=("source", "software", "compute", "coverage"),
+)
+RUN = Kind(
+    name="run",
+    made="trained",
+    identity=("model", "tokenizer", "corpus", "val", "training", "scoring", "storage"),
+    description=("source", "software", "compute"),
+)
+
+
+def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
+    """The attributes of a part's or run's group: format version, manifest, SHA-256 of every other file that is written
+    when it is made and never again (by path in it), and the checksums of both.
+    """
+    return {
+        "ghoststore_format": FORMAT_VERSION,
+        "manifest": manifest,
+        "manifest_sha256": json_digest(manifest),
+        "files": dict(files),
+        "files_sha256": json_digest(dict(files)),
+    }
+
+
+def unseal(attributes: Mapping[str, Any], where: str, kind: Kind = PART) -> tuple[Manifest, dict[str, str]]:
+    """The manifest and the files in a group's attributes, see :func:`seal`.
+
+    MismatchError for another format version, CorruptError if a checksum does not hold.
+    """
+    check_format(attributes, where)
+    manifest = attributes.get("manifest")
+    if not isinstance(manifest, dict) or attributes.get("manifest_sha256") != json_digest(manifest):
+        raise CorruptError(f"{where} does not hold the manifest that was written: its checksum does not fit")
+    missing = [name for name in kind.identity if name not in manifest]
+    if missing:
+        raise CorruptError(f"{where} lacks the sections {missing} of a {kind.name}'s manifest")
+    files = attributes.get("files")
+    if not isinstance(files, dict) or attributes.get("files_sha256") != json_digest(files):
+        raise CorruptError(f"{where} does not hold the list of files that was written: its checksum does not fit")
+    return manifest, files
+
+
+def check_format(attributes: Mapping[str, Any], where: str) -> None:
+    """MismatchError unless ``attributes`` are of a format version that this release reads."""
+    found = attributes.get("ghoststore_format")
+    if found is None:
+        raise MismatchError(f"{where} is a Zarr group but not ghoststore's: it has no 'ghoststore_format' attribute")
+    if found != FORMAT_VERSION:
+        raise MismatchError(
+            f"{where} has format version {found!r}; this release reads version {FORMAT_VERSION}. Use a release "
+            "that reads it"
+        )
+
+
+def differences(stored: Any, asked: Any, path: str = "") -> list[Difference]:
+    """(path, stored value, asked value) wherever two JSON values differ."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted({*stored, *asked}):
+            found += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if stored == asked else [(path, stored, asked)]
+
+
+def difference_lines(found: Sequence[Difference], verb: str = "asked for") -> str:
+    """A line for each of the first differences: its path and both values, long ones from where they part."""
+    lines = []
+    for path, stored, asked in found[:12]:
+        old, new = _shown(stored, asked)
+        lines.append(f"  {path}: stored {old}, {verb} {new}")
+    if len(found) > 12:
+        lines.append(f"  … and {len(found) - 12} more")
+    return "\n".join(lines)
+
+
+def _shown(stored: Any, asked: Any) -> tuple[str, str]:
+    """Both values; of long ones a piece from where they part."""
+    old, new = repr(stored), repr(asked)
+    same = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    start = same - 30 if same > SHOWN - 30 else 0
+    pieces = (f"…{text[start:]}" if start else text for text in (old, new))
+    old, new = (text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}…" for text in pieces)
+    return old, new
+
+
+def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
+    """MismatchError listing every identity value that differs, both sides shown."""
+    refuse_unreleased(stored, asked, where, kind)
+    found = [d for section in kind.identity for d in differences(stored[section], asked[section], section)]
+    if not found:
+        return
+    raise MismatchError(
+        f"{where} was {kind.made} with other settings; nothing was changed:\n{difference_lines(found)}\n"
+        f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
+    )
+
+
+def is_whole_tokenizer(section: Mapping[str, Any]) -> bool:
+    """Whether a manifest's ``tokenizer`` is a whole identity, not the fingerprint alone that was kept once."""
+    return isinstance(section.get("special_tokens"), dict)
+
+
+def refuse_unreleased(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
+    """MismatchError if only ``asked`` identifies the whole of its tokenizer: no release has written ``stored``."""
+    theirs, ours = stored.get("tokenizer"), asked.get("tokenizer")
+    if theirs is not None and ours is not None and is_whole_tokenizer(ours) and not is_whole_tokenizer(theirs):
+        raise MismatchError(
+            f"{where} was {kind.made} by an unreleased version of ghoststore: what it holds does not identify the "
+            "configuration of the model and the whole of its tokenizer, so nothing tells whether they are still the "
+            f"same. Remove it, or give another {kind.option}"
+        )

@@ -1,0 +1,31 @@
+"""What parts, runs and indexes may be called, and the version of the format that they are written in."""
+
+from __future__ import annotations
+
+import re
+
+from ghoststore.errors import UsageError
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` can name a part, a run or an index. Never a path."""
+    return _NAME.fullmatch(name) is not None
+
+
+def check_name(name: str, what: str = "part") -> str:
+    """``name`` itself if it can name a part, a run or an index; UsageError otherwise."""
+    if not is_name(name):
+        raise UsageError(
+            f"{name!r} cannot name a {what}: use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or "
+            "digit"
+        )
+    return name
+
+
+def safe_name(*pieces: str) -> str:
+    """A valid name made of ``pieces`` (other characters become '-')."""
+    joined = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", piece).strip("-._") for piece in pieces if piece)
+    return check_name(joined.strip("-._")[:128] or "part")

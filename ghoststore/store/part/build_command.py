@@ -1,0 +1,91 @@
+"""The command that builds a part again, from its manifest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ghoststore.store.base.manifest import Manifest
+
+PLAIN_BLOCK = 256
+"""Numbers of a block that is not sketched, unless a rank is asked for."""
+DEFAULTS: dict[str, Any] = {
+    "--overlong": "truncate",
+    "--loss-reduction": "mean",
+    "--model-dtype": "float32",
+    "--proj-dtype": "float32",
+    "--attn-implementation": "sdpa",
+    "--proj-layers": "mlp,attn",
+    "--proj-kind": "gaussian",
+    "--proj-seed": 0,
+    "--proj-rank-min": 1,
+    "--proj-rank-ratio": 1.0,
+    "--proj-damping": 0.1,
+    "--calibration-samples": 256,
+    "--text-field": "text",
+    "--id-field": "id",
+    "--domain-field": "domain",
+}
+"""Values that are not written down."""
+
+
+def build_command(manifest: Manifest, store: Path, name: str) -> str:
+    """``ghoststore build …`` for a shell: with these inputs and settings it builds what ``manifest`` describes."""
+    words = ["ghoststore", "build"]
+    for option, value in _options(manifest, store, name):
+        if value is None or value is False or value == DEFAULTS.get(option):
+            continue
+        words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """(option, value): None and False for one that is not given, True for a flag."""
+    source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
+    yield "--checkpoint", source["checkpoint"]
+    yield "--tokenizer", source.get("tokenizer")
+    yield "--data", source["data"]
+    yield "--store", store
+    yield "--name", name
+    yield from _fields(manifest["corpus"]["fields"])
+    yield "--max-length", manifest["tokens"]["max_length"]
+    yield "--overlong", manifest["tokens"]["overlong"]
+    yield "--max-samples", manifest["corpus"]["max_samples"]
+    yield "--batch-tokens", manifest["batching"]["batch_tokens"]
+    yield "--span-rows", storage["span_rows"]
+    yield "--store-text", storage["store_text"] and source["data"] != "-"
+    yield "--loss-reduction", manifest["loss"]["reduction"]
+    yield "--model-dtype", manifest["dtype"]["model"]
+    yield "--attn-implementation", compute.get("attn_implementation")
+    yield "--gradient-checkpointing", compute.get("gradient_checkpointing")
+    yield "--optimizer-state", source.get("optimizer_state")
+    yield "--proj-dtype", storage["dtype"]
+    yield from _projection(manifest["projection"], manifest["layers"])
+
+
+def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    if fields.get("kind") == "tokens":  # token shards have fields of their own
+        return
+    for role in ("text", "prompt", "completion", "messages", "id", "domain"):
+        yield f"--{role}-field", fields.get(role)
+
+
+def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield "--proj-layers", ",".join(stored["layers"])
+    yield "--exclude-layers", ",".join(stored["exclude_layers"]) or None
+    yield "--include-embeddings", stored["include_embeddings"]
+    yield "--proj-rank-total", stored["rank_total"]
+    yield "--proj-rank-min", stored["rank_min"]
+    yield "--proj-rank-ratio", stored.get("rank_ratio")
+    yield "--proj-kind", stored["kind"]
+    yield "--proj-seed", stored["seed"]
+    # Without a sketch by default, where the model is too small for one, blocks may be larger than plain ones.
+    large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_BLOCK for layer in layers)
+    by_default = stored["rank_total"] is not None or large
+    yield "--proj-compress", stored["compress"] or (None if by_default else "none")
+    yield "--proj-compress-by", stored.get("compress_by", "all") if stored["compress"] else None
+    yield "--proj-precondition", stored.get("precondition", "none")
+    yield "--proj-damping", stored.get("damping")
+    yield "--calibration-samples", stored.get("calibration_samples")

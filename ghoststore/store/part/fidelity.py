@@ -1,0 +1,100 @@
+"""The measured fidelity of a part, kept beside its arrays: how far its rankings are from those of exact gradients.
+
+One record a metric, in ``fidelity/``. It says which rows it was drawn from. Rows that are committed later make it
+stale: it is still shown, for it tells of the projection and of rows that are still there, with the rows that it covers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.base.disk import publish_group, storage_errors
+from ghoststore.store.base.kept import read_record, write_record
+from ghoststore.store.base.records import json_digest
+from ghoststore.store.part.part import Part
+
+FOLDER = "fidelity"
+FORMAT = 1
+METRICS = ("cosine", "dot")
+State = Literal["current", "stale", "damaged"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFidelity:
+    """What is kept for one metric."""
+
+    metric: str
+    state: State
+    problem: str | None
+    """Why it is stale or damaged."""
+    value: dict[str, Any]
+    """The report's JSON; empty if it is damaged."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``info`` and ``query`` show of it."""
+        return {"metric": self.metric, "state": self.state, "problem": self.problem, **self.value}
+
+
+def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
+    """Keep a measurement of all rows that ``part`` has, in place of the one before. StorageError if it cannot be."""
+    folder = part.path / FOLDER
+    with storage_errors(str(folder)):
+        publish_group(folder, {})
+        write_record(
+            folder / f"{metric}.json",
+            {
+                "format": FORMAT,
+                "manifest": json_digest(part.manifest),
+                "covers": part.fingerprint(),
+                "rows_covered": part.rows,
+                "value": value,
+            },
+        )
+
+
+def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
+    """What is kept; None where nothing is, or it is of another version or of another part."""
+    path = part.path / FOLDER / f"{metric}.json"
+    try:
+        record = read_record(path)
+        if record["format"] != FORMAT or record["manifest"] != json_digest(part.manifest):
+            return None
+        value = {**record["value"], "rows_covered": int(record["rows_covered"])}
+        check_value(value)
+        covers = record["covers"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except CorruptError as error:
+        return KeptFidelity(metric, "damaged", str(error), {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return KeptFidelity(metric, "damaged", f"{path} is damaged ({error!r:.200})", {})
+    if covers == part.fingerprint():
+        return KeptFidelity(metric, "current", None, value)
+    problem = f"it was measured when {value['rows_covered']:,} rows were committed; {part.rows:,} are now"
+    return KeptFidelity(metric, "stale", problem, value)
+
+
+def kept_fidelities(part: Part) -> list[KeptFidelity]:
+    """Of every metric that was measured."""
+    return [kept for metric in METRICS if (kept := read_fidelity(part, metric)) is not None]
+
+
+def check_value(value: dict[str, Any]) -> None:
+    """Raises unless :func:`fidelity_line` can tell of ``value``."""
+    fidelity_line({"state": "current", "problem": None, "metric": "", **value})
+
+
+def fidelity_line(kept: dict[str, Any]) -> str:
+    """One line of what :meth:`KeptFidelity.to_json` gave."""
+    if kept["state"] == "damaged":
+        return f"damaged: {kept['problem']}; `ghoststore fidelity` measures it again"
+    layers, everything = kept["layers"], kept["all"]
+    of_all = "" if everything is None else f", {everything['spearman']['value']:.2f} to all parameters"
+    stale = "" if kept["state"] == "current" else f" (stale: {kept['problem']})"
+    return (
+        f"Spearman {layers['spearman']['value']:.2f} to exact gradients of the layers{of_all}, recall@{layers['at']} "
+        f"{layers['recall']['value']:.2f}, relative error {layers['relative_error']['value']:.2f}; "
+        f"{kept['rows']:,} rows × {kept['val_samples']:,} val samples by {kept['metric']}{stale}"
+    )

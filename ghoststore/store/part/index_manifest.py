@@ -1,0 +1,143 @@
+"""The manifest of an index, ``index.json``: what the index is, what it covers, how good it was found to be.
+
+Specified in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ghoststore.errors import CorruptError, MismatchError
+from ghoststore.store.base.records import FileRecord, json_digest
+
+INDEX_VERSION = 1
+ROW_BYTES = 24
+"""Of the file of rows: the row, the digest of its numbers, its length."""
+LARGEST_COUNT = 1 << 30
+SUFFIXES = {"faiss": ".faiss", "rows": ".rows"}
+"""Kind of file to the end of its name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Share of the exact best rows that the index finds, measured when it was built."""
+
+    queries: int
+    at_10: float
+    at_100: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexManifest:
+    """What an index is, what it covers and how good it was found to be."""
+
+    factory: str
+    """FAISS's factory string."""
+    metric: Literal["dot", "cosine"]
+    dimension: int
+    """Numbers of a vector of the part."""
+    front_dimension: int
+    """Numbers that FAISS sees: fewer where a sketch stands in front."""
+    front_key: str | None
+    """What the sketch is drawn from; None without one."""
+    scale: float
+    """What vectors are multiplied with for the dot product, so that any dtype holds them; a power of two."""
+    rows: int
+    """Rows that have a vector: those in the index."""
+    spans: int
+    coverage: str
+    """What it was built from, see :meth:`ghoststore.store.spans.group.Spanned.fingerprint`."""
+    effort: int | None
+    """``nprobe`` or ``efSearch``; None for kinds without one."""
+    candidates: int
+    """Rows that are scored exactly for each query."""
+    target_recall: float
+    recall: dict[str, Recall]
+    """By kind of query: ``row`` for single rows of the part, ``mean`` for means of rows."""
+    seconds: float
+    """Wall time of building and measuring."""
+    software: dict[str, str]
+    files: dict[str, FileRecord]
+    """By kind, see ``SUFFIXES``; each is named after the first 16 digits of its SHA-256."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("dot", "cosine") or not 0 < self.scale < float("inf"):
+            raise ValueError(f"it ranks by {self.metric!r}, scaled by {self.scale}")
+        effort = 1 if self.effort is None else self.effort
+        counts = (self.dimension, self.front_dimension, self.rows, self.spans, self.candidates, effort)
+        if not all(isinstance(count, int) and 0 < count <= LARGEST_COUNT for count in counts):
+            raise ValueError(f"its counts are out of range: {counts}")
+        if self.front_dimension > self.dimension or (self.front_key is None) != (
+            self.front_dimension == self.dimension
+        ):
+            raise ValueError(f"its front maps {self.dimension} numbers to {self.front_dimension}")
+        shares = [share for one in self.recall.values() for share in (one.at_10, one.at_100)]
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"its recall is out of range: {shares}")
+        if set(self.files) != set(SUFFIXES) or self.files["rows"].bytes != self.rows * ROW_BYTES:
+            raise ValueError(f"its files are not those of {self.rows} rows")
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, the manifest aside."""
+        return sum(record.bytes for record in self.files.values())
+
+    @property
+    def recall_at_10(self) -> float:
+        """The worse of single rows and means."""
+        return min(recall.at_10 for recall in self.recall.values())
+
+    @property
+    def reached(self) -> bool:
+        """Whether the recall is what was asked for."""
+        return self.recall_at_10 >= self.target_recall
+
+    def to_json(self) -> dict[str, Any]:
+        """What the commands print of it."""
+        told = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
+        return {**told, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
+
+    def path_of(self, folder: Path, kind: str) -> Path:
+        """The file of one kind."""
+        return folder / (self.files[kind].sha256[:16] + SUFFIXES[kind])
+
+    def encode(self) -> bytes:
+        """The bytes of ``index.json``, with a checksum of itself."""
+        value = {"ghoststore_index": INDEX_VERSION, **asdict(self)}
+        return (json.dumps({**value, "manifest_sha256": json_digest(value)}, indent=1) + "\n").encode()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> IndexManifest:
+        """Parse ``index.json``. MismatchError for another version, CorruptError if it is not what was written."""
+        try:
+            value: dict[str, Any] = json.loads(data)
+            stated = value.pop("manifest_sha256")
+            if stated != json_digest(value):
+                raise ValueError("its own checksum does not hold")
+            version = value.pop("ghoststore_index")
+            if version != INDEX_VERSION:
+                raise MismatchError(
+                    f"{where} has version {version!r}; this release reads {INDEX_VERSION}: "
+                    "`ghoststore index … --rebuild` makes it again"
+                )
+            recall = {str(kind): Recall(**found) for kind, found in value.pop("recall").items()}
+            files = {str(kind): _record(found) for kind, found in value.pop("files").items()}
+            return cls(**value, recall=recall, files=files)
+        except MismatchError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptError(
+                f"{where} is not the manifest of an index: {error}; `ghoststore index … --rebuild` makes it again"
+            ) from error
+
+
+def _record(found: Mapping[str, Any]) -> FileRecord:
+    record = FileRecord(int(found["bytes"]), str(found["sha256"]))
+    if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
+        raise ValueError(f"{record.sha256!r} is not a SHA-256")
+    return record

@@ -1,0 +1,198 @@
+"""Indexes of a part on the disk: a folder each, with a manifest that appears last and names everything else.
+
+An index is a cache of what is committed: deleting it loses nothing, and one that does not fit the part any more is
+refused. Specified in ``docs/format.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.store.base.disk import exclusive, flush, publish, storage_errors
+from ghoststore.store.base.names import check_name, is_name
+from ghoststore.store.base.records import FileRecord
+from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
+from ghoststore.store.part.part import Part
+
+FOLDER = "index"
+MANIFEST = "index.json"
+LARGEST_MANIFEST = 1 << 20
+
+_FILE = re.compile(r"[0-9a-f]{16}\.(faiss|rows)")
+_BEGUN = "begun"
+State = Literal["current", "stale", "damaged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexState:
+    """One index of a part, and whether it can be used."""
+
+    name: str
+    state: State
+    problem: str | None
+    """Why it is stale or damaged."""
+    manifest: IndexManifest | None
+    """None if it cannot be read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the commands print of it."""
+        head = {"name": self.name, "state": self.state, "problem": self.problem}
+        return head | ({} if self.manifest is None else self.manifest.to_json())
+
+
+def index_folder(part: Part, name: str) -> Path:
+    """Where the index called ``name`` is or would be."""
+    return part.path / FOLDER / check_name(name, "index")
+
+
+def index_names(part: Part) -> list[str]:
+    """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
+    found = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
+    return sorted(name for name in found if is_name(name))
+
+
+def read_manifest(part: Part, name: str) -> IndexManifest:
+    """The manifest of one index.
+
+    UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
+    """
+    path = index_folder(part, name) / MANIFEST
+    try:
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not the manifest of an index")
+        return IndexManifest.decode(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        names = ", ".join(index_names(part)) or "none"
+        raise UsageError(
+            f"part {part.name!r} has no index {name!r}; it has: {names}. `ghoststore index` makes one"
+        ) from None
+
+
+def check_coverage(part: Part, name: str, manifest: IndexManifest) -> None:
+    """MismatchError unless the index covers exactly what is committed in ``part``."""
+    again = "; `ghoststore index` builds it again"
+    spans = len(part.spans)
+    if manifest.spans != spans:
+        raise MismatchError(
+            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{again}"
+        )
+    if manifest.dimension != part.layout.dimension or manifest.coverage != part.fingerprint():
+        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{again}")
+
+
+def damage_of(folder: Path, manifest: IndexManifest) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong with it) for the files of an index."""
+    for kind, record in manifest.files.items():
+        path = manifest.path_of(folder, kind)
+        try:
+            if path.stat().st_size != record.bytes:
+                yield path, f"{path.stat().st_size} bytes; {record.bytes} were written"
+            elif FileRecord.of(path) != record:
+                yield path, "its SHA-256 is not that of what was written"
+        except FileNotFoundError:
+            yield path, "missing"
+        except OSError as error:
+            yield path, f"cannot be read: {error}"
+
+
+def index_states(part: Part) -> list[IndexState]:
+    """Every index of ``part``. Of the files only the sizes are looked at: :func:`damage_of` reads them."""
+    states = []
+    for name in index_names(part):
+        manifest: IndexManifest | None = None
+        state: State = "current"
+        problem: str | None = None
+        try:
+            manifest = read_manifest(part, name)
+            for kind, record in manifest.files.items():
+                path = manifest.path_of(index_folder(part, name), kind)
+                if not path.is_file() or path.stat().st_size != record.bytes:
+                    raise CorruptError(f"{path} is missing or cut")
+            check_coverage(part, name, manifest)
+        except MismatchError as error:
+            state, problem = "stale", str(error)
+        except CorruptError as error:
+            state, problem = "damaged", str(error)
+        states.append(IndexState(name=name, state=state, problem=problem, manifest=manifest))
+    return states
+
+
+@contextmanager
+def building(part: Part, name: str) -> Iterator[Path]:
+    """The folder of an index, locked against other processes, without what a dead one had begun.
+
+    What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,
+    StorageError if the disk refuses.
+    """
+    folder, what = index_folder(part, name), f"index {name!r} of part {part.name!r}"
+    with storage_errors(str(folder)):
+        for group in (folder.parent, folder):
+            group.mkdir(exist_ok=True)
+            publish(group / "zarr.json", b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
+        with exclusive(folder, what):
+            _sweep(folder)
+            try:
+                yield folder
+            finally:
+                _sweep(folder)
+                if not (folder / MANIFEST).exists():
+                    shutil.rmtree(folder)
+
+
+def begun_path(folder: Path, kind: str) -> Path:
+    """Where a file of one kind is written before it has its name."""
+    return folder / (_BEGUN + SUFFIXES[kind])
+
+
+def seal_files(folder: Path) -> dict[str, FileRecord]:
+    """The records of the files that stand at :func:`begun_path`, which get their names."""
+    records = {}
+    for kind, suffix in SUFFIXES.items():
+        path = begun_path(folder, kind)
+        flush(path)
+        records[kind] = FileRecord.of(path)
+        os.replace(path, folder / (records[kind].sha256[:16] + suffix))
+    return records
+
+
+def publish_index(folder: Path, manifest: IndexManifest) -> None:
+    """Make ``manifest`` that of the index, in one step: who opens it gets this one or the one before, whole."""
+    path = folder / f"{_BEGUN}.json"
+    path.write_bytes(manifest.encode())
+    flush(path)
+    flush(folder)
+    os.replace(path, folder / MANIFEST)
+    flush(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what the manifest does not name."""
+    kept = {"zarr.json", MANIFEST}
+    try:
+        manifest = IndexManifest.decode((folder / MANIFEST).read_bytes(), "")
+        kept |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
+    except (FileNotFoundError, CorruptError, MismatchError):
+        pass  # nothing is there that could be used
+    for path in folder.iterdir():
+        if path.name not in kept and (_FILE.fullmatch(path.name) or path.stem == _BEGUN):
+            path.unlink()
+
+
+def remove_index(part: Part, name: str) -> None:
+    """Delete an index. UsageError if there is none, BusyError while a process builds it."""
+    folder = index_folder(part, name)
+    if name not in index_names(part):
+        names = ", ".join(index_names(part)) or "none"
+        raise UsageError(f"part {part.name!r} has no index {name!r}; it has: {names}")
+    with storage_errors(str(folder)), exclusive(folder, f"index {name!r} of part {part.name!r}"):
+        (folder / MANIFEST).unlink()
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)

@@ -1,0 +1,124 @@
+"""The shape of a part on disk. Specified in ``docs/format.md``.
+
+Legend: N rows, D numbers of a vector, S rows of a span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.store.part.encoding import encoding
+from ghoststore.store.spans.layout import CHUNK_BYTES, LARGEST_ROW_BYTES, ArraySpec, SpanLayout
+
+MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartLayout(SpanLayout):
+    """Everything that fixes the arrays of a part."""
+
+    rows: int
+    dimension: int
+    groups: int
+    """Blocks that have a norm of their own."""
+    dtype: str
+    span_rows: int
+    chunk_rows: int
+    """Rows of a chunk of ``vectors``; divides ``span_rows``."""
+    store_text: bool
+
+    def __post_init__(self) -> None:
+        encoding(self.dtype)
+        if self.rows < 1 or self.dimension < 1 or self.groups < 1:
+            raise MismatchError(
+                f"a part has rows, numbers and blocks; found {self.rows}, {self.dimension}, {self.groups}"
+            )
+        if self.span_rows < 1 or self.chunk_rows < 1 or self.span_rows % self.chunk_rows:
+            raise MismatchError(f"chunks of {self.chunk_rows} rows do not divide spans of {self.span_rows} rows")
+
+    @classmethod
+    def choose(
+        cls, *, rows: int, dimension: int, groups: int, dtype: str, span_rows: int | None, store_text: bool
+    ) -> PartLayout:
+        """Chunks of about 8 MiB, a power of two of rows; spans of one chunk, or 256 rows if that is more.
+
+        Smaller codes than bytes count as bytes: a chunk is at most four times as large once it is read as float32.
+        """
+        row_bytes = max(encoding(dtype).row_bytes(dimension), dimension)
+        if row_bytes > LARGEST_ROW_BYTES:
+            raise UsageError(
+                f"a vector of {dimension} numbers is {row_bytes >> 20} MiB; a part stores at most "
+                f"{LARGEST_ROW_BYTES >> 20} MiB a row: lower --proj-rank-total or give --proj-compress"
+            )
+        chunk = min(
+            MAX_SPAN_ROWS,
+            max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1 if row_bytes <= CHUNK_BYTES else 1),
+        )
+        span = max(chunk, MIN_SPAN_ROWS) if span_rows is None else span_rows
+        if span < 1:
+            raise UsageError(f"--span-rows must be at least 1, not {span}")
+        span = min(span, rows)
+        chunk = min(chunk, span)
+        while span % chunk:
+            chunk -= 1
+        return cls(
+            rows=rows, dimension=dimension, groups=groups, dtype=dtype, span_rows=span, chunk_rows=chunk,
+            store_text=store_text,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, storage: Mapping[str, Any]) -> PartLayout:
+        """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        return cls(
+            rows=int(storage["rows"]), dimension=int(storage["dimension"]), groups=len(storage["groups"]),
+            dtype=str(storage["dtype"]), span_rows=int(storage["span_rows"]), chunk_rows=int(storage["chunk_rows"]),
+            store_text=bool(storage["store_text"]),
+        )  # fmt: skip
+
+    @property
+    def length(self) -> int:
+        """Rows."""
+        return self.rows
+
+    @property
+    def span_length(self) -> int:
+        """Rows of a span."""
+        return self.span_rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's numbers in all arrays; its id and text come on top."""
+        return sum(spec.width * int(spec.dtype.itemsize) for spec in self.arrays() if spec.dtype is not str)
+
+    def arrays(self) -> list[ArraySpec]:
+        """Every array of the part, in the order in which a span writes them."""
+        code, span = encoding(self.dtype), self.span_rows
+        scale = [ArraySpec(name="scale", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,))]
+        specs = [
+            ArraySpec(
+                name="vectors",
+                dtype=code.stored,
+                chunk_rows=self.chunk_rows,
+                columns=(code.columns(self.dimension),),
+            ),
+            *(scale if code.scaled else []),
+            ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)),
+            ArraySpec(name="loss", dtype=np.dtype("<f4"), chunk_rows=span),
+            ArraySpec(name="n_tokens", dtype=np.dtype("<i4"), chunk_rows=span),
+            ArraySpec(name="status", dtype=np.dtype("u1"), chunk_rows=span),
+            ArraySpec(name="sample_id", dtype=str, chunk_rows=span, fill=""),
+            ArraySpec(name="domain", dtype=np.dtype("<i2"), chunk_rows=span),
+            ArraySpec(name="source_row", dtype=np.dtype("<i8"), chunk_rows=span),
+            ArraySpec(name="source_file", dtype=np.dtype("<i4"), chunk_rows=span),
+            ArraySpec(name="source_offset", dtype=np.dtype("<i8"), chunk_rows=span),
+            ArraySpec(name="source_digest", dtype=np.dtype("<u8"), chunk_rows=span),
+            ArraySpec(name="window_start", dtype=np.dtype("<i4"), chunk_rows=span),
+        ]
+        if self.store_text:
+            specs.append(ArraySpec(name="text", dtype=str, chunk_rows=span, fill=""))
+        return specs

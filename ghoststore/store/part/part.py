@@ -1,0 +1,122 @@
+"""A part: creating it whole, opening it at one moment, and reading what is committed.
+
+Legend: N rows, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.base.manifest import PART, Manifest
+from ghoststore.store.part.encoding import Encoding, Float32, encoding
+from ghoststore.store.part.layout import PartLayout
+from ghoststore.store.part.status import Status
+from ghoststore.store.spans.group import Spanned, create, create_array, gather
+
+SPAN_TABLE = "span_start"
+
+
+class Part(Spanned[PartLayout]):
+    """One build, as it stood when it was opened: later commits are not seen.
+
+    Opened by :meth:`ghoststore.Store.part`.
+    """
+
+    kind = PART
+    unit = "rows"
+
+    @classmethod
+    def layout_of(cls, storage: Mapping[str, Any]) -> PartLayout:
+        return PartLayout.of(storage)
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return self.length
+
+    @property
+    def encoding(self) -> Encoding:
+        """How ``vectors`` are stored."""
+        return encoding(self.layout.dtype)
+
+    @property
+    def groups(self) -> list[tuple[str, int, int]]:
+        """(name, first column, one past the last) of each block with a norm of its own."""
+        return [(str(name), int(start), int(stop)) for name, start, stop in self.manifest["storage"]["groups"]]
+
+    @property
+    def sketched_together(self) -> bool:
+        """Whether one sketch holds all layers, so that nothing can be said of one of them."""
+        projection = self.manifest["projection"]
+        return projection["compress"] is not None and projection.get("compress_by", "all") == "all"
+
+    def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
+        """Rows by status, and their tokens."""
+        status = np.asarray(arrays["status"])
+        counts = {member.name.lower(): int((status == member).sum()) for member in Status}
+        tokens = int(np.asarray(arrays["n_tokens"], dtype=np.int64).sum())
+        return {name: count for name, count in counts.items() if count}, tokens
+
+    def read_vectors(self, start: int, stop: int) -> Float32:
+        """(rows, D): the vectors of rows ``start`` to ``stop``, decoded; for a few, since all are in memory.
+
+        Raises as :meth:`read`.
+        """
+        scale = self.read("scale", start, stop) if self.encoding.scaled else None
+        return self.encoding.decode(self.read("vectors", start, stop), scale, self.groups)
+
+    def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
+        """One value for each of ``rows``, in their order; each span is read once."""
+        found = gather(
+            rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), self.spec(name).dtype
+        )
+        return list(found)
+
+
+def span_table(part: Part) -> NDArray[np.int64]:
+    """(spans, 5) of a part: source row, window, file, byte offset and content digest where each span begins."""
+    return fixed_array(part, SPAN_TABLE)
+
+
+def fixed_array(part: Part, name: str) -> NDArray[Any]:
+    """An array that was written when the part was made, see :func:`create_part`. CorruptError if it is damaged, or not
+    there.
+    """
+    files = [file for file in part.files if file.startswith(f"{name}/")]
+    if not files:
+        raise CorruptError(f"part {part.name!r} has no array {name!r}, which its manifest tells of")
+    for file in files:
+        part.check_file(file)
+    return np.asarray(zarr.open_array(part.path / name, mode="r")[...])
+
+
+def create_part(
+    path: Path, manifest: Manifest, spans: NDArray[np.int64], fixed: Mapping[str, NDArray[Any]] | None = None
+) -> Part:
+    """Make a part with no rows yet, in one step: it appears whole or not at all.
+
+    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`, and so are the arrays
+    of ``fixed``, see :func:`fixed_array`. BusyError if another process is making it.
+    """
+    layout = PartLayout.of(manifest["storage"])
+
+    def fill(group: zarr.Group) -> None:
+        for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
+            array = group.create_array(
+                name, shape=values.shape, chunks=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()],
+                fill_value=0,
+            )  # fmt: skip
+            array[...] = values
+        for spec in layout.arrays():
+            create_array(group, spec, layout.length)
+
+    create(path, PART, manifest, fill)
+    return Part(path)

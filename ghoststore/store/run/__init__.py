@@ -1,0 +1,1 @@
+"""Runs: what one training wrote of itself."""

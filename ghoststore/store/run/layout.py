@@ -1,0 +1,142 @@
+"""The shape of a run on disk. Specified in ``docs/format.md``.
+
+Legend: S steps, R ranks, B samples of one rank's step, N rows of the row table, G val groups, K blocks, D numbers
+of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ghoststore.errors import UsageError
+from ghoststore.store.spans.layout import CHUNK_BYTES, LARGEST_ROW_BYTES, ArraySpec, SpanLayout
+
+ROW_CHUNK = 65_536
+"""Rows of a chunk of the row table."""
+_NAN = float("nan")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayout(SpanLayout):
+    """Everything that fixes the arrays of a run. UsageError if they cannot be."""
+
+    steps: int
+    ranks: int
+    batch: int
+    """Samples of one rank's step, micro-batches of accumulation side by side."""
+    span_steps: int
+    """Steps committed together: the save interval."""
+    rows: int
+    """Rows of the row table."""
+    groups: tuple[str, ...] = ()
+    """Val groups that have scores of their own."""
+    blocks: tuple[str, ...] = ()
+    """Blocks of parameters that have scores of their own."""
+    dimension: int | None = None
+    """Numbers of a projected gradient; None: none are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "ranks", "batch", "span_steps", "rows", "dimension"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"a run needs {name} of at least 1, not {value}")
+        for name in ("groups", "blocks"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise UsageError(f"a run needs different names of {name}; found {', '.join(getattr(self, name)[:20])}")
+        for spec in self.arrays():
+            step_bytes = spec.width * spec.dtype.itemsize
+            if step_bytes > LARGEST_ROW_BYTES:
+                raise UsageError(
+                    f"one step of {spec.name!r} is {step_bytes >> 20} MiB ({spec.width:,} numbers); a run stores at "
+                    f"most {LARGEST_ROW_BYTES >> 20} MiB a step and array: keep fewer numbers a sample"
+                )
+
+    @classmethod
+    def of(cls, storage: Mapping[str, Any]) -> RunLayout:
+        """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        for name in ("groups", "blocks"):
+            if not isinstance(storage[name], list):
+                raise TypeError(f"{name} is not a list of names")
+        return cls(
+            steps=int(storage["steps"]), ranks=int(storage["ranks"]), batch=int(storage["batch"]),
+            span_steps=int(storage["span_steps"]), rows=int(storage["rows"]),
+            groups=tuple(map(str, storage["groups"])), blocks=tuple(map(str, storage["blocks"])),
+            dimension=None if storage["dimension"] is None else int(storage["dimension"]),
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The storage section of a run's manifest."""
+        return {**asdict(self), "groups": list(self.groups), "blocks": list(self.blocks)}
+
+    @property
+    def length(self) -> int:
+        """Steps."""
+        return self.steps
+
+    @property
+    def span_length(self) -> int:
+        """Steps of a span."""
+        return self.span_steps
+
+    def arrays(self) -> list[ArraySpec]:
+        """Every step array, in the order in which a span writes them; the row table is apart."""
+        place, axes = (self.ranks, self.batch), ("step", "rank", "place")
+        specs = [
+            self._spec("sample", "<i8", place, axes, -1),
+            self._spec("score", "<f4", place, axes),
+            self._spec("loss", "<f4", place, axes),
+        ]
+        if self.groups:
+            specs.append(self._spec("group_score", "<f4", (*place, len(self.groups)), (*axes, "group")))
+        if self.blocks:
+            specs.append(self._spec("block_score", "<f4", (*place, len(self.blocks)), (*axes, "block")))
+        if self.dimension is not None:
+            specs.append(self._spec("vector", "<f4", (*place, self.dimension), (*axes, "column")))
+        return [
+            *specs,
+            self._spec("learning_rate", "<f8"),
+            self._spec("train_loss", "<f4"),
+            self._spec("val_loss", "<f4"),
+            self._spec("grad_norm", "<f4"),
+            self._spec("tokens", "<i8", fill=0),
+            self._spec("seconds", "<f4"),
+            self._spec("score_seconds", "<f4"),
+        ]
+
+    def _spec(
+        self,
+        name: str,
+        dtype: str,
+        columns: tuple[int, ...] = (),
+        axes: tuple[str, ...] = ("step",),
+        fill: float = _NAN,
+    ) -> ArraySpec:
+        """Chunks of whole steps, at most about 8 MiB, that divide the span (or are the only span)."""
+        whole = ArraySpec(name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill)
+        span = min(self.span_steps, self.steps)
+        chunk = min(span, max(1, CHUNK_BYTES // whole.chunk_bytes))
+        while span % chunk:
+            chunk -= 1
+        return ArraySpec(name=name, dtype=whole.dtype, chunk_rows=chunk, columns=columns, axes=axes, fill=fill)
+
+    def row_arrays(self) -> list[ArraySpec]:
+        """The arrays of the row table, (N) each, below ``rows/``."""
+        kinds: dict[str, Any] = {
+            "sample_id": str,
+            "domain": np.dtype("<i2"),
+            "source_row": np.dtype("<i8"),
+            "source_file": np.dtype("<i4"),
+            "source_offset": np.dtype("<i8"),
+            "source_digest": np.dtype("<u8"),
+            "window_start": np.dtype("<i4"),
+            "n_tokens": np.dtype("<i4"),
+        }
+        chunk = min(ROW_CHUNK, self.rows)
+        return [
+            ArraySpec(name=f"rows/{name}", dtype=dtype, chunk_rows=chunk, fill="" if dtype is str else 0)
+            for name, dtype in kinds.items()
+        ]

@@ -1,0 +1,141 @@
+"""The row table of a run: which samples the rows are. Written when the run is made, read lazily and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.run.layout import RunLayout
+from ghoststore.store.spans.group import create_array, gather
+from ghoststore.store.spans.layout import ArraySpec, chunk_keys
+from ghoststore.store.spans.reader import CRC_BYTES
+
+if TYPE_CHECKING:
+    from ghoststore.store.run.run import Run
+
+LARGEST_STRINGS = 256 << 20
+"""Bytes of a chunk of ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTable:
+    """What a run's rows are, one entry each; the columns mean what they mean in a part."""
+
+    sample_id: NDArray[Any]
+    """Strings."""
+    domain: NDArray[Any]
+    """Index into the manifest's ``corpus.domains``, -1 for none."""
+    source_row: NDArray[Any]
+    source_file: NDArray[Any]
+    source_offset: NDArray[Any]
+    source_digest: NDArray[Any]
+    window_start: NDArray[Any]
+    n_tokens: NDArray[Any]
+
+    def checked(self, layout: RunLayout, domains: int) -> dict[str, NDArray[Any]]:
+        """The columns in their stored dtypes, by array. UsageError naming the first that does not fit."""
+        found = {}
+        for spec in layout.row_arrays():
+            name = spec.name.removeprefix("rows/")
+            given = np.asarray(getattr(self, name))
+            if given.shape != (layout.rows,):
+                raise UsageError(f"{name} of the row table has shape {given.shape}; the run has {layout.rows} rows")
+            if spec.dtype is str:
+                stored = given.astype(object)
+                _check_strings(name, stored, spec)
+            else:
+                stored = given.astype(spec.dtype) if given.dtype.kind in "iu" else np.empty(0)
+                if not np.array_equal(stored, given):
+                    raise UsageError(f"{name} of the row table has values that are not {spec.dtype}: {given.dtype}")
+            found[spec.name] = stored
+        domain = found["rows/domain"]
+        if domain.min() < -1 or domain.max() >= domains:
+            raise UsageError(f"domain of the row table has values outside -1 to {domains - 1}")
+        return found
+
+
+def _check_strings(name: str, values: NDArray[Any], spec: ArraySpec) -> None:
+    """UsageError unless every chunk of ``values`` is one that :class:`RunRows` reads."""
+    for start in range(0, len(values), spec.chunk_rows):
+        chunk = values[start : start + spec.chunk_rows]
+        if not all(isinstance(value, str) for value in chunk):
+            raise UsageError(f"{name} of the row table has values that are not strings")
+        try:
+            size = sum(len(value.encode()) + 4 for value in chunk)
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name} of the row table has a string that is not Unicode text: {error}") from error
+        if size > LARGEST_STRINGS:
+            raise UsageError(f"{name} of the row table is too long: {size} bytes in {len(chunk)} rows")
+
+
+NAMES = tuple(field.name for field in fields(RowTable))
+
+
+def write_rows(group: zarr.Group, layout: RunLayout, columns: dict[str, NDArray[Any]]) -> None:
+    """Make the arrays of the row table in a run's group, whole. ``columns`` are those of :meth:`RowTable.checked`."""
+    for spec in layout.row_arrays():
+        create_array(group, spec, layout.rows)[...] = columns[spec.name]
+
+
+class RunRows:
+    """The row table as it is read: nothing until it is asked for, and each file checked when it is first read.
+
+    Memory: what is returned, and one chunk.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._sound: set[str] = set()
+
+    def __len__(self) -> int:
+        return self._run.layout.rows
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows ``start`` to ``stop`` of one column.
+
+        UsageError for another name or range, CorruptError naming the file that is not what was written.
+        """
+        spec = self._spec(name)
+        if not 0 <= start <= stop <= len(self):
+            raise UsageError(f"rows {start} to {stop} of run {self._run.name!r}, which has {len(self)}")
+        if start == stop:
+            return np.empty(0, dtype=spec.dtype)
+        for key in chunk_keys(spec, start, stop):
+            if key not in self._sound:
+                self._check(spec, key)
+        return self._run.slice(spec, len(self), start, stop)
+
+    def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[Any]:
+        """One value for each of ``rows``, in their order; each chunk is read once. UsageError outside the table."""
+        spec = self._spec(name)
+        wanted = np.asarray(rows, dtype=np.int64)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise UsageError(f"rows {wanted.min()} to {wanted.max()} of run {self._run.name!r}, which has {len(self)}")
+        size = spec.chunk_rows
+        return gather(
+            wanted, size, lambda chunk: self.read(name, chunk * size, min((chunk + 1) * size, len(self))), spec.dtype
+        )
+
+    def _spec(self, name: str) -> ArraySpec:
+        for spec in self._run.layout.row_arrays():
+            if spec.name == f"rows/{name}":
+                return spec
+        raise UsageError(f"the row table of run {self._run.name!r} has no column {name!r}; it has: {', '.join(NAMES)}")
+
+    def _check(self, spec: ArraySpec, key: str) -> None:
+        path = self._run.path / key
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing") from None
+        # Before it is read whole.
+        if size > LARGEST_STRINGS + (1 << 20) if spec.dtype is str else size != spec.chunk_bytes + CRC_BYTES:
+            raise CorruptError(f"{path} is not what was written: it has {size} bytes")
+        self._run.check_file(key)
+        self._sound.add(key)

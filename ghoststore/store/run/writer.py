@@ -1,0 +1,197 @@
+"""Writing a run while it trains: steps are gathered into spans, and spans are committed in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ghoststore.errors import UsageError
+from ghoststore.store.spans.layout import ArraySpec
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
+
+if TYPE_CHECKING:
+    from ghoststore.store.run.run import Run
+
+PLACES = ("score", "loss", "group_score", "block_score", "vector")
+"""Arrays with a number or more for each sample: NaN where there is no sample."""
+
+
+class RunWriter:
+    """The one writer of a run: ``with RunWriter(run) as writer: writer.append(step, values)``.
+
+    It holds the run against other writers of this machine (BusyError) and removes what a writer that died had not
+    finished. Steps of a span are kept in memory until its last one is appended; then a thread commits it, while
+    at most one more waits. Leaving the block waits for the spans that are full; steps of a span that is not full are
+    in :meth:`pending` alone, for a training checkpoint.
+
+    Errors of the thread (StorageError, BusyError) are raised by the next call or at the end of the block; nothing is
+    written after one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._layout = run.layout
+        self._specs = {spec.name: spec for spec in run.layout.arrays()}
+        self._stack = ExitStack()
+        self._background: BackgroundWriter
+        self._done: set[int] = set()
+        """Spans that are committed or handed to the thread."""
+        self._next = 0
+        """The step that is appended next."""
+        self._gathered: dict[str, NDArray[Any]] | None = None
+        """Arrays of the span of ``_next``, filled up to it; None at its first step."""
+
+    def __enter__(self) -> RunWriter:
+        with ExitStack() as stack:
+            stack.enter_context(writing(self.run))
+            self.run.reload()
+            self._background = stack.enter_context(BackgroundWriter(self.run))
+            self._stack = stack.pop_all()
+        self._done = set(self.run.spans)
+        self._next = self._first_open(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def next_step(self) -> int:
+        """The first step that is neither committed nor appended."""
+        return self._next
+
+    def append(self, step: int, values: Mapping[str, ArrayLike]) -> None:
+        """Keep one step, from 0: ``values`` by array, each of the array's shape without its first axis.
+
+        ``sample`` is required; ``tokens`` is 0 and every array of floats NaN where it is not given. Steps come in
+        order, from the first that is not committed or the one after what was restored; those of committed spans are
+        accepted and dropped. UsageError (a ValueError) naming the array or the step that does not fit.
+        """
+        self._background.check()
+        checked = self._checked(step, values)
+        if step // self._layout.span_steps in self._done:
+            return
+        if step != self._next:
+            raise UsageError(f"step {step} is out of order: step {self._next} comes next in run {self.run.name!r}")
+        self._keep(checked)
+
+    def pending(self) -> dict[str, NDArray[Any]]:
+        """What was appended and is not committed, for a training checkpoint: every array, and ``step``, its steps.
+
+        Waits as :meth:`flush` does, so that committed and pending steps together are all that were appended.
+        """
+        self.flush()
+        start = self._next - self._next % self._layout.span_steps if self._gathered is not None else self._next
+        count = self._next - start
+        arrays = self._gathered if self._gathered is not None else self._empty(0)
+        return {"step": np.arange(start, self._next), **{name: a[:count].copy() for name, a in arrays.items()}}
+
+    def restore(self, pending: Mapping[str, NDArray[Any]]) -> None:
+        """Take up what :meth:`pending` gave, before any step is appended; dropped if its span is committed by now.
+
+        UsageError if it is not the beginning of a span, or not of this run's arrays.
+        """
+        steps = np.asarray(pending.get("step")).tolist()
+        if self._gathered is not None:
+            raise UsageError("pending steps are restored before others are appended")
+        if not isinstance(steps, list) or set(pending) != {"step", *self._specs}:
+            raise UsageError(
+                f"pending steps have the arrays {sorted(pending)}; expected step, {', '.join(self._specs)}"
+            )
+        if not steps:
+            return
+        begin = steps[0]
+        if begin % self._layout.span_steps or steps != list(range(begin, begin + len(steps))):
+            raise UsageError(f"pending steps {steps[:3]}… are not the beginning of a span")
+        if len(steps) >= self._layout.span_steps:
+            raise UsageError(f"{len(steps)} pending steps are more than a span leaves pending")
+        each = [self._checked(step, {name: pending[name][i] for name in self._specs}) for i, step in enumerate(steps)]
+        if begin // self._layout.span_steps in self._done:
+            return
+        self._next = begin
+        for checked in each:
+            self._keep(checked)
+
+    def skip_to(self, step: int) -> None:
+        """Say that no step before ``step`` will come, though some are not committed; it is appended next.
+
+        For a training run that goes on without what its store has lost. Spans that end before ``step`` stay without a
+        record: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own span before it are
+        written without samples. UsageError if ``step`` is not ahead.
+        """
+        if self._gathered is not None or not self._next <= step < self._layout.steps:
+            raise UsageError(f"cannot skip to step {step}: step {self._next} comes next in run {self.run.name!r}")
+        self._next = self._first_open(step // self._layout.span_steps)
+        nothing = np.full((self._layout.ranks, self._layout.batch), -1)
+        while self._next < step:
+            self._keep(self._checked(self._next, {"sample": nothing}))
+
+    def flush(self) -> None:
+        """Wait until every full span is committed; :attr:`run` sees them then."""
+        self._background.wait()
+        self.run.reload()
+
+    def _first_open(self, span: int) -> int:
+        """First step of the first span from ``span`` on that is not done."""
+        while span in self._done:
+            span += 1
+        return min(span * self._layout.span_steps, self._layout.steps)
+
+    def _empty(self, count: int) -> dict[str, NDArray[Any]]:
+        return {name: np.empty((count, *spec.columns), dtype=spec.dtype) for name, spec in self._specs.items()}
+
+    def _keep(self, checked: Mapping[str, NDArray[Any]]) -> None:
+        """Put one step into its place; hand the span over when it is full."""
+        span = self._next // self._layout.span_steps
+        start, stop = self._layout.span_of(span)
+        if self._gathered is None:
+            self._gathered = self._empty(stop - start)
+        for name, array in self._gathered.items():
+            array[self._next - start] = checked[name]
+        self._next += 1
+        if self._next == stop:
+            full, self._gathered = self._gathered, None
+            self._done.add(span)
+            self._next = self._first_open(span)
+            self._background.put(SpanData(span, full))
+
+    def _checked(self, step: int, values: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        """One step's value for every array, in stored dtypes."""
+        if not 0 <= step < self._layout.steps:
+            raise UsageError(f"step {step} is outside run {self.run.name!r} of {self._layout.steps} steps")
+        unknown = sorted(set(values) - set(self._specs))
+        if unknown:
+            raise UsageError(f"run {self.run.name!r} has no arrays {unknown}; it has: {', '.join(self._specs)}")
+        if "sample" not in values:
+            raise UsageError(f"step {step} lacks 'sample', the rows it was trained on")
+        checked = {name: _stored(spec, values[name]) for name, spec in self._specs.items() if name in values}
+        sample = checked["sample"]
+        if sample.min() < -1 or sample.max() >= self._layout.rows:
+            raise UsageError(
+                f"'sample' of step {step} has rows {sample.min()} to {sample.max()}; the run has rows 0 to "
+                f"{self._layout.rows - 1}, and -1 for none"
+            )
+        for name in PLACES:
+            if name in checked and not np.isnan(checked[name][sample < 0]).all():
+                raise UsageError(f"{name!r} of step {step} has numbers where 'sample' is -1: NaN is expected there")
+        for name, spec in self._specs.items():
+            if name not in checked:
+                checked[name] = np.full(spec.columns, 0 if spec.dtype.kind == "i" else np.nan, dtype=spec.dtype)
+        return checked
+
+
+def _stored(spec: ArraySpec, value: ArrayLike) -> NDArray[Any]:
+    """``value`` in the dtype of ``spec``; UsageError naming the array if shape or kind do not fit."""
+    given = np.asarray(value)
+    if given.shape != spec.columns:
+        raise UsageError(f"{spec.name!r} of a step has shape {given.shape}; expected {spec.columns}")
+    if given.dtype.kind not in ("iu" if spec.dtype.kind == "i" else "iuf"):
+        raise UsageError(f"{spec.name!r} of a step is of {given.dtype}; expected {spec.dtype}")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite
+        return given.astype(spec.dtype)

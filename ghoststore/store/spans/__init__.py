@@ -1,0 +1,1 @@
+"""What is committed span by span: its layout, reading and writing."""

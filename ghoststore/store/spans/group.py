@@ -1,0 +1,260 @@
+"""What parts and runs share: a sealed folder that appears whole, committed spans, and reads that are checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.base.disk import create_whole
+from ghoststore.store.base.manifest import Kind, Manifest, seal, unseal
+from ghoststore.store.base.records import Commit, FileRecord, committed, json_digest, read_commit, record_path
+from ghoststore.store.spans.layout import ArraySpec, SpanLayout
+
+LARGEST_METADATA = 64 << 20
+MOST_SPANS = 100_000_000
+"""A span's number has eight digits in the name of its record."""
+L = TypeVar("L", bound=SpanLayout)
+
+
+def read_attributes(folder: Path, what: str) -> dict[str, Any]:
+    """The attributes of the Zarr group at ``folder``, read as data alone, in bounded memory.
+
+    ``what`` is "store", "part" or "run". UsageError if there is none, CorruptError if it is damaged.
+    """
+    path = folder / "zarr.json"
+    try:
+        if path.stat().st_size > LARGEST_METADATA:
+            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not metadata of ghoststore")
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        attributes = value.pop("attributes", {})
+        if value != {"zarr_format": 3, "node_type": "group"} or not isinstance(attributes, dict):
+            raise ValueError("it does not describe a Zarr group")
+        return attributes
+    except (FileNotFoundError, NotADirectoryError):
+        if what != "store" and folder.is_dir():
+            raise CorruptError(f"{path} is missing") from None
+        raise UsageError(f"there is no {what} at {folder}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path} is damaged: {error}") from error
+
+
+class Spanned(ABC, Generic[L]):
+    """A part or a run, as it stood when it was opened: later commits are not seen.
+
+    Opening reads its ``zarr.json`` and the names of its records, nothing else.
+    """
+
+    kind: ClassVar[Kind]
+    unit: ClassVar[str]
+    """What the first axis counts, in the plural."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.manifest: Manifest
+        self.files: dict[str, str]
+        """SHA-256, by path, of every file that is written when it is made, ``zarr.json`` aside."""
+        self.manifest, self.files = unseal(read_attributes(path, self.kind.name), str(path / "zarr.json"), self.kind)
+        try:
+            self.layout: L = self.layout_of(self.manifest["storage"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptError(f"{path / 'zarr.json'}: its storage section cannot be used: {error!r}") from error
+        if self.layout.spans > MOST_SPANS:
+            raise CorruptError(f"{path / 'zarr.json'} tells of {self.layout.spans} spans; at most {MOST_SPANS} can be")
+        self.spans: list[int] = self._committed()
+        """Committed spans, in order."""
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    @abstractmethod
+    def layout_of(cls, storage: Mapping[str, Any]) -> L:
+        """The arrays that a manifest's storage section describes; KeyError, TypeError or ValueError if none."""
+
+    @abstractmethod
+    def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
+        """What the record of a span with these arrays counts: statuses, and tokens."""
+
+    def _committed(self) -> list[int]:
+        try:
+            spans = committed(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise CorruptError(f"{self.path} has no commits folder") from None
+        beyond = [span for span in spans if span >= self.layout.spans]
+        if beyond:
+            raise CorruptError(f"{self.path} has records of spans {beyond[:5]}, but only {self.layout.spans} spans")
+        return spans
+
+    @property
+    def complete(self) -> bool:
+        """Whether every span is committed."""
+        return len(self.spans) == self.layout.spans
+
+    @property
+    def length(self) -> int:
+        """Committed rows, or steps."""
+        return sum(stop - start for start, stop in map(self.layout.span_of, self.spans))
+
+    @property
+    def domains(self) -> list[str]:
+        """Names that the ``domain`` array indexes; -1 there is no domain."""
+        return list(self.manifest["corpus"]["domains"] or [])
+
+    @property
+    def repeated_ids(self) -> dict[str, int] | None:
+        """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+        found: dict[str, int] | None = self.manifest["corpus"].get("repeated_ids")
+        return found
+
+    def commit(self, span: int) -> Commit:
+        """The record of a committed span."""
+        return read_commit(self.path, span)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.
+
+        CorruptError if a record is missing.
+        """
+        digest = hashlib.sha256(json_digest(self.manifest).encode())
+        for span in self.spans:
+            path = record_path(self.path, span)
+            try:
+                digest.update(f"{span}:".encode() + path.read_bytes())
+            except OSError as error:
+                raise CorruptError(f"{path} cannot be read: {error}") from error
+        return digest.hexdigest()
+
+    def spec(self, name: str) -> ArraySpec:
+        """The specification of one array; UsageError if there is no such array."""
+        for spec in self.layout.arrays():
+            if spec.name == name:
+                return spec
+        raise UsageError(f"{self.kind.name} {self.name!r} has no array {name!r}")
+
+    def check_file(self, name: str) -> None:
+        """CorruptError unless ``name``, one of ``files``, has the bytes that it was made with."""
+        path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name}")
+        try:
+            found = FileRecord.of(path).sha256
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing") from None
+        except OSError as error:
+            raise CorruptError(f"{path} cannot be read: {error}") from error
+        if found != self.files.get(name):
+            raise CorruptError(f"{path} is not what was written: its SHA-256 does not hold")
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """The Zarr array, checked against the layout; CorruptError if it is not as described."""
+        return self.open_array(self.spec(name), self.layout.length)
+
+    def open_array(self, spec: ArraySpec, length: int) -> zarr.Array[Any]:
+        """The Zarr array of ``spec``, once its metadata are those that were written and describe it."""
+        if spec.name not in self._arrays:
+            self.check_file(f"{spec.name}/zarr.json")
+            shape, chunks = (length, *spec.columns), (spec.chunk_rows, *spec.columns)
+            found = zarr.open_array(self.path / spec.name, mode="r")
+            if found.shape != shape or found.chunks != chunks:
+                raise CorruptError(
+                    f"array {self.path / spec.name} has shape {found.shape} in chunks of {found.chunks}; the "
+                    f"manifest says {shape} in chunks of {chunks}"
+                )
+            self._arrays[spec.name] = found
+        return self._arrays[spec.name]
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows (or steps) ``start`` to ``stop`` of one array, all of committed spans.
+
+        CorruptError naming the array if a checksum does not hold or a chunk is missing; UsageError where a span is
+        not committed.
+        """
+        spec, present = self.spec(name), set(self.spans)
+        for span in range(start // self.layout.span_length, -(-stop // self.layout.span_length)):
+            if span not in present:
+                raise UsageError(
+                    f"{self.unit} {start} to {stop} of {self.kind.name} {self.name!r} are not committed (span {span})"
+                )
+            for key in self.layout.chunk_keys(spec, span):
+                if not (self.path / key).exists():
+                    raise CorruptError(f"{self.path / key} is missing, though span {span} is committed")
+        return self.slice(spec, self.layout.length, start, stop)
+
+    def slice(self, spec: ArraySpec, length: int, start: int, stop: int) -> NDArray[Any]:
+        """Read through Zarr, its complaints as CorruptError. That the chunks are there has been checked."""
+        try:
+            return np.asarray(self.open_array(spec, length)[start:stop])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CorruptError(f"{self.path / spec.name}, {start} to {stop}: {error}") from error
+
+
+def gather(
+    places: Sequence[int] | NDArray[np.int64], size: int, read: Callable[[int], NDArray[Any]], nothing: Any
+) -> NDArray[Any]:
+    """The values at ``places``, in their order, out of blocks of ``size``, each read once: ``read(block)``.
+
+    ``nothing`` is the dtype of no values.
+    """
+    wanted = np.asarray(places, dtype=np.int64)
+    if not len(wanted):
+        return np.empty(0, dtype=nothing)
+    order = np.argsort(wanted // size, kind="stable")
+    blocks, begins = np.unique(wanted[order] // size, return_index=True)
+    values: NDArray[Any] | None = None
+    for block, mine in zip(blocks.tolist(), np.split(order, begins[1:]), strict=True):
+        data = read(block)
+        if values is None:
+            values = np.empty((len(wanted), *data.shape[1:]), dtype=data.dtype)
+        values[mine] = data[wanted[mine] - block * size]
+    assert values is not None
+    return values
+
+
+def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[Any]:
+    """An array of ``spec``, preallocated, without chunks yet. A path in its name leads to a group inside."""
+    *folder, name = spec.name.split("/")
+    for inside in folder:
+        group = group.require_group(inside)
+    return group.create_array(
+        name,
+        shape=(length, *spec.columns),
+        chunks=(spec.chunk_rows, *spec.columns),
+        dtype=spec.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=spec.fill,
+        dimension_names=spec.axes[: 1 + len(spec.columns)],
+        config={"write_empty_chunks": True},
+    )
+
+
+def create(path: Path, kind: Kind, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
+    """Make a part or a run with nothing committed yet, in one step: it appears whole or not at all.
+
+    If it exists, nothing is done. ``fill`` makes its arrays. BusyError if another process is making it, StorageError
+    if the disk refuses.
+    """
+    create_whole(path, f"{kind.name} {path.name!r}", lambda folder: _fill(folder, manifest, fill))
+
+
+def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
+    """Everything of a new part or run, in the empty ``folder``."""
+    group = zarr.create_group(folder)
+    group.create_group("commits")
+    fill(group)
+    files = {
+        str(file.relative_to(folder)): FileRecord.of(file).sha256
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / "zarr.json"
+    }
+    group.attrs.put(seal(manifest, files))

@@ -1,0 +1,84 @@
+"""The shape on disk of what is committed in spans: arrays, chunks, spans.
+
+Legend: the **length** is that of the first axis of every array: rows of a part, steps of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """One Zarr array; ``columns`` are the axes after the first, empty for one number (or string) each."""
+
+    name: str
+    dtype: Any
+    """A little-endian numpy dtype, or ``str``."""
+    chunk_rows: int
+    """Length of a chunk along the first axis; the other axes are never split."""
+    columns: tuple[int, ...] = ()
+    axes: tuple[str, ...] = ("row", "column")
+    """Names of the axes, for readers of the metadata; as many as there are axes are used."""
+    fill: Any = 0
+    """What a plain Zarr reader sees where nothing was written."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of one row, or step."""
+        return math.prod(self.columns)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the numbers of a chunk, its checksum aside; numeric arrays only."""
+        return self.chunk_rows * self.width * int(self.dtype.itemsize)
+
+
+class SpanLayout(ABC):
+    """The arrays of a part or a run, and the fixed ranges in which they are written and committed."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Length of every array."""
+
+    @property
+    @abstractmethod
+    def span_length(self) -> int:
+        """Length of a span; the last may be shorter."""
+
+    @abstractmethod
+    def arrays(self) -> list[ArraySpec]:
+        """Every array, in the order in which a span writes them."""
+
+    @property
+    def spans(self) -> int:
+        """Number of spans."""
+        return -(-self.length // self.span_length)
+
+    def span_of(self, span: int) -> tuple[int, int]:
+        """First row (or step) and one past the last of ``span``."""
+        if not 0 <= span < self.spans:
+            raise IndexError(f"span {span} of {self.spans}")
+        return span * self.span_length, min((span + 1) * self.span_length, self.length)
+
+    def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
+        """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
+        return chunk_keys(spec, *self.span_of(span))
+
+
+def chunk_keys(spec: ArraySpec, start: int, stop: int) -> list[str]:
+    """Paths of the chunks of one array that hold ``start`` to ``stop`` (not empty)."""
+    first, last = start // spec.chunk_rows, (stop - 1) // spec.chunk_rows
+    tail = "/0" * len(spec.columns)
+    return [f"{spec.name}/c/{chunk}{tail}" for chunk in range(first, last + 1)]
+
+
+CHUNK_BYTES = 8 << 20
+"""Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
+LARGEST_ROW_BYTES = 32 << 20

@@ -1,0 +1,155 @@
+"""Streaming chunks of a part or a run with read-ahead: bounded memory, every checksum checked.
+
+A chunk file is its numbers, little endian and row by row, and the crc32c of them in four bytes (Zarr's
+``bytes`` and ``crc32c`` codecs). Reading that directly into a buffer that is used again is 1.5 to 2 times as
+fast as going through Zarr; ``tests/store/test_reader.py`` holds the two together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.layout import ArraySpec, chunk_keys
+
+CRC_BYTES = 4
+PIECE_BYTES = 1 << 19
+READ_AHEAD = 2
+"""Chunks in memory beside the one in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows (or steps) ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next is asked for."""
+
+    start: int
+    stop: int
+    data: NDArray[Any]
+
+
+def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
+    """Fill ``buffer`` with a chunk file's numbers. CorruptError naming the file if it is not what was written."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            view, filled, checksum = memoryview(buffer.data), 0, 0
+            numbers = len(buffer) - CRC_BYTES
+            while filled < len(view) and (count := file.readinto(view[filled : filled + PIECE_BYTES])):
+                # While the piece is in the processor's cache.
+                checksum = google_crc32c.extend(checksum, buffer[filled : min(filled + count, numbers)])
+                filled += count
+            end = file.read(1) if filled == len(view) else b""
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing, though its span is committed; see `ghoststore verify`") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error}") from error
+    if filled != len(buffer) or end:
+        raise CorruptError(f"{path} has {'more than ' * bool(end)}{filled} bytes; {len(buffer)} were written")
+    stated = int.from_bytes(buffer[-CRC_BYTES:].tobytes(), "little")
+    if checksum != stated:
+        raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
+
+
+def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
+    """(file, first row, one past the last) of each chunk of the spans."""
+    for span in spans:
+        start, stop = source.layout.span_of(span)
+        for key in source.layout.chunk_keys(spec, span):
+            first = int(key.split("/")[2]) * spec.chunk_rows
+            yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
+
+
+def _numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
+    """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
+    numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
+    return numbers.reshape(-1, *spec.columns)[:count]
+
+
+def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
+    """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
+    spec = source.spec(name)
+    start, stop = source.layout.span_of(span)
+    buffer = np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8)
+    (key,) = source.layout.chunk_keys(spec, span)
+    read_chunk(source.path / key, buffer)
+    return _numbers(buffer, spec, stop - start)
+
+
+def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
+    """Chunks of a numeric array over ``spans`` (default: every committed one), in order, read ahead by a thread.
+
+    Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
+    """
+    spec = source.spec(name)
+    places = list(_places(source, spec, source.spans if spans is None else spans))
+    free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
+    full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
+    for _ in range(min(READ_AHEAD + 1, len(places))):
+        free.put(np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8))
+
+    def read_ahead() -> None:
+        try:
+            for path, start, stop in places:
+                buffer = free.get()
+                if buffer is None:
+                    return
+                read_chunk(path, buffer)
+                full.put((buffer, start, stop))
+        except BaseException as error:  # noqa: BLE001 - carried to the reader, which raises it
+            full.put(error)
+
+    thread = threading.Thread(target=read_ahead, name="ghoststore-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in places:
+            item = full.get()
+            if isinstance(item, BaseException):
+                raise item
+            buffer, start, stop = item
+            yield Chunk(start, stop, _numbers(buffer, spec, stop - start))
+            free.put(buffer)
+    finally:
+        free.put(None)
+        thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Rows (or steps) ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
+
+    start: int
+    stop: int
+    data: dict[str, NDArray[Any]]
+
+
+def side_by_side(source: Spanned[Any], names: Sequence[str], spans: Sequence[int] | None = None) -> Iterator[Pieces]:
+    """Several numeric arrays over ``spans`` (default: every committed one), in order, in pieces whose rows (or steps)
+    are in one chunk of each. Every checksum is checked.
+
+    Memory: one chunk of each array, whatever the size of the part or run.
+    """
+    specs = [source.spec(name) for name in dict.fromkeys(names)]
+    buffers = {spec.name: np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8) for spec in specs}
+    for span in source.spans if spans is None else spans:
+        start, stop = source.layout.span_of(span)
+        held: dict[str, tuple[int, NDArray[Any]]] = {}
+        while start < stop:
+            for spec in specs:
+                first, data = held.get(spec.name, (start, ()))
+                if first + len(data) > start:
+                    continue
+                first = start - start % spec.chunk_rows
+                read_chunk(source.path / chunk_keys(spec, first, first + 1)[0], buffers[spec.name])
+                held[spec.name] = (first, _numbers(buffers[spec.name], spec, min(spec.chunk_rows, stop - first)))
+            end = min(first + len(data) for first, data in held.values())
+            yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
+            start = end

@@ -1,0 +1,1 @@
+"""Token shards: a corpus as tokens."""

@@ -1,0 +1,305 @@
+"""Learning from a sample of the corpus: passes of the model over it, of which only small sums are kept.
+
+Two passes for the second moments of the sides of gradients: with P_in drawn and the output axis as it is, each sample
+gives Y = G P_inᵀ, and E[Y Yᵀ] is E[G Gᵀ] but for noise; the other way round for E[Gᵀ G]. Neither is ever formed: a
+Nyström approximation from its products with a few random directions has the leading eigenvectors (Tropp et al. 2017,
+"Fixed-rank approximation of a positive-semidefinite matrix from streaming data"). A third pass measures the energy of
+the numbers of each block.
+
+Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient matrix, m its random directions.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ghoststore.corpus import Sample
+from ghoststore.errors import CorpusError, LayerError
+from ghoststore.progress import Progress
+from indexer.projection import draws
+from indexer.projection.allocation import share_out
+from indexer.projection.calibration import LEARNED, Calibration
+from indexer.encode.encoder import RowEncoder
+from indexer.encode.losses import Reduction
+from indexer.projection.adam import SideScales
+from indexer.encode.batching import plan_batches
+from indexer.projection.kfac import Factor, Preconditioner, directions
+from indexer.projection.matrices import BlockPlan, Projection, ProjectionPlan, drawn_sides
+from indexer.encode.tokens import Row
+
+OVERSAMPLING = 3
+"""Random directions for each eigenvector that is wanted."""
+LEAST_DIRECTIONS = 64
+"""In all: few eigenvectors of a slowly falling spectrum need more than that."""
+DRAWN_RANK = 64
+"""Of the side that is drawn while the other is learned."""
+ROUNDING = 2.0**-20
+"""Eigenvalues below this share of the largest are rounding of float32 sums."""
+BYTES_AT_ONCE = 64 << 20
+"""Of the blocks of a batch."""
+
+
+class SampleDraw:
+    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[int, int, Sample]] = []
+
+    def see(self, sample: Sample) -> None:
+        """One more."""
+        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
+        entry = (-lot, sample.source_row, sample)
+        if len(self._heap) < self._count:
+            heapq.heappush(self._heap, entry)
+        elif entry > self._heap[0]:
+            heapq.heapreplace(self._heap, entry)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those chosen, in the order of the corpus."""
+        return sorted((sample for _, _, sample in self._heap), key=lambda sample: sample.source_row)
+
+
+class Leading:
+    """The leading eigenvectors of a mean of Y Yᵀ whose terms go by: memory n × m."""
+
+    def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
+        self.k = k
+        m = _random_directions(n, k)
+        drawn = torch.eye(n) if m == n else torch.linalg.qr(torch.from_numpy(draws.gaussian(key, m, n)).t()).Q
+        self._directions = drawn.contiguous().to(device)
+        self._products = torch.zeros(n, m, device=device)
+        self._trace = torch.zeros((), dtype=torch.float64, device=device)
+        self._terms = 0
+
+    def add(self, y_NC: Tensor, terms: int) -> None:
+        """The sum of so many more terms, (n, columns)."""
+        self._products += y_NC @ (y_NC.t() @ self._directions)
+        self._trace += y_NC.double().square().sum()
+        self._terms += terms
+
+    def factor(self) -> Factor:
+        """Its k largest eigenvalues and their vectors, each with a positive sign at its largest number. ValueError if
+        the mean is zero or not finite.
+        """
+        products, directions = self._products.double().cpu() / self._terms, self._directions.double().cpu()
+        trace, size = float(self._trace) / self._terms, float(products.norm())
+        if not (0 < size < math.inf and 0 < trace < math.inf):
+            raise ValueError("the gradients are zero or not finite")
+        core = directions.t() @ products
+        inner, turn = torch.linalg.eigh((core + core.t()) / 2)
+        kept = inner > ROUNDING * inner[-1]
+        half = torch.zeros_like(products)
+        half[:, kept] = products @ turn[:, kept] * inner[kept].rsqrt()
+        left, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        rows, values = left[:, : self.k].t(), singular[: self.k].square()
+        signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        outside = len(left) - self.k
+        rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
+        return Factor((rows * signs).float().contiguous(), values.float(), rest)
+
+
+def calibrate(
+    model: Any,
+    plan: ProjectionPlan,
+    rows: Sequence[Row],
+    *,
+    reduction: Reduction,
+    batch_tokens: int,
+    scales: Mapping[str, SideScales] | None,
+    progress: Progress,
+    checkpointing: bool = False,
+    padding: bool = True,
+) -> Calibration:
+    """Learn from ``rows`` what ``plan`` needs: sides, a preconditioner, the sizes of sketches of layers.
+
+    Rows without a usable status are left out, and so are those whose loss or gradient is not finite, as in a build.
+    ``scales`` multiply both sides, as in :class:`Projection`. CorpusError if no row is usable, LayerError for a layer
+    whose gradients are zero, or not finite for any row.
+    """
+    usable = [row for row in rows if row.status.usable]
+    if not usable:
+        raise CorpusError(
+            f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
+            "used; give --proj-kind gaussian --proj-precondition none --proj-compress-by all"
+        )
+    run = _Passes(model, plan, usable, reduction, batch_tokens, scales, checkpointing, padding)
+    learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
+    passes = 2 * plan.config.learns_sides + plan.shared_out
+    with closing(progress.task("learning the projection", passes * len(usable))) as task:
+        run.advance = task.advance
+        if plan.config.learns_sides:
+            learned = replace(learned, **run.sides())
+        if plan.shared_out:
+            assert plan.compress is not None
+            concentrated = plan.config.kind == LEARNED and not plan.config.preconditioned
+            energies = run.energies(learned, alike=not concentrated)
+            learned = replace(learned, shares=share_out(energies, plan.compress, keep=concentrated))
+    return replace(learned, samples=run.finite)
+
+
+class _Passes:
+    """Passes of the model over the same rows."""
+
+    def __init__(
+        self, model: Any, plan: ProjectionPlan, rows: Sequence[Row], reduction: Reduction, batch_tokens: int,
+        scales: Mapping[str, SideScales] | None, checkpointing: bool, padding: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.plan, self.rows = model, plan, rows
+        self.reduction: Reduction = reduction
+        self.batch_tokens, self.scales, self.checkpointing, self.padding = batch_tokens, scales, checkpointing, padding
+        self.finite = len(rows)
+        """Rows of the last pass whose loss and gradient were finite: those that count."""
+        self.device = next(model.parameters()).device
+        self.advance: Callable[[int, int], None] = lambda rows, tokens: None
+
+    def sides(self) -> dict[str, Any]:
+        """``sides`` and ``preconditioner`` of a calibration. Scales are not in them."""
+        config = self.plan.config
+        f_out, f_in = self._factors("out"), self._factors("in")
+        preconditioner = None
+        if config.preconditioned:
+            factors = {name: (f_in[name].leading(), f_out[name].leading()) for name in f_in}
+            preconditioner = Preconditioner(factors, config.damping)
+        sides = {}
+        for layer in self.plan.layers:
+            name = layer.block.name
+            if config.kind == LEARNED:
+                pair = (f_in[name].vectors[: layer.k_in], f_out[name].vectors[: layer.k_out])
+            else:
+                pair = drawn_sides(config, layer)
+            sides[name] = pair if preconditioner is None else preconditioner.sides(name, *pair)
+        return {"sides": sides, "preconditioner": preconditioner}
+
+    def energies(self, learned: Calibration, *, alike: bool) -> list[Tensor]:
+        """(k_out · k_in,) float64: the mean square of each number of each block, or, where ``alike``, their mean."""
+        sides = {}
+        for layer in self.plan.layers:
+            name = layer.block.name
+            pair = drawn_sides(self.plan.config, layer) if learned.sides is None else learned.sides[name]
+            if self.scales is not None:
+                pair = (pair[0] * self.scales[name].scale_in, pair[1] * self.scales[name].scale_out)
+            sides[name] = pair
+        sums = [torch.zeros(layer.stop - layer.start, dtype=torch.float64) for layer in self.plan.layers]
+        for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
+            for total, block_BKJ in zip(sums, blocks, strict=True):
+                total += block_BKJ.flatten(1).double().square().sum(0).cpu()
+        means = [total / self.finite for total in sums]
+        return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
+
+    def _factors(self, axis: str) -> dict[str, Factor]:
+        """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
+        layers, sums, sides = self.plan.layers, [], {}
+        for layer in layers:
+            block = layer.block
+            n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
+            most = _eigenvectors(self.plan, n, k)
+            sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
+            other = self._drawn(layer, "in" if axis == "out" else "out")
+            sides[block.name] = (other, None) if axis == "out" else (None, other)
+        for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
+            for layer, total, block_BKJ in zip(layers, sums, blocks, strict=True):
+                total.add(self._laid(layer, axis, block_BKJ), len(block_BKJ))
+        found = {}
+        for layer, total in zip(layers, sums, strict=True):
+            try:
+                found[layer.block.name] = total.factor()
+            except (ValueError, RuntimeError) as error:
+                raise _nothing_to_learn(layer.block.name, str(error)) from error
+        return found
+
+    def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
+        """The side that the other axis is learned with, scaled; None: the axis as it is."""
+        n = layer.block.n_in if axis == "in" else layer.block.n_out
+        if n <= DRAWN_RANK and self.scales is None:
+            return None
+        exact = n <= DRAWN_RANK
+        key = _key(layer, f"learning {axis}")
+        side = torch.eye(n) if exact else torch.from_numpy(draws.gaussian(key, DRAWN_RANK, n))
+        if self.scales is None:
+            return side
+        pair = self.scales[layer.block.name]
+        return side * (pair.scale_in if axis == "in" else pair.scale_out)
+
+    def _laid(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
+        """(n, columns): the axis that is learned first, its scales multiplied, all samples' numbers behind it."""
+        laid = (block_BKJ.permute(1, 0, 2) if axis == "out" else block_BKJ.permute(2, 0, 1)).flatten(1)
+        if self.scales is None:
+            return laid
+        pair = self.scales[layer.block.name]
+        scale = pair.scale_out if axis == "out" else pair.scale_in
+        return laid * scale.to(laid.device).unsqueeze(1)
+
+    def _blocks(self, projection: Projection) -> Iterator[list[Tensor]]:
+        """Blocks (B, K, J) of all layers, batch by batch, of the rows that are finite."""
+        layers = projection.plan.layers
+        most = max(1, BYTES_AT_ONCE // (4 * projection.plan.kronecker_dimension))
+        self.finite, broken = 0, ""
+        with RowEncoder(self.model, projection, reduction=self.reduction, checkpointing=self.checkpointing) as encoder:
+            lengths = [len(row.tokens) for row in self.rows]
+            for batch in plan_batches(lengths, self.batch_tokens, padding=self.padding):
+                for start in range(0, len(batch), most):
+                    some = [self.rows[place] for place in batch[start : start + most]]
+                    vectors, losses = encoder(some)
+                    finite = vectors.isfinite().all(1) & losses.isfinite()
+                    if not bool(finite.all()):
+                        broken = next((one.block.name for one in layers if not _finite(vectors, one)), broken)
+                        vectors = vectors[finite]
+                    self.finite += len(vectors)
+                    yield [
+                        vectors[:, layer.start : layer.stop].view(len(vectors), layer.k_out, layer.k_in)
+                        for layer in layers
+                    ]
+                    self.advance(len(some), sum(len(row.tokens) for row in some))
+        if not self.finite:
+            raise _nothing_to_learn(broken or layers[0].block.name, "the gradients are not finite")
+
+
+def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
+    return bool(vectors[:, layer.start : layer.stop].isfinite().all())
+
+
+def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
+    """Those wanted of an axis of n whose rank is k."""
+    return max(k if plan.config.kind == LEARNED else 1, directions(n) if plan.config.preconditioned else 1)
+
+
+def _random_directions(n: int, k: int) -> int:
+    """m, for k eigenvectors of an axis of n."""
+    return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
+
+
+def learning_bytes(plan: ProjectionPlan) -> int:
+    """Estimate of the memory that learning takes beside the model: random directions and their products for the larger
+    side of the layers, and the blocks of a batch, three times over.
+    """
+    if not plan.config.calibrated:
+        return 0
+    sides = (
+        sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
+        for axes in ([(one.n_out, one.k_out) for one in plan.shapes], [(one.n_in, one.k_in) for one in plan.shapes])
+    )
+    return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
+
+
+def _key(layer: BlockPlan, what: str) -> str:
+    """Without the projection's seed: what is learned is of the corpus."""
+    return f"ghoststore/1|calibration|layer={layer.block.name}|{what}"
+
+
+def _nothing_to_learn(layer: str, problem: str) -> LayerError:
+    return LayerError(
+        f"layer {layer!r}: no projection can be learned from the sample of the corpus ({problem}); leave the layer out "
+        f"with --exclude-layers {layer!r}, or give --proj-kind gaussian --proj-precondition none "
+        "--proj-compress-by all"
+    )

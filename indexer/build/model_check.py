@@ -1,0 +1,204 @@
+"""What a build finds out about a model before its first row: whether its vectors would be the samples' own gradients.
+
+On a few tokens of the corpus: the samples are the first axis of every layer, each block is the one that autograd gives
+for a sample alone, and neither batch mates nor padding change it. What fails is refused by name; a model that padding
+changes is built in batches of rows of one length.
+
+Legend: B samples, K and J the ranks of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghoststore.corpus import Sample
+from ghoststore.errors import CaptureError
+from ghoststore.store.part.status import Status
+from indexer.projection import draws
+from indexer.encode.encoder import RowEncoder, forward_options, pad
+from indexer.layers import layer_type_by_name
+from indexer.encode.losses import Reduction, next_token_losses_plainly
+from indexer.encode.plain import ArrivingBlocks
+from indexer.projection.matrices import Projection, ProjectionPlan
+from indexer.encode.tokens import Row, Tokens
+from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe
+
+LENGTHS = (7, 5, 3)
+"""Tokens of the samples that are compared with autograd, or fewer where rows are shorter."""
+SIDE = 4
+"""Ranks of the blocks that are compared: no layer's gradient passes sixteen random sums unseen."""
+ROWS_LOOKED_AT = 16
+"""Usable rows of the corpus whose tokens are tried."""
+TOLERANCE, NARROW_TOLERANCE = 1e-2, 0.2
+"""Relative difference of a block that is more than rounding, in float32 and in 16 bits. Large random weights bring
+float32 itself to 2e-3; what is wrong is wrong by far more.
+"""
+LOGITS_TOLERANCE, NARROW_LOGITS_TOLERANCE = 1e-2, 0.1
+FAINT = 1e-3
+"""A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
+NAMED = 12
+
+
+class ModelCheck:
+    """``ModelCheck(model, plan, rows).run()`` says whether rows of different lengths may share a batch.
+
+    ``rows`` are some of the corpus, ``longest`` the most tokens that a row may have; ``alone``: every row will have a
+    batch of its own. The model is left as it was. Takes about the time of sixty tokens, forward and backward, and of
+    one and a half rows of ``longest``, forward; memory for the largest layer's gradient.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: ProjectionPlan,
+        rows: Sequence[Row],
+        *,
+        longest: int,
+        reduction: Reduction = "mean",
+        checkpointing: bool = False,
+        alone: bool = False,
+    ) -> None:
+        self._model, self._plan, self._reduction = model, plan, reduction
+        self._alone, self._longest = alone, longest
+        self._checkpointing = checkpointing
+        self._tokens = [row.tokens for row in rows if row.status.usable]
+        self._narrow = model.dtype in (torch.float16, torch.bfloat16)
+        self._options = forward_options(model)
+
+    def run(self) -> bool:
+        """False if padding changes what the model makes of a row.
+
+        CaptureError that names every layer whose vectors would not be those of single samples.
+        """
+        if not self._tokens:
+            return True  # no row will have a vector
+        self._refuse_mixed_axes()
+        projection = self._probing()
+        alike = [self._row(place, LENGTHS[0]) for place in range(len(LENGTHS))]
+        self._refuse_other_gradients(projection, alike)
+        return self._alone or (self._pads_in_small(projection, alike) and self._pads_at_length())
+
+    def _row(self, place: int, length: int) -> Row:
+        """A row of ``length`` tokens of the corpus (fewer where no row may be as long), another for each ``place``."""
+        tokens: Tokens = self._ids(min(length, self._longest), place).int().numpy()
+        return Row(Sample(place, "", None, "", -1, 0), 0, 0, tokens, 1, Status.OK)
+
+    def _ids(self, length: int, place: int = 0) -> Tensor:
+        """(length,): tokens of the corpus, over and over."""
+        ids = torch.cat([torch.from_numpy(tokens) for tokens in self._tokens]).long()
+        return ids.roll(-place * length).repeat(-(-length // len(ids)))[:length]
+
+    def _losses(self, rows: Sequence[Row]) -> Tensor:
+        device = next(self._model.parameters()).device
+        ids, labels, mask = (x.to(device) for x in pad(rows))
+        logits = self._model(input_ids=ids, attention_mask=mask, **self._options).logits
+        return next_token_losses_plainly(logits, labels, reduction=self._reduction)[0]
+
+    def _refuse_mixed_axes(self) -> None:
+        """CaptureError that names every layer whose rows are not the samples'."""
+        uses = [use for layer in self._plan.layers for use in layer.block.uses]
+        probe = AxisProbe(self._model, {use.module: layer_type_by_name(use.type) for use in uses})
+        for size, length in [(1, 5)] if self._alone else zip(PROBE_SIZES, (5, 7), strict=True):
+            rows = [self._row(place, length) for place in range(size)]
+            probe.run(lambda rows=rows: self._losses(rows), size)  # type: ignore[misc]
+        probe.refuse()
+
+    def _probing(self) -> Projection:
+        """Small random sides, whatever the plan's projection is and learns."""
+        sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        for layer in self._plan.layers:
+            block = layer.block
+            pair = ((name, n, min(SIDE, n)) for name, n in (("in", block.n_in), ("out", block.n_out)))
+            p_in, p_out = (
+                torch.from_numpy(draws.gaussian(f"ghoststore/1|examining|layer={block.name}|{side}", k, n))
+                for side, n, k in pair
+            )
+            sides[block.name] = (p_in, p_out)
+        return Projection.with_sides(self._plan, sides)
+
+    def _vectors(self, projection: Projection, batches: Sequence[Sequence[Row]]) -> Tensor:
+        """(B, D): the engine's vectors of all rows of ``batches``."""
+        with RowEncoder(
+            self._model, projection, reduction=self._reduction, checkpointing=self._checkpointing
+        ) as encoder:
+            return torch.cat([encoder(rows).vectors for rows in batches])
+
+    def _refuse_other_gradients(self, projection: Projection, rows: Sequence[Row]) -> None:
+        """CaptureError unless the rows' blocks in one batch are those of plain autograd of each alone."""
+        projection.to(next(self._model.parameters()).device)
+        plain: list[Tensor] = []
+        for row in rows:
+            with ArrivingBlocks(self._model, projection) as arriving:
+                (loss,) = self._losses([row])
+                loss.backward()
+                plain.append(projection.assemble([block.unsqueeze(0) for block in arriving.blocks()]))
+        expected_BD = torch.cat(plain)
+        if not bool(expected_BD.isfinite().all()):
+            return  # such rows get a status of their own
+        together = {} if self._alone else self._wrong(projection, self._vectors(projection, [rows]), expected_BD)
+        if not together and not self._alone:
+            return
+        alone = self._wrong(projection, self._vectors(projection, [[row] for row in rows]), expected_BD)
+        if not together and not alone:
+            return
+        if alone:
+            raise CaptureError(
+                f"the vectors of {len(alone)} layer(s) would not be autograd's gradients: {_named(alone)}. A weight is "
+                "used where the engine does not see it (other than by calling its layer), or a layer computes "
+                "something else than its class says. Call the layer itself, or leave it out: --exclude-layers "
+                f"'{','.join(alone)}'"
+            )
+        raise CaptureError(
+            f"{type(self._model).__name__} gives a sample another gradient beside others than alone, in "
+            f"{len(together)} layer(s): {_named(together)}. Something mixes the samples of a batch, such as a "
+            "statistic over it or routing with a capacity: such a model cannot be built in batches; give "
+            "--batch-tokens 1"
+        )
+
+    def _wrong(self, projection: Projection, found_BD: Tensor, expected_BD: Tensor) -> dict[str, float]:
+        """Relative errors by layer, of those that are more than rounding."""
+        floor_B = FAINT * expected_BD.norm(dim=1)
+        wrong = {}
+        for layer in projection.plan.layers:
+            expected, found = (x[:, layer.start : layer.stop] for x in (expected_BD, found_BD))
+            error_B = (found - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), floor_B)
+            error = float(error_B.nan_to_num(nan=0.0).max())  # 0 ÷ 0: a layer without a gradient
+            if not error <= (NARROW_TOLERANCE if self._narrow else TOLERANCE):
+                wrong[layer.block.name] = error
+        return wrong
+
+    def _pads_in_small(self, projection: Projection, rows: Sequence[Row]) -> bool:
+        cut = [self._row(place, length) for place, length in enumerate(LENGTHS)]
+        alone_BD = self._vectors(projection, [[row] for row in cut])
+        return not self._wrong(projection, self._vectors(projection, [cut]), alone_BD)
+
+    def _pads_at_length(self) -> bool:
+        """Half of the longest row there may be, alone and padded to the whole: some attention leaves out tokens beyond
+        a length. Not the longest row of the corpus: what is asked of the part may be longer.
+        """
+        half = self._ids(max(1, self._longest // 2))
+        padded = torch.cat([half, torch.zeros(self._longest - len(half), dtype=torch.long)])
+        alone, beside = (self._logits(ids, len(half)) for ids in (half, padded))
+        spread = float((alone - alone.mean(-1, keepdim=True)).norm())
+        moved = float((beside - alone).norm())
+        return moved <= (NARROW_LOGITS_TOLERANCE if self._narrow else LOGITS_TOLERANCE) * spread
+
+    def _logits(self, ids: Tensor, real: int) -> Tensor:
+        """(real, V) float32: of the first ``real`` of ``ids``, the others being padding."""
+        device = next(self._model.parameters()).device
+        mask = (torch.arange(len(ids)) < real).long()
+        with torch.no_grad():
+            output = self._model(
+                input_ids=ids.unsqueeze(0).to(device), attention_mask=mask.unsqueeze(0).to(device), **self._options
+            )
+        logits: Tensor = output.logits[0, :real].float()
+        return logits
+
+
+def _named(errors: dict[str, float]) -> str:
+    shown = ", ".join(f"{name} ({error:.2g})" for name, error in list(errors.items())[:NAMED])
+    return shown + (f" and {len(errors) - NAMED} more" if len(errors) > NAMED else "")

@@ -1,0 +1,23 @@
+"""Which rows share a batch: fixed by their lengths and the budget, so that a span built again has the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padding: bool = True) -> list[list[int]]:
+    """Batches of places in ``lengths``: longest first, equal lengths by place, as many as fit the budget.
+
+    A batch of b samples whose longest has t tokens costs b·t ≤ ``batch_tokens``, except that a sample that is
+    longer than the budget has a batch of its own. Without ``padding``, the samples of a batch have one length.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    batches, start = [], 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        stop = min(len(order), start + max(1, batch_tokens // max(1, longest)))
+        while not padding and lengths[order[stop - 1]] != longest:
+            stop -= 1
+        batches.append(order[start:stop])
+        start = stop
+    return batches

@@ -1,0 +1,152 @@
+"""From rows of tokens to vectors: a causal language model, its engine, and each row's own loss.
+
+Legend: B rows of a batch, T tokens of the longest, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Task
+from indexer.encode.batching import plan_batches
+from indexer.encode.engine import GradProjLoraEngine, refuse_randomness
+from indexer.encode.losses import IGNORED, Reduction, next_token_losses
+from indexer.encode.tokens import Row
+from indexer.projection.matrices import Projection
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class Encoded(NamedTuple):
+    """Some rows: on the model's device, nothing waited for, or on the CPU."""
+
+    vectors: Tensor
+    """(B, D) float32."""
+    losses: Tensor
+    """(B,) float32."""
+
+
+class RowEncoder:
+    """``with RowEncoder(model, projection) as encoder: encoder(rows)``; the model is restored at the end."""
+
+    def __init__(
+        self,
+        model: Any,
+        projection: Projection,
+        *,
+        reduction: Reduction = "mean",
+        checkpointing: bool = False,
+        padding: bool = True,
+    ) -> None:
+        self.model = model
+        self.padding = padding
+        """Whether rows of different lengths share a batch of :func:`encode_rows`."""
+        self.reduction: Reduction = reduction
+        # A build examines the model before its first row (indexer.build.model_check); what follows runs the same model.
+        self.engine = GradProjLoraEngine(model, projection=projection, check=False)
+        self.device = next(model.parameters()).device
+        self._extra = forward_options(self.engine.model)
+        self._checkpointing = checkpointing
+        self._changed: list[tuple[Any, bool, dict[str, Any]]] = []
+
+    def __enter__(self) -> RowEncoder:
+        self.engine.attach()
+        try:
+            if self._checkpointing:
+                self._enable_checkpointing()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.engine.detach()
+        for module, training, before in self._changed:
+            module.training = training
+            for name in CHECKPOINTING:
+                vars(module).pop(name, None)
+            vars(module).update(before)
+        self._changed = []
+
+    def _enable_checkpointing(self) -> None:
+        """Recompute activations in backward. transformers does so in training mode only: the layers that
+        checkpoint, and nothing below them, are put in that mode, so no dropout comes alive. Set by hand:
+        ``gradient_checkpointing_enable`` leaves a hook on the embeddings behind.
+        """
+        module: Any
+        for module in self.engine.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                before = {name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)}
+                self._changed.append((module, module.training, before))
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                module.training = True
+        if not self._changed:
+            raise UsageError(f"{type(self.engine.model).__name__} does not support gradient checkpointing")
+        refuse_randomness(self.engine.model)
+
+    def __call__(self, rows: Sequence[Row]) -> Encoded:
+        """Vectors and losses of ``rows``, which must all have a usable status. Padded on the right."""
+        ids, labels, mask = pad(rows)
+        ids, labels, mask = (x.to(self.device, non_blocking=True) for x in (ids, labels, mask))
+        self.engine.prepare(len(rows))
+        logits = self.model(input_ids=ids, attention_mask=mask, **self._extra).logits
+        losses, _ = next_token_losses(logits, labels, reduction=self.reduction)
+        del logits
+        vectors = self.engine.collect(losses)
+        return Encoded(vectors, losses.detach())
+
+
+def forward_options(model: Any) -> dict[str, Any]:
+    """What the model's forward is called with beside its inputs."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:
+    """Vectors and losses of many ``rows``, on the CPU; zeros for rows without a usable status.
+
+    In batches of at most ``batch_tokens`` padded tokens. The device computes on while results wait on it; they come
+    back once.
+    """
+    usable = [place for place, row in enumerate(rows) if row.status.usable]
+    vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
+    losses = torch.zeros(len(rows), device=encoder.device)
+    task.advance(len(rows) - len(usable))
+    lengths = [len(rows[place].tokens) for place in usable]
+    for batch in plan_batches(lengths, batch_tokens, padding=encoder.padding):
+        places = [usable[index] for index in batch]
+        encoded = encoder([rows[place] for place in places])
+        where = torch.tensor(places, device=encoder.device)
+        vectors.index_copy_(0, where, encoded.vectors)
+        losses.index_copy_(0, where, encoded.losses)
+        task.advance(len(places), sum(len(rows[place].tokens) for place in places))
+    return Encoded(vectors.cpu(), losses.cpu())
+
+
+def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, labels, mask), each (B, T) int64, padded on the right with id 0, label -100, mask 0.
+
+    Labels are the ids, -100 before a row's first target.
+    """
+    length = max(len(row.tokens) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        tokens = torch.from_numpy(row.tokens).long()
+        count = len(tokens)
+        ids[place, :count] = tokens
+        labels[place, row.first_target : count] = tokens[row.first_target :]
+        mask[place, :count] = 1
+    return ids, labels, mask

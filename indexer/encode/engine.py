@@ -1,0 +1,301 @@
+"""GradProjLoraEngine: per-sample projected gradients of any model, from one backward pass of a batch.
+
+Legend: B samples of a batch, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ghoststore.errors import CaptureError, UsageError
+from indexer.encode.activations import lean_activations
+from indexer.encode.branch import SideBranch
+from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
+from indexer.encode.sample_axis import Witness, refuse_mixed
+from indexer.layers import layer_type_by_name
+from indexer.layers.base import by_sample, input_of, output_problem
+from indexer.projection.matrices import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.selection import Use, select_blocks
+
+TESTED_BATCHES = 2
+"""Batches of two samples or more whose losses are reweighted: a layer that routes tokens may look right in one."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module under ``torch.compile``'s wrapper: the one whose names and layers count."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def refuse_randomness(model: nn.Module) -> None:
+    """UsageError if a forward pass of ``model`` is random or mixes the samples of a batch.
+
+    Seen: dropout modules in training mode, modules in training mode with a positive attribute whose name
+    contains "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
+    """
+    for name, module in model.named_modules():
+        where = name or type(model).__name__
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise UsageError(
+                f"{where} is a {type(module).__name__} that mixes the samples of a batch; call model.eval()"
+            )
+        if not module.training:
+            continue
+        rates = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else vars(module)
+        for attribute, value in rates.items():
+            named = attribute == "p" or "dropout" in attribute
+            if named and isinstance(value, float) and value > 0.0:
+                raise UsageError(
+                    f"{where} ({type(module).__name__}) is in training mode with {attribute}={value}: gradients would "
+                    "be random; call model.eval()"
+                )
+
+
+class GradProjLoraEngine:
+    """Side branches on the selected layers of ``model``; nothing in the model changes.
+
+    ::
+
+        with GradProjLoraEngine(model, ProjectionConfig(seed=7)) as engine:
+            for x, y in batches:
+                engine.prepare(len(x))
+                losses_B = loss_of_each_sample(model(x), y)
+                vectors_BD = engine.collect(losses_B)
+
+    While attached, every parameter is frozen; on exit, also after an exception, each gets back the
+    ``requires_grad`` it had and every hook is gone. Outputs are bit-identical with and without the engine.
+
+    That the samples are the first axis of every layer is tested in the first two batches of more than one sample: by a
+    second backward pass of reweighted losses (:mod:`indexer.encode.sample_axis`; not of a compiled model) and forward
+    passes of some samples (:mod:`indexer.encode.forward_probe`; where the model itself is called). ``check=False``
+    trusts that they are.
+
+    Raises LayerError for layers that cannot be projected, UsageError for a model whose forward is random.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ProjectionConfig | None = None,
+        *,
+        projection: Projection | None = None,
+        check: bool = True,
+    ) -> None:
+        self.model = unwrap(model)
+        self._given = model
+        refuse_randomness(self.model)
+        if projection is None:
+            config = config or ProjectionConfig()
+            selection = select_blocks(
+                self.model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
+            )
+            projection = Projection(ProjectionPlan.of(selection, config))
+        self.projection = projection
+        self._leaves: dict[str, Tensor] = {}
+        self._batch = 0
+        self._handles: list[RemovableHandle] = []
+        self._lean = ExitStack()
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._ran: set[str] = set()
+        self._tests_left = TESTED_BATCHES if check else 0
+        self._witness: Witness | None = None
+        self._keeper: CallKeeper | None = None
+
+    @property
+    def dimension(self) -> int:
+        """D, the numbers in a vector."""
+        return self.projection.plan.dimension
+
+    def __enter__(self) -> GradProjLoraEngine:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Freeze the parameters and put the branches in place. UsageError if attached already."""
+        if self._handles:
+            raise UsageError("this engine is attached already; call detach() first")
+        refuse_randomness(self.model)
+        device = next(self.model.parameters()).device
+        self.projection.to(device)
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            if self._tests_left:
+                self._keeper = CallKeeper(self._given)
+            self._lean.enter_context(lean_activations(self.model))
+            for parameter, _ in self._flags:
+                parameter.requires_grad_(False)
+            for layer in self.projection.plan.layers:
+                for use in layer.block.uses:
+                    module = self.model.get_submodule(use.module)
+                    hook = self._hook(layer, use, module)
+                    # First of all hooks: another may change what the layer puts out.
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take every branch away and give every parameter its own ``requires_grad`` back."""
+        self._lean.close()
+        if self._keeper is not None:
+            self._keeper.remove()
+            self._keeper = None
+        for handle in self._handles:
+            handle.remove()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._handles, self._flags, self._leaves = [], [], {}
+
+    def prepare(self, batch_size: int) -> None:
+        """Open the branches for one forward pass of ``batch_size`` samples (first axis of every layer)."""
+        if not self._handles:
+            raise UsageError("the engine is not attached; use it as a context manager or call attach()")
+        if batch_size < 1:
+            raise UsageError(f"a batch has at least one sample, not {batch_size}")
+        device = next(self.model.parameters()).device
+        self._batch = batch_size
+        self._ran = set()
+        tested = self._tests_left > 0 and batch_size > 1
+        compiled = self._given is not self.model
+        self._witness = Witness(device) if tested and not compiled else None
+        if self._keeper is not None:
+            self._keeper.call, self._keeper.wanted = None, tested
+        self._leaves = {
+            # One number seen as (B, k_out, k_in): the leaf costs nothing.
+            layer.block.name: torch.zeros((), device=device)
+            .expand(batch_size, layer.k_out, layer.k_in)
+            .requires_grad_(True)
+            for layer in self.projection.plan.layers
+        }
+
+    def collect(self, losses_B: Tensor) -> Tensor:
+        """The vectors (B, D), float32, of the prepared batch, from each sample's own loss.
+
+        ``losses_B[i]`` must depend on sample i alone. One call to each :meth:`prepare`.
+
+        Raises CaptureError if a branch was not reached, or (first batches) if a layer mixes samples: nothing of the
+        batch may be used then.
+        """
+        if losses_B.shape != (self._batch,):
+            raise CaptureError(
+                f"losses have shape {tuple(losses_B.shape)}; one each for {self._batch} samples is needed"
+            )
+        if not self._leaves:
+            raise UsageError("the batch has been collected already; call prepare() before each forward pass")
+        plan = self.projection.plan
+        missing = [use.module for layer in plan.layers for use in layer.block.uses if use.module not in self._ran]
+        if missing:
+            raise CaptureError(
+                f"the forward pass did not run {len(missing)} projected layer(s): {', '.join(missing[:5])}. "
+                "A model that was compiled and run before the engine was attached keeps its old graph (attach first, "
+                "or torch._dynamo.reset()); a layer that this input does not use must be left out"
+            )
+        leaves = [self._leaves[layer.block.name] for layer in plan.layers]
+        if not losses_B.requires_grad:
+            raise CaptureError(
+                "the losses carry no gradient: was the forward pass under torch.no_grad(), or checkpointed with "
+                "use_reentrant=True? Use use_reentrant=False"
+            )
+        try:
+            blocks = self._blocks(losses_B, leaves)
+        except RuntimeError as error:
+            if "use_reentrant=True" in str(error):
+                raise CaptureError(
+                    "gradient checkpointing with use_reentrant=True cannot be captured; use use_reentrant=False"
+                ) from error
+            raise
+        finally:
+            self._leaves, self._witness = (
+                {},
+                None,
+            )  # not earlier: checkpointing runs the forward, and so the branches, again
+        unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
+        if unreached:
+            raise CaptureError(
+                f"the loss does not depend on {len(unreached)} projected layer(s): {', '.join(unreached[:5])}; leave "
+                "them out with exclude_layers. Gradient checkpointing with use_reentrant=True hides layers: use "
+                "use_reentrant=False"
+            )
+        return self.projection.assemble([block for block in blocks if block is not None])
+
+    def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """The blocks of the leaves' layers; in the first batches held against those of reweighted losses."""
+        witness = self._witness
+        if witness is not None:
+            try:
+                with witness.plain():
+                    blocks = torch.autograd.grad(losses_B.sum(), leaves, retain_graph=True, allow_unused=True)
+                witness.weighted(losses_B, leaves)
+            except RuntimeError as error:
+                if "donated buffer" not in str(error):
+                    raise
+                witness = None  # compiled in place: its graph is used up by one backward pass
+        if witness is None:
+            blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
+        if self._tests_left and self._batch > 1:
+            self._leaves = {}  # the branches leave what follows alone
+            self._check(witness)
+        return blocks
+
+    def _check(self, witness: Witness | None) -> None:
+        """Refuse what mixes samples, by reweighted losses and by forward passes of some samples of the batch.
+
+        Without a ``witness`` (a compiled model, whose graph one backward pass uses up) by the latter alone; and so for
+        layers that got no gradient: a branch that begins at zero says nothing of what is before it. Where neither can
+        tell of a layer, the next batch is tested.
+        """
+        told: set[str] = set()
+        if witness is not None and witness.finite:
+            refuse_mixed(witness.problems(), len(self._ran))
+            told = witness.seen
+        call = None if self._keeper is None else self._keeper.call
+        if call is not None:
+            try:
+                problems = strangers(self.model, call, self._batch, self._ran, outputs=not told)
+            except CannotRun:
+                if not told:
+                    raise
+                call, problems = None, {}
+            # Without a graph a fused kernel may stand in for layers: these have shown themselves.
+            left = {name: words for name, words in problems.items() if words != ABSENT or name not in told}
+            refuse_mixed(left, len(self._ran))
+        if call is not None or told == self._ran:
+            self._tests_left -= 1
+
+    def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
+        """The forward hook of one use; without a prepared batch it leaves the output alone."""
+        name = layer.block.name
+        layer_type = layer_type_by_name(use.type)
+        sides = self.projection.sides_of(layer.block, use, module)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            leaf = self._leaves.get(name)
+            if leaf is None:
+                return None
+            x = input_of(args, kwargs)
+            if self._witness is not None:
+                problem = output_problem(layer_type, module, x, y)
+                refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
+            x, y = by_sample(x, y, self._batch, layer_type, use.module)
+            with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
+                kept = layer_type.keep(module, x, sides, y.dtype)
+            self._ran.add(use.module)
+            output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
+                y, leaf, kept, module, layer_type, sides, use.flipped
+            )
+            return output if self._witness is None else self._witness.tap(use.module, output)
+
+        return hook

@@ -1,0 +1,213 @@
+"""Do the rows of a layer's input follow the samples of the batch, whatever their company?
+
+The model runs again, without a graph, on the whole batch, on two and three samples of it and on single ones: a layer's
+input must have as many rows, and each row must be the one that its sample has in the whole. That the gradients at a
+layer's output belong to the samples is what :mod:`indexer.encode.sample_axis` shows; this shows that nothing before the
+layer mixes them, and stands in where there is one training loss alone, which cannot be reweighted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ghoststore.errors import CaptureError
+from indexer.encode.modes import autocast_dtype, buffers_kept, device_type, devices_of, evaluating
+from indexer.encode.sample_axis import NARROW_TOLERANCE, TOLERANCE, can_be_cut, row_sums, taken
+from indexer.layers import layer_type_of
+from indexer.layers.base import axis_problem, by_sample, input_of
+
+ABSENT = "does not run in eval mode"
+_MIXED = "its input does not follow the samples: they are mixed, routed or in another order"
+_UNKNOWN = "so it cannot be told which axis of each layer carries the samples; check=False trusts that it is the first"
+ALONE = 16
+"""Samples that run alone: all of a small batch."""
+
+
+class CannotRun(CaptureError):
+    """The model does not run on some of the samples of a batch alone."""
+
+
+class Call(NamedTuple):
+    """What the model was called with, and under which autocast."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: torch.dtype | None
+
+
+class CallKeeper:
+    """Keeps what the model was called with last, while it is asked to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.call: Call | None = None
+        self.wanted = False
+        self._handle: RemovableHandle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.wanted and torch.is_grad_enabled():
+            self.call = Call(args, dict(kwargs), autocast_dtype(module))
+
+    def remove(self) -> None:
+        """Take the hook away and let go of the call."""
+        self._handle.remove()
+        self.call = None
+
+
+def strangers(
+    model: nn.Module, call: Call, batch: int, layers: Iterable[str], *, outputs: bool = False
+) -> dict[str, str]:
+    """Of ``layers``, those whose input does not follow the ``batch`` samples of ``call``, and what is wrong, in words.
+
+    The model runs in eval mode and, if it is in training mode and nothing in it is random, in that, too; its mode, its
+    buffers and the random state are put back. A layer that does not run in eval mode is one of them: nothing is known
+    of it. With ``outputs`` the model's own rows must follow the samples, too (else CaptureError).
+
+    CannotRun where the model takes no other batch than the whole one, or is another function each time.
+    """
+    probe = _Probe(model, call, batch, set(layers))
+    autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
+    with buffers_kept(model), torch.no_grad(), autocast:
+        with evaluating(model):
+            probe.follow(outputs=outputs, absent=ABSENT)
+        if model.training and not probe.random():
+            probe.follow(outputs=outputs, absent=None)
+    return probe.problems
+
+
+class _Probe:
+    """Runs of a model on some of the samples of a batch, compared with its run on all."""
+
+    def __init__(self, model: nn.Module, call: Call, batch: int, names: set[str]) -> None:
+        self.model, self.call, self.batch, self.names = model, call, batch, names
+        self.problems: dict[str, str] = {}
+        self._expanded: set[str] = set()
+
+    def random(self) -> bool:
+        """Whether two runs draw numbers that matter."""
+        first, second = self._rows(range(self.batch), seed=1)[0], self._rows(range(self.batch), seed=2)[0]
+        return any(
+            len(rows) != len(second.get(name, [])) or not all(map(_same_rows, rows, second[name]))
+            for name, rows in first.items()
+        )
+
+    def follow(self, *, outputs: bool, absent: str | None) -> None:
+        """Compare the rows of single samples, of two and of three with those of all. ``absent`` is the problem of a
+        layer that does not run.
+        """
+        last = self.batch - 1
+        alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
+        whole, output = self._rows(range(self.batch))
+        self._refuse_other_output(output)
+        for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
+            seen, part = self._rows(places)
+            for name in self.names - set(self.problems):
+                expected, found = whole.get(name, []), seen.get(name, [])
+                if not expected and absent is not None:
+                    self.problems[name] = absent
+                elif len(expected) != len(found):
+                    self.problems[name] = "runs more often for some samples of a batch than for all of them"
+                elif not all(_same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
+                    self.problems[name] = _MIXED
+            if outputs and not _rows_follow(output, part, places, self.batch):
+                raise CaptureError(
+                    f"a row of what {type(self.model).__name__} puts out changes with the batch mates of its sample: "
+                    "something mixes the samples of a batch, so none has a gradient of its own"
+                )
+
+    def _refuse_other_output(self, watched: Any) -> None:
+        """Positions are seen once a sample in the run that is watched: that must change nothing. CannotRun where the
+        model is another function each time.
+        """
+        if _same_output(watched, self._run(range(self.batch), seed=1)):
+            return
+        if self._expanded and not _same_output(watched, self._run(range(self.batch))):
+            self.problems |= dict.fromkeys(self._expanded, "an index for the whole batch, not of positions")
+            return
+        raise CannotRun(f"{type(self.model).__name__} gives another output each time it runs, {_UNKNOWN}")
+
+    def _rows(self, places: Sequence[int], seed: int | None = None) -> tuple[dict[str, list[Tensor]], Any]:
+        """Random sums of the rows of each layer's input, call by call, and the model's output."""
+        seen: dict[str, list[Tensor]] = {}
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                self._hook(name, len(places), seen), with_kwargs=True, prepend=True
+            )
+            for name in self.names
+        ]
+        try:
+            return seen, self._run(places, seed)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _run(self, places: Sequence[int], seed: int | None = None) -> Any:
+        given = (self.call.args, self.call.kwargs)
+        if len(places) != self.batch and not can_be_cut(given, self.batch):
+            raise CannotRun(
+                f"{type(self.model).__name__} is called with nothing whose first axis is the {self.batch} samples of "
+                f"the batch, {_UNKNOWN}"
+            )
+        args, kwargs = taken(given, places, self.batch)
+        with torch.random.fork_rng(devices=devices_of(self.model)):  # the same numbers in every run
+            if seed is not None:
+                torch.manual_seed(seed)
+            try:
+                return self.model(*args, **kwargs)
+            except Exception as error:
+                raise CannotRun(
+                    f"{type(self.model).__name__} does not run on {len(places)} of the {self.batch} samples of a batch "
+                    f"({error!r:.200}), {_UNKNOWN}"
+                ) from error
+
+    def _hook(self, name: str, batch: int, seen: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            x = input_of(args, kwargs)
+            kind = layer_type_of(module)
+            assert kind is not None
+            problem = axis_problem(x, batch, kind)
+            if problem is not None:
+                self.problems[name] = problem
+                return None
+            if len(x) != batch:
+                self._expanded.add(name)
+            x_B, y_B = by_sample(x, y, batch, kind, name)
+            seen.setdefault(name, []).append(row_sums(x_B))
+            return y_B  # as the engines give it back: positions, once a sample
+
+        return hook
+
+
+def _rows_follow(whole: Any, part: Any, places: Sequence[int], batch: int) -> bool:
+    """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
+    if isinstance(whole, Tensor):
+        cut = whole.dim() > 0 and len(whole) == batch and isinstance(part, Tensor) and len(part) == len(places)
+        return not cut or _same_rows(row_sums(whole)[list(places)], row_sums(part))
+    if isinstance(whole, Mapping):
+        return all(_rows_follow(value, part[key], places, batch) for key, value in whole.items())
+    if isinstance(whole, (list, tuple)):
+        return all(_rows_follow(one, other, places, batch) for one, other in zip(whole, part, strict=False))
+    return True
+
+
+def _same_output(found: Any, expected: Any) -> bool:
+    """Whether two outputs of a model hold the same tensors, up to rounding."""
+    if isinstance(expected, Tensor):
+        return found.shape == expected.shape and torch.allclose(
+            found.double(), expected.double(), rtol=NARROW_TOLERANCE, atol=1e-3, equal_nan=True
+        )
+    if isinstance(expected, Mapping):
+        return all(_same_output(found[key], value) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return all(_same_output(one, other) for one, other in zip(found, expected, strict=True))
+    return True
+
+
+def _same_rows(expected_BS: Tensor, found_BS: Tensor) -> bool:
+    error, size = float((found_BS - expected_BS).norm()), float(expected_BS.norm())
+    tolerance = NARROW_TOLERANCE if expected_BS.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
+    return error <= tolerance * size

@@ -1,0 +1,160 @@
+"""The slow, obvious vector that the engine must equal: plain autograd of one sample, then the projection's matrices.
+
+No hook, no side branch, no layer type's formula. Needs a gradient of every parameter: as much memory as the weights.
+
+Legend: K and J the ranks of a block, O and I the axes of a gradient matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from indexer.projection.matrices import Projection
+from indexer.projection.selection import Block
+
+
+@contextmanager
+def all_trainable(model: nn.Module) -> Iterator[None]:
+    """Every parameter of ``model`` requires a gradient until the block ends; then each has its own flag back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of a scalar loss by name, in the parameters' dtype, zeros where it does not depend on one.
+
+    Tied parameters appear once, under their first name.
+    """
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+
+
+def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
+    """(O, I) of one block: [weight | biases of its uses], a norm's γ above its β as one column.
+
+    A bias of a use that sees the block flipped (a head tied to an embedding) is one more row.
+    """
+    weight = gradients[block.parameters[0]]
+    if not block.is_matrix:
+        return torch.cat([gradients[name] for name in block.parameters]).unsqueeze(1)
+    if block.type in ("conv1d", "embedding"):
+        weight = weight.t()
+    seen = set()
+    for use in block.uses:
+        if use.bias is None or use.bias in seen:
+            continue
+        seen.add(use.bias)
+        bias = gradients[use.bias]
+        flipped = (use.type == "embedding") != (block.type == "embedding")
+        line = bias.new_zeros(weight.shape[1] if flipped else weight.shape[0])
+        line[: len(bias)] = bias
+        weight = torch.cat([weight, line.unsqueeze(0) if flipped else line.unsqueeze(1)], dim=0 if flipped else 1)
+    return weight
+
+
+def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """P_out G P_inᵀ of every block by name, (K, J) in the gradients' dtype."""
+    return {layer.block.name: plain_block(projection, layer.block, gradients) for layer in projection.plan.layers}
+
+
+def plain_block(projection: Projection, block: Block, gradients: dict[str, Tensor]) -> Tensor:
+    """P_out G P_inᵀ of one block, (K, J) in the gradients' dtype."""
+    matrix = gradient_matrix(block, gradients)
+    p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[block.name])
+    return p_out @ matrix @ p_in.t()
+
+
+class BlockGradients:
+    """The blocks of a projection from gradients that arrive one parameter at a time, in any order, each once.
+
+    A gradient is dropped when its block is done: those of one block at a time are held, or of a few.
+    """
+
+    def __init__(self, projection: Projection, blocks: Iterable[Block]) -> None:
+        self._projection = projection
+        self._blocks = {block.name: block for block in blocks}
+        self._pending: dict[str, dict[str, Tensor]] = {name: {} for name in self._blocks}
+        self._done: dict[str, Tensor] = {}
+
+    def owners(self) -> dict[str, Block]:
+        """The block of each parameter by name."""
+        return {name: block for block in self._blocks.values() for name in block.parameters}
+
+    def arrived(self, block: Block, name: str, gradient: Tensor) -> None:
+        """The gradient of parameter ``name`` of ``block``."""
+        pending = self._pending[block.name]
+        pending[name] = gradient.detach().to_dense().float()
+        if len(pending) == len(set(block.parameters)):
+            del self._pending[block.name]
+            self._done[block.name] = plain_block(self._projection, block, pending)
+
+    def finished(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(K, J) float32 by block; the gradient of a parameter that did not arrive is zeros, like ``shapes`` of it."""
+        for name, pending in self._pending.items():
+            block = self._blocks[name]
+            for own in block.parameters:  # the loss does not depend on it
+                pending.setdefault(own, torch.zeros_like(shapes[own], dtype=torch.float32))
+            self._done[name] = plain_block(self._projection, block, pending)
+        self._pending = {}
+        return self._done
+
+
+class ArrivingBlocks:
+    """The blocks of a projection from one ``loss.backward()`` inside, see :class:`BlockGradients`.
+
+    Only the blocks' parameters are trainable inside; at the end each has its own flag and ``.grad`` again.
+    """
+
+    def __init__(self, model: nn.Module, projection: Projection) -> None:
+        self._gradients = BlockGradients(projection, [layer.block for layer in projection.plan.layers])
+        self._names = [layer.block.name for layer in projection.plan.layers]
+        self._parameters = dict(model.named_parameters())
+        self._flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self._parameters.values()]
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> ArrivingBlocks:
+        for parameter, _, _ in self._flags:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, block in self._gradients.owners().items():
+            parameter = self._parameters[name]
+            parameter.requires_grad_(True)
+            hook = partial(self._arrived, name, block)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, flag, gradient in self._flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+    def _arrived(self, name: str, block: Block, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._gradients.arrived(block, name, gradient)
+
+    def blocks(self) -> list[Tensor]:
+        """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
+        found = self._gradients.finished(self._parameters)
+        return [found[name] for name in self._names]

@@ -1,0 +1,334 @@
+"""Which axis of a layer carries the samples: shown by gradients, not guessed from a length.
+
+A layer's gradient can be taken sample by sample only if the rows of what it puts out belong to the samples of the
+batch: ∂ℓ_i/∂y[b] = 0 for i ≠ b. A layer that sees (positions, samples, width), a table (positions, positions) or tokens
+that a router picked has a first axis as well, and its length may be that of the batch by chance.
+
+The test reweights: rows of the gradient of Σ_i w_i ℓ_i must be w_b times those of Σ_i ℓ_i. Weights are powers of two,
+so rows that belong together scale without rounding; any other row holds Σ_{i≠b} (w_i - w_b) ∂ℓ_i/∂y[b] too much.
+
+Legend: B samples, M positions of one sample, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import CaptureError
+from indexer.encode.modes import devices_of
+from indexer.encode.tap import Tap
+from indexer.layers import LayerType
+from indexer.layers.base import axis_problem, by_sample, input_of, output_problem
+
+SKETCH = 4
+"""Random sums of a row: all of them vanish for rows that differ with probability zero."""
+PROBE_SIZES = (2, 3)
+"""Batches of two sizes: an axis that is not the samples' cannot have the length of both."""
+TOLERANCE, NARROW_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05, 0.3
+"""Foreign share of a row: of float32; of 16-bit gradients, whose sums a GPU may round in another order the second time;
+of float16, where small numbers lose their last bits.
+"""
+HALF_SCALE = 4096.0
+"""A loss is multiplied with this before float16 gradients of it are taken, or with as much as stays in range."""
+FAINT = 1e-6
+"""Of the largest row: a row smaller than this is measured against it."""
+
+_NO_POSITIONS = (
+    "watching the layers changes what this model computes: an index that runs once for the whole batch is none of "
+    "positions. Leave that embedding out with exclude_layers"
+)
+
+
+class Witness:
+    """Sees the gradients at the outputs of layers in two backward passes, and says which layers mix samples.
+
+    ::
+
+        witness = Witness(device)
+        y = witness.tap("layer", y)  # in the forward pass, at each call of each layer
+        witness.run(losses_B)
+        witness.problems()
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.leaf = torch.zeros((), device=device, requires_grad=True)
+        """Makes autograd reach the taps, whatever is frozen."""
+        self._names: list[str] = []
+        self._seen: list[dict[int, Tensor]] = []
+        self._weights = torch.ones(0)
+        self._dtypes: set[torch.dtype] = set()
+
+    def tap(self, name: str, y: Tensor) -> Tensor:
+        """``y``, whose first axis should be the samples, watched."""
+        self._names.append(name)
+        self._dtypes.add(y.dtype)
+        seen: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
+        return seen
+
+    def _see(self, place: int, kept: Tensor, dy: Tensor) -> None:
+        if self._seen:  # not in a backward pass of anybody else's
+            self._seen[-1][place] = row_sums(dy)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """What is seen inside is the backward pass of Σ ℓ_i."""
+        self._seen = [{}]
+        yield
+
+    def weighted(self, losses_B: Tensor, sources: Sequence[Tensor], scale: float = 1.0) -> None:
+        """The backward pass of Σ w_i ℓ_i, times ``scale``; the graph is used up. After :meth:`plain`."""
+        self._weights = sample_weights(len(losses_B), 4 if self.half else 8).to(losses_B.device)
+        self._seen.append({})
+        torch.autograd.grad(
+            losses_B, sources, grad_outputs=(self._weights * scale).to(losses_B.dtype), allow_unused=True
+        )
+
+    def run(self, losses_B: Tensor) -> None:
+        """Both backward passes, for the taps alone."""
+        scale = HALF_SCALE if self.half else 1.0
+        while True:
+            with self.plain():
+                ones = torch.full_like(losses_B, scale)
+                torch.autograd.grad(losses_B, [self.leaf], grad_outputs=ones, retain_graph=True, allow_unused=True)
+            if self.finite or scale <= 1.0:
+                break
+            scale /= 16
+        self.weighted(losses_B, [self.leaf], scale)
+
+    @property
+    def half(self) -> bool:
+        """Whether some layers compute in float16."""
+        return torch.float16 in self._dtypes
+
+    @property
+    def seen(self) -> set[str]:
+        """Layers that a gradient came to which is not all zero (samples without targets say nothing)."""
+        return {self._names[place] for place, rows in self._seen[0].items() if bool(rows.any())}
+
+    @property
+    def finite(self) -> bool:
+        """Whether both passes stayed within the range of their numbers; if not, nothing can be said."""
+        return all(bool(rows.isfinite().all()) for seen in self._seen for rows in seen.values())
+
+    def problems(self) -> dict[str, str]:
+        """Layers in which one sample's loss reaches the rows of another, in words."""
+        return {
+            name: f"the loss of one sample reaches the rows of others ({share:.2g} of a row)"
+            for name, share in self.mixed().items()
+        }
+
+    def mixed(self) -> dict[str, float]:
+        """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
+        tolerance = NARROW_TOLERANCE if torch.bfloat16 in self._dtypes else TOLERANCE
+        tolerance = HALF_TOLERANCE if self.half else tolerance
+        found: dict[str, float] = {}
+        first, second = self._seen
+        for place, plain_BS in first.items():
+            name = self._names[place]
+            error = _foreign(plain_BS.double(), second[place].double(), self._weights.double())
+            if error > tolerance:
+                found[name] = max(error, found.get(name, 0.0))
+        return found
+
+
+def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
+    scaled_BS = weighted_BS / weights_B.unsqueeze(1)
+    error_B = (scaled_BS - plain_BS).norm(dim=1)
+    size_B = torch.maximum(plain_BS.norm(dim=1), scaled_BS.norm(dim=1))
+    largest = float(size_B.max())
+    return 0.0 if largest == 0.0 else float((error_B / (size_B + FAINT * largest)).max())
+
+
+def _same(found_B: Tensor, expected_B: Tensor) -> bool:
+    narrow = found_B.dtype in (torch.float16, torch.bfloat16)
+    tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
+    found_B, expected_B = found_B.detach().double(), expected_B.double()
+    return torch.allclose(found_B, expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
+    x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
+    if not x.is_floating_point() or x.dtype == torch.float16:  # sums would leave its range
+        x_BMO = x_BMO.float() if x.is_floating_point() else x_BMO.double()
+    generator = torch.Generator().manual_seed(x_BMO.shape[1] * 1_000_003 + x_BMO.shape[2])
+    sides = (torch.randn(n, SKETCH, generator=generator) for n in x_BMO.shape[1:])
+    left_MS, right_OS = (side.to(x_BMO.device, x_BMO.dtype) for side in sides)
+    return ((x_BMO @ right_OS).to(torch.promote_types(x_BMO.dtype, torch.float32)) * left_MS).sum(1)
+
+
+def sample_weights(count: int, classes: int) -> Tensor:
+    """(count,): powers of two in a random order, all different where ``classes`` are enough."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    exponents = torch.arange(count) % classes - min(count, classes) // 2
+    return torch.ldexp(torch.ones(count), exponents[order])
+
+
+class AxisProbe:
+    """Forward passes of small batches with layers watched: which of them see the samples, which do not.
+
+    ``kinds`` are the layers by name. Every pass adds to :attr:`problems`, so that all are named at once.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType]) -> None:
+        self.model = model
+        self.problems: dict[str, str] = {}
+        """By layer: what is wrong with it, in words."""
+        self.seen: set[str] = set()
+        """Layers that took part in a loss."""
+        self._kinds = kinds
+        self._losses_B = torch.zeros(0)
+        self._expanded = False
+        """Whether an index that ran once for the whole batch was seen once a sample."""
+
+    def run(self, losses: Callable[[], Tensor], batch: int, *, more_of_the_same: bool = False) -> bool:
+        """One probe: ``losses()`` runs the model on ``batch`` samples and gives the loss of each, (batch,).
+
+        False if it says nothing: the losses have another shape, gradients are out of the range of their numbers, or the
+        graph of a compiled model is used up by one backward pass. ``more_of_the_same``: samples were in the probe
+        before, too, the first of one being those of the other, and must have the losses that they had, but for a common
+        factor. The model's mode is the caller's. CaptureError if the taps change what the model computes, or losses
+        change with the company.
+        """
+        unwatched_B = self._unwatched(losses, seed=1)
+        self._expanded = False
+        witness = Witness(next(self.model.parameters()).device)
+        with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch):
+            try:
+                losses_B = losses()
+            except (RuntimeError, ValueError, IndexError) as error:  # without the taps it ran
+                if self._expanded:
+                    raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
+                return False
+        if losses_B.shape != (batch,):
+            return False
+        same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or counts
+        if self._expanded and not same and not _same(losses_B, self._unwatched(losses)):
+            raise CaptureError(_NO_POSITIONS)
+        if not losses_B.requires_grad:
+            return True
+        if more_of_the_same and same:
+            self._refuse_company(unwatched_B)
+        self._losses_B = unwatched_B
+        try:
+            witness.run(losses_B)
+        except RuntimeError as error:
+            if "donated buffer" in str(error):
+                return False
+            raise
+        if not witness.finite:
+            return False
+        self.seen |= witness.seen
+        self.problems.update(witness.problems())
+        return True
+
+    def _unwatched(self, losses: Callable[[], Tensor], seed: int | None = None) -> Tensor:
+        """(B,): without taps and without a graph, with other random numbers where there is a ``seed``."""
+        with torch.no_grad(), self._same_numbers():
+            if seed is not None:
+                torch.manual_seed(seed)
+            return losses()
+
+    def _same_numbers(self) -> AbstractContextManager[None]:
+        """Each pass draws the same random numbers, and leaves the caller's state alone."""
+        return torch.random.fork_rng(devices=devices_of(self.model))
+
+    def _refuse_company(self, losses_B: Tensor) -> None:
+        """CaptureError if samples of the probe before have other losses in this one. A common factor is none of its
+        business: the losses may share a divisor of the batch.
+        """
+        count = min(len(self._losses_B), len(losses_B))
+        if count < 2:
+            return
+        now_B, before_B = losses_B[:count].double(), self._losses_B[:count].double()
+        if not bool((now_B + before_B).isfinite().all()):
+            return  # the val pass names the sample
+        factor = float(now_B @ before_B) / max(float(before_B @ before_B), 1e-300)
+        if not _same(now_B, before_B * factor):
+            raise CaptureError(
+                "the loss of a sample changes with its batch mates: something mixes the samples of a batch (a "
+                "statistic over it, routing with a capacity, or val_losses themselves), so no sample has a gradient of "
+                "its own. Leave it out of the model (an eval mode, a router without capacity)"
+            )
+
+    @contextmanager
+    def _watched(self, witness: Witness, batch: int) -> Iterator[None]:
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                self._hook(witness, name, kind, batch), with_kwargs=True, prepend=True
+            )
+            for name, kind in self._kinds.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, witness: Witness, name: str, kind: LayerType, batch: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            x = input_of(args, kwargs)
+            problem = axis_problem(x, batch, kind) or output_problem(kind, module, x, y)
+            if problem is not None:
+                self.problems[name] = problem
+                return None
+            self._expanded |= len(x) != batch
+            return witness.tap(name, by_sample(x, y, batch, kind, name)[1])
+
+        return hook
+
+    def refuse(self) -> None:
+        """CaptureError that names every layer with a problem."""
+        refuse_mixed({name: self.problems[name] for name in self._kinds if name in self.problems}, len(self._kinds))
+
+
+def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
+    """CaptureError that names every layer of ``problems``, if there is one."""
+    if not problems:
+        return
+    lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
+    everywhere = (
+        "Where it is all layers, the model itself mixes the samples of a batch (a statistic over it, routing with a "
+        "capacity), and can only be given one sample at a time (--batch-tokens 1). "
+        if len(problems) == layers
+        else ""
+    )
+    raise CaptureError(
+        f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
+        f"{everywhere}Have the model work batch first, or leave these layers out "
+        f"(exclude_layers, --exclude-layers): {','.join(problems)}"
+    )
+
+
+def taken(batch: Any, places: Sequence[int], size: int) -> Any:
+    """The samples of ``batch`` at ``places``: of every tensor in it whose first axis has the length ``size``."""
+    if isinstance(batch, Tensor):
+        return batch[torch.tensor(places, device=batch.device)] if can_be_cut(batch, size) else batch
+    if isinstance(batch, Mapping):
+        cut = {key: taken(value, places, size) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return cut
+        found = copy(batch)  # with what else it is: a BatchEncoding is used by its attributes
+        found.update(cut)
+        return found
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(taken(value, places, size) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(taken(value, places, size) for value in batch)
+    return batch
+
+
+def can_be_cut(batch: Any, size: int) -> bool:
+    """Whether there is a tensor in ``batch`` whose first axis has the length ``size``."""
+    if isinstance(batch, Tensor):
+        return batch.dim() > 0 and len(batch) == size
+    if isinstance(batch, Mapping):
+        return any(can_be_cut(value, size) for value in batch.values())
+    return isinstance(batch, (list, tuple)) and any(can_be_cut(value, size) for value in batch)

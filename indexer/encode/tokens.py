@@ -1,0 +1,273 @@
+"""From samples to rows: tokens, targets, and what becomes of samples that are too long or too short.
+
+A row is what gets one vector: a sample, or one window of a long one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.checkpoint.load import choose_max_length
+from ghoststore.checkpoint.same_model import tokenizer_lines
+from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
+from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sample, Tokenized
+from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.store.part.status import Status
+from indexer.encode.whole_text import WholeTexts
+
+Overlong = Literal["truncate", "window", "skip", "error"]
+SAMPLES_AT_ONCE = 256
+DEFAULT_MAX_LENGTH = 1024
+
+Tokens = NDArray[np.int32]
+NO_TOKENS: Tokens = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSettings:
+    """The manifest's ``tokens`` section."""
+
+    max_length: int
+    overlong: Overlong = "truncate"
+
+    def __post_init__(self) -> None:
+        if self.overlong not in get_args(Overlong):
+            raise UsageError(f"--overlong {self.overlong!r} is unknown; known: {', '.join(get_args(Overlong))}")
+        if self.max_length < 2:
+            raise UsageError(f"--max-length must be at least 2 (one token to predict), not {self.max_length}")
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the number of rows, or the refusal of the corpus, depends on the lengths of its samples."""
+        return self.overlong in ("window", "error")
+
+
+def longest_row(model: Any, asked: int | None) -> int:
+    """``--max-length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
+    return choose_max_length(asked, model, DEFAULT_MAX_LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its sample, the first token of its window in that sample, its tokens and its fate."""
+
+    sample: Sample
+    window: int
+    """0 unless the sample was split."""
+    window_start: int
+    tokens: Tokens
+    first_target: int
+    """Tokens before this one are no targets (the prompt); the first token never is."""
+    status: Status
+
+
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids the input embedding of ``model`` has rows for; None for a module that names no embedding."""
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+class Tokenizer:
+    """Samples to tokens through the checkpoint's own tokenizer.
+
+    ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None where no model
+    gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, vocabulary: int | None = None, note: Callable[[str], None] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.note = note
+        self._tried: set[str] = set()
+        self._whole_texts = WholeTexts(tokenizer)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """See :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
+        return tokenizer_identity(self.tokenizer)
+
+    @cached_property
+    def size(self) -> int:
+        """One more than its largest id."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether it has ids that the model's embedding lacks: then every row is looked at before any work."""
+        return self.vocabulary is not None and self.size > self.vocabulary
+
+    def check(self, sample: Sample) -> None:
+        """MismatchError for a sample that another tokenizer made tokens of, UsageError for a prompt with a completion
+        where the tokenizer does not tell them apart. Notes tools that the chat template leaves out.
+        """
+        self._note_left_out(sample)
+        if isinstance(sample.content, PromptCompletion):
+            self._whole_texts.refuse_without_offsets()
+        if isinstance(sample.content, Tokenized):
+            theirs = sample.content.vocabulary.tokenizer_identity
+            if theirs["fingerprint"] != self.identity["fingerprint"]:
+                raise MismatchError(
+                    f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
+                    f"{tokenizer_lines(theirs, self.identity)}\n"
+                    "Tokenize the corpus again with --tokenizer of this checkpoint"
+                )
+
+    def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
+        """UsageError for the first of ``tokens`` that the model's embedding has no row for."""
+        if self.vocabulary is None or not len(tokens) or int(tokens.max()) < self.vocabulary:
+            return
+        token = int(tokens[tokens >= self.vocabulary][0])
+        text = self.tokenizer.decode([token])
+        raise UsageError(
+            f"sample {sample_id!r} (row {source_row}) has the token {token} ({text!r}), but the model's embedding has "
+            f"{self.vocabulary:,} rows, ids 0 to {self.vocabulary - 1}; the tokenizer has ids up to {self.size - 1}. "
+            f"Give the tokenizer that belongs to the checkpoint (--tokenizer), or train rows for the new tokens first: "
+            f"model.resize_token_embeddings({self.size}), and save the model"
+        )
+
+    def rows(self, samples: list[Sample], settings: TokenSettings) -> list[list[Row]]:
+        """The rows of each of ``samples``. Raises as :meth:`encode` and :func:`rows_of_sample`, and UsageError for a
+        usable row with a token that the model's embedding lacks.
+        """
+        found = [
+            rows_of_sample(sample, tokens, first_target, settings)
+            for sample, (tokens, first_target) in zip(samples, self.encode(samples), strict=True)
+        ]
+        for row in chain.from_iterable(found):
+            if row.status.usable:
+                self.refuse_beyond(row.tokens, row.sample.id, row.sample.source_row)
+        return found
+
+    def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:
+        """(tokens, first target) of each sample, whose whole text is tokenized once. Text, and a prompt with its
+        completion, get the special tokens that the tokenizer adds by default; messages go through the chat template,
+        which writes its own. What was tokenized before is taken as it is.
+
+        Raises CorpusError for messages without a chat template, and for messages the template refuses;
+        MismatchError for tokens of another tokenizer; UsageError for a prompt with a completion where the tokenizer
+        has no offsets.
+        """
+        kinds = {type(sample.content) for sample in samples}
+        if Tokenized in kinds:
+            return [self._given(sample) for sample in samples]
+        if PromptCompletion in kinds:
+            nothing = PromptCompletion("", "")
+            pairs = [sample.content if isinstance(sample.content, PromptCompletion) else nothing for sample in samples]
+            encoded = [(ids, max(1, first)) for ids, first in self._whole_texts.encode(pairs)]
+        elif Messages in kinds:
+            for sample in samples:
+                self._note_left_out(sample)
+            encoded = [(ids, 1) for ids in self._ids([self._chat(sample) for sample in samples], special=False)]
+        else:
+            texts = [sample.content if isinstance(sample.content, str) else "" for sample in samples]
+            encoded = [(ids, 1) for ids in self._ids(texts, special=True)]
+        return [
+            (NO_TOKENS, 1) if sample.content is None or not any(sample.texts()) else pair
+            for sample, pair in zip(samples, encoded, strict=True)
+        ]
+
+    def _given(self, sample: Sample) -> tuple[Tokens, int]:
+        self.check(sample)
+        content = sample.content
+        return (content.ids, content.first_target) if isinstance(content, Tokenized) else (NO_TOKENS, 1)
+
+    def _ids(self, texts: list[str], *, special: bool) -> list[Tokens]:
+        encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def _note_left_out(self, sample: Sample) -> None:
+        """A note where tools or documents change nothing in the text: tried on the first sample that has any."""
+        content = sample.content
+        if self.note is None or not isinstance(content, Messages):
+            return
+        for name in BESIDE_MESSAGES:
+            if name not in self._tried and getattr(content, name):
+                self._tried.add(name)
+                others = (None if other == name else getattr(content, other) for other in BESIDE_MESSAGES)
+                without = replace(sample, content=Messages(content.messages, *others))
+                if self._chat(without) == self._chat(sample):
+                    self.note(
+                        f"sample {sample.id!r} has {name}, and the tokenizer's chat template leaves them out: they are "
+                        f"in no text. Give the tokenizer a template that prints {name}"
+                    )
+
+    def _chat(self, sample: Sample) -> str:
+        if not isinstance(sample.content, Messages):
+            return ""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise CorpusError(
+                f"sample {sample.id!r} is a list of messages, but the tokenizer has no chat template; set "
+                "tokenizer.chat_template and save it, or give --text-field"
+            )
+        import jinja2
+
+        given = sample.content.to_json()
+        try:
+            return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
+
+
+def windows(length: int, max_length: int) -> list[tuple[int, int]]:
+    """(start, stop) of the windows of a sample of ``length`` tokens.
+
+    Neighbours share one token, so that every token but the first is a target exactly once.
+    """
+    if length <= max_length:
+        return [(0, length)]
+    return [(start, min(start + max_length, length)) for start in range(0, length - 1, max_length - 1)]
+
+
+def rows_of_sample(sample: Sample, tokens: Tokens, first_target: int, settings: TokenSettings) -> list[Row]:
+    """The rows of one sample: one, or one a window. CorpusError under ``overlong="error"``."""
+    length, limit = len(tokens), settings.max_length
+    if length > limit and settings.overlong == "error":
+        raise CorpusError(
+            f"sample {sample.id!r} (row {sample.source_row}) has {length} tokens; --max-length is {limit} and "
+            "--overlong is error"
+        )
+    if length > limit and settings.overlong == "skip":
+        return [Row(sample, 0, 0, tokens[:limit], first_target, Status.TOO_LONG)]
+    if length > limit and settings.overlong == "truncate":
+        return [_row(sample, 0, 0, tokens[:limit], first_target, Status.TRUNCATED)]
+    return [
+        _row(sample, index, start, tokens[start:stop], first_target - start, Status.OK)
+        for index, (start, stop) in enumerate(windows(length, limit))
+    ]
+
+
+def _row(sample: Sample, window: int, start: int, tokens: Tokens, first_target: int, status: Status) -> Row:
+    first_target = max(1, first_target)
+    if len(tokens) == 0:
+        status = Status.EMPTY
+    elif len(tokens) == 1:
+        status = Status.TOO_SHORT
+    elif first_target >= len(tokens):
+        status = Status.NO_TARGETS
+    return Row(sample, window, start, tokens, first_target, status)
+
+
+def rows_of(samples: Iterable[Sample], tokenizer: Tokenizer, settings: TokenSettings) -> Iterator[Row]:
+    """The rows of ``samples``, in order, tokenized some hundred at a time."""
+    samples = iter(samples)
+    while True:
+        batch: list[Sample] = []
+        damage: CorpusError | MismatchError | None = None
+        try:
+            batch.extend(islice(samples, SAMPLES_AT_ONCE))
+        except (CorpusError, MismatchError) as error:
+            damage = error  # raised in its place, after the rows before it
+        yield from chain.from_iterable(tokenizer.rows(batch, settings) if batch else ())
+        if damage is not None:
+            raise damage
+        if not batch:
+            return

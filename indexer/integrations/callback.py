@@ -1,0 +1,343 @@
+"""GhostStoreCallback: training-time scores for transformers' Trainer, without changing its loop.
+
+Legend: B samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ghoststore.errors import CaptureError, CheckpointError, UsageError
+from ghoststore.store.base.disk import storage_errors
+from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.exact import Route
+from indexer.dotprod.val_data import ValLosses
+from indexer.integrations.model_loss import loss_in, own_loss, tokens_in
+from indexer.integrations.session import Recorder, RunShape, Samples, places_of, ranks_here
+from indexer.projection.matrices import ProjectionConfig
+from indexer.training.config import OnStoreError
+
+PENDING = "ghoststore_pending.safetensors"
+"""In a Trainer's checkpoint: the steps that the store did not have yet."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A training micro-batch between its forward pass and its scores."""
+
+    rows: NDArray[np.int64]
+    labels: Tensor
+    items: Any
+    tokens: int
+    loss: float | None = None
+    """Its share of the step's loss, and of what that is divided by; None before the forward pass is done."""
+    weight: float = 0.0
+    reached: bool = False
+    """Whether a gradient came to the loss."""
+
+
+class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """``Trainer(…, callbacks=[GhostStoreCallback(store="./store", val_data=batches, samples=len(dataset))])``.
+
+    Every training batch must say which samples it holds: give the dataset an integer column ``sample`` with each
+    sample's place (``dataset.add_column("sample", range(len(dataset)))``), keep it
+    (``TrainingArguments(remove_unused_columns=False)``), and use a collator that passes it on, as transformers' own
+    do. The callback takes it out again before the model sees it, in evaluation, too.
+
+    ``val_data`` is a batch or a list of batches (mappings with input_ids, labels, maybe attention_mask);
+    ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
+    ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
+    parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
+    sketched and keeps each sample's projected gradient. ``note`` is told what is no error (default: a warning).
+
+    The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
+    ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
+
+    The loss must be the one that the model itself returns, the mean over next-token targets. UsageError for batches
+    without ``sample``, another loss, and settings of the Trainer that hide the model's layers; what the engine raises.
+    After an error in training the Trainer does not say goodbye: call :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: str | Path,
+        val_data: Any,
+        val_losses: ValLosses | None = None,
+        samples: int | Sequence[str],
+        domains: Sequence[str | None] | None = None,
+        name: str = "trainer",
+        sample_field: str = "sample",
+        dot_prod_save_interval: int = 10,
+        val_refresh_interval: int = 1,
+        per_layer: bool = False,
+        exclude_layers: Sequence[str] = (),
+        route: Route = "auto",
+        projection: ProjectionConfig | None = None,
+        on_store_error: OnStoreError = "stop",
+        resume_from_checkpoint: str | Path | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        if val_data is None:
+            raise UsageError("scores are against a val set: give val_data")
+        if dot_prod_save_interval < 1:
+            raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
+        self._store, self._name = store, name
+        self._val_data = val_data
+        self._samples = Samples.of(samples, domains)
+        self._field = sample_field
+        self._interval = dot_prod_save_interval
+        self._val_losses = val_losses
+        self._refresh_interval = val_refresh_interval
+        self._exclude_layers = tuple(exclude_layers)
+        self._route: Route = route
+        self._projection = projection
+        self._per_layer = per_layer
+        self._on_store_error: OnStoreError = on_store_error
+        self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        self._note = note
+        self.engine: GradDotProdEngine | None = None
+        """The engine, while training."""
+        self._recorder: Recorder | None = None
+        self._optimizer: Any = None
+        self._fp16 = False
+        self._stack = ExitStack()
+        self._batch: _Batch | None = None
+        self._preparing = self._trained = False
+        self._learning_rate = float("nan")
+        self._begun = 0.0
+
+    # Events of the Trainer.
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the model and open the run."""
+        self.close()
+        if self._trained and not state.global_step:
+            raise UsageError(
+                f"this callback has scored a training already, and its run {self._name!r} is that one; make another "
+                "callback with another name"
+            )
+        refuse_arguments(args, state)
+        model = kwargs["model"]
+        self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
+        engine = GradDotProdEngine(
+            model, self._val_data, val_losses=self._val_losses, optimizer=inner,
+            val_refresh_interval=self._refresh_interval, exclude_layers=self._exclude_layers, route=self._route,
+            projection=self._projection,
+        )  # fmt: skip
+        shape = RunShape(
+            steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            save_interval=self._interval, per_layer=self._per_layer,
+        )  # fmt: skip
+        settings = {"val_refresh_interval": self._refresh_interval, "exclude_layers": list(self._exclude_layers)}
+        recorder = Recorder.open(
+            self._store, self._name, shape, self._samples, engine, ranks_here(), settings,
+            on_store_error=self._on_store_error, note=self._note,
+        )  # fmt: skip
+        with ExitStack() as stack:
+            stack.enter_context(recorder)
+            if state.global_step:
+                folder = self._from or _checkpoint(args, state)
+                recorder.restore(state.global_step, _pending_in(folder), str(folder))
+            stack.enter_context(engine)
+            for handle in self._hooks(model, engine.model):
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
+        self.engine, self._recorder = engine, recorder
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first micro-batch of a step comes."""
+        self._begun = time.perf_counter()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The backward pass of a micro-batch that is not the last of its step is done."""
+        self._collect()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """That of the last one is done; the learning rate is still that of this step."""
+        self._collect()
+        self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The step is complete."""
+        assert self._recorder is not None
+        self._trained = True
+        self._recorder.finish(learning_rate=self._learning_rate, seconds=time.perf_counter() - self._begun)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The Trainer wrote a checkpoint: the steps that the store does not have yet go beside it. The val gradient is
+        computed anew after it, so that training goes on as one that resumes.
+        """
+        assert self._recorder is not None
+        assert self.engine is not None
+        pending, folder = self._recorder.pending(), _checkpoint(args, state)
+        if pending:
+            with storage_errors(str(folder)):
+                save_file({key: np.ascontiguousarray(value) for key, value in pending.items()}, folder / PENDING)
+        self.engine.set_validation(self.engine.val_batches)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Commit the rest and take everything off the model.
+
+        Training that stops in the middle of a save interval ends the run there, unless its last step was saved.
+        """
+        self._leave()
+
+    def close(self) -> None:
+        """Take everything off the model and let go of the store, after an error in training. Steps of a save interval
+        that is not full are left to the training that resumes.
+        """
+        if self._recorder is not None:
+            self._recorder.keep_open()
+        self._leave()
+
+    def _leave(self) -> None:
+        stack, self._stack = self._stack, ExitStack()
+        self._recorder, self.engine, self._batch = None, None, None
+        stack.close()
+
+    # Hooks on the model.
+
+    def _hooks(self, model: nn.Module, inner: nn.Module) -> list[RemovableHandle]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+            self._take_sample(kwargs, scored=module is model)  # a deep copy of the model has this hook, too
+            return args, kwargs
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module is inner:
+                self._found_loss(module, output)
+
+        return [
+            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            inner.register_forward_hook(after),
+        ]
+
+    def _take_sample(self, kwargs: dict[str, Any], *, scored: bool) -> None:
+        """Before a forward pass: take ``sample`` out; of a training batch, open the engine."""
+        if self._preparing:
+            return
+        places = kwargs.pop(self._field, None)
+        if not scored or self.engine is None or not self.engine.model.training or not torch.is_grad_enabled():
+            return
+        if places is None:
+            raise UsageError(
+                f"the Trainer's batch has no {self._field!r}: add that column to the dataset (the place of each "
+                "sample), set remove_unused_columns=False, and use a collator that keeps it"
+            )
+        labels = kwargs.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            raise UsageError(
+                "the model's forward pass gets no 'labels' of tokens: scores are those of the loss that a causal "
+                "language model itself returns. Is there no such column, or does the Trainer take it for a "
+                "compute_loss_func or a compute_loss of its own?"
+            )
+        rows = places_of(places, len(labels), self._samples)
+        self._batch = _Batch(rows, labels, kwargs.get("num_items_in_batch"), tokens_in(kwargs))
+        self._preparing = True
+        try:
+            with self._arithmetic(labels.device):
+                self.engine.prepare(len(labels), tokens=labels.numel(), loss_scale=self._loss_scale())
+        finally:
+            self._preparing = False
+
+    def _arithmetic(self, device: torch.device) -> AbstractContextManager[Any]:
+        """accelerate's autocast is inside the forward pass; the val losses must know of float16 outside, too."""
+        return torch.autocast(device.type, dtype=torch.float16) if self._fp16 else nullcontext()
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self._optimizer, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _found_loss(self, module: nn.Module, output: Any) -> None:
+        """The model's own loss is Σ over targets, divided by the targets of this batch, or of the whole step."""
+        batch, engine = self._batch, self.engine
+        if self._preparing or engine is None or batch is None or not engine.training_batch_open:
+            return
+        loss = loss_in(output)
+        if loss is None:
+            raise UsageError(f"{type(module).__name__} returned no loss, though it was given labels")
+        own = own_loss(loss, batch.labels, batch.items)
+        try:
+            engine.watch(loss, weights=own.weights, labels=batch.labels)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}. (This callback scores the loss that the model itself returns; watch() is for a loop of your "
+                "own, with GradDotProdEngine or GhostEngineManager)"
+            ) from error
+        batch.loss = float(loss.detach()) * own.divisor
+        batch.weight = float(own.weights.sum()) * own.divisor
+
+        def reached(gradient: Tensor) -> None:
+            batch.reached = True
+
+        loss.register_hook(reached)  # type: ignore[no-untyped-call]
+
+    def _collect(self) -> None:
+        batch, self._batch = self._batch, None
+        if self.engine is None or self._recorder is None or batch is None or batch.loss is None:
+            raise CaptureError("the Trainer finished a batch that never went through the model's forward pass")
+        if not batch.reached:
+            raise UsageError(
+                "the Trainer's backward pass did not go through the loss that the model returned: it trains on another "
+                "one (compute_loss), whose samples cannot be scored by this callback; use GradDotProdEngine.watch()"
+            )
+        scores = self.engine.collect()
+        self._recorder.add(batch.rows, scores, loss=batch.loss, weight=batch.weight, tokens=batch.tokens)
+
+
+def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
+    """UsageError for settings of the Trainer under which samples cannot be scored, or not by one run."""
+    refused = {
+        "label_smoothing_factor": (args.label_smoothing_factor, "the model's own loss is not the one that is trained"),
+        "torch_compile": (args.torch_compile, "the compiled graph would leave the taps out"),
+        "deepspeed": (args.deepspeed, "it splits the parameters; use DDP (torchrun)"),
+        "fsdp": (args.fsdp, "it splits the parameters; use DDP (torchrun)"),
+        "auto_find_batch_size": (args.auto_find_batch_size, "a run has one batch size; give it"),
+        "n_gpu > 1": (args.n_gpu > 1, "nn.DataParallel splits batches behind the Trainer's back; use DDP (torchrun)"),
+    }
+    for name, (value, reason) in refused.items():
+        if value:
+            raise UsageError(f"TrainingArguments.{name} cannot be used with GhostStoreCallback: {reason}")
+    if state.is_hyper_param_search:
+        raise UsageError("a hyperparameter search is many trainings, and a run is one: score the one that you choose")
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _pending_in(folder: Path) -> Mapping[str, NDArray[Any]]:
+    """What :meth:`GhostStoreCallback.on_save` left in a checkpoint; nothing if it left nothing."""
+    path = folder / PENDING
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, NDArray[Any]] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; resume from an earlier checkpoint") from error
+    return found

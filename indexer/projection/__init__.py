@@ -1,0 +1,1 @@
+"""Which layers are projected, and through which matrices: drawn, learned, sketched."""

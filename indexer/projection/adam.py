@@ -1,0 +1,246 @@
+"""Adam's second moment of a training checkpoint, as scales of the two sides of the projection.
+
+Adam moves a weight by about -η g/√v. The sample whose step by Adam lowers the val loss most is the one with the
+highest ⟨∇L_val, V^-½ ∇ℓ⟩ (LESS, Xia et al. 2024, section 3.2, without momentum). V is as large as the model; Adafactor
+(Shazeer, Stern 2018, section 3) keeps a row r and a column c of it, V ≈ r cᵀ / mean(r). Then V^-½ has factors of its
+own, and scaling both vectors of a product by V^-¼ = (r/√m)^-¼ ⊗ (c/√m)^-¼, m = mean(r), gives the product above: so
+P_out is multiplied by (r/√m)^-¼ and P_in by (c/√m)^-¼, column by column.
+
+Legend: O, I axes of a gradient matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ghoststore.errors import CheckpointError
+from indexer.layers import layer_type_by_name
+from indexer.projection.selection import Block
+
+OURS = Path("training_state") / "optimizer.safetensors"
+TORCH = "optimizer.pt"
+QUANTITY = "exp_avg_sq"
+DAMAGE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""How a file of tensors fails to be read."""
+SCALES = ("optimizer_scale_in", "optimizer_scale_out")
+"""Arrays of a part: the scales of all blocks side by side, in the order of the layers."""
+LEAST = 1e-6
+"""A row or column has at least this share of the mean second moment: what was never trained is scaled up about
+32-fold at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideScales:
+    """What the columns of P_in (I,) and P_out (O,) of one block are multiplied with; float32."""
+
+    scale_in: Tensor
+    scale_out: Tensor
+
+
+def factored(v_OI: Tensor) -> SideScales:
+    """V^-¼ by its row and column, see the head of this file. ``v_OI`` is at least 0 and not all 0."""
+    v_OI = v_OI.double()
+    row_O, column_I = v_OI.mean(1), v_OI.mean(0)
+    mean = row_O.mean()
+    row_O, column_I = row_O.clamp_min(LEAST * mean), column_I.clamp_min(LEAST * mean)
+    if v_OI.shape[1] == 1:  # a norm: its layers have no input side
+        return SideScales(torch.ones(1), row_O.pow(-0.25).float())
+    root = mean.sqrt()
+    return SideScales((column_I / root).pow(-0.25).float(), (row_O / root).pow(-0.25).float())
+
+
+def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -> dict[str, SideScales]:
+    """Scales by block name from the optimizer state in ``source``: a checkpoint of ``ghoststore train``, one of
+    transformers' Trainer (``optimizer.pt``), or such a file. Read as data alone, never as code.
+
+    CheckpointError if there is none, if it is not Adam's, or if it does not fit the parameters of ``model``.
+    """
+    where, v = _second_moments(Path(source), model)
+    lacking = sorted({name for block in blocks for name in block.parameters} - set(v))
+    if lacking:
+        raise CheckpointError(
+            f"--optimizer-state {where} has no {QUANTITY} of parameter {lacking[0]!r} ({len(lacking)} are missing); "
+            "leave its layer out with --exclude-layers, or give the optimizer state of this checkpoint"
+        )
+    found = {}
+    for block in blocks:
+        v_OI = block_matrix(block, v)
+        if not bool(torch.isfinite(v_OI).all()) or float(v_OI.min()) < 0 or not float(v_OI.sum()) > 0:
+            raise CheckpointError(
+                f"--optimizer-state {where}: the second moment of layer {block.name!r} is zero, negative or not "
+                "finite: it was not trained by Adam. Leave the layer out with --exclude-layers"
+            )
+        found[block.name] = factored(v_OI)
+    return found
+
+
+def block_matrix(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
+    """(n_out, n_in) of a block from one tensor a parameter, laid out as its gradient: see ``indexer.layers.base``."""
+    if not block.is_matrix:
+        return torch.cat([tensors[name] for name in block.parameters]).unsqueeze(1)
+    weight = tensors[block.parameters[0]]
+    if layer_type_by_name(block.type).transposed:
+        weight = weight.t()
+    matrix = weight.new_zeros(block.n_out, block.n_in)
+    matrix[: weight.shape[0], : weight.shape[1]] = weight
+    for use in block.uses:
+        if use.bias is None or use.bias_column is None:
+            continue
+        bias = tensors[use.bias]
+        if use.flipped:
+            matrix[use.bias_column, : len(bias)] = bias
+        else:
+            matrix[: len(bias), use.bias_column] = bias
+    return matrix
+
+
+def scales_digest(scales: Mapping[str, SideScales]) -> str:
+    """``sha256:…`` of all scales."""
+    digest = hashlib.sha256()
+    for name, pair in scales.items():
+        digest.update(json.dumps([name, len(pair.scale_in), len(pair.scale_out)]).encode())
+        for scale in (pair.scale_in, pair.scale_out):
+            digest.update(scale.numpy().astype("<f4", copy=False).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def flat(scales: Mapping[str, SideScales]) -> dict[str, NDArray[np.float32]]:
+    """The arrays that a part keeps, by the names in SCALES."""
+    sides = ([pair.scale_in for pair in scales.values()], [pair.scale_out for pair in scales.values()])
+    return {name: torch.cat(side).numpy() for name, side in zip(SCALES, sides, strict=True)}
+
+
+def unflat(arrays: Mapping[str, NDArray[np.float32]], blocks: Sequence[Block]) -> dict[str, SideScales]:
+    """The inverse of :func:`flat`; ValueError where the arrays do not fit the blocks."""
+    sides = []
+    for name, lengths in zip(SCALES, ([b.n_in for b in blocks], [b.n_out for b in blocks]), strict=True):
+        if len(arrays[name]) != sum(lengths):
+            raise ValueError(f"{name} has {len(arrays[name])} numbers; the layers have {sum(lengths)}")
+        sides.append(torch.split(torch.from_numpy(np.asarray(arrays[name], dtype=np.float32)), lengths))
+    return {block.name: SideScales(*pair) for block, *pair in zip(blocks, *sides, strict=True)}
+
+
+def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Tensor]]:
+    """(the file, Adam's second moment by parameter name, shapes checked)."""
+    candidates = [source] if source.is_file() else [source / OURS, source / TORCH]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise CheckpointError(
+            f"--optimizer-state {source}: found neither {OURS} (of ghoststore train) nor {TORCH} (of transformers' "
+            "Trainer); give the folder of a training checkpoint"
+        )
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    try:
+        found = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"--optimizer-state {path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+    for name, v in found.items():
+        if tuple(v.shape) != parameters.get(name):
+            raise CheckpointError(
+                f"--optimizer-state {path}: {name!r} has shape {tuple(v.shape)}; the model's is {parameters.get(name)}"
+            )
+    return path, {name: v.float() for name, v in found.items()}
+
+
+def _by_name(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    tensors = load_file(path)
+    found = {key.removesuffix(f"/{QUANTITY}"): v for key, v in tensors.items() if key.endswith(f"/{QUANTITY}")}
+    return {name: v for name, v in found.items() if name in parameters}
+
+
+def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """A ``state_dict`` of torch's Adam numbers its parameters; names follow from the order, the groups and the shapes.
+
+    Shapes alone would not do: the layers of a model have the same ones, and an optimizer with a group a layer, say from
+    the last to the first, would pass for one in the order of the model.
+
+    CheckpointError where no known order fits, or two fit that name the parameters differently.
+    """
+    value = torch.load(path, map_location="cpu", weights_only=True)
+    groups, states = value["param_groups"], value["state"]
+    numbers = [int(number) for group in groups for number in group["params"]]
+    shapes = {number: tuple(states[number][QUANTITY].shape) for number in numbers if QUANTITY in states.get(number, {})}
+    if not shapes:
+        raise CheckpointError(f"--optimizer-state {path} holds no {QUANTITY}: it is not the state of Adam or AdamW")
+    if all("param_names" in group for group in groups):
+        likely = [[[str(name) for name in group["param_names"]] for group in groups]]
+    else:
+        likely = _likely_groups(parameters)
+    sizes = [len(group["params"]) for group in groups if group["params"]]
+    orders = [list(chain(*named)) for named in likely if [len(names) for names in named if names] == sizes]
+    fitting = [
+        order
+        for order in orders
+        if len(order) == len(numbers)
+        and all(shapes.get(number, parameters.get(name)) == parameters.get(name)
+                for number, name in zip(numbers, order, strict=True))
+    ]  # fmt: skip
+    if not fitting or any(order != fitting[0] for order in fitting):
+        problem = "fits no order of the model's parameters" if not fitting else "fits several orders of the parameters"
+        raise CheckpointError(
+            f"--optimizer-state {path} numbers its {len(numbers)} parameters, in {len(sizes)} group(s), and {problem} "
+            f"({len(parameters)}); save "
+            "it with names: torch.optim.AdamW(model.named_parameters(), …)"
+        )
+    return {
+        name: states[number][QUANTITY] for number, name in zip(numbers, fitting[0], strict=True) if number in shapes
+    }
+
+
+def _likely_groups(parameters: Mapping[str, tuple[int, ...]]) -> list[list[list[str]]]:
+    """The groups of an optimizer, by its maker: one as the model has them; or two, decayed ones first: transformers'
+    rule (no biases, no norms), or nanoGPT's.
+    """
+    names = list(parameters)
+
+    def split(decays: Callable[[str], bool]) -> list[list[str]]:
+        return [[name for name in names if decays(name)], [name for name in names if not decays(name)]]
+
+    def by_name(name: str) -> bool:
+        return not (name.endswith("bias") or "norm" in name.lower() or "ln_" in name)
+
+    return [[names], split(by_name), split(lambda name: len(parameters[name]) >= 2)]
+
+
+def learning_rate_of(folder: Path) -> float | None:
+    """The learning rate of the last step before a training checkpoint, as ``ghoststore train`` (``state.json``) or
+    transformers' Trainer (``trainer_state.json``) wrote it beside it; None where neither says, or where the Trainer
+    logged it at another step.
+    """
+    try:
+        ours = folder / OURS.parent / "state.json"
+        if ours.is_file():
+            return _rate(json.loads(ours.read_bytes()).get("learning_rate"))
+        theirs = folder / "trainer_state.json"
+        if theirs.is_file():
+            state = json.loads(theirs.read_bytes())
+            # It logs every so many steps: what it logged last may be of a step long before the checkpoint.
+            logged = [entry["learning_rate"] for entry in state["log_history"]
+                      if "learning_rate" in entry and entry["step"] == state["global_step"]]  # fmt: skip
+            return _rate(logged[-1]) if logged else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # only weights of several parts need it, and asking for them says what is missing
+    return None
+
+
+def _rate(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None

@@ -1,0 +1,164 @@
+"""What a build learns from a sample of its corpus before it begins, and keeps in the part.
+
+- The sides of blocks, where they are not drawn: the principal directions of the gradients hold most of their energy
+  (the PCA start of LogIX, Choe et al., arXiv 2405.13954, section 4.1, there of activations). With the gradient matrices
+  G of the sample, P_out has as rows the eigenvectors of Σ G Gᵀ of the largest eigenvalues, P_in those of Σ Gᵀ G (De
+  Lathauwer et al. 2000, "A multilinear singular value decomposition").
+- The factors of a preconditioner, and the sides with it: see :mod:`indexer.projection.kfac`.
+- How many numbers each layer has, and which are kept as they are: see :mod:`indexer.projection.allocation`.
+
+Eigenvectors differ in the last bits from machine to machine, and every query must use those of the build.
+
+Legend: O, I axes of a gradient matrix; K, J the ranks of its block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from indexer.projection.allocation import Shares
+from indexer.projection.kfac import Factor, Preconditioner, flat_length
+
+LEARNED = "pca"
+"""The projection kind whose sides are principal directions."""
+SIDES = ("projection_in", "projection_out")
+"""Arrays of a part: the sides of all layers one behind the other, row by row."""
+FACTORS = ("preconditioner_in", "preconditioner_out")
+"""Arrays of a part: the factors of all layers one behind the other."""
+KEPT = "kept_numbers"
+"""Array of a part: the places, in the Kronecker vector, of the numbers that are kept as they are."""
+ARRAYS = (*SIDES, *FACTORS, KEPT)
+
+Sides = Mapping[str, tuple[Tensor, Tensor]]
+"""(P_in (J, I), P_out (K, O)) by block name."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One layer, as far as what is learned depends on it."""
+
+    name: str
+    k_out: int
+    k_in: int
+    n_out: int
+    n_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Learned from a sample, or read from a part."""
+
+    samples: int
+    """Rows that it was learned from."""
+    sides: Sides | None
+    """float32 on the CPU; None where they are drawn."""
+    preconditioner: Preconditioner | None
+    """What the sides are multiplied with already."""
+    shares: Shares | None
+    """None where blocks are not sketched one by one."""
+
+    def digest(self) -> str:
+        """``sha256:…`` of everything learned."""
+        digest = hashlib.sha256()
+        sizes = None if self.shares is None else self.shares.sizes
+        names = None if self.sides is None else list(self.sides)
+        digest.update(json.dumps([self.samples, names, sizes]).encode())
+        for pair in (self.sides or {}).values():
+            for side in pair:
+                digest.update(side.numpy().astype("<f4", copy=False).tobytes())
+        if self.preconditioner is not None:
+            digest.update(self.preconditioner.digest().encode())
+        for places in [] if self.shares is None else self.shares.kept:
+            digest.update(places.numpy().astype("<i8", copy=False).tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's ``projection.calibration``."""
+        kept = 0 if self.shares is None else sum(map(len, self.shares.kept))
+        metric = {} if self.preconditioner is None else {"preconditioner": self.preconditioner.digest()}
+        return {"samples": self.samples, "kept": kept, **metric, "digest": self.digest()}
+
+    def arrays(self, layers: Sequence[LayerShape]) -> dict[str, NDArray[Any]]:
+        """What the part keeps, by the names in ARRAYS; those that are empty are left out."""
+        found: dict[str, NDArray[Any]] = {}
+        if self.sides is not None:
+            for side, name in enumerate(SIDES):
+                found[name] = torch.cat([self.sides[layer.name][side].flatten() for layer in layers]).numpy()
+        if self.preconditioner is not None:
+            for side, name in enumerate(FACTORS):
+                flat = [self.preconditioner.factors[layer.name][side].flat() for layer in layers]
+                found[name] = torch.cat(flat).numpy()
+        if self.shares is not None:
+            borders = _borders(layers)
+            places = [kept.numpy() + start for kept, start in zip(self.shares.kept, borders[:-1], strict=True)]
+            if sum(map(len, places)):
+                found[KEPT] = np.concatenate(places).astype(np.int64)
+        return found
+
+    @classmethod
+    def of_arrays(
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        layers: Sequence[LayerShape],
+        *,
+        samples: int,
+        damping: float,
+        sizes: Sequence[int] | None,
+    ) -> Calibration:
+        """The inverse of :meth:`arrays`; ``sizes`` are the stored numbers of each layer, None for one sketch or none.
+
+        ValueError where the arrays do not fit the layers.
+        """
+        sides = preconditioner = shares = None
+        if SIDES[0] in arrays:
+            p_in = _split(arrays, SIDES[0], [layer.k_in * layer.n_in for layer in layers])
+            p_out = _split(arrays, SIDES[1], [layer.k_out * layer.n_out for layer in layers])
+            sides = {
+                layer.name: (one.view(layer.k_in, layer.n_in), other.view(layer.k_out, layer.n_out))
+                for layer, one, other in zip(layers, p_in, p_out, strict=True)
+            }
+        if FACTORS[0] in arrays:
+            f_in = _split(arrays, FACTORS[0], [flat_length(layer.n_in) for layer in layers])
+            f_out = _split(arrays, FACTORS[1], [flat_length(layer.n_out) for layer in layers])
+            factors = {
+                layer.name: (Factor.of_flat(one, layer.n_in), Factor.of_flat(other, layer.n_out))
+                for layer, one, other in zip(layers, f_in, f_out, strict=True)
+            }
+            preconditioner = Preconditioner(factors, damping)
+        if sizes is not None:
+            shares = Shares(list(sizes), _kept(arrays.get(KEPT), layers, sizes))
+        return cls(samples=samples, sides=sides, preconditioner=preconditioner, shares=shares)
+
+
+def _borders(layers: Sequence[LayerShape]) -> NDArray[np.int64]:
+    """(layers + 1,): where blocks begin in the Kronecker vector, and its end."""
+    return np.cumsum([0, *(layer.k_out * layer.k_in for layer in layers)], dtype=np.int64)
+
+
+def _kept(places: NDArray[Any] | None, layers: Sequence[LayerShape], sizes: Sequence[int]) -> list[Tensor]:
+    places, borders = np.asarray([] if places is None else places, dtype=np.int64), _borders(layers)
+    if len(places) and (np.any(np.diff(places) <= 0) or places[0] < 0 or places[-1] >= borders[-1]):
+        raise ValueError(f"{KEPT} are no ascending places in a vector of {borders[-1]} numbers")
+    cuts = np.searchsorted(places, borders)
+    found = []
+    for layer, size, start, stop, border in zip(layers, sizes, cuts[:-1], cuts[1:], borders[:-1], strict=True):
+        if not stop - start <= size <= layer.k_out * layer.k_in:
+            raise ValueError(f"layer {layer.name!r} has {size} numbers and keeps {stop - start} as they are")
+        found.append(torch.from_numpy(places[start:stop] - border))
+    return found
+
+
+def _split(arrays: Mapping[str, NDArray[Any]], name: str, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    flat = torch.from_numpy(np.asarray(arrays[name], dtype=np.float32))
+    if len(flat) != sum(lengths):
+        raise ValueError(f"{name} has {len(flat)} numbers; the layers need {sum(lengths)}")
+    return torch.split(flat, list(lengths))

@@ -1,0 +1,314 @@
+"""``ghoststore.tokenize``: a corpus to token shards, in parallel, resumed by itself. Format: ``docs/shards.md``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghoststore.checkpoint.load import find_tokenizer, load_tokenizer, quiet_transformers
+from ghoststore.checkpoint.same_model import tokenizer_lines
+from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
+from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
+from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.software import versions_of
+from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
+from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.tokens.shards import (
+    MANIFEST,
+    SHARDS,
+    TOKENIZER,
+    ShardLayout,
+    TokenShards,
+    committed_shards,
+    layout_of,
+    read_manifest,
+    read_shard_commit,
+    seal_shards,
+    shard_files,
+)
+from indexer.build.corpus_plan import CorpusPlan, plan_corpus
+from indexer.encode.tokens import Tokenizer
+from indexer.tokenize.workers import write_side_by_side
+from indexer.tokenize.writer import WHOLE, ShardJob, ShardWriter
+
+DEFAULT_SHARD_SAMPLES = 4096
+TEXT_A_WORKER = 16 << 20
+"""Bytes of text below which another process takes longer to start than it saves."""
+PIECES_A_WORKER = 8
+"""Runs of shards that a worker gets, one after another: enough that all end at about the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainCount:
+    """One domain's share; ``domain`` None: samples without one."""
+
+    domain: str | None
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeReport:
+    """What is in the folder, and what this call did for it."""
+
+    out: str
+    samples: int
+    tokens: int
+    shards: int
+    domains: list[DomainCount]
+    """By name; samples without a domain last."""
+    empty_samples: int
+    """Samples without tokens: they keep their place."""
+    token_dtype: str
+    vocabulary: int
+    tokenizer_fingerprint: str
+    corpus_fingerprint: str
+    repeated_ids: dict[str, int] | None
+    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+    bytes_on_disk: int
+    resumed_samples: int
+    """Samples that were committed before this call."""
+    written_tokens: int
+    """Tokens that this call wrote."""
+    workers: int
+    """Processes that wrote; 1 is this one."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time: total, loading the tokenizer, scanning the corpus, tokenizing and writing."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore tokenize --json`` prints."""
+        return asdict(self)
+
+
+def tokenize(
+    *,
+    data: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    fields: Fields | None = None,
+    max_samples: int | None = None,
+    shard_samples: int | None = None,
+    workers: int | None = None,
+    domains: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> TokenizeReport:
+    """The tokens of every sample of ``data``, whole, into the folder ``out``, with where each sample comes from.
+
+    Parameters have the names of the command's options. ``tokenizer`` is a folder with a saved tokenizer or a hub
+    id; ``domains`` keeps only the samples of these domains, and ``max_samples`` the first of those. A shard holds
+    ``shard_samples`` samples (default 4,096). ``workers`` processes write shards side by side (default: one for
+    every 16 MiB of text, at most one a core); 1 is this process. The folder is byte-identical for any number.
+
+    A folder that is there and is of the same tokenizer, corpus and settings is continued. Read it with
+    :class:`ghoststore.TokenShards`, or give it wherever a corpus is asked for.
+
+    Raises UsageError, CorpusError or CheckpointError for inputs that cannot be used, MismatchError if the folder
+    that is there is of another tokenizer, corpus or settings, BusyError if another process is writing it,
+    WorkerError if a worker dies, StorageError if the disk refuses. What was committed stays committed.
+    """
+    progress = progress or Silent()
+    begun = time.perf_counter()
+    for option, value in (
+        ("--max-samples", max_samples),
+        ("--shard-samples", shard_samples),
+        ("--workers", workers),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
+    folder = Path(out)
+    _refuse_others(folder)
+    text_tokenizer = load_tokenizer(find_tokenizer(tokenizer))
+    loaded = time.perf_counter()
+    with open_corpus(str(data), fields or Fields(), progress) as corpus:
+        if corpus.resolved.kind == "tokens":
+            raise UsageError(f"{data} holds tokens already; give the corpus that they were made of")
+        if domains:
+            corpus = corpus.only(domains)
+        plan = plan_corpus(
+            corpus, Tokenizer(text_tokenizer, note=progress.note), WHOLE,
+            span_rows=shard_samples or DEFAULT_SHARD_SAMPLES, max_samples=max_samples, progress=progress,
+        )  # fmt: skip
+        _refuse_unknown(corpus, plan, max_samples)
+        scanned = time.perf_counter()
+        manifest = _manifest(corpus, plan, text_tokenizer, shard_samples or DEFAULT_SHARD_SAMPLES, max_samples)
+        manifest["source"] = {
+            "data": "-" if str(data) == "-" else absolute(corpus.source),
+            "form": corpus.form,
+            "tokenizer": absolute(str(tokenizer)),
+        }
+        _create(folder, manifest, text_tokenizer)
+        _refuse_mismatch(folder, manifest, progress)
+        job = ShardJob(
+            folder=folder, source=corpus.source, fields=corpus.resolved, plan=plan,
+            only_domains=None if corpus.domains is None else tuple(sorted(corpus.domains)),
+            domains=tuple(plan.scan.domains or ()), layout=layout_of(manifest, folder),
+        )  # fmt: skip
+        compressed = corpus.form.endswith((".gz", ".zst"))
+        with exclusive(folder, f"folder {folder}", "--out"):
+            resumed, written, used = _write(job, workers, compressed, progress)
+    done = time.perf_counter()
+    seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
+    return _report(TokenShards.open(folder), resumed, written, used, seconds)
+
+
+def _refuse_others(folder: Path) -> None:
+    """UsageError for a folder that holds something else."""
+    if (folder.exists() and not folder.is_dir()) or (
+        folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir())
+    ):
+        raise UsageError(f"--out {folder} is there and holds no token shards; give a new folder")
+
+
+def _refuse_unknown(corpus: Corpus, plan: CorpusPlan, max_samples: int | None) -> None:
+    """UsageError for a domain that was asked for and that no sample has."""
+    lacking = sorted((corpus.domains or frozenset()) - set(plan.scan.domains or ()))
+    if lacking and (max_samples is None or plan.scan.rows < max_samples):
+        raise UsageError(f"--domain {lacking[0]!r}: no sample of {corpus.source} has this domain")
+
+
+def _manifest(
+    corpus: Corpus, plan: CorpusPlan, tokenizer: Any, shard_samples: int, max_samples: int | None
+) -> dict[str, Any]:
+    """The manifest, ``source`` aside."""
+    scan = plan.scan
+    layout = ShardLayout(
+        samples=scan.rows, shard_samples=shard_samples, vocabulary=max(tokenizer.get_vocab().values(), default=0) + 1,
+        domains=len(scan.domains or ()),
+    )  # fmt: skip
+    return {
+        "tokenizer": {**tokenizer_identity(tokenizer), "vocabulary": layout.vocabulary},
+        "corpus": {
+            "fingerprint": scan.fingerprint,
+            "samples": scan.rows,
+            "max_samples": max_samples,
+            "only_domains": None if corpus.domains is None else sorted(corpus.domains),
+            "domains": scan.domains,
+            "repeated_ids": plan.repeated_ids,
+            "fields": corpus.resolved.to_json(),
+        },
+        "storage": {
+            "shard_samples": shard_samples,
+            "shards": layout.shards,
+            "token_dtype": layout.token_dtype.name,
+            "spans_sha256": hashlib.sha256(plan.table.astype("<i8").tobytes()).hexdigest(),
+        },
+        "software": versions_of("ghoststore", "transformers", "tokenizers", "numpy"),
+    }
+
+
+def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
+    """The folder without a shard yet, unless it is there."""
+
+    def fill(begun: Path) -> None:
+        (begun / "commits").mkdir()
+        with quiet_transformers():
+            tokenizer.save_pretrained(begun / TOKENIZER)
+            given, found = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
+        if found != given:
+            raise CheckpointError(
+                "the tokenizer comes back otherwise after save_pretrained; give one that can be saved:\n"
+                f"{tokenizer_lines(given, found)}"
+            )
+        files = {
+            str(file.relative_to(begun)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted((begun / TOKENIZER).rglob("*"))
+            if file.is_file()
+        }
+        (begun / MANIFEST).write_bytes(seal_shards(manifest, files))
+
+    with storage_errors(str(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    create_whole(folder, f"folder {folder}", fill, "--out")
+
+
+def _refuse_mismatch(folder: Path, manifest: dict[str, Any], progress: Progress) -> None:
+    stored, _ = read_manifest(folder)
+    refuse_differences(stored, manifest, f"the folder of token shards {folder}", SHARDS)
+    if stored["software"] != manifest["software"] and not _complete(folder, stored):
+        progress.note(
+            f"continuing with other software than the folder was begun with (was {stored['software']}, is "
+            f"{manifest['software']})"
+        )
+
+
+def _complete(folder: Path, manifest: dict[str, Any]) -> bool:
+    layout = layout_of(manifest, folder)
+    return len(committed_shards(folder, layout)) == layout.shards
+
+
+def _write(job: ShardJob, workers: int | None, compressed: bool, progress: Progress) -> tuple[int, int, int]:
+    """Write every shard without a record. (samples that were there, tokens written, processes used)."""
+    folder, layout = job.folder, job.layout
+    with storage_errors(str(folder)):
+        there = committed_shards(folder, layout)
+        present = set(there)
+        sweep(folder)
+        _remove_uncommitted(folder, present)
+    commits = [read_shard_commit(folder, layout, shard) for shard in there]
+    resumed = sum(commit.stop - commit.start for commit in commits)
+    missing = [shard for shard in range(layout.shards) if shard not in present]
+    if not missing:
+        return resumed, 0, 1
+    if workers is None:
+        workers = max(1, min(_cores(), job.plan.scan.text_bytes // TEXT_A_WORKER))
+    # A compressed file is read from its beginning for every piece.
+    pieces = _pieces(missing, workers * (1 if compressed else PIECES_A_WORKER))
+    workers = min(workers, len(pieces))
+    done = ShardWriter(job).write(missing) if workers == 1 else write_side_by_side(job, pieces, workers)
+    tokens = 0
+    with closing(progress.task("tokenizing", layout.samples, done=resumed)) as task, closing(done):
+        for written in done:
+            task.advance(written.samples, written.tokens)
+            tokens += written.tokens
+    return resumed, tokens, workers
+
+
+def _remove_uncommitted(folder: Path, present: set[int]) -> None:
+    """Remove the files of shards that have no record: what a process that died had written."""
+    for path in folder.glob("*.npy"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdigit() and int(number) not in present and path.name in shard_files(int(number)):
+            path.unlink()
+
+
+def _pieces(shards: Sequence[int], count: int) -> list[Sequence[int]]:
+    """``shards`` cut into at most ``count`` runs of about the same size."""
+    size = -(-len(shards) // count)
+    return [shards[start : start + size] for start in range(0, len(shards), size)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _report(shards: TokenShards, resumed: int, written: int, workers: int, seconds: dict[str, float]) -> TokenizeReport:
+    names: list[str | None] = [*shards.domains, None]
+    codes = shards.domain.astype(np.int64) % len(names)  # -1, no domain, becomes the last
+    samples = np.bincount(codes, minlength=len(names)).tolist()
+    tokens = np.zeros(len(names), dtype=np.int64)
+    np.add.at(tokens, codes, shards.length)
+    counts = [
+        DomainCount(domain=name, samples=some, tokens=many)
+        for name, some, many in zip(names, samples, tokens.tolist(), strict=True)
+        if some
+    ]
+    files = (path for path in shards.folder.rglob("*") if path.is_file())
+    return TokenizeReport(
+        out=str(shards.folder), samples=shards.samples, tokens=shards.tokens, shards=shards.layout.shards,
+        domains=counts, empty_samples=int((shards.length == 0).sum()), token_dtype=shards.layout.token_dtype.name,
+        vocabulary=shards.layout.vocabulary, tokenizer_fingerprint=shards.tokenizer_identity["fingerprint"],
+        corpus_fingerprint=shards.corpus_fingerprint, repeated_ids=shards.repeated_ids,
+        bytes_on_disk=sum(path.stat().st_size for path in files),
+        resumed_samples=resumed, written_tokens=written, workers=workers, seconds=seconds,
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""One shard of tokens: the rows of a span, tokenized, written, committed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ghoststore.corpus import Corpus, ResolvedFields
+from ghoststore.errors import BusyError, CheckpointError
+from ghoststore.store.base.disk import publish, storage_errors
+from ghoststore.store.base.records import write_commit
+from ghoststore.tokens.shards import SAMPLE, ShardLayout, load_copy, npy_bytes, shard_files
+from indexer.build.corpus_plan import CorpusPlan, rows_of_spans
+from indexer.encode.tokens import NO_TOKENS, Row, Tokenizer, TokenSettings
+
+WHOLE = TokenSettings(max_length=np.iinfo(np.int32).max)
+"""Samples are never cut."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """What any process needs to write any shard of a folder."""
+
+    folder: Path
+    source: str
+    """Where the corpus can be read."""
+    fields: ResolvedFields
+    only_domains: tuple[str, ...] | None
+    domains: tuple[str, ...]
+    """Names that the ``domain`` column indexes."""
+    plan: CorpusPlan
+    layout: ShardLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A shard that was committed."""
+
+    shard: int
+    samples: int
+    tokens: int
+
+
+class ShardWriter:
+    """A job's corpus and tokenizer, opened once in the process that writes."""
+
+    def __init__(self, job: ShardJob) -> None:
+        self.job = job
+        corpus = Corpus.open(job.source, job.fields)
+        self._corpus = corpus if job.only_domains is None else corpus.only(job.only_domains)
+        self._tokenizer = Tokenizer(load_copy(job.folder))
+        self._sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
+
+    def write(self, shards: Sequence[int]) -> Generator[Written]:
+        """Write and commit ``shards`` (ascending), each when the one before is on the disk.
+
+        Raises MismatchError where the corpus is not the one that was planned, StorageError if the disk refuses,
+        BusyError if another process wrote the same shard.
+        """
+        spans = rows_of_spans(self._corpus, self._tokenizer, WHOLE, self.job.plan, self._sizes, shards)
+        for shard, rows in spans:
+            yield write_shard(self.job, shard, rows)
+
+
+def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
+    """Files, each whole and on the disk; then the record that names them."""
+    tokens = np.concatenate([NO_TOKENS, *(row.tokens for row in rows)])
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < job.layout.vocabulary:
+        raise CheckpointError(
+            f"the tokenizer gives token {int(tokens.max())}, but its vocabulary ends at {job.layout.vocabulary}"
+        )
+    codes = {domain: code for code, domain in enumerate(job.domains)}
+    ids = [row.sample.id.encode() for row in rows]
+    samples = np.zeros(len(rows), dtype=SAMPLE)
+    samples["source_row"] = [row.sample.source_row for row in rows]
+    samples["source_offset"] = [row.sample.offset for row in rows]
+    samples["source_digest"] = np.array([row.sample.digest() for row in rows], dtype=np.uint64)
+    samples["source_file"] = [row.sample.file for row in rows]
+    samples["domain"] = [-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows]
+    samples["length"] = [len(row.tokens) for row in rows]
+    samples["first_target"] = [row.first_target for row in rows]
+    samples["start"] = np.cumsum(samples["length"], dtype=np.int64) - samples["length"]
+    samples["id_stop"] = np.cumsum([len(name) for name in ids], dtype=np.int64)
+    arrays = (tokens.astype(job.layout.token_dtype), samples, np.frombuffer(b"".join(ids), dtype=np.uint8))
+    start, stop = job.layout.span_of(shard)
+    statuses = Counter(row.status.name.lower() for row in rows)
+    with storage_errors(f"shard {shard} of {job.folder}"):
+        for name, array in zip(shard_files(shard), arrays, strict=True):
+            data = npy_bytes(array)
+            if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
+                raise BusyError(f"{job.folder / name} was written by another process meanwhile")
+        if not write_commit(
+            job.folder, span=shard, start=start, stop=stop, keys=shard_files(shard),
+            statuses=dict(sorted(statuses.items())), tokens=len(tokens),
+        ):  # fmt: skip
+            raise BusyError(f"shard {shard} of {job.folder} was committed by another process meanwhile")
+    return Written(shard, stop - start, len(tokens))

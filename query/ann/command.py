@@ -1,0 +1,130 @@
+"""``ghoststore.index``: a FAISS index of a part, with its recall measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.store import Part, Store
+from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.part.index_manifest import IndexManifest
+from ghoststore.store.part.indexes import (
+    check_coverage,
+    damage_of,
+    index_folder,
+    index_names,
+    read_manifest,
+)
+from query.ann.build import Plan, build_index, usable_rows
+from query.ann.engine import check_device, load_faiss
+from query.ann.kinds import Dimension, choose_dimension, choose_factory
+from query.search.part_score import METRICS, Metric
+
+TARGET_RECALL = 0.97
+"""At 10, of the worse kind of sample query: a little above 0.95, which other queries then reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexReport:
+    """What ``index`` did."""
+
+    store: str
+    part: str
+    name: str
+    built: bool
+    """False: an index of these settings was there, whole and current."""
+    manifest: IndexManifest
+    """What the index is, its settings and its recall."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore index --json`` prints."""
+        head = {"store": self.store, "part": self.part, "name": self.name, "built": self.built}
+        return head | self.manifest.to_json()
+
+
+def index(
+    *,
+    store: str | Path,
+    part: str | None = None,
+    factory: str | None = None,
+    metric: Metric = "cosine",
+    name: str | None = None,
+    dimension: Dimension = "auto",
+    target_recall: float = TARGET_RECALL,
+    device: str = "cpu",
+    rebuild: bool = False,
+    progress: Progress | None = None,
+) -> IndexReport:
+    """Build a FAISS index of the committed rows of a part, or find that it is there already.
+
+    ``factory`` is a factory string of FAISS; by default it is chosen by rows and dimension. Vectors of more than 2,048
+    numbers are sketched to 1,024 first; ``dimension`` gives another number, or ``none``. How far a search goes is
+    tuned until the recall at 10, measured against exact search, is ``target_recall``; where that cannot be reached, the
+    best is kept and said. A stale or damaged index of that name is built again; ``rebuild`` builds any again. Queries
+    that have the old one open keep it.
+
+    Raises UsageError for a factory string that FAISS rejects, a dimension that cannot be, a part without usable rows,
+    where FAISS, or one for that ``device``, is not installed, and if an index of that name has other settings;
+    CorruptError for damaged rows; BusyError while another process builds it; StorageError if the disk refuses.
+    """
+    progress = progress or Silent()
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
+    if not 0 < target_recall <= 1:
+        raise UsageError(f"--target-recall must be above 0 and at most 1, not {target_recall}")
+    load_faiss()
+    check_device(device)
+    opened = Store.open(store).part(part)
+    plan = _plan(opened, factory, metric, name, dimension, target_recall, device)
+    manifest = None if rebuild else existing(opened, plan, progress)
+    built = manifest is None
+    if manifest is None:
+        manifest = build_index(opened, plan, progress)
+    if not manifest.reached:
+        progress.note(
+            f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {target_recall} were asked "
+            "for. Try a larger code (SQ8, SQfp16), or --dimension none"
+        )
+    return IndexReport(store=str(store), part=opened.name, name=plan.name, built=built, manifest=manifest)
+
+
+def _plan(
+    part: Part, factory: str | None, metric: Metric, name: str | None, dimension: Dimension, target: float, device: str
+) -> Plan:
+    front_dimension = choose_dimension(dimension, part.layout.dimension)
+    if factory is None:
+        factory = choose_factory(len(usable_rows(part)[0]), front_dimension, device)
+    given = [] if dimension == "auto" else [str(dimension)]
+    return Plan(
+        name=safe_name(metric, factory, *given) if name is None else check_name(name, "index"),
+        factory=factory, metric=metric, front_dimension=front_dimension, target_recall=target, device=device,
+    )  # fmt: skip
+
+
+def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None:
+    """The index that ``plan`` asks for, if it is there, whole and current; None with a note if it must be built again.
+
+    UsageError if it is there with other settings.
+    """
+    if plan.name not in index_names(part):
+        return None
+    try:
+        manifest = read_manifest(part, plan.name)
+        for setting in ("factory", "metric", "front_dimension", "target_recall"):
+            asked, stored = getattr(plan, setting), getattr(manifest, setting)
+            if asked != stored:
+                raise UsageError(
+                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {asked!r}: give "
+                    "--rebuild to replace it, or another --name"
+                )
+        check_coverage(part, plan.name, manifest)
+        for path, problem in damage_of(index_folder(part, plan.name), manifest):
+            raise CorruptError(f"{path}: {problem}")
+    except (MismatchError, CorruptError) as error:
+        progress.note(f"{error}: building it again")
+        return None
+    progress.note(f"index {plan.name!r} is there and current; --rebuild builds it again")
+    return manifest

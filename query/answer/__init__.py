@@ -1,0 +1,1 @@
+"""What an answer holds, and the forms it is written in."""

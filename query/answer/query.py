@@ -1,0 +1,154 @@
+"""``ghoststore.query``: a val set to the samples whose gradients point the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ghoststore.corpus import Fields
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.store.part.fidelity import read_fidelity
+from query.ann.index import AnnIndex
+from query.answer.hits import hits_of
+from query.answer.report import write_report
+from query.answer.results import QueryHits, QueryResult
+from query.ask.question import Combine, Precondition, Question
+from query.ask.scorer import Asked, ask
+from query.common.output import check_output
+from query.search.part_score import Metric
+from query.search.parts import PartWeights, note_repeated, part_names
+
+
+def query(
+    *,
+    store: str | Path,
+    val_set: str | Path,
+    part: str | Sequence[str] | None = None,
+    part_weights: PartWeights | None = None,
+    top_k: int = 10,
+    bottom_k: int = 0,
+    each: bool = False,
+    group_field: str | None = None,
+    combine: Combine = "mean",
+    metric: Metric = "cosine",
+    layers: Sequence[str] = (),
+    exclude_layers: Sequence[str] = (),
+    fields: Fields | None = None,
+    max_samples: int | None = None,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    text: bool = True,
+    with_scores: str | None = None,
+    score_weight: float | None = None,
+    precondition: Precondition = "none",
+    damping: float | None = None,
+    index: str = "exact",
+    index_name: str | None = None,
+    rerank: int | None = None,
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+) -> QueryResult:
+    """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``.
+
+    With ``each`` one ranking for every val sample, else one for their mean gradient. ``metric`` is ``dot`` or
+    ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers of a part
+    of plain Kronecker blocks. The val set goes through the model, tokenization and projection that the part's
+    manifest names; ``checkpoint`` is another path to the same weights.
+
+    ``group_field`` names a field of the val set: one ranking for the mean gradient of each group, and before them one
+    called ``combined``: by the ``mean`` or the ``max`` of a row's scores over the groups, or by ``rank-fusion``
+    (reciprocal ranks).
+
+    Several names as ``part`` are builds of the same rows at successive checkpoints: the score is the sum of theirs
+    (TracIn, LESS), weighted by ``part_weights``: ``learning-rate`` (of the checkpoints, the default), ``equal``, or a
+    number each.
+
+    ``precondition="second-moment"`` scores with qᵀ (H + λI)⁻¹ g, H the second moment of the part's rows by block and λ
+    = ``damping`` (default 0.1) × the mean eigenvalue of H; the cosine is then that of this metric. H is computed by one
+    scan and cached.
+
+    ``with_scores`` names a training run of the store whose values (Σ η·score of a sample) are blended with the
+    similarities: (1 - W)·z(similarity) + W·z(value), W = ``score_weight`` (default 0.5), z standardised over the rows
+    that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
+    unless W is 0.
+
+    ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made (called ``index_name``; default:
+    the only one for the metric) and scores them exactly; its measured recall is among the settings.
+
+    ``rerank`` is a number of candidates: the gradients of the best (and worst) so many rows by the stored vectors are
+    computed again by the model, and ranked by their exact scores. For parts whose vectors are codes of few bits.
+
+    ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
+
+    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
+    another checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+    """
+    progress = progress or Silent()
+    if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
+        raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
+    page = None if report is None else check_output(report, "--report", (".html",))
+    if index not in ("exact", "ann"):
+        raise UsageError(f"--index {index!r} is unknown; known: exact, ann")
+    if index_name is not None and index == "exact":
+        raise UsageError("--index-name belongs to --index ann")
+    question = Question(
+        store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
+        layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
+        device=device, with_scores=with_scores, score_weight=score_weight, part_weights=part_weights,
+        precondition=precondition, damping=damping,
+    )  # fmt: skip
+    if index == "ann":
+        _refuse_index(question)
+    asked = ask(question, progress)
+    note_repeated(asked.part, progress)
+    opened = None
+    if index == "ann":
+        opened = AnnIndex.open(asked.part, index_name, metric=metric, device=asked.device)
+    rankings = asked.rank(top_k, bottom_k, progress, candidates=rerank, index=opened)
+    hits = hits_of(asked.part, rankings, text, progress, asked.blend)
+    result = QueryResult(
+        store=str(store),
+        settings={
+            **asked.settings(),
+            **({"index": "exact"} if opened is None else opened.settings()),
+            "rerank": rerank,
+            "top_k": top_k,
+            "bottom_k": bottom_k,
+            "fidelity": fidelity_settings(asked, progress),
+        },
+        results=[
+            QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
+            for name, val_row, best, worst in zip(asked.names, asked.val_rows, *hits, strict=True)
+        ],
+    )
+    if page is not None:
+        write_report(page, asked, result, rankings, progress)
+    return result
+
+
+def _refuse_index(question: Question) -> None:
+    """UsageError for scores that no index has: before any work, and before one is asked for that would not help."""
+    parts = len(part_names(question.part))
+    if parts > 1:
+        raise UsageError(f"an index is of one part, the scores are summed over {parts}; use --index exact")
+    option = "--with-scores" if question.with_scores is not None else f"--combine {question.combine}"
+    if question.with_scores is not None or question.combine != "mean":
+        raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use --index exact")
+
+
+def fidelity_settings(asked: Asked, progress: Progress) -> dict[str, Any] | None:
+    """What `ghoststore.fidelity` measured of rankings like this one; None where it has not, or where the score is
+    another: of some layers, several parts, preconditioned or blended.
+    """
+    question = asked.question
+    plain = question.precondition == "none" and question.with_scores is None and asked.terms[0].groups is None
+    kept = read_fidelity(asked.part, question.metric) if plain and len(asked.terms) == 1 else None
+    if kept is None or kept.state == "damaged":
+        if kept is not None:
+            progress.note(
+                f"the measured fidelity is not shown: {kept.problem}; `ghoststore fidelity` measures it again"
+            )
+        return None
+    return kept.to_json()

@@ -1,0 +1,220 @@
+"""A query's answer as one page that needs no network: ``ghoststore query --report out.html``.
+
+Ranked samples with their texts, histograms of the scores, domains, what each layer adds, and the settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.progress import Progress
+from ghoststore.store.base.disk import storage_errors
+from query.answer.contributions import Contributions, contributions
+from query.answer.results import Hit, QueryResult
+from query.ask.question import COMBINED
+from query.ask.scorer import Asked
+from query.search.search import Ranking
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+MOST_RANKINGS = 30
+MOST_CHARACTERS = 4000
+"""Of a sample's text."""
+STRONGEST = 3
+"""Layers that are named beside a sample."""
+WIDTH, HEIGHT, TOP, BINS = 480, 150, 10, 60
+"""Of a histogram, in units of its picture."""
+
+
+def write_report(
+    path: Path, asked: Asked, result: QueryResult, rankings: Sequence[Ranking], progress: Progress
+) -> None:
+    """Write the page. Reads every row's score once more, and for a sketched part the model."""
+    import jinja2
+
+    shown = result.results[:MOST_RANKINGS]
+    scores = asked.scores(progress, len(shown))
+    rows = [[int(row) for row in mine if row >= 0] for mine in rankings[0].rows[: len(shown)]]
+    layers = contributions(asked, rows, progress)
+    domains = _Domains(asked)
+    titles = {"mean": "the val set's mean gradient"}
+    if asked.question.group_field is not None:
+        titles = {COMBINED: f"all groups ({asked.question.combine})"}
+    elif asked.question.each:
+        titles = {}
+    page = {
+        "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
+        "subtitle": _subtitle(asked, result),
+        "metric": result.settings["metric"],
+        "rankings": [
+            {
+                "name": one.query,
+                "title": titles.get(one.query, one.query),
+                "hits": _hits(one.hits, mine, layers, place),
+                "bottom": _hits(one.bottom, [], layers, place),
+                "histogram": histogram(scores[place], one.hits),
+                "domains": domains.shares(mine),
+                "layers": _mean_layers(layers, place),
+            }
+            for place, (one, mine) in enumerate(zip(shown, rows, strict=True))
+        ],
+        "layers_note": layers.note if isinstance(layers, Contributions) else "",
+        "left_out": _left_out(result, layers),
+        "settings": [(name, _shown(value)) for name, value in {"store": result.store, **result.settings}.items()],
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.globals["number"] = number
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
+    with storage_errors(str(path)), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}"
+
+
+def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, Any] | None:
+    """Bins as rectangles, the place of zero, and that of the lowest of ``hits``; None without a finite score."""
+    finite = scores_N[np.isfinite(scores_N)]
+    if not len(finite):
+        return None
+    low, high = float(finite.min()), float(finite.max())
+    spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # else bins are as fine as rounding
+    shares = (finite - low) / spread if spread else np.full(len(finite), 0.5)
+    counts, _ = np.histogram(shares, BINS, (0.0, 1.0))
+    tall = HEIGHT * np.log1p(counts) / np.log1p(counts.max())
+    wide = WIDTH / BINS
+
+    def place(score: float) -> float | None:
+        return round(WIDTH * (score - low) / spread, 1) if spread > 0 and low <= score <= high else None
+
+    lowest = min((hit.score for hit in hits), default=None)
+    return {
+        "rows": len(finite),
+        "low": low,
+        "high": high,
+        "bins": [
+            (round(bin * wide, 1), round(TOP + HEIGHT - float(h), 1), round(wide - 1, 1), round(float(h), 1))
+            for bin, h in enumerate(tall)
+            if h > 0
+        ],
+        "zero": place(0.0) if low < 0 < high else None,
+        "mark": None if lowest is None else place(lowest),
+        "lowest": lowest,
+    }
+
+
+class _Domains:
+    """How many rows each domain has."""
+
+    def __init__(self, asked: Asked) -> None:
+        part = asked.part
+        self._names = part.domains
+        self._of = np.full(part.layout.rows, -1, dtype=np.int64)
+        for span in part.spans:
+            start, stop = part.layout.span_of(span)
+            self._of[start:stop] = part.read("domain", start, stop)
+        committed = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
+        self._all = np.bincount(self._of[committed] + 1, minlength=len(self._names) + 1)
+
+    def shares(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Each domain's share of ``rows`` and of all, the largest first; empty without domains."""
+        if not self._names or not rows:
+            return []
+        chosen = np.bincount(self._of[list(rows)] + 1, minlength=len(self._all))
+        named = [
+            {
+                "name": ["no domain", *self._names][place],
+                "chosen": int(chosen[place]),
+                "chosen_percent": round(100 * float(chosen[place]) / len(rows), 1),
+                "all_percent": round(100 * float(self._all[place]) / float(self._all.sum()), 1),
+            }
+            for place in range(len(self._all))
+            if self._all[place]
+        ]
+        return sorted(named, key=lambda domain: (-domain["chosen"], domain["name"]))
+
+
+def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
+    found = []
+    for place, hit in enumerate(hits):
+        text = hit.text if hit.text is None else hit.text[:MOST_CHARACTERS]
+        more = "" if hit.text is None or len(hit.text) <= MOST_CHARACTERS else f"{len(hit.text) - MOST_CHARACTERS:,}"
+        strongest: list[tuple[str, float]] = []
+        if isinstance(layers, Contributions) and place < len(rows) and rows[place] in layers.of[ranking]:
+            values = layers.of[ranking][rows[place]]
+            order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
+            short = _short(layers.layers)
+            strongest = [(short[at], float(values[at])) for at in order]
+        found.append({**asdict(hit), "text": text, "more": more, "layers": strongest})
+    return found
+
+
+def _mean_layers(layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
+    """One bar a layer, in the order of the model: the mean over the rows listed."""
+    if isinstance(layers, str) or not layers.of[ranking]:
+        return []
+    mean = np.mean(list(layers.of[ranking].values()), axis=0)
+    low, high = min(0.0, float(mean.min())), max(0.0, float(mean.max()))
+    spread = (high - low) or 1.0
+    return [
+        {
+            "name": name,
+            "value": float(value),
+            "left": round(100 * (min(0.0, float(value)) - low) / spread, 2),
+            "width": round(100 * abs(float(value)) / spread, 2),
+        }
+        for name, value in zip(_short(layers.layers), mean, strict=True)
+    ]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Paths without the components that all of them begin with."""
+    paths = [name.split(".") for name in names]
+    shared = 0
+    while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:
+        shared += 1
+    return [".".join(path[shared:]) for path in paths]
+
+
+def _count(result: QueryResult) -> str:
+    most = max((len(one.hits) for one in result.results), default=0)
+    if not most:
+        most = max((len(one.bottom) for one in result.results), default=0)
+        return f"The {most} training samples farthest from" if most != 1 else "The training sample farthest from"
+    return f"The {most} training samples nearest to" if most != 1 else "The training sample nearest to"
+
+
+def _subtitle(asked: Asked, result: QueryResult) -> str:
+    score = "Blend of similarity and training-time value" if asked.blend else f"{asked.question.metric.capitalize()}"
+    return (
+        f"{score} of gradients; {result.settings['rows']:,} rows of part {asked.part.name}, "
+        f"{result.settings['val_rows']:,} val samples"
+    )
+
+
+def _left_out(result: QueryResult, layers: Contributions | str) -> str:
+    told = []
+    if len(result.results) > MOST_RANKINGS:
+        told.append(
+            f"{len(result.results) - MOST_RANKINGS} more rankings are not shown; --json or --out writes them all."
+        )
+    if isinstance(layers, str):
+        told.append(f"What each layer adds is not shown: {layers}.")
+    if result.settings.get("rerank") is not None:
+        told.append(
+            "The scores listed are those of gradients that were computed again; histograms, and what layers add, are "
+            "of the stored vectors."
+        )
+    return " ".join(told)
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

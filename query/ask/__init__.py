@@ -1,0 +1,1 @@
+"""A question: its val set, its parts, and the scores that answer it."""

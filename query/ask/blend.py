@@ -1,0 +1,226 @@
+"""Similarity blended with what samples were worth while the model trained: ``ghoststore query --with-scores``.
+
+score = (1 − W)·z(similarity) + W·z(value), with z(x) = (x − mean) ÷ standard deviation over the rows that have both.
+The value is Σ η·score of the row's sample in a training run.
+
+Legend: Q queries, N rows of a part, M rows of a run's row table, U units (samples, or windows) of a run.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.corpus import Corpus, ResolvedFields
+from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.progress import Progress
+from ghoststore.store import Part, Run
+from ghoststore.store.spans.reader import read_span
+from ghoststore.tokens.shards import TokenShards
+from query.search.search import Ranking
+from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.sums import ScoreSums, Units, best
+
+DEFAULT_WEIGHT = 0.5
+BLEND = "(1-W)·z(similarity) + W·z(value)"
+
+JoinedBy = Literal["sample", "window"]
+
+
+def checked_weight(weight: float | None) -> float:
+    """``--score-weight``; UsageError outside 0 to 1."""
+    if weight is None:
+        return DEFAULT_WEIGHT
+    if not 0 <= weight <= 1:
+        raise UsageError(f"--score-weight must be between 0 (similarity alone) and 1 (scores alone), not {weight}")
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class RowValues:
+    """The value of every row of a part in a run."""
+
+    value: NDArray[np.float64]
+    """(N,): NaN without a score."""
+    joined_by: JoinedBy
+    steps: int
+    """Committed steps of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Which samples rows are. One entry each."""
+
+    source_row: NDArray[np.int64]
+    window_start: NDArray[np.int64]
+    digest: NDArray[np.uint64]
+
+
+def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None = None) -> RowValues:
+    """The value of each committed row of ``part`` in ``run``, joined by the sample's place in the corpus: for the whole
+    val set, or one val ``group``.
+
+    By window where both cut long samples into the same windows; otherwise each row has the value of its whole sample.
+    MismatchError if part and run are not of the same samples, UsageError for a run without steps.
+    """
+    window = window_of(run, None)
+    rows, place = _rows_of_part(part, progress, run)
+    table = _Rows(*(run.rows.read(name, 0, len(run.rows)) for name in ("source_row", "window_start", "source_digest")))
+    _refuse_other_samples(part, run, rows, table)
+    joined_by: JoinedBy = "window" if windowed_alike(part, run) else "sample"
+    units = Units(run, joined_by)
+    sums = ScoreSums(len(units))
+    with closing(progress.task("reading scores", run.steps, unit="steps")) as task:
+        for piece in stream_steps(run, choose_column(run, group), spans_of(run, window), window):
+            sums.add(piece.places, units.of(piece.places.row))
+            task.advance(piece.stop - piece.start)
+    value = np.full(part.layout.rows, np.nan)
+    value[place] = join(*_keys(rows, _taken(table, units.first_row), joined_by), sums.values("cumulative"))
+    return RowValues(value, joined_by, run.steps)
+
+
+def windowed_alike(part: Part, run: Run) -> bool:
+    """Whether both cut long samples into windows, and into the same ones."""
+    tokens, training = part.manifest["tokens"], run.manifest["training"]
+    same = bool(
+        part.manifest["tokenizer"]["fingerprint"] == run.manifest["tokenizer"]["fingerprint"]
+        and tokens["max_length"] == training.get("max_length")
+        and tokens["overlong"] == training.get("overlong")
+    )
+    return same and tokens["overlong"] == "window"
+
+
+def join(wanted: NDArray[Any], keys: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The value of each of the ``wanted`` keys; NaN where it is not among ``keys``, which are all different."""
+    if not len(keys):
+        return np.full(len(wanted), np.nan)
+    order = np.argsort(keys, kind="stable")
+    place = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
+    return np.where(keys[place] == wanted, values[place], np.nan)
+
+
+def blended(
+    similarity_QN: NDArray[np.float64], value_N: NDArray[np.float64], weight: float
+) -> tuple[NDArray[np.float64], int]:
+    """((Q, N) blended scores, rows that have both). NaN where a row does not take part.
+
+    Rows without a value take part where ``weight`` is 0. UsageError if no row has both.
+    """
+    scores = np.full_like(similarity_QN, np.nan)
+    both_QN = np.isfinite(similarity_QN) & np.isfinite(value_N)
+    if not both_QN.any(1).all():
+        raise UsageError("no usable row of the part has a score in the run: nothing can be blended")
+    for score_N, similarity_N, both_N in zip(scores, similarity_QN, both_QN, strict=True):
+        score_N[:] = 0.0
+        if weight < 1:
+            score_N += (1 - weight) * _standardized(similarity_N, both_N)
+        if weight > 0:
+            score_N += weight * _standardized(value_N, both_N)
+        score_N[~(both_N if weight > 0 else np.isfinite(similarity_N))] = np.nan
+    return scores, int(both_QN[0].sum())
+
+
+def rankings_of(scores_QN: NDArray[np.float64], k: int, sign: float = 1.0) -> Ranking:
+    """The ``k`` highest of ``sign`` × ``scores_QN``; rows are -1 past the last."""
+    rows = np.full((len(scores_QN), k), -1, dtype=np.int64)
+    found = np.full((len(scores_QN), k), np.nan)
+    for query, scores_N in enumerate(scores_QN):
+        places = best(sign * scores_N, k)
+        rows[query, : len(places)], found[query, : len(places)] = places, scores_N[places]
+    return Ranking(rows, found)
+
+
+def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """z of ``numbers`` by mean and standard deviation of those in ``over``; 0 where these are all equal."""
+    mean, deviation = numbers[over].mean(), numbers[over].std()
+    if numbers[over].max() == numbers[over].min() or not deviation > 0:
+        return np.zeros_like(numbers)
+    return np.asarray((numbers - mean) / deviation, dtype=np.float64)
+
+
+def _rows_of_part(part: Part, progress: Progress, run: Run) -> tuple[_Rows, NDArray[np.int64]]:
+    """(the committed rows of ``part``, their places in it), by their place in the corpus behind the run."""
+    columns = {
+        name: np.concatenate([read_span(part, name, span) for span in part.spans])
+        for name in ("source_row", "window_start", "source_digest")
+    }
+    rows = _Rows(columns["source_row"], columns["window_start"], columns["source_digest"])
+    place = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
+    kinds = [(one.manifest["corpus"].get("fields") or {}).get("kind") for one in (part, run)]
+    return (_behind_shards(part, run, rows, progress) if kinds[0] == "tokens" != kinds[1] else rows), place
+
+
+def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress) -> _Rows:
+    """The rows of a part that was built from token shards, as rows of the corpus that was tokenized.
+
+    Proven by the digest of every sample of the shards. MismatchError where that is not possible.
+    """
+    folder = part.manifest["source"]["data"]
+    try:
+        shards = TokenShards.open(folder, verify_on_read=True)
+        fields = ResolvedFields.from_json(part.manifest["corpus"]["fields"])
+        samples = int(rows.source_row.max()) + 1
+        digest = np.zeros(samples, dtype=np.uint64)
+        with closing(progress.task("checking token shards", samples, unit="samples")) as task:
+            for sample in Corpus.open(folder, fields).samples():
+                if sample.source_row >= samples:
+                    break
+                digest[sample.source_row] = sample.digest()
+                task.advance(1)
+    except CorpusError as error:
+        raise MismatchError(
+            f"part {part.name!r} was built from token shards, and without them nothing tells which rows of run "
+            f"{run.name!r} they are: {error}. {_fingerprints(part, run)}"
+        ) from error
+    if samples > shards.samples or not np.array_equal(digest[rows.source_row], rows.digest):
+        raise MismatchError(
+            f"{folder} does not hold the tokens that part {part.name!r} was built from. {_fingerprints(part, run)}"
+        )
+    return _Rows(shards.source_row[rows.source_row], rows.window_start, shards.source_digest[rows.source_row])
+
+
+def _refuse_other_samples(part: Part, run: Run, rows: _Rows, table: _Rows) -> None:
+    """MismatchError unless every place of the corpus that both know holds the same sample in both, by its digest.
+
+    So a run on a few domains, or on the first samples, goes with a part of the whole corpus, whose fingerprint is
+    another; and equal fingerprints of samples that stand at other places do not.
+    """
+    source, first = np.unique(table.source_row, return_index=True)
+    place = np.minimum(np.searchsorted(source, rows.source_row), len(source) - 1)
+    common = source[place] == rows.source_row
+    other = common & (table.digest[first[place]] != rows.digest)
+    if common.any() and not other.any():
+        return
+    what = (
+        f"{len(np.unique(rows.source_row[other])):,} of {len(np.unique(rows.source_row[common])):,} samples that both "
+        f"have are not the same, the first at place {int(rows.source_row[other].min())} of the corpus"
+        if common.any()
+        else "they have no sample in common"
+    )
+    raise MismatchError(
+        f"part {part.name!r} and run {run.name!r} are of different corpora: {what}. {_fingerprints(part, run)}"
+    )
+
+
+def _fingerprints(part: Part, run: Run) -> str:
+    ours, theirs = (one.manifest["corpus"].get("fingerprint") for one in (part, run))
+    return f"Corpus of the part: {ours}, of the run: {theirs}"
+
+
+def _taken(rows: _Rows, places: NDArray[np.int64]) -> _Rows:
+    return _Rows(rows.source_row[places], rows.window_start[places], rows.digest[places])
+
+
+def _keys(rows: _Rows, others: _Rows, joined_by: JoinedBy) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What both are joined by: the place of the sample, or its rank and the window's first token (below 2**31)."""
+    if joined_by == "sample":
+        return rows.source_row, others.source_row
+    rank = np.unique(np.concatenate([rows.source_row, others.source_row]))
+    ours, theirs = (
+        (np.searchsorted(rank, one.source_row) << 31) + one.window_start.astype(np.int64) for one in (rows, others)
+    )
+    return ours, theirs

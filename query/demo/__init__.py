@@ -1,0 +1,1 @@
+"""The whole story on a corpus that is made here."""

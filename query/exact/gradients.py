@@ -1,0 +1,103 @@
+"""Exact gradients, not projected: each row alone through the model, and plain autograd of its own loss.
+
+The slow way that everything projected is measured against. Nothing here knows of hooks, layers' formulas or batches.
+
+Legend: P numbers of a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ghoststore.errors import UsageError
+from indexer.encode.encoder import forward_options, pad
+from indexer.encode.engine import refuse_randomness
+from indexer.encode.losses import Reduction, next_token_losses
+from indexer.encode.tokens import Row
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSlice:
+    """Where one parameter's gradient stands in the flat vector, row by row as the parameter is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+class Gradient(NamedTuple):
+    """The gradient of one row's loss, on the model's device, in its dtype."""
+
+    parts: dict[str, Tensor]
+    """By parameter, in the shape of the parameter; zeros where the loss does not depend on it."""
+    loss: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither the loss nor any number of the gradient is NaN or infinite."""
+        numbers = all(bool(torch.isfinite(part).all()) for part in self.parts.values())
+        return numbers and bool(torch.isfinite(torch.tensor(self.loss)))
+
+
+class ExactGradients:
+    """``ExactGradients(model)(row)``: ∂ℓ/∂θ of one row, for the parameters ``names`` (default: all), tied ones once.
+
+    The model is taken over: of its parameters only those stay trainable. UsageError for a name that is no parameter's,
+    and for a model whose forward pass is random.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Collection[str] | None = None, *, reduction: Reduction = "mean"
+    ) -> None:
+        refuse_randomness(model)
+        self.model = model
+        self._reduction: Reduction = reduction
+        self._options = forward_options(model)
+        known = dict(model.named_parameters())
+        unknown = sorted(set(names or ()) - set(known))
+        if unknown:
+            raise UsageError(f"{type(model).__name__} has no parameter {unknown[0]!r}")
+        self.parameters = {name: p for name, p in known.items() if names is None or name in names}
+        """In the order of the model."""
+        model.requires_grad_(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    @property
+    def slices(self) -> list[ParameterSlice]:
+        """Of the flat vector, in the order of the model."""
+        found, start = [], 0
+        for name, parameter in self.parameters.items():
+            found.append(ParameterSlice(name, tuple(parameter.shape), start, start + parameter.numel()))
+            start = found[-1].stop
+        return found
+
+    @property
+    def numbers(self) -> int:
+        """P."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def __call__(self, row: Row) -> Gradient:
+        """The gradient of ``row``, which must have a usable status. It is neither padded nor batched."""
+        assert row.status.usable
+        device = next(iter(self.parameters.values())).device
+        ids, labels, mask = (x.to(device) for x in pad([row]))
+        logits = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
+        losses, _ = next_token_losses(logits, labels, reduction=self._reduction)
+        del logits
+        found = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
+        parts = {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for (name, parameter), gradient in zip(self.parameters.items(), found, strict=True)
+        }
+        return Gradient(parts, float(losses.detach()))

@@ -1,0 +1,180 @@
+"""Exact inner products of val samples' gradients with rows' gradients, in bounded memory.
+
+Only as many val gradients as fit are held; rows go by one at a time, and all again for the next val samples.
+
+Legend: Q val samples, R rows, n numbers of a piece of a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.progress import Task
+from indexer.encode.tokens import Row
+from indexer.projection.adam import block_matrix
+from indexer.projection.selection import Block
+from query.exact.gradients import ExactGradients, Gradient
+from query.search.part_score import Metric
+
+Share = Literal["layers", "rest"]
+SHARES: tuple[Share, ...] = ("layers", "rest")
+MEMORY = 2 << 30
+"""Bytes of val gradients that are held, where a single one is not larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Inner products of val samples with rows, and squared lengths; float64."""
+
+    dots_QR: NDArray[np.float64]
+    val_Q: NDArray[np.float64]
+    row_R: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, vals_QD: Tensor, rows_RD: Tensor) -> Products:
+        """Of float64 vectors that are all in memory."""
+        dots = (vals_QD @ rows_RD.t(), vals_QD.square().sum(1), rows_RD.square().sum(1))
+        return cls(*(np.asarray(numbers.numpy()) for numbers in dots))
+
+    @classmethod
+    def empty(cls, queries: int, rows: int) -> Products:
+        """NaN, to be filled by :meth:`put`."""
+        return cls(np.full((queries, rows), np.nan), np.full(queries, np.nan), np.full(rows, np.nan))
+
+    def put(self, queries: slice, rows: slice, products: Products) -> None:
+        """Fill in those of some val samples and rows."""
+        self.dots_QR[queries, rows] = products.dots_QR
+        self.val_Q[queries], self.row_R[rows] = products.val_Q, products.row_R
+
+    def __add__(self, other: Products) -> Products:
+        """Of vectors that are these and those side by side."""
+        return Products(self.dots_QR + other.dots_QR, self.val_Q + other.val_Q, self.row_R + other.row_R)
+
+    @property
+    def lengths(self) -> NDArray[np.float64]:
+        """|g| |h| of each pair."""
+        return np.asarray(np.sqrt(self.val_Q)[:, None] * np.sqrt(self.row_R))
+
+    def scores(self, metric: Metric) -> NDArray[np.float64]:
+        """(Q, R); the cosine with a vector of length zero is 0."""
+        if metric == "dot":
+            return self.dots_QR
+        lengths = self.lengths
+        return np.asarray(self.dots_QR / np.where(lengths > 0, lengths, 1.0))
+
+    def only(self, queries: NDArray[np.bool_], rows: NDArray[np.bool_]) -> Products:
+        """Of some val samples and rows."""
+        return Products(self.dots_QR[queries][:, rows], self.val_Q[queries], self.row_R[rows])
+
+
+class Pieces:
+    """Cuts a gradient into flat vectors: those of ``chosen`` blocks (default: all of ``blocks``), and the rest.
+
+    A block is its gradient matrix as the build lays it out, in the ``metric`` of the part, see
+    :func:`indexer.projection.stored.metric_of`; there is no rest then, for the metric is known of the layers alone.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        metric: Callable[[Block, Tensor], Tensor] | None = None,
+        chosen: Collection[str] | None = None,
+    ) -> None:
+        self._metric = metric
+        self.chosen = [block for block in blocks if chosen is None or block.name in chosen]
+        self.covered = {name for block in self.chosen for name in block.parameters}
+        """Parameters of the chosen blocks."""
+
+    @property
+    def parameters(self) -> set[str] | None:
+        """Those that a gradient must have; None: all."""
+        return None if self._metric is None else self.covered
+
+    def matrices(self, gradient: Gradient) -> list[Tensor]:
+        """(n_out, n_in) float32 of each chosen block."""
+        return [self._matrix(block, gradient) for block in self.chosen]
+
+    def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
+        matrix = block_matrix(block, gradient.parts).float()
+        return matrix if self._metric is None else self._metric(block, matrix)
+
+    def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:
+        """Flat float32 vectors (n,)."""
+        layers = [matrix.flatten() for matrix in self.matrices(gradient)]
+        rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self.covered]
+        return {"layers": layers, "rest": [] if self._metric is not None else rest}
+
+
+class HeldVals:
+    """The gradients of ``vals``, held in memory; rows go by one at a time. ``task`` advances by what is computed."""
+
+    def __init__(self, exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> None:
+        self._exact, self._pieces = exact, pieces
+        self._held = _hold(exact, pieces, vals, task)
+        self.squares = {
+            share: sum((_squares(piece) for piece in self._held[share]), np.zeros(len(vals))) for share in SHARES
+        }
+        """(Q,) each: squared lengths, over the layers and over the rest."""
+
+    def products(self, rows: Sequence[Row], task: Task) -> dict[Share, Products]:
+        """Products with ``rows``, over the layers and over the rest."""
+        found = {
+            share: Products(np.zeros((len(squares), len(rows))), squares, np.zeros(len(rows)))
+            for share, squares in self.squares.items()
+        }
+        for place, row in enumerate(rows):
+            mine = self._pieces.of(self._exact(row))
+            for share in SHARES:
+                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in mine[share])
+                found[share].row_R[place] = sum(squares)
+                for val_Qn, row_n in zip(self._held[share], mine[share], strict=True):
+                    found[share].dots_QR[:, place] += (val_Qn @ row_n).double().cpu().numpy()
+            task.advance(1, len(row.tokens))
+        return found
+
+
+def exact_products(
+    exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], rows: Sequence[Row], task: Task
+) -> dict[Share, Products]:
+    """Products over the layers, and over the rest: their sum is that over all parameters.
+
+    NaN where a gradient is not finite. Products are float32 matrix products of one parameter's numbers, summed over
+    parameters in float64. ``task`` advances by the gradients that are computed.
+    """
+    found = {share: Products.empty(len(vals), len(rows)) for share in SHARES}
+    at_once = vals_at_once(exact.numbers)
+    for first in range(0, len(vals), at_once):
+        some = slice(first, min(first + at_once, len(vals)))
+        for share, products in HeldVals(exact, pieces, vals[some], task).products(rows, task).items():
+            found[share].put(some, slice(None), products)
+    return found
+
+
+def vals_at_once(numbers: int) -> int:
+    """Val gradients of so many numbers that are held together."""
+    return max(1, MEMORY // (4 * numbers))
+
+
+def _hold(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:
+    """(Q, n) a piece."""
+    held: dict[Share, list[Tensor]] = {}
+    for place, row in enumerate(vals):
+        mine = pieces.of(exact(row))
+        if not held:
+            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in mine[share]] for share in SHARES}
+        for share in SHARES:
+            for rows_Qn, piece in zip(held[share], mine[share], strict=True):
+                rows_Qn[place] = piece
+        task.advance(1, len(row.tokens))
+    return held
+
+
+def _squares(rows_Qn: Tensor) -> NDArray[np.float64]:
+    return np.array([float(row.square().sum(dtype=torch.float64)) for row in rows_Qn])

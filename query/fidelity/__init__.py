@@ -1,0 +1,1 @@
+"""How far a part's rankings are from those of exact gradients."""

@@ -1,0 +1,251 @@
+"""``ghoststore.plot_error``: the error of inner products against the numbers of a vector, over parts of one corpus.
+
+Legend: Q val samples, R rows, N numbers of the naive projection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghoststore.corpus import Fields
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.store import Part, Store
+from ghoststore.store.base.disk import replace as replace_file
+from ghoststore.store.base.disk import storage_errors
+from indexer.encode.tokens import Row
+from query.ask.recompute import RowsAgain
+from query.exact.gradients import ExactGradients
+from query.exact.products import MEMORY, Pieces, Products
+from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
+from query.fidelity.dense import DenseProjection
+from query.fidelity.fidelity import (
+    exactly,
+    finite_pairs,
+    measure_exactly,
+    metric_words,
+    pieces_of,
+    scaled,
+    stored_products,
+)
+from query.fidelity.plot import draw_errors
+from query.fidelity.reference import fitting_parts, parse_reference, part_of_rank
+from query.fidelity.sample import Draw, draw, open_again
+from query.fidelity.theory import PairMoments, dense_error, kronecker_error
+from query.search.part_score import METRICS, Metric
+from query.training_scores.plots import check_plot
+
+PAIRS = 16
+"""Pairs of gradients that the Kronecker theory is averaged over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorPoint:
+    """One part against the reference. Errors are those of inner products, divided by |g||h| of the reference."""
+
+    part: str
+    numbers: int
+    """Of a vector."""
+    rank_total: int | str | None
+    compress: int | None
+    kind: str
+    dtype: str
+    mean_error: Estimate
+    rms_error: Estimate
+    agreement: Agreement
+    """Of scores by the metric."""
+    theory_dense: float
+    """Mean error of a dense gaussian projection to as many numbers."""
+    theory_rms: float | None
+    """Root mean square error of gaussian Kronecker blocks (and a sketch) of this part's ranks, for pairs of these
+    gradients; None for other kinds of matrices and other references than ``full_layers``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorCurve:
+    """What was measured, by rising numbers of a vector."""
+
+    store: str
+    reference: str
+    metric: str
+    rows: int
+    val_samples: int
+    val_set: str | None
+    seed: int
+    points: list[ErrorPoint]
+    plot: str
+    numbers_file: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON beside the picture, and what ``ghoststore plot-error --json`` prints."""
+        return asdict(self)
+
+
+def plot_error(
+    *,
+    store: str | Path,
+    out: str | Path,
+    part: str | Sequence[str] | None = None,
+    reference: str = "full_layers",
+    val_set: str | Path | None = None,
+    rows: int = 200,
+    val_samples: int = 20,
+    metric: Metric = "cosine",
+    seed: int = 0,
+    fields: Fields | None = None,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> ErrorCurve:
+    """Compare the inner products of several parts of one corpus, checkpoint and choice of layers with a reference.
+
+    Parts are found by their manifests: all of the store that fit each other, or those named. ``reference``:
+    ``full_layers`` (exact gradients of the projected layers), ``full`` (of all parameters), ``rank=N`` (the part built
+    with a rank total of N), ``naive_proj_layers=N`` (one dense gaussian projection of the layers' exact gradients to N
+    numbers). Rows and val samples are drawn as by :func:`ghoststore.fidelity`; Spearman and recall@10 are those of
+    scores by ``metric``, errors always those of inner products ÷ (|g||h|).
+
+    ``out`` is a new .png, .pdf or .svg; the numbers are written beside it as .json.
+
+    Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
+    """
+    progress, path = progress or Silent(), check_plot(out, "--out")
+    if path.with_suffix(".json").exists():
+        raise UsageError(f"--out {path}: {path.with_suffix('.json')} exists, and the numbers are written there")
+    mode, number = parse_reference(reference)
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
+    asked = Draw(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
+    parts = fitting_parts(Store.open(store), [part] if isinstance(part, str) else list(part or ()))
+    if mode == "full" and scaled(parts[0]):
+        raise UsageError(
+            f"--reference full: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
+            "which is not known of all parameters; give full_layers"
+        )
+    target = part_of_rank(parts, number) if mode == "rank" else None
+    measure = _Measure(parts, asked, checkpoint, device, progress)
+    found = {one.name: measure.stored(one) for one in parts}
+    if target is not None:
+        truth, parts = found[target.name], [one for one in parts if one is not target]
+    else:
+        truth = measure.reference(mode, number)
+    pairs = measure.pairs() if mode == "full_layers" else []
+    other = target.layout.dimension if target is not None else number if mode == "naive_proj_layers" else None
+    kept = finite_pairs([truth], progress)
+    truth = truth.only(*kept)
+    points = [
+        _point(one, found[one.name].only(*kept), truth, metric, seed, dense_error(one.layout.dimension, other), pairs)
+        for one in sorted(parts, key=lambda one: (one.layout.dimension, one.name))
+    ]
+    curve = ErrorCurve(
+        store=str(store), reference=reference, metric=metric, rows=truth.dots_QR.shape[1],
+        val_samples=truth.dots_QR.shape[0], val_set=None if val_set is None else str(val_set), seed=seed, points=points,
+        plot=str(path), numbers_file=str(path.with_suffix(".json")),
+    )  # fmt: skip
+    _write(curve, path, other)
+    return curve
+
+
+class _Measure:
+    """The same rows and val samples, as each part and as the model has them. The model of the first part is kept."""
+
+    def __init__(
+        self, parts: Sequence[Part], asked: Draw, checkpoint: str | Path | None, device: str, progress: Progress
+    ) -> None:
+        self._asked, self._progress = asked, progress
+        self._settings: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "progress": progress}
+        self._first = parts[0]
+        self._again = self._open(parts[0])
+        self._drawn = draw(self._again, asked, progress, *parts[1:])
+        self._pieces: Pieces = pieces_of(self._again)
+
+    def _open(self, part: Part) -> RowsAgain:
+        return open_again(part, "the error", **self._settings)
+
+    def stored(self, part: Part) -> Products:
+        """By the vectors of ``part``."""
+        drawn = self._drawn
+        if part is not self._first:
+            with self._open(part) as again:
+                drawn = replace(drawn, queries_QD=again.vectors(drawn.vals))
+        return stored_products(part, drawn)
+
+    def reference(self, mode: str, number: int) -> Products:
+        """By exact gradients; ``number`` is that of the naive projection."""
+        if mode == "naive_proj_layers":
+            return self._naive(number)
+        exact = exactly(self._again, self._pieces, layers_alone=mode == "full_layers")
+        found = measure_exactly(exact, self._pieces, self._drawn, self._progress)
+        return found["layers"] if mode == "full_layers" else found["layers"] + found["rest"]
+
+    def pairs(self) -> list[PairMoments]:
+        """Of random pairs of a val sample and a row."""
+        exact = exactly(self._again, self._pieces, layers_alone=True)
+        rng = np.random.default_rng(self._asked.seed)
+        found = []
+        with closing(self._progress.task("theory", PAIRS)) as task:
+            for _ in range(PAIRS):
+                some = [rows[int(rng.integers(len(rows)))] for rows in (self._drawn.vals, self._drawn.rows)]
+                first, second = (exact(row) for row in some)
+                if first.finite and second.finite:
+                    found.append(PairMoments.of(self._pieces.matrices(first), self._pieces.matrices(second)))
+                task.advance(1)
+        return found
+
+    def _naive(self, number: int) -> Products:
+        exact = exactly(self._again, self._pieces, layers_alone=True)
+        project = DenseProjection(number, exact.numbers, self._asked.seed)
+        both = [self._projected(exact, project, rows) for rows in (self._drawn.vals, self._drawn.rows)]
+        return Products.of(*both)
+
+    def _projected(self, exact: ExactGradients, project: DenseProjection, rows: Sequence[Row]) -> Tensor:
+        """(rows, N) float64; as many gradients are held as fit, for the matrix is drawn again for each lot."""
+        at_once = max(1, MEMORY // (4 * exact.numbers))
+        found = []
+        with closing(self._progress.task("naive projection", len(rows))) as task:
+            for start in range(0, len(rows), at_once):
+                some = rows[start : start + at_once]
+                found.append(project([self._pieces.of(exact(row))["layers"] for row in some]))
+                task.advance(len(some), sum(len(row.tokens) for row in some))
+        return torch.cat(found)
+
+
+def _point(
+    part: Part,
+    found: Products,
+    truth: Products,
+    metric: Metric,
+    seed: int,
+    theory_dense: float,
+    pairs: Sequence[PairMoments],
+) -> ErrorPoint:
+    lengths = np.where(truth.lengths > 0, truth.lengths, 1.0)
+    errors_QR = np.abs(found.dots_QR - truth.dots_QR) / lengths
+    resample = Resampler(len(errors_QR), seed)
+    projection = part.manifest["projection"]
+    ranks = [(int(layer["ranks"][0]), int(layer["ranks"][1])) for layer in part.manifest["layers"]]
+    known = pairs and projection["kind"] == "gaussian" and projection.get("compress_by", "all") == "all"
+    return ErrorPoint(
+        part=part.name, numbers=part.layout.dimension, rank_total=projection["rank_total"],
+        compress=projection["compress"], kind=projection["kind"], dtype=part.layout.dtype,
+        mean_error=resample(errors_QR.mean(1), lambda of_queries: of_queries.mean(1)),
+        rms_error=resample(np.square(errors_QR).mean(1), lambda of_queries: np.sqrt(of_queries.mean(1))),
+        agreement=agreement(found.scores(metric), truth.scores(metric), seed=seed), theory_dense=theory_dense,
+        theory_rms=kronecker_error(pairs, ranks, projection["compress"]) if known else None,
+    )  # fmt: skip
+
+
+def _write(curve: ErrorCurve, path: Path, reference_numbers: int | None) -> None:
+    """The picture, then the numbers."""
+    with storage_errors(str(path)):
+        draw_errors(curve.to_json(), path, reference_numbers)
+        replace_file(path.with_suffix(".json"), (json.dumps(curve.to_json(), indent=1) + "\n").encode())

@@ -1,0 +1,65 @@
+"""What the error of inner products is measured against, and which parts of a store are points of one curve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.store import Part, Store
+from ghoststore.store.base.manifest import differences
+
+SHARED = ("checkpoint", "tokenizer", "corpus", "tokens", "loss")
+REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=(\d{1,12})")
+
+
+def parse_reference(reference: str) -> tuple[str, int]:
+    """(mode, N or 0); UsageError for anything else."""
+    found = REFERENCE.fullmatch(reference)
+    if found is None:
+        raise UsageError(f"--reference {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
+    return (found[1], int(found[2])) if found[1] else (reference, 0)
+
+
+def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
+    """The parts called ``names``, or all with rows, that share checkpoint, corpus, tokens, loss and layers.
+
+    MismatchError where they do not.
+    """
+    parts = [store.part(name) for name in names or store.part_names()]
+    parts = [part for part in parts if names or part.spans]
+    if not parts:
+        raise UsageError(f"{store.path} has no part with committed rows")
+    first = parts[0]
+    for part in parts[1:]:
+        found = differences(exact_identity(first), exact_identity(part))
+        if found:
+            path, ours, theirs = found[0]
+            raise MismatchError(
+                f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {ours!r:.90} in the "
+                f"first and {theirs!r:.90} in the second. Name those that are with --part"
+            )
+    return parts
+
+
+def exact_identity(part: Part) -> dict[str, Any]:
+    """What the exact gradients of a part's rows are of, and parts of one curve share."""
+    layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
+    projection = part.manifest["projection"]
+    metric: dict[str, Any] = {"optimizer_state": projection.get("optimizer_state")}
+    if projection.get("precondition", "none") != "none":  # by these, but for the last bits
+        metric["precondition"] = {name: projection[name] for name in ("precondition", "damping", "calibration_samples")}
+    return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, **metric}
+
+
+def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
+    """The part built with a rank total of ``rank``; UsageError if none or several are."""
+    found = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
+    if len(found) != 1:
+        known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
+        problem = "no part was" if not found else f"{len(found)} parts were"
+        raise UsageError(f"--reference rank={rank}: {problem} built with --proj-rank-total {rank}; there are: {known}")
+    if len(parts) == 1:
+        raise UsageError(f"--reference rank={rank}: no other part is there to be compared with it")
+    return found[0]

@@ -1,0 +1,112 @@
+"""Which parts a question is asked of: one, or several that hold the same rows at successive checkpoints.
+
+The sum over checkpoints, weighted by their learning rates, of the products (TracInCP, Pruthi et al. 2020, eq. 1) or of
+the cosines (LESS, Xia et al. 2024, eq. 5) of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ghoststore.corpus.repeated import repeated_words
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.progress import Progress
+from ghoststore.store import Part, Store
+from ghoststore.store.base.manifest import differences
+
+PartWeights = str | Sequence[float]
+"""``learning-rate``, ``equal``, or a number for each part."""
+SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
+"""Sections of the manifest that parts must share to be summed: the same rows, projected alike."""
+OWN = ("projection.hash", "projection.optimizer_state", "projection.calibration")
+"""And what is in them: each checkpoint may have the scales of its own optimizer state, and has learned from its own
+gradients."""
+
+
+def open_parts(
+    store: str | Path, names: str | Sequence[str] | None, weights: PartWeights | None, progress: Progress
+) -> tuple[list[Part], list[float]]:
+    """The parts called ``names`` (the only one without a name) and their weights: 1 for a single part; for several the
+    learning rates of their checkpoints (the default), 1 each (``equal``), or the numbers given.
+
+    UsageError for a part named twice, without rows, or without a learning rate; MismatchError for parts of other rows.
+    """
+    opened = Store.open(store)
+    asked = part_names(names)
+    twice = sorted({str(name) for name in asked if asked.count(name) > 1})
+    if twice:
+        raise UsageError(f"--part {twice[0]!r} is given twice")
+    parts = [opened.part(name) for name in asked]
+    for part in parts:
+        if not part.spans:
+            raise UsageError(
+                f"part {part.name!r} has no committed rows yet; the build that makes it has not got that far"
+            )
+        if not part.complete:
+            progress.note(
+                f"part {part.name!r} is not complete: {part.rows:,} of {part.layout.rows:,} rows are searched"
+            )
+    _refuse_other_rows(parts)
+    return parts, _weights(parts, weights)
+
+
+def note_repeated(part: Part, progress: Progress) -> None:
+    """Say that ids of ``part`` do not tell its samples apart, if that is so."""
+    if words := repeated_words(part.repeated_ids):
+        progress.note(f"part {part.name!r}: {words} (source_row)")
+
+
+def part_names(names: str | Sequence[str] | None) -> list[str | None]:
+    """One name or several as a list; [None] for the only part of a store."""
+    return [names] if names is None or isinstance(names, str) else list(names) or [None]
+
+
+def _refuse_other_rows(parts: Sequence[Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        found = [
+            difference
+            for section in SHARED
+            for difference in differences(first.manifest[section], part.manifest[section], section)
+            if not any(f"{difference[0]}.".startswith(f"{own}.") for own in OWN)
+        ]
+        if first.layout.span_rows != part.layout.span_rows:
+            found.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
+        if found:
+            path, ours, theirs = found[0]
+            raise MismatchError(
+                f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {ours!r:.90} in the first and "
+                f"{theirs!r:.90} in the second. Build both from the same corpus with the same projection"
+            )
+        if not set(first.spans) & set(part.spans):
+            raise UsageError(f"parts {first.name!r} and {part.name!r} have no committed row in common yet")
+
+
+def _weights(parts: Sequence[Part], asked: PartWeights | None) -> list[float]:
+    if len(parts) == 1:
+        if asked is not None:
+            raise UsageError("--part-weights belongs to several --part: one part has nothing to be weighed against")
+        return [1.0]
+    if asked == "equal":
+        return [1.0] * len(parts)
+    if asked is None or asked == "learning-rate":
+        return [_learning_rate(part) for part in parts]
+    if isinstance(asked, str):
+        raise UsageError(f"--part-weights {asked!r}: give learning-rate, equal, or a number for each part")
+    if len(asked) != len(parts):
+        raise UsageError(f"--part-weights has {len(asked)} numbers for {len(parts)} parts")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in asked) or not any(asked):
+        raise UsageError(f"--part-weights must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in asked)}")
+    return [float(weight) for weight in asked]
+
+
+def _learning_rate(part: Part) -> float:
+    rate = part.manifest["source"].get("learning_rate")
+    if not isinstance(rate, int | float) or not (math.isfinite(rate) and rate > 0):
+        raise UsageError(
+            f"part {part.name!r} does not say at which learning rate its checkpoint was trained (found {rate!r}); give "
+            "--part-weights, equal or a number for each part"
+        )
+    return float(rate)

@@ -1,0 +1,265 @@
+"""Exact search: every committed row against every query, streamed, with a running top k.
+
+Legend: Q queries, R rows of a piece, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.progress import Task
+from query.search.part_score import RowFacts, Term, shared_spans
+from query.search.vectors import StoredRows, side_by_side
+
+Combine = Literal["max"]
+Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+
+PAIRS_AT_ONCE = 1024
+SAFE = 2.0**90
+"""Rows whose length or factor is beyond this, or below its inverse, may leave the range of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The best rows of each query, best first. Where fewer rows exist, ``rows`` ends in -1."""
+
+    rows: NDArray[np.int64]
+    """(Q, k)."""
+    scores: NDArray[np.float64]
+    """(Q, k)."""
+
+
+class RunningTopK:
+    """The k largest scores seen so far of each of Q queries; equal scores by lower row.
+
+    Candidates are screened by cheap scores and their error bound, and scored again in float64: so the result is that
+    of the exact scores, and equal rows have equal scores wherever they stand.
+    """
+
+    def __init__(self, queries: int, k: int) -> None:
+        self.k = k
+        self.scores = np.full((queries, k), -np.inf)
+        self.rows = np.full((queries, k), -1, dtype=np.int64)
+
+    def add(
+        self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
+    ) -> None:
+        """Rows ``first_row`` … with scores that lie within ``slack_RQ`` of ``cheap_RQ``; in ascending order of rows.
+
+        ``exact(places, queries)`` times ``sign`` gives the scores of pairs, float64.
+        """
+        if self.k == 0:
+            return
+        bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
+        highest_RQ = cheap_RQ + slack_RQ
+        candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
+        if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
+            # Many: ask for no less than what k rows of this chunk reach for sure.
+            lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
+            reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
+            if self.k <= len(lowest_RQ):
+                candidate_RQ &= highest_RQ >= reached_Q
+        place, query = (x.cpu().numpy() for x in candidate_RQ.nonzero(as_tuple=True))
+        if len(place):
+            self._merge(place + first_row, query, exact(place, query) * sign)
+
+    def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
+        """Keep the k best of what is kept and these rows, by query, falling score, rising row."""
+        touched, column = np.unique(query, return_inverse=True)
+        all_query = np.concatenate([np.repeat(np.arange(len(touched)), self.k), column])
+        all_score = np.concatenate([self.scores[touched].ravel(), score])
+        all_row = np.concatenate([self.rows[touched].ravel(), row])
+        order = np.lexsort((all_row, -all_score, all_query))
+        starts = np.searchsorted(all_query[order], np.arange(len(touched)))
+        kept = order[starts[:, None] + np.arange(self.k)]
+        self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
+
+
+def product_error(dimension: int) -> float:
+    """Bound of the error of a float32 product of two vectors of length 1, in any order of summation.
+
+    n·u with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and a few u for the
+    roundings of query, scale and bound.
+    """
+    return (dimension + 8) * 2.0**-24
+
+
+def _out_of_range(numbers_R: Tensor) -> Tensor:
+    """(R,): whether a number (not zero) is so large or small that float32 products with it overflow or lose digits."""
+    size_R = numbers_R.abs()
+    return (size_R != 0) & ~((size_R >= 1 / SAFE) & (size_R <= SAFE))
+
+
+def pair_scores(
+    rows_RD: Tensor, factor_R: Tensor, unit_QD: Tensor, places: NDArray[np.int64], queries: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """For each pair of a row and a query their product times the row's factor, float64. It depends on the two alone."""
+    scores = np.empty(len(places))
+    for first in range(0, len(places), PAIRS_AT_ONCE):
+        some = slice(first, first + PAIRS_AT_ONCE)
+        row, query = torch.from_numpy(places[some]), torch.from_numpy(queries[some])
+        products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
+        scores[some] = products.cpu().numpy()
+    return scores
+
+
+class _Scorer:
+    """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
+
+    With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
+    """
+
+    def __init__(self, terms: Sequence[Term], combine: Combine | None, device: str) -> None:
+        self.terms, self.combine = terms, combine
+        self.device = torch.device(device)
+        lengths_Q = np.max([term.lengths for term in terms], axis=0)
+        if combine:
+            lengths_Q = np.full_like(lengths_Q, lengths_Q.max())  # a maximum compares scores of one unit
+        self.units_Q = np.append(lengths_Q, lengths_Q[0]) if combine else lengths_Q
+        """What scores are multiplied with in the end."""
+        self.queries = len(lengths_Q)
+        self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
+        self._query_DQ = [unit.float().t().contiguous() for unit in self._unit_QD]
+        self._length_Q = [unit.norm(dim=1).float() for unit in self._unit_QD]
+        self._facts = [RowFacts.for_term(term) for term in terms]
+
+    @property
+    def columns(self) -> int:
+        """Rankings that come out: one a query, and the combined one."""
+        return len(self.units_Q)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """Every row that is committed in all parts."""
+        sources = [StoredRows(term.part, self.device) for term in self.terms]
+        for vectors in side_by_side(sources, shared_spans(self.terms)):
+            start, stop = vectors[0].start, vectors[0].stop
+            facts = [fact.of(start, stop) for fact in self._facts]
+            usable = np.logical_and.reduce([usable for usable, _, _ in facts])
+            rows, factors, lengths = [], [], []
+            for one, (_, length, factor) in zip(vectors, facts, strict=True):
+                rows.append(one.rows_RD)
+                factors.append(torch.from_numpy(factor).to(self.device))
+                lengths.append(torch.from_numpy(length).to(self.device))
+            yield _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
+
+    def cheap(self, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """(float32 scores, their largest errors), each (R, columns)."""
+        cheap_RQ = slack_RQ = torch.zeros(())
+        for place, rows_RD in enumerate(piece.rows):
+            factor_R = piece.factors[place]
+            product_RQ = (rows_RD @ self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
+            error_R = self._product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
+            error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
+            wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
+            if bool(wild_R.any()):  # the bound does not hold: only the exact score tells
+                product_RQ[wild_R], error_RQ[wild_R] = 0.0, torch.inf
+            cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
+            slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
+        if len(piece.rows) > 1:
+            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.rows) * 2.0**-23  # the sums' rounding
+        if not self.combine:
+            return cheap_RQ, slack_RQ
+        return (
+            torch.cat([cheap_RQ, cheap_RQ.amax(1, keepdim=True)], dim=1),
+            torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
+        )
+
+    def _product_error(self, dimension: int) -> float:
+        """That of :func:`product_error`, and of inputs cut to TF32 where the user lets a GPU do that."""
+        tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        return product_error(dimension) + (2.0**-9 if tf32 else 0.0)
+
+    def exact(self, piece: _Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Scores of pairs of a row of the piece and a column, float64."""
+        scores = np.empty(len(places))
+        single = columns < self.queries
+        scores[single] = self._pairs(piece, places[single], columns[single])
+        rows = places[~single]
+        if len(rows):
+            each = self._pairs(piece, np.repeat(rows, self.queries), np.tile(np.arange(self.queries), len(rows)))
+            scores[~single] = each.reshape(len(rows), self.queries).max(1)
+        return scores
+
+    def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
+        scores = np.zeros(len(places))
+        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            scores += pair_scores(rows_RD, factor_R, unit_QD, places, queries)
+        return scores
+
+    def all_of(self, piece: _Piece) -> NDArray[np.float64]:
+        """(Q, R) scores. Row by row in the order of summation of :meth:`exact`: equal rows have equal scores."""
+        scores = np.zeros((self.queries, piece.stop - piece.start))
+        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            wide_RD = rows_RD.double()
+            for query, unit_D in enumerate(unit_QD):
+                scores[query] += ((wide_RD * unit_D).sum(1) * factor_R).cpu().numpy()
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows ``start`` to ``stop`` of all terms: vectors, factors and lengths by term."""
+
+    scorer: _Scorer
+    start: int
+    stop: int
+    usable_R: Tensor
+    rows: list[Tensor]
+    factors: list[Tensor]
+    lengths: list[Tensor]
+
+    def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """See :meth:`_Scorer.exact`."""
+        return self.scorer.exact(self, places, columns)
+
+
+def search(
+    terms: Sequence[Term],
+    *,
+    top_k: int,
+    bottom_k: int = 0,
+    combine: Combine | None = None,
+    device: str = "cpu",
+    task: Task | None = None,
+) -> tuple[Ranking, Ranking]:
+    """The ``top_k`` rows with the highest and the ``bottom_k`` with the lowest scores, for each query of ``terms``, and
+    after these, with ``combine="max"``, by the largest score that a row has for any query.
+
+    Rows that cannot be used in every part are never returned; the cosine of a zero row is 0. Reads each committed chunk
+    once; memory does not depend on the number of rows. Scores are float64 products of the stored numbers; the many that
+    cannot matter are told apart by products in float32 and their error bound.
+
+    Raises CorruptError for a damaged chunk.
+    """
+    scorer = _Scorer(terms, combine, device)
+    best, worst = RunningTopK(scorer.columns, top_k), RunningTopK(scorer.columns, bottom_k)
+    for piece in scorer.pieces():
+        cheap_RQ, slack_RQ = scorer.cheap(piece)
+        best.add(cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact)
+        worst.add(-cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact, sign=-1.0)
+        if task:
+            task.advance(piece.stop - piece.start)
+    units = scorer.units_Q[:, None]
+    return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
+
+
+def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | None = None) -> NDArray[np.float64]:
+    """(Q, N): the score of every row for each query, as :func:`search` has it; NaN where a row cannot be used.
+
+    Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
+    """
+    scorer = _Scorer(terms, None, device)
+    found = np.full((scorer.queries, terms[0].part.layout.rows), np.nan)
+    for piece in scorer.pieces():
+        usable = piece.usable_R.cpu().numpy()
+        found[:, piece.start : piece.stop] = np.where(usable, scorer.all_of(piece), np.nan)
+        if task:
+            task.advance(piece.stop - piece.start)
+    return np.asarray(found * scorer.units_Q[:, None])

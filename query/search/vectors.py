@@ -1,0 +1,144 @@
+"""The vectors of a part as tensors on a device, whatever they are stored as.
+
+Legend: R rows of a chunk, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.errors import UsageError
+from ghoststore.store import Part
+from ghoststore.store.part.encoding import multiply
+from ghoststore.store.spans.reader import Chunk, read_span, stream
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Rows ``start`` to ``stop`` of a part. Valid until the next are asked for."""
+
+    start: int
+    stop: int
+    rows_RD: Tensor
+    """(R, D) float32, on the device."""
+
+
+def _themselves(stored: Tensor) -> Tensor:
+    return stored
+
+
+def _bfloat16(bits: Tensor) -> Tensor:
+    return bits.view(torch.bfloat16)
+
+
+def _signs(bits: Tensor) -> Tensor:
+    """(R, columns) uint8 to (R, 8 · columns) int8: 1 for a bit, -1 for none, the lowest bit first."""
+    byte = np.arange(256, dtype=np.uint8)[:, None]
+    table = (np.unpackbits(byte, axis=1, bitorder="little").astype(np.int8) * 2 - 1).view(np.int64)
+    eights = torch.from_numpy(table.ravel()).to(bits.device).index_select(0, bits.flatten().int())
+    return eights.view(torch.int8).view(len(bits), -1)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": _themselves,
+    "float16": _themselves,
+    "bfloat16": _bfloat16,
+    "int8": _themselves,
+    "onebit": _signs,
+}
+"""``Encoding.numbers`` on the device: D columns or more, in any dtype that float32 holds exactly."""
+
+
+class StoredRows:
+    """Reads the vectors of ``part`` as float32 tensors on ``device``, every checksum checked."""
+
+    def __init__(self, part: Part, device: str | torch.device = "cpu") -> None:
+        self.part = part
+        self.device = torch.device(device)
+
+    def stream(self, spans: list[int] | None = None) -> Iterator[Vectors]:
+        """Chunks of ``spans`` (default: every committed one), in order; memory does not depend on the part's size."""
+        layout = self.part.layout
+        numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
+        spare = torch.empty(0)
+        for chunk, stored in self._chunks(spans):
+            rows_RD = numbers(stored)
+            if rows_RD.dtype != torch.float32:
+                if not spare.numel():
+                    spare = torch.empty(layout.chunk_rows, layout.dimension, device=self.device)
+                rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
+            if self.part.encoding.scaled:
+                multiply(rows_RD, scale_of(chunk).to(self.device), self.part.groups)
+            yield Vectors(chunk.start, chunk.stop, rows_RD)
+
+    def _chunks(self, spans: list[int] | None) -> Iterator[tuple[Chunk, Tensor]]:
+        """Chunks with their stored numbers on the device."""
+        chunks = stream(self.part, "vectors", spans)
+        if self.device.type == "cuda":
+            from query.search.device_stream import on_device
+
+            return on_device(chunks, self.device)
+        return ((chunk, torch.from_numpy(chunk.data)) for chunk in chunks)
+
+    def gather(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """(rows, D) float32 on the device, in the order of ``rows``, which may repeat. Reads the spans they lie in.
+
+        UsageError for a row that is not committed, CorruptError for a damaged chunk.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        found = torch.empty(len(wanted), self.part.layout.dimension, device=self.device)
+        span_of = wanted // self.part.layout.span_rows
+        spans = [int(span) for span in np.unique(span_of)]
+        missing = sorted(set(spans) - set(self.part.spans))
+        if missing:
+            raise UsageError(f"rows of span {missing[0]} of part {self.part.name!r} are not committed")
+        for chunk in self.stream(spans):
+            (mine,) = np.nonzero((wanted >= chunk.start) & (wanted < chunk.stop))
+            if len(mine):
+                found[torch.from_numpy(mine)] = chunk.rows_RD[torch.from_numpy(wanted[mine] - chunk.start)]
+        return found
+
+
+class _Scales:
+    """The scales of rows, one span at a time."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._span = -1
+        self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        """(R, G) of the rows of ``chunk``."""
+        span = chunk.start // self._part.layout.span_rows
+        if span != self._span:
+            self._span, self._scale = span, read_span(self._part, "scale", span)
+        first, _ = self._part.layout.span_of(span)
+        return torch.from_numpy(self._scale[chunk.start - first : chunk.stop - first])
+
+
+def side_by_side(sources: Sequence[StoredRows], spans: list[int]) -> Iterator[list[Vectors]]:
+    """Chunks of several parts of the same rows, cut so that each piece has the same rows of all of them."""
+    streams = [source.stream(spans) for source in sources]
+    held: list[Vectors] = []
+    try:
+        for first in streams[0]:
+            held[:1] = [first]
+            start = first.start
+            while start < first.stop:
+                for place, other in enumerate(streams[1:], 1):
+                    if place >= len(held):
+                        held.append(next(other))
+                    elif held[place].stop <= start:
+                        held[place] = next(other)
+                stop = min(one.stop for one in held)
+                yield [Vectors(start, stop, one.rows_RD[start - one.start : stop - one.start]) for one in held]
+                start = stop
+    finally:
+        for stream_of_part in streams:
+            stream_of_part.close()  # type: ignore[attr-defined]

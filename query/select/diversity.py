@@ -1,0 +1,139 @@
+"""Choices that are good together: greedy algorithms over candidates that are good alone.
+
+Each gives candidates in the order in which they are chosen; of equal ones the first. Its slow, obvious version stands
+in ``tests/query/select/test_diversity.py``.
+
+Legend: C candidates, best first; D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from query.select.budget import Room
+
+Diversity = Literal["none", "mmr", "facility-location", "greats"]
+DIVERSITIES = ("none", "mmr", "facility-location", "greats")
+ROWS_AT_ONCE = 512
+
+Scores = NDArray[np.float64]
+Advance = Callable[[int], None]
+
+
+def products(vectors_CD: Tensor, vector_D: Tensor) -> Scores:
+    """(C,): inner products, row by row in one order of summation, so that equal rows have equal products."""
+    return _by_rows(vectors_CD, lambda rows_RD: (rows_RD * vector_D).sum(1))
+
+
+def _by_rows(vectors_CD: Tensor, of: Callable[[Tensor], Tensor]) -> Scores:
+    """(C,): ``of`` some rows at once, so that no second array of C·D numbers is made."""
+    pieces = [of(vectors_CD[first : first + ROWS_AT_ONCE]) for first in range(0, len(vectors_CD), ROWS_AT_ONCE)]
+    return np.asarray(torch.cat(pieces).double().cpu().numpy())
+
+
+def relevance(score_C: Scores) -> Scores:
+    """(C,): scores on a scale from 0, the lowest of the candidates, to 1, the highest: comparable with cosines whatever
+    the metric. All 1 where they are equal.
+    """
+    low, high = score_C.min(), score_C.max()
+    return (score_C - low) / (high - low) if high > low else np.ones_like(score_C)
+
+
+def mmr(score_C: Scores, unit_CD: Tensor, room: Room, weight: float, advance: Advance) -> list[int]:
+    """Maximal marginal relevance (Carbonell, Goldstein 1998, with λ = 1 − weight): each time the candidate with the
+    largest (1 − weight)·relevance − weight·(its largest cosine to what is chosen; 0 before the first).
+
+    ``unit_CD`` has rows of length 1. Time C·D a choice; memory beside it C.
+    """
+    alone_C = (1 - weight) * relevance(score_C)
+    nearest_C = np.full(len(score_C), -np.inf)
+
+    def after(candidate: int) -> Scores:
+        np.maximum(nearest_C, products(unit_CD, unit_CD[candidate]), out=nearest_C)
+        return alone_C - weight * nearest_C
+
+    return _greedy(alone_C, after, room, advance)
+
+
+def greats(score_C: Scores, vectors_CD: Tensor, room: Room, eta: float, advance: Advance) -> list[int]:
+    """GREATS (Wang et al. 2024, "GREATS: Online Selection of High-Quality Data for LLM Training in Every Iteration"):
+    each time the candidate i with the largest score_i − η·Σ over chosen j of ⟨g_i, g_j⟩. That is what a step of size η
+    along the chosen gradients leaves of its score, to second order with the Hessian taken as the identity.
+
+    Time C·D a choice; memory beside the vectors C.
+    """
+    left_C = score_C.copy()
+
+    def after(candidate: int) -> Scores:
+        left_C[:] -= eta * products(vectors_CD, vectors_CD[candidate])
+        return left_C
+
+    return _greedy(left_C, after, room, advance)
+
+
+def greats_step(score_C: Scores, vectors_CD: Tensor, asked: int, weight: float) -> float:
+    """η of GREATS for a ``weight`` without a unit: weight · s̄ ÷ (asked · K̄), where s̄ is the mean absolute score of the
+    first ``asked`` candidates and K̄ the mean squared length of all.
+
+    At weight 1 a candidate that points the way of everything chosen has in the end lost s̄.
+    """
+    mean_square = float(_by_rows(vectors_CD, lambda rows_RD: rows_RD.square().sum(1)).mean())
+    return weight * float(np.abs(score_C[:asked]).mean()) / (asked * mean_square) if mean_square else 0.0
+
+
+def _greedy(value_C: Scores, after: Callable[[int], Scores], room: Room, advance: Advance) -> list[int]:
+    """While there is room, the candidate with the largest value; ``after(candidate)`` gives the values then."""
+    chosen: list[int] = []
+    while room.open_C.any():
+        candidate = int(np.argmax(np.where(room.open_C, value_C, -np.inf)))
+        if room.take(candidate):
+            chosen.append(candidate)
+            advance(1)
+            if room.open_C.any():
+                value_C = after(candidate)
+    return chosen
+
+
+def cosines(unit_CD: Tensor) -> NDArray[np.float32]:
+    """(C, C): inner products of all pairs."""
+    matrix = np.empty((len(unit_CD), len(unit_CD)), dtype=np.float32)
+    for first in range(0, len(unit_CD), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        matrix[rows] = (unit_CD[rows] @ unit_CD.t()).cpu().numpy()
+    return matrix
+
+
+def facility_location(score_C: Scores, cosine_CC: NDArray[np.float32], room: Room, advance: Advance) -> list[int]:
+    """Greedy facility location: each time the candidate that adds most to Σ_i relevance_i · max over chosen j of
+    max(0, cosine_ij), so that every candidate has one like it among the chosen, the relevant first.
+
+    Lazy (Minoux 1978): gains only fall, so one that is still the largest when computed anew is the largest; sums are
+    taken in one order, so this holds of rounded ones, too. Time C a gain; ``cosine_CC`` is C² numbers.
+    """
+    weight_C = relevance(score_C)
+    cover_C = np.zeros(len(score_C))
+
+    def gain(candidate: int) -> float:
+        return float((weight_C * np.maximum(cosine_CC[candidate] - cover_C, 0.0)).sum())
+
+    queue = [(-gain(candidate), candidate, 0) for candidate in range(len(score_C))]
+    heapq.heapify(queue)
+    chosen: list[int] = []
+    while queue:
+        _, candidate, when = heapq.heappop(queue)
+        if not room.open_C[candidate]:
+            continue
+        if when < len(chosen):
+            heapq.heappush(queue, (-gain(candidate), candidate, len(chosen)))
+        elif room.take(candidate):
+            chosen.append(candidate)
+            advance(1)
+            np.maximum(cover_C, cosine_CC[candidate], out=cover_C)
+    return chosen

@@ -1,0 +1,68 @@
+"""The files of ``ghoststore select``: the rows, the report, and the list of rows; all of them or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ghoststore.corpus import Corpus
+from ghoststore.corpus.export import check_copy, check_new, write_copy
+from ghoststore.corpus.source_rows import Originals
+from ghoststore.errors import UsageError
+from ghoststore.store.base.disk import appearing, storage_errors
+from query.common.unchanged import Places
+from query.select.report import SelectReport, row_list
+from query.select.samples import Samples
+from query.select.strategy import Chosen
+
+Order = Literal["corpus", "score"]
+ORDERS = ("corpus", "score")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectFiles:
+    """Where everything is written, and in which order."""
+
+    out: Path
+    report: Path
+    rows: Path
+    order: Order
+
+    @classmethod
+    def of(cls, out: str | Path, report: str | Path | None, order: Order) -> SelectFiles:
+        """UsageError for a report that is no .json file, an unknown order, and paths that exist."""
+        if order not in ORDERS:
+            raise UsageError(f"--order {order!r} is unknown; known: {', '.join(ORDERS)}")
+        out = Path(out)
+        said = out.with_name(f"{out.name}.report.json") if report is None else Path(report)
+        if said.suffix != ".json":
+            raise UsageError(f"--report {said}: expected a name that ends in .json")
+        files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
+        for option, path in (("--out", files.out), ("--report", files.report), ("the list of rows,", files.rows)):
+            check_new(option, path)
+        if files.rows.resolve() == files.out.resolve():
+            raise UsageError(
+                f"--out {out}: the list of rows of --report {said} is written there; give either another name"
+            )
+        return files
+
+    def check(self, corpus: Corpus) -> None:
+        """UsageError unless rows of ``corpus`` can be written to ``out``."""
+        check_copy(corpus.source, corpus.form, self.out)
+
+    def write(self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: Chosen) -> None:
+        """Write all. MismatchError for a row that is no longer what it was, StorageError if the disk refuses."""
+        in_corpus = np.sort(chosen.places)
+        by_score = np.argsort(chosen.rank[in_corpus]) if self.order == "score" else None
+        written = in_corpus if by_score is None else in_corpus[by_score]
+        originals = Originals(
+            corpus, places.of(samples.source_row[in_corpus].tolist()), samples.digest[in_corpus].tolist()
+        )
+        with storage_errors(str(self.report)), appearing(self.report) as report, appearing(self.rows) as rows:
+            made.write(report)
+            with open(rows, "w", encoding="utf-8") as file:
+                file.writelines(row_list(samples, chosen, written))
+            write_copy(originals, self.out, None if by_score is None else by_score.tolist())

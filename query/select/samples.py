@@ -1,0 +1,100 @@
+"""The rows of a part as samples of its corpus, with the score of each: what is chosen from.
+
+Legend: N rows of the part, M samples, C candidates, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ghoststore.store import Part
+from ghoststore.store.spans.reader import read_span
+from query.ask.scorer import Asked
+from query.search.vectors import StoredRows
+
+ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One entry for each sample with a committed row, in the order of the corpus.
+
+    A long sample that was split into windows has the largest score of its windows, and the vector of the first such.
+    """
+
+    part: Part
+    source_row: NDArray[np.int64]
+    """(M,): place in the corpus."""
+    score: NDArray[np.float64]
+    """(M,): NaN where no row of the sample can be used."""
+    best_row: NDArray[np.int64]
+    """(M,): row of the part with that score."""
+    tokens: NDArray[np.int64]
+    """(M,): tokens of all its rows; the one that neighbouring windows share counts once."""
+    domain: NDArray[np.int16]
+    """(M,): place in the part's ``domains``, -1 for none."""
+    digest: NDArray[np.uint64]
+    """(M,): see `ghoststore.corpus.Sample.digest`."""
+
+    def __len__(self) -> int:
+        return len(self.source_row)
+
+    @classmethod
+    def of(cls, part: Part, score_N: NDArray[np.float64]) -> Samples:
+        """Rows of one sample stand side by side. ``score_N`` is NaN for rows that cannot be used."""
+        row = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
+
+        def column(name: str) -> NDArray[Any]:
+            return np.concatenate([read_span(part, name, span) for span in part.spans])
+
+        source = column("source_row")
+        first = np.flatnonzero(np.diff(source, prepend=-1))
+        rows_of = np.diff(first, append=len(source))
+        score = np.nan_to_num(score_N[row], nan=-np.inf)
+        highest = np.maximum.reduceat(score, first)
+        at_best = np.flatnonzero(score == np.repeat(highest, rows_of))
+        best_row = row[at_best[np.searchsorted(at_best, first)]]
+        return cls(
+            part=part,
+            source_row=source[first],
+            score=np.where(np.isfinite(highest), highest, np.nan),
+            best_row=best_row,
+            tokens=np.add.reduceat(column("n_tokens").astype(np.int64), first) - (rows_of - 1),
+            domain=column("domain")[first],
+            digest=column("source_digest")[first],
+        )
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """(M,): whether it has a score."""
+        return np.isfinite(self.score)
+
+
+def vectors_of(asked: Asked, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
+    """(C, D) float32 on the question's device: vectors whose inner products are the similarities of ``rows`` over the
+    layers in question, Σ over its parts of weight · ⟨g, g'⟩ ÷ Σ weights; with ``unit`` those of the cosines. Both in
+    the metric of the scores: preconditioned where these are.
+
+    CorruptError for damaged rows. A row of zeros stays one.
+    """
+    whole = sum(abs(term.weight) for term in asked.terms)
+    pieces = []
+    for term in asked.terms:
+        vectors_CD = StoredRows(term.part, asked.device).gather(rows)
+        if term.preconditioner is not None:
+            for first in range(0, len(rows), ROWS_AT_ONCE):
+                some_RD = vectors_CD[first : first + ROWS_AT_ONCE]
+                some_RD.copy_(term.preconditioner.halved(some_RD))
+        if term.groups is not None:
+            spans = [term.part.groups[group][1:] for group in term.groups]
+            vectors_CD = torch.cat([vectors_CD[:, start:stop] for start, stop in spans], dim=1)
+        if unit:
+            vectors_CD /= vectors_CD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        pieces.append(vectors_CD.mul_((abs(term.weight) / whole) ** 0.5))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -1,0 +1,106 @@
+"""``ghoststore.select``: a val set to a training set, the original rows of the samples that point its way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghoststore.corpus import open_corpus
+from ghoststore.progress import Progress, Silent
+from ghoststore.store import Store
+from query.ask.question import Question
+from query.ask.scorer import ask
+from query.common.texts import corpus_behind
+from query.common.unchanged import read_unchanged
+from query.search.parts import note_repeated, part_names
+from query.select.budget import Amount, Quotas
+from query.select.diversity import Diversity
+from query.select.files import Order, SelectFiles
+from query.select.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
+from query.select.report import SelectReport
+from query.select.samples import Samples
+from query.select.strategy import Choice
+
+
+def select(
+    *,
+    out: str | Path,
+    fraction: float | None = None,
+    count: int | None = None,
+    threshold: float | None = None,
+    token_budget: int | None = None,
+    quotas: Quotas | None = None,
+    diversity: Diversity = "none",
+    diversity_weight: float | None = None,
+    candidates: int | None = None,
+    leaks: Leaks = "exclude",
+    order: Order = "corpus",
+    report: str | Path | None = None,
+    progress: Progress | None = None,
+    **question: Any,
+) -> SelectReport:
+    """Choose samples by their score for a val set, and write their original rows, every field of them, to ``out``.
+
+    ``question`` are the fields of `query.ask.question.Question` (``store``, ``val_set``, ``part``, ``metric``, …) but
+    for ``each``: what scores are, as in ``ghoststore.query``. Where it has several rankings, the first counts: that
+    over everything.
+
+    How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
+    ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
+    ``equal``. ``diversity``: ``mmr``, ``facility-location`` or ``greats``, see `query.select.diversity`, among the best
+    ``candidates`` (default: 4 for each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of
+    near-duplicates of the val set, see `query.select.leaks`. The same call writes the same bytes.
+
+    ``out`` is a new path: the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of its
+    rows is that of the corpus, or falling ``score``. ``report`` is a new .json file (default: ``out`` and
+    ``.report.json``), and a list of the rows lies beside it. All of them appear whole or not at all.
+
+    Raises UsageError for what cannot be used or chosen, MismatchError for a corpus that is not the one of the part,
+    CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
+    """
+    progress = progress or Silent()
+    amount = Amount(fraction=fraction, count=count, threshold=threshold, token_budget=token_budget)
+    choice = Choice(
+        amount=amount, quotas=quotas, diversity=diversity, diversity_weight=diversity_weight, candidates=candidates
+    )
+    check_policy(leaks)
+    files = SelectFiles.of(out, report, order)
+    wanted = Question(each=False, **question)
+    part = Store.open(wanted.store).part(part_names(wanted.part)[0])
+    corpus = corpus_behind(part)
+    files.check(corpus)
+    with open_corpus(str(wanted.val_set), wanted.val_fields()) as val_set:
+        leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
+        asked = ask(replace(wanted, val_set=val_set.source), progress)
+    note_repeated(asked.part, progress)
+    places = read_unchanged(corpus, asked.part, leak_check.see, progress)
+    found = list(leak_check.found.values())
+    if leaks == "error":
+        refuse(found, str(wanted.val_set))
+    samples = Samples.of(asked.part, asked.scores(progress, 1)[0])
+    excluded = np.isin(samples.source_row, list(leak_check.found) if leaks == "exclude" else [])
+    chosen = choice.make(asked, samples, np.where(excluded, np.nan, samples.score), progress)
+    settings = {**asked.settings(), "val_set": str(wanted.val_set), "ranking": asked.names[0], **choice.settings()}
+    made = SelectReport.of(
+        samples, chosen, store=str(wanted.store), out=str(files.out), report=str(files.report),
+        rows_file=str(files.rows), settings={**settings, "order": files.order}, leaks=report_of(found, leaks),
+    )  # fmt: skip
+    _tell(made, progress)
+    files.write(made, corpus, places, samples, chosen)
+    return made
+
+
+def _tell(made: SelectReport, progress: Progress) -> None:
+    """What the user should know of a choice that was made."""
+    if made.leaks["found"]:
+        fate = "left out" if made.leaks["policy"] == "exclude" else "kept where they were chosen"
+        progress.note(f"{made.leaks['found']:,} near-duplicate(s) of the val set are in the corpus: {fate}")
+    for pool in made.short:
+        unit = "tokens" if "token_budget" in made.settings else "samples"
+        progress.note(
+            f"{pool['domain']}: {pool['asked']:,} {unit} were asked for, there are {pool['chosen']:,}; all are chosen"
+        )

@@ -1,0 +1,101 @@
+"""How a run went, along its steps: sums in at most a fixed number of bins, whatever the number of steps.
+
+Legend: K bins, E domains (the last is that of samples without one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.store.run.run import Run
+from query.training_scores.steps import StepPiece
+from query.training_scores.sums import standard_error
+
+STEP_ARRAYS = ("train_loss", "val_loss", "tokens", "seconds", "score_seconds")
+"""Arrays of one number a step that a bin sums, beside the scores and the learning rate."""
+
+
+class Curves:
+    """Bins of 1, 2, 4, … steps: as many steps a bin as make ``bins`` bins enough for the steps that were added."""
+
+    def __init__(self, run: Run, bins: int) -> None:
+        assert bins % 2 == 0, bins
+        self.bins = bins
+        self.width = 1
+        """Steps of a bin."""
+        self.names: list[str | None] = [*run.domains, None]
+        """(E,)."""
+        domain = run.rows.read("domain", 0, len(run.rows)).astype(np.int64)
+        self._domain_of_row = np.where(domain < 0, len(run.domains), domain)
+        shape = (bins, len(self.names))
+        self._by_domain = {name: np.zeros(shape) for name in ("times", "plain", "squares", "weighted", "negative")}
+        self._by_step = {name: np.zeros((bins, 2)) for name in (*STEP_ARRAYS, "learning_rate")}
+
+    def add(self, piece: StepPiece, counts: NDArray[np.bool_]) -> None:
+        """Add steps; ``counts`` says which of their places have a score that counts."""
+        while piece.stop > self.bins * self.width:
+            self.fold()
+        places = piece.places
+        at = (places.step[counts] // self.width, self._domain_of_row[places.row[counts]])
+        score = places.score[counts]
+        for name, numbers in {
+            "times": np.ones_like(score),
+            "plain": score,
+            "squares": score * score,
+            "weighted": places.learning_rate[counts] * score,
+            "negative": (score < 0).astype(np.float64),
+        }.items():
+            np.add.at(self._by_domain[name], at, numbers)
+        bins = np.arange(piece.start, piece.stop) // self.width
+        for name, sums in self._by_step.items():
+            values = piece.data[name].astype(np.float64)
+            finite = np.isfinite(values)
+            np.add.at(sums, bins[finite], np.stack([values[finite], np.ones(int(finite.sum()))], axis=1))
+
+    def fold(self) -> None:
+        """Two bins become one."""
+        half = self.bins // 2
+        for sums in (*self._by_domain.values(), *self._by_step.values()):
+            sums[:half] = sums[0::2] + sums[1::2]
+            sums[half:] = 0.0
+        self.width *= 2
+
+    def domain_sums(self, name: str) -> NDArray[np.float64]:
+        """(K, E): ``times``, ``plain`` (Σ s), ``squares`` (Σ s²), ``weighted`` (Σ η·s) or ``negative``."""
+        return self._by_domain[name]
+
+    def mean_scores(self, columns: Any = slice(None)) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(mean score, its standard error) of each bin and domain, each (K, …); NaN where there is none.
+
+        ``columns`` chooses domains, or is a function that merges them.
+        """
+        merge: Callable[[NDArray[np.float64]], NDArray[np.float64]] = (
+            columns if callable(columns) else lambda sums: sums[:, columns]
+        )
+        times, plain, squares = (merge(self._by_domain[name]) for name in ("times", "plain", "squares"))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return plain / times, standard_error(times, plain, squares)
+
+    def mean(self, name: str) -> NDArray[np.float64]:
+        """(K,): the mean of a number of the steps in each bin; NaN where none is finite."""
+        total, count = self._by_step[name].T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(total / count)
+
+    def total(self, name: str) -> NDArray[np.float64]:
+        """(K,): the sum of a number of the steps in each bin."""
+        return np.asarray(self._by_step[name][:, 0])
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """(K,): the middle of each bin, in steps."""
+        return np.asarray((np.arange(self.bins) + 0.5) * self.width, dtype=np.float64)
+
+    @property
+    def ends(self) -> NDArray[np.float64]:
+        """(K,): one past the last step of each bin."""
+        return np.asarray((np.arange(self.bins) + 1.0) * self.width, dtype=np.float64)

@@ -1,0 +1,193 @@
+"""Pictures of a run's scores: mean score by domain along the steps, and what has come together by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import UsageError
+from ghoststore.store import Run
+from ghoststore.store.base.disk import storage_errors
+from query.training_scores.curves import STEP_ARRAYS, Curves
+from query.training_scores.steps import choose_column, end_of, spans_of, stream_steps, window_of
+from query.training_scores.sums import ScoreSums, Units
+
+FORMS = (".png", ".pdf", ".svg")
+BINS = 48
+FEWEST_BINS = 12
+SMOOTH = 16
+LINES = 8
+"""Domains with a line of their own; the rest share one."""
+COLORS = ("#1f5fa8", "#d1662b", "#2f8f5b", "#8a4fa3", "#b8912f", "#c43d5e", "#4aa3b5", "#6b6b6b", "#a8a8a8")
+
+
+def check_plot(path: str | Path, option: str = "--plot") -> Path:
+    """``path`` if a new picture can be written there; UsageError for an unknown form or a file that exists."""
+    target = _checked(path, option)
+    if target.exists():
+        raise UsageError(f"{option} {target} exists; nothing was written. Give another path, or remove it")
+    return target
+
+
+def _checked(path: str | Path, option: str = "--plot") -> Path:
+    target = Path(path)
+    if target.suffix.lower() not in FORMS:
+        raise UsageError(f"{option} {target}: pictures are written as {', '.join(FORMS)}")
+    if not target.resolve().parent.is_dir():
+        raise UsageError(f"{option} {target}: the folder {target.resolve().parent} does not exist")
+    return target
+
+
+def plot_scores(
+    run: Run,
+    path: str | Path,
+    *,
+    steps: str | slice | None = None,
+    group: str | None = None,
+    layers: Sequence[str] = (),
+    exclude_layers: Sequence[str] = (),
+    title: str | None = None,
+) -> None:
+    """Two panels for ``run``, written to ``path`` (.png, .pdf or .svg; replaced if it is there).
+
+    Left: the mean score of each domain in equal bins of steps, with its standard error as a band. Right: Σ η·score of
+    each domain's samples up to each step. The other parameters are those of :func:`ghoststore.scores`. UsageError as
+    there, StorageError if it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    target = _checked(path)
+    column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
+    curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
+    for piece in stream_steps(run, column, spans_of(run, window), window, also=STEP_ARRAYS):
+        curves.add(piece, sums.add(piece.places, units.of(piece.places.row)))
+    if not sums.tally.scored:
+        raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
+    lines = _lines(curves)
+    _smooth(curves, len(lines))
+    figure = Figure(figsize=(12, 5.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_means(left, curves, lines)
+    _draw_sums(right, curves, lines, window)
+    left.set(
+        title="Mean score of a sample when it is trained on",
+        xlabel=f"step (bins of {curves.width:,})" if curves.width > 1 else "step",
+        ylabel="⟨∇ℓ sample, ∇L val⟩   in (nats a token)² / weight²",
+    )
+    right.set(title="What it adds up to: Σ η · score", xlabel="step", ylabel="Σ η · score   in nats a token")
+    for axes in (left, right):
+        axes.axhline(0, color="black", linewidth=0.7)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(window)
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.6g}" if step < 1e6 else f"{step / 1e6:g} M")
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9,
+                  title="domain (number of scores)", title_fontsize=9)  # fmt: skip
+    figure.suptitle(title or _title(run, group, layers, exclude_layers, sums), fontsize=11)
+    with storage_errors(str(target)):
+        figure.savefig(target, dpi=130)
+
+
+def _smooth(curves: Curves, lines: int) -> None:
+    """Widen the bins until they hold SMOOTH scores of each line, on average, or few are left."""
+    times = curves.domain_sums("times")
+    while (filled := int(times.any(1).sum())) > FEWEST_BINS and times.sum() < SMOOTH * filled * lines:
+        curves.fold()
+
+
+Lines = list[tuple[str, list[int]]]
+"""(label, columns of domains that it sums)."""
+
+
+def _lines(curves: Curves) -> Lines:
+    """Domains by falling number of scores; those beyond LINES together."""
+    times = curves.domain_sums("times").sum(0)
+    order = [int(place) for place in np.argsort(-times, kind="stable") if times[place]]
+    own, rest = (order, []) if len(order) <= LINES + 1 else (order[:LINES], order[LINES:])
+    only = len(order) == 1 and curves.names[order[0]] is None
+    found = [("all samples" if only else curves.names[place] or "(none)", [place]) for place in sorted(own)]
+    return found + ([(f"{len(rest)} others", rest)] if rest else [])
+
+
+def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
+    highest, lowest = [], []
+    for color, (label, columns) in zip(COLORS, lines, strict=False):
+        mean, error = curves.mean_scores(lambda sums, columns=columns: sums[:, columns].sum(1))
+        count = int(curves.domain_sums("times")[:, columns].sum())
+        axes.plot(curves.centres, mean, color=color, linewidth=1.7, label=f"{label} ({count:,})",
+                  marker="o" if np.isfinite(mean).sum() == 1 else None)  # fmt: skip
+        axes.fill_between(curves.centres, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+        highest += mean[np.isfinite(mean)].tolist()
+        lowest += (mean - np.nan_to_num(error))[np.isfinite(mean)].tolist()
+    _limit(axes, np.array(lowest), np.array(highest))
+
+
+def _limit(axes: Any, lowest: NDArray[np.float64], highest: NDArray[np.float64]) -> None:
+    """Leave a few first bins outside if they alone would flatten all the others: scores begin large."""
+    if len(highest) < 20:
+        return
+    low, high = min(0.0, float(np.quantile(lowest, 0.01))), max(0.0, float(np.quantile(highest, 0.97)))
+    if high > 0 and highest.max() > 3 * high:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.15 * (high - low))
+        axes.annotate(
+            f"↑ up to {highest.max():.3g}",
+            (0.14, 0.985),
+            xycoords="axes fraction",
+            va="top",
+            fontsize=8,
+            color="0.35",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )
+
+
+def _draw_sums(axes: Any, curves: Curves, lines: Lines, window: tuple[int, int]) -> None:
+    weighted = curves.domain_sums("weighted")
+    inside = (curves.ends > window[0]) & (curves.ends - curves.width < window[1])
+    ends = np.concatenate([[window[0]], np.minimum(curves.ends[inside], window[1])])
+    reached = []
+    for color, (_, columns) in zip(COLORS, lines, strict=False):
+        sums = np.concatenate([[0.0], np.cumsum(weighted[inside][:, columns].sum(1))])
+        axes.plot(ends, sums, color=color, linewidth=1.7)
+        reached.append(float(sums[-1]))
+    low, high = axes.get_ylim()
+    for color, (label, _), height in zip(COLORS, lines, _apart(reached, 0.05 * (high - low)), strict=False):
+        axes.annotate(
+            label, (ends[-1], height), color=color, fontsize=9, va="center", annotation_clip=False, xytext=(5, 0),
+            textcoords="offset points",
+        )  # fmt: skip
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """``heights``, moved so that any two are ``least`` apart, in the same order and about the same middle."""
+    order = np.argsort(heights, kind="stable")
+    moved = np.array(heights, dtype=np.float64)[order]
+    for _ in range(len(moved) ** 2):
+        close = np.flatnonzero(np.diff(moved) < least * 0.999)
+        if not len(close):
+            break
+        for place in close:
+            push = (least - (moved[place + 1] - moved[place])) / 2
+            moved[place] -= push
+            moved[place + 1] += push
+    found = np.empty_like(moved)
+    found[order] = moved
+    return [float(height) for height in found]
+
+
+def _title(run: Run, group: str | None, layers: Sequence[str], exclude_layers: Sequence[str], sums: ScoreSums) -> str:
+    pieces = [f"{run.name}: {sums.tally.scored:,} scores, {sums.tally.negative_share or 0:.1%} negative"]
+    if end_of(run) < run.layout.steps:
+        pieces.append(f"{run.steps:,} of {run.layout.steps:,} steps")
+    if group is not None:
+        pieces.append(f"val group {group}")
+    if layers or exclude_layers:
+        pieces.append(
+            f"layers {', '.join(layers) or 'all'}" + f" without {', '.join(exclude_layers)}" * bool(exclude_layers)
+        )
+    return "   ·   ".join(pieces)

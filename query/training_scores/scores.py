@@ -1,0 +1,240 @@
+"""``ghoststore.scores``: which samples helped a model while it trained, by the scores of its run.
+
+The value of a sample is Σ over steps of η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024,
+arXiv:2406.11011, section 4.1). Read ``docs/scores.md`` for what it tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.store import Run, Store
+from query.training_scores.results import HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
+from query.training_scores.steps import Places, Steps, choose_column, gaps_of, spans_of, stream_steps, window_of
+from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value
+from query.training_scores.tables import by_domain, finite, hits_of
+
+DEFAULT_TOP_K = 10
+
+
+def scores(
+    *,
+    store: str | Path,
+    run: str | None = None,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    sample: str | None = None,
+    by: Literal["domain"] | None = None,
+    steps: str | slice | None = None,
+    value: Value = "cumulative",
+    group: str | None = None,
+    layers: Sequence[str] = (),
+    exclude_layers: Sequence[str] = (),
+    unit: Unit = "sample",
+    min_times: int | None = None,
+    domains: Sequence[str] = (),
+    text: bool = True,
+    plot: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ScoresResult:
+    """The samples with the highest (``top_k``, by default 10) and lowest (``bottom_k``) values in a training run.
+
+    With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
+    a running sum of its own, where several have it). ``value`` is
+    ``cumulative`` (Σ η·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``steps`` is a
+    window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
+    ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
+    often, ``domains`` keeps some domains alone. ``plot`` draws scores by domain to a new .png, .pdf or .svg file.
+
+    Reads a run while it is written, too: what is committed at that moment. Scores that are not finite enter nothing;
+    they are counted. One pass over the steps; memory grows with the row table alone.
+
+    Raises UsageError for a run without steps and for what it does not have or keep, CorruptError for damaged steps.
+    """
+    progress = progress or Silent()
+    ranked = {"--top-k": top_k, "--bottom-k": bottom_k}
+    _refuse_usage(
+        ranked, sample=sample, by=by, value=value, min_times=min_times, domains=domains, unit=unit
+    )  # fmt: skip
+    top_k = DEFAULT_TOP_K if top_k is None else top_k
+    bottom_k = 0 if bottom_k is None else bottom_k
+    if plot is not None:
+        from query.training_scores.plots import check_plot, plot_scores
+
+        check_plot(plot)
+    opened = Store.open(store).run(run)
+    column = choose_column(opened, group, layers, exclude_layers)
+    window = window_of(opened, steps)
+    chosen = _domain_places(opened, domains)
+    units = Units(opened, unit)
+    sums = ScoreSums(len(units), weighted=value in WEIGHTED)
+    same_id, history = None, None
+    if sample is not None:
+        mine, same_id = _rows_of_id(opened, sample, progress)
+        history = _History(opened, mine)
+    spans = spans_of(opened, window)
+    with closing(progress.task("reading scores", _steps_of(opened, spans, window), unit="steps")) as task:
+        for piece in stream_steps(opened, column, spans, window, loss=history is not None):
+            counts = sums.add(piece.places, units.of(piece.places.row))
+            if history is not None:
+                history.extend(piece.places, counts)
+            task.advance(piece.stop - piece.start)
+    if history is not None and not history.entries:
+        progress.note(f"sample {sample!r} was not trained on in these steps")
+    hits: list[list[ScoreHit]] = [[], []]
+    if history is None and by is None:
+        allowed = _allowed(units, sums, chosen, min_times)
+        hits = hits_of(opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text,
+                     unit, progress)  # fmt: skip
+    if plot is not None:
+        plot_scores(opened, plot, steps=steps, group=group, layers=layers, exclude_layers=exclude_layers)
+    return ScoresResult(
+        store=str(store),
+        settings={
+            "run": opened.name,
+            "value": value,
+            "top_k": top_k,
+            "bottom_k": bottom_k,
+            "sample": sample,
+            "by": by,
+            "steps": list(window),
+            "group": group,
+            "layers": list(layers),
+            "exclude_layers": list(exclude_layers),
+            "unit": unit,
+            "min_times": min_times,
+            "domains": list(domains),
+        },
+        summary=_summary(opened, window, units, sums),
+        hits=hits[0],
+        bottom=hits[1],
+        domains=by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
+        history=None if history is None else history.entries,
+        same_id=same_id,
+    )
+
+
+def _refuse_usage(
+    ranked: dict[str, int | None],
+    *,
+    sample: str | None,
+    by: str | None,
+    value: str,
+    min_times: int | None,
+    domains: Sequence[str],
+    unit: str,
+) -> None:
+    """UsageError for options that cannot be, or that would be ignored."""
+    if by not in (None, "domain"):
+        raise UsageError(f"--by {by!r} is unknown; known: domain")
+    for name, count in ranked.items():
+        if count is not None and count < 0:
+            raise UsageError(f"{name} must be at least 0, not {count}")
+    top, bottom = ranked.values()
+    if top == 0 and not bottom:
+        raise UsageError("--top-k 0 without --bottom-k: ask for at least one sample")
+    if min_times is not None and min_times < 1:
+        raise UsageError(f"--min-times must be at least 1, not {min_times}")
+    given = [name for name, count in ranked.items() if count is not None]
+    if by is not None and given:
+        raise UsageError(f"--by domain is a table of domains: it does not go with {given[0]}")
+    if sample is not None:
+        given += ["--by"] * (by is not None) + ["--min-times"] * (min_times is not None)
+        given += ["--domain"] * bool(domains) + ["--value"] * (value != "cumulative")
+        given += ["--unit"] * (unit != "sample")
+        if given:
+            raise UsageError(f"--sample shows everything of one sample: it does not go with {given[0]}")
+
+
+def _steps_of(run: Run, spans: Sequence[int], window: Steps) -> int:
+    bounds = [run.layout.span_of(span) for span in spans]
+    return sum(min(stop, window[1]) - max(start, window[0]) for start, stop in bounds)
+
+
+def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
+    """Places of the domains called ``names``; None for all. UsageError for one that the run does not have."""
+    unknown = [name for name in names if name not in run.domains]
+    if unknown:
+        raise UsageError(f"run {run.name!r} has no domain {unknown[0]!r}; it has: {', '.join(run.domains) or 'none'}")
+    return [run.domains.index(name) for name in names] or None
+
+
+def _rows_of_id(run: Run, sample: str, progress: Progress) -> tuple[NDArray[np.int64], int]:
+    """(rows of the samples called ``sample``, their windows included; how many samples). UsageError if none is."""
+    size = run.layout.row_arrays()[0].chunk_rows
+    found: list[int] = []
+    for start in range(0, len(run.rows), size):
+        ids = run.rows.read("sample_id", start, min(start + size, len(run.rows)))
+        found += (np.flatnonzero(ids == sample) + start).tolist()
+    if not found:
+        some = ", ".join(repr(str(name)) for name in run.rows.read("sample_id", 0, min(3, len(run.rows))))
+        raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {some}")
+    samples = len(np.unique(run.rows.read_rows("source_row", found)))
+    if samples > 1:
+        progress.note(f"{samples} samples have the id {sample!r}, each with its own sum: tell them apart by row")
+    return np.asarray(found, dtype=np.int64), samples
+
+
+class _History:
+    """Every time that the rows ``mine`` were trained on. A sample's windows share one running sum; samples, even of
+    the same id, do not.
+    """
+
+    def __init__(self, run: Run, mine: NDArray[np.int64]) -> None:
+        self._run = run
+        self._mine = mine
+        self._sums: dict[int, float] = {}
+        """By source row."""
+        self.entries: list[HistoryEntry] = []
+
+    def extend(self, places: Places, counts: NDArray[np.bool_]) -> None:
+        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count."""
+        here = np.flatnonzero(np.isin(places.row, self._mine))
+        if not len(here):
+            return
+        rows = places.row[here]
+        sources, starts = (self._run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
+        for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
+            assert places.loss is not None
+            score, eta = float(places.score[place]), float(places.learning_rate[place])
+            weighted = eta * score if counts[place] else None
+            self._sums[source] = self._sums.get(source, 0.0) + (weighted or 0.0)
+            self.entries.append(
+                HistoryEntry(
+                    step=int(places.step[place]),
+                    rank=int(places.rank[place]),
+                    source_row=source,
+                    window_start=start,
+                    loss=finite(float(places.loss[place])),
+                    learning_rate=finite(eta),
+                    score=finite(score),
+                    weighted=weighted,
+                    cumulative=self._sums[source],
+                )
+            )
+
+
+def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_times: int | None) -> NDArray[np.bool_]:
+    """(U,): units of the chosen domains that were scored often enough."""
+    allowed: NDArray[np.bool_] = sums.times >= (min_times or 0)
+    return allowed if chosen is None else allowed & np.isin(units.domain, chosen)
+
+
+def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSummary:
+    spans = spans_of(run, window)
+    tally = sums.tally
+    return ScoreSummary(
+        steps=_steps_of(run, spans, window), first=max(run.layout.span_of(spans[0])[0], window[0]),
+        last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1, planned=run.layout.steps,
+        gaps=gaps_of(run, window), rows=len(units), seen=int(sums.seen.sum()), times=tally.times, scored=tally.scored,
+        unscored=tally.unscored, not_finite=tally.not_finite, without_learning_rate=tally.without_learning_rate,
+        negative_share=tally.negative_share, repeated_ids=run.repeated_ids,
+    )  # fmt: skip

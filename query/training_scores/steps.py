@@ -1,0 +1,194 @@
+"""The committed steps of a run, streamed: which samples, their scores, and the learning rate they count with.
+
+Legend: S steps of a piece, R ranks, B samples of one rank's step, P places with a sample, one after another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.reader import side_by_side
+
+Steps = tuple[int, int]
+"""First step and one past the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreColumn:
+    """Which score of a run is meant. Made by :func:`choose_column`."""
+
+    array: str
+    places: tuple[int, ...] | None = None
+    """Entries of its last axis that are summed; None where it has none."""
+
+    def of(self, data: NDArray[Any]) -> NDArray[np.float64]:
+        """(S, R, B) float64."""
+        if self.places is None:
+            return data.astype(np.float64)
+        if len(self.places) == 1:
+            return np.asarray(data[..., self.places[0]], dtype=np.float64)
+        return np.asarray(data[..., list(self.places)].sum(-1, dtype=np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Every place of some steps that has a sample, in the order of steps, ranks and places."""
+
+    step: NDArray[np.int64]
+    """(P,)."""
+    rank: NDArray[np.int64]
+    row: NDArray[np.int64]
+    """Place in the row table."""
+    score: NDArray[np.float64]
+    """NaN: not scored."""
+    learning_rate: NDArray[np.float64]
+    loss: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPiece:
+    """Some consecutive committed steps."""
+
+    start: int
+    stop: int
+    places: Places
+    data: dict[str, NDArray[Any]]
+    """The arrays that were asked for, as they are stored."""
+
+
+def choose_column(
+    run: Run, group: str | None = None, layers: Sequence[str] = (), exclude_layers: Sequence[str] = ()
+) -> ScoreColumn:
+    """The score for the whole val set, for one val ``group``, or of some layers alone.
+
+    UsageError for a group or a layer that the run does not have, and for a run that does not keep them.
+    """
+    if group is not None:
+        if layers or exclude_layers:
+            raise UsageError("--group and --layers do not go together: scores by layer are kept for the whole val set")
+        groups = run.layout.groups
+        if not groups:
+            raise UsageError(f"run {run.name!r} has no scores by val group; `ghoststore train --val-groups` keeps them")
+        if group not in groups:
+            raise UsageError(f"run {run.name!r} has no val group {group!r}; it has: {', '.join(groups)}")
+        return ScoreColumn("group_score", (groups.index(group),))
+    if layers or exclude_layers:
+        return ScoreColumn("block_score", _blocks(run, layers, exclude_layers))
+    return ScoreColumn("score")
+
+
+def _blocks(run: Run, layers: Sequence[str], exclude_layers: Sequence[str]) -> tuple[int, ...]:
+    from indexer.projection.selection import matches_path  # torch, which no other score needs
+
+    names = run.layout.blocks
+    if not names:
+        raise UsageError(f"run {run.name!r} has no scores by layer; `ghoststore train --per-layer` keeps them")
+    for pattern in (*layers, *exclude_layers):
+        if not any(matches_path(pattern, name) for name in names):
+            raise UsageError(
+                f"layer pattern {pattern!r} matches no layer of run {run.name!r}: {', '.join(names[:12])} …"
+            )
+    chosen = tuple(
+        place
+        for place, name in enumerate(names)
+        if (not layers or any(matches_path(pattern, name) for pattern in layers))
+        and not any(matches_path(pattern, name) for pattern in exclude_layers)
+    )
+    if not chosen:
+        raise UsageError(f"no layer of run {run.name!r} is left: {list(layers)} without {list(exclude_layers)}")
+    return chosen
+
+
+def end_of(run: Run) -> int:
+    """One past the last committed step."""
+    return run.layout.span_of(run.spans[-1])[1] if run.spans else 0
+
+
+def window_of(run: Run, steps: str | slice | None) -> Steps:
+    """The window that ``steps`` names: half-open, from 0, ends as in a Python slice.
+
+    A negative end counts from the end of what is committed. UsageError for anything else, and for a window without
+    a committed step.
+    """
+    end = end_of(run)
+    if not end:
+        raise UsageError(f"run {run.name!r} has no committed steps yet; `ghoststore watch` shows when it has")
+    if steps is None:
+        return 0, end
+    if isinstance(steps, str):
+        found = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
+        if found is None:
+            raise UsageError(f"--steps {steps!r}: expected first:stop, as 0:100, 500: or -100:")
+        steps = slice(*(None if piece is None else int(piece) for piece in found.groups()))
+    if steps.step not in (None, 1):
+        raise UsageError(f"--steps takes every step of a window, not every {steps.step}th")
+    start, stop, _ = steps.indices(end)
+    if not spans_of(run, (start, stop)):
+        shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
+        raise UsageError(
+            f"--steps {shown}: no committed step of run {run.name!r} is there; its steps are "
+            f"{run.layout.span_of(run.spans[0])[0]:,} to {end - 1:,}"
+        )
+    return start, stop
+
+
+def spans_of(run: Run, window: Steps) -> list[int]:
+    """The committed spans with a step in ``window``."""
+    bounds = ((span, *run.layout.span_of(span)) for span in run.spans)
+    return [span for span, start, stop in bounds if max(start, window[0]) < min(stop, window[1])]
+
+
+def gaps_of(run: Run, window: Steps) -> list[Steps]:
+    """Ranges of steps inside ``window`` that are not committed."""
+    gaps: list[Steps] = []
+    at = window[0]
+    for span in spans_of(run, window):
+        start, stop = run.layout.span_of(span)
+        if start > at:
+            gaps.append((at, start))
+        at = max(at, stop)
+    return [*gaps, (at, window[1])] if at < window[1] else gaps
+
+
+def stream_steps(
+    run: Run,
+    column: ScoreColumn,
+    spans: Sequence[int],
+    window: Steps | None = None,
+    *,
+    also: Sequence[str] = (),
+    loss: bool = False,
+) -> Iterator[StepPiece]:
+    """The steps of ``spans``, cut to ``window``, piece by piece; ``also`` are further arrays of one number a step.
+
+    Memory: one chunk of each array. CorruptError naming what is damaged.
+    """
+    names = ["sample", column.array, "learning_rate", *also, *(["loss"] if loss else [])]
+    for piece in side_by_side(run, names, spans):
+        start, stop = piece.start, piece.stop
+        if window is not None:
+            start, stop = max(start, window[0]), min(stop, window[1])
+            if start >= stop:
+                continue
+        data = {name: array[start - piece.start : stop - piece.start] for name, array in piece.data.items()}
+        sample = data["sample"]
+        if sample.size and int(sample.max()) >= run.layout.rows:
+            raise CorruptError(
+                f"{run.path / 'sample'}: step {start} to {stop} name row {int(sample.max())}; the row table has "
+                f"{run.layout.rows}"
+            )
+        there = sample >= 0
+        step, rank, _ = there.nonzero()
+        places = Places(
+            step=step + start, rank=rank, row=sample[there], score=column.of(data[column.array])[there],
+            learning_rate=data["learning_rate"][step], loss=data["loss"][there] if loss else None,
+        )  # fmt: skip
+        yield StepPiece(start, stop, places, data)

@@ -1,0 +1,246 @@
+"""``ghoststore.watch``: a training run as it is written, frame by frame, each reading only what is new."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Silent
+from ghoststore.store import Run, Store
+from ghoststore.store.base.records import record_path
+from query.common.same_id import repeated_among
+from query.common.texts import texts_of
+from query.training_scores.curves import STEP_ARRAYS, Curves
+from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame
+from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
+from query.training_scores.sums import ScoreSums, Units, best
+
+SPANS_A_FRAME = 2000
+"""Spans that a frame reads at most: a long run appears at once, and fills."""
+BINS, FEW_BINS, MANY_DOMAINS = 256, 64, 500
+RECENT_SCORES = 2000
+RECENT_STEPS = 50
+HISTOGRAM_BINS = 32
+EXTREMES = 5
+
+
+def watch(
+    *, store: str | Path, run: str | None = None, interval: float = 1.0, once: bool = False, text: bool = True
+) -> Iterator[Frame]:
+    """Frames of a training run, one every ``interval`` seconds, until its last step is committed.
+
+    With ``once`` a single one, of all that is committed. A store without the run is waited for. Every frame reads only
+    the steps that are new; memory grows with the row table alone.
+
+    Raises UsageError for a store that is none and for several runs without a name, CorruptError for damaged steps.
+    """
+    if not interval > 0 or not math.isfinite(interval):
+        raise UsageError(f"--interval must be above 0, not {interval}")
+    watcher = Watcher(store, run, text=text)
+    while True:
+        frame = watcher.look(None if once else SPANS_A_FRAME)
+        yield frame
+        if once or (frame.finished and not frame.unread):
+            return
+        if not frame.unread:
+            time.sleep(interval)
+
+
+class _Heard(Silent):
+    """Keeps what was noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+class Watcher:
+    """Running sums over a run; :meth:`look` takes in what was committed since."""
+
+    def __init__(self, store: str | Path, run: str | None = None, *, text: bool = True) -> None:
+        self._store = Store.open(store)
+        self._name = run
+        self._run: Run | None = None
+        self._pending: list[int] = []
+        """Committed spans that are not read yet."""
+        self._texts_at_hand = text
+        self._texts: dict[int, str | None] = {}
+        self._ids: dict[int, tuple[str, int]] = {}
+        """(id, source row) of units that were shown."""
+        self._repeats: dict[str, bool] = {}
+        """Of ids that were shown: whether several samples have them."""
+        self._last: Frame | None = None
+        self._heard = _Heard()
+
+    def look(self, most_spans: int | None = None) -> Frame:
+        """The run as it stands; at most ``most_spans`` spans are read (None: all)."""
+        if self._run is None:
+            waiting = self._open()
+            if waiting is not None:
+                return Frame(store=str(self._store.path), run=self._name, waiting=waiting)
+        assert self._run is not None
+        self._pending = sorted({*self._pending, *self._run.reload()})
+        chosen, self._pending = self._pending[:most_spans], self._pending[most_spans or len(self._pending) :]
+        if self._last is None or chosen:
+            for piece in stream_steps(self._run, ScoreColumn("score"), chosen, also=STEP_ARRAYS):
+                self._take(piece)
+            self._last = self._frame(self._run)
+        return replace(self._last, commit_age=_age(self._run))
+
+    def _open(self) -> str | None:
+        """Open the run; what is waited for if it is not there yet."""
+        names = self._store.run_names()
+        if self._name is None and not names:
+            return (
+                f"no training run in {self._store.path} yet; `ghoststore train --store {self._store.path} …` makes one"
+            )
+        if self._name is not None and self._name not in names:
+            self._store.run_path(self._name)  # UsageError for what cannot be a name
+            return f"no run {self._name!r} in {self._store.path} yet; it has: {', '.join(names) or 'none'}"
+        run = self._store.run(self._name)
+        self._run, self._pending = run, list(run.spans)
+        self._units = Units(run, "sample")
+        self._sums = ScoreSums(len(self._units))
+        self._curves = Curves(run, BINS if len(run.domains) <= MANY_DOMAINS else FEW_BINS)
+        self._domain = self._units.domain
+        self._recent_scores: deque[NDArray[np.float64]] = deque()
+        self._recent_count = 0
+        self._recent_steps: deque[tuple[float, float, float]] = deque(maxlen=RECENT_STEPS)
+        self._latest: dict[str, float | None] = dict.fromkeys(("train_loss", "val_loss", "learning_rate"))
+        return None
+
+    def _take(self, piece: StepPiece) -> None:
+        """Count some steps."""
+        places = piece.places
+        counts = self._sums.add(places, self._units.of(places.row))
+        self._curves.add(piece, counts)
+        if counts.any():
+            self._recent_scores.append(places.score[counts])
+            self._recent_count += int(counts.sum())
+        while self._recent_scores and self._recent_count - len(self._recent_scores[0]) >= RECENT_SCORES:
+            self._recent_count -= len(self._recent_scores.popleft())
+        for name in self._latest:
+            finite = piece.data[name][np.isfinite(piece.data[name])]
+            if len(finite):
+                self._latest[name] = float(finite[-1])
+        for step in zip(*(piece.data[name].tolist() for name in ("tokens", "seconds", "score_seconds")), strict=True):
+            if math.isfinite(step[1]):
+                self._recent_steps.append(step)
+
+    def _frame(self, run: Run) -> Frame:
+        end, sums, tally = end_of(run), self._sums, self._sums.tally
+        unread = sum(stop - start for start, stop in map(run.layout.span_of, self._pending))
+        shared: dict[str, Any] = {
+            "store": str(self._store.path), "run": run.name, "planned": run.layout.steps, "steps": run.steps,
+            "repeated_ids": run.repeated_ids,
+        }  # fmt: skip
+        if not run.spans:
+            return Frame(waiting=f"run {run.name!r} has no committed steps yet", **shared)
+        tokens, seconds, scoring = (float(np.nansum([step[i] for step in self._recent_steps])) for i in range(3))
+        recent = np.concatenate([*self._recent_scores, np.zeros(0)])
+        histogram, edges = _histogram(recent)
+        values = sums.values("cumulative")
+        ranked = (best(values, EXTREMES), best(-values, EXTREMES))
+        self._look_up([int(place) for places in ranked for place in places], run)
+        left = run.layout.steps - end
+        return Frame(
+            **shared, unread=unread, finished=end == run.layout.steps, gaps=gaps_of(run, (0, end)),
+            notes=list(self._heard.notes),
+            seconds_left=left * seconds / len(self._recent_steps) if seconds and left else None,
+            train_loss=self._latest["train_loss"], val_loss=self._latest["val_loss"],
+            learning_rate=self._latest["learning_rate"], tokens_per_second=tokens / seconds if seconds else None,
+            score_share=scoring / seconds if seconds else None, scored=tally.scored,
+            left_out=tally.unscored + tally.not_finite + tally.without_learning_rate,
+            negative_share=tally.negative_share, recent_scores=len(recent),
+            recent_negative_share=float((recent < 0).mean()) if len(recent) else None,
+            histogram=histogram, histogram_edges=edges,
+            best=[self._extreme(int(place), values, run) for place in ranked[0]],
+            worst=[self._extreme(int(place), values, run) for place in ranked[1]],
+            domains=self._trends(), curve=self._curve(),
+        )  # fmt: skip
+
+    def _extreme(self, unit: int, values: NDArray[np.float64], run: Run) -> Extreme:
+        domain = int(self._domain[unit])
+        return Extreme(
+            id=self._ids[unit][0], source_row=self._ids[unit][1], id_repeats=self._repeats[self._ids[unit][0]],
+            domain=run.domains[domain] if domain >= 0 else None,
+            value=float(values[unit]), times=int(self._sums.times[unit]), text=self._texts.get(unit),
+        )  # fmt: skip
+
+    def _look_up(self, units: Sequence[int], run: Run) -> None:
+        """Ids of ``units``, and their texts where the corpus is a file that is read at a place."""
+        new = [unit for unit in dict.fromkeys(units) if unit not in self._ids]
+        if not new:
+            return
+        rows = self._units.first_row[new].tolist()
+        ids, sources = (run.rows.read_rows(name, rows) for name in ("sample_id", "source_row"))
+        self._ids |= zip(new, zip(map(str, ids), sources.tolist(), strict=True), strict=True)
+        names = {str(name) for name in ids} - self._repeats.keys()
+        repeated = repeated_among(run, names)
+        self._repeats |= {name: name in repeated for name in names}
+        source = run.manifest["source"]
+        quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
+        if quick and self._texts_at_hand:
+            self._texts |= zip(new, texts_of(run, rows, self._heard), strict=True)
+            self._texts_at_hand = not self._heard.notes
+
+    def _trends(self) -> list[DomainTrend]:
+        times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))
+        filled = int(np.flatnonzero(times.any(1))[-1]) + 1 if times.any() else 0
+        total = times.sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            per_bin = weighted / times
+        found = [
+            DomainTrend(
+                domain=self._curves.names[place], times=int(total[place]),
+                value_per_time=float(weighted[:, place].sum() / total[place]),
+                negative_share=float(negative[:, place].sum() / total[place]),
+                trend=_finite(per_bin[:filled, place]),
+            )
+            for place in np.flatnonzero(total).tolist()
+        ]  # fmt: skip
+        return sorted(found, key=lambda one: -one.value_per_time)
+
+    def _curve(self) -> Curve:
+        curves = self._curves
+        means = {name: curves.mean(name) for name in ("train_loss", "val_loss", "learning_rate")}
+        filled = np.flatnonzero(np.any([np.isfinite(mean) for mean in means.values()], axis=0))
+        count = int(filled[-1]) + 1 if len(filled) else 0
+        return Curve(
+            steps=curves.centres[:count].tolist(),
+            **{name: _finite(mean[:count]) for name, mean in means.items()},
+        )  # fmt: skip
+
+
+def _finite(values: NDArray[np.float64]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _histogram(scores: NDArray[np.float64]) -> tuple[list[int], list[float]]:
+    """Equal bins between the first and the last percent; 0 is an edge where it lies between them."""
+    if not len(scores):
+        return [], []
+    low, high = (float(edge) for edge in np.quantile(scores, [0.01, 0.99]))
+    width = (high - low) / HISTOGRAM_BINS or max(abs(low), 1e-12) / HISTOGRAM_BINS
+    first, last = math.floor(low / width), math.ceil(high / width)
+    edges = np.arange(first, max(last, first + 1) + 1) * width
+    counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
+    return counts.tolist(), edges.tolist()
+
+
+def _age(run: Run) -> float | None:
+    """Seconds since the last record appeared."""
+    if not run.spans:
+        return None
+    return max(0.0, time.time() - record_path(run.path, run.spans[-1]).stat().st_mtime)

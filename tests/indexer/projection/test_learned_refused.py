@@ -1,0 +1,127 @@
+"""What must be learned from a corpus is refused where there is none, and so are settings that mean nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import ghoststore
+from ghoststore import ProjectionConfig
+from ghoststore.errors import UsageError
+from indexer.dotprod import GradDotProdEngine
+from indexer.encode.engine import GradProjLoraEngine
+from indexer.projection.matrices import LATER_SETTINGS, ProjectionPlan, ranks
+from indexer.projection.selection import select_blocks
+from tests.support.models import examples, gpt2
+from tests.support.scoring import val_batch
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "pca": {"kind": "pca"},
+    "kronecker": {"precondition": "kronecker"},
+    "sizes": {"compress_by": "layer"},
+    "whole": {"precondition": "kronecker", "rank_total": "full"},
+}
+REASON = "are learned from a sample of a corpus: only a build has them"
+EACH = pytest.mark.parametrize("settings", LEARNED.values(), ids=LEARNED)
+
+
+@EACH
+def test_engines(settings: dict[str, Any]) -> None:
+    model, config = gpt2(), ProjectionConfig(**settings)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UsageError, match=REASON):
+        GradProjLoraEngine(model, config)
+    plan = ProjectionPlan.of(select_blocks(model, config.layers, ()), config)
+    assert plan.calibration is None
+    with pytest.raises(UsageError, match=REASON):
+        GradDotProdEngine(model, [val_batch(examples())], projection=config)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@EACH
+def test_training_and_doctor(lab: Lab, settings: dict[str, Any], tmp_path: Path) -> None:
+    projection = ProjectionConfig(**settings)
+    with pytest.raises(UsageError, match=REASON):
+        ghoststore.train(
+            data=lab.corpus, val_set=lab.corpus, output_dir=tmp_path / "out", store=tmp_path / "store",
+            architecture="GPT2-Tiny", tokenizer=lab.checkpoint, max_length=16, batch_size=4, max_steps=3,
+            score="sketched", projection=projection, device="cpu",
+        )  # fmt: skip
+    with pytest.raises(UsageError, match=REASON):
+        ghoststore.doctor(checkpoint=lab.checkpoint, projection=projection, store=tmp_path / "store", device="cpu")
+    assert not (tmp_path / "store" / "runs").exists()
+
+
+def test_the_command_line_says_so(lab: Lab) -> None:
+    outcome = lab.run("doctor", "--checkpoint", lab.checkpoint, "--proj-kind", "pca", "--quiet")
+    assert outcome.code == 2, outcome.err
+    assert REASON in outcome.err
+    for command in ("doctor", "train"):
+        outcome = lab.run(command, "--proj-precondition", "kronecker")
+        assert outcome.code == 2
+        assert "--proj-precondition" in outcome.err
+
+
+def test_by_default_an_engine_learns_nothing() -> None:
+    """``auto`` is a preconditioner in a build alone."""
+    assert GradProjLoraEngine(gpt2()).projection.plan.config.precondition == "auto"
+    config = ProjectionConfig()
+    assert config.for_build(optimizer_state=False).precondition == "kronecker"
+    assert config.for_build(optimizer_state=True).precondition == "none"
+    assert ProjectionConfig(rank_total="full").for_build(optimizer_state=False).precondition == "none"
+    assert ProjectionConfig(precondition="none").for_build(optimizer_state=False).precondition == "none"
+    assert ProjectionConfig(precondition="kronecker").for_build(optimizer_state=True).precondition == "kronecker"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"compress_by": "rows"}, "--proj-compress-by takes layer, all or auto, not 'rows'"),
+        ({"rank_ratio": 0}, "--proj-rank-ratio must be above 0, not 0"),
+        ({"rank_ratio": float("inf")}, "--proj-rank-ratio must be above 0, not inf"),
+        ({"rank_ratio": float("nan")}, "--proj-rank-ratio must be above 0, not nan"),
+        ({"precondition": "kfac"}, "--proj-precondition 'kfac' is unknown; known: auto, none, kronecker"),
+        ({"damping": 0.0}, "--proj-damping must be above 0, not 0.0"),
+        ({"damping": float("nan")}, "--proj-damping must be above 0, not nan"),
+        ({"calibration_samples": 0}, "--calibration-samples must be at least 1, not 0"),
+    ],
+)
+def test_nonsense(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        ProjectionConfig(**settings)
+
+
+def test_fewer_numbers_than_layers() -> None:
+    model = gpt2()
+    blocks = select_blocks(model, ("mlp",), ())
+    with pytest.raises(UsageError, match="--proj-compress 3 is less than a number for each of 4 layers"):
+        ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), compress=3, compress_by="layer"))
+    assert ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), compress=3)).compress == 3
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.01, 0.3, 1.0, 4.0, 1e4, 1e30])
+@pytest.mark.parametrize("total", [1, 2, 12, 256, 4096])
+@pytest.mark.parametrize(("n_out", "n_in"), [(1, 1), (3, 500), (500, 3), (90, 100), (4000, 768)])
+def test_ranks_of_any_ratio(n_out: int, n_in: int, total: int, ratio: float) -> None:
+    k_out, k_in = ranks(n_out, n_in, total, ratio)
+    assert 1 <= k_out <= n_out
+    assert 1 <= k_in <= n_in
+    assert k_out * k_in <= total
+
+
+def test_a_plain_manifest_tells_of_nothing_learned() -> None:
+    """As the parts of earlier releases have it."""
+    model = gpt2()
+    blocks = select_blocks(model, ("mlp",), ())
+    plain = ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), rank_total=16)).to_json()
+    assert not set(LATER_SETTINGS) & plain.keys()
+    other = ProjectionConfig(layers=("mlp",), rank_total=16, damping=0.7, calibration_samples=3)
+    assert ProjectionPlan.of(blocks, other).to_json() == plain, "what is not used is not told of"
+    learned = ProjectionConfig(layers=("mlp",), rank_total=16, compress=20, rank_ratio=2, precondition="kronecker")
+    assert set(LATER_SETTINGS) <= ProjectionPlan.of(blocks, learned).to_json().keys()

@@ -1,0 +1,47 @@
+"""Inner products of whole projected vectors are, on average over seeds, those of the exact gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from indexer.encode.engine import GradProjLoraEngine
+from indexer.projection.matrices import ProjectionConfig
+from tests.support.models import perceptron, projection_of
+from tests.support.oracle import exact_dots, naive
+
+SEEDS = 300
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthonormal"])
+@pytest.mark.parametrize("settings", [{"rank_total": 9}, {"rank_total": 16, "compress": 12}], ids=["plain", "sketched"])
+def test_unbiased(kind: str, settings: dict[str, Any]) -> None:
+    model = perceptron()
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 7, generator=generator)
+    y = torch.tensor([1, 1])
+
+    def loss_of(model: nn.Module, sample: int) -> Tensor:
+        return F.cross_entropy(model(x[sample : sample + 1]), y[sample : sample + 1])
+
+    def projected(seed: int) -> Tensor:
+        config = ProjectionConfig(layers=("all",), kind=kind, seed=seed, **settings)
+        with GradProjLoraEngine(model, config) as engine:
+            engine.prepare(2)
+            vectors = engine.collect(F.cross_entropy(model(x), y, reduction="none")).double()
+        return (vectors @ vectors.t())[[0, 1, 0], [0, 1, 1]]
+
+    full = projection_of(model, ProjectionConfig(layers=("all",), rank_total="full"))
+    exact = exact_dots(naive(model, full, 2, loss_of), [name for name, _ in model.named_parameters()])
+    expected = exact[[0, 1, 0], [0, 1, 1]]
+    # Fixed seeds: an error of 4 standard errors is a bias, not bad luck.
+    found = torch.stack([projected(seed) for seed in range(SEEDS)])
+    error = found.std(0) / math.sqrt(SEEDS)
+    assert bool(((found.mean(0) - expected).abs() <= 4 * error).all()), (found.mean(0), expected, error)
+    # And the error is small enough to see a missing factor such as √(n/k).
+    assert bool((error <= 0.15 * expected.abs()).all()), (error, expected)

@@ -1,0 +1,213 @@
+"""The page that ``query(report=…)`` writes, and what layers add to a score."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import ghoststore
+from ghoststore import ProjectionConfig
+from ghoststore.errors import UsageError
+from ghoststore.progress import Silent
+from query.answer.contributions import Contributions, contributions
+from query.answer.report import histogram
+from query.ask.question import Question
+from query.ask.scorer import ask
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+HOSTILE = "<script>alert(1)</script> & <img src=https://example.com/x>"
+VOID = {"meta", "rect", "line", "br", "link", "img"}
+
+
+@pytest.fixture(scope="module")
+def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of sketched and of plain blocks, with texts that want to be markup."""
+    folder = tmp_path_factory.mktemp("report")
+    rows: list[dict[str, Any]] = lab.sample_rows(30, 1)
+    rows[0]["text"] = rows[1]["text"] = HOSTILE
+    rows[2]["text"] = ""
+    data = lab.write(folder / "train.jsonl", rows)
+    val = [row | {"task": ("a", "b")[i % 2]} for i, row in enumerate(lab.sample_rows(4, 3))]
+    val[0]["text"] = HOSTILE
+    lab.write(folder / "val.jsonl", val)
+    projections = {
+        "sketched": ProjectionConfig(precondition="none", compress=24),
+        "plain": ProjectionConfig(rank_total=16),
+    }
+    for name, projection in projections.items():
+        ghoststore.build(
+            checkpoint=lab.checkpoint, data=data, store=folder / name, projection=projection, span_rows=8, device="cpu"
+        )
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects what would need a network or run code."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.dangerous: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("script", "img", "link", "iframe"):
+            self.dangerous.append(tag)
+        self.dangerous += [
+            f"{name}={value}" for name, value in attrs if name in ("src", "onload") or "//" in (value or "")
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("store", ["sketched", "plain"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"each": True}, {"group_field": "task"}, {"group_field": "task", "combine": "max"},
+        {"group_field": "task", "combine": "rank-fusion"}, {"metric": "dot", "bottom_k": 2}, {"text": False},
+        {"precondition": "second-moment"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "out.html"
+    result = ghoststore.query(
+        store=folder / store, val_set=folder / "val.jsonl", top_k=5, report=page, device="cpu", **settings
+    )
+    text = page.read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert parsed.open == []
+    assert parsed.dangerous == []
+    for one in result.results:
+        for hit in one.hits:
+            assert f"<code>{hit.id}</code>" in text
+            assert f"{hit.score:.4g}" in text
+    shown = any(hit.text == HOSTILE for one in result.results for hit in one.hits)
+    assert ("&lt;script&gt;" in text) == shown
+    assert shown or not settings.get("each")
+    possible = store == "plain" or "precondition" not in settings
+    assert ("What each layer adds, mean" in text) == possible
+    assert ("What each layer adds is not shown" in text) != possible
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("settings", [{}, {"each": True}, {"group_field": "task"}], ids=str)
+@pytest.mark.parametrize("precondition", ["none", "second-moment"])
+def test_layers_sum_to_the_score(folder: Path, metric: Any, settings: dict[str, Any], precondition: Any) -> None:
+    question = Question(
+        store=folder / "plain", val_set=folder / "val.jsonl", metric=metric, precondition=precondition, device="cpu",
+        **settings,
+    )  # fmt: skip
+    asked = ask(question, Silent())
+    best, _ = asked.rank(6, 0, Silent())
+    found = contributions(asked, [[int(row) for row in rows] for rows in best.rows], Silent())
+    assert isinstance(found, Contributions)
+    for rows, scores, by_row in zip(best.rows, best.scores, found.of, strict=True):
+        for row, score in zip(rows, scores, strict=True):
+            assert by_row[int(row)].sum() == pytest.approx(score, rel=1e-9)
+
+
+def test_layers_of_several_parts(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """Weighted like their scores, they sum to the sum."""
+    for place in range(2):
+        ghoststore.build(
+            checkpoint=lab.model(tmp_path / f"model-{place}", seed=place), data=folder / "train.jsonl", device="cpu",
+            store=tmp_path / "store", name=f"part-{place}", span_rows=8,
+            projection=ProjectionConfig(precondition="none", rank_total=16),
+        )  # fmt: skip
+    question = Question(
+        store=tmp_path / "store", val_set=folder / "val.jsonl", part=["part-0", "part-1"], part_weights=(0.3, 2.0),
+        device="cpu",
+    )  # fmt: skip
+    asked = ask(question, Silent())
+    best, _ = asked.rank(4, 0, Silent())
+    found = contributions(asked, [[int(row) for row in best.rows[0]]], Silent())
+    assert isinstance(found, Contributions)
+    for row, score in zip(best.rows[0], best.scores[0], strict=True):
+        assert found.of[0][int(row)].sum() == pytest.approx(score, rel=1e-9)
+
+
+def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """They sum to the score of a part whose blocks were never sketched."""
+    for name, compress in (("sketched", 24), ("exact", "none")):
+        # Attention alone: its axes are short enough to keep their length, so that only the sketch differs.
+        projection = ProjectionConfig(
+            precondition="none", layers=("attn",), rank_total=None if compress == 24 else "full", compress=compress
+        )
+        ghoststore.build(
+            checkpoint=lab.checkpoint, data=folder / "train.jsonl", store=tmp_path / name, device="cpu",
+            projection=projection,
+        )  # fmt: skip
+    val_set = folder / "val.jsonl"
+    for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}):
+        asked = ask(Question(store=tmp_path / "sketched", val_set=val_set, device="cpu", **settings), Silent())
+        exact = ask(Question(store=tmp_path / "exact", val_set=val_set, device="cpu", **settings), Silent())
+        scores = exact.scores(Silent())
+        found = contributions(asked, [[3, 8]] * len(asked.names), Silent())
+        assert isinstance(found, Contributions)
+        for of_ranking, by_row in zip(scores, found.of, strict=True):
+            for row in (3, 8):
+                assert by_row[row].sum() == pytest.approx(
+                    of_ranking[row], rel=1e-4, abs=1e-6 * np.nanmax(np.abs(scores))
+                )
+
+
+def test_histogram() -> None:
+    assert histogram(np.full(3, np.nan), []) is None
+    same = histogram(np.full(5, 0.25), [])
+    assert same is not None
+    assert (same["low"], same["high"], same["zero"], len(same["bins"])) == (0.25, 0.25, None, 1)
+    spread = histogram(np.array([-1.0, 0.0, 1.0, np.nan]), [])
+    assert spread is not None
+    assert spread["rows"] == 3
+    assert spread["zero"] == 240.0
+    for nearly in ([1.0, 1.0 - 2**-53], [1e20, 1e20], [0.0, 1e-300]):  # bins would be finer than numbers are
+        found = histogram(np.array(nearly), [])
+        assert found is not None
+        assert found["rows"] == 2
+
+
+def test_without_the_corpus(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """A page without texts, and for a sketch without layers, says so; `select` needs the corpus, a page does not."""
+    data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(9, 1))
+    ghoststore.build(
+        checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", device="cpu",
+        projection=ProjectionConfig(precondition="none", compress=24),
+    )  # fmt: skip
+    data.unlink()
+    page = tmp_path / "page.html"
+    found = ghoststore.query(store=tmp_path / "store", val_set=folder / "val.jsonl", report=page, device="cpu")
+    assert len(found.results[0].hits) == 9
+    assert "What each layer adds is not shown: the part keeps one sketch" in page.read_text()
+    assert "cannot be computed again" in page.read_text()
+
+
+def test_the_farthest_alone(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    ghoststore.query(
+        store=folder / "plain", val_set=folder / "val.jsonl", top_k=0, bottom_k=3, report=page, device="cpu"
+    )
+    Page(page.read_text())
+    assert "The 3 training samples farthest from val.jsonl" in page.read_text()
+    assert "nearest" not in page.read_text().lower()
+
+
+@pytest.mark.parametrize(("name", "message"), [("out.txt", "written as .html"), ("no/out.html", "does not exist")])
+def test_refused_before_any_work(folder: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ghoststore.query(store=folder / "plain", val_set="nothing", report=tmp_path / name)
+    (tmp_path / "there.html").touch()
+    with pytest.raises(UsageError, match="exists"):
+        ghoststore.query(store=folder / "plain", val_set="nothing", report=tmp_path / "there.html")

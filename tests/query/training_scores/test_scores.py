@@ -1,0 +1,521 @@
+"""`ghoststore.scores` against a slow reference, on a run that has everything in it; and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ghoststore
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.progress import Silent
+from ghoststore.store.spans.reader import side_by_side
+from query.training_scores.plots import plot_scores
+from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.sums import ScoreSums, Units, best
+from tests.support.score_runs import (
+    GAP,
+    LAYOUT,
+    ROWS,
+    SAMPLES,
+    Reference,
+    append,
+    committed,
+    domain_of,
+    first_row,
+    make,
+    row_table,
+    values,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+WEIGHTED = ("cumulative", "mean")
+
+
+class Notes(Silent):
+    """What the user was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scores") / "store"
+    whole(folder)
+    return folder
+
+
+def ranked(reference: Reference, kind: str, k: int, *, lowest: bool = False) -> list[tuple[int, float]]:
+    """(unit, value), best first, equal ones by place."""
+    sign = 1 if lowest else -1
+    return sorted(reference.values(kind).items(), key=lambda item: (sign * item[1], item[0]))[:k]
+
+
+def agree(hits: Sequence[Any], expected: list[tuple[int, float]], reference: Reference) -> None:
+    assert [hit.rank for hit in hits] == list(range(1, len(expected) + 1))
+    table, seen = row_table(), reference.scores()
+    for hit, (key, value) in zip(hits, expected, strict=True):
+        row = first_row(key, reference.unit)
+        assert (hit.id, hit.source_row) == (table.sample_id[row], table.source_row[row])
+        assert hit.domain == domain_of(key, reference.unit)
+        assert hit.value == pytest.approx(value, rel=1e-9, abs=1e-15)
+        assert hit.times == len(seen[key])
+        assert hit.last_step == seen[key][-1][0]
+        assert hit.mean_score == pytest.approx(np.mean([score for _, score, _ in seen[key]]), rel=1e-9)
+        assert hit.negative_share == np.mean([score < 0 for _, score, _ in seen[key]])
+        assert hit.window_start == (table.window_start[row] if reference.unit == "window" else 0)
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
+@pytest.mark.parametrize("unit", ["sample", "window"])
+def test_values(store: Path, kind: Any, unit: Any) -> None:
+    reference = Reference(committed(), unit=unit, rated=kind in WEIGHTED)
+    found = ghoststore.scores(store=store, value=kind, unit=unit, top_k=7, bottom_k=30, text=False)
+    agree(found.hits, ranked(reference, kind, 7), reference)
+    agree(found.bottom, ranked(reference, kind, 30, lowest=True), reference)
+    assert len(found.hits) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "array", "places"),
+    [
+        ({"group": "law"}, "group_score", (0,)),
+        ({"group": "code"}, "group_score", (1,)),
+        ({"layers": ["mlp"]}, "block_score", (0, 2)),
+        ({"layers": ["h.1*"]}, "block_score", (2,)),
+        ({"layers": ["h.0", "h.10"], "exclude_layers": ["h.0.mlp"]}, "block_score", (1, 2)),
+        ({"exclude_layers": ["attn"]}, "block_score", (0, 2)),
+    ],
+    ids=str,
+)
+def test_groups_and_layers(store: Path, options: Any, array: str, places: tuple[int, ...]) -> None:
+    reference = Reference(committed(), array=array, places=places)
+    found = ghoststore.scores(store=store, top_k=30, text=False, **options)
+    expected = ranked(reference, "cumulative", 30)
+    assert [hit.source_row for hit in found.hits] == [key for key, _ in expected]
+    np.testing.assert_allclose([hit.value for hit in found.hits], [value for _, value in expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ("0:5", range(5)), ("3:9", range(3, 9)), (":4", range(4)), ("18:", range(18, 23)), ("-3:", range(20, 23)),
+        (":-20", range(3)), ("5:1000", range(5, 23)), ("-1000:2", range(2)), ("8:17", [8, 9, 15, 16]),
+        (":", committed()), (None, committed()), (slice(2, 4), [2, 3]), (slice(-2, None), [21, 22]),
+    ],
+)  # fmt: skip
+def test_windows_of_steps(store: Path, asked: Any, steps: Any) -> None:
+    reference = Reference([step for step in steps if step in committed()])
+    found = ghoststore.scores(store=store, steps=asked, top_k=30, text=False)
+    agree(found.hits, ranked(reference, "cumulative", 30), reference)
+    assert found.summary.steps == len(reference.steps)
+    assert (found.summary.first, found.summary.last) == (reference.steps[0], reference.steps[-1])
+
+
+@given(st.none() | st.integers(-40, 40), st.none() | st.integers(-40, 40))
+def test_a_window_is_a_slice(run: Any, start: int | None, stop: int | None) -> None:
+    text = ":".join("" if one is None else str(one) for one in (start, stop))
+    wanted = [step for step in list(range(LAYOUT.steps))[start:stop] if step in committed()]
+    if not wanted:
+        with pytest.raises(UsageError, match="no committed step"):
+            window_of(run, text)
+        return
+    window = window_of(run, text)
+    spans = spans_of(run, window)
+    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), spans, window)]
+    assert [step for piece in pieces for step in piece] == wanted
+
+
+@pytest.fixture(scope="module")
+def run(store: Path) -> Any:
+    return ghoststore.Store.open(store).run()
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "last"])
+@pytest.mark.parametrize(
+    ("domains", "min_times"), [((), None), (("sky",), None), (("sky", "earth"), 3), ((), 5), (("earth",), 100)]
+)
+def test_filters(store: Path, kind: Any, domains: tuple[str, ...], min_times: int | None) -> None:
+    reference = Reference(committed(), rated=kind in WEIGHTED)
+    seen = reference.scores()
+    found = ghoststore.scores(store=store, value=kind, top_k=30, domains=domains, min_times=min_times, text=False)
+    expected = [
+        (key, value)
+        for key, value in ranked(reference, kind, 30)
+        if (not domains or domain_of(key, "sample") in domains) and len(seen[key]) >= (min_times or 0)
+    ]
+    agree(found.hits, expected, reference)
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
+@pytest.mark.parametrize("min_times", [None, 4])
+def test_by_domain(store: Path, kind: Any, min_times: int | None) -> None:
+    reference = Reference(committed(), rated=kind in WEIGHTED)
+    seen, value = reference.scores(), reference.values(kind)
+    found = ghoststore.scores(store=store, by="domain", value=kind, min_times=min_times)
+    assert found.domains is not None
+    assert {one.domain for one in found.domains} == {"sky", "earth", None}
+    assert found.hits == []
+    for one in found.domains:
+        mine = [key for key in range(SAMPLES) if domain_of(key, "sample") == one.domain]
+        mine = [key for key in mine if len(seen.get(key, [])) >= (min_times or 0)]
+        scored = [key for key in mine if key in seen]
+        scores = np.array([score for key in scored for _, score, _ in seen[key]])
+        total = sum(value[key] for key in scored)
+        assert (one.rows, one.scored_rows, one.times) == (len(mine), len(scored), len(scores))
+        assert one.value_sum == pytest.approx(total)
+        assert one.value_per_row == pytest.approx(total / len(scored))
+        assert one.value_per_time == pytest.approx(total / len(scores))
+        assert one.negative_share == np.mean(scores < 0)
+        assert one.mean_score == pytest.approx(scores.mean())
+        assert one.standard_error == pytest.approx(scores.std(ddof=1) / math.sqrt(len(scores)))
+    order = [one.value_per_time for one in found.domains]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize("sample", ["s0", "s3", "s14"])
+def test_the_history_of_a_sample(store: Path, sample: str) -> None:
+    reference, table = Reference(committed()), row_table()
+    found = ghoststore.scores(store=store, sample=sample)
+    assert found.history is not None
+    expected, total = [], 0.0
+    for step in committed():
+        for rank, row, score, eta, loss in reference.places_of(step):
+            if table.sample_id[row] == sample:
+                counts = reference.counts(score, eta)
+                total += score * eta if counts else 0.0
+                expected.append(
+                    (step, rank, table.source_row[row], table.window_start[row],
+                     loss if math.isfinite(loss) else None, eta if math.isfinite(eta) else None,
+                     score if math.isfinite(score) else None, pytest.approx(score * eta) if counts else None,
+                     pytest.approx(total))
+                )  # fmt: skip
+    assert len(expected) > 0
+    assert [tuple(entry) for entry in (map_of(one) for one in found.history)] == expected
+
+
+def map_of(entry: Any) -> list[Any]:
+    return [getattr(entry, name) for name in type(entry).__dataclass_fields__]
+
+
+def test_a_sample_that_was_not_seen(store: Path) -> None:
+    table, notes = row_table(), Notes()
+    seen = {table.sample_id[row] for step in (2, 3) for row in values(step)["sample"].ravel() if row >= 0}
+    absent = next(name for name in table.sample_id if name not in seen)
+    found = ghoststore.scores(store=store, sample=absent, steps="2:4", progress=notes)
+    assert found.history == []
+    assert "was not trained on" in notes.said[0]
+
+
+def test_samples_of_the_same_id(tmp_path: Path) -> None:
+    table = row_table(sample_id=np.array(["same"] * ROWS, dtype=object))
+    append(make(tmp_path / "store", table=table), 0, 5)
+    notes = Notes()
+    found = ghoststore.scores(store=tmp_path / "store", sample="same", progress=notes)
+    assert notes.said == [f"{SAMPLES} samples have the id 'same', each with its own sum: tell them apart by row"]
+    assert found.history is not None
+    assert len(found.history) == found.summary.times
+
+
+def test_the_summary(store: Path) -> None:
+    """NaN and infinite scores are counted, and enter nothing."""
+    reference = Reference(committed())
+    places = [place for step in committed() for place in reference.places_of(step)]
+    score = np.array([place[2] for place in places])
+    rated = np.isfinite([place[3] for place in places])
+    counts = np.isfinite(score) & rated
+    summary = ghoststore.scores(store=store, text=False).summary
+    assert (summary.steps, summary.planned, summary.gaps) == (18, 23, [GAP])
+    assert (summary.rows, summary.times) == (SAMPLES, len(places))
+    assert summary.seen == len({reference.key(place[1]) for place in places})
+    assert summary.scored == counts.sum()
+    assert summary.unscored == np.isnan(score).sum() > 0
+    assert summary.not_finite == np.isinf(score).sum() > 0
+    assert summary.without_learning_rate == (np.isfinite(score) & ~rated).sum() > 0
+    assert summary.negative_share == np.mean(score[counts] < 0)
+    unweighted = ghoststore.scores(store=store, value="sum", text=False).summary
+    assert unweighted.scored == np.isfinite(score).sum()
+    assert unweighted.without_learning_rate == 0
+
+
+def test_spans_in_any_order(store: Path) -> None:
+    """Running sums, the newest score too, are those of the steps in order: a gap may be filled later."""
+    run = ghoststore.Store.open(store).run()
+    units, sums = Units(run, "sample"), ScoreSums(SAMPLES)
+    spans = list(run.spans)
+    random.Random(1).shuffle(spans)
+    for span in spans:
+        for piece in stream_steps(run, choose_column(run), [span]):
+            sums.add(piece.places, units.of(piece.places.row))
+    for kind in ("cumulative", "mean", "last"):
+        expected = Reference(committed()).values(kind)
+        found = {key: value for key, value in enumerate(sums.values(kind)) if np.isfinite(value)}
+        assert found == pytest.approx(expected)
+
+
+def test_arrays_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of different lengths: each piece holds the same steps of all arrays."""
+    monkeypatch.setattr("ghoststore.store.run.layout.CHUNK_BYTES", 60)
+    run = whole(tmp_path / "store")
+    names = ["sample", "score", "block_score", "learning_rate"]
+    assert len({run.spec(name).chunk_rows for name in names}) > 1
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    for piece in side_by_side(run, names):
+        for name in names:
+            assert len(piece.data[name]) == piece.stop - piece.start
+            found[name].append(piece.data[name].copy())
+    for name in names:
+        np.testing.assert_array_equal(np.concatenate(found[name]), run.read_committed(name))
+
+
+@given(st.lists(st.sampled_from([0.0, -1.0, 2.5, math.nan, math.inf, 1e300])), st.integers(0, 6))
+def test_best(numbers: list[float], k: int) -> None:
+    expected = sorted((-value, place) for place, value in enumerate(numbers) if math.isfinite(value))[:k]
+    assert best(np.array(numbers, dtype=np.float64), k).tolist() == [place for _, place in expected]
+
+
+def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
+    run = whole(tmp_path / "store")
+    file = run.path / "score/c/1/0/0"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CorruptError, match="score/c/1/0/0"):
+        ghoststore.scores(store=tmp_path / "store")
+    assert ghoststore.scores(store=tmp_path / "store", steps="0:5").summary.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run": "nonesuch"}, "no run 'nonesuch'; it has: run"),
+        ({"sample": "s99"}, "no sample with the id 's99'; its first are 's0'"),
+        ({"group": "math"}, "no val group 'math'; it has: law, code"),
+        ({"domains": ["sea"]}, "no domain 'sea'; it has: sky, earth"),
+        ({"layers": ["h.99"]}, "'h.99' matches no layer of run 'run': transformer.h.0.mlp.c_fc"),
+        ({"layers": ["h.1"]}, "'h.1' matches no layer"),
+        ({"exclude_layers": ["transformer"]}, "no layer of run 'run' is left"),
+        ({"group": "law", "layers": ["mlp"]}, "--group and --layers do not go together"),
+        ({"steps": "30:40"}, "--steps 30:40: no committed step of run 'run' is there; its steps are 0 to 22"),
+        ({"steps": "11:14"}, "no committed step"),
+        ({"steps": "5:2"}, "no committed step"),
+        ({"steps": "7"}, "--steps '7': expected first:stop"),
+        ({"steps": "0:10:2"}, "--steps '0:10:2': expected first:stop"),
+        ({"steps": slice(0, 10, 2)}, "not every 2th"),
+        ({"value": "median"}, "--value 'median' is unknown; known: cumulative"),
+        ({"unit": "token"}, "--unit 'token' is unknown; known: sample, window"),
+        ({"by": "id"}, "--by 'id' is unknown; known: domain"),
+        ({"top_k": 0}, "ask for at least one sample"),
+        ({"top_k": -1}, "--top-k must be at least 0, not -1"),
+        ({"bottom_k": -1}, "--bottom-k must be at least 0"),
+        ({"min_times": 0}, "--min-times must be at least 1"),
+        ({"by": "domain", "top_k": 3}, "does not go with --top-k"),
+        ({"sample": "s0", "by": "domain"}, "does not go with --by"),
+        ({"sample": "s0", "bottom_k": 3}, "does not go with --bottom-k"),
+        ({"sample": "s0", "domains": ["sky"]}, "does not go with --domain"),
+        ({"sample": "s0", "value": "sum"}, "does not go with --value"),
+        ({"sample": "s0", "unit": "window"}, "does not go with --unit"),
+        ({"sample": "s0", "min_times": 2}, "does not go with --min-times"),
+        ({"plot": "scores.gif"}, r"--plot scores.gif: pictures are written as \.png, \.pdf, \.svg"),
+        ({"plot": "nonesuch/scores.png"}, "the folder .*nonesuch does not exist"),
+    ],
+    ids=str,
+)
+def test_refused(store: Path, options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ghoststore.scores(store=store, **options)
+
+
+def test_a_run_that_keeps_less(tmp_path: Path) -> None:
+    """The message says with which option of train it would be there."""
+    from dataclasses import replace
+
+    store = tmp_path / "store"
+    plain = make(store, layout=replace(LAYOUT, groups=(), blocks=()))
+    with pytest.raises(UsageError, match="no committed steps yet"):
+        ghoststore.scores(store=store)
+    append(plain, 0, 5)
+    with pytest.raises(UsageError, match="train --val-groups"):
+        ghoststore.scores(store=store, group="law")
+    for option in ("layers", "exclude_layers"):
+        with pytest.raises(UsageError, match="train --per-layer"):
+            ghoststore.scores(store=store, **{option: ["mlp"]})
+    make(store, "other")
+    with pytest.raises(UsageError, match="several runs; choose one with --run: other, run"):
+        ghoststore.scores(store=store)
+    ghoststore.Store.create(tmp_path / "bare")
+    with pytest.raises(UsageError, match="has no runs; `ghoststore train"):
+        ghoststore.scores(store=tmp_path / "bare")
+
+
+@pytest.fixture(scope="module")
+def with_texts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a run on the first samples of the lab's corpus, which is copied beside it."""
+    folder = tmp_path_factory.mktemp("texts")
+    corpus = ghoststore.Corpus.open(str(lab.write(folder / "own.jsonl", lab.rows)))
+    samples = list(corpus.samples())[:SAMPLES]
+    source = row_table().source_row
+    columns = {
+        "sample_id": np.array([samples[i].id for i in source], dtype=object),
+        "source_offset": np.array([samples[i].offset for i in source]),
+        "source_digest": np.array([samples[i].digest() for i in source], dtype=np.uint64),
+    }
+    run = make(
+        folder / "store", table=row_table(**columns),
+        corpus={"fingerprint": "sha256:c", "domains": ["sky", "earth"], "fields": corpus.resolved.to_json()},
+        source={"data": "tokens", "corpus": str(folder / "own.jsonl"), "form": "jsonl"},
+    )  # fmt: skip
+    append(run, 0, 23)
+    return folder
+
+
+def test_texts(lab: Lab, with_texts: Path) -> None:
+    """Of the corpus as it was; nothing for a row that changed, nothing where it is gone."""
+    store, own, notes = with_texts / "store", with_texts / "own.jsonl", Notes()
+    texts = {row["id"]: row["text"] for row in lab.rows}
+
+    def shown() -> dict[str, str | None]:
+        found = ghoststore.scores(store=store, top_k=30, progress=notes)
+        return {hit.id: hit.text for hit in found.hits}
+
+    before = shown()
+    assert before == {name: texts[name] for name in before}
+    assert notes.said == []
+    rows = [dict(row) for row in lab.rows]
+    rows[3]["text"] = rows[3]["text"].swapcase()
+    lab.write(own, rows)
+    assert shown() == before | {"row-3": None}
+    assert "has changed since the run was trained" in notes.said.pop()
+    own.unlink()
+    assert set(shown().values()) == {None}
+    assert "own.jsonl" in notes.said[-1]
+    lab.write(own, lab.rows)
+    found = ghoststore.scores(store=store, text=False)
+    assert {hit.text for hit in found.hits} == {None}
+
+
+def test_a_corpus_that_cannot_be_found_again(store: Path) -> None:
+    notes = Notes()
+    assert ghoststore.scores(store=store, progress=notes).hits[0].text is None
+    assert notes.said == ["texts are not shown: run 'run' does not say which corpus it was trained on"]
+
+
+@pytest.mark.parametrize("words", [[], ["--by", "domain"], ["--sample", "s0"]], ids=["hits", "domains", "history"])
+def test_every_form_of_output(lab: Lab, store: Path, tmp_path: Path, words: list[str]) -> None:
+    """Each holds what the JSON document holds; JSON is all of stdout."""
+    flat, key = {}, {"--by": "domains", "--sample": "history"}.get(words[0] if words else "", "hits")
+    for suffix in ("json", "jsonl", "csv", "parquet"):
+        out = tmp_path / f"scores.{suffix}"
+        more = [] if words else ["--bottom-k", "3"]
+        outcome = lab.run("scores", "--store", store, *words, *more, "--json", "--no-text", "--out", out)
+        assert outcome.code == 0, outcome.err
+        assert f"wrote {out}" in outcome.err
+        document = outcome.json
+        assert list(document)[:3] == ["store", "settings", "summary"]
+        expected = document[key]
+        if key == "hits":
+            expected = [{"list": name, **hit} for name, k in (("top", "hits"), ("bottom", "bottom"))
+                        for hit in document[k]]  # fmt: skip
+        if suffix == "json":
+            assert json.loads(out.read_text()) == document
+        elif suffix == "jsonl":
+            flat[suffix] = [json.loads(line) for line in out.read_text().splitlines()]
+        elif suffix == "parquet":
+            flat[suffix] = pyarrow.parquet.read_table(out).to_pylist()
+        else:
+            with open(out, newline="") as file:
+                read = list(csv.DictReader(file))
+            assert [{k: "" if v is None else str(v) for k, v in row.items()} for row in expected] == read
+        assert not any(value != value for row in expected for value in row.values())
+        again = lab.run("scores", "--store", store, *words, "--out", out)
+        assert (again.code, "exists; nothing was written" in again.err) == (2, True)
+    assert flat["jsonl"] == flat["parquet"] == expected
+
+
+def test_tables(lab: Lab, store: Path) -> None:
+    for words, shown in (
+        ([], ["18 committed, 0 to 22, of 23", "10 to 14", "not scored (NaN)", "not finite", "highest", "s0"]),
+        (["--bottom-k", "2", "--unit", "window"], ["lowest", "token"]),
+        (["--by", "domain", "--value", "mean"], ["earth", "(none)", "± standard error"]),
+        (["--sample", "s0", "--steps", "-3:"], ["learning rate", "cumulative"]),
+    ):
+        outcome = lab.run("scores", "--store", store, *words, "--quiet")
+        assert outcome.code == 0, outcome.err
+        for text in shown:
+            assert text in outcome.out
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_a_plot(lab: Lab, store: Path, tmp_path: Path, suffix: str) -> None:
+    plot = tmp_path / f"plot.{suffix}"
+    outcome = lab.run("scores", "--store", store, "--by", "domain", "--group", "law", "--steps", "2:", "--plot", plot)
+    assert outcome.code == 0, outcome.err
+    assert f"wrote {plot}" in outcome.err
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix]
+    assert plot.read_bytes().startswith(start)
+    again = lab.run("scores", "--store", store, "--plot", plot)
+    assert (again.code, "exists; nothing was written" in again.err) == (2, True)
+
+
+def test_a_plot_of_many_domains_and_of_none(tmp_path: Path) -> None:
+    many = [f"d{i}" for i in range(15)]
+    table = row_table(domain=row_table().source_row)
+    run = make(tmp_path / "store", table=table, corpus={"fingerprint": "sha256:c", "domains": many})
+    append(run, 0, 10)
+    run.reload()
+    plot_scores(run, tmp_path / "many.svg")
+    plot_scores(run, tmp_path / "many.svg", steps="3:4", title="again")
+    bare = make(tmp_path / "store", "bare", table=row_table(domain=row_table().domain * 0 - 1),
+                corpus={"fingerprint": "sha256:c", "domains": None})  # fmt: skip
+    append(bare, 0, 5)
+    bare.reload()
+    plot_scores(bare, tmp_path / "bare.png", layers=["mlp"])
+    assert (tmp_path / "bare.png").stat().st_size > 10_000
+
+
+WRITE = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import score_runs
+score_runs.append(score_runs.make(Path({store!r})), 0, 23)
+"""
+
+
+def test_while_another_process_writes(lab: Lab, tmp_path: Path) -> None:
+    """Every look is the state of some moment: whole spans, and the values of exactly their steps."""
+    store = tmp_path / "store"
+    make(store)
+    writer = lab.start(code=WRITE.format(tests=str(Path(__file__).parent), store=str(store)))
+    seen, last = set(), 0
+    while last < 18:
+        run = ghoststore.Store.open(store).run()
+        if not run.spans:
+            continue
+        found = ghoststore.scores(store=store, top_k=30, text=False)
+        steps = committed()[: found.summary.steps]
+        assert found.summary.steps % 5 in (0, 3)
+        assert found.summary.steps >= last
+        reference = Reference(steps)
+        agree(found.hits, ranked(reference, "cumulative", 30), reference)
+        last = found.summary.steps
+        seen.add(last)
+    assert lab.wait(writer).code == 0
+    assert 18 in seen

@@ -1,0 +1,66 @@
+"""Parts of chosen vectors, written as a build writes them, without a model: clusters, unusable rows, gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ghoststore.store import Part, PartLayout, Status, Store
+from ghoststore.store.base.manifest import PART
+from ghoststore.store.part.part import create_part
+from ghoststore.store.part.sealing import seal_vectors
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData
+
+ROWS, DIMENSION, SPAN_ROWS = 400, 96, 50
+UNUSABLE = (0, 7, 120, 399)
+ZERO = 13
+
+
+def clustered(rows: int = ROWS, dimension: int = DIMENSION, clusters: int = 8, seed: int = 0) -> np.ndarray:
+    """(rows, dimension) float32 around a few centres, with lengths that differ a hundredfold."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((clusters, dimension))
+    vectors = centres[rng.integers(0, clusters, rows)] + rng.standard_normal((rows, dimension))
+    return (vectors * np.exp(rng.uniform(-2.3, 2.3, (rows, 1)))).astype(np.float32)
+
+
+def make_part(
+    store: Path,
+    vectors: np.ndarray,
+    *,
+    name: str = "part",
+    dtype: str = "float32",
+    unusable: Collection[int] = UNUSABLE,
+    spans: Collection[int] | None = None,
+) -> Part:
+    """A part with these rows, of two domains; ``spans`` are committed, by default all. Called again, others are."""
+    rows, dimension = vectors.shape
+    layout = PartLayout(
+        rows=rows, dimension=dimension, groups=2, dtype=dtype, span_rows=SPAN_ROWS, chunk_rows=SPAN_ROWS // 2,
+        store_text=False,
+    )  # fmt: skip
+    half = dimension // 2
+    storage = {
+        "rows": rows, "dimension": dimension, "dtype": dtype, "span_rows": layout.span_rows, "store_text": False,
+        "chunk_rows": layout.chunk_rows, "groups": [["a", 0, half], ["b", half, dimension]],
+    }  # fmt: skip
+    empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
+    manifest = {**empty, "corpus": {"domains": ["sky", "earth"]}, "storage": storage}
+    part = create_part(Store.create(store).part_path(name), manifest, np.zeros((1, 5), dtype=np.int64))
+    with BackgroundWriter(part) as writer:
+        for span in range(layout.spans) if spans is None else spans:
+            start, stop = layout.span_of(span)
+            arrays = {
+                spec.name: np.zeros(stop - start, dtype=object if spec.dtype is str else spec.dtype)
+                for spec in layout.arrays()
+            }
+            arrays["sample_id"] = np.array([f"row-{row}" for row in range(start, stop)], dtype=object)
+            arrays["source_row"] = np.arange(start, stop)
+            arrays["domain"] = (np.arange(start, stop) % 2).astype(np.int16)
+            arrays["status"][[row - start for row in unusable if start <= row < stop]] = Status.EMPTY
+            seal_vectors(arrays, vectors[start:stop].copy(), part)
+            writer.put(SpanData(span, arrays))
+    return Part(part.path)

@@ -1,0 +1,176 @@
+"""A process that has everything imported and forks a child for each order, so that a test can have dozens of
+real processes, each of which may be killed, for one start.
+
+An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Keys of an order:
+
+- ``args``: run ``ghoststore ARGS…``; or ``code``: run this Python.
+- ``cwd``, ``stdin`` (a file), ``stdout``, ``stderr`` (files that are written).
+- ``fault``: ``{"call": "fsync", or "name" for whatever gives a file its name, "path": regular expression on the
+  paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
+  ``act`` is ``kill`` (SIGKILL), ``interrupt``
+  (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
+- ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
+  ``{"wait": pid}`` until it has ended.
+
+The answer's ``code`` is the exit status, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import zarr
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+import ghoststore
+import ghoststore.checkpoint.load
+import ghoststore.cli.build
+import ghoststore.cli.doctor
+import ghoststore.cli.evaluate
+import ghoststore.cli.fidelity
+import ghoststore.cli.full_gradients
+import ghoststore.cli.index
+import ghoststore.cli.info
+import ghoststore.cli.plot_error
+import ghoststore.cli.query
+import ghoststore.cli.scores
+import ghoststore.cli.select
+import ghoststore.cli.self_influence
+import ghoststore.cli.terminal
+import ghoststore.cli.tokenize
+import ghoststore.cli.train
+import ghoststore.cli.verify
+import ghoststore.cli.watch
+import indexer.build.build
+import indexer.tokenize.tokenize
+import indexer.training.train
+import query.ann.command
+import query.answer.query
+import query.doctor
+import query.exact.full_gradients
+import query.fidelity.fidelity
+import query.fidelity.plot_error
+import query.select.select
+import query.training_scores.scores
+import query.training_scores.watch
+
+IMPORTED = (
+    torch,
+    zarr,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    indexer.build.build,
+    indexer.tokenize.tokenize,
+    indexer.training.train,
+    query.doctor,
+    query.fidelity.fidelity,
+    query.exact.full_gradients,
+    query.ann.command,
+    query.fidelity.plot_error,
+    query.answer.query,
+    query.training_scores.scores,
+    query.select.select,
+    query.training_scores.watch,
+)
+
+CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
+SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
+
+
+def paths_of(arguments: tuple[Any, ...]) -> str:
+    """The paths that a function of ``os`` was called with, joined by an arrow; a handle counts as its file."""
+    named = [os.readlink(f"/proc/self/fd/{a}") if isinstance(a, int) else os.fspath(a) for a in arguments[:2]]
+    return " -> ".join(named)
+
+
+def install(fault: dict[str, Any]) -> None:
+    """Replace functions of ``os`` by themselves with the fault in them."""
+    wanted, act = re.compile(fault["path"]), fault["act"]
+    number, after, seen, done = fault.get("number", 1), fault.get("when") == "after", 0, False
+
+    def strike() -> None:
+        nonlocal done
+        if act in SIGNALS:
+            if not done:
+                done = True
+                # To this thread, which then does not get past this line before the signal is there.
+                signal.pthread_kill(threading.get_ident(), SIGNALS[act])
+        else:
+            raise OSError(getattr(errno, act), os.strerror(getattr(errno, act)))
+
+    def call(real: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        nonlocal seen
+        if not wanted.search(paths_of(arguments)):
+            return real(*arguments, **options)
+        seen += 1
+        if seen >= number and not after:
+            strike()
+        result = real(*arguments, **options)
+        if seen >= number and after:
+            strike()
+        return result
+
+    for name in CALLS[fault["call"]]:
+        setattr(os, name, partial(call, getattr(os, name)))
+
+
+def child(order: dict[str, Any]) -> int:
+    """What a forked child does with its order; its exit status."""
+    for handle, name, flags in (
+        (0, order.get("stdin", os.devnull), os.O_RDONLY),
+        (1, order["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        (2, order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
+        os.dup2(os.open(name, flags, 0o644), handle)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for as long as it lives
+    os.chdir(order["cwd"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "fault" in order:
+        install(order["fault"])
+    try:
+        if "code" in order:
+            exec(order["code"], {"__name__": "__main__"})
+        else:
+            ghoststore.cli.main(order["args"])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:  # noqa: BLE001 - what the interpreter would do
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def run(order: dict[str, Any]) -> dict[str, int]:
+    """Do one order."""
+    if "stopped" in order:
+        return {"code": os.WSTOPSIG(os.waitpid(order["stopped"], os.WUNTRACED)[1])}
+    pid = order.get("wait") or os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = child(order)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    if order.get("start"):
+        return {"pid": pid}
+    return {"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
+        sys.stdout.flush()

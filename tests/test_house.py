@@ -1,0 +1,92 @@
+"""The rules of the house that hold by themselves: one list of public names, short files, few parameters.
+
+Import order is held by import-linter (``make lint``).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ghoststore.lazy import FACE, PACKAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(path for package in ("ghoststore", *PACKAGES) for path in (ROOT / package).rglob("*.py"))
+
+LONGEST_FILE = 450
+LONG_FILES = {
+    "ghoststore/tokens/shards.py": 550,
+    "indexer/build/build.py": 515,
+    "indexer/integrations/manager.py": 500,
+    "indexer/integrations/session.py": 480,
+    "query/demo/corpus.py": 490,
+}
+"""Files that are to be split; none may grow."""
+MOST_PARAMETERS = 12
+MANY_PARAMETERS = {("indexer/build/build.py", "_plan"): 16, ("indexer/training/manifest.py", "run_manifest"): 14}
+"""Functions below the public face that are to take a dataclass; none may grow."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def type_checked_names() -> Iterator[tuple[str, str]]:
+    """(public name, module) of the block that type checkers read."""
+    tree = ast.parse((ROOT / "ghoststore" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    for statement in block.body:
+        assert isinstance(statement, ast.ImportFrom)
+        assert statement.module is not None
+        for alias in statement.names:
+            assert alias.asname == alias.name, "only `X as X` is a public name to a type checker"
+            yield alias.name, statement.module
+
+
+def test_public_names_are_one_list() -> None:
+    assert dict(type_checked_names()) == FACE
+
+
+def test_every_package_says_what_it_is() -> None:
+    for path in SOURCES:
+        assert (path.parent / "__init__.py").is_file(), f"{name_of(path.parent)} has no __init__.py"
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or path.name == "__main__.py", f"{name_of(path)} has no docstring"
+
+
+@pytest.mark.parametrize("package", ["ghoststore", *PACKAGES])
+def test_packages_are_typed(package: str) -> None:
+    assert (ROOT / package / "py.typed").is_file()
+
+
+def test_files_are_short() -> None:
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
+    too_long = {name: lines for name, lines in lengths.items() if lines > LONG_FILES.get(name, LONGEST_FILE)}
+    assert not too_long
+    assert set(LONG_FILES) <= {name for name, lines in lengths.items() if lines > LONGEST_FILE}, "take it off the list"
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    own = function.args
+    names = [arg.arg for arg in (*own.posonlyargs, *own.args, *own.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_functions_below_the_public_face_take_few_parameters() -> None:
+    found: dict[tuple[str, str], int] = {}
+    for path in SOURCES:
+        if "cli" in path.parts:  # click gives a command one parameter an option
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name in FACE:
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                        method.name = node.name  # its options are those of the public name
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in FACE:
+                count = parameters(node)
+                if count > MOST_PARAMETERS:
+                    found[name_of(path), node.name] = count
+    assert found == MANY_PARAMETERS
