@@ -37,7 +37,7 @@ TOLERANCE, NARROW_TOLERANCE = 1e-2, 0.2
 """Relative difference of a block that is more than rounding, in float32 and in 16 bits. Large random weights bring
 float32 itself to 2e-3; what is wrong is wrong by far more.
 """
-LOGITS_TOLERANCE, NARROW_LOGITS_TOLERANCE = 1e-2, 0.1
+STATES_TOLERANCE, NARROW_STATES_TOLERANCE = 1e-2, 0.1
 FAINT = 1e-3
 """A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
 NAMED = 12
@@ -182,21 +182,25 @@ class ModelCheck:
         """
         half = self._ids(max(1, self._longest // 2))
         padded = torch.cat([half, torch.zeros(self._longest - len(half), dtype=torch.long)])
-        alone, beside = (self._logits(ids, len(half)) for ids in (half, padded))
+        alone, beside = (self._states(ids, len(half)) for ids in (half, padded))
         spread = float((alone - alone.mean(-1, keepdim=True)).norm())
         moved = float((beside - alone).norm())
-        return moved <= (NARROW_LOGITS_TOLERANCE if self._narrow else LOGITS_TOLERANCE) * spread
+        return moved <= (NARROW_STATES_TOLERANCE if self._narrow else STATES_TOLERANCE) * spread
 
-    def _logits(self, ids: Tensor, real: int) -> Tensor:
-        """(real, V) float32: of the first ``real`` of ``ids``, the others being padding."""
+    def _states(self, ids: Tensor, real: int) -> Tensor:
+        """(real, width) float32: what the model makes of the first ``real`` of ``ids``, the others being padding. Before
+        the head, where there is a model below it: the head is no part of the question, and a third of the work.
+        """
         device = next(self._model.parameters()).device
         mask = (torch.arange(len(ids)) < real).long()
+        body = getattr(self._model, "base_model", self._model)
         with torch.no_grad():
-            output = self._model(
-                input_ids=ids.unsqueeze(0).to(device), attention_mask=mask.unsqueeze(0).to(device), **self._options
-            )
-        logits: Tensor = output.logits[0, :real].float()
-        return logits
+            output = body(
+                input_ids=ids.unsqueeze(0).to(device), attention_mask=mask.unsqueeze(0).to(device),
+                **forward_options(body),
+            )  # fmt: skip
+        states: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
+        return states[0, :real].float()
 
 
 def _named(errors: dict[str, float]) -> str:

@@ -177,3 +177,50 @@ def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None
     assert Store.open(tmp_path / "store").part("together").manifest["batching"]["padding"] is False
     error = np.linalg.norm(found[0] - found[1], axis=1) / np.linalg.norm(found[1], axis=1)
     assert error.max() < 1e-4
+
+
+def test_padding_is_tried_at_the_longest_row_there_may_be(lab: Lab, tmp_path: Path) -> None:
+    """Rows of the corpus are short; what is asked of the part may be longer."""
+    rows = [{"id": str(i), "text": "the cat sees a dog"} for i in range(5)]
+    lab.write(tmp_path / "short.jsonl", rows)
+    report = ghoststore.build(
+        checkpoint=save_odd(tmp_path / "model", "another thing when long"), data=tmp_path / "short.jsonl",
+        store=tmp_path / "store", device="cpu",
+        projection=ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"),
+    )  # fmt: skip
+    assert report.manifest["batching"]["padding"] is False
+
+
+def test_rows_that_cannot_be_used_come_first(lab: Lab, tmp_path: Path) -> None:
+    lab.write(tmp_path / "late.jsonl", [{"id": f"e{i}", "text": ""} for i in range(300)] + lab.rows)
+    config = ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none")
+    with pytest.raises(CaptureError, match="exclude-layers"):
+        ghoststore.build(
+            checkpoint=save_odd(tmp_path / "model", "sequence first"), data=tmp_path / "late.jsonl",
+            store=tmp_path / "store", device="cpu", projection=config,
+        )  # fmt: skip
+
+
+def test_rows_beyond_max_samples_are_not_read(lab: Lab, tmp_path: Path) -> None:
+    broken = lab.write(tmp_path / "broken.jsonl", lab.rows)
+    broken.write_text(broken.read_text() + "no json\n")
+    config = ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none")
+    report = ghoststore.build(
+        checkpoint=lab.checkpoint, data=broken, store=tmp_path / "store", device="cpu", projection=config,
+        max_samples=len(lab.rows),
+    )  # fmt: skip
+    assert report.rows == len(lab.rows)
+
+
+@pytest.mark.parametrize("positions", [2, 5])
+def test_a_model_of_few_positions(lab: Lab, tmp_path: Path, positions: int) -> None:
+    folder = lab.model(tmp_path / "model")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.n_positions = positions
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    report = ghoststore.build(
+        checkpoint=folder, data=lab.corpus, store=tmp_path / "store", device="cpu",
+        projection=ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"),
+    )  # fmt: skip
+    assert report.manifest["tokens"]["max_length"] == positions
