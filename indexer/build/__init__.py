@@ -1,0 +1,1 @@
+"""From a checkpoint and a corpus to a part of a store."""
