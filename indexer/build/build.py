@@ -26,30 +26,30 @@ from ghoststore.checkpoint.load import (
     load_tokenizer,
     resolve_device,
 )
+from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
+from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
-from ghoststore.store.info import describe
-from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
+from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.reader import CRC_BYTES
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
-from ghoststore.store.part.sealing import seal_vectors
-from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from indexer.build.calibrate import SampleDraw, calibrate, learning_bytes
+from indexer.build.corpus_plan import CorpusPlan, other_places, plan_corpus, rows_of_spans
+from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.losses import Reduction
-from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
-from indexer.projection.adam import flat, learning_rate_of, read_scales, scales_digest
-from indexer.projection.stored import calibrated_as
-from indexer.build.corpus_plan import CorpusPlan, other_places, plan_corpus, rows_of_spans
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
 from indexer.encode.tokens import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
+from indexer.projection.adam import flat, learning_rate_of, read_scales, scales_digest
+from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
 from indexer.projection.selection import Selection, select_blocks
+from indexer.projection.stored import calibrated_as
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 SHORTEST_PAIR = 4

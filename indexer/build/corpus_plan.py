@@ -254,5 +254,3 @@ def _neighbours(spans: Sequence[int]) -> Iterator[list[int]]:
         run.append(span)
     if run:
         yield run
-
-

@@ -18,14 +18,14 @@ from torch import Tensor
 from ghoststore.corpus import Sample
 from ghoststore.errors import CaptureError
 from ghoststore.store.part.status import Status
-from indexer.projection import draws
 from indexer.encode.encoder import RowEncoder, forward_options, pad
-from indexer.layers import layer_type_by_name
 from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.plain import ArrivingBlocks
-from indexer.projection.matrices import Projection, ProjectionPlan
-from indexer.encode.tokens import Row, Tokens
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe
+from indexer.encode.tokens import Row, Tokens
+from indexer.layers import layer_type_by_name
+from indexer.projection import draws
+from indexer.projection.matrices import Projection, ProjectionPlan
 
 LENGTHS = (7, 5, 3)
 """Tokens of the samples that are compared with autograd, or fewer where rows are shorter."""
@@ -188,8 +188,8 @@ class ModelCheck:
         return moved <= (NARROW_STATES_TOLERANCE if self._narrow else STATES_TOLERANCE) * spread
 
     def _states(self, ids: Tensor, real: int) -> Tensor:
-        """(real, width) float32: what the model makes of the first ``real`` of ``ids``, the others being padding. Before
-        the head, where there is a model below it: the head is no part of the question, and a third of the work.
+        """(real, width) float32: what the model makes of the first ``real`` of ``ids``, the others being padding.
+        Before the head, where there is a model below it: the head is no part of the question, and a third of the work.
         """
         device = next(self._model.parameters()).device
         mask = (torch.arange(len(ids)) < real).long()

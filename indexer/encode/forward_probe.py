@@ -74,7 +74,7 @@ def strangers(
     with buffers_kept(model), torch.no_grad(), autocast:
         with evaluating(model):
             probe.follow(outputs=outputs, absent=ABSENT)
-        if model.training and not probe.random():
+        if model.training and probe.differs() and not probe.random():
             probe.follow(outputs=outputs, absent=None)
     return probe.problems
 
@@ -86,14 +86,15 @@ class _Probe:
         self.model, self.call, self.batch, self.names = model, call, batch, names
         self.problems: dict[str, str] = {}
         self._expanded: set[str] = set()
+        self._whole: dict[str, list[Tensor]] = {}
+
+    def differs(self) -> bool:
+        """Whether layers see something else in the model's mode now than in the one that was followed before."""
+        return _differ(self._whole, self._rows(range(self.batch))[0])
 
     def random(self) -> bool:
         """Whether two runs draw numbers that matter."""
-        first, second = self._rows(range(self.batch), seed=1)[0], self._rows(range(self.batch), seed=2)[0]
-        return any(
-            len(rows) != len(second.get(name, [])) or not all(map(_same_rows, rows, second[name]))
-            for name, rows in first.items()
-        )
+        return _differ(*(self._rows(range(self.batch), seed)[0] for seed in (1, 2)))
 
     def follow(self, *, outputs: bool, absent: str | None) -> None:
         """Compare the rows of single samples, of two and of three with those of all. ``absent`` is the problem of a
@@ -102,6 +103,7 @@ class _Probe:
         last = self.batch - 1
         alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
         whole, output = self._rows(range(self.batch))
+        self._whole = whole
         self._refuse_other_output(output)
         for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
             seen, part = self._rows(places)
@@ -180,6 +182,12 @@ class _Probe:
             return y_B  # as the engines give it back: positions, once a sample
 
         return hook
+
+
+def _differ(first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bool:
+    return first.keys() != second.keys() or any(
+        len(rows) != len(second[name]) or not all(map(_same_rows, rows, second[name])) for name, rows in first.items()
+    )
 
 
 def _rows_follow(whole: Any, part: Any, places: Sequence[int], batch: int) -> bool:

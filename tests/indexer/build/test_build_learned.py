@@ -19,8 +19,8 @@ from ghoststore import ProjectionConfig
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
 from ghoststore.errors import UsageError
 from ghoststore.store import Part
-from indexer.projection.calibration import FACTORS, KEPT, SIDES
 from indexer.encode.plain import gradient_matrix, gradients_of
+from indexer.projection.calibration import FACTORS, KEPT, SIDES
 from indexer.projection.selection import select_blocks
 from query.ask.encoder import projection_of
 

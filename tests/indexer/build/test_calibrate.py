@@ -20,14 +20,13 @@ from ghoststore.progress import Silent
 from ghoststore.store.part.status import Status
 from indexer.build import calibrate as module
 from indexer.build.calibrate import calibrate
-from indexer.projection.calibration import Calibration
-from indexer.projection.adam import SideScales
 from indexer.encode.plain import gradient_matrix, gradients_of
+from indexer.encode.tokens import Row
+from indexer.projection.adam import SideScales
+from indexer.projection.calibration import Calibration
 from indexer.projection.kfac import Factor
 from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
-from indexer.encode.tokens import Row
 from indexer.projection.selection import select_blocks
-
 from tests.support.models import POSITIONS, VOCABULARY, settle
 
 LAYERS = ("mlp", "attn", "norm")

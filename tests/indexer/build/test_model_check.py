@@ -17,10 +17,9 @@ from ghoststore.progress import Silent
 from ghoststore.store import Status, Store
 from indexer.build.model_check import ModelCheck
 from indexer.encode.batching import plan_batches
-from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
 from indexer.encode.tokens import Row
+from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
 from indexer.projection.selection import select_blocks
-
 from tests.support.models import pad
 from tests.support.odd_models import odd, save_odd
 from tests.support.oracle import gradients_alone

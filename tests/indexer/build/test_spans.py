@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from ghoststore.corpus import Corpus
 from ghoststore.errors import CorpusError, MismatchError
-from query.demo.tokenizer import train_tokenizer
 from indexer.build.corpus_plan import COLUMNS, CorpusPlan, plan_corpus, rows_of_spans
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
+from query.demo.tokenizer import train_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "a", "dog", "that", "ran", "from", "it"]
 POLICIES = {
