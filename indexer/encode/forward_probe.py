@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
 from indexer.encode.modes import autocast_dtype, buffers_kept, device_type, devices_of, evaluating
-from indexer.encode.sample_axis import NARROW_TOLERANCE, TOLERANCE, can_be_cut, row_sums, taken
+from indexer.encode.sample_axis import COMPANY_TOLERANCE, NARROW_COMPANY_TOLERANCE, can_be_cut, row_sums, taken
 from indexer.layers import layer_type_of
 from indexer.layers.base import axis_problem, by_sample, input_of
 
@@ -87,14 +87,25 @@ class _Probe:
         self.problems: dict[str, str] = {}
         self._expanded: set[str] = set()
         self._whole: dict[str, list[Tensor]] = {}
+        narrow = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+        self._tolerance = NARROW_COMPANY_TOLERANCE if narrow or call.autocast is not None else COMPANY_TOLERANCE
 
     def differs(self) -> bool:
         """Whether layers see something else in the model's mode now than in the one that was followed before."""
-        return _differ(self._whole, self._rows(range(self.batch))[0])
+        return self._differ(self._whole, self._rows(range(self.batch))[0])
 
     def random(self) -> bool:
         """Whether two runs draw numbers that matter."""
-        return _differ(*(self._rows(range(self.batch), seed)[0] for seed in (1, 2)))
+        return self._differ(*(self._rows(range(self.batch), seed)[0] for seed in (1, 2)))
+
+    def _differ(self, first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bool:
+        return first.keys() != second.keys() or any(
+            len(rows) != len(second[name]) or not all(map(self._same_rows, rows, second[name]))
+            for name, rows in first.items()
+        )
+
+    def _same_rows(self, expected_BS: Tensor, found_BS: Tensor) -> bool:
+        return float((found_BS - expected_BS).norm()) <= self._tolerance * float(expected_BS.norm())
 
     def follow(self, *, outputs: bool, absent: str | None) -> None:
         """Compare the rows of single samples, of two and of three with those of all. ``absent`` is the problem of a
@@ -113,13 +124,25 @@ class _Probe:
                     self.problems[name] = absent
                 elif len(expected) != len(found):
                     self.problems[name] = "runs more often for some samples of a batch than for all of them"
-                elif not all(_same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
+                elif not all(self._same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
                     self.problems[name] = _MIXED
-            if outputs and not _rows_follow(output, part, places, self.batch):
+            if outputs and not self._rows_follow(output, part, places):
                 raise CaptureError(
                     f"a row of what {type(self.model).__name__} puts out changes with the batch mates of its sample: "
                     "something mixes the samples of a batch, so none has a gradient of its own"
                 )
+
+    def _rows_follow(self, whole: Any, part: Any, places: Sequence[int]) -> bool:
+        """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
+        if isinstance(whole, Tensor):
+            samples = whole.dim() > 0 and len(whole) == self.batch
+            cut = samples and isinstance(part, Tensor) and len(part) == len(places)
+            return not cut or self._same_rows(row_sums(whole)[list(places)], row_sums(part))
+        if isinstance(whole, Mapping):
+            return all(self._rows_follow(value, part[key], places) for key, value in whole.items())
+        if isinstance(whole, (list, tuple)):
+            return all(self._rows_follow(one, other, places) for one, other in zip(whole, part, strict=False))
+        return True
 
     def _refuse_other_output(self, watched: Any) -> None:
         """Positions are seen once a sample in the run that is watched: that must change nothing. CannotRun where the
@@ -184,38 +207,14 @@ class _Probe:
         return hook
 
 
-def _differ(first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bool:
-    return first.keys() != second.keys() or any(
-        len(rows) != len(second[name]) or not all(map(_same_rows, rows, second[name])) for name, rows in first.items()
-    )
-
-
-def _rows_follow(whole: Any, part: Any, places: Sequence[int], batch: int) -> bool:
-    """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
-    if isinstance(whole, Tensor):
-        cut = whole.dim() > 0 and len(whole) == batch and isinstance(part, Tensor) and len(part) == len(places)
-        return not cut or _same_rows(row_sums(whole)[list(places)], row_sums(part))
-    if isinstance(whole, Mapping):
-        return all(_rows_follow(value, part[key], places, batch) for key, value in whole.items())
-    if isinstance(whole, (list, tuple)):
-        return all(_rows_follow(one, other, places, batch) for one, other in zip(whole, part, strict=False))
-    return True
-
-
 def _same_output(found: Any, expected: Any) -> bool:
     """Whether two outputs of a model hold the same tensors, up to rounding."""
     if isinstance(expected, Tensor):
         return found.shape == expected.shape and torch.allclose(
-            found.double(), expected.double(), rtol=NARROW_TOLERANCE, atol=1e-3, equal_nan=True
+            found.double(), expected.double(), rtol=NARROW_COMPANY_TOLERANCE, atol=1e-3, equal_nan=True
         )
     if isinstance(expected, Mapping):
         return all(_same_output(found[key], value) for key, value in expected.items())
     if isinstance(expected, (list, tuple)):
         return all(_same_output(one, other) for one, other in zip(found, expected, strict=True))
     return True
-
-
-def _same_rows(expected_BS: Tensor, found_BS: Tensor) -> bool:
-    error, size = float((found_BS - expected_BS).norm()), float(expected_BS.norm())
-    tolerance = NARROW_TOLERANCE if expected_BS.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
-    return error <= tolerance * size
