@@ -145,7 +145,7 @@ def test_read_as_tensors_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What a query reads is what was decoded, over several chunks a span and several spans; norms are its lengths."""
-    monkeypatch.setattr("ghoststore.store.spans.layout.CHUNK_BYTES", 1024)
+    monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", 1024)
     part = built(lab, tmp_path, name, projection=projection, span_rows=8)
     decoded = part.read_vectors(0, 27)
     assert decoded.shape == (27, part.layout.dimension)

@@ -10,6 +10,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+CHUNK_BYTES = 8 << 20
+"""Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
+LARGEST_ROW_BYTES = 32 << 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
@@ -77,8 +81,3 @@ def chunk_keys(spec: ArraySpec, start: int, stop: int) -> list[str]:
     first, last = start // spec.chunk_rows, (stop - 1) // spec.chunk_rows
     tail = "/0" * len(spec.columns)
     return [f"{spec.name}/c/{chunk}{tail}" for chunk in range(first, last + 1)]
-
-
-CHUNK_BYTES = 8 << 20
-"""Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
-LARGEST_ROW_BYTES = 32 << 20

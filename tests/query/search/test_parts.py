@@ -91,7 +91,7 @@ def test_chunks_of_different_sizes(lab: Lab, store: Path, tmp_path: Path, monkey
     """Parts of other dtypes are cut into other chunks: rows still meet."""
     settings: dict[str, Any] = {"data": store.parent / "train.jsonl", "span_rows": 16, "device": "cpu"}
     for name, dtype, size in (("one", "float32", 4096), ("two", "float16", 3 * 4096)):
-        monkeypatch.setattr("ghoststore.store.spans.layout.CHUNK_BYTES", size)
+        monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", size)
         ghoststore.build(
             checkpoint=store.parent / name, store=tmp_path / "store", name=name, proj_dtype=dtype, **settings
         )
