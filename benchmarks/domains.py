@@ -60,10 +60,17 @@ def train(
     """Train a small GPT-2 for about ``minutes`` (or ``steps``) into ``folder``; what was trained."""
     tokenizer = train_tokenizer([row["text"] for row in rows], VOCABULARY)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=max_length, n_layer=shape.layers, n_embd=shape.width,
-        n_head=shape.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer),
+        n_positions=max_length,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         scratch = Path(name)
         corpus = write_jsonl(scratch / "rows.jsonl", rows)
@@ -72,10 +79,19 @@ def train(
 
         def run(count: int) -> Any:
             return ghoststore.train(
-                data=corpus, checkpoint=scratch / "new", output_dir=scratch / f"{count}", method="Regular",
-                batch_size=BATCH, max_steps=count, max_length=max_length, overlong="truncate", learning_rate=3e-3,
-                adam_beta2=0.99, weight_decay=0.01, eval_interval=count,
-            )  # fmt: skip
+                data=corpus,
+                checkpoint=scratch / "new",
+                output_dir=scratch / f"{count}",
+                method="Regular",
+                batch_size=BATCH,
+                max_steps=count,
+                max_length=max_length,
+                overlong="truncate",
+                learning_rate=3e-3,
+                adam_beta2=0.99,
+                weight_decay=0.01,
+                eval_interval=count,
+            )
 
         if steps is None:
             began = time.perf_counter()
@@ -84,8 +100,11 @@ def train(
         report = run(steps)
         shutil.copytree(report.checkpoint, folder)
     return {
-        "steps": steps, "seconds": report.seconds, "loss": report.train_loss, "parameters": report.parameters,
-    }  # fmt: skip
+        "steps": steps,
+        "seconds": report.seconds,
+        "loss": report.train_loss,
+        "parameters": report.parameters,
+    }
 
 
 def build(folder: Path, name: str, data: Path, max_length: int, projection: ProjectionConfig) -> int:

@@ -68,9 +68,14 @@ class Bench:
         shape = ARCHITECTURES[setting.architecture]
         torch.manual_seed(0)
         config = GPT2Config(
-            n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, vocab_size=VOCABULARY,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
+            n_layer=shape.layers,
+            n_embd=shape.width,
+            n_head=shape.heads,
+            vocab_size=VOCABULARY,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
         self.model: Any = GPT2LMHeadModel(config).to(device=setting.device, dtype=getattr(torch, setting.dtype)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         self.ids = torch.randint(0, VOCABULARY, (setting.batch, setting.length), device=setting.device)
@@ -171,22 +176,34 @@ def predict(bench: Bench, engine: GradDotProdEngine) -> dict[str, float]:
 def rows_of(setting: Setting, found: dict[str, Any], clock: int) -> list[dict[str, str]]:
     """Table rows of one setting, by one of the clocks (0: CPU, 1: wall)."""
     regular = [seconds[clock] for seconds in found["regular"]]
-    rows = [{
-        "setting": setting.told, "mode": "regular", "routes": "", "÷ regular, R=1": "1", "÷ regular, R=10": "1",
-        "predicted R=1": "", "predicted R=10": "", "s a step": Spread.of(regular).show(".2f"),
-    }]  # fmt: skip
+    rows = [
+        {
+            "setting": setting.told,
+            "mode": "regular",
+            "routes": "",
+            "÷ regular, R=1": "1",
+            "÷ regular, R=10": "1",
+            "predicted R=1": "",
+            "predicted R=10": "",
+            "s a step": Spread.of(regular).show(".2f"),
+        }
+    ]
     for mode, times in found["modes"].items():
         fresh, cached = ([seconds[clock] for seconds in times[kind]] for kind in ("fresh", "cached"))
         tenth = [(f + (REFRESH - 1) * c) / REFRESH for f, c in zip(fresh, cached, strict=True)]
         predicted = times["predicted"]
-        rows.append({
-            "setting": "", "mode": mode,
-            "routes": ", ".join(f"{count} {name}" for name, count in sorted(times["routes"].items())),
-            "÷ regular, R=1": ratios(fresh, regular).show(), "÷ regular, R=10": ratios(tenth, regular).show(),
-            "predicted R=1": f"{predicted['fresh']:.3f}",
-            "predicted R=10": f"{(predicted['fresh'] + (REFRESH - 1) * predicted['cached']) / REFRESH:.3f}",
-            "s a step": "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "setting": "",
+                "mode": mode,
+                "routes": ", ".join(f"{count} {name}" for name, count in sorted(times["routes"].items())),
+                "÷ regular, R=1": ratios(fresh, regular).show(),
+                "÷ regular, R=10": ratios(tenth, regular).show(),
+                "predicted R=1": f"{predicted['fresh']:.3f}",
+                "predicted R=10": f"{(predicted['fresh'] + (REFRESH - 1) * predicted['cached']) / REFRESH:.3f}",
+                "s a step": "",
+            }
+        )
     return rows
 
 
@@ -206,9 +223,16 @@ def parse(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
 
 
 @click.command()
-@click.option("--setting", "settings", multiple=True, callback=parse, metavar="NAME:BxTxV",
-              default=("GPT2-Small:4x256x1", "GPT2-Small:4x128x4", "GPT2-Tiny:8x128x1", "GPT2-Tiny:8x128x8"),
-              show_default=True, help="Architecture, batch, tokens, val samples. Repeatable.")  # fmt: skip
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    callback=parse,
+    metavar="NAME:BxTxV",
+    default=("GPT2-Small:4x256x1", "GPT2-Small:4x128x4", "GPT2-Tiny:8x128x1", "GPT2-Tiny:8x128x8"),
+    show_default=True,
+    help="Architecture, batch, tokens, val samples. Repeatable.",
+)
 @click.option("--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Default: all.")
 @click.option("--repeats", type=int, default=3, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
@@ -217,9 +241,16 @@ def parse(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
 @click.option("--name", default="dot-product", show_default=True, help="Name of the result files.")
 @folders
 def main(
-    settings: list[tuple[str, int, int, int]], modes: tuple[str, ...], repeats: int, dtype: str, device: str,
-    threads: int, name: str, scratch: Path | None, out: Path,
-) -> None:  # fmt: skip
+    settings: list[tuple[str, int, int, int]],
+    modes: tuple[str, ...],
+    repeats: int,
+    dtype: str,
+    device: str,
+    threads: int,
+    name: str,
+    scratch: Path | None,
+    out: Path,
+) -> None:
     """Step time and memory with scoring ÷ without, beside what the cost formulas predict."""
     results = Results(
         name=name if dtype == "float32" and device == "cpu" else f"{name}-{device}-{dtype}",
@@ -239,10 +270,13 @@ def main(
         rows += rows_of(setting, found, clock)
         plain = in_fresh_process(memory, setting, None, threads=threads)
         own = {mode: in_fresh_process(memory, setting, mode, threads=threads) for mode in chosen[:1]}
-        peaks.append({
-            "setting": setting.told, "regular": mebibytes(plain),
-            **{f"{mode}, R=10": f"{mebibytes(peak)} ({peak / plain:.2f})" for mode, peak in own.items()},
-        })  # fmt: skip
+        peaks.append(
+            {
+                "setting": setting.told,
+                "regular": mebibytes(plain),
+                **{f"{mode}, R=10": f"{mebibytes(peak)} ({peak / plain:.2f})" for mode, peak in own.items()},
+            }
+        )
     results.add(
         Table(
             f"Time ({'CPU' if clock == 0 else 'wall'} seconds of a whole step, optimizer included)",

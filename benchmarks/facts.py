@@ -26,12 +26,14 @@ SCORES: dict[str, dict[str, Any]] = {
     "cosine": {"metric": "cosine"},
     **{
         f"preconditioned {metric}, damping {damping:g}": {
-            "metric": metric, "precondition": "second-moment", "damping": damping,
+            "metric": metric,
+            "precondition": "second-moment",
+            "damping": damping,
         }
         for metric in ("dot", "cosine")
         for damping in (1.0, 0.1, 0.01)
     },
-}  # fmt: skip
+}
 
 RAW = "none"
 PLAIN = ProjectionConfig(rank_total=256, precondition=RAW)
@@ -53,36 +55,44 @@ BUILDS = (
     Build(label="default: preconditioned, sketched, 64 a layer", name="default"),
     Build(label="the same, int8", name="default-int8", settings={"proj_dtype": "int8"}),
     Build(
-        label="preconditioned, sketched, 256 a layer, int8", name="default256-int8",
+        label="preconditioned, sketched, 256 a layer, int8",
+        name="default256-int8",
         settings={"projection": ProjectionConfig(compress=4096), "proj_dtype": "int8"},
     ),
     Build(
-        label="preconditioned, plain blocks, 256 a layer, int8", name="kronecker256-int8",
+        label="preconditioned, plain blocks, 256 a layer, int8",
+        name="kronecker256-int8",
         settings={"projection": ProjectionConfig(rank_total=256), "proj_dtype": "int8"},
     ),
     Build(
-        label="principal directions, 64 a layer", name="pca",
+        label="principal directions, 64 a layer",
+        name="pca",
         settings={"projection": ProjectionConfig(kind="pca", precondition=RAW)},
     ),
     Build(
-        label="sketched together, 64 a layer", name="sketched",
+        label="sketched together, 64 a layer",
+        name="sketched",
         settings={"projection": ProjectionConfig(precondition=RAW)},
     ),
     Build(
-        label="plain blocks, 64 a layer", name="plain64",
+        label="plain blocks, 64 a layer",
+        name="plain64",
         settings={"projection": ProjectionConfig(rank_total=64, precondition=RAW)},
     ),
     Build(label="plain blocks, 256 a layer", name="plain256", settings={"projection": PLAIN}),
     Build(
-        label="plain blocks, 256 a layer, int8", name="plain256-int8",
+        label="plain blocks, 256 a layer, int8",
+        name="plain256-int8",
         settings={"projection": PLAIN, "proj_dtype": "int8"},
     ),
     Build(label="sketched together, with Adam's state", name="sketched-adam", adam=True),
     Build(
-        label="plain blocks, 256, with Adam's state", name="plain256-adam",
-        settings={"projection": PLAIN}, adam=True,
+        label="plain blocks, 256, with Adam's state",
+        name="plain256-adam",
+        settings={"projection": PLAIN},
+        adam=True,
     ),
-)  # fmt: skip
+)
 
 
 def recall(questions: Rows, found: list[list[str]]) -> dict[int, float]:
@@ -129,9 +139,15 @@ def main(demo: Path, out: Path) -> None:
 
     for built in BUILDS:
         ghoststore.build(
-            checkpoint=checkpoint, data=demo / "train.jsonl", store=store, name=built.name, max_length=MAX_LENGTH,
-            batch_tokens=4096, optimizer_state=checkpoint if built.adam else None, **built.settings,
-        )  # fmt: skip
+            checkpoint=checkpoint,
+            data=demo / "train.jsonl",
+            store=store,
+            name=built.name,
+            max_length=MAX_LENGTH,
+            batch_tokens=4096,
+            optimizer_state=checkpoint if built.adam else None,
+            **built.settings,
+        )
         (described,) = ghoststore.info(store, part=built.name).parts
         for score, settings in SCORES.items():
             try:
@@ -143,12 +159,15 @@ def main(demo: Path, out: Path) -> None:
             numbers[f"{built.name}/{score}"] = found
     words = TfIdf([row["text"] for row in train])
     by_words = {
-        name: recall(asked, [
-            [train[row]["id"] for row in nearest]
-            for nearest in words.nearest(words.vectors(q["prompt"] + q["completion"] for q in asked), max(CUTS))
-        ])
+        name: recall(
+            asked,
+            [
+                [train[row]["id"] for row in nearest]
+                for nearest in words.nearest(words.vectors(q["prompt"] + q["completion"] for q in asked), max(CUTS))
+            ],
+        )
         for name, asked in questions.items()
-    }  # fmt: skip
+    }
     rows.append(cells("–", "TF-IDF, words alone", "", by_words))
     results = Results(
         name="facts",

@@ -123,9 +123,7 @@ def speeds(rank: Rank, term: Term) -> tuple[float, float]:
 
 
 def recalls(rank: Rank, terms: dict[str, Term], exact: dict[str, Ranking]) -> dict[str, float]:
-    return {
-        f"@{k}, {kind}s": recall_of(rank(term, k), exact[kind], k) for k in CUTS for kind, term in terms.items()
-    }  # fmt: skip
+    return {f"@{k}, {kind}s": recall_of(rank(term, k), exact[kind], k) for k in CUTS for kind, term in terms.items()}
 
 
 def exactly(term: Term, k: int) -> Ranking:
@@ -204,9 +202,12 @@ def train_and_build(folder: Path, data: Path, val_set: Path, minutes: float, max
     train(read_rows(data), folder / "checkpoint", minutes=minutes, steps=None, max_length=max_length)
     for name, rows in (("store", read_rows(data)), ("val-store", read_rows(val_set))):
         ghoststore.build(
-            checkpoint=folder / "checkpoint", data=write_jsonl(folder / f"{name}.jsonl", rows), store=folder / name,
-            name="gpt2-tiny", max_length=max_length,
-        )  # fmt: skip
+            checkpoint=folder / "checkpoint",
+            data=write_jsonl(folder / f"{name}.jsonl", rows),
+            store=folder / name,
+            name="gpt2-tiny",
+            max_length=max_length,
+        )
     return folder / "store", folder / "val-store"
 
 

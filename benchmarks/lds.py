@@ -67,12 +67,14 @@ PARTS = (
     ),
     Built(label="plain blocks of 256", name="plain", projection=ProjectionConfig(rank_total=256, **PLAIN), damping=0.1),
     Built(
-        label="plain blocks of 256, preconditioned", name="plain-default", projection=ProjectionConfig(rank_total=256),
+        label="plain blocks of 256, preconditioned",
+        name="plain-default",
+        projection=ProjectionConfig(rank_total=256),
         damping=0.1,
     ),
     Built(label="pca, 64 a layer", name="pca", projection=ProjectionConfig(kind="pca", **PLAIN), damping=1.0),
     Built(label="sketch, Adam's state", name="adam", projection=ProjectionConfig(**PLAIN), damping=1.0, adam=True),
-)  # fmt: skip
+)
 UNPROJECTED = {"sketch": ("exact-dot", "exact-cosine", "exact-layers-dot"), "default": ("exact-layers-dot",)}
 """Exact scores, by the part whose metric they are in."""
 
@@ -142,12 +144,24 @@ def train_scored(setting: Setting) -> dict[int, Path]:
     train_tokenizer(read_texts(setting.data)).save_pretrained(tokenizer)
     val = list(Corpus.open(str(setting.val_set)).samples())
     ghoststore.train(
-        data=setting.data, val_set=setting.val_set, store=setting.store, name=RUN, output_dir=output,
-        tokenizer=tokenizer, architecture="GPT2-Tiny", max_length=MAX_LENGTH, overlong="truncate",
-        val_batch_size=len(val), val_refresh_interval=1, val_groups=all(sample.domain for sample in val),
-        checkpoint_interval=max(1, recipe.max_steps // CHECKPOINTS), keep_checkpoints=None,
-        eval_interval=recipe.max_steps, device="cpu", **asdict(recipe),
-    )  # fmt: skip
+        data=setting.data,
+        val_set=setting.val_set,
+        store=setting.store,
+        name=RUN,
+        output_dir=output,
+        tokenizer=tokenizer,
+        architecture="GPT2-Tiny",
+        max_length=MAX_LENGTH,
+        overlong="truncate",
+        val_batch_size=len(val),
+        val_refresh_interval=1,
+        val_groups=all(sample.domain for sample in val),
+        checkpoint_interval=max(1, recipe.max_steps // CHECKPOINTS),
+        keep_checkpoints=None,
+        eval_interval=recipe.max_steps,
+        device="cpu",
+        **asdict(recipe),
+    )
     found = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*")}
     return dict(sorted(found.items()))
 
@@ -158,10 +172,15 @@ def build_parts(setting: Setting, checkpoints: dict[int, Path]) -> None:
         for step, checkpoint in checkpoints.items():
             if built.every or step == max(checkpoints):
                 ghoststore.build(
-                    checkpoint=checkpoint, data=setting.data, store=setting.store, name=built.at(step),
-                    max_length=MAX_LENGTH, projection=built.projection, device="cpu",
+                    checkpoint=checkpoint,
+                    data=setting.data,
+                    store=setting.store,
+                    name=built.at(step),
+                    max_length=MAX_LENGTH,
+                    projection=built.projection,
+                    device="cpu",
                     optimizer_state=checkpoint if built.adam else None,
-                )  # fmt: skip
+                )
                 tell(f"built: {built.at(step)}")
 
 
@@ -172,9 +191,15 @@ class Bench:
         self.setting, self.steps = setting, steps
         self.store = Store.open(setting.store)
         self.task = Task.of(
-            self.store.part(PARTS[0].at(steps[-1])), str(setting.val_set), setting.out, fields=Fields(),
-            max_val_samples=None, recipe=setting.recipe, device="cpu", progress=Silent(),
-        )  # fmt: skip
+            self.store.part(PARTS[0].at(steps[-1])),
+            str(setting.val_set),
+            setting.out,
+            fields=Fields(),
+            max_val_samples=None,
+            recipe=setting.recipe,
+            device="cpu",
+            progress=Silent(),
+        )
 
     def halved(self) -> Halved:
         """From the folder, or trained now."""
@@ -205,9 +230,7 @@ class Bench:
         self, parts: list[str], methods: tuple[str, ...], *, damping: float | None = None, run: Any = None
     ) -> dict[str, Callable[[], Scored]]:
         first, several = parts[0], {"part": parts, "part_weights": None}
-        base = Question(
-            store=self.setting.store, val_set=self.setting.val_set, part=first, each=True, device="cpu"
-        )  # fmt: skip
+        base = Question(store=self.setting.store, val_set=self.setting.val_set, part=first, each=True, device="cpu")
         return replace(self.task, part=self.store.part(first)).methods(base, several, methods, damping, run)
 
     def measure(self, compute: Callable[[], Scored], halved: Halved) -> Measured:
@@ -234,9 +257,7 @@ def shown(found: Lds | None) -> str:
 
 def cells(part: str, score: str, found: Measured, groups: list[str]) -> dict[str, str]:
     """One row of the table."""
-    by_group = {
-        f"samples of {name}": f"{found.samples_of[name]:.3f}" if found.samples_of else "–" for name in groups
-    }  # fmt: skip
+    by_group = {f"samples of {name}": f"{found.samples_of[name]:.3f}" if found.samples_of else "–" for name in groups}
     return {
         "part": part,
         "score": score,
@@ -278,9 +299,10 @@ def add_table(results: Results, bench: Bench, halved: Halved) -> None:
 @click.option("--max-steps", type=int, default=200, show_default=True, help="Of every training.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Trainings at once.")
 @click.option(
-    "--trainings", type=click.Path(file_okay=False, path_type=Path),
+    "--trainings",
+    type=click.Path(file_okay=False, path_type=Path),
     help="Keep the trainings here, and take those that are there.",
-)  # fmt: skip
+)
 @folders
 def main(
     data: Path | None,
@@ -301,9 +323,14 @@ def main(
     with scratch_folder(scratch) as folder:
         used = demo_files(folder) if data is None or val_set is None else (data, val_set)
         setting = Setting(
-            data=used[0], val_set=used[1], folder=folder, out=trainings or folder / "evaluation",
-            recipe=Recipe(max_steps=max_steps), halves=halves, workers=workers,
-        )  # fmt: skip
+            data=used[0],
+            val_set=used[1],
+            folder=folder,
+            out=trainings or folder / "evaluation",
+            recipe=Recipe(max_steps=max_steps),
+            halves=halves,
+            workers=workers,
+        )
         checkpoints = train_scored(setting)
         tell(f"trained: {list(checkpoints)}")
         build_parts(setting, checkpoints)

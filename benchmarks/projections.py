@@ -95,8 +95,11 @@ LINES = (
     Line(label="gaussian, k_out = 4 k_in", name="tall", settings={**PLAIN, "rank_ratio": 0.25}),
     *(
         Line(
-            label=f"gaussian 64 × 64, {words}, {dtype}", name=f"sketch-{by}-{dtype}",
-            settings={**PLAIN, "compress_by": by}, sketched=True, dtype=dtype,
+            label=f"gaussian 64 × 64, {words}, {dtype}",
+            name=f"sketch-{by}-{dtype}",
+            settings={**PLAIN, "compress_by": by},
+            sketched=True,
+            dtype=dtype,
         )
         for by, words in (("all", "sketched together"), ("layer", "sketched by layer"))
         for dtype in ("float32", "int8")
@@ -105,10 +108,12 @@ LINES = (
     Line(label="pca 64 × 64, sketched by layer", name="pca-sketch", settings={**PLAIN, "kind": "pca"}, sketched=True),
     Line(label="gaussian, preconditioned", name="kronecker", settings={"precondition": "kronecker"}),
     Line(
-        label="gaussian 64 × 64, preconditioned, sketched by layer (default)", name="kronecker-sketch", sketched=True,
+        label="gaussian 64 × 64, preconditioned, sketched by layer (default)",
+        name="kronecker-sketch",
+        sketched=True,
         settings={"precondition": "kronecker"},
     ),
-)  # fmt: skip
+)
 CASES = [Case(line, numbers) for line in LINES for numbers in NUMBERS]
 PLAINEST = CASES[0]
 
@@ -184,10 +189,16 @@ def measure_costs(setting: Setting) -> Costs:
 def build_once(setting: Setting, case: Case, store: Path) -> BuildWatch:
     watch = BuildWatch()
     report = ghoststore.build(
-        checkpoint=setting.checkpoint, data=setting.corpus, store=store, name=case.name, progress=watch,
-        max_length=setting.max_length, projection=case.line.projection(case.numbers), proj_dtype=case.line.dtype,
+        checkpoint=setting.checkpoint,
+        data=setting.corpus,
+        store=store,
+        name=case.name,
+        progress=watch,
+        max_length=setting.max_length,
+        projection=case.line.projection(case.numbers),
+        proj_dtype=case.line.dtype,
         device="cpu",
-    )  # fmt: skip
+    )
     assert report.layers == MATRICES
     assert report.dimension == case.numbers * MATRICES, f"{case.name} has {report.dimension} numbers"
     return watch

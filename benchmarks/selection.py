@@ -35,10 +35,14 @@ class Setting:
 
     def options(self) -> dict[str, Any]:
         return {
-            "architecture": self.architecture, "batch_size": self.batch, "max_length": self.length,
-            "learning_rate": self.learning_rate, "overlong": "truncate", "eval_interval": 1 << 30,
+            "architecture": self.architecture,
+            "batch_size": self.batch,
+            "max_length": self.length,
+            "learning_rate": self.learning_rate,
+            "overlong": "truncate",
+            "eval_interval": 1 << 30,
             "keep_checkpoints": 1,
-        }  # fmt: skip
+        }
 
 
 def score(
@@ -46,10 +50,19 @@ def score(
 ) -> tuple[Any, Any]:
     """(report, run): a training on all rows, every sample scored against every domain of the val set."""
     report = ghoststore.train(
-        data=data, val_set=val_set, store=scratch / "store", name="all", output_dir=scratch / "all",
-        tokenizer=tokenizer, max_steps=steps, val_batch_size=32, val_refresh_interval=interval, val_groups=True,
-        seed=seed, **setting.options(),
-    )  # fmt: skip
+        data=data,
+        val_set=val_set,
+        store=scratch / "store",
+        name="all",
+        output_dir=scratch / "all",
+        tokenizer=tokenizer,
+        max_steps=steps,
+        val_batch_size=32,
+        val_refresh_interval=interval,
+        val_groups=True,
+        seed=seed,
+        **setting.options(),
+    )
     return report, Store.open(scratch / "store").run("all")
 
 
@@ -74,17 +87,30 @@ def halves_of(values: NDArray[np.float64], seed: int) -> dict[str, NDArray[np.in
 
 
 def train_on(
-    scratch: Path, name: str, rows: Sequence[dict[str, Any]], val_set: Path, tokenizer: Path, setting: Setting,
-    *, steps: int, seed: int,
-) -> float:  # fmt: skip
+    scratch: Path,
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    val_set: Path,
+    tokenizer: Path,
+    setting: Setting,
+    *,
+    steps: int,
+    seed: int,
+) -> float:
     """The val loss of a model trained on ``rows``, nats a token."""
     folder = scratch / name
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     report = ghoststore.train(
-        data=folder / "rows.jsonl", val_set=val_set, output_dir=folder / "out", tokenizer=tokenizer, method="Regular",
-        max_steps=steps, seed=seed, **setting.options(),
-    )  # fmt: skip
+        data=folder / "rows.jsonl",
+        val_set=val_set,
+        output_dir=folder / "out",
+        tokenizer=tokenizer,
+        method="Regular",
+        max_steps=steps,
+        seed=seed,
+        **setting.options(),
+    )
     assert report.val_loss is not None
     return report.val_loss
 
@@ -103,9 +129,20 @@ def train_on(
 @click.option("--domain", "domains", multiple=True, help="Val domains of the second table (default: all).")
 @folders
 def main(
-    data: Path, val_set: Path, architecture: str, steps: int, half_steps: int, batch: int, length: int,
-    learning_rate: float, interval: int, seeds: int, domains: tuple[str, ...], scratch: Path | None, out: Path,
-) -> None:  # fmt: skip
+    data: Path,
+    val_set: Path,
+    architecture: str,
+    steps: int,
+    half_steps: int,
+    batch: int,
+    length: int,
+    learning_rate: float,
+    interval: int,
+    seeds: int,
+    domains: tuple[str, ...],
+    scratch: Path | None,
+    out: Path,
+) -> None:
     """Mean score by domain for each val domain, and what training on the best and worst half comes to."""
     disable_progress_bar()
     setting = Setting(architecture=architecture, batch=batch, length=length, learning_rate=learning_rate)
@@ -115,12 +152,22 @@ def main(
         begun = time.perf_counter()
         report, run = score(folder, data, val_set, tokenizer, setting, steps=steps, interval=interval, seed=1000)
         results = Results(
-            name="selection", title="What training-time scores say, and what comes of following them",
-            settings={"architecture": architecture, "vocabulary": VOCABULARY, "steps": steps, "half steps": half_steps,
-                      "batch": batch, "tokens": length, "interval": interval, "rows": len(run.rows), "cores": CORES,
-                      "threads": torch.get_num_threads()},
+            name="selection",
+            title="What training-time scores say, and what comes of following them",
+            settings={
+                "architecture": architecture,
+                "vocabulary": VOCABULARY,
+                "steps": steps,
+                "half steps": half_steps,
+                "batch": batch,
+                "tokens": length,
+                "interval": interval,
+                "rows": len(run.rows),
+                "cores": CORES,
+                "threads": torch.get_num_threads(),
+            },
             facts=machine_facts(),
-        )  # fmt: skip
+        )
         values, times = values_of(run)
         by_domain(results, run, values, times, report, time.perf_counter() - begun)
         samples = list(Corpus.open(str(data)).samples())

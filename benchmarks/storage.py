@@ -54,9 +54,13 @@ class Agreement:
 def encoded_again(store: Store, part: Part, dtype: str) -> Part:
     """The same part as a build with ``--proj-dtype`` makes it, from the vectors of a float32 part."""
     layout = PartLayout.choose(
-        rows=part.layout.rows, dimension=part.layout.dimension, groups=part.layout.groups, dtype=dtype,
-        span_rows=part.layout.span_rows, store_text=False,
-    )  # fmt: skip
+        rows=part.layout.rows,
+        dimension=part.layout.dimension,
+        groups=part.layout.groups,
+        dtype=dtype,
+        span_rows=part.layout.span_rows,
+        store_text=False,
+    )
     storage = {**asdict(layout), "groups": part.manifest["storage"]["groups"]}
     path = store.part_path(f"{part.name}-{dtype}")
     other = create_part(path, {**part.manifest, "storage": storage}, span_table(part))

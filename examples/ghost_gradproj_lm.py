@@ -38,11 +38,13 @@ with tempfile.TemporaryDirectory() as folder:
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
 
     report = ghoststore.build(
-        checkpoint=root / "model", data=root / "train.jsonl", store=root / "store",
+        checkpoint=root / "model",
+        data=root / "train.jsonl",
+        store=root / "store",
         projection=ghoststore.ProjectionConfig(
             layers=tuple(args.proj_layers.split(",")), rank_total=args.proj_rank_total
         ),
-    )  # fmt: skip
+    )
     print(f"{report.rows} samples, {report.layers} layers, {report.dimension} numbers each")
     result = ghoststore.query(store=root / "store", val_set=root / "val.jsonl", top_k=5)
     print(f"nearest to {facts[1]!r}:")

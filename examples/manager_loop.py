@@ -27,9 +27,14 @@ X_val = X[:2].clone()
 
 with tempfile.TemporaryDirectory() as folder:
     config = GhostConfig(
-        method=args.method, store=f"{folder}/store", name="example", samples=len(X), max_steps=args.max_steps,
-        batch_size=args.batch_size, dot_prod_save_interval=5,
-    )  # fmt: skip
+        method=args.method,
+        store=f"{folder}/store",
+        name="example",
+        samples=len(X),
+        max_steps=args.max_steps,
+        batch_size=args.batch_size,
+        dot_prod_save_interval=5,
+    )
     manager = GhostEngineManager(config, model, optimizer, val_data=(X_val, X_val))
     for iteration in range(args.max_steps):
         batch_idx = torch.randperm(len(X))[: args.batch_size]

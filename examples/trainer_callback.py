@@ -25,9 +25,16 @@ with tempfile.TemporaryDirectory() as folder:
         store=f"{folder}/store", val_data={"input_ids": val, "labels": val}, samples=len(dataset)
     )
     arguments = TrainingArguments(
-        output_dir=f"{folder}/out", max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=4, use_cpu=True,
-    )  # fmt: skip
+        output_dir=f"{folder}/out",
+        max_steps=12,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=4,
+        use_cpu=True,
+    )
     Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback]).train()
     run = Store.open(f"{folder}/store").run()
     print(f"steps in the store: {run.steps}; scores of the last: {run.read('score', 11, 12)[0, 0].round(3).tolist()}")

@@ -23,9 +23,29 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
 WORDS = [
-    "the", "a", "cat", "dog", "sun", "moon", "river", "stone", "bird", "tree", "song",
-    "night", "day", "old", "new", "red", "runs", "sees", "takes", "gives", "under", "over",
-]  # fmt: skip
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "river",
+    "stone",
+    "bird",
+    "tree",
+    "song",
+    "night",
+    "day",
+    "old",
+    "new",
+    "red",
+    "runs",
+    "sees",
+    "takes",
+    "gives",
+    "under",
+    "over",
+]
 POSITIONS = 32
 Rows = list[dict[str, Any]]
 
@@ -58,9 +78,19 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
     transformers.utils.logging.disable_progress_bar()
     tokenizer = train_tokenizer(sentences(50), 290)
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=32, n_layer=layers, n_head=2, initializer_range=0.2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **settings,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=32,
+        n_layer=layers,
+        n_head=2,
+        initializer_range=0.2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        **settings,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.GPT2LMHeadModel(config)

@@ -62,7 +62,7 @@ def command(**values: Any) -> None:
 
     \b
       ghoststore build --checkpoint ./model --data train.jsonl --store ./store
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 

@@ -67,7 +67,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation
       ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation --halves 60 --method cosine
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -89,10 +89,13 @@ def _print(report: Any) -> None:
     if report.lds:
         print_table(
             f"LDS over {settings['halves']} trainings on halves of {settings['samples']:,} samples (95 % interval)",
-            [("score", False), (f"each of {settings['val_samples']:,} val samples", True),
-             (f"{len(settings['groups'])} val groups", True)],
+            [
+                ("score", False),
+                (f"each of {settings['val_samples']:,} val samples", True),
+                (f"{len(settings['groups'])} val groups", True),
+            ],
             [[one.method, _shown(one.samples), _shown(one.groups)] for one in report.lds],
-        )  # fmt: skip
+        )
     if report.removal:
         print_table(
             f"Val loss after training without {settings['drop']:.0%} of the samples, and against random ones",
@@ -103,9 +106,11 @@ def _print(report: Any) -> None:
         print_table(
             f"What one step on {settings['top_k']} samples takes off the loss of the val groups",
             [("the best by", False), ("gain", True), ("random", True), ("± random", True)],
-            [[one.method, f"{one.gain:+.5f}", f"{one.random:+.5f}", _number(one.deviation)]
-             for one in report.tail_patch],
-        )  # fmt: skip
+            [
+                [one.method, f"{one.gain:+.5f}", f"{one.random:+.5f}", _number(one.deviation)]
+                for one in report.tail_patch
+            ],
+        )
 
 
 def _shown(score: Any) -> str:

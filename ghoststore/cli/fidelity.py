@@ -32,7 +32,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore fidelity --store ./store
       ghoststore fidelity --store ./store --val-set val.jsonl --rows 500 --metric dot
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -47,8 +47,13 @@ def command(**values: Any) -> None:
 def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    columns = [("against exact gradients of", False), ("Spearman", True), ("same sign", True), ("recall", True),
-               ("relative error", True)]  # fmt: skip
+    columns = [
+        ("against exact gradients of", False),
+        ("Spearman", True),
+        ("same sign", True),
+        ("recall", True),
+        ("relative error", True),
+    ]
     references = [("the layers", report.layers), ("all parameters", report.all)]
     rows = [
         [name, *(_interval(one) for one in (found.spearman, found.sign, found.recall, found.relative_error))]

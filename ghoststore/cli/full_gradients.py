@@ -75,7 +75,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore full-gradients --checkpoint ./model --data train.jsonl --out ./gradients --dry-run
       ghoststore full-gradients --checkpoint ./model --data train.jsonl --out ./gradients --parameters projected
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 

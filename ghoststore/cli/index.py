@@ -49,7 +49,7 @@ def command(list_them: bool, remove: str | None, **values: Any) -> None:
       ghoststore index --store ./store
       ghoststore index --store ./store --metric dot --factory IVF1024,SQ8
       ghoststore index --store ./store --list
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -95,9 +95,18 @@ def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> 
 
 
 COLUMNS = [
-    ("name", False), ("factory", False), ("metric", False), ("numbers", True), ("bytes", True), ("bytes/row", True),
-    ("seconds", True), ("scored", True), ("recall@10", True), ("recall@100", True), ("state", False),
-]  # fmt: skip
+    ("name", False),
+    ("factory", False),
+    ("metric", False),
+    ("numbers", True),
+    ("bytes", True),
+    ("bytes/row", True),
+    ("seconds", True),
+    ("scored", True),
+    ("recall@10", True),
+    ("recall@100", True),
+    ("state", False),
+]
 
 
 def _cells(found: Any) -> list[str]:
@@ -106,10 +115,15 @@ def _cells(found: Any) -> list[str]:
 
     recalls = [[f"{getattr(recall, at):.3f}" for recall in found.recall.values()] for at in ("at_10", "at_100")]
     return [
-        found.factory, found.metric, f"{found.front_dimension:,}", human_bytes(found.size),
-        f"{found.size / found.rows:,.0f}", f"{found.seconds:.1f}", f"{found.candidates:,}",
+        found.factory,
+        found.metric,
+        f"{found.front_dimension:,}",
+        human_bytes(found.size),
+        f"{found.size / found.rows:,.0f}",
+        f"{found.seconds:.1f}",
+        f"{found.candidates:,}",
         *(" / ".join(recall) for recall in recalls),
-    ]  # fmt: skip
+    ]
 
 
 def _print(title: str, rows: list[list[str]]) -> None:

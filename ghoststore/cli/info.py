@@ -37,15 +37,34 @@ def command(store: str, part: str | None, run: str | None, as_json: bool) -> Non
 def _print_parts(found: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table
 
-    columns = [("part", False), ("rows", True), ("usable", True), ("tokens", True), ("D", True), ("dtype", False),
-               ("bytes a row", True), ("on disk", True), ("checkpoint", False)]  # fmt: skip
+    columns = [
+        ("part", False),
+        ("rows", True),
+        ("usable", True),
+        ("tokens", True),
+        ("D", True),
+        ("dtype", False),
+        ("bytes a row", True),
+        ("on disk", True),
+        ("checkpoint", False),
+    ]
     rows = []
     for part in found.parts:
         usable = part.statuses.get("ok", 0) + part.statuses.get("truncated", 0)
         share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
-        rows.append([part.name, share, f"{usable:,}", f"{part.tokens:,}", f"{part.dimension:,}", part.dtype,
-                     f"{part.row_bytes:,}", human_bytes(part.bytes),
-                     part.manifest["source"]["checkpoint"]])  # fmt: skip
+        rows.append(
+            [
+                part.name,
+                share,
+                f"{usable:,}",
+                f"{part.tokens:,}",
+                f"{part.dimension:,}",
+                part.dtype,
+                f"{part.row_bytes:,}",
+                human_bytes(part.bytes),
+                part.manifest["source"]["checkpoint"],
+            ]
+        )
     print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows)
 
 
@@ -114,14 +133,33 @@ def _index(one: dict[str, Any]) -> str:
 def _print_runs(found: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table
 
-    columns = [("run", False), ("steps", True), ("ranks × batch", True), ("rows", True), ("train loss", True),
-               ("val loss", True), ("negative", True), ("tokens", True), ("on disk", True)]  # fmt: skip
+    columns = [
+        ("run", False),
+        ("steps", True),
+        ("ranks × batch", True),
+        ("rows", True),
+        ("train loss", True),
+        ("val loss", True),
+        ("negative", True),
+        ("tokens", True),
+        ("on disk", True),
+    ]
     rows = []
     for run in found.runs:
         share = f"{run.committed:,}" + ("" if run.complete else f" of {run.steps:,}")
-        rows.append([run.name, share, f"{run.ranks} × {run.batch}", f"{run.rows:,}", _number(run.train_loss),
-                     _number(run.val_loss), _share(run.negative), f"{run.tokens:,}",
-                     human_bytes(run.bytes)])  # fmt: skip
+        rows.append(
+            [
+                run.name,
+                share,
+                f"{run.ranks} × {run.batch}",
+                f"{run.rows:,}",
+                _number(run.train_loss),
+                _number(run.val_loss),
+                _share(run.negative),
+                f"{run.tokens:,}",
+                human_bytes(run.bytes),
+            ]
+        )
     print_table(f"{found.store}: {len(found.runs)} run(s)", columns, rows)
 
 

@@ -50,7 +50,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore plot-error --store ./store --out error.png
       ghoststore plot-error --store ./store --out error.pdf --reference full --val-set val.jsonl
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -66,14 +66,29 @@ def command(**values: Any) -> None:
 def _print(curve: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    columns = [("part", False), ("numbers", True), ("mean error", True), ("dense theory", True), ("rms error", True),
-               ("its theory", True), ("Spearman", True), ("recall", True)]  # fmt: skip
+    columns = [
+        ("part", False),
+        ("numbers", True),
+        ("mean error", True),
+        ("dense theory", True),
+        ("rms error", True),
+        ("its theory", True),
+        ("Spearman", True),
+        ("recall", True),
+    ]
     rows = [
-        [point.part, f"{point.numbers:,}", _interval(point.mean_error), f"{point.theory_dense:.4f}",
-         _interval(point.rms_error), "–" if point.theory_rms is None else f"{point.theory_rms:.4f}",
-         _interval(point.agreement.spearman), _interval(point.agreement.recall)]
+        [
+            point.part,
+            f"{point.numbers:,}",
+            _interval(point.mean_error),
+            f"{point.theory_dense:.4f}",
+            _interval(point.rms_error),
+            "–" if point.theory_rms is None else f"{point.theory_rms:.4f}",
+            _interval(point.agreement.spearman),
+            _interval(point.agreement.recall),
+        ]
         for point in curve.points
-    ]  # fmt: skip
+    ]
     title = f"against {curve.reference}: {curve.rows:,} rows × {curve.val_samples:,} val samples"
     print_table(f"{title}; errors ÷ (|g||h|), 95 % intervals", columns, rows)
 

@@ -49,7 +49,7 @@ def command(**values: Any) -> None:
       ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
-    """  # fmt: skip
+    """
     from ghoststore.lazy import load
 
     values["each"] = not values.pop("mean")
@@ -92,9 +92,7 @@ def _print(result: Any) -> None:
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
                 shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
-                rows.append(
-                    [str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)]
-                )  # fmt: skip
+                rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)
     if result.settings.get("index") == "ann":

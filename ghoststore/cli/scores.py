@@ -61,7 +61,7 @@ def command(**values: Any) -> None:
       ghoststore scores --store ./store --top-k 20 --bottom-k 20
       ghoststore scores --store ./store --by domain --steps -1000:
       ghoststore scores --store ./store --sample row-17
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -127,15 +127,32 @@ def _print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview, print_table
 
     windows = result.settings["unit"] == "window"
-    columns = [("rank", True), (NAMES[result.settings["value"]], True), ("times", True), ("negative", True),
-               ("id", False), ("row", True), *([("token", True)] if windows else []), ("domain", False),
-               ("text", False)]  # fmt: skip
+    columns = [
+        ("rank", True),
+        (NAMES[result.settings["value"]], True),
+        ("times", True),
+        ("negative", True),
+        ("id", False),
+        ("row", True),
+        *([("token", True)] if windows else []),
+        ("domain", False),
+        ("text", False),
+    ]
     for title, hits in (("highest", result.hits), ("lowest", result.bottom)):
         rows = [
-            [str(hit.rank), f"{hit.value:.4g}", f"{hit.times:,}", _share(hit.negative_share), hit.id,
-             str(hit.source_row), *([str(hit.window_start)] if windows else []), hit.domain or "", preview(hit.text)]
+            [
+                str(hit.rank),
+                f"{hit.value:.4g}",
+                f"{hit.times:,}",
+                _share(hit.negative_share),
+                hit.id,
+                str(hit.source_row),
+                *([str(hit.window_start)] if windows else []),
+                hit.domain or "",
+                preview(hit.text),
+            ]
             for hit in hits
-        ]  # fmt: skip
+        ]
         if rows:
             print_table(title, columns, rows, fold=False)
 
@@ -144,30 +161,63 @@ def _print_domains(result: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
     value = NAMES[result.settings["value"]]
-    columns = [("domain", False), ("rows", True), ("times", True), (f"{value} a row", True), ("a time", True),
-               ("sum", True), ("negative", True), ("mean score", True), ("± standard error", True)]  # fmt: skip
+    columns = [
+        ("domain", False),
+        ("rows", True),
+        ("times", True),
+        (f"{value} a row", True),
+        ("a time", True),
+        ("sum", True),
+        ("negative", True),
+        ("mean score", True),
+        ("± standard error", True),
+    ]
     rows = [
-        [one.domain or "(none)", f"{one.scored_rows:,} of {one.rows:,}", f"{one.times:,}", _number(one.value_per_row),
-         _number(one.value_per_time), _number(one.value_sum), _share(one.negative_share), _number(one.mean_score),
-         _number(one.standard_error)]
+        [
+            one.domain or "(none)",
+            f"{one.scored_rows:,} of {one.rows:,}",
+            f"{one.times:,}",
+            _number(one.value_per_row),
+            _number(one.value_per_time),
+            _number(one.value_sum),
+            _share(one.negative_share),
+            _number(one.mean_score),
+            _number(one.standard_error),
+        ]
         for one in result.domains
-    ]  # fmt: skip
+    ]
     print_table("by domain", columns, rows)
 
 
 def _print_history(result: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    columns = [("step", True), ("rank", True), ("token", True), ("loss", True), ("learning rate", True),
-               ("score", True), ("η·score", True), ("cumulative", True)]  # fmt: skip
+    columns = [
+        ("step", True),
+        ("rank", True),
+        ("token", True),
+        ("loss", True),
+        ("learning rate", True),
+        ("score", True),
+        ("η·score", True),
+        ("cumulative", True),
+    ]
     samples = sorted({one.source_row for one in result.history})
     for source_row in samples or [None]:
         rows = [
-            [f"{one.step:,}", str(one.rank), str(one.window_start), _number(one.loss), _number(one.learning_rate),
-             _number(one.score), _number(one.weighted), _number(one.cumulative)]
+            [
+                f"{one.step:,}",
+                str(one.rank),
+                str(one.window_start),
+                _number(one.loss),
+                _number(one.learning_rate),
+                _number(one.score),
+                _number(one.weighted),
+                _number(one.cumulative),
+            ]
             for one in result.history
             if one.source_row == source_row
-        ]  # fmt: skip
+        ]
         which = f", row {source_row}" if (result.same_id or 1) > 1 and source_row is not None else ""
         print_table(f"sample {result.settings['sample']}{which}", columns, rows)
 

@@ -95,7 +95,7 @@ def command(**values: Any) -> None:
       ghoststore select --store ./store --val-set val.jsonl --fraction 0.1 --out best.jsonl
       ghoststore select --store ./store --val-set val.jsonl --count 1000 --diversity mmr --out best.jsonl
       ghoststore select --store ./store --val-set val.jsonl --token-budget 1000000 --quotas equal --out best.parquet
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.errors import UsageError
     from ghoststore.lazy import load
@@ -131,11 +131,16 @@ def _print(made: Any) -> None:
             "by domain",
             columns,
             [
-                [share.domain, f"{share.chosen:,}", f"{share.available:,}", f"{share.tokens:,}",
-                 "–" if share.mean_score is None else f"{share.mean_score:.4g}"]
+                [
+                    share.domain,
+                    f"{share.chosen:,}",
+                    f"{share.available:,}",
+                    f"{share.tokens:,}",
+                    "–" if share.mean_score is None else f"{share.mean_score:.4g}",
+                ]
                 for share in made.domains
             ],
-        )  # fmt: skip
+        )
     labels = list(made.lengths["all"])
     rows = [
         [f"{what} of {whose}", *(f"{numbers[whose][label]:,.4g}" for label in labels)]

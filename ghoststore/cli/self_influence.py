@@ -28,7 +28,7 @@ def command(**values: Any) -> None:
 
     \b
       ghoststore self-influence --store ./store --top-k 20
-    """  # fmt: skip
+    """
     from ghoststore.cli.query import answer
     from ghoststore.lazy import load
 

@@ -34,7 +34,7 @@ def command(**values: Any) -> None:
 
     \b
       ghoststore tokenize --data train.jsonl --tokenizer ./model --out ./shards
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import listener, print_json
     from ghoststore.lazy import load
 
@@ -50,8 +50,15 @@ def _print(report: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts, print_table
 
     columns = [("domain", False), ("samples", True), ("tokens", True), ("share", True)]
-    rows = [[domain.domain if domain.domain is not None else "(none)", f"{domain.samples:,}", f"{domain.tokens:,}",
-             f"{domain.tokens / max(report.tokens, 1):.1%}"] for domain in report.domains]  # fmt: skip
+    rows = [
+        [
+            domain.domain if domain.domain is not None else "(none)",
+            f"{domain.samples:,}",
+            f"{domain.tokens:,}",
+            f"{domain.tokens / max(report.tokens, 1):.1%}",
+        ]
+        for domain in report.domains
+    ]
     rows.append(["all", f"{report.samples:,}", f"{report.tokens:,}", ""])
     print_table(report.out, columns, rows)
     there = f" ({report.resumed_samples:,} samples were there)" if report.resumed_samples else ""

@@ -18,55 +18,110 @@ from ghoststore.cli import options
 @click.option("--architecture", metavar="NAME", help="GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.")
 @click.option("--checkpoint", metavar="PATH", help="Go on from this checkpoint instead.")
 @click.option("--tokenizer", metavar="PATH", help="Folder of a saved tokenizer (default: the checkpoint's or shards').")
-@click.option("--method", type=click.Choice(["GradDotProd", "Regular"]), default="GradDotProd", show_default=True,
-              help="Regular trains without scores: the same weights, bit for bit.")  # fmt: skip
+@click.option(
+    "--method",
+    type=click.Choice(["GradDotProd", "Regular"]),
+    default="GradDotProd",
+    show_default=True,
+    help="Regular trains without scores: the same weights, bit for bit.",
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Samples of one rank's micro-batch.")
 @click.option("--gradient-accumulation-steps", type=int, default=1, show_default=True, help="Micro-batches of a step.")
 @click.option("--max-steps", type=int, help="Optimizer steps (default: one pass over the data).")
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True, help="Peak learning rate of AdamW.")
-@click.option("--min-learning-rate-ratio", type=float, default=0.1, show_default=True,
-              help="The cosine ends at this share of the peak.")  # fmt: skip
+@click.option(
+    "--min-learning-rate-ratio",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="The cosine ends at this share of the peak.",
+)
 @click.option("--warmup-steps", type=int, help="Linear warm-up (default: a twentieth of the steps, at most 2,000).")
 @click.option("--weight-decay", type=float, default=0.1, show_default=True, help="Of matrices; vectors do not decay.")
 @click.option("--adam-beta1", type=float, default=0.9, show_default=True, help="Decay of AdamW's mean.")
 @click.option("--adam-beta2", type=float, default=0.95, show_default=True, help="Decay of its squares.")
 @click.option("--max-grad-norm", type=float, default=1.0, show_default=True, help="Gradient clipping; 0 for none.")
 @click.option("--max-length", type=int, help="Longest row in tokens (default: the model's positions, at most 1024).")
-@click.option("--overlong", type=click.Choice(["window", "truncate", "skip", "error"]), default="window",
-              show_default=True, help="What becomes of samples that are longer.")  # fmt: skip
+@click.option(
+    "--overlong",
+    type=click.Choice(["window", "truncate", "skip", "error"]),
+    default="window",
+    show_default=True,
+    help="What becomes of samples that are longer.",
+)
 @click.option("--domain", "domains", multiple=True, metavar="NAME", help="Train on this domain alone (repeatable).")
 @click.option("--max-samples", type=int, help="The first so many samples of the corpus.")
 @click.option("--dropout", type=float, default=0.0, show_default=True, help="Of a new model.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, data order and dropout.")
-@click.option("--model-dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
-              help="dtype of the parameters.")  # fmt: skip
-@click.option("--train-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              help="dtype of the arithmetic: autocast where it is narrower (default: the parameters').")  # fmt: skip
+@click.option(
+    "--model-dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="dtype of the parameters.",
+)
+@click.option(
+    "--train-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="dtype of the arithmetic: autocast where it is narrower (default: the parameters').",
+)
 @click.option("--gradient-checkpointing", is_flag=True, help="Recompute activations in the backward pass.")
 @click.option("--eval-interval", type=int, default=100, show_default=True, help="Steps between val losses.")
 @click.option("--eval-only", is_flag=True, help="Only the val loss of --checkpoint.")
 @click.option("--max-val-samples", type=int, help="The first so many samples of the val set.")
 @click.option("--val-batch-size", type=int, default=8, show_default=True, help="Val samples of one val gradient.")
-@click.option("--val-refresh-interval", type=int, default=1, show_default=True,
-              help="Steps for which a val gradient is used.")  # fmt: skip
-@click.option("--val-sampling", type=click.Choice(["rotate", "fixed"]), default="rotate", show_default=True,
-              help="Each val gradient takes the next val samples, or always the same.")  # fmt: skip
+@click.option(
+    "--val-refresh-interval", type=int, default=1, show_default=True, help="Steps for which a val gradient is used."
+)
+@click.option(
+    "--val-sampling",
+    type=click.Choice(["rotate", "fixed"]),
+    default="rotate",
+    show_default=True,
+    help="Each val gradient takes the next val samples, or always the same.",
+)
 @click.option("--val-groups", is_flag=True, help="Score against each domain of the val set as well.")
-@click.option("--score", type=click.Choice(["exact", "sketched"]), default="exact", show_default=True,
-              help="sketched: approximate, through random projections, at a fraction of the cost.")  # fmt: skip
-@click.option("--route", type=click.Choice(["auto", "direct", "gram"]), default="auto", show_default=True,
-              help="How exact scores are computed; auto takes the cheaper for each parameter.")  # fmt: skip
+@click.option(
+    "--score",
+    type=click.Choice(["exact", "sketched"]),
+    default="exact",
+    show_default=True,
+    help="sketched: approximate, through random projections, at a fraction of the cost.",
+)
+@click.option(
+    "--route",
+    type=click.Choice(["auto", "direct", "gram"]),
+    default="auto",
+    show_default=True,
+    help="How exact scores are computed; auto takes the cheaper for each parameter.",
+)
 @click.option("--per-layer", is_flag=True, help="Keep the score of every layer.")
-@click.option("--exclude-layers", callback=options.patterns, metavar="PATTERNS",
-              help="Layers whose parameters are left out of the score.")  # fmt: skip
+@click.option(
+    "--exclude-layers",
+    callback=options.patterns,
+    metavar="PATTERNS",
+    help="Layers whose parameters are left out of the score.",
+)
 @options.projection
-@click.option("--dot-prod-save-interval", type=int, default=10, show_default=True,
-              help="Steps committed to the store together.")  # fmt: skip
+@click.option(
+    "--dot-prod-save-interval", type=int, default=10, show_default=True, help="Steps committed to the store together."
+)
 @click.option("--checkpoint-interval", type=int, help="Steps between checkpoints (default: --eval-interval).")
-@click.option("--keep-checkpoints", callback=options.number_or("all"), default="2", show_default=True,
-              metavar="N|all", help="How many of the newest stay.")  # fmt: skip
-@click.option("--on-store-error", type=click.Choice(["stop", "continue"]), default="stop", show_default=True,
-              help="If the store cannot be written: stop, or train on without scores.")  # fmt: skip
+@click.option(
+    "--keep-checkpoints",
+    callback=options.number_or("all"),
+    default="2",
+    show_default=True,
+    metavar="N|all",
+    help="How many of the newest stay.",
+)
+@click.option(
+    "--on-store-error",
+    type=click.Choice(["stop", "continue"]),
+    default="stop",
+    show_default=True,
+    help="If the store cannot be written: stop, or train on without scores.",
+)
 @click.option("--tensorboard", metavar="PATH", help="Log to this TensorBoard folder.")
 @click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases (offline unless WANDB_MODE is set).")
 @options.fields

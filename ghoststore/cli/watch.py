@@ -33,7 +33,7 @@ def command(as_json: bool, **values: Any) -> None:
     \b
       ghoststore watch --store ./store
       ghoststore watch --store ./store --once --json
-    """  # fmt: skip
+    """
     from ghoststore.cli.terminal import print_json
     from ghoststore.errors import UsageError
     from ghoststore.lazy import load
@@ -76,10 +76,13 @@ def render(frame: Any, width: int) -> Any:
         return Text(f"{frame.store}: {frame.waiting}", style="yellow")
     half = (width - 1) // 2 if width >= NARROW else width
     panels = (
-        _losses(frame, half), _now(frame, half), _scores(frame, half), _domains(frame, half),
+        _losses(frame, half),
+        _now(frame, half),
+        _scores(frame, half),
+        _domains(frame, half),
         _extremes("best so far, by Σ η·score", frame.best, "green", half),
         _extremes("worst so far", frame.worst, "red", half),
-    )  # fmt: skip
+    )
     grid = Table.grid()
     for place in range(0, len(panels), 2):
         if width >= NARROW:
@@ -96,8 +99,16 @@ def _panel(title: str, content: Any, width: int, height: int | None = None) -> A
     from rich.box import ROUNDED
     from rich.panel import Panel
 
-    return Panel(content, title=title, title_align="left", box=ROUNDED, border_style="dim", width=width,
-                 height=None if height is None else height + 2, padding=(0, 1))  # fmt: skip
+    return Panel(
+        content,
+        title=title,
+        title_align="left",
+        box=ROUNDED,
+        border_style="dim",
+        width=width,
+        height=None if height is None else height + 2,
+        padding=(0, 1),
+    )
 
 
 def _head(frame: Any, width: int) -> Any:
@@ -200,9 +211,11 @@ def _domains(frame: Any, width: int) -> Any:
     for one in frame.domains[:DOMAINS]:
         style = "green" if one.value_per_time > 0 else "red"
         cells: list[Text | str] = [
-            Text(f"{one.value_per_time:.3g}", style=style), f"{one.times:,}", _share(one.negative_share),
+            Text(f"{one.value_per_time:.3g}", style=style),
+            f"{one.times:,}",
+            _share(one.negative_share),
             Text(sparkline(one.trend, max(6, width - 50)), style=style),
-        ]  # fmt: skip
+        ]
         table.add_row(Text(one.domain or "(none)"), *cells[:columns])
     more = len(frame.domains) - DOMAINS
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))

@@ -173,9 +173,11 @@ def layout_of(manifest: Mapping[str, Any], where: Path) -> ShardLayout:
     try:
         corpus, storage = manifest["corpus"], manifest["storage"]
         layout = ShardLayout(
-            samples=corpus["samples"], shard_samples=storage["shard_samples"],
-            vocabulary=manifest["tokenizer"]["vocabulary"], domains=len(corpus["domains"] or ()),
-        )  # fmt: skip
+            samples=corpus["samples"],
+            shard_samples=storage["shard_samples"],
+            vocabulary=manifest["tokenizer"]["vocabulary"],
+            domains=len(corpus["domains"] or ()),
+        )
         stated = (storage["shards"], storage["token_dtype"])
         if stated != (layout.shards, layout.token_dtype.name):
             raise MismatchError(f"expected {layout.shards} shards of {layout.token_dtype.name}, found {stated!r:.80}")

@@ -181,13 +181,23 @@ def build(
         }
         config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
         job = _plan(
-            model, corpus, Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note), config,
+            model,
+            corpus,
+            Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note),
+            config,
             TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
-            _Storage(proj_dtype, span_rows, store_text or str(data) == "-"), max_samples=max_samples,
-            count_tokens=dry_run, progress=progress, reduction=loss_reduction, checkpointing=gradient_checkpointing,
-            optimizer_state=optimizer_state, batch_tokens=batch_tokens, dry_run=dry_run,
-            there=there, identity=identity,
-        )  # fmt: skip
+            _Storage(proj_dtype, span_rows, store_text or str(data) == "-"),
+            max_samples=max_samples,
+            count_tokens=dry_run,
+            progress=progress,
+            reduction=loss_reduction,
+            checkpointing=gradient_checkpointing,
+            optimizer_state=optimizer_state,
+            batch_tokens=batch_tokens,
+            dry_run=dry_run,
+            there=there,
+            identity=identity,
+        )
         job.manifest.update(
             **identity,
             dtype={"model": model_dtype},
@@ -213,11 +223,18 @@ def build(
             software=versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
         )
         report = BuildReport(
-            store=str(store), part=part_name, rows=job.layout.rows, tokens=job.plan.tokens,
-            layers=len(job.projected.layers), coverage=job.selection.coverage, dimension=job.layout.dimension,
-            bytes_on_disk=_bytes_on_disk(job.layout), memory_bytes=_memory(job, batch_tokens), dry_run=dry_run,
+            store=str(store),
+            part=part_name,
+            rows=job.layout.rows,
+            tokens=job.plan.tokens,
+            layers=len(job.projected.layers),
+            coverage=job.selection.coverage,
+            dimension=job.layout.dimension,
+            bytes_on_disk=_bytes_on_disk(job.layout),
+            memory_bytes=_memory(job, batch_tokens),
+            dry_run=dry_run,
             manifest=job.manifest,
-        )  # fmt: skip
+        )
         if dry_run:
             return report
         part = _open_part(Store.create(store), part_name, job, progress)
@@ -274,9 +291,14 @@ def _plan(
     if there is not None:  # before any row of another model is looked at
         _refuse_other(there, plan, identity)
     padding = ModelCheck(
-        model, plan, _first_usable(corpus, tokenizer, settings, max_samples), longest=settings.max_length,
-        reduction=reduction, checkpointing=checkpointing, alone=batch_tokens < SHORTEST_PAIR,
-    ).run()  # fmt: skip
+        model,
+        plan,
+        _first_usable(corpus, tokenizer, settings, max_samples),
+        longest=settings.max_length,
+        reduction=reduction,
+        checkpointing=checkpointing,
+        alone=batch_tokens < SHORTEST_PAIR,
+    ).run()
     if not padding:
         progress.note(
             f"padding changes what {type(model).__name__} makes of a row: only rows of one length share a batch"
@@ -285,14 +307,24 @@ def _plan(
 
     def layout_of(rows: int) -> PartLayout:
         return PartLayout.choose(
-            rows=rows, dimension=plan.dimension, groups=plan.group_count, dtype=storage.dtype,
-            span_rows=storage.span_rows, store_text=storage.store_text,
-        )  # fmt: skip
+            rows=rows,
+            dimension=plan.dimension,
+            groups=plan.group_count,
+            dtype=storage.dtype,
+            span_rows=storage.span_rows,
+            store_text=storage.store_text,
+        )
 
     corpus_plan = plan_corpus(
-        corpus, tokenizer, settings, span_rows=layout_of(sys.maxsize).span_rows, max_samples=max_samples,
-        tokenize=count_tokens, on_sample=drawn_samples.see if config.calibrated else None, progress=progress,
-    )  # fmt: skip
+        corpus,
+        tokenizer,
+        settings,
+        span_rows=layout_of(sys.maxsize).span_rows,
+        max_samples=max_samples,
+        tokenize=count_tokens,
+        on_sample=drawn_samples.see if config.calibrated else None,
+        progress=progress,
+    )
     layout = layout_of(corpus_plan.rows)
     scales = None
     if optimizer_state is not None:
@@ -301,10 +333,20 @@ def _plan(
         plan = calibrated_as(there, plan)
     elif config.calibrated and not dry_run:
         rows = list(rows_of(drawn_samples.samples, tokenizer, settings))
-        plan = replace(plan, calibration=calibrate(
-            model, plan, evenly(rows, config.calibration_samples), reduction=reduction, batch_tokens=batch_tokens,
-            scales=scales, progress=progress, checkpointing=checkpointing, padding=padding,
-        ))  # fmt: skip
+        plan = replace(
+            plan,
+            calibration=calibrate(
+                model,
+                plan,
+                evenly(rows, config.calibration_samples),
+                reduction=reduction,
+                batch_tokens=batch_tokens,
+                scales=scales,
+                progress=progress,
+                checkpointing=checkpointing,
+                padding=padding,
+            ),
+        )
     known = plan.calibration is not None or not config.calibrated
     drawn = Projection(plan, scales) if known else None
     scan = corpus_plan.scan
@@ -335,10 +377,21 @@ def _plan(
     if plan.calibration is not None:
         fixed |= plan.calibration.arrays(plan.shapes)
     return _Job(
-        corpus=corpus, tokenizer=tokenizer, settings=settings, projected=plan, projection=drawn, plan=corpus_plan,
-        layout=layout, selection=selection, manifest=manifest, model=model, reduction=reduction,
-        checkpointing=checkpointing, padding=padding, fixed=fixed,
-    )  # fmt: skip
+        corpus=corpus,
+        tokenizer=tokenizer,
+        settings=settings,
+        projected=plan,
+        projection=drawn,
+        plan=corpus_plan,
+        layout=layout,
+        selection=selection,
+        manifest=manifest,
+        model=model,
+        reduction=reduction,
+        checkpointing=checkpointing,
+        padding=padding,
+        fixed=fixed,
+    )
 
 
 def _existing(store: str | Path, name: str) -> Part | None:

@@ -152,9 +152,16 @@ class _Passes:
     """Passes of the model over the same rows."""
 
     def __init__(
-        self, model: Any, plan: ProjectionPlan, rows: Sequence[Row], reduction: Reduction, batch_tokens: int,
-        scales: Mapping[str, SideScales] | None, checkpointing: bool, padding: bool,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        plan: ProjectionPlan,
+        rows: Sequence[Row],
+        reduction: Reduction,
+        batch_tokens: int,
+        scales: Mapping[str, SideScales] | None,
+        checkpointing: bool,
+        padding: bool,
+    ) -> None:
         self.model, self.plan, self.rows = model, plan, rows
         self.reduction: Reduction = reduction
         self.batch_tokens, self.scales, self.checkpointing, self.padding = batch_tokens, scales, checkpointing, padding

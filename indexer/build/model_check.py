@@ -196,9 +196,10 @@ class ModelCheck:
         body = getattr(self._model, "base_model", self._model)
         with torch.no_grad():
             output = body(
-                input_ids=ids.unsqueeze(0).to(device), attention_mask=mask.unsqueeze(0).to(device),
+                input_ids=ids.unsqueeze(0).to(device),
+                attention_mask=mask.unsqueeze(0).to(device),
                 **forward_options(body),
-            )  # fmt: skip
+            )
         states: Tensor = output.last_hidden_state if "last_hidden_state" in output else output.logits
         return states[0, :real].float()
 

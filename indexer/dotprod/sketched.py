@@ -147,6 +147,11 @@ class SketchedMethod:
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
         return Scores(
-            total=total, groups=groups, parameters={}, blocks=blocks, pairs=None, vectors=vectors_BD.float(),
+            total=total,
+            groups=groups,
+            parameters={},
+            blocks=blocks,
+            pairs=None,
+            vectors=vectors_BD.float(),
             val_age=0,
-        )  # fmt: skip
+        )

@@ -44,9 +44,13 @@ class WholeTexts:
         self.refuse_without_offsets()
         texts = [pair.prompt + pair.completion for pair in pairs]
         encoded = self._tokenizer(
-            texts, add_special_tokens=True, return_offsets_mapping=True, return_special_tokens_mask=True,
-            return_attention_mask=False, verbose=False,
-        )  # fmt: skip
+            texts,
+            add_special_tokens=True,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
         added = [np.asarray(mask, dtype=bool) for mask in encoded["special_tokens_mask"]]
         offsets = [_offsets(found)[~of] for found, of in zip(encoded["offset_mapping"], added, strict=True)]
         if self._untrimmed is not None:

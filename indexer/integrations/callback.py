@@ -138,19 +138,33 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
         engine = GradDotProdEngine(
-            model, self._val_data, val_losses=self._val_losses, optimizer=inner,
-            val_refresh_interval=self._refresh_interval, exclude_layers=self._exclude_layers, route=self._route,
+            model,
+            self._val_data,
+            val_losses=self._val_losses,
+            optimizer=inner,
+            val_refresh_interval=self._refresh_interval,
+            exclude_layers=self._exclude_layers,
+            route=self._route,
             projection=self._projection,
-        )  # fmt: skip
+        )
         shape = RunShape(
-            steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            save_interval=self._interval, per_layer=self._per_layer,
-        )  # fmt: skip
+            steps=state.max_steps,
+            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            save_interval=self._interval,
+            per_layer=self._per_layer,
+        )
         settings = {"val_refresh_interval": self._refresh_interval, "exclude_layers": list(self._exclude_layers)}
         recorder = Recorder.open(
-            self._store, self._name, shape, self._samples, engine, ranks_here(), settings,
-            on_store_error=self._on_store_error, note=self._note,
-        )  # fmt: skip
+            self._store,
+            self._name,
+            shape,
+            self._samples,
+            engine,
+            ranks_here(),
+            settings,
+            on_store_error=self._on_store_error,
+            note=self._note,
+        )
         with ExitStack() as stack:
             stack.enter_context(recorder)
             if state.global_step:

@@ -138,11 +138,15 @@ class GhostConfig:
     def projection(self) -> ProjectionConfig:
         """The projection of GradProjLora."""
         return ProjectionConfig(
-            layers=_patterns(self.proj_layers), exclude_layers=_patterns(self.exclude_layers),
-            include_embeddings=self.include_embeddings, rank_total=self.proj_rank_total, rank_min=self.proj_rank_min,
-            seed=self.proj_seed, kind="orthonormal" if self.proj_row_orthonormal else self.proj_kind,
+            layers=_patterns(self.proj_layers),
+            exclude_layers=_patterns(self.exclude_layers),
+            include_embeddings=self.include_embeddings,
+            rank_total=self.proj_rank_total,
+            rank_min=self.proj_rank_min,
+            seed=self.proj_seed,
+            kind="orthonormal" if self.proj_row_orthonormal else self.proj_kind,
             compress=self.proj_compress,
-        )  # fmt: skip
+        )
 
 
 def _patterns(given: Sequence[str] | str) -> tuple[str, ...]:

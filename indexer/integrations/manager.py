@@ -124,11 +124,14 @@ class GhostEngineManager:
         self._check_val(val_data, val_losses)
         sketched = self.config.method == "GradProjLora"
         self.engine = GradDotProdEngine(
-            model, val_data, val_losses=val_losses, optimizer=optimizer,
+            model,
+            val_data,
+            val_losses=val_losses,
+            optimizer=optimizer,
             val_refresh_interval=self.config.val_refresh_interval,
             exclude_layers=() if sketched else self.config.exclude_layers,
             projection=self.config.projection() if sketched else None,
-        )  # fmt: skip
+        )
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
         with ExitStack() as stack:
@@ -148,14 +151,22 @@ class GhostEngineManager:
     def _make_recorder(self, engine: GradDotProdEngine) -> Recorder:
         config = self.config
         shape = RunShape(
-            steps=config.max_steps or 1, batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
-            save_interval=config.dot_prod_save_interval, per_layer=config.per_layer,
-        )  # fmt: skip
+            steps=config.max_steps or 1,
+            batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
+            save_interval=config.dot_prod_save_interval,
+            per_layer=config.per_layer,
+        )
         settings = {"val_refresh_interval": config.val_refresh_interval, "exclude_layers": list(config.exclude_layers)}
         return Recorder.open(
-            config.store, config.name, shape, self._samples, engine, self.ranks, settings,
+            config.store,
+            config.name,
+            shape,
+            self._samples,
+            engine,
+            self.ranks,
+            settings,
             on_store_error=config.on_store_error,
-        )  # fmt: skip
+        )
 
     def is_active(self) -> bool:
         """Whether there is an engine."""

@@ -71,10 +71,15 @@ class Samples:
         domain = [-1 if name is None else place[name] for name in self.domains or [None] * count]
         nothing = np.zeros(count, dtype=np.int64)
         return RowTable(
-            sample_id=np.array(self.ids, dtype=object), domain=np.array(domain), source_row=np.arange(count),
-            source_file=nothing - 1, source_offset=nothing - 1, source_digest=nothing.astype(np.uint64),
-            window_start=nothing, n_tokens=nothing,
-        )  # fmt: skip
+            sample_id=np.array(self.ids, dtype=object),
+            domain=np.array(domain),
+            source_row=np.arange(count),
+            source_file=nothing - 1,
+            source_offset=nothing - 1,
+            source_digest=nothing.astype(np.uint64),
+            window_start=nothing,
+            n_tokens=nothing,
+        )
 
     def fingerprint(self) -> str:
         """Of ids and domains."""
@@ -119,10 +124,14 @@ def open_run(
             "proj_rank_total for plain blocks, and val_data"
         )
     layout = RunLayout(
-        steps=shape.steps, ranks=ranks.count, batch=shape.batch, span_steps=shape.save_interval,
-        rows=len(samples.ids), blocks=tuple(method.blocks) if shape.per_layer else (),
+        steps=shape.steps,
+        ranks=ranks.count,
+        batch=shape.batch,
+        span_steps=shape.save_interval,
+        rows=len(samples.ids),
+        blocks=tuple(method.blocks) if shape.per_layer else (),
         dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
-    )  # fmt: skip
+    )
     parameters = list(engine.model.parameters())
     manifest = {
         "model": {
@@ -292,9 +301,12 @@ class Recorder:
             self._refuse_others(step, own["sample"], own["score"])
             loss, weight, tokens = self._ranks.stacked(torch.from_numpy(sums)).sum(0).tolist()
             shared = {
-                "learning_rate": learning_rate, "train_loss": loss / weight if weight else float("nan"),
-                "tokens": int(tokens), "seconds": seconds, "score_seconds": score_seconds,
-            }  # fmt: skip
+                "learning_rate": learning_rate,
+                "train_loss": loss / weight if weight else float("nan"),
+                "tokens": int(tokens),
+                "seconds": seconds,
+                "score_seconds": score_seconds,
+            }
             self._log.add(step, own, shared)
             if step + 1 == self._shape.steps:
                 self._log.save()

@@ -35,9 +35,16 @@ OURS = Path("training_state") / "optimizer.safetensors"
 TORCH = "optimizer.pt"
 QUANTITY = "exp_avg_sq"
 DAMAGE = (
-    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
     pickle.UnpicklingError,
-)  # fmt: skip
+)
 """How a file of tensors fails to be read."""
 SCALES = ("optimizer_scale_in", "optimizer_scale_out")
 """Arrays of a part: the scales of all blocks side by side, in the order of the layers."""
@@ -191,9 +198,11 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
         order
         for order in orders
         if len(order) == len(numbers)
-        and all(shapes.get(number, parameters.get(name)) == parameters.get(name)
-                for number, name in zip(numbers, order, strict=True))
-    ]  # fmt: skip
+        and all(
+            shapes.get(number, parameters.get(name)) == parameters.get(name)
+            for number, name in zip(numbers, order, strict=True)
+        )
+    ]
     if not fitting or any(order != fitting[0] for order in fitting):
         problem = "fits no order of the model's parameters" if not fitting else "fits several orders of the parameters"
         raise CheckpointError(
@@ -234,8 +243,11 @@ def learning_rate_of(folder: Path) -> float | None:
         if theirs.is_file():
             state = json.loads(theirs.read_bytes())
             # It logs every so many steps: what it logged last may be of a step long before the checkpoint.
-            logged = [entry["learning_rate"] for entry in state["log_history"]
-                      if "learning_rate" in entry and entry["step"] == state["global_step"]]  # fmt: skip
+            logged = [
+                entry["learning_rate"]
+                for entry in state["log_history"]
+                if "learning_rate" in entry and entry["step"] == state["global_step"]
+            ]
             return _rate(logged[-1]) if logged else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # only weights of several parts need it, and asking for them says what is missing

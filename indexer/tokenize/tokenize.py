@@ -134,9 +134,13 @@ def tokenize(
         if domains:
             corpus = corpus.only(domains)
         plan = plan_corpus(
-            corpus, Tokenizer(text_tokenizer, note=progress.note), WHOLE,
-            span_rows=shard_samples or DEFAULT_SHARD_SAMPLES, max_samples=max_samples, progress=progress,
-        )  # fmt: skip
+            corpus,
+            Tokenizer(text_tokenizer, note=progress.note),
+            WHOLE,
+            span_rows=shard_samples or DEFAULT_SHARD_SAMPLES,
+            max_samples=max_samples,
+            progress=progress,
+        )
         _refuse_unknown(corpus, plan, max_samples)
         scanned = time.perf_counter()
         manifest = _manifest(corpus, plan, text_tokenizer, shard_samples or DEFAULT_SHARD_SAMPLES, max_samples)
@@ -148,10 +152,14 @@ def tokenize(
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
         job = ShardJob(
-            folder=folder, source=corpus.source, fields=corpus.resolved, plan=plan,
+            folder=folder,
+            source=corpus.source,
+            fields=corpus.resolved,
+            plan=plan,
             only_domains=None if corpus.domains is None else tuple(sorted(corpus.domains)),
-            domains=tuple(plan.scan.domains or ()), layout=layout_of(manifest, folder),
-        )  # fmt: skip
+            domains=tuple(plan.scan.domains or ()),
+            layout=layout_of(manifest, folder),
+        )
         compressed = corpus.form.endswith((".gz", ".zst"))
         with exclusive(folder, f"folder {folder}", "--out"):
             resumed, written, used = _write(job, workers, compressed, progress)
@@ -181,9 +189,11 @@ def _manifest(
     """The manifest, ``source`` aside."""
     scan = plan.scan
     layout = ShardLayout(
-        samples=scan.rows, shard_samples=shard_samples, vocabulary=max(tokenizer.get_vocab().values(), default=0) + 1,
+        samples=scan.rows,
+        shard_samples=shard_samples,
+        vocabulary=max(tokenizer.get_vocab().values(), default=0) + 1,
         domains=len(scan.domains or ()),
-    )  # fmt: skip
+    )
     return {
         "tokenizer": {**tokenizer_identity(tokenizer), "vocabulary": layout.vocabulary},
         "corpus": {
@@ -305,10 +315,20 @@ def _report(shards: TokenShards, resumed: int, written: int, workers: int, secon
     ]
     files = (path for path in shards.folder.rglob("*") if path.is_file())
     return TokenizeReport(
-        out=str(shards.folder), samples=shards.samples, tokens=shards.tokens, shards=shards.layout.shards,
-        domains=counts, empty_samples=int((shards.length == 0).sum()), token_dtype=shards.layout.token_dtype.name,
-        vocabulary=shards.layout.vocabulary, tokenizer_fingerprint=shards.tokenizer_identity["fingerprint"],
-        corpus_fingerprint=shards.corpus_fingerprint, repeated_ids=shards.repeated_ids,
+        out=str(shards.folder),
+        samples=shards.samples,
+        tokens=shards.tokens,
+        shards=shards.layout.shards,
+        domains=counts,
+        empty_samples=int((shards.length == 0).sum()),
+        token_dtype=shards.layout.token_dtype.name,
+        vocabulary=shards.layout.vocabulary,
+        tokenizer_fingerprint=shards.tokenizer_identity["fingerprint"],
+        corpus_fingerprint=shards.corpus_fingerprint,
+        repeated_ids=shards.repeated_ids,
         bytes_on_disk=sum(path.stat().st_size for path in files),
-        resumed_samples=resumed, written_tokens=written, workers=workers, seconds=seconds,
-    )  # fmt: skip
+        resumed_samples=resumed,
+        written_tokens=written,
+        workers=workers,
+        seconds=seconds,
+    )

@@ -38,13 +38,16 @@ class _Worker:
             # Its own session: an interrupt reaches the parent alone, which then hangs up.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "indexer.tokenize.workers", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(os.path.abspath(place) for place in sys.path),
                     "TOKENIZERS_PARALLELISM": "false",
                 },
-            )  # fmt: skip
+            )
 
     def send(self, order: ShardJob | Sequence[int]) -> None:
         try:

@@ -94,8 +94,13 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
             if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
                 raise BusyError(f"{job.folder / name} was written by another process meanwhile")
         if not write_commit(
-            job.folder, span=shard, start=start, stop=stop, keys=shard_files(shard),
-            statuses=dict(sorted(statuses.items())), tokens=len(tokens),
-        ):  # fmt: skip
+            job.folder,
+            span=shard,
+            start=start,
+            stop=stop,
+            keys=shard_files(shard),
+            statuses=dict(sorted(statuses.items())),
+            tokens=len(tokens),
+        ):
             raise BusyError(f"shard {shard} of {job.folder} was committed by another process meanwhile")
     return Written(shard, stop - start, len(tokens))

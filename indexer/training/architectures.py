@@ -35,10 +35,18 @@ def architecture(name: str, tokenizer: Any, *, dropout: float = 0.0) -> GPT2Conf
         raise UsageError(f"--architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}")
     vocabulary = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
     return GPT2Config(
-        vocab_size=vocabulary, n_positions=POSITIONS, n_layer=shape.layers, n_embd=shape.width,
-        n_head=shape.heads, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        n_positions=POSITIONS,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def new_model(config: GPT2Config, *, seed: int) -> GPT2LMHeadModel:

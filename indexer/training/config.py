@@ -125,9 +125,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            1, eval_interval=self.eval_interval, dot_prod_save_interval=self.dot_prod_save_interval,
-            checkpoint_interval=self.checkpoint_interval, keep_checkpoints=self.keep_checkpoints,
-        )  # fmt: skip
+            1,
+            eval_interval=self.eval_interval,
+            dot_prod_save_interval=self.dot_prod_save_interval,
+            checkpoint_interval=self.checkpoint_interval,
+            keep_checkpoints=self.keep_checkpoints,
+        )
         _at_least(2, max_length=self.max_length)
         _one_of(Overlong, overlong=self.overlong)
         _one_of(OnStoreError, on_store_error=self.on_store_error)

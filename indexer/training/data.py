@@ -94,9 +94,12 @@ class TrainingRows:
         place = np.arange(len(of_row)) - np.repeat(np.cumsum(windows) - windows, windows)
         start = place * (max_length - 1)
         return cls(
-            shards, of_row, start, np.minimum(length[of_row] - start, max_length),
+            shards,
+            of_row,
+            start,
+            np.minimum(length[of_row] - start, max_length),
             np.maximum(shards.first_target[of_row].astype(np.int64) - start, 1),
-        )  # fmt: skip
+        )
 
     def only(self, samples: NDArray[np.bool_]) -> TrainingRows:
         """The rows of the samples that are True, one for each of the shards. CorpusError if none has a target."""
@@ -132,11 +135,15 @@ class TrainingRows:
         """The row table of a run."""
         shards, of_row = self.shards, self.sample
         return RowTable(
-            sample_id=np.asarray(shards.sample_id, dtype=object)[of_row], domain=shards.domain[of_row],
-            source_row=shards.source_row[of_row], source_file=shards.source_file[of_row],
-            source_offset=shards.source_offset[of_row], source_digest=shards.source_digest[of_row],
-            window_start=self.window_start, n_tokens=self.length,
-        )  # fmt: skip
+            sample_id=np.asarray(shards.sample_id, dtype=object)[of_row],
+            domain=shards.domain[of_row],
+            source_row=shards.source_row[of_row],
+            source_file=shards.source_file[of_row],
+            source_offset=shards.source_offset[of_row],
+            source_digest=shards.source_digest[of_row],
+            window_start=self.window_start,
+            n_tokens=self.length,
+        )
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         """The micro-batch of these rows."""

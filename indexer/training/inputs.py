@@ -90,9 +90,15 @@ def is_shards(data: str) -> bool:
 
 
 def read_val(
-    source: str, fields: Fields, tokenizer: Tokenizer, max_length: int, *, max_samples: int | None, seed: int,
+    source: str,
+    fields: Fields,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    max_samples: int | None,
+    seed: int,
     progress: Progress,
-) -> ValSet:  # fmt: skip
+) -> ValSet:
     """The val set, with a note on rows of it that cannot be used."""
     with open_corpus(source, fields, progress) as corpus:
         val = ValSet.read(corpus, tokenizer, max_length, max_samples=max_samples, seed=seed)
@@ -103,9 +109,15 @@ def read_val(
 
 
 def token_shards(
-    data: str, start: Start, output_dir: Path, *, fields: Fields, max_samples: int | None, ranks: Ranks,
+    data: str,
+    start: Start,
+    output_dir: Path,
+    *,
+    fields: Fields,
+    max_samples: int | None,
+    ranks: Ranks,
     progress: Progress,
-) -> TokenShards:  # fmt: skip
+) -> TokenShards:
     """The token shards at ``data``, or those of the corpus there, made in ``output_dir/tokens`` by the rank that leads.
 
     MismatchError for tokens of another tokenizer, or of another corpus than it was.
@@ -131,9 +143,13 @@ def token_shards(
 def _tokenize(data: str, start: Start, out: Path, fields: Fields, max_samples: int | None, progress: Progress) -> None:
     try:
         tokenize(
-            data=data, tokenizer=start.tokenizer_folder, out=out, fields=fields, max_samples=max_samples,
+            data=data,
+            tokenizer=start.tokenizer_folder,
+            out=out,
+            fields=fields,
+            max_samples=max_samples,
             progress=progress,
-        )  # fmt: skip
+        )
     except (MismatchError, BusyError, UsageError) as error:
         # The option with which to choose another folder is not that of `ghoststore tokenize` here.
         raise type(error)(str(error).replace("--out ", "--output-dir ")) from error

@@ -136,10 +136,15 @@ class Trainer:
             self.scorer.stepped()
         own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return StepResult(
-            step=step, learning_rate=eta if math.isfinite(grad_norm) else 0.0, train_loss=train_loss,
-            grad_norm=grad_norm, tokens=int(self.rows.length[rows_of_step].sum()), seconds=time.perf_counter() - begun,
-            score_seconds=self.scorer.take_seconds() if self.scorer else 0.0, own=own,
-        )  # fmt: skip
+            step=step,
+            learning_rate=eta if math.isfinite(grad_norm) else 0.0,
+            train_loss=train_loss,
+            grad_norm=grad_norm,
+            tokens=int(self.rows.length[rows_of_step].sum()),
+            seconds=time.perf_counter() - begun,
+            score_seconds=self.scorer.take_seconds() if self.scorer else 0.0,
+            own=own,
+        )
 
     def _micro_step(
         self, batch: Batch, total_targets: float, step: int

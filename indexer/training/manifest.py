@@ -48,10 +48,14 @@ def run_manifest(
     """
     asked, scoring = config.optimization, config.scoring
     layout = RunLayout(
-        steps=steps, ranks=ranks, batch=asked.batch_size * asked.gradient_accumulation_steps,
-        span_steps=config.dot_prod_save_interval, rows=len(rows), groups=tuple(scorer.groups) if scorer else (),
+        steps=steps,
+        ranks=ranks,
+        batch=asked.batch_size * asked.gradient_accumulation_steps,
+        span_steps=config.dot_prod_save_interval,
+        rows=len(rows),
+        groups=tuple(scorer.groups) if scorer else (),
         blocks=tuple(scorer.blocks) if scorer else (),
-    )  # fmt: skip
+    )
     method = scorer.engine.method if scorer else None
     known = {} if stored is None else stored["model"]
     return {

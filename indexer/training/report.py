@@ -97,8 +97,12 @@ class Watch:
     def report(self, **rest: Any) -> TrainReport:
         """What was seen, with the ``rest`` of the fields."""
         return TrainReport(
-            tokens=self.tokens, train_loss=self.train_loss, val_loss=None if self.val is None else self.val.loss,
+            tokens=self.tokens,
+            train_loss=self.train_loss,
+            val_loss=None if self.val is None else self.val.loss,
             val_loss_by_domain={} if self.val is None else self.val.by_domain,
-            tokens_per_second=self.tokens / self.seconds if self.seconds else None, score_share=self.score_share,
-            negative_share=self.negative / self.scored if self.scored else None, **rest,
-        )  # fmt: skip
+            tokens_per_second=self.tokens / self.seconds if self.seconds else None,
+            score_share=self.score_share,
+            negative_share=self.negative / self.scored if self.scored else None,
+            **rest,
+        )

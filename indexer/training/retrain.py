@@ -39,8 +39,11 @@ class Recipe:
     def config(self) -> TrainConfig:
         """The settings of every training: all begin from the same weights. UsageError for bad ones."""
         return TrainConfig.of(
-            **asdict(self), method="Regular", overlong="truncate", max_length=None,
-        )  # fmt: skip
+            **asdict(self),
+            method="Regular",
+            overlong="truncate",
+            max_length=None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +70,14 @@ class Retrainer:
         self.job = job
         self.shards = TokenShards.open(job.shards)
         self.val: ValSet = read_val(
-            job.val_set, job.fields, self._tokenizer(), job.max_length,
-            max_samples=job.max_val_samples, seed=0, progress=Silent(),
-        )  # fmt: skip
+            job.val_set,
+            job.fields,
+            self._tokenizer(),
+            job.max_length,
+            max_samples=job.max_val_samples,
+            seed=0,
+            progress=Silent(),
+        )
         self.rows = TrainingRows.cut(self.shards, job.max_length, "truncate")
 
     def _tokenizer(self) -> Tokenizer:
@@ -89,10 +97,17 @@ class Retrainer:
         asked = config.optimization
         model = self._new_model(config.seed)
         trainer = Trainer(
-            model=model, optimizer=make_optimizer(model, asked), rows=rows,
-            order=Order(rows, seed=config.seed, step_rows=asked.batch_size), config=config, ranks=Ranks(),
-            device=self.job.device, steps=self.job.recipe.max_steps, scorer=None, scaler=None,
-        )  # fmt: skip
+            model=model,
+            optimizer=make_optimizer(model, asked),
+            rows=rows,
+            order=Order(rows, seed=config.seed, step_rows=asked.batch_size),
+            config=config,
+            ranks=Ranks(),
+            device=self.job.device,
+            steps=self.job.recipe.max_steps,
+            scorer=None,
+            scaler=None,
+        )
         run_steps(trainer, 0, on_step=lambda result: None)
         return self.val.losses(model)
 

@@ -63,16 +63,24 @@ class Scorer:
             )
             drawn = Projection(ProjectionPlan.of(selection, asked))
         engine = GradDotProdEngine(
-            model, None, val_refresh_interval=config.val_refresh_interval, exclude_layers=config.exclude_layers,
-            route=config.route, projection=drawn, hold_losses=False,  # Trainer computes them from the logits
-        )  # fmt: skip
+            model,
+            None,
+            val_refresh_interval=config.val_refresh_interval,
+            exclude_layers=config.exclude_layers,
+            route=config.route,
+            projection=drawn,
+            hold_losses=False,  # Trainer computes them from the logits
+        )
         if config.per_layer and not engine.method.blocks:
             raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
         return cls(
-            engine, val, config, checkpoint_interval=checkpoint_interval,
+            engine,
+            val,
+            config,
+            checkpoint_interval=checkpoint_interval,
             groups=val.domains if config.val_groups else [],
             blocks=list(engine.method.blocks) if config.per_layer else [],
-        )  # fmt: skip
+        )
 
     def prepare(self, batch: Batch, step: int, loss_scale: float) -> None:
         """Open the engine for ``batch``; if the val gradient is due, choose its val samples first.

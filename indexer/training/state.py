@@ -81,10 +81,13 @@ def save_state(
             raise DivergedError.at(step, f"parameter {name!r} is not finite any more, so no checkpoint was written")
     path = folder / f"checkpoint-{step}"
     value: dict[str, Any] = {
-        "format": FORMAT, "step": step, "identity": dict(identity), "scaler": dict(scaler),
+        "format": FORMAT,
+        "step": step,
+        "identity": dict(identity),
+        "scaler": dict(scaler),
         "learning_rate": float(optimizer.param_groups[0]["lr"]),
         "software": versions_of("ghoststore", "torch", "transformers"),
-    }  # fmt: skip
+    }
 
     def fill(begun: Path) -> None:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
@@ -145,10 +148,12 @@ def read_state(path: Path) -> SavedState:
         if value["format"] != FORMAT:
             raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
         saved = SavedState(
-            path=path, step=int(value["step"]), identity=dict(value["identity"]),
+            path=path,
+            step=int(value["step"]),
+            identity=dict(value["identity"]),
             scaler={str(name): float(number) for name, number in value["scaler"].items()},
             software=dict(value["software"]),
-        )  # fmt: skip
+        )
         records = {str(name): FileRecord(**record) for name, record in value["files"].items()}
     except (FileNotFoundError, NotADirectoryError):
         if (path / STATE).is_dir():

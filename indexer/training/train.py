@@ -93,12 +93,24 @@ def train(
     config = TrainConfig.of(**options) if config is None else config
     with joined(resolve_device(device)) as (ranks, own_device):
         job = _Job(
-            data=str(data), val_set=None if val_set is None else str(val_set), store=store, name=name,
-            output_dir=Path(output_dir), checkpoint=checkpoint, tokenizer=tokenizer, fields=fields or Fields(),
-            domains=domains, max_samples=max_samples, max_val_samples=max_val_samples, config=config,
-            projection=projection, device=own_device, eval_only=eval_only, ranks=ranks,
+            data=str(data),
+            val_set=None if val_set is None else str(val_set),
+            store=store,
+            name=name,
+            output_dir=Path(output_dir),
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            fields=fields or Fields(),
+            domains=domains,
+            max_samples=max_samples,
+            max_val_samples=max_val_samples,
+            config=config,
+            projection=projection,
+            device=own_device,
+            eval_only=eval_only,
+            ranks=ranks,
             progress=(progress or Silent()) if ranks.leads else Silent(),
-        )  # fmt: skip
+        )
         with Trackers.open(tensorboard, wandb, config, ranks) as trackers:
             return job.evaluate() if eval_only else job.run(trackers)
 
@@ -136,9 +148,17 @@ class _Job:
         with autocast(self.config, self.device):
             seen = Watch(val=val.loss(model, self.ranks))
         return seen.report(
-            output_dir=str(self.output_dir), checkpoint=None, store=None, run=None, steps=0, resumed_from=0, rows=0,
-            repeated_ids=None, parameters=parameter_count(model), seconds=time.perf_counter() - begun,
-        )  # fmt: skip
+            output_dir=str(self.output_dir),
+            checkpoint=None,
+            store=None,
+            run=None,
+            steps=0,
+            resumed_from=0,
+            rows=0,
+            repeated_ids=None,
+            parameters=parameter_count(model),
+            seconds=time.perf_counter() - begun,
+        )
 
     def run(self, trackers: Trackers) -> TrainReport:
         """All of it."""
@@ -156,9 +176,14 @@ class _Job:
         tokenizer = self._tokenizer(start, model)
         val = self._val(tokenizer, max_length)
         shards = token_shards(
-            self.data, start, self.output_dir, fields=self.fields, max_samples=self.max_samples, ranks=self.ranks,
+            self.data,
+            start,
+            self.output_dir,
+            fields=self.fields,
+            max_samples=self.max_samples,
+            ranks=self.ranks,
             progress=self.progress,
-        )  # fmt: skip
+        )
         rows = TrainingRows.cut(shards, max_length, self.config.overlong, self.domains)
         rows.check(tokenizer)
         if len(rows.usable) < len(rows):
@@ -167,36 +192,58 @@ class _Job:
             )
         asked = self.config.optimization
         order = Order(
-            rows, seed=self.config.seed,
+            rows,
+            seed=self.config.seed,
             step_rows=asked.batch_size * asked.gradient_accumulation_steps * self.ranks.count,
-        )  # fmt: skip
+        )
         steps = order.steps_per_epoch if asked.max_steps is None else asked.max_steps
         scorer = None
         if val is not None and self._scores:
             scorer = Scorer.of(model, val, self.config.scoring, self.projection, self._checkpoint_interval)
         manifest = run_manifest(
-            self.config, start=start, model=model, shards=shards, rows=rows, val=val, scorer=scorer,
-            domains=self.domains, steps=steps, ranks=self.ranks.count, max_length=max_length,
-            checkpoint_interval=self._checkpoint_interval, source=self._source(start),
+            self.config,
+            start=start,
+            model=model,
+            shards=shards,
+            rows=rows,
+            val=val,
+            scorer=scorer,
+            domains=self.domains,
+            steps=steps,
+            ranks=self.ranks.count,
+            max_length=max_length,
+            checkpoint_interval=self._checkpoint_interval,
+            source=self._source(start),
             stored=None if saved is None else saved.identity,
-        )  # fmt: skip
+        )
         identity = {section: manifest[section] for section in IDENTITY}
         optimizer = make_optimizer(model, asked)
         resumed = self._resumed(saved, identity, manifest, model, optimizer)
         trainer = Trainer(
-            model=self._wrapped(model), optimizer=optimizer, rows=rows, order=order, config=self.config,
-            ranks=self.ranks, device=self.device, steps=steps, scorer=scorer,
+            model=self._wrapped(model),
+            optimizer=optimizer,
+            rows=rows,
+            order=order,
+            config=self.config,
+            ranks=self.ranks,
+            device=self.device,
+            steps=steps,
+            scorer=scorer,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
-        )  # fmt: skip
+        )
         if scorer is not None:
             with trainer.autocast():
                 scorer.examine(resumed.step)
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         run = self.ranks.led(lambda: self._open_run(manifest, rows))
         log = ScoreLog(
-            run, self.ranks, interval=self.config.dot_prod_save_interval, stored=self.store is not None,
-            on_error=self.config.on_store_error, note=self.progress.note,
-        )  # fmt: skip
+            run,
+            self.ranks,
+            interval=self.config.dot_prod_save_interval,
+            stored=self.store is not None,
+            on_error=self.config.on_store_error,
+            note=self.progress.note,
+        )
         seen = Watch()
         with ExitStack() as stack:
             stack.enter_context(log)
@@ -222,11 +269,17 @@ class _Job:
             with trainer.autocast():
                 seen.val = val.loss(model, self.ranks)
         return seen.report(
-            output_dir=str(self.output_dir), checkpoint=str(self.output_dir / f"checkpoint-{steps}"),
-            store=None if self.store is None else str(self.store), run=None if run is None else run.name, steps=steps,
-            resumed_from=resumed.step, rows=len(rows), parameters=parameter_count(model),
-            repeated_ids=manifest["corpus"]["repeated_ids"], seconds=time.perf_counter() - begun,
-        )  # fmt: skip
+            output_dir=str(self.output_dir),
+            checkpoint=str(self.output_dir / f"checkpoint-{steps}"),
+            store=None if self.store is None else str(self.store),
+            run=None if run is None else run.name,
+            steps=steps,
+            resumed_from=resumed.step,
+            rows=len(rows),
+            parameters=parameter_count(model),
+            repeated_ids=manifest["corpus"]["repeated_ids"],
+            seconds=time.perf_counter() - begun,
+        )
 
     @property
     def _checkpoint_interval(self) -> int:
@@ -288,9 +341,14 @@ class _Job:
         if self.val_set is None:
             return None
         return read_val(
-            self.val_set, self.fields, tokenizer, max_length, max_samples=self.max_val_samples,
-            seed=self.config.seed, progress=self.progress,
-        )  # fmt: skip
+            self.val_set,
+            self.fields,
+            tokenizer,
+            max_length,
+            max_samples=self.max_val_samples,
+            seed=self.config.seed,
+            progress=self.progress,
+        )
 
     def _source(self, start: Start) -> dict[str, str | None]:
         return {
@@ -343,10 +401,15 @@ class _Job:
 
         def save() -> None:
             save_state(
-                self.output_dir, step=step, model=model, tokenizer=tokenizer, optimizer=trainer.optimizer,
-                identity=identity, pending=pending,
+                self.output_dir,
+                step=step,
+                model=model,
+                tokenizer=tokenizer,
+                optimizer=trainer.optimizer,
+                identity=identity,
+                pending=pending,
                 scaler={} if trainer.scaler is None else {k: float(v) for k, v in trainer.scaler.state_dict().items()},
-            )  # fmt: skip
+            )
             prune(self.output_dir, self.config.keep_checkpoints)
 
         self.ranks.led(save)

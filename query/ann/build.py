@@ -98,12 +98,23 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
         effort, searcher.candidates = tune(engine, searcher, samples, plan.target_recall, code_bytes)
         engine.set_effort(effort)
         manifest = IndexManifest(
-            factory=plan.factory, metric=plan.metric, dimension=part.layout.dimension,
-            front_dimension=plan.front_dimension, front_key=key, scale=scale, rows=len(table), spans=len(part.spans),
-            coverage=part.fingerprint(), effort=effort, candidates=searcher.candidates,
-            target_recall=plan.target_recall, recall=measure(searcher, samples), seconds=time.perf_counter() - began,
-            software=versions_of("ghoststore", "numpy") | {"faiss": load_faiss().__version__}, files=files,
-        )  # fmt: skip
+            factory=plan.factory,
+            metric=plan.metric,
+            dimension=part.layout.dimension,
+            front_dimension=plan.front_dimension,
+            front_key=key,
+            scale=scale,
+            rows=len(table),
+            spans=len(part.spans),
+            coverage=part.fingerprint(),
+            effort=effort,
+            candidates=searcher.candidates,
+            target_recall=plan.target_recall,
+            recall=measure(searcher, samples),
+            seconds=time.perf_counter() - began,
+            software=versions_of("ghoststore", "numpy") | {"faiss": load_faiss().__version__},
+            files=files,
+        )
         publish_index(folder, manifest)
     return manifest
 

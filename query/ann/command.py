@@ -100,8 +100,12 @@ def _plan(
     given = [] if dimension == "auto" else [str(dimension)]
     return Plan(
         name=safe_name(metric, factory, *given) if name is None else check_name(name, "index"),
-        factory=factory, metric=metric, front_dimension=front_dimension, target_recall=target, device=device,
-    )  # fmt: skip
+        factory=factory,
+        metric=metric,
+        front_dimension=front_dimension,
+        target_recall=target,
+        device=device,
+    )
 
 
 def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None:

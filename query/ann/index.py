@@ -80,9 +80,7 @@ class AnnIndex:
                 f"{manifest.path_of(folder, 'faiss')} holds {engine.rows} rows × {engine.dimension}; its manifest says "
                 f"{manifest.rows} × {manifest.front_dimension}"
             )
-        front = Front(
-            manifest.dimension, manifest.front_dimension, manifest.front_key, manifest.metric, manifest.scale
-        )  # fmt: skip
+        front = Front(manifest.dimension, manifest.front_dimension, manifest.front_key, manifest.metric, manifest.scale)
         return cls(part, name, manifest, Searcher(engine, front, rows, manifest.candidates))
 
     def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:

@@ -45,7 +45,7 @@ class Searcher:
         signed = sign if term.weight >= 0 else -sign
         places_QC = self.engine.search(
             self.front.queries(term.queries_QD * signed), max(self.candidates, OVERSAMPLE * k)
-        )  # fmt: skip
+        )
         if places_QC.max(initial=-1) >= len(self.rows.table):
             raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
         scores_QC = self._scores(term, places_QC)

@@ -33,10 +33,14 @@ def hits_of(
     def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:
         at = place[row]
         shared: dict[str, Any] = {
-            "rank": rank, "score": float(score), "id": str(ids[at]), "source_row": int(sources[at]),
-            "domain": names[domains[at]] if domains[at] >= 0 else None, "text": texts[at],
+            "rank": rank,
+            "score": float(score),
+            "id": str(ids[at]),
+            "source_row": int(sources[at]),
+            "domain": names[domains[at]] if domains[at] >= 0 else None,
+            "text": texts[at],
             "window_start": int(windows[at]),
-        }  # fmt: skip
+        }
         if blend is None:
             return Hit(**shared)
         value = float(blend.values.value[row])

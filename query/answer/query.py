@@ -94,11 +94,25 @@ def query(
     if index_name is not None and index == "exact":
         raise UsageError("--index-name belongs to --index ann")
     question = Question(
-        store=store, val_set=val_set, part=part, each=each, group_field=group_field, combine=combine, metric=metric,
-        layers=layers, exclude_layers=exclude_layers, fields=fields, max_samples=max_samples, checkpoint=checkpoint,
-        device=device, with_scores=with_scores, score_weight=score_weight, part_weights=part_weights,
-        precondition=precondition, damping=damping,
-    )  # fmt: skip
+        store=store,
+        val_set=val_set,
+        part=part,
+        each=each,
+        group_field=group_field,
+        combine=combine,
+        metric=metric,
+        layers=layers,
+        exclude_layers=exclude_layers,
+        fields=fields,
+        max_samples=max_samples,
+        checkpoint=checkpoint,
+        device=device,
+        with_scores=with_scores,
+        score_weight=score_weight,
+        part_weights=part_weights,
+        precondition=precondition,
+        damping=damping,
+    )
     if index == "ann":
         _refuse_index(question)
     asked = ask(question, progress)

@@ -148,10 +148,16 @@ class Asked:
         found = self.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
         with RowsAgain(self.part, checkpoint=self.question.checkpoint, device=self.device, progress=progress) as again:
             best, worst = (
-                rerank(one, term.queries_QD, metric=self.question.metric, top_k=min(count, one.rows.shape[1]),
-                       rows_again=lambda rows: again(rows) * term.mask, sign=sign)
+                rerank(
+                    one,
+                    term.queries_QD,
+                    metric=self.question.metric,
+                    top_k=min(count, one.rows.shape[1]),
+                    rows_again=lambda rows: again(rows) * term.mask,
+                    sign=sign,
+                )
                 for one, count, sign in zip(found, (top_k, bottom_k), (1.0, -1.0), strict=True)
-            )  # fmt: skip
+            )
         if self.question.metric == "dot":
             return best, worst
         lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
@@ -259,10 +265,15 @@ def ask(question: Question, progress: Progress) -> Asked:
             inverse = DampedInverse(one, checked_damping(question.damping), progress, device)
         terms.append(
             Term.of(
-                one, val.vectors, metric=question.metric, weight=weight, groups=groups, preconditioner=inverse,
+                one,
+                val.vectors,
+                metric=question.metric,
+                weight=weight,
+                groups=groups,
+                preconditioner=inverse,
                 names=val.ids,
             )
-        )  # fmt: skip
+        )
     names = list(vals[0].ids)
     if question.group_field is not None:
         if COMBINED in names:
@@ -299,10 +310,15 @@ def encode(
 ) -> ValVectors:
     """The val set's vectors as ``question`` groups them; with ``blocks`` before the sketch. Notes what is left out."""
     val = encode_val_set(
-        part, corpus, grouping="each" if question.each else "mean" if question.group_field is None else "domain",
-        checkpoint=question.checkpoint, device=device, max_samples=question.max_samples, blocks=blocks,
+        part,
+        corpus,
+        grouping="each" if question.each else "mean" if question.group_field is None else "domain",
+        checkpoint=question.checkpoint,
+        device=device,
+        max_samples=question.max_samples,
+        blocks=blocks,
         progress=progress,
-    )  # fmt: skip
+    )
     if val.left_out and not blocks:
         shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
         progress.note(f"val rows left out: {shown}; {val.used} are used")

@@ -60,9 +60,12 @@ def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> De
     train += facts
     Random(f"{seed}/order").shuffle(train)
     return DemoCorpus(
-        train=train, val_domains=val_domains, val_facts=plain, val_facts_paraphrased=paraphrased,
+        train=train,
+        val_domains=val_domains,
+        val_facts=plain,
+        val_facts_paraphrased=paraphrased,
         val_facts_inflected=inflected,
-    )  # fmt: skip
+    )
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:

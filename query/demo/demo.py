@@ -116,9 +116,16 @@ def demo(
     seconds = {"training with scores": time.perf_counter() - clock}
     clock = time.perf_counter()
     built: BuildReport = build(
-        checkpoint=trained.checkpoint, data=files["train"], store=store, name=PART, max_length=MAX_LENGTH,
-        batch_tokens=4096, projection=PROJECTION, proj_dtype="int8", progress=progress,
-    )  # fmt: skip
+        checkpoint=trained.checkpoint,
+        data=files["train"],
+        store=store,
+        name=PART,
+        max_length=MAX_LENGTH,
+        batch_tokens=4096,
+        projection=PROJECTION,
+        proj_dtype="int8",
+        progress=progress,
+    )
     seconds["build"] = time.perf_counter() - clock
     clock = time.perf_counter()
     values = _values(store, corpus)
@@ -137,15 +144,26 @@ def demo(
         examples += _examples(questions, result.results) if name == "facts_paraphrased" else []
     seconds["queries"] = time.perf_counter() - clock
     report = DemoReport(
-        folder=str(folder), rows=built.rows, planted=len(corpus.val_facts), domains=domains,
-        final_loss=float(trained.train_loss or np.nan), val_loss=float(trained.val_loss or np.nan),
+        folder=str(folder),
+        rows=built.rows,
+        planted=len(corpus.val_facts),
+        domains=domains,
+        final_loss=float(trained.train_loss or np.nan),
+        val_loss=float(trained.val_loss or np.nan),
         scored={
-            "run": RUN, "negative_share": trained.negative_share, "share_of_time": trained.score_share,
+            "run": RUN,
+            "negative_share": trained.negative_share,
+            "share_of_time": trained.score_share,
             "val_refresh_interval": VAL_REFRESH,
         },
-        values=values, recall=recall, chance_at_10=10 / built.rows, examples=examples, seconds=seconds,
-        plot=str(folder / "demo.png"), scores_plot=str(folder / "scores.png"),
-    )  # fmt: skip
+        values=values,
+        recall=recall,
+        chance_at_10=10 / built.rows,
+        examples=examples,
+        seconds=seconds,
+        plot=str(folder / "demo.png"),
+        scores_plot=str(folder / "scores.png"),
+    )
     _plot(report, folder / "demo.png")
     (folder / MARKER).write_text(json.dumps(report.to_json(), indent=1) + "\n")
     return report
@@ -181,12 +199,27 @@ def _train(
     """A tokenizer, and a small GPT-2 whose samples are scored against every val domain while it trains."""
     train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
     return train(
-        data=files["train"], val_set=files["val"], store=folder / "store", name=RUN, output_dir=folder / "training",
-        tokenizer=folder / "tokenizer", architecture="GPT2-Tiny", max_length=MAX_LENGTH, batch_size=16,
-        max_steps=steps, learning_rate=3e-3, adam_beta2=0.99, weight_decay=0.01, eval_interval=steps,
-        val_batch_size=32, val_refresh_interval=VAL_REFRESH, val_groups=True, keep_checkpoints=1, seed=seed,
+        data=files["train"],
+        val_set=files["val"],
+        store=folder / "store",
+        name=RUN,
+        output_dir=folder / "training",
+        tokenizer=folder / "tokenizer",
+        architecture="GPT2-Tiny",
+        max_length=MAX_LENGTH,
+        batch_size=16,
+        max_steps=steps,
+        learning_rate=3e-3,
+        adam_beta2=0.99,
+        weight_decay=0.01,
+        eval_interval=steps,
+        val_batch_size=32,
+        val_refresh_interval=VAL_REFRESH,
+        val_groups=True,
+        keep_checkpoints=1,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def _values(store: Path, corpus: DemoCorpus) -> dict[str, dict[str, float]]:

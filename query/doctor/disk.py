@@ -36,9 +36,13 @@ def examine(subject: Subject) -> Finding:
     except OSError as error:
         return skipped(f"{folder} cannot be written: {error.strerror or error}")
     details = {
-        "folder": str(folder), "bytes": size, "write_bytes_per_second": write, "read_bytes_per_second": read,
-        "read_from_disk": evicted, "free_bytes": free,
-    }  # fmt: skip
+        "folder": str(folder),
+        "bytes": size,
+        "write_bytes_per_second": write,
+        "read_bytes_per_second": read,
+        "read_from_disk": evicted,
+        "free_bytes": free,
+    }
     summary = f"{write / 1e6:,.0f} MB/s written with fsync, {read / 1e6:,.0f} MB/s read{'' if evicted else ' (memory)'}"
     if min(write, read) >= SLOW:
         return Finding(status=Verdict.OK, summary=summary, details=details)

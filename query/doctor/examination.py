@@ -119,10 +119,15 @@ def doctor(
     )
     plan = ProjectionPlan.of(selection, config)
     subject = Subject(
-        models=models, model=reference, rows=rows, selection=selection, projection=Projection(plan),
-        kernels=None if attn_implementation is None else (attn_implementation,), reduction=loss_reduction,
+        models=models,
+        model=reference,
+        rows=rows,
+        selection=selection,
+        projection=Projection(plan),
+        kernels=None if attn_implementation is None else (attn_implementation,),
+        reduction=loss_reduction,
         store=Path(store),
-    )  # fmt: skip
+    )
     settings = {
         "data": "built-in sentences" if data is None else str(data),
         "samples": len(rows),

@@ -14,18 +14,22 @@ def examine(subject: Subject) -> Finding:
         faiss = load_faiss()
     except UsageError as error:
         return Finding(
-            status=Verdict.ADVICE, summary="no FAISS that can be used", advice=(f"{error}.",),
+            status=Verdict.ADVICE,
+            summary="no FAISS that can be used",
+            advice=(f"{error}.",),
             details={"installed": False},
-        )  # fmt: skip
+        )
     details = {"installed": True, "version": faiss.__version__, "gpus": 0}
     if subject.models.device.startswith("cuda"):
         try:
             check_device("cuda")
         except UsageError as error:
             return Finding(
-                status=Verdict.ADVICE, summary=f"FAISS {faiss.__version__}, for the CPU alone",
-                advice=(f"{error}.",), details=details,
-            )  # fmt: skip
+                status=Verdict.ADVICE,
+                summary=f"FAISS {faiss.__version__}, for the CPU alone",
+                advice=(f"{error}.",),
+                details=details,
+            )
     details["gpus"] = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
     where = f"{details['gpus']} GPUs" if details["gpus"] else "the CPU"
     return Finding(status=Verdict.OK, summary=f"FAISS {faiss.__version__} on {where}", details=details)

@@ -14,10 +14,15 @@ POOL = 256
 """Samples of a corpus that are looked at to choose from."""
 
 _SHORT = (
-    "The river froze early that year.", "Add two eggs and stir.", "Why does ice float on water?",
-    "A prime has no divisors but one and itself.", "She sold the old piano.", "Rain fell on the harbour all night.",
-    "def area(r): return 3.14159 * r * r", "The committee will meet again on Tuesday.",
-)  # fmt: skip
+    "The river froze early that year.",
+    "Add two eggs and stir.",
+    "Why does ice float on water?",
+    "A prime has no divisors but one and itself.",
+    "She sold the old piano.",
+    "Rain fell on the harbour all night.",
+    "def area(r): return 3.14159 * r * r",
+    "The committee will meet again on Tuesday.",
+)
 _LONG = (
     "Light from the nearest star takes more than four years to arrive, so we see it as it was.",
     "To repair the pump, close the valve, drain the pipe, replace the worn seal and open the valve slowly.",

@@ -112,17 +112,27 @@ def evaluate(
     device = resolve_device(device)
     opened, names = Store.open(store), part_names(part)
     task = Task.of(
-        opened.part(names[0]), str(val_set), Path(out), fields=fields or Fields(), max_val_samples=max_val_samples,
+        opened.part(names[0]),
+        str(val_set),
+        Path(out),
+        fields=fields or Fields(),
+        max_val_samples=max_val_samples,
         recipe=Recipe(max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
-        device=device, progress=progress,
-    )  # fmt: skip
+        device=device,
+        progress=progress,
+    )
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
     note_repeated(task.part, progress)
     base = Question(
-        store=store, val_set=val_set, part=task.part.name, each=True, fields=fields, max_samples=max_val_samples,
+        store=store,
+        val_set=val_set,
+        part=task.part.name,
+        each=True,
+        fields=fields,
+        max_samples=max_val_samples,
         device=device,
-    )  # fmt: skip
+    )
     several = {"part": names, "part_weights": part_weights}
     of = task.methods(base, several, methods, damping, None if run is None else opened.run(run))
     trainings = _Trainings(task, Path(out) / "trainings", workers)
@@ -136,17 +146,26 @@ def evaluate(
             correlations.append(_lds_of(task, method, one, np.stack(list(kept.values())), halved))
         scored[method] = replace(one, samples_VN=None)  # (V, N) is large
     return EvaluateReport(
-        store=str(store), out=str(out),
+        store=str(store),
+        out=str(out),
         settings={
-            "part": task.part.name, "repeated_ids": task.part.repeated_ids, "val_set": str(val_set),
-            "val_samples": len(task.ids), "samples": task.samples,
-            "groups": {name: len(places) for name, places in task.groups.items()}, "tests": list(tests),
-            "halves": halves, "drop": drop, "top_k": top_k, "repeats": repeats, **asdict(task.retrainer.job.recipe),
+            "part": task.part.name,
+            "repeated_ids": task.part.repeated_ids,
+            "val_set": str(val_set),
+            "val_samples": len(task.ids),
+            "samples": task.samples,
+            "groups": {name: len(places) for name, places in task.groups.items()},
+            "tests": list(tests),
+            "halves": halves,
+            "drop": drop,
+            "top_k": top_k,
+            "repeats": repeats,
+            **asdict(task.retrainer.job.recipe),
         },
         lds=correlations,
         removal=_removals(trainings, scored, drop, repeats) if "removal" in tests else [],
         tail_patch=_tail_patches(task, scored, top_k, repeats) if "tail-patch" in tests else [],
-    )  # fmt: skip
+    )
 
 
 def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:

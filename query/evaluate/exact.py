@@ -112,14 +112,18 @@ class ExactScores:
         return int(self.part.manifest["coverage"]["covered" if scaled(self.part) else "total"])
 
     def _files(self, places_R: NDArray[np.int64], at_once: int) -> BlockFiles:
-        of = json_digest({
-            **exact_identity(self.part), "dtype": self.part.manifest["dtype"]["model"],
-            "rows": hashlib.sha256(places_R.astype("<i8").tobytes()).hexdigest(),
-        })  # fmt: skip
+        of = json_digest(
+            {
+                **exact_identity(self.part),
+                "dtype": self.part.manifest["dtype"]["model"],
+                "rows": hashlib.sha256(places_R.astype("<i8").tobytes()).hexdigest(),
+            }
+        )
         identity = {
-            "part": of, "val": {"fingerprint": self.val_fingerprint, "samples": len(self.ids)},
+            "part": of,
+            "val": {"fingerprint": self.val_fingerprint, "samples": len(self.ids)},
             "grid": {"vals": at_once, "rows": ROWS_AT_ONCE},
-        }  # fmt: skip
+        }
         return BlockFiles(self.folder / of[:16], identity)
 
     def _compute(

@@ -40,7 +40,9 @@ def removal_of(
     random_RV = np.stack(random)
     means_R = random_RV.mean(1)
     return Removal(
-        method=method, loss=float(losses_V.mean()), change=float(losses_V.mean() - means_R.mean()),
+        method=method,
+        loss=float(losses_V.mean()),
+        change=float(losses_V.mean() - means_R.mean()),
         deviation=float(means_R.std(ddof=1)) if len(means_R) > 1 else None,
         groups={name: float((losses_V - random_RV.mean(0))[places].mean()) for name, places in groups.items()},
-    )  # fmt: skip
+    )

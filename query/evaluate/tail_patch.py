@@ -54,9 +54,12 @@ class TailPatches:
             best = [int(sample) for sample in order if self._patch.usable(int(sample))][: self._count]
             gains[name] = self._gain(name, best)
         return TailPatch(
-            method=method, gain=float(np.mean(list(gains.values()))), random=self._random, deviation=self._deviation,
+            method=method,
+            gain=float(np.mean(list(gains.values()))),
+            random=self._random,
+            deviation=self._deviation,
             groups=gains,
-        )  # fmt: skip
+        )
 
     def _gain(self, group: str, samples: list[int]) -> float:
         return float(self._before[group] - self._patch.losses_after(samples, self._groups[group]).mean())

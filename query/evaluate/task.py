@@ -60,9 +60,17 @@ class Task:
 
     @classmethod
     def of(
-        cls, part: Part, val_set: str, out: Path, *, fields: Fields, max_val_samples: int | None, recipe: Recipe,
-        device: str, progress: Progress,
-    ) -> Task:  # fmt: skip
+        cls,
+        part: Part,
+        val_set: str,
+        out: Path,
+        *,
+        fields: Fields,
+        max_val_samples: int | None,
+        recipe: Recipe,
+        device: str,
+        progress: Progress,
+    ) -> Task:
         """Check the model and the corpus behind ``part``, tokenize it once (into ``out``), read the val set.
 
         MismatchError if one of them is not the one that the part was built from any more.
@@ -77,9 +85,13 @@ class Task:
             shards = out / "tokens"
             names = ("text", "prompt", "completion", "messages", "id", "domain")
             tokenize(
-                data=source["data"], tokenizer=tokenizer, out=shards, max_samples=kept["max_samples"],
-                fields=Fields(**{name: kept["fields"].get(name) for name in names}), progress=progress,
-            )  # fmt: skip
+                data=source["data"],
+                tokenizer=tokenizer,
+                out=shards,
+                max_samples=kept["max_samples"],
+                fields=Fields(**{name: kept["fields"].get(name) for name in names}),
+                progress=progress,
+            )
         retrainer = Retrainer(
             Retraining(
                 model_folder=str(model),
@@ -153,10 +165,15 @@ class Task:
 
     def _exact(self, base: Question, methods: Sequence[str]) -> dict[str, Callable[[], Scored]]:
         scores = ExactScores(
-            part=self.part, question=base, ids=self.ids, places=self.places_in_val,
-            val_fingerprint=self.retrainer.val.fingerprint, samples=self.samples,
-            folder=self.out / "exact", progress=self.progress,
-        )  # fmt: skip
+            part=self.part,
+            question=base,
+            ids=self.ids,
+            places=self.places_in_val,
+            val_fingerprint=self.retrainer.val.fingerprint,
+            samples=self.samples,
+            folder=self.out / "exact",
+            progress=self.progress,
+        )
 
         def exact(method: str) -> Callable[[], Scored]:
             scores.refuse(method)

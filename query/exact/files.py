@@ -77,8 +77,11 @@ class GradientFiles:
             with appearing(path) as temporary:
                 save_file({"gradients": gradients_BP}, temporary)
             entry = {
-                "rows": list(rows), **asdict(FileRecord.of(path)), "losses": losses, "statuses": statuses,
-            }  # fmt: skip
+                "rows": list(rows),
+                **asdict(FileRecord.of(path)),
+                "losses": losses,
+                "statuses": statuses,
+            }
             files = {**self.manifest["files"], path.name: entry}
             self.manifest = {**self.manifest, "files": dict(sorted(files.items()))}
             self._publish()

@@ -96,17 +96,22 @@ def full_gradients(
             "tokenizer": own.identity,
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
-            "loss": {"definition": "next-token cross-entropy of each sample's own targets",
-                     "reduction": loss_reduction},
+            "loss": {
+                "definition": "next-token cross-entropy of each sample's own targets",
+                "reduction": loss_reduction,
+            },
             "parameters": [one.to_json() for one in exact.slices],
             "dtype": {"model": model_dtype, "stored": dtype},
             "rows": [_row_entry(row) for row in read.rows],
             "rows_per_file": max(1, FILE_BYTES // (exact.numbers * getattr(torch, dtype).itemsize)),
             "source": _source(found, tokenizer, corpus, str(data)),
             "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "safetensors"),
-            "compute": {"device": torch.device(device).type, "threads": torch.get_num_threads(),
-                        "attn_implementation": getattr(model.config, "_attn_implementation", None)},
-        }  # fmt: skip
+            "compute": {
+                "device": torch.device(device).type,
+                "threads": torch.get_num_threads(),
+                "attn_implementation": getattr(model.config, "_attn_implementation", None),
+            },
+        }
         job = GradientsJob(exact, read, manifest, getattr(torch, dtype))
         if dry_run:
             stored = stored_manifest(out, manifest)

@@ -92,14 +92,22 @@ class GradientsJob:
         widest = max(stop - start for start, stop in self.blocks)
         one = self.exact.numbers * next(iter(self.exact.parameters.values())).dtype.itemsize
         return FullGradientsReport(
-            out=str(out), samples=self.read.samples, rows=len(self.read.rows),
-            tokens=sum(len(row.tokens) for row in self.read.rows), numbers=self.exact.numbers,
-            parameters=len(self.exact.parameters), dtype=self.manifest["dtype"]["stored"], files=len(self.blocks),
-            resumed_files=resumed, bytes_on_disk=len(self.read.rows) * self.row_bytes,
-            memory_bytes=2 * widest * self.row_bytes + one, dry_run=dry_run,
-            statuses=dict(Counter(row.status.name.lower() for row in self.read.rows)), seconds=seconds,
+            out=str(out),
+            samples=self.read.samples,
+            rows=len(self.read.rows),
+            tokens=sum(len(row.tokens) for row in self.read.rows),
+            numbers=self.exact.numbers,
+            parameters=len(self.exact.parameters),
+            dtype=self.manifest["dtype"]["stored"],
+            files=len(self.blocks),
+            resumed_files=resumed,
+            bytes_on_disk=len(self.read.rows) * self.row_bytes,
+            memory_bytes=2 * widest * self.row_bytes + one,
+            dry_run=dry_run,
+            statuses=dict(Counter(row.status.name.lower() for row in self.read.rows)),
+            seconds=seconds,
             manifest=self.manifest,
-        )  # fmt: skip
+        )
 
     def write(self, out: Path, progress: Progress, begun: float) -> FullGradientsReport:
         """Every file that is missing."""

@@ -112,14 +112,22 @@ def fidelity(
     references = {share: products.only(queries, rows_in) for share, products in exact.items()}
     whole = None if scaled(opened) else references["layers"] + references["rest"]
     report = FidelityReport(
-        store=str(store), part=opened.name, metric=metric, rows=found_QR.shape[1], val_samples=len(found_QR),
-        val_set=None if val_set is None else str(val_set), seed=seed,
+        store=str(store),
+        part=opened.name,
+        metric=metric,
+        rows=found_QR.shape[1],
+        val_samples=len(found_QR),
+        val_set=None if val_set is None else str(val_set),
+        seed=seed,
         layers=agreement(found_QR, references["layers"].scores(metric), seed=seed),
         all=None if whole is None else agreement(found_QR, whole.scores(metric), seed=seed),
         own_metric=metric_words(opened),
-        coverage=float(opened.manifest["coverage"]["share"]), only_layers=list(layers),
-        without_layers=list(exclude_layers), kept=False, seconds=time.perf_counter() - begun,
-    )  # fmt: skip
+        coverage=float(opened.manifest["coverage"]["share"]),
+        only_layers=list(layers),
+        without_layers=list(exclude_layers),
+        kept=False,
+        seconds=time.perf_counter() - begun,
+    )
     return report if groups is not None else _keep(opened, report, progress)
 
 

@@ -45,8 +45,9 @@ def draw_errors(curve: dict[str, Any], path: Path, reference_numbers: int | None
     title = TITLES[curve["reference"].split("=")[0]]
     figure.suptitle(
         f"Against {curve['reference']}: {title}   ·   {curve['rows']:,} rows × {curve['val_samples']:,} val samples, "
-        "95 % intervals", fontsize=11,
-    )  # fmt: skip
+        "95 % intervals",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -71,9 +72,15 @@ def _draw_theory(axes: Any, points: list[dict[str, Any]], reference_numbers: int
     if known:
         heights = [MEAN_OF_NORMAL * point["theory_rms"] for point in known]
         axes.plot(
-            [point["numbers"] for point in known], heights, color=THEORY, linestyle="none", marker="_", markersize=22,
-            markeredgewidth=2, label="theory: these blocks, √(2/π) σ",
-        )  # fmt: skip
+            [point["numbers"] for point in known],
+            heights,
+            color=THEORY,
+            linestyle="none",
+            marker="_",
+            markersize=22,
+            markeredgewidth=2,
+            label="theory: these blocks, √(2/π) σ",
+        )
 
 
 def _has_error(point: dict[str, Any]) -> bool:

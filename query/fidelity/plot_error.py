@@ -147,10 +147,17 @@ def plot_error(
         for one in sorted(parts, key=lambda one: (one.layout.dimension, one.name))
     ]
     curve = ErrorCurve(
-        store=str(store), reference=reference, metric=metric, rows=truth.dots_QR.shape[1],
-        val_samples=truth.dots_QR.shape[0], val_set=None if val_set is None else str(val_set), seed=seed, points=points,
-        plot=str(path), numbers_file=str(path.with_suffix(".json")),
-    )  # fmt: skip
+        store=str(store),
+        reference=reference,
+        metric=metric,
+        rows=truth.dots_QR.shape[1],
+        val_samples=truth.dots_QR.shape[0],
+        val_set=None if val_set is None else str(val_set),
+        seed=seed,
+        points=points,
+        plot=str(path),
+        numbers_file=str(path.with_suffix(".json")),
+    )
     _write(curve, path, other)
     return curve
 
@@ -235,13 +242,18 @@ def _point(
     ranks = [(int(layer["ranks"][0]), int(layer["ranks"][1])) for layer in part.manifest["layers"]]
     known = pairs and projection["kind"] == "gaussian" and projection.get("compress_by", "all") == "all"
     return ErrorPoint(
-        part=part.name, numbers=part.layout.dimension, rank_total=projection["rank_total"],
-        compress=projection["compress"], kind=projection["kind"], dtype=part.layout.dtype,
+        part=part.name,
+        numbers=part.layout.dimension,
+        rank_total=projection["rank_total"],
+        compress=projection["compress"],
+        kind=projection["kind"],
+        dtype=part.layout.dtype,
         mean_error=resample(errors_QR.mean(1), lambda of_queries: of_queries.mean(1)),
         rms_error=resample(np.square(errors_QR).mean(1), lambda of_queries: np.sqrt(of_queries.mean(1))),
-        agreement=agreement(found.scores(metric), truth.scores(metric), seed=seed), theory_dense=theory_dense,
+        agreement=agreement(found.scores(metric), truth.scores(metric), seed=seed),
+        theory_dense=theory_dense,
         theory_rms=kronecker_error(pairs, ranks, projection["compress"]) if known else None,
-    )  # fmt: skip
+    )
 
 
 def _write(curve: ErrorCurve, path: Path, reference_numbers: int | None) -> None:

@@ -71,11 +71,16 @@ class SelectReport:
         """With the fields that follow from what was chosen; the others are ``said``."""
         places = chosen.places
         return cls(
-            samples=len(places), tokens=int(samples.tokens[places].sum()), available=int(samples.usable.sum()),
-            considered=chosen.considered, short=chosen.short, domains=domain_shares(samples, places),
-            lengths=quantiles(samples, places, samples.tokens), scores=quantiles(samples, places, samples.score),
+            samples=len(places),
+            tokens=int(samples.tokens[places].sum()),
+            available=int(samples.usable.sum()),
+            considered=chosen.considered,
+            short=chosen.short,
+            domains=domain_shares(samples, places),
+            lengths=quantiles(samples, places, samples.tokens),
+            scores=quantiles(samples, places, samples.score),
             **said,
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of the report's file, which ``ghoststore select --json`` prints."""
@@ -96,10 +101,13 @@ def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainSha
             continue
         shares.append(
             DomainShare(
-                domain=name, chosen=len(mine), available=available, tokens=int(samples.tokens[mine].sum()),
+                domain=name,
+                chosen=len(mine),
+                available=available,
+                tokens=int(samples.tokens[mine].sum()),
                 mean_score=float(samples.score[mine].mean()) if len(mine) else None,
             )
-        )  # fmt: skip
+        )
     return shares
 
 
@@ -119,8 +127,12 @@ def row_list(samples: Samples, chosen: Chosen, written: NDArray[np.int64]) -> It
     names = [*samples.part.domains, None]
     for place, name in zip(written.tolist(), ids, strict=True):
         entry = {
-            "id": str(name), "source_row": int(samples.source_row[place]), "domain": names[samples.domain[place]],
-            "tokens": int(samples.tokens[place]), "score": float(samples.score[place]),
-            "rank": int(chosen.rank[place]), "picked": int(picked[place]),
-        }  # fmt: skip
+            "id": str(name),
+            "source_row": int(samples.source_row[place]),
+            "domain": names[samples.domain[place]],
+            "tokens": int(samples.tokens[place]),
+            "score": float(samples.score[place]),
+            "rank": int(chosen.rank[place]),
+            "picked": int(picked[place]),
+        }
         yield json.dumps(entry, ensure_ascii=False) + "\n"

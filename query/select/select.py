@@ -86,9 +86,15 @@ def select(
     chosen = choice.make(asked, samples, np.where(excluded, np.nan, samples.score), progress)
     settings = {**asked.settings(), "val_set": str(wanted.val_set), "ranking": asked.names[0], **choice.settings()}
     made = SelectReport.of(
-        samples, chosen, store=str(wanted.store), out=str(files.out), report=str(files.report),
-        rows_file=str(files.rows), settings={**settings, "order": files.order}, leaks=report_of(found, leaks),
-    )  # fmt: skip
+        samples,
+        chosen,
+        store=str(wanted.store),
+        out=str(files.out),
+        report=str(files.report),
+        rows_file=str(files.rows),
+        settings={**settings, "order": files.order},
+        leaks=report_of(found, leaks),
+    )
     _tell(made, progress)
     files.write(made, corpus, places, samples, chosen)
     return made

@@ -83,9 +83,14 @@ class Choice:
         memory.
         """
         pools = make_pools(
-            self.amount, self.quotas, score_M=score_M, tokens_M=samples.tokens, domain_M=samples.domain,
-            domains=samples.part.domains, part=samples.part.name,
-        )  # fmt: skip
+            self.amount,
+            self.quotas,
+            score_M=score_M,
+            tokens_M=samples.tokens,
+            domain_M=samples.domain,
+            domains=samples.part.domains,
+            part=samples.part.name,
+        )
         ranking = ranked(score_M)
         picked = best = pools.best(ranking)
         if not len(best):

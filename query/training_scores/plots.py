@@ -87,8 +87,16 @@ def plot_scores(
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.6g}" if step < 1e6 else f"{step / 1e6:g} M")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9,
-                  title="domain (number of scores)", title_fontsize=9)  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(5, len(labels)),
+        frameon=False,
+        fontsize=9,
+        title="domain (number of scores)",
+        title_fontsize=9,
+    )
     figure.suptitle(title or _title(run, group, layers, exclude_layers, sums), fontsize=11)
     with storage_errors(str(target)):
         figure.savefig(target, dpi=130)
@@ -120,8 +128,14 @@ def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
     for color, (label, columns) in zip(COLORS, lines, strict=False):
         mean, error = curves.mean_scores(lambda sums, columns=columns: sums[:, columns].sum(1))
         count = int(curves.domain_sums("times")[:, columns].sum())
-        axes.plot(curves.centres, mean, color=color, linewidth=1.7, label=f"{label} ({count:,})",
-                  marker="o" if np.isfinite(mean).sum() == 1 else None)  # fmt: skip
+        axes.plot(
+            curves.centres,
+            mean,
+            color=color,
+            linewidth=1.7,
+            label=f"{label} ({count:,})",
+            marker="o" if np.isfinite(mean).sum() == 1 else None,
+        )
         axes.fill_between(curves.centres, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
         highest += mean[np.isfinite(mean)].tolist()
         lowest += (mean - np.nan_to_num(error))[np.isfinite(mean)].tolist()
@@ -158,9 +172,15 @@ def _draw_sums(axes: Any, curves: Curves, lines: Lines, window: tuple[int, int])
     low, high = axes.get_ylim()
     for color, (label, _), height in zip(COLORS, lines, _apart(reached, 0.05 * (high - low)), strict=False):
         axes.annotate(
-            label, (ends[-1], height), color=color, fontsize=9, va="center", annotation_clip=False, xytext=(5, 0),
+            label,
+            (ends[-1], height),
+            color=color,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            xytext=(5, 0),
             textcoords="offset points",
-        )  # fmt: skip
+        )
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:

@@ -61,9 +61,7 @@ def scores(
     """
     progress = progress or Silent()
     ranked = {"--top-k": top_k, "--bottom-k": bottom_k}
-    _refuse_usage(
-        ranked, sample=sample, by=by, value=value, min_times=min_times, domains=domains, unit=unit
-    )  # fmt: skip
+    _refuse_usage(ranked, sample=sample, by=by, value=value, min_times=min_times, domains=domains, unit=unit)
     top_k = DEFAULT_TOP_K if top_k is None else top_k
     bottom_k = 0 if bottom_k is None else bottom_k
     if plot is not None:
@@ -92,8 +90,9 @@ def scores(
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and by is None:
         allowed = _allowed(units, sums, chosen, min_times)
-        hits = hits_of(opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text,
-                     unit, progress)  # fmt: skip
+        hits = hits_of(
+            opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text, unit, progress
+        )
     if plot is not None:
         plot_scores(opened, plot, steps=steps, group=group, layers=layers, exclude_layers=exclude_layers)
     return ScoresResult(
@@ -232,9 +231,18 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
     spans = spans_of(run, window)
     tally = sums.tally
     return ScoreSummary(
-        steps=_steps_of(run, spans, window), first=max(run.layout.span_of(spans[0])[0], window[0]),
-        last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1, planned=run.layout.steps,
-        gaps=gaps_of(run, window), rows=len(units), seen=int(sums.seen.sum()), times=tally.times, scored=tally.scored,
-        unscored=tally.unscored, not_finite=tally.not_finite, without_learning_rate=tally.without_learning_rate,
-        negative_share=tally.negative_share, repeated_ids=run.repeated_ids,
-    )  # fmt: skip
+        steps=_steps_of(run, spans, window),
+        first=max(run.layout.span_of(spans[0])[0], window[0]),
+        last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1,
+        planned=run.layout.steps,
+        gaps=gaps_of(run, window),
+        rows=len(units),
+        seen=int(sums.seen.sum()),
+        times=tally.times,
+        scored=tally.scored,
+        unscored=tally.unscored,
+        not_finite=tally.not_finite,
+        without_learning_rate=tally.without_learning_rate,
+        negative_share=tally.negative_share,
+        repeated_ids=run.repeated_ids,
+    )

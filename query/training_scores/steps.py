@@ -188,7 +188,11 @@ def stream_steps(
         there = sample >= 0
         step, rank, _ = there.nonzero()
         places = Places(
-            step=step + start, rank=rank, row=sample[there], score=column.of(data[column.array])[there],
-            learning_rate=data["learning_rate"][step], loss=data["loss"][there] if loss else None,
-        )  # fmt: skip
+            step=step + start,
+            rank=rank,
+            row=sample[there],
+            score=column.of(data[column.array])[there],
+            learning_rate=data["learning_rate"][step],
+            loss=data["loss"][there] if loss else None,
+        )
         yield StepPiece(start, stop, places, data)

@@ -40,12 +40,18 @@ def hits_of(
     def hit(rank: int, place: int) -> ScoreHit:
         at, times = place_of[place], int(sums.times[place])
         return ScoreHit(
-            rank=rank, value=float(values[place]), id=str(ids[at]), source_row=int(sources[at]),
-            domain=run.domains[domains[at]] if domains[at] >= 0 else None, times=times,
-            mean_score=float(sums.plain[place]) / times, negative_share=int(sums.negative[place]) / times,
-            last_step=int(sums.last_step[place]), text=texts[at],
+            rank=rank,
+            value=float(values[place]),
+            id=str(ids[at]),
+            source_row=int(sources[at]),
+            domain=run.domains[domains[at]] if domains[at] >= 0 else None,
+            times=times,
+            mean_score=float(sums.plain[place]) / times,
+            negative_share=int(sums.negative[place]) / times,
+            last_step=int(sums.last_step[place]),
+            text=texts[at],
             window_start=int(starts[at]) if unit == "window" else 0,
-        )  # fmt: skip
+        )
 
     return [[hit(rank, int(place)) for rank, place in enumerate(ranking, 1)] for ranking in rankings]
 
@@ -62,13 +68,18 @@ def by_domain(run: Run, units: Units, sums: ScoreSums, value: Value, allowed: ND
         plain, squares = float(sums.plain[mine].sum()), float(sums.squares[mine].sum())
         found.append(
             DomainScores(
-                domain=run.domains[place] if place >= 0 else None, rows=int(mine.sum()), scored_rows=rows, times=times,
-                value_per_row=total / rows if rows else None, value_per_time=total / times if times else None,
-                value_sum=total, negative_share=int(sums.negative[mine].sum()) / times if times else None,
+                domain=run.domains[place] if place >= 0 else None,
+                rows=int(mine.sum()),
+                scored_rows=rows,
+                times=times,
+                value_per_row=total / rows if rows else None,
+                value_per_time=total / times if times else None,
+                value_sum=total,
+                negative_share=int(sums.negative[mine].sum()) / times if times else None,
                 mean_score=plain / times if times else None,
                 standard_error=finite(float(standard_error(times, plain, squares))),
             )
-        )  # fmt: skip
+        )
     return sorted(found, key=lambda one: -math.inf if one.value_per_time is None else one.value_per_time, reverse=True)
 
 

@@ -142,9 +142,12 @@ class Watcher:
         end, sums, tally = end_of(run), self._sums, self._sums.tally
         unread = sum(stop - start for start, stop in map(run.layout.span_of, self._pending))
         shared: dict[str, Any] = {
-            "store": str(self._store.path), "run": run.name, "planned": run.layout.steps, "steps": run.steps,
+            "store": str(self._store.path),
+            "run": run.name,
+            "planned": run.layout.steps,
+            "steps": run.steps,
             "repeated_ids": run.repeated_ids,
-        }  # fmt: skip
+        }
         if not run.spans:
             return Frame(waiting=f"run {run.name!r} has no committed steps yet", **shared)
         tokens, seconds, scoring = (float(np.nansum([step[i] for step in self._recent_steps])) for i in range(3))
@@ -155,28 +158,41 @@ class Watcher:
         self._look_up([int(place) for places in ranked for place in places], run)
         left = run.layout.steps - end
         return Frame(
-            **shared, unread=unread, finished=end == run.layout.steps, gaps=gaps_of(run, (0, end)),
+            **shared,
+            unread=unread,
+            finished=end == run.layout.steps,
+            gaps=gaps_of(run, (0, end)),
             notes=list(self._heard.notes),
             seconds_left=left * seconds / len(self._recent_steps) if seconds and left else None,
-            train_loss=self._latest["train_loss"], val_loss=self._latest["val_loss"],
-            learning_rate=self._latest["learning_rate"], tokens_per_second=tokens / seconds if seconds else None,
-            score_share=scoring / seconds if seconds else None, scored=tally.scored,
+            train_loss=self._latest["train_loss"],
+            val_loss=self._latest["val_loss"],
+            learning_rate=self._latest["learning_rate"],
+            tokens_per_second=tokens / seconds if seconds else None,
+            score_share=scoring / seconds if seconds else None,
+            scored=tally.scored,
             left_out=tally.unscored + tally.not_finite + tally.without_learning_rate,
-            negative_share=tally.negative_share, recent_scores=len(recent),
+            negative_share=tally.negative_share,
+            recent_scores=len(recent),
             recent_negative_share=float((recent < 0).mean()) if len(recent) else None,
-            histogram=histogram, histogram_edges=edges,
+            histogram=histogram,
+            histogram_edges=edges,
             best=[self._extreme(int(place), values, run) for place in ranked[0]],
             worst=[self._extreme(int(place), values, run) for place in ranked[1]],
-            domains=self._trends(), curve=self._curve(),
-        )  # fmt: skip
+            domains=self._trends(),
+            curve=self._curve(),
+        )
 
     def _extreme(self, unit: int, values: NDArray[np.float64], run: Run) -> Extreme:
         domain = int(self._domain[unit])
         return Extreme(
-            id=self._ids[unit][0], source_row=self._ids[unit][1], id_repeats=self._repeats[self._ids[unit][0]],
+            id=self._ids[unit][0],
+            source_row=self._ids[unit][1],
+            id_repeats=self._repeats[self._ids[unit][0]],
             domain=run.domains[domain] if domain >= 0 else None,
-            value=float(values[unit]), times=int(self._sums.times[unit]), text=self._texts.get(unit),
-        )  # fmt: skip
+            value=float(values[unit]),
+            times=int(self._sums.times[unit]),
+            text=self._texts.get(unit),
+        )
 
     def _look_up(self, units: Sequence[int], run: Run) -> None:
         """Ids of ``units``, and their texts where the corpus is a file that is read at a place."""
@@ -203,13 +219,14 @@ class Watcher:
             per_bin = weighted / times
         found = [
             DomainTrend(
-                domain=self._curves.names[place], times=int(total[place]),
+                domain=self._curves.names[place],
+                times=int(total[place]),
                 value_per_time=float(weighted[:, place].sum() / total[place]),
                 negative_share=float(negative[:, place].sum() / total[place]),
                 trend=_finite(per_bin[:filled, place]),
             )
             for place in np.flatnonzero(total).tolist()
-        ]  # fmt: skip
+        ]
         return sorted(found, key=lambda one: -one.value_per_time)
 
     def _curve(self) -> Curve:
@@ -220,7 +237,7 @@ class Watcher:
         return Curve(
             steps=curves.centres[:count].tolist(),
             **{name: _finite(mean[:count]) for name, mean in means.items()},
-        )  # fmt: skip
+        )
 
 
 def _finite(values: NDArray[np.float64]) -> list[float | None]:

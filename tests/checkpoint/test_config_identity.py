@@ -21,46 +21,102 @@ from ghoststore.checkpoint.config_identity import (
 )
 
 HEADS: dict[str, Any] = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OLDER: dict[str, Any] = {
     name: value for name, value in HEADS.items() if name not in ("num_key_value_heads", "head_dim")
 }
-BART = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 2, "decoder_layers": 2,
-        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 40, "init_std": 0.3,
-        "max_position_embeddings": 64}  # fmt: skip
+BART = {
+    "d_model": 16,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "vocab_size": 40,
+    "init_std": 0.3,
+    "max_position_embeddings": 64,
+}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "gpt2": (tf.GPT2Config, tf.GPT2LMHeadModel, {
-        "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}),
+    "gpt2": (
+        tf.GPT2Config,
+        tf.GPT2LMHeadModel,
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
+    ),
     "llama": (tf.LlamaConfig, tf.LlamaForCausalLM, HEADS),
     "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, {n: v for n, v in HEADS.items() if n != "head_dim"}),
     "qwen3": (tf.Qwen3Config, tf.Qwen3ForCausalLM, HEADS),
     "gemma": (tf.GemmaConfig, tf.GemmaForCausalLM, HEADS),
     "gemma2": (tf.Gemma2Config, tf.Gemma2ForCausalLM, HEADS | {"sliding_window": 4}),
     "gemma3": (tf.Gemma3TextConfig, tf.Gemma3ForCausalLM, HEADS | {"sliding_window": 4, "num_hidden_layers": 6}),
-    "opt": (tf.OPTConfig, tf.OPTForCausalLM, {
-        "vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 64, "word_embed_proj_dim": 16, "init_std": 0.3}),
-    "t5": (tf.T5Config, tf.T5ForConditionalGeneration, {
-        "vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4,
-        "decoder_start_token_id": 0}),
+    "opt": (
+        tf.OPTConfig,
+        tf.OPTForCausalLM,
+        {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "ffn_dim": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 16,
+            "init_std": 0.3,
+        },
+    ),
+    "t5": (
+        tf.T5Config,
+        tf.T5ForConditionalGeneration,
+        {
+            "vocab_size": 40,
+            "d_model": 16,
+            "d_kv": 4,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+    ),
     "gpt_neox": (tf.GPTNeoXConfig, tf.GPTNeoXForCausalLM, OLDER),
     "bert": (tf.BertConfig, tf.BertLMHeadModel, OLDER | {"is_decoder": True}),
     "bart": (tf.BartConfig, tf.BartForCausalLM, BART | {"is_decoder": True, "is_encoder_decoder": False}),
-}  # fmt: skip
+}
 """Configuration, model, settings of a tiny one."""
 
 OTHERS: dict[str, Any] = {
-    "_name_or_path": "somewhere/else", "architectures": ["Another"], "transformers_version": "4.1.0",
-    "dtype": "bfloat16", "torch_dtype": "float16", "output_attentions": True, "output_hidden_states": True,
-    "use_cache": False, "init_std": 3.0, "initializer_factor": 3.0, "initializer_range": 0.7,
-    "id2label": {"0": "no", "1": "yes", "2": "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2},
-    "problem_type": "regression", "summary_activation": "tanh", "summary_proj_to_labels": False,
-    "summary_type": "mean", "summary_use_proj": False, "task_specific_params": {"text-generation": {"max_length": 9}},
-    "classifier_dropout": 0.4, "summary_first_dropout": 0.4,
-}  # fmt: skip
+    "_name_or_path": "somewhere/else",
+    "architectures": ["Another"],
+    "transformers_version": "4.1.0",
+    "dtype": "bfloat16",
+    "torch_dtype": "float16",
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "use_cache": False,
+    "init_std": 3.0,
+    "initializer_factor": 3.0,
+    "initializer_range": 0.7,
+    "id2label": {"0": "no", "1": "yes", "2": "maybe"},
+    "label2id": {"no": 0, "yes": 1, "maybe": 2},
+    "problem_type": "regression",
+    "summary_activation": "tanh",
+    "summary_proj_to_labels": False,
+    "summary_type": "mean",
+    "summary_use_proj": False,
+    "task_specific_params": {"text-generation": {"max_length": 9}},
+    "classifier_dropout": 0.4,
+    "summary_first_dropout": 0.4,
+}
 """Another value for each field that is left out; for dropout 0.4."""
 
 
@@ -222,12 +278,15 @@ def without(*names: str, **others: Any) -> Callable[[dict[str, Any]], dict[str, 
         (without(model_type="qwen2"), {}, "model_type"),
         (without(num_attention_heads="many"), {}, "num_attention_heads"),
     ],
-)  # fmt: skip
+)
 def test_another_release_of_transformers(older: Any, settings: dict[str, Any], differs: str | None) -> None:
     """A field that the release before did not have is equal where it is what the class makes of the others."""
     shape = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
-    stored = older(config_identity(tf.LlamaConfig(**shape, **{
-        name: value for name, value in settings.items() if name == "rope_parameters"})))  # fmt: skip
+    stored = older(
+        config_identity(
+            tf.LlamaConfig(**shape, **{name: value for name, value in settings.items() if name == "rope_parameters"})
+        )
+    )
     found = tf.LlamaConfig(**shape, **settings)
     names = [path.removeprefix("checkpoint.config.") for path, _, _ in config_differences(stored, found)]
     assert names == ([] if differs is None else [differs])

@@ -87,29 +87,40 @@ TEMPLATE = {
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
     "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
 }
-ADDED = {"id": 290, "content": "dog", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": False}  # fmt: skip
+ADDED = {
+    "id": 290,
+    "content": "dog",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}
 CHAT = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 REPLACE = {"type": "Replace", "pattern": {"String": "The"}, "content": "zzz"}
 TEXT = "The cat sees A dog<|endoftext|> and B"
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "normalizer": (in_backend(normalizer=REPLACE), "normalizer"),
     "pre-tokenizer": (
-        in_backend(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                                  "use_regex": True}),
-        "pre_tokenizer.add_prefix_space"),
+        in_backend(
+            pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+        ),
+        "pre_tokenizer.add_prefix_space",
+    ),
     "template": (in_backend(post_processor=TEMPLATE), "post_processor.single"),
     "added token": (
         lambda folder: edit_json(folder, "tokenizer.json", lambda value: value["added_tokens"].append(ADDED)),
-        "added_tokens.290"),
+        "added_tokens.290",
+    ),
     "flag of a token": (
         lambda folder: edit_json(folder, "tokenizer.json", lambda value: value["added_tokens"][0].update(lstrip=True)),
-        "added_tokens.0.lstrip"),
+        "added_tokens.0.lstrip",
+    ),
     "vocabulary": (in_model(swap_two_words), "model.vocab"),
     "merges": (in_model(lambda model: model["merges"].clear()), "model.merges"),
     "dropout of merges": (in_model(lambda model: model.update(dropout=1.0)), "model.dropout"),
     "special tokens split": (in_settings(split_special_tokens=True), "settings.split_special_tokens"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -168,9 +179,15 @@ def test_what_a_call_sets_anew_is_no_identity(folder: Path) -> None:
     assert tokenizer_identity(before) == expected
     in_backend(
         truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
-        padding={"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                 "pad_type_id": 0, "pad_token": "<|endoftext|>"},
-    )(folder)  # fmt: skip
+        padding={
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|endoftext|>",
+        },
+    )(folder)
     in_settings(model_max_length=5, padding_side="left", clean_up_tokenization_spaces=True)(folder)
     after = load_tokenizer(folder)
     assert after(TEXT, verbose=False)["input_ids"] == ids

@@ -137,9 +137,13 @@ def bert(model: Path) -> None:
     import transformers
 
     config = transformers.BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
         initializer_range=0.5,
-    )  # fmt: skip
+    )
     # Of weights that hardly attend, as drawn anew each time, a later token may move nothing that can be seen.
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -367,8 +371,11 @@ def test_query_options(
 def test_layers_of_one_sketch(lab: Lab, val: Path, tmp_path: Path, option: list[str]) -> None:
     store = tmp_path / "store"
     assert lab.build(store, "--proj-compress-by", "all").code == 0
-    refused(lab.run("query", "--store", store, "--val-set", val, *option), "one sketch of all layers together",
-            "--proj-compress-by layer")  # fmt: skip
+    refused(
+        lab.run("query", "--store", store, "--val-set", val, *option),
+        "one sketch of all layers together",
+        "--proj-compress-by layer",
+    )
 
 
 @pytest.mark.parametrize("texts", [[""], [None, "a"], ["", " "]])

@@ -63,8 +63,10 @@ def case(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Case:
     assert load_tokenizer(checkpoint).convert_tokens_to_ids(NEW) == embedding
     bad = [{**row, "text": f"{row['text']} {NEW}"} if at == ROW else row for at, row in enumerate(lab.rows)]
     late = [{**row, "text": "the cat " * 20 + NEW} if at == ROW else row for at, row in enumerate(lab.rows)]
-    files = {name: lab.write(folder / f"{name}.jsonl", rows)
-             for name, rows in (("sound", lab.rows), ("bad", bad), ("late", late))}  # fmt: skip
+    files = {
+        name: lab.write(folder / f"{name}.jsonl", rows)
+        for name, rows in (("sound", lab.rows), ("bad", bad), ("late", late))
+    }
     store = folder / "store"
     outcome = lab.build(store, "--checkpoint", checkpoint, "--data", files["sound"])
     assert outcome.code == 0, outcome.err
@@ -132,9 +134,21 @@ def test_train(case: Case, lab: Lab, place: str, tmp_path: Path) -> None:
     val = case.bad if place == "val-set" else case.sound
     out, store = tmp_path / "out", tmp_path / "store"
     outcome = lab.run(
-        "train", "--checkpoint", case.checkpoint, "--data", data, "--val-set", val, "--store", store,
-        "--output-dir", out, "--max-steps", "2", "--quiet",
-    )  # fmt: skip
+        "train",
+        "--checkpoint",
+        case.checkpoint,
+        "--data",
+        data,
+        "--val-set",
+        val,
+        "--store",
+        store,
+        "--output-dir",
+        out,
+        "--max-steps",
+        "2",
+        "--quiet",
+    )
     case.refused(outcome)
     assert not store.exists()
     assert not list(out.glob("checkpoint-*"))
@@ -143,9 +157,15 @@ def test_train(case: Case, lab: Lab, place: str, tmp_path: Path) -> None:
 def test_train_where_no_row_uses_the_token(case: Case, tmp_path: Path) -> None:
     for data in (case.sound, case.late):
         report = ghoststore.train(
-            checkpoint=case.checkpoint, data=data, output_dir=tmp_path / data.stem, method="Regular", max_steps=1,
-            overlong="truncate", batch_size=2, device="cpu",
-        )  # fmt: skip
+            checkpoint=case.checkpoint,
+            data=data,
+            output_dir=tmp_path / data.stem,
+            method="Regular",
+            max_steps=1,
+            overlong="truncate",
+            batch_size=2,
+            device="cpu",
+        )
         assert report.steps == 1
 
 

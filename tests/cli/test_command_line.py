@@ -36,8 +36,11 @@ def test_help(command: list[str], tmp_path: Path) -> None:
     """Works, shows every option with help, and loads nothing heavy."""
     done = subprocess.run(
         [sys.executable, "-c", HELP, json.dumps([*command, "--help"]), json.dumps(HEAVY)],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert json.loads(done.stderr.splitlines()[-1]) == [0, []], done.stderr
     assert "Usage: ghoststore" in done.stdout
     if not command:
@@ -90,8 +93,11 @@ def test_a_file_that_hides_a_package_of_ours(lab: Lab, name: str, command: str, 
     }
     done = subprocess.run(
         [sys.executable, "-m", "ghoststore", command, *words[command]],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert str(file) in done.stderr

@@ -23,8 +23,10 @@ def test_table_and_json(lab: Lab, tmp_path: Path) -> None:
     assert isinstance(again.json, dict)
     report = again.json
     assert [(domain["domain"], domain["samples"]) for domain in report["domains"]] == [
-        ("earth", 13), ("sky", 14), (None, 1),
-    ]  # fmt: skip
+        ("earth", 13),
+        ("sky", 14),
+        (None, 1),
+    ]
     assert sum(domain["tokens"] for domain in report["domains"]) == report["tokens"] > 0
     assert (report["samples"], report["resumed_samples"], report["empty_samples"]) == (28, 28, 1)
     assert {"total", "load", "scan", "tokenize"} == set(report["seconds"])

@@ -28,20 +28,29 @@ class Notes(Silent):
 @pytest.mark.parametrize(
     ("row", "fields", "unread"),
     [
-        ({"instruction": "Add.", "input": "2 and 3", "output": "5"}, {"prompt": "instruction", "completion": "output"},
-         ["input"]),
+        (
+            {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+            {"prompt": "instruction", "completion": "output"},
+            ["input"],
+        ),
         # The fields are there, though this row leaves them empty.
-        ({"instruction": "Add.", "input": "", "output": "5", "system": None},
-         {"prompt": "instruction", "completion": "output"}, ["system", "input"]),
-        ({"prompt": "p", "completion": "c", "context": "x", "tools": [], "id": "1", "source": "web"}, {},
-         ["tools", "context"]),
+        (
+            {"instruction": "Add.", "input": "", "output": "5", "system": None},
+            {"prompt": "instruction", "completion": "output"},
+            ["system", "input"],
+        ),
+        (
+            {"prompt": "p", "completion": "c", "context": "x", "tools": [], "id": "1", "source": "web"},
+            {},
+            ["tools", "context"],
+        ),
         ({"messages": [{"role": "user", "content": "x"}], "system": "y"}, {}, ["system"]),
         ({"messages": [{"role": "user", "content": "x"}], "tools": None, "documents": None}, {}, []),
         ({"text": "x", "prompt": "p", "completion": "c"}, {}, ["prompt", "completion"]),
         ({"text": "x", "context": "a domain"}, {"domain": "context"}, []),
         ({"text": "x", "id": "1", "domain": "d", "url": "u"}, {}, []),
     ],
-)  # fmt: skip
+)
 def test_the_note_names_what_is_not_read(
     row: dict[str, Any], fields: dict[str, str], unread: list[str], lab: Lab, tmp_path: Path
 ) -> None:
@@ -78,16 +87,46 @@ def alpaca(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["tokenize", "--tokenizer", "{model}", "--data", "{data}", "--out", "{tmp}/out"],
         ["full-gradients", "--checkpoint", "{model}", "--data", "{data}", "--out", "{tmp}/out", "--max-samples", "2"],
         ["doctor", "--checkpoint", "{model}", "--data", "{data}"],
-        ["train", "--checkpoint", "{model}", "--data", "{data}", "--val-set", "{data}", "--store", "{tmp}/store",
-         "--output-dir", "{tmp}/out", "--max-steps", "1"],
+        [
+            "train",
+            "--checkpoint",
+            "{model}",
+            "--data",
+            "{data}",
+            "--val-set",
+            "{data}",
+            "--store",
+            "{tmp}/store",
+            "--output-dir",
+            "{tmp}/out",
+            "--max-steps",
+            "1",
+        ],
         ["query", "--store", "{built}", "--val-set", "{data}"],
         ["select", "--store", "{built}", "--val-set", "{data}", "--count", "2", "--out", "{tmp}/out.jsonl"],
         ["fidelity", "--store", "{built}", "--val-set", "{data}", "--rows", "11", "--val-samples", "2"],
-        ["evaluate", "--store", "{built}", "--val-set", "{data}", "--out", "{tmp}/out", "--halves", "3",
-         "--max-steps", "1", "--workers", "1", "--method", "cosine", "--method", "dot"],
+        [
+            "evaluate",
+            "--store",
+            "{built}",
+            "--val-set",
+            "{data}",
+            "--out",
+            "{tmp}/out",
+            "--halves",
+            "3",
+            "--max-steps",
+            "1",
+            "--workers",
+            "1",
+            "--method",
+            "cosine",
+            "--method",
+            "dot",
+        ],
     ],
     ids=lambda words: words[0],
-)  # fmt: skip
+)
 def test_every_command_says_it_once(words: list[str], alpaca: Path, lab: Lab, built: Path, tmp_path: Path) -> None:
     import shutil
 

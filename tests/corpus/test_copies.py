@@ -117,19 +117,23 @@ def test_parquet_keeps_schema_and_metadata(tmp_path: Path) -> None:
     schema = pyarrow.schema(
         [
             pyarrow.field("text", pyarrow.large_string(), nullable=False, metadata={"unit": "words"}),
-            ("when", pyarrow.timestamp("us", tz="UTC")), ("price", pyarrow.decimal128(9, 2)),
-            ("kind", pyarrow.dictionary(pyarrow.int8(), pyarrow.string())), ("raw", pyarrow.binary()),
+            ("when", pyarrow.timestamp("us", tz="UTC")),
+            ("price", pyarrow.decimal128(9, 2)),
+            ("kind", pyarrow.dictionary(pyarrow.int8(), pyarrow.string())),
+            ("raw", pyarrow.binary()),
         ],
         metadata={"made": "by hand"},
-    )  # fmt: skip
+    )
     table = pyarrow.table(
         {
-            "text": [f"t{i}" for i in range(11)], "when": list(range(11)), "price": list(range(11)),
+            "text": [f"t{i}" for i in range(11)],
+            "when": list(range(11)),
+            "price": list(range(11)),
             "kind": pyarrow.array(list("abcabcabcab")).dictionary_encode().cast(schema.field("kind").type),
             "raw": [bytes([i]) for i in range(11)],
         },
         schema=schema,
-    )  # fmt: skip
+    )
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=4)
     for name, order in (("corpus", None), ("score", [4, 3, 2, 1, 0])):
         out = copied(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", order=order)
@@ -153,9 +157,12 @@ def test_parquet_has_no_tiny_row_groups(write: Write, tmp_path: Path, monkeypatc
 
 def test_a_dataset_keeps_its_features(tmp_path: Path) -> None:
     features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"]),
-         "pair": datasets.List(datasets.Value("int16"), length=2)}
-    )  # fmt: skip
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "pair": datasets.List(datasets.Value("int16"), length=2),
+        }
+    )
     rows = [{"text": f"t{i}", "label": i % 2, "pair": [i, i]} for i in range(11)]
     whole = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
     whole.save_to_disk(str(tmp_path / "in"))
@@ -176,9 +183,10 @@ def test_fields_that_only_some_rows_have(tmp_path: Path, out: str) -> None:
         assert found == [json.loads(line) for line in source.read_text().splitlines()]
     else:
         assert found == [
-            {"text": "a", "late": None}, {"text": "b", "late": {"x": 1, "y": None}},
+            {"text": "a", "late": None},
+            {"text": "b", "late": {"x": 1, "y": None}},
             {"text": "c", "late": {"x": None, "y": [2]}},
-        ]  # fmt: skip
+        ]
 
 
 def test_values_that_no_table_holds(tmp_path: Path) -> None:

@@ -206,9 +206,13 @@ def test_build_and_query_from_shards(lab: Lab, rows: str, tmp_path: Path) -> Non
     assert vectors[0] == vectors[1]
     assert results[0] == results[1]
     assert part.manifest["source"] | {"checkpoint": None} == {
-        "checkpoint": None, "tokenizer": None, "data": str(tmp_path / "shards"), "form": "token-shards",
-        "optimizer_state": None, "learning_rate": None,
-    }  # fmt: skip
+        "checkpoint": None,
+        "tokenizer": None,
+        "data": str(tmp_path / "shards"),
+        "form": "token-shards",
+        "optimizer_state": None,
+        "learning_rate": None,
+    }
 
 
 def test_texts_of_damaged_shards_are_not_shown(lab: Lab, folder: Path, tmp_path: Path) -> None:
@@ -455,9 +459,13 @@ def empty(path: Path) -> None:
 
 
 FILES = [
-    "tokens-00000001.npy", "samples-00000002.npy", "ids-00000003.npy", "commits/00000004.json",
-    "tokenizer/tokenizer.json", "shards.json",
-]  # fmt: skip
+    "tokens-00000001.npy",
+    "samples-00000002.npy",
+    "ids-00000003.npy",
+    "commits/00000004.json",
+    "tokenizer/tokenizer.json",
+    "shards.json",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -602,13 +610,25 @@ def test_hostile_arrays_are_refused(whole: Path, tmp_path: Path) -> None:
     np.lib.format.write_array(pickled, objects, version=(1, 0))
     huge = npy_bytes(tokens).replace(f"({len(tokens)},)".encode(), b"(99999999999,)")
     cases: list[dict[str, Any]] = [
-        {"samples": changed(start=-8)}, {"samples": changed(start=1 << 60)}, {"samples": changed(length=-1)},
-        {"samples": changed(length=1 << 30)}, {"samples": changed(id_stop=1 << 60)}, {"samples": changed(domain=2)},
-        {"samples": changed(id_stop=-1)}, {"samples": changed(domain=-2)}, {"samples": changed(first_target=0)},
-        {"samples": sound[:4]}, {"samples": sound.view("u1")}, {"tokens": tokens.astype(np.uint32)},
-        {"tokens": tokens.reshape(1, -1)}, {"tokens": pickled.getvalue()}, {"tokens": huge}, {"tokens": b"\x93NUMPY"},
-        {"tokens": np.full_like(tokens, 290)}, {"ids": np.frombuffer(b"\xff" * 25, dtype=np.uint8)},
-    ]  # fmt: skip
+        {"samples": changed(start=-8)},
+        {"samples": changed(start=1 << 60)},
+        {"samples": changed(length=-1)},
+        {"samples": changed(length=1 << 30)},
+        {"samples": changed(id_stop=1 << 60)},
+        {"samples": changed(domain=2)},
+        {"samples": changed(id_stop=-1)},
+        {"samples": changed(domain=-2)},
+        {"samples": changed(first_target=0)},
+        {"samples": sound[:4]},
+        {"samples": sound.view("u1")},
+        {"tokens": tokens.astype(np.uint32)},
+        {"tokens": tokens.reshape(1, -1)},
+        {"tokens": pickled.getvalue()},
+        {"tokens": huge},
+        {"tokens": b"\x93NUMPY"},
+        {"tokens": np.full_like(tokens, 290)},
+        {"ids": np.frombuffer(b"\xff" * 25, dtype=np.uint8)},
+    ]
     for number, case in enumerate(cases):
         folder = Path(shutil.copytree(whole, tmp_path / str(number)))
         recommit(folder, 0, **case)

@@ -112,9 +112,11 @@ ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tools as a string": ({"tools": ROWS[0]["tools"]}, {"tools": json.dumps(turned(ROWS[0]["tools"]))}),
     "documents": ({"documents": PARTS[0]["documents"]}, {"documents": turned(PARTS[0]["documents"])}),
     "calls": ({"messages": [CALLED]}, {"messages": [{**CALLED, "tool_calls": turned(CALLED["tool_calls"])}]}),
-    "parts": ({"messages": PARTS[0]["messages"]},
-              {"messages": [{**message, "content": turned(message["content"])} for message in PARTS[0]["messages"]]}),
-}  # fmt: skip
+    "parts": (
+        {"messages": PARTS[0]["messages"]},
+        {"messages": [{**message, "content": turned(message["content"])} for message in PARTS[0]["messages"]]},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -167,9 +169,16 @@ def test_the_text_is_what_the_template_makes_of_messages_and_tools(write: Write)
 
 def test_tools_are_part_of_the_sample(write: Write) -> None:
     turns = [{"role": "user", "content": "x"}]
-    rows = [{"messages": turns, "id": "a", **beside} for beside in (
-        {}, {"tools": []}, {"tools": [tool("f")]}, {"tools": [tool("g")]}, {"documents": [{"text": "d"}]},
-    )]  # fmt: skip
+    rows = [
+        {"messages": turns, "id": "a", **beside}
+        for beside in (
+            {},
+            {"tools": []},
+            {"tools": [tool("f")]},
+            {"tools": [tool("g")]},
+            {"documents": [{"text": "d"}]},
+        )
+    ]
     samples = list(Corpus.open(write("jsonl", rows)).samples())
     assert len({sample.digest() for sample in samples}) == len(rows)
     assert samples[0].canonical() == b'{"content":{"messages":[{"content":"x","role":"user"}]},"domain":null,"id":"a"}'

@@ -27,9 +27,19 @@ def other_chunk(path: Path) -> None:
 
 
 CHUNKS = [
-    "vectors/c/1/0", "norm/c/1/0", "loss/c/1", "n_tokens/c/1", "status/c/1", "sample_id/c/1", "domain/c/1",
-    "source_row/c/1", "source_file/c/1", "source_offset/c/1", "source_digest/c/1", "window_start/c/1",
-]  # fmt: skip
+    "vectors/c/1/0",
+    "norm/c/1/0",
+    "loss/c/1",
+    "n_tokens/c/1",
+    "status/c/1",
+    "sample_id/c/1",
+    "domain/c/1",
+    "source_row/c/1",
+    "source_file/c/1",
+    "source_offset/c/1",
+    "source_digest/c/1",
+    "window_start/c/1",
+]
 READ_BY_QUERY = [name for name in CHUNKS if name.split("/")[0] not in ("loss", "n_tokens")]
 """What a query with texts reads, when it returns every row."""
 METADATA = ["zarr.json", "vectors/zarr.json", "norm/zarr.json", "sample_id/zarr.json", "span_start/zarr.json"]

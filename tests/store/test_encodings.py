@@ -161,9 +161,14 @@ def test_read_as_tensors_bit_for_bit(
 
 def built(lab: Lab, folder: Path, name: str, **options: Any) -> ghoststore.Part:
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=lab.corpus, store=folder / "store", name=name, proj_dtype=name, device="cpu",
+        checkpoint=lab.checkpoint,
+        data=lab.corpus,
+        store=folder / "store",
+        name=name,
+        proj_dtype=name,
+        device="cpu",
         **options,
-    )  # fmt: skip
+    )
     return Store.open(folder / "store").part(name)
 
 
@@ -220,9 +225,7 @@ def test_bytes_a_row(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dimension", [1, 9, 1024, 100_000, 3_000_000])
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_chunks_follow_the_stored_bytes(name: str, dimension: int) -> None:
-    layout = PartLayout.choose(
-        rows=10**6, dimension=dimension, groups=1, dtype=name, span_rows=None, store_text=False
-    )  # fmt: skip
+    layout = PartLayout.choose(rows=10**6, dimension=dimension, groups=1, dtype=name, span_rows=None, store_text=False)
     (vectors,) = (spec for spec in layout.arrays() if spec.name == "vectors")
     assert vectors.width == encoding(name).columns(dimension)
     assert vectors.chunk_bytes <= CHUNK_BYTES or layout.chunk_rows == 1

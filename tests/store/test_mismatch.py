@@ -150,15 +150,22 @@ def test_the_same_samples_at_other_places(lab: Lab, own: Path, form: str) -> Non
         words = ["source.form: stored 'jsonl', asked for 'parquet'", "span 0 begins at offset: stored 0, asked for -1"]
     else:
         data.write_text("".join(json.dumps(row, separators=("   ,", ":")) + "\n" for row in rows))
-        begins = [sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:6]) for path in
-                  (own / "corpus.jsonl", data)]  # fmt: skip
+        begins = [
+            sum(len(line) for line in path.read_bytes().splitlines(keepends=True)[:6])
+            for path in (own / "corpus.jsonl", data)
+        ]
         words = [f"span 1 begins at offset: stored {begins[0]}, asked for {begins[1]}"]
     before = lab.tree(own / "store")
     refused(
-        lab.build(own / "store", "--checkpoint", own / "model", "--data", data), *words, "part 'part'",
-        "source.data: stored ", "the same samples", "nothing was changed",
-        f"--data {own / 'corpus.jsonl'}", "another --name",
-    )  # fmt: skip
+        lab.build(own / "store", "--checkpoint", own / "model", "--data", data),
+        *words,
+        "part 'part'",
+        "source.data: stored ",
+        "the same samples",
+        "nothing was changed",
+        f"--data {own / 'corpus.jsonl'}",
+        "another --name",
+    )
     assert lab.tree(own / "store") == before
 
 

@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 ROWS, D, GROUPS = 27, 256, 4
 SHAPES = {
-    "vectors": ((ROWS, D), "float32"), "norm": ((ROWS, GROUPS), "float32"), "loss": ((ROWS,), "float32"),
-    "n_tokens": ((ROWS,), "int32"), "status": ((ROWS,), "uint8"), "domain": ((ROWS,), "int16"),
-    "source_row": ((ROWS,), "int64"), "source_file": ((ROWS,), "int32"), "source_offset": ((ROWS,), "int64"),
-    "source_digest": ((ROWS,), "uint64"), "window_start": ((ROWS,), "int32"),
-}  # fmt: skip
+    "vectors": ((ROWS, D), "float32"),
+    "norm": ((ROWS, GROUPS), "float32"),
+    "loss": ((ROWS,), "float32"),
+    "n_tokens": ((ROWS,), "int32"),
+    "status": ((ROWS,), "uint8"),
+    "domain": ((ROWS,), "int16"),
+    "source_row": ((ROWS,), "int64"),
+    "source_file": ((ROWS,), "int32"),
+    "source_offset": ((ROWS,), "int64"),
+    "source_digest": ((ROWS,), "uint64"),
+    "window_start": ((ROWS,), "int32"),
+}
 STRINGS = ("sample_id",)
 
 
@@ -41,7 +48,7 @@ def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_ro
     store = tmp_path / "store"
     ghoststore.build(
         checkpoint=lab.checkpoint, data=lab.corpus, store=store, proj_dtype=dtype, span_rows=span_rows, device="cpu"
-    )  # fmt: skip
+    )
     part = ghoststore.Store.open(store).part()
     group = zarr.open_group(part.path, mode="r")
     for name in [*SHAPES, *(["scale"] if part.encoding.scaled else [])]:
@@ -59,9 +66,13 @@ def test_stored_numbers_are_the_rounded_vectors(lab: Lab, tmp_path: Path, dtype:
     read = {}
     for name in ("float32", dtype):
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=lab.corpus, store=tmp_path / "store", name=name, proj_dtype=name,
+            checkpoint=lab.checkpoint,
+            data=lab.corpus,
+            store=tmp_path / "store",
+            name=name,
+            proj_dtype=name,
             device="cpu",
-        )  # fmt: skip
+        )
         part = ghoststore.Store.open(tmp_path / "store").part(name)
         read[name] = part.encoding.decode(streamed(part, "vectors"))
     expected = torch.from_numpy(read["float32"]).to(getattr(torch, dtype)).float().numpy()

@@ -123,9 +123,18 @@ def test_chunks_stay_below_eight_mebibytes(span: int, dimension: int) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"ranks": 0}, {"batch": -1}, {"span_steps": 0}, {"rows": 0}, {"dimension": 0},
-     {"dimension": 2_000_000}, {"groups": ("law", "law")}, {"blocks": ("mlp", "mlp")}],
-)  # fmt: skip
+    [
+        {"steps": 0},
+        {"ranks": 0},
+        {"batch": -1},
+        {"span_steps": 0},
+        {"rows": 0},
+        {"dimension": 0},
+        {"dimension": 2_000_000},
+        {"groups": ("law", "law")},
+        {"blocks": ("mlp", "mlp")},
+    ],
+)
 def test_layouts_that_cannot_be(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=rf"{next(iter(change))}|vector"):
         replace(LAYOUT, **change)
@@ -432,7 +441,7 @@ def test_going_on_without_what_was_lost(tmp_path: Path) -> None:
         ({"storage": replace(LAYOUT, span_steps=4).to_json()}, "storage.span_steps: stored 5, asked for 4"),
         ({"storage": replace(LAYOUT, groups=("law",)).to_json()}, r"groups: stored .*'code'\], asked for \['law'\]"),
     ],
-)  # fmt: skip
+)
 def test_another_run_of_the_same_name_is_refused(store: Path, section: dict[str, Any], words: str) -> None:
     before = files(store)
     with pytest.raises(MismatchError, match=words) as caught:
@@ -481,11 +490,20 @@ def reseal(store: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     "storage",
     [
-        {"steps": 10**18}, {"steps": 10**18, "span_steps": 10**18}, {"steps": 10**18, "span_steps": 1},
-        {"steps": -1}, {"ranks": 10**15}, {"dimension": 10**15}, {"groups": "law"}, {"blocks": None}, {"steps": None},
-        {"steps": float("inf")}, {"batch": []}, {"groups": ["x", "x"]},
+        {"steps": 10**18},
+        {"steps": 10**18, "span_steps": 10**18},
+        {"steps": 10**18, "span_steps": 1},
+        {"steps": -1},
+        {"ranks": 10**15},
+        {"dimension": 10**15},
+        {"groups": "law"},
+        {"blocks": None},
+        {"steps": None},
+        {"steps": float("inf")},
+        {"batch": []},
+        {"groups": ["x", "x"]},
     ],
-)  # fmt: skip
+)
 def test_hostile_shapes(store: Path, storage: dict[str, Any]) -> None:
     """Refused when the run is opened or read, before memory is taken for them."""
     reseal(store, lambda attributes: attributes["manifest"]["storage"].update(storage))

@@ -56,9 +56,14 @@ def check(lab: Lab, part: ghoststore.Part, metric: str = "cosine") -> None:
     assert np.isfinite(read(part, "norm")).all()
     assert np.isfinite(read(part, "loss")).all()
     found = ghoststore.query(
-        store=part.path.parent.parent, val_set=lab.corpus, metric=metric, top_k=1000, bottom_k=1000, device="cpu",
+        store=part.path.parent.parent,
+        val_set=lab.corpus,
+        metric=metric,
+        top_k=1000,
+        bottom_k=1000,
+        device="cpu",
         checkpoint=part.manifest["source"]["checkpoint"],
-    )  # fmt: skip
+    )
     for hits in (found.results[0].hits, found.results[0].bottom):
         assert sorted(hit.source_row for hit in hits) == sorted(int(read(part, "source_row")[row]) for row in usable)
         assert all(np.isfinite(hit.score) for hit in hits)
@@ -68,9 +73,16 @@ def test_rows_without_a_target(lab: Lab, tmp_path: Path) -> None:
     texts: list[Any] = ["the cat sees the dog", "", None, "a", "the cat", " ", "old moon over the river", "", "red sun"]
     part = build(lab, tmp_path, [{"text": text, "id": f"s{i}"} for i, text in enumerate(texts)])
     expected = [
-        Status.OK, Status.EMPTY, Status.EMPTY, Status.TOO_SHORT, Status.OK, Status.TOO_SHORT, Status.OK, Status.EMPTY,
         Status.OK,
-    ]  # fmt: skip
+        Status.EMPTY,
+        Status.EMPTY,
+        Status.TOO_SHORT,
+        Status.OK,
+        Status.TOO_SHORT,
+        Status.OK,
+        Status.EMPTY,
+        Status.OK,
+    ]
     assert statuses(part) == expected
     assert read(part, "sample_id").tolist() == [f"s{i}" for i in range(9)]
     assert read(part, "source_row").tolist() == list(range(9))
@@ -80,13 +92,26 @@ def test_rows_without_a_target(lab: Lab, tmp_path: Path) -> None:
 
 def test_prompts_and_completions(lab: Lab, tmp_path: Path) -> None:
     pairs: list[tuple[Any, Any]] = [
-        ("the cat", " sees the dog"), ("the cat", ""), ("", "the dog"), ("", ""), (None, "dog"), ("cat", None),
-        ("the old moon over the river " * 9, " never read"), ("cat", "s"),
-    ]  # fmt: skip
+        ("the cat", " sees the dog"),
+        ("the cat", ""),
+        ("", "the dog"),
+        ("", ""),
+        (None, "dog"),
+        ("cat", None),
+        ("the old moon over the river " * 9, " never read"),
+        ("cat", "s"),
+    ]
     part = build(lab, tmp_path, [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
     assert statuses(part) == [
-        Status.OK, Status.NO_TARGETS, Status.OK, Status.EMPTY, Status.EMPTY, Status.EMPTY, Status.NO_TARGETS, Status.OK,
-    ]  # fmt: skip
+        Status.OK,
+        Status.NO_TARGETS,
+        Status.OK,
+        Status.EMPTY,
+        Status.EMPTY,
+        Status.EMPTY,
+        Status.NO_TARGETS,
+        Status.OK,
+    ]
     check(lab, part)
 
 

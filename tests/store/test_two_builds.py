@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 
 def command(lab: Lab, store: Path) -> list[str]:
     return [
-        "build", "--checkpoint", str(lab.checkpoint), "--data", str(lab.corpus), "--store", str(store),
-        "--span-rows", "6", "--name", "part", "--quiet",
-    ]  # fmt: skip
+        "build",
+        "--checkpoint",
+        str(lab.checkpoint),
+        "--data",
+        str(lab.corpus),
+        "--store",
+        str(store),
+        "--span-rows",
+        "6",
+        "--name",
+        "part",
+        "--quiet",
+    ]
 
 
 def test_second_is_refused(lab: Lab, built: Path, tmp_path: Path) -> None:

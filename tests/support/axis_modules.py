@@ -109,9 +109,20 @@ def ids(layer: nn.Module, x: Tensor) -> Tensor:
 SOUND = (along_positions, first_token, positions, positions_of_each, ids)
 """Layouts in which the samples are the first axis, beside the plain one."""
 UNSOUND = (
-    turned, flat, samples_last, backwards, rolled, sorted_samples, broadcast, routed, routed_by_token,
-    without_the_mean, table, ids_turned, one_for_all,
-)  # fmt: skip
+    turned,
+    flat,
+    samples_last,
+    backwards,
+    rolled,
+    sorted_samples,
+    broadcast,
+    routed,
+    routed_by_token,
+    without_the_mean,
+    table,
+    ids_turned,
+    one_for_all,
+)
 LOOKUPS = (positions, positions_of_each, table, ids_turned, ids)
 
 

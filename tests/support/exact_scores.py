@@ -33,10 +33,12 @@ def exact_folder(lab: Lab, folder: Path) -> Path:
     settings: dict[str, dict[str, Any]] = {
         "one": {"projection": ProjectionConfig(precondition="none")},
         "windows": {
-            "projection": ProjectionConfig(precondition="none"), "max_length": LENGTH["windows"], "overlong": "window",
+            "projection": ProjectionConfig(precondition="none"),
+            "max_length": LENGTH["windows"],
+            "overlong": "window",
         },
         "ranks": {"projection": ProjectionConfig(precondition="none", rank_total=16)},
-    }  # fmt: skip
+    }
     for name, given in settings.items():
         ghoststore.build(
             checkpoint=lab.checkpoint, data=data, store=folder / "store", name=name, span_rows=16, device="cpu", **given
@@ -48,9 +50,15 @@ def scores_of(folder: Path, out: Path, methods: list[str] = METHODS, part: str =
     """(V, N) by method."""
     val_set = str(given.pop("val_set", folder / "val.jsonl"))
     task = Task.of(
-        Store.open(folder / "store").part(part), val_set, out, fields=Fields(), max_val_samples=None, recipe=Recipe(),
-        device="cpu", progress=given.pop("progress", Silent()),
-    )  # fmt: skip
+        Store.open(folder / "store").part(part),
+        val_set,
+        out,
+        fields=Fields(),
+        max_val_samples=None,
+        recipe=Recipe(),
+        device="cpu",
+        progress=given.pop("progress", Silent()),
+    )
     base = Question(store=folder / "store", val_set=val_set, part=part, each=True, device="cpu")
     found = task.methods(base, {"part": [part]}, methods, None, None)
     return {method: found[method]().samples_VN for method in methods}

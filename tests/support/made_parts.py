@@ -39,14 +39,24 @@ def make_part(
     """A part with these rows, of two domains; ``spans`` are committed, by default all. Called again, others are."""
     rows, dimension = vectors.shape
     layout = PartLayout(
-        rows=rows, dimension=dimension, groups=2, dtype=dtype, span_rows=SPAN_ROWS, chunk_rows=SPAN_ROWS // 2,
+        rows=rows,
+        dimension=dimension,
+        groups=2,
+        dtype=dtype,
+        span_rows=SPAN_ROWS,
+        chunk_rows=SPAN_ROWS // 2,
         store_text=False,
-    )  # fmt: skip
+    )
     half = dimension // 2
     storage = {
-        "rows": rows, "dimension": dimension, "dtype": dtype, "span_rows": layout.span_rows, "store_text": False,
-        "chunk_rows": layout.chunk_rows, "groups": [["a", 0, half], ["b", half, dimension]],
-    }  # fmt: skip
+        "rows": rows,
+        "dimension": dimension,
+        "dtype": dtype,
+        "span_rows": layout.span_rows,
+        "store_text": False,
+        "chunk_rows": layout.chunk_rows,
+        "groups": [["a", 0, half], ["b", half, dimension]],
+    }
     empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
     manifest = {**empty, "corpus": {"domains": ["sky", "earth"]}, "storage": storage}
     part = create_part(Store.create(store).part_path(name), manifest, np.zeros((1, 5), dtype=np.int64))

@@ -51,34 +51,58 @@ def settle(model: Any, seed: int = 0) -> Any:
 
 def gpt2(*, tied: bool = True, layers: int = 2, **settings: Any) -> Any:
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=24, n_layer=layers, n_head=3,
-        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=POSITIONS,
+        n_embd=24,
+        n_layer=layers,
+        n_head=3,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        **settings,
+    )
     return settle(GPT2LMHeadModel(config))
 
 
 def llama(*, layers: int = 2, **settings: Any) -> Any:
     """RMSNorm, grouped queries, gated feed-forward, no biases, an untied head."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=POSITIONS, tie_word_embeddings=False, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        **settings,
+    )
     return settle(LlamaForCausalLM(config))
 
 
 def neox(**settings: Any) -> Any:
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=POSITIONS, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=POSITIONS,
+        **settings,
+    )
     return settle(GPTNeoXForCausalLM(config))
 
 
 def _bert_config(**settings: Any) -> Any:
     return BertConfig(
-        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=POSITIONS, **settings,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=POSITIONS,
+        **settings,
+    )
 
 
 def bert_masked(**settings: Any) -> Any:

@@ -83,11 +83,18 @@ def make(
 ) -> Run:
     """A run without steps, or the one that is there. ``sections`` replace those of the manifest."""
     manifest: dict[str, Any] = {
-        "model": {}, "tokenizer": {"fingerprint": "sha256:t"},
-        "corpus": {"fingerprint": "sha256:c", "domains": list(DOMAINS)}, "val": {}, "training": {}, "scoring": {},
-        "storage": layout.to_json(), "source": {"data": "train.jsonl"}, "software": {}, "compute": {},
+        "model": {},
+        "tokenizer": {"fingerprint": "sha256:t"},
+        "corpus": {"fingerprint": "sha256:c", "domains": list(DOMAINS)},
+        "val": {},
+        "training": {},
+        "scoring": {},
+        "storage": layout.to_json(),
+        "source": {"data": "train.jsonl"},
+        "software": {},
+        "compute": {},
         **sections,
-    }  # fmt: skip
+    }
     return create_run(Store.create(store).run_path(name), manifest, table or row_table())
 
 
@@ -188,10 +195,15 @@ def run_on(
     """A run whose rows are these, each scored in 2 of 3 steps or so; the value of each row (NaN: not scored)."""
     rows = len(source)
     table = RowTable(
-        sample_id=np.array([f"row-{i}" for i in source], dtype=object), domain=source * 0 - 1, source_row=source,
-        source_file=source * 0, source_offset=source * 0 - 1, source_digest=digest,
-        window_start=source * 0 if start is None else start, n_tokens=source * 0 + 5,
-    )  # fmt: skip
+        sample_id=np.array([f"row-{i}" for i in source], dtype=object),
+        domain=source * 0 - 1,
+        source_row=source,
+        source_file=source * 0,
+        source_offset=source * 0 - 1,
+        source_digest=digest,
+        window_start=source * 0 if start is None else start,
+        n_tokens=source * 0 + 5,
+    )
     layout = RunLayout(steps=3, ranks=1, batch=rows, span_steps=3, rows=rows)
     sections = {"corpus": {"fingerprint": "sha256:other", "domains": None}} | sections
     run = make(store, name, layout, table, **sections)

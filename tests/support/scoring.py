@@ -109,9 +109,11 @@ def exact_plain(model: nn.Module, x: Tensor, val: Tensor) -> Exact:
     """The exact answer for :func:`sum_of_squares`."""
     return exact_of(
         model,
-        len(x), lambda model, i: sum_of_squares(model, x[i : i + 1]).sum(),
-        len(val), lambda model, i: sum_of_squares(model, val[i : i + 1]).sum(),
-    )  # fmt: skip
+        len(x),
+        lambda model, i: sum_of_squares(model, x[i : i + 1]).sum(),
+        len(val),
+        lambda model, i: sum_of_squares(model, val[i : i + 1]).sum(),
+    )
 
 
 def agree(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:

@@ -107,9 +107,16 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "word piece": word_piece,
 }
 LOSSLESS = [
-    "byte-level", "byte-level, around", "byte-level, trimmed", "byte-level, trimmed, whole lines",
-    "metaspace first", "metaspace always", "metaspace never", "metaspace, end alone", "sentencepiece",
-]  # fmt: skip
+    "byte-level",
+    "byte-level, around",
+    "byte-level, trimmed",
+    "byte-level, trimmed, whole lines",
+    "metaspace first",
+    "metaspace always",
+    "metaspace never",
+    "metaspace, end alone",
+    "sentencepiece",
+]
 """Kinds that give every character of a text back."""
 
 
@@ -119,6 +126,9 @@ def tokenizer_of(kind: str) -> Any:
     fast = KINDS[kind]()
     fast.add_tokens([AddedToken("<sep>"), AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=fast,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )

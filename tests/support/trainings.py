@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 TIMES = ("seconds", "score_seconds")
 """Arrays of a run that no two runs have the same."""
 BASE: dict[str, Any] = {
-    "batch_size": 3, "max_steps": 20, "learning_rate": 5e-3, "val_batch_size": 3, "eval_interval": 10,
-    "dot_prod_save_interval": 4, "name": "run", "device": "cpu",
-}  # fmt: skip
+    "batch_size": 3,
+    "max_steps": 20,
+    "learning_rate": 5e-3,
+    "val_batch_size": 3,
+    "eval_interval": 10,
+    "dot_prod_save_interval": 4,
+    "name": "run",
+    "device": "cpu",
+}
 
 
 def words(rng: random.Random, count: int) -> str:
@@ -37,11 +43,13 @@ def prompt_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
         {
-            "id": f"pair-{i}", "domain": ("law", "code", "news")[i % 3], "prompt": words(rng, rng.randint(1, 4)),
+            "id": f"pair-{i}",
+            "domain": ("law", "code", "news")[i % 3],
+            "prompt": words(rng, rng.randint(1, 4)),
             "completion": " " + words(rng, rng.randint(1, 9)),
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @dataclass
@@ -122,11 +130,37 @@ class Gym:
     def words(self, folder: Path, *options: str | Path, corpus: str = "plain") -> list[str]:
         """The words of a command line that trains 12 steps into ``folder``; later options win."""
         given = [
-            "--data", self.data[corpus], "--val-set", self.data[f"{corpus}-val"], "--checkpoint", self.models["tiny"],
-            "--output-dir", folder / "out", "--store", folder / "store", "--name", "run", "--batch-size", 3,
-            "--max-steps", 12, "--learning-rate", 5e-3, "--val-batch-size", 3, "--val-refresh-interval", 2,
-            "--eval-interval", 6, "--checkpoint-interval", 3, "--dot-prod-save-interval", 4, "--device", "cpu",
-        ]  # fmt: skip
+            "--data",
+            self.data[corpus],
+            "--val-set",
+            self.data[f"{corpus}-val"],
+            "--checkpoint",
+            self.models["tiny"],
+            "--output-dir",
+            folder / "out",
+            "--store",
+            folder / "store",
+            "--name",
+            "run",
+            "--batch-size",
+            3,
+            "--max-steps",
+            12,
+            "--learning-rate",
+            5e-3,
+            "--val-batch-size",
+            3,
+            "--val-refresh-interval",
+            2,
+            "--eval-interval",
+            6,
+            "--checkpoint-interval",
+            3,
+            "--dot-prod-save-interval",
+            4,
+            "--device",
+            "cpu",
+        ]
         return [str(word) for word in (*given, "--quiet", *options)]
 
     def run(self, folder: Path, *options: str | Path, corpus: str = "plain", **order: Any) -> Outcome:

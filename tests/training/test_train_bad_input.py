@@ -33,7 +33,8 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "no-model": ({"model": None}, NEITHER),
     "two-models": ({"architecture": "GPT2-Tiny"}, NEITHER),
     "unknown-architecture": (
-        {"model": None, "architecture": "GPT3", "tokenizer": "tiny"}, r"'GPT3' is unknown; known: GPT2-Tiny, GPT2-Small"
+        {"model": None, "architecture": "GPT3", "tokenizer": "tiny"},
+        r"'GPT3' is unknown; known: GPT2-Tiny, GPT2-Small",
     ),
     "no-tokenizer": ({"model": None, "architecture": "GPT2-Tiny"}, r"give --tokenizer: a new model has none"),
     "too-long": ({"max_length": 33}, r"--max-length 33 is more than the 32 positions"),
@@ -54,7 +55,8 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "dropout": ({"dropout": 0.1}, r"--dropout belongs to --architecture: a checkpoint has its own"),
     "float16-parameters": ({"model_dtype": "float16"}, r"keep float32 parameters and give --train-dtype float16"),
     "wider-arithmetic": (
-        {"model_dtype": "bfloat16", "train_dtype": "float32"}, r"--train-dtype float32 with --model-dtype bfloat16"
+        {"model_dtype": "bfloat16", "train_dtype": "float32"},
+        r"--train-dtype float32 with --model-dtype bfloat16",
     ),
     "dtype": ({"train_dtype": "float8"}, r"--train-dtype 'float8' is unknown; known: float32, bfloat16, float16"),
     "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"--per-layer: a global sketch has no scores by"),
@@ -73,7 +75,7 @@ REFUSED: dict[str, tuple[Options, str]] = {
     ),
     "two-inputs": ({"data": "-", "val_set": "-"}, r"--data and --val-set cannot both be standard input"),
     "no-data": ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -179,9 +181,15 @@ def test_weights_that_are_no_numbers(gym: Gym, tmp_path: Path) -> None:
         model.transformer.ln_f.bias[3] = torch.nan
     with pytest.raises(DivergedError, match=r"^step 4: parameter 'transformer\.ln_f\.bias' is not finite any more"):
         save_state(
-            tmp_path, step=4, model=model, tokenizer=None, optimizer=torch.optim.AdamW(model.parameters()),
-            identity={}, pending={}, scaler={},
-        )  # fmt: skip
+            tmp_path,
+            step=4,
+            model=model,
+            tokenizer=None,
+            optimizer=torch.optim.AdamW(model.parameters()),
+            identity={},
+            pending={},
+            scaler={},
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -183,9 +183,15 @@ def test_it_learns_the_next_token_and_not_the_one_after(lab: Lab, gym: Gym, tmp_
     texts = [" ".join((cycle * 3)[start : start + 8 + start % 3]) for start in range(10)]
     data = lab.write(tmp_path / "cycle.jsonl", [{"text": text} for text in texts])
     trained = gym.fresh(
-        tmp_path, data=data, val_set=data, method="Regular", max_steps=80, batch_size=10, learning_rate=2e-2,
+        tmp_path,
+        data=data,
+        val_set=data,
+        method="Regular",
+        max_steps=80,
+        batch_size=10,
+        learning_rate=2e-2,
         eval_interval=80,
-    )  # fmt: skip
+    )
     assert trained.report.val_loss < 0.7
     model = AutoModelForCausalLM.from_pretrained(trained.checkpoint()).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained.checkpoint())

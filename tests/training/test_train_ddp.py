@@ -22,9 +22,18 @@ if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
 OPTIONS = (
-    "--gradient-accumulation-steps", "2", "--batch-size", "2", "--val-groups", "--per-layer", "--json",
-    "--keep-checkpoints", "all", "--learning-rate", "1e-3",
-)  # fmt: skip
+    "--gradient-accumulation-steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--val-groups",
+    "--per-layer",
+    "--json",
+    "--keep-checkpoints",
+    "all",
+    "--learning-rate",
+    "1e-3",
+)
 
 
 def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
@@ -35,8 +44,12 @@ def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
     started = []
     for rank in (0, 1):
         variables = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         set_up = "\n".join(f"os.environ[{name!r}] = {str(value)!r}" for name, value in variables.items())
         whole = f"import os\n{set_up}\n{code}\nimport ghoststore.cli\nghoststore.cli.main({['train', *words]!r})"
         started.append(lab.start(code=whole))
@@ -124,9 +137,16 @@ def test_one_rank_is_killed_under_torchrun(gym: Gym, two: Path, tmp_path: Path) 
     script = tmp_path / "crash.py"
     script.write_text(CRASH)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(script), "train", *gym.words(tmp_path, *OPTIONS, corpus="prompts"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        "train",
+        *gym.words(tmp_path, *OPTIONS, corpus="prompts"),
+    ]
     root = Path(__file__).resolve().parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -69,9 +69,15 @@ def test_new_weights_follow_from_the_seed() -> None:
 def test_from_scratch(gym: Gym, tmp_path: Path) -> None:
     """A new model is trained, saved where transformers opens it, and built from; its loss falls."""
     trained = gym.fresh(
-        tmp_path, model=None, architecture="GPT2-Tiny", tokenizer=gym.models["tiny"], dropout=0.1, max_steps=8,
-        learning_rate=2e-3, eval_interval=4,
-    )  # fmt: skip
+        tmp_path,
+        model=None,
+        architecture="GPT2-Tiny",
+        tokenizer=gym.models["tiny"],
+        dropout=0.1,
+        max_steps=8,
+        learning_rate=2e-3,
+        eval_interval=4,
+    )
     val = trained.arrays()["val_loss"]
     assert val[7] < val[3] < 5.7
     report = ghoststore.build(
@@ -105,9 +111,14 @@ def test_val_loss_alone(gym: Gym, dtype: str, tmp_path: Path) -> None:
     assert report["val_loss_by_domain"] == pytest.approx(expected, rel=tolerance)
     assert (report["checkpoint"], report["run"], report["steps"]) == (None, None, 0)
     plain = ghoststore.train(
-        data=gym.data["prompts"], val_set=gym.data["prompts-val"], output_dir=tmp_path / "out", eval_only=True,
-        checkpoint=gym.models["tiny"], train_dtype=dtype, device="cpu",
-    )  # fmt: skip
+        data=gym.data["prompts"],
+        val_set=gym.data["prompts-val"],
+        output_dir=tmp_path / "out",
+        eval_only=True,
+        checkpoint=gym.models["tiny"],
+        train_dtype=dtype,
+        device="cpu",
+    )
     assert plain.val_loss == report["val_loss"]
 
 
@@ -124,8 +135,10 @@ def test_tensorboard(gym: Gym, tmp_path: Path) -> None:
     events = EventAccumulator(str(logs)).Reload()
     run = ghoststore.Store.open(tmp_path / "store").run("run")
     for tag, array in (
-        ("train/loss", "train_loss"), ("train/learning_rate", "learning_rate"), ("train/grad_norm", "grad_norm"),
-    ):  # fmt: skip
+        ("train/loss", "train_loss"),
+        ("train/learning_rate", "learning_rate"),
+        ("train/grad_norm", "grad_norm"),
+    ):
         found = {event.step: event.value for event in events.Scalars(tag)}
         assert sorted(found) == list(range(1, 13))
         stored = run.read_committed(array)

@@ -96,8 +96,20 @@ def test_another_configuration_of_the_start(gym: Gym, own: Path, field: str, sto
 
 def test_the_command_line(gym: Gym, own: Path) -> None:
     edit(own / "model" / "config.json", lambda value: value.update(activation_function="relu"))
-    words = ("--checkpoint", own / "model", "--max-steps", "6", "--checkpoint-interval", "3", "--learning-rate", "5e-3",
-             "--val-refresh-interval", "1", "--eval-interval", "10")  # fmt: skip
+    words = (
+        "--checkpoint",
+        own / "model",
+        "--max-steps",
+        "6",
+        "--checkpoint-interval",
+        "3",
+        "--learning-rate",
+        "5e-3",
+        "--val-refresh-interval",
+        "1",
+        "--eval-interval",
+        "10",
+    )
     outcome = gym.run(own, *words)
     assert outcome.code == 3, outcome.err
     assert "model.checkpoint.config.activation_function: stored 'gelu_new', asked for 'relu'" in outcome.err
@@ -106,13 +118,17 @@ def test_the_command_line(gym: Gym, own: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda value: value.update(normalizer={"type": "Lowercase"}),
-         "tokenizer.normalizer: stored None, asked for {'type'"),
-        (lambda value: value["pre_tokenizer"].update(add_prefix_space=True),
-         "tokenizer.pre_tokenizer.add_prefix_space: stored False, asked for True"),
+        (
+            lambda value: value.update(normalizer={"type": "Lowercase"}),
+            "tokenizer.normalizer: stored None, asked for {'type'",
+        ),
+        (
+            lambda value: value["pre_tokenizer"].update(add_prefix_space=True),
+            "tokenizer.pre_tokenizer.add_prefix_space: stored False, asked for True",
+        ),
     ],
     ids=["normalizer", "pre-tokenizer"],
-)  # fmt: skip
+)
 def test_another_tokenizer(gym: Gym, own: Path, change: Edit, expected: str) -> None:
     edit(own / "model" / "tokenizer.json", change)
     refused(gym, own, expected)

@@ -49,9 +49,14 @@ MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
     "last-checkpoint-named": (at("name", r"out/checkpoint-12$", "after"), 12, 3),
 }
 IN_A_ROW = (
-    "tokens-written", "run-named", "optimizer-flushed", "record-named", "second-checkpoint-unnamed",
-    "between-record-and-checkpoint", "last-checkpoint-unnamed",
-)  # fmt: skip
+    "tokens-written",
+    "run-named",
+    "optimizer-flushed",
+    "record-named",
+    "second-checkpoint-unnamed",
+    "between-record-and-checkpoint",
+    "last-checkpoint-unnamed",
+)
 """Moments of one training that is killed at each of them."""
 FLUSHES = (140, 175, 205, 265)
 """Of all calls of fsync, from the first token to the last checkpoint."""

@@ -32,13 +32,17 @@ TOLERANCE = 1e-6
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "groups-accumulation-4": {
-        "val_groups": True, "per_layer": True, "gradient_accumulation_steps": 4, "batch_size": 2, "model": "two",
+        "val_groups": True,
+        "per_layer": True,
+        "gradient_accumulation_steps": 4,
+        "batch_size": 2,
+        "model": "two",
     },
     "prompts": {"corpus": "prompts", "val_groups": True, "val_batch_size": 8, "per_layer": True},
     "windows": {"corpus": "long", "max_length": 9, "per_layer": True, "gradient_accumulation_steps": 2},
     "gram": {"corpus": "prompts", "route": "gram", "val_sampling": "fixed"},
     "domain": {"corpus": "prompts", "domains": ("code",), "max_length": 7, "overlong": "truncate"},
-}  # fmt: skip
+}
 
 
 @cache

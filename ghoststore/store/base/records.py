@@ -73,13 +73,16 @@ class Commit:
                 raise ValueError("its own checksum does not hold")
             start, stop = value["rows"]
             return cls(
-                span=int(value["span"]), start=int(start), stop=int(stop), tokens=int(value["tokens"]),
+                span=int(value["span"]),
+                start=int(start),
+                stop=int(stop),
+                tokens=int(value["tokens"]),
                 statuses={str(name): int(count) for name, count in value["statuses"].items()},
                 files={
                     str(name): FileRecord(int(record["bytes"]), str(record["sha256"]))
                     for name, record in value["files"].items()
                 },
-            )  # fmt: skip
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CorruptError(
                 f"{where} is not a commit record: {error}; `ghoststore verify` lists what is damaged"

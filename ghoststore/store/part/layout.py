@@ -67,18 +67,27 @@ class PartLayout(SpanLayout):
         while span % chunk:
             chunk -= 1
         return cls(
-            rows=rows, dimension=dimension, groups=groups, dtype=dtype, span_rows=span, chunk_rows=chunk,
+            rows=rows,
+            dimension=dimension,
+            groups=groups,
+            dtype=dtype,
+            span_rows=span,
+            chunk_rows=chunk,
             store_text=store_text,
-        )  # fmt: skip
+        )
 
     @classmethod
     def of(cls, storage: Mapping[str, Any]) -> PartLayout:
         """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
         return cls(
-            rows=int(storage["rows"]), dimension=int(storage["dimension"]), groups=len(storage["groups"]),
-            dtype=str(storage["dtype"]), span_rows=int(storage["span_rows"]), chunk_rows=int(storage["chunk_rows"]),
+            rows=int(storage["rows"]),
+            dimension=int(storage["dimension"]),
+            groups=len(storage["groups"]),
+            dtype=str(storage["dtype"]),
+            span_rows=int(storage["span_rows"]),
+            chunk_rows=int(storage["chunk_rows"]),
             store_text=bool(storage["store_text"]),
-        )  # fmt: skip
+        )
 
     @property
     def length(self) -> int:

@@ -111,9 +111,13 @@ def create_part(
     def fill(group: zarr.Group) -> None:
         for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
             array = group.create_array(
-                name, shape=values.shape, chunks=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()],
+                name,
+                shape=values.shape,
+                chunks=values.shape,
+                dtype=values.dtype,
+                compressors=[Crc32cCodec()],
                 fill_value=0,
-            )  # fmt: skip
+            )
             array[...] = values
         for spec in layout.arrays():
             create_array(group, spec, layout.length)

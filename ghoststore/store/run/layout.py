@@ -62,11 +62,15 @@ class RunLayout(SpanLayout):
             if not isinstance(storage[name], list):
                 raise TypeError(f"{name} is not a list of names")
         return cls(
-            steps=int(storage["steps"]), ranks=int(storage["ranks"]), batch=int(storage["batch"]),
-            span_steps=int(storage["span_steps"]), rows=int(storage["rows"]),
-            groups=tuple(map(str, storage["groups"])), blocks=tuple(map(str, storage["blocks"])),
+            steps=int(storage["steps"]),
+            ranks=int(storage["ranks"]),
+            batch=int(storage["batch"]),
+            span_steps=int(storage["span_steps"]),
+            rows=int(storage["rows"]),
+            groups=tuple(map(str, storage["groups"])),
+            blocks=tuple(map(str, storage["blocks"])),
             dimension=None if storage["dimension"] is None else int(storage["dimension"]),
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The storage section of a run's manifest."""

@@ -43,8 +43,12 @@ PARTS = {
 
 def build(lab: Lab, store: Path, projection: ProjectionConfig | None = None, **settings: Any) -> Any:
     settings = {
-        "checkpoint": lab.checkpoint, "data": lab.corpus, "name": "part", "span_rows": 6, "device": "cpu",
-    } | settings  # fmt: skip
+        "checkpoint": lab.checkpoint,
+        "data": lab.corpus,
+        "name": "part",
+        "span_rows": 6,
+        "device": "cpu",
+    } | settings
     return ghoststore.build(store=store, projection=projection or DEFAULT, **settings)
 
 
@@ -149,9 +153,14 @@ def test_groups_are_the_sizes_of_the_manifest(lab: Lab, stores: Path) -> None:
 def test_scores_of_layers_sum_to_the_whole(lab: Lab, stores: Path, name: str) -> None:
     """Also: the query encodes as the build does."""
     asked: dict[str, Any] = {
-        "store": stores, "part": name, "val_set": lab.corpus, "each": True, "metric": "dot", "top_k": 27,
+        "store": stores,
+        "part": name,
+        "val_set": lab.corpus,
+        "each": True,
+        "metric": "dot",
+        "top_k": 27,
         "device": "cpu",
-    }  # fmt: skip
+    }
     part = ghoststore.Store.open(stores).part(name)
     vectors = part.read_vectors(0, 27).astype(np.float64)
     ((start, stop),) = [(start, stop) for group, start, stop in part.groups if group.endswith("attn.c_attn")]

@@ -24,8 +24,12 @@ PCA = ProjectionConfig(kind="pca", precondition="none", rank_total=81, compress=
 
 def build(lab: Lab, store: Path, **settings: Any) -> ghoststore.BuildReport:
     settings = {
-        "checkpoint": lab.checkpoint, "data": lab.corpus, "name": "part", "span_rows": 6, "device": "cpu",
-    } | settings  # fmt: skip
+        "checkpoint": lab.checkpoint,
+        "data": lab.corpus,
+        "name": "part",
+        "span_rows": 6,
+        "device": "cpu",
+    } | settings
     return ghoststore.build(store=store, **settings)
 
 

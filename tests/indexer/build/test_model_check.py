@@ -44,9 +44,15 @@ def build(
     config = ghoststore.ProjectionConfig(layers=(layers,), **{**PLAIN, **options.pop("projection", {})})
     checkpoint = save_odd(folder / "model", quirk) if not (folder / "model").exists() else folder / "model"
     return ghoststore.build(
-        checkpoint=checkpoint, data=lab.corpus, store=folder / "store", name="part", projection=config, device="cpu",
-        progress=notes, **options,
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        data=lab.corpus,
+        store=folder / "store",
+        name="part",
+        projection=config,
+        device="cpu",
+        progress=notes,
+        **options,
+    )
 
 
 def assert_exact(lab: Lab, folder: Path, quirk: str, layers: tuple[str, ...] = ("mlp.c_fc", "mlp.c_proj")) -> None:
@@ -150,11 +156,29 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None:
     """Its indexer keeps the best eight keys of a query, padded ones among them."""
     config = transformers.DeepseekV32Config(
-        vocab_size=290, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-        first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-        index_topk=8, index_n_heads=2, index_head_dim=16, n_group=1, topk_group=1, max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=290,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=2,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_topk=8,
+        index_n_heads=2,
+        index_head_dim=16,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=32,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.DeepseekV32ForCausalLM(config)
@@ -166,10 +190,14 @@ def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None
     found = []
     for name, batch_tokens in (("together", 2048), ("alone", 1)):
         report = ghoststore.build(
-            checkpoint=tmp_path / "model", data=lab.corpus, store=tmp_path / "store", name=name, device="cpu",
+            checkpoint=tmp_path / "model",
+            data=lab.corpus,
+            store=tmp_path / "store",
+            name=name,
+            device="cpu",
             projection=ghoststore.ProjectionConfig(layers=("o_proj", "mlp"), rank_total=16, precondition="none"),
             batch_tokens=batch_tokens,
-        )  # fmt: skip
+        )
         part = Store.open(tmp_path / "store").part(name)
         found.append(np.asarray(part.read_vectors(0, part.rows)))
     assert report.rows == len(lab.rows)
@@ -183,10 +211,12 @@ def test_padding_is_tried_at_the_longest_row_there_may_be(lab: Lab, tmp_path: Pa
     rows = [{"id": str(i), "text": "the cat sees a dog"} for i in range(5)]
     lab.write(tmp_path / "short.jsonl", rows)
     report = ghoststore.build(
-        checkpoint=save_odd(tmp_path / "model", "another thing when long"), data=tmp_path / "short.jsonl",
-        store=tmp_path / "store", device="cpu",
+        checkpoint=save_odd(tmp_path / "model", "another thing when long"),
+        data=tmp_path / "short.jsonl",
+        store=tmp_path / "store",
+        device="cpu",
         projection=ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"),
-    )  # fmt: skip
+    )
     assert report.manifest["batching"]["padding"] is False
 
 
@@ -195,9 +225,12 @@ def test_rows_that_cannot_be_used_come_first(lab: Lab, tmp_path: Path) -> None:
     config = ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none")
     with pytest.raises(CaptureError, match="exclude-layers"):
         ghoststore.build(
-            checkpoint=save_odd(tmp_path / "model", "sequence first"), data=tmp_path / "late.jsonl",
-            store=tmp_path / "store", device="cpu", projection=config,
-        )  # fmt: skip
+            checkpoint=save_odd(tmp_path / "model", "sequence first"),
+            data=tmp_path / "late.jsonl",
+            store=tmp_path / "store",
+            device="cpu",
+            projection=config,
+        )
 
 
 def test_rows_beyond_max_samples_are_not_read(lab: Lab, tmp_path: Path) -> None:
@@ -205,9 +238,13 @@ def test_rows_beyond_max_samples_are_not_read(lab: Lab, tmp_path: Path) -> None:
     broken.write_text(broken.read_text() + "no json\n")
     config = ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none")
     report = ghoststore.build(
-        checkpoint=lab.checkpoint, data=broken, store=tmp_path / "store", device="cpu", projection=config,
+        checkpoint=lab.checkpoint,
+        data=broken,
+        store=tmp_path / "store",
+        device="cpu",
+        projection=config,
         max_samples=len(lab.rows),
-    )  # fmt: skip
+    )
     assert report.rows == len(lab.rows)
 
 
@@ -219,7 +256,10 @@ def test_a_model_of_few_positions(lab: Lab, tmp_path: Path, positions: int) -> N
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     report = ghoststore.build(
-        checkpoint=folder, data=lab.corpus, store=tmp_path / "store", device="cpu",
+        checkpoint=folder,
+        data=lab.corpus,
+        store=tmp_path / "store",
+        device="cpu",
         projection=ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"),
-    )  # fmt: skip
+    )
     assert report.manifest["tokens"]["max_length"] == positions

@@ -78,18 +78,24 @@ MISUSES: dict[str, tuple[Call, type[GhostStoreError], str]] = {
     "no gradient": (opened(without_gradients), CaptureError, "carries no gradient"),
     "losses of samples": (opened(lambda e, m: e.watch(sum_of_squares(m, X))), UsageError, r"shape \(3,\)"),
     "wrong weights": (
-        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(2))), UsageError, r"\(2,\) samples, but .* has 3",
+        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(2))),
+        UsageError,
+        r"\(2,\) samples, but .* has 3",
     ),
     "wrong labels": (opened(lambda e, m: e.watch(loss_of(m), labels=LABELS)), UsageError, r"\(2, 5\).* 3 samples"),
     "labels of classes": (
-        opened(lambda e, m: e.watch(loss_of(m), labels=LABELS[0, :3])), UsageError, r"of tokens.* shape \(3,\)",
+        opened(lambda e, m: e.watch(loss_of(m), labels=LABELS[0, :3])),
+        UsageError,
+        r"of tokens.* shape \(3,\)",
     ),
     "weights and wrong labels": (
-        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(3), labels=LABELS)), UsageError, r"\(2, 5\)",
+        opened(lambda e, m: e.watch(loss_of(m), weights=torch.ones(3), labels=LABELS)),
+        UsageError,
+        r"\(2, 5\)",
     ),
     "unfreezing": (unfreeze, UsageError, "frozen or unfrozen since the engine was made"),
     "another batch": (opened(lambda e, m: m(X[:2])), CaptureError, r"shape \(2, 6\).*3 samples"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MISUSES)

@@ -57,28 +57,38 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "conv2d": (lambda: sequential(conv=nn.Conv2d(3, 4, 3)), LayerError, "'conv' is a Conv2d"),
     "batch norm": (batch_norm, UsageError, "norm is a BatchNorm1d"),
     "batch norm without statistics": (
-        lambda: batch_norm(track_running_stats=False).eval(), UsageError, "norm is a BatchNorm1d",
+        lambda: batch_norm(track_running_stats=False).eval(),
+        UsageError,
+        "norm is a BatchNorm1d",
     ),
     "frozen batch norm with weights": (lambda: batch_norm().eval(), LayerError, "'norm' is a BatchNorm1d"),
     "attention": (
-        lambda: sequential(attend=nn.MultiheadAttention(6, 2)), LayerError, "'attend' is a MultiheadAttention",
+        lambda: sequential(attend=nn.MultiheadAttention(6, 2)),
+        LayerError,
+        "'attend' is a MultiheadAttention",
     ),
     "custom parameter": (WithToken, LayerError, r"'WithToken'.*\['token'\].*exclude_layers=\['token'\]"),
     "max_norm": (lambda: sequential(e=nn.Embedding(5, 6, max_norm=1.0)), LayerError, "'e' has max_norm"),
     "scale_grad_by_freq": (
-        lambda: sequential(e=nn.Embedding(5, 6, scale_grad_by_freq=True)), LayerError, "'e' has scale_grad_by_freq",
+        lambda: sequential(e=nn.Embedding(5, 6, scale_grad_by_freq=True)),
+        LayerError,
+        "'e' has scale_grad_by_freq",
     ),
     "weight norm": (
-        lambda: sequential(w=nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))), LayerError, "'w' is a",
+        lambda: sequential(w=nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+        LayerError,
+        "'w' is a",
     ),
     "layer norm over two axes": (lambda: sequential(n=nn.LayerNorm((2, 6))), LayerError, "'n' normalises over 2 axes"),
     "two devices": (
-        lambda: sequential(one=nn.Linear(6, 6), two=nn.Linear(6, 6, device="meta")), UsageError, "lie on cpu, meta",
+        lambda: sequential(one=nn.Linear(6, 6), two=nn.Linear(6, 6, device="meta")),
+        UsageError,
+        "lie on cpu, meta",
     ),
     "compiled in place": (lambda: compiled_in_place(), UsageError, "second was compiled in place"),
     "compiled": (lambda: torch.compile(nn.Linear(6, 6)), UsageError, "torch.compile"),
     "nothing trains": (lambda: nn.Linear(6, 6).requires_grad_(False), UsageError, "no trainable parameter"),
-}  # fmt: skip
+}
 
 
 def compiled_in_place() -> nn.Module:

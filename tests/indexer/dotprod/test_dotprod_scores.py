@@ -150,9 +150,11 @@ def test_a_perceptron_on_classes(route: Route, val_counts: tuple[int, ...], coun
     whole = tuple(torch.cat(parts) for parts in zip(*val, strict=True))
     exact = exact_of(
         model,
-        count, lambda model, i: class_losses(model, (batch[0][i : i + 1], batch[1][i : i + 1])).sum(),
-        sum(val_counts), lambda model, i: class_losses(model, (whole[0][i : i + 1], whole[1][i : i + 1])).sum(),
-    )  # fmt: skip
+        count,
+        lambda model, i: class_losses(model, (batch[0][i : i + 1], batch[1][i : i + 1])).sum(),
+        sum(val_counts),
+        lambda model, i: class_losses(model, (whole[0][i : i + 1], whole[1][i : i + 1])).sum(),
+    )
     with GradDotProdEngine(model, val, val_losses=class_losses, route=route, groups="each") as engine:
         engine.prepare(count)
         loss = class_losses(model, batch).mean()

@@ -85,8 +85,10 @@ def test_full_rank_is_the_exact_score_of_those_layers(make: Any, layers: tuple[s
     with causal_engine(model, projection=ProjectionConfig(layers=layers, rank_total="full")) as engine:
         scores = causal_step(engine, model)
     names = {
-        name for layer in engine.method.projection.plan.layers for name in layer.block.parameters  # type: ignore[union-attr]
-    }  # fmt: skip
+        name
+        for layer in engine.method.projection.plan.layers
+        for name in layer.block.parameters  # type: ignore[union-attr]
+    }
     agree(scores.total, exact_causal(model, val=VAL[:3]).only(names.__contains__).total().mean(1))
 
 

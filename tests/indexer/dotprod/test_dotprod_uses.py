@@ -323,9 +323,11 @@ def test_a_parameter_that_one_side_does_not_depend_on_scores_zero(route: Route) 
 
     exact = exact_of(
         model,
-        len(x), lambda model, i: sum_of_squares(model, x[i : i + 1]).sum(),
-        len(val), lambda model, i: val_losses(model, val[i : i + 1]).sum(),
-    )  # fmt: skip
+        len(x),
+        lambda model, i: sum_of_squares(model, x[i : i + 1]).sum(),
+        len(val),
+        lambda model, i: val_losses(model, val[i : i + 1]).sum(),
+    )
     with GradDotProdEngine(model, val, val_losses=val_losses, route=route) as engine:
         scores = plain_step(engine, model, x)
     agree(scores.total, exact.total().mean(1))

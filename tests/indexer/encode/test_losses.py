@@ -168,7 +168,7 @@ HEADS = {
     "float of bfloat16": lambda h, w: (h.bfloat16() @ w.t().bfloat16()).float(),
     "flattened": lambda h, w: (h.flatten(0, 1) @ w.t()).view(h.shape[0], h.shape[1], -1),
     "cut": lambda h, w: (h @ torch.cat([w, w]).t())[..., : w.shape[0]],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("head", HEADS)

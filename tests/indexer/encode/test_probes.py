@@ -146,9 +146,12 @@ def test_inputs_that_cannot_be_cut(form: str) -> None:
 
     model, x, val = settle(Wrapped()), random(4, 2, 6), random(3, 2, 6, seed=1)
     exact = exact_of(
-        model, 4, lambda model, i: losses(model, x[i : i + 1]).sum(), 3,
+        model,
+        4,
+        lambda model, i: losses(model, x[i : i + 1]).sum(),
+        3,
         lambda model, i: losses(model, val[i : i + 1]).sum(),
-    )  # fmt: skip
+    )
     with GradDotProdEngine(model, val, val_losses=losses) as engine:
         engine.prepare(4)
         loss = losses(model, x).mean()

@@ -127,9 +127,17 @@ def test_xlnet_works_sequence_first() -> None:
 
 def test_t5_has_a_table_of_relative_positions() -> None:
     config = transformers.T5Config(
-        vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
-        decoder_start_token_id=0, relative_attention_num_buckets=8,
-    )  # fmt: skip
+        vocab_size=40,
+        d_model=8,
+        d_kv=4,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        relative_attention_num_buckets=8,
+    )
     model = settle(transformers.T5ForConditionalGeneration(config))
 
     def losses(model: Any, ids: Tensor) -> Tensor:
@@ -147,9 +155,12 @@ def test_t5_has_a_table_of_relative_positions() -> None:
     with GradDotProdEngine(model, ids[:2], val_losses=losses, exclude_layers=advised) as engine:
         scores = token_step(engine, model, ids, losses)
     exact = exact_of(
-        model, 6, lambda model, i: losses(model, ids[i : i + 1]).sum(), 2,
+        model,
+        6,
         lambda model, i: losses(model, ids[i : i + 1]).sum(),
-    )  # fmt: skip
+        2,
+        lambda model, i: losses(model, ids[i : i + 1]).sum(),
+    )
     agree(scores.total, exact.only(lambda name: "relative_attention_bias" not in name).total().mean(1))
 
 
@@ -309,13 +320,22 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
     rows = [{**{key: value[i].tolist() for key, value in odd_batch(8).items()}, "sample": i} for i in range(8)]
     callback = ghoststore.GhostStoreCallback(store=tmp_path / "store", val_data=odd_batch(4, 1), samples=8)
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, remove_unused_columns=False,
-        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
     trainer = transformers.Trainer(
-        model=odd("sequence first"), args=arguments, train_dataset=rows, callbacks=[callback],
+        model=odd("sequence first"),
+        args=arguments,
+        train_dataset=rows,
+        callbacks=[callback],
         data_collator=transformers.default_data_collator,
-    )  # fmt: skip
+    )
     with pytest.raises(CaptureError, match=r"exclude-layers\): mlp\.c_fc,mlp\.c_proj"):
         trainer.train()
     callback.close()
@@ -324,9 +344,16 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
 def test_the_training_command(lab: Lab, tmp_path: Path) -> None:
     checkpoint = save_odd(tmp_path / "model", "sequence first")
     given: dict[str, Any] = {
-        "checkpoint": checkpoint, "data": lab.corpus, "val_set": lab.corpus, "store": tmp_path / "store",
-        "batch_size": 4, "max_steps": 2, "val_batch_size": 4, "device": "cpu", "eval_interval": 2,
-    }  # fmt: skip
+        "checkpoint": checkpoint,
+        "data": lab.corpus,
+        "val_set": lab.corpus,
+        "store": tmp_path / "store",
+        "batch_size": 4,
+        "max_steps": 2,
+        "val_batch_size": 4,
+        "device": "cpu",
+        "eval_interval": 2,
+    }
     with pytest.raises(CaptureError, match=r"exclude-layers\): mlp\.c_fc,mlp\.c_proj"):
         ghoststore.train(**given, output_dir=tmp_path / "out")
     assert not (tmp_path / "store").exists()

@@ -93,9 +93,32 @@ def test_a_completion_that_leaves_no_token_leaves_no_target() -> None:
 
 
 PIECES = st.sampled_from(
-    [" ", "  ", "the", " old", "song", "The", "answer", ".", "\n", "é", "e\u0301", "ß", "日", "本語", "ﬁ", "½", "İ",
-     "42", "\u200b", "🎻", "!", "x y", "\t"]
-)  # fmt: skip
+    [
+        " ",
+        "  ",
+        "the",
+        " old",
+        "song",
+        "The",
+        "answer",
+        ".",
+        "\n",
+        "é",
+        "e\u0301",
+        "ß",
+        "日",
+        "本語",
+        "ﬁ",
+        "½",
+        "İ",
+        "42",
+        "\u200b",
+        "🎻",
+        "!",
+        "x y",
+        "\t",
+    ]
+)
 TEXTS = st.lists(PIECES, max_size=6).map("".join) | st.text(
     st.characters(exclude_categories=["Cs", "Mn", "Cc"]), max_size=8
 )

@@ -112,10 +112,18 @@ def callback_of(store: Path, **settings: Any) -> GhostStoreCallback:
 
 def arguments(folder: Path, **settings: Any) -> TrainingArguments:
     given: dict[str, Any] = {
-        "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.01, "save_strategy": "no",
-        "report_to": [], "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True, "logging_steps": 50,
-        "optim": "adamw_torch", "seed": 3,
-    }  # fmt: skip
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 50,
+        "optim": "adamw_torch",
+        "seed": 3,
+    }
     return TrainingArguments(output_dir=str(folder / "out"), **{**given, **settings})
 
 
@@ -127,9 +135,13 @@ def trainer_of(
     evaluation = settings.pop("eval_rows", dataset() if "eval_strategy" in settings else None)
     torch.manual_seed(0)
     return trainer(
-        model=model or gpt2(), args=arguments(folder, **settings), train_dataset=rows, eval_dataset=evaluation,
-        callbacks=callbacks, **{"data_collator": collate, **own},
-    )  # fmt: skip
+        model=model or gpt2(),
+        args=arguments(folder, **settings),
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        callbacks=callbacks,
+        **{"data_collator": collate, **own},
+    )
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -149,8 +161,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def weights_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[str, Tensor], list[float]]]:
     def of(setting: str) -> tuple[dict[str, Tensor], list[float]]:
         watcher = Watcher()
-        trainer = trainer_of(tmp_path_factory.mktemp("plain"), [watcher], rows=dataset(sample=False),
-                             **SETTINGS[setting], eval_rows=dataset(sample=False))  # fmt: skip
+        trainer = trainer_of(
+            tmp_path_factory.mktemp("plain"),
+            [watcher],
+            rows=dataset(sample=False),
+            **SETTINGS[setting],
+            eval_rows=dataset(sample=False),
+        )
         trainer.train()
         return weights_of(trainer.model), watcher.evaluations
 

@@ -337,9 +337,12 @@ def test_a_perceptron_with_losses_of_its_own(weighted: bool, tmp_path: Path) -> 
             twin = perceptron()
             twin.load_state_dict(model.state_dict())
             exact = exact_of(
-                twin, 4, lambda m, i, p=places: class_losses(m, (x[p[i : i + 1]], y[p[i : i + 1]])).sum(),
-                4, lambda m, i: class_losses(m, (val[0][i : i + 1], val[1][i : i + 1])).sum(),
-            )  # fmt: skip
+                twin,
+                4,
+                lambda m, i, p=places: class_losses(m, (x[p[i : i + 1]], y[p[i : i + 1]])).sum(),
+                4,
+                lambda m, i: class_losses(m, (val[0][i : i + 1], val[1][i : i + 1])).sum(),
+            )
             expected.append(exact.total().mean(1))
             blocks.append(exact.only(lambda name: name.startswith("2.")).total().mean(1))
             X, Y = x[places], y[places]
@@ -557,9 +560,16 @@ def test_projected_gradients(rank_total: int | None, with_val: bool, tmp_path: P
     model = gpt2()
     optimizer = sgd(model)
     config = config_of(
-        tmp_path / "store", 3, method="GradProjLora", proj_rank_total=rank_total, proj_seed=4, proj_layers="mlp",
-        per_layer=with_val and rank_total is not None, proj_row_orthonormal=True, exclude_layers="h.0",
-    )  # fmt: skip
+        tmp_path / "store",
+        3,
+        method="GradProjLora",
+        proj_rank_total=rank_total,
+        proj_seed=4,
+        proj_layers="mlp",
+        per_layer=with_val and rank_total is not None,
+        proj_row_orthonormal=True,
+        exclude_layers="h.0",
+    )
     naive = []
     val = VAL_BATCH if with_val else None
 

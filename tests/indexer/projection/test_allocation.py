@@ -12,9 +12,7 @@ from torch import Tensor
 
 from indexer.projection.allocation import in_proportion, share_out
 
-weights = st.lists(
-    st.one_of(st.just(0.0), st.floats(1e-12, 1e12), st.floats(0.5, 2.0)), min_size=1, max_size=8
-)  # fmt: skip
+weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e12), st.floats(0.5, 2.0)), min_size=1, max_size=8)
 
 
 @st.composite
@@ -98,9 +96,12 @@ def least_error(energies: list[Tensor], total: int) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(1, 20), min_size=1, max_size=5), st.floats(0, 5), st.integers(0, 1000), st.floats(0, 1),
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.floats(0, 5),
+    st.integers(0, 1000),
+    st.floats(0, 1),
     st.booleans(),
-)  # fmt: skip
+)
 def test_shares(widths: list[int], spread: float, seed: int, part: float, keep: bool) -> None:
     total = len(widths) + int(part * (sum(widths) - len(widths)))
     if total == sum(widths):

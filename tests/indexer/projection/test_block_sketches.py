@@ -103,13 +103,22 @@ def test_whole_blocks_have_no_sketch() -> None:
 
 def test_the_digest_depends_on_every_input() -> None:
     base: dict[str, Any] = {
-        "key": "key", "names": ["a", "b"], "columns": [(0, 20), (20, 35)], "sizes": [6, 4],
+        "key": "key",
+        "names": ["a", "b"],
+        "columns": [(0, 20), (20, 35)],
+        "sizes": [6, 4],
         "kept": [torch.tensor([3]), torch.tensor([], dtype=torch.int64)],
-    }  # fmt: skip
+    }
     changes: list[dict[str, Any]] = [
-        {}, {"key": "other"}, {"names": ["a", "c"]}, {"names": ["b", "a"]}, {"columns": [(0, 21), (21, 35)]},
-        {"sizes": [5, 5]}, {"kept": [torch.tensor([4]), base["kept"][1]]}, {"kept": [base["kept"][1]] * 2},
-    ]  # fmt: skip
+        {},
+        {"key": "other"},
+        {"names": ["a", "c"]},
+        {"names": ["b", "a"]},
+        {"columns": [(0, 21), (21, 35)]},
+        {"sizes": [5, 5]},
+        {"kept": [torch.tensor([4]), base["kept"][1]]},
+        {"kept": [base["kept"][1]] * 2},
+    ]
     found = [BlockSketches(**base | change).digest() for change in changes]
     assert len(set(found)) == len(found)
     assert BlockSketches(**base).digest() == found[0]

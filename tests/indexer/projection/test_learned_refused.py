@@ -49,10 +49,19 @@ def test_training_and_doctor(lab: Lab, settings: dict[str, Any], tmp_path: Path)
     projection = ProjectionConfig(**settings)
     with pytest.raises(UsageError, match=REASON):
         ghoststore.train(
-            data=lab.corpus, val_set=lab.corpus, output_dir=tmp_path / "out", store=tmp_path / "store",
-            architecture="GPT2-Tiny", tokenizer=lab.checkpoint, max_length=16, batch_size=4, max_steps=3,
-            score="sketched", projection=projection, device="cpu",
-        )  # fmt: skip
+            data=lab.corpus,
+            val_set=lab.corpus,
+            output_dir=tmp_path / "out",
+            store=tmp_path / "store",
+            architecture="GPT2-Tiny",
+            tokenizer=lab.checkpoint,
+            max_length=16,
+            batch_size=4,
+            max_steps=3,
+            score="sketched",
+            projection=projection,
+            device="cpu",
+        )
     with pytest.raises(UsageError, match=REASON):
         ghoststore.doctor(checkpoint=lab.checkpoint, projection=projection, store=tmp_path / "store", device="cpu")
     assert not (tmp_path / "store" / "runs").exists()

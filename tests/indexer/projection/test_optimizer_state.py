@@ -83,9 +83,14 @@ def test_vectors_are_gradients_times_v_to_the_minus_quarter(lab: Lab, checkpoint
     """With every axis at its own length: stored numbers against plain ones, scaled. Then the query's side."""
     for name, state in (("plain", None), ("adam", checkpoint)):
         ghoststore.build(
-            checkpoint=checkpoint, data=lab.corpus, store=tmp_path / "store", name=name, projection=FULL,
-            optimizer_state=state, device="cpu",
-        )  # fmt: skip
+            checkpoint=checkpoint,
+            data=lab.corpus,
+            store=tmp_path / "store",
+            name=name,
+            projection=FULL,
+            optimizer_state=state,
+            device="cpu",
+        )
     store = ghoststore.Store.open(tmp_path / "store")
     plain, adam = (np.asarray(store.part(name).read("vectors", 0, len(lab.rows))) for name in ("plain", "adam"))
     model = load_model(find_checkpoint(checkpoint))
@@ -122,8 +127,12 @@ def test_sides_are_scaled_before_they_project(checkpoint: Path) -> None:
 
 def test_other_state_is_another_part(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        "checkpoint": checkpoint, "data": lab.corpus, "store": tmp_path / "store", "name": "part", "device": "cpu",
-    }  # fmt: skip
+        "checkpoint": checkpoint,
+        "data": lab.corpus,
+        "store": tmp_path / "store",
+        "name": "part",
+        "device": "cpu",
+    }
     ghoststore.build(**settings, optimizer_state=checkpoint)
     assert ghoststore.build(**settings, optimizer_state=checkpoint).resumed_rows == len(lab.rows)
     with pytest.raises(MismatchError, match="optimizer_state"):
@@ -166,10 +175,16 @@ def test_of_a_training_of_ours(lab: Lab, tmp_path: Path) -> None:
     from indexer.projection.adam import learning_rate_of
 
     report = ghoststore.train(
-        data=lab.corpus, output_dir=tmp_path / "out", method="Regular", architecture="GPT2-Tiny",
+        data=lab.corpus,
+        output_dir=tmp_path / "out",
+        method="Regular",
+        architecture="GPT2-Tiny",
         tokenizer=lab.checkpoint,
-        max_length=16, batch_size=4, max_steps=3, device="cpu",
-    )  # fmt: skip
+        max_length=16,
+        batch_size=4,
+        max_steps=3,
+        device="cpu",
+    )
     folder = Path(report.checkpoint)
     rate = learning_rate_of(folder)
     assert rate is not None
@@ -196,8 +211,10 @@ def test_refused(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     refused("found neither", lambda folder: None)
     refused("cannot be read", lambda folder: (folder / "optimizer.pt").write_bytes(b"rubbish"))
-    refused("holds no exp_avg_sq", lambda folder: torch.save(
-        {"param_groups": state["param_groups"], "state": {}}, folder / "optimizer.pt"))  # fmt: skip
+    refused(
+        "holds no exp_avg_sq",
+        lambda folder: torch.save({"param_groups": state["param_groups"], "state": {}}, folder / "optimizer.pt"),
+    )
     fewer = {"param_groups": [{"params": state["param_groups"][0]["params"][:-1]}], "state": state["state"]}
     refused("fits no order", lambda folder: torch.save(fewer, folder / "optimizer.pt"))
 
@@ -216,8 +233,9 @@ def test_refused(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     shapes = dict(model.named_parameters())
     refused("is missing|are missing", lambda folder: ours(folder, {"other": torch.ones(1)}))
     refused("has shape", lambda folder: ours(folder, {f"{n}/exp_avg_sq": torch.ones(3) for n in names}))
-    refused("was not trained", lambda folder: ours(
-        folder, {f"{n}/exp_avg_sq": torch.zeros(shapes[n].shape) for n in names}))  # fmt: skip
+    refused(
+        "was not trained", lambda folder: ours(folder, {f"{n}/exp_avg_sq": torch.zeros(shapes[n].shape) for n in names})
+    )
 
 
 def test_groups_from_the_last_layer_to_the_first(lab: Lab, tmp_path: Path) -> None:

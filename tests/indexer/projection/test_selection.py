@@ -70,8 +70,11 @@ def test_block_1_is_not_block_10() -> None:
 BERT_MLP = each("bert.encoder.layer", "intermediate.dense", "output.dense")
 BERT_ATTENTION = each(
     "bert.encoder.layer",
-    "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-)  # fmt: skip
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+)
 
 ALIASES: dict[str, tuple[Callable[[], Any], dict[str, list[str]]]] = {
     "gpt2": (
@@ -109,7 +112,7 @@ ALIASES: dict[str, tuple[Callable[[], Any], dict[str, list[str]]]] = {
     ),
     "bert-masked": (bert_masked, {"mlp": BERT_MLP, "attn": BERT_ATTENTION}),
     "bert-causal": (bert_causal, {"mlp": BERT_MLP, "attn": BERT_ATTENTION}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,23 @@ from tests.support.made_parts import DIMENSION, ROWS, UNUSABLE, clustered, make_
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-KINDS = ["Flat", "SQ8", "SQfp16", "RaBitQ", "RaBitQfs", "RR96,RaBitQ", "PCAR32,SQ8", "IVF8,Flat", "IVF8,SQ8",
-         "IVF8,RaBitQ", "IVF8,RaBitQfs", "HNSW16,Flat", "HNSW16,SQ8", "PQ8x4fs",
-         "IVF4,PQ8x4fs,Refine(SQ8)"]  # fmt: skip
+KINDS = [
+    "Flat",
+    "SQ8",
+    "SQfp16",
+    "RaBitQ",
+    "RaBitQfs",
+    "RR96,RaBitQ",
+    "PCAR32,SQ8",
+    "IVF8,Flat",
+    "IVF8,SQ8",
+    "IVF8,RaBitQ",
+    "IVF8,RaBitQfs",
+    "HNSW16,Flat",
+    "HNSW16,SQ8",
+    "PQ8x4fs",
+    "IVF4,PQ8x4fs,Refine(SQ8)",
+]
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +168,7 @@ def test_few_rows(tmp_path: Path, rows: int) -> None:
 
 @pytest.mark.parametrize("factory", ["RaBitQ", "IVF8,SQ8", "HNSW16,SQ8"])
 def test_the_same_part_gives_the_same_bytes(tmp_path: Path, factory: str) -> None:
-    manifests = [
-        build(make_part(tmp_path / name, clustered()), factory=factory).manifest for name in ("one", "other")
-    ]  # fmt: skip
+    manifests = [build(make_part(tmp_path / name, clustered()), factory=factory).manifest for name in ("one", "other")]
     same = ("files", "effort", "candidates", "recall", "coverage", "front_key", "scale")
     for field in same:
         assert getattr(manifests[0], field) == getattr(manifests[1], field)

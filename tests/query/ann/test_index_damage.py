@@ -229,13 +229,26 @@ def resealed(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rows": 10**30}, {"rows": 395}, {"rows": -1}, {"dimension": 0}, {"candidates": 0}, {"effort": -3},
-        {"effort": "many"}, {"metric": "l2"}, {"scale": 0.0}, {"scale": "nan"}, {"front_dimension": 5},
-        {"front_dimension": 10**9}, {"front_key": "k"}, {"files": {}}, {"recall": {"row": {"at_10": 1}}},
-        {"recall": {}}, {"files": {"faiss": {"bytes": 1, "sha256": "../../../x"}, "rows": {"bytes": 1, "sha256": ""}}},
+        {"rows": 10**30},
+        {"rows": 395},
+        {"rows": -1},
+        {"dimension": 0},
+        {"candidates": 0},
+        {"effort": -3},
+        {"effort": "many"},
+        {"metric": "l2"},
+        {"scale": 0.0},
+        {"scale": "nan"},
+        {"front_dimension": 5},
+        {"front_dimension": 10**9},
+        {"front_key": "k"},
+        {"files": {}},
+        {"recall": {"row": {"at_10": 1}}},
+        {"recall": {}},
+        {"files": {"faiss": {"bytes": 1, "sha256": "../../../x"}, "rows": {"bytes": 1, "sha256": ""}}},
         {"surprise": 1},
     ],
-)  # fmt: skip
+)
 def test_hostile_manifests(store: Path, changes: dict[str, Any]) -> None:
     resealed(file_of(store, "manifest"), **changes)
     with pytest.raises(CorruptError, match="is not the manifest of an index"):

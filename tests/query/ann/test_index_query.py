@@ -25,9 +25,14 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lab.write(folder / "val.jsonl", lab.sample_rows(5, 3))
     for name in ("one", "two"):
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=data, store=folder / "store", name=name, device="cpu",
-            projection=ProjectionConfig(rank_total=16), span_rows=64,
-        )  # fmt: skip
+            checkpoint=lab.checkpoint,
+            data=data,
+            store=folder / "store",
+            name=name,
+            device="cpu",
+            projection=ProjectionConfig(rank_total=16),
+            span_rows=64,
+        )
     for metric in ("cosine", "dot"):
         ghoststore.index(store=folder / "store", part="one", metric=metric, factory="Flat")
     return folder / "store"
@@ -41,11 +46,16 @@ def ask(store: Path, index: str, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"each": True}, {"metric": "dot"}, {"group_field": "domain"}, {"metric": "dot", "layers": ["mlp"]},
-        {"metric": "dot", "precondition": "second-moment"}, {"rerank": 20},
+        {},
+        {"each": True},
+        {"metric": "dot"},
+        {"group_field": "domain"},
+        {"metric": "dot", "layers": ["mlp"]},
+        {"metric": "dot", "precondition": "second-moment"},
+        {"rerank": 20},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None:
     exact, found = ask(store, "exact", **settings), ask(store, "ann", **settings)
     assert found.settings["index"] == "ann"

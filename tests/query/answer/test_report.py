@@ -75,12 +75,17 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"each": True}, {"group_field": "task"}, {"group_field": "task", "combine": "max"},
-        {"group_field": "task", "combine": "rank-fusion"}, {"metric": "dot", "bottom_k": 2}, {"text": False},
+        {},
+        {"each": True},
+        {"group_field": "task"},
+        {"group_field": "task", "combine": "max"},
+        {"group_field": "task", "combine": "rank-fusion"},
+        {"metric": "dot", "bottom_k": 2},
+        {"text": False},
         {"precondition": "second-moment"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any], tmp_path: Path) -> None:
     page = tmp_path / "out.html"
     result = ghoststore.query(
@@ -107,9 +112,13 @@ def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any]
 @pytest.mark.parametrize("precondition", ["none", "second-moment"])
 def test_layers_sum_to_the_score(folder: Path, metric: Any, settings: dict[str, Any], precondition: Any) -> None:
     question = Question(
-        store=folder / "plain", val_set=folder / "val.jsonl", metric=metric, precondition=precondition, device="cpu",
+        store=folder / "plain",
+        val_set=folder / "val.jsonl",
+        metric=metric,
+        precondition=precondition,
+        device="cpu",
         **settings,
-    )  # fmt: skip
+    )
     asked = ask(question, Silent())
     best, _ = asked.rank(6, 0, Silent())
     found = contributions(asked, [[int(row) for row in rows] for rows in best.rows], Silent())
@@ -123,14 +132,21 @@ def test_layers_of_several_parts(lab: Lab, folder: Path, tmp_path: Path) -> None
     """Weighted like their scores, they sum to the sum."""
     for place in range(2):
         ghoststore.build(
-            checkpoint=lab.model(tmp_path / f"model-{place}", seed=place), data=folder / "train.jsonl", device="cpu",
-            store=tmp_path / "store", name=f"part-{place}", span_rows=8,
+            checkpoint=lab.model(tmp_path / f"model-{place}", seed=place),
+            data=folder / "train.jsonl",
+            device="cpu",
+            store=tmp_path / "store",
+            name=f"part-{place}",
+            span_rows=8,
             projection=ProjectionConfig(precondition="none", rank_total=16),
-        )  # fmt: skip
+        )
     question = Question(
-        store=tmp_path / "store", val_set=folder / "val.jsonl", part=["part-0", "part-1"], part_weights=(0.3, 2.0),
+        store=tmp_path / "store",
+        val_set=folder / "val.jsonl",
+        part=["part-0", "part-1"],
+        part_weights=(0.3, 2.0),
         device="cpu",
-    )  # fmt: skip
+    )
     asked = ask(question, Silent())
     best, _ = asked.rank(4, 0, Silent())
     found = contributions(asked, [[int(row) for row in best.rows[0]]], Silent())
@@ -147,9 +163,12 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
             precondition="none", layers=("attn",), rank_total=None if compress == 24 else "full", compress=compress
         )
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=folder / "train.jsonl", store=tmp_path / name, device="cpu",
+            checkpoint=lab.checkpoint,
+            data=folder / "train.jsonl",
+            store=tmp_path / name,
+            device="cpu",
             projection=projection,
-        )  # fmt: skip
+        )
     val_set = folder / "val.jsonl"
     for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}):
         asked = ask(Question(store=tmp_path / "sketched", val_set=val_set, device="cpu", **settings), Silent())
@@ -183,9 +202,12 @@ def test_without_the_corpus(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """A page without texts, and for a sketch without layers, says so; `select` needs the corpus, a page does not."""
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(9, 1))
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", device="cpu",
+        checkpoint=lab.checkpoint,
+        data=data,
+        store=tmp_path / "store",
+        device="cpu",
         projection=ProjectionConfig(precondition="none", compress=24),
-    )  # fmt: skip
+    )
     data.unlink()
     page = tmp_path / "page.html"
     found = ghoststore.query(store=tmp_path / "store", val_set=folder / "val.jsonl", report=page, device="cpu")

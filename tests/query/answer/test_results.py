@@ -179,9 +179,20 @@ def test_every_form_of_output(lab: Lab, tmp_path: Path) -> None:
     for suffix in ("json", "jsonl", "csv", "parquet"):
         out = tmp_path / f"results.{suffix}"
         outcome = lab.run(
-            "query", "--store", tmp_path / "store", "--val-set", data, "--each", "--top-k", "3", "--bottom-k", "2",
-            "--out", out, "--json",
-        )  # fmt: skip
+            "query",
+            "--store",
+            tmp_path / "store",
+            "--val-set",
+            data,
+            "--each",
+            "--top-k",
+            "3",
+            "--bottom-k",
+            "2",
+            "--out",
+            out,
+            "--json",
+        )
         assert outcome.code == 0, outcome.err
         assert f"wrote {out}" in outcome.err
         flat[suffix] = read_back(out, outcome.json)

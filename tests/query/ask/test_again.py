@@ -39,9 +39,14 @@ def rows_of(lab: Lab) -> Rows:
 def built(lab: Lab, folder: Path, data: Path, dtype: str = "float32", **options: Any) -> Part:
     options = {"span_rows": 5} | options
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=data, store=folder / "store", name=dtype, proj_dtype=dtype, device="cpu",
+        checkpoint=lab.checkpoint,
+        data=data,
+        store=folder / "store",
+        name=dtype,
+        proj_dtype=dtype,
+        device="cpu",
         **options,
-    )  # fmt: skip
+    )
     return Store.open(folder / "store").part(dtype)
 
 
@@ -150,7 +155,7 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     candidates = Ranking(np.array([[3, 2, 1, 0, -1]]), np.zeros((1, 5)))
     found = rerank(
         candidates, torch.tensor([[2.0, 0.0]]), metric="cosine", top_k=5, rows_again=lambda rows: vectors[rows]
-    )  # fmt: skip
+    )
     assert found.rows.tolist() == [[0, 2, 1, 3, -1]]
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])
 

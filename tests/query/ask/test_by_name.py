@@ -43,9 +43,13 @@ def broken(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.transformer.wte.weight[token] = 3e38 * (-1.0) ** torch.arange(32)
 
         ghoststore.build(
-            checkpoint=lab.model(folder / name, seed=seed, change=change, tie_word_embeddings=False), data=data,
-            store=folder / "store", name=name, projection=ProjectionConfig(precondition="none"), device="cpu",
-        )  # fmt: skip
+            checkpoint=lab.model(folder / name, seed=seed, change=change, tie_word_embeddings=False),
+            data=data,
+            store=folder / "store",
+            name=name,
+            projection=ProjectionConfig(precondition="none"),
+            device="cpu",
+        )
     return folder
 
 
@@ -53,9 +57,14 @@ def broken(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_other_val_rows_of_the_same_ids_are_not_summed(broken: Path, mode: Any) -> None:
     def ask(part: Any, **settings: Any) -> Any:
         return ghoststore.query(
-            store=broken / "store", val_set=broken / "val.jsonl", part=part, text=False, device="cpu", **mode,
+            store=broken / "store",
+            val_set=broken / "val.jsonl",
+            part=part,
+            text=False,
+            device="cpu",
+            **mode,
             **settings,
-        )  # fmt: skip
+        )
 
     used = [ask(part).settings["val_rows"] for part in ("one", "two")]
     assert used == [2, 2], "as many at both"
@@ -81,19 +90,37 @@ def trained(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     val_of(lab, folder / "other.jsonl", ("sky", "all", "sky"), 9)
     for name, val, groups in (("whole", "val", False), ("grouped", "val", True), ("other", "other", True)):
         ghoststore.train(
-            data=data, val_set=folder / f"{val}.jsonl", checkpoint=lab.checkpoint, output_dir=folder / name,
-            store=folder / "store", name=name, max_steps=6, batch_size=4, val_groups=groups, overlong="truncate",
+            data=data,
+            val_set=folder / f"{val}.jsonl",
+            checkpoint=lab.checkpoint,
+            output_dir=folder / name,
+            store=folder / "store",
+            name=name,
+            max_steps=6,
+            batch_size=4,
+            val_groups=groups,
+            overlong="truncate",
             device="cpu",
-        )  # fmt: skip
+        )
     return folder
 
 
 def of_run(folder: Path, out: Path, run: str, notes: Notes) -> tuple[Any, Any]:
     """(the LDS of a run as it is said, that of its values for the whole val set against the mean of all losses)."""
     found = ghoststore.evaluate(
-        store=folder / "store", val_set=folder / "val.jsonl", out=out, part="part", run=run, methods=["random"],
-        halves=HALVES, max_steps=3, batch_size=4, workers=1, device="cpu", progress=notes,
-    )  # fmt: skip
+        store=folder / "store",
+        val_set=folder / "val.jsonl",
+        out=out,
+        part="part",
+        run=run,
+        methods=["random"],
+        halves=HALVES,
+        max_steps=3,
+        batch_size=4,
+        workers=1,
+        device="cpu",
+        progress=notes,
+    )
     kept = np.stack([half(0, number, SAMPLES) for number in range(HALVES)])
     files = sorted((out / "trainings").iterdir())
     losses = np.stack([json.loads(file.read_text())["val_loss"] for file in files], axis=1)
@@ -124,9 +151,15 @@ def test_a_domain_called_none_is_not_no_domain(lab: Lab, tmp_path: Path) -> None
     rows = lab.sample_rows(3, 3)
     val = lab.write(tmp_path / "val.jsonl", [rows[0] | {"domain": "none"}, rows[1] | {"domain": None}, rows[2]])
     settings: dict[str, Any] = {
-        "data": lab.corpus, "checkpoint": lab.checkpoint, "store": tmp_path / "store", "val_groups": True,
-        "max_steps": 1, "batch_size": 2, "overlong": "truncate", "device": "cpu",
-    }  # fmt: skip
+        "data": lab.corpus,
+        "checkpoint": lab.checkpoint,
+        "store": tmp_path / "store",
+        "val_groups": True,
+        "max_steps": 1,
+        "batch_size": 2,
+        "overlong": "truncate",
+        "device": "cpu",
+    }
     with pytest.raises(UsageError, match=r"'row-0' \(row 0\) has a domain called 'none'"):
         ghoststore.train(val_set=val, output_dir=tmp_path / "a", **settings)
     lab.write(val, [rows[0] | {"domain": "none"}, rows[1] | {"domain": "None"}, rows[2]])

@@ -36,9 +36,14 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lab.write(folder / "val.jsonl", val)
     for name in ("train", "val"):
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=data if name == "train" else folder / "val.jsonl", store=folder / "store",
-            name=name, span_rows=16, projection=ProjectionConfig(precondition="none", rank_total=16), device="cpu",
-        )  # fmt: skip
+            checkpoint=lab.checkpoint,
+            data=data if name == "train" else folder / "val.jsonl",
+            store=folder / "store",
+            name=name,
+            span_rows=16,
+            projection=ProjectionConfig(precondition="none", rank_total=16),
+            device="cpu",
+        )
     return folder / "store"
 
 
@@ -78,9 +83,16 @@ def test_equals_the_obvious(store: Path, metric: str, combine: Any, top_k: int) 
     scores = expected(store, metric)
     scores = np.concatenate([COMBINED[combine](scores)[None], scores])
     found = ghoststore.query(
-        store=store, part="train", val_set=store.parent / "val.jsonl", group_field="task", combine=combine,
-        metric=metric, top_k=top_k, bottom_k=3, device="cpu",
-    )  # fmt: skip
+        store=store,
+        part="train",
+        val_set=store.parent / "val.jsonl",
+        group_field="task",
+        combine=combine,
+        metric=metric,
+        top_k=top_k,
+        bottom_k=3,
+        device="cpu",
+    )
     assert [result.query for result in found.results] == ["combined", "a", "b", "c"]
     for result, of_group in zip(found.results, scores, strict=True):
         order = np.lexsort((np.arange(ROWS), -of_group))[: min(top_k, ROWS - 1)]

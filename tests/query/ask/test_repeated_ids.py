@@ -47,9 +47,17 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=lab.checkpoint, data=data, store=folder / "store", name="part", span_rows=4, device="cpu"
     )
     ghoststore.train(
-        data=data, val_set=val, checkpoint=lab.checkpoint, output_dir=folder / "run", store=folder / "store",
-        name="run", max_steps=6, batch_size=5, overlong="truncate", device="cpu",
-    )  # fmt: skip
+        data=data,
+        val_set=val,
+        checkpoint=lab.checkpoint,
+        output_dir=folder / "run",
+        store=folder / "store",
+        name="run",
+        max_steps=6,
+        batch_size=5,
+        overlong="truncate",
+        device="cpu",
+    )
     return folder
 
 
@@ -140,8 +148,9 @@ def test_a_row_is_shown_beside_an_id_that_repeats(width: int, tmp_path: Path) ->
     names = {row: f"{LONG}{row // 2 if row % 4 < 2 else row}" for row in range(LAYOUT.rows)}
     table = row_table(LAYOUT.rows, LAYOUT.rows, sample_id=np.array(list(names.values()), dtype=object))
     count = RepeatedIds.of(names.values())
-    run = make(tmp_path / "store", table=table, corpus={"fingerprint": "c", "domains": list(DOMAINS),
-                                                        "repeated_ids": count})  # fmt: skip
+    run = make(
+        tmp_path / "store", table=table, corpus={"fingerprint": "c", "domains": list(DOMAINS), "repeated_ids": count}
+    )
     append(run, 0, 10)
     frame = Watcher(tmp_path / "store").look()
     shown = [*frame.best, *frame.worst]
@@ -160,8 +169,16 @@ def test_numbers_of_a_table_are_never_cut(
 ) -> None:
     """A row of a ranking is one line; in a narrow terminal its id, domain and text give way."""
     monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
-    columns = [("rank", True), ("Σ η·score", True), ("times", True), ("negative", True), ("id", False), ("row", True),
-               ("domain", False), ("text", False)]  # fmt: skip
+    columns = [
+        ("rank", True),
+        ("Σ η·score", True),
+        ("times", True),
+        ("negative", True),
+        ("id", False),
+        ("row", True),
+        ("domain", False),
+        ("text", False),
+    ]
     rows = [
         ["1", "1.234e-05", "1,234", "12.3%", f"{LONG}1", "123456789", "encyclopedia", "many words " * 8],
         ["10", "-1e-300", "9", "–", "x", "7", "", ""],
@@ -249,14 +266,27 @@ def test_what_is_made_says_so(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert shards.repeated_ids == REPEATED
     assert [note for note in notes.said if WORDS in note]
     trained = ghoststore.train(
-        data=tmp_path / "tokens", checkpoint=lab.checkpoint, output_dir=tmp_path / "run", method="Regular",
-        max_steps=1, batch_size=2, overlong="truncate", device="cpu",
-    )  # fmt: skip
+        data=tmp_path / "tokens",
+        checkpoint=lab.checkpoint,
+        output_dir=tmp_path / "run",
+        method="Regular",
+        max_steps=1,
+        batch_size=2,
+        overlong="truncate",
+        device="cpu",
+    )
     assert trained.repeated_ids == REPEATED
     few = ghoststore.train(
-        data=tmp_path / "tokens", checkpoint=lab.checkpoint, output_dir=tmp_path / "few", method="Regular",
-        max_steps=1, batch_size=2, overlong="truncate", domains=("sky",), device="cpu",
-    )  # fmt: skip
+        data=tmp_path / "tokens",
+        checkpoint=lab.checkpoint,
+        output_dir=tmp_path / "few",
+        method="Regular",
+        max_steps=1,
+        batch_size=2,
+        overlong="truncate",
+        domains=("sky",),
+        device="cpu",
+    )
     sky = [str(row["id"]) for row in rows_of(lab) if row["domain"] == "sky"]
     twice = [name for name in set(sky) if sky.count(name) > 1]
     assert few.repeated_ids == {"ids": len(twice), "samples": sum(sky.count(name) for name in twice)}

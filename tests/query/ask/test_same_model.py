@@ -49,8 +49,15 @@ def chat_template(folder: Path) -> None:
 
 
 END = "<|endoftext|>"
-ADDED = {"id": 290, "content": "dog", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": False}  # fmt: skip
+ADDED = {
+    "id": 290,
+    "content": "dog",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}
 TEMPLATE = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": END, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -60,19 +67,25 @@ TEMPLATE = {
 NORMALIZER = {"type": "Replace", "pattern": {"String": "the"}, "content": "zzz"}
 PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 CHANGES: dict[str, tuple[Change, str]] = {
-    "activation": (config(activation_function="relu"), "checkpoint.config.activation_function: stored 'gelu_new', "
-                   "VERB 'relu'"),
+    "activation": (
+        config(activation_function="relu"),
+        "checkpoint.config.activation_function: stored 'gelu_new', VERB 'relu'",
+    ),
     "epsilon": (config(layer_norm_epsilon=0.5), "checkpoint.config.layer_norm_epsilon: stored 1e-05, VERB 0.5"),
     "heads": (config(n_head=4), "checkpoint.config.n_head: stored 2, VERB 4"),
     "scaling": (config(scale_attn_weights=False), "checkpoint.config.scale_attn_weights: stored True, VERB False"),
     "normalizer": (backend(normalizer=NORMALIZER), "tokenizer.normalizer: stored None, VERB {'type': 'Replace'"),
-    "pre-tokenizer": (backend(pre_tokenizer=PRE_TOKENIZER),
-                      "tokenizer.pre_tokenizer.add_prefix_space: stored False, VERB True"),
+    "pre-tokenizer": (
+        backend(pre_tokenizer=PRE_TOKENIZER),
+        "tokenizer.pre_tokenizer.add_prefix_space: stored False, VERB True",
+    ),
     "template": (backend(post_processor=TEMPLATE), "tokenizer.post_processor.single: stored [{'Sequence'"),
-    "added token": (edited("tokenizer.json", lambda value: value["added_tokens"].append(ADDED)),
-                    "tokenizer.added_tokens.290: stored None, VERB {'content': 'dog'"),
+    "added token": (
+        edited("tokenizer.json", lambda value: value["added_tokens"].append(ADDED)),
+        "tokenizer.added_tokens.290: stored None, VERB {'content': 'dog'",
+    ),
     "chat template": (chat_template, "tokenizer.chat_template: stored None, VERB '{{ messages[0].content }}'"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +104,13 @@ def own(sound: Path, tmp_path: Path) -> Path:
     """A copy, which its manifests name."""
     shutil.copytree(sound, tmp_path / "own")
     for name in ("learned", "plain"):
-        rewrite(tmp_path / "own", name, lambda manifest: manifest["source"].update(
-            checkpoint=str(tmp_path / "own/model"), data=str(tmp_path / "own/corpus.jsonl")))  # fmt: skip
+        rewrite(
+            tmp_path / "own",
+            name,
+            lambda manifest: manifest["source"].update(
+                checkpoint=str(tmp_path / "own/model"), data=str(tmp_path / "own/corpus.jsonl")
+            ),
+        )
     return tmp_path / "own"
 
 
@@ -108,9 +126,15 @@ def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) ->
 
 def build(folder: Path, name: str, projection: ProjectionConfig | None, **options: Any) -> Any:
     return ghoststore.build(
-        checkpoint=folder / "model", data=folder / "corpus.jsonl", store=folder / "store", name=name,
-        projection=projection, span_rows=6, device="cpu", **options,
-    )  # fmt: skip
+        checkpoint=folder / "model",
+        data=folder / "corpus.jsonl",
+        store=folder / "store",
+        name=name,
+        projection=projection,
+        span_rows=6,
+        device="cpu",
+        **options,
+    )
 
 
 def val_set(folder: Path) -> dict[str, Any]:
@@ -183,8 +207,19 @@ def test_the_command_line(lab: Lab, own: Path) -> None:
     outcome = lab.run(*words)
     assert (outcome.code, outcome.out) == (3, "")
     assert "checkpoint.config.activation_function: stored 'gelu_new', found 'relu'" in outcome.err
-    again = lab.run("build", "--checkpoint", own / "model", "--data", own / "corpus.jsonl", "--store", own / "store",
-                    "--name", "learned", "--span-rows", "6")  # fmt: skip
+    again = lab.run(
+        "build",
+        "--checkpoint",
+        own / "model",
+        "--data",
+        own / "corpus.jsonl",
+        "--store",
+        own / "store",
+        "--name",
+        "learned",
+        "--span-rows",
+        "6",
+    )
     assert again.code == 3
     assert "checkpoint.config.activation_function: stored 'gelu_new', asked for 'relu'" in again.err
     assert lab.run(*words, "--checkpoint", lab.checkpoint).code == 0
@@ -195,8 +230,14 @@ def test_rope_and_norms_of_another_architecture(lab: Lab, tmp_path: Path) -> Non
 
     shutil.copytree(lab.checkpoint, tmp_path / "model")
     shutil.copy(lab.corpus, tmp_path / "corpus.jsonl")
-    settings = {"vocab_size": 290, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    settings = {
+        "vocab_size": 290,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).save_pretrained(tmp_path / "model")
     build(tmp_path, "plain", PLAIN)
     before = (tmp_path / "model" / "config.json").read_text()
@@ -251,14 +292,32 @@ def unreleased(manifest: dict[str, Any]) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "learned": {},
     "plain": {"projection": PLAIN},
-    "blocks": {"projection": ProjectionConfig(rank_total=16, rank_ratio=2.0, seed=3, kind="rademacher", layers=("mlp",),
-                                              precondition="none"),
-               "max_length": 9, "overlong": "window", "max_samples": 12, "batch_tokens": 64, "span_rows": 5,
-               "proj_dtype": "float16", "loss_reduction": "sum", "model_dtype": "bfloat16", "store_text": True},
-    "by layer": {"projection": ProjectionConfig(compress=40, compress_by="layer", damping=0.5, calibration_samples=20,
-                                                exclude_layers=("transformer.h.0.mlp.c_proj",)),
-                 "fields": ghoststore.Fields(text="text", id="id"), "gradient_checkpointing": True},
-}  # fmt: skip
+    "blocks": {
+        "projection": ProjectionConfig(
+            rank_total=16, rank_ratio=2.0, seed=3, kind="rademacher", layers=("mlp",), precondition="none"
+        ),
+        "max_length": 9,
+        "overlong": "window",
+        "max_samples": 12,
+        "batch_tokens": 64,
+        "span_rows": 5,
+        "proj_dtype": "float16",
+        "loss_reduction": "sum",
+        "model_dtype": "bfloat16",
+        "store_text": True,
+    },
+    "by layer": {
+        "projection": ProjectionConfig(
+            compress=40,
+            compress_by="layer",
+            damping=0.5,
+            calibration_samples=20,
+            exclude_layers=("transformer.h.0.mlp.c_proj",),
+        ),
+        "fields": ghoststore.Fields(text="text", id="id"),
+        "gradient_checkpointing": True,
+    },
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

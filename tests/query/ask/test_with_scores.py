@@ -176,11 +176,16 @@ def test_a_run_without_steps_or_scores(store: Path, val: Path, tmp_path: Path) -
     source, digest = columns(own, "source_row", "source_digest")
     table = replace(
         RowTable(
-            sample_id=np.array(["x"] * 27, dtype=object), domain=source * 0 - 1, source_row=source,
-            source_file=source * 0, source_offset=source * 0, source_digest=digest, window_start=source * 0,
+            sample_id=np.array(["x"] * 27, dtype=object),
+            domain=source * 0 - 1,
+            source_row=source,
+            source_file=source * 0,
+            source_offset=source * 0,
+            source_digest=digest,
+            window_start=source * 0,
             n_tokens=source * 0,
         )
-    )  # fmt: skip
+    )
     layout = RunLayout(steps=3, ranks=1, batch=27, span_steps=3, rows=27)
     run = make(own, "empty", layout, table)
     with pytest.raises(UsageError, match="no committed steps yet"):
@@ -196,9 +201,15 @@ def test_windows(lab: Lab, val: Path, tmp_path: Path) -> None:
     """By window where both are cut alike; else every window has the value of its sample."""
     store = tmp_path / "store"
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=lab.corpus, store=store, name="part", device="cpu", max_length=6,
-        overlong="window", span_rows=8,
-    )  # fmt: skip
+        checkpoint=lab.checkpoint,
+        data=lab.corpus,
+        store=store,
+        name="part",
+        device="cpu",
+        max_length=6,
+        overlong="window",
+        span_rows=8,
+    )
     part = Store.open(store).part()
     source, start, digest = columns(store, "source_row", "window_start", "source_digest")
     assert len(source) > 27
@@ -225,9 +236,12 @@ def test_a_part_of_token_shards(lab: Lab, val: Path, tmp_path: Path) -> None:
     ghoststore.build(checkpoint=lab.checkpoint, data=shards, store=store, name="part", device="cpu")
     opened = ghoststore.TokenShards.open(shards)
     run_on(
-        store, "run", opened.source_row.copy(), opened.source_digest.copy(),
+        store,
+        "run",
+        opened.source_row.copy(),
+        opened.source_digest.copy(),
         corpus={"fingerprint": opened.corpus_fingerprint, "domains": None, "fields": opened.source["fields"]},
-    )  # fmt: skip
+    )
     worth = {hit.source_row: hit.value for hit in ghoststore.scores(store=store, top_k=K, text=False).hits}
     found = ask(store, val, with_scores="run")
     assert len(found.results[0].hits) == len(worth) > 3

@@ -73,25 +73,45 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             checkpoint=lab.checkpoint, data=data, store=folder / "store", name=name, span_rows=16, device="cpu"
         )
     ghoststore.train(
-        data=data, val_set=val, checkpoint=lab.checkpoint, output_dir=folder / "run", store=folder / "store",
-        name="run", max_steps=4, batch_size=4, val_groups=True, overlong="truncate", device="cpu",
-    )  # fmt: skip
+        data=data,
+        val_set=val,
+        checkpoint=lab.checkpoint,
+        output_dir=folder / "run",
+        store=folder / "store",
+        name="run",
+        max_steps=4,
+        batch_size=4,
+        val_groups=True,
+        overlong="truncate",
+        device="cpu",
+    )
     return folder
 
 
 def evaluate(folder: Path, out: Path, **settings: Any) -> Any:
     wanted: dict[str, Any] = {
-        "part": "one", "halves": 4, "max_steps": 3, "batch_size": 4, "workers": 1, "device": "cpu",
-    } | settings  # fmt: skip
+        "part": "one",
+        "halves": 4,
+        "max_steps": 3,
+        "batch_size": 4,
+        "workers": 1,
+        "device": "cpu",
+    } | settings
     return ghoststore.evaluate(store=folder / "store", val_set=folder / "val.jsonl", out=out, **wanted)
 
 
 def job_of(checkpoint: Path, folder: Path, out: Path, recipe: Recipe) -> Retraining:
     return Retraining(
-        model_folder=str(checkpoint), tokenizer_folder=str(checkpoint), shards=str(out / "tokens"),
-        val_set=str(folder / "val.jsonl"), fields=Fields(), max_val_samples=None, max_length=32, recipe=recipe,
+        model_folder=str(checkpoint),
+        tokenizer_folder=str(checkpoint),
+        shards=str(out / "tokens"),
+        val_set=str(folder / "val.jsonl"),
+        fields=Fields(),
+        max_val_samples=None,
+        max_length=32,
+        recipe=recipe,
         device="cpu",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +131,19 @@ def test_a_retraining_is_what_train_does(lab: Lab, folder: Path, done: Path, tmp
     for file in lab.checkpoint.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "new")
     report = ghoststore.train(
-        data=done / "tokens", checkpoint=tmp_path / "new", output_dir=tmp_path / "run", method="Regular", max_steps=5,
-        batch_size=4, seed=2, learning_rate=3e-3, weight_decay=0.01, adam_beta2=0.99, overlong="truncate", device="cpu",
-    )  # fmt: skip
+        data=done / "tokens",
+        checkpoint=tmp_path / "new",
+        output_dir=tmp_path / "run",
+        method="Regular",
+        max_steps=5,
+        batch_size=4,
+        seed=2,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        adam_beta2=0.99,
+        overlong="truncate",
+        device="cpu",
+    )
     expected = retrainer.val.losses(load_model(find_checkpoint(report.checkpoint)))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     fewer = retrainer.val_losses(half(0, 0, SAMPLES))
@@ -127,9 +157,16 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     report = evaluate(folder, out, part=["one", "two"], part_weights="equal", run="run")
     by_method = {one.method: one for one in report.lds}
     assert list(by_method) == [
-        "dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "checkpoints-dot", "checkpoints-cosine",
-        "tf-idf", "random", "training-time (run)",
-    ]  # fmt: skip
+        "dot",
+        "cosine",
+        "preconditioned-dot",
+        "preconditioned-cosine",
+        "checkpoints-dot",
+        "checkpoints-cosine",
+        "tf-idf",
+        "random",
+        "training-time (run)",
+    ]
     assert by_method["checkpoints-cosine"].samples == by_method["cosine"].samples, "both parts are of one checkpoint"
     kept = np.stack([half(0, number, SAMPLES) for number in range(4)])
     losses = np.stack(
@@ -137,9 +174,14 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     )
     assert losses.shape == (VAL, 4)
     found = ghoststore.query(
-        store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, metric="dot", top_k=SAMPLES,
+        store=folder / "store",
+        part="one",
+        val_set=folder / "val.jsonl",
+        each=True,
+        metric="dot",
+        top_k=SAMPLES,
         device="cpu",
-    )  # fmt: skip
+    )
     scores = np.zeros((VAL, SAMPLES))
     for place, result in enumerate(found.results):
         for hit in result.hits:
@@ -189,9 +231,14 @@ def test_removal(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert files == ["without-dot-8.json", "without-random-8-0.json", "without-random-8-1.json"]
     losses = [np.array(json.loads((tmp_path / "out" / "trainings" / name).read_text())["val_loss"]) for name in files]
     found = ghoststore.query(
-        store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, metric="dot", top_k=SAMPLES,
+        store=folder / "store",
+        part="one",
+        val_set=folder / "val.jsonl",
+        each=True,
+        metric="dot",
+        top_k=SAMPLES,
         device="cpu",
-    )  # fmt: skip
+    )
     total = np.zeros(SAMPLES)
     for result in found.results:
         for hit in result.hits:
@@ -250,13 +297,17 @@ def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"half-00001\.json is damaged"):
         evaluate(folder, out)
     for settings, message in [
-        ({"tests": ["loo"]}, "--test 'loo' is unknown"), ({"tests": []}, "at least one --test"),
-        ({"drop": 1.0}, "--drop must be"), ({"top_k": 0}, "--top-k must be at least 1"),
-        ({"repeats": 0}, "--repeats must be at least 1"), ({"methods": ["trak"]}, "'trak' is unknown"),
+        ({"tests": ["loo"]}, "--test 'loo' is unknown"),
+        ({"tests": []}, "at least one --test"),
+        ({"drop": 1.0}, "--drop must be"),
+        ({"top_k": 0}, "--top-k must be at least 1"),
+        ({"repeats": 0}, "--repeats must be at least 1"),
+        ({"methods": ["trak"]}, "'trak' is unknown"),
         ({"halves": 2}, "--halves must be at least 3"),
-        ({"workers": 0}, "--workers must be at least 1"), ({"max_steps": 0}, "--max-steps must be at least 1"),
+        ({"workers": 0}, "--workers must be at least 1"),
+        ({"max_steps": 0}, "--max-steps must be at least 1"),
         ({"learning_rate": -1.0}, "--learning-rate"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UsageError, match=message):
             evaluate(folder, tmp_path / "new", **settings)
     moved = tmp_path / "moved"
@@ -276,9 +327,27 @@ def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
 def test_command(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     common = [
-        "evaluate", "--store", folder / "store", "--part", "one", "--val-set", folder / "val.jsonl", "--out", out,
-        "--halves", "4", "--max-steps", "3", "--batch-size", "4", "--device", "cpu", "--quiet", "--method", "cosine",
-    ]  # fmt: skip
+        "evaluate",
+        "--store",
+        folder / "store",
+        "--part",
+        "one",
+        "--val-set",
+        folder / "val.jsonl",
+        "--out",
+        out,
+        "--halves",
+        "4",
+        "--max-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--method",
+        "cosine",
+    ]
     outcome = lab.run(*common)
     assert outcome.code == 0, outcome.err
     assert "cosine" in outcome.out

@@ -108,9 +108,14 @@ def test_scaled_by_an_optimizer_state(lab: Lab, folder: Path, tmp_path: Path) ->
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     shutil.copy(folder / "val.jsonl", tmp_path)
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=folder / "train.jsonl", store=tmp_path / "store", device="cpu", name="one",
-        projection=ProjectionConfig(rank_total="full"), optimizer_state=tmp_path,
-    )  # fmt: skip
+        checkpoint=lab.checkpoint,
+        data=folder / "train.jsonl",
+        store=tmp_path / "store",
+        device="cpu",
+        name="one",
+        projection=ProjectionConfig(rank_total="full"),
+        optimizer_state=tmp_path,
+    )
     found = scores_of(tmp_path, tmp_path / "out", ["exact-layers-dot", "dot", "exact-layers-cosine", "cosine"])
     for metric in ("dot", "cosine"):
         np.testing.assert_allclose(found[f"exact-layers-{metric}"], found[metric], rtol=1e-4, atol=1e-5)
@@ -121,9 +126,24 @@ def test_scaled_by_an_optimizer_state(lab: Lab, folder: Path, tmp_path: Path) ->
 
 def test_command(lab: Lab, folder: Path, tmp_path: Path) -> None:
     common = [
-        "evaluate", "--store", folder / "store", "--part", "one", "--val-set", folder / "val.jsonl", "--test",
-        "tail-patch", "--top-k", "3", "--out", tmp_path / "out", "--device", "cpu", "--quiet", "--method",
-    ]  # fmt: skip
+        "evaluate",
+        "--store",
+        folder / "store",
+        "--part",
+        "one",
+        "--val-set",
+        folder / "val.jsonl",
+        "--test",
+        "tail-patch",
+        "--top-k",
+        "3",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--method",
+    ]
     outcome = lab.run(*common, "exact-dot", "--json")
     assert outcome.code == 0, outcome.err
     (one,) = outcome.json["tail_patch"]

@@ -138,8 +138,21 @@ def test_windows(lab: Lab, tmp_path: Path) -> None:
 
 
 def command_line(lab: Lab, out: Path, **order: Any) -> Any:
-    arguments = ["full-gradients", "--checkpoint", lab.checkpoint, "--data", lab.corpus, "--out", out,
-                 "--max-samples", "7", "--json", "--quiet", "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "full-gradients",
+        "--checkpoint",
+        lab.checkpoint,
+        "--data",
+        lab.corpus,
+        "--out",
+        out,
+        "--max-samples",
+        "7",
+        "--json",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
     return lab.run(*arguments, **order)
 
 
@@ -164,8 +177,21 @@ def test_killed_and_resumed_byte_identical(lab: Lab, tmp_path: Path, fault: dict
     numbers = report_of(lab, tmp_path / "counted", dry_run=True).numbers
 
     def run(out: Path, **order: Any) -> Any:
-        args = ["full-gradients", "--checkpoint", str(lab.checkpoint), "--data", str(lab.corpus), "--out", str(out),
-                "--max-samples", "7", "--json", "--quiet", "--device", "cpu"]  # fmt: skip
+        args = [
+            "full-gradients",
+            "--checkpoint",
+            str(lab.checkpoint),
+            "--data",
+            str(lab.corpus),
+            "--out",
+            str(out),
+            "--max-samples",
+            "7",
+            "--json",
+            "--quiet",
+            "--device",
+            "cpu",
+        ]
         return lab.run(code=SMALL_FILES.format(bytes=AT_ONCE * numbers * 4, args=args), **order)
 
     whole = run(tmp_path / "whole")

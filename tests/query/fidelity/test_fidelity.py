@@ -45,9 +45,14 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(lab.checkpoint, folder / "model")
     for name, settings in PARTS.items():
         ghoststore.build(
-            checkpoint=folder / "model", data=data, store=folder / "store", name=name, span_rows=16, device="cpu",
+            checkpoint=folder / "model",
+            data=data,
+            store=folder / "store",
+            name=name,
+            span_rows=16,
+            device="cpu",
             **settings,
-        )  # fmt: skip
+        )
     return folder / "store"
 
 
@@ -189,9 +194,14 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     ghoststore.build(
-        checkpoint=store.parent / "model", data=store.parent / "train.jsonl", store=tmp_path / "store", device="cpu",
-        name="scaled", projection=ProjectionConfig(precondition="none", rank_total="full"), optimizer_state=tmp_path,
-    )  # fmt: skip
+        checkpoint=store.parent / "model",
+        data=store.parent / "train.jsonl",
+        store=tmp_path / "store",
+        device="cpu",
+        name="scaled",
+        projection=ProjectionConfig(precondition="none", rank_total="full"),
+        optimizer_state=tmp_path,
+    )
     report = measure(tmp_path / "store", "scaled", metric="dot")
     assert report.layers.relative_error.value < 1e-5
     assert report.layers.spearman.value > 1 - 1e-5
@@ -202,9 +212,21 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
     assert f"{expected} (scaled by an optimizer state)" in shown.out
     for name, precondition in (("plain", "none"), ("learned", "kronecker")):
         built = lab.run(
-            "build", "--checkpoint", store.parent / "model", "--data", store.parent / "train.jsonl", "--store",
-            tmp_path / "own", "--name", name, "--proj-precondition", precondition, "--device", "cpu", "--quiet",
-        )  # fmt: skip
+            "build",
+            "--checkpoint",
+            store.parent / "model",
+            "--data",
+            store.parent / "train.jsonl",
+            "--store",
+            tmp_path / "own",
+            "--name",
+            name,
+            "--proj-precondition",
+            precondition,
+            "--device",
+            "cpu",
+            "--quiet",
+        )
         assert built.code == 0, built.err
         words = ("--store", tmp_path / "own", "--part", name, "--rows", "20", "--val-samples", "3", "--quiet")
         shown = lab.run("fidelity", *words)

@@ -60,9 +60,13 @@ def exact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np
     for parameters in ("all", "projected"):
         out = tmp_path_factory.mktemp("gradients") / parameters
         ghoststore.full_gradients(
-            checkpoint=store.parent / "model", data=store.parent / "train.jsonl", out=out, max_samples=CORPUS,
-            parameters=parameters, device="cpu",
-        )  # fmt: skip
+            checkpoint=store.parent / "model",
+            data=store.parent / "train.jsonl",
+            out=out,
+            max_samples=CORPUS,
+            parameters=parameters,
+            device="cpu",
+        )
         found[parameters] = load_file(out / "gradients-00000.safetensors")["gradients"].double().numpy()
     return found
 
@@ -153,9 +157,22 @@ def test_against_a_naive_projection(store: Path, tmp_path: Path) -> None:
 def test_files(lab: Lab, store: Path, suffix: str, tmp_path: Path) -> None:
     out = tmp_path / f"error{suffix}"
     outcome = lab.run(
-        "plot-error", "--store", store, "--out", out, "--rows", "20", "--val-samples", "4", "--part", "a",
-        "--part", "c", "--quiet", "--json",
-    )  # fmt: skip
+        "plot-error",
+        "--store",
+        store,
+        "--out",
+        out,
+        "--rows",
+        "20",
+        "--val-samples",
+        "4",
+        "--part",
+        "a",
+        "--part",
+        "c",
+        "--quiet",
+        "--json",
+    )
     assert outcome.code == 0, outcome.err
     assert out.read_bytes()[:5].strip() in (b"\x89PNG", b"%PDF-", b"<?xml")
     assert json.loads((tmp_path / "error.json").read_text()) == outcome.json
@@ -184,9 +201,11 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
             **{"projection": ProjectionConfig(precondition="none", rank_total=16), "data": data, **settings},
         )
     for name, what in (
-        ("other-corpus", "corpus.fingerprint"), ("other-model", "checkpoint.fingerprint"), ("other-layers", "layers"),
+        ("other-corpus", "corpus.fingerprint"),
+        ("other-model", "checkpoint.fingerprint"),
+        ("other-layers", "layers"),
         ("other-loss", "loss.reduction"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(MismatchError, match=f"are no points of one curve: {what}"):
             curve_of(tmp_path / "store", tmp_path / "error.png", part=["one", name])
     with pytest.raises(MismatchError, match="Name those that are with --part"):

@@ -26,9 +26,14 @@ pytestmark = [
 )
 def test_the_same_ranking(lab: Lab, tmp_path: Path, dtype: str, settings: dict[str, Any]) -> None:
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=lab.corpus, store=tmp_path / "store", proj_dtype=dtype, span_rows=4,
-        projection=ghoststore.ProjectionConfig(rank_total=16), device="cpu",
-    )  # fmt: skip
+        checkpoint=lab.checkpoint,
+        data=lab.corpus,
+        store=tmp_path / "store",
+        proj_dtype=dtype,
+        span_rows=4,
+        projection=ghoststore.ProjectionConfig(rank_total=16),
+        device="cpu",
+    )
     answers = [
         ghoststore.query(store=tmp_path / "store", val_set=lab.corpus, top_k=27, device=device, **settings).results
         for device in ("cpu", "cuda")

@@ -41,9 +41,14 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(lab.checkpoint, folder / "model")
     for name, settings in PARTS.items():
         ghoststore.build(
-            checkpoint=folder / "model", data=data, store=folder / "store", name=name, span_rows=16, device="cpu",
+            checkpoint=folder / "model",
+            data=data,
+            store=folder / "store",
+            name=name,
+            span_rows=16,
+            device="cpu",
             **settings,
-        )  # fmt: skip
+        )
     return folder / "store"
 
 
@@ -144,18 +149,30 @@ def test_several_checkpoints(lab: Lab, store: Path, kind: str, layers: list[str]
     projection = ProjectionConfig(kind=kind, compress=70, compress_by="layer", precondition="auto")
     for seed, name in enumerate(("one", "two")):
         ghoststore.build(
-            checkpoint=lab.model(tmp_path / name, seed=seed), data=folder / "train.jsonl", store=tmp_path / "store",
-            name=name, span_rows=16, device="cpu", projection=projection,
-        )  # fmt: skip
+            checkpoint=lab.model(tmp_path / name, seed=seed),
+            data=folder / "train.jsonl",
+            store=tmp_path / "store",
+            name=name,
+            span_rows=16,
+            device="cpu",
+            projection=projection,
+        )
     parts = [ghoststore.Store.open(tmp_path / "store").part(name) for name in ("one", "two")]
     calibrations = [part.manifest["projection"]["calibration"]["digest"] for part in parts]
     assert calibrations[0] != calibrations[1]
 
     def scores(part: Any, **settings: Any) -> dict[tuple[str, int], float]:
         found = ghoststore.query(
-            store=tmp_path / "store", part=part, val_set=folder / "val.jsonl", each=True, metric="dot", top_k=ROWS,
-            device="cpu", layers=layers, **settings,
-        )  # fmt: skip
+            store=tmp_path / "store",
+            part=part,
+            val_set=folder / "val.jsonl",
+            each=True,
+            metric="dot",
+            top_k=ROWS,
+            device="cpu",
+            layers=layers,
+            **settings,
+        )
         return {(result.query, hit.source_row): hit.score for result in found.results for hit in result.hits}
 
     both, singles = scores(["one", "two"], part_weights=[0.5, 2.0]), [scores("one"), scores("two")]

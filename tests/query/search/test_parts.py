@@ -37,9 +37,14 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             logged = [{"learning_rate": 1.0, "step": 1}, {"learning_rate": RATES[1], "step": 2}, {"eval_loss": 3.0}]
             (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": 2, "log_history": logged}))
         ghoststore.build(
-            checkpoint=checkpoint, data=data, store=folder / "store", name=name, span_rows=16, device="cpu",
+            checkpoint=checkpoint,
+            data=data,
+            store=folder / "store",
+            name=name,
+            span_rows=16,
+            device="cpu",
             proj_dtype=("float32", "float16")[place],
-        )  # fmt: skip
+        )
     return folder / "store"
 
 
@@ -103,10 +108,12 @@ def test_chunks_of_different_sizes(lab: Lab, store: Path, tmp_path: Path, monkey
             (hit.source_row, hit.score)
             for hit in ghoststore.query(
                 store=where, val_set=val_set, part=["one", "two"], top_k=ROWS, metric="dot", text=False, device="cpu"
-            ).results[0].hits
+            )
+            .results[0]
+            .hits
         ]
         for where in (tmp_path / "store", store)
-    ]  # fmt: skip
+    ]
     assert [row for row, _ in found[0]] == [row for row, _ in found[1]]
     np.testing.assert_allclose([score for _, score in found[0]], [score for _, score in found[1]], rtol=2e-3)
 
@@ -144,9 +151,13 @@ def test_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     for name in ("one", "two"):
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=lab.corpus, store=bare, name=name, device="cpu",
+            checkpoint=lab.checkpoint,
+            data=lab.corpus,
+            store=bare,
+            name=name,
+            device="cpu",
             projection=ProjectionConfig(precondition="none", seed=int(name == "two")),
-        )  # fmt: skip
+        )
     with pytest.raises(MismatchError, match=r"projection\.seed"):
         ghoststore.query(store=bare, val_set=lab.corpus, part=["one", "two"], device="cpu")
     plain = ProjectionConfig(precondition="none")

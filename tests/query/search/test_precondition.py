@@ -43,9 +43,14 @@ def stores(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         made[name] = folder / name
         for part, source in (("train", data), ("val", folder / "val.jsonl")):
             ghoststore.build(
-                checkpoint=lab.checkpoint, data=source, store=made[name], name=part, projection=projection,
-                span_rows=16, device="cpu",
-            )  # fmt: skip
+                checkpoint=lab.checkpoint,
+                data=source,
+                store=made[name],
+                name=part,
+                projection=projection,
+                span_rows=16,
+                device="cpu",
+            )
     return made
 
 
@@ -169,9 +174,14 @@ def test_cache_is_used_checked_and_left_behind(lab: Lab, stores: dict[str, Path]
     """The scan runs once; again after damage, which is told, and after more rows."""
     store = tmp_path / "store"
     settings: dict[str, Any] = {
-        "checkpoint": lab.checkpoint, "data": stores["plain"].parent / "train.jsonl", "store": store,
-        "name": "train", "projection": PLAIN, "span_rows": 16, "device": "cpu",
-    }  # fmt: skip
+        "checkpoint": lab.checkpoint,
+        "data": stores["plain"].parent / "train.jsonl",
+        "store": store,
+        "name": "train",
+        "projection": PLAIN,
+        "span_rows": 16,
+        "device": "cpu",
+    }
     ghoststore.build(**settings)
     val = stores["plain"].parent / "val.jsonl"
 

@@ -87,9 +87,7 @@ def test_equals_brute_force(
     queries_QD = vectors(store_of(lab, folder, val, projection=projection))
     if not each:
         queries_QD = queries_QD.mean(0, keepdims=True)
-    found = ghoststore.query(
-        store=store, val_set=val, metric=metric, each=each, top_k=7, bottom_k=5, device="cpu"
-    )  # fmt: skip
+    found = ghoststore.query(store=store, val_set=val, metric=metric, each=each, top_k=7, bottom_k=5, device="cpu")
     assert [result.query for result in found.results] == ([f"v{i}" for i in range(5)] if each else ["mean"])
     for result, query_D in zip(found.results, queries_QD, strict=True):
         scores_N = brute_force(rows_ND, query_D, metric)
@@ -200,9 +198,13 @@ def test_two_parts(lab: Lab, tmp_path: Path, val: Path) -> None:
     store = tmp_path / "store"
     for name, seed in (("a", 0), ("b", 1)):
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=lab.corpus, store=store, name=name,
-            projection=ProjectionConfig(precondition="none", seed=seed), device="cpu",
-        )  # fmt: skip
+            checkpoint=lab.checkpoint,
+            data=lab.corpus,
+            store=store,
+            name=name,
+            projection=ProjectionConfig(precondition="none", seed=seed),
+            device="cpu",
+        )
     with pytest.raises(UsageError, match="several parts; choose one with --part: a, b"):
         ghoststore.query(store=store, val_set=val, device="cpu")
     a, b = (ghoststore.query(store=store, val_set=val, part=name, top_k=27, device="cpu") for name in "ab")

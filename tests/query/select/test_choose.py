@@ -45,17 +45,16 @@ amounts = st.one_of(
     st.integers(1, 80).map(lambda n: Amount(token_budget=n)),
 )
 quotas = st.one_of(
-    st.none(), st.sampled_from(["proportional", "equal"]),
+    st.none(),
+    st.sampled_from(["proportional", "equal"]),
     st.dictionaries(st.sampled_from(DOMAINS), st.floats(0, 0.33), min_size=1),
-)  # fmt: skip
+)
 
 
 @given(samples(), amounts, quotas)
 def test_every_way_is_the_obvious_loop(given: Any, amount: Amount, quotas: Any) -> None:
     score, tokens, domain = given
-    pools = make_pools(
-        amount, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, part="part"
-    )  # fmt: skip
+    pools = make_pools(amount, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, part="part")
     ranking = ranked(score)
     by_hand = sorted((i for i, s in enumerate(score) if not math.isnan(s)), key=lambda i: (-score[i], i))
     assert ranking.tolist() == by_hand
@@ -93,9 +92,14 @@ def test_apportion(total: int, weights: list[float]) -> None:
 def pools_of(quotas: Any, amount: Amount, domains: list[int]) -> dict[str, int]:
     count = len(domains)
     pools = make_pools(
-        amount, quotas, score_M=np.zeros(count), tokens_M=np.full(count, 7), part="part",
-        domain_M=np.array(domains, dtype=np.int16), domains=DOMAINS,
-    )  # fmt: skip
+        amount,
+        quotas,
+        score_M=np.zeros(count),
+        tokens_M=np.full(count, 7),
+        part="part",
+        domain_M=np.array(domains, dtype=np.int16),
+        domains=DOMAINS,
+    )
     return dict(zip(pools.names, pools.limits, strict=True))
 
 
@@ -158,6 +162,11 @@ def test_quotas_that_do_not_fit_the_part() -> None:
         pools_of({"code": 4, "math": 0.5}, Amount(count=5), [0, 1])
     with pytest.raises(UsageError, match="part 'part' has no domains"):
         make_pools(
-            Amount(count=1), "equal", score_M=np.zeros(1), tokens_M=np.ones(1, dtype=np.int64),
-            domain_M=np.array([-1], dtype=np.int16), domains=[], part="part",
-        )  # fmt: skip
+            Amount(count=1),
+            "equal",
+            score_M=np.zeros(1),
+            tokens_M=np.ones(1, dtype=np.int64),
+            domain_M=np.array([-1], dtype=np.int16),
+            domains=[],
+            part="part",
+        )

@@ -68,14 +68,24 @@ def test_the_report(built: Path, val: Path, tmp_path: Path, score: np.ndarray, t
     assert made.lengths["all"]["median"] == np.sort(tokens)[13]
     ranks = np.argsort(np.argsort(-score)) + 1
     assert listed(made) == [
-        {"id": lab.rows[row]["id"], "source_row": row, "domain": DOMAIN[row % 2], "tokens": tokens[row],
-         "score": score[row], "rank": ranks[row], "picked": ranks[row]}
+        {
+            "id": lab.rows[row]["id"],
+            "source_row": row,
+            "domain": DOMAIN[row % 2],
+            "tokens": tokens[row],
+            "score": score[row],
+            "rank": ranks[row],
+            "picked": ranks[row],
+        }
         for row in chosen
-    ]  # fmt: skip
+    ]
     settings = made.settings
     assert (settings["count"], settings["diversity"], settings["metric"], settings["ranking"]) == (
-        6, "none", "cosine", "mean",
-    )  # fmt: skip
+        6,
+        "none",
+        "cosine",
+        "mean",
+    )
     assert settings["val_set"] == str(val)
 
 
@@ -113,9 +123,12 @@ def test_with_scores_of_a_run(built: Path, val: Path, tmp_path: Path) -> None:
 def test_layers(lab: Lab, val: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     ghoststore.build(
-        checkpoint=lab.checkpoint, data=lab.corpus, store=store, projection=ProjectionConfig(rank_total=16),
+        checkpoint=lab.checkpoint,
+        data=lab.corpus,
+        store=store,
+        projection=ProjectionConfig(rank_total=16),
         device="cpu",
-    )  # fmt: skip
+    )
     wanted = score_of(store, val, layers=["mlp"])
     assert source_rows(select(store, val, tmp_path / "a.jsonl", count=6, layers=["mlp"])) == top(wanted, 6)
     made = select(store, val, tmp_path / "b.jsonl", count=6, layers=["mlp"], diversity="mmr", diversity_weight=0.0)
@@ -161,9 +174,15 @@ def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: 
     built = tmp_path / "store"
     assert lab.build(built, "--proj-precondition", "none").code == 0
     made = select(
-        built, val, tmp_path / "out.jsonl", count=6, diversity=diversity, diversity_weight=weight, candidates=20,
+        built,
+        val,
+        tmp_path / "out.jsonl",
+        count=6,
+        diversity=diversity,
+        diversity_weight=weight,
+        candidates=20,
         metric=metric,
-    )  # fmt: skip
+    )
     score = score_of(built, val, metric=metric)
     candidates, plain, chosen = top(score, 20), top(score, 6), source_rows(made)
     assert made.considered == 20
@@ -228,9 +247,15 @@ def test_diversity_is_in_the_metric_of_the_scores(
         value[chosen] = -np.inf
         chosen.append(int(value.argmax()))
     made = select(
-        built, val, tmp_path / "out.jsonl", count=6, diversity=diversity, candidates=15,
-        diversity_weight=0.7 if diversity == "mmr" else 2.0, **settings,
-    )  # fmt: skip
+        built,
+        val,
+        tmp_path / "out.jsonl",
+        count=6,
+        diversity=diversity,
+        candidates=15,
+        diversity_weight=0.7 if diversity == "mmr" else 2.0,
+        **settings,
+    )
     order = [entry["source_row"] for entry in sorted(listed(made), key=lambda entry: entry["picked"])]
     assert order == [places[place] for place in chosen]
 
@@ -308,8 +333,10 @@ def test_deterministic(built: Path, val: Path, tmp_path: Path) -> None:
         for paths in ((one.out, two.out), (one.rows_file, two.rows_file)):
             assert Path(paths[0]).read_bytes() == Path(paths[1]).read_bytes()
         assert one.to_json() | {"out": 0, "report": 0, "rows_file": 0} == two.to_json() | {
-            "out": 0, "report": 0, "rows_file": 0,
-        }  # fmt: skip
+            "out": 0,
+            "report": 0,
+            "rows_file": 0,
+        }
         for made in (one, two):
             for path in (made.out, made.report, made.rows_file):
                 Path(path).unlink()

@@ -116,11 +116,21 @@ def test_groups_and_layers(store: Path, options: Any, array: str, places: tuple[
 @pytest.mark.parametrize(
     ("asked", "steps"),
     [
-        ("0:5", range(5)), ("3:9", range(3, 9)), (":4", range(4)), ("18:", range(18, 23)), ("-3:", range(20, 23)),
-        (":-20", range(3)), ("5:1000", range(5, 23)), ("-1000:2", range(2)), ("8:17", [8, 9, 15, 16]),
-        (":", committed()), (None, committed()), (slice(2, 4), [2, 3]), (slice(-2, None), [21, 22]),
+        ("0:5", range(5)),
+        ("3:9", range(3, 9)),
+        (":4", range(4)),
+        ("18:", range(18, 23)),
+        ("-3:", range(20, 23)),
+        (":-20", range(3)),
+        ("5:1000", range(5, 23)),
+        ("-1000:2", range(2)),
+        ("8:17", [8, 9, 15, 16]),
+        (":", committed()),
+        (None, committed()),
+        (slice(2, 4), [2, 3]),
+        (slice(-2, None), [21, 22]),
     ],
-)  # fmt: skip
+)
 def test_windows_of_steps(store: Path, asked: Any, steps: Any) -> None:
     reference = Reference([step for step in steps if step in committed()])
     found = ghoststore.scores(store=store, steps=asked, top_k=30, text=False)
@@ -202,11 +212,18 @@ def test_the_history_of_a_sample(store: Path, sample: str) -> None:
                 counts = reference.counts(score, eta)
                 total += score * eta if counts else 0.0
                 expected.append(
-                    (step, rank, table.source_row[row], table.window_start[row],
-                     loss if math.isfinite(loss) else None, eta if math.isfinite(eta) else None,
-                     score if math.isfinite(score) else None, pytest.approx(score * eta) if counts else None,
-                     pytest.approx(total))
-                )  # fmt: skip
+                    (
+                        step,
+                        rank,
+                        table.source_row[row],
+                        table.window_start[row],
+                        loss if math.isfinite(loss) else None,
+                        eta if math.isfinite(eta) else None,
+                        score if math.isfinite(score) else None,
+                        pytest.approx(score * eta) if counts else None,
+                        pytest.approx(total),
+                    )
+                )
     assert len(expected) > 0
     assert [tuple(entry) for entry in (map_of(one) for one in found.history)] == expected
 
@@ -378,10 +395,11 @@ def with_texts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "source_digest": np.array([samples[i].digest() for i in source], dtype=np.uint64),
     }
     run = make(
-        folder / "store", table=row_table(**columns),
+        folder / "store",
+        table=row_table(**columns),
         corpus={"fingerprint": "sha256:c", "domains": ["sky", "earth"], "fields": corpus.resolved.to_json()},
         source={"data": "tokens", "corpus": str(folder / "own.jsonl"), "form": "jsonl"},
-    )  # fmt: skip
+    )
     append(run, 0, 23)
     return folder
 
@@ -431,8 +449,9 @@ def test_every_form_of_output(lab: Lab, store: Path, tmp_path: Path, words: list
         assert list(document)[:3] == ["store", "settings", "summary"]
         expected = document[key]
         if key == "hits":
-            expected = [{"list": name, **hit} for name, k in (("top", "hits"), ("bottom", "bottom"))
-                        for hit in document[k]]  # fmt: skip
+            expected = [
+                {"list": name, **hit} for name, k in (("top", "hits"), ("bottom", "bottom")) for hit in document[k]
+            ]
         if suffix == "json":
             assert json.loads(out.read_text()) == document
         elif suffix == "jsonl":
@@ -482,8 +501,12 @@ def test_a_plot_of_many_domains_and_of_none(tmp_path: Path) -> None:
     run.reload()
     plot_scores(run, tmp_path / "many.svg")
     plot_scores(run, tmp_path / "many.svg", steps="3:4", title="again")
-    bare = make(tmp_path / "store", "bare", table=row_table(domain=row_table().domain * 0 - 1),
-                corpus={"fingerprint": "sha256:c", "domains": None})  # fmt: skip
+    bare = make(
+        tmp_path / "store",
+        "bare",
+        table=row_table(domain=row_table().domain * 0 - 1),
+        corpus={"fingerprint": "sha256:c", "domains": None},
+    )
     append(bare, 0, 5)
     bare.reload()
     plot_scores(bare, tmp_path / "bare.png", layers=["mlp"])

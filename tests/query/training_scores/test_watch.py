@@ -271,5 +271,10 @@ def test_charts() -> None:
     assert (lines[0].split()[0], lines[-1].split()[0]) == ("4", "2")
     assert line_chart([([None], "red")], 20, 3)[0].plain == "no loss yet"
     assert [duration(value) for value in (None, 3.2, 100, 600, 10_000, 1e6)] == [
-        "–", "3 s", "100 s", "10 min", "2.8 h", "11.6 d",
-    ]  # fmt: skip
+        "–",
+        "3 s",
+        "100 s",
+        "10 min",
+        "2.8 h",
+        "11.6 d",
+    ]
