@@ -45,7 +45,8 @@ from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.layers import layer_type_by_name
-from indexer.projection.matrices import Projection, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from query.demo.tokenizer import train_tokenizer
 

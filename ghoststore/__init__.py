@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
     from ghoststore.corpus import Fields as Fields
+    from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig
     from ghoststore.store import Part as Part
     from ghoststore.store import Run as Run
     from ghoststore.store import Status as Status
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from indexer.integrations.callback import GhostStoreCallback as GhostStoreCallback
     from indexer.integrations.config import GhostConfig as GhostConfig
     from indexer.integrations.manager import GhostEngineManager as GhostEngineManager
-    from indexer.projection.matrices import ProjectionConfig as ProjectionConfig
     from indexer.tokenize.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize.tokenize import tokenize as tokenize
     from indexer.training.config import TrainConfig as TrainConfig

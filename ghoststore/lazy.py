@@ -30,7 +30,7 @@ FACE = {
     "GhostStoreCallback": "indexer.integrations.callback",
     "GradProjLoraEngine": "indexer.encode.engine",
     "next_token_losses": "indexer.encode.losses",
-    "ProjectionConfig": "indexer.projection.matrices",
+    "ProjectionConfig": "ghoststore.settings.projection",
     "TokenizeReport": "indexer.tokenize.tokenize",
     "tokenize": "indexer.tokenize.tokenize",
     "demo": "query.demo.demo",

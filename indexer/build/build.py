@@ -31,6 +31,7 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
 from ghoststore.store.base.manifest import refuse_differences
@@ -47,7 +48,8 @@ from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.adam import flat, learning_rate_of, read_scales, scales_digest
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import Selection, select_blocks
 from indexer.projection.stored import calibrated_as
 

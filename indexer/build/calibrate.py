@@ -25,6 +25,7 @@ from torch import Tensor
 from ghoststore.corpus import Sample
 from ghoststore.errors import CorpusError, LayerError
 from ghoststore.progress import Progress
+from ghoststore.settings.projection import LEARNED
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.losses import Reduction
@@ -32,9 +33,10 @@ from indexer.encode.tokens import Row
 from indexer.projection import draws
 from indexer.projection.adam import SideScales
 from indexer.projection.allocation import share_out
-from indexer.projection.calibration import LEARNED, Calibration
+from indexer.projection.calibration import Calibration
 from indexer.projection.kfac import Factor, Preconditioner, directions
-from indexer.projection.matrices import BlockPlan, Projection, ProjectionPlan, drawn_sides
+from indexer.projection.matrices import Projection, drawn_sides
+from indexer.projection.plan import BlockPlan, ProjectionPlan
 
 OVERSAMPLING = 3
 """Random directions for each eigenvector that is wanted."""

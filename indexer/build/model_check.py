@@ -25,7 +25,8 @@ from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe
 from indexer.encode.tokens import Row, Tokens
 from indexer.layers import layer_type_by_name
 from indexer.projection import draws
-from indexer.projection.matrices import Projection, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 
 LENGTHS = (7, 5, 3)
 """Tokens of the samples that are compared with autograd, or fewer where rows are shorter."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route
 from indexer.dotprod.held_loss import HeldLoss
@@ -37,7 +38,8 @@ from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 
 

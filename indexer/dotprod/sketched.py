@@ -15,7 +15,8 @@ from indexer.dotprod.autograd_check import AutogradBlocks
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
 from indexer.layers import LayerType, Sides, layer_type_by_name
-from indexer.projection.matrices import BlockPlan, Projection
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import BlockPlan
 from indexer.projection.selection import Use
 
 

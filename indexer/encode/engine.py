@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.activations import lean_activations
 from indexer.encode.branch import SideBranch
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
 from indexer.encode.sample_axis import Witness, refuse_mixed
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample, input_of, output_problem
-from indexer.projection.matrices import BlockPlan, Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import BlockPlan, ProjectionPlan
 from indexer.projection.selection import Use, select_blocks
 
 TESTED_BATCHES = 2

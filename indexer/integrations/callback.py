@@ -22,13 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.model_loss import loss_in, own_loss, tokens_in
 from indexer.integrations.session import Recorder, RunShape, Samples, places_of, ranks_here
-from indexer.projection.matrices import ProjectionConfig
 from indexer.training.config import OnStoreError
 
 PENDING = "ghoststore_pending.safetensors"

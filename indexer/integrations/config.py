@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
-from indexer.projection.matrices import ProjectionConfig
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.training.config import OnStoreError
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]

@@ -28,8 +28,6 @@ from torch import Tensor
 from indexer.projection.allocation import Shares
 from indexer.projection.kfac import Factor, Preconditioner, flat_length
 
-LEARNED = "pca"
-"""The projection kind whose sides are principal directions."""
 SIDES = ("projection_in", "projection_out")
 """Arrays of a part: the sides of all layers one behind the other, row by row."""
 FACTORS = ("preconditioner_in", "preconditioner_out")

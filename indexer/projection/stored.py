@@ -12,7 +12,7 @@ from ghoststore.store import Part
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
-from indexer.projection.matrices import ProjectionPlan
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import Block
 
 

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from indexer.training.config import ScoringConfig
 from indexer.training.data import Batch

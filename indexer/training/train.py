@@ -16,6 +16,7 @@ from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
@@ -23,7 +24,6 @@ from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.run.run import Run, create_run
 from indexer.build.build import corpus_name
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
-from indexer.projection.matrices import ProjectionConfig
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Start, read_val, token_shards

@@ -15,10 +15,12 @@ from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_mod
 from ghoststore.corpus import Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Task
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Part
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
-from indexer.projection.matrices import LATER_SETTINGS, Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import LATER_SETTINGS, ProjectionPlan
 from indexer.projection.selection import select_blocks
 from indexer.projection.stored import calibrated_as, scales_of
 

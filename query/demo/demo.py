@@ -20,9 +20,9 @@ import numpy as np
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from indexer.build.build import BuildReport, build
-from indexer.projection.matrices import ProjectionConfig
 from indexer.training.train import TrainReport, train
 from query.answer.query import query
 from query.demo.corpus import DemoCorpus, make_corpus, write_jsonl

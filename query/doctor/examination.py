@@ -14,9 +14,11 @@ from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Tokenizer, embedding_rows
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from query.doctor import (
     causality,

@@ -23,9 +23,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import IGNORED, Reduction, next_token_losses
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from tests.support.oracle import LossOf
 

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ghoststore.corpus import Sample
 from ghoststore.errors import CorpusError, LayerError
 from ghoststore.progress import Silent
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.build import calibrate as module
 from indexer.build.calibrate import calibrate
@@ -25,7 +26,7 @@ from indexer.encode.tokens import Row
 from indexer.projection.adam import SideScales
 from indexer.projection.calibration import Calibration
 from indexer.projection.kfac import Factor
-from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from tests.support.models import POSITIONS, VOCABULARY, settle
 

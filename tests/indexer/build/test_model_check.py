@@ -14,11 +14,12 @@ import ghoststore
 from ghoststore.corpus import Sample
 from ghoststore.errors import CaptureError
 from ghoststore.progress import Silent
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Status, Store
 from indexer.build.model_check import ModelCheck
 from indexer.encode.batching import plan_batches
 from indexer.encode.tokens import Row
-from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from tests.support.models import pad
 from tests.support.odd_models import odd, save_odd

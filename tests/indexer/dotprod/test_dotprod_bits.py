@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.indexer.encode.test_non_interference import hooks_of
 from tests.support.models import examples, gpt2, llama, pad, settle
 from tests.support.scoring import VAL, causal_engine, plain_step, sum_of_squares

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine, Scores
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import settle
 from tests.support.scoring import check, exact_of, exact_plain, plain_step, sum_of_squares
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, LayerError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
-from indexer.projection.matrices import ProjectionConfig
 from tests.indexer.encode.test_non_interference import hooks_of
 from tests.support.models import bert_causal, gpt2, settle
 from tests.support.scoring import (

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.indexer.layers.test_ties import SharedModule
 from tests.support.models import CAUSAL, causal_vectors, gpt2, llama, next_token_loss_of, settle
 from tests.support.oracle import block_errors, naive, relative_error

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import IGNORED
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import (
     CAUSAL,
     bert_masked,

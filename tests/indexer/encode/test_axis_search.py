@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.axis_modules import SOUND, UNSOUND, module, plain
 from tests.support.models import settle
 from tests.support.oracle import naive, relative_error

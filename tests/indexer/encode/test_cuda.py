@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.encoder import RowEncoder
-from indexer.projection.matrices import ProjectionConfig
 from tests.indexer.encode.test_invariance import ROWS
 from tests.support.models import CAUSAL, projection_of
 from tests.support.oracle import relative_error

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ghoststore.corpus import Sample
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.tokens import Row
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import CAUSAL, VOCABULARY, Example, gpt2, next_token_loss_of, projection_of
 from tests.support.oracle import naive, relative_error
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, GhostStoreError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import next_token_losses
-from indexer.projection.matrices import ProjectionConfig
 from tests.indexer.encode.test_invariance import ROWS
 from tests.indexer.encode.test_non_interference import state_of
 from tests.support.models import CAUSAL, causal_vectors, examples, gpt2, llama, neox, pad, projection_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import (
     CAUSAL,
     bert_masked,

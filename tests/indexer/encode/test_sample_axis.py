@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import ghoststore
 from ghoststore.errors import CaptureError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.axis_modules import backwards, module
 from tests.support.models import settle
 from tests.support.odd_models import odd, save_odd

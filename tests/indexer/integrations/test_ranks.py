@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indexer.projection.matrices import ranks
+from indexer.projection.plan import ranks
 
 axis = st.integers(1, 5000)
 total = st.integers(1, 20000)

@@ -13,9 +13,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.plain import gradient_matrix
-from indexer.projection.matrices import Projection, ProjectionConfig, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from tests.indexer.layers.test_layers_alone import Alone, drawn
 from tests.support.models import (

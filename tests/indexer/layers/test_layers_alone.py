@@ -16,9 +16,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.projection.draws import KINDS
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import projection_of, settle
 from tests.support.oracle import naive, relative_error
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ghoststore.errors import CaptureError, LayerError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import settle
 from tests.support.oracle import naive, relative_error
 from tests.support.scoring import check, exact_plain, plain_step, sum_of_squares

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
+from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import ProjectionConfig
 from tests.support.models import VOCABULARY, projection_of, settle
 from tests.support.oracle import naive, relative_error
 

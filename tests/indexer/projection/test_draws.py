@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ghoststore.settings.projection import DRAWN_KINDS, ProjectionConfig
 from indexer.projection import draws
-from indexer.projection.matrices import ProjectionConfig, draw_side
+from indexer.projection.matrices import draw_side
 
 KINDS = sorted(draws.KINDS)
 
@@ -168,3 +169,7 @@ def test_the_spread_of_a_norm_is_that_of_its_kind(kind: str, variance: float) ->
     columns = np.stack([draws.KINDS[kind](f"{key}", k, 3) for key in range(keys)]).astype(np.float64)
     squares = (columns**2).sum(1)
     assert squares.var() == pytest.approx(variance / k, abs=0.06)
+
+
+def test_every_kind_that_can_be_asked_for_can_be_drawn() -> None:
+    assert tuple(draws.KINDS) == DRAWN_KINDS

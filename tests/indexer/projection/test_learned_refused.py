@@ -12,7 +12,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.matrices import LATER_SETTINGS, ProjectionPlan, ranks
+from indexer.projection.plan import LATER_SETTINGS, ProjectionPlan, ranks
 from indexer.projection.selection import select_blocks
 from tests.support.models import examples, gpt2
 from tests.support.scoring import val_batch

@@ -17,7 +17,8 @@ from ghoststore.checkpoint.load import find_checkpoint, load_model
 from ghoststore.errors import CheckpointError, CorruptError, MismatchError
 from indexer.encode.plain import gradient_matrix
 from indexer.projection.adam import block_matrix, factored, flat, read_scales, unflat
-from indexer.projection.matrices import Projection, ProjectionPlan
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 
 if TYPE_CHECKING:

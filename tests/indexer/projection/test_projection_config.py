@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
-from indexer.projection.matrices import ProjectionConfig, ProjectionPlan
+from ghoststore.settings.projection import ProjectionConfig
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
 from tests.support.models import gpt2, perceptron, projection_of
 

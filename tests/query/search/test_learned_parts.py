@@ -13,7 +13,7 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store.base.manifest import differences
-from indexer.projection.matrices import LATER_SETTINGS
+from indexer.projection.plan import LATER_SETTINGS
 from tests.support.exact_scores import scores_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What commands can be told: types, defaults and help of their options. Nothing here imports torch."""

@@ -1,0 +1,207 @@
+"""The plan of a projection: ranks and columns of every layer, before anything is drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+from ghoststore.errors import LayerError, UsageError
+from ghoststore.settings.projection import ProjectionConfig, RankTotal
+from indexer.projection.calibration import Calibration, LayerShape
+from indexer.projection.selection import Block, Selection
+
+LATER_SETTINGS = ("compress_by", "rank_ratio", "calibration_samples", "precondition", "damping")
+"""Fields of a configuration that a manifest has only where they are not plain."""
+
+SKETCHED_RANK_TOTAL = 64 * 64
+PLAIN_RANK_TOTAL = 256
+NUMBERS_PER_LAYER = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """One layer of the manifest: its block and the ranks it is projected to."""
+
+    block: Block
+    k_out: int
+    k_in: int
+    start: int
+    """First column in the Kronecker vector; the block is (k_out, k_in), row-major."""
+
+    @property
+    def stop(self) -> int:
+        """One past the last column."""
+        return self.start + self.k_out * self.k_in
+
+
+def ranks(n_out: int, n_in: int, rank_total: RankTotal, ratio: float = 1.0) -> tuple[int, int]:
+    """(k_out, k_in): ⌊√(rank_total / ratio)⌋ and ⌊√(rank_total · ratio)⌋, at least 1, unless an axis is smaller; then
+    the other takes what is left.
+
+    The product never exceeds ``rank_total``; ``"full"`` is the lengths of the axes.
+    """
+    if rank_total == "full":
+        return n_out, n_in
+    k_in = min(max(1, math.isqrt(math.floor(rank_total * ratio))), rank_total)
+    k_out = max(1, min(math.isqrt(math.floor(rank_total / ratio)), rank_total // k_in))
+    if n_in < k_in:
+        return min(n_out, rank_total // n_in), n_in
+    if n_out < k_out:
+        return n_out, min(n_in, rank_total // n_out)
+    return k_out, k_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionPlan:
+    """The projection of one model, resolved: nothing is left to decide and nothing is drawn yet."""
+
+    config: ProjectionConfig
+    layers: tuple[BlockPlan, ...]
+    compress: int | None
+    """K of the sketch, or of the sketches of all layers together; None for plain Kronecker blocks."""
+    coverage: float
+    calibration: Calibration | None = None
+    """What was learned, where that is needed."""
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether each layer has a sketch of its own, of a size that is learned."""
+        return self.compress is not None and self.config.by_layer
+
+    @property
+    def shapes(self) -> list[LayerShape]:
+        """What a calibration must know of each layer."""
+        return [
+            LayerShape(layer.block.name, layer.k_out, layer.k_in, layer.block.n_out, layer.block.n_in)
+            for layer in self.layers
+        ]
+
+    @property
+    def group_count(self) -> int:
+        """Of :attr:`groups`, known before anything is learned."""
+        return 1 if self.compress and not self.shared_out else len(self.layers)
+
+    @property
+    def kronecker_dimension(self) -> int:
+        """Numbers in the vector before the sketch."""
+        return self.layers[-1].stop
+
+    @property
+    def dimension(self) -> int:
+        """D, numbers in a stored vector."""
+        return self.compress or self.kronecker_dimension
+
+    @property
+    def groups(self) -> list[tuple[str, int, int]]:
+        """(name, start, stop) of the stored columns that can be scored by themselves."""
+        if self.shared_out:
+            assert self.calibration is not None
+            assert self.calibration.shares is not None
+            names, sizes = (layer.block.name for layer in self.layers), self.calibration.shares.sizes
+            ends = list(accumulate(sizes))
+            return [(name, end - size, end) for name, size, end in zip(names, sizes, ends, strict=True)]
+        if self.compress:
+            return [("all", 0, self.compress)]
+        return [(layer.block.name, layer.start, layer.stop) for layer in self.layers]
+
+    @classmethod
+    def of(cls, selection: Selection, config: ProjectionConfig) -> ProjectionPlan:
+        """Ranks and columns of every selected layer.
+
+        Raises LayerError where a rank that was asked for is larger than a layer, UsageError where
+        ``compress`` is not smaller than the vector.
+        """
+        rank_total = config.rank_total or (SKETCHED_RANK_TOTAL if config.sketched else PLAIN_RANK_TOTAL)
+        if rank_total != "full" and config.rank_min**2 > rank_total:
+            raise UsageError(
+                f"--proj-rank-min {config.rank_min} needs blocks of {config.rank_min**2} numbers or more, "
+                f"but --proj-rank-total is {rank_total}"
+            )
+        layers, start = [], 0
+        for block in selection.blocks:
+            cls._refuse_too_large(config, block)
+            k_out, k_in = ranks(block.n_out, block.n_in, rank_total, config.rank_ratio)
+            if block.is_matrix and min(k_out, k_in) < config.rank_min:
+                raise LayerError(
+                    f"--proj-rank-min {config.rank_min} cannot be met by layer {block.name!r} "
+                    f"({block.n_out} × {block.n_in}), whose ranks are {k_out} × {k_in}; lower --proj-rank-min or "
+                    f"leave the layer out with --exclude-layers {block.name!r}"
+                )
+            layers.append(BlockPlan(block=block, k_out=k_out, k_in=k_in, start=start))
+            start = layers[-1].stop
+        return cls(
+            config=config,
+            layers=tuple(layers),
+            compress=cls._resolve_compress(config, start, len(layers)),
+            coverage=selection.coverage,
+        )
+
+    @staticmethod
+    def _refuse_too_large(config: ProjectionConfig, block: Block) -> None:
+        numbers = block.n_out * block.n_in
+        if isinstance(config.rank_total, int) and block.is_matrix and config.rank_total > numbers:
+            raise LayerError(
+                f"--proj-rank-total {config.rank_total} is larger than layer {block.name!r}, whose gradient "
+                f"is {block.n_out} × {block.n_in} = {numbers} numbers; lower the rank, leave the layer out with "
+                f"--exclude-layers {block.name!r}, or give `full` for every axis at its own length"
+            )
+
+    @staticmethod
+    def _resolve_compress(config: ProjectionConfig, dimension: int, layers: int) -> int | None:
+        if not config.sketched:
+            return None
+        if isinstance(config.compress, int):
+            if config.compress >= dimension:
+                raise UsageError(
+                    f"--proj-compress {config.compress} is not smaller than the {dimension} numbers of the "
+                    "Kronecker blocks; give a smaller K, or none"
+                )
+            if config.by_layer and config.compress < layers:
+                raise UsageError(
+                    f"--proj-compress {config.compress} is less than a number for each of {layers} layers; give more, "
+                    "or --proj-compress-by all"
+                )
+            return config.compress
+        wanted = NUMBERS_PER_LAYER * layers
+        return wanted if wanted < dimension else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's ``projection`` without the hash: what :meth:`same_as` compares."""
+        settings = asdict(self.config)
+        settings["compress_by"] = "layer" if self.shared_out else "all"
+        settings["precondition"] = "kronecker" if self.config.preconditioned else "none"
+        plain = {"compress_by": "all", "rank_ratio": 1.0, "precondition": "none"}
+        if not self.config.calibrated:
+            plain["calibration_samples"] = settings["calibration_samples"]
+        if not self.config.preconditioned:
+            plain["damping"] = settings["damping"]
+        for name, value in plain.items():  # as the parts of earlier releases have it
+            if settings[name] == value:
+                del settings[name]
+        if self.calibration is not None:
+            settings["calibration"] = self.calibration.to_json()
+        settings["layers"], settings["exclude_layers"] = (
+            list(self.config.layers),
+            list(self.config.exclude_layers),
+        )
+        settings["compress"] = self.compress
+        settings["kronecker_dimension"] = self.kronecker_dimension
+        settings["dimension"] = self.dimension
+        return settings
+
+    def layers_json(self) -> list[dict[str, Any]]:
+        """The manifest's ``layers``: name, type, parameters, uses, axes, ranks and Kronecker columns."""
+        return [
+            {
+                "name": layer.block.name,
+                "type": layer.block.type,
+                "parameters": list(layer.block.parameters),
+                "modules": [use.module for use in layer.block.uses],
+                "shape": [layer.block.n_out, layer.block.n_in],
+                "ranks": [layer.k_out, layer.k_in],
+                "columns": [layer.start, layer.stop],
+            }
+            for layer in self.layers
+        ]
