@@ -24,10 +24,11 @@ from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.tokens.shards import MANIFEST, TOKENIZER, TokenShards
 from indexer.encode.tokens import Tokenizer
+from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
 from indexer.training.config import TrainConfig
-from indexer.training.ranks import Ranks
+from indexer.training.data import Order, TrainingRows
 from indexer.training.validation import ValSet
 
 
@@ -70,6 +71,21 @@ class Start:
         if config.gradient_checkpointing:
             _checkpoint_activations(model)
         return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What is trained, on what and against what: read once, before the first step."""
+
+    start: Start
+    model: Any
+    rows: TrainingRows
+    domains: tuple[str, ...]
+    """Those of the rows that were asked for; empty: all."""
+    val: ValSet | None
+    order: Order
+    steps: int
+    max_length: int
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -68,10 +68,11 @@ class Watch:
         self.losses.append(result.train_loss)
         self.tokens += result.tokens
         self.seconds += result.seconds
-        self.score_seconds += result.score_seconds
+        self.score_seconds += result.scored.seconds
         self.val = val or self.val
-        if "score" in result.own:
-            finite = result.own["score"][np.isfinite(result.own["score"])]
+        score = result.scored.arrays.get("score")
+        if score is not None:
+            finite = score[np.isfinite(score)]
             self.negative += int((finite < 0).sum())
             self.scored += len(finite)
 

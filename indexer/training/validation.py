@@ -22,8 +22,8 @@ from indexer.encode.encoder import pad
 from indexer.encode.losses import next_token_losses
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection import draws
+from indexer.session.ranks import Ranks
 from indexer.training.config import ValSampling
-from indexer.training.ranks import Ranks
 
 EVAL_BATCH_TOKENS = 4096
 NO_DOMAIN = "none"

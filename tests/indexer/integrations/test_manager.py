@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ghoststore import GhostConfig, GhostEngineManager, GradProjLoraEngine
 from ghoststore.errors import BusyError, CaptureError, MismatchError, UsageError, WorkerError
 from indexer.encode.losses import next_token_losses
-from indexer.integrations.model_loss import own_loss
+from indexer.session.own_loss import own_loss
 from tests.support.loops import (
     ROWS,
     VAL,
@@ -849,7 +849,8 @@ def test_what_a_model_s_own_loss_is_of() -> None:
     model = gpt2()
     X, Y, _ = batch_of([0, 1])
     items = model(input_ids=X, labels=Y, num_items_in_batch=torch.tensor(77))
-    own = own_loss(items.loss, Y, torch.tensor(77))
+    own = own_loss(items, Y, torch.tensor(77))
+    assert own is not None
     assert own.divisor == 77
     assert float(own.weights.sum()) == pytest.approx(int((Y[:, 1:] != -100).sum()) / 77)
 
