@@ -20,18 +20,18 @@ class TrainReport:
     """What a training run did. Losses are nats a token."""
 
     output_dir: str
-    checkpoint: str | None
+    checkpoint: str | None = None
     """The last checkpoint; None after ``eval_only``."""
-    store: str | None
-    run: str | None
+    store: str | None = None
+    run: str | None = None
     """None after ``eval_only`` and without a store."""
-    steps: int
-    resumed_from: int
+    steps: int = 0
+    resumed_from: int = 0
     """Steps that were finished before this call."""
-    rows: int
+    rows: int = 0
     """Training rows: samples, or windows of long ones."""
     parameters: int
-    repeated_ids: dict[str, int] | None
+    repeated_ids: dict[str, int] | None = None
     """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     tokens: int
     """Tokens of the steps of this call, padding aside."""

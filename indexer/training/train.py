@@ -148,13 +148,6 @@ class _Training:
             seen = Watch(val=val.loss(model, self.ranks))
         return seen.report(
             output_dir=str(self.output_dir),
-            checkpoint=None,
-            store=None,
-            run=None,
-            steps=0,
-            resumed_from=0,
-            rows=0,
-            repeated_ids=None,
             parameters=parameter_count(model),
             seconds=time.perf_counter() - begun,
         )
@@ -171,7 +164,7 @@ class _Training:
         newest = next(reversed(checkpoints(self.output_dir)), None)
         saved = None if newest is None else read_state(newest)
         inputs = self._inputs(start, newest)
-        model, val = inputs.model, inputs.val
+        model = inputs.model
         engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
         layout = training_layout(self.config, inputs, engine, self.ranks.count)
         manifest = training_manifest(
@@ -183,6 +176,9 @@ class _Training:
             source=self._source(start),
             stored=None if saved is None else saved.identity,
         )
+        schedule = None
+        if engine is not None and inputs.val is not None:
+            schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
         optimizer = make_optimizer(model, self.config.optimization)
         resumed = self._resumed(saved, manifest, model, optimizer)
         trainer = Trainer(
@@ -195,12 +191,12 @@ class _Training:
             device=self.device,
             steps=inputs.steps,
             session=self._session(engine, manifest, layout, inputs.rows),
-            val_schedule=self._val_schedule(engine, val),
+            val_schedule=schedule,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
         )
-        if trainer.val_schedule is not None:
+        if schedule is not None:
             with trainer.autocast():
-                trainer.val_schedule.examine(resumed.step)
+                schedule.examine(resumed.step)
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         seen = self._train(trainer, resumed, manifest, inputs, trackers)
         run = trainer.session.run
@@ -291,11 +287,6 @@ class _Training:
         return ScoringSession(
             engine, plan, self.ranks, on_store_error=self.config.on_store_error, note=self.progress.note
         )
-
-    def _val_schedule(self, engine: GradDotProdEngine | None, val: ValSet | None) -> ValSchedule | None:
-        if engine is None or val is None:
-            return None
-        return ValSchedule(engine, val, self.config.scoring, self._checkpoint_interval)
 
     @property
     def _checkpoint_interval(self) -> int:
