@@ -149,7 +149,7 @@ class Trainer:
                 self.val_schedule.prepare(session, batch, step, self._scale())
             else:
                 session.prepare(len(batch.rows), rows=batch.rows)
-        with self.autocast():  # a second block: autocast caches its casts, and those of the val pass are not this graph's
+        with self.autocast():  # a block of its own: autocast caches casts, and the val pass has made some
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             loss, losses_B = training_loss(logits, batch.labels, total_targets)
             del logits
