@@ -1,14 +1,11 @@
-"""GhostStoreCallback: training-time scores for transformers' Trainer, without changing its loop.
-
-Legend: B samples of a micro-batch.
-"""
+"""GhostStoreCallback: training-time scores for transformers' Trainer, without changing its loop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +24,14 @@ from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
-from indexer.integrations.model_loss import loss_in, own_loss, tokens_in
-from indexer.integrations.session import Recorder, RunShape, Samples, places_of, ranks_here
-from indexer.training.config import OnStoreError
+from indexer.integrations.loop_run import LoopRun
+from indexer.session.ranks import Ranks
+from indexer.session.samples import Samples, places_of
+from indexer.session.score_log import OnStoreError
+from indexer.session.session import ScoringSession
 
 PENDING = "ghoststore_pending.safetensors"
 """In a Trainer's checkpoint: the steps that the store did not have yet."""
-
-
-@dataclass(slots=True)
-class _Batch:
-    """A training micro-batch between its forward pass and its scores."""
-
-    rows: NDArray[np.int64]
-    labels: Tensor
-    items: Any
-    tokens: int
-    loss: float | None = None
-    """Its share of the step's loss, and of what that is divided by; None before the forward pass is done."""
-    weight: float = 0.0
-    reached: bool = False
-    """Whether a gradient came to the loss."""
 
 
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -96,27 +80,36 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("scores are against a val set: give val_data")
         if dot_prod_save_interval < 1:
             raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
-        self._store, self._name = store, name
-        self._val_data = val_data
+        self._name, self._field = name, sample_field
         self._samples = Samples.of(samples, domains)
-        self._field = sample_field
-        self._interval = dot_prod_save_interval
-        self._val_losses = val_losses
-        self._refresh_interval = val_refresh_interval
-        self._exclude_layers = tuple(exclude_layers)
-        self._route: Route = route
-        self._projection = projection
-        self._per_layer = per_layer
-        self._on_store_error: OnStoreError = on_store_error
+        self._engine_of = partial(
+            GradDotProdEngine,
+            val_data=val_data,
+            val_losses=val_losses,
+            val_refresh_interval=val_refresh_interval,
+            exclude_layers=tuple(exclude_layers),
+            route=route,
+            projection=projection,
+        )
+        self._run_of = partial(
+            LoopRun,
+            store=store,
+            name=name,
+            samples=self._samples,
+            save_interval=dot_prod_save_interval,
+            val_refresh_interval=val_refresh_interval,
+            exclude_layers=tuple(exclude_layers),
+            per_layer=per_layer,
+            on_store_error=on_store_error,
+        )
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self._note = note
         self.engine: GradDotProdEngine | None = None
         """The engine, while training."""
-        self._recorder: Recorder | None = None
+        self._session: ScoringSession | None = None
         self._optimizer: Any = None
         self._fp16 = False
         self._stack = ExitStack()
-        self._batch: _Batch | None = None
         self._preparing = self._trained = False
         self._learning_rate = float("nan")
         self._begun = 0.0
@@ -137,44 +130,20 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
-        engine = GradDotProdEngine(
-            model,
-            self._val_data,
-            val_losses=self._val_losses,
-            optimizer=inner,
-            val_refresh_interval=self._refresh_interval,
-            exclude_layers=self._exclude_layers,
-            route=self._route,
-            projection=self._projection,
-        )
-        shape = RunShape(
-            steps=state.max_steps,
-            batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            save_interval=self._interval,
-            per_layer=self._per_layer,
-        )
-        settings = {"val_refresh_interval": self._refresh_interval, "exclude_layers": list(self._exclude_layers)}
-        recorder = Recorder.open(
-            self._store,
-            self._name,
-            shape,
-            self._samples,
-            engine,
-            ranks_here(),
-            settings,
-            on_store_error=self._on_store_error,
-            note=self._note,
+        engine = self._engine_of(model, optimizer=inner)
+        run = self._run_of(
+            steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps
         )
         with ExitStack() as stack:
-            stack.enter_context(recorder)
+            session = stack.enter_context(run.session(engine, Ranks.here(), self._note))
             if state.global_step:
                 folder = self._from or _checkpoint(args, state)
-                recorder.restore(state.global_step, _pending_in(folder), str(folder))
+                session.restore(state.global_step, _pending_in(folder), str(folder))
             stack.enter_context(engine)
             for handle in self._hooks(model, engine.model):
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
-        self.engine, self._recorder = engine, recorder
+        self.engine, self._session = engine, session
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,17 +166,18 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The step is complete."""
-        assert self._recorder is not None
+        assert self._session is not None
         self._trained = True
-        self._recorder.finish(learning_rate=self._learning_rate, seconds=time.perf_counter() - self._begun)
+        shared = {"learning_rate": self._learning_rate, "seconds": time.perf_counter() - self._begun}
+        self._session.record(self._session.complete_step(), shared)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The Trainer wrote a checkpoint: the steps that the store does not have yet go beside it. The val gradient is
         computed anew after it, so that training goes on as one that resumes.
         """
-        assert self._recorder is not None
+        assert self._session is not None
         assert self.engine is not None
-        pending, folder = self._recorder.pending(), _checkpoint(args, state)
+        pending, folder = self._session.pending(), _checkpoint(args, state)
         if pending:
             with storage_errors(str(folder)):
                 save_file({key: np.ascontiguousarray(value) for key, value in pending.items()}, folder / PENDING)
@@ -226,13 +196,13 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """Take everything off the model and let go of the store, after an error in training. Steps of a save interval
         that is not full are left to the training that resumes.
         """
-        if self._recorder is not None:
-            self._recorder.keep_open()
+        if self._session is not None:
+            self._session.keep_open()
         self._leave()
 
     def _leave(self) -> None:
         stack, self._stack = self._stack, ExitStack()
-        self._recorder, self.engine, self._batch = None, None, None
+        self._session, self.engine = None, None
         stack.close()
 
     # Hooks on the model.
@@ -242,13 +212,13 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             self._take_sample(kwargs, scored=module is model)  # a deep copy of the model has this hook, too
             return args, kwargs
 
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if module is inner:
-                self._found_loss(module, output)
+                self._watch_loss(kwargs, output)
 
         return [
             model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            inner.register_forward_hook(after),
+            inner.register_forward_hook(after, with_kwargs=True),
         ]
 
     def _take_sample(self, kwargs: dict[str, Any], *, scored: bool) -> None:
@@ -256,7 +226,10 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._preparing:
             return
         places = kwargs.pop(self._field, None)
-        if not scored or self.engine is None or not self.engine.model.training or not torch.is_grad_enabled():
+        session = self._session
+        if not scored or session is None or self.engine is None:
+            return
+        if not self.engine.model.training or not torch.is_grad_enabled():
             return
         if places is None:
             raise UsageError(
@@ -271,11 +244,12 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "compute_loss_func or a compute_loss of its own?"
             )
         rows = places_of(places, len(labels), self._samples)
-        self._batch = _Batch(rows, labels, kwargs.get("num_items_in_batch"), tokens_in(kwargs))
         self._preparing = True
         try:
             with self._arithmetic(labels.device):
-                self.engine.prepare(len(labels), tokens=labels.numel(), loss_scale=self._loss_scale())
+                session.prepare(
+                    len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=self._loss_scale()
+                )
         finally:
             self._preparing = False
 
@@ -287,41 +261,32 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         scaler = getattr(self._optimizer, "scaler", None)
         return 1.0 if scaler is None else float(scaler.get_scale())
 
-    def _found_loss(self, module: nn.Module, output: Any) -> None:
-        """The model's own loss is Σ over targets, divided by the targets of this batch, or of the whole step."""
-        batch, engine = self._batch, self.engine
-        if self._preparing or engine is None or batch is None or not engine.training_batch_open:
+    def _watch_loss(self, kwargs: Mapping[str, Any], output: Any) -> None:
+        """After a forward pass: of a training batch, watch the loss that the model returned."""
+        session = self._session
+        if self._preparing or session is None or session.batch is None:
             return
-        loss = loss_in(output)
-        if loss is None:
-            raise UsageError(f"{type(module).__name__} returned no loss, though it was given labels")
-        own = own_loss(loss, batch.labels, batch.items)
         try:
-            engine.watch(loss, weights=own.weights, labels=batch.labels)
+            watched = session.watch_own_loss(kwargs, output)
         except UsageError as error:
             raise UsageError(
                 f"{error}. (This callback scores the loss that the model itself returns; watch() is for a loop of your "
                 "own, with GradDotProdEngine or GhostEngineManager)"
             ) from error
-        batch.loss = float(loss.detach()) * own.divisor
-        batch.weight = float(own.weights.sum()) * own.divisor
-
-        def reached(gradient: Tensor) -> None:
-            batch.reached = True
-
-        loss.register_hook(reached)  # type: ignore[no-untyped-call]
+        if not watched:
+            assert self.engine is not None
+            raise UsageError(f"{type(self.engine.model).__name__} returned no loss, though it was given labels")
 
     def _collect(self) -> None:
-        batch, self._batch = self._batch, None
-        if self.engine is None or self._recorder is None or batch is None or batch.loss is None:
+        batch = None if self._session is None else self._session.batch
+        if self._session is None or batch is None or batch.loss is None:
             raise CaptureError("the Trainer finished a batch that never went through the model's forward pass")
         if not batch.reached:
             raise UsageError(
                 "the Trainer's backward pass did not go through the loss that the model returned: it trains on another "
                 "one (compute_loss), whose samples cannot be scored by this callback; use GradDotProdEngine.watch()"
             )
-        scores = self.engine.collect()
-        self._recorder.add(batch.rows, scores, loss=batch.loss, weight=batch.weight, tokens=batch.tokens)
+        self._session.collect()
 
 
 def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
@@ -351,7 +316,7 @@ def _pending_in(folder: Path) -> Mapping[str, NDArray[Any]]:
     if not path.is_file():
         return {}
     try:
-        found: dict[str, NDArray[Any]] = load_file(path)
+        pending: dict[str, NDArray[Any]] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; resume from an earlier checkpoint") from error
-    return found
+    return pending

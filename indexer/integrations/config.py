@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from indexer.training.config import OnStoreError
+from indexer.session.score_log import OnStoreError
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
@@ -128,12 +128,12 @@ class GhostConfig:
             raise UsageError(
                 f"the configuration has {unknown[0]!r}, which is not known; fields: {', '.join(sorted(names))}"
             )
-        found = {name: value for name, value in values.items() if name in names}
-        if not found:
+        known = {name: value for name, value in values.items() if name in names}
+        if not known:
             raise UsageError(
                 f"a configuration of type {type(config).__name__} has none of the fields {', '.join(sorted(names))}"
             )
-        return cls(**found)
+        return cls(**known)
 
     def projection(self) -> ProjectionConfig:
         """The projection of GradProjLora."""

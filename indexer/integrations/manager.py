@@ -9,9 +9,8 @@ import operator
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,31 +19,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
-from indexer.dotprod import GradDotProdEngine, Scores, target_counts
+from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.val_data import ValLosses
+from indexer.integrations.batches import ranks_of, size_of, tokens_of
 from indexer.integrations.config import GhostConfig, Method
-from indexer.integrations.model_loss import loss_in, own_loss, tokens_in
-from indexer.integrations.session import Recorder, RunShape, Samples, places_of, ranks_here
-from indexer.training.ranks import Ranks
+from indexer.integrations.loop_run import LoopRun
+from indexer.session.samples import Samples, places_of
+from indexer.session.session import MicroBatch, ScoringSession
 
 __all__ = ["GhostConfig", "GhostEngineManager"]
 
 
-@dataclass(slots=True)
-class _Batch:
-    """The micro-batch that was attached last, and how far it has come."""
+class _Attached(NamedTuple):
+    """The micro-batch that comes next, before its forward pass is prepared."""
 
     rows: NDArray[np.int64] | None
     size: int
-    labels: Any
     tokens: int
-    prepared: bool = False
-    own_loss: Tensor | None = None
-    """The loss that the model returned, where that is the one which is watched."""
-    watched: bool = False
-    loss: float = 0.0
-    """Its share of the step's loss, and of what that is divided by."""
-    weight: float = 1.0
 
 
 class GhostEngineManager:
@@ -98,7 +89,7 @@ class GhostEngineManager:
         self.config = GhostConfig.of(config)
         self.model = model
         self.optimizer = optimizer
-        self.ranks = ranks_here() if ddp_info is None else _ranks_of(ddp_info)
+        self.ranks = ranks_of(ddp_info)
         self.last_scores: list[Scores] = []
         """Of the micro-batches of the newest finished step."""
         self.engine: GradDotProdEngine | None = None
@@ -107,13 +98,13 @@ class GhostEngineManager:
         self._stack = ExitStack()
         self._hook: RemovableHandle | None = None
         self._samples: Samples | None = None
-        self._recorder: Recorder
+        self._session: ScoringSession
         self._closed = False
         self._next: int | None = None
         """The step that comes next; None: any, where nothing is stored."""
         self._step: int | None = None
         """The step that is open: it has a batch and is not finished."""
-        self._batch: _Batch | None = None
+        self._attached: _Attached | None = None
         """The micro-batch that is open: it is not scored yet."""
         self._skipping = False
         self._scores: list[Scores] = []
@@ -135,7 +126,7 @@ class GhostEngineManager:
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
         with ExitStack() as stack:
-            self._recorder = stack.enter_context(self._make_recorder(self.engine))
+            self._session = stack.enter_context(self._run().session(self.engine, self.ranks))
             self._attach()
             self._stack = stack.pop_all()
         self._next = 0 if self.config.store is not None else None
@@ -148,23 +139,18 @@ class GhostEngineManager:
         if val_losses is not None or self.config.val_refresh_interval != 1:
             raise UsageError("val_losses and val_refresh_interval are for val data: give val_data, too")
 
-    def _make_recorder(self, engine: GradDotProdEngine) -> Recorder:
+    def _run(self) -> LoopRun:
         config = self.config
-        shape = RunShape(
+        return LoopRun(
+            store=config.store,
+            name=config.name,
+            samples=self._samples,
             steps=config.max_steps or 1,
             batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
             save_interval=config.dot_prod_save_interval,
+            val_refresh_interval=config.val_refresh_interval,
+            exclude_layers=tuple(config.exclude_layers),
             per_layer=config.per_layer,
-        )
-        settings = {"val_refresh_interval": config.val_refresh_interval, "exclude_layers": list(config.exclude_layers)}
-        return Recorder.open(
-            config.store,
-            config.name,
-            shape,
-            self._samples,
-            engine,
-            self.ranks,
-            settings,
             on_store_error=config.on_store_error,
         )
 
@@ -187,10 +173,10 @@ class GhostEngineManager:
         if self.engine is None:
             return
         self._refuse_closed()
-        if self._batch is not None:
+        if self._attached is not None:
             raise UsageError("the last batch is still open; call prepare_gradients() after its backward pass")
         step = self._checked_step(iteration)
-        size = _size_of(X_train)
+        size = size_of(X_train)
         config = self.config
         if config.batch_size is not None and size > config.batch_size:
             raise UsageError(f"a batch of {size} samples; the configuration says batch_size={config.batch_size}")
@@ -206,13 +192,13 @@ class GhostEngineManager:
         elif config.store is not None:
             raise UsageError("attach_train_batch needs batch_idx: the place of each sample in the training set")
         if self._skipping and self._next is not None and step > self._next:
-            self._recorder.skip()
+            self._session.skip()
             self._next = step
         if self._step is None:
             self._begun = time.perf_counter()
         self._skipping = False
         self._step = step
-        self._batch = _Batch(rows, size, Y_train, tokens=_tokens_of(X_train))
+        self._attached = _Attached(rows, size, tokens_of(X_train))
 
     def _checked_step(self, iteration: int) -> int:
         try:
@@ -240,17 +226,16 @@ class GhostEngineManager:
         Under the loop's autocast, if it has one, the val pass computes as the forward pass does.
         """
         if self.engine is not None:
-            batch = self._opened("attach_train_batch() before prepare_forward_input()")
-            if batch.prepared:
+            attached = self._opened("attach_train_batch() before prepare_forward_input()")
+            if self._session.batch is not None:
                 raise UsageError("prepare_forward_input() was called for this batch already")
             if not self.engine.attached:
                 raise UsageError("the engine is off the model: call reattach_after_evaluation() before training on")
-            size = _size_of(X_train)
-            if size != batch.size:
-                raise UsageError(f"the batch that was attached has {batch.size} samples, this one {size}")
+            size = size_of(X_train)
+            if size != attached.size:
+                raise UsageError(f"the batch that was attached has {attached.size} samples, this one {size}")
             scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-            self.engine.prepare(size, tokens=batch.tokens, loss_scale=scale)
-            batch.prepared, batch.labels = True, Y_train
+            self._session.prepare(size, rows=attached.rows, labels=Y_train, tokens=attached.tokens, loss_scale=scale)
         return X_train, Y_train
 
     def watch(
@@ -263,41 +248,30 @@ class GhostEngineManager:
         """
         if self.engine is None:
             return
-        opened = self._opened("attach_train_batch() and prepare_forward_input() before watch()")
-        if not opened.prepared:
-            raise UsageError("call prepare_forward_input() before the forward pass")
-        if opened.own_loss is not None:
-            if loss is opened.own_loss and weights is None and labels is None:
+        prepared = self._prepared("attach_train_batch() and prepare_forward_input() before watch()")
+        if prepared.own_loss is not None:
+            if loss is prepared.own_loss and weights is None and labels is None:
                 return
             raise UsageError(
                 f"the loss that {type(self.engine.model).__name__} returned is watched already; to train on "
                 "another one, call the model without labels"
             )
-        self.engine.watch(loss, weights=weights, labels=labels, batch=batch)
-        opened.watched, opened.loss = True, float(loss.detach())
-        if weights is not None:
-            opened.weight = float(weights.sum())
-            return
-        opened.weight = float(opened.size) if labels is None else float(target_counts(labels).sum())
-        opened.loss *= opened.weight
+        self._session.watch(loss, weights=weights, labels=labels, batch=batch)
 
     def prepare_gradients(self) -> None:
         """After the backward pass: take the batch's scores. The gradients are in ``.grad`` already."""
         if self.engine is None:
             return
-        batch = self._opened("attach_train_batch() before the forward pass, and prepare_gradients() once after it")
-        if not batch.prepared:
-            raise UsageError("call prepare_forward_input() before the forward pass")
-        if not batch.watched:
+        batch = self._prepared("attach_train_batch() before the forward pass, and prepare_gradients() once after it")
+        if batch.loss is None:
             raise UsageError(
                 f"{type(self.engine.model).__name__} returned no loss of next-token targets: call manager.watch(loss) "
                 "between the forward and the backward pass"
             )
-        scores = self.engine.collect()
-        if batch.rows is not None and self.config.store is not None:
-            self._recorder.add(batch.rows, scores, loss=batch.loss, weight=batch.weight, tokens=batch.tokens)
+        scores = self._session.collect()
+        assert scores is not None
         self._scores.append(scores)
-        self._batch = None
+        self._attached = None
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
 
     # Once a step.
@@ -307,10 +281,10 @@ class GhostEngineManager:
         if self.engine is None:
             return
         self._refuse_closed()
-        if self._step is None or self._batch is not None or not self._scores:
+        if self._step is None or self._attached is not None or not self._scores:
             raise UsageError("no scored batch: call prepare_gradients() after the backward pass")
-        if self.config.store is not None:
-            self._recorder.finish(learning_rate=self._learning_rate, seconds=time.perf_counter() - self._begun)
+        shared = {"learning_rate": self._learning_rate, "seconds": time.perf_counter() - self._begun}
+        self._session.record(self._session.complete_step(), shared)
         self.last_scores, self._scores = self._scores, []
         self._next, self._step = self._step + 1, None
 
@@ -321,9 +295,8 @@ class GhostEngineManager:
         if self.engine is None or self._closed:
             return
         self._skipping |= self._step is not None
-        self.engine.discard()
-        self._recorder.drop()
-        self._step, self._batch, self._scores = None, None, []
+        self._session.discard()
+        self._step, self._attached, self._scores = None, None, []
 
     def should_save_metrics(self, iteration: int) -> bool:
         """Whether a save interval ends with step ``iteration`` (from 0)."""
@@ -338,7 +311,7 @@ class GhostEngineManager:
         self._refuse_closed()
         if self._next is None or iteration >= self._next:
             raise UsageError(f"step {iteration} is not finished; call aggregate_and_log() after optimizer.step()")
-        self._recorder.save()
+        self._session.save()
 
     # Resuming.
 
@@ -352,9 +325,11 @@ class GhostEngineManager:
         if self.engine is None:
             return {}
         self._refuse_closed()
-        self._refuse_open("state_dict()")
-        self._refresh_next()
-        pending = {name: torch.from_numpy(values) for name, values in self._recorder.pending().items()}
+        if self._step is not None:
+            raise UsageError(f"step {self._step} is open: state_dict() comes after aggregate_and_log()")
+        if self.engine.val_batches:
+            self.engine.set_validation(self.engine.val_batches)
+        pending = {name: torch.from_numpy(values) for name, values in self._session.pending().items()}
         return {"step": self._next or 0, "pending": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -372,7 +347,7 @@ class GhostEngineManager:
         step = int(state["step"])
         if self.config.store is not None:
             pending = {name: values.cpu().numpy() for name, values in state["pending"].items()}
-            self._recorder.restore(step, pending, "the state")
+            self._session.restore(step, pending, "the state")
         self._next = step
 
     # Around evaluation, and at the end.
@@ -380,7 +355,7 @@ class GhostEngineManager:
     def detach_for_evaluation(self) -> None:
         """Take the engine off the model, between two batches."""
         if self.engine is not None:
-            if self._batch is not None:
+            if self._attached is not None:
                 raise UsageError("a batch is open: call prepare_gradients() after its backward pass, then evaluate")
             self._detach()
 
@@ -417,8 +392,10 @@ class GhostEngineManager:
         model = self.engine.model
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if module is model:  # not a deep copy of it, which has this hook, too
-                self._found_loss(kwargs, output)
+            batch = self._session.batch  # None in the val pass
+            # Not a deep copy of the model, which has this hook, too; and not a second forward pass.
+            if module is model and batch is not None and batch.loss is None:
+                self._session.watch_own_loss(kwargs, output)
 
         self._hook = model.register_forward_hook(hook, with_kwargs=True)
 
@@ -429,80 +406,18 @@ class GhostEngineManager:
             self._hook.remove()
             self._hook = None
 
-    def _found_loss(self, kwargs: Mapping[str, Any], output: Any) -> None:
-        """A causal language model of transformers returns the mean over targets: no call of watch() is needed."""
-        batch, engine = self._batch, self.engine
-        if engine is None or batch is None or not engine.training_batch_open or batch.watched:
-            return
-        batch.tokens = tokens_in(kwargs) or batch.tokens
-        loss = loss_in(output)
-        labels = kwargs.get("labels", batch.labels)
-        if loss is None or not isinstance(labels, Tensor) or labels.dim() != 2:
-            return
-        own = own_loss(loss, labels, kwargs.get("num_items_in_batch"))
-        engine.watch(loss, weights=own.weights, labels=labels)
-        batch.own_loss, batch.watched = loss, True
-        batch.loss = float(loss.detach()) * own.divisor
-        batch.weight = float(own.weights.sum()) * own.divisor
-
-    def _refresh_next(self) -> None:
-        assert self.engine is not None
-        if self.engine.val_batches:
-            self.engine.set_validation(self.engine.val_batches)
-
-    def _opened(self, wanted: str) -> _Batch:
+    def _opened(self, wanted: str) -> _Attached:
         self._refuse_closed()
-        if self._batch is None:
+        if self._attached is None:
             raise UsageError(f"no batch is open: call {wanted}")
-        return self._batch
+        return self._attached
 
-    def _refuse_open(self, call: str) -> None:
-        if self._step is not None:
-            raise UsageError(f"step {self._step} is open: {call} comes after aggregate_and_log()")
+    def _prepared(self, wanted: str) -> MicroBatch:
+        self._opened(wanted)
+        if self._session.batch is None:
+            raise UsageError("call prepare_forward_input() before the forward pass")
+        return self._session.batch
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise UsageError("this manager was closed; make a new one")
-
-
-def _first_tensor(batch: Any) -> Tensor:
-    found = batch
-    while not isinstance(found, Tensor):
-        if isinstance(found, Mapping) and found:
-            found = next(iter(found.values()))
-        elif isinstance(found, (list, tuple)) and found:
-            found = found[0]
-        else:
-            raise UsageError(f"a batch holds tensors whose first axis is the samples; found a {type(batch).__name__}")
-    if not found.dim():
-        raise UsageError("a batch holds tensors whose first axis is the samples; found one number")
-    return found
-
-
-def _size_of(batch: Any) -> int:
-    return len(_first_tensor(batch))
-
-
-def _tokens_of(batch: Any) -> int:
-    """Positions of a batch of token ids; 0 for anything else."""
-    first = _first_tensor(batch)
-    return 0 if first.is_floating_point() or first.dim() != 2 else first.numel()
-
-
-def _ranks_of(info: Mapping[str, Any]) -> Ranks:
-    """This rank among those of ``info``; UsageError unless torch.distributed says the same."""
-    if not info.get("ddp", True):
-        found = Ranks()
-    else:
-        forms = (("rank", "world_size"), ("ddp_rank", "ddp_world_size"))
-        names = next((form for form in forms if set(form) <= set(info)), None)
-        if names is None:
-            raise UsageError(f"ddp_info needs rank and world_size; it has {sorted(map(str, info))}")
-        found = Ranks(int(info[names[0]]), int(info[names[1]]))
-    here = ranks_here()
-    if found != here:
-        raise UsageError(
-            f"ddp_info says rank {found.rank} of {found.count}; torch.distributed says rank {here.rank} of {here.count}"
-            + ("" if here.count > 1 else " (init_process_group() comes first)")
-        )
-    return found

@@ -103,9 +103,9 @@ class TrainingRows:
 
     def only(self, samples: NDArray[np.bool_]) -> TrainingRows:
         """The rows of the samples that are True, one for each of the shards. CorpusError if none has a target."""
-        kept = samples[self.sample]
+        chosen = samples[self.sample]
         columns = (self.sample, self.window_start, self.length, self.first_target)
-        return TrainingRows(self.shards, *(column[kept] for column in columns))
+        return TrainingRows(self.shards, *(column[chosen] for column in columns))
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -179,11 +179,11 @@ class Order:
         """(step_rows,): places in the row table of step ``step`` (from 0). Ranks and micro-batches take slices."""
         count = len(self._rows.usable)
         places = np.arange(step * self.step_rows, (step + 1) * self.step_rows)
-        found = np.empty(len(places), dtype=np.int64)
+        usable = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(places // count):
             inside = places // count == epoch
-            found[inside] = self._of_epoch(int(epoch))[places[inside] % count]
-        return self._rows.usable[found]
+            usable[inside] = self._of_epoch(int(epoch))[places[inside] % count]
+        return self._rows.usable[usable]
 
     def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:

@@ -24,10 +24,11 @@ from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.tokens.shards import MANIFEST, TOKENIZER, TokenShards
 from indexer.encode.tokens import Tokenizer
+from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
 from indexer.training.config import TrainConfig
-from indexer.training.ranks import Ranks
+from indexer.training.data import Order, TrainingRows
 from indexer.training.validation import ValSet
 
 
@@ -42,16 +43,16 @@ class Start:
     @classmethod
     def find(cls, checkpoint: str | Path | None, tokenizer: str | Path | None, data: str) -> Start:
         """The checkpoint, and the tokenizer of the folder given, of the checkpoint, or of the token shards."""
-        found = None if checkpoint is None else find_checkpoint(checkpoint)
+        source = None if checkpoint is None else find_checkpoint(checkpoint)
         if tokenizer is not None:
             folder = find_tokenizer(tokenizer)
-        elif found is not None:
-            folder = found.folder
+        elif source is not None:
+            folder = source.folder
         elif is_shards(data):
             folder = Path(data) / TOKENIZER
         else:
             raise UsageError("give --tokenizer: a new model has none, and the data are not tokenized yet")
-        return cls(found, load_tokenizer(folder), folder)
+        return cls(source, load_tokenizer(folder), folder)
 
     def model(self, config: TrainConfig, device: str, resume_from: Path | None) -> Any:
         """The model, every parameter trainable, in its dtype and on ``device``; of ``resume_from`` if there is one."""
@@ -70,6 +71,21 @@ class Start:
         if config.gradient_checkpointing:
             _checkpoint_activations(model)
         return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What is trained, on what and against what: read once, before the first step."""
+
+    start: Start
+    model: Any
+    rows: TrainingRows
+    domains: tuple[str, ...]
+    """Those of the rows that were asked for; empty: all."""
+    val: ValSet | None
+    order: Order
+    steps: int
+    max_length: int
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -130,11 +146,11 @@ def token_shards(
         folder = output_dir / "tokens"
         ranks.led(lambda: _tokenize(data, start, folder, fields, max_samples, progress))
     shards = TokenShards.open(folder)
-    found = tokenizer_identity(start.tokenizer)
-    if shards.tokenizer_identity != found:
+    identity = tokenizer_identity(start.tokenizer)
+    if shards.tokenizer_identity != identity:
         raise MismatchError(
             f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}:\n"
-            f"{tokenizer_lines(shards.tokenizer_identity, found)}\n"
+            f"{tokenizer_lines(shards.tokenizer_identity, identity)}\n"
             "Give --tokenizer the one that made them, or tokenize the corpus again"
         )
     return shards

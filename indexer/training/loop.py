@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ghoststore.errors import DivergedError
-from indexer.encode.losses import training_loss
+from indexer.encode.losses import IGNORED, training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
+from indexer.session.ranks import Ranks
+from indexer.session.session import ScoredStep, ScoringSession
 from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
-from indexer.training.ranks import Ranks
-from indexer.training.scorer import Scorer
+from indexer.training.scoring import ValSchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +42,8 @@ class StepResult:
     tokens: int
     """Tokens of all ranks, without padding."""
     seconds: float
-    score_seconds: float
-    """Of these, spent on scoring (host time)."""
-    own: dict[str, NDArray[Any]]
-    """This rank's arrays for the store: sample, loss, score, …, each (A·B, …)."""
+    scored: ScoredStep
+    """This rank's part of it: sample, loss, score, …, each (A·B, …), and the time that scoring took."""
 
 
 def learning_rate(step: int, steps: int, warmup: int, config: OptimizationConfig) -> float:
@@ -102,39 +100,37 @@ class Trainer:
     ranks: Ranks
     device: str
     steps: int
-    scorer: Scorer | None
+    session: ScoringSession
+    val_schedule: ValSchedule | None
+    """None: samples are not scored."""
     scaler: torch.amp.GradScaler | None
 
     def step(self, step: int) -> StepResult:
         """One optimizer step. The same for the same step number, weights and optimizer state, on every machine run."""
         begun = time.perf_counter()
-        asked = self.config.optimization
-        warmup = default_warmup(self.steps) if asked.warmup_steps is None else asked.warmup_steps
-        eta = learning_rate(step, self.steps, warmup, asked)
+        config = self.config.optimization
+        warmup = default_warmup(self.steps) if config.warmup_steps is None else config.warmup_steps
+        eta = learning_rate(step, self.steps, warmup, config)
         for group in self.optimizer.param_groups:
             group["lr"] = eta
         rows_of_step = self.order.rows_of(step)
         # Gradients are averaged over ranks: each rank divides by the targets of all, over the number of ranks.
         total_targets = self.rows.targets_of(rows_of_step) / self.ranks.count
-        mine = np.split(rows_of_step, self.ranks.count)[self.ranks.rank]
-        micro_batches = np.split(mine, asked.gradient_accumulation_steps)
+        rows_of_rank = np.split(rows_of_step, self.ranks.count)[self.ranks.rank]
+        micro_batches = np.split(rows_of_rank, config.gradient_accumulation_steps)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        parts: list[dict[str, NDArray[Any]]] = []
         for place, rows in enumerate(micro_batches):
             last = place == len(micro_batches) - 1
             self._seed(step, place)
             batch = self.rows.batch(rows).to(self.device)
             with nullcontext() if last else self._no_sync():
-                loss, part = self._micro_step(batch, total_targets, step)
-            loss_sum += loss
-            parts.append(part)
+                loss_sum += self._micro_step(batch, total_targets, step)
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
         if not math.isfinite(train_loss):
             raise DivergedError.at(step + 1, f"the loss is {train_loss}")
-        grad_norm = self._clip_and_update(step, asked.max_grad_norm)
-        if self.scorer is not None:
-            self.scorer.stepped()
-        own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        grad_norm = self._clip_and_update(step, config.max_grad_norm)
+        if self.session.engine is not None:
+            self.session.engine.stepped()
         return StepResult(
             step=step,
             learning_rate=eta if math.isfinite(grad_norm) else 0.0,
@@ -142,28 +138,28 @@ class Trainer:
             grad_norm=grad_norm,
             tokens=int(self.rows.length[rows_of_step].sum()),
             seconds=time.perf_counter() - begun,
-            score_seconds=self.scorer.take_seconds() if self.scorer else 0.0,
-            own=own,
+            scored=self.session.complete_step(),
         )
 
-    def _micro_step(
-        self, batch: Batch, total_targets: float, step: int
-    ) -> tuple[torch.Tensor, dict[str, NDArray[Any]]]:
-        """Forward and backward of one micro-batch; (its share of the loss, its arrays for the store)."""
-        if self.scorer is not None:
-            with self.autocast():
-                self.scorer.prepare(batch, step, self._scale())
+    def _micro_step(self, batch: Batch, total_targets: float, step: int) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its share of the loss."""
+        session = self.session
         with self.autocast():
+            if self.val_schedule is not None:
+                self.val_schedule.prepare(session, batch, step, self._scale())
+            else:
+                session.prepare(len(batch.rows), rows=batch.rows)
+        with self.autocast():  # a block of its own: autocast caches casts, and the val pass has made some
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
             loss, losses_B = training_loss(logits, batch.labels, total_targets)
             del logits
-        if self.scorer is not None:
-            self.scorer.watch(loss, batch, total_targets)
+        if session.engine is not None:
+            # The engine's own watch(): the session's would wait for the loss, which this loop leaves on the device.
+            targets_B = (batch.labels[:, 1:] != IGNORED).sum(1)
+            session.engine.watch(loss, weights=targets_B / total_targets)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        part: dict[str, NDArray[Any]] = {"sample": batch.rows, "loss": losses_B.float().cpu().numpy()}
-        if self.scorer is not None:
-            part |= self.scorer.collect()
-        return loss.detach().double(), part
+        session.collect(losses_B.float().cpu().numpy())
+        return loss.detach().double()
 
     def _clip_and_update(self, step: int, max_norm: float) -> float:
         """The optimizer's step; the norm of the gradient before clipping. Under a loss scaler, a step whose gradient
@@ -185,6 +181,15 @@ class Trainer:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While steps are made: the engine is attached, the model in training mode. The caller's random state is put
+        back.
+        """
+        self.model.train()
+        with torch.random.fork_rng(devices=devices_of(self.model)), self.session.engine or nullcontext():
+            yield
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of the forward pass."""
@@ -211,21 +216,3 @@ class Trainer:
         """
         key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
         torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
-
-
-def run_steps(
-    trainer: Trainer,
-    first: int,
-    *,
-    on_step: Callable[[StepResult], None],
-) -> None:
-    """Steps ``first`` to the last, the engine attached and the model in training mode. The caller's random state is
-    put back.
-    """
-    trainer.model.train()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices_of(trainer.model)))
-        if trainer.scorer is not None:
-            stack.enter_context(trainer.scorer.engine)
-        for step in range(first, trainer.steps):
-            on_step(trainer.step(step))

@@ -10,60 +10,53 @@ import torch
 
 from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.checkpoint.same_model import start_section
-from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
-from ghoststore.store.run.run import RunLayout
-from ghoststore.tokens.shards import TokenShards
+from ghoststore.store.run.layout import RunLayout
+from indexer.dotprod import GradDotProdEngine
+from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
 from indexer.training.config import TrainConfig
-from indexer.training.data import TrainingRows
-from indexer.training.inputs import Start
-from indexer.training.scorer import Scorer
-from indexer.training.validation import ValSet
+from indexer.training.inputs import Inputs
+
+IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
+"""Sections that a checkpoint must agree with."""
 
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Numbers in the weights; a tied one counts once."""
-    return sum(p.numel() for p in model.parameters())
+def training_layout(config: TrainConfig, inputs: Inputs, engine: GradDotProdEngine | None, ranks: int) -> RunLayout:
+    """The arrays of the run. ``engine`` is None where samples are not scored."""
+    optimization, scoring = config.optimization, config.scoring
+    groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()
+    return RunLayout(
+        steps=inputs.steps,
+        ranks=ranks,
+        batch=optimization.batch_size * optimization.gradient_accumulation_steps,
+        span_steps=config.dot_prod_save_interval,
+        rows=len(inputs.rows),
+        groups=tuple(groups),
+        blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
+    )
 
 
-def run_manifest(
+def training_manifest(
     config: TrainConfig,
+    inputs: Inputs,
+    layout: RunLayout,
     *,
-    start: Start,
-    model: Any,
-    shards: TokenShards,
-    rows: TrainingRows,
-    val: ValSet | None,
-    scorer: Scorer | None,
-    domains: tuple[str, ...],
-    steps: int,
-    ranks: int,
-    max_length: int,
+    engine: GradDotProdEngine | None,
     checkpoint_interval: int,
     source: Mapping[str, str | None],
-    stored: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None,
 ) -> Manifest:
-    """The manifest of a run of ``steps`` steps over ``rows``. ``source`` says where its inputs lie,
-    ``stored`` what the checkpoint says from which it goes on.
+    """The manifest of a training. ``source`` says where its inputs lie, ``stored`` what the checkpoint says from which
+    it goes on.
     """
-    asked, scoring = config.optimization, config.scoring
-    layout = RunLayout(
-        steps=steps,
-        ranks=ranks,
-        batch=asked.batch_size * asked.gradient_accumulation_steps,
-        span_steps=config.dot_prod_save_interval,
-        rows=len(rows),
-        groups=tuple(scorer.groups) if scorer else (),
-        blocks=tuple(scorer.blocks) if scorer else (),
-    )
-    method = scorer.engine.method if scorer else None
+    model, val, shards = inputs.model, inputs.val, inputs.rows.shards
     known = {} if stored is None else stored["model"]
-    return {
+    sections = {
         "model": {
             "architecture": type(model).__name__,
             "name": config.architecture,
             "config": agreed_config(known.get("config"), model.config, training=True),
-            "checkpoint": start_section(start.checkpoint, known.get("checkpoint")),
+            "checkpoint": start_section(inputs.start.checkpoint, known.get("checkpoint")),
             "parameters": parameter_count(model),
         },
         "tokenizer": shards.tokenizer_identity,
@@ -71,8 +64,8 @@ def run_manifest(
             "fingerprint": shards.corpus_fingerprint,
             "samples": shards.samples,
             "domains": shards.domains or None,
-            "only_domains": sorted(domains) or None,
-            "repeated_ids": rows.repeated_ids(),
+            "only_domains": sorted(inputs.domains) or None,
+            "repeated_ids": inputs.rows.repeated_ids(),
             "fields": shards.source["fields"],
         },
         "val": {
@@ -81,11 +74,11 @@ def run_manifest(
             "domains": [] if val is None else val.domains,
         },
         "training": {
-            **asdict(asked),
-            "max_steps": steps,
+            **asdict(config.optimization),
+            "max_steps": inputs.steps,
             "seed": config.seed,
             "dropout": config.dropout,
-            "max_length": max_length,
+            "max_length": inputs.max_length,
             "overlong": config.overlong,
             "model_dtype": config.model_dtype,
             "train_dtype": config.arithmetic,
@@ -93,18 +86,17 @@ def run_manifest(
             "loss": "next-token cross-entropy, mean over all targets of a step",
         },
         "scoring": {
-            **asdict(scoring),
-            "exclude_layers": list(scoring.exclude_layers),
+            **asdict(config.scoring),
+            "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
-            "projection": method.projection.hash if method is not None and hasattr(method, "projection") else None,
+            "projection": projection_hash(engine),
         },
-        "storage": layout.to_json(),
         "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},
-        "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
         "compute": {
-            "device": torch.device(next(model.parameters()).device).type,
+            "device": next(model.parameters()).device.type,
             "attn_implementation": getattr(model.config, "_attn_implementation", None),
             "threads": torch.get_num_threads(),
             "gradient_checkpointing": config.gradient_checkpointing,
         },
     }
+    return run_manifest(sections, layout, "transformers", "tokenizers")

@@ -20,18 +20,18 @@ class TrainReport:
     """What a training run did. Losses are nats a token."""
 
     output_dir: str
-    checkpoint: str | None
+    checkpoint: str | None = None
     """The last checkpoint; None after ``eval_only``."""
-    store: str | None
-    run: str | None
+    store: str | None = None
+    run: str | None = None
     """None after ``eval_only`` and without a store."""
-    steps: int
-    resumed_from: int
+    steps: int = 0
+    resumed_from: int = 0
     """Steps that were finished before this call."""
-    rows: int
+    rows: int = 0
     """Training rows: samples, or windows of long ones."""
     parameters: int
-    repeated_ids: dict[str, int] | None
+    repeated_ids: dict[str, int] | None = None
     """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
     tokens: int
     """Tokens of the steps of this call, padding aside."""
@@ -68,10 +68,11 @@ class Watch:
         self.losses.append(result.train_loss)
         self.tokens += result.tokens
         self.seconds += result.seconds
-        self.score_seconds += result.score_seconds
+        self.score_seconds += result.scored.seconds
         self.val = val or self.val
-        if "score" in result.own:
-            finite = result.own["score"][np.isfinite(result.own["score"])]
+        score = result.scored.arrays.get("score")
+        if score is not None:
+            finite = score[np.isfinite(score)]
             self.negative += int((finite < 0).sum())
             self.scored += len(finite)
 

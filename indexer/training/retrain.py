@@ -17,11 +17,12 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
+from indexer.session.ranks import Ranks
+from indexer.session.session import ScoringSession
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import read_val
-from indexer.training.loop import Trainer, make_optimizer, run_steps
-from indexer.training.ranks import Ranks
+from indexer.training.loop import Trainer, make_optimizer
 from indexer.training.validation import ValSet
 
 
@@ -94,21 +95,23 @@ class Retrainer:
         """
         rows = self.rows.only(kept)
         config = self.job.recipe.config()
-        asked = config.optimization
         model = self._new_model(config.seed)
         trainer = Trainer(
             model=model,
-            optimizer=make_optimizer(model, asked),
+            optimizer=make_optimizer(model, config.optimization),
             rows=rows,
-            order=Order(rows, seed=config.seed, step_rows=asked.batch_size),
+            order=Order(rows, seed=config.seed, step_rows=config.optimization.batch_size),
             config=config,
             ranks=Ranks(),
             device=self.job.device,
             steps=self.job.recipe.max_steps,
-            scorer=None,
+            session=ScoringSession(),
+            val_schedule=None,
             scaler=None,
         )
-        run_steps(trainer, 0, on_step=lambda result: None)
+        with trainer.running():
+            for step in range(trainer.steps):
+                trainer.step(step)
         return self.val.losses(model)
 
     def _new_model(self, seed: int) -> Any:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ghoststore.errors import UsageError
+from indexer.session.ranks import Ranks
 from indexer.training.config import TrainConfig
 from indexer.training.loop import StepResult
-from indexer.training.ranks import Ranks
 from indexer.training.validation import ValLoss
 
 
@@ -64,12 +64,12 @@ class Trackers:
         if val_loss is not None:
             values["val/loss"] = val_loss.loss
             values |= {f"val/loss/{name}": loss for name, loss in val_loss.by_domain.items()}
-        score = result.own.get("score")
+        score = result.scored.arrays.get("score")
         if score is not None and np.isfinite(score).any():
             finite = score[np.isfinite(score)]
             values["scores/mean"] = float(finite.mean())
             values["scores/negative_share"] = float((finite < 0).mean())
-            values["scores/share_of_time"] = result.score_seconds / result.seconds
+            values["scores/share_of_time"] = result.scored.seconds / result.seconds
         for tracker in self.trackers:
             tracker.log(values, step=result.step + 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +21,21 @@ from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import check_name, safe_name
-from ghoststore.store.run.run import Run, create_run
+from ghoststore.store.run.layout import RunLayout
 from indexer.build.build import corpus_name
+from indexer.dotprod import GradDotProdEngine
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
+from indexer.session.ranks import Ranks, joined, refuse_drift
+from indexer.session.run_plan import RunPlan, parameter_count
+from indexer.session.session import ScoringSession
 from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
-from indexer.training.inputs import Start, read_val, token_shards
-from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler, run_steps
-from indexer.training.manifest import parameter_count, run_manifest
-from indexer.training.ranks import Ranks, joined, refuse_drift
+from indexer.training.inputs import Inputs, Start, read_val, token_shards
+from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
+from indexer.training.manifest import IDENTITY, training_layout, training_manifest
 from indexer.training.report import TrainReport as TrainReport
 from indexer.training.report import Watch
-from indexer.training.score_log import ScoreLog
-from indexer.training.scorer import Scorer
+from indexer.training.scoring import ValSchedule, scoring_engine
 from indexer.training.state import (
     Resumed,
     SavedState,
@@ -46,9 +48,6 @@ from indexer.training.state import (
 )
 from indexer.training.trackers import Trackers
 from indexer.training.validation import ValLoss, ValSet
-
-IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
-"""Sections of the manifest that a checkpoint must agree with."""
 
 
 def train(
@@ -92,7 +91,7 @@ def train(
         raise UsageError(f"give config or single options, not both: {sorted(options)}")
     config = TrainConfig.of(**options) if config is None else config
     with joined(resolve_device(device)) as (ranks, own_device):
-        job = _Job(
+        training = _Training(
             data=str(data),
             val_set=None if val_set is None else str(val_set),
             store=store,
@@ -112,11 +111,11 @@ def train(
             progress=(progress or Silent()) if ranks.leads else Silent(),
         )
         with Trackers.open(tensorboard, wandb, config, ranks) as trackers:
-            return job.evaluate() if eval_only else job.run(trackers)
+            return training.evaluate() if eval_only else training.run(trackers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class _Training:
     """The parameters of :func:`train` on one rank."""
 
     data: str
@@ -149,13 +148,6 @@ class _Job:
             seen = Watch(val=val.loss(model, self.ranks))
         return seen.report(
             output_dir=str(self.output_dir),
-            checkpoint=None,
-            store=None,
-            run=None,
-            steps=0,
-            resumed_from=0,
-            rows=0,
-            repeated_ids=None,
             parameters=parameter_count(model),
             seconds=time.perf_counter() - begun,
         )
@@ -171,6 +163,86 @@ class _Job:
     def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
         newest = next(reversed(checkpoints(self.output_dir)), None)
         saved = None if newest is None else read_state(newest)
+        inputs = self._inputs(start, newest)
+        model = inputs.model
+        engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
+        layout = training_layout(self.config, inputs, engine, self.ranks.count)
+        manifest = training_manifest(
+            self.config,
+            inputs,
+            layout,
+            engine=engine,
+            checkpoint_interval=self._checkpoint_interval,
+            source=self._source(start),
+            stored=None if saved is None else saved.identity,
+        )
+        schedule = None
+        if engine is not None and inputs.val is not None:
+            schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
+        optimizer = make_optimizer(model, self.config.optimization)
+        resumed = self._resumed(saved, manifest, model, optimizer)
+        trainer = Trainer(
+            model=self._wrapped(model),
+            optimizer=optimizer,
+            rows=inputs.rows,
+            order=inputs.order,
+            config=self.config,
+            ranks=self.ranks,
+            device=self.device,
+            steps=inputs.steps,
+            session=self._session(engine, manifest, layout, inputs.rows),
+            val_schedule=schedule,
+            scaler=make_scaler(self.config, self.device, resumed.scaler),
+        )
+        if schedule is not None:
+            with trainer.autocast():
+                schedule.examine(resumed.step)
+        self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
+        seen = self._train(trainer, resumed, manifest, inputs, trackers)
+        run = trainer.session.run
+        return seen.report(
+            output_dir=str(self.output_dir),
+            checkpoint=str(self.output_dir / f"checkpoint-{inputs.steps}"),
+            store=None if self.store is None else str(self.store),
+            run=None if run is None else run.name,
+            steps=inputs.steps,
+            resumed_from=resumed.step,
+            rows=len(inputs.rows),
+            parameters=parameter_count(model),
+            repeated_ids=manifest["corpus"]["repeated_ids"],
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _train(
+        self, trainer: Trainer, resumed: Resumed, manifest: Manifest, inputs: Inputs, trackers: Trackers
+    ) -> Watch:
+        """Every step that is left: made, scored, recorded, and saved where a checkpoint is due."""
+        seen, val, steps, session = Watch(), inputs.val, inputs.steps, trainer.session
+        with ExitStack() as stack:
+            stack.enter_context(session)
+            # Checkpoints are this run's own: a gap is one that the store could not take, not a sign of another run.
+            session.restore(resumed.step, resumed.pending, "the checkpoint", gaps_are_known=True)
+            task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
+            stack.enter_context(trainer.running())
+            for step in range(resumed.step, steps):
+                result, done, val_loss = trainer.step(step), step + 1, None
+                if val is not None and (done % self.config.eval_interval == 0 or done == steps):
+                    with trainer.autocast():
+                        val_loss = val.loss(trainer.inner, self.ranks)
+                seen.see(result, val_loss)
+                session.record(result.scored, _shared(result, val_loss))
+                trackers.step(result, val_loss)
+                task.advance(1, result.tokens)
+                task.say(seen.words())
+                if done % self._checkpoint_interval == 0 or done == steps:
+                    self._save(done, trainer, inputs.start.tokenizer, manifest)
+        if seen.val is None and val is not None:  # it was finished before
+            with trainer.autocast():
+                seen.val = val.loss(trainer.inner, self.ranks)
+        return seen
+
+    def _inputs(self, start: Start, newest: Path | None) -> Inputs:
+        """Model, val set and rows, with notes on rows that cannot be used; the model of the checkpoint ``newest``."""
         model = start.model(self.config, self.device, newest)
         max_length = longest_row(model, self.config.max_length)
         tokenizer = self._tokenizer(start, model)
@@ -190,95 +262,30 @@ class _Job:
             self.progress.note(
                 f"{len(rows) - len(rows.usable):,} of {len(rows):,} rows have no target and are left out"
             )
-        asked = self.config.optimization
-        order = Order(
-            rows,
-            seed=self.config.seed,
-            step_rows=asked.batch_size * asked.gradient_accumulation_steps * self.ranks.count,
-        )
-        steps = order.steps_per_epoch if asked.max_steps is None else asked.max_steps
-        scorer = None
-        if val is not None and self._scores:
-            scorer = Scorer.of(model, val, self.config.scoring, self.projection, self._checkpoint_interval)
-        manifest = run_manifest(
-            self.config,
+        config = self.config.optimization
+        step_rows = config.batch_size * config.gradient_accumulation_steps * self.ranks.count
+        order = Order(rows, seed=self.config.seed, step_rows=step_rows)
+        return Inputs(
             start=start,
             model=model,
-            shards=shards,
             rows=rows,
-            val=val,
-            scorer=scorer,
             domains=self.domains,
-            steps=steps,
-            ranks=self.ranks.count,
-            max_length=max_length,
-            checkpoint_interval=self._checkpoint_interval,
-            source=self._source(start),
-            stored=None if saved is None else saved.identity,
-        )
-        identity = {section: manifest[section] for section in IDENTITY}
-        optimizer = make_optimizer(model, asked)
-        resumed = self._resumed(saved, identity, manifest, model, optimizer)
-        trainer = Trainer(
-            model=self._wrapped(model),
-            optimizer=optimizer,
-            rows=rows,
+            val=val,
             order=order,
-            config=self.config,
-            ranks=self.ranks,
-            device=self.device,
-            steps=steps,
-            scorer=scorer,
-            scaler=make_scaler(self.config, self.device, resumed.scaler),
+            steps=order.steps_per_epoch if config.max_steps is None else config.max_steps,
+            max_length=max_length,
         )
-        if scorer is not None:
-            with trainer.autocast():
-                scorer.examine(resumed.step)
-        self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
-        run = self.ranks.led(lambda: self._open_run(manifest, rows))
-        log = ScoreLog(
-            run,
-            self.ranks,
-            interval=self.config.dot_prod_save_interval,
-            stored=self.store is not None,
-            on_error=self.config.on_store_error,
-            note=self.progress.note,
-        )
-        seen = Watch()
-        with ExitStack() as stack:
-            stack.enter_context(log)
-            log.restore(resumed.step, resumed.pending)
-            task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
 
-            def on_step(result: StepResult) -> None:
-                done = result.step + 1
-                val_loss = None
-                if val is not None and (done % self.config.eval_interval == 0 or done == steps):
-                    with trainer.autocast():
-                        val_loss = val.loss(model, self.ranks)
-                seen.see(result, val_loss)
-                log.add(result.step, result.own, _shared(result, val_loss))
-                trackers.step(result, val_loss)
-                task.advance(1, result.tokens)
-                task.say(seen.words())
-                if done % self._checkpoint_interval == 0 or done == steps:
-                    self._save(done, trainer, start.tokenizer, identity, log)
-
-            run_steps(trainer, resumed.step, on_step=on_step)
-        if seen.val is None and val is not None:  # it was finished before
-            with trainer.autocast():
-                seen.val = val.loss(model, self.ranks)
-        return seen.report(
-            output_dir=str(self.output_dir),
-            checkpoint=str(self.output_dir / f"checkpoint-{steps}"),
-            store=None if self.store is None else str(self.store),
-            run=None if run is None else run.name,
-            steps=steps,
-            resumed_from=resumed.step,
-            rows=len(rows),
-            parameters=parameter_count(model),
-            repeated_ids=manifest["corpus"]["repeated_ids"],
-            seconds=time.perf_counter() - begun,
+    def _session(
+        self, engine: GradDotProdEngine | None, manifest: Manifest, layout: RunLayout, rows: TrainingRows
+    ) -> ScoringSession:
+        plan = None
+        if self.store is not None:
+            model = self.config.architecture or Path(str(self.checkpoint)).resolve().name
+            name = self.name or safe_name(model, corpus_name(self.data))
+            plan = RunPlan(store=self.store, name=name, layout=layout, manifest=manifest, rows=rows)
+        return ScoringSession(
+            engine, plan, self.ranks, on_store_error=self.config.on_store_error, note=self.progress.note
         )
 
     @property
@@ -361,7 +368,6 @@ class _Job:
     def _resumed(
         self,
         saved: SavedState | None,
-        identity: Mapping[str, Any],
         manifest: Manifest,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -369,7 +375,7 @@ class _Job:
         """Where training stands: at its beginning, or where the newest checkpoint left it."""
         if saved is None:
             return Resumed(step=0, pending={}, scaler={})
-        refuse_other(saved, identity)
+        refuse_other(saved, _identity(manifest))
         now = {name: manifest["software"][name] for name in saved.software}
         if now != saved.software:
             self.progress.note(
@@ -378,26 +384,17 @@ class _Job:
             )
         return restore(saved, model, optimizer)
 
-    def _open_run(self, manifest: Manifest, rows: TrainingRows) -> Run | None:
-        """The run, new or there already; None without a store."""
-        if self.store is None:
-            return None
-        name = self.name or safe_name(
-            self.config.architecture or Path(str(self.checkpoint)).resolve().name, corpus_name(self.data)
-        )
-        return create_run(Store.create(self.store).run_path(name), manifest, rows.table())
-
     def _wrapped(self, model: nn.Module) -> nn.Module:
         if self.ranks.count == 1:
             return model
         on = [torch.device(self.device)] if torch.device(self.device).type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=on)
 
-    def _save(self, step: int, trainer: Trainer, tokenizer: Any, identity: Mapping[str, Any], log: ScoreLog) -> None:
+    def _save(self, step: int, trainer: Trainer, tokenizer: Any, manifest: Manifest) -> None:
         """A checkpoint after ``step`` steps, by the rank that leads; the replicas must be the same."""
         model = trainer.inner
         refuse_drift(model, self.ranks)
-        pending = log.pending()
+        pending = trainer.session.pending()
 
         def save() -> None:
             save_state(
@@ -406,7 +403,7 @@ class _Job:
                 model=model,
                 tokenizer=tokenizer,
                 optimizer=trainer.optimizer,
-                identity=identity,
+                identity=_identity(manifest),
                 pending=pending,
                 scaler={} if trainer.scaler is None else {k: float(v) for k, v in trainer.scaler.state_dict().items()},
             )
@@ -415,14 +412,18 @@ class _Job:
         self.ranks.led(save)
 
 
+def _identity(manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint and the training that goes on from it must agree on."""
+    return {section: manifest[section] for section in IDENTITY}
+
+
 def _shared(result: StepResult, val_loss: ValLoss | None) -> dict[str, float]:
     """Numbers of a step that are the same for every rank."""
-    found = {
+    shared = {
         "learning_rate": result.learning_rate,
         "train_loss": result.train_loss,
         "grad_norm": result.grad_norm,
         "tokens": result.tokens,
         "seconds": result.seconds,
-        "score_seconds": result.score_seconds,
     }
-    return found if val_loss is None else {**found, "val_loss": val_loss.loss}
+    return shared if val_loss is None else {**shared, "val_loss": val_loss.loss}

@@ -22,8 +22,8 @@ from indexer.encode.encoder import pad
 from indexer.encode.losses import next_token_losses
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection import draws
+from indexer.session.ranks import Ranks
 from indexer.training.config import ValSampling
-from indexer.training.ranks import Ranks
 
 EVAL_BATCH_TOKENS = 4096
 NO_DOMAIN = "none"
@@ -128,10 +128,10 @@ class ValSet:
         mode is put back.
         """
         wanted = range(len(self.rows)) if rows is None else rows
-        found = np.zeros(len(self.rows))
+        losses = np.zeros(len(self.rows))
         for places, sums_B2 in self._sums(model, wanted):
-            found[places] = (sums_B2[:, 0] / sums_B2[:, 1]).numpy()
-        return found[list(wanted)]
+            losses[places] = (sums_B2[:, 0] / sums_B2[:, 1]).numpy()
+        return losses[list(wanted)]
 
     def _sums(self, model: Any, rows: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """(places, (B, 2): summed loss and targets of each) of batches of ``rows``, float64 on the CPU."""

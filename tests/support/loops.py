@@ -22,6 +22,7 @@ from ghoststore import Store
 from ghoststore.store import Run
 from tests.support.models import examples, gpt2, pad
 from tests.support.scoring import agree, exact_causal, val_batch
+from tests.support.trainings import arrays_of
 
 ROWS = examples((24, 3, 11, 17, 5, 9, 20, 2, 13, 7, 16, 12, 22, 6), seed=1)
 """Training rows of very different lengths, with prompts and tokens that are no targets."""
@@ -91,12 +92,6 @@ def steps_of(run: Run) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
     for row, step in enumerate(run.committed_steps().tolist()):
         there = sample[row] >= 0
         yield step, sample[row][there], score[row][there]
-
-
-def arrays_of(run: Run) -> dict[str, NDArray[Any]]:
-    """Every array that does not depend on the clock."""
-    names = [spec.name for spec in run.layout.arrays() if "seconds" not in spec.name]
-    return {name: run.read_committed(name) for name in names}
 
 
 def same_arrays(one: Run, other: Run) -> None:

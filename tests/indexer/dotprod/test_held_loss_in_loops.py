@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ghoststore import GhostEngineManager, GhostStoreCallback
 from ghoststore.errors import UsageError
 from tests.indexer.dotprod.test_held_loss import chunked_losses
-from tests.indexer.integrations.test_callback import dataset, trainer_of
 from tests.support.loops import ROWS, VAL, VAL_BATCH, batch_of, close_to, exact_scores, plan, run_of, steps_of
 from tests.support.models import gpt2
 from tests.support.own_losses import (
@@ -27,6 +26,7 @@ from tests.support.own_losses import (
     mixture,
 )
 from tests.support.scoring import agree, exact_causal
+from tests.support.trainers import dataset, trainer_of
 
 PLACES = [0, 1, 2, 3]
 

@@ -14,10 +14,10 @@ from ghoststore import GhostEngineManager, GhostStoreCallback
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, language_model_losses
 from indexer.encode.losses import IGNORED
-from tests.indexer.integrations.test_callback import trainer_of
 from tests.support.loops import ROWS, batch_of, close_to, run_of, steps_of
 from tests.support.models import Example, gpt2
 from tests.support.scoring import BATCH, VAL, agree, causal_step, exact_causal, val_batch
+from tests.support.trainers import trainer_of
 
 
 def emptied(*places: int, first_kept: bool = False) -> list[Example]:

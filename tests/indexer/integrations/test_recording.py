@@ -14,7 +14,7 @@ import torch
 
 from ghoststore import GhostEngineManager
 from ghoststore.errors import UsageError
-from indexer.integrations.session import Samples, places_of, val_fingerprint
+from indexer.session.samples import Samples, places_of, val_fingerprint
 from tests.support.loops import VAL_BATCH, batch_of
 from tests.support.models import gpt2
 

@@ -17,7 +17,7 @@ from ghoststore.cli import terminal
 from ghoststore.cli.watch import render
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.store import RowTable
-from indexer.integrations.session import Samples
+from indexer.session.samples import Samples
 from query.training_scores.watch import Watcher
 from tests.support.score_runs import DOMAINS, LAYOUT, Notes, append, make, row_table, run_on, values
 from tests.support.selecting import listed, select

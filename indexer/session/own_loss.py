@@ -17,16 +17,28 @@ class OwnLoss(NamedTuple):
     """A loss Σ_i weights[i]·ℓ_i, ℓ_i the mean over sample i's own targets."""
 
     loss: Tensor
+    labels: Tensor
+    """(B, T)."""
     weights: Tensor
     """(B,) float64."""
     divisor: float
     """What the sum over targets was divided by: the targets of the batch, or of the whole step."""
 
 
-def loss_in(output: Any) -> Tensor | None:
-    """The loss in a model's output, if it has one that goes through a backward pass."""
+def own_loss(output: Any, labels_BT: Any, items: Any = None) -> OwnLoss | None:
+    """What the loss in a model's ``output`` is of, if it is what it should be: the engine's watch() holds it against
+    the logits. ``items`` is ``num_items_in_batch``, where the model was given it.
+
+    None where the model returned no loss that goes through a backward pass, or was given no labels of tokens.
+    """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return None
+    if not isinstance(labels_BT, Tensor) or labels_BT.dim() != 2:
+        return None
+    counts_B = target_counts(labels_BT).to(loss.device).double()
+    divisor = float(counts_B.sum().clamp_min(1) if items is None else items)
+    return OwnLoss(loss, labels_BT, counts_B / divisor, divisor)
 
 
 def tokens_in(kwargs: Mapping[str, Any]) -> int:
@@ -35,12 +47,3 @@ def tokens_in(kwargs: Mapping[str, Any]) -> int:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int((mask != 0).sum())
     return ids.numel() if isinstance(ids, Tensor) else 0
-
-
-def own_loss(loss: Tensor, labels_BT: Tensor, items: Any = None) -> OwnLoss:
-    """What the ``loss`` that a causal language model returned for ``labels_BT`` is of, if it is what it should be: the
-    engine's watch() holds it against the logits. ``items`` is ``num_items_in_batch``, where the model was given it.
-    """
-    counts_B = target_counts(labels_BT).to(loss.device).double()
-    divisor = float(counts_B.sum().clamp_min(1) if items is None else items)
-    return OwnLoss(loss, counts_B / divisor, divisor)

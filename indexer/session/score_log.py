@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,34 +16,27 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError, StorageError, WorkerError
 from ghoststore.store.run.run import Run, RunWriter
-from indexer.training.config import OnStoreError
-from indexer.training.ranks import Ranks
+from indexer.session.ranks import Ranks
+
+OnStoreError = Literal["stop", "continue"]
 
 
 class ScoreLog:
     """``log.add(step, own, shared)`` on every rank, every step; the store gets whole save intervals.
 
-    ``run`` is the run on the rank that leads, None on the others and where nothing is stored. Training is never
-    changed: if the store cannot be written, StorageError on every rank (``stop``), or one note and no more writing
-    (``continue``).
+    ``run`` is the run on the rank that leads, None on the others. Training is never changed: if the store cannot be
+    written, StorageError on every rank (``stop``), or one note and no more writing (``continue``).
     """
 
     def __init__(
-        self,
-        run: Run | None,
-        ranks: Ranks,
-        *,
-        interval: int,
-        stored: bool,
-        on_error: OnStoreError = "stop",
-        note: Callable[[str], None] = lambda message: None,
+        self, run: Run | None, ranks: Ranks, *, interval: int, on_error: OnStoreError, note: Callable[[str], None]
     ) -> None:
         self._ranks = ranks
         self._interval = interval
-        self._stored = stored
         self._on_error = on_error
         self._note = note
         self._writer = RunWriter(run) if run is not None else None
+        self._failed = False
         self._stack = ExitStack()
         self._waiting: list[tuple[int, dict[str, NDArray[Any]], dict[str, float]]] = []
 
@@ -62,7 +55,7 @@ class ScoreLog:
 
     def add(self, step: int, own: Mapping[str, NDArray[Any]], shared: Mapping[str, float]) -> None:
         """One finished step (from 0): ``own`` arrays (B, …) of this rank, ``shared`` numbers of the step."""
-        if not self._stored:
+        if self._failed:
             return
         self._waiting.append((step, dict(own), dict(shared)))
         if (step + 1) % self._interval == 0:
@@ -73,7 +66,7 @@ class ScoreLog:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        names = sorted(waiting[0][1])
+        names = sorted(waiting[0][1])  # in one order on every rank: each is a collective
         gathered = {name: self._gathered(np.stack([own[name] for _, own, _ in waiting])) for name in names}
 
         def write() -> None:
@@ -87,15 +80,14 @@ class ScoreLog:
     def pending(self) -> dict[str, NDArray[Any]]:
         """What the store does not have yet, for a checkpoint; empty on ranks that do not write."""
         self.save()
-        found: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
 
         def take() -> None:
-            nonlocal found
             if self._writer is not None:
-                found = self._writer.pending()
+                arrays.update(self._writer.pending())
 
         self._guard(take)
-        return found
+        return arrays
 
     def restore(self, step: int, pending: Mapping[str, NDArray[Any]]) -> None:
         """Go on after ``step`` finished steps with what :meth:`pending` gave."""
@@ -130,7 +122,7 @@ class ScoreLog:
             return
         if self._on_error == "stop":
             raise failure or WorkerError("the first rank could not write the store; see its message")
-        self._stored = False
+        self._failed = True
         if failure is not None:
             self._note(f"{failure}. Training goes on without scores in the store (--on-store-error continue)")
         self._writer = None

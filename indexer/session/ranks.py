@@ -34,6 +34,13 @@ class Ranks:
     rank: int = 0
     count: int = 1
 
+    @classmethod
+    def here(cls) -> Ranks:
+        """The ranks of the process group, if there is one."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
     @property
     def leads(self) -> bool:
         """Whether this process writes and speaks for all."""
@@ -50,16 +57,16 @@ class Ranks:
         """What ``work`` gives on the rank that leads, None on the others, which wait for it. If it fails, every rank
         raises: the first its own error, the others WorkerError.
         """
-        found: T | None = None
+        result: T | None = None
         failure: Exception | None = None
         if self.leads:
             try:
-                found = work()
+                result = work()
             except Exception as error:  # noqa: BLE001 - raised below, when the others know
                 failure = error
         if self.any(failure is not None):
             raise failure or WorkerError("the first rank could not go on; see its message")
-        return found
+        return result
 
     def any(self, happened: bool) -> bool:
         """Whether it happened on any rank."""
@@ -75,9 +82,9 @@ class Ranks:
         moved = values.contiguous()
         if dist.get_backend() == "nccl":
             moved = moved.cuda()
-        found = [torch.empty_like(moved) for _ in range(self.count)]
-        dist.all_gather(found, moved)
-        return torch.stack(found).to(values.device)
+        each = [torch.empty_like(moved) for _ in range(self.count)]
+        dist.all_gather(each, moved)
+        return torch.stack(each).to(values.device)
 
 
 @contextmanager
@@ -87,7 +94,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     A process group that exists already is used and left.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size()), _own(device)
+        yield Ranks.here(), _own(device)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Ranks(), device
@@ -99,7 +106,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_START)
     try:
         dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
-        yield Ranks(dist.get_rank(), dist.get_world_size()), own
+        yield Ranks.here(), own
     except BaseException as error:
         _drop_frames(error)
         _wait_for_the_others()

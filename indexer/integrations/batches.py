@@ -1,0 +1,61 @@
+"""What a loop's own objects say: the size of a batch, the ranks in a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ghoststore.errors import UsageError
+from indexer.session.ranks import Ranks
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """The first tensor of a batch, whose first axis is the samples. UsageError if it has none."""
+    inner = batch
+    while not isinstance(inner, Tensor):
+        if isinstance(inner, Mapping) and inner:
+            inner = next(iter(inner.values()))
+        elif isinstance(inner, (list, tuple)) and inner:
+            inner = inner[0]
+        else:
+            raise UsageError(f"a batch holds tensors whose first axis is the samples; found a {type(batch).__name__}")
+    if not inner.dim():
+        raise UsageError("a batch holds tensors whose first axis is the samples; found one number")
+    return inner
+
+
+def size_of(batch: Any) -> int:
+    """Samples of a batch."""
+    return len(first_tensor(batch))
+
+
+def tokens_of(batch: Any) -> int:
+    """Positions of a batch of token ids; 0 for anything else."""
+    first = first_tensor(batch)
+    return 0 if first.is_floating_point() or first.dim() != 2 else first.numel()
+
+
+def ranks_of(info: Mapping[str, Any] | None) -> Ranks:
+    """This rank among those of ``info`` (``rank`` and ``world_size``, or ``ddp_rank`` and ``ddp_world_size``).
+
+    UsageError unless torch.distributed says the same.
+    """
+    here = Ranks.here()
+    if info is None:
+        return here
+    if not info.get("ddp", True):
+        stated = Ranks()
+    else:
+        forms = (("rank", "world_size"), ("ddp_rank", "ddp_world_size"))
+        names = next((form for form in forms if set(form) <= set(info)), None)
+        if names is None:
+            raise UsageError(f"ddp_info needs rank and world_size; it has {sorted(map(str, info))}")
+        stated = Ranks(int(info[names[0]]), int(info[names[1]]))
+    if stated != here:
+        raise UsageError(
+            f"ddp_info says rank {stated.rank} of {stated.count}; torch.distributed says rank {here.rank} of "
+            f"{here.count}" + ("" if here.count > 1 else " (init_process_group() comes first)")
+        )
+    return stated

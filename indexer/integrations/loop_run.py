@@ -1,0 +1,99 @@
+"""The run of a loop that is not ours: what the manager and the Trainer callback know of it before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststore.checkpoint.config_identity import config_identity
+from ghoststore.corpus.repeated import RepeatedIds
+from ghoststore.errors import UsageError
+from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.run.layout import RunLayout
+from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.sketched import SketchedMethod
+from indexer.session.ranks import Ranks
+from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
+from indexer.session.samples import Samples, val_fingerprint
+from indexer.session.score_log import OnStoreError
+from indexer.session.session import ScoringSession, warn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopRun:
+    """What a loop says of itself."""
+
+    store: str | Path | None
+    """None: nothing is stored."""
+    name: str
+    samples: Samples | None
+    """Needed with a store."""
+    steps: int
+    batch: int
+    """Samples of one rank's step, over all its micro-batches."""
+    save_interval: int
+    val_refresh_interval: int
+    exclude_layers: tuple[str, ...]
+    per_layer: bool
+    on_store_error: OnStoreError
+
+    def session(
+        self, engine: GradDotProdEngine, ranks: Ranks, note: Callable[[str], None] | None = None
+    ) -> ScoringSession:
+        """The session that writes it. UsageError for scores by layer where layers have none."""
+        plan = None if self.store is None else self._plan(self.store, engine, ranks)
+        return ScoringSession(engine, plan, ranks, on_store_error=self.on_store_error, note=note or warn)
+
+    def _plan(self, store: str | Path, engine: GradDotProdEngine, ranks: Ranks) -> RunPlan:
+        samples, method = self.samples, engine.method
+        assert samples is not None
+        if self.per_layer and not (method.blocks and engine.val_batches):
+            raise UsageError(
+                "per_layer: layers have no scores of their own under a global sketch, nor without val data; give "
+                "proj_rank_total for plain blocks, and val_data"
+            )
+        layout = RunLayout(
+            steps=self.steps,
+            ranks=ranks.count,
+            batch=self.batch,
+            span_steps=self.save_interval,
+            rows=len(samples.ids),
+            blocks=tuple(method.blocks) if self.per_layer else (),
+            dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
+        )
+        manifest = self._manifest(samples, layout, engine)
+        return RunPlan(store=store, name=self.name, layout=layout, manifest=manifest, rows=samples)
+
+    def _manifest(self, samples: Samples, layout: RunLayout, engine: GradDotProdEngine) -> Manifest:
+        sketched = isinstance(engine.method, SketchedMethod)
+        model: Any = engine.model
+        config = getattr(model, "config", None)
+        sections = {
+            "model": {
+                "architecture": type(model).__name__,
+                "parameters": parameter_count(model),
+                "trainable": parameter_count(model, trainable=True),
+                "config": config_identity(config, training=True) if hasattr(config, "to_diff_dict") else None,
+            },
+            "tokenizer": {"fingerprint": None},
+            "corpus": {
+                "fingerprint": samples.fingerprint(),
+                "samples": len(samples.ids),
+                "domains": samples.domain_names or None,
+                "repeated_ids": RepeatedIds.of(samples.ids),
+            },
+            "val": {"fingerprint": val_fingerprint(engine.val_batches), "rows": engine.val_samples},
+            "training": {"batch": self.batch, "max_steps": self.steps},
+            "scoring": {
+                "method": "GradProjLora" if sketched else "GradDotProd",
+                "score": "sketched" if sketched else "exact",
+                "projection": projection_hash(engine),
+                "val_refresh_interval": self.val_refresh_interval,
+                "exclude_layers": list(self.exclude_layers),
+            },
+            "source": {"data": None},
+            "compute": {"device": next(model.parameters()).device.type},
+        }
+        return run_manifest(sections, layout)

@@ -1,0 +1,1 @@
+"""One training run, scored and recorded: what the training command, the manager and the callback share."""

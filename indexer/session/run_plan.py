@@ -1,0 +1,63 @@
+"""The run that a training is about to write: its place in a store, its arrays, its rows and its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ghoststore.software import versions_of
+from ghoststore.store import Store
+from ghoststore.store.base.manifest import RUN, Manifest
+from ghoststore.store.base.names import check_name
+from ghoststore.store.run.layout import RunLayout
+from ghoststore.store.run.rows import RowTable
+from ghoststore.store.run.run import Run, create_run
+from indexer.dotprod import GradDotProdEngine
+
+
+class Rows(Protocol):
+    """The samples of a training."""
+
+    def table(self) -> RowTable:
+        """The row table of its run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run is made of, before its first step."""
+
+    store: str | Path
+    name: str
+    layout: RunLayout
+    manifest: Manifest
+    rows: Rows
+
+    def open(self) -> tuple[Run, bool]:
+        """The run, and whether it is new. MismatchError if it is there with other settings."""
+        path = Store.create(self.store).run_path(check_name(self.name))
+        new = not path.exists()
+        return create_run(path, self.manifest, self.rows.table()), new
+
+
+def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str) -> Manifest:
+    """The manifest of a run (``docs/format.md``): ``sections`` as its training states them, with the layout of its
+    arrays, and the versions of ``packages`` among those of all runs.
+    """
+    software = versions_of("ghoststore", "torch", *packages, "numpy", "zarr")
+    known = {**sections, "storage": layout.to_json(), "software": software}
+    return {name: known[name] for name in (*RUN.identity, *RUN.description)}
+
+
+def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:
+    """Numbers in the weights, or in those that are ``trainable``; a tied weight counts once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def projection_hash(engine: GradDotProdEngine | None) -> str | None:
+    """What tells the projection of sketched scores from others; None for exact scores."""
+    projection = getattr(engine.method, "projection", None) if engine is not None else None
+    return None if projection is None else str(projection.hash)

@@ -1,0 +1,74 @@
+"""Scores as ``ghoststore train`` is asked for them: the engine, and which val samples each step is scored against."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ghoststore.errors import CaptureError, DivergedError, UsageError
+from ghoststore.settings.projection import ProjectionConfig
+from indexer.dotprod import GradDotProdEngine
+from indexer.session.session import ScoringSession
+from indexer.training.config import ScoringConfig
+from indexer.training.data import Batch
+from indexer.training.validation import ValSet
+
+
+def scoring_engine(model: nn.Module, config: ScoringConfig, projection: ProjectionConfig | None) -> GradDotProdEngine:
+    """The engine that ``config`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
+    scored so.
+    """
+    engine = GradDotProdEngine(
+        model,
+        None,
+        val_refresh_interval=config.val_refresh_interval,
+        exclude_layers=config.exclude_layers,
+        route=config.route,
+        projection=(projection or ProjectionConfig()) if config.score == "sketched" else None,
+        hold_losses=False,  # Trainer computes them from the logits
+    )
+    if config.per_layer and not engine.method.blocks:
+        raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
+    return engine
+
+
+class ValSchedule:
+    """Which val samples the engine holds at which step: others whenever the val gradient is due.
+
+    It is due at multiples of the refresh interval, and after a checkpoint, where a resumed run has none.
+    """
+
+    def __init__(self, engine: GradDotProdEngine, val: ValSet, config: ScoringConfig, checkpoint_interval: int) -> None:
+        self.engine, self.val, self.config = engine, val, config
+        self._checkpoint_interval = checkpoint_interval
+        self._step: int | None = None
+        """The step of the newest batch."""
+
+    def examine(self, step: int) -> None:
+        """Before the run is made: CaptureError for layers that mix the samples of a batch."""
+        self._choose(step)
+        self.engine.examine()
+
+    def prepare(self, session: ScoringSession, batch: Batch, step: int, loss_scale: float) -> None:
+        """Open the session for ``batch``; if the val gradient is due, choose its val samples first.
+
+        DivergedError if it is not finite any more.
+        """
+        first, interval = self._step is None, self.config.val_refresh_interval
+        if step != self._step and (first or not step % interval or not step % self._checkpoint_interval):
+            self._choose(step)
+        self._step = step
+        try:
+            session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+        except (UsageError, CaptureError) as error:
+            if first:
+                raise  # the model cannot be scored at all
+            raise DivergedError.at(
+                step + 1, f"the val loss, or its gradient, cannot be used any more: {error}"
+            ) from error
+
+    def _choose(self, step: int) -> None:
+        refresh = step // self.config.val_refresh_interval
+        chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
+        batches, places = self.val.batches(chosen.tolist())
+        names = [self.val.domain_of(place) for place in places]
+        self.engine.set_validation(batches, names if self.config.val_groups else None)
