@@ -39,8 +39,6 @@ from indexer.encode.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 
 
 class GradDotProdEngine:
@@ -106,7 +104,9 @@ class GradDotProdEngine:
             self.ledger = survey(self.model, exclude_layers)
             self.method = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
         else:
-            self.method = SketchedMethod(self.model, _drawn(self.model, projection), check=check)
+            if isinstance(projection, ProjectionConfig):
+                projection = Projection.for_model(self.model, projection)
+            self.method = SketchedMethod(self.model, projection, check=check)
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
@@ -380,12 +380,3 @@ class GradDotProdEngine:
 
     def _tolerance(self) -> float:
         return 0.1 if self._narrow else 2e-3
-
-
-def _drawn(model: nn.Module, projection: ProjectionConfig | Projection) -> Projection:
-    if isinstance(projection, Projection):
-        return projection
-    selection = select_blocks(
-        model, projection.layers, projection.exclude_layers, include_embeddings=projection.include_embeddings
-    )
-    return Projection(ProjectionPlan.of(selection, projection))

@@ -53,6 +53,7 @@ class ExactMethod:
     """Scores by the parameters of a ledger. ``check``: the first batch that says something is held against autograd."""
 
     needs_val = True
+    projection = None
 
     def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False, check: bool = True) -> None:
         if route not in get_args(Route):

@@ -27,19 +27,6 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def naive_gradients(term: Term, shape: torch.Size) -> Tensor:
-    """(B, *shape): every sample's gradient, formed. The slow, obvious version that the others must equal."""
-    if isinstance(term, Vector):
-        return term.values.reshape(-1, *shape)
-    columns = at_least_float(term.columns)
-    if not term.is_lookup:
-        return at_least_float(term.rows).transpose(1, 2) @ columns
-    formed = columns.new_zeros(len(columns), *shape)
-    for sample, (places, values) in enumerate(zip(term.rows, columns, strict=True)):
-        formed[sample].index_add_(0, places, values)
-    return formed
-
-
 def direct(term: Term, gradients_G: Tensor) -> Tensor:
     """(B, G): inner products with G val gradients, (G, *parameter's shape)."""
     if isinstance(term, Vector):

@@ -23,8 +23,8 @@ from indexer.encode.sample_axis import Witness, refuse_mixed
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample, input_of, output_problem
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import BlockPlan, ProjectionPlan
-from indexer.projection.selection import Use, select_blocks
+from indexer.projection.plan import BlockPlan
+from indexer.projection.selection import Use
 
 TESTED_BATCHES = 2
 """Batches of two samples or more whose losses are reweighted: a layer that routes tokens may look right in one."""
@@ -94,13 +94,7 @@ class GradProjLoraEngine:
         self.model = unwrap(model)
         self._given = model
         refuse_randomness(self.model)
-        if projection is None:
-            config = config or ProjectionConfig()
-            selection = select_blocks(
-                self.model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-            )
-            projection = Projection(ProjectionPlan.of(selection, config))
-        self.projection = projection
+        self.projection = projection or Projection.for_model(self.model, config or ProjectionConfig())
         self._leaves: dict[str, Tensor] = {}
         self._batch = 0
         self._handles: list[RemovableHandle] = []

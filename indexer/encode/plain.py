@@ -46,29 +46,6 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     }
 
 
-def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
-    """(O, I) of one block: [weight | biases of its uses], a norm's γ above its β as one column.
-
-    A bias of a use that sees the block flipped (a head tied to an embedding) is one more row.
-    """
-    weight = gradients[block.parameters[0]]
-    if not block.is_matrix:
-        return torch.cat([gradients[name] for name in block.parameters]).unsqueeze(1)
-    if block.type in ("conv1d", "embedding"):
-        weight = weight.t()
-    seen = set()
-    for use in block.uses:
-        if use.bias is None or use.bias in seen:
-            continue
-        seen.add(use.bias)
-        bias = gradients[use.bias]
-        flipped = (use.type == "embedding") != (block.type == "embedding")
-        line = bias.new_zeros(weight.shape[1] if flipped else weight.shape[0])
-        line[: len(bias)] = bias
-        weight = torch.cat([weight, line.unsqueeze(0) if flipped else line.unsqueeze(1)], dim=0 if flipped else 1)
-    return weight
-
-
 def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """P_out G P_inᵀ of every block by name, (K, J) in the gradients' dtype."""
     return {layer.block.name: plain_block(projection, layer.block, gradients) for layer in projection.plan.layers}
@@ -76,7 +53,7 @@ def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[s
 
 def plain_block(projection: Projection, block: Block, gradients: dict[str, Tensor]) -> Tensor:
     """P_out G P_inᵀ of one block, (K, J) in the gradients' dtype."""
-    matrix = gradient_matrix(block, gradients)
+    matrix = block.lay_out(gradients)
     p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[block.name])
     return p_out @ matrix @ p_in.t()
 

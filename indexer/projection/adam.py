@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghoststore.errors import CheckpointError
-from indexer.layers import layer_type_by_name
 from indexer.projection.selection import Block
 
 OURS = Path("training_state") / "optimizer.safetensors"
@@ -88,7 +87,7 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
         )
     found = {}
     for block in blocks:
-        v_OI = block_matrix(block, v)
+        v_OI = block.lay_out(v)
         if not bool(torch.isfinite(v_OI).all()) or float(v_OI.min()) < 0 or not float(v_OI.sum()) > 0:
             raise CheckpointError(
                 f"--optimizer-state {where}: the second moment of layer {block.name!r} is zero, negative or not "
@@ -96,26 +95,6 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
             )
         found[block.name] = factored(v_OI)
     return found
-
-
-def block_matrix(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(n_out, n_in) of a block from one tensor a parameter, laid out as its gradient: see ``indexer.layers.base``."""
-    if not block.is_matrix:
-        return torch.cat([tensors[name] for name in block.parameters]).unsqueeze(1)
-    weight = tensors[block.parameters[0]]
-    if layer_type_by_name(block.type).transposed:
-        weight = weight.t()
-    matrix = weight.new_zeros(block.n_out, block.n_in)
-    matrix[: weight.shape[0], : weight.shape[1]] = weight
-    for use in block.uses:
-        if use.bias is None or use.bias_column is None:
-            continue
-        bias = tensors[use.bias]
-        if use.flipped:
-            matrix[use.bias_column, : len(bias)] = bias
-        else:
-            matrix[: len(bias), use.bias_column] = bias
-    return matrix
 
 
 def scales_digest(scales: Mapping[str, SideScales]) -> str:

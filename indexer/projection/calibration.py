@@ -82,8 +82,8 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``projection.calibration``."""
         kept = 0 if self.shares is None else sum(map(len, self.shares.kept))
-        metric = {} if self.preconditioner is None else {"preconditioner": self.preconditioner.digest()}
-        return {"samples": self.samples, "kept": kept, **metric, "digest": self.digest()}
+        preconditioner = None if self.preconditioner is None else self.preconditioner.digest()
+        return {"samples": self.samples, "kept": kept, "preconditioner": preconditioner, "digest": self.digest()}
 
     def arrays(self, layers: Sequence[LayerShape]) -> dict[str, NDArray[Any]]:
         """What the part keeps, by the names in ARRAYS; those that are empty are left out."""

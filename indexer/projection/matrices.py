@@ -72,6 +72,11 @@ class Projection:
         """SHA-256 of every matrix in the order of the layers, then of the sketch."""
 
     @classmethod
+    def for_model(cls, model: nn.Module, config: ProjectionConfig) -> Projection:
+        """Drawn for the layers of ``model`` that ``config`` selects; errors as of :meth:`ProjectionPlan.for_model`."""
+        return cls(ProjectionPlan.for_model(model, config))
+
+    @classmethod
     def with_sides(cls, plan: ProjectionPlan, sides: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> Projection:
         """Blocks of the layers of ``plan`` by other (P_in, P_out); None: the axis as it is. Without sketch and hash."""
         found = cls.__new__(cls)

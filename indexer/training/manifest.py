@@ -56,7 +56,7 @@ def run_manifest(
         groups=tuple(scorer.groups) if scorer else (),
         blocks=tuple(scorer.blocks) if scorer else (),
     )
-    method = scorer.engine.method if scorer else None
+    projection = scorer.engine.method.projection if scorer else None
     known = {} if stored is None else stored["model"]
     return {
         "model": {
@@ -96,7 +96,7 @@ def run_manifest(
             **asdict(scoring),
             "exclude_layers": list(scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
-            "projection": method.projection.hash if method is not None and hasattr(method, "projection") else None,
+            "projection": None if projection is None else projection.hash,
         },
         "storage": layout.to_json(),
         "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},

@@ -16,8 +16,6 @@ from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from indexer.training.config import ScoringConfig
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
@@ -59,11 +57,7 @@ class Scorer:
         """The scorer that ``config`` asks for. LayerError or UsageError if this model cannot be scored so."""
         drawn = None
         if config.score == "sketched":
-            asked = projection or ProjectionConfig()
-            selection = select_blocks(
-                model, asked.layers, asked.exclude_layers, include_embeddings=asked.include_embeddings
-            )
-            drawn = Projection(ProjectionPlan.of(selection, asked))
+            drawn = Projection.for_model(model, projection or ProjectionConfig())
         engine = GradDotProdEngine(
             model,
             None,

@@ -39,7 +39,7 @@ def shares(squares: Mapping[str, float]) -> dict[str, float]:
 
 def examine(subject: Subject) -> Finding:
     """Exact squared norms by plain autograd, as shares of each sample's own, the mean over a few samples."""
-    of_parameters = subject.selection.coverage
+    of_parameters = subject.plan.coverage
     reason = subject.lacks_memory(4, EVERY_GRADIENT)
     if reason is not None:
         return skipped(f"the layers hold {of_parameters:.1%} of the parameters; of the gradient: {reason}")
@@ -48,8 +48,9 @@ def examine(subject: Subject) -> Finding:
     kinds, by_type = types_of_parameters(subject.model), defaultdict[str, float](float)
     for name, share in mean.items():
         by_type[kinds[name]] += share
-    blocks = {block.name: sum(mean[name] for name in block.parameters) for block in subject.selection.blocks}
-    covered_names = {name for block in subject.selection.blocks for name in block.parameters}
+    layers = [layer.block for layer in subject.plan.layers]
+    blocks = {block.name: sum(mean[name] for name in block.parameters) for block in layers}
+    covered_names = {name for block in layers for name in block.parameters}
     left_out = {name: share for name, share in mean.items() if name not in covered_names}
     covered = sum(share for name, share in mean.items() if name in covered_names)
     top, share = next(iter(shares(blocks).items()))

@@ -18,8 +18,6 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from query.doctor import (
     causality,
     coverage,
@@ -109,23 +107,17 @@ def doctor(
     if half_only(attn_implementation) and (model_dtype or "float32") == "float32":
         raise UsageError(f"{attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel")
     models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
-    config = projection or ProjectionConfig()
     with ExitStack() as stack:
         corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields(), progress))
         reference = models.reference()
         length = choose_max_length(max_length, reference, MAX_LENGTH)
         own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
         rows = choose_rows(corpus, own, max_length=length, count=samples)
-    selection = select_blocks(
-        reference, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-    )
-    plan = ProjectionPlan.of(selection, config)
     subject = Subject(
         models=models,
         model=reference,
         rows=rows,
-        selection=selection,
-        projection=Projection(plan),
+        projection=Projection.for_model(reference, projection or ProjectionConfig()),
         kernels=None if attn_implementation is None else (attn_implementation,),
         reduction=loss_reduction,
         store=Path(store),
@@ -138,7 +130,7 @@ def doctor(
         "device": models.device,
         "attn_implementation": attn_implementation,
         "loss_reduction": loss_reduction,
-        "projection": plan.to_json(),
+        "projection": subject.plan.to_json(),
     }
     return DoctorReport(model=models.name, settings=settings, findings=_examine(subject, progress))
 

@@ -21,7 +21,7 @@ from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.plain import all_trainable, gradients_of, plain_blocks
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
-from indexer.projection.selection import Selection
+from indexer.projection.plan import ProjectionPlan
 from query.doctor.models import Models
 
 PLAIN_ROWS = 8
@@ -62,12 +62,16 @@ class Subject:
     model: Any
     """The reference: float32."""
     rows: Sequence[Row]
-    selection: Selection
     projection: Projection
     kernels: tuple[str, ...] | None
     """Attention kernels that were asked for; None: those that there are."""
     reduction: Reduction
     store: Path
+
+    @property
+    def plan(self) -> ProjectionPlan:
+        """Layers and ranks of the projection."""
+        return self.projection.plan
 
     @property
     def few(self) -> Sequence[Row]:
@@ -82,7 +86,7 @@ class Subject:
 
     def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
         """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
-        needed, free = bytes_a_number * self.selection.total, available_memory(self.models.device)
+        needed, free = bytes_a_number * self.plan.total, available_memory(self.models.device)
         if free is None or needed * HEADROOM < free:
             return None
         return f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {self.models.device} are free"
