@@ -44,7 +44,7 @@ class Method(Protocol):
 
     # The val pass.
 
-    def asked_of_autograd(self) -> Mapping[str, nn.Parameter]:
+    def checked_parameters(self) -> Mapping[str, nn.Parameter]:
         """Parameters whose val gradient autograd must give, too, to hold ours against; none once that is done."""
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:

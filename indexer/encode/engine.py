@@ -253,22 +253,22 @@ class GradProjLoraEngine:
         layers that got no gradient: a branch that begins at zero says nothing of what is before it. Where neither can
         tell of a layer, the next batch is tested.
         """
-        told: set[str] = set()
+        known: set[str] = set()
         if witness is not None and witness.finite:
             refuse_mixed(witness.problems(), len(self._ran))
-            told = witness.seen
+            known = witness.seen
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
             try:
-                problems = strangers(self.model, call, self._batch, self._ran, outputs=not told)
+                problems = strangers(self.model, call, self._batch, self._ran, outputs=not known)
             except CannotRun:
-                if not told:
+                if not known:
                     raise
                 call, problems = None, {}
             # Without a graph a fused kernel may stand in for layers: these have shown themselves.
-            left = {name: words for name, words in problems.items() if words != ABSENT or name not in told}
+            left = {name: words for name, words in problems.items() if words != ABSENT or name not in known}
             refuse_mixed(left, len(self._ran))
-        if call is not None or told == self._ran:
+        if call is not None or known == self._ran:
             self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
@@ -287,10 +287,10 @@ class GradProjLoraEngine:
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             x, y = by_sample(x, y, self._batch, layer_type, use.module)
             with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
-                kept = layer_type.keep(module, x, sides, y.dtype)
+                saved = layer_type.keep(module, x, sides, y.dtype)
             self._ran.add(use.module)
             output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
-                y, leaf, kept, module, layer_type, sides, use.flipped
+                y, leaf, saved, module, layer_type, sides, use.flipped
             )
             return output if self._witness is None else self._witness.tap(use.module, output)
 

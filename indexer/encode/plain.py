@@ -39,10 +39,10 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     Tied parameters appear once, under their first name.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+        for name, parameter, gradient in zip(names, parameters, gradients, strict=True)
     }
 
 
@@ -133,5 +133,5 @@ class ArrivingBlocks:
 
     def blocks(self) -> list[Tensor]:
         """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
-        found = self._gradients.finished(self._parameters)
-        return [found[name] for name in self._names]
+        blocks = self._gradients.finished(self._parameters)
+        return [blocks[name] for name in self._names]

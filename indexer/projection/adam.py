@@ -85,7 +85,7 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
             f"--optimizer-state {where} has no {QUANTITY} of parameter {lacking[0]!r} ({len(lacking)} are missing); "
             "leave its layer out with --exclude-layers, or give the optimizer state of this checkpoint"
         )
-    found = {}
+    scales = {}
     for block in blocks:
         v_OI = block.lay_out(v)
         if not bool(torch.isfinite(v_OI).all()) or float(v_OI.min()) < 0 or not float(v_OI.sum()) > 0:
@@ -93,8 +93,8 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
                 f"--optimizer-state {where}: the second moment of layer {block.name!r} is zero, negative or not "
                 "finite: it was not trained by Adam. Leave the layer out with --exclude-layers"
             )
-        found[block.name] = factored(v_OI)
-    return found
+        scales[block.name] = factored(v_OI)
+    return scales
 
 
 def scales_digest(scales: Mapping[str, SideScales]) -> str:
@@ -134,23 +134,23 @@ def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Ten
         )
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     try:
-        found = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
+        moments = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
     except DAMAGE as error:
         raise CheckpointError(
             f"--optimizer-state {path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
-    for name, v in found.items():
+    for name, v in moments.items():
         if tuple(v.shape) != parameters.get(name):
             raise CheckpointError(
                 f"--optimizer-state {path}: {name!r} has shape {tuple(v.shape)}; the model's is {parameters.get(name)}"
             )
-    return path, {name: v.float() for name, v in found.items()}
+    return path, {name: v.float() for name, v in moments.items()}
 
 
 def _by_name(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     tensors = load_file(path)
-    found = {key.removesuffix(f"/{QUANTITY}"): v for key, v in tensors.items() if key.endswith(f"/{QUANTITY}")}
-    return {name: v for name, v in found.items() if name in parameters}
+    moments = {key.removesuffix(f"/{QUANTITY}"): v for key, v in tensors.items() if key.endswith(f"/{QUANTITY}")}
+    return {name: v for name, v in moments.items() if name in parameters}
 
 
 def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

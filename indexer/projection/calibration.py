@@ -87,20 +87,20 @@ class Calibration:
 
     def arrays(self, layers: Sequence[LayerShape]) -> dict[str, NDArray[Any]]:
         """What the part keeps, by the names in ARRAYS; those that are empty are left out."""
-        found: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         if self.sides is not None:
             for side, name in enumerate(SIDES):
-                found[name] = torch.cat([self.sides[layer.name][side].flatten() for layer in layers]).numpy()
+                arrays[name] = torch.cat([self.sides[layer.name][side].flatten() for layer in layers]).numpy()
         if self.preconditioner is not None:
             for side, name in enumerate(FACTORS):
                 flat = [self.preconditioner.factors[layer.name][side].flat() for layer in layers]
-                found[name] = torch.cat(flat).numpy()
+                arrays[name] = torch.cat(flat).numpy()
         if self.shares is not None:
             borders = _borders(layers)
             places = [kept.numpy() + start for kept, start in zip(self.shares.kept, borders[:-1], strict=True)]
             if sum(map(len, places)):
-                found[KEPT] = np.concatenate(places).astype(np.int64)
-        return found
+                arrays[KEPT] = np.concatenate(places).astype(np.int64)
+        return arrays
 
     @classmethod
     def of_arrays(
@@ -147,12 +147,12 @@ def _kept(places: NDArray[Any] | None, layers: Sequence[LayerShape], sizes: Sequ
     if len(places) and (np.any(np.diff(places) <= 0) or places[0] < 0 or places[-1] >= borders[-1]):
         raise ValueError(f"{KEPT} are no ascending places in a vector of {borders[-1]} numbers")
     cuts = np.searchsorted(places, borders)
-    found = []
+    by_layer = []
     for layer, size, start, stop, border in zip(layers, sizes, cuts[:-1], cuts[1:], borders[:-1], strict=True):
         if not stop - start <= size <= layer.k_out * layer.k_in:
             raise ValueError(f"layer {layer.name!r} has {size} numbers and keeps {stop - start} as they are")
-        found.append(torch.from_numpy(places[start:stop] - border))
-    return found
+        by_layer.append(torch.from_numpy(places[start:stop] - border))
+    return by_layer
 
 
 def _split(arrays: Mapping[str, NDArray[Any]], name: str, lengths: Sequence[int]) -> tuple[Tensor, ...]:

@@ -48,17 +48,17 @@ class Factor:
         inner = (self.values.double() / mean + damping).rsqrt()
         outer = (self.rest / mean + damping) ** -0.5
         vectors, rows = self.vectors.double().to(rows_RN.device), rows_RN.double()
-        found = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
-        return torch.as_tensor(found.to(rows_RN.dtype))
+        scaled = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
+        return torch.as_tensor(scaled.to(rows_RN.dtype))
 
     def leading(self) -> Factor:
-        """With as many eigenvectors as are kept, see :func:`directions`."""
+        """With as many eigenvectors as a part keeps, see :func:`directions`."""
         m, n = self.vectors.shape
-        kept = directions(n)
-        if m <= kept:
+        most = directions(n)
+        if m <= most:
             return self
-        others = float(self.values[kept:].double().sum()) + self.rest * (n - m)
-        return Factor(self.vectors[:kept], self.values[:kept], others / (n - kept))
+        others = float(self.values[most:].double().sum()) + self.rest * (n - m)
+        return Factor(self.vectors[:most], self.values[:most], others / (n - most))
 
     def flat(self) -> Tensor:
         """Values, rest and vectors in one."""

@@ -123,12 +123,12 @@ def matches(pattern: str, path: str, kind: LayerType) -> bool:
 
 def _supported_layers(model: nn.Module) -> dict[str, LayerType]:
     """Every module that a registered type handles and that has parameters, by name."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         kind = layer_type_of(module)
         if kind is not None:
-            found[name] = kind
-    return found
+            layers[name] = kind
+    return layers
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -164,12 +164,12 @@ def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], 
 def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
     """Modules that no layer type handles, with the names of the parameters that no handled layer owns too."""
     handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
-    found = {}
+    unsupported = {}
     for name, module in model.named_modules():
         own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
         if own and name not in layers:
-            found[name] = own
-    return found
+            unsupported[name] = own
+    return unsupported
 
 
 def _selects_unsupported(pattern: str, name: str) -> bool:

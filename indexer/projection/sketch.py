@@ -115,9 +115,9 @@ class BlockSketches:
 
     def __call__(self, x_BN: Tensor) -> Tensor:
         """(B, n) to (B, K) float32."""
-        found = []
+        pieces = []
         for places, sketch in zip(self.kept, self.sketches, strict=True):
-            found.append(x_BN.float().index_select(1, places))
+            pieces.append(x_BN.float().index_select(1, places))
             if sketch is not None:
-                found.append(sketch(x_BN))
-        return torch.cat(found, dim=1)
+                pieces.append(sketch(x_BN))
+        return torch.cat(pieces, dim=1)

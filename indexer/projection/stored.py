@@ -87,14 +87,14 @@ def calibrated_as(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
     arrays = {name: fixed_array(part, name) for name in names}
     sizes = [stop - start for _, start, stop in part.groups] if plan.shared_out else None
     try:
-        found = Calibration.of_arrays(
+        calibration = Calibration.of_arrays(
             arrays, plan.shapes, samples=int(entry["samples"]), damping=config.damping, sizes=sizes
         )
     except ValueError as error:
         raise MismatchError(f"part {part.name!r}: what it learned is not of these layers: {error}") from error
-    if found.digest() != entry["digest"]:
+    if calibration.digest() != entry["digest"]:
         raise MismatchError(
-            f"part {part.name!r}: what it keeps of its projection has the digest {found.digest()}, not the "
+            f"part {part.name!r}: what it keeps of its projection has the digest {calibration.digest()}, not the "
             f"{entry['digest']} of its manifest; build it anew"
         )
-    return replace(plan, calibration=found)
+    return replace(plan, calibration=calibration)

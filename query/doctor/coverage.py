@@ -22,13 +22,13 @@ TOP = 5
 
 def types_of_parameters(model: nn.Module) -> dict[str, str]:
     """The layer type that owns each parameter, or the class of a module that no type handles; tied ones once."""
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         kind = layer_type_of(module)
         for parameter in module.parameters(recurse=False):
-            found.setdefault(names[id(parameter)], type(module).__name__ if kind is None else kind.name)
-    return found
+            types.setdefault(names[id(parameter)], type(module).__name__ if kind is None else kind.name)
+    return types
 
 
 def shares(squares: Mapping[str, float]) -> dict[str, float]:

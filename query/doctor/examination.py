@@ -177,8 +177,8 @@ def _patient(
         models = LoadedModels(model, dtype, device, kernel)
         return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None
-    found = find_checkpoint(checkpoint)
-    models = SavedModels(found, dtype or "float32", resolve_device(device), kernel)
+    saved = find_checkpoint(checkpoint)
+    models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(found.folder if tokenizer is None else Path(tokenizer))
+        tokenizer = load_tokenizer(saved.folder if tokenizer is None else Path(tokenizer))
     return models, tokenizer

@@ -29,8 +29,8 @@ def examine(subject: Subject) -> Finding:
             advice = ("Call model.eval() before its gradients are taken.",)
             return Finding(status=Verdict.WRONG, summary=str(error), advice=advice, details=details)
         if difference > TOLERANCE:
-            again = partial(subject.logits, subject.few)
-            where = first_difference(subject.model, again, again)
+            forward = partial(subject.logits, subject.few)
+            where = first_difference(subject.model, forward, forward)
             summary = f"two forward passes of one batch differ by {difference:.2g}, first in the output of {where}"
             advice = ("Something draws random numbers in eval mode, too, such as dropout with training=True.",)
             return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details={**details, "first": where})

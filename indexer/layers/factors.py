@@ -33,4 +33,4 @@ class Vector:
     values: Tensor
 
 
-Term: TypeAlias = Outer | Vector
+Factors: TypeAlias = Outer | Vector
