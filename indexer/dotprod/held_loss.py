@@ -354,9 +354,9 @@ class HeldLoss:
             off = error / abs(expected) if expected else float("inf")
             raise UsageError(
                 f"the loss of {self._name} that is watched ({claim.value:.6g}) is not Σ weights × val_losses(model, "
-                f"batch) ({expected:.6g}; {_percent(off)} off): the loss that trains and val_losses must be of one kind, with "
-                "the weights that watch() is told (without any, the mean over samples), watched before it is divided "
-                "or multiplied"
+                f"batch) ({expected:.6g}; {_percent(off)} off): the loss that trains and val_losses must be of "
+                "one kind, with the weights that watch() is told (without any, the mean over samples), watched before "
+                "it is divided or multiplied"
             )
         self._range.add(losses[(weights != 0).to(losses.device)])
         return not self._range.alike

@@ -10,7 +10,7 @@ from torch import nn
 
 from indexer.layers import layer_type_of
 from query.doctor.exactness import EVERY_GRADIENT
-from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
+from query.doctor.finding import GRADIENTS, Check, Finding, right, skipped
 from query.doctor.subject import Subject
 
 LOW = 0.5
@@ -74,12 +74,7 @@ def examine(subject: Subject) -> Finding:
             f"--exclude-layers '{top}', or plain blocks (--proj-rank-total) that are scored by layer."
         )
     seen = f"{of_parameters:.1%} of the parameters, {covered:.1%} of the squared norm of their gradient"
-    return Finding(
-        status=Verdict.ADVICE if advice else Verdict.OK,
-        summary=f"{len(blocks)} layers: {seen}",
-        advice=tuple(advice),
-        details=details,
-    )
+    return right(f"{len(blocks)} layers: {seen}", *advice, **details)
 
 
 CHECK = Check(name="coverage", asks="How much of the gradient do the layers see?", run=examine, needs=GRADIENTS)

@@ -30,7 +30,7 @@ from query.doctor import (
     precision,
     randomness,
 )
-from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.finding import Check, Finding, Verdict, skipped, wrong
 from query.doctor.models import LoadedModels, Models, SavedModels, half_only
 from query.doctor.rows import choose_rows
 from query.doctor.subject import Subject
@@ -154,7 +154,7 @@ def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Findi
     try:
         return check.run(subject)
     except CaptureError as error:
-        return Finding(status=Verdict.WRONG, summary=f"the engine refuses this model: {error}")
+        return wrong(f"the engine refuses this model: {error}")
     except torch.OutOfMemoryError as error:
         return skipped(f"{subject.models.device} has not enough memory: {str(error).splitlines()[0]}")
 

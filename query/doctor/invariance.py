@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 from ghoststore.errors import UsageError
 from indexer.encode.tokens import Row
 from query.doctor.compare import EXACT, relative_errors, worst
-from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
+from query.doctor.finding import GRADIENTS, Check, Finding, right, wrong
 from query.doctor.locate import first_difference
 from query.doctor.models import attending, half_only, kernel_of
 from query.doctor.rows import cut
@@ -93,11 +93,11 @@ def examine(subject: Subject) -> Finding:
         "tolerance": EXACT,
     }
     if problems:
-        return Finding(status=Verdict.WRONG, summary="; ".join(problems), advice=_advice(measured), details=details)
+        return wrong("; ".join(problems), _advice(measured), **details)
     largest = max(invariance.largest for invariance in measured.values())
     kernels = ", ".join(measured)
     summary = f"alone, padded, reordered, in other company: the same vector, to {largest:.1g} ({kernels})"
-    return Finding(status=Verdict.OK, summary=summary, details=details)
+    return right(summary, **details)
 
 
 def _kernels(subject: Subject) -> Sequence[str | None]:
@@ -124,23 +124,18 @@ def _sentence(kernel: str, invariance: Invariance, culprit: str | None) -> str:
     return f"with {kernel}, a sample's vector changes with {changed or 'its batch, or its loss does'}{where}"
 
 
-def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:
+def _advice(measured: dict[str, Invariance]) -> str:
     sound = [name for name, invariance in measured.items() if invariance.sound]
     if sound:
-        return (f"Build with --attn-implementation {sound[0]}.",)
+        return f"Build with --attn-implementation {sound[0]}."
     if any(invariance.vectors["batch_mates"] > invariance.tolerance for invariance in measured.values()):
-        return ("Something mixes the samples of a batch, such as a statistic over it or routing with a capacity.",)
+        return "Something mixes the samples of a batch, such as a statistic over it or routing with a capacity."
     if not measured:
-        return ("Leave --attn-implementation out, or give one that is installed.",)
+        return "Leave --attn-implementation out, or give one that is installed."
     return (
         "Padding leaks into real tokens: attention, a mean over positions or position ids ignore attention_mask. "
-        "Padding is on the right, with mask 0.",
+        "Padding is on the right, with mask 0."
     )
 
 
-CHECK = Check(
-    name="invariance",
-    asks="Does a vector depend on batch mates or padding?",
-    run=examine,
-    needs=GRADIENTS,
-)
+CHECK = Check(name="invariance", asks="Does a vector depend on batch mates or padding?", run=examine, needs=GRADIENTS)

@@ -102,9 +102,4 @@ def _judge(dtype: str, precision: Precision, rows: int, tolerance: float) -> tup
     return Verdict.OK, sentence, ""
 
 
-CHECK = Check(
-    name="precision",
-    asks="Does bfloat16 keep the ranking, within its range?",
-    run=examine,
-    needs=GRADIENTS,
-)
+CHECK = Check(name="precision", asks="Does bfloat16 keep the ranking, within its range?", run=examine, needs=GRADIENTS)
