@@ -270,15 +270,7 @@ class ExactMethod:
             parameters[name] = found_BG @ share_G
             blocks[scored.block] = blocks[scored.block] + parameters[name]
         pairs = None if self._pairs is None else divide(divide(self._pairs, scale_B).t(), scale_B).t()
-        return Scores(
-            total=groups @ share_G,
-            groups=groups,
-            parameters=parameters,
-            blocks=blocks,
-            pairs=pairs,
-            vectors=None,
-            val_age=0,
-        )
+        return Scores(total=groups @ share_G, groups=groups, parameters=parameters, blocks=blocks, pairs=pairs)
 
     def check_train(self, raw: dict[str, Tensor], expected: dict[str, tuple[float, float]], tolerance: float) -> None:
         """CaptureError naming the first parameter whose raw scores do not add up to what autograd says.

@@ -188,4 +188,4 @@ def replayed(model: nn.Module, start: Start) -> Iterator[None]:
 def _parameters_of(model: nn.Module) -> list[str]:
     """Names of what ``forward`` takes by place."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in kinds]
+    return [name for name, given in inspect.signature(model.forward).parameters.items() if given.kind in kinds]

@@ -262,7 +262,7 @@ class HeldLoss:
                         return held.tells
                     best = [(watched, held, given[0])]
         if guessed:
-            best = [one for one in best if not claim.explicit and names_it(one[0], one[2], value)]
+            best = [hit for hit in best if not claim.explicit and names_it(hit[0], hit[2], value)]
             if not best:
                 self._say_not_held()
                 return True

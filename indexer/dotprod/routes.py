@@ -102,7 +102,7 @@ def gram(train: Factors, val: Factors) -> Tensor:
     dots = torch.zeros(batch, others, dtype=at_least_float(train.columns[:0]).dtype, device=train.columns.device)
     pair = positions * their_positions
     for val_part in _slices(others, pair):
-        some = val if val_part == slice(0, others) else Outer(val.rows[val_part], val.columns[val_part])
+        some = val if val_part == slice(0, others) else val.of(val_part)
         count = some.columns.shape[0]
         for train_part in _slices(batch, pair * count):
             for places in _slices(positions, their_positions * count * (train_part.stop - train_part.start)):
@@ -113,14 +113,14 @@ def gram(train: Factors, val: Factors) -> Tensor:
     return dots
 
 
-def _inner(one: Outer, other: Outer, side: Literal["rows", "columns"]) -> Tensor:
-    """(B·M, V·P), at least float32: inner products of the factors of one side, at every two positions."""
-    a, b = (one.rows, other.rows) if side == "rows" else (one.columns, other.columns)
-    if side == "rows" and one.is_lookup and other.is_lookup:
-        return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(one.columns[:0]).dtype)
-    if side == "rows" and one.is_lookup:
+def _inner(train: Outer, val: Outer, side: Literal["rows", "columns"]) -> Tensor:
+    """(B·M, V·P), at least float32: inner products of the factors of train side, at every two positions."""
+    a, b = (train.rows, val.rows) if side == "rows" else (train.columns, val.columns)
+    if side == "rows" and train.is_lookup and val.is_lookup:
+        return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(train.columns[:0]).dtype)
+    if side == "rows" and train.is_lookup:
         return at_least_float(b.flatten(0, 1).index_select(1, a.flatten()).t().contiguous())
-    if side == "rows" and other.is_lookup:
+    if side == "rows" and val.is_lookup:
         return at_least_float(a.flatten(0, 1).index_select(1, b.flatten()))
     dtype = product_dtype(a.dtype)
     return at_least_float(a.flatten(0, 1).to(dtype) @ b.flatten(0, 1).to(dtype).t())
@@ -132,12 +132,12 @@ def pairs(uses: list[Factors], shape: torch.Size) -> Tensor:
     if dense and pairs_by_tiles(uses, shape):
         return _pairs_formed(uses, shape)
     dots = gram(uses[0], uses[0])
-    for i, one in enumerate(uses):
+    for i, use in enumerate(uses):
         for j, other in enumerate(uses[: i + 1]):
             if i == j:
-                dots = dots if i == 0 else dots + gram(one, one)
+                dots = dots if i == 0 else dots + gram(use, use)
             else:
-                cross = gram(one, other)
+                cross = gram(use, other)
                 dots = dots + cross + cross.t()
     return dots
 
@@ -173,7 +173,7 @@ def add_gradients(factors: Factors, group_V: Tensor, into_G: Tensor) -> None:
             places = group_V.eq(group).nonzero().flatten()
             if not len(places):
                 continue
-            chosen = Vector(factors.values[places]) if isinstance(factors, Vector) else _some(factors, places)
+            chosen = factors.of(places)
         if isinstance(chosen, Vector):
             into += chosen.values.sum(0).to(into.dtype).view_as(into)
         elif chosen.is_lookup:
@@ -182,10 +182,6 @@ def add_gradients(factors: Factors, group_V: Tensor, into_G: Tensor) -> None:
             into.addmm_(chosen.rows.flatten(0, 1).t(), chosen.columns.flatten(0, 1))
         else:
             into += chosen.rows.flatten(0, 1).t() @ chosen.columns.flatten(0, 1)
-
-
-def _some(factors: Outer, places: Tensor) -> Outer:
-    return Outer(factors.rows[places], factors.columns[places])
 
 
 def direct_flops(shape: torch.Size, *, tokens: int, batch: int, val_tokens: int, groups: int, interval: int) -> float:

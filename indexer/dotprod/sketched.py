@@ -147,12 +147,4 @@ class SketchedMethod:
             total = groups @ share_G
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
-        return Scores(
-            total=total,
-            groups=groups,
-            parameters={},
-            blocks=blocks,
-            pairs=None,
-            vectors=vectors_BD.float(),
-            val_age=0,
-        )
+        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float())

@@ -214,10 +214,8 @@ class GradProjLoraEngine:
                 ) from error
             raise
         finally:
-            self._leaves, self._witness = (
-                {},
-                None,
-            )  # not earlier: checkpointing runs the forward, and so the branches, again
+            # Not earlier: checkpointing runs the forward, and so the branches, once more.
+            self._leaves, self._witness = {}, None
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
         if unreached:
             raise CaptureError(

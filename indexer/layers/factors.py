@@ -25,12 +25,20 @@ class Outer:
         """Whether ``rows`` are places."""
         return self.rows.dim() == 2
 
+    def of(self, samples: Tensor | slice) -> Outer:
+        """Of some samples alone."""
+        return Outer(self.rows[samples], self.columns[samples])
+
 
 @dataclass(frozen=True, slots=True)
 class Vector:
     """Gradients of a vector, formed: (B, N) float32 (float64 for a float64 model)."""
 
     values: Tensor
+
+    def of(self, samples: Tensor | slice) -> Vector:
+        """Of some samples alone."""
+        return Vector(self.values[samples])
 
 
 Factors: TypeAlias = Outer | Vector

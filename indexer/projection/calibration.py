@@ -121,15 +121,15 @@ class Calibration:
             p_in = _split(arrays, SIDES[0], [layer.k_in * layer.n_in for layer in layers])
             p_out = _split(arrays, SIDES[1], [layer.k_out * layer.n_out for layer in layers])
             sides = {
-                layer.name: (one.view(layer.k_in, layer.n_in), other.view(layer.k_out, layer.n_out))
-                for layer, one, other in zip(layers, p_in, p_out, strict=True)
+                layer.name: (side_in.view(layer.k_in, layer.n_in), side_out.view(layer.k_out, layer.n_out))
+                for layer, side_in, side_out in zip(layers, p_in, p_out, strict=True)
             }
         if FACTORS[0] in arrays:
             f_in = _split(arrays, FACTORS[0], [flat_length(layer.n_in) for layer in layers])
             f_out = _split(arrays, FACTORS[1], [flat_length(layer.n_out) for layer in layers])
             factors = {
-                layer.name: (Factor.of_flat(one, layer.n_in), Factor.of_flat(other, layer.n_out))
-                for layer, one, other in zip(layers, f_in, f_out, strict=True)
+                layer.name: (Factor.of_flat(flat_in, layer.n_in), Factor.of_flat(flat_out, layer.n_out))
+                for layer, flat_in, flat_out in zip(layers, f_in, f_out, strict=True)
             }
             preconditioner = Preconditioner(factors, damping)
         if sizes is not None:

@@ -44,7 +44,7 @@ def examine(subject: Subject) -> Finding:
     if reason is not None:
         return skipped(f"the layers hold {of_parameters:.1%} of the parameters; of the gradient: {reason}")
     each = [shares(plain.squares) for plain in subject.plain]
-    mean = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+    mean = {name: float(np.mean([of_sample[name] for of_sample in each])) for name in each[0]}
     kinds, by_type = types_of_parameters(subject.model), defaultdict[str, float](float)
     for name, share in mean.items():
         by_type[kinds[name]] += share

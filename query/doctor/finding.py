@@ -78,7 +78,7 @@ def wrong(summary: str, *advice: str, **details: Any) -> Finding:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _finite(one) for name, one in value.items()}
+        return {str(name): _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -89,17 +89,9 @@ def test_gram(case: tuple[torch.Size, int, list[Factors]]) -> None:
 def test_pairs_of_a_parameter_with_one_to_three_uses(case: tuple[torch.Size, int, list[Factors]], uses: int) -> None:
     shape, tile, (one, other) = case
     batch = min(len(factors.values if isinstance(factors, Vector) else factors.columns) for factors in (one, other))
-    of_uses = [first(factors, batch) for factors in (one, other, one)[:uses]]
+    of_uses = [factors.of(slice(batch)) for factors in (one, other, one)[:uses]]
     whole = torch.stack([flat(factors, shape) for factors in of_uses]).sum(0)
     close(with_tile(tile, lambda: pairs(of_uses, shape)), whole @ whole.t())
-
-
-def first(factors: Factors, count: int) -> Factors:
-    return (
-        Vector(factors.values[:count])
-        if isinstance(factors, Vector)
-        else Outer(factors.rows[:count], factors.columns[:count])
-    )
 
 
 @settings(deadline=None)
