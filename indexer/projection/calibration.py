@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from indexer.projection.allocation import Shares
-from indexer.projection.kfac import Factor, Preconditioner, flat_length
+from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor, flat_length
 
 SIDES = ("projection_in", "projection_out")
 """Arrays of a part: the sides of all layers one behind the other, row by row."""
@@ -59,7 +59,7 @@ class Calibration:
     """Rows that it was learned from."""
     sides: Sides | None
     """float32 on the CPU; None where they are drawn."""
-    preconditioner: Preconditioner | None
+    preconditioner: KroneckerPreconditioner | None
     """What the sides are multiplied with already."""
     shares: Shares | None
     """None where blocks are not sketched one by one."""
@@ -128,10 +128,10 @@ class Calibration:
             f_in = _split(arrays, FACTORS[0], [flat_length(layer.n_in) for layer in layers])
             f_out = _split(arrays, FACTORS[1], [flat_length(layer.n_out) for layer in layers])
             factors = {
-                layer.name: (Factor.of_flat(flat_in, layer.n_in), Factor.of_flat(flat_out, layer.n_out))
+                layer.name: (MomentFactor.of_flat(flat_in, layer.n_in), MomentFactor.of_flat(flat_out, layer.n_out))
                 for layer, flat_in, flat_out in zip(layers, f_in, f_out, strict=True)
             }
-            preconditioner = Preconditioner(factors, damping)
+            preconditioner = KroneckerPreconditioner(factors, damping)
         if sizes is not None:
             shares = Shares(list(sizes), _kept(arrays.get(KEPT), layers, sizes))
         return cls(samples=samples, sides=sides, preconditioner=preconditioner, shares=shares)

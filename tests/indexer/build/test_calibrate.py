@@ -24,7 +24,7 @@ from indexer.build.calibrate import calibrate
 from indexer.encode.tokens import Row
 from indexer.projection.adam import SideScales
 from indexer.projection.calibration import Calibration
-from indexer.projection.kfac import Factor
+from indexer.projection.kfac import MomentFactor
 from indexer.projection.plan import ProjectionPlan
 from tests.support.models import POSITIONS, VOCABULARY, settle
 from tests.support.oracle import gradient_matrix, gradients_of
@@ -77,14 +77,14 @@ def moments(g_ROI: Tensor) -> tuple[Tensor, Tensor]:
     return (g_ROI.mT @ g_ROI).mean(0), (g_ROI @ g_ROI.mT).mean(0)
 
 
-def dense(factor: Factor) -> Tensor:
+def dense(factor: MomentFactor) -> Tensor:
     """With the rest spread evenly over the other directions."""
     vectors, values = factor.vectors.double(), factor.values.double()
     n = vectors.shape[1]
     return vectors.t() * (values - factor.rest) @ vectors + factor.rest * torch.eye(n, dtype=torch.float64)
 
 
-def factors_of(learned: Calibration) -> Mapping[str, tuple[Factor, Factor]]:
+def factors_of(learned: Calibration) -> Mapping[str, tuple[MomentFactor, MomentFactor]]:
     assert learned.preconditioner is not None
     return learned.preconditioner.factors
 
