@@ -46,8 +46,6 @@ from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.layers import layer_type_by_name
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from query.demo.tokenizer import train_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, int]] = {
@@ -186,8 +184,7 @@ class Bench:
 
 def default_projection(model: Any) -> Projection:
     """What ``ghoststore.build`` draws without further options."""
-    config = ProjectionConfig()
-    return Projection(ProjectionPlan.of(select_blocks(model, config.layers), config))
+    return Projection.for_model(model, ProjectionConfig())
 
 
 def build_once(setting: Setting, store: str, span_rows: int | None = None) -> tuple[ghoststore.BuildReport, BuildWatch]:

@@ -27,7 +27,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ghoststore import GradDotProdEngine, ProjectionConfig
-from indexer.dotprod.exact import ExactMethod
 from indexer.dotprod.routes import gram_flops
 from indexer.encode.losses import training_loss
 from indexer.training.architectures import ARCHITECTURES
@@ -153,7 +152,8 @@ def predict(bench: Bench, engine: GradDotProdEngine) -> dict[str, float]:
     attention = 2.0 * shape.layers * shape.width * setting.length
     forward = weights + attention
     regular = 3.0 * forward * tokens
-    if isinstance(engine.method, ExactMethod):
+    projection = engine.method.projection
+    if projection is None:
         routes = engine.method.routes
         direct = float(sum(p.numel() for name, p in matrices.items() if routes.get(name) == "direct"))
         gram = sum(
@@ -163,7 +163,7 @@ def predict(bench: Bench, engine: GradDotProdEngine) -> dict[str, float]:
         )
         scoring, val_weights = direct * tokens + gram, direct
     else:
-        plan = engine.method.projection.plan
+        plan = projection.plan
         each = [
             layer.k_in * layer.block.n_in + layer.k_out * layer.block.n_out + layer.k_in * layer.k_out
             for layer in plan.layers

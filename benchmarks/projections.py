@@ -91,8 +91,6 @@ LINES = (
     Line(label="gaussian, drawn again", name="gaussian-again", settings={**PLAIN, "seed": 1}),
     Line(label="rademacher", name="rademacher", settings={**PLAIN, "kind": "rademacher"}),
     Line(label="orthonormal", name="orthonormal", settings={**PLAIN, "kind": "orthonormal"}),
-    Line(label="gaussian, k_in = 4 k_out", name="wide", settings={**PLAIN, "rank_ratio": 4.0}),
-    Line(label="gaussian, k_out = 4 k_in", name="tall", settings={**PLAIN, "rank_ratio": 0.25}),
     *(
         Line(
             label=f"gaussian 64 × 64, {words}, {dtype}",

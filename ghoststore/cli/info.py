@@ -75,7 +75,7 @@ def _print_part(part: Any) -> None:
     manifest = part.manifest
     projection, corpus = manifest["projection"], manifest["corpus"]
     numbers = f", blocks of {projection['kronecker_dimension']:,} numbers in all"
-    by = "layer by layer" if projection.get("compress_by") == "layer" else "all layers together"
+    by = "layer by layer" if projection["compress_by"] == "layer" else "all layers together"
     step = numbers + (f", sketched to {projection['compress']:,} {by}" if projection["compress"] else "")
     facts = [
         ("rows", f"{part.committed:,} of {part.rows:,} committed"),
@@ -111,12 +111,12 @@ def _repeated(one: Any) -> list[tuple[str, str]]:
 
 
 def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
-    if projection.get("optimizer_state"):
+    if projection["optimizer_state"]:
         return [("  metric", "of an optimizer state (--optimizer-state)")]
-    if "calibration" not in projection:
+    if projection["calibration"] is None:
         return []
     sample = f"learned from {projection['calibration']['samples']:,} samples"
-    if projection.get("precondition", "none") == "none":
+    if projection["precondition"] == "none":
         return [("  sizes and sides", sample)]
     return [("  metric", f"preconditioned ({projection['precondition']}, damping {projection['damping']:g}), {sample}")]
 

@@ -113,7 +113,6 @@ def take_projection(values: dict[str, Any], exclude_layers: tuple[str, ...] = ()
         kind="orthonormal" if orthonormal else kind,
         compress=values.pop("proj_compress"),
         compress_by=values.pop("proj_compress_by", "auto"),
-        rank_ratio=values.pop("proj_rank_ratio"),
         **{field: values.pop(option) for option, field in LEARNED_FIELDS.items() if option in values},
     )
 
@@ -216,9 +215,6 @@ PROJECTION = (
         "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.",
     ),
     click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side."),
-    click.option(
-        "--proj-rank-ratio", type=float, default=1.0, show_default=True, help="k_in ÷ k_out of a block; 1 errs least."
-    ),
     click.option(
         "--proj-compress",
         metavar="K|none",

@@ -45,8 +45,6 @@ class ProjectionConfig:
     kind: str = "gaussian"
     compress: Compress = "auto"
     compress_by: CompressBy = "auto"
-    rank_ratio: float = 1.0
-    """k_in ÷ k_out."""
     calibration_samples: int = 256
     precondition: str = "auto"
     damping: float = 0.1
@@ -56,8 +54,6 @@ class ProjectionConfig:
             raise UsageError(f"projection kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
         if self.compress_by not in ("auto", "layer", "all"):
             raise UsageError(f"--proj-compress-by takes layer, all or auto, not {self.compress_by!r}")
-        if not 0 < self.rank_ratio < math.inf:
-            raise UsageError(f"--proj-rank-ratio must be above 0, not {self.rank_ratio}")
         if self.precondition not in PRECONDITIONS:
             raise UsageError(f"--proj-precondition {self.precondition!r} is unknown; known: {', '.join(PRECONDITIONS)}")
         if not 0 < self.damping < math.inf:

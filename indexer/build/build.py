@@ -50,7 +50,6 @@ from indexer.encode.tokens import Overlong, Row, Tokenizer, TokenSettings, embed
 from indexer.projection.adam import flat, learning_rate_of, read_scales, scales_digest
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import Selection, select_blocks
 from indexer.projection.stored import calibrated_as
 
 DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -103,7 +102,6 @@ class _Job:
     """None in a dry run of one that is learned."""
     plan: CorpusPlan
     layout: PartLayout
-    selection: Selection
     manifest: Manifest
     model: Any
     reduction: Reduction
@@ -230,7 +228,7 @@ def build(
             rows=job.layout.rows,
             tokens=job.plan.tokens,
             layers=len(job.projected.layers),
-            coverage=job.selection.coverage,
+            coverage=job.projected.coverage,
             dimension=job.layout.dimension,
             bytes_on_disk=_bytes_on_disk(job.layout),
             memory_bytes=_memory(job, batch_tokens),
@@ -288,8 +286,7 @@ def _plan(
             f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
             "own: choose one (--proj-precondition none)"
         )
-    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
-    plan = ProjectionPlan.of(selection, config)
+    plan = ProjectionPlan.for_model(model, config)
     if there is not None:  # before any row of another model is looked at
         _refuse_other(there, plan, identity)
     padding = ModelCheck(
@@ -369,11 +366,11 @@ def _plan(
         "projection": {
             **plan.to_json(),
             "hash": None if drawn is None else drawn.hash,
-            **({} if scales is None else {"optimizer_state": scales_digest(scales)}),
+            "optimizer_state": None if scales is None else scales_digest(scales),
         },
         "layers": plan.layers_json(),
         "storage": {**asdict(layout), "groups": [list(group) for group in plan.groups] if known else None},
-        "coverage": {"covered": selection.covered, "total": selection.total, "share": selection.coverage},
+        "coverage": {"covered": plan.covered, "total": plan.total, "share": plan.coverage},
     }
     fixed = {} if scales is None else flat(scales)
     if plan.calibration is not None:
@@ -386,7 +383,6 @@ def _plan(
         projection=drawn,
         plan=corpus_plan,
         layout=layout,
-        selection=selection,
         manifest=manifest,
         model=model,
         reduction=reduction,

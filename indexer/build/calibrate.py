@@ -34,7 +34,7 @@ from indexer.projection import draws
 from indexer.projection.adam import SideScales
 from indexer.projection.allocation import share_out
 from indexer.projection.calibration import Calibration
-from indexer.projection.kfac import Factor, Preconditioner, directions
+from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor, directions
 from indexer.projection.matrices import Projection, drawn_sides
 from indexer.projection.plan import BlockPlan, ProjectionPlan
 
@@ -90,7 +90,7 @@ class Leading:
         self._trace += y_NC.double().square().sum()
         self._terms += terms
 
-    def factor(self) -> Factor:
+    def factor(self) -> MomentFactor:
         """Its k largest eigenvalues and their vectors, each with a positive sign at its largest number. ValueError if
         the mean is zero or not finite.
         """
@@ -108,7 +108,7 @@ class Leading:
         signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         outside = len(left) - self.k
         rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
-        return Factor((rows * signs).float().contiguous(), values.float(), rest)
+        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
 
 
 def calibrate(
@@ -179,7 +179,7 @@ class _Passes:
         preconditioner = None
         if config.preconditioned:
             factors = {name: (f_in[name].leading(), f_out[name].leading()) for name in f_in}
-            preconditioner = Preconditioner(factors, config.damping)
+            preconditioner = KroneckerPreconditioner(factors, config.damping)
         sides = {}
         for layer in self.plan.layers:
             name = layer.block.name
@@ -206,7 +206,7 @@ class _Passes:
         means = [total / self.finite for total in sums]
         return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
 
-    def _factors(self, axis: str) -> dict[str, Factor]:
+    def _factors(self, axis: str) -> dict[str, MomentFactor]:
         """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
         layers, sums, sides = self.plan.layers, [], {}
         for layer in layers:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
-from indexer.dotprod.parameters import Ledger
+from indexer.dotprod.ledger import Ledger
 from indexer.encode.plain import BlockGradients
 from indexer.projection.matrices import Projection
 
@@ -44,7 +44,7 @@ class AutogradDots:
 
         return hook
 
-    def found(self) -> dict[str, tuple[float, float]]:
+    def dots(self) -> dict[str, tuple[float, float]]:
         """(dot, product of the norms) by parameter that got a gradient."""
         return {name: (float(dot), float(self._sums[name])) for name, dot in self._dots.items()}
 

@@ -38,7 +38,8 @@ class BesideLoss:
             for name, tensor in tensors_in(seen.output).items():
                 if tensor.grad_fn is not None and tensor.is_floating_point() and seen.unchanged(tensor):
                     self._await(loss, name, tensor)
-        self._handles: list[RemovableHandle] = [one.listen() for one in self._arrivals]  # after every gradient is had
+        # Now that every gradient is had: the passes above are not to be seen.
+        self._handles: list[RemovableHandle] = [arrivals.listen() for arrivals in self._arrivals]
 
     def _await(self, loss: Tensor, name: str, tensor: Tensor) -> None:
         way = way_to(loss, tensor)

@@ -20,9 +20,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route
 from indexer.dotprod.held_loss import HeldLoss
-from indexer.dotprod.method import Method
-from indexer.dotprod.open_batch import OpenBatch
-from indexer.dotprod.parameters import (
+from indexer.dotprod.ledger import (
     Ledger,
     batch_norms_of,
     refuse_batch_statistics,
@@ -31,6 +29,8 @@ from indexer.dotprod.parameters import (
     unwrapped,
     version_of,
 )
+from indexer.dotprod.method import Method
+from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
@@ -39,8 +39,6 @@ from indexer.encode.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 
 
 class GradDotProdEngine:
@@ -106,7 +104,9 @@ class GradDotProdEngine:
             self.ledger = survey(self.model, exclude_layers)
             self.method = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
         else:
-            self.method = SketchedMethod(self.model, _drawn(self.model, projection), check=check)
+            if isinstance(projection, ProjectionConfig):
+                projection = Projection.for_model(self.model, projection)
+            self.method = SketchedMethod(self.model, projection, check=check)
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
@@ -117,7 +117,7 @@ class GradDotProdEngine:
         self._batch_norms = batch_norms_of(self.model)
         self._handles: list[RemovableHandle] = []
         self._version_at_refresh = self._version_at_detach = -1
-        self._told = False
+        self._step_reported = False
         self._age: int | None = None
         """Optimizer steps since the val gradient was computed; None: it is not, or not of these weights."""
         self._train: OpenBatch | None = None
@@ -201,7 +201,7 @@ class GradDotProdEngine:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
         was given the optimizer.
         """
-        self._told = True
+        self._step_reported = True
         if self._age is not None:
             self._age += 1
 
@@ -256,7 +256,7 @@ class GradDotProdEngine:
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
-        if self._age == 0 and not self._told and version_of(self.model) != self._version_at_refresh:
+        if self._age == 0 and not self._step_reported and version_of(self.model) != self._version_at_refresh:
             raise UsageError(
                 "the weights changed after the val gradient was computed, but no optimizer step was reported: give the "
                 "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
@@ -350,14 +350,14 @@ class GradDotProdEngine:
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
             begun = time.perf_counter()
             with torch.autocast(device_type=y.device.type, enabled=False):
-                kept = self.method.to_keep(name, x, y.dtype)
+                saved = self.method.to_keep(name, x, y.dtype)
             if train is None:
                 see = self._val.see(name, self._tokens, self.val_refresh_interval)
             else:
                 self._axes.ran(name)
                 self._seconds += time.perf_counter() - begun  # the val pass is timed as a whole
                 see = self._see_train(name, train)
-            output: Tensor = Tap.apply(y, kept, see, leaf)  # type: ignore[no-untyped-call]
+            output: Tensor = Tap.apply(y, saved, see, leaf)  # type: ignore[no-untyped-call]
             return output
 
         return hook
@@ -365,11 +365,11 @@ class GradDotProdEngine:
     def _see_train(self, name: str, opened: OpenBatch) -> See:
         see = self.method.see_train(name)
 
-        def see_in_time(kept: Tensor, dy: Tensor) -> None:
+        def see_in_time(saved: Tensor, dy: Tensor) -> None:
             if self._train is not opened:
                 return  # the batch was discarded, or collected already
             begun = time.perf_counter()
-            see(kept, dy)
+            see(saved, dy)
             self._seconds += time.perf_counter() - begun
 
         return see_in_time
@@ -380,12 +380,3 @@ class GradDotProdEngine:
 
     def _tolerance(self) -> float:
         return 0.1 if self._narrow else 2e-3
-
-
-def _drawn(model: nn.Module, projection: ProjectionConfig | Projection) -> Projection:
-    if isinstance(projection, Projection):
-        return projection
-    selection = select_blocks(
-        model, projection.layers, projection.exclude_layers, include_embeddings=projection.include_embeddings
-    )
-    return Projection(ProjectionPlan.of(selection, projection))

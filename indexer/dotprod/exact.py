@@ -1,4 +1,4 @@
-"""The exact score: terms of every layer against the val gradient, by the route that costs least for each parameter.
+"""The exact score: factors of every layer against the val gradient, by the route that costs least for each parameter.
 
 Legend: B samples, V val samples, G groups of val samples (one, or domains, or each val sample).
 """
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import routes
 from indexer.dotprod.autograd_check import AutogradDots
-from indexer.dotprod.parameters import Ledger, Scored, Tapped
+from indexer.dotprod.ledger import Ledger, Scored, Tapped
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
-from indexer.layers.terms import Term, Vector
+from indexer.layers.factors import Factors, Vector
 
 Route = Literal["auto", "direct", "gram"]
 
@@ -37,11 +37,15 @@ class ValSide:
     """The group of each val sample."""
     groups: int
     scale: float = 1.0
-    """What the terms are to be divided by: that of the val loss. The gradients are divided already."""
+    """What the factors are to be divided by: that of the val loss. The gradients are divided already."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """(G, *shape) by parameter: mean of the group's gradients, at least float32. Parameters on the direct route."""
-    terms: dict[str, list[tuple[Term, int]]] = field(default_factory=dict)
-    """Terms and the place of their first val sample, by parameter. Parameters on the Gram route."""
+    factors: dict[str, list[tuple[Factors, int]]] = field(default_factory=dict)
+    """Factors and the place of their first val sample, by parameter. Parameters on the Gram route."""
+
+    def sizes(self) -> Tensor:
+        """(G,) float64: val samples in each group."""
+        return torch.bincount(self.group_V, minlength=self.groups).double()
 
     def shares(self) -> Tensor:
         """(V, G): 1 / size of the group where the sample is of the group, else 0."""
@@ -53,6 +57,7 @@ class ExactMethod:
     """Scores by the parameters of a ledger. ``check``: the first batch that says something is held against autograd."""
 
     needs_val = True
+    projection = None
 
     def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False, check: bool = True) -> None:
         if route not in get_args(Route):
@@ -66,7 +71,7 @@ class ExactMethod:
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
         self._raw: dict[str, Tensor] = {}
         self._pairs: Tensor | None = None
-        self._train_terms: dict[str, list[Term]] = {}
+        self._train_factors: dict[str, list[Factors]] = {}
         self._calls: dict[str, int] = {}
         self._unchecked = check
         self._dots: AutogradDots | None = None
@@ -100,21 +105,21 @@ class ExactMethod:
         """The tap of module ``name`` for val samples from ``first`` on; ``tokens`` is that of a train batch."""
         tapped = self.ledger.tapped[name]
 
-        def see(kept: Tensor, dy: Tensor) -> None:
-            for full, term in self._terms(tapped, kept, dy):
+        def see(saved: Tensor, dy: Tensor) -> None:
+            for full, factors in self._factors(tapped, saved, dy):
                 scored = self.ledger.parameters[full]
                 if full not in self.routes:
                     val_tokens = batches * dy.numel() // dy.shape[-1]
-                    self.routes[full] = self._choose(scored, term, val_tokens, tokens or val_tokens, interval)
-                self._add_val(scored, term, first)
+                    self.routes[full] = self._choose(scored, factors, val_tokens, tokens or val_tokens, interval)
+                self._add_val(scored, factors, first)
 
         return see
 
-    def _choose(self, scored: Scored, term: Term, val_tokens: int, tokens: int, interval: int) -> str:
+    def _choose(self, scored: Scored, factors: Factors, val_tokens: int, tokens: int, interval: int) -> str:
         assert self.val is not None
         if self.route != "auto":
             return self.route
-        if isinstance(term, Vector):
+        if isinstance(factors, Vector):
             return "direct"
         shape, groups = scored.parameter.shape, self.val.groups
         if groups * shape.numel() > LARGEST_VAL_GRADIENTS:
@@ -122,26 +127,26 @@ class ExactMethod:
         if scored.is_lookup:
             return "direct"
         uses = scored.matrix_uses
-        batch = max(1, tokens // term.columns.shape[1])
+        batch = max(1, tokens // factors.columns.shape[1])
         by_direct = uses * routes.direct_flops(
             shape, tokens=tokens, batch=batch, val_tokens=val_tokens, groups=groups, interval=interval
         )
         by_gram = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
         return "gram" if by_gram < by_direct else "direct"
 
-    def _add_val(self, scored: Scored, term: Term, first: int) -> None:
+    def _add_val(self, scored: Scored, factors: Factors, first: int) -> None:
         assert self.val is not None
         name, parameter = scored.name, scored.parameter
         if self.routes[name] == "gram":
-            self.val.terms.setdefault(name, []).append((term, first))
+            self.val.factors.setdefault(name, []).append((factors, first))
             return
         into = self.val.gradients.get(name)
         if into is None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             into = torch.zeros(self.val.groups, *parameter.shape, dtype=dtype, device=parameter.device)
             self.val.gradients[name] = into
-        count = len(term.values if isinstance(term, Vector) else term.columns)
-        routes.add_gradients(term, self.val.group_V[first : first + count], into)
+        count = len(factors.values if isinstance(factors, Vector) else factors.columns)
+        routes.add_gradients(factors, self.val.group_V[first : first + count], into)
 
     def end_val_batch(self) -> None:
         """Nothing waits for the end of a batch."""
@@ -149,18 +154,18 @@ class ExactMethod:
     def end_val(self, scale: float) -> bool:
         """Divide by the sizes of the groups and the ``scale`` of the loss; whether everything is finite."""
         assert self.val is not None
-        sizes = torch.bincount(self.val.group_V, minlength=self.val.groups).to(torch.float64) * scale
+        sizes = self.val.sizes() * scale
         finite = True
         for gradient in self.val.gradients.values():
             divisor = sizes.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
             gradient.div_(divisor)
             finite &= bool(torch.isfinite(gradient).all())
         self.val.scale = scale
-        for found in self.val.terms.values():
-            finite &= all(_finite(term) for term, _ in found)
+        for batches in self.val.factors.values():
+            finite &= all(_finite(factors) for factors, _ in batches)
         return finite
 
-    def asked_of_autograd(self) -> dict[str, nn.Parameter]:
+    def checked_parameters(self) -> dict[str, nn.Parameter]:
         """Every scored parameter, until a train batch was held against autograd."""
         return {name: scored.parameter for name, scored in self.ledger.parameters.items()} if self._unchecked else {}
 
@@ -168,16 +173,16 @@ class ExactMethod:
         """CaptureError naming the first parameter whose val gradient is not what autograd says."""
         self._dots = AutogradDots(expected)
         assert self.val is not None
-        share = torch.bincount(self.val.group_V, minlength=self.val.groups).double() / len(self.val.group_V)
+        share = self.val.sizes() / len(self.val.group_V)
         floor = NEGLIGIBLE * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
         for name, gradient in expected.items():
             if self.routes.get(name) == "gram":
                 continue  # held against autograd in the train batch
             groups = self.val.gradients.get(name)
-            found = torch.zeros_like(gradient)
+            mean = torch.zeros_like(gradient)
             if groups is not None:
-                found = torch.tensordot(share.to(groups.dtype), groups, dims=1).to(gradient.dtype)
-            error, size = float((found - gradient).norm()), float(gradient.norm())
+                mean = torch.tensordot(share.to(groups.dtype), groups, dims=1).to(gradient.dtype)
+            error, size = float((mean - gradient).norm()), float(gradient.norm())
             if not error <= tolerance * (size + floor):
                 raise CaptureError(_behind_the_back(name, error / size if size else float("inf"), "val gradient"))
 
@@ -185,7 +190,7 @@ class ExactMethod:
 
     def begin_train(self, batch: int) -> None:
         """A train batch of ``batch`` samples begins."""
-        self._raw, self._train_terms, self._calls = {}, {}, {}
+        self._raw, self._train_factors, self._calls = {}, {}, {}
         self._pairs = None
         if self._dots is not None and batch:
             self._dots.attach(self.ledger)
@@ -201,46 +206,46 @@ class ExactMethod:
         """The tap of module ``name``."""
         return partial(self._see_train, self.ledger.tapped[name])
 
-    def _see_train(self, tapped: Tapped, kept: Tensor, dy: Tensor) -> None:
-        for full, term in self._terms(tapped, kept, dy):
-            score_BG = self._against_val(full, term)
+    def _see_train(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> None:
+        for full, factors in self._factors(tapped, saved, dy):
+            score_BG = self._against_val(full, factors)
             if score_BG is not None:
                 before = self._raw.get(full)
                 self._raw[full] = score_BG if before is None else before + score_BG
             if self.wants_pairs:
-                terms = self._train_terms.setdefault(full, [])
-                terms.append(term)
-                if len(terms) == self._calls[full]:
+                uses = self._train_factors.setdefault(full, [])
+                uses.append(factors)
+                if len(uses) == self._calls[full]:
                     self._add_pairs(full)
 
     def _add_pairs(self, full: str) -> None:
-        terms = self._train_terms.pop(full)
-        found = routes.pairs(terms, self.ledger.parameters[full].parameter.shape).double()
-        self._pairs = found if self._pairs is None else self._pairs + found
+        uses = self._train_factors.pop(full)
+        pairs = routes.pairs(uses, self.ledger.parameters[full].parameter.shape).double()
+        self._pairs = pairs if self._pairs is None else self._pairs + pairs
 
-    def _against_val(self, full: str, term: Term) -> Tensor | None:
-        """(B, G) float64: raw scores of one term; None if the val loss does not depend on the parameter."""
+    def _against_val(self, full: str, factors: Factors) -> Tensor | None:
+        """(B, G) float64: raw scores of one factors; None if the val loss does not depend on the parameter."""
         assert self.val is not None
         if self.routes.get(full) == "gram":
             per_sample: Tensor | None = None
             count = len(self.val.group_V)
-            for other, first in self.val.terms.get(full, []):
-                found = routes.gram(term, other).double()
+            for other, first in self.val.factors.get(full, []):
+                dots = routes.gram(factors, other).double()
                 if per_sample is None:
-                    per_sample = found.new_zeros(len(found), count)
-                per_sample[:, first : first + found.shape[1]] += found
+                    per_sample = dots.new_zeros(len(dots), count)
+                per_sample[:, first : first + dots.shape[1]] += dots
             return None if per_sample is None else (per_sample / self.val.scale) @ self.val.shares()
         if full not in self.val.gradients:
             return None
-        return routes.direct(term, self._val_gradient(full, term)).double()
+        return routes.direct(factors, self._val_gradient(full, factors)).double()
 
-    def _val_gradient(self, full: str, term: Term) -> Tensor:
-        """The val gradient in the dtype that the term is multiplied in, cast once a val pass."""
+    def _val_gradient(self, full: str, factors: Factors) -> Tensor:
+        """The val gradient in the dtype that the factors is multiplied in, cast once a val pass."""
         assert self.val is not None
         gradient = self.val.gradients[full]
-        if isinstance(term, Vector) or term.is_lookup or self.val.groups > 1:
+        if isinstance(factors, Vector) or factors.is_lookup or self.val.groups > 1:
             return gradient
-        key = (full, routes.product_dtype(term.rows.dtype))
+        key = (full, routes.product_dtype(factors.rows.dtype))
         if key not in self._cast:
             self._cast[key] = gradient.to(key[1])
         return self._cast[key]
@@ -249,10 +254,10 @@ class ExactMethod:
         """See :class:`indexer.dotprod.method.Method`."""
         assert share_G is not None
         if self.wants_pairs:
-            for full in list(self._train_terms):  # called more often than it came back
+            for full in list(self._train_factors):  # called more often than it came back
                 self._add_pairs(full)
         if self._dots is not None and self._dots.says_something():
-            self.check_train(self._raw, self._dots.found(), tolerance)
+            self.check_train(self._raw, self._dots.dots(), tolerance)
             self._dots.detach()
             self._dots, self._unchecked = None, False
         groups = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
@@ -265,15 +270,7 @@ class ExactMethod:
             parameters[name] = found_BG @ share_G
             blocks[scored.block] = blocks[scored.block] + parameters[name]
         pairs = None if self._pairs is None else divide(divide(self._pairs, scale_B).t(), scale_B).t()
-        return Scores(
-            total=groups @ share_G,
-            groups=groups,
-            parameters=parameters,
-            blocks=blocks,
-            pairs=pairs,
-            vectors=None,
-            val_age=0,
-        )
+        return Scores(total=groups @ share_G, groups=groups, parameters=parameters, blocks=blocks, pairs=pairs)
 
     def check_train(self, raw: dict[str, Tensor], expected: dict[str, tuple[float, float]], tolerance: float) -> None:
         """CaptureError naming the first parameter whose raw scores do not add up to what autograd says.
@@ -281,30 +278,30 @@ class ExactMethod:
         ``expected`` is (⟨gradient, val gradient⟩, product of their norms) by parameter.
         """
         assert self.val is not None
-        share = torch.bincount(self.val.group_V, minlength=self.val.groups).double() / len(self.val.group_V)
+        share = self.val.sizes() / len(self.val.group_V)
         floor = NEGLIGIBLE * sum(scale for _, scale in expected.values())
         for name, (dot, scale) in expected.items():
-            found = float((raw[name] @ share).sum()) if name in raw else 0.0
-            if not abs(found - dot) <= tolerance * (scale + floor):
-                raise CaptureError(_behind_the_back(name, abs(found - dot) / scale if scale else float("inf"), "score"))
+            total = float((raw[name] @ share).sum()) if name in raw else 0.0
+            if not abs(total - dot) <= tolerance * (scale + floor):
+                raise CaptureError(_behind_the_back(name, abs(total - dot) / scale if scale else float("inf"), "score"))
 
-    def _terms(self, tapped: Tapped, kept: Tensor, dy: Tensor) -> list[tuple[str, Term]]:
-        terms = tapped.kind.terms(tapped.module, kept, dy)
-        return [(full, terms[key]) for key, full in tapped.parameters.items()]
+    def _factors(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> list[tuple[str, Factors]]:
+        factors = tapped.kind.factors(tapped.module, saved, dy)
+        return [(full, factors[key]) for key, full in tapped.parameters.items()]
 
 
-def _finite(term: Term) -> bool:
-    if isinstance(term, Vector):
-        return bool(torch.isfinite(term.values).all())
-    rows = term.is_lookup or bool(torch.isfinite(term.rows).all())
-    return rows and bool(torch.isfinite(term.columns).all())
+def _finite(factors: Factors) -> bool:
+    if isinstance(factors, Vector):
+        return bool(torch.isfinite(factors.values).all())
+    rows = factors.is_lookup or bool(torch.isfinite(factors.rows).all())
+    return rows and bool(torch.isfinite(factors.columns).all())
 
 
 def _behind_the_back(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size. It is used where no tap "
         "sees it (a functional call on the weight, a module that was replaced after attaching, a graph compiled "
-        "before), a hook of the parameter changes its gradient, or a second term went backward beside the watched "
+        "before), a hook of the parameter changes its gradient, or a second factors went backward beside the watched "
         "loss (a penalty on the weights: leave that to the optimizer's weight_decay). Leave it out with "
         "exclude_layers; check=False trusts the taps"
     )

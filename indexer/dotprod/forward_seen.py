@@ -160,7 +160,7 @@ def output_without_labels(model: nn.Module, seen: Seen) -> Any:
     names = _parameters_of(model)
     args = [None if names[i : i + 1] and names[i] in _OF_LABELS else value for i, value in enumerate(seen.args)]
     kwargs = {name: value for name, value in seen.kwargs.items() if name not in _OF_LABELS}
-    with again(model, seen.start):
+    with replayed(model, seen.start):
         try:
             return model.forward(*args, **kwargs)  # not __call__: the hooks have had their turn
         except Exception as error:
@@ -172,7 +172,7 @@ def output_without_labels(model: nn.Module, seen: Seen) -> Any:
 
 
 @contextmanager
-def again(model: nn.Module, start: Start) -> Iterator[None]:
+def replayed(model: nn.Module, start: Start) -> Iterator[None]:
     """As it was at ``start``: random state and autocast. At the end both, and every buffer, are as before."""
     with (
         buffers_kept(model),
@@ -188,4 +188,4 @@ def again(model: nn.Module, start: Start) -> Iterator[None]:
 def _parameters_of(model: nn.Module) -> list[str]:
     """Names of what ``forward`` takes by place."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [name for name, one in inspect.signature(model.forward).parameters.items() if one.kind in kinds]
+    return [name for name, given in inspect.signature(model.forward).parameters.items() if given.kind in kinds]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import inf
 from typing import Any, NoReturn
 
@@ -20,11 +21,11 @@ from indexer.dotprod.beside_loss import BesideLoss
 from indexer.dotprod.forward_seen import (
     Seen,
     Start,
-    again,
     items_in,
     labels_by_name,
     logits_in,
     output_without_labels,
+    replayed,
     tensors_in,
     words_in,
 )
@@ -38,6 +39,30 @@ WIDE, NARROW = (1e-4, 1e-3), (1e-3, 2e-2)
 
 The gradient says more: with the weights that a model starts from, every cross-entropy is about log V.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What ``watch`` was told: ``loss`` = Σ_i weights[i]·ℓ_i, weights (B,) float64."""
+
+    loss: Tensor
+    weights: Tensor
+    explicit: bool
+    """Whether the weights are the user's."""
+    narrow: bool
+    """Whether 16-bit numbers take part."""
+
+    @property
+    def value(self) -> float:
+        """The loss."""
+        return float(self.loss.detach())
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """Relative, of the loss and of its gradient at the logits."""
+        value, gradient = NARROW if self.narrow else WIDE
+        return value + (torch.finfo(self.loss.dtype).eps if _is_narrow(self.loss) else 0.0), gradient
+
 
 _AUXILIARY = re.compile(r"aux|router|balanc|z_loss|penalt", re.IGNORECASE)
 
@@ -117,9 +142,10 @@ class HeldLoss:
             self._let_go()
             return
         narrow |= start.autocast is not None or _is_narrow(loss) or any(map(_is_narrow, self._model.parameters()))
+        claim = _Claim(loss, weights, explicit, narrow)
         settled = True
         if batch is not None:
-            settled = self._against_val_losses(loss, weights, batch, start, seen, narrow)
+            settled = self._against_val_losses(claim, batch, start, seen)
         elif labels is not None and seen is None:
             raise UsageError(
                 f"the forward pass of {self._name} was not seen in this batch (does the loop call its parts?), so the "
@@ -132,11 +158,9 @@ class HeldLoss:
             without = self._refuse_terms(loss, seen, any_term=named is not None)
             words = words_in(self._model, seen, len(weights))
             if named is not None:
-                settled = self._against_logits(
-                    loss, weights, [named], seen, without, explicit, narrow, said=labels is not None
-                )
+                settled = self._against_logits(claim, [named], seen, without, said=labels is not None)
             elif words and own:
-                settled = self._against_logits(loss, weights, words, seen, without, explicit, narrow, guessed=True)
+                settled = self._against_logits(claim, words, seen, without, guessed=True)
             elif words:
                 self._say_not_held()
         self._beside = BesideLoss(loss, self._passes, narrow=narrow)
@@ -203,13 +227,10 @@ class HeldLoss:
 
     def _against_logits(
         self,
-        loss: Tensor,
-        weights: Tensor,
+        claim: _Claim,
         given: list[Tensor],
         seen: Seen,
         without: list[Tensor],
-        explicit: bool,
-        narrow: bool,
         *,
         said: bool = False,
         guessed: bool = False,
@@ -218,32 +239,30 @@ class HeldLoss:
 
         False if it fits, but every other loss would, too.
         """
-        tolerances = NARROW if narrow else WIDE
-        extra = torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0
-        value, gradient = tolerances[0] + extra, tolerances[1]
-        trusted = explicit and not said  # the weights are the user's word, where nothing says otherwise
+        value, gradient = claim.tolerances
+        trusted = claim.explicit and not said  # the weights are the user's word, where nothing says otherwise
         best: list[tuple[Watched, Held, Tensor]] = []
-        for one in given:
-            for logits in logits_in(seen.output, one):
+        for labels in given:
+            for logits in logits_in(seen.output, labels):
                 if not seen.unchanged(logits):
                     continue
-                for targets in _targets(logits, one, also_own_places=not said):
-                    watched = self._watched(loss, weights, logits, targets, without, guessed=guessed)
+                for targets in _targets(logits, labels, also_own_places=not said):
+                    watched = self._watched(claim, logits, targets, without, guessed=guessed)
                     held = hold(watched)
                     if held.fits(value, gradient):
                         return held.tells
-                    best.append((watched, held, one))
+                    best.append((watched, held, labels))
         if not guessed and (not best or best[0][0].gradient is None):
             # A fused head has no logits, and a fused loss may have worked in place: run it once more without labels.
             for logits in logits_in(self._without_labels(seen, trusted=trusted), given[0]):
                 for targets in _targets(logits, given[0], also_own_places=not said):
-                    watched = Watched(float(loss.detach()), logits, targets, weights, None, 1.0)
+                    watched = Watched(claim.value, logits, targets, claim.weights, None, 1.0)
                     held = hold(watched)
                     if held.fits(value, gradient):
                         return held.tells
                     best = [(watched, held, given[0])]
         if guessed:
-            best = [one for one in best if not explicit and names_it(one[0], one[2], value)]
+            best = [hit for hit in best if not claim.explicit and names_it(hit[0], hit[2], value)]
             if not best:
                 self._say_not_held()
                 return True
@@ -276,25 +295,25 @@ class HeldLoss:
             raise
 
     def _watched(
-        self, loss: Tensor, weights: Tensor, logits: Tensor, targets: Tensor, without: list[Tensor], *, guessed: bool
+        self, claim: _Claim, logits: Tensor, targets: Tensor, without: list[Tensor], *, guessed: bool
     ) -> Watched:
         """With its gradient at the logits, where that can be had without running what is not ours twice."""
         gradient, scale = None, 1.0
         if logits.requires_grad:
-            way = way_to(loss, logits, without)
+            way = way_to(claim.loss, logits, without)
             if way.beside and not guessed:
-                self._refuse_beside(loss, way.beside)
+                self._refuse_beside(claim, way.beside)
             if way.logits is not None and way.native:
                 scale = float(min(4096, max(1, int((targets != IGNORED).sum()))))  # float16 would lose small ones
-                gradient = gradient_at(loss, way.logits, logits, scale)
-        return Watched(float(loss.detach()), logits.detach(), targets, weights, gradient, scale)
+                gradient = gradient_at(claim.loss, way.logits, logits, scale)
+        return Watched(claim.value, logits.detach(), targets, claim.weights, gradient, scale)
 
-    def _refuse_beside(self, loss: Tensor, parameters: list[Tensor]) -> None:
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        found = sorted({names.get(id(parameter), "one outside the model") for parameter in parameters})
+    def _refuse_beside(self, claim: _Claim, parameters: list[Tensor]) -> None:
+        name_of = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        names = sorted({name_of.get(id(parameter), "one outside the model") for parameter in parameters})
         raise UsageError(
-            f"the loss of {self._name} that is watched ({float(loss.detach()):.6g}) reaches {len(found)} parameters "
-            f"({', '.join(found[:3])}{', …' if len(found) > 3 else ''}) without passing through the logits: it has a "
+            f"the loss of {self._name} that is watched ({claim.value:.6g}) reaches {len(names)} parameters "
+            f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''}) without passing through the logits: it has a "
             f"second loss in it, and no sample's share of that is known. {_WITHOUT} (a term that is zero may be added "
             "after watch())"
         )
@@ -315,31 +334,29 @@ class HeldLoss:
             f"{explain(watched, labels, value, items_in(seen))}"
         )
 
-    def _against_val_losses(
-        self, loss: Tensor, weights: Tensor, batch: Any, start: Start, seen: Seen | None, narrow: bool
-    ) -> bool:
+    def _against_val_losses(self, claim: _Claim, batch: Any, start: Start, seen: Seen | None) -> bool:
         """False if it fits, but the losses held so far would fit other weights, or a loss of another kind, as well."""
-        with again(self._model, start), torch.no_grad():
+        with replayed(self._model, start), torch.no_grad():
             losses = self._val_losses(self._model, batch)
+        weights = claim.weights
         if losses.shape != weights.shape:
             raise UsageError(
                 f"val_losses gave losses of shape {tuple(losses.shape)} for the train batch of {len(weights)} samples; "
                 "one loss a sample is needed"
             )
         shares = torch.where(weights == 0, 0.0, losses.to(weights.device).double() * weights)
-        expected, found = float(shares.sum()), float(loss.detach())
-        tolerance = (NARROW if narrow else WIDE)[0] + (torch.finfo(loss.dtype).eps if _is_narrow(loss) else 0.0)
-        allowed = tolerance * abs(expected) + 1e-9
-        fits = abs(found - expected) <= allowed
+        expected = float(shares.sum())
+        error, allowed = abs(claim.value - expected), claim.tolerances[0] * abs(expected) + 1e-9
+        fits = error <= allowed
         if seen is not None:
-            self._refuse_terms(loss, seen, any_term=False, seen_by_value=2 * allowed if fits else inf)
+            self._refuse_terms(claim.loss, seen, any_term=False, seen_by_value=2 * allowed if fits else inf)
         if not fits:
-            off = abs(found - expected) / abs(expected) if expected else float("inf")
+            off = error / abs(expected) if expected else float("inf")
             raise UsageError(
-                f"the loss of {self._name} that is watched ({found:.6g}) is not Σ weights × val_losses(model, batch) "
-                f"({expected:.6g}; {_percent(off)} off): the loss that trains and val_losses must be of one kind, with "
-                "the weights that watch() is told (without any, the mean over samples), watched before it is divided "
-                "or multiplied"
+                f"the loss of {self._name} that is watched ({claim.value:.6g}) is not Σ weights × val_losses(model, "
+                f"batch) ({expected:.6g}; {_percent(off)} off): the loss that trains and val_losses must be of "
+                "one kind, with the weights that watch() is told (without any, the mean over samples), watched before "
+                "it is divided or multiplied"
             )
         self._range.add(losses[(weights != 0).to(losses.device)])
         return not self._range.alike
@@ -352,10 +369,10 @@ _WITHOUT = (
 
 
 def _targets(logits: Tensor, labels: Tensor, *, also_own_places: bool) -> list[Tensor]:
-    found = [next_tokens(logits, labels)]
+    targets = [next_tokens(logits, labels)]
     if also_own_places and labels.shape == logits.shape[:2]:
-        found.append(labels.to(logits.device))
-    return found
+        targets.append(labels.to(logits.device))
+    return targets
 
 
 def _pass_of(loss: Tensor, passes: list[Seen]) -> Seen | None:

@@ -196,35 +196,35 @@ def _guesses(watched: Watched, labels: Tensor, items: float | None) -> Iterator[
             _cross_entropy(targets_BT, there_B / number),
             f"it is the mean over the samples of their own means: {words}",
         )
-    asked = _cross_entropy(targets_BT, watched.weights)
-    factor = _coefficient(watched, lambda logits: 0.0 * asked(logits), asked)
-    yield from _multiples(asked, factor, _rounded(watched, factor))
-    smoothing = _coefficient(watched, asked, lambda logits: _spread(logits, watched) - asked(logits))
+    claimed = _cross_entropy(targets_BT, watched.weights)
+    factor = _coefficient(watched, lambda logits: 0.0 * claimed(logits), claimed)
+    yield from _multiples(claimed, factor, _rounded(watched, factor))
+    smoothing = _coefficient(watched, claimed, lambda logits: _spread(logits, watched) - claimed(logits))
     if 0.0 < smoothing < 1.0:
         epsilon = _rounded(watched, smoothing)
         yield (
-            lambda logits: (1 - epsilon) * asked(logits) + epsilon * _spread(logits, watched),
+            lambda logits: (1 - epsilon) * claimed(logits) + epsilon * _spread(logits, watched),
             f"it is that of label smoothing {epsilon:g}: train without it, or {_OWN}",
         )
-    z = _rounded(watched, _coefficient(watched, asked, lambda logits: _z(logits, watched)))
+    z = _rounded(watched, _coefficient(watched, claimed, lambda logits: _z(logits, watched)))
     if 0.0 < z < 0.01:
         yield (
-            lambda logits: asked(logits) + z * _z(logits, watched),
+            lambda logits: claimed(logits) + z * _z(logits, watched),
             f"it has a z-loss in it, {z:g} × the mean of log²Σexp(logits): train without it, or {_OWN}",
         )
 
 
-def _multiples(asked: Loss, factor: float, rounded: float) -> Iterator[tuple[Loss, str]]:
+def _multiples(claimed: Loss, factor: float, rounded: float) -> Iterator[tuple[Loss, str]]:
     if factor <= 0.0 or rounded == 1.0:
         return
     divisor = round(1 / factor)
     if 2 <= divisor <= _LARGEST_DIVISOR:
         yield (
-            lambda logits: asked(logits) / divisor,
+            lambda logits: claimed(logits) / divisor,
             f"it is that divided by {divisor}: watch it before it is divided (for accumulation)",
         )
     yield (
-        lambda logits: asked(logits) * rounded,
+        lambda logits: claimed(logits) * rounded,
         f"it is that times {rounded:g}: watch it before it is multiplied, or say watch(loss, weights=…, labels=labels)",
     )
 

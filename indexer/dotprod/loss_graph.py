@@ -67,8 +67,8 @@ def coefficient_of(term: Tensor, loss: Tensor) -> float | None:
     path = _path(loss.grad_fn, term.grad_fn)
     if path is None or any(isinstance(node, BackwardCFunction) for node in path[:-1]):
         return None
-    (found,) = torch.autograd.grad(loss, [term], torch.ones_like(loss), retain_graph=True, allow_unused=True)
-    return 0.0 if found is None else float(found)
+    (gradient,) = torch.autograd.grad(loss, [term], torch.ones_like(loss), retain_graph=True, allow_unused=True)
+    return 0.0 if gradient is None else float(gradient)
 
 
 def depends_on(loss: Tensor, term: Tensor) -> bool:
@@ -84,15 +84,15 @@ def hidden_auxiliary_loss(loss: Tensor) -> str | None:
 
 def _origins(logits: Tensor) -> set[Node]:
     """The nodes that are the logits: the loss may use them before they were cast, copied or reshaped."""
-    found = set()
+    origins = set()
     node = logits.grad_fn
     while node is not None:
-        found.add(node)
+        origins.add(node)
         name = type(node).__name__
         if not name.startswith(tuple(f"{copy}Backward" for copy in _COPIES)) or not node.next_functions:
             break
         node = node.next_functions[0][0]
-    return found
+    return origins
 
 
 def _walk(first: Node | None, stops: Collection[Node]) -> Iterator[Node]:
@@ -118,11 +118,11 @@ def _path(first: Node | None, last: Node | None) -> list[Node] | None:
     while todo:
         node = todo.pop()
         if node is last:
-            found = []
+            path = []
             while node is not None:
-                found.append(node)
+                path.append(node)
                 node = before[node]
-            return found[::-1]
+            return path[::-1]
         for following, _ in node.next_functions:
             if following is not None and following not in before:
                 before[following] = node

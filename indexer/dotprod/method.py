@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from indexer.dotprod.scores import Scores
 from indexer.encode.tap import See
+from indexer.projection.matrices import Projection
 
 
 class Method(Protocol):
@@ -22,6 +23,10 @@ class Method(Protocol):
     """Whether nothing can be given without val samples."""
     routes: dict[str, str]
     """The route of each parameter, where there is a choice; decided in the val pass."""
+
+    @property
+    def projection(self) -> Projection | None:
+        """What the vectors of the samples are projected through; None where no vectors are made."""
 
     @property
     def modules(self) -> list[str]:
@@ -39,7 +44,7 @@ class Method(Protocol):
 
     # The val pass.
 
-    def asked_of_autograd(self) -> Mapping[str, nn.Parameter]:
+    def checked_parameters(self) -> Mapping[str, nn.Parameter]:
         """Parameters whose val gradient autograd must give, too, to hold ours against; none once that is done."""
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ Legend: B samples of a batch, G val groups, D numbers of a vector.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,15 +21,15 @@ class Scores:
     """
     groups: Tensor
     """(B, G): against the mean of each val group; one column without groups."""
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     """(B,) by parameter; they sum to ``total``. Empty in the sketched mode."""
-    blocks: dict[str, Tensor]
+    blocks: dict[str, Tensor] = field(default_factory=dict)
     """(B,) by module that owns the parameters (a tied parameter: the first). Empty under a global sketch."""
-    pairs: Tensor | None
+    pairs: Tensor | None = None
     """(B, B): ⟨∇ℓ_i, ∇ℓ_j⟩, where asked for."""
-    vectors: Tensor | None
+    vectors: Tensor | None = None
     """(B, D) float32: projected gradients of the samples, in the sketched mode."""
-    val_age: int
+    val_age: int = 0
     """Optimizer steps since the val gradient was computed."""
     seconds: float = 0.0
     """Time spent on scoring in this batch, val pass included (host time)."""

@@ -67,9 +67,9 @@ class SketchedMethod:
         with torch.no_grad():
             return kind.keep(self._model.get_submodule(name), x, sides, dtype)
 
-    def _see(self, name: str, kept: Tensor, dy: Tensor) -> None:
+    def _see(self, name: str, saved: Tensor, dy: Tensor) -> None:
         layer, use, kind, sides = self._uses[name]
-        block_BKJ = kind.block(self._model.get_submodule(name), kept, dy, sides)
+        block_BKJ = kind.block(self._model.get_submodule(name), saved, dy, sides)
         if use.flipped:
             block_BKJ = block_BKJ.transpose(1, 2)
         before = self._blocks.get(layer.block.name)
@@ -100,7 +100,7 @@ class SketchedMethod:
         """The backward pass of one val batch is done."""
         self._val.append(self._vectors())
 
-    def asked_of_autograd(self) -> dict[str, nn.Parameter]:
+    def checked_parameters(self) -> dict[str, nn.Parameter]:
         """Nothing: the val pass goes through the same taps as a train batch."""
         return {}
 
@@ -147,12 +147,4 @@ class SketchedMethod:
             total = groups @ share_G
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
-        return Scores(
-            total=total,
-            groups=groups,
-            parameters={},
-            blocks=blocks,
-            pairs=None,
-            vectors=vectors_BD.float(),
-            val_age=0,
-        )
+        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float())

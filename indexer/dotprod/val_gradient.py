@@ -15,7 +15,7 @@ from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.method import Method
 from indexer.dotprod.val_data import ValLosses, batches_of, computes_in_float16, language_model_losses, size_of
-from indexer.dotprod.val_targets import Groups, rows_with_targets
+from indexer.dotprod.val_targets import Groups, group_names, rows_with_targets
 from indexer.encode.modes import evaluating
 from indexer.encode.tap import See
 
@@ -64,18 +64,18 @@ class ValGradient:
         """
         if self.losses is language_model_losses and not computes_in_float16(self._model):
             loss_scale = 1.0  # no other dtype needs it
-        asked = dict(self._method.asked_of_autograd())
-        while (expected := self._pass(loss_scale, asked, opened)) is None:
+        checked = dict(self._method.checked_parameters())
+        while (expected := self._pass(loss_scale, checked, opened)) is None:
             if loss_scale <= 1.0:
                 raise CaptureError("the val gradient is not finite; are the weights, or a val sample, out of range?")
             loss_scale = max(1.0, loss_scale / 16)
-        if asked:
+        if checked:
             self._method.check_val(expected, tolerance())
 
     def _pass(
-        self, scale: float, asked: dict[str, nn.Parameter], opened: Callable[[int], None]
+        self, scale: float, checked: dict[str, nn.Parameter], opened: Callable[[int], None]
     ) -> dict[str, Tensor] | None:
-        """One pass over the val batches: autograd's own gradient of their mean, of the parameters ``asked``; None if
+        """One pass over the val batches: autograd's own gradient of their mean, of the parameters ``checked``; None if
         something was not finite.
         """
         if not self.batches:
@@ -84,7 +84,7 @@ class ValGradient:
         self._name_groups(self.samples, device)
         expected = {
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for name, p in asked.items()
+            for name, p in checked.items()
         }
         self._first = 0
         with evaluating(self._model), torch.enable_grad():
@@ -93,7 +93,7 @@ class ValGradient:
                 self.leaf = torch.zeros((), device=device, requires_grad=True)
                 opened(size)
                 try:
-                    self._backward(self.losses(self._model, batch), size, scale, asked, expected)
+                    self._backward(self.losses(self._model, batch), size, scale, checked, expected)
                 finally:
                     self.leaf = None
                 self._method.end_val_batch()
@@ -103,7 +103,7 @@ class ValGradient:
         return expected if self._method.end_val(scale) else None
 
     def _backward(
-        self, losses_V: Tensor, size: int, scale: float, asked: dict[str, nn.Parameter], expected: dict[str, Tensor]
+        self, losses_V: Tensor, size: int, scale: float, checked: dict[str, nn.Parameter], expected: dict[str, Tensor]
     ) -> None:
         if losses_V.shape != (size,):
             raise UsageError(
@@ -119,26 +119,17 @@ class ValGradient:
         total = losses_V.sum() if scale == 1.0 else losses_V.sum() * scale
         if not total.requires_grad:
             raise CaptureError("the val losses carry no gradient: does val_losses run under torch.no_grad()?")
-        reached, *found = torch.autograd.grad(total, [self.leaf, *asked.values()], allow_unused=True)
+        reached, *gradients = torch.autograd.grad(total, [self.leaf, *checked.values()], allow_unused=True)
         if reached is None:
             raise CaptureError("the val losses do not depend on any scored layer")
-        for into, gradient in zip(expected.values(), found, strict=True):
+        for into, gradient in zip(expected.values(), gradients, strict=True):
             if gradient is not None:
                 into += gradient.to_dense() if gradient.is_sparse else gradient
 
     def _name_groups(self, count: int, device: torch.device) -> None:
         if count < 1:
             raise UsageError("the val set has no samples")
-        if self._groups is None:
-            names = ["val"] * count
-        elif self._groups == "each":
-            names = [str(place) for place in range(count)]
-        else:
-            if isinstance(self._groups, str):
-                raise UsageError(f"groups is 'each' or one name for each val sample, not {self._groups!r}")
-            names = [str(name) for name in self._groups]
-            if len(names) != count:
-                raise UsageError(f"groups names {len(names)} val samples, but there are {count}")
+        names = group_names(self._groups, count) or ["val"] * count
         self.group_names = list(dict.fromkeys(names))
         place = {name: index for index, name in enumerate(self.group_names)}
         group_V = torch.tensor([place[name] for name in names], device=device)

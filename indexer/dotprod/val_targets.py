@@ -26,10 +26,10 @@ def rows_with_targets(batches: list[Any], groups: Groups) -> tuple[list[Any], Gr
 
     UsageError if none is left, or none of a named group.
     """
-    found = [_labels_of(batch) for batch in batches]
-    if any(labels is None for labels in found):
+    labels_of = [_labels_of(batch) for batch in batches]
+    if any(labels is None for labels in labels_of):
         return batches, groups  # not of this form; the first val pass says so
-    has = [target_counts(labels) > 0 for labels in found if labels is not None]
+    has = [target_counts(labels) > 0 for labels in labels_of if labels is not None]
     there = torch.cat([has_B.cpu() for has_B in has]).tolist() if has else []
     if all(there):
         return batches, groups
@@ -38,11 +38,11 @@ def rows_with_targets(batches: list[Any], groups: Groups) -> tuple[list[Any], Gr
             f"no row of the val set has a target (each of {len(there)} has -100 in every label that is predicted): "
             "there is no val loss to score against. Give labels: the input ids, -100 where a token is no target"
         )
-    names = _names(groups, len(there))
-    kept = None if names is None else [name for name, has_one in zip(names, there, strict=True) if has_one]
-    if names is not None and kept is not None and groups != "each":
+    names = group_names(groups, len(there))
+    named = None if names is None else [name for name, has_one in zip(names, there, strict=True) if has_one]
+    if names is not None and named is not None and groups != "each":
         for name in names:
-            if name not in kept:
+            if name not in named:
                 raise UsageError(
                     f"no row of the val group {name!r} has a target ({names.count(name)} of -100 alone): it has no val "
                     "loss to score against. Give its rows labels, or leave the group out"
@@ -52,7 +52,7 @@ def rows_with_targets(batches: list[Any], groups: Groups) -> tuple[list[Any], Gr
         RuntimeWarning,
         stacklevel=4,
     )
-    return [_cut(batch, has_B) for batch, has_B in zip(batches, has, strict=True) if bool(has_B.any())], kept
+    return [_cut(batch, has_B) for batch, has_B in zip(batches, has, strict=True) if bool(has_B.any())], named
 
 
 def _labels_of(batch: Any) -> Tensor | None:
@@ -65,8 +65,8 @@ def _labels_of(batch: Any) -> Tensor | None:
     return labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
-def _names(groups: Groups, count: int) -> list[str] | None:
-    """One name for each row of all."""
+def group_names(groups: Groups, count: int) -> list[str] | None:
+    """The group of each of ``count`` val samples; None without groups. UsageError for another number of names."""
     if groups is None:
         return None
     if groups == "each":

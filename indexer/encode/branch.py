@@ -18,7 +18,7 @@ from indexer.layers import LayerType, Sides
 
 
 class SideBranch(torch.autograd.Function):
-    """``SideBranch.apply(y, G, kept, module, layer_type, sides, flipped) -> y``, see the module's docstring.
+    """``SideBranch.apply(y, G, saved, module, layer_type, sides, flipped) -> y``, see the module's docstring.
 
     ``flipped``: this use sees the block's sides swapped (an lm_head tied to an embedding); its block is
     transposed before it is returned.
@@ -29,13 +29,13 @@ class SideBranch(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         leaf_BKJ: Tensor,
-        kept: Tensor,
+        saved: Tensor,
         module: nn.Module,
         layer_type: LayerType,
         sides: Sides,
         flipped: bool,
     ) -> Tensor:
-        ctx.save_for_backward(kept)
+        ctx.save_for_backward(saved)
         ctx.use = (module, layer_type, sides, flipped)
         # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
         return y.detach()
@@ -43,10 +43,10 @@ class SideBranch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
-        (kept,) = ctx.saved_tensors
+        (saved,) = ctx.saved_tensors
         module, layer_type, sides, flipped = ctx.use
         with torch.autocast(device_type=dy.device.type, enabled=False):
-            block_BKJ = layer_type.block(module, kept, dy, sides)
+            block_BKJ = layer_type.block(module, saved, dy, sides)
         if flipped:
             block_BKJ = block_BKJ.transpose(1, 2)
         return dy, block_BKJ, None, None, None, None, None

@@ -23,8 +23,8 @@ from indexer.encode.sample_axis import Witness, refuse_mixed
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample, input_of, output_problem
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import BlockPlan, ProjectionPlan
-from indexer.projection.selection import Use, select_blocks
+from indexer.projection.plan import BlockPlan
+from indexer.projection.selection import Use
 
 TESTED_BATCHES = 2
 """Batches of two samples or more whose losses are reweighted: a layer that routes tokens may look right in one."""
@@ -94,13 +94,7 @@ class GradProjLoraEngine:
         self.model = unwrap(model)
         self._given = model
         refuse_randomness(self.model)
-        if projection is None:
-            config = config or ProjectionConfig()
-            selection = select_blocks(
-                self.model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-            )
-            projection = Projection(ProjectionPlan.of(selection, config))
-        self.projection = projection
+        self.projection = projection or Projection.for_model(self.model, config or ProjectionConfig())
         self._leaves: dict[str, Tensor] = {}
         self._batch = 0
         self._handles: list[RemovableHandle] = []
@@ -220,10 +214,8 @@ class GradProjLoraEngine:
                 ) from error
             raise
         finally:
-            self._leaves, self._witness = (
-                {},
-                None,
-            )  # not earlier: checkpointing runs the forward, and so the branches, again
+            # Not earlier: checkpointing runs the forward, and so the branches, once more.
+            self._leaves, self._witness = {}, None
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
         if unreached:
             raise CaptureError(
@@ -259,22 +251,22 @@ class GradProjLoraEngine:
         layers that got no gradient: a branch that begins at zero says nothing of what is before it. Where neither can
         tell of a layer, the next batch is tested.
         """
-        told: set[str] = set()
+        known: set[str] = set()
         if witness is not None and witness.finite:
             refuse_mixed(witness.problems(), len(self._ran))
-            told = witness.seen
+            known = witness.seen
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
             try:
-                problems = strangers(self.model, call, self._batch, self._ran, outputs=not told)
+                problems = strangers(self.model, call, self._batch, self._ran, outputs=not known)
             except CannotRun:
-                if not told:
+                if not known:
                     raise
                 call, problems = None, {}
             # Without a graph a fused kernel may stand in for layers: these have shown themselves.
-            left = {name: words for name, words in problems.items() if words != ABSENT or name not in told}
+            left = {name: words for name, words in problems.items() if words != ABSENT or name not in known}
             refuse_mixed(left, len(self._ran))
-        if call is not None or told == self._ran:
+        if call is not None or known == self._ran:
             self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
@@ -293,10 +285,10 @@ class GradProjLoraEngine:
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             x, y = by_sample(x, y, self._batch, layer_type, use.module)
             with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
-                kept = layer_type.keep(module, x, sides, y.dtype)
+                saved = layer_type.keep(module, x, sides, y.dtype)
             self._ran.add(use.module)
             output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]
-                y, leaf, kept, module, layer_type, sides, use.flipped
+                y, leaf, saved, module, layer_type, sides, use.flipped
             )
             return output if self._witness is None else self._witness.tap(use.module, output)
 

@@ -119,12 +119,12 @@ class _Probe:
         for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
             seen, part = self._rows(places)
             for name in self.names - set(self.problems):
-                expected, found = whole.get(name, []), seen.get(name, [])
+                expected, of_part = whole.get(name, []), seen.get(name, [])
                 if not expected and absent is not None:
                     self.problems[name] = absent
-                elif len(expected) != len(found):
+                elif len(expected) != len(of_part):
                     self.problems[name] = "runs more often for some samples of a batch than for all of them"
-                elif not all(self._same_rows(a[list(places)], b) for a, b in zip(expected, found, strict=True)):
+                elif not all(self._same_rows(a[list(places)], b) for a, b in zip(expected, of_part, strict=True)):
                     self.problems[name] = _MIXED
             if outputs and not self._rows_follow(output, part, places):
                 raise CaptureError(

@@ -88,6 +88,20 @@ class _SampleLosses(torch.autograd.Function):
         return gradient.data.mul_(factor_B11), None, None, None
 
 
+def _sample_losses(logits_BTV: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """(B,): Σ_t weight · cross-entropy."""
+    logits_BTV = logits_BTV.contiguous()
+    losses_B: Tensor = _SampleLosses.apply(logits_BTV, target_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
+    return losses_B
+
+
+def _next_tokens(labels_BT: Tensor) -> Tensor:
+    """(B, T): the label after each place, -100 at the last."""
+    target_BT = torch.full_like(labels_BT, IGNORED)
+    target_BT[:, :-1] = labels_BT[:, 1:]
+    return target_BT
+
+
 def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
     """Each sample's next-token cross-entropy over its own targets.
 
@@ -99,16 +113,13 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
     asked for. The logits are used up: where the model does not need them for its own backward, the gradient takes
     their place in memory.
     """
-    shifted_BT = torch.full_like(labels_BT, IGNORED)
-    shifted_BT[:, :-1] = labels_BT[:, 1:]
-    targets_B = (shifted_BT != IGNORED).sum(1)
+    target_BT = _next_tokens(labels_BT)
+    is_target = target_BT != IGNORED
+    targets_B = is_target.sum(1)
     weight_B = torch.ones_like(targets_B, dtype=torch.float32)
     if reduction == "mean":
         weight_B = 1.0 / targets_B.clamp_min(1).float()
-    weight_BT = weight_B.unsqueeze(1) * (shifted_BT != IGNORED)
-    logits_BTV = logits_BTV.contiguous()
-    losses_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
-    return losses_B, targets_B
+    return _sample_losses(logits_BTV, target_BT, weight_B.unsqueeze(1) * is_target), targets_B
 
 
 def training_loss(logits_BTV: Tensor, labels_BT: Tensor, total_targets: float) -> tuple[Tensor, Tensor]:
@@ -121,12 +132,9 @@ def training_loss(logits_BTV: Tensor, labels_BT: Tensor, total_targets: float) -
     if logits_BTV.dtype == torch.float16:
         sums_B, targets_B = next_token_losses_plainly(logits_BTV, labels_BT, reduction="sum")
         return sums_B.sum() / total_targets, (sums_B / targets_B).detach()
-    shifted_BT = torch.full_like(labels_BT, IGNORED)
-    shifted_BT[:, :-1] = labels_BT[:, 1:]
-    is_target = shifted_BT != IGNORED
-    logits_BTV = logits_BTV.contiguous()
-    weight_BT = is_target.float() / total_targets
-    shares_B = _SampleLosses.apply(logits_BTV, shifted_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
+    target_BT = _next_tokens(labels_BT)
+    is_target = target_BT != IGNORED
+    shares_B = _sample_losses(logits_BTV, target_BT, is_target.float() / total_targets)
     return shares_B.sum(), (shares_B * (total_targets / is_target.sum(1))).detach().nan_to_num(posinf=torch.nan)
 
 

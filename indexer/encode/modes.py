@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Every buffer is at the end what it was: a forward pass may count, or keep statistics."""
-    kept = [
+    buffers = [
         (module, name, buffer, buffer.clone(), buffer._version)
         for module in model.modules()
         for name, buffer in module._buffers.items()
@@ -40,7 +40,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, name, buffer, values, version in kept:
+        for module, name, buffer, values, version in buffers:
             module._buffers[name] = buffer
             if buffer._version != version:
                 with torch.no_grad():

@@ -39,34 +39,11 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     Tied parameters appear once, under their first name.
     """
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+        for name, parameter, gradient in zip(names, parameters, gradients, strict=True)
     }
-
-
-def gradient_matrix(block: Block, gradients: dict[str, Tensor]) -> Tensor:
-    """(O, I) of one block: [weight | biases of its uses], a norm's γ above its β as one column.
-
-    A bias of a use that sees the block flipped (a head tied to an embedding) is one more row.
-    """
-    weight = gradients[block.parameters[0]]
-    if not block.is_matrix:
-        return torch.cat([gradients[name] for name in block.parameters]).unsqueeze(1)
-    if block.type in ("conv1d", "embedding"):
-        weight = weight.t()
-    seen = set()
-    for use in block.uses:
-        if use.bias is None or use.bias in seen:
-            continue
-        seen.add(use.bias)
-        bias = gradients[use.bias]
-        flipped = (use.type == "embedding") != (block.type == "embedding")
-        line = bias.new_zeros(weight.shape[1] if flipped else weight.shape[0])
-        line[: len(bias)] = bias
-        weight = torch.cat([weight, line.unsqueeze(0) if flipped else line.unsqueeze(1)], dim=0 if flipped else 1)
-    return weight
 
 
 def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +53,7 @@ def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[s
 
 def plain_block(projection: Projection, block: Block, gradients: dict[str, Tensor]) -> Tensor:
     """P_out G P_inᵀ of one block, (K, J) in the gradients' dtype."""
-    matrix = gradient_matrix(block, gradients)
+    matrix = block.lay_out(gradients)
     p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[block.name])
     return p_out @ matrix @ p_in.t()
 
@@ -156,5 +133,5 @@ class ArrivingBlocks:
 
     def blocks(self) -> list[Tensor]:
         """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
-        found = self._gradients.finished(self._parameters)
-        return [found[name] for name in self._names]
+        blocks = self._gradients.finished(self._parameters)
+        return [blocks[name] for name in self._names]

@@ -76,7 +76,7 @@ class Witness:
         seen: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
         return seen
 
-    def _see(self, place: int, kept: Tensor, dy: Tensor) -> None:
+    def _see(self, place: int, saved: Tensor, dy: Tensor) -> None:
         if self._seen:  # not in a backward pass of anybody else's
             self._seen[-1][place] = row_sums(dy)
 
@@ -137,14 +137,14 @@ class Witness:
         """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
         tolerance = NARROW_TOLERANCE if torch.bfloat16 in self._dtypes else TOLERANCE
         tolerance = HALF_TOLERANCE if self.half else tolerance
-        found: dict[str, float] = {}
+        shares: dict[str, float] = {}
         first, second = self._seen
         for place, plain_BS in first.items():
             name = self._names[place]
             error = _foreign(plain_BS.double(), second[place].double(), self._weights.double())
             if error > tolerance:
-                found[name] = max(error, found.get(name, 0.0))
-        return found
+                shares[name] = max(error, shares.get(name, 0.0))
+        return shares
 
 
 def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
@@ -324,9 +324,9 @@ def taken(batch: Any, places: Sequence[int], size: int) -> Any:
         cut = {key: taken(value, places, size) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return cut
-        found = copy(batch)  # with what else it is: a BatchEncoding is used by its attributes
-        found.update(cut)
-        return found
+        same_kind = copy(batch)  # with what else it is: a BatchEncoding is used by its attributes
+        same_kind.update(cut)
+        return same_kind
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(taken(value, places, size) for value in batch))
     if isinstance(batch, (list, tuple)):

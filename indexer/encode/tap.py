@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 See = Callable[[Tensor, Tensor], None]
-"""(what was kept of the layer's input, gradient at its output)."""
+"""(what was saved of the layer's input, gradient at its output)."""
 
 
 class Tap(torch.autograd.Function):
-    """``Tap.apply(y, kept, see, leaf) -> y``: backward calls ``see(kept, dy)`` and passes dy on untouched.
+    """``Tap.apply(y, saved, see, leaf) -> y``: backward calls ``see(saved, dy)`` and passes dy on untouched.
 
-    ``kept`` is saved by autograd: gradient checkpointing drops and recomputes it, and a change in place is
+    ``saved`` is saved by autograd: gradient checkpointing drops and recomputes it, and a change in place is
     noticed. ``leaf``, where given, makes ``torch.autograd.grad`` reach the tap without any weight gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, kept: Tensor, see: See, leaf: Tensor | None) -> Tensor:
-        ctx.save_for_backward(kept)
+    def forward(ctx: Any, y: Tensor, saved: Tensor, see: See, leaf: Tensor | None) -> Tensor:
+        ctx.save_for_backward(saved)
         ctx.see = see
         ctx.set_materialize_grads(False)
         # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
@@ -32,7 +32,7 @@ class Tap(torch.autograd.Function):
         (dy,) = gradients
         if dy is None:
             return None, None, None, None
-        (kept,) = ctx.saved_tensors
+        (saved,) = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(device_type=dy.device.type, enabled=False):
-            ctx.see(kept, dy.detach())
+            ctx.see(saved, dy.detach())
         return dy, None, None, dy.new_zeros(()) if ctx.needs_input_grad[3] else None

@@ -49,9 +49,9 @@ class TokenSettings:
         return self.overlong in ("window", "error")
 
 
-def longest_row(model: Any, asked: int | None) -> int:
+def longest_row(model: Any, wanted: int | None) -> int:
     """``--max-length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
-    return choose_max_length(asked, model, DEFAULT_MAX_LENGTH)
+    return choose_max_length(wanted, model, DEFAULT_MAX_LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +138,14 @@ class Tokenizer:
         """The rows of each of ``samples``. Raises as :meth:`encode` and :func:`rows_of_sample`, and UsageError for a
         usable row with a token that the model's embedding lacks.
         """
-        found = [
+        rows = [
             rows_of_sample(sample, tokens, first_target, settings)
             for sample, (tokens, first_target) in zip(samples, self.encode(samples), strict=True)
         ]
-        for row in chain.from_iterable(found):
+        for row in chain.from_iterable(rows):
             if row.status.usable:
                 self.refuse_beyond(row.tokens, row.sample.id, row.sample.source_row)
-        return found
+        return rows
 
     def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:
         """(tokens, first target) of each sample, whose whole text is tokenized once. Text, and a prompt with its

@@ -52,12 +52,12 @@ class WholeTexts:
             verbose=False,
         )
         added = [np.asarray(mask, dtype=bool) for mask in encoded["special_tokens_mask"]]
-        offsets = [_offsets(found)[~of] for found, of in zip(encoded["offset_mapping"], added, strict=True)]
+        offsets = [_offsets(offsets_of)[~of] for offsets_of, of in zip(encoded["offset_mapping"], added, strict=True)]
         if self._untrimmed is not None:
             offsets = [_offsets(one.offsets) for one in self._untrimmed.encode_batch(texts, add_special_tokens=False)]
         return [
-            (np.asarray(ids, dtype=np.int32), first_target(found, of, pair.prompt, pair.completion))
-            for ids, found, of, pair in zip(encoded["input_ids"], offsets, added, pairs, strict=True)
+            (np.asarray(ids, dtype=np.int32), first_target(offsets_of, of, pair.prompt, pair.completion))
+            for ids, offsets_of, of, pair in zip(encoded["input_ids"], offsets, added, pairs, strict=True)
         ]
 
     @cached_property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, LayerError
-from indexer.layers.terms import Term
+from indexer.layers.factors import Factors
 
 OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
 """Relative difference of an output from the formula's that is more than rounding, in float32 and in 16 bits."""
@@ -82,17 +82,17 @@ class LayerType(ABC):
 
     @abstractmethod
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
-        """What backward needs of the input: the only thing kept between forward and backward.
+        """What backward needs of the input: the only thing saved between forward and backward.
 
         ``x`` is the layer's input, first axis B; ``dtype`` that of its output.
         """
 
     @abstractmethod
-    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
-        """The block (B, K, J), float32, from what was kept and the gradient ``dy`` at the output."""
+    def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        """The block (B, K, J), float32, from what was saved and the gradient ``dy`` at the output."""
 
     @abstractmethod
-    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+    def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
         """Each sample's gradient of every parameter of ``module``, by the parameter's name in it.
 
         ``x`` is the layer's input, ``dy`` the gradient at its output, first axis B. Matrices are ``Outer``, in the

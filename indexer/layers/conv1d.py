@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from indexer.layers.base import register, runs_forward_of
+from indexer.layers.factors import Factors, Outer
 from indexer.layers.linear import LinearLayer
-from indexer.layers.terms import Outer, Term
 
 
 @register
@@ -22,5 +22,5 @@ class Conv1DLayer(LinearLayer):
         n_in, n_out = module.get_parameter("weight").shape
         return n_out, n_in
 
-    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Term:
+    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Factors:
         return Outer(x_BMI, dy_BMO)

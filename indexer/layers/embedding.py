@@ -20,7 +20,7 @@ from indexer.layers.base import (
     register,
     runs_forward_of,
 )
-from indexer.layers.terms import Outer, Term
+from indexer.layers.factors import Factors, Outer
 
 
 @register
@@ -51,15 +51,15 @@ class EmbeddingLayer(LayerType):
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return x.reshape(x.shape[0], -1)
 
-    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+    def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
         assert isinstance(module, nn.Embedding)
         if isinstance(sides.in_JI, Axis):
             return self._whole_axis(
-                module, kept, project(flatten_positions(dy), sides.out_KO, None, dy.dtype), sides.in_JI
+                module, saved, project(flatten_positions(dy), sides.out_KO, None, dy.dtype), sides.in_JI
             )
-        a_BMJ = torch.nn.functional.embedding(kept, sides.in_JI.t())
+        a_BMJ = torch.nn.functional.embedding(saved, sides.in_JI.t())
         if module.padding_idx is not None:
-            a_BMJ = a_BMJ.masked_fill(kept.eq(module.padding_idx).unsqueeze(-1), 0.0)
+            a_BMJ = a_BMJ.masked_fill(saved.eq(module.padding_idx).unsqueeze(-1), 0.0)
         return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), a_BMJ)
 
     @staticmethod
@@ -73,7 +73,7 @@ class EmbeddingLayer(LayerType):
         block.index_add_(0, places.flatten(), d_BMK.float().flatten(0, 1))
         return block.view(batch, axis.size, k).transpose(1, 2)
 
-    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+    def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
         assert isinstance(module, nn.Embedding)
         ids_BM, dy_BMO = x.reshape(x.shape[0], -1), flatten_positions(dy)
         if module.padding_idx is not None:

@@ -15,7 +15,7 @@ from indexer.layers.base import (
     runs_forward_of,
     summed,
 )
-from indexer.layers.terms import Outer, Term, Vector
+from indexer.layers.factors import Factors, Outer, Vector
 
 
 @register
@@ -37,13 +37,13 @@ class LinearLayer(LayerType):
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return project(flatten_positions(x), sides.in_JI, sides.in_bias_J, dtype)
 
-    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
-        return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), kept)
+    def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        return outer_sum(project(flatten_positions(dy), sides.out_KO, None, dy.dtype), saved)
 
-    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
-        found = {"weight": self.outer(flatten_positions(x), flatten_positions(dy))}
-        return found if module._parameters.get("bias") is None else {**found, "bias": Vector(summed(dy))}
+    def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
+        factors = {"weight": self.outer(flatten_positions(x), flatten_positions(dy))}
+        return factors if module._parameters.get("bias") is None else {**factors, "bias": Vector(summed(dy))}
 
-    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Term:
-        """The weight's term, as the weight is stored."""
+    def outer(self, x_BMI: Tensor, dy_BMO: Tensor) -> Factors:
+        """The weight's gradient, as the weight is stored."""
         return Outer(dy_BMO, x_BMI)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
 from indexer.layers.base import Axis, LayerType, Sides, at_least_float, project, register, runs_forward_of, summed
-from indexer.layers.terms import Term, Vector
+from indexer.layers.factors import Factors, Vector
 
 
 class NormLayer(LayerType):
@@ -37,16 +37,16 @@ class NormLayer(LayerType):
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
         return x
 
-    def block(self, module: nn.Module, kept: Tensor, dy: Tensor, sides: Sides) -> Tensor:
-        gradients = list(self.terms(module, kept, dy).values())
-        gradient_BN = torch.cat([term.values for term in gradients if isinstance(term, Vector)], dim=1)
+    def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
+        of_parameters = list(self.factors(module, saved, dy).values())
+        gradient_BN = torch.cat([factors.values for factors in of_parameters if isinstance(factors, Vector)], dim=1)
         block_BK1 = project(gradient_BN.unsqueeze(1), sides.out_KO, None, torch.float32).transpose(1, 2)
         return block_BK1 if isinstance(sides.in_JI, Axis) else block_BK1 * sides.in_JI[:, 0].float()
 
-    def terms(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Term]:
+    def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:
         dy = at_least_float(dy)
-        found: dict[str, Term] = {"weight": Vector(summed(dy * self.normalised(module, x)))}
-        return found if module._parameters.get("bias") is None else {**found, "bias": Vector(summed(dy))}
+        factors: dict[str, Factors] = {"weight": Vector(summed(dy * self.normalised(module, x)))}
+        return factors if module._parameters.get("bias") is None else {**factors, "bias": Vector(summed(dy))}
 
 
 @register
@@ -110,14 +110,14 @@ class RMSNormLayer(NormLayer):
         x = torch.randn(2, weight.numel(), generator=generator).to(weight.device, weight.dtype)
         with torch.no_grad():
             try:
-                found = module(x).float()
+                y = module(x).float()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise LayerError(f"layer {name!r} ({type(module).__name__}) is not an RMSNorm: {error}") from error
             scale = weight.float()
             x_hat = self.normalised(module, x)
             tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
             plain, shifted = x_hat * scale, x_hat * (1.0 + scale)
-            if not any(torch.allclose(found, y, rtol=tolerance, atol=tolerance) for y in (plain, shifted)):
+            if not any(torch.allclose(y, expected, rtol=tolerance, atol=tolerance) for expected in (plain, shifted)):
                 raise LayerError(
                     f"layer {name!r} ({type(module).__name__}) does not compute weight * x / rms(x): "
                     "its gradient formula is not known; exclude it with --exclude-layers"

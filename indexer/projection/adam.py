@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghoststore.errors import CheckpointError
-from indexer.layers import layer_type_by_name
 from indexer.projection.selection import Block
 
 OURS = Path("training_state") / "optimizer.safetensors"
@@ -86,36 +85,16 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
             f"--optimizer-state {where} has no {QUANTITY} of parameter {lacking[0]!r} ({len(lacking)} are missing); "
             "leave its layer out with --exclude-layers, or give the optimizer state of this checkpoint"
         )
-    found = {}
+    scales = {}
     for block in blocks:
-        v_OI = block_matrix(block, v)
+        v_OI = block.lay_out(v)
         if not bool(torch.isfinite(v_OI).all()) or float(v_OI.min()) < 0 or not float(v_OI.sum()) > 0:
             raise CheckpointError(
                 f"--optimizer-state {where}: the second moment of layer {block.name!r} is zero, negative or not "
                 "finite: it was not trained by Adam. Leave the layer out with --exclude-layers"
             )
-        found[block.name] = factored(v_OI)
-    return found
-
-
-def block_matrix(block: Block, tensors: Mapping[str, Tensor]) -> Tensor:
-    """(n_out, n_in) of a block from one tensor a parameter, laid out as its gradient: see ``indexer.layers.base``."""
-    if not block.is_matrix:
-        return torch.cat([tensors[name] for name in block.parameters]).unsqueeze(1)
-    weight = tensors[block.parameters[0]]
-    if layer_type_by_name(block.type).transposed:
-        weight = weight.t()
-    matrix = weight.new_zeros(block.n_out, block.n_in)
-    matrix[: weight.shape[0], : weight.shape[1]] = weight
-    for use in block.uses:
-        if use.bias is None or use.bias_column is None:
-            continue
-        bias = tensors[use.bias]
-        if use.flipped:
-            matrix[use.bias_column, : len(bias)] = bias
-        else:
-            matrix[: len(bias), use.bias_column] = bias
-    return matrix
+        scales[block.name] = factored(v_OI)
+    return scales
 
 
 def scales_digest(scales: Mapping[str, SideScales]) -> str:
@@ -155,23 +134,23 @@ def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Ten
         )
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     try:
-        found = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
+        moments = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
     except DAMAGE as error:
         raise CheckpointError(
             f"--optimizer-state {path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
-    for name, v in found.items():
+    for name, v in moments.items():
         if tuple(v.shape) != parameters.get(name):
             raise CheckpointError(
                 f"--optimizer-state {path}: {name!r} has shape {tuple(v.shape)}; the model's is {parameters.get(name)}"
             )
-    return path, {name: v.float() for name, v in found.items()}
+    return path, {name: v.float() for name, v in moments.items()}
 
 
 def _by_name(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     tensors = load_file(path)
-    found = {key.removesuffix(f"/{QUANTITY}"): v for key, v in tensors.items() if key.endswith(f"/{QUANTITY}")}
-    return {name: v for name, v in found.items() if name in parameters}
+    moments = {key.removesuffix(f"/{QUANTITY}"): v for key, v in tensors.items() if key.endswith(f"/{QUANTITY}")}
+    return {name: v for name, v in moments.items() if name in parameters}
 
 
 def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

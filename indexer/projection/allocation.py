@@ -50,7 +50,7 @@ def share_out(energies: Sequence[Tensor], total: int, *, keep: bool) -> Shares:
 
 def _most_energy(energies: Sequence[Tensor], total: int) -> list[Tensor]:
     """Places of the numbers of the most energy, by layer: as many as leave the least error to the sketches."""
-    energy = torch.cat([one.double() for one in energies])
+    energy = torch.cat([of_layer.double() for of_layer in energies])
     order = energy.argsort(descending=True, stable=True)
     most = total - len(energies)  # every layer keeps a number for the rest of it
     ends = torch.cat([energy.new_zeros(1), energy[order][:most].cumsum(0)])
@@ -59,7 +59,7 @@ def _most_energy(energies: Sequence[Tensor], total: int) -> list[Tensor]:
     count = int(error.argmin())
     chosen = torch.zeros(len(energy), dtype=torch.bool)
     chosen[order[:count]] = True
-    return [part.nonzero().flatten() for part in torch.split(chosen, [len(one) for one in energies])]
+    return [part.nonzero().flatten() for part in torch.split(chosen, [len(of_layer) for of_layer in energies])]
 
 
 def in_proportion(weights: Sequence[float], total: int, least: Sequence[int], most: Sequence[int]) -> list[int]:

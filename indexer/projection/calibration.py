@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from indexer.projection.allocation import Shares
-from indexer.projection.kfac import Factor, Preconditioner, flat_length
+from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor, flat_length
 
 SIDES = ("projection_in", "projection_out")
 """Arrays of a part: the sides of all layers one behind the other, row by row."""
@@ -59,7 +59,7 @@ class Calibration:
     """Rows that it was learned from."""
     sides: Sides | None
     """float32 on the CPU; None where they are drawn."""
-    preconditioner: Preconditioner | None
+    preconditioner: KroneckerPreconditioner | None
     """What the sides are multiplied with already."""
     shares: Shares | None
     """None where blocks are not sketched one by one."""
@@ -82,25 +82,25 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``projection.calibration``."""
         kept = 0 if self.shares is None else sum(map(len, self.shares.kept))
-        metric = {} if self.preconditioner is None else {"preconditioner": self.preconditioner.digest()}
-        return {"samples": self.samples, "kept": kept, **metric, "digest": self.digest()}
+        preconditioner = None if self.preconditioner is None else self.preconditioner.digest()
+        return {"samples": self.samples, "kept": kept, "preconditioner": preconditioner, "digest": self.digest()}
 
     def arrays(self, layers: Sequence[LayerShape]) -> dict[str, NDArray[Any]]:
         """What the part keeps, by the names in ARRAYS; those that are empty are left out."""
-        found: dict[str, NDArray[Any]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         if self.sides is not None:
             for side, name in enumerate(SIDES):
-                found[name] = torch.cat([self.sides[layer.name][side].flatten() for layer in layers]).numpy()
+                arrays[name] = torch.cat([self.sides[layer.name][side].flatten() for layer in layers]).numpy()
         if self.preconditioner is not None:
             for side, name in enumerate(FACTORS):
                 flat = [self.preconditioner.factors[layer.name][side].flat() for layer in layers]
-                found[name] = torch.cat(flat).numpy()
+                arrays[name] = torch.cat(flat).numpy()
         if self.shares is not None:
             borders = _borders(layers)
             places = [kept.numpy() + start for kept, start in zip(self.shares.kept, borders[:-1], strict=True)]
             if sum(map(len, places)):
-                found[KEPT] = np.concatenate(places).astype(np.int64)
-        return found
+                arrays[KEPT] = np.concatenate(places).astype(np.int64)
+        return arrays
 
     @classmethod
     def of_arrays(
@@ -121,17 +121,17 @@ class Calibration:
             p_in = _split(arrays, SIDES[0], [layer.k_in * layer.n_in for layer in layers])
             p_out = _split(arrays, SIDES[1], [layer.k_out * layer.n_out for layer in layers])
             sides = {
-                layer.name: (one.view(layer.k_in, layer.n_in), other.view(layer.k_out, layer.n_out))
-                for layer, one, other in zip(layers, p_in, p_out, strict=True)
+                layer.name: (side_in.view(layer.k_in, layer.n_in), side_out.view(layer.k_out, layer.n_out))
+                for layer, side_in, side_out in zip(layers, p_in, p_out, strict=True)
             }
         if FACTORS[0] in arrays:
             f_in = _split(arrays, FACTORS[0], [flat_length(layer.n_in) for layer in layers])
             f_out = _split(arrays, FACTORS[1], [flat_length(layer.n_out) for layer in layers])
             factors = {
-                layer.name: (Factor.of_flat(one, layer.n_in), Factor.of_flat(other, layer.n_out))
-                for layer, one, other in zip(layers, f_in, f_out, strict=True)
+                layer.name: (MomentFactor.of_flat(flat_in, layer.n_in), MomentFactor.of_flat(flat_out, layer.n_out))
+                for layer, flat_in, flat_out in zip(layers, f_in, f_out, strict=True)
             }
-            preconditioner = Preconditioner(factors, damping)
+            preconditioner = KroneckerPreconditioner(factors, damping)
         if sizes is not None:
             shares = Shares(list(sizes), _kept(arrays.get(KEPT), layers, sizes))
         return cls(samples=samples, sides=sides, preconditioner=preconditioner, shares=shares)
@@ -147,12 +147,12 @@ def _kept(places: NDArray[Any] | None, layers: Sequence[LayerShape], sizes: Sequ
     if len(places) and (np.any(np.diff(places) <= 0) or places[0] < 0 or places[-1] >= borders[-1]):
         raise ValueError(f"{KEPT} are no ascending places in a vector of {borders[-1]} numbers")
     cuts = np.searchsorted(places, borders)
-    found = []
+    by_layer = []
     for layer, size, start, stop, border in zip(layers, sizes, cuts[:-1], cuts[1:], borders[:-1], strict=True):
         if not stop - start <= size <= layer.k_out * layer.k_in:
             raise ValueError(f"layer {layer.name!r} has {size} numbers and keeps {stop - start} as they are")
-        found.append(torch.from_numpy(places[start:stop] - border))
-    return found
+        by_layer.append(torch.from_numpy(places[start:stop] - border))
+    return by_layer
 
 
 def _split(arrays: Mapping[str, NDArray[Any]], name: str, lengths: Sequence[int]) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ MOST_DIRECTIONS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class MomentFactor:
     """A symmetric (n, n) matrix, positive, by its leading eigenvectors."""
 
     vectors: Tensor
@@ -48,24 +48,24 @@ class Factor:
         inner = (self.values.double() / mean + damping).rsqrt()
         outer = (self.rest / mean + damping) ** -0.5
         vectors, rows = self.vectors.double().to(rows_RN.device), rows_RN.double()
-        found = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
-        return torch.as_tensor(found.to(rows_RN.dtype))
+        scaled = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
+        return torch.as_tensor(scaled.to(rows_RN.dtype))
 
-    def leading(self) -> Factor:
-        """With as many eigenvectors as are kept, see :func:`directions`."""
+    def leading(self) -> MomentFactor:
+        """With as many eigenvectors as a part keeps, see :func:`directions`."""
         m, n = self.vectors.shape
-        kept = directions(n)
-        if m <= kept:
+        most = directions(n)
+        if m <= most:
             return self
-        others = float(self.values[kept:].double().sum()) + self.rest * (n - m)
-        return Factor(self.vectors[:kept], self.values[:kept], others / (n - kept))
+        others = float(self.values[most:].double().sum()) + self.rest * (n - m)
+        return MomentFactor(self.vectors[:most], self.values[:most], others / (n - most))
 
     def flat(self) -> Tensor:
         """Values, rest and vectors in one."""
         return torch.cat([self.values, torch.tensor([self.rest]), self.vectors.flatten()])
 
     @classmethod
-    def of_flat(cls, numbers: Tensor, n: int) -> Factor:
+    def of_flat(cls, numbers: Tensor, n: int) -> MomentFactor:
         """The inverse of :meth:`flat`."""
         m = directions(n)
         values, rest, vectors = torch.split(numbers, [m, 1, m * n])
@@ -78,15 +78,15 @@ def directions(n: int) -> int:
 
 
 def flat_length(n: int) -> int:
-    """Numbers of :meth:`Factor.flat`."""
+    """Numbers of :meth:`MomentFactor.flat`."""
     return directions(n) * (n + 1) + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Preconditioner:
+class KroneckerPreconditioner:
     """Of all layers of a projection."""
 
-    factors: Mapping[str, tuple[Factor, Factor]]
+    factors: Mapping[str, tuple[MomentFactor, MomentFactor]]
     """(of the input side (I), of the output side (O)) by block name. E|G|² is the trace of either."""
     damping: float
 

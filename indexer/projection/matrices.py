@@ -72,10 +72,15 @@ class Projection:
         """SHA-256 of every matrix in the order of the layers, then of the sketch."""
 
     @classmethod
+    def for_model(cls, model: nn.Module, config: ProjectionConfig) -> Projection:
+        """Drawn for the layers of ``model`` that ``config`` selects; errors as of :meth:`ProjectionPlan.for_model`."""
+        return cls(ProjectionPlan.for_model(model, config))
+
+    @classmethod
     def with_sides(cls, plan: ProjectionPlan, sides: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> Projection:
         """Blocks of the layers of ``plan`` by other (P_in, P_out); None: the axis as it is. Without sketch and hash."""
-        found = cls.__new__(cls)
-        found.sides = dict(sides)
+        projection = cls.__new__(cls)
+        projection.sides = dict(sides)
         layers, start = [], 0
         for layer in plan.layers:
             p_in, p_out = sides[layer.block.name]
@@ -84,9 +89,9 @@ class Projection:
             )
             layers.append(replace(layer, k_out=k_out, k_in=k_in, start=start))
             start = layers[-1].stop
-        found.plan = replace(plan, layers=tuple(layers), compress=None)
-        found.sketch, found.hash = None, ""
-        return found
+        projection.plan = replace(plan, layers=tuple(layers), compress=None)
+        projection.sketch, projection.hash = None, ""
+        return projection
 
     def _sketch(self) -> Sketch | BlockSketches | None:
         plan = self.plan

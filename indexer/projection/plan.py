@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
+from torch import nn
+
 from ghoststore.errors import LayerError, UsageError
 from ghoststore.settings.projection import ProjectionConfig, RankTotal
 from indexer.projection.calibration import Calibration, LayerShape
-from indexer.projection.selection import Block, Selection
-
-LATER_SETTINGS = ("compress_by", "rank_ratio", "calibration_samples", "precondition", "damping")
-"""Fields of a configuration that a manifest has only where they are not plain."""
+from indexer.projection.selection import Block, select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
 PLAIN_RANK_TOTAL = 256
@@ -36,21 +35,19 @@ class BlockPlan:
         return self.start + self.k_out * self.k_in
 
 
-def ranks(n_out: int, n_in: int, rank_total: RankTotal, ratio: float = 1.0) -> tuple[int, int]:
-    """(k_out, k_in): ⌊√(rank_total / ratio)⌋ and ⌊√(rank_total · ratio)⌋, at least 1, unless an axis is smaller; then
-    the other takes what is left.
+def ranks(n_out: int, n_in: int, rank_total: RankTotal) -> tuple[int, int]:
+    """(k_out, k_in): ⌊√rank_total⌋ each, unless an axis is shorter; then the other takes what is left.
 
     The product never exceeds ``rank_total``; ``"full"`` is the lengths of the axes.
     """
     if rank_total == "full":
         return n_out, n_in
-    k_in = min(max(1, math.isqrt(math.floor(rank_total * ratio))), rank_total)
-    k_out = max(1, min(math.isqrt(math.floor(rank_total / ratio)), rank_total // k_in))
-    if n_in < k_in:
+    k = math.isqrt(rank_total)
+    if n_in < k:
         return min(n_out, rank_total // n_in), n_in
-    if n_out < k_out:
+    if n_out < k:
         return n_out, min(n_in, rank_total // n_out)
-    return k_out, k_in
+    return k, k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +58,16 @@ class ProjectionPlan:
     layers: tuple[BlockPlan, ...]
     compress: int | None
     """K of the sketch, or of the sketches of all layers together; None for plain Kronecker blocks."""
-    coverage: float
+    covered: int
+    total: int
+    """Numbers in the parameters of the layers, and in all parameters of the model (tied ones once)."""
     calibration: Calibration | None = None
     """What was learned, where that is needed."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters that the layers cover, 0 to 1."""
+        return self.covered / self.total if self.total else 0.0
 
     @property
     def shared_out(self) -> bool:
@@ -107,12 +111,15 @@ class ProjectionPlan:
         return [(layer.block.name, layer.start, layer.stop) for layer in self.layers]
 
     @classmethod
-    def of(cls, selection: Selection, config: ProjectionConfig) -> ProjectionPlan:
-        """Ranks and columns of every selected layer.
+    def for_model(cls, model: nn.Module, config: ProjectionConfig) -> ProjectionPlan:
+        """Ranks and columns of every layer of ``model`` that ``config`` selects.
 
-        Raises LayerError where a rank that was asked for is larger than a layer, UsageError where
-        ``compress`` is not smaller than the vector.
+        Raises LayerError as :func:`select_blocks` does and where a rank that was asked for is larger than a layer,
+        UsageError where ``compress`` is not smaller than the vector.
         """
+        selection = select_blocks(
+            model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
+        )
         rank_total = config.rank_total or (SKETCHED_RANK_TOTAL if config.sketched else PLAIN_RANK_TOTAL)
         if rank_total != "full" and config.rank_min**2 > rank_total:
             raise UsageError(
@@ -122,7 +129,7 @@ class ProjectionPlan:
         layers, start = [], 0
         for block in selection.blocks:
             cls._refuse_too_large(config, block)
-            k_out, k_in = ranks(block.n_out, block.n_in, rank_total, config.rank_ratio)
+            k_out, k_in = ranks(block.n_out, block.n_in, rank_total)
             if block.is_matrix and min(k_out, k_in) < config.rank_min:
                 raise LayerError(
                     f"--proj-rank-min {config.rank_min} cannot be met by layer {block.name!r} "
@@ -135,7 +142,8 @@ class ProjectionPlan:
             config=config,
             layers=tuple(layers),
             compress=cls._resolve_compress(config, start, len(layers)),
-            coverage=selection.coverage,
+            covered=selection.covered,
+            total=selection.total,
         )
 
     @staticmethod
@@ -168,28 +176,23 @@ class ProjectionPlan:
         return wanted if wanted < dimension else None
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest's ``projection`` without the hash: what :meth:`same_as` compares."""
-        settings = asdict(self.config)
-        settings["compress_by"] = "layer" if self.shared_out else "all"
-        settings["precondition"] = "kronecker" if self.config.preconditioned else "none"
-        plain = {"compress_by": "all", "rank_ratio": 1.0, "precondition": "none"}
-        if not self.config.calibrated:
-            plain["calibration_samples"] = settings["calibration_samples"]
-        if not self.config.preconditioned:
-            plain["damping"] = settings["damping"]
-        for name, value in plain.items():  # as the parts of earlier releases have it
-            if settings[name] == value:
-                del settings[name]
-        if self.calibration is not None:
-            settings["calibration"] = self.calibration.to_json()
-        settings["layers"], settings["exclude_layers"] = (
-            list(self.config.layers),
-            list(self.config.exclude_layers),
-        )
-        settings["compress"] = self.compress
-        settings["kronecker_dimension"] = self.kronecker_dimension
-        settings["dimension"] = self.dimension
-        return settings
+        """The manifest's ``projection``, but for the digests of what is drawn and scaled. Settings are decided; null
+        where one is not used: what changes no vector must not keep a build from going on.
+        """
+        config = self.config
+        return {
+            **asdict(config),
+            "layers": list(config.layers),
+            "exclude_layers": list(config.exclude_layers),
+            "compress": self.compress,
+            "compress_by": "layer" if self.shared_out else "all",
+            "precondition": "kronecker" if config.preconditioned else "none",
+            "damping": config.damping if config.preconditioned else None,
+            "calibration_samples": config.calibration_samples if config.calibrated else None,
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "kronecker_dimension": self.kronecker_dimension,
+            "dimension": self.dimension,
+        }
 
     def layers_json(self) -> list[dict[str, Any]]:
         """The manifest's ``layers``: name, type, parameters, uses, axes, ranks and Kronecker columns."""

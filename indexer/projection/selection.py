@@ -7,14 +7,15 @@ block 10, ``h.*.attn`` each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ghoststore.errors import LayerError
-from indexer.layers import LayerType, layer_type_of
+from indexer.layers import LayerType, layer_type_by_name, layer_type_of
 
 ATTENTION = frozenset(
     {"attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"}
@@ -52,6 +53,25 @@ class Block:
     is_matrix: bool
     uses: tuple[Use, ...]
 
+    def lay_out(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(n_out, n_in): one tensor a parameter, as its gradient is laid out; see :mod:`indexer.layers.base`."""
+        if not self.is_matrix:
+            return torch.cat([tensors[name] for name in self.parameters]).unsqueeze(1)
+        weight = tensors[self.parameters[0]]
+        if layer_type_by_name(self.type).transposed:
+            weight = weight.t()
+        matrix = weight.new_zeros(self.n_out, self.n_in)
+        matrix[: weight.shape[0], : weight.shape[1]] = weight
+        for use in self.uses:
+            if use.bias is None or use.bias_column is None:
+                continue
+            bias = tensors[use.bias]
+            if use.flipped:
+                matrix[use.bias_column, : len(bias)] = bias
+            else:
+                matrix[: len(bias), use.bias_column] = bias
+        return matrix
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -61,11 +81,6 @@ class Selection:
     covered: int
     total: int
     """Numbers in the covered parameters, and in all parameters (tied ones once)."""
-
-    @property
-    def coverage(self) -> float:
-        """Share of the model's parameters that the blocks cover, 0 to 1."""
-        return self.covered / self.total if self.total else 0.0
 
 
 def _in_attention(parts: list[str]) -> bool:
@@ -108,12 +123,12 @@ def matches(pattern: str, path: str, kind: LayerType) -> bool:
 
 def _supported_layers(model: nn.Module) -> dict[str, LayerType]:
     """Every module that a registered type handles and that has parameters, by name."""
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         kind = layer_type_of(module)
         if kind is not None:
-            found[name] = kind
-    return found
+            layers[name] = kind
+    return layers
 
 
 def _examples(names: Iterable[str]) -> str:
@@ -149,12 +164,12 @@ def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], 
 def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
     """Modules that no layer type handles, with the names of the parameters that no handled layer owns too."""
     handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
-    found = {}
+    unsupported = {}
     for name, module in model.named_modules():
         own = [key for key, value in module._parameters.items() if value is not None and id(value) not in handled]
         if own and name not in layers:
-            found[name] = own
-    return found
+            unsupported[name] = own
+    return unsupported
 
 
 def _selects_unsupported(pattern: str, name: str) -> bool:

@@ -59,12 +59,6 @@ class Sketch:
         dealt = x_BN.float().index_select(1, self.source) * self.weight
         return dealt.view(x_BN.shape[0], self.k, self.width).sum(-1)
 
-    def matrix(self) -> Tensor:
-        """The (k, read) matrix: the slow, obvious form, for tests."""
-        dense = torch.zeros(self.k, self.read)
-        rows = torch.arange(self.k).repeat_interleave(self.width)
-        return dense.index_put_((rows, self.source.cpu()), self.weight.cpu(), accumulate=True)
-
 
 class BlockSketches:
     """Maps (B, n) to (B, K), block by block: of each block some numbers as they are, then a sketch of the others.
@@ -84,19 +78,19 @@ class BlockSketches:
     ) -> None:
         self.n = columns[-1][1]
         self.sizes = list(sizes)
-        self._kept: list[Tensor] = []
-        self._sketches: list[Sketch | None] = []
+        self.kept: list[Tensor] = []
+        self.sketches: list[Sketch | None] = []
         for name, (start, stop), size, places in zip(names, columns, sizes, kept, strict=True):
             width = stop - start
             others = torch.ones(width, dtype=torch.bool)
             others[places] = False
             rest = others.nonzero().flatten() + start
-            self._kept.append(places + start)
+            self.kept.append(places + start)
             if size == len(places):
-                self._sketches.append(None)
+                self.sketches.append(None)
             else:
                 sketch = Sketch(f"{key}|layer={name}", len(rest), size - len(places))
-                self._sketches.append(sketch.of(rest, self.n))
+                self.sketches.append(sketch.of(rest, self.n))
 
     @property
     def k(self) -> int:
@@ -105,8 +99,8 @@ class BlockSketches:
 
     def to(self, device: torch.device) -> BlockSketches:
         """Move to ``device``, in place."""
-        self._kept = [places.to(device) for places in self._kept]
-        for sketch in self._sketches:
+        self.kept = [places.to(device) for places in self.kept]
+        for sketch in self.sketches:
             if sketch is not None:
                 sketch.to(device)
         return self
@@ -114,25 +108,16 @@ class BlockSketches:
     def digest(self) -> bytes:
         """SHA-256 of what is kept and of the sketches."""
         digest = hashlib.sha256()
-        for places, sketch in zip(self._kept, self._sketches, strict=True):
+        for places, sketch in zip(self.kept, self.sketches, strict=True):
             digest.update(places.cpu().numpy().astype("<i8").tobytes())
             digest.update(b"" if sketch is None else sketch.digest())
         return digest.digest()
 
     def __call__(self, x_BN: Tensor) -> Tensor:
         """(B, n) to (B, K) float32."""
-        found = []
-        for places, sketch in zip(self._kept, self._sketches, strict=True):
-            found.append(x_BN.float().index_select(1, places))
+        pieces = []
+        for places, sketch in zip(self.kept, self.sketches, strict=True):
+            pieces.append(x_BN.float().index_select(1, places))
             if sketch is not None:
-                found.append(sketch(x_BN))
-        return torch.cat(found, dim=1)
-
-    def matrix(self) -> Tensor:
-        """The (K, n) matrix: the slow, obvious form, for tests."""
-        rows = []
-        for places, sketch in zip(self._kept, self._sketches, strict=True):
-            rows.append(torch.nn.functional.one_hot(places.cpu(), self.n).float())
-            if sketch is not None:
-                rows.append(sketch.matrix())
-        return torch.cat(rows)
+                pieces.append(sketch(x_BN))
+        return torch.cat(pieces, dim=1)

@@ -1,24 +1,52 @@
-"""What a part keeps of its projection: the scales of an optimizer state, and what was learned from its corpus."""
+"""The projection of a part: its manifest's settings, the scales of an optimizer state, and what the build learned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghoststore.errors import MismatchError
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Part
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
+from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import Block
 
 
+def config_of(stored: Mapping[str, Any]) -> ProjectionConfig:
+    """The configuration that a manifest's ``projection`` holds: :meth:`ProjectionPlan.to_json` read back."""
+    given = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
+    patterns = {name: tuple(stored[name]) for name in ("layers", "exclude_layers")}
+    return ProjectionConfig(**{**given, **patterns, "compress": stored["compress"] or "none"})
+
+
+def projection_of(part: Part, model: nn.Module) -> Projection:
+    """The projection of ``part``, drawn for ``model``.
+
+    MismatchError if its layers or its hash are not those of the manifest.
+    """
+    stored = part.manifest["projection"]
+    plan = calibrated_as(part, ProjectionPlan.for_model(model, config_of(stored)))
+    if plan.layers_json() != part.manifest["layers"]:
+        raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
+    projection = Projection(plan, scales_of(part, plan))
+    if projection.hash != stored["hash"]:
+        raise MismatchError(
+            f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
+            f"{projection.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
+        )
+    return projection
+
+
 def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
     """Those that ``--optimizer-state`` gave the part."""
-    if part.manifest["projection"].get("optimizer_state") is None:
+    if part.manifest["projection"]["optimizer_state"] is None:
         return None
     arrays = {name: fixed_array(part, name) for name in SCALES}
     try:
@@ -47,7 +75,7 @@ def calibrated_as(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
     """``plan`` with what the build of ``part`` learned. MismatchError if that is not of these layers, CorruptError if
     it is damaged.
     """
-    entry = part.manifest["projection"].get("calibration")
+    entry = part.manifest["projection"]["calibration"]
     if entry is None:
         return plan
     config = plan.config
@@ -59,14 +87,14 @@ def calibrated_as(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
     arrays = {name: fixed_array(part, name) for name in names}
     sizes = [stop - start for _, start, stop in part.groups] if plan.shared_out else None
     try:
-        found = Calibration.of_arrays(
+        calibration = Calibration.of_arrays(
             arrays, plan.shapes, samples=int(entry["samples"]), damping=config.damping, sizes=sizes
         )
     except ValueError as error:
         raise MismatchError(f"part {part.name!r}: what it learned is not of these layers: {error}") from error
-    if found.digest() != entry["digest"]:
+    if calibration.digest() != entry["digest"]:
         raise MismatchError(
-            f"part {part.name!r}: what it keeps of its projection has the digest {found.digest()}, not the "
+            f"part {part.name!r}: what it keeps of its projection has the digest {calibration.digest()}, not the "
             f"{entry['digest']} of its manifest; build it anew"
         )
-    return replace(plan, calibration=found)
+    return replace(plan, calibration=calibration)

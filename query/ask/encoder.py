@@ -13,16 +13,12 @@ from torch import Tensor
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
 from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_model
 from ghoststore.corpus import Sample
-from ghoststore.errors import MismatchError
 from ghoststore.progress import Task
-from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Part
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
-from indexer.projection.matrices import Projection
-from indexer.projection.plan import LATER_SETTINGS, ProjectionPlan
-from indexer.projection.selection import select_blocks
-from indexer.projection.stored import calibrated_as, scales_of
+from indexer.projection.plan import ProjectionPlan
+from indexer.projection.stored import projection_of
 
 
 class PartEncoder:
@@ -80,39 +76,6 @@ class PartEncoder:
     def vectors(self, rows: Sequence[Row], task: Task) -> Tensor:
         """(rows, D) float32 on the CPU; zeros for rows without a usable status."""
         return encode_rows(self._encoder, rows, self._batch_tokens, task).vectors
-
-
-def projection_of(part: Part, model: Any) -> Projection:
-    """The projection that the manifest of ``part`` describes, drawn again for ``model``.
-
-    MismatchError if its layers or its hash come out otherwise.
-    """
-    stored = part.manifest["projection"]
-    config = ProjectionConfig(
-        layers=tuple(stored["layers"]),
-        exclude_layers=tuple(stored["exclude_layers"]),
-        include_embeddings=stored["include_embeddings"],
-        rank_total=stored["rank_total"],
-        rank_min=stored["rank_min"],
-        seed=stored["seed"],
-        kind=stored["kind"],
-        compress=stored["compress"] or "none",
-        **(
-            {"precondition": "none", "compress_by": "all"}
-            | {name: stored[name] for name in LATER_SETTINGS if name in stored}
-        ),
-    )
-    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
-    plan = calibrated_as(part, ProjectionPlan.of(selection, config))
-    if plan.layers_json() != part.manifest["layers"]:
-        raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
-    drawn = Projection(plan, scales_of(part, plan))
-    if drawn.hash != stored["hash"]:
-        raise MismatchError(
-            f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
-            f"{drawn.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
-        )
-    return drawn
 
 
 def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ghoststore.checkpoint.load import sees_ahead
-from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.finding import Check, Finding, right, skipped, wrong
 from query.doctor.subject import Subject
 
 
@@ -19,12 +19,11 @@ def examine(subject: Subject) -> Finding:
     changed = ids.clone()
     changed[0, -1] = others[0]
     if sees_ahead(subject.model, ids, changed):
-        return Finding(
-            status=Verdict.WRONG,
-            summary="changing the last token changes the logits before it",
-            advice=("Next-token gradients need a causal model (for BERT-style configs, is_decoder=true).",),
+        return wrong(
+            "changing the last token changes the logits before it",
+            "Next-token gradients need a causal model (for BERT-style configs, is_decoder=true).",
         )
-    return Finding(status=Verdict.OK, summary="changing the last token changes no logits before it")
+    return right("changing the last token changes no logits before it")
 
 
 CHECK = Check(name="causality", asks="Are logits independent of later tokens?", run=examine, needs=("randomness",))

@@ -40,4 +40,4 @@ def same_ranking(found_BD: Tensor, expected_BD: Tensor) -> list[float]:
     found, expected = cosines(found_BD), cosines(expected_BD)
     others = ~np.eye(len(found), dtype=bool)
     shape = (len(found), len(found) - 1)
-    return [float(one) for one in spearman(found[others].reshape(shape), expected[others].reshape(shape))]
+    return [float(value) for value in spearman(found[others].reshape(shape), expected[others].reshape(shape))]

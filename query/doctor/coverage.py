@@ -10,7 +10,7 @@ from torch import nn
 
 from indexer.layers import layer_type_of
 from query.doctor.exactness import EVERY_GRADIENT
-from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
+from query.doctor.finding import GRADIENTS, Check, Finding, right, skipped
 from query.doctor.subject import Subject
 
 LOW = 0.5
@@ -22,13 +22,13 @@ TOP = 5
 
 def types_of_parameters(model: nn.Module) -> dict[str, str]:
     """The layer type that owns each parameter, or the class of a module that no type handles; tied ones once."""
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         kind = layer_type_of(module)
         for parameter in module.parameters(recurse=False):
-            found.setdefault(names[id(parameter)], type(module).__name__ if kind is None else kind.name)
-    return found
+            types.setdefault(names[id(parameter)], type(module).__name__ if kind is None else kind.name)
+    return types
 
 
 def shares(squares: Mapping[str, float]) -> dict[str, float]:
@@ -39,17 +39,18 @@ def shares(squares: Mapping[str, float]) -> dict[str, float]:
 
 def examine(subject: Subject) -> Finding:
     """Exact squared norms by plain autograd, as shares of each sample's own, the mean over a few samples."""
-    of_parameters = subject.selection.coverage
+    of_parameters = subject.plan.coverage
     reason = subject.lacks_memory(4, EVERY_GRADIENT)
     if reason is not None:
         return skipped(f"the layers hold {of_parameters:.1%} of the parameters; of the gradient: {reason}")
     each = [shares(plain.squares) for plain in subject.plain]
-    mean = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+    mean = {name: float(np.mean([of_sample[name] for of_sample in each])) for name in each[0]}
     kinds, by_type = types_of_parameters(subject.model), defaultdict[str, float](float)
     for name, share in mean.items():
         by_type[kinds[name]] += share
-    blocks = {block.name: sum(mean[name] for name in block.parameters) for block in subject.selection.blocks}
-    covered_names = {name for block in subject.selection.blocks for name in block.parameters}
+    layers = [layer.block for layer in subject.plan.layers]
+    blocks = {block.name: sum(mean[name] for name in block.parameters) for block in layers}
+    covered_names = {name for block in layers for name in block.parameters}
     left_out = {name: share for name, share in mean.items() if name not in covered_names}
     covered = sum(share for name, share in mean.items() if name in covered_names)
     top, share = next(iter(shares(blocks).items()))
@@ -73,12 +74,7 @@ def examine(subject: Subject) -> Finding:
             f"--exclude-layers '{top}', or plain blocks (--proj-rank-total) that are scored by layer."
         )
     seen = f"{of_parameters:.1%} of the parameters, {covered:.1%} of the squared norm of their gradient"
-    return Finding(
-        status=Verdict.ADVICE if advice else Verdict.OK,
-        summary=f"{len(blocks)} layers: {seen}",
-        advice=tuple(advice),
-        details=details,
-    )
+    return right(f"{len(blocks)} layers: {seen}", *advice, **details)
 
 
 CHECK = Check(name="coverage", asks="How much of the gradient do the layers see?", run=examine, needs=GRADIENTS)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 
-from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.finding import Check, Finding, right, skipped
 from query.doctor.subject import Subject
 
 FILE = 256 << 20
@@ -45,12 +45,13 @@ def examine(subject: Subject) -> Finding:
     }
     summary = f"{write / 1e6:,.0f} MB/s written with fsync, {read / 1e6:,.0f} MB/s read{'' if evicted else ' (memory)'}"
     if min(write, read) >= SLOW:
-        return Finding(status=Verdict.OK, summary=summary, details=details)
-    advice = (
+        return right(summary, **details)
+    return right(
+        summary,
         "An exact query reads every vector at this speed: keep the store on a local disk, or its rows small "
         "(--proj-dtype int8 or onebit).",
+        **details,
     )
-    return Finding(status=Verdict.ADVICE, summary=summary, advice=advice, details=details)
 
 
 def _write(handle: int, limit: int) -> tuple[int, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from query.doctor.compare import EXACT, worst
-from query.doctor.finding import GRADIENTS, Check, Finding, Verdict, skipped
+from query.doctor.finding import GRADIENTS, Check, Finding, right, skipped, wrong
 from query.doctor.subject import Subject
 
 EVERY_GRADIENT = "a gradient of every parameter"
@@ -35,23 +35,20 @@ def examine(subject: Subject) -> Finding:
         layer.block.name: _error(kronecker[:, layer.start : layer.stop], block.flatten(1).cpu(), floor)
         for layer, block in zip(layers, blocks, strict=True)
     }
-    wrong = sorted((name for name, one in by_layer.items() if not one <= EXACT), key=lambda name: -by_layer[name])
-    details = {"vector": error, "layers": {name: by_layer[name] for name in wrong}, "tolerance": EXACT}
-    if wrong:
-        named = ", ".join(f"{name} ({by_layer[name]:.2g})" for name in wrong[:NAMED])
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        return Finding(
-            status=Verdict.WRONG,
-            summary=f"vectors differ from autograd's by {error:.2g}: {named}{more}",
-            advice=(
-                "The weight of a layer is used other than by calling the layer, where the engine does not see it. Call "
-                f"the layer itself, or leave it out: --exclude-layers '{','.join(wrong)}'.",
-            ),
-            details=details,
+    largest_first = sorted(by_layer.items(), key=lambda item: -item[1])
+    differing = {name: layer_error for name, layer_error in largest_first if not layer_error <= EXACT}
+    details = {"vector": error, "layers": differing, "tolerance": EXACT}
+    if differing:
+        named = ", ".join(f"{name} ({layer_error:.2g})" for name, layer_error in [*differing.items()][:NAMED])
+        more = f" and {len(differing) - NAMED} more" if len(differing) > NAMED else ""
+        return wrong(
+            f"vectors differ from autograd's by {error:.2g}: {named}{more}",
+            "The weight of a layer is used other than by calling the layer, where the engine does not see it. Call the "
+            f"layer itself, or leave it out: --exclude-layers '{','.join(differing)}'.",
+            **details,
         )
     count = len(subject.few)
-    summary = f"the vectors of {count} samples are autograd's, to {error:.1g} ({len(layers)} layers)"
-    return Finding(status=Verdict.OK, summary=summary, details=details)
+    return right(f"the vectors of {count} samples are autograd's, to {error:.1g} ({len(layers)} layers)", **details)
 
 
 def _error(found: Tensor, expected: Tensor, floor: Tensor) -> float:

@@ -18,8 +18,6 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from query.doctor import (
     causality,
     coverage,
@@ -32,7 +30,7 @@ from query.doctor import (
     precision,
     randomness,
 )
-from query.doctor.finding import Check, Finding, Verdict, skipped
+from query.doctor.finding import Check, Finding, Verdict, skipped, wrong
 from query.doctor.models import LoadedModels, Models, SavedModels, half_only
 from query.doctor.rows import choose_rows
 from query.doctor.subject import Subject
@@ -109,23 +107,17 @@ def doctor(
     if half_only(attn_implementation) and (model_dtype or "float32") == "float32":
         raise UsageError(f"{attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel")
     models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
-    config = projection or ProjectionConfig()
     with ExitStack() as stack:
         corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields(), progress))
         reference = models.reference()
         length = choose_max_length(max_length, reference, MAX_LENGTH)
         own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
         rows = choose_rows(corpus, own, max_length=length, count=samples)
-    selection = select_blocks(
-        reference, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
-    )
-    plan = ProjectionPlan.of(selection, config)
     subject = Subject(
         models=models,
         model=reference,
         rows=rows,
-        selection=selection,
-        projection=Projection(plan),
+        projection=Projection.for_model(reference, projection or ProjectionConfig()),
         kernels=None if attn_implementation is None else (attn_implementation,),
         reduction=loss_reduction,
         store=Path(store),
@@ -138,7 +130,7 @@ def doctor(
         "device": models.device,
         "attn_implementation": attn_implementation,
         "loss_reduction": loss_reduction,
-        "projection": plan.to_json(),
+        "projection": subject.plan.to_json(),
     }
     return DoctorReport(model=models.name, settings=settings, findings=_examine(subject, progress))
 
@@ -162,7 +154,7 @@ def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Findi
     try:
         return check.run(subject)
     except CaptureError as error:
-        return Finding(status=Verdict.WRONG, summary=f"the engine refuses this model: {error}")
+        return wrong(f"the engine refuses this model: {error}")
     except torch.OutOfMemoryError as error:
         return skipped(f"{subject.models.device} has not enough memory: {str(error).splitlines()[0]}")
 
@@ -185,8 +177,8 @@ def _patient(
         models = LoadedModels(model, dtype, device, kernel)
         return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None
-    found = find_checkpoint(checkpoint)
-    models = SavedModels(found, dtype or "float32", resolve_device(device), kernel)
+    saved = find_checkpoint(checkpoint)
+    models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(found.folder if tokenizer is None else Path(tokenizer))
+        tokenizer = load_tokenizer(saved.folder if tokenizer is None else Path(tokenizer))
     return models, tokenizer

@@ -65,9 +65,20 @@ def skipped(reason: str) -> Finding:
     return Finding(status=Verdict.SKIPPED, summary=reason)
 
 
+def right(summary: str, *advice: str, **details: Any) -> Finding:
+    """A store would be right; with ``advice`` it could be better or cheaper."""
+    status = Verdict.ADVICE if advice else Verdict.OK
+    return Finding(status=status, summary=summary, advice=advice, details=details)
+
+
+def wrong(summary: str, *advice: str, **details: Any) -> Finding:
+    """A store would be wrong, unless the ``advice`` is followed."""
+    return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details=details)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _finite(one) for name, one in value.items()}
+        return {str(name): _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.finding import Check, Finding, right, wrong
 from query.doctor.subject import Subject
 
 
@@ -10,18 +10,14 @@ def examine(subject: Subject) -> Finding:
     """All samples through the engine, each alone. CaptureError: the engine does not see what it must see."""
     rows, bad = len(subject.rows), subject.exact.not_finite
     if bad:
-        return Finding(
-            status=Verdict.WRONG,
-            summary=f"the gradients of {bad} of {rows} samples are NaN or infinite in float32 itself",
-            advice=("The checkpoint is damaged or has diverged: look at its weights and at its loss.",),
-            details={"not_finite": bad},
+        return wrong(
+            f"the gradients of {bad} of {rows} samples are NaN or infinite in float32 itself",
+            "The checkpoint is damaged or has diverged: look at its weights and at its loss.",
+            not_finite=bad,
         )
     losses = subject.exact.losses
-    return Finding(
-        status=Verdict.OK,
-        summary=f"{rows} samples have finite gradients, and losses from {losses.min():.3g} to {losses.max():.3g}",
-        details={"not_finite": 0, "losses": losses.tolist()},
-    )
+    summary = f"{rows} samples have finite gradients, and losses from {losses.min():.3g} to {losses.max():.3g}"
+    return right(summary, not_finite=0, losses=losses.tolist())
 
 
 CHECK = Check(name="gradients", asks="Does every sample have a finite gradient?", run=examine, needs=("randomness",))

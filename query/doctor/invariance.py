@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 from ghoststore.errors import UsageError
 from indexer.encode.tokens import Row
 from query.doctor.compare import EXACT, relative_errors, worst
-from query.doctor.finding import GRADIENTS, Check, Finding, Verdict
+from query.doctor.finding import GRADIENTS, Check, Finding, right, wrong
 from query.doctor.locate import first_difference
 from query.doctor.models import attending, half_only, kernel_of
 from query.doctor.rows import cut
@@ -50,8 +50,8 @@ def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invarianc
     reversed_ = subject.encode(model, rows, [everyone[::-1]])
     mates = subject.encode(model, even, [list(range(len(even)))])
     losses = max(
-        worst(found.losses.unsqueeze(1), expected.losses.unsqueeze(1))
-        for found, expected in ((together, alone), (reversed_, alone), (mates, even_alone))
+        worst(vectors.losses.unsqueeze(1), expected.losses.unsqueeze(1))
+        for vectors, expected in ((together, alone), (reversed_, alone), (mates, even_alone))
     )
     errors = {
         "batch_mates": worst(mates.vectors, even_alone.vectors),
@@ -72,32 +72,32 @@ def examine(subject: Subject) -> Finding:
         try:
             if half_only(kernel):
                 dtype = "bfloat16" if subject.models.dtype == "float32" else subject.models.dtype
-                found = measure(subject, subject.models.in_dtype(dtype, kernel), ROUGH)
+                invariance = measure(subject, subject.models.in_dtype(dtype, kernel), ROUGH)
             else:
                 with attending(subject.model, kernel) as model:
-                    found = measure(subject, model)
-                    if not found.sound:
-                        culprits[name] = _culprit(subject, subject.few[found.worst_row])
+                    invariance = measure(subject, model)
+                    if not invariance.sound:
+                        culprits[name] = _culprit(subject, subject.few[invariance.worst_row])
         except UsageError as error:
             missing[name] = str(error)
             if subject.kernels is not None:
                 problems.append(f"{name} cannot be used: {error}")
             continue
-        measured[name] = found
-        if not found.sound:
-            problems.append(_sentence(name, found, culprits.get(name)))
+        measured[name] = invariance
+        if not invariance.sound:
+            problems.append(_sentence(name, invariance, culprits.get(name)))
     details = {
-        "kernels": {name: {**found.vectors, "losses": found.losses} for name, found in measured.items()},
+        "kernels": {name: {**invariance.vectors, "losses": invariance.losses} for name, invariance in measured.items()},
         "unavailable": missing,
         "first": culprits,
         "tolerance": EXACT,
     }
     if problems:
-        return Finding(status=Verdict.WRONG, summary="; ".join(problems), advice=_advice(measured), details=details)
-    largest = max(found.largest for found in measured.values())
+        return wrong("; ".join(problems), _advice(measured), **details)
+    largest = max(invariance.largest for invariance in measured.values())
     kernels = ", ".join(measured)
     summary = f"alone, padded, reordered, in other company: the same vector, to {largest:.1g} ({kernels})"
-    return Finding(status=Verdict.OK, summary=summary, details=details)
+    return right(summary, **details)
 
 
 def _kernels(subject: Subject) -> Sequence[str | None]:
@@ -117,30 +117,25 @@ def _culprit(subject: Subject, row: Row) -> str | None:
     return first_difference(subject.model, alone, padded, len(row.tokens))
 
 
-def _sentence(kernel: str, found: Invariance, culprit: str | None) -> str:
-    causes = {name: error for name, error in found.vectors.items() if not error <= found.tolerance}
-    told = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
+def _sentence(kernel: str, invariance: Invariance, culprit: str | None) -> str:
+    causes = {name: error for name, error in invariance.vectors.items() if not error <= invariance.tolerance}
+    changed = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
     where = f", first in the output of {culprit}" if culprit else ""
-    return f"with {kernel}, a sample's vector changes with {told or 'its batch, or its loss does'}{where}"
+    return f"with {kernel}, a sample's vector changes with {changed or 'its batch, or its loss does'}{where}"
 
 
-def _advice(measured: dict[str, Invariance]) -> tuple[str, ...]:
-    sound = [name for name, found in measured.items() if found.sound]
+def _advice(measured: dict[str, Invariance]) -> str:
+    sound = [name for name, invariance in measured.items() if invariance.sound]
     if sound:
-        return (f"Build with --attn-implementation {sound[0]}.",)
-    if any(found.vectors["batch_mates"] > found.tolerance for found in measured.values()):
-        return ("Something mixes the samples of a batch, such as a statistic over it or routing with a capacity.",)
+        return f"Build with --attn-implementation {sound[0]}."
+    if any(invariance.vectors["batch_mates"] > invariance.tolerance for invariance in measured.values()):
+        return "Something mixes the samples of a batch, such as a statistic over it or routing with a capacity."
     if not measured:
-        return ("Leave --attn-implementation out, or give one that is installed.",)
+        return "Leave --attn-implementation out, or give one that is installed."
     return (
         "Padding leaks into real tokens: attention, a mean over positions or position ids ignore attention_mask. "
-        "Padding is on the right, with mask 0.",
+        "Padding is on the right, with mask 0."
     )
 
 
-CHECK = Check(
-    name="invariance",
-    asks="Does a vector depend on batch mates or padding?",
-    run=examine,
-    needs=GRADIENTS,
-)
+CHECK = Check(name="invariance", asks="Does a vector depend on batch mates or padding?", run=examine, needs=GRADIENTS)

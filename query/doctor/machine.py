@@ -8,7 +8,7 @@ import torch
 
 from ghoststore.machine import CORES, available_memory, computes_bfloat16, processor, total_memory
 from ghoststore.software import versions_of
-from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.finding import Check, Finding, right
 from query.doctor.subject import Subject
 
 
@@ -40,9 +40,7 @@ def examine(subject: Subject) -> Finding:
         f"{details['name']}, {total / 2**30:.0f} GiB, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"bfloat16 {'in hardware' if bfloat16 else 'emulated'}"
     )
-    return Finding(
-        status=Verdict.ADVICE if advice else Verdict.OK, summary=summary, advice=tuple(advice), details=details
-    )
+    return right(summary, *advice, **details)
 
 
 CHECK = Check(name="machine", asks="What computes here?", run=examine)

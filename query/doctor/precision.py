@@ -36,15 +36,15 @@ class Precision:
 
 def measure(subject: Subject, model: Any) -> Precision:
     """``model`` in its dtype against the reference."""
-    found = subject.alone(model, subject.rows)
-    if found.not_finite:
-        return Precision(not_finite=found.not_finite)
-    ranking = same_ranking(found.vectors, subject.exact.vectors)
+    vectors = subject.alone(model, subject.rows)
+    if vectors.not_finite:
+        return Precision(not_finite=vectors.not_finite)
+    ranking = same_ranking(vectors.vectors, subject.exact.vectors)
     return Precision(
         not_finite=0,
         spearman=float(np.mean(ranking)),
         least_spearman=min(ranking),
-        vectors=float(relative_errors(found.vectors, subject.exact.vectors).mean()),
+        vectors=float(relative_errors(vectors.vectors, subject.exact.vectors).mean()),
         batch=drift(subject, model),
     )
 
@@ -57,55 +57,49 @@ def drift(subject: Subject, model: Any) -> float:
 
 
 def examine(subject: Subject) -> Finding:
-    """bfloat16, and the dtype that was asked for. What is wrong in a dtype that was not asked for is advice."""
+    """bfloat16, and the dtype of the builds. What is wrong in another dtype is advice."""
     reason = subject.lacks_memory(2, "a second copy in 16 bits")
     if reason is not None:
         return skipped(reason)
-    asked = subject.models.dtype
-    status, told, advised, details = Verdict.OK, list[str](), list[str](), dict[str, Any]()
+    wanted = subject.models.dtype
+    status, sentences, advised, details = Verdict.OK, list[str](), list[str](), dict[str, Any]()
     rows, tolerance = len(subject.rows), ROUGH + drift(subject, subject.model)
-    for dtype in dict.fromkeys(["bfloat16", *([asked] if asked != "float32" else [])]):
+    for dtype in dict.fromkeys(["bfloat16", *([wanted] if wanted != "float32" else [])]):
         try:
-            found = measure(subject, subject.models.in_dtype(dtype))
+            precision = measure(subject, subject.models.in_dtype(dtype))
         except UsageError as error:
             verdict, sentence, advice = Verdict.WRONG, f"{dtype}: {error}", f"Do not build with --model-dtype {dtype}."
         else:
-            details[dtype] = asdict(found)
-            verdict, sentence, advice = _judge(dtype, found, rows, tolerance)
-        if verdict is Verdict.WRONG and dtype != asked:
+            details[dtype] = asdict(precision)
+            verdict, sentence, advice = _judge(dtype, precision, rows, tolerance)
+        if verdict is Verdict.WRONG and dtype != wanted:
             verdict = Verdict.ADVICE
         status = max(status, verdict, key=[Verdict.OK, Verdict.ADVICE, Verdict.WRONG].index)
-        told.append(sentence)
+        sentences.append(sentence)
         advised += [advice] if advice else []
-    return Finding(status=status, summary="; ".join(told), advice=tuple(advised), details=details)
+    return Finding(status=status, summary="; ".join(sentences), advice=tuple(advised), details=details)
 
 
-def _judge(dtype: str, found: Precision, rows: int, tolerance: float) -> tuple[Verdict, str, str]:
-    """(verdict, sentence, advice) on one dtype, as if it had been asked for. ``tolerance``: of ``batch``."""
-    if found.not_finite:
+def _judge(dtype: str, precision: Precision, rows: int, tolerance: float) -> tuple[Verdict, str, str]:
+    """(verdict, sentence, advice) on one dtype, as if builds used it. ``tolerance``: of ``batch``."""
+    if precision.not_finite:
         return (
             Verdict.WRONG,
-            f"{dtype} overflows: the gradients of {found.not_finite} of {rows} samples are NaN or infinite",
+            f"{dtype} overflows: the gradients of {precision.not_finite} of {rows} samples are NaN or infinite",
             f"Do not build with --model-dtype {dtype}: those rows would have no vector. Use float32.",
         )
-    sentence = (
-        f"{dtype} ranks as float32 does with Spearman {found.spearman:.3f}, vectors differ by {found.vectors:.1%}"
-    )
-    if not found.batch <= tolerance:
+    agreement = f"Spearman {precision.spearman:.3f}, vectors differ by {precision.vectors:.1%}"
+    sentence = f"{dtype} ranks as float32 does with {agreement}"
+    if not precision.batch <= tolerance:
         return (
             Verdict.WRONG,
-            f"{sentence}; in a padded batch they differ by {found.batch:.0%} from those alone",
+            f"{sentence}; in a padded batch they differ by {precision.batch:.0%} from those alone",
             f"Do not build with --model-dtype {dtype}: a vector depends on what it is batched with. Use float32.",
         )
-    if not found.spearman >= FAITHFUL:
-        verdict = Verdict.ADVICE if found.spearman >= UNFAITHFUL else Verdict.WRONG
+    if not precision.spearman >= FAITHFUL:
+        verdict = Verdict.ADVICE if precision.spearman >= UNFAITHFUL else Verdict.WRONG
         return verdict, sentence, f"{dtype} changes the ranking of this model: build with --model-dtype float32."
     return Verdict.OK, sentence, ""
 
 
-CHECK = Check(
-    name="precision",
-    asks="Does bfloat16 keep the ranking, within its range?",
-    run=examine,
-    needs=GRADIENTS,
-)
+CHECK = Check(name="precision", asks="Does bfloat16 keep the ranking, within its range?", run=examine, needs=GRADIENTS)

@@ -8,7 +8,7 @@ import torch
 
 from ghoststore.errors import UsageError
 from indexer.encode.engine import refuse_randomness
-from query.doctor.finding import Check, Finding, Verdict
+from query.doctor.finding import Check, Finding, right, wrong
 from query.doctor.locate import first_difference
 from query.doctor.subject import Subject
 
@@ -26,16 +26,15 @@ def examine(subject: Subject) -> Finding:
         try:
             refuse_randomness(subject.model)
         except UsageError as error:
-            advice = ("Call model.eval() before its gradients are taken.",)
-            return Finding(status=Verdict.WRONG, summary=str(error), advice=advice, details=details)
+            return wrong(str(error), "Call model.eval() before its gradients are taken.", **details)
         if difference > TOLERANCE:
-            again = partial(subject.logits, subject.few)
-            where = first_difference(subject.model, again, again)
+            forward = partial(subject.logits, subject.few)
+            where = first_difference(subject.model, forward, forward)
             summary = f"two forward passes of one batch differ by {difference:.2g}, first in the output of {where}"
-            advice = ("Something draws random numbers in eval mode, too, such as dropout with training=True.",)
-            return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details={**details, "first": where})
+            advice = "Something draws random numbers in eval mode, too, such as dropout with training=True."
+            return wrong(summary, advice, **details, first=where)
     same = "are equal bit for bit" if difference == 0 else f"differ by {difference:.1g}, which is rounding"
-    return Finding(status=Verdict.OK, summary=f"two forward passes of one batch {same}", details=details)
+    return right(f"two forward passes of one batch {same}", **details)
 
 
 CHECK = Check(name="randomness", asks="Is a forward pass the same each time?", run=examine)

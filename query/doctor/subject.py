@@ -21,7 +21,7 @@ from indexer.encode.losses import Reduction, next_token_losses_plainly
 from indexer.encode.plain import all_trainable, gradients_of, plain_blocks
 from indexer.encode.tokens import Row
 from indexer.projection.matrices import Projection
-from indexer.projection.selection import Selection
+from indexer.projection.plan import ProjectionPlan
 from query.doctor.models import Models
 
 PLAIN_ROWS = 8
@@ -62,12 +62,16 @@ class Subject:
     model: Any
     """The reference: float32."""
     rows: Sequence[Row]
-    selection: Selection
     projection: Projection
     kernels: tuple[str, ...] | None
     """Attention kernels that were asked for; None: those that there are."""
     reduction: Reduction
     store: Path
+
+    @property
+    def plan(self) -> ProjectionPlan:
+        """Layers and ranks of the projection."""
+        return self.projection.plan
 
     @property
     def few(self) -> Sequence[Row]:
@@ -82,7 +86,7 @@ class Subject:
 
     def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
         """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
-        needed, free = bytes_a_number * self.selection.total, available_memory(self.models.device)
+        needed, free = bytes_a_number * self.plan.total, available_memory(self.models.device)
         if free is None or needed * HEADROOM < free:
             return None
         return f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of {self.models.device} are free"
@@ -95,12 +99,12 @@ class Subject:
         projection: Projection | None = None,
     ) -> Vectors:
         """Vectors and losses of ``rows``, in their order, computed in ``batches`` of places, on the CPU."""
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        by_place: dict[int, tuple[Tensor, Tensor]] = {}
         with RowEncoder(model, projection or self.projection, reduction=self.reduction) as encoder:
             for batch in batches:
                 vectors, losses = encoder([rows[place] for place in batch])
-                found.update(zip(batch, zip(vectors.cpu(), losses.cpu(), strict=True), strict=True))
-        vectors_B, losses_B = zip(*(found[place] for place in range(len(rows))), strict=True)
+                by_place.update(zip(batch, zip(vectors.cpu(), losses.cpu(), strict=True), strict=True))
+        vectors_B, losses_B = zip(*(by_place[place] for place in range(len(rows))), strict=True)
         return Vectors(torch.stack(vectors_B), torch.stack(losses_B))
 
     def alone(self, model: Any, rows: Sequence[Row], projection: Projection | None = None) -> Vectors:
@@ -121,15 +125,15 @@ class Subject:
     @cached_property
     def plain(self) -> list[PlainGradient]:
         """Of :attr:`few`. Needs as much memory as the weights beside them."""
-        found = []
+        plain = []
         with all_trainable(self.model):
             for row in self.few:
                 logits, labels = self._forward([row])
                 (loss,), _ = next_token_losses_plainly(logits, labels, reduction=self.reduction)
                 gradients = gradients_of(self.model, loss)
                 squares = {name: float(vector_norm(g, dtype=torch.float64)) ** 2 for name, g in gradients.items()}
-                found.append(PlainGradient(blocks=plain_blocks(self.projection, gradients), squares=squares))
-        return found
+                plain.append(PlainGradient(blocks=plain_blocks(self.projection, gradients), squares=squares))
+        return plain
 
     def _forward(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         device = next(self.model.parameters()).device

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ghoststore.progress import Task
 from indexer.encode.tokens import Row
-from indexer.projection.adam import block_matrix
 from indexer.projection.selection import Block
 from query.exact.gradients import ExactGradients, Gradient
 from query.search.part_score import Metric
@@ -102,7 +101,7 @@ class Pieces:
         return [self._matrix(block, gradient) for block in self.chosen]
 
     def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
-        matrix = block_matrix(block, gradient.parts).float()
+        matrix = block.lay_out(gradient.parts).float()
         return matrix if self._metric is None else self._metric(block, matrix)
 
     def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:

@@ -141,9 +141,9 @@ def scaled(part: Part) -> bool:
 def metric_words(part: Part) -> str | None:
     """The metric of the vectors of ``part``; None for plain gradients."""
     projection = part.manifest["projection"]
-    if projection.get("optimizer_state") is not None:
+    if projection["optimizer_state"] is not None:
         return "scaled by an optimizer state"
-    return None if projection.get("precondition", "none") == "none" else "preconditioned when it was built"
+    return None if projection["precondition"] == "none" else "preconditioned when it was built"
 
 
 def stored_products(part: Part, drawn: Drawn, groups: Sequence[int] | None = None) -> Products:

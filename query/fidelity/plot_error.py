@@ -240,7 +240,7 @@ def _point(
     resample = Resampler(len(errors_QR), seed)
     projection = part.manifest["projection"]
     ranks = [(int(layer["ranks"][0]), int(layer["ranks"][1])) for layer in part.manifest["layers"]]
-    known = pairs and projection["kind"] == "gaussian" and projection.get("compress_by", "all") == "all"
+    known = pairs and projection["kind"] == "gaussian" and projection["compress_by"] == "all"
     return ErrorPoint(
         part=part.name,
         numbers=part.layout.dimension,

@@ -47,8 +47,8 @@ def exact_identity(part: Part) -> dict[str, Any]:
     """What the exact gradients of a part's rows are of, and parts of one curve share."""
     layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
     projection = part.manifest["projection"]
-    metric: dict[str, Any] = {"optimizer_state": projection.get("optimizer_state")}
-    if projection.get("precondition", "none") != "none":  # by these, but for the last bits
+    metric: dict[str, Any] = {"optimizer_state": projection["optimizer_state"]}
+    if projection["precondition"] != "none":  # by these, but for the last bits
         metric["precondition"] = {name: projection[name] for name in ("precondition", "damping", "calibration_samples")}
     return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, **metric}
 

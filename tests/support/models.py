@@ -23,12 +23,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import IGNORED, Reduction, next_token_losses
-from indexer.projection.matrices import Projection
-from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from tests.support.oracle import LossOf
 
 VOCABULARY = 101
@@ -168,12 +164,6 @@ def next_token_loss_of(batch: Sequence[Example], reduction: Reduction = "mean") 
         return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=IGNORED, reduction=reduction)
 
     return loss_of
-
-
-def projection_of(model: nn.Module, config: ProjectionConfig) -> Projection:
-    """The drawn projection of a model."""
-    selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
-    return Projection(ProjectionPlan.of(selection, config))
 
 
 def causal_vectors(

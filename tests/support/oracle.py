@@ -1,23 +1,24 @@
-"""The slow, obvious vector that the engine must equal: a loop over samples of plain autograd.
+"""The slow, obvious vector that the engines must equal: a loop over samples of plain autograd.
 
 Legend: B samples, D numbers of a vector, K and J the ranks of a block, O and I the axes of a gradient matrix.
 
-Each sample is run alone, unpadded, with every parameter trainable; the gradients are laid out as
-``indexer.layers.base`` documents, multiplied by the projection's matrices in float64, and sketched by the
-dense matrix of the sketch. Nothing here uses a hook, a side branch or a layer type's formulas.
+Each sample is run alone, unpadded, with every parameter trainable. How gradients are laid out in a vector is written
+down here a second time, from the definitions (the layers' weights and biases, see :func:`gradient_matrix`); of the
+projection only its matrices are used, in float64. No hook, no side branch, no selection, no plan, no layer type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from indexer.encode.plain import gradient_matrix, gradients_of, plain_blocks
 from indexer.projection.matrices import Projection
+from indexer.projection.sketch import BlockSketches, Sketch
 
 LossOf = Callable[[nn.Module, int], Tensor]
 """(model, i) to the loss of sample i alone, a scalar."""
@@ -30,7 +31,7 @@ class Naive:
     vectors: Tensor
     """(B, D)."""
     blocks: dict[str, Tensor]
-    """(B, K, J) by block name, before the sketch."""
+    """(B, K, J) by block name, in the order of the vector, before the sketch."""
     norms: dict[str, Tensor]
     """(B,) by block name: the norm of the gradient before it is projected."""
     gradients: list[dict[str, Tensor]]
@@ -44,26 +45,80 @@ class Naive:
 def gradients_alone(model: nn.Module, count: int, loss_of: LossOf) -> list[dict[str, Tensor]]:
     """The gradients of ``count`` samples, each run alone. ``model`` is copied; its flags and gradients stay."""
     model = deepcopy(model).requires_grad_(True)
-    found = [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
-    return [{name: gradient.double() for name, gradient in of_sample.items()} for of_sample in found]
+    return [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """float64 by the name of each parameter; a tied one has its first name."""
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter).double() if gradient is None else gradient.to_dense().double()
+        for (name, parameter), gradient in zip(named.items(), gradients, strict=True)
+    }
+
+
+def gradient_matrix(model: nn.Module, block: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    """(O, I): the gradient of the module ``block`` of ``model`` and of every other that has the same weight.
+
+    - A linear layer, y = W x + b: O outputs, I inputs, and one input more that is always 1 for each bias.
+    - An embedding is a linear layer of one-hot inputs: O its width, I its entries.
+    - Where one use of the weight is an embedding and another a linear layer, the outputs of one are the inputs of the
+      other: a bias of that other is one output more.
+    - A norm, y = γ ⊙ x̂ + β: γ's numbers above β's, one column.
+    """
+    names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
+    module = model.get_submodule(block)
+    weight = module.get_parameter("weight")
+    matrix = gradients[names[id(weight)]]
+    if weight.dim() == 1:
+        own = [gradients[names[id(p)]] for p in (weight, module._parameters.get("bias")) if p is not None]
+        return torch.cat(own).unsqueeze(1)
+    if isinstance(module, (Conv1D, nn.Embedding)):  # stored as (inputs, outputs)
+        matrix = matrix.t()
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for user in model.modules():
+        bias = user._parameters.get("bias")
+        if user._parameters.get("weight") is weight and bias is not None:
+            same_way = isinstance(user, nn.Embedding) == isinstance(module, nn.Embedding)
+            (columns if same_way else rows)[names[id(bias)]] = gradients[names[id(bias)]]
+    n_out, n_in = matrix.shape
+    laid = matrix.new_zeros(n_out + len(rows), n_in + len(columns))
+    laid[:n_out, :n_in] = matrix
+    for place, bias in enumerate(columns.values()):
+        laid[:n_out, n_in + place] = bias
+    for place, bias in enumerate(rows.values()):
+        laid[n_out + place, :n_in] = bias
+    return laid
+
+
+def dense(sketch: Sketch | BlockSketches) -> Tensor:
+    """The (K, n) matrix of a sketch, number by number."""
+    if isinstance(sketch, Sketch):
+        rows = torch.arange(sketch.k).repeat_interleave(sketch.width)
+        matrix = torch.zeros(sketch.k, sketch.read)
+        return matrix.index_put_((rows, sketch.source.cpu()), sketch.weight.cpu(), accumulate=True)
+    pieces = []
+    for kept, of_others in zip(sketch.kept, sketch.sketches, strict=True):
+        pieces.append(nn.functional.one_hot(kept.cpu(), sketch.n).float())
+        pieces += [] if of_others is None else [dense(of_others)]
+    return torch.cat(pieces)
 
 
 def naive(model: nn.Module, projection: Projection, count: int, loss_of: LossOf) -> Naive:
-    """The vectors of ``count`` samples. ``model`` is left alone."""
-    plan = projection.plan
-    blocks: dict[str, list[Tensor]] = {layer.block.name: [] for layer in plan.layers}
-    norms: dict[str, list[Tensor]] = {layer.block.name: [] for layer in plan.layers}
+    """The vectors of ``count`` samples, blocks in the order of the model's modules. ``model`` is left alone."""
     gradients = gradients_alone(model, count, loss_of)
-    for of_sample in gradients:
-        projected = plain_blocks(projection, of_sample)
-        for layer in plan.layers:
-            blocks[layer.block.name].append(projected[layer.block.name])
-            norms[layer.block.name].append(gradient_matrix(layer.block, of_sample).norm())
-    stacked = {name: torch.stack(of_block) for name, of_block in blocks.items()}
-    vectors = torch.cat([block.flatten(1) for block in stacked.values()], dim=1)
+    blocks, norms = {}, {}
+    for name in [name for name, _ in model.named_modules() if name in projection.sides]:
+        p_in, p_out = (torch.as_tensor(side).double() for side in projection.sides[name])
+        matrices_BOI = torch.stack([gradient_matrix(model, name, of_sample) for of_sample in gradients])
+        blocks[name] = p_out @ matrices_BOI @ p_in.t()
+        norms[name] = matrices_BOI.flatten(1).norm(dim=1)
+    vectors = torch.cat([block.flatten(1) for block in blocks.values()], dim=1)
     if projection.sketch:
-        vectors = vectors @ projection.sketch.matrix().double().t()
-    return Naive(vectors, stacked, {name: torch.stack(values) for name, values in norms.items()}, gradients)
+        vectors = vectors @ dense(projection.sketch).double().t()
+    return Naive(vectors, blocks, norms, gradients)
 
 
 def exact_dots(found: Naive, names: list[str]) -> Tensor:
@@ -82,12 +137,10 @@ def relative_error(found: Tensor, expected: Tensor, scale: Tensor | None = None)
     return float(torch.where(difference == 0, 0.0, difference / scale).max())
 
 
-def block_errors(vectors: Tensor, projection: Projection, expected: Naive) -> dict[str, float]:
+def block_errors(vectors: Tensor, expected: Naive) -> dict[str, float]:
     """The relative error of each block of plain (not sketched) vectors."""
-    assert projection.sketch is None
+    sizes = [block[0].numel() for block in expected.blocks.values()]
+    pieces = vectors.split(sizes, dim=1)
     return {
-        layer.block.name: relative_error(
-            vectors[:, layer.start : layer.stop], expected.blocks[layer.block.name].flatten(1)
-        )
-        for layer in projection.plan.layers
+        name: relative_error(piece, block) for piece, (name, block) in zip(pieces, expected.blocks.items(), strict=True)
     }

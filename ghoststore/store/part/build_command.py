@@ -21,7 +21,6 @@ DEFAULTS: dict[str, Any] = {
     "--proj-kind": "gaussian",
     "--proj-seed": 0,
     "--proj-rank-min": 1,
-    "--proj-rank-ratio": 1.0,
     "--proj-damping": 0.1,
     "--calibration-samples": 256,
     "--text-field": "text",
@@ -78,14 +77,13 @@ def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterato
     yield "--include-embeddings", stored["include_embeddings"]
     yield "--proj-rank-total", stored["rank_total"]
     yield "--proj-rank-min", stored["rank_min"]
-    yield "--proj-rank-ratio", stored.get("rank_ratio")
     yield "--proj-kind", stored["kind"]
     yield "--proj-seed", stored["seed"]
     # Without a sketch by default, where the model is too small for one, blocks may be larger than plain ones.
     large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_BLOCK for layer in layers)
     by_default = stored["rank_total"] is not None or large
     yield "--proj-compress", stored["compress"] or (None if by_default else "none")
-    yield "--proj-compress-by", stored.get("compress_by", "all") if stored["compress"] else None
-    yield "--proj-precondition", stored.get("precondition", "none")
-    yield "--proj-damping", stored.get("damping")
-    yield "--calibration-samples", stored.get("calibration_samples")
+    yield "--proj-compress-by", stored["compress_by"] if stored["compress"] else None
+    yield "--proj-precondition", stored["precondition"]
+    yield "--proj-damping", stored["damping"]
+    yield "--calibration-samples", stored["calibration_samples"]

@@ -56,7 +56,7 @@ class Part(Spanned[PartLayout]):
     def sketched_together(self) -> bool:
         """Whether one sketch holds all layers, so that nothing can be said of one of them."""
         projection = self.manifest["projection"]
-        return projection["compress"] is not None and projection.get("compress_by", "all") == "all"
+        return projection["compress"] is not None and projection["compress_by"] == "all"
 
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
         """Rows by status, and their tokens."""

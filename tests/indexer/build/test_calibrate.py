@@ -21,14 +21,13 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.build import calibrate as module
 from indexer.build.calibrate import calibrate
-from indexer.encode.plain import gradient_matrix, gradients_of
 from indexer.encode.tokens import Row
 from indexer.projection.adam import SideScales
 from indexer.projection.calibration import Calibration
-from indexer.projection.kfac import Factor
+from indexer.projection.kfac import MomentFactor
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from tests.support.models import POSITIONS, VOCABULARY, settle
+from tests.support.oracle import gradient_matrix, gradients_of
 
 LAYERS = ("mlp", "attn", "norm")
 
@@ -53,7 +52,7 @@ def some_rows(count: int = 9) -> list[Row]:
 
 def plan_of(model: Any, **settings: Any) -> ProjectionPlan:
     config = ProjectionConfig(**{"layers": LAYERS, "rank_total": 12} | settings)
-    return ProjectionPlan.of(select_blocks(model, config.layers, config.exclude_layers), config)
+    return ProjectionPlan.for_model(model, config)
 
 
 def learn(model: Any, plan: ProjectionPlan, rows: list[Row], **settings: Any) -> Calibration:
@@ -69,7 +68,7 @@ def by_hand(plan: ProjectionPlan, rows: list[Row]) -> dict[str, Tensor]:
         ids = torch.from_numpy(one.tokens).long().unsqueeze(0)
         gradients = gradients_of(model, model(input_ids=ids, labels=ids).loss)
         for layer in plan.layers:
-            found[layer.block.name].append(gradient_matrix(layer.block, gradients))
+            found[layer.block.name].append(gradient_matrix(model, layer.block.name, gradients))
     return {name: torch.stack(matrices) for name, matrices in found.items()}
 
 
@@ -78,14 +77,14 @@ def moments(g_ROI: Tensor) -> tuple[Tensor, Tensor]:
     return (g_ROI.mT @ g_ROI).mean(0), (g_ROI @ g_ROI.mT).mean(0)
 
 
-def dense(factor: Factor) -> Tensor:
+def dense(factor: MomentFactor) -> Tensor:
     """With the rest spread evenly over the other directions."""
     vectors, values = factor.vectors.double(), factor.values.double()
     n = vectors.shape[1]
     return vectors.t() * (values - factor.rest) @ vectors + factor.rest * torch.eye(n, dtype=torch.float64)
 
 
-def factors_of(learned: Calibration) -> Mapping[str, tuple[Factor, Factor]]:
+def factors_of(learned: Calibration) -> Mapping[str, tuple[MomentFactor, MomentFactor]]:
     assert learned.preconditioner is not None
     return learned.preconditioner.factors
 

@@ -82,10 +82,10 @@ def test_killed_while_learning_leaves_nothing(lab: Lab, tmp_path: Path, monkeypa
         (ProjectionConfig(damping=0.5), "projection.damping: stored 0.1, asked for 0.5"),
         (ProjectionConfig(calibration_samples=12), "projection.calibration_samples: stored 256, asked for 12"),
         (ProjectionConfig(seed=4), "projection.seed"),
-        (ProjectionConfig(rank_ratio=2.0), "projection.rank_ratio"),
-        (ProjectionConfig(precondition="none"), "projection.precondition: stored 'kronecker', asked for None"),
+        (ProjectionConfig(rank_min=2), "projection.rank_min"),
+        (ProjectionConfig(precondition="none"), "projection.precondition: stored 'kronecker', asked for 'none'"),
         (ProjectionConfig(kind="pca"), "projection.kind"),
-        (ProjectionConfig(compress_by="all"), "projection.compress_by: stored 'layer', asked for None"),
+        (ProjectionConfig(compress_by="all"), "projection.compress_by: stored 'layer', asked for 'all'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -20,7 +20,6 @@ from indexer.build.model_check import ModelCheck
 from indexer.encode.batching import plan_batches
 from indexer.encode.tokens import Row
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from tests.support.models import pad
 from tests.support.odd_models import odd, save_odd
 from tests.support.oracle import gradients_alone
@@ -143,7 +142,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model.attn.weight.requires_grad_(True)
     model.attn.weight.grad = torch.ones_like(model.attn.weight)
     flags = [p.requires_grad for p in model.parameters()]
-    plan = ProjectionPlan.of(select_blocks(model, ("all",)), ProjectionConfig(layers=("all",), rank_total=9))
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("all",), rank_total=9))
     ids = pad([(torch.arange(1, 9), torch.arange(1, 9))])[0][0].int().numpy()
     row = Row(Sample(0, "a", None, "text", -1, 0), 0, 0, ids, 1, Status.OK)
     assert ModelCheck(model, plan, [row], longest=32).run()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from indexer.dotprod import exact, routes
 from indexer.dotprod.exact import Route
-from indexer.dotprod.routes import add_gradients, direct, gram, naive_gradients, pairs
-from indexer.layers.terms import Outer, Term, Vector
+from indexer.dotprod.routes import add_gradients, direct, gram, pairs
+from indexer.layers.factors import Factors, Outer, Vector
 from tests.support.models import gpt2, llama
 from tests.support.oracle import relative_error
 from tests.support.scoring import BATCH, VAL, agree, causal_engine, causal_step, check, exact_causal
@@ -25,7 +25,7 @@ dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
 @st.composite
-def terms_of(draw: st.DrawFn, shape: torch.Size, dtype: torch.dtype) -> Term:
+def factors_of(draw: st.DrawFn, shape: torch.Size, dtype: torch.dtype) -> Factors:
     """A batch's gradients of a parameter of ``shape``, of any kind."""
     batch, positions = draw(sizes), draw(sizes)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -38,15 +38,24 @@ def terms_of(draw: st.DrawFn, shape: torch.Size, dtype: torch.dtype) -> Term:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[torch.Size, int, list[Term]]:
+def cases(draw: st.DrawFn) -> tuple[torch.Size, int, list[Factors]]:
     """A parameter's shape, a tile, and two batches' gradients of it."""
     shape = torch.Size(draw(st.lists(sizes, min_size=1, max_size=2)))
     dtype = draw(dtypes)
-    return shape, draw(st.sampled_from(TILES)), [draw(terms_of(shape, dtype)) for _ in range(2)]
+    return shape, draw(st.sampled_from(TILES)), [draw(factors_of(shape, dtype)) for _ in range(2)]
 
 
-def flat(term: Term, shape: torch.Size) -> Tensor:
-    return naive_gradients(term, shape).double().flatten(1)
+def flat(factors: Factors, shape: torch.Size) -> Tensor:
+    """(B, N) float64: every sample's gradient, formed. The slow, obvious version that the routes must equal."""
+    if isinstance(factors, Vector):
+        return factors.values.double()
+    columns = factors.columns.double()
+    if not factors.is_lookup:
+        return (factors.rows.double().transpose(1, 2) @ columns).flatten(1)
+    formed = columns.new_zeros(len(columns), *shape)
+    for sample, (places, values) in enumerate(zip(factors.rows, columns, strict=True)):
+        formed[sample].index_add_(0, places, values)
+    return formed.flatten(1)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -61,43 +70,39 @@ def with_tile(tile: int, call: Callable[[], Tensor]) -> Tensor:
 
 @settings(deadline=None)
 @given(cases(), st.integers(1, 3))
-def test_direct(case: tuple[torch.Size, int, list[Term]], groups: int) -> None:
-    shape, tile, (term, _) = case
-    dtype = term.values.dtype if isinstance(term, Vector) else term.columns.dtype
+def test_direct(case: tuple[torch.Size, int, list[Factors]], groups: int) -> None:
+    shape, tile, (factors, _) = case
+    dtype = factors.values.dtype if isinstance(factors, Vector) else factors.columns.dtype
     val = torch.randn(groups, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    close(with_tile(tile, lambda: direct(term, val)), flat(term, shape) @ val.double().flatten(1).t())
+    close(with_tile(tile, lambda: direct(factors, val)), flat(factors, shape) @ val.double().flatten(1).t())
 
 
 @settings(deadline=None)
 @given(cases())
-def test_gram(case: tuple[torch.Size, int, list[Term]]) -> None:
+def test_gram(case: tuple[torch.Size, int, list[Factors]]) -> None:
     shape, tile, (train, val) = case
     close(with_tile(tile, lambda: gram(train, val)), flat(train, shape) @ flat(val, shape).t())
 
 
 @settings(deadline=None)
 @given(cases(), st.integers(1, 3))
-def test_pairs_of_a_parameter_with_one_to_three_uses(case: tuple[torch.Size, int, list[Term]], uses: int) -> None:
+def test_pairs_of_a_parameter_with_one_to_three_uses(case: tuple[torch.Size, int, list[Factors]], uses: int) -> None:
     shape, tile, (one, other) = case
-    batch = min(len(term.values if isinstance(term, Vector) else term.columns) for term in (one, other))
-    terms = [first(term, batch) for term in (one, other, one)[:uses]]
-    whole = torch.stack([flat(term, shape) for term in terms]).sum(0)
-    close(with_tile(tile, lambda: pairs(terms, shape)), whole @ whole.t())
-
-
-def first(term: Term, count: int) -> Term:
-    return Vector(term.values[:count]) if isinstance(term, Vector) else Outer(term.rows[:count], term.columns[:count])
+    batch = min(len(factors.values if isinstance(factors, Vector) else factors.columns) for factors in (one, other))
+    of_uses = [factors.of(slice(batch)) for factors in (one, other, one)[:uses]]
+    whole = torch.stack([flat(factors, shape) for factors in of_uses]).sum(0)
+    close(with_tile(tile, lambda: pairs(of_uses, shape)), whole @ whole.t())
 
 
 @settings(deadline=None)
 @given(cases(), st.data())
-def test_add_gradients(case: tuple[torch.Size, int, list[Term]], data: st.DataObject) -> None:
-    shape, _, (term, _) = case
-    whole = flat(term, shape)
+def test_add_gradients(case: tuple[torch.Size, int, list[Factors]], data: st.DataObject) -> None:
+    shape, _, (factors, _) = case
+    whole = flat(factors, shape)
     groups = data.draw(sizes)
     group_V = torch.tensor([data.draw(st.integers(0, groups - 1)) for _ in whole])
     into = torch.ones(groups, *shape)
-    add_gradients(term, group_V, into)
+    add_gradients(factors, group_V, into)
     close(into.flatten(1), torch.ones(groups, whole.shape[1], dtype=torch.float64).index_add(0, group_V, whole))
 
 
@@ -105,9 +110,11 @@ def test_add_gradients(case: tuple[torch.Size, int, list[Term]], data: st.DataOb
 def test_both_ways_to_all_pairs_agree(positions: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((5, 6))
-    term = Outer(torch.randn(3, positions, 5, generator=generator), torch.randn(3, positions, 6, generator=generator))
-    assert routes.pairs_by_tiles([term], shape) == (positions == 40)
-    close(pairs([term], shape), flat(term, shape) @ flat(term, shape).t())
+    factors = Outer(
+        torch.randn(3, positions, 5, generator=generator), torch.randn(3, positions, 6, generator=generator)
+    )
+    assert routes.pairs_by_tiles([factors], shape) == (positions == 40)
+    close(pairs([factors], shape), flat(factors, shape) @ flat(factors, shape).t())
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
@@ -115,15 +122,15 @@ def test_float16_has_the_range_of_float32(scale: float) -> None:
     # A val gradient below float16's smallest number, and products of scaled factors beyond its largest.
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randn(3, 4, 8, generator=generator) for _ in range(2))
-    term = Outer((rows * scale).half(), columns.half())
+    factors = Outer((rows * scale).half(), columns.half())
     shape = torch.Size((8, 8))
     val = 1e-8 * torch.randn(2, *shape, generator=generator)
     for gradients in (val[:1], val):
-        expected = flat(term, shape) @ gradients.double().flatten(1).t()
-        assert relative_error(direct(term, gradients), expected) <= 1e-5
-    expected = flat(term, shape) @ flat(term, shape).t()
-    assert relative_error(gram(term, term), expected) <= 1e-5
-    assert relative_error(pairs([term], shape), expected) <= 1e-5
+        expected = flat(factors, shape) @ gradients.double().flatten(1).t()
+        assert relative_error(direct(factors, gradients), expected) <= 1e-5
+    expected = flat(factors, shape) @ flat(factors, shape).t()
+    assert relative_error(gram(factors, factors), expected) <= 1e-5
+    assert relative_error(pairs([factors], shape), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("groups", [None, "each"])

@@ -9,8 +9,9 @@ import torch
 
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.encoder import RowEncoder
+from indexer.projection.matrices import Projection
 from tests.indexer.encode.test_invariance import ROWS
-from tests.support.models import CAUSAL, projection_of
+from tests.support.models import CAUSAL
 from tests.support.oracle import relative_error
 
 pytestmark = [
@@ -24,7 +25,7 @@ pytestmark = [
 def test_the_same_matrices(kind: str, settings: dict[str, Any]) -> None:
     model = CAUSAL["gpt2-tied"]()
     config = ProjectionConfig(layers=("all",), kind=kind, **settings)
-    expected, found = projection_of(model, config), projection_of(model.cuda(), config).to("cuda")
+    expected, found = Projection.for_model(model, config), Projection.for_model(model.cuda(), config).to("cuda")
     assert found.hash == expected.hash
     for name, sides in expected.sides.items():
         for one, other in zip(sides, found.sides[name], strict=True):
@@ -40,10 +41,10 @@ def test_the_same_matrices(kind: str, settings: dict[str, Any]) -> None:
 def test_the_same_vectors(architecture: str, settings: dict[str, Any]) -> None:
     model = CAUSAL[architecture]()
     config = ProjectionConfig(**settings)
-    with RowEncoder(model, projection_of(model, config)) as encoder:
+    with RowEncoder(model, Projection.for_model(model, config)) as encoder:
         expected = encoder(ROWS)
     model = model.cuda()
-    with RowEncoder(model, projection_of(model, config)) as encoder:
+    with RowEncoder(model, Projection.for_model(model, config)) as encoder:
         found = encoder(ROWS)
     assert found.vectors.is_cuda
     assert relative_error(found.vectors.cpu(), expected.vectors) <= 1e-4

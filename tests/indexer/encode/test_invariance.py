@@ -15,7 +15,8 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.part.status import Status
 from indexer.encode.encoder import RowEncoder, pad
 from indexer.encode.tokens import Row
-from tests.support.models import CAUSAL, VOCABULARY, Example, gpt2, next_token_loss_of, projection_of
+from indexer.projection.matrices import Projection
+from tests.support.models import CAUSAL, VOCABULARY, Example, gpt2, next_token_loss_of
 from tests.support.oracle import naive, relative_error
 
 TOLERANCE = 1e-5
@@ -62,7 +63,7 @@ COMPANY = {
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_the_company_of_a_row_does_not_matter(architecture: str, projection: str, reduction: Any) -> None:
     model = CAUSAL[architecture]()
-    drawn = projection_of(model, PROJECTIONS[projection])
+    drawn = Projection.for_model(model, PROJECTIONS[projection])
     with RowEncoder(model, drawn, reduction=reduction) as encoder:
         alone = encoded_in(encoder, ALONE)
         for batches in COMPANY.values():
@@ -76,7 +77,7 @@ def test_the_company_of_a_row_does_not_matter(architecture: str, projection: str
 
 def test_a_row_twice_in_a_batch_has_the_same_bits() -> None:
     model = gpt2()
-    with RowEncoder(model, projection_of(model, ProjectionConfig())) as encoder:
+    with RowEncoder(model, Projection.for_model(model, ProjectionConfig())) as encoder:
         vectors, _ = encoder([ROWS[3], ROWS[1], ROWS[3]])
         again, _ = encoder([ROWS[3], ROWS[1], ROWS[3]])
     assert torch.equal(vectors[0], vectors[2])
@@ -85,7 +86,7 @@ def test_a_row_twice_in_a_batch_has_the_same_bits() -> None:
 
 def test_mean_is_sum_over_the_number_of_targets() -> None:
     model = gpt2()
-    drawn = projection_of(model, ProjectionConfig())
+    drawn = Projection.for_model(model, ProjectionConfig())
     found = []
     for reduction in ("mean", "sum"):
         with RowEncoder(model, drawn, reduction=reduction) as encoder:  # type: ignore[arg-type]

@@ -14,9 +14,10 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import next_token_losses
+from indexer.projection.matrices import Projection
 from tests.indexer.encode.test_invariance import ROWS
 from tests.indexer.encode.test_non_interference import state_of
-from tests.support.models import CAUSAL, causal_vectors, examples, gpt2, llama, neox, pad, projection_of
+from tests.support.models import CAUSAL, causal_vectors, examples, gpt2, llama, neox, pad
 from tests.support.oracle import naive, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -95,7 +96,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 def test_the_encoder_checkpoints_exactly_and_tidies_up(architecture: str) -> None:
     # The models have dropout where their configs do by default: none of it may come alive.
     model = CAUSAL[architecture]()
-    projection = projection_of(model, CONFIGS["default"])
+    projection = Projection.for_model(model, CONFIGS["default"])
     with RowEncoder(model, projection) as encoder:
         expected = encoder(ROWS)
     state = state_of(model)
@@ -119,7 +120,7 @@ def test_the_encoder_checkpoints_exactly_and_tidies_up(architecture: str) -> Non
 def test_the_encoder_tidies_up_after_an_exception() -> None:
     model = gpt2()
     state = state_of(model)
-    encoder = RowEncoder(model, projection_of(model, CONFIGS["default"]), checkpointing=True)
+    encoder = RowEncoder(model, Projection.for_model(model, CONFIGS["default"]), checkpointing=True)
     with pytest.raises(KeyboardInterrupt), encoder:
         raise KeyboardInterrupt
     assert [m.training for m in model.modules()] == state["training"]
@@ -130,7 +131,7 @@ def test_the_encoder_tidies_up_after_an_exception() -> None:
 def test_the_encoder_leaves_the_checkpointing_of_the_user_on() -> None:
     model = llama().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with RowEncoder(model, projection_of(model, CONFIGS["default"]), checkpointing=True) as encoder:
+    with RowEncoder(model, Projection.for_model(model, CONFIGS["default"]), checkpointing=True) as encoder:
         encoder(ROWS)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert model.training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
+from indexer.projection.matrices import Projection
 from tests.support.models import (
     CAUSAL,
     bert_masked,
@@ -21,7 +22,6 @@ from tests.support.models import (
     llama,
     pad,
     perceptron,
-    projection_of,
     settle,
 )
 from tests.support.oracle import naive, relative_error
@@ -204,7 +204,7 @@ def test_training_mode_without_dropout_is_no_reason_to_refuse() -> None:
 
 
 def causal_vectors_of(model: nn.Module, batch: Any) -> Tensor:
-    with GradProjLoraEngine(model, projection=projection_of(model, DEFAULT)) as engine:
+    with GradProjLoraEngine(model, projection=Projection.for_model(model, DEFAULT)) as engine:
         return causal_vectors(engine, model, batch)
 
 

@@ -15,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.encode.plain import gradient_matrix
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
 from tests.indexer.layers.test_layers_alone import Alone, drawn
 from tests.support.models import (
     CAUSAL,
@@ -29,7 +27,7 @@ from tests.support.models import (
     next_token_loss_of,
     settle,
 )
-from tests.support.oracle import LossOf, gradients_alone, relative_error
+from tests.support.oracle import LossOf, gradient_matrix, gradients_alone, relative_error
 
 TOLERANCE = 5e-5
 SIDES = ("neither", "in", "out", "norms scaled")
@@ -49,7 +47,7 @@ def sides_of(plan: ProjectionPlan, projected: str) -> dict[str, tuple[Tensor | N
 
 
 def projection_with(model: nn.Module, projected: str) -> Projection:
-    plan = ProjectionPlan.of(select_blocks(model, ("all",), ()), ProjectionConfig(layers=("all",), rank_total=1))
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("all",), rank_total=1))
     return Projection.with_sides(plan, sides_of(plan, projected))
 
 
@@ -60,7 +58,7 @@ def agree(projection: Projection, vectors: Tensor, model: nn.Module, count: int,
     assert vectors.shape == (count, projection.plan.dimension)
     for layer in projection.plan.layers:
         p_in, p_out = projection.sides[layer.block.name]
-        expected = torch.stack([gradient_matrix(layer.block, one) for one in gradients])
+        expected = torch.stack([gradient_matrix(model, layer.block.name, one) for one in gradients])
         norms = expected.flatten(1).norm(dim=1)
         if p_in is not None:
             expected = expected @ p_in.double().t()
@@ -134,7 +132,7 @@ def test_a_tied_decoder_with_a_bias(projected: str) -> None:
 def test_some_layers_whole_and_some_projected() -> None:
     """Columns follow the sides that are given, not the ranks of the plan."""
     model, batch = gpt2(layers=1), examples()
-    plan = ProjectionPlan.of(select_blocks(model, ("all",), ()), ProjectionConfig(layers=("all",), rank_total=25))
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("all",), rank_total=25))
     mixed = {
         name: pair if place % 2 else (None, None) for place, (name, pair) in enumerate(sides_of(plan, "in").items())
     }
@@ -150,7 +148,7 @@ def test_some_layers_whole_and_some_projected() -> None:
 def test_sides_that_overflow_the_dtype_are_refused() -> None:
     """Infinite numbers would make every row one that is not finite."""
     model = settle(Alone(nn.Linear(5, 7))).half()
-    plan = ProjectionPlan.of(select_blocks(model, ("all",), ()), ProjectionConfig(layers=("all",), rank_total=4))
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("all",), rank_total=4))
     sides = {plan.layers[0].block.name: (torch.eye(6), 1e5 * torch.eye(7))}
     with (
         pytest.raises(UsageError, match=r"layer 'layer': .* up to 1e\+05, which are infinite in torch.float16"),

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.projection.draws import KINDS
-from tests.support.models import projection_of, settle
+from indexer.projection.matrices import Projection
+from tests.support.models import settle
 from tests.support.oracle import naive, relative_error
 
 TOLERANCE = 1e-5
@@ -54,7 +55,7 @@ def configs(draw: st.DrawFn, numbers: int) -> ProjectionConfig:
 def check(layer: nn.Module, x: Tensor, config: ProjectionConfig) -> None:
     """The engine's vectors of ``layer`` on ``x`` are the oracle's, and its outputs untouched."""
     model = settle(Alone(layer))
-    projection = projection_of(model, config)
+    projection = Projection.for_model(model, config)
 
     def losses_of(model: nn.Module, x: Tensor) -> Tensor:
         y = model(x)

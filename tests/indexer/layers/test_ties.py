@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ghoststore.errors import LayerError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
-from tests.support.models import VOCABULARY, projection_of, settle
+from indexer.projection.matrices import Projection
+from tests.support.models import VOCABULARY, settle
 from tests.support.oracle import naive, relative_error
 
 TOLERANCE = 1e-5
@@ -77,7 +78,7 @@ def test_a_bias_that_two_weights_share_is_refused() -> None:
     # Each of the two blocks would hold its own use's share: the sum over uses, and so the cross terms of
     # an inner product, would be missing.
     with pytest.raises(LayerError, match="bias"):
-        projection_of(SharedBias(), ProjectionConfig(layers=("all",), rank_total="full"))
+        Projection.for_model(SharedBias(), ProjectionConfig(layers=("all",), rank_total="full"))
 
 
 class TiedLanguageModel(nn.Module):
@@ -110,7 +111,7 @@ def test_a_tied_head(head_first: bool, bias: bool, padding: int | None, rank_tot
         return F.cross_entropy(model(ids[sample : sample + 1])[0], ids[sample])
 
     config = ProjectionConfig(layers=("all",), rank_total=rank_total)
-    assert len(projection_of(model, config).plan.layers) == 2
+    assert len(Projection.for_model(model, config).plan.layers) == 2
     with GradProjLoraEngine(model, config) as engine:
         engine.prepare(BATCH)
         losses = F.cross_entropy(model(ids).transpose(1, 2), ids, reduction="none").mean(1)

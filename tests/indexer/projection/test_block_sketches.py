@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from indexer.projection.sketch import BlockSketches
+from tests.support.oracle import dense
 
 Blocks = tuple[list[int], list[int], list[Tensor]]
 """Widths, sizes and kept places."""
@@ -48,10 +49,10 @@ def test_equals_its_dense_matrix(found: Blocks, batch: int, key: str) -> None:
     sketch = sketches(found, key)
     n, k = sum(found[0]), sum(found[1])
     x = numbers(batch, n)
-    dense = sketch.matrix()
-    assert (sketch.n, sketch.k, tuple(dense.shape)) == (n, k, (k, n))
+    matrix = dense(sketch)
+    assert (sketch.n, sketch.k, tuple(matrix.shape)) == (n, k, (k, n))
     assert sketch(x).dtype == torch.float32
-    torch.testing.assert_close(sketch(x).double(), x.double() @ dense.double().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sketch(x).double(), x.double() @ matrix.double().t(), rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None)
@@ -59,12 +60,12 @@ def test_equals_its_dense_matrix(found: Blocks, batch: int, key: str) -> None:
 def test_blocks_stay_apart_and_kept_numbers_are_exact(found: Blocks) -> None:
     """Every number goes to one place of its block's, with weight one; kept ones to a place of their own."""
     widths, sizes, kept = found
-    dense = sketches(found).matrix()
+    matrix = dense(sketches(found))
     x = numbers(2, sum(widths))
     out = sketches(found)(x)
     row = 0
     for (start, stop), size, places in zip(columns(widths), sizes, kept, strict=True):
-        mine = dense[row : row + size]
+        mine = matrix[row : row + size]
         outside = torch.cat([mine[:, :start], mine[:, stop:]], dim=1)
         assert not bool(outside.any())
         exact = mine[: len(places)]
@@ -94,10 +95,10 @@ def test_inner_products_are_unbiased() -> None:
 def test_whole_blocks_have_no_sketch() -> None:
     kept = [torch.arange(4), torch.tensor([1])]
     sketch = sketches(([4, 3], [4, 2], kept))
-    assert [one is None for one in sketch._sketches] == [True, False]
-    assert torch.equal(sketch.matrix()[:4], torch.eye(7)[:4])
+    assert [one is None for one in sketch.sketches] == [True, False]
+    assert torch.equal(dense(sketch)[:4], torch.eye(7)[:4])
     whole = sketches(([4, 3], [4, 3], [torch.arange(4), torch.arange(3)]))
-    assert torch.equal(whole.matrix(), torch.eye(7))
+    assert torch.equal(dense(whole), torch.eye(7))
     assert torch.equal(whole(torch.ones(2, 7).half()), torch.ones(2, 7))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,8 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.engine import GradProjLoraEngine
-from indexer.projection.plan import LATER_SETTINGS, ProjectionPlan, ranks
-from indexer.projection.selection import select_blocks
+from indexer.projection.plan import ProjectionPlan, ranks
+from indexer.projection.stored import config_of
 from tests.support.models import examples, gpt2
 from tests.support.scoring import val_batch
 
@@ -36,7 +38,7 @@ def test_engines(settings: dict[str, Any]) -> None:
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(UsageError, match=REASON):
         GradProjLoraEngine(model, config)
-    plan = ProjectionPlan.of(select_blocks(model, config.layers, ()), config)
+    plan = ProjectionPlan.for_model(model, config)
     assert plan.calibration is None
     with pytest.raises(UsageError, match=REASON):
         GradDotProdEngine(model, [val_batch(examples())], projection=config)
@@ -92,9 +94,6 @@ def test_by_default_an_engine_learns_nothing() -> None:
     ("settings", "named"),
     [
         ({"compress_by": "rows"}, "--proj-compress-by takes layer, all or auto, not 'rows'"),
-        ({"rank_ratio": 0}, "--proj-rank-ratio must be above 0, not 0"),
-        ({"rank_ratio": float("inf")}, "--proj-rank-ratio must be above 0, not inf"),
-        ({"rank_ratio": float("nan")}, "--proj-rank-ratio must be above 0, not nan"),
         ({"precondition": "kfac"}, "--proj-precondition 'kfac' is unknown; known: auto, none, kronecker"),
         ({"damping": 0.0}, "--proj-damping must be above 0, not 0.0"),
         ({"damping": float("nan")}, "--proj-damping must be above 0, not nan"),
@@ -108,29 +107,39 @@ def test_nonsense(settings: dict[str, Any], named: str) -> None:
 
 def test_fewer_numbers_than_layers() -> None:
     model = gpt2()
-    blocks = select_blocks(model, ("mlp",), ())
     with pytest.raises(UsageError, match="--proj-compress 3 is less than a number for each of 4 layers"):
-        ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), compress=3, compress_by="layer"))
-    assert ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), compress=3)).compress == 3
+        ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), compress=3, compress_by="layer"))
+    assert ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), compress=3)).compress == 3
 
 
-@pytest.mark.parametrize("ratio", [1e-9, 0.01, 0.3, 1.0, 4.0, 1e4, 1e30])
 @pytest.mark.parametrize("total", [1, 2, 12, 256, 4096])
 @pytest.mark.parametrize(("n_out", "n_in"), [(1, 1), (3, 500), (500, 3), (90, 100), (4000, 768)])
-def test_ranks_of_any_ratio(n_out: int, n_in: int, total: int, ratio: float) -> None:
-    k_out, k_in = ranks(n_out, n_in, total, ratio)
+def test_ranks_of_any_layer(n_out: int, n_in: int, total: int) -> None:
+    k_out, k_in = ranks(n_out, n_in, total)
     assert 1 <= k_out <= n_out
     assert 1 <= k_in <= n_in
     assert k_out * k_in <= total
 
 
-def test_a_plain_manifest_tells_of_nothing_learned() -> None:
-    """As the parts of earlier releases have it."""
+def test_a_manifest_holds_every_setting_and_null_for_what_is_not_used() -> None:
     model = gpt2()
-    blocks = select_blocks(model, ("mlp",), ())
-    plain = ProjectionPlan.of(blocks, ProjectionConfig(layers=("mlp",), rank_total=16)).to_json()
-    assert not set(LATER_SETTINGS) & plain.keys()
+    plain = ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), rank_total=16)).to_json()
+    assert {field.name for field in fields(ProjectionConfig)} <= plain.keys()
+    assert {name for name, value in plain.items() if value is None} == {
+        "compress",
+        "damping",
+        "calibration_samples",
+        "calibration",
+    }
     other = ProjectionConfig(layers=("mlp",), rank_total=16, damping=0.7, calibration_samples=3)
-    assert ProjectionPlan.of(blocks, other).to_json() == plain, "what is not used is not told of"
-    learned = ProjectionConfig(layers=("mlp",), rank_total=16, compress=20, rank_ratio=2, precondition="kronecker")
-    assert set(LATER_SETTINGS) <= ProjectionPlan.of(blocks, learned).to_json().keys()
+    assert ProjectionPlan.for_model(model, other).to_json() == plain, "what is not used is not told of"
+
+
+@pytest.mark.parametrize(
+    "settings", [*LEARNED.values(), {}, {"rank_total": 16}, {"rank_total": "full", "seed": 3}], ids=str
+)
+def test_a_manifest_is_read_back_as_the_same_plan(settings: dict[str, Any]) -> None:
+    model, config = gpt2(), ProjectionConfig(exclude_layers=("h.1",), rank_min=2, **settings)
+    plan = ProjectionPlan.for_model(model, config)
+    again = ProjectionPlan.for_model(model, config_of(json.loads(json.dumps(plan.to_json()))))
+    assert (again.layers, again.to_json()) == (plan.layers, plan.to_json())

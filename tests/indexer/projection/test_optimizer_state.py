@@ -15,11 +15,11 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.checkpoint.load import find_checkpoint, load_model
 from ghoststore.errors import CheckpointError, CorruptError, MismatchError
-from indexer.encode.plain import gradient_matrix
-from indexer.projection.adam import block_matrix, factored, flat, read_scales, unflat
+from indexer.projection.adam import factored, flat, read_scales, unflat
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
+from tests.support.oracle import gradient_matrix
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -69,7 +69,7 @@ def test_blocks_are_laid_out_as_gradients_are(lab: Lab, tmp_path: Path) -> None:
     blocks = select_blocks(model, ("all",), ()).blocks
     assert len({block.type for block in blocks}) >= 3
     for block in blocks:
-        torch.testing.assert_close(block_matrix(block, tensors), gradient_matrix(block, tensors))
+        torch.testing.assert_close(block.lay_out(tensors), gradient_matrix(model, block.name, tensors))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_vectors_are_gradients_times_v_to_the_minus_quarter(lab: Lab, checkpoint
     store = ghoststore.Store.open(tmp_path / "store")
     plain, adam = (np.asarray(store.part(name).read("vectors", 0, len(lab.rows))) for name in ("plain", "adam"))
     model = load_model(find_checkpoint(checkpoint))
-    plan = ProjectionPlan.of(select_blocks(model, ("all",), ()), FULL)
+    plan = ProjectionPlan.for_model(model, FULL)
     scales = read_scales(checkpoint, model, [layer.block for layer in plan.layers])
     factor = np.concatenate(
         [
@@ -115,7 +115,7 @@ def test_vectors_are_gradients_times_v_to_the_minus_quarter(lab: Lab, checkpoint
 
 def test_sides_are_scaled_before_they_project(checkpoint: Path) -> None:
     model = load_model(find_checkpoint(checkpoint))
-    plan = ProjectionPlan.of(select_blocks(model, ("mlp",), ()), ProjectionConfig(layers=("mlp",), rank_total=16))
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), rank_total=16))
     scales = read_scales(checkpoint, model, [layer.block for layer in plan.layers])
     plain, scaled = Projection(plan), Projection(plan, scales)
     for name, (p_in, p_out) in plain.sides.items():
@@ -165,7 +165,7 @@ def test_numbered_states_get_their_names_back(lab: Lab, tmp_path: Path, optimize
     blocks = select_blocks(model, ("all",), ()).blocks
     found = [read_scales(folder, model, blocks) for folder in (tmp_path / "model", tmp_path / "ours")]
     for block in blocks:
-        expected = factored(block_matrix(block, tensors))
+        expected = factored(block.lay_out(tensors))
         for scales in found:
             assert torch.equal(scales[block.name].scale_in, expected.scale_in)
             assert torch.equal(scales[block.name].scale_out, expected.scale_out)
@@ -258,7 +258,7 @@ def test_groups_from_the_last_layer_to_the_first(lab: Lab, tmp_path: Path) -> No
             continue
         found = read_scales(tmp_path / "model", model, blocks)
         for block in blocks:
-            assert torch.equal(found[block.name].scale_in, factored(block_matrix(block, v)).scale_in)
+            assert torch.equal(found[block.name].scale_in, factored(block.lay_out(v)).scale_in)
 
 
 @pytest.mark.parametrize(("step", "rate"), [(7, 2e-4), (8, None)])

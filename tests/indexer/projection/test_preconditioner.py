@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from indexer.projection.kfac import MOST_DIRECTIONS, Factor, Preconditioner, directions, flat_length
+from indexer.projection.kfac import MOST_DIRECTIONS, KroneckerPreconditioner, MomentFactor, directions, flat_length
 
 DAMPING = 0.1
 
@@ -17,14 +17,14 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def factor(n: int, m: int | None = None, rest: float = 0.0, seed: int = 0) -> Factor:
+def factor(n: int, m: int | None = None, rest: float = 0.0, seed: int = 0) -> MomentFactor:
     m = n if m is None else m
     vectors = torch.linalg.qr(numbers(n, n, seed=seed)).Q[:, :m].t()
     values = torch.linspace(2.0, 0.5, m).square() * 3e-7
-    return Factor(vectors.float().contiguous(), values.float(), rest)
+    return MomentFactor(vectors.float().contiguous(), values.float(), rest)
 
 
-def dense(one: Factor) -> Tensor:
+def dense(one: MomentFactor) -> Tensor:
     vectors, values = one.vectors.double(), one.values.double()
     outside = torch.eye(vectors.shape[1], dtype=torch.float64) - vectors.t() @ vectors
     return vectors.t() * values @ vectors + one.rest * outside
@@ -61,7 +61,7 @@ def test_large_damping_leaves_directions_alone() -> None:
 
 
 def test_a_factor_of_equal_values_scales_alone() -> None:
-    one = Factor(torch.eye(6)[:2], torch.full((2,), 4.0), 4.0)
+    one = MomentFactor(torch.eye(6)[:2], torch.full((2,), 4.0), 4.0)
     rows = numbers(3, 6)
     close(one.root_times(rows, DAMPING), rows * 1.1**-0.5)
 
@@ -72,12 +72,12 @@ def test_flat_and_back(n: int) -> None:
     flat = one.flat()
     assert flat.dtype == torch.float32
     assert len(flat) == flat_length(n)
-    again = Factor.of_flat(flat, n)
+    again = MomentFactor.of_flat(flat, n)
     assert torch.equal(again.vectors, one.vectors)
     assert torch.equal(again.values, one.values)
     assert again.rest == one.rest
     with pytest.raises((ValueError, RuntimeError)):
-        Factor.of_flat(flat[:-1], n)
+        MomentFactor.of_flat(flat[:-1], n)
 
 
 @pytest.mark.parametrize(("n", "m"), [(300, 200), (300, 300), (300, 128), (40, 40)])
@@ -92,7 +92,7 @@ def test_leading_keeps_the_trace(n: int, m: int) -> None:
         assert kept is one
 
 
-def pair(n_in: int = 5, n_out: int = 9, seed: int = 0) -> tuple[Factor, Factor]:
+def pair(n_in: int = 5, n_out: int = 9, seed: int = 0) -> tuple[MomentFactor, MomentFactor]:
     """Of one layer: traces agree."""
     f_in, f_out = factor(n_in, seed=seed), factor(n_out, seed=seed + 1)
     ratio = f_in.mean * n_in / (f_out.mean * n_out)
@@ -101,7 +101,7 @@ def pair(n_in: int = 5, n_out: int = 9, seed: int = 0) -> tuple[Factor, Factor]:
 
 def test_a_matrix_in_the_metric_is_the_inverse_root_of_h() -> None:
     """H = F_out ⊗ F_in / E|G|²: with hardly any damping products of two are gᵀ H⁻¹ g'."""
-    found = Preconditioner({"layer": pair()}, 1e-6)
+    found = KroneckerPreconditioner({"layer": pair()}, 1e-6)
     f_in, f_out = (dense(one) for one in pair())
     h = torch.kron(f_out, f_in) / f_in.trace()
     one, other = numbers(9, 5, seed=3), numbers(9, 5, seed=4)
@@ -111,7 +111,7 @@ def test_a_matrix_in_the_metric_is_the_inverse_root_of_h() -> None:
 
 
 def test_sides_project_the_matrix_in_the_metric() -> None:
-    found = Preconditioner({"layer": pair(seed=7)}, DAMPING)
+    found = KroneckerPreconditioner({"layer": pair(seed=7)}, DAMPING)
     g_OI, p_in, p_out = numbers(9, 5), numbers(3, 5, seed=1), numbers(4, 9, seed=2)
     side_in, side_out = found.sides("layer", p_in, p_out)
     close(side_out @ g_OI @ side_in.t(), p_out @ found.matrix("layer", g_OI) @ p_in.t(), 1e-9)
@@ -128,8 +128,8 @@ def test_gradients_have_about_one_as_numbers() -> None:
         factors = []
         for second in ((g_ROI.mT @ g_ROI).mean(0), (g_ROI @ g_ROI.mT).mean(0)):
             values, vectors = torch.linalg.eigh(second)
-            factors.append(Factor(vectors.t().flip(0).float(), values.flip(0).float(), 0.0))
-        found = Preconditioner({"layer": (factors[0], factors[1])}, 1e-3)
+            factors.append(MomentFactor(vectors.t().flip(0).float(), values.flip(0).float(), 0.0))
+        found = KroneckerPreconditioner({"layer": (factors[0], factors[1])}, 1e-3)
         mean = torch.stack([found.matrix("layer", g_OI) for g_OI in g_ROI]).square().mean()
         assert float(mean) == pytest.approx(1, rel=0.05)
 
@@ -137,7 +137,7 @@ def test_gradients_have_about_one_as_numbers() -> None:
 def test_the_digest_depends_on_everything() -> None:
     (f_in, f_out), other = pair(), pair(seed=5)
     found = [
-        Preconditioner(factors, damping).digest()
+        KroneckerPreconditioner(factors, damping).digest()
         for factors, damping in (
             ({"layer": (f_in, f_out)}, DAMPING),
             ({"layer": (f_in, f_out)}, 0.2),
@@ -149,4 +149,4 @@ def test_the_digest_depends_on_everything() -> None:
     ]
     assert len(set(found)) == len(found)
     assert all(one.startswith("sha256:") for one in found)
-    assert found[0] == Preconditioner({"layer": pair()}, DAMPING).digest()
+    assert found[0] == KroneckerPreconditioner({"layer": pair()}, DAMPING).digest()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.engine import GradProjLoraEngine
-from tests.support.models import perceptron, projection_of
+from indexer.projection.matrices import Projection
+from tests.support.models import perceptron
 from tests.support.oracle import exact_dots, naive
 
 SEEDS = 300
@@ -36,7 +37,7 @@ def test_unbiased(kind: str, settings: dict[str, Any]) -> None:
             vectors = engine.collect(F.cross_entropy(model(x), y, reduction="none")).double()
         return (vectors @ vectors.t())[[0, 1, 0], [0, 1, 1]]
 
-    full = projection_of(model, ProjectionConfig(layers=("all",), rank_total="full"))
+    full = Projection.for_model(model, ProjectionConfig(layers=("all",), rank_total="full"))
     exact = exact_dots(naive(model, full, 2, loss_of), [name for name, _ in model.named_parameters()])
     expected = exact[[0, 1, 0], [0, 1, 1]]
     # Fixed seeds: an error of 4 standard errors is a bias, not bad luck.

@@ -10,9 +10,9 @@ from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.selection import select_blocks
-from tests.support.models import gpt2, perceptron, projection_of
+from tests.support.models import gpt2, perceptron
 
 
 def wide() -> nn.Module:
@@ -24,7 +24,7 @@ def wide() -> nn.Module:
 
 def plan_of(model: nn.Module, **settings: Any) -> ProjectionPlan:
     config = ProjectionConfig(layers=settings.pop("layers", ("all",)), **settings)
-    return ProjectionPlan.of(select_blocks(model, config.layers, config.exclude_layers), config)
+    return ProjectionPlan.for_model(model, config)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_least_rank_that_a_layer_cannot_give_names_the_layer() -> None:
 def test_the_hash_follows_the_matrices_and_nothing_else(kind: str, compress: Any) -> None:
     def hash_of(model: nn.Module, **settings: Any) -> str:
         chosen = {"layers": ("all",), "rank_total": 9, "kind": kind, "compress": compress, **settings}
-        return projection_of(model, ProjectionConfig(**chosen)).hash
+        return Projection.for_model(model, ProjectionConfig(**chosen)).hash
 
     model = perceptron()
     base = hash_of(model)
@@ -155,6 +155,11 @@ def test_the_manifest_holds_everything_that_was_resolved() -> None:
         "seed": 3,
         "kind": "gaussian",
         "compress": 40,
+        "compress_by": "all",
+        "precondition": "none",
+        "damping": None,
+        "calibration_samples": None,
+        "calibration": None,
         "kronecker_dimension": plan.kronecker_dimension,
         "dimension": 40,
     }

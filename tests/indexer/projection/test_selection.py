@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ghoststore.settings.projection import ProjectionConfig
+from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import matches_path, select_blocks
 from tests.support.models import bert_causal, bert_masked, gpt2, llama, neox, perceptron
 
@@ -140,7 +142,7 @@ def test_all_covers_every_parameter_once(architecture: str) -> None:
     covered = [name for block in selection.blocks for name in block.parameters]
     assert sorted(covered) == sorted(name for name, _ in model.named_parameters())
     assert selection.covered == selection.total == sum(p.numel() for p in model.parameters())
-    assert selection.coverage == 1.0
+    assert selection.covered == selection.total
     assert sum(block.numel for block in selection.blocks) == selection.total
 
 
@@ -149,7 +151,8 @@ def test_coverage_is_the_share_of_the_numbers() -> None:
     total = 16 * 8 + 12 * 16 + 5 * 13
     selection = select_blocks(model, ("0", "4"))
     assert (selection.covered, selection.total) == (16 * 8 + 5 * 13, total)
-    assert selection.coverage == (16 * 8 + 5 * 13) / total
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("0", "4")))
+    assert plan.coverage == (16 * 8 + 5 * 13) / total
     assert [(block.n_out, block.n_in, block.numel) for block in selection.blocks] == [(16, 8, 128), (5, 13, 65)]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indexer.projection.sketch import Sketch
+from tests.support.oracle import dense
 
 sizes = st.integers(1, 120).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
@@ -20,7 +21,7 @@ def test_equals_its_dense_matrix(size: tuple[int, int], batch: int, key: str) ->
     n, k = size
     sketch = Sketch(key, n, k)
     x = torch.randn(batch, n, generator=torch.Generator().manual_seed(n))
-    expected = x.double() @ sketch.matrix().double().t()
+    expected = x.double() @ dense(sketch).double().t()
     found = sketch(x)
     assert found.shape == (batch, k)
     assert found.dtype == torch.float32
@@ -31,15 +32,15 @@ def test_equals_its_dense_matrix(size: tuple[int, int], batch: int, key: str) ->
 @given(size=sizes, key=st.text(max_size=5))
 def test_every_number_goes_to_one_bucket_with_one_sign(size: tuple[int, int], key: str) -> None:
     n, k = size
-    dense = Sketch(key, n, k).matrix()
-    assert torch.equal(dense.abs().sum(0), torch.ones(n))
+    matrix = dense(Sketch(key, n, k))
+    assert torch.equal(matrix.abs().sum(0), torch.ones(n))
 
 
 @settings(deadline=None)
 @given(size=sizes, key=st.text(max_size=5))
 def test_buckets_hold_equal_numbers(size: tuple[int, int], key: str) -> None:
     n, k = size
-    held = Sketch(key, n, k).matrix().abs().sum(1)
+    held = dense(Sketch(key, n, k)).abs().sum(1)
     assert int(held.max()) <= math.ceil(n / k)
     assert int(held.min()) >= n // k
 
@@ -61,8 +62,8 @@ def test_inner_products_are_unbiased(n: int, k: int) -> None:
     seeds = 600
     dots = []
     for seed in range(seeds):
-        dense = Sketch(f"{seed}", n, k).matrix().double()
-        dots.append(float((dense @ x) @ (dense @ y)))
+        matrix = dense(Sketch(f"{seed}", n, k)).double()
+        dots.append(float((matrix @ x) @ (matrix @ y)))
     found = torch.tensor(dots, dtype=torch.float64)
     error = float(found.std()) / math.sqrt(seeds)
     assert abs(float(found.mean()) - float(x @ y)) <= 4 * error

@@ -294,7 +294,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"projection": PLAIN},
     "blocks": {
         "projection": ProjectionConfig(
-            rank_total=16, rank_ratio=2.0, seed=3, kind="rademacher", layers=("mlp",), precondition="none"
+            rank_total=16, rank_min=2, seed=3, kind="rademacher", layers=("mlp",), precondition="none"
         ),
         "max_length": 9,
         "overlong": "window",

@@ -25,6 +25,10 @@ class Outer:
         """Whether ``rows`` are places."""
         return self.rows.dim() == 2
 
+    def of(self, samples: Tensor | slice) -> Outer:
+        """Of some samples alone."""
+        return Outer(self.rows[samples], self.columns[samples])
+
 
 @dataclass(frozen=True, slots=True)
 class Vector:
@@ -32,5 +36,9 @@ class Vector:
 
     values: Tensor
 
+    def of(self, samples: Tensor | slice) -> Vector:
+        """Of some samples alone."""
+        return Vector(self.values[samples])
 
-Term: TypeAlias = Outer | Vector
+
+Factors: TypeAlias = Outer | Vector
