@@ -11,7 +11,6 @@ Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,10 +18,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
-from ghoststore.corpus import Sample
 from ghoststore.errors import CorpusError, LayerError
 from ghoststore.progress import Progress
 from ghoststore.settings.projection import LEARNED
@@ -48,28 +45,6 @@ ROUNDING = 2.0**-20
 """Eigenvalues below this share of the largest are rounding of float32 sums."""
 BYTES_AT_ONCE = 64 << 20
 """Of the blocks of a batch."""
-
-
-class SampleDraw:
-    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._heap: list[tuple[int, int, Sample]] = []
-
-    def see(self, sample: Sample) -> None:
-        """One more."""
-        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
-        entry = (-lot, sample.source_row, sample)
-        if len(self._heap) < self._count:
-            heapq.heappush(self._heap, entry)
-        elif entry > self._heap[0]:
-            heapq.heapreplace(self._heap, entry)
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Those chosen, in the order of the corpus."""
-        return sorted((sample for _, _, sample in self._heap), key=lambda sample: sample.source_row)
 
 
 class Leading:

@@ -26,7 +26,8 @@ from ghoststore.corpus import Corpus, Fields, Position, Tokenized
 from ghoststore.errors import BusyError, CorpusError, CorruptError, MismatchError, UsageError
 from ghoststore.store.base.disk import exclusive
 from ghoststore.store.base.records import json_digest
-from ghoststore.tokens.shards import SAMPLE, TokenShards, npy_bytes
+from ghoststore.tokens.manifest import SAMPLE, npy_bytes
+from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 
 from .conftest import Write

@@ -55,7 +55,7 @@ def manifest(layout: RunLayout = LAYOUT, **sections: Any) -> dict[str, Any]:
     return {
         "model": {"architecture": "GPT2-Tiny", "layers": 2},
         "tokenizer": {"fingerprint": "sha256:t"},
-        "corpus": {"fingerprint": "sha256:c", "domains": ["sky", "earth"]},
+        "corpus": {"fingerprint": "sha256:c", "domains": ["sky", "earth"], "repeated_ids": None},
         "val": {"fingerprint": "sha256:v"},
         "training": {"seed": 0, "learning_rate": 0.001},
         "scoring": {"method": "GradDotProd"},

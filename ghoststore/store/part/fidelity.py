@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import publish_group, storage_errors
-from ghoststore.store.base.kept import read_record, write_record
-from ghoststore.store.base.records import json_digest
+from ghoststore.store.base.records import json_digest, read_record, write_record
 from ghoststore.store.part.part import Part
 
 FOLDER = "fidelity"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError
 from ghoststore.store.base.disk import exclusive, flush, storage_errors, sweep
-from ghoststore.store.base.records import write_commit
+from ghoststore.store.spans.commits import write_commit
 from ghoststore.store.spans.group import Spanned
 
 
