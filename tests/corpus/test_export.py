@@ -18,8 +18,7 @@ from ghoststore.corpus import Corpus, Position
 from ghoststore.corpus.export import check_export, write_export
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import CorpusError, MismatchError, UsageError
-
-from .conftest import FORMS, Write
+from tests.support.corpora import FORMS, Write
 
 ROWS = [
     {"id": f"r{i}", "text": f'line {i}, "quoted", süß\nand a second line', "domain": "ab"[i % 2], "note": f"n{i}"}

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ghoststore.corpus import Corpus, Position, Sample, SampleScan, Scan
-
-from .conftest import FORMS, Write, csv_bytes, jsonl_bytes
+from tests.support.corpora import FORMS, Write, csv_bytes, jsonl_bytes
 
 TEXTS = [
     "plain",
@@ -74,7 +73,7 @@ def test_fetch_equals_iteration(form: str, write: Write) -> None:
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_txt_is_one_sample_a_line(packing: str, tmp_path: Path) -> None:
-    from .conftest import packed
+    from tests.support.corpora import packed
 
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(packed("\ufeffone\r\n\ntwo \r x\n漢字\n".encode(), packing.removeprefix(".")))

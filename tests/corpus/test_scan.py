@@ -19,8 +19,7 @@ from ghoststore.corpus import (
 )
 from ghoststore.errors import CorpusError, StorageError
 from ghoststore.progress import counted
-
-from .conftest import Write
+from tests.support.corpora import Write
 
 
 def sample(row: int, content: object = "é", domain: str | None = None) -> Sample:

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from ghoststore.corpus import Corpus, Fields, Messages, Sample, SampleScan
 from ghoststore.errors import CorpusError
 from indexer.encode.tokens import Tokenizer
+from tests.support.corpora import Write, jsonl_bytes, write_parquet
 from tests.support.tokenizers_of_all_kinds import byte_level
-
-from .conftest import Write, jsonl_bytes, write_parquet
 
 TEMPLATE = (
     "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if documents %}({{ documents | tojson }}){% endif %}"

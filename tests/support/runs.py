@@ -88,3 +88,7 @@ def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.nda
     (spec,) = [spec for spec in layout.arrays() if spec.name == array]
     rows = [np.asarray(values(step, layout).get(array, np.nan)) for step in steps]
     return np.array(rows).astype(spec.dtype).reshape(len(steps), *spec.columns)
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
