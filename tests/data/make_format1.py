@@ -1,15 +1,14 @@
-"""Writes the frozen store of format 1 that every later version must open: ``python make_format1.py FOLDER``.
+"""Writes the frozen store of format 1 that all later versions must open: ``python make_format1.py FOLDER``.
 
 ``FOLDER`` gets a tiny GPT-2 with its tokenizer, a corpus and a val set, token shards of the corpus, a store with two
-parts and a training run, and ``expected.json``: numbers that ``tests/store/test_format1.py`` reads out of it. It was run
-once, when the format was frozen; it is kept to say what the frozen files are of. The same bytes come out each time on
-one machine: its clocks are counters, and everything is made under one path, which the manifests name.
+parts and a training run, and ``expected.json``: what ``tests/store/test_format1.py`` reads out of it again. It is run
+once, when the format is frozen, and stays to say what the frozen files are of. The same bytes come out each time on one
+machine: its clocks are counters, and everything is made under one path, which the manifests name.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -19,7 +18,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import ghoststore
+from tests.support.frozen import decoded, digest
+
+MADE = Path(tempfile.gettempdir()) / "ghoststore-format1"
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sun",
+    "moon",
+    "river",
+    "stone",
+    "bird",
+    "tree",
+    "old",
+    "new",
+    "runs",
+    "sees",
+    "over",
+]
 
 
 class Clock(threading.local):
@@ -30,19 +53,6 @@ class Clock(threading.local):
     def __call__(self) -> float:
         self.looks += 1
         return self.looks / 64
-
-
-time.perf_counter = Clock()
-
-import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-
-import ghoststore
-from tests.support.frozen import decoded, digest
-
-MADE = Path(tempfile.gettempdir()) / "ghoststore-format1"
-WORDS = "the a cat dog sun moon river stone bird tree song night day old new red runs sees takes under over".split()
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -144,6 +154,7 @@ def expected(folder: Path) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
+    time.perf_counter = Clock()
     MADE.mkdir()
     try:
         make(MADE)

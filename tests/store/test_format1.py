@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FROZEN / "expected.json").read_text())
-    return found
+    frozen: dict[str, Any] = json.loads((FROZEN / "expected.json").read_text())
+    return frozen
 
 
 def test_it_is_what_was_written(folder: Path, expected: dict[str, Any]) -> None:
