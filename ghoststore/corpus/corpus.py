@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -100,25 +100,21 @@ class Corpus:
         parquet reads the row groups concerned; a dataset is indexed. A place where no sample stands any
         more is left out: whether it is the same sample, its digest tells.
         """
-        found: dict[int, Sample] = {}
-        for file in sorted({place.file for place in places}):
-            inside = [place for place in places if place.file == file]
-            known = {self._key(place): place for place in inside if self._has_key(place)}
-            path = self.files[self._checked(file)]
-            for key, row in self._form.pick(path, self.resolved.columns(), sorted(known)):
-                place = known[key]
-                offset = key if self._form.has_offsets else -1
-                try:
-                    found[place.source_row] = self.resolved.sample(
-                        row, source_row=place.source_row, file=file, offset=offset
+        fetched: dict[int, Sample] = {}
+        keyed, others = ([place for place in places if self._has_key(place) == has_key] for has_key in (True, False))
+        for form, path, inside in self.at(keyed):
+            for key, row in form.pick(path, self.resolved.columns(), list(inside)):
+                place = inside[key]
+                with suppress(RowError):
+                    fetched[place.source_row] = self.resolved.sample(
+                        row, source_row=place.source_row, file=place.file, offset=key if form.has_offsets else -1
                     )
-                except RowError:
-                    continue
-            found |= self._streamed(file, {p.source_row for p in inside if not self._has_key(p)})
-        return found
+        for file in sorted({place.file for place in others}):
+            fetched |= self._streamed(file, {place.source_row for place in others if place.file == file})
+        return fetched
 
     def at(self, places: Sequence[Position]) -> Iterator[tuple[Form, Path, dict[int, Position]]]:
-        """Where different ``places`` with known offsets are: for each file its form, its path, and the places by their
+        """Where ``places`` with known offsets are: for each file its form, its path, and the places by their
         key in it, ascending.
         """
         for file in sorted({place.file for place in places}):
@@ -140,17 +136,17 @@ class Corpus:
 
     def _streamed(self, file: int, source_rows: set[int]) -> dict[int, Sample]:
         """The slow way to rows of one file without a known offset: from its beginning to the last."""
-        found: dict[int, Sample] = {}
+        fetched: dict[int, Sample] = {}
         if source_rows:
             for sample in self.samples(Position(source_row=min(source_rows), file=file)):
                 if sample.file != file:
                     break
                 if sample.source_row in source_rows:
-                    found[sample.source_row] = sample
-                if len(found) == len(source_rows):
-                    return found
+                    fetched[sample.source_row] = sample
+                if len(fetched) == len(source_rows):
+                    return fetched
             raise CorpusError(f"{self.files[file]}: has no sample {max(source_rows)} of the corpus")
-        return found
+        return fetched
 
     def _has_key(self, place: Position) -> bool:
         return place.offset >= 0 or not self._form.has_offsets

@@ -111,13 +111,13 @@ class SourceRows:
         expected = self._digest[place.source_row]
         try:
             sample = self.corpus.resolved.sample(row, source_row=place.source_row, file=place.file, offset=place.offset)
-            found = f"{sample.digest():016x}"
+            digest = f"{sample.digest():016x}"
         except RowError as error:
-            found = str(error)
-        if found != f"{expected:016x}":
+            digest = str(error)
+        if digest != f"{expected:016x}":
             raise MismatchError(
                 f"{path}: row {place.source_row} of the corpus is not the one that the part was built from: expected "
-                f"the digest {expected:016x}, found {found}. Build the part again on the corpus as it is"
+                f"the digest {expected:016x}, found {digest}. Build the part again on the corpus as it is"
             )
         assert isinstance(row, dict)
         return row

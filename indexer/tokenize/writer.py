@@ -12,7 +12,7 @@ import numpy as np
 from ghoststore.corpus import Corpus, ResolvedFields
 from ghoststore.errors import BusyError, CheckpointError
 from ghoststore.store.base.disk import publish, storage_errors
-from ghoststore.store.spans.commits import write_commit
+from ghoststore.store.spans.commits import Commit, write_commit
 from ghoststore.tokens.manifest import SAMPLE, ShardLayout, npy_bytes, shard_files
 from ghoststore.tokens.shards import load_own_tokenizer
 from indexer.build.corpus_plan import CorpusPlan, rows_of_spans
@@ -110,14 +110,8 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
             data = npy_bytes(array)
             if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
                 raise BusyError(f"{job.folder / name} was written by another process meanwhile")
-        if not write_commit(
-            job.folder,
-            span=shard,
-            start=start,
-            stop=stop,
-            keys=shard_files(shard),
-            statuses=dict(sorted(statuses.items())),
-            tokens=len(tokens),
-        ):
+        counted = dict(sorted(statuses.items()))
+        commit = Commit(span=shard, start=start, stop=stop, statuses=counted, tokens=len(tokens))
+        if not write_commit(job.folder, commit, shard_files(shard)):
             raise BusyError(f"shard {shard} of {job.folder} was committed by another process meanwhile")
     return Written(shard, stop - start, len(tokens))

@@ -48,16 +48,16 @@ class Lines:
             yield line
 
 
-class KeptLines(Lines):
-    """Lines that are kept as they are given, in ``kept``."""
+class RecordedLines(Lines):
+    """Lines that are recorded as they are given."""
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
         super().__init__(path, stream)
-        self.kept: list[bytes] = []
+        self.recorded: list[bytes] = []
 
     def __iter__(self) -> Iterator[bytes]:
         for line in super().__iter__():
-            self.kept.append(line)
+            self.recorded.append(line)
             yield line
 
 
@@ -174,18 +174,18 @@ class TextForm:
     def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
         """As `pick`, and the bytes of each record with its line ending, where it has one."""
         with reading(path), ExitStack() as stack:
-            lines = KeptLines(path, stack.enter_context(open_bytes(path)))
+            lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
             for key in keys:
                 if lines.offset > key:  # a record that grew reaches past the next key
-                    lines = KeptLines(path, stack.enter_context(open_bytes(path)))
+                    lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
                 lines.move_to(key)
-                lines.kept.clear()
+                lines.recorded.clear()
                 try:
-                    found = next(self.parse(lines), None)
+                    parsed = next(self.parse(lines), None)
                 except CorpusError:
                     continue
-                if found is not None:
-                    yield key, found[1], b"".join(lines.kept)
+                if parsed is not None:
+                    yield key, parsed[1], b"".join(lines.recorded)
 
     def header(self, path: Path) -> bytes:
         """What stands before the first record, without a BOM: a header, or nothing."""

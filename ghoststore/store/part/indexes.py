@@ -54,8 +54,8 @@ def index_folder(part: Part, name: str) -> Path:
 
 def index_names(part: Part) -> list[str]:
     """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
-    found = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
-    return sorted(name for name in found if is_name(name))
+    names = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
+    return sorted(name for name in names if is_name(name))
 
 
 def read_manifest(part: Part, name: str) -> IndexManifest:
@@ -74,14 +74,14 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
 
 def check_coverage(part: Part, name: str, manifest: IndexManifest) -> None:
     """MismatchError unless the index covers exactly what is committed in ``part``."""
-    again = "; `ghoststore index` builds it again"
+    remedy = "; `ghoststore index` builds it again"
     spans = len(part.spans)
     if manifest.spans != spans:
         raise MismatchError(
-            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{again}"
+            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{remedy}"
         )
     if manifest.dimension != part.layout.dimension or manifest.coverage != part.fingerprint():
-        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{again}")
+        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{remedy}")
 
 
 def damage_of(folder: Path, manifest: IndexManifest) -> Iterator[tuple[Path, str]]:

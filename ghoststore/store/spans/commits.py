@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ class Commit:
     span: int
     start: int
     stop: int
-    files: dict[str, FileRecord]
     statuses: dict[str, int]
     tokens: int
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What the record holds, its checksum aside."""
@@ -78,20 +78,10 @@ def read_commit(folder: Path, span: int) -> Commit:
     return commit
 
 
-def write_commit(
-    folder: Path,
-    *,
-    span: int,
-    start: int,
-    stop: int,
-    keys: Iterable[str],
-    statuses: dict[str, int],
-    tokens: int,
-) -> bool:
-    """Checksum the files ``keys`` and publish the record; False if another process did so first.
+def write_commit(folder: Path, commit: Commit, keys: Iterable[str]) -> bool:
+    """Checksum the files ``keys`` and publish the record that names them; False if another process did so first.
 
     The files must be on the disk already: a record that survives a crash must not name what does not.
     """
-    files = {key: FileRecord.of(folder / key) for key in keys}
-    commit = Commit(span=span, start=start, stop=stop, files=files, statuses=statuses, tokens=tokens)
-    return publish(commit_path(folder, span), seal(commit.to_json()))
+    named = replace(commit, files={key: FileRecord.of(folder / key) for key in keys})
+    return publish(commit_path(folder, commit.span), seal(named.to_json()))
