@@ -36,7 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 import ghoststore.store.spans.writer
-import indexer.build.build
+import indexer.build.spans
 import indexer.encode.encoder
 import indexer.layers.linear
 from ghoststore import Corpus, ProjectionConfig
@@ -231,9 +231,9 @@ def measure_shares(setting: Setting) -> tuple[dict[str, float], float]:
         (conv, "block", "projection of gradients, P_out δ"),
         (indexer.layers.linear, "outer_sum", "block products"),
         (Projection, "assemble", "assembling and sketch"),
-        (indexer.build.build, "encode_rows", "gathering a span, transfer to the host"),
-        (indexer.build.build, "seal_vectors", "storage dtype and norms"),
-        (indexer.build.build, "span_arrays", "ids, digests, places"),
+        (indexer.build.spans, "encode_rows", "gathering a span, transfer to the host"),
+        (indexer.build.spans, "seal_vectors", "storage dtype and norms"),
+        (indexer.build.spans, "span_arrays", "ids, digests, places"),
         (Tokenizer, "encode", "tokens (a thread)"),
         (ghoststore.store.spans.writer, "write_span", "writing (a thread, its waits for the disk not counted)"),
     )

@@ -36,8 +36,8 @@ import ghoststore
 from ghoststore import Corpus, Part, ProjectionConfig, Store
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
 from ghoststore.progress import Silent
-from indexer.build.build import DEFAULT_BATCH_TOKENS
-from indexer.build.calibrate import SampleDraw
+from indexer.build.corpus_plan import LearningSample
+from indexer.build.inputs import DEFAULT_BATCH_TOKENS
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
 from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
@@ -163,7 +163,7 @@ def write_corpus(rows: Rows, path: Path, count: int) -> None:
 
 def ranked_rows(part: Part, corpus: Path) -> NDArray[np.int64]:
     """The usable rows of ``part`` that no projection is learned from: principal directions fit those best."""
-    learned = SampleDraw(LEARNED_ROWS, seed=0)
+    learned = LearningSample(LEARNED_ROWS)
     for sample in Corpus.open(str(corpus)).samples():
         learned.see(sample)
     return np.setdiff1d(usable_rows(part), [sample.source_row for sample in learned.samples])

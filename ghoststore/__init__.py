@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ghoststore.store.info import info as info
     from ghoststore.store.verify import verify as verify
     from ghoststore.tokens.shards import TokenShards as TokenShards
-    from indexer.build.build import BuildReport as BuildReport
     from indexer.build.build import build as build
+    from indexer.build.report import BuildReport as BuildReport
     from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
     from indexer.dotprod import Scores as Scores
     from indexer.encode.engine import GradProjLoraEngine as GradProjLoraEngine

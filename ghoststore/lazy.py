@@ -18,7 +18,7 @@ FACE = {
     "TokenShards": "ghoststore.tokens.shards",
     "info": "ghoststore.store.info",
     "verify": "ghoststore.store.verify",
-    "BuildReport": "indexer.build.build",
+    "BuildReport": "indexer.build.report",
     "build": "indexer.build.build",
     "GradDotProdEngine": "indexer.dotprod",
     "Scores": "indexer.dotprod",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+ROWS_AT_ONCE = 4096
+"""Rows between two words to a task: more often would take longer than the fastest work itself."""
 
 
 class Task(Protocol):
@@ -47,3 +52,15 @@ class Silent:
 
     def note(self, message: str) -> None:
         pass
+
+
+def counted(rows: Iterable[T], task: Task) -> Iterator[T]:
+    """``rows`` as they come; ``task`` advances by some thousand at a time."""
+    done = 0
+    for row in rows:
+        yield row
+        done += 1
+        if done == ROWS_AT_ONCE:
+            task.advance(done)
+            done = 0
+    task.advance(done)

@@ -21,7 +21,7 @@ from ghoststore.store import RunLayout, Status
 from ghoststore.store.base.names import FORMAT_VERSION
 from ghoststore.store.part.encoding import ENCODINGS
 from ghoststore.store.part.layout import PartLayout
-from ghoststore.tokens.shards import SAMPLE, SHARDS_VERSION
+from ghoststore.tokens.manifest import SAMPLE, SHARDS_VERSION
 from query.doctor.examination import CHECKS
 
 if TYPE_CHECKING:

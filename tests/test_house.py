@@ -18,13 +18,11 @@ SOURCES = sorted(path for package in ("ghoststore", *PACKAGES) for path in (ROOT
 
 LONGEST_FILE = 450
 LONG_FILES = {
-    "ghoststore/tokens/shards.py": 550,
-    "indexer/build/build.py": 567,
     "query/demo/corpus.py": 490,
 }
 """Files that are to be split; none may grow."""
 MOST_PARAMETERS = 12
-MANY_PARAMETERS = {("indexer/build/build.py", "_plan"): 16}
+MANY_PARAMETERS: dict[tuple[str, str], int] = {}
 """Functions below the public face that are to take a dataclass; none may grow."""
 
 

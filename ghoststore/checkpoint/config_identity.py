@@ -83,13 +83,13 @@ def config_identity(config: Any, *, training: bool = False) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     left_out = INERT if training else INERT | DROPOUT
-    found = {}
+    identity = {}
     for name, value in config.to_dict().items():
         own = config.__dict__.get(name)
         nested = isinstance(own, PretrainedConfig)
         if name not in left_out:
-            found[name] = config_identity(own, training=training) if nested else _plain(value)
-    return dict(sorted(found.items()))
+            identity[name] = config_identity(own, training=training) if nested else _plain(value)
+    return dict(sorted(identity.items()))
 
 
 def config_differences(stored: dict[str, Any], config: Any, *, training: bool = False) -> list[Difference]:
@@ -99,11 +99,11 @@ def config_differences(stored: dict[str, Any], config: Any, *, training: bool = 
     read into the present class, as its config.json would be, and what comes out is compared. So a field that only
     ``config`` has is equal where it is what the class makes of the others; a field that only ``stored`` has differs.
     """
-    found = config_identity(config, training=training)
-    if stored == found:
+    own = config_identity(config, training=training)
+    if stored == own:
         return []
-    read = _read_again(stored, config, training) if _is_worth_reading(stored, found) else stored
-    return differences(read, found, "checkpoint.config")
+    read = _read_by(config, stored, training) if _is_worth_reading(stored, own) else stored
+    return differences(read, own, "checkpoint.config")
 
 
 def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool = False) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool 
     return config_identity(config, training=training)
 
 
-def _is_worth_reading(stored: dict[str, Any], found: dict[str, Any]) -> bool:
+def _is_worth_reading(stored: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether ``stored`` may still mean the same as ``found``. Two whole numbers that differ never do; and a manifest
     may come from anywhere: a class makes lists as long as the numbers that it reads, so others are read up to a limit.
     """
     for name, value in stored.items():
-        other = found.get(name)
+        other = own.get(name)
         if isinstance(value, dict):
             if not _is_worth_reading(value, other if isinstance(other, dict) else {}):
                 return False
@@ -129,7 +129,7 @@ def _is_worth_reading(stored: dict[str, Any], found: dict[str, Any]) -> bool:
     return True
 
 
-def _read_again(stored: dict[str, Any], config: Any, training: bool) -> dict[str, Any]:
+def _read_by(config: Any, stored: dict[str, Any], training: bool) -> dict[str, Any]:
     """What the class of ``config`` makes of ``stored``; ``stored`` itself where it is of another class, or of none."""
     if stored.get("model_type") != type(config).model_type:
         return stored

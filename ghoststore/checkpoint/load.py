@@ -304,11 +304,11 @@ def max_positions(model: Any) -> int | None:
     return None
 
 
-def choose_max_length(asked: int | None, model: Any, default: int) -> int:
-    """``asked``, or ``default`` but not more than the model takes. UsageError if more was asked for."""
+def choose_max_length(wanted: int | None, model: Any, default: int) -> int:
+    """``wanted``, or ``default`` but not more than the model takes. UsageError if more was asked for."""
     limit = max_positions(model)
-    if asked is None:
+    if wanted is None:
         return min(limit or default, default)
-    if limit is not None and asked > limit:
-        raise UsageError(f"--max-length {asked} is more than the {limit} positions of this model")
-    return asked
+    if limit is not None and wanted > limit:
+        raise UsageError(f"--max-length {wanted} is more than the {limit} positions of this model")
+    return wanted

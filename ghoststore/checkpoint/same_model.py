@@ -9,9 +9,15 @@ from ghoststore.checkpoint.config_identity import agreed_config, config_differen
 from ghoststore.checkpoint.load import Checkpoint
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
-from ghoststore.store.base.manifest import Manifest, difference_lines, differences, is_whole_tokenizer
+from ghoststore.store.base.manifest import Manifest, difference_lines, differences
 from ghoststore.store.part.build_command import build_command
 from ghoststore.store.part.part import Part
+
+IDENTIFYING: dict[str, dict[str, type]] = {
+    "checkpoint": {"fingerprint": str, "architecture": str, "config": dict},
+    "tokenizer": {"fingerprint": str, "class": str, "special_tokens": dict},
+}
+"""Fields of a manifest without which a model or a tokenizer cannot be told from another, and their types."""
 
 
 def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = None) -> dict[str, Any]:
@@ -20,7 +26,7 @@ def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = N
     ``stored`` is the manifest that this one is going to be compared with: where both configurations say the same, in
     the words of different releases of transformers, those of ``stored`` are taken.
     """
-    said = None if stored is None else stored["checkpoint"].get("config")
+    said = None if stored is None else stored["checkpoint"]["config"]
     return {
         "fingerprint": fingerprint,
         "architecture": type(model).__name__,
@@ -35,8 +41,8 @@ def refuse_other_model(
     ``fingerprint``, or the tokenizer in its folder, are not those that ``part`` was built from.
     """
     stored = part.manifest["checkpoint"]
-    found = {"fingerprint": fingerprint, "architecture": type(model).__name__}
-    weights = differences({name: stored[name] for name in found}, found, "checkpoint")
+    own = {"fingerprint": fingerprint, "architecture": type(model).__name__}
+    weights = differences({name: stored[name] for name in own}, own, "checkpoint")
     config = config_differences(stored["config"], model.config)
     tokens = differences(part.manifest["tokenizer"], tokenizer_identity(tokenizer), "tokenizer")
     if not (weights or config or tokens):
@@ -56,20 +62,27 @@ def refuse_other_model(
 
 
 def refuse_incomplete(part: Part) -> None:
-    """MismatchError for a part whose manifest does not say which configuration and which tokenizer it is of."""
+    """MismatchError for a part whose manifest does not identify its model and its tokenizer: nothing tells whether a
+    model is the one. Says which fields are missing, and the command that builds the part again.
+    """
     manifest = part.manifest
-    if isinstance(manifest["checkpoint"].get("config"), dict) and is_whole_tokenizer(manifest["tokenizer"]):
+    lacking = [
+        f"{section}.{name}"
+        for section, names in IDENTIFYING.items()
+        for name, kind in names.items()
+        if not isinstance(manifest[section].get(name), kind)
+    ]
+    if not lacking:
         return
     stdin = " (with its corpus on standard input)" if manifest["source"]["data"] == "-" else ""
     raise MismatchError(
-        f"part {part.name!r} was built by an unreleased version of ghoststore: its manifest does not identify the "
-        "configuration of the model and the whole of its tokenizer, so nothing tells whether a model is the one. "
-        f"Remove {part.path}, or give another --name, and build it again{stdin}:\n"
+        f"part {part.name!r} lacks {', '.join(lacking)} in its manifest, so nothing tells whether a model is the one "
+        f"that it was built from. Remove {part.path}, or give another --name, and build it again{stdin}:\n"
         f"  {build_command(manifest, part.path.parent.parent, part.name)}"
     )
 
 
-def start_section(checkpoint: Checkpoint | None, stored: Any = None) -> dict[str, Any] | None:
+def start_section(checkpoint: Checkpoint | None, stored: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """What a training run says of the checkpoint that it began with: its weights, and its configuration as its
     config.json has it. None for a new model. ``stored`` is the section that this one is going to be compared with.
     """
@@ -78,7 +91,7 @@ def start_section(checkpoint: Checkpoint | None, stored: Any = None) -> dict[str
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    said = stored.get("config") if isinstance(stored, dict) else None
+    said = None if stored is None else stored["config"]
     return {"fingerprint": checkpoint.fingerprint(), "config": agreed_config(said, config, training=True)}
 
 

@@ -107,8 +107,8 @@ def _backend(backend: Any) -> dict[str, Any]:
     for name in RUNTIME:
         sections.pop(name, None)
     added = {str(token.pop("id")): token for token in sections.pop("added_tokens", [])}
-    found = {name: _condensed(section) for name, section in sections.items()}
-    return {**found, "added_tokens": _kept(added, _text(added))}
+    condensed = {name: _condensed(section) for name, section in sections.items()}
+    return {**condensed, "added_tokens": _kept(added, _text(added))}
 
 
 def _files(tokenizer: Any) -> dict[str, Any]:

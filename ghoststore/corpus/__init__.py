@@ -1,10 +1,10 @@
 """Corpora: where training and validation samples come from, whatever form they are stored in.
 
 A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`) and scanned once for its
-fingerprint (`scan_samples`). Importing this package loads neither torch nor pyarrow nor datasets.
+fingerprint (`SampleScan`). Importing this package loads neither torch nor pyarrow nor datasets.
 """
 
-from ghoststore.corpus.corpus import Corpus, Position, absolute, open_corpus, spool_stdin
+from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin
 from ghoststore.corpus.fields import (
     BESIDE_MESSAGES,
     Content,
@@ -15,7 +15,8 @@ from ghoststore.corpus.fields import (
     Sample,
     Tokenized,
 )
-from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
+from ghoststore.corpus.locate import absolute
+from ghoststore.corpus.scan import MAX_DOMAINS, SampleScan, Scan
 
 __all__ = [
     "BESIDE_MESSAGES",
@@ -28,10 +29,10 @@ __all__ = [
     "PromptCompletion",
     "ResolvedFields",
     "Sample",
+    "SampleScan",
     "Scan",
     "Tokenized",
     "absolute",
     "open_corpus",
-    "scan_samples",
     "spool_stdin",
 ]

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ghoststore.corpus.fields import CONTENT_FIELDS, Fields, ResolvedFields, RowError, Sample, check_object
-from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of
-from ghoststore.errors import CorpusError, StorageError, UsageError
+from ghoststore.corpus.formats.base import Form
+from ghoststore.corpus.locate import locate
+from ghoststore.errors import CorpusError, StorageError
 from ghoststore.progress import Progress
-
-SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
-NOT_DATA = {"", ".md", ".yaml", ".yml"}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern}):(?P<split>[\w.+%:\[\]-]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,25 +100,21 @@ class Corpus:
         parquet reads the row groups concerned; a dataset is indexed. A place where no sample stands any
         more is left out: whether it is the same sample, its digest tells.
         """
-        found: dict[int, Sample] = {}
-        for file in sorted({place.file for place in places}):
-            inside = [place for place in places if place.file == file]
-            known = {self._key(place): place for place in inside if self._has_key(place)}
-            path = self.files[self._checked(file)]
-            for key, row in self._form.pick(path, self.resolved.columns(), sorted(known)):
-                place = known[key]
-                offset = key if self._form.has_offsets else -1
-                try:
-                    found[place.source_row] = self.resolved.sample(
-                        row, source_row=place.source_row, file=file, offset=offset
+        fetched: dict[int, Sample] = {}
+        keyed, others = ([place for place in places if self._has_key(place) == has_key] for has_key in (True, False))
+        for form, path, inside in self.at(keyed):
+            for key, row in form.pick(path, self.resolved.columns(), list(inside)):
+                place = inside[key]
+                with suppress(RowError):
+                    fetched[place.source_row] = self.resolved.sample(
+                        row, source_row=place.source_row, file=place.file, offset=key if form.has_offsets else -1
                     )
-                except RowError:
-                    continue
-            found |= self._streamed(file, {p.source_row for p in inside if not self._has_key(p)})
-        return found
+        for file in sorted({place.file for place in others}):
+            fetched |= self._streamed(file, {place.source_row for place in others if place.file == file})
+        return fetched
 
     def at(self, places: Sequence[Position]) -> Iterator[tuple[Form, Path, dict[int, Position]]]:
-        """Where different ``places`` with known offsets are: for each file its form, its path, and the places by their
+        """Where ``places`` with known offsets are: for each file its form, its path, and the places by their
         key in it, ascending.
         """
         for file in sorted({place.file for place in places}):
@@ -145,17 +136,17 @@ class Corpus:
 
     def _streamed(self, file: int, source_rows: set[int]) -> dict[int, Sample]:
         """The slow way to rows of one file without a known offset: from its beginning to the last."""
-        found: dict[int, Sample] = {}
+        fetched: dict[int, Sample] = {}
         if source_rows:
             for sample in self.samples(Position(source_row=min(source_rows), file=file)):
                 if sample.file != file:
                     break
                 if sample.source_row in source_rows:
-                    found[sample.source_row] = sample
-                if len(found) == len(source_rows):
-                    return found
+                    fetched[sample.source_row] = sample
+                if len(fetched) == len(source_rows):
+                    return fetched
             raise CorpusError(f"{self.files[file]}: has no sample {max(source_rows)} of the corpus")
-        return found
+        return fetched
 
     def _has_key(self, place: Position) -> bool:
         return place.offset >= 0 or not self._form.has_offsets
@@ -182,99 +173,6 @@ class Corpus:
         if not 0 <= file < len(self.files):
             raise CorpusError(f"{self.source}: expected a file from 0 to {len(self.files) - 1}, found {file}")
         return file
-
-
-def locate(source: str) -> tuple[Form, list[Path]]:
-    """The form and the files that a source names; see `Corpus.open`."""
-    if source == "-":
-        raise UsageError("standard input can be read only once: spool it to a file first (spool_stdin)")
-    path = Path(source)
-    if path.is_file():
-        form = form_of(path)
-        if form is None:
-            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}")
-        return form, [path]
-    if path.is_dir():
-        return _locate_folder(path, split=None)
-    if path.exists():
-        raise CorpusError(f"{path}: expected a file or a folder, found a device, pipe or socket")
-    folder, _, split = source.rpartition(":")
-    if folder and Path(folder).exists():
-        if Path(folder).is_dir():
-            return _locate_folder(Path(folder), split)
-        raise CorpusError(f"{source}: a split is for a saved DatasetDict; {folder} is a file")
-    hub = HUB_SOURCE.fullmatch(source)
-    if hub and form_of(Path(hub["name"])) is None:
-        return _locate_on_hub(source, hub["name"], hub["split"])
-    hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
-    raise CorpusError(f"{source}: does not exist{hint}")
-
-
-def absolute(source: str) -> str:
-    """``source`` as an absolute path where it is one (a split of a saved dataset keeps its ``:split``)."""
-    path, _, split = source.rpartition(":")
-    if Path(source).exists():
-        return str(Path(source).resolve())
-    return f"{Path(path).resolve()}:{split}" if path and Path(path).exists() else source
-
-
-def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
-    if (folder / "shards.json").is_file():
-        from ghoststore.tokens.shards import ShardsForm, TokenShards
-
-        if split is not None:
-            raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} holds token shards")
-        return ShardsForm(TokenShards.open(folder, verify_on_read=True)), [folder]
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _locate_saved(folder, split)
-    if split is not None:
-        raise CorpusError(f"{folder}:{split}: a split is for a saved DatasetDict; {folder} is a plain folder")
-    files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
-    files = sorted((f for f in files if f.suffix.lower() not in NOT_DATA), key=lambda f: f.name)
-    forms: dict[str, Form] = {}
-    for file in files:
-        form = form_of(file)
-        if form is None:
-            raise CorpusError(f"{file}: unsupported form {file.suffix!r} in a folder of data; {SUPPORTED}")
-        forms[form.name] = form
-    if not forms:
-        raise CorpusError(f"{folder}: no data files in this folder (subfolders are not read); {SUPPORTED}")
-    if len(forms) > 1:
-        raise CorpusError(f"{folder}: expected files of one form, found {', '.join(sorted(forms))}")
-    return forms.popitem()[1], files
-
-
-def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
-    import datasets
-    import pyarrow
-
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise CorpusError(f"{folder}: cannot be read as a saved dataset: {error}") from error
-    if isinstance(loaded, datasets.Dataset):
-        if split is not None:
-            raise CorpusError(f"{folder}: is one Dataset and has no splits; name it without ':{split}'")
-        return DatasetForm(loaded), [folder]
-    if split is None or split not in loaded:
-        wrong = "which split?" if split is None else f"no split {split!r};"
-        choices = ", ".join(f"{folder}:{name}" for name in loaded)
-        raise CorpusError(f"{folder}: {wrong} it has {choices}")
-    return DatasetForm(loaded[split]), [folder / split]
-
-
-def _locate_on_hub(source: str, name: str, split: str) -> tuple[Form, list[Path]]:
-    import datasets
-
-    missing = f"{source}: no such path exists"
-    try:
-        loaded: Any = datasets.load_dataset(name, split=split)
-    except ConnectionError as error:
-        raise CorpusError(f"{missing}, and the Hugging Face hub could not be reached: {error}") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise CorpusError(f"{missing}, and the Hugging Face hub does not give it: {error}") from error
-    cached = sorted({Path(entry["filename"]).parent for entry in loaded.cache_files})
-    return DatasetForm(loaded), cached[:1] or [Path(source)]
 
 
 @contextmanager

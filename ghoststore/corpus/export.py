@@ -12,7 +12,7 @@ from typing import IO, Any, TypeVar
 import zstandard
 
 from ghoststore.corpus.formats import FORMS, form_of
-from ghoststore.corpus.source_rows import Originals
+from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
 from ghoststore.store.base.disk import appearing, create_whole, storage_errors
 
@@ -25,7 +25,7 @@ GROUP_BYTES = 64 << 20
 """Of a parquet row group, about, before it is encoded."""
 
 
-def kind_of(out: Path) -> str:
+def form_wanted(out: Path) -> str:
     """The form that ``out`` asks for, by its suffix: without one, a folder of ``save_to_disk``. UsageError for another
     suffix.
     """
@@ -39,9 +39,9 @@ def kind_of(out: Path) -> str:
     return form.name.partition(".")[0]
 
 
-def check_copy(source: str, form: str, out: Path) -> None:
+def check_export(source: str, form: str, out: Path) -> None:
     """UsageError unless rows of the corpus ``source``, of ``form``, can be written to ``out``."""
-    have, wanted = form.partition(".")[0], kind_of(out)
+    have, wanted = form.partition(".")[0], form_wanted(out)
     if have == "token-shards":
         raise UsageError(
             f"{source} holds token shards: tokens, and not the rows that they were made of. Build a part of the corpus "
@@ -60,8 +60,8 @@ def check_new(option: str, path: Path) -> None:
         raise UsageError(f"{option} {path}: the folder {path.resolve().parent} does not exist")
 
 
-def write_copy(originals: Originals, out: Path, order: Sequence[int] | None) -> None:
-    """Write ``originals`` to ``out``, which appears whole or not at all: see `check_copy`.
+def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> None:
+    """Write ``source`` to ``out``, which appears whole or not at all: see `check_export`.
 
     In the order of the corpus, streamed; or with ``order`` (place in the corpus's order of the first to be written, of
     the second, …), which holds all rows in memory, as does every change of form to parquet or a dataset. Lines of a
@@ -70,18 +70,18 @@ def write_copy(originals: Originals, out: Path, order: Sequence[int] | None) -> 
     Raises MismatchError for a row that has changed, UsageError for values that the form cannot hold, StorageError if
     the disk refuses.
     """
-    kind = kind_of(out)
+    form = form_wanted(out)
     with storage_errors(str(out)):
-        if kind == "dataset":
-            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(originals, folder, order), "--out")
+        if form == "dataset":
+            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(source, folder, order), "--out")
             return
         with appearing(out) as temporary:
-            if kind == "parquet":
-                _write_parquet(originals, temporary, order)
+            if form == "parquet":
+                _write_parquet(source, temporary, order)
             else:
-                same = kind == originals.kind
-                header = originals.header() if same else b""
-                lines = originals.lines() if same else map(_as_json, originals.rows())
+                same = form == source.form
+                header = source.header() if same else b""
+                lines = source.lines() if same else map(_as_json, source.rows())
                 with _packed(temporary, out.suffix.lower()) as file:
                     file.write(header)
                     for line in _ordered(lines, order):
@@ -116,15 +116,15 @@ def _packed(path: Path, suffix: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _write_parquet(originals: Originals, path: Path, order: Sequence[int] | None) -> None:
+def _write_parquet(source: SourceRows, path: Path, order: Sequence[int] | None) -> None:
     import pyarrow.parquet
 
-    if originals.kind in TABLES and order is None:
-        with pyarrow.parquet.ParquetWriter(path, originals.schema()) as writer:
-            for table in _gathered(originals.tables()):
+    if source.form in TABLES and order is None:
+        with pyarrow.parquet.ParquetWriter(path, source.schema()) as writer:
+            for table in _gathered(source.tables()):
                 writer.write_table(table)
     else:
-        pyarrow.parquet.write_table(_table(originals, order), path)
+        pyarrow.parquet.write_table(_table(source, order), path)
 
 
 def _gathered(tables: Iterable[Any]) -> Iterator[Any]:
@@ -134,21 +134,21 @@ def _gathered(tables: Iterable[Any]) -> Iterator[Any]:
     held: list[Any] = []
     for table in tables:
         held.append(table)
-        if sum(one.nbytes for one in held) >= GROUP_BYTES:
+        if sum(piece.nbytes for piece in held) >= GROUP_BYTES:
             yield pyarrow.concat_tables(held)
             held = []
     if held:
         yield pyarrow.concat_tables(held)
 
 
-def _table(originals: Originals, order: Sequence[int] | None) -> Any:
+def _table(source: SourceRows, order: Sequence[int] | None) -> Any:
     """All rows as one Arrow table."""
     import pyarrow
 
-    if originals.kind in TABLES:
-        table = pyarrow.concat_tables(originals.tables()).cast(originals.schema())
+    if source.form in TABLES:
+        table = pyarrow.concat_tables(source.tables()).cast(source.schema())
     else:
-        rows = list(originals.rows())
+        rows = list(source.rows())
         names = list(dict.fromkeys(name for row in rows for name in row))
         try:
             table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
@@ -159,14 +159,14 @@ def _table(originals: Originals, order: Sequence[int] | None) -> Any:
     return table if order is None else table.take(list(order))
 
 
-def _save_dataset(originals: Originals, folder: Path, order: Sequence[int] | None) -> None:
+def _save_dataset(source: SourceRows, folder: Path, order: Sequence[int] | None) -> None:
     import datasets
 
-    if originals.kind == "dataset":
-        chosen = originals.dataset()
+    if source.form == "dataset":
+        chosen = source.dataset()
         chosen = chosen if order is None else chosen.select(list(order))
     else:
-        chosen = datasets.Dataset(datasets.table.InMemoryTable(_table(originals, order)))
+        chosen = datasets.Dataset(datasets.table.InMemoryTable(_table(source, order)))
     with _quietly(datasets):
         chosen.save_to_disk(str(folder))
 

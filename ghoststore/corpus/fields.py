@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorpusError, UsageError
 
-Kind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
+ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
 
 OPTIONS = {
     "text": "--text-field",
@@ -28,7 +28,7 @@ OPTIONS = {
     "id": "--id-field",
     "domain": "--domain-field",
 }
-CONTENT_FIELDS: dict[Kind, tuple[str, ...]] = {
+CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
     "text": ("text",),
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
@@ -254,7 +254,7 @@ class ResolvedFields:
     Raises UsageError where names and kind do not fit (a manifest changed by hand).
     """
 
-    kind: Kind
+    kind: ContentKind
     text: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -263,8 +263,8 @@ class ResolvedFields:
     domain: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UsageError(f"kind of content: expected one of {get_args(Kind)}, found {self.kind!r}")
+        if self.kind not in get_args(ContentKind):
+            raise UsageError(f"kind of content: expected one of {get_args(ContentKind)}, found {self.kind!r}")
         for role in OPTIONS:
             name = getattr(self, role)
             wanted = role in CONTENT_FIELDS.get(self.kind, ())

@@ -40,10 +40,10 @@ class RepeatedIds:
     @classmethod
     def of(cls, ids: Iterable[str]) -> Repeated | None:
         """See :meth:`count`."""
-        found = cls()
+        counter = cls()
         for name in ids:
-            found.add(name)
-        return found.count()
+            counter.add(name)
+        return counter.count()
 
     def add(self, name: str) -> None:
         """The id of the next sample. StorageError where a temporary file is needed and cannot be written."""

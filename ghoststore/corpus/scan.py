@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +12,6 @@ from ghoststore.corpus.fields import Sample
 from ghoststore.errors import CorpusError
 
 MAX_DOMAINS = 10_000
-ROWS_PER_PROGRESS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,43 +29,44 @@ class Scan:
     text_bytes: int
 
 
-def scan_samples(
-    samples: Iterable[Sample],
-    *,
-    max_rows: int | None = None,
-    on_sample: Callable[[Sample], None] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Scan:
-    """Scan the first ``max_rows`` samples (None: all).
+class SampleScan:
+    """A pass over the first ``max_rows`` samples (None: all): iterate it for the samples, then :meth:`finish` it.
 
-    ``on_sample`` gets every one of them; ``progress`` gets the number of rows so far, every 4096 rows
-    and at the end. Raises CorpusError for more than MAX_DOMAINS distinct domains.
+    Raises CorpusError for more than MAX_DOMAINS distinct domains.
     """
-    hashed = hashlib.sha256()
-    domains: set[str] = set()
-    rows = text_bytes = 0
-    for sample in islice(samples, max_rows):
-        canonical = sample.canonical()
-        hashed.update(len(canonical).to_bytes(8, "little") + canonical)
-        for text in sample.texts():
-            text_bytes += len(text) if text.isascii() else len(text.encode())
-        if sample.domain is not None:
-            domains.add(sample.domain)
-            if len(domains) > MAX_DOMAINS:
-                raise CorpusError(
-                    f"more than {MAX_DOMAINS:,} distinct domains in the first {rows + 1:,} rows "
-                    f"(the last: {sample.domain!r:.80}): is the field of --domain-field an id?"
-                )
-        rows += 1
-        if on_sample is not None:
-            on_sample(sample)
-        if progress is not None and rows % ROWS_PER_PROGRESS == 0:
-            progress(rows)
-    if progress is not None:
-        progress(rows)
-    return Scan(
-        rows=rows,
-        fingerprint=f"sha256:{hashed.hexdigest()}",
-        domains=sorted(domains) if domains else None,
-        text_bytes=text_bytes,
-    )
+
+    def __init__(self, samples: Iterable[Sample], *, max_rows: int | None = None) -> None:
+        self._hash = hashlib.sha256()
+        self._domains: set[str] = set()
+        self._rows = self._text_bytes = 0
+        self._pass = self._scanned(islice(samples, max_rows))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._pass
+
+    def finish(self) -> Scan:
+        """Read what is left, and say what the pass found."""
+        deque(self._pass, maxlen=0)
+        return Scan(
+            rows=self._rows,
+            fingerprint=f"sha256:{self._hash.hexdigest()}",
+            domains=sorted(self._domains) if self._domains else None,
+            text_bytes=self._text_bytes,
+        )
+
+    def _scanned(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            canonical = sample.canonical()
+            self._hash.update(len(canonical).to_bytes(8, "little") + canonical)
+            for text in sample.texts():
+                self._text_bytes += len(text) if text.isascii() else len(text.encode())
+            self._rows += 1
+            if sample.domain is not None:
+                self._domains.add(sample.domain)
+                # An id taken for a domain would fill memory, and the manifest, with one name a sample.
+                if len(self._domains) > MAX_DOMAINS:
+                    raise CorpusError(
+                        f"more than {MAX_DOMAINS:,} distinct domains in the first {self._rows:,} rows "
+                        f"(the last: {sample.domain!r:.80}): is the field of --domain-field an id?"
+                    )
+            yield sample

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ghoststore.corpus.corpus import Corpus, Position
 from ghoststore.corpus.fields import RowError
-from ghoststore.corpus.formats import DatasetForm, ParquetForm, TextForm, wanted
+from ghoststore.corpus.formats.arrow import wanted
+from ghoststore.corpus.formats.dataset import DatasetForm
+from ghoststore.corpus.formats.parquet import ParquetForm
+from ghoststore.corpus.formats.text import TextForm
 from ghoststore.errors import CorpusError, MismatchError
 
 ONE_FILE = "one file cannot hold both: give --out a .jsonl file"
 
 
-class Originals:
+class SourceRows:
     """Different rows of ``corpus`` in the order of the corpus, each time anew.
 
     Every method raises MismatchError for a row whose digest is not that in ``digests``, or that is gone.
@@ -27,20 +31,20 @@ class Originals:
         self._digest = {place.source_row: int(digest) for place, digest in zip(places, digests, strict=True)}
 
     @property
-    def kind(self) -> str:
+    def form(self) -> str:
         """jsonl, csv, txt, parquet, dataset or token-shards, whatever the packing."""
         return self.corpus.form.partition(".")[0]
 
     def header(self) -> bytes:
         """Of a text form: what stands before the first row. CorpusError if files of the corpus differ in it."""
-        found: bytes | None = None
+        first: bytes | None = None
         for form, path, _ in self.corpus.at(self.places):
             assert isinstance(form, TextForm)
             header = form.header(path)
-            if found is not None and header.strip() != found.strip():
-                raise CorpusError(f"{path}: expected the header {found!r:.200} of the files before it; {ONE_FILE}")
-            found = header if found is None else found
-        return found or b""
+            if first is not None and header.strip() != first.strip():
+                raise CorpusError(f"{path}: expected the header {first!r:.200} of the files before it; {ONE_FILE}")
+            first = header if first is None else first
+        return first or b""
 
     def lines(self) -> Iterator[bytes]:
         """Of a text form: the bytes of every row, a line ending added where there is none."""
@@ -53,24 +57,20 @@ class Originals:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as a dictionary of all its fields."""
-        if self.kind == "jsonl":
-            yield from map(json.loads, self.lines())  # orjson makes floats of integers beyond 64 bits
-            return
-        for form, path, keyed in self.corpus.at(self.places):
-            for key, row in form.pick(path, None, list(keyed)):
-                yield self._check(path, keyed.pop(key), row)
-            self._refuse_missing(path, keyed)
+        if self.form == "jsonl":
+            return map(json.loads, self.lines())  # orjson makes floats of integers beyond 64 bits
+        return self._picked(None)
 
     def schema(self) -> Any:
         """The Arrow schema of a corpus of parquet files or a dataset. CorpusError if its files have different ones."""
-        found: Any = None
+        first: Any = None
         for form, path, _ in self.corpus.at(self.places):
             assert isinstance(form, ParquetForm | DatasetForm)
             schema = form.schema(path)
-            if found is not None and not schema.equals(found):
+            if first is not None and not schema.equals(first):
                 raise CorpusError(f"{path}: expected the columns and types of the files before it; {ONE_FILE}")
-            found = schema if found is None else found
-        return found
+            first = schema if first is None else first
+        return first
 
     def tables(self) -> Iterator[Any]:
         """Of parquet files or a dataset: Arrow tables of all columns."""
@@ -97,9 +97,13 @@ class Originals:
 
     def check(self) -> None:
         """Read every row, only to compare its digest."""
+        deque(self._picked(self.corpus.resolved.columns()), maxlen=0)
+
+    def _picked(self, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """Every row, with these fields (None: all), checked."""
         for form, path, keyed in self.corpus.at(self.places):
-            for key, row in form.pick(path, self.corpus.resolved.columns(), list(keyed)):
-                self._check(path, keyed.pop(key), row)
+            for key, row in form.pick(path, columns, list(keyed)):
+                yield self._check(path, keyed.pop(key), row)
             self._refuse_missing(path, keyed)
 
     def _check(self, path: Path, place: Position, row: object) -> dict[str, Any]:
@@ -107,13 +111,13 @@ class Originals:
         expected = self._digest[place.source_row]
         try:
             sample = self.corpus.resolved.sample(row, source_row=place.source_row, file=place.file, offset=place.offset)
-            found = f"{sample.digest():016x}"
+            digest = f"{sample.digest():016x}"
         except RowError as error:
-            found = str(error)
-        if found != f"{expected:016x}":
+            digest = str(error)
+        if digest != f"{expected:016x}":
             raise MismatchError(
                 f"{path}: row {place.source_row} of the corpus is not the one that the part was built from: expected "
-                f"the digest {expected:016x}, found {found}. Build the part again on the corpus as it is"
+                f"the digest {expected:016x}, found {digest}. Build the part again on the corpus as it is"
             )
         assert isinstance(row, dict)
         return row

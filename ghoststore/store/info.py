@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,67 +87,51 @@ class StoreInfo:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """What all records of a part or a run count."""
-
-    statuses: dict[str, int]
-    tokens: int
-    bytes: int
-
-
-def _sums(source: Spanned[Any]) -> _Sums:
-    statuses: dict[str, int] = {}
+def _common(source: Spanned[Any]) -> dict[str, Any]:
+    """What is said of parts and runs alike, from the manifest and all commit records."""
+    statuses: Counter[str] = Counter()
     tokens = size = 0
     for span in source.spans:
         commit = source.commit(span)
+        statuses.update(commit.statuses)
         tokens += commit.tokens
         size += sum(record.bytes for record in commit.files.values())
-        for status, count in commit.statuses.items():
-            statuses[status] = statuses.get(status, 0) + count
-    return _Sums(statuses, tokens, size)
+    return {
+        "name": source.name,
+        "complete": source.complete,
+        "committed": source.length,
+        "statuses": dict(statuses),
+        "tokens": tokens,
+        "repeated_ids": source.repeated_ids,
+        "bytes": size,
+        "manifest": source.manifest,
+    }
 
 
 def describe(part: Part) -> PartInfo:
     """Read the commit records of ``part``; CorruptError if one is damaged."""
-    sums = _sums(part)
     return PartInfo(
-        name=part.name,
-        complete=part.complete,
+        **_common(part),
         rows=part.layout.rows,
-        committed=part.rows,
-        statuses=sums.statuses,
-        tokens=sums.tokens,
-        repeated_ids=part.repeated_ids,
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,
-        bytes=sums.bytes,
         indexes=[state.to_json() for state in index_states(part)],
-        fidelity=[kept.to_json() for kept in kept_fidelities(part)],
-        manifest=part.manifest,
+        fidelity=[measured.to_json() for measured in kept_fidelities(part)],
     )
 
 
 def describe_run(run: Run) -> RunInfo:
     """Read the commit records, the losses and the scores of ``run``; CorruptError if one of them is damaged."""
-    sums = _sums(run)
     return RunInfo(
-        name=run.name,
-        complete=run.complete,
+        **_common(run),
         steps=run.layout.steps,
-        committed=run.steps,
         ranks=run.layout.ranks,
         batch=run.layout.batch,
         rows=run.layout.rows,
-        repeated_ids=run.repeated_ids,
         train_loss=_last(run, "train_loss"),
         val_loss=_last(run, "val_loss"),
         negative=_negative(run),
-        statuses=sums.statuses,
-        tokens=sums.tokens,
-        bytes=sums.bytes,
-        manifest=run.manifest,
     )
 
 

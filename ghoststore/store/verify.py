@@ -8,17 +8,19 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
-from ghoststore.store.base.records import FileRecord, read_commit
-from ghoststore.store.part.indexes import FOLDER, MANIFEST, damage_of, index_folder, index_names, read_manifest
+from ghoststore.store.part.indexes import FOLDER, MANIFEST, index_folder, index_names, read_manifest
 from ghoststore.store.part.part import Part
+from ghoststore.store.spans.commits import commit_path, read_commit
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.store import Store
 
 THREADS = 4
+Checked: TypeAlias = tuple[str, int, str | None]
+"""(file, its bytes, what is wrong with it or None)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,82 +71,69 @@ def verify(
     parts, runs = opened.chosen(part, run)
     damage: list[Damage] = []
     spans = files = size = 0
-    for name, of in [*((name, {"part": name}) for name in parts), *((name, {"run": name}) for name in runs)]:
+    for name, owner in [*((name, {"part": name}) for name in parts), *((name, {"run": name}) for name in runs)]:
         try:
-            found: Spanned[Any] = opened.part(name) if "part" in of else opened.run(name)
+            source: Spanned[Any] = opened.part(name) if "part" in owner else opened.run(name)
         except CorruptError as error:
-            damage.append(Damage(**of, file="zarr.json", problem=str(error)))
+            damage.append(Damage(**owner, file="zarr.json", problem=str(error)))
             continue
-        task = progress.task(f"verifying {name}", len(found.spans), unit="spans")
-        damage += [Damage(**of, file=file, problem=problem) for file, problem in _check_metadata(found)]
-        spans += len(found.spans)
+        task = progress.task(f"verifying {name}", len(source.spans), unit="spans")
+        damage += [Damage(**owner, file=file, problem=problem) for file, problem in _check_metadata(source)]
+        spans += len(source.spans)
         with closing(task):
-            for key, count, problem in chain(_check_spans(found, task), _check_indexes(found)):
+            for key, count, problem in chain(_check_spans(source, task), _check_indexes(source)):
                 files, size = files + 1, size + count
                 if problem:
-                    damage.append(Damage(**of, file=key, problem=problem))
+                    damage.append(Damage(**owner, file=key, problem=problem))
     return VerifyReport(store=str(store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage)
 
 
-def _check_metadata(found: Spanned[Any]) -> Iterator[tuple[str, str]]:
+def _check_metadata(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it) for every file that was written when the part or run was made."""
-    for name in found.files:
+    for name in source.files:
         try:
-            found.check_file(name)
+            source.check_file(name)
         except CorruptError as error:
             yield name, str(error)
 
 
-def _check_spans(found: Spanned[Any], task: Task) -> Iterator[tuple[str, int, str | None]]:
+def _check_spans(source: Spanned[Any], task: Task) -> Iterator[Checked]:
     """What :func:`_check_span` says of every committed span."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for checked in pool.map(lambda span: list(_check_span(found.path, span)), found.spans):
+        for checked in pool.map(lambda span: list(_check_span(source.path, span)), source.spans):
             task.advance(1)
             yield from checked
 
 
-def _check_indexes(found: Spanned[Any]) -> Iterator[tuple[str, int, str | None]]:
-    """(file, its bytes, what is wrong with it or None) for each file of each index. A stale index is not damage."""
-    if not isinstance(found, Part):
+def _check_span(folder: Path, span: int) -> Iterator[Checked]:
+    """The record of ``span``, if it is damaged, and each file it names."""
+    try:
+        commit = read_commit(folder, span)
+    except CorruptError as error:
+        yield str(commit_path(folder, span).relative_to(folder)), 0, str(error)
         return
-    for name in index_names(found):
-        folder = index_folder(found, name)
+    for key, record in commit.files.items():
+        path = folder / key
+        # A record may come from anywhere: what lies outside is not read.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            yield key, 0, f"the record of span {span} names a file outside the part or run"
+            continue
+        problem = record.damage(path)
+        yield key, record.bytes, f"{problem} (span {span})" if problem else None
+
+
+def _check_indexes(source: Spanned[Any]) -> Iterator[Checked]:
+    """Each file of each index. A stale index is not damage."""
+    if not isinstance(source, Part):
+        return
+    for name in index_names(source):
         try:
-            manifest = read_manifest(found, name)
+            manifest = read_manifest(source, name)
         except CorruptError as error:
             yield f"{FOLDER}/{name}/{MANIFEST}", 0, str(error)
             continue
         except (MismatchError, UsageError):
             continue  # of another version, which is refused when it is used; or just removed
-        wrong = dict(damage_of(folder, manifest))
         for kind, record in manifest.files.items():
-            path = manifest.path_of(folder, kind)
-            yield str(path.relative_to(found.path)), record.bytes, wrong.get(path)
-
-
-def _check_span(folder: Path, span: int) -> Iterator[tuple[str, int, str | None]]:
-    """(file, its bytes, what is wrong with it or None) for the record of ``span`` and each file it names."""
-    try:
-        commit = read_commit(folder, span)
-    except CorruptError as error:
-        yield f"commits/{span:08d}.json", 0, str(error)
-        return
-    for key, record in commit.files.items():
-        path = folder / key
-        if not path.resolve().is_relative_to(folder.resolve()):
-            yield key, 0, f"the record of span {span} names a file outside the part or run"
-            continue
-        try:
-            found = FileRecord.of(path)
-        except FileNotFoundError:
-            yield key, 0, f"missing (span {span})"
-            continue
-        except OSError as error:
-            yield key, 0, f"cannot be read (span {span}): {error}"
-            continue
-        if found.bytes != record.bytes:
-            yield key, found.bytes, f"{found.bytes} bytes; {record.bytes} were committed (span {span})"
-        elif found.sha256 != record.sha256:
-            yield key, found.bytes, f"its SHA-256 is not that of what was committed (span {span})"
-        else:
-            yield key, found.bytes, None
+            path = manifest.path_of(index_folder(source, name), kind)
+            yield str(path.relative_to(source.path)), record.bytes, record.damage(path)

@@ -5,12 +5,7 @@ Legend: M samples of the folder, S tokens of a shard.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,190 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus.fields import Tokenized
-from ghoststore.corpus.formats import KeyedRow
 from ghoststore.corpus.repeated import Repeated
-from ghoststore.corpus.scan import MAX_DOMAINS
-from ghoststore.errors import CheckpointError, CorpusError, CorruptError, MismatchError
-from ghoststore.store.base.manifest import Kind, is_whole_tokenizer
-from ghoststore.store.base.records import Commit, FileRecord, committed, json_digest, read_commit, record_path
+from ghoststore.errors import CheckpointError, CorpusError, CorruptError
+from ghoststore.store.base.records import check_file
+from ghoststore.store.spans.commits import Commit
+from ghoststore.tokens.manifest import (
+    TOKENIZER,
+    committed_shards,
+    layout_of,
+    read_manifest,
+    read_shard_commit,
+    remedy,
+    shard_files,
+)
 
-SHARDS_VERSION = 1
-MANIFEST = "shards.json"
-TOKENIZER = "tokenizer"
-LARGEST_MANIFEST = 64 << 20
 SHARDS_OPEN = 4096
 """Shards that stay mapped at once."""
-SHARDS = Kind(
-    name="folder",
-    made="tokenized",
-    identity=("tokenizer", "corpus", "storage"),
-    description=("source", "software"),
-    option="--out",
-)
-
-SAMPLE = np.dtype(
-    [
-        ("source_row", "<i8"),
-        ("source_offset", "<i8"),
-        ("source_digest", "<u8"),
-        ("start", "<i8"),
-        ("id_stop", "<i8"),
-        ("length", "<i4"),
-        ("first_target", "<i4"),
-        ("source_file", "<i4"),
-        ("domain", "<i2"),
-    ]
-)
-"""One sample in ``samples-*.npy``."""
-
-_TOKENIZER_FILE = re.compile(rf"{TOKENIZER}(/[A-Za-z0-9_-][A-Za-z0-9._-]*){{1,3}}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardLayout:
-    """What fixes the files of a folder. Raises MismatchError for numbers that fit no folder."""
-
-    samples: int
-    shard_samples: int
-    vocabulary: int
-    """Every id is below it."""
-    domains: int
-
-    def __post_init__(self) -> None:
-        limits = {"samples": 1 << 48, "shard_samples": 1 << 31, "vocabulary": 1 << 31, "domains": MAX_DOMAINS}
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not (name != "domains") <= value <= limit:
-                raise MismatchError(f"token shards of {value!r} {name}: expected a number up to {limit}")
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.samples // self.shard_samples)
-
-    @property
-    def token_dtype(self) -> np.dtype[Any]:
-        """uint16 where the vocabulary fits, else uint32."""
-        return np.dtype("<u2" if self.vocabulary <= 1 << 16 else "<u4")
-
-    def span_of(self, shard: int) -> tuple[int, int]:
-        """First sample and one past the last of ``shard``."""
-        return shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.samples)
-
-
-def shard_files(shard: int) -> list[str]:
-    """The files of a shard: tokens, samples, ids."""
-    return [f"{kind}-{shard:08d}.npy" for kind in ("tokens", "samples", "ids")]
-
-
-def npy_bytes(array: NDArray[Any]) -> bytes:
-    """``array`` as an .npy file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def seal_shards(manifest: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
-    """The bytes of ``shards.json``: format version, manifest, SHA-256 of the tokenizer's files, and a checksum."""
-    value = {"ghoststore_shards": SHARDS_VERSION, "manifest": manifest, "files": dict(sorted(files.items()))}
-    value["sha256"] = json_digest(value)
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The manifest of a folder and the SHA-256 of its tokenizer's files; see :func:`seal_shards`.
-
-    Raises CorpusError if there is none, MismatchError for another version, CorruptError if it is damaged.
-    """
-    path = folder / MANIFEST
-    try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not a manifest of token shards")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict) or "ghoststore_shards" not in value:
-            raise ValueError("it has no 'ghoststore_shards'")
-        if value["ghoststore_shards"] != SHARDS_VERSION:
-            raise MismatchError(
-                f"{path} has format version {value['ghoststore_shards']!r:.20}; this release reads version "
-                f"{SHARDS_VERSION}. Use a release that reads it"
-            )
-        stated = value.pop("sha256", None)
-        if stated != json_digest(value):
-            raise ValueError("its checksum does not hold")
-        manifest, files = value["manifest"], value["files"]
-        lacking = [name for name in (*SHARDS.identity, *SHARDS.description) if not isinstance(manifest[name], dict)]
-        if lacking or not isinstance(files, dict):
-            raise ValueError(f"its sections {lacking or 'files'} are no objects")
-        wrong = [name for name in files if not _TOKENIZER_FILE.fullmatch(name)]
-        if wrong or not all(isinstance(sha256, str) for sha256 in files.values()):
-            raise ValueError(f"it names other files than those of a tokenizer: {wrong[:3]!r:.200}")
-        domains = manifest["corpus"]["domains"]
-        if domains is not None and not (isinstance(domains, list) and all(isinstance(d, str) for d in domains)):
-            raise ValueError("its domains are no list of names")
-        for section in ("tokenizer", "corpus"):
-            if not isinstance(manifest[section]["fingerprint"], str):
-                raise ValueError(f"the fingerprint of its {section} is no string")
-        _refuse_incomplete(folder, manifest)
-        return manifest, files
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorpusError(f"{folder} holds no token shards (it has no {MANIFEST})") from None
-    except MismatchError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptError(f"{path} is damaged: {error}") from error
-
-
-def _refuse_incomplete(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """MismatchError for a manifest that does not say which tokenizer it is of, but for its vocabulary."""
-    if is_whole_tokenizer(manifest["tokenizer"]):
-        return
-    source = manifest["source"]
-    command = shlex.join(
-        ["ghoststore", "tokenize", "--data", str(source["data"]), "--tokenizer", str(source["tokenizer"]), "--out"]
-    )
-    raise MismatchError(
-        f"{folder} was tokenized by an unreleased version of ghoststore: its manifest does not identify the whole of "
-        f"the tokenizer. Tokenize the corpus again, into a new folder:\n  {command} …"
-    )
-
-
-def layout_of(manifest: Mapping[str, Any], where: Path) -> ShardLayout:
-    """The files that a manifest describes; CorruptError if it describes none."""
-    try:
-        corpus, storage = manifest["corpus"], manifest["storage"]
-        layout = ShardLayout(
-            samples=corpus["samples"],
-            shard_samples=storage["shard_samples"],
-            vocabulary=manifest["tokenizer"]["vocabulary"],
-            domains=len(corpus["domains"] or ()),
-        )
-        stated = (storage["shards"], storage["token_dtype"])
-        if stated != (layout.shards, layout.token_dtype.name):
-            raise MismatchError(f"expected {layout.shards} shards of {layout.token_dtype.name}, found {stated!r:.80}")
-        return layout
-    except (KeyError, TypeError, MismatchError) as error:
-        raise CorruptError(f"{where / MANIFEST} describes no token shards: {error}") from error
-
-
-def _check_sha256(path: Path, record: FileRecord) -> None:
-    try:
-        found = FileRecord.of(path)
-    except OSError as error:
-        raise CorruptError(f"{path} cannot be read: {error}") from error
-    if found != record:
-        raise CorruptError(f"{path} is not what was written: {_again(path)}")
-
-
-def _again(path: Path) -> str:
-    """How a damaged file is made again."""
-    if path.parent.name == "commits":
-        record = path
-    else:
-        number = path.stem.rpartition("-")[2]
-        if not number.isdigit():
-            return "tokenize into a new folder"
-        record = record_path(path.parent, int(number))
-    return f"delete {record} and run `ghoststore tokenize` again, which makes that shard again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +71,7 @@ class TokenShards:
         }
         """See :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
         self.corpus_fingerprint: str = manifest["corpus"]["fingerprint"]
-        self.repeated_ids: Repeated | None = manifest["corpus"].get("repeated_ids")
+        self.repeated_ids: Repeated | None = manifest["corpus"]["repeated_ids"]
         """None where every id is unique."""
         self._files = files
         self._commits = commits
@@ -273,7 +100,7 @@ class TokenShards:
         commits = [read_shard_commit(folder, layout, shard) for shard in spans]
         for name in files:
             if not (folder / name).is_file():
-                raise CorruptError(f"{folder / name} is missing: {_again(folder / name)}")
+                raise CorruptError(f"{folder / name} is missing: {remedy(folder / name)}")
         opened = cls(folder, manifest, files, commits, verify_on_read)
         if verify:
             opened.verify()
@@ -282,7 +109,7 @@ class TokenShards:
     def verify(self) -> None:
         """Check the SHA-256 of every file; CorruptError naming the first that is not what was written."""
         for name, sha256 in self._files.items():
-            _check_tokenizer_file(self.folder / name, sha256)
+            check_file(self.folder / name, sha256, advice=remedy(self.folder / name))
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(self._verify_shard, range(self.layout.shards)):
                 pass
@@ -299,7 +126,7 @@ class TokenShards:
         corpus = self.manifest["corpus"]
         return {
             **self.manifest["source"],
-            **{key: corpus.get(key) for key in ("fields", "max_samples", "only_domains")},
+            **{key: corpus[key] for key in ("fields", "max_samples", "only_domains")},
         }
 
     @property
@@ -369,7 +196,7 @@ class TokenShards:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the folder. CorruptError if it is not the one that was saved there."""
-        return load_copy(self.folder)
+        return load_own_tokenizer(self.folder)
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """The text of ``ids``, by the tokenizer in the folder."""
@@ -411,7 +238,7 @@ class TokenShards:
             and bool((samples["first_target"] >= 1).all())
         )
         if not sound:
-            raise CorruptError(f"{paths[1]} names places that are not there: {_again(paths[1])}")
+            raise CorruptError(f"{paths[1]} names places that are not there: {remedy(paths[1])}")
         return _Shard(tokens, samples, ids)
 
     def _checked(self, sample: int, ids: NDArray[Any]) -> NDArray[Any]:
@@ -419,7 +246,7 @@ class TokenShards:
             path = self.folder / shard_files(sample // self.layout.shard_samples)[0]
             raise CorruptError(
                 f"{path}: sample {sample} has token {int(ids.max())}, the vocabulary {self.layout.vocabulary}: "
-                f"{_again(path)}"
+                f"{remedy(path)}"
             )
         return ids
 
@@ -437,110 +264,30 @@ class TokenShards:
             return bytes(data).decode()
         except UnicodeDecodeError as error:
             path = self.folder / shard_files(sample // self.layout.shard_samples)[2]
-            raise CorruptError(f"{path}: the id of sample {sample} is not UTF-8: {_again(path)}") from error
+            raise CorruptError(f"{path}: the id of sample {sample} is not UTF-8: {remedy(path)}") from error
 
     def _verify_shard(self, shard: int) -> None:
         for name, record in self._commits[shard].files.items():
-            _check_sha256(self.folder / name, record)
+            record.check(self.folder / name, remedy(self.folder / name))
 
 
 def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
     return TokenShards.open(folder, verify_on_read=verify_on_read)
 
 
-def load_copy(folder: Path) -> Any:
+def load_own_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder of shards, complete or not. CorruptError if it is not the one that was saved there."""
     from ghoststore.checkpoint.load import load_tokenizer
     from ghoststore.checkpoint.tokenizer_identity import fingerprint_tokenizer
 
     manifest, files = read_manifest(folder)
     for name, sha256 in files.items():
-        _check_tokenizer_file(folder / name, sha256)
+        check_file(folder / name, sha256, advice=remedy(folder / name))
     try:
         loaded = load_tokenizer(folder / TOKENIZER)
     except CheckpointError as error:
         raise CorruptError(f"{folder / TOKENIZER} is damaged: {error}") from error
-    expected, found = manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(loaded)
-    if found != expected:
-        raise CorruptError(f"{folder / TOKENIZER} is not the manifest's tokenizer: expected {expected}, found {found}")
+    expected, own = manifest["tokenizer"]["fingerprint"], fingerprint_tokenizer(loaded)
+    if own != expected:
+        raise CorruptError(f"{folder / TOKENIZER} is not the manifest's tokenizer: expected {expected}, found {own}")
     return loaded
-
-
-def _check_tokenizer_file(path: Path, sha256: str) -> None:
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CorruptError(f"{path} cannot be read: {error}") from error
-    if found != sha256:
-        raise CorruptError(f"{path} is not what was written: {_again(path)}")
-
-
-def committed_shards(folder: Path, layout: ShardLayout) -> list[int]:
-    """Shards that have a record, in order; CorruptError for records that no shard can have."""
-    try:
-        found = committed(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CorruptError(f"{folder} has no commits folder: tokenize into a new folder") from None
-    if found and found[-1] >= layout.shards:
-        raise CorruptError(
-            f"{record_path(folder, found[-1])} is beyond the {layout.shards:,} shards that {MANIFEST} names"
-        )
-    return found
-
-
-def read_shard_commit(folder: Path, layout: ShardLayout, shard: int) -> Commit:
-    """The record of a shard, its files' sizes and headers checked. CorruptError naming the file that is wrong."""
-    commit = read_commit(folder, shard)
-    path = record_path(folder, shard)
-    names = shard_files(shard)
-    rows = commit.stop - commit.start
-    if (commit.start, commit.stop) != layout.span_of(shard) or sorted(commit.files) != sorted(names):
-        raise CorruptError(f"{path} is the record of other samples or files than those of shard {shard}")
-    dtypes = (layout.token_dtype, SAMPLE, np.dtype("u1"))
-    for name, dtype, count in zip(names, dtypes, (commit.tokens, rows, None), strict=True):
-        _check_array(folder / name, dtype, count, commit.files[name].bytes)
-    return commit
-
-
-def _check_array(path: Path, dtype: np.dtype[Any], count: int | None, size: int) -> None:
-    """CorruptError unless ``path`` is an .npy file of ``size`` bytes with ``count`` (None: any number of) ``dtype``."""
-    try:
-        if not path.is_file():
-            raise ValueError("it is missing")
-        found = path.stat().st_size
-        if found != size:
-            raise ValueError(f"it has {found} bytes, {size} were committed")
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("it is another version of .npy")
-            shape, _, there = np.lib.format.read_array_header_1_0(file)
-            if there != dtype or len(shape) != 1 or shape[0] < 0 or (count is not None and shape[0] != count):
-                raise ValueError(f"expected {count} × {dtype.name}, found {shape!r:.40} × {there!r:.40}")
-            if file.tell() + shape[0] * dtype.itemsize != size:
-                raise ValueError(f"it has {size} bytes and names {shape[0]} × {dtype.itemsize}")
-    except (ValueError, OSError, TypeError, OverflowError) as error:
-        raise CorruptError(f"{path} is damaged: {error}; {_again(path)}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class ShardsForm:
-    """Token shards as a form of corpus: rows of :meth:`TokenShards.row`, numbered from 0."""
-
-    shards: TokenShards
-    name: str = "token-shards"
-    has_offsets: bool = False
-
-    def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
-        for sample in range(start, self.shards.samples):
-            yield sample, self.shards.row(sample)
-
-    def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
-        for key in keys:
-            if key < self.shards.samples:
-                yield key, self.shards.row(key)
-
-    def count(self, path: Path) -> int:
-        return self.shards.samples
-
-    def where(self, path: Path, key: int) -> str:
-        return f"{path}, sample {key}"

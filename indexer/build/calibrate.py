@@ -11,20 +11,17 @@ Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
-from ghoststore.corpus import Sample
 from ghoststore.errors import CorpusError, LayerError
-from ghoststore.progress import Progress
+from ghoststore.progress import Progress, Task
 from ghoststore.settings.projection import LEARNED
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import RowEncoder
@@ -48,28 +45,6 @@ ROUNDING = 2.0**-20
 """Eigenvalues below this share of the largest are rounding of float32 sums."""
 BYTES_AT_ONCE = 64 << 20
 """Of the blocks of a batch."""
-
-
-class SampleDraw:
-    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._heap: list[tuple[int, int, Sample]] = []
-
-    def see(self, sample: Sample) -> None:
-        """One more."""
-        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
-        entry = (-lot, sample.source_row, sample)
-        if len(self._heap) < self._count:
-            heapq.heappush(self._heap, entry)
-        elif entry > self._heap[0]:
-            heapq.heapreplace(self._heap, entry)
-
-    @property
-    def samples(self) -> list[Sample]:
-        """Those chosen, in the order of the corpus."""
-        return sorted((sample for _, _, sample in self._heap), key=lambda sample: sample.source_row)
 
 
 class Leading:
@@ -100,9 +75,9 @@ class Leading:
             raise ValueError("the gradients are zero or not finite")
         core = directions.t() @ products
         inner, turn = torch.linalg.eigh((core + core.t()) / 2)
-        kept = inner > ROUNDING * inner[-1]
+        sound = inner > ROUNDING * inner[-1]
         half = torch.zeros_like(products)
-        half[:, kept] = products @ turn[:, kept] * inner[kept].rsqrt()
+        half[:, sound] = products @ turn[:, sound] * inner[sound].rsqrt()
         left, singular, _ = torch.linalg.svd(half, full_matrices=False)
         rows, values = left[:, : self.k].t(), singular[: self.k].square()
         signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
@@ -135,11 +110,20 @@ def calibrate(
             f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
             "used; give --proj-kind gaussian --proj-precondition none --proj-compress-by all"
         )
-    run = _Passes(model, plan, usable, reduction, batch_tokens, scales, checkpointing, padding)
     learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
     passes = 2 * plan.config.learns_sides + plan.shared_out
     with closing(progress.task("learning the projection", passes * len(usable))) as task:
-        run.advance = task.advance
+        run = _Passes(
+            model=model,
+            plan=plan,
+            rows=usable,
+            reduction=reduction,
+            batch_tokens=batch_tokens,
+            scales=scales,
+            checkpointing=checkpointing,
+            padding=padding,
+            task=task,
+        )
         if plan.config.learns_sides:
             learned = replace(learned, **run.sides())
         if plan.shared_out:
@@ -150,27 +134,26 @@ def calibrate(
     return replace(learned, samples=run.finite)
 
 
+@dataclass(kw_only=True)
 class _Passes:
     """Passes of the model over the same rows."""
 
-    def __init__(
-        self,
-        model: Any,
-        plan: ProjectionPlan,
-        rows: Sequence[Row],
-        reduction: Reduction,
-        batch_tokens: int,
-        scales: Mapping[str, SideScales] | None,
-        checkpointing: bool,
-        padding: bool,
-    ) -> None:
-        self.model, self.plan, self.rows = model, plan, rows
-        self.reduction: Reduction = reduction
-        self.batch_tokens, self.scales, self.checkpointing, self.padding = batch_tokens, scales, checkpointing, padding
-        self.finite = len(rows)
-        """Rows of the last pass whose loss and gradient were finite: those that count."""
-        self.device = next(model.parameters()).device
-        self.advance: Callable[[int, int], None] = lambda rows, tokens: None
+    model: Any
+    plan: ProjectionPlan
+    rows: Sequence[Row]
+    reduction: Reduction
+    batch_tokens: int
+    scales: Mapping[str, SideScales] | None
+    checkpointing: bool
+    padding: bool
+    task: Task
+    finite: int = 0
+    """Rows of the last pass whose loss and gradient were finite: those that count."""
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def sides(self) -> dict[str, Any]:
         """``sides`` and ``preconditioner`` of a calibration. Scales are not in them."""
@@ -219,13 +202,13 @@ class _Passes:
         for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
             for layer, total, block_BKJ in zip(layers, sums, blocks, strict=True):
                 total.add(self._laid(layer, axis, block_BKJ), len(block_BKJ))
-        found = {}
+        factors = {}
         for layer, total in zip(layers, sums, strict=True):
             try:
-                found[layer.block.name] = total.factor()
+                factors[layer.block.name] = total.factor()
             except (ValueError, RuntimeError) as error:
                 raise _nothing_to_learn(layer.block.name, str(error)) from error
-        return found
+        return factors
 
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
         """The side that the other axis is learned with, scaled; None: the axis as it is."""
@@ -262,14 +245,14 @@ class _Passes:
                     vectors, losses = encoder(some)
                     finite = vectors.isfinite().all(1) & losses.isfinite()
                     if not bool(finite.all()):
-                        broken = next((one.block.name for one in layers if not _finite(vectors, one)), broken)
+                        broken = next((layer.block.name for layer in layers if not _finite(vectors, layer)), broken)
                         vectors = vectors[finite]
                     self.finite += len(vectors)
                     yield [
                         vectors[:, layer.start : layer.stop].view(len(vectors), layer.k_out, layer.k_in)
                         for layer in layers
                     ]
-                    self.advance(len(some), sum(len(row.tokens) for row in some))
+                    self.task.advance(len(some), sum(len(row.tokens) for row in some))
         if not self.finite:
             raise _nothing_to_learn(broken or layers[0].block.name, "the gradients are not finite")
 
@@ -296,7 +279,10 @@ def learning_bytes(plan: ProjectionPlan) -> int:
         return 0
     sides = (
         sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
-        for axes in ([(one.n_out, one.k_out) for one in plan.shapes], [(one.n_in, one.k_in) for one in plan.shapes])
+        for axes in (
+            [(shape.n_out, shape.k_out) for shape in plan.shapes],
+            [(shape.n_in, shape.k_in) for shape in plan.shapes],
+        )
     )
     return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
 

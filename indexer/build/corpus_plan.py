@@ -6,7 +6,8 @@ corpus it begins and what it must contain, so that any span can be built alone, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,12 +18,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
+from ghoststore.corpus import Corpus, Position, Sample, SampleScan, Scan
 from ghoststore.corpus.repeated import Repeated, RepeatedIds, repeated_words
 from ghoststore.errors import CorpusError, MismatchError
-from ghoststore.progress import Progress, Silent
+from ghoststore.progress import Progress, Silent, counted
 from ghoststore.store import Part
-from ghoststore.store.base.manifest import Difference, difference_lines
+from ghoststore.store.base.manifest import difference_lines
 from ghoststore.store.part.part import span_table
 from indexer.encode.tokens import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of
 
@@ -97,6 +98,28 @@ class _TableBuilder:
         return np.array(self.entries, dtype=np.int64).reshape(-1, len(COLUMNS))
 
 
+class LearningSample:
+    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[int, int, Sample]] = []
+
+    def see(self, sample: Sample) -> None:
+        """One more."""
+        lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
+        entry = (-lot, sample.source_row, sample)
+        if len(self._heap) < self._count:
+            heapq.heappush(self._heap, entry)
+        elif entry > self._heap[0]:
+            heapq.heapreplace(self._heap, entry)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those chosen, in the order of the corpus."""
+        return sorted((sample for _, _, sample in self._heap), key=lambda sample: sample.source_row)
+
+
 def plan_corpus(
     corpus: Corpus,
     tokenizer: Tokenizer,
@@ -105,58 +128,37 @@ def plan_corpus(
     span_rows: int,
     max_samples: int | None = None,
     tokenize: bool = False,
-    on_sample: Callable[[Sample], None] | None = None,
+    learning: LearningSample | None = None,
     progress: Progress | None = None,
 ) -> CorpusPlan:
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
     Tokenizes only where the number of rows depends on it (``window``, ``error``), where the tokenizer has tokens that
-    the model's embedding lacks, or ``tokenize`` asks. ``on_sample`` is shown every sample. Ids that samples share are
+    the model's embedding lacks, or ``tokenize`` asks. ``learning`` sees every sample. Ids that samples share are
     counted, and noted.
     Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
     MismatchError for tokens of another tokenizer; UsageError for a row with a token that the embedding lacks.
     """
-    table = _TableBuilder(span_rows)
-    tokens, lengths_needed = 0, tokenize or settings.needs_lengths or tokenizer.exceeds
-    waiting: list[Sample] = []
-    named, ids = corpus.resolved.id is not None, RepeatedIds()  # without a field, ids are places: no two are the same
-
-    def flush() -> None:
-        nonlocal tokens
-        for sample, rows in zip(waiting, tokenizer.rows(waiting, settings), strict=True):
-            tokens += sum(len(row.tokens) for row in rows)
-            table.add(sample, len(rows))
-        waiting.clear()
-
-    def see(sample: Sample) -> None:
-        tokenizer.check(sample)
-        if named:
-            ids.add(sample.id)
-        if on_sample is not None:
-            on_sample(sample)
-        if not lengths_needed:
-            table.add(sample, 1)
-            return
-        waiting.append(sample)
-        if len(waiting) == SAMPLES_AT_ONCE:
-            flush()
-
     progress = progress or Silent()
+    lengths_needed = tokenize or settings.needs_lengths or tokenizer.exceeds
+    # Without a field, ids are places: no two are the same.
+    ids = None if corpus.resolved.id is None else RepeatedIds()
+    scanning = SampleScan(corpus.samples(), max_rows=max_samples)
+    table, tokens = _TableBuilder(span_rows), 0
     with closing(progress.task("scanning corpus", None)) as task:
-        seen = 0
-
-        def scanned(rows: int) -> None:
-            nonlocal seen
-            task.advance(rows - seen)
-            seen = rows
-
-        scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see, progress=scanned)
-    if waiting:
-        flush()
+        samples = _checked(counted(scanning, task), tokenizer, ids, learning)
+        if lengths_needed:
+            for sample, rows in _tokenized(samples, tokenizer, settings):
+                table.add(sample, len(rows))
+                tokens += sum(len(row.tokens) for row in rows)
+        else:
+            for sample in samples:
+                table.add(sample, 1)
+    scan = scanning.finish()
     if not scan.rows:
         of = "" if corpus.domains is None else f" of {', '.join(map(repr, sorted(corpus.domains)))}"
         raise CorpusError(f"{corpus.source}: has no rows{of}")
-    repeated_ids = ids.count()
+    repeated_ids = None if ids is None else ids.count()
     if words := repeated_words(repeated_ids):
         progress.note(f"{corpus.source}: {words}")
     return CorpusPlan(
@@ -167,6 +169,28 @@ def plan_corpus(
         before=np.array(table.before, dtype=np.int64),
         repeated_ids=repeated_ids,
     )
+
+
+def _checked(
+    samples: Iterable[Sample], tokenizer: Tokenizer, ids: RepeatedIds | None, learning: LearningSample | None
+) -> Iterator[Sample]:
+    """``samples`` as they come, each shown to whoever needs to see all of them."""
+    for sample in samples:
+        tokenizer.check(sample)
+        if ids is not None:
+            ids.add(sample.id)
+        if learning is not None:
+            learning.see(sample)
+        yield sample
+
+
+def _tokenized(
+    samples: Iterable[Sample], tokenizer: Tokenizer, settings: TokenSettings
+) -> Iterator[tuple[Sample, list[Row]]]:
+    """Each of ``samples`` with its rows, tokenized some hundred at a time."""
+    samples = iter(samples)
+    while batch := list(islice(samples, SAMPLES_AT_ONCE)):
+        yield from zip(batch, tokenizer.rows(batch, settings), strict=True)
 
 
 def rows_of_spans(
@@ -193,15 +217,15 @@ def rows_of_spans(
                 if span == run[0]:
                     for _ in islice(rows, window):
                         pass
-                found = list(islice(rows, sizes[span]))
+                inside = list(islice(rows, sizes[span]))
             except _Unreadable as error:
                 raise _changed(corpus, table, span) from error
             digest = SpanDigest()
-            for row in found:
+            for row in inside:
                 digest.add(row.sample)
-            if len(found) != sizes[span] or digest.value() != int(table[span][4]):
+            if len(inside) != sizes[span] or digest.value() != int(table[span][4]):
                 raise _changed(corpus, table, span)
-            yield span, found
+            yield span, inside
 
 
 class _Unreadable(MismatchError):
@@ -219,21 +243,21 @@ def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any]
     """What to raise where the samples of ``part`` lie elsewhere in the corpus ``source`` of a manifest, by its span
     ``table``: rows lead back to their samples by these places.
     """
-    stored, kept = span_table(part), part.manifest["source"]
-    found: list[Difference] = [
-        (f"source.{name}", kept.get(name), source.get(name))
+    stored, begun_with = span_table(part), part.manifest["source"]
+    different = [
+        (f"source.{name}", begun_with[name], source[name])
         for name in ("form", "data")
-        if kept.get(name) != source.get(name)
+        if begun_with[name] != source[name]
     ]
     if stored.shape == table.shape:
         span = int(np.flatnonzero((stored != table).any(axis=1))[0])
-        begins = f"span {span} begins at"
         columns = zip(COLUMNS, stored[span].tolist(), table[span].tolist(), strict=True)
-        found += [(f"{begins} {name}", old, new) for name, old, new in columns if old != new]
+        different += [(f"span {span} begins at {name}", old, new) for name, old, new in columns if old != new]
     return MismatchError(
         f"part {part.name!r} of {store} was built from the same samples in another form or file, in which they lie at "
-        f"other places; nothing was changed:\n{difference_lines(found)}\n"
-        f"Give the corpus it was begun with to continue it, --data {kept.get('data')}, or another --name for a new one"
+        f"other places; nothing was changed:\n{difference_lines(different)}\n"
+        f"Give the corpus it was begun with to continue it, --data {begun_with['data']}, or another --name for a new "
+        "one"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,12 +22,12 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
-from ghoststore.tokens.shards import (
+from ghoststore.store.base.records import digests
+from ghoststore.tokens.manifest import (
     MANIFEST,
     SHARDS,
     TOKENIZER,
     ShardLayout,
-    TokenShards,
     committed_shards,
     layout_of,
     read_manifest,
@@ -35,6 +35,7 @@ from ghoststore.tokens.shards import (
     seal_shards,
     shard_files,
 )
+from ghoststore.tokens.shards import TokenShards
 from indexer.build.corpus_plan import CorpusPlan, plan_corpus
 from indexer.encode.tokens import Tokenizer
 from indexer.tokenize.workers import write_side_by_side
@@ -116,7 +117,6 @@ def tokenize(
     WorkerError if a worker dies, StorageError if the disk refuses. What was committed stays committed.
     """
     progress = progress or Silent()
-    begun = time.perf_counter()
     for option, value in (
         ("--max-samples", max_samples),
         ("--shard-samples", shard_samples),
@@ -124,7 +124,7 @@ def tokenize(
     ):
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
-    folder = Path(out)
+    begun, folder = time.perf_counter(), Path(out)
     _refuse_others(folder)
     text_tokenizer = load_tokenizer(find_tokenizer(tokenizer))
     loaded = time.perf_counter()
@@ -133,17 +133,12 @@ def tokenize(
             raise UsageError(f"{data} holds tokens already; give the corpus that they were made of")
         if domains:
             corpus = corpus.only(domains)
-        plan = plan_corpus(
-            corpus,
-            Tokenizer(text_tokenizer, note=progress.note),
-            WHOLE,
-            span_rows=shard_samples or DEFAULT_SHARD_SAMPLES,
-            max_samples=max_samples,
-            progress=progress,
-        )
+        span_rows = shard_samples or DEFAULT_SHARD_SAMPLES
+        own = Tokenizer(text_tokenizer, note=progress.note)
+        plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=max_samples, progress=progress)
         _refuse_unknown(corpus, plan, max_samples)
         scanned = time.perf_counter()
-        manifest = _manifest(corpus, plan, text_tokenizer, shard_samples or DEFAULT_SHARD_SAMPLES, max_samples)
+        manifest = _manifest(corpus, plan, text_tokenizer, span_rows, max_samples)
         manifest["source"] = {
             "data": "-" if str(data) == "-" else absolute(corpus.source),
             "form": corpus.form,
@@ -151,21 +146,12 @@ def tokenize(
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
-        job = ShardJob(
-            folder=folder,
-            source=corpus.source,
-            fields=corpus.resolved,
-            plan=plan,
-            only_domains=None if corpus.domains is None else tuple(sorted(corpus.domains)),
-            domains=tuple(plan.scan.domains or ()),
-            layout=layout_of(manifest, folder),
-        )
-        compressed = corpus.form.endswith((".gz", ".zst"))
+        job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder))
         with exclusive(folder, f"folder {folder}", "--out"):
-            resumed, written, used = _write(job, workers, compressed, progress)
+            work = _write(job, workers, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
-    return _report(TokenShards.open(folder), resumed, written, used, seconds)
+    return _report(TokenShards.open(folder), work, seconds)
 
 
 def _refuse_others(folder: Path) -> None:
@@ -222,17 +208,13 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
         (begun / "commits").mkdir()
         with quiet_transformers():
             tokenizer.save_pretrained(begun / TOKENIZER)
-            given, found = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
-        if found != given:
+            given, saved = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
+        if saved != given:
             raise CheckpointError(
                 "the tokenizer comes back otherwise after save_pretrained; give one that can be saved:\n"
-                f"{tokenizer_lines(given, found)}"
+                f"{tokenizer_lines(given, saved)}"
             )
-        files = {
-            str(file.relative_to(begun)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted((begun / TOKENIZER).rglob("*"))
-            if file.is_file()
-        }
+        files = digests(begun, (begun / TOKENIZER).rglob("*"))
         (begun / MANIFEST).write_bytes(seal_shards(manifest, files))
 
     with storage_errors(str(folder)):
@@ -257,31 +239,41 @@ def _complete(folder: Path, manifest: dict[str, Any]) -> bool:
     return len(committed_shards(folder, layout)) == layout.shards
 
 
-def _write(job: ShardJob, workers: int | None, compressed: bool, progress: Progress) -> tuple[int, int, int]:
-    """Write every shard without a record. (samples that were there, tokens written, processes used)."""
+class _Work(NamedTuple):
+    """What one call did for the folder."""
+
+    resumed_samples: int
+    """Samples that were there before it."""
+    tokens: int
+    """Tokens that it wrote."""
+    workers: int
+    """Processes that wrote."""
+
+
+def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
+    """Write every shard without a record, by ``workers`` processes (None: as many as are worth their start)."""
     folder, layout = job.folder, job.layout
     with storage_errors(str(folder)):
-        there = committed_shards(folder, layout)
-        present = set(there)
+        present = committed_shards(folder, layout)
         sweep(folder)
-        _remove_uncommitted(folder, present)
-    commits = [read_shard_commit(folder, layout, shard) for shard in there]
+        _remove_uncommitted(folder, set(present))
+    commits = [read_shard_commit(folder, layout, shard) for shard in present]
     resumed = sum(commit.stop - commit.start for commit in commits)
-    missing = [shard for shard in range(layout.shards) if shard not in present]
+    missing = sorted(set(range(layout.shards)) - set(present))
     if not missing:
-        return resumed, 0, 1
+        return _Work(resumed, 0, 1)
     if workers is None:
         workers = max(1, min(_cores(), job.plan.scan.text_bytes // TEXT_A_WORKER))
     # A compressed file is read from its beginning for every piece.
-    pieces = _pieces(missing, workers * (1 if compressed else PIECES_A_WORKER))
+    pieces = _pieces(missing, workers * (1 if job.compressed else PIECES_A_WORKER))
     workers = min(workers, len(pieces))
-    done = ShardWriter(job).write(missing) if workers == 1 else write_side_by_side(job, pieces, workers)
+    shards = ShardWriter(job).write(missing) if workers == 1 else write_side_by_side(job, pieces, workers)
     tokens = 0
-    with closing(progress.task("tokenizing", layout.samples, done=resumed)) as task, closing(done):
-        for written in done:
+    with closing(progress.task("tokenizing", layout.samples, done=resumed)) as task, closing(shards):
+        for written in shards:
             task.advance(written.samples, written.tokens)
             tokens += written.tokens
-    return resumed, tokens, workers
+    return _Work(resumed, tokens, workers)
 
 
 def _remove_uncommitted(folder: Path, present: set[int]) -> None:
@@ -302,7 +294,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(shards: TokenShards, resumed: int, written: int, workers: int, seconds: dict[str, float]) -> TokenizeReport:
+def _report(shards: TokenShards, work: _Work, seconds: dict[str, float]) -> TokenizeReport:
     names: list[str | None] = [*shards.domains, None]
     codes = shards.domain.astype(np.int64) % len(names)  # -1, no domain, becomes the last
     samples = np.bincount(codes, minlength=len(names)).tolist()
@@ -327,8 +319,8 @@ def _report(shards: TokenShards, resumed: int, written: int, workers: int, secon
         corpus_fingerprint=shards.corpus_fingerprint,
         repeated_ids=shards.repeated_ids,
         bytes_on_disk=sum(path.stat().st_size for path in files),
-        resumed_samples=resumed,
-        written_tokens=written,
-        workers=workers,
+        resumed_samples=work.resumed_samples,
+        written_tokens=work.tokens,
+        workers=work.workers,
         seconds=seconds,
     )

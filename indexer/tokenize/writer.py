@@ -12,8 +12,9 @@ import numpy as np
 from ghoststore.corpus import Corpus, ResolvedFields
 from ghoststore.errors import BusyError, CheckpointError
 from ghoststore.store.base.disk import publish, storage_errors
-from ghoststore.store.base.records import write_commit
-from ghoststore.tokens.shards import SAMPLE, ShardLayout, load_copy, npy_bytes, shard_files
+from ghoststore.store.spans.commits import Commit, write_commit
+from ghoststore.tokens.manifest import SAMPLE, ShardLayout, npy_bytes, shard_files
+from ghoststore.tokens.shards import load_own_tokenizer
 from indexer.build.corpus_plan import CorpusPlan, rows_of_spans
 from indexer.encode.tokens import NO_TOKENS, Row, Tokenizer, TokenSettings
 
@@ -34,6 +35,22 @@ class ShardJob:
     """Names that the ``domain`` column indexes."""
     plan: CorpusPlan
     layout: ShardLayout
+    compressed: bool
+    """Whether the corpus is a file that can only be read from its beginning."""
+
+    @classmethod
+    def of(cls, folder: Path, corpus: Corpus, plan: CorpusPlan, layout: ShardLayout) -> ShardJob:
+        """For the samples of ``corpus`` that ``plan`` is of."""
+        return cls(
+            folder=folder,
+            source=corpus.source,
+            fields=corpus.resolved,
+            only_domains=None if corpus.domains is None else tuple(sorted(corpus.domains)),
+            domains=tuple(plan.scan.domains or ()),
+            plan=plan,
+            layout=layout,
+            compressed=corpus.form.endswith((".gz", ".zst")),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,7 @@ class ShardWriter:
         self.job = job
         corpus = Corpus.open(job.source, job.fields)
         self._corpus = corpus if job.only_domains is None else corpus.only(job.only_domains)
-        self._tokenizer = Tokenizer(load_copy(job.folder))
+        self._tokenizer = Tokenizer(load_own_tokenizer(job.folder))
         self._sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
 
     def write(self, shards: Sequence[int]) -> Generator[Written]:
@@ -93,14 +110,8 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
             data = npy_bytes(array)
             if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
                 raise BusyError(f"{job.folder / name} was written by another process meanwhile")
-        if not write_commit(
-            job.folder,
-            span=shard,
-            start=start,
-            stop=stop,
-            keys=shard_files(shard),
-            statuses=dict(sorted(statuses.items())),
-            tokens=len(tokens),
-        ):
+        counted = dict(sorted(statuses.items()))
+        commit = Commit(span=shard, start=start, stop=stop, statuses=counted, tokens=len(tokens))
+        if not write_commit(job.folder, commit, shard_files(shard)):
             raise BusyError(f"shard {shard} of {job.folder} was committed by another process meanwhile")
     return Written(shard, stop - start, len(tokens))

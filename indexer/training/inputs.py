@@ -22,7 +22,8 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
-from ghoststore.tokens.shards import MANIFEST, TOKENIZER, TokenShards
+from ghoststore.tokens.manifest import MANIFEST, TOKENIZER
+from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize

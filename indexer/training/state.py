@@ -8,11 +8,10 @@ name only when all of it is on the disk.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ from ghoststore.checkpoint.load import quiet_transformers
 from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, storage_errors
-from ghoststore.store.base.manifest import Kind, difference_lines, differences, refuse_unreleased
-from ghoststore.store.base.records import FileRecord, json_digest
+from ghoststore.store.base.manifest import difference_lines, differences
+from ghoststore.store.base.records import FileRecord, reading, seal, unseal
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
-CHECKPOINT = Kind(name="checkpoint", made="written", identity=(), description=(), option="--output-dir")
+CHECKSUM = "sha256"
+"""The key of the checksum that ``state.json`` has of itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +102,8 @@ def save_state(
         except SafetensorError as error:  # it hides the operating system's own
             raise StorageError(f"cannot write {path}: {error}. Checkpoints before it are intact") from error
         files = [*begun.glob("*.safetensors*"), begun / "config.json", *state.iterdir()]
-        value["files"] = {str(file.relative_to(begun)): asdict(FileRecord.of(file)) for file in sorted(files)}
-        value["sha256"] = json_digest(value)
-        (state / "state.json").write_text(json.dumps(value, indent=1) + "\n")
+        value["files"] = {str(file.relative_to(begun)): FileRecord.of(file).to_json() for file in sorted(files)}
+        (state / "state.json").write_bytes(seal(value, CHECKSUM))
 
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,41 +140,27 @@ def read_state(path: Path) -> SavedState:
     """
     file = path / STATE / "state.json"
     try:
-        value = json.loads(file.read_bytes())
-        stated = value.pop("sha256")
-        if stated != json_digest(value):
-            raise ValueError("its checksum does not hold")
-        if value["format"] != FORMAT:
-            raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
-        saved = SavedState(
-            path=path,
-            step=int(value["step"]),
-            identity=dict(value["identity"]),
-            scaler={str(name): float(number) for name, number in value["scaler"].items()},
-            software=dict(value["software"]),
-        )
-        records = {str(name): FileRecord(**record) for name, record in value["files"].items()}
+        with reading(file, advice=_earlier(path)):
+            value = unseal(file.read_bytes(), CHECKSUM)
+            if value["format"] != FORMAT:
+                raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
+            saved = SavedState(
+                path=path,
+                step=int(value["step"]),
+                identity=dict(value["identity"]),
+                scaler={str(name): float(number) for name, number in value["scaler"].items()},
+                software=dict(value["software"]),
+            )
+            records = {str(name): FileRecord.from_json(record) for name, record in value["files"].items()}
     except (FileNotFoundError, NotADirectoryError):
         if (path / STATE).is_dir():
-            raise CorruptError(f"{file} is missing; remove {path} to go on from an earlier checkpoint") from None
+            raise CorruptError(f"{file} is missing; {_earlier(path)}") from None
         raise UsageError(
             f"{path} was not written by `ghoststore train`: it has no {STATE}; give another --output-dir, or start "
             "from it with --checkpoint"
         ) from None
-    except MismatchError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{file} is damaged ({error}); remove {path} to go on from an earlier checkpoint") from error
     for name, record in records.items():
-        try:
-            found = FileRecord.of(path / name)
-        except OSError as error:
-            raise CorruptError(f"{path / name} cannot be read: {error}; {_earlier(path)}") from error
-        if found != record:
-            raise CorruptError(
-                f"{path / name} is not what was written ({record.bytes} bytes, sha256 {record.sha256[:12]}…; found "
-                f"{found.bytes} bytes, {found.sha256[:12]}…); {_earlier(path)}"
-            )
+        record.check(path / name, _earlier(path))
     return saved
 
 
@@ -205,7 +190,6 @@ def restore(saved: SavedState, model: nn.Module, optimizer: torch.optim.Optimize
 
 def refuse_other(saved: SavedState, identity: Mapping[str, Any]) -> None:
     """MismatchError, with both values, if a checkpoint is of a run with other settings."""
-    refuse_unreleased(saved.identity, dict(identity), str(saved.path), CHECKPOINT)
     found = differences(saved.identity, dict(identity))
     if found:
         raise MismatchError(

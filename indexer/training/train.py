@@ -14,6 +14,7 @@ from torch import nn
 
 from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
+from ghoststore.corpus.locate import corpus_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.projection import ProjectionConfig
@@ -22,7 +23,6 @@ from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.run.layout import RunLayout
-from indexer.build.build import corpus_name
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
 from indexer.session.ranks import Ranks, joined, refuse_drift

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.corpus import Corpus, scan_samples
+from ghoststore.corpus import Corpus, SampleScan
 from ghoststore.errors import UsageError
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
@@ -64,15 +63,15 @@ class ValSet:
         settings = TokenSettings(max_length=max_length, overlong="truncate")
         rows: list[Row] = []
         left_out: dict[str, int] = {}
-        for row in rows_of(islice(corpus.samples(), max_samples), tokenizer, settings):
+        scanning = SampleScan(corpus.samples(), max_rows=max_samples)
+        for row in rows_of(scanning, tokenizer, settings):
             if row.status.usable:
                 rows.append(row)
             else:
                 left_out[row.status.name.lower()] = left_out.get(row.status.name.lower(), 0) + 1
         if not rows:
             raise UsageError(f"no row of the val set {corpus.source} can be used: {left_out or 'it is empty'}")
-        scan = scan_samples(corpus.samples(), max_rows=max_samples)
-        return cls(rows, scan.fingerprint, left_out, seed=seed)
+        return cls(rows, scanning.finish().fingerprint, left_out, seed=seed)
 
     @property
     def domains(self) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
-from ghoststore.corpus import Corpus, Position, Sample, scan_samples
+from ghoststore.corpus import Corpus, Position, Sample, SampleScan
 from ghoststore.errors import MismatchError
-from ghoststore.progress import Progress
+from ghoststore.progress import Progress, counted
 from ghoststore.store import Part
 
 
@@ -29,31 +29,20 @@ class Places:
         return [Position(source_row=row, file=self._file[row], offset=self._offset[row]) for row in source_rows]
 
 
-def read_unchanged(corpus: Corpus, part: Part, see: Callable[[Sample], None], progress: Progress) -> Places:
-    """Read every sample of ``corpus`` that ``part`` was built from, in order; ``see`` gets each.
+def read_unchanged(corpus: Corpus, part: Part, progress: Progress) -> Iterator[Sample]:
+    """Every sample of ``corpus`` that ``part`` was built from, in order.
 
-    MismatchError, both fingerprints shown, if they are no longer the same; CorpusError where it cannot be read.
+    MismatchError at the end, both fingerprints shown, if they are no longer the same; CorpusError where the corpus
+    cannot be read.
     """
     stored = part.manifest["corpus"]
-    places = Places()
-    done = 0
-
-    def on_sample(sample: Sample) -> None:
-        places.add(sample)
-        see(sample)
-
+    scanning = SampleScan(corpus.samples(), max_rows=stored["max_samples"])
     with closing(progress.task("reading the corpus", stored["samples"], unit="samples")) as task:
-
-        def advance(rows: int) -> None:
-            nonlocal done
-            task.advance(rows - done)
-            done = rows
-
-        scan = scan_samples(corpus.samples(), max_rows=stored["max_samples"], on_sample=on_sample, progress=advance)
+        yield from counted(scanning, task)
+    scan = scanning.finish()
     if scan.fingerprint != stored["fingerprint"]:
         raise MismatchError(
             f"{corpus.source} has changed since part {part.name!r} was built from it: stored {stored['fingerprint']} "
             f"({stored['samples']:,} samples), found {scan.fingerprint} ({scan.rows:,}). Nothing was written; build "
             "the part again on the corpus as it is, or bring the old one back"
         )
-    return places

@@ -22,7 +22,8 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
-from indexer.build.build import BuildReport, build
+from indexer.build.build import build
+from indexer.build.report import BuildReport
 from indexer.training.train import TrainReport, train
 from query.answer.query import query
 from query.demo.corpus import DemoCorpus, make_corpus, write_jsonl

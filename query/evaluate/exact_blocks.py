@@ -18,9 +18,8 @@ import numpy as np
 
 from ghoststore.errors import CorruptError, MismatchError
 from ghoststore.store.base.disk import exclusive, replace, storage_errors, sweep
-from ghoststore.store.base.kept import read_record, write_record
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
-from ghoststore.store.base.records import json_digest
+from ghoststore.store.base.records import json_digest, read_record, write_record
 from query.exact.products import SHARES, Products, Share
 
 MANIFEST = "manifest.json"

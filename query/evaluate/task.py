@@ -5,6 +5,7 @@ Legend: V val samples, G val groups, N samples of the corpus.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class Task:
         MismatchError if one of them is not the one that the part was built from any more.
         """
         load_for(part, None, device)  # trainings take its configuration, its weights and its tokenizer from the folder
-        read_unchanged(corpus_behind(part), part, lambda sample: None, progress)
+        deque(read_unchanged(corpus_behind(part), part, progress), maxlen=0)
         source, kept = part.manifest["source"], part.manifest["corpus"]
         model = find_checkpoint(source["checkpoint"]).folder
         tokenizer = Path(source["tokenizer"]) if source["tokenizer"] else model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
@@ -16,11 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import CorruptError, MismatchError, WorkerError
+from ghoststore.errors import MismatchError, WorkerError
 from ghoststore.progress import Progress
 from ghoststore.store.base.disk import publish, storage_errors
-from ghoststore.store.base.records import json_digest
+from ghoststore.store.base.records import json_digest, reading, seal, unseal
 from indexer.training.retrain import Retrainer, Retraining
+
+CHECKSUM = "sha256"
+"""The key of a result's checksum of itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,8 @@ def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dic
     with closing(progress.task("training", len(plan.kept), len(found), "trainings")) as task:
         for name, losses in _train(plan, missing, workers):
             value = {"plan": plan.digest(name), "val_loss": losses.tolist()}
-            value["sha256"] = json_digest(value)
             with storage_errors(str(folder)):
-                publish(_path(folder, name), (json.dumps(value) + "\n").encode())
+                publish(_path(folder, name), seal(value, CHECKSUM, indent=None))
             found[name] = losses
             task.advance(1)
     return {name: found[name] for name in plan.kept}
@@ -76,21 +77,15 @@ def _path(folder: Path, name: str) -> Path:
 def _read(path: Path, digest: str) -> NDArray[np.float64] | None:
     """The losses that were kept, or None."""
     try:
-        value = json.loads(path.read_bytes())
-        stated = value.pop("sha256")
-        if stated != json_digest(value):
-            raise ValueError("its checksum does not hold")
-        if value["plan"] != digest:
-            raise MismatchError(
-                f"{path} is of another evaluation (other data, model or settings); give --out another folder"
-            )
-        return np.asarray(value["val_loss"], dtype=np.float64)
+        with reading(path, advice="remove it, and it is made anew"):
+            value = unseal(path.read_bytes(), CHECKSUM)
+            if value["plan"] != digest:
+                raise MismatchError(
+                    f"{path} is of another evaluation (other data, model or settings); give --out another folder"
+                )
+            return np.asarray(value["val_loss"], dtype=np.float64)
     except FileNotFoundError:
         return None
-    except MismatchError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} is damaged ({error}); remove it, and it is made anew") from error
 
 
 def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str, NDArray[np.float64]]]:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store.base.disk import appearing, exclusive, storage_errors, sweep
-from ghoststore.store.base.kept import read_record, write_record
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
-from ghoststore.store.base.records import FileRecord
+from ghoststore.store.base.records import FileRecord, read_record, write_record
 
 MANIFEST = "manifest.json"
 VERSION = 1

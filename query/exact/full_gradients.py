@@ -19,7 +19,7 @@ from ghoststore.checkpoint.load import (
     resolve_device,
 )
 from ghoststore.checkpoint.same_model import checkpoint_section
-from ghoststore.corpus import Corpus, Fields, Sample, absolute, open_corpus, scan_samples
+from ghoststore.corpus import Corpus, Fields, Sample, SampleScan, absolute, open_corpus
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.software import versions_of
@@ -135,13 +135,12 @@ def _refuse(
 
 
 def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> RowsRead:
+    scanning = SampleScan(corpus.samples(), max_rows=max_samples)
     samples: list[Sample] = []
-
-    def see(sample: Sample) -> None:
+    for sample in scanning:
         tokenizer.check(sample)
         samples.append(sample)
-
-    scan = scan_samples(corpus.samples(), max_rows=max_samples, on_sample=see)
+    scan = scanning.finish()
     if not samples:
         raise CorpusError(f"{corpus.source}: has no rows")
     return RowsRead(list(rows_of(samples, tokenizer, settings)), scan.rows, scan.fingerprint)

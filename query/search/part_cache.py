@@ -24,8 +24,7 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
-from ghoststore.store.base.kept import read_record, write_record
-from ghoststore.store.base.records import FileRecord
+from ghoststore.store.base.records import FileRecord, read_record, write_record
 
 FORMAT = 1
 FOLDER = "second_moment"

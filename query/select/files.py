@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from ghoststore.corpus import Corpus
-from ghoststore.corpus.export import check_copy, check_new, write_copy
-from ghoststore.corpus.source_rows import Originals
+from ghoststore.corpus.export import check_export, check_new, write_export
+from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
 from ghoststore.store.base.disk import appearing, storage_errors
 from query.common.unchanged import Places
@@ -51,18 +51,18 @@ class SelectFiles:
 
     def check(self, corpus: Corpus) -> None:
         """UsageError unless rows of ``corpus`` can be written to ``out``."""
-        check_copy(corpus.source, corpus.form, self.out)
+        check_export(corpus.source, corpus.form, self.out)
 
     def write(self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: Chosen) -> None:
         """Write all. MismatchError for a row that is no longer what it was, StorageError if the disk refuses."""
         in_corpus = np.sort(chosen.places)
         by_score = np.argsort(chosen.rank[in_corpus]) if self.order == "score" else None
         written = in_corpus if by_score is None else in_corpus[by_score]
-        originals = Originals(
+        source_rows = SourceRows(
             corpus, places.of(samples.source_row[in_corpus].tolist()), samples.digest[in_corpus].tolist()
         )
         with storage_errors(str(self.report)), appearing(self.report) as report, appearing(self.rows) as rows:
             made.write(report)
             with open(rows, "w", encoding="utf-8") as file:
                 file.writelines(row_list(samples, chosen, written))
-            write_copy(originals, self.out, None if by_score is None else by_score.tolist())
+            write_export(source_rows, self.out, None if by_score is None else by_score.tolist())

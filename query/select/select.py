@@ -15,7 +15,7 @@ from ghoststore.store import Store
 from query.ask.question import Question
 from query.ask.scorer import ask
 from query.common.texts import corpus_behind
-from query.common.unchanged import read_unchanged
+from query.common.unchanged import Places, read_unchanged
 from query.search.parts import note_repeated, part_names
 from query.select.budget import Amount, Quotas
 from query.select.diversity import Diversity
@@ -77,7 +77,10 @@ def select(
         leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
         asked = ask(replace(wanted, val_set=val_set.source), progress)
     note_repeated(asked.part, progress)
-    places = read_unchanged(corpus, asked.part, leak_check.see, progress)
+    places = Places()
+    for sample in read_unchanged(corpus, asked.part, progress):
+        places.add(sample)
+        leak_check.see(sample)
     found = list(leak_check.found.values())
     if leaks == "error":
         refuse(found, str(wanted.val_set))

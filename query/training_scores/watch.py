@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.store import Run, Store
-from ghoststore.store.base.records import record_path
+from ghoststore.store.spans.commits import commit_path
 from query.common.same_id import repeated_among
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
@@ -260,4 +260,4 @@ def _age(run: Run) -> float | None:
     """Seconds since the last record appeared."""
     if not run.spans:
         return None
-    return max(0.0, time.time() - record_path(run.path, run.spans[-1]).stat().st_mtime)
+    return max(0.0, time.time() - commit_path(run.path, run.spans[-1]).stat().st_mtime)

@@ -13,8 +13,7 @@ import zstandard
 
 from ghoststore.corpus import Corpus, Position
 from ghoststore.errors import CorpusError, UsageError
-
-from .conftest import jsonl_bytes, write_parquet
+from tests.support.corpora import jsonl_bytes, write_parquet
 
 GOOD = b'{"text":"a"}\n'
 

@@ -10,8 +10,7 @@ import pytest
 
 from ghoststore.corpus import Corpus, Fields, Messages, PromptCompletion, ResolvedFields, Sample
 from ghoststore.errors import CorpusError, UsageError
-
-from .conftest import FORMS, Write
+from tests.support.corpora import FORMS, Write
 
 WHERE = "data.jsonl, line 1"
 

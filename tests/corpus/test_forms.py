@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ghoststore.corpus import Corpus, Position, Sample, Scan, scan_samples
-
-from .conftest import FORMS, Write, csv_bytes, jsonl_bytes
+from ghoststore.corpus import Corpus, Position, Sample, SampleScan, Scan
+from tests.support.corpora import FORMS, Write, csv_bytes, jsonl_bytes
 
 TEXTS = [
     "plain",
@@ -46,7 +45,7 @@ def test_same_samples_and_fingerprint(form: str, write: Write) -> None:
     ]
     reference = Corpus.open(write("jsonl", ROWS))
     assert placeless(samples) == placeless(list(reference.samples()))
-    assert scan_samples(samples) == scan_samples(reference.samples())
+    assert SampleScan(samples).finish() == SampleScan(reference.samples()).finish()
     assert corpus.files == sorted(corpus.files)
 
 
@@ -74,7 +73,7 @@ def test_fetch_equals_iteration(form: str, write: Write) -> None:
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 def test_txt_is_one_sample_a_line(packing: str, tmp_path: Path) -> None:
-    from .conftest import packed
+    from tests.support.corpora import packed
 
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(packed("\ufeffone\r\n\ntwo \r x\n漢字\n".encode(), packing.removeprefix(".")))
@@ -168,5 +167,5 @@ def test_csv_and_jsonl_agree_on_any_text(tmp_path: Path, rows: list[dict[str, st
             (row["id"], row["text"], row["domain"]) for row in rows
         ]
         assert corpus.fetch([position(s) for s in reversed(samples)]) == dict(enumerate(samples))
-        scans.append(scan_samples(samples))
+        scans.append(SampleScan(samples).finish())
     assert scans[0] == scans[1]

@@ -14,12 +14,12 @@ from ghoststore.corpus import (
     Messages,
     PromptCompletion,
     Sample,
-    scan_samples,
+    SampleScan,
     spool_stdin,
 )
 from ghoststore.errors import CorpusError, StorageError
-
-from .conftest import Write
+from ghoststore.progress import counted
+from tests.support.corpora import Write
 
 
 def sample(row: int, content: object = "é", domain: str | None = None) -> Sample:
@@ -28,12 +28,14 @@ def sample(row: int, content: object = "é", domain: str | None = None) -> Sampl
 
 def test_counts() -> None:
     contents = ["é", None, PromptCompletion("ab", "c"), Messages([{"role": "u", "content": "xyz"}]), ""]
-    scan = scan_samples(sample(i, content, d) for i, (content, d) in enumerate(zip(contents, "bab\0a", strict=True)))
+    scan = SampleScan(
+        sample(i, content, d) for i, (content, d) in enumerate(zip(contents, "bab\0a", strict=True))
+    ).finish()
     assert scan.rows == 5
     assert scan.domains == ["\0", "a", "b"]
     assert scan.text_bytes == 2 + 0 + 3 + 3 + 0
-    assert scan_samples([sample(0)]).domains is None
-    assert scan_samples([sample(0), sample(1, domain="a")]).domains == ["a"]
+    assert SampleScan([sample(0)]).finish().domains is None
+    assert SampleScan([sample(0), sample(1, domain="a")]).finish().domains == ["a"]
 
 
 def test_fingerprint_by_the_definition() -> None:
@@ -42,26 +44,36 @@ def test_fingerprint_by_the_definition() -> None:
     for each in samples:
         expected.update(len(each.canonical()).to_bytes(8, "little"))
         expected.update(each.canonical())
-    assert scan_samples(samples).fingerprint == f"sha256:{expected.hexdigest()}"
-    assert scan_samples(samples[::-1]).fingerprint != scan_samples(samples).fingerprint
+    assert SampleScan(samples).finish().fingerprint == f"sha256:{expected.hexdigest()}"
+    assert SampleScan(samples[::-1]).finish().fingerprint != SampleScan(samples).finish().fingerprint
 
 
-def test_max_rows_and_callbacks() -> None:
-    seen: list[Sample] = []
-    progress: list[int] = []
+def test_samples_pass_by_and_progress_is_told() -> None:
+    class Told(list[int]):
+        def advance(self, rows: int, tokens: int = 0) -> None:
+            self.append(rows)
+
+    task = Told()
     samples = [sample(i) for i in range(5000)]
-    scan = scan_samples(samples, max_rows=4500, on_sample=seen.append, progress=progress.append)
-    assert seen == samples[:4500]
-    assert progress == [4096, 4500]
-    assert scan == scan_samples(samples[:4500])
-    assert scan_samples(samples, max_rows=0).rows == 0
+    scanning = SampleScan(samples, max_rows=4500)
+    assert list(counted(scanning, task)) == samples[:4500]  # type: ignore[arg-type]
+    assert task == [4096, 404]
+    assert scanning.finish() == SampleScan(samples[:4500]).finish()
+    assert SampleScan(samples, max_rows=0).finish().rows == 0
+
+
+def test_a_pass_that_stops_early_is_finished() -> None:
+    samples = [sample(i) for i in range(9)]
+    scanning = SampleScan(samples)
+    assert next(iter(scanning)) == samples[0]
+    assert scanning.finish() == SampleScan(samples).finish()
 
 
 def test_too_many_domains() -> None:
     samples = [sample(i, domain=f"d{i}") for i in range(MAX_DOMAINS + 1)]
-    assert len(scan_samples(samples[:-1]).domains or []) == MAX_DOMAINS
+    assert len(SampleScan(samples[:-1]).finish().domains or []) == MAX_DOMAINS
     with pytest.raises(CorpusError, match=r"more than 10,000 distinct domains.*is the field"):
-        scan_samples(samples)
+        SampleScan(samples).finish()
 
 
 def test_spooled_stdin_is_a_corpus(tmp_path: Path, write: Write) -> None:

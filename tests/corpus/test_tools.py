@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ghoststore.corpus import Corpus, Fields, Messages, Sample, scan_samples
+from ghoststore.corpus import Corpus, Fields, Messages, Sample, SampleScan
 from ghoststore.errors import CorpusError
 from indexer.encode.tokens import Tokenizer
+from tests.support.corpora import Write, jsonl_bytes, write_parquet
 from tests.support.tokenizers_of_all_kinds import byte_level
-
-from .conftest import Write, jsonl_bytes, write_parquet
 
 TEMPLATE = (
     "{% if tools %}[{{ tools | tojson }}]{% endif %}{% if documents %}({{ documents | tojson }}){% endif %}"
@@ -92,7 +91,7 @@ def test_a_conversation_is_one_in_every_form(rows: list[dict[str, Any]], write: 
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     sources += [str(tmp_path / name) for name in ("packed.jsonl.gz", "strings.jsonl", "rows.parquet", "saved")]
     found = [list(Corpus.open(source).samples()) for source in sources]
-    assert len({scan_samples(samples).fingerprint for samples in found}) == 1
+    assert len({SampleScan(samples).finish().fingerprint for samples in found}) == 1
     assert len({tuple(sample.digest() for sample in samples) for samples in found}) == 1
     tokens = [ids_of(samples) for samples in found]
     assert all(one == tokens[0] for one in tokens)
@@ -150,7 +149,7 @@ def test_forms_that_give_all_rows_one_order_of_keys(write: Write) -> None:
         same_digest = [one.digest() == other.digest() for one, other in zip(found[0], samples, strict=True)]
         assert same_digest == same_text
         assert False in same_text
-    assert len({scan_samples(samples).fingerprint for samples in found}) > 1
+    assert len({SampleScan(samples).finish().fingerprint for samples in found}) > 1
 
 
 def test_the_text_is_what_the_template_makes_of_messages_and_tools(write: Write) -> None:

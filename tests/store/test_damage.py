@@ -173,13 +173,14 @@ def test_a_record_that_is_gone_takes_its_span_along(lab: Lab, built: Path, store
 @pytest.mark.parametrize("name", ["../../outside", "/etc/hostname"])
 def test_a_record_that_names_a_file_elsewhere(lab: Lab, store: Path, name: str) -> None:
     """Hostile records are not followed out of the part."""
-    from ghoststore.store.base.records import Commit, FileRecord, read_commit, record_path
+    from ghoststore.store.base.records import FileRecord, seal
+    from ghoststore.store.spans.commits import Commit, commit_path, read_commit
 
     (store / "outside").write_text("secret")
     honest = read_commit(part(store), 1)
     files = {**honest.files, name: FileRecord(6, "0" * 64)}
     hostile = Commit(span=1, start=6, stop=12, files=files, statuses=honest.statuses, tokens=honest.tokens)
-    record_path(part(store), 1).write_bytes(hostile.encode())
+    commit_path(part(store), 1).write_bytes(seal(hostile.to_json()))
     names(lab, store, "outside the part")
 
 

@@ -14,7 +14,7 @@ import ghoststore
 from ghoststore.errors import CorruptError, GhostStoreError, MismatchError
 from ghoststore.store import Run, Store
 from tests.support.harms import CHANGES, Harm, delete, empty, flip, flip_middle, truncate
-from tests.support.runs import LAYOUT, row_table, train
+from tests.support.runs import LAYOUT, row_table
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -29,18 +29,6 @@ METADATA = ["zarr.json", "score/zarr.json", "rows/zarr.json", "rows/domain/zarr.
 HARMS: list[Harm] = [*CHANGES, delete]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("trained") / "store"
-    train(store)
-    return store
-
-
-@pytest.fixture
-def store(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "store"))
-
-
 def folder(store: Path) -> Path:
     return store / "runs/run"
 
@@ -51,38 +39,38 @@ def read_steps(run: Run, array: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_verify_names_every_damaged_file(lab: Lab, store: Path, harm: Harm) -> None:
+def test_verify_names_every_damaged_file(lab: Lab, run_store: Path, harm: Harm) -> None:
     """All of them at once: nothing hides behind the first."""
     harmed = [*STEP_CHUNKS, *ROW_CHUNKS, "score/zarr.json", "rows/domain/zarr.json", "rows/zarr.json"]
     for file in harmed:
-        harm(folder(store) / file)
-    damage = ghoststore.verify(store).damage
+        harm(folder(run_store) / file)
+    damage = ghoststore.verify(run_store).damage
     assert sorted(one.file for one in damage) == sorted(harmed)
     assert {(one.part, one.run) for one in damage} == {(None, "run")}
-    outcome = lab.run("verify", "--store", store, "--run", "run", "--json")
+    outcome = lab.run("verify", "--store", run_store, "--run", "run", "--json")
     assert outcome.code == 4
     assert {one["run"] for one in outcome.json["damage"]} == {"run"}
-    assert "run" in lab.run("verify", "--store", store).out
+    assert "run" in lab.run("verify", "--store", run_store).out
 
 
 @pytest.mark.parametrize("file", [*METADATA, "commits/00000003.json"])
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty])
-def test_verify_names_one_damaged_file(store: Path, file: str, harm: Harm) -> None:
-    harm(folder(store) / file)
-    report = ghoststore.verify(store)
+def test_verify_names_one_damaged_file(run_store: Path, file: str, harm: Harm) -> None:
+    harm(folder(run_store) / file)
+    report = ghoststore.verify(run_store)
     assert not report.sound
     assert any(file in one.file + one.problem for one in report.damage)
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_damaged_steps_are_not_read(store: Path, harm: Harm) -> None:
+def test_damaged_steps_are_not_read(run_store: Path, harm: Harm) -> None:
     """The error names the array; other spans are read as before, and all is well when the file is whole again."""
     for file, array in zip(STEP_CHUNKS, ARRAYS, strict=True):
-        path = folder(store) / file
+        path = folder(run_store) / file
         whole = path.read_bytes()
-        sound = read_steps(Store.open(store).run(), array)
+        sound = read_steps(Store.open(run_store).run(), array)
         harm(path)
-        run = Store.open(store).run()
+        run = Store.open(run_store).run()
         for start in (5, 9):
             with pytest.raises(CorruptError, match=f"/{array}[/, ]"):
                 run.read(array, start, 10)
@@ -96,12 +84,12 @@ def test_damaged_steps_are_not_read(store: Path, harm: Harm) -> None:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_damaged_rows_are_not_read(store: Path, harm: Harm) -> None:
+def test_damaged_rows_are_not_read(run_store: Path, harm: Harm) -> None:
     for file, column in zip(ROW_CHUNKS, COLUMNS, strict=True):
-        path = folder(store) / file
+        path = folder(run_store) / file
         whole = path.read_bytes()
         harm(path)
-        rows = Store.open(store).run().rows
+        rows = Store.open(run_store).run().rows
         for _ in range(2):  # a file that was found damaged is looked at again
             with pytest.raises(CorruptError, match=file):
                 rows.read(column, 0, 1)
@@ -111,10 +99,10 @@ def test_damaged_rows_are_not_read(store: Path, harm: Harm) -> None:
         assert rows.read(column, 0, 40).tolist() == getattr(row_table(), column).tolist()
 
 
-def test_every_bit_of_a_chunk_counts(store: Path) -> None:
-    path = folder(store) / "score/c/1/0/0"
+def test_every_bit_of_a_chunk_counts(run_store: Path) -> None:
+    path = folder(run_store) / "score/c/1/0/0"
     whole = path.read_bytes()
-    run = Store.open(store).run()
+    run = Store.open(run_store).run()
     for place in range(len(whole)):
         flip(path, place, place % 8)
         with pytest.raises(CorruptError):
@@ -125,34 +113,34 @@ def test_every_bit_of_a_chunk_counts(store: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["score/zarr.json", "rows/sample_id/zarr.json", "zarr.json"])
-def test_a_bit_in_the_metadata_is_never_other_data(store: Path, file: str) -> None:
-    path = folder(store) / file
+def test_a_bit_in_the_metadata_is_never_other_data(run_store: Path, file: str) -> None:
+    path = folder(run_store) / file
     whole = path.read_bytes()
-    before = Store.open(store).run()
+    before = Store.open(run_store).run()
     sound = (before.read("score", 0, 23), before.rows.read("sample_id", 0, 40))
     unseen = []
     for place in range(0, len(whole), max(1, len(whole) // 150)):
         flip(path, place)
         with suppress(MismatchError):  # the format version itself was hit
-            if ghoststore.verify(store).sound:
+            if ghoststore.verify(run_store).sound:
                 unseen.append(place)
         with suppress(GhostStoreError):
-            run = Store.open(store).run()
+            run = Store.open(run_store).run()
             np.testing.assert_array_equal(run.read("score", 0, 23), sound[0])
             assert run.rows.read("sample_id", 0, 40).tolist() == sound[1].tolist()
         path.write_bytes(whole)
     assert unseen == []
 
 
-def test_damaged_records(store: Path) -> None:
-    record = folder(store) / "commits/00000001.json"
-    shutil.copy(folder(store) / "commits/00000002.json", record)
+def test_damaged_records(run_store: Path) -> None:
+    record = folder(run_store) / "commits/00000001.json"
+    shutil.copy(folder(run_store) / "commits/00000002.json", record)
     with pytest.raises(CorruptError, match=r"00000001\.json is the record of span 2, not 1"):
-        ghoststore.info(store)
-    assert [one.file for one in ghoststore.verify(store).damage] == ["commits/00000001.json"]
-    shutil.copy(folder(store) / "commits/00000002.json", folder(store) / "commits/00000005.json")
+        ghoststore.info(run_store)
+    assert [one.file for one in ghoststore.verify(run_store).damage] == ["commits/00000001.json"]
+    shutil.copy(folder(run_store) / "commits/00000002.json", folder(run_store) / "commits/00000005.json")
     with pytest.raises(CorruptError, match="records of spans"):
-        Store.open(store).run()
-    shutil.rmtree(folder(store) / "commits")
+        Store.open(run_store).run()
+    shutil.rmtree(folder(run_store) / "commits")
     with pytest.raises(CorruptError, match="no commits folder"):
-        Store.open(store).run()
+        Store.open(run_store).run()

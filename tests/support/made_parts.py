@@ -58,7 +58,7 @@ def make_part(
         "groups": [["a", 0, half], ["b", half, dimension]],
     }
     empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
-    manifest = {**empty, "corpus": {"domains": ["sky", "earth"]}, "storage": storage}
+    manifest = {**empty, "corpus": {"domains": ["sky", "earth"], "repeated_ids": None}, "storage": storage}
     part = create_part(Store.create(store).part_path(name), manifest, np.zeros((1, 5), dtype=np.int64))
     with BackgroundWriter(part) as writer:
         for span in range(layout.spans) if spans is None else spans:

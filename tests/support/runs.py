@@ -55,7 +55,7 @@ def manifest(layout: RunLayout = LAYOUT, **sections: Any) -> dict[str, Any]:
     return {
         "model": {"architecture": "GPT2-Tiny", "layers": 2},
         "tokenizer": {"fingerprint": "sha256:t"},
-        "corpus": {"fingerprint": "sha256:c", "domains": ["sky", "earth"]},
+        "corpus": {"fingerprint": "sha256:c", "domains": ["sky", "earth"], "repeated_ids": None},
         "val": {"fingerprint": "sha256:v"},
         "training": {"seed": 0, "learning_rate": 0.001},
         "scoring": {"method": "GradDotProd"},
@@ -88,3 +88,7 @@ def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.nda
     (spec,) = [spec for spec in layout.arrays() if spec.name == array]
     rows = [np.asarray(values(step, layout).get(array, np.nan)) for step in steps]
     return np.array(rows).astype(spec.dtype).reshape(len(steps), *spec.columns)
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}

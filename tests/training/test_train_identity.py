@@ -178,17 +178,3 @@ def test_a_field_that_another_release_did_not_have(gym: Gym, own: Path) -> None:
     edit_state(own, older)
     edit_run(own, older)
     assert train(gym, own).report.resumed_from == 6
-
-
-def unreleased(sections: dict[str, Any]) -> None:
-    sections["tokenizer"] = {"fingerprint": sections["tokenizer"]["fingerprint"]}
-    sections["model"]["checkpoint"] = sections["model"]["checkpoint"]["fingerprint"]
-
-
-def test_runs_of_unreleased_versions(gym: Gym, own: Path) -> None:
-    edit_run(own, unreleased)
-    refused(gym, own, "run 'run' of ")
-    refused(gym, own, "was trained by an unreleased version of ghoststore")
-    edit_state(own, unreleased)
-    refused(gym, own, "checkpoint-6 was written by an unreleased version of ghoststore")
-    assert train(gym, own, output_dir=own / "new", name="new").report.steps == 6

@@ -26,16 +26,17 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path, *, over: bool = False) -> Iterator[Path]:
     """Where to write what is to be the file ``path``: that appears whole, on disk, at the end, or not at all.
 
-    FileExistsError if it exists already (it is left alone).
+    What stands there already is replaced in one step with ``over``, and else left alone: FileExistsError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        # The bytes before the name: after a crash, a name on the disk means that all of the file is there, too.
         flush(temporary)
-        os.link(temporary, path)
+        (os.replace if over else os.link)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -53,13 +54,8 @@ def publish(path: Path, data: bytes) -> bool:
 
 def replace(path: Path, data: bytes) -> None:
     """Make ``path`` hold ``data``, on disk, in one step: a reader sees what was there before, or all of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
+    with appearing(path, over=True) as temporary:
+        temporary.write_bytes(data)
 
 
 UNFINISHED = re.compile(r"\..*\.tmp|.*\.[0-9a-f]{32}\.partial")

@@ -61,7 +61,7 @@ RUN = Kind(
 )
 
 
-def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
+def attributes_of(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
     """The attributes of a part's or run's group: format version, manifest, SHA-256 of every other file that is written
     when it is made and never again (by path in it), and the checksums of both.
     """
@@ -74,60 +74,59 @@ def seal(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def unseal(attributes: Mapping[str, Any], where: str, kind: Kind = PART) -> tuple[Manifest, dict[str, str]]:
-    """The manifest and the files in a group's attributes, see :func:`seal`.
+def manifest_of(attributes: Mapping[str, Any], where: str, kind: Kind) -> tuple[Manifest, dict[str, str]]:
+    """The manifest and the files in a group's attributes, see :func:`attributes_of`.
 
     MismatchError for another format version, CorruptError if a checksum does not hold.
     """
     check_format(attributes, where)
-    manifest = attributes.get("manifest")
-    if not isinstance(manifest, dict) or attributes.get("manifest_sha256") != json_digest(manifest):
-        raise CorruptError(f"{where} does not hold the manifest that was written: its checksum does not fit")
+    for name, what in (("manifest", "the manifest"), ("files", "the list of files")):
+        value = attributes.get(name)
+        if not isinstance(value, dict) or attributes.get(f"{name}_sha256") != json_digest(value):
+            raise CorruptError(f"{where} does not hold {what} that was written: its checksum does not fit")
+    manifest, files = attributes["manifest"], attributes["files"]
     missing = [name for name in kind.identity if name not in manifest]
     if missing:
         raise CorruptError(f"{where} lacks the sections {missing} of a {kind.name}'s manifest")
-    files = attributes.get("files")
-    if not isinstance(files, dict) or attributes.get("files_sha256") != json_digest(files):
-        raise CorruptError(f"{where} does not hold the list of files that was written: its checksum does not fit")
     return manifest, files
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:
     """MismatchError unless ``attributes`` are of a format version that this release reads."""
-    found = attributes.get("ghoststore_format")
-    if found is None:
+    version = attributes.get("ghoststore_format")
+    if version is None:
         raise MismatchError(f"{where} is a Zarr group but not ghoststore's: it has no 'ghoststore_format' attribute")
-    if found != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise MismatchError(
-            f"{where} has format version {found!r}; this release reads version {FORMAT_VERSION}. Use a release "
+            f"{where} has format version {version!r}; this release reads version {FORMAT_VERSION}. Use a release "
             "that reads it"
         )
 
 
-def differences(stored: Any, asked: Any, path: str = "") -> list[Difference]:
-    """(path, stored value, asked value) wherever two JSON values differ."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        found = []
-        for key in sorted({*stored, *asked}):
-            found += differences(stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if stored == asked else [(path, stored, asked)]
+def differences(stored: Any, wanted: Any, path: str = "") -> list[Difference]:
+    """(path, stored value, wanted value) wherever two JSON values differ."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        inside = []
+        for key in sorted({*stored, *wanted}):
+            inside += differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+        return inside
+    return [] if stored == wanted else [(path, stored, wanted)]
 
 
-def difference_lines(found: Sequence[Difference], verb: str = "asked for") -> str:
+def difference_lines(different: Sequence[Difference], verb: str = "asked for") -> str:
     """A line for each of the first differences: its path and both values, long ones from where they part."""
     lines = []
-    for path, stored, asked in found[:12]:
-        old, new = _shown(stored, asked)
+    for path, stored, wanted in different[:12]:
+        old, new = _shown(stored, wanted)
         lines.append(f"  {path}: stored {old}, {verb} {new}")
-    if len(found) > 12:
-        lines.append(f"  … and {len(found) - 12} more")
+    if len(different) > 12:
+        lines.append(f"  … and {len(different) - 12} more")
     return "\n".join(lines)
 
 
-def _shown(stored: Any, asked: Any) -> tuple[str, str]:
+def _shown(stored: Any, wanted: Any) -> tuple[str, str]:
     """Both values; of long ones a piece from where they part."""
-    old, new = repr(stored), repr(asked)
+    old, new = repr(stored), repr(wanted)
     same = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     start = same - 30 if same > SHOWN - 30 else 0
     pieces = (f"…{text[start:]}" if start else text for text in (old, new))
@@ -135,29 +134,11 @@ def _shown(stored: Any, asked: Any) -> tuple[str, str]:
     return old, new
 
 
-def refuse_differences(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
+def refuse_differences(stored: Manifest, wanted: Manifest, where: str, kind: Kind = PART) -> None:
     """MismatchError listing every identity value that differs, both sides shown."""
-    refuse_unreleased(stored, asked, where, kind)
-    found = [d for section in kind.identity for d in differences(stored[section], asked[section], section)]
-    if not found:
-        return
-    raise MismatchError(
-        f"{where} was {kind.made} with other settings; nothing was changed:\n{difference_lines(found)}\n"
-        f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
-    )
-
-
-def is_whole_tokenizer(section: Mapping[str, Any]) -> bool:
-    """Whether a manifest's ``tokenizer`` is a whole identity, not the fingerprint alone that was kept once."""
-    return isinstance(section.get("special_tokens"), dict)
-
-
-def refuse_unreleased(stored: Manifest, asked: Manifest, where: str, kind: Kind = PART) -> None:
-    """MismatchError if only ``asked`` identifies the whole of its tokenizer: no release has written ``stored``."""
-    theirs, ours = stored.get("tokenizer"), asked.get("tokenizer")
-    if theirs is not None and ours is not None and is_whole_tokenizer(ours) and not is_whole_tokenizer(theirs):
+    different = [d for section in kind.identity for d in differences(stored[section], wanted[section], section)]
+    if different:
         raise MismatchError(
-            f"{where} was {kind.made} by an unreleased version of ghoststore: what it holds does not identify the "
-            "configuration of the model and the whole of its tokenizer, so nothing tells whether they are still the "
-            f"same. Remove it, or give another {kind.option}"
+            f"{where} was {kind.made} with other settings; nothing was changed:\n{difference_lines(different)}\n"
+            f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
         )

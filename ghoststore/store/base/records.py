@@ -1,6 +1,7 @@
-"""Commit records: one small JSON object a span, naming and checksumming everything the span wrote.
+"""Sealed records, and checksums of files: small JSON with a checksum of itself, which may name files with theirs.
 
-What a record names never changes; what no record names does not exist.
+Commit records, the manifests of indexes, token shards and gradients, states of training and caches are all records.
+:mod:`ghoststore.store.base.disk` makes them appear whole.
 """
 
 from __future__ import annotations
@@ -8,21 +9,72 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import CorruptError
-from ghoststore.store.base.disk import publish
+from ghoststore.errors import CorruptError, GhostStoreError
+from ghoststore.store.base.disk import replace
 
-_RECORD = re.compile(r"(\d{8})\.json")
-LARGEST_RECORD = 16 << 20
+CHECKSUM = "record_sha256"
+"""The key of a record's checksum of itself, where the format has no other name for it."""
+LARGEST_RECORD = 1 << 20
 
 
 def json_digest(value: Any) -> str:
     """SHA-256 of ``value`` as canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(value: dict[str, Any], key: str = CHECKSUM, *, indent: int | None = 1, ascii_only: bool = True) -> bytes:
+    """The bytes of a record: a function of ``value`` alone, with a checksum of itself under ``key``."""
+    sealed = {**value, key: json_digest(value)}
+    return (json.dumps(sealed, indent=indent, ensure_ascii=ascii_only) + "\n").encode()
+
+
+def unseal(data: bytes, key: str = CHECKSUM) -> dict[str, Any]:
+    """What :func:`seal` was given; ValueError if it was not made by it."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    if value.pop(key, None) != json_digest(value):
+        raise ValueError("its checksum does not hold")
+    return value
+
+
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Make ``path`` hold ``value`` and its checksum, on disk, in one step."""
+    replace(path, seal(value))
+
+
+def read_record(path: Path, largest: int = LARGEST_RECORD, key: str = CHECKSUM, *, advice: str = "") -> dict[str, Any]:
+    """What :func:`seal` made of a record. FileNotFoundError if nothing is there, CorruptError if it is damaged."""
+    with reading(path, advice=advice):
+        return unseal(read_bounded(path, largest), key)
+
+
+def read_bounded(path: Path, largest: int) -> bytes:
+    """The bytes of a small file; ValueError for one of more than ``largest``, before it is read."""
+    size = path.stat().st_size
+    if size > largest:
+        raise ValueError(f"it is too large: {size} bytes")
+    return path.read_bytes()
+
+
+@contextmanager
+def reading(path: Path, wrong: str = "is damaged", advice: str = "") -> Iterator[None]:
+    """Turn whatever reading a record raises that is not what was written into CorruptError:
+    "``path`` ``wrong`` (why); ``advice``". FileNotFoundError and NotADirectoryError pass, for nothing is there then.
+    """
+    try:
+        yield
+    except (GhostStoreError, FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CorruptError(f"{path} {wrong} ({why!s:.200}){advice and f'; {advice}'}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,96 +91,51 @@ class FileRecord:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(bytes=file.tell(), sha256=digest)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """One span's record. ``files`` by path relative to the part; ``statuses`` counts rows by status."""
-
-    span: int
-    start: int
-    stop: int
-    files: dict[str, FileRecord]
-    statuses: dict[str, int]
-    tokens: int
-
-    def encode(self) -> bytes:
-        """The record's bytes: a function of its content alone, with a checksum of itself."""
-        value: dict[str, Any] = {
-            "span": self.span,
-            "rows": [self.start, self.stop],
-            "tokens": self.tokens,
-            "statuses": self.statuses,
-            "files": {name: {"bytes": f.bytes, "sha256": f.sha256} for name, f in sorted(self.files.items())},
-        }
-        value["record_sha256"] = json_digest(value)
-        return (json.dumps(value, indent=1) + "\n").encode()
-
     @classmethod
-    def decode(cls, data: bytes, where: str) -> Commit:
-        """Parse a record; CorruptError naming ``where`` if it is not one."""
-        try:
-            value: dict[str, Any] = json.loads(data)
-            stated = value.pop("record_sha256")
-            if stated != json_digest(value):
-                raise ValueError("its own checksum does not hold")
-            start, stop = value["rows"]
-            return cls(
-                span=int(value["span"]),
-                start=int(start),
-                stop=int(stop),
-                tokens=int(value["tokens"]),
-                statuses={str(name): int(count) for name, count in value["statuses"].items()},
-                files={
-                    str(name): FileRecord(int(record["bytes"]), str(record["sha256"]))
-                    for name, record in value["files"].items()
-                },
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptError(
-                f"{where} is not a commit record: {error}; `ghoststore verify` lists what is damaged"
-            ) from error
+    def from_json(cls, value: dict[str, Any]) -> FileRecord:
+        """The inverse of :meth:`to_json`; KeyError, TypeError or ValueError for anything else."""
+        sha256 = str(value["sha256"])
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise ValueError(f"{sha256!r} is not a SHA-256")
+        return cls(bytes=int(value["bytes"]), sha256=sha256)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def damage(self, path: Path) -> str | None:
+        """What is wrong with the file at ``path``; None if it is what was written. Reads it whole."""
+        return damage(path, self.sha256, self.bytes)
+
+    def check(self, path: Path, advice: str = "") -> None:
+        """CorruptError unless the file at ``path`` is what was written."""
+        check_file(path, self.sha256, self.bytes, advice)
 
 
-def record_path(part: Path, span: int) -> Path:
-    """Where the record of ``span`` stands."""
-    return part / "commits" / f"{span:08d}.json"
+MISSING = "missing"
 
 
-def committed(part: Path) -> list[int]:
-    """Spans that have a record at this moment, in order."""
-    names = (entry.name for entry in (part / "commits").iterdir())
-    return sorted(int(found[1]) for name in names if (found := _RECORD.fullmatch(name)))
-
-
-def read_commit(part: Path, span: int) -> Commit:
-    """The record of ``span``; CorruptError if it is missing or damaged."""
-    path = record_path(part, span)
+def damage(path: Path, sha256: str, size: int | None = None) -> str | None:
+    """What is wrong with a file that was written with this SHA-256, and ``size`` if it is known; None: nothing."""
     try:
-        if path.stat().st_size > LARGEST_RECORD:
-            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not a commit record")
-        data = path.read_bytes()
+        # The size first: a file that was cut, or replaced by a huge one, is not read.
+        there = path.stat().st_size
+        if size is not None and there != size:
+            return f"{there} bytes; {size} were written"
+        return None if FileRecord.of(path).sha256 == sha256 else "its SHA-256 is not that of what was written"
     except FileNotFoundError:
-        raise CorruptError(f"{path} is missing") from None
-    commit = Commit.decode(data, str(path))
-    if commit.span != span:
-        raise CorruptError(f"{path} is the record of span {commit.span}, not {span}")
-    return commit
+        return MISSING
+    except OSError as error:
+        return f"cannot be read: {error}"
 
 
-def write_commit(
-    part: Path,
-    *,
-    span: int,
-    start: int,
-    stop: int,
-    keys: Iterable[str],
-    statuses: dict[str, int],
-    tokens: int,
-) -> bool:
-    """Checksum the files ``keys`` and publish the record; False if another process did so first.
+def check_file(path: Path, sha256: str, size: int | None = None, advice: str = "") -> None:
+    """CorruptError if :func:`damage` finds any."""
+    wrong = damage(path, sha256, size)
+    if wrong is not None:
+        what = "is missing" if wrong == MISSING else f"is not what was written: {wrong}"
+        raise CorruptError(f"{path} {what}{advice and f'; {advice}'}")
 
-    The files must be on the disk already.
-    """
-    files = {key: FileRecord.of(part / key) for key in keys}
-    commit = Commit(span=span, start=start, stop=stop, files=files, statuses=statuses, tokens=tokens)
-    return publish(record_path(part, span), commit.encode())
+
+def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of ``files`` by their path in ``folder``, sorted; folders among them are left out."""
+    return {str(file.relative_to(folder)): FileRecord.of(file).sha256 for file in sorted(files) if file.is_file()}

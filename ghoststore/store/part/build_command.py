@@ -44,7 +44,7 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     """(option, value): None and False for one that is not given, True for a flag."""
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
     yield "--checkpoint", source["checkpoint"]
-    yield "--tokenizer", source.get("tokenizer")
+    yield "--tokenizer", source["tokenizer"]
     yield "--data", source["data"]
     yield "--store", store
     yield "--name", name
@@ -57,18 +57,18 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--store-text", storage["store_text"] and source["data"] != "-"
     yield "--loss-reduction", manifest["loss"]["reduction"]
     yield "--model-dtype", manifest["dtype"]["model"]
-    yield "--attn-implementation", compute.get("attn_implementation")
-    yield "--gradient-checkpointing", compute.get("gradient_checkpointing")
-    yield "--optimizer-state", source.get("optimizer_state")
+    yield "--attn-implementation", compute["attn_implementation"]
+    yield "--gradient-checkpointing", compute["gradient_checkpointing"]
+    yield "--optimizer-state", source["optimizer_state"]
     yield "--proj-dtype", storage["dtype"]
     yield from _projection(manifest["projection"], manifest["layers"])
 
 
 def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if fields.get("kind") == "tokens":  # token shards have fields of their own
+    if fields["kind"] == "tokens":  # token shards have fields of their own
         return
     for role in ("text", "prompt", "completion", "messages", "id", "domain"):
-        yield f"--{role}-field", fields.get(role)
+        yield f"--{role}-field", fields[role]
 
 
 def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import publish_group, storage_errors
-from ghoststore.store.base.kept import read_record, write_record
-from ghoststore.store.base.records import json_digest
+from ghoststore.store.base.records import json_digest, read_record, write_record
 from ghoststore.store.part.part import Part
 
 FOLDER = "fidelity"
@@ -78,7 +77,7 @@ def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
 
 def kept_fidelities(part: Part) -> list[KeptFidelity]:
     """Of every metric that was measured."""
-    return [kept for metric in METRICS if (kept := read_fidelity(part, metric)) is not None]
+    return [measured for metric in METRICS if (measured := read_fidelity(part, metric)) is not None]
 
 
 def check_value(value: dict[str, Any]) -> None:
@@ -86,15 +85,15 @@ def check_value(value: dict[str, Any]) -> None:
     fidelity_line({"state": "current", "problem": None, "metric": "", **value})
 
 
-def fidelity_line(kept: dict[str, Any]) -> str:
+def fidelity_line(measured: dict[str, Any]) -> str:
     """One line of what :meth:`KeptFidelity.to_json` gave."""
-    if kept["state"] == "damaged":
-        return f"damaged: {kept['problem']}; `ghoststore fidelity` measures it again"
-    layers, everything = kept["layers"], kept["all"]
+    if measured["state"] == "damaged":
+        return f"damaged: {measured['problem']}; `ghoststore fidelity` measures it again"
+    layers, everything = measured["layers"], measured["all"]
     of_all = "" if everything is None else f", {everything['spearman']['value']:.2f} to all parameters"
-    stale = "" if kept["state"] == "current" else f" (stale: {kept['problem']})"
+    stale = "" if measured["state"] == "current" else f" (stale: {measured['problem']})"
     return (
         f"Spearman {layers['spearman']['value']:.2f} to exact gradients of the layers{of_all}, recall@{layers['at']} "
         f"{layers['recall']['value']:.2f}, relative error {layers['relative_error']['value']:.2f}; "
-        f"{kept['rows']:,} rows × {kept['val_samples']:,} val samples by {kept['metric']}{stale}"
+        f"{measured['rows']:,} rows × {measured['val_samples']:,} val samples by {measured['metric']}{stale}"
     )

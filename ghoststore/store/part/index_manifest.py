@@ -5,17 +5,15 @@ Specified in ``docs/format.md``.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ghoststore.errors import CorruptError, MismatchError
-from ghoststore.store.base.records import FileRecord, json_digest
+from ghoststore.errors import MismatchError
+from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, read_bounded, reading, seal, unseal
 
 INDEX_VERSION = 1
+CHECKSUM = "manifest_sha256"
 ROW_BYTES = 24
 """Of the file of rows: the row, the digest of its numbers, its length."""
 LARGEST_COUNT = 1 << 30
@@ -76,7 +74,7 @@ class IndexManifest:
             self.front_dimension == self.dimension
         ):
             raise ValueError(f"its front maps {self.dimension} numbers to {self.front_dimension}")
-        shares = [share for one in self.recall.values() for share in (one.at_10, one.at_100)]
+        shares = [share for recall in self.recall.values() for share in (recall.at_10, recall.at_100)]
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"its recall is out of range: {shares}")
         if set(self.files) != set(SUFFIXES) or self.files["rows"].bytes != self.rows * ROW_BYTES:
@@ -99,8 +97,8 @@ class IndexManifest:
 
     def to_json(self) -> dict[str, Any]:
         """What the commands print of it."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
-        return {**told, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
+        shown = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
+        return {**shown, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
 
     def path_of(self, folder: Path, kind: str) -> Path:
         """The file of one kind."""
@@ -108,36 +106,19 @@ class IndexManifest:
 
     def encode(self) -> bytes:
         """The bytes of ``index.json``, with a checksum of itself."""
-        value = {"ghoststore_index": INDEX_VERSION, **asdict(self)}
-        return (json.dumps({**value, "manifest_sha256": json_digest(value)}, indent=1) + "\n").encode()
+        return seal({"ghoststore_index": INDEX_VERSION, **asdict(self)}, CHECKSUM)
 
     @classmethod
-    def decode(cls, data: bytes, where: str) -> IndexManifest:
-        """Parse ``index.json``. MismatchError for another version, CorruptError if it is not what was written."""
-        try:
-            value: dict[str, Any] = json.loads(data)
-            stated = value.pop("manifest_sha256")
-            if stated != json_digest(value):
-                raise ValueError("its own checksum does not hold")
+    def read(cls, path: Path) -> IndexManifest:
+        """What an ``index.json`` holds. FileNotFoundError without one, MismatchError if it is of another version,
+        CorruptError if it is not what was written.
+        """
+        remedy = "`ghoststore index … --rebuild` makes it again"
+        with reading(path, "is not the manifest of an index", remedy):
+            value = unseal(read_bounded(path, LARGEST_RECORD), CHECKSUM)
             version = value.pop("ghoststore_index")
             if version != INDEX_VERSION:
-                raise MismatchError(
-                    f"{where} has version {version!r}; this release reads {INDEX_VERSION}: "
-                    "`ghoststore index … --rebuild` makes it again"
-                )
-            recall = {str(kind): Recall(**found) for kind, found in value.pop("recall").items()}
-            files = {str(kind): _record(found) for kind, found in value.pop("files").items()}
+                raise MismatchError(f"{path} has version {version!r}; this release reads {INDEX_VERSION}: {remedy}")
+            recall = {str(kind): Recall(**shares) for kind, shares in value.pop("recall").items()}
+            files = {str(kind): FileRecord.from_json(record) for kind, record in value.pop("files").items()}
             return cls(**value, recall=recall, files=files)
-        except MismatchError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptError(
-                f"{where} is not the manifest of an index: {error}; `ghoststore index … --rebuild` makes it again"
-            ) from error
-
-
-def _record(found: Mapping[str, Any]) -> FileRecord:
-    record = FileRecord(int(found["bytes"]), str(found["sha256"]))
-    if not re.fullmatch(r"[0-9a-f]{64}", record.sha256):
-        raise ValueError(f"{record.sha256!r} is not a SHA-256")
-    return record

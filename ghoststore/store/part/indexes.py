@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.store.base.disk import exclusive, flush, publish, storage_errors
+from ghoststore.store.base.disk import UNFINISHED, exclusive, flush, publish, replace, storage_errors
 from ghoststore.store.base.names import check_name, is_name
 from ghoststore.store.base.records import FileRecord
 from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
@@ -24,10 +24,9 @@ from ghoststore.store.part.part import Part
 
 FOLDER = "index"
 MANIFEST = "index.json"
-LARGEST_MANIFEST = 1 << 20
-
-_FILE = re.compile(r"[0-9a-f]{16}\.(faiss|rows)")
 _BEGUN = "begun"
+_OURS = re.compile(rf"([0-9a-f]{{16}}|{_BEGUN})\.(faiss|rows)|{UNFINISHED.pattern}")
+"""Names of files that a build of an index makes."""
 State = Literal["current", "stale", "damaged"]
 
 
@@ -55,8 +54,8 @@ def index_folder(part: Part, name: str) -> Path:
 
 def index_names(part: Part) -> list[str]:
     """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
-    found = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
-    return sorted(name for name in found if is_name(name))
+    names = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
+    return sorted(name for name in names if is_name(name))
 
 
 def read_manifest(part: Part, name: str) -> IndexManifest:
@@ -64,11 +63,8 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
 
     UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
     """
-    path = index_folder(part, name) / MANIFEST
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not the manifest of an index")
-        return IndexManifest.decode(path.read_bytes(), str(path))
+        return IndexManifest.read(index_folder(part, name) / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(
@@ -78,29 +74,22 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
 
 def check_coverage(part: Part, name: str, manifest: IndexManifest) -> None:
     """MismatchError unless the index covers exactly what is committed in ``part``."""
-    again = "; `ghoststore index` builds it again"
+    remedy = "; `ghoststore index` builds it again"
     spans = len(part.spans)
     if manifest.spans != spans:
         raise MismatchError(
-            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{again}"
+            f"index {name!r} is stale: it covers {manifest.spans} spans, part {part.name!r} has {spans}{remedy}"
         )
     if manifest.dimension != part.layout.dimension or manifest.coverage != part.fingerprint():
-        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{again}")
+        raise MismatchError(f"index {name!r} was built of other vectors than those of part {part.name!r}{remedy}")
 
 
 def damage_of(folder: Path, manifest: IndexManifest) -> Iterator[tuple[Path, str]]:
     """(file, what is wrong with it) for the files of an index."""
     for kind, record in manifest.files.items():
         path = manifest.path_of(folder, kind)
-        try:
-            if path.stat().st_size != record.bytes:
-                yield path, f"{path.stat().st_size} bytes; {record.bytes} were written"
-            elif FileRecord.of(path) != record:
-                yield path, "its SHA-256 is not that of what was written"
-        except FileNotFoundError:
-            yield path, "missing"
-        except OSError as error:
-            yield path, f"cannot be read: {error}"
+        if problem := record.damage(path):
+            yield path, problem
 
 
 def index_states(part: Part) -> list[IndexState]:
@@ -165,24 +154,20 @@ def seal_files(folder: Path) -> dict[str, FileRecord]:
 
 def publish_index(folder: Path, manifest: IndexManifest) -> None:
     """Make ``manifest`` that of the index, in one step: who opens it gets this one or the one before, whole."""
-    path = folder / f"{_BEGUN}.json"
-    path.write_bytes(manifest.encode())
-    flush(path)
-    flush(folder)
-    os.replace(path, folder / MANIFEST)
-    flush(folder)
+    flush(folder)  # the names of its files, before the manifest that names them
+    replace(folder / MANIFEST, manifest.encode())
 
 
 def _sweep(folder: Path) -> None:
     """Remove what the manifest does not name."""
-    kept = {"zarr.json", MANIFEST}
+    named = {"zarr.json", MANIFEST}
     try:
-        manifest = IndexManifest.decode((folder / MANIFEST).read_bytes(), "")
-        kept |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
+        manifest = IndexManifest.read(folder / MANIFEST)
+        named |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
     except (FileNotFoundError, CorruptError, MismatchError):
         pass  # nothing is there that could be used
     for path in folder.iterdir():
-        if path.name not in kept and (_FILE.fullmatch(path.name) or path.stem == _BEGUN):
+        if path.name not in named and _OURS.fullmatch(path.name):
             path.unlink()
 
 

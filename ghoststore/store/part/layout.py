@@ -13,7 +13,14 @@ import numpy as np
 
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store.part.encoding import encoding
-from ghoststore.store.spans.layout import CHUNK_BYTES, LARGEST_ROW_BYTES, ArraySpec, SpanLayout
+from ghoststore.store.spans.layout import (
+    CHUNK_BYTES,
+    LARGEST_ROW_BYTES,
+    SAMPLE_COLUMNS,
+    ArraySpec,
+    SpanLayout,
+    column_specs,
+)
 
 MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
 
@@ -107,27 +114,11 @@ class PartLayout(SpanLayout):
     def arrays(self) -> list[ArraySpec]:
         """Every array of the part, in the order in which a span writes them."""
         code, span = encoding(self.dtype), self.span_rows
-        scale = [ArraySpec(name="scale", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,))]
-        specs = [
-            ArraySpec(
-                name="vectors",
-                dtype=code.stored,
-                chunk_rows=self.chunk_rows,
-                columns=(code.columns(self.dimension),),
-            ),
-            *(scale if code.scaled else []),
-            ArraySpec(name="norm", dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)),
-            ArraySpec(name="loss", dtype=np.dtype("<f4"), chunk_rows=span),
-            ArraySpec(name="n_tokens", dtype=np.dtype("<i4"), chunk_rows=span),
-            ArraySpec(name="status", dtype=np.dtype("u1"), chunk_rows=span),
-            ArraySpec(name="sample_id", dtype=str, chunk_rows=span, fill=""),
-            ArraySpec(name="domain", dtype=np.dtype("<i2"), chunk_rows=span),
-            ArraySpec(name="source_row", dtype=np.dtype("<i8"), chunk_rows=span),
-            ArraySpec(name="source_file", dtype=np.dtype("<i4"), chunk_rows=span),
-            ArraySpec(name="source_offset", dtype=np.dtype("<i8"), chunk_rows=span),
-            ArraySpec(name="source_digest", dtype=np.dtype("<u8"), chunk_rows=span),
-            ArraySpec(name="window_start", dtype=np.dtype("<i4"), chunk_rows=span),
+        columns = (code.columns(self.dimension),)
+        vectors = ArraySpec(name="vectors", dtype=code.stored, chunk_rows=self.chunk_rows, columns=columns)
+        of_blocks = ["scale", "norm"] if code.scaled else ["norm"]
+        blocks = [
+            ArraySpec(name=name, dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)) for name in of_blocks
         ]
-        if self.store_text:
-            specs.append(ArraySpec(name="text", dtype=str, chunk_rows=span, fill=""))
-        return specs
+        text = {"text": str} if self.store_text else {}
+        return [vectors, *blocks, *column_specs({"loss": "<f4", "status": "u1", **SAMPLE_COLUMNS, **text}, span)]

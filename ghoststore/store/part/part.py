@@ -75,10 +75,10 @@ class Part(Spanned[PartLayout]):
 
     def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
         """One value for each of ``rows``, in their order; each span is read once."""
-        found = gather(
-            rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), self.spec(name).dtype
+        dtype = self.spec(name).dtype
+        return list(
+            gather(rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), dtype)
         )
-        return list(found)
 
 
 def span_table(part: Part) -> NDArray[np.int64]:

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import UsageError
-from ghoststore.store.spans.layout import CHUNK_BYTES, LARGEST_ROW_BYTES, ArraySpec, SpanLayout
+from ghoststore.store.spans.layout import (
+    CHUNK_BYTES,
+    LARGEST_ROW_BYTES,
+    SAMPLE_COLUMNS,
+    ArraySpec,
+    SpanLayout,
+    column_specs,
+)
 
 ROW_CHUNK = 65_536
 """Rows of a chunk of the row table."""
@@ -129,18 +136,4 @@ class RunLayout(SpanLayout):
 
     def row_arrays(self) -> list[ArraySpec]:
         """The arrays of the row table, (N) each, below ``rows/``."""
-        kinds: dict[str, Any] = {
-            "sample_id": str,
-            "domain": np.dtype("<i2"),
-            "source_row": np.dtype("<i8"),
-            "source_file": np.dtype("<i4"),
-            "source_offset": np.dtype("<i8"),
-            "source_digest": np.dtype("<u8"),
-            "window_start": np.dtype("<i4"),
-            "n_tokens": np.dtype("<i4"),
-        }
-        chunk = min(ROW_CHUNK, self.rows)
-        return [
-            ArraySpec(name=f"rows/{name}", dtype=dtype, chunk_rows=chunk, fill="" if dtype is str else 0)
-            for name, dtype in kinds.items()
-        ]
+        return column_specs(SAMPLE_COLUMNS, min(ROW_CHUNK, self.rows), "rows/")

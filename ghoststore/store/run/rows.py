@@ -40,7 +40,7 @@ class RowTable:
 
     def checked(self, layout: RunLayout, domains: int) -> dict[str, NDArray[Any]]:
         """The columns in their stored dtypes, by array. UsageError naming the first that does not fit."""
-        found = {}
+        columns = {}
         for spec in layout.row_arrays():
             name = spec.name.removeprefix("rows/")
             given = np.asarray(getattr(self, name))
@@ -53,11 +53,11 @@ class RowTable:
                 stored = given.astype(spec.dtype) if given.dtype.kind in "iu" else np.empty(0)
                 if not np.array_equal(stored, given):
                     raise UsageError(f"{name} of the row table has values that are not {spec.dtype}: {given.dtype}")
-            found[spec.name] = stored
-        domain = found["rows/domain"]
+            columns[spec.name] = stored
+        domain = columns["rows/domain"]
         if domain.min() < -1 or domain.max() >= domains:
             raise UsageError(f"domain of the row table has values outside -1 to {domains - 1}")
-        return found
+        return columns
 
 
 def _check_strings(name: str, values: NDArray[Any], spec: ArraySpec) -> None:

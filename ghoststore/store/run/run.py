@@ -71,12 +71,12 @@ class Run(Spanned[RunLayout]):
         if absent:
             raise UsageError(f"spans {absent[:5]} of run {self.name!r} are not committed")
         spec = self.spec(array)
-        found = np.empty((len(self.committed_steps(chosen)), *spec.columns), dtype=spec.dtype)
+        numbers = np.empty((len(self.committed_steps(chosen)), *spec.columns), dtype=spec.dtype)
         place = 0
         for chunk in stream(self, array, chosen):
-            found[place : place + len(chunk.data)] = chunk.data
+            numbers[place : place + len(chunk.data)] = chunk.data
             place += len(chunk.data)
-        return found
+        return numbers
 
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
         """Samples by what became of their score, and tokens.
@@ -100,14 +100,14 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
     UsageError if manifest or rows cannot be, BusyError if another process is making it.
     """
     try:
-        asked: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
+        wanted: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UsageError(f"the manifest of run {path.name!r} is not plain JSON: {error}") from error
-    lacking = [name for name in (*RUN.identity, *RUN.description) if name not in asked]
+    lacking = [name for name in (*RUN.identity, *RUN.description) if name not in wanted]
     if lacking:
         raise UsageError(f"the manifest of run {path.name!r} lacks the sections {lacking}")
     try:
-        layout, domains = RunLayout.of(asked["storage"]), len(asked["corpus"]["domains"] or [])
+        layout, domains = RunLayout.of(wanted["storage"]), len(wanted["corpus"]["domains"] or [])
     except (KeyError, TypeError) as error:
         raise UsageError(f"the manifest of run {path.name!r} lacks {error!r} in its storage or corpus") from error
     columns = rows.checked(layout, domains)
@@ -117,7 +117,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 
-    create(path, RUN, asked, fill)
+    create(path, RUN, wanted, fill)
     run = Run(path)
-    refuse_differences(run.manifest, asked, f"run {path.name!r} of {path.parent.parent}", RUN)
+    refuse_differences(run.manifest, wanted, f"run {path.name!r} of {path.parent.parent}", RUN)
     return run

@@ -16,8 +16,9 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.disk import create_whole
-from ghoststore.store.base.manifest import Kind, Manifest, seal, unseal
-from ghoststore.store.base.records import Commit, FileRecord, committed, json_digest, read_commit, record_path
+from ghoststore.store.base.manifest import Kind, Manifest, attributes_of, manifest_of
+from ghoststore.store.base.records import check_file, digests, json_digest, read_bounded, reading
+from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
 from ghoststore.store.spans.layout import ArraySpec, SpanLayout
 
 LARGEST_METADATA = 64 << 20
@@ -33,21 +34,18 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
     """
     path = folder / "zarr.json"
     try:
-        if path.stat().st_size > LARGEST_METADATA:
-            raise CorruptError(f"{path} is {path.stat().st_size} bytes: not metadata of ghoststore")
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        attributes = value.pop("attributes", {})
-        if value != {"zarr_format": 3, "node_type": "group"} or not isinstance(attributes, dict):
-            raise ValueError("it does not describe a Zarr group")
-        return attributes
+        with reading(path):
+            value = json.loads(read_bounded(path, LARGEST_METADATA))
+            if not isinstance(value, dict):
+                raise ValueError("it is not a JSON object")
+            attributes = value.pop("attributes", {})
+            if value != {"zarr_format": 3, "node_type": "group"} or not isinstance(attributes, dict):
+                raise ValueError("it does not describe a Zarr group")
+            return attributes
     except (FileNotFoundError, NotADirectoryError):
         if what != "store" and folder.is_dir():
             raise CorruptError(f"{path} is missing") from None
         raise UsageError(f"there is no {what} at {folder}") from None
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{path} is damaged: {error}") from error
 
 
 class Spanned(ABC, Generic[L]):
@@ -66,7 +64,8 @@ class Spanned(ABC, Generic[L]):
         self.manifest: Manifest
         self.files: dict[str, str]
         """SHA-256, by path, of every file that is written when it is made, ``zarr.json`` aside."""
-        self.manifest, self.files = unseal(read_attributes(path, self.kind.name), str(path / "zarr.json"), self.kind)
+        attributes = read_attributes(path, self.kind.name)
+        self.manifest, self.files = manifest_of(attributes, str(path / "zarr.json"), self.kind)
         try:
             self.layout: L = self.layout_of(self.manifest["storage"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -114,8 +113,8 @@ class Spanned(ABC, Generic[L]):
     @property
     def repeated_ids(self) -> dict[str, int] | None:
         """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
-        found: dict[str, int] | None = self.manifest["corpus"].get("repeated_ids")
-        return found
+        repeated: dict[str, int] | None = self.manifest["corpus"]["repeated_ids"]
+        return repeated
 
     def commit(self, span: int) -> Commit:
         """The record of a committed span."""
@@ -128,7 +127,7 @@ class Spanned(ABC, Generic[L]):
         """
         digest = hashlib.sha256(json_digest(self.manifest).encode())
         for span in self.spans:
-            path = record_path(self.path, span)
+            path = commit_path(self.path, span)
             try:
                 digest.update(f"{span}:".encode() + path.read_bytes())
             except OSError as error:
@@ -147,14 +146,7 @@ class Spanned(ABC, Generic[L]):
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name}")
-        try:
-            found = FileRecord.of(path).sha256
-        except FileNotFoundError:
-            raise CorruptError(f"{path} is missing") from None
-        except OSError as error:
-            raise CorruptError(f"{path} cannot be read: {error}") from error
-        if found != self.files.get(name):
-            raise CorruptError(f"{path} is not what was written: its SHA-256 does not hold")
+        check_file(path, self.files.get(name, "not one of its files"))
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array, checked against the layout; CorruptError if it is not as described."""
@@ -165,13 +157,13 @@ class Spanned(ABC, Generic[L]):
         if spec.name not in self._arrays:
             self.check_file(f"{spec.name}/zarr.json")
             shape, chunks = (length, *spec.columns), (spec.chunk_rows, *spec.columns)
-            found = zarr.open_array(self.path / spec.name, mode="r")
-            if found.shape != shape or found.chunks != chunks:
+            array = zarr.open_array(self.path / spec.name, mode="r")
+            if array.shape != shape or array.chunks != chunks:
                 raise CorruptError(
-                    f"array {self.path / spec.name} has shape {found.shape} in chunks of {found.chunks}; the "
+                    f"array {self.path / spec.name} has shape {array.shape} in chunks of {array.chunks}; the "
                     f"manifest says {shape} in chunks of {chunks}"
                 )
-            self._arrays[spec.name] = found
+            self._arrays[spec.name] = array
         return self._arrays[spec.name]
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -212,11 +204,11 @@ def gather(
     order = np.argsort(wanted // size, kind="stable")
     blocks, begins = np.unique(wanted[order] // size, return_index=True)
     values: NDArray[Any] | None = None
-    for block, mine in zip(blocks.tolist(), np.split(order, begins[1:]), strict=True):
+    for block, inside in zip(blocks.tolist(), np.split(order, begins[1:]), strict=True):
         data = read(block)
         if values is None:
             values = np.empty((len(wanted), *data.shape[1:]), dtype=data.dtype)
-        values[mine] = data[wanted[mine] - block * size]
+        values[inside] = data[wanted[inside] - block * size]
     assert values is not None
     return values
 
@@ -252,9 +244,5 @@ def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) 
     group = zarr.create_group(folder)
     group.create_group("commits")
     fill(group)
-    files = {
-        str(file.relative_to(folder)): FileRecord.of(file).sha256
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / "zarr.json"
-    }
-    group.attrs.put(seal(manifest, files))
+    files = digests(folder, (file for file in folder.rglob("*") if file != folder / "zarr.json"))
+    group.attrs.put(attributes_of(manifest, files))

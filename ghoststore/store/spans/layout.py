@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 CHUNK_BYTES = 8 << 20
 """Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
@@ -39,6 +42,29 @@ class ArraySpec:
     def chunk_bytes(self) -> int:
         """Bytes of the numbers of a chunk, its checksum aside; numeric arrays only."""
         return self.chunk_rows * self.width * int(self.dtype.itemsize)
+
+
+SAMPLE_COLUMNS: dict[str, Any] = {
+    "sample_id": str,
+    "domain": "<i2",
+    "source_row": "<i8",
+    "source_file": "<i4",
+    "source_offset": "<i8",
+    "source_digest": "<u8",
+    "window_start": "<i4",
+    "n_tokens": "<i4",
+}
+"""Arrays that say which sample, or which window of one, a row is: of a part, and of a run's row table."""
+
+
+def column_specs(dtypes: Mapping[str, Any], chunk_rows: int, folder: str = "") -> list[ArraySpec]:
+    """Arrays of one number, or string, a row."""
+    return [
+        ArraySpec(name=folder + name, dtype=str, chunk_rows=chunk_rows, fill="")
+        if dtype is str
+        else ArraySpec(name=folder + name, dtype=np.dtype(dtype), chunk_rows=chunk_rows)
+        for name, dtype in dtypes.items()
+    ]
 
 
 class SpanLayout(ABC):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError
 from ghoststore.store.base.disk import exclusive, flush, storage_errors, sweep
-from ghoststore.store.base.records import write_commit
+from ghoststore.store.spans.commits import Commit, write_commit
 from ghoststore.store.spans.group import Spanned
 
 
@@ -59,9 +59,8 @@ def write_span(target: Spanned[Any], data: SpanData) -> None:
         for folder in folders:
             flush(folder)
         statuses, tokens = target.summarize(data.arrays)
-        if not write_commit(
-            target.path, span=data.span, start=start, stop=stop, keys=keys, statuses=statuses, tokens=tokens
-        ):
+        commit = Commit(span=data.span, start=start, stop=stop, statuses=statuses, tokens=tokens)
+        if not write_commit(target.path, commit, keys):
             raise BusyError(f"span {data.span} of {target.path} was committed by another process")
 
 

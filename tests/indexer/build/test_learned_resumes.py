@@ -42,7 +42,7 @@ def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     def calibrate(*args: Any, **settings: Any) -> None:
         raise AssertionError("it was learned again")
 
-    monkeypatch.setattr("indexer.build.build.calibrate", calibrate)
+    monkeypatch.setattr("indexer.build.job.calibrate", calibrate)
 
 
 @pytest.fixture

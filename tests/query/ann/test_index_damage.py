@@ -173,7 +173,7 @@ def test_replaced_while_it_is_being_opened(store: Path, monkeypatch: pytest.Monk
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("path", [r"begun\.faiss", r"begun\.rows", r"begun\.json", "index.json$"])
+@pytest.mark.parametrize("path", [r"begun\.faiss", r"begun\.rows", r"\.index\.json\..*\.tmp", "index.json$"])
 @pytest.mark.parametrize("first", [True, False], ids=["new", "over another"])
 def test_killed_while_building(store: Path, lab: Lab, path: str, first: bool) -> None:
     """The old one stands, or none; and the next build sweeps what was left."""

@@ -303,7 +303,7 @@ def test_read_only_store_measures_and_says_so(own: Path, monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ghoststore.store.base.kept.replace", refuse)
+    monkeypatch.setattr("ghoststore.store.base.records.replace", refuse)
     assert not measure(own, "rank").kept
 
 

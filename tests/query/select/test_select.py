@@ -393,13 +393,13 @@ def test_a_row_that_changes_meanwhile_is_refused(
 
     corpus, store = lab.write(tmp_path / "corpus.jsonl", lab.rows), tmp_path / "store"
     assert lab.build(store, "--data", corpus).code == 0
-    real = query.select.files.write_copy
+    real = query.select.files.write_export
 
-    def write_copy(*given: Any) -> None:
+    def write_export(*given: Any) -> None:
         corpus.write_text(corpus.read_text().replace("the", "eht"))
         real(*given)
 
-    monkeypatch.setattr("query.select.files.write_copy", write_copy)
+    monkeypatch.setattr("query.select.files.write_export", write_export)
     with pytest.raises(MismatchError, match="is not the one that the part was built from: expected the digest"):
         select(store, val, tmp_path / "out.jsonl", count=27)
     assert not list(tmp_path.glob("*out.jsonl*"))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ghoststore.corpus import Sample
-from indexer.build.calibrate import Leading, SampleDraw
+from indexer.build.calibrate import Leading
+from indexer.build.corpus_plan import LearningSample
 
 CPU = torch.device("cpu")
 
@@ -83,10 +84,10 @@ def samples(count: int) -> list[Sample]:
 
 
 def chosen(count: int, rows: list[Sample]) -> list[int]:
-    drawn = SampleDraw(count)
+    learning = LearningSample(count)
     for sample in rows:
-        drawn.see(sample)
-    return [sample.source_row for sample in drawn.samples]
+        learning.see(sample)
+    return [sample.source_row for sample in learning.samples]
 
 
 def test_a_draw_depends_on_rows_alone() -> None:

@@ -15,11 +15,10 @@ import pytest
 import zstandard
 
 from ghoststore.corpus import Corpus, Position
-from ghoststore.corpus.export import check_copy, write_copy
-from ghoststore.corpus.source_rows import Originals
+from ghoststore.corpus.export import check_export, write_export
+from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import CorpusError, MismatchError, UsageError
-
-from .conftest import FORMS, Write
+from tests.support.corpora import FORMS, Write
 
 ROWS = [
     {"id": f"r{i}", "text": f'line {i}, "quoted", süß\nand a second line', "domain": "ab"[i % 2], "note": f"n{i}"}
@@ -33,17 +32,17 @@ CHOSEN = [0, 3, 4, 7, 10]
 SUFFIX = {"parquet": ".parquet", "csv": ".csv", "dataset": "", "txt": ".txt"}
 
 
-def originals(source: str | Path, rows: Sequence[int] = CHOSEN) -> Originals:
+def source_rows(source: str | Path, rows: Sequence[int] = CHOSEN) -> SourceRows:
     corpus = Corpus.open(str(source))
     chosen = [sample for sample in corpus.samples() if sample.source_row in rows]
     places = [Position(source_row=s.source_row, file=s.file, offset=s.offset) for s in chosen]
-    return Originals(corpus, places, [sample.digest() for sample in chosen])
+    return SourceRows(corpus, places, [sample.digest() for sample in chosen])
 
 
-def copied(source: str | Path, out: Path, rows: Sequence[int] = CHOSEN, order: list[int] | None = None) -> Path:
-    found = originals(source, rows)
-    check_copy(str(source), found.corpus.form, out)
-    write_copy(found, out, order)
+def exported(source: str | Path, out: Path, rows: Sequence[int] = CHOSEN, order: list[int] | None = None) -> Path:
+    found = source_rows(source, rows)
+    check_export(str(source), found.corpus.form, out)
+    write_export(found, out, order)
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
     return out
 
@@ -63,9 +62,9 @@ def test_own_form(write: Write, tmp_path: Path, form: str, order: list[int] | No
     """Every field of each row; a folder of several files becomes one."""
     source = write(form, ROWS)
     suffix = next((end for kind, end in SUFFIX.items() if kind in form), ".jsonl")
-    out = copied(source, tmp_path / f"out{suffix}", order=order)
+    out = exported(source, tmp_path / f"out{suffix}", order=order)
     assert read(out) == [ROWS[CHOSEN[place]] for place in order or range(len(CHOSEN))]
-    again = copied(source, tmp_path / f"again{suffix}", order=order)
+    again = exported(source, tmp_path / f"again{suffix}", order=order)
     if out.is_dir():
         assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
     else:
@@ -77,7 +76,7 @@ def test_own_form(write: Write, tmp_path: Path, form: str, order: list[int] | No
 def test_another_form(write: Write, tmp_path: Path, form: str, out: str) -> None:
     """Every value stays what it was."""
     rows = ROWS if form == "csv" else NESTED
-    made = copied(write(form, rows), tmp_path / out)
+    made = exported(write(form, rows), tmp_path / out)
     assert read(made) == [rows[row] for row in CHOSEN]
 
 
@@ -97,10 +96,10 @@ def test_lines_keep_their_bytes(tmp_path: Path, form: str, lines: list[bytes], p
     source.write_bytes(pack(b"\xef\xbb\xbf" + b"".join(lines)))
     header, records = (lines[:1], lines[1:]) if form == "csv" else ([], lines)
     for rows in ([0, 2], [0, 1, 2], [1]):
-        out = copied(source, tmp_path / f"{len(rows)}.{form}", rows)
+        out = exported(source, tmp_path / f"{len(rows)}.{form}", rows)
         expected = [record if record.endswith(b"\n") else record + b"\n" for record in records]
         assert out.read_bytes() == b"".join(header + [expected[row] for row in rows])
-    out = copied(source, tmp_path / f"score.{form}", [0, 2], [1, 0])
+    out = exported(source, tmp_path / f"score.{form}", [0, 2], [1, 0])
     assert out.read_bytes() == b"".join([*header, expected[2], expected[0]])
 
 
@@ -108,7 +107,7 @@ def test_the_same_bytes_when_packed(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for suffix in ("gz", "zst"):
-        one, two = (copied(source, tmp_path / f"{name}.jsonl.{suffix}") for name in "ab")
+        one, two = (exported(source, tmp_path / f"{name}.jsonl.{suffix}") for name in "ab")
         assert one.read_bytes() == two.read_bytes()
         assert read(one) == [ROWS[row] for row in CHOSEN]
 
@@ -136,21 +135,21 @@ def test_parquet_keeps_schema_and_metadata(tmp_path: Path) -> None:
     )
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet", row_group_size=4)
     for name, order in (("corpus", None), ("score", [4, 3, 2, 1, 0])):
-        out = copied(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", order=order)
+        out = exported(tmp_path / "in.parquet", tmp_path / f"{name}.parquet", order=order)
         found = pyarrow.parquet.read_table(out)
         assert found.schema.equals(schema, check_metadata=True)
         assert found.equals(table.take([CHOSEN[place] for place in order or range(5)]))
     with pytest.raises(UsageError, match=r"a row holds a value that JSON lacks .* give --out a .parquet file"):
-        copied(tmp_path / "in.parquet", tmp_path / "out.jsonl")
+        exported(tmp_path / "in.parquet", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_parquet_has_no_tiny_row_groups(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows out of many groups of the source are gathered, up to a size."""
     source = write("parquet", ROWS)  # groups of 3
-    assert pyarrow.parquet.ParquetFile(copied(source, tmp_path / "a.parquet")).num_row_groups == 1
+    assert pyarrow.parquet.ParquetFile(exported(source, tmp_path / "a.parquet")).num_row_groups == 1
     monkeypatch.setattr("ghoststore.corpus.export.GROUP_BYTES", 1)
-    out = copied(source, tmp_path / "b.parquet")
+    out = exported(source, tmp_path / "b.parquet")
     assert pyarrow.parquet.ParquetFile(out).num_row_groups == 4
     assert read(out) == [ROWS[row] for row in CHOSEN]
 
@@ -167,7 +166,7 @@ def test_a_dataset_keeps_its_features(tmp_path: Path) -> None:
     whole = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows, features=features)})
     whole.save_to_disk(str(tmp_path / "in"))
     for out in ("out", "out.parquet"):
-        made = copied(f"{tmp_path / 'in'}:train", tmp_path / out)
+        made = exported(f"{tmp_path / 'in'}:train", tmp_path / out)
         found = datasets.load_from_disk(str(made)) if made.is_dir() else datasets.Dataset.from_parquet(str(made))
         assert found.features == features
         assert found.to_list() == [rows[row] for row in CHOSEN]
@@ -178,7 +177,7 @@ def test_fields_that_only_some_rows_have(tmp_path: Path, out: str) -> None:
     """In a table a missing field is null; the others stay."""
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"text": "b", "late": {"x": 1}}\n{"text": "c", "late": {"y": [2]}}\n')
-    found = read(copied(source, tmp_path / out, [0, 1, 2]))
+    found = read(exported(source, tmp_path / out, [0, 1, 2]))
     if out.endswith(".jsonl"):
         assert found == [json.loads(line) for line in source.read_text().splitlines()]
     else:
@@ -194,7 +193,7 @@ def test_values_that_no_table_holds(tmp_path: Path) -> None:
     for other in ('"words"', str(2**70)):
         source.write_text(f'{{"text": "a", "x": 1}}\n{{"text": "b", "x": {other}}}\n')
         with pytest.raises(UsageError, match=r"do not fit a table, .* give --out a .jsonl file"):
-            copied(source, tmp_path / "out.parquet", [0, 1])
+            exported(source, tmp_path / "out.parquet", [0, 1])
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -209,29 +208,29 @@ def test_files_of_a_folder_that_do_not_go_together(tmp_path: Path) -> None:
             else:
                 pyarrow.parquet.write_table(pyarrow.table(content), path)
         with pytest.raises(CorpusError, match=rf"b\.{form}: expected .*one file cannot hold both: give --out a .jsonl"):
-            copied(folder, tmp_path / f"out.{form}", [0, 1])
-        assert len(read(copied(folder, tmp_path / f"{form}.jsonl", [0, 1]))) == 2
+            exported(folder, tmp_path / f"out.{form}", [0, 1])
+        assert len(read(exported(folder, tmp_path / f"{form}.jsonl", [0, 1]))) == 2
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv.gz", "parquet", "dataset"])
 def test_another_digest(write: Write, tmp_path: Path, form: str) -> None:
     source = write(form, ROWS)
-    found = originals(source)
-    wrong = Originals(found.corpus, found.places, [1, 2, 3, 4, 5])
+    found = source_rows(source)
+    wrong = SourceRows(found.corpus, found.places, [1, 2, 3, 4, 5])
     for out in ("out.jsonl", "out.parquet", "out"):
         with pytest.raises(
             MismatchError, match=r"row 0 of the corpus is not the one .* digest 0000000000000001, found"
         ):
-            write_copy(wrong, tmp_path / out, None)
+            write_export(wrong, tmp_path / out, None)
         assert not (tmp_path / out).exists()
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_row_that_is_gone(write: Write, tmp_path: Path, form: str) -> None:
-    found = originals(write(form, ROWS))
+    found = source_rows(write(form, ROWS))
     write(form, ROWS[:8])
     with pytest.raises(MismatchError, match="row 10 of the corpus is no longer there"):
-        write_copy(found, tmp_path / "out.jsonl", None)
+        write_export(found, tmp_path / "out.jsonl", None)
 
 
 @pytest.mark.parametrize(
@@ -245,4 +244,4 @@ def test_a_row_that_is_gone(write: Write, tmp_path: Path, form: str) -> None:
 )
 def test_forms_that_cannot_be(form: str, out: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_copy("data", form, Path(out))
+        check_export("data", form, Path(out))

@@ -1,0 +1,22 @@
+"""The forms that a corpus is stored in, one file a family; :func:`form_of` finds that of a file by its suffix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ghoststore.corpus.formats.base import Form
+from ghoststore.corpus.formats.parquet import ParquetForm
+from ghoststore.corpus.formats.text import csv_rows, json_rows, text_forms, text_rows
+
+FORMS: dict[str, Form] = {
+    **text_forms("jsonl", json_rows, ".jsonl", ".ndjson"),
+    **text_forms("csv", csv_rows, ".csv"),
+    **text_forms("txt", text_rows, ".txt"),
+    ".parquet": ParquetForm(),
+}
+
+
+def form_of(path: Path) -> Form | None:
+    """The form of a file by its suffix, in any case; None for another suffix."""
+    name = path.name.lower()
+    return next((form for suffix, form in FORMS.items() if name.endswith(suffix)), None)

@@ -1,0 +1,206 @@
+"""Forms whose records are lines of UTF-8, possibly compressed: jsonl, csv and plain text."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from ghoststore.corpus.formats.base import Form, KeyedRow, reading
+from ghoststore.corpus.formats.compressed import BUFFER, open_bytes
+from ghoststore.errors import CorpusError
+
+BOM = b"\xef\xbb\xbf"
+
+
+class Lines:
+    """The lines of an open file with their endings, without a BOM; ``offset`` is that of the next one."""
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        self.path = path
+        self.offset = 0
+        self._stream = stream
+
+    def move_to(self, offset: int) -> None:
+        """Go forward to a byte offset."""
+        assert offset >= self.offset
+        if self._stream.seekable():
+            self._stream.seek(offset - self.offset, io.SEEK_CUR)
+        else:
+            left = offset - self.offset
+            while left and (skipped := self._stream.read(min(left, BUFFER))):
+                left -= len(skipped)
+        self.offset = offset
+
+    def __iter__(self) -> Iterator[bytes]:
+        stream = self._stream
+        if self.offset == 0 and (line := stream.readline()):
+            self.offset = len(line)
+            if line := line.removeprefix(BOM):
+                yield line
+        for line in stream:
+            self.offset += len(line)
+            yield line
+
+
+class RecordedLines(Lines):
+    """Lines that are recorded as they are given."""
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        super().__init__(path, stream)
+        self.recorded: list[bytes] = []
+
+    def __iter__(self) -> Iterator[bytes]:
+        for line in super().__iter__():
+            self.recorded.append(line)
+            yield line
+
+
+def decode(line: bytes, lines: Lines) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        place = line_place(lines.path, lines.offset - len(line))
+        raise CorpusError(f"{place}: expected UTF-8, found byte 0x{line[error.start]:02x}") from None
+
+
+def line_place(path: Path, offset: int) -> str:
+    """``file, line n`` of the line that begins at a byte offset; reads the file up to it."""
+    number, left = 1, offset
+    with reading(path), open_bytes(path) as stream:
+        while left and (chunk := stream.read(min(left, BUFFER))):
+            number += chunk.count(b"\n")
+            left -= len(chunk)
+    return f"{path}, line {number}"
+
+
+def json_rows(lines: Lines) -> Iterator[KeyedRow]:
+    """One JSON value a line; only the end of the file may have blank lines."""
+    each = iter(lines)
+    loads = orjson.loads
+    for line in each:
+        begin = lines.offset - len(line)
+        try:
+            row = loads(line)
+        except orjson.JSONDecodeError as error:
+            if not line.strip():
+                if any(rest.strip() for rest in each):
+                    place = line_place(lines.path, begin)
+                    raise CorpusError(f"{place}: expected a JSON object, found a blank line") from None
+                return
+            decode(line, lines)
+            place = line_place(lines.path, begin)
+            raise CorpusError(f"{place}: invalid JSON at column {error.colno}: {error.msg}") from None
+        yield begin, row
+
+
+def text_rows(lines: Lines) -> Iterator[KeyedRow]:
+    """One sample a line, without its ending (LF or CRLF), as the field "text"."""
+    for line in lines:
+        text = decode(line, lines)
+        text = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+        yield lines.offset - len(line), {"text": text}
+
+
+def csv_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
+    """Records of RFC 4180 with the offset at which each begins; a record may span lines."""
+    csv.field_size_limit((1 << 31) - 1)
+    begin = lines.offset
+    blank = -1
+    # The reader takes one line at a time and none beyond its record: the next record begins at lines.offset.
+    records = csv.reader((decode(line, lines) for line in lines), strict=True)
+    while True:
+        try:
+            cells = next(records)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise CorpusError(f"{line_place(lines.path, begin)}: invalid CSV: {error}") from None
+        if not cells:
+            blank = begin if blank < 0 else blank
+        elif blank >= 0:
+            place = line_place(lines.path, blank)
+            raise CorpusError(f"{place}: expected a CSV record, found a blank line")
+        else:
+            yield begin, cells
+        begin = lines.offset
+
+
+def csv_rows(lines: Lines) -> Iterator[KeyedRow]:
+    """Rows as dictionaries by the header, which is read from the file again when ``lines`` is past it."""
+    if lines.offset:
+        with open_bytes(lines.path) as stream:
+            _, header = next(csv_records(Lines(lines.path, stream)), (0, []))
+    else:
+        _, header = next(csv_records(lines), (0, []))
+        if len(set(header)) < len(header):
+            raise CorpusError(f"{lines.path}, line 1: the header names a column twice: {header}")
+    for begin, cells in csv_records(lines):
+        if len(cells) != len(header):
+            place = line_place(lines.path, begin)
+            raise CorpusError(f"{place}: expected {len(header)} cells as in the header, found {len(cells)}")
+        yield begin, dict(zip(header, cells, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """Records in lines of UTF-8, possibly compressed; ``parse`` takes no line beyond the row it yields."""
+
+    name: str
+    parse: Callable[[Lines], Iterator[KeyedRow]]
+    has_offsets: bool = True
+
+    def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
+        with reading(path), open_bytes(path) as stream:
+            lines = Lines(path, stream)
+            lines.move_to(start)
+            rows = self.parse(lines)
+            first = next(rows, None)
+            if first is not None:
+                yield first
+                yield from rows
+            elif start:
+                raise CorpusError(f"{path}: no record at byte {start}: the file has changed")
+
+    def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
+        for key, row, _ in self.records(path, keys):
+            yield key, row
+
+    def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
+        """As `pick`, and the bytes of each record with its line ending, where it has one."""
+        with reading(path), ExitStack() as stack:
+            lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
+            for key in keys:
+                if lines.offset > key:  # a record that grew reaches past the next key
+                    lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
+                lines.move_to(key)
+                lines.recorded.clear()
+                try:
+                    parsed = next(self.parse(lines), None)
+                except CorpusError:
+                    continue
+                if parsed is not None:
+                    yield key, parsed[1], b"".join(lines.recorded)
+
+    def header(self, path: Path) -> bytes:
+        """What stands before the first record, without a BOM: a header, or nothing."""
+        first, _ = next(self.rows(path, None, 0), (0, None))
+        with reading(path), open_bytes(path) as stream:
+            return stream.read(first).removeprefix(BOM)
+
+    def count(self, path: Path) -> int:
+        return sum(1 for _ in self.rows(path, None, 0))
+
+    def where(self, path: Path, key: int) -> str:
+        return line_place(path, key)
+
+
+def text_forms(name: str, parse: Callable[[Lines], Iterator[KeyedRow]], *suffixes: str) -> dict[str, Form]:
+    """A text form under its suffixes, plain and compressed."""
+    packings = ("", ".gz", ".zst")
+    return {suffix + packed: TextForm(name + packed, parse) for suffix in suffixes for packed in packings}

@@ -1,0 +1,87 @@
+"""Commit records: one small JSON object a span, naming and checksumming everything the span wrote.
+
+What a record names never changes; what no record names does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.base.disk import publish
+from ghoststore.store.base.records import FileRecord, read_bounded, reading, seal, unseal
+
+_NAME = re.compile(r"(\d{8})\.json")
+LARGEST_COMMIT = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One span's record. ``files`` by path relative to the part; ``statuses`` counts rows by status."""
+
+    span: int
+    start: int
+    stop: int
+    statuses: dict[str, int]
+    tokens: int
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record holds, its checksum aside."""
+        return {
+            "span": self.span,
+            "rows": [self.start, self.stop],
+            "tokens": self.tokens,
+            "statuses": self.statuses,
+            "files": {name: record.to_json() for name, record in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Commit:
+        """The inverse of :meth:`to_json`; KeyError, TypeError, ValueError or AttributeError for anything else."""
+        start, stop = value["rows"]
+        return cls(
+            span=int(value["span"]),
+            start=int(start),
+            stop=int(stop),
+            tokens=int(value["tokens"]),
+            statuses={str(name): int(count) for name, count in value["statuses"].items()},
+            files={str(name): FileRecord.from_json(record) for name, record in value["files"].items()},
+        )
+
+
+def commit_path(folder: Path, span: int) -> Path:
+    """Where the record of ``span`` stands."""
+    return folder / "commits" / f"{span:08d}.json"
+
+
+def committed(folder: Path) -> list[int]:
+    """Spans that have a record at this moment, in order."""
+    names = (entry.name for entry in (folder / "commits").iterdir())
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def read_commit(folder: Path, span: int) -> Commit:
+    """The record of ``span``; CorruptError if it is missing or damaged."""
+    path = commit_path(folder, span)
+    try:
+        with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
+            commit = Commit.from_json(unseal(read_bounded(path, LARGEST_COMMIT)))
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None
+    if commit.span != span:
+        raise CorruptError(f"{path} is the record of span {commit.span}, not {span}")
+    return commit
+
+
+def write_commit(folder: Path, commit: Commit, keys: Iterable[str]) -> bool:
+    """Checksum the files ``keys`` and publish the record that names them; False if another process did so first.
+
+    The files must be on the disk already: a record that survives a crash must not name what does not.
+    """
+    named = replace(commit, files={key: FileRecord.of(folder / key) for key in keys})
+    return publish(commit_path(folder, commit.span), seal(named.to_json()))

@@ -1,0 +1,207 @@
+"""A build, resolved: everything that is decided before the first gradient, and the manifest that says it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
+from ghoststore.store import Manifest, Part, PartLayout
+from ghoststore.store.base.manifest import refuse_differences
+from indexer.build.calibrate import calibrate
+from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus
+from indexer.build.inputs import BuildInputs
+from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
+from indexer.encode.tokens import Row, rows_of
+from indexer.projection.adam import SideScales, flat, read_scales, scales_digest
+from indexer.projection.matrices import Projection
+from indexer.projection.plan import ProjectionPlan
+from indexer.projection.stored import calibrated_as
+
+SHORTEST_PAIR = 4
+"""Tokens of two rows of two tokens: with less for a batch, every row has one of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildJob:
+    """Made by :func:`plan_job`."""
+
+    inputs: BuildInputs
+    projected: ProjectionPlan
+    projection: Projection | None
+    """None in a dry run of one that is learned."""
+    scales: Mapping[str, SideScales] | None
+    """What ``optimizer_state`` multiplies both sides with."""
+    plan: CorpusPlan
+    layout: PartLayout
+    padding: bool
+    """Whether rows of different lengths share a batch."""
+
+    def fixed(self) -> dict[str, NDArray[Any]]:
+        """Arrays that the part keeps beside its rows."""
+        scales = {} if self.scales is None else flat(self.scales)
+        learned = self.projected.calibration
+        return scales if learned is None else scales | learned.arrays(self.projected.shapes)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The part's manifest."""
+        settings, scan, plan = self.inputs.settings, self.plan.scan, self.projected
+        hashed = self.projection is not None
+        return {
+            "corpus": {
+                "fingerprint": scan.fingerprint,
+                "samples": scan.rows,
+                "max_samples": settings.max_samples,
+                "domains": scan.domains,
+                "repeated_ids": self.plan.repeated_ids,
+                "fields": self.inputs.corpus.resolved.to_json(),
+            },
+            "tokens": asdict(self.inputs.tokens),
+            "loss": {
+                "definition": "next-token cross-entropy of each sample's own targets",
+                "reduction": settings.loss_reduction,
+            },
+            "projection": {
+                **plan.to_json(),
+                "hash": None if self.projection is None else self.projection.hash,
+                "optimizer_state": None if self.scales is None else scales_digest(self.scales),
+            },
+            "layers": plan.layers_json(),
+            "storage": {**asdict(self.layout), "groups": [list(group) for group in plan.groups] if hashed else None},
+            "coverage": {"covered": plan.covered, "total": plan.total, "share": plan.coverage},
+            **self.inputs.identity,
+            "dtype": {"model": settings.model_dtype},
+            "batching": {
+                "batch_tokens": self.inputs.batch_tokens,
+                "order": "longest first inside a span",
+                "padding": self.padding,
+            },
+            **self.inputs.description(),
+        }
+
+
+def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
+    """Choose layers, look at the model, scan the corpus, draw or learn matrices."""
+    settings, model, there = inputs.settings, inputs.model, inputs.there
+    config = settings.projection.for_build(optimizer_state=settings.optimizer_state is not None)
+    if settings.optimizer_state is not None and config.preconditioned:
+        raise UsageError(
+            f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
+            "own: choose one (--proj-precondition none)"
+        )
+    plan = ProjectionPlan.for_model(model, config)
+    if there is not None:  # before any row of another model is looked at
+        _refuse_other(there, plan, inputs.identity)
+    padding = _may_pad(inputs, plan, progress)
+    learning = LearningSample(config.calibration_samples) if config.calibrated else None
+    corpus_plan = plan_corpus(
+        inputs.corpus,
+        inputs.tokenizer,
+        inputs.tokens,
+        # The span of a part of any length: how many rows there are is known after the scan alone.
+        span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
+        max_samples=settings.max_samples,
+        tokenize=settings.dry_run,
+        learning=learning,
+        progress=progress,
+    )
+    layout = _layout(inputs, plan, corpus_plan.rows)
+    scales = None
+    if settings.optimizer_state is not None:
+        scales = read_scales(settings.optimizer_state, model, [layer.block for layer in plan.layers])
+    if learning is not None and there is not None:
+        plan = calibrated_as(there, plan)
+    elif learning is not None and not settings.dry_run:
+        plan = _learned(inputs, plan, learning, scales, padding, progress)
+    known = plan.calibration is not None or learning is None
+    return BuildJob(
+        inputs=inputs,
+        projected=plan,
+        projection=Projection(plan, scales) if known else None,
+        scales=scales,
+        plan=corpus_plan,
+        layout=layout,
+        padding=padding,
+    )
+
+
+def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
+    """MismatchError if ``part`` was begun with another model or projection. What it learned comes later."""
+    later = ("calibration", "hash", "optimizer_state")
+    stored = {name: value for name, value in part.manifest["projection"].items() if name not in later}
+    wanted = {**part.manifest, "projection": plan.to_json(), "layers": plan.layers_json(), **identity}
+    refuse_differences(
+        {**part.manifest, "projection": stored}, wanted, f"part {part.name!r} of {part.path.parent.parent}"
+    )
+
+
+def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
+    """Whether rows of different lengths may share a batch; CaptureError for a model that cannot be built at all."""
+    settings, tokens = inputs.settings, inputs.tokens
+    rows = rows_of(islice(inputs.corpus.samples(), settings.max_samples), inputs.tokenizer, tokens)
+    # The first rows that will have a vector, however far they are from the beginning.
+    usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
+    padding = ModelCheck(
+        inputs.model,
+        plan,
+        usable,
+        longest=tokens.max_length,
+        reduction=settings.loss_reduction,
+        checkpointing=settings.gradient_checkpointing,
+        alone=inputs.batch_tokens < SHORTEST_PAIR,
+    ).run()
+    if not padding:
+        progress.note(
+            f"padding changes what {type(inputs.model).__name__} makes of a row: only rows of one length share a batch"
+        )
+    return padding
+
+
+def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int) -> PartLayout:
+    settings = inputs.settings
+    return PartLayout.choose(
+        rows=rows,
+        dimension=plan.dimension,
+        groups=plan.group_count,
+        dtype=settings.proj_dtype,
+        span_rows=settings.span_rows,
+        store_text=settings.store_text or settings.stdin,
+    )
+
+
+def _learned(
+    inputs: BuildInputs,
+    plan: ProjectionPlan,
+    learning: LearningSample,
+    scales: Mapping[str, SideScales] | None,
+    padding: bool,
+    progress: Progress,
+) -> ProjectionPlan:
+    """``plan`` with what the sample of the corpus teaches."""
+    settings = inputs.settings
+    rows = list(rows_of(learning.samples, inputs.tokenizer, inputs.tokens))
+    calibration = calibrate(
+        inputs.model,
+        plan,
+        _evenly(rows, plan.config.calibration_samples),
+        reduction=settings.loss_reduction,
+        batch_tokens=inputs.batch_tokens,
+        scales=scales,
+        progress=progress,
+        checkpointing=settings.gradient_checkpointing,
+        padding=padding,
+    )
+    return replace(plan, calibration=calibration)
+
+
+def _evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most ``count`` of ``rows``: long samples may have many windows."""
+    return [rows[place * len(rows) // count] for place in range(count)] if len(rows) > count else list(rows)

@@ -1,0 +1,78 @@
+"""What a build did, or would do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ghoststore.store import Manifest, PartLayout
+from ghoststore.store.spans.reader import CRC_BYTES
+from indexer.build.calibrate import learning_bytes
+from indexer.build.job import BuildJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """What a build did, or, after a dry run, would do."""
+
+    store: str
+    part: str
+    rows: int
+    """Rows of the part."""
+    tokens: int | None
+    """Tokens in all of them; None where they were not counted."""
+    layers: int
+    coverage: float
+    """Share of the model's parameters that the projected layers hold."""
+    dimension: int
+    bytes_on_disk: int
+    """Bytes of the part's chunks, texts and ids aside."""
+    memory_bytes: int
+    """Estimate of the build's own memory beside the model: matrices, span buffers or what learning takes, logits of a
+    batch."""
+    dry_run: bool
+    resumed_rows: int = 0
+    """Rows that were committed before this call."""
+    statuses: dict[str, int] = field(default_factory=dict)
+    """Rows of the part by status."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time: total, compute, waiting for the corpus, writing (in the background)."""
+    manifest: Manifest = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, job: BuildJob) -> BuildReport:
+        """Of a build that has not begun."""
+        settings, layout = job.inputs.settings, job.layout
+        return cls(
+            store=str(settings.store),
+            part=job.inputs.part_name,
+            rows=layout.rows,
+            tokens=job.plan.tokens,
+            layers=len(job.projected.layers),
+            coverage=job.projected.coverage,
+            dimension=layout.dimension,
+            bytes_on_disk=_bytes_on_disk(layout),
+            memory_bytes=_memory(job),
+            dry_run=settings.dry_run,
+            manifest=job.manifest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore build --json`` prints."""
+        return asdict(self)
+
+
+def _bytes_on_disk(layout: PartLayout) -> int:
+    total = 0
+    for spec in layout.arrays():
+        if spec.dtype is not str:
+            total += (spec.chunk_bytes + CRC_BYTES) * -(-layout.rows // spec.chunk_rows)
+    return total
+
+
+def _memory(job: BuildJob) -> int:
+    model, layout = job.inputs.model, job.layout
+    matrices = sum(4 * (shape.k_in * shape.n_in + shape.k_out * shape.n_out) for shape in job.projected.shapes)
+    spans = 3 * layout.span_rows * layout.dimension * 4
+    logits = job.inputs.batch_tokens * int(model.get_input_embeddings().num_embeddings * model.dtype.itemsize)
+    return matrices + max(spans, learning_bytes(job.projected)) + logits

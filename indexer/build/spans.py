@@ -1,0 +1,114 @@
+"""The spans of a part, computed: a thread reads and tokenizes the next one, the main thread computes, a thread writes
+and commits the last one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.progress import Progress
+from ghoststore.store import Part
+from ghoststore.store.part.sealing import seal_vectors
+from ghoststore.store.spans.writer import BackgroundWriter, SpanData
+from indexer.build.corpus_plan import rows_of_spans
+from indexer.build.job import BuildJob
+from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.tokens import Row
+
+
+def compute_spans(part: Part, job: BuildJob, progress: Progress) -> dict[str, float]:
+    """Build every span that has no record yet. Returns seconds by kind of work."""
+    missing = sorted(set(range(part.layout.spans)) - set(part.spans))
+    seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
+    if not missing:
+        return seconds
+    assert job.projection is not None
+    settings = job.inputs.settings
+    encoder = RowEncoder(
+        job.inputs.model,
+        job.projection,
+        reduction=settings.loss_reduction,
+        checkpointing=settings.gradient_checkpointing,
+        padding=job.padding,
+    )
+    task = progress.task("building", part.layout.rows, done=part.rows)
+    with closing(task), encoder, BackgroundWriter(part) as writer:
+        waited = time.perf_counter()
+        for span, rows in _read_ahead(job, part, missing):
+            begun = time.perf_counter()
+            seconds["corpus"] += begun - waited
+            arrays = span_arrays(rows, part)
+            encoded = encode_rows(encoder, rows, job.inputs.batch_tokens, task)
+            arrays["loss"] = encoded.losses.numpy()
+            seal_vectors(arrays, encoded.vectors.numpy(), part)
+            waited = time.perf_counter()
+            seconds["compute"] += waited - begun
+            writer.put(SpanData(span, arrays))
+    return {**seconds, "write": writer.seconds}
+
+
+def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tuple[int, list[Row]]]:
+    """(span, its rows) for each of ``spans``, read and tokenized by a thread while the caller computes."""
+    inputs, layout = job.inputs, part.layout
+    sizes = [stop - start for start, stop in map(layout.span_of, range(layout.spans))]
+    # One span waits: more would only take memory, for reading is faster than computing.
+    ready: queue.Queue[tuple[int, list[Row]] | BaseException | None] = queue.Queue(maxsize=1)
+    stop = threading.Event()
+
+    def put(item: tuple[int, list[Row]] | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for item in rows_of_spans(inputs.corpus, inputs.tokenizer, inputs.tokens, job.plan, sizes, spans):
+                put(item)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
+            put(error)
+
+    thread = threading.Thread(target=read, name="ghoststore-tokenizer", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
+    """Every array of a span but ``loss`` and those of its vectors."""
+    codes = {domain: code for code, domain in enumerate(part.domains)}
+    arrays: dict[str, NDArray[Any]] = {
+        "n_tokens": np.array([len(row.tokens) for row in rows], dtype=np.int32),
+        "status": np.array([row.status for row in rows], dtype=np.uint8),
+        "sample_id": np.array([row.sample.id for row in rows], dtype=object),
+        "domain": np.array(
+            [-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows], dtype=np.int16
+        ),
+        "source_row": np.array([row.sample.source_row for row in rows], dtype=np.int64),
+        "source_file": np.array([row.sample.file for row in rows], dtype=np.int32),
+        "source_offset": np.array([row.sample.offset for row in rows], dtype=np.int64),
+        "source_digest": np.array([row.sample.digest() for row in rows], dtype=np.uint64),
+        "window_start": np.array([row.window_start for row in rows], dtype=np.int32),
+    }
+    if part.layout.store_text:
+        arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
+    return arrays
