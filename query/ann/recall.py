@@ -37,7 +37,7 @@ KEY = "ghoststore/1|index|recall"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleQueries:
     """Queries of one kind, the rows they were made of, and their exact ranking without these."""
 
     term: Term
@@ -47,7 +47,7 @@ class Sample:
     """The 100 best rows, or all there are."""
 
 
-def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, task: Task) -> dict[str, Sample]:
+def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, task: Task) -> dict[str, SampleQueries]:
     """Sample queries by kind, and one exact search for all of them. ``domain`` is that of each row of the table."""
     usable = np.flatnonzero(rows.table["length"] > 0)
     order = usable[draws.permutation(f"{KEY}|rows", len(usable))]
@@ -65,7 +65,7 @@ def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, t
     split = len(terms["row"].queries_QD)
     parts = {"row": slice(None, split), "mean": slice(split, None)}
     return {
-        kind: Sample(term, own[kind], without(_some(exact, parts[kind]), own[kind], max(CUTS)))
+        kind: SampleQueries(term, own[kind], without(_some(exact, parts[kind]), own[kind], max(CUTS)))
         for kind, term in terms.items()
         if len(term.queries_QD)
     }
@@ -97,7 +97,7 @@ def without(ranking: Ranking, own: NDArray[np.int64], k: int) -> Ranking:
 
 
 def tune(
-    engine: Engine, searcher: Searcher, samples: Mapping[str, Sample], target: float, code_bytes: float
+    engine: Engine, searcher: Searcher, samples: Mapping[str, SampleQueries], target: float, code_bytes: float
 ) -> tuple[int | None, int]:
     """The cheapest (effort, candidates) with which every kind of query reaches the recall ``target`` at 10; those that
     find most where none does.
@@ -127,7 +127,7 @@ def tune(
     return effort, candidates
 
 
-def _ranks_of_exact(searcher: Searcher, sample: Sample) -> NDArray[np.int64]:
+def _ranks_of_exact(searcher: Searcher, sample: SampleQueries) -> NDArray[np.int64]:
     """For each row of the exact ten best: its place among the candidates, or one past the last."""
     exact = sample.exact.rows[:, : min(CUTS)]
     places_QC = searcher.engine.search(searcher.front.queries(sample.term.queries_QD), max(CANDIDATES))
@@ -139,7 +139,7 @@ def _ranks_of_exact(searcher: Searcher, sample: Sample) -> NDArray[np.int64]:
     return np.array(ranks, dtype=np.int64)
 
 
-def measure(searcher: Searcher, samples: Mapping[str, Sample]) -> dict[str, Recall]:
+def measure(searcher: Searcher, samples: Mapping[str, SampleQueries]) -> dict[str, Recall]:
     """The recall of what ``searcher`` returns, by kind of query."""
     return {
         kind: Recall(
@@ -151,7 +151,7 @@ def measure(searcher: Searcher, samples: Mapping[str, Sample]) -> dict[str, Reca
     }
 
 
-def _recall(searcher: Searcher, sample: Sample, k: int) -> float:
+def _recall(searcher: Searcher, sample: SampleQueries, k: int) -> float:
     found, _ = searcher.search(sample.term, top_k=k + sample.own.shape[1])
     return recall_of(without(found, sample.own, k), sample.exact, k)
 

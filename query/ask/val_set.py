@@ -6,8 +6,6 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +16,12 @@ from torch import Tensor
 from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
-from ghoststore.store import Part, Status
+from ghoststore.store import Status
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
+from query.ask.question import Grouping
 
 ROWS_AT_ONCE = 1024
-Grouping = Literal["mean", "each", "domain"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,37 +43,30 @@ class ValVectors:
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
+    def note_left_out(self, progress: Progress) -> None:
+        """Say how many val rows have no vector, and why."""
+        if self.left_out:
+            shown = ", ".join(f"{count} {status}" for status, count in sorted(self.left_out.items()))
+            progress.note(f"val rows left out: {shown}; {self.used} are used")
+
 
 def encode_val_set(
-    part: Part,
-    corpus: Corpus,
-    *,
-    grouping: Grouping,
-    checkpoint: str | Path | None,
-    device: str,
-    max_samples: int | None,
-    progress: Progress,
-    blocks: bool = False,
+    encoder: PartEncoder, corpus: Corpus, *, grouping: Grouping, max_samples: int | None, progress: Progress
 ) -> ValVectors:
     """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
 
-    With ``blocks`` the vectors are those before the sketch. Rows that cannot be used (too short, masked, not finite)
-    are left out and counted. UsageError if none is left, or one has no domain where domains are asked for;
-    MismatchError if checkpoint, tokenizer or projection are not the part's.
+    Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is left, or
+    one has no domain where domains are asked for.
     """
-    _ = corpus.resolved
     sums: dict[str, NDArray[np.float64]] = {}
     counts: Counter[str] = Counter()
     ids: list[str] = []
     places: list[int] = []
     used_rows, which = 0, xxhash.xxh3_64()
-    kept: list[Tensor] = []
+    pieces: list[Tensor] = []
     left_out: Counter[str] = Counter()
-    with (
-        PartEncoder(part, checkpoint=checkpoint, device=device, blocks=blocks) as encoder,
-        closing(progress.task("val set", None)) as task,
-    ):
-        rows = encoder.rows(islice(corpus.samples(), max_samples), progress.note)
+    rows = encoder.rows(islice(corpus.samples(), max_samples))
+    with closing(progress.task("val set", None)) as task:
         while some := list(islice(rows, ROWS_AT_ONCE)):
             vectors = encoder.vectors(some, task)
             finite = torch.isfinite(vectors).all(1)
@@ -91,18 +82,18 @@ def encode_val_set(
             if grouping == "each":
                 ids += [some[place].sample.id for place in used]
                 places += [some[place].sample.source_row for place in used]
-                kept.append(vectors[used])
+                pieces.append(vectors[used])
                 continue
-            for label, mine in _by_label([some[place] for place in used], used, grouping).items():
-                sums[label] = sums.get(label, np.zeros(encoder.dimension)) + vectors[mine].double().sum(0).numpy()
-                counts[label] += len(mine)
+            for label, members in _by_label([some[place] for place in used], used, grouping).items():
+                sums[label] = sums.get(label, np.zeros(encoder.dimension)) + vectors[members].double().sum(0).numpy()
+                counts[label] += len(members)
     if not ids and not counts:
         raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
     if grouping != "each":
         ids = sorted(sums)
-        kept = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
+        pieces = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
     return ValVectors(
-        vectors=torch.cat(kept),
+        vectors=torch.cat(pieces),
         ids=ids,
         used=used_rows,
         left_out=dict(left_out),
@@ -114,7 +105,7 @@ def encode_val_set(
 
 def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:
     """``places`` by the domain of their rows, or all under ``mean``."""
-    found: dict[str, list[int]] = {}
+    by_label: dict[str, list[int]] = {}
     for row, place in zip(rows, places, strict=True):
         label = "mean" if grouping == "mean" else row.sample.domain
         if label is None:
@@ -122,5 +113,5 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
                 f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of --group-field "
                 "is null there"
             )
-        found.setdefault(label, []).append(place)
-    return found
+        by_label.setdefault(label, []).append(place)
+    return by_label

@@ -25,7 +25,7 @@ from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.search.parts import PartWeights, note_repeated, part_names
+from query.search.parts import PartWeights, note_repeated, open_parts
 
 TESTS = ("lds", "removal", "tail-patch")
 
@@ -110,9 +110,9 @@ def evaluate(
         tests, methods, halves=halves, drop=drop, top_k=top_k, repeats=repeats, max_steps=max_steps, workers=workers
     )
     device = resolve_device(device)
-    opened, names = Store.open(store), part_names(part)
+    parts, weights = open_parts(store, part, part_weights, progress)
     task = Task.of(
-        opened.part(names[0]),
+        parts[0],
         str(val_set),
         Path(out),
         fields=fields or Fields(),
@@ -133,8 +133,7 @@ def evaluate(
         max_samples=max_val_samples,
         device=device,
     )
-    several = {"part": names, "part_weights": part_weights}
-    of = task.methods(base, several, methods, damping, None if run is None else opened.run(run))
+    of = task.methods(base, parts, weights, methods, damping, None if run is None else Store.open(store).run(run))
     trainings = _Trainings(task, Path(out) / "trainings", workers)
     kept = {f"half-{number:05d}": half(seed, number, task.samples) for number in range(halves)}
     halved = trainings.losses(kept) if "lds" in tests else {}

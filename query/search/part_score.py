@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,22 +22,10 @@ from ghoststore.errors import UsageError
 from ghoststore.store import Part
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from ghoststore.store.spans.reader import read_span
+from query.search.second_moment import DampedInverse
 
 Metric = Literal["dot", "cosine"]
-METRICS = ("dot", "cosine")
-
-
-class Preconditioner(Protocol):
-    """A symmetric positive operator A, block by block: scores are qᵀ A g instead of qᵀ g."""
-
-    def apply(self, vectors_QD: Tensor) -> Tensor:
-        """A times each row, (Q, D) float64."""
-
-    def squares(self, span: int) -> NDArray[np.float64]:
-        """(R, G): gᵀ A g of each row of a span, block by block."""
-
-    def halved(self, rows_RD: Tensor) -> Tensor:
-        """(R, D) float64: each row times a B with BᵀB = A, block by block; products of these are gᵀ A g'."""
+METRICS: tuple[Metric, ...] = ("dot", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +38,7 @@ class Term:
     metric: Metric
     weight: float
     groups: Sequence[int] | None
-    preconditioner: Preconditioner | None
+    preconditioner: DampedInverse | None
 
     @classmethod
     def of(
@@ -61,7 +49,7 @@ class Term:
         metric: Metric,
         weight: float = 1.0,
         groups: Sequence[int] | None = None,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: DampedInverse | None = None,
         names: Sequence[str] | None = None,
     ) -> Term:
         """Restrict ``queries_QD`` to the blocks ``groups`` (default: all), precondition them, and, for the cosine,
@@ -127,7 +115,7 @@ class RowFacts:
         groups: Sequence[int] | None = None,
         metric: Metric = "dot",
         weight: float = 1.0,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: DampedInverse | None = None,
     ) -> None:
         self._part, self._metric, self._weight, self._preconditioner = part, metric, weight, preconditioner
         self._columns: slice | NDArray[np.int64] = slice(None) if groups is None else np.asarray(groups, dtype=np.int64)

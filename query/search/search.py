@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ghoststore.progress import Task
 from query.search.part_score import RowFacts, Term, shared_spans
-from query.search.vectors import StoredRows, side_by_side
+from query.search.vectors import PartVectors, side_by_side
 
 Combine = Literal["max"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
@@ -110,7 +110,7 @@ def pair_scores(
     return scores
 
 
-class _Scorer:
+class _PieceScores:
     """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
 
     With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
@@ -137,7 +137,7 @@ class _Scorer:
 
     def pieces(self) -> Iterator[_Piece]:
         """Every row that is committed in all parts."""
-        sources = [StoredRows(term.part, self.device) for term in self.terms]
+        sources = [PartVectors(term.part, self.device) for term in self.terms]
         for vectors in side_by_side(sources, shared_spans(self.terms)):
             start, stop = vectors[0].start, vectors[0].stop
             facts = [fact.of(start, stop) for fact in self._facts]
@@ -207,7 +207,7 @@ class _Scorer:
 class _Piece:
     """Rows ``start`` to ``stop`` of all terms: vectors, factors and lengths by term."""
 
-    scorer: _Scorer
+    scores: _PieceScores
     start: int
     stop: int
     usable_R: Tensor
@@ -216,8 +216,8 @@ class _Piece:
     lengths: list[Tensor]
 
     def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-        """See :meth:`_Scorer.exact`."""
-        return self.scorer.exact(self, places, columns)
+        """See :meth:`_PieceScores.exact`."""
+        return self.scores.exact(self, places, columns)
 
 
 def search(
@@ -238,15 +238,15 @@ def search(
 
     Raises CorruptError for a damaged chunk.
     """
-    scorer = _Scorer(terms, combine, device)
-    best, worst = RunningTopK(scorer.columns, top_k), RunningTopK(scorer.columns, bottom_k)
-    for piece in scorer.pieces():
-        cheap_RQ, slack_RQ = scorer.cheap(piece)
+    scores = _PieceScores(terms, combine, device)
+    best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
+    for piece in scores.pieces():
+        cheap_RQ, slack_RQ = scores.cheap(piece)
         best.add(cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact)
         worst.add(-cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact, sign=-1.0)
         if task:
             task.advance(piece.stop - piece.start)
-    units = scorer.units_Q[:, None]
+    units = scores.units_Q[:, None]
     return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
 
 
@@ -255,11 +255,11 @@ def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | Non
 
     Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
     """
-    scorer = _Scorer(terms, None, device)
-    found = np.full((scorer.queries, terms[0].part.layout.rows), np.nan)
-    for piece in scorer.pieces():
+    scores = _PieceScores(terms, None, device)
+    found = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
+    for piece in scores.pieces():
         usable = piece.usable_R.cpu().numpy()
-        found[:, piece.start : piece.stop] = np.where(usable, scorer.all_of(piece), np.nan)
+        found[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
         if task:
             task.advance(piece.stop - piece.start)
-    return np.asarray(found * scorer.units_Q[:, None])
+    return np.asarray(found * scores.units_Q[:, None])
