@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ghoststore import Corpus, Part, ProjectionConfig, Store
-from ghoststore.progress import Silent
 from ghoststore.store import PartLayout
 from ghoststore.store.part.encoding import ENCODINGS
 from ghoststore.store.part.part import create_part, span_table
@@ -25,7 +24,6 @@ from ghoststore.store.spans.writer import BackgroundWriter, SpanData
 from query.ask.encoder import PartEncoder
 from query.ask.question import Grouping
 from query.ask.rerank import rerank
-from query.ask.val_set import encode_val_set
 from query.common.rank_correlation import spearman
 from query.search.part_score import Term
 from query.search.search import Ranking, search
@@ -193,10 +191,7 @@ def measure(results: Results, store: Store, name: str, label: str, val_set: Path
     parts = {dtype: exact if dtype == EXACT else encoded_again(store, exact, dtype) for dtype in ENCODINGS}
     corpus = Corpus.open(str(val_set))
     encoder = PartEncoder(exact, device="cpu")
-    queries = {
-        kind: encode_val_set(encoder, corpus, grouping=grouping, max_samples=None, progress=Silent()).vectors
-        for kind, grouping in QUERIES.items()
-    }
+    queries = {kind: encoder.encode_val_set(corpus, grouping, None).vectors for kind, grouping in QUERIES.items()}
     add_agreement(results, label, parts, queries)
     add_reranking(results, label, parts, queries)
     add_speed(results, label, parts, queries, repeats)

@@ -24,7 +24,8 @@ from query.ann.engine import Engine, load_faiss
 from query.ann.recall import CANDIDATES, measure, take_samples, tune
 from query.ann.rows import ROW, CheckedRows, digest_of
 from query.ann.searcher import Front, Searcher, front_key, power_of_two
-from query.search.part_score import Metric, RowFacts
+from query.search.part_score import Metric
+from query.search.search import RowFacts
 from query.search.vectors import PartVectors
 
 TRAIN_ROWS = 16_384

@@ -120,7 +120,7 @@ class Searcher:
         return np.asarray(scores_QC * units_Q[:, None])
 
     def _factors(self, term: Term, places: NDArray[np.int64]) -> Tensor:
-        """What the products of rows are multiplied with, as ``query.search.part_score.RowFacts`` has it."""
+        """What the products of rows are multiplied with, as ``query.search.search.RowFacts`` has it."""
         length = self.rows.table["length"][places]
         scaled = term.weight / np.where(length > 0, length, 1.0)
         return torch.from_numpy(scaled if term.metric == "cosine" else np.full(len(places), term.weight))

@@ -20,8 +20,8 @@ from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from query.ask.question import Question
 from query.ask.scorer import Scorer, with_mean
-from query.ask.val_set import encode_val_set
-from query.search.part_score import RowFacts, Term
+from query.search.part_score import Term
+from query.search.search import RowFacts
 from query.search.vectors import PartVectors
 
 MOST_VAL_VECTORS = 256
@@ -89,9 +89,7 @@ def _by_blocks(
     assert scorer.encoder is not None
     assert scorer.val_set is not None
     encoder, question = scorer.encoder.unsketched(), scorer.question
-    val = encode_val_set(
-        encoder, scorer.val_set, grouping=question.grouping, max_samples=question.max_samples, progress=progress
-    )
+    val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples)
     cosine = question.metric == "cosine"
     queries_QD = val.vectors.double()
     if cosine:

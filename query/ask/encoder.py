@@ -5,25 +5,29 @@ Legend: D numbers of a vector.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from copy import copy
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_model
 from ghoststore.corpus import Corpus, Position, Sample
-from ghoststore.errors import MismatchError
+from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.store import Part
+from ghoststore.store import Part, Status
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
@@ -31,11 +35,38 @@ from indexer.projection.matrices import Projection
 from indexer.projection.plan import LATER_SETTINGS, ProjectionPlan
 from indexer.projection.selection import select_blocks
 from indexer.projection.stored import calibrated_as, scales_of
+from query.ask.question import Grouping
 from query.common.texts import corpus_behind
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 128 << 20
 """Vectors in memory beside those that are returned."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ValVectors:
+    """What a val set became: one vector a val sample, a domain, or for all."""
+
+    vectors: Tensor
+    """(M, D) float32 on the CPU."""
+    ids: list[str]
+    """One each for a vector: the sample's id, the domain, or ``mean``."""
+    used: int
+    """Val rows that have a vector."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Val rows without one, by status."""
+    rows_of: dict[str, int] = field(default_factory=dict)
+    """Val rows of each mean."""
+    places: list[int] = field(default_factory=list)
+    """With ``each``: the place in the val set, from 0, of the sample that each vector is of. Ids may repeat."""
+    digest: int = 0
+    """Hash of which val rows have a vector: their samples' places and first tokens."""
+
+    def note_left_out(self, progress: Progress) -> None:
+        """Say how many val rows have no vector, and why."""
+        if self.left_out:
+            shown = ", ".join(f"{count} {status}" for status, count in sorted(self.left_out.items()))
+            progress.note(f"val rows left out: {shown}; {self.used} are used")
 
 
 class PartEncoder:
@@ -108,6 +139,56 @@ class PartEncoder:
         with self._encoder:
             return encode_rows(self._encoder, rows, int(self.part.manifest["batching"]["batch_tokens"]), task).vectors
 
+    def encode_val_set(self, corpus: Corpus, grouping: Grouping, max_samples: int | None) -> ValVectors:
+        """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
+
+        Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is left,
+        or one has no domain where domains are asked for.
+        """
+        sums: dict[str, NDArray[np.float64]] = {}
+        counts: Counter[str] = Counter()
+        ids: list[str] = []
+        places: list[int] = []
+        used_rows, which = 0, xxhash.xxh3_64()
+        pieces: list[Tensor] = []
+        left_out: Counter[str] = Counter()
+        rows = self.rows(islice(corpus.samples(), max_samples))
+        with closing(self._progress.task("val set", None)) as task:
+            while some := list(islice(rows, ROWS_AT_ONCE)):
+                vectors = self.vectors(some, task)
+                finite = torch.isfinite(vectors).all(1)
+                fates = [
+                    row.status if finite[place] or not row.status.usable else Status.NOT_FINITE
+                    for place, row in enumerate(some)
+                ]
+                used = [place for place, fate in enumerate(fates) if fate.usable]
+                used_rows += len(used)
+                for place in used:
+                    which.update(f"{some[place].sample.source_row} {some[place].window_start};".encode())
+                left_out.update(fate.name.lower() for fate in fates if not fate.usable)
+                if grouping == "each":
+                    ids += [some[place].sample.id for place in used]
+                    places += [some[place].sample.source_row for place in used]
+                    pieces.append(vectors[used])
+                    continue
+                for label, members in _by_label([some[place] for place in used], used, grouping).items():
+                    sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
+                    counts[label] += len(members)
+        if not ids and not counts:
+            raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
+        if grouping != "each":
+            ids = sorted(sums)
+            pieces = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
+        return ValVectors(
+            vectors=torch.cat(pieces),
+            ids=ids,
+            used=used_rows,
+            left_out=dict(left_out),
+            rows_of=dict(counts),
+            places=places,
+            digest=which.intdigest(),
+        )
+
     def recompute(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """(rows, D) float32 on the CPU: the vectors of ``rows`` of the part, before they were encoded, in their order;
         they may repeat. Zeros where the part has no vector.
@@ -155,6 +236,20 @@ class PartEncoder:
         built = self.rows(samples[place.source_row] for place in places)
         by_key = {(row.sample.source_row, row.window_start): row for row in built}
         return [by_key[key] for key in keys]
+
+
+def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:
+    """``places`` by the domain of their rows, or all under ``mean``."""
+    by_label: dict[str, list[int]] = {}
+    for row, place in zip(rows, places, strict=True):
+        label = "mean" if grouping == "mean" else row.sample.domain
+        if label is None:
+            raise UsageError(
+                f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of --group-field "
+                "is null there"
+            )
+        by_label.setdefault(label, []).append(place)
+    return by_label
 
 
 def projection_of(part: Part, model: Any) -> Projection:

@@ -25,12 +25,11 @@ from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
-from query.ask.encoder import PartEncoder
+from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.question import COMBINED, Question
-from query.ask.val_set import ValVectors, encode_val_set
-from query.search.part_score import Term, shared_spans
+from query.search.part_score import Term
 from query.search.parts import choose_groups
-from query.search.search import Ranking, search, similarities
+from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
 
 FUSION_CONSTANT = 60.0
@@ -64,9 +63,7 @@ def open_scorer(
     vals, kept = [], None
     for part in parts:
         encoder = PartEncoder(part, checkpoint=question.checkpoint, device=device, progress=progress)
-        val = encode_val_set(
-            encoder, val_set, grouping=question.grouping, max_samples=question.max_samples, progress=progress
-        )
+        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
         kept = encoder if keep_model and len(parts) == 1 else None
@@ -91,6 +88,8 @@ class Scorer:
     """With ``combine="mean"`` their first query is the mean of the groups'."""
     names: list[str]
     """Q names of rankings."""
+    rows: int
+    """Rows that are searched."""
     run: RowValues | None
     device: str
     encoder: PartEncoder | None = None
@@ -141,14 +140,10 @@ class Scorer:
             weights=weights,
             terms=terms,
             names=names,
+            rows=sum(stop - start for start, stop in map(parts[0].layout.span_of, shared_spans(terms))),
             run=run,
             device=device,
         )
-
-    @property
-    def rows(self) -> int:
-        """Rows that are searched."""
-        return sum(stop - start for start, stop in map(self.part.layout.span_of, shared_spans(self.terms)))
 
     def rank(
         self, top_k: int, bottom_k: int, progress: Progress, *, index: AnnIndex | None = None

@@ -23,10 +23,9 @@ from indexer.tokenize.tokenize import tokenize
 from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.ask.blend import values_of_rows
-from query.ask.encoder import PartEncoder
+from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.question import Question
 from query.ask.scorer import Scorer
-from query.ask.val_set import ValVectors, encode_val_set
 from query.common.texts import corpus_behind
 from query.common.unchanged import read_unchanged
 from query.evaluate.exact import ExactScores
@@ -219,7 +218,7 @@ class Task:
         encoder = self.encoder
         if part is not self.part:
             encoder = PartEncoder(part, device=base.device, progress=self.progress)
-        val = encode_val_set(encoder, val_set, grouping="each", max_samples=base.max_samples, progress=self.progress)
+        val = encoder.encode_val_set(val_set, "each", base.max_samples)
         val.note_left_out(self.progress)
         refuse_other_val(val.places, self.places_in_val)
         return val

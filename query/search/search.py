@@ -1,6 +1,6 @@
 """Exact search: every committed row against every query, streamed, with a running top k.
 
-Legend: Q queries, R rows of a piece, D numbers of a vector.
+Legend: Q queries, R rows of a piece, D numbers of a vector, G blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.progress import Task
-from query.search.part_score import RowFacts, Term, shared_spans
+from ghoststore.store import Part
+from ghoststore.store.part.status import FIRST_UNUSABLE
+from ghoststore.store.spans.reader import read_span
+from query.search.part_score import Metric, Term
+from query.search.second_moment import DampedInverse
 from query.search.vectors import PartVectors, side_by_side
 
 Combine = Literal["max"]
@@ -80,6 +84,61 @@ class RunningTopK:
         starts = np.searchsorted(all_query[order], np.arange(len(touched)))
         kept = order[starts[:, None] + np.arange(self.k)]
         self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
+
+
+class RowFacts:
+    """Whether rows can be used, how long they are and how they are scaled, one span at a time."""
+
+    def __init__(
+        self,
+        part: Part,
+        groups: Sequence[int] | None = None,
+        metric: Metric = "dot",
+        weight: float = 1.0,
+        preconditioner: DampedInverse | None = None,
+    ) -> None:
+        self._part, self._metric, self._weight, self._preconditioner = part, metric, weight, preconditioner
+        self._columns: slice | NDArray[np.int64] = slice(None) if groups is None else np.asarray(groups, dtype=np.int64)
+        self._span = -1
+        self._usable = np.zeros(0, dtype=bool)
+        self._length = np.zeros(0)
+        self._factor = np.zeros(0)
+
+    @classmethod
+    def for_term(cls, term: Term) -> RowFacts:
+        """Those that scores of ``term`` need."""
+        return cls(term.part, term.groups, term.metric, term.weight, term.preconditioner)
+
+    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+        """(usable, Euclidean length, factor) of rows of one span: a row's score is its product times the factor.
+
+        The cosine of a row of length zero is 0.
+        """
+        part = self._part
+        span = start // part.layout.span_rows
+        if span != self._span:
+            self._read(span)
+        first, _ = part.layout.span_of(span)
+        inside = slice(start - first, stop - first)
+        return self._usable[inside], self._length[inside], self._factor[inside]
+
+    def _read(self, span: int) -> None:
+        status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
+        self._usable = status < FIRST_UNUSABLE
+        self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
+        if self._metric == "cosine":
+            length = self._length
+            if self._preconditioner is not None:
+                length = np.sqrt(self._preconditioner.squares(span)[:, self._columns].sum(1))
+            self._factor = self._weight / np.where(length > 0, length, 1.0)
+        else:
+            self._factor = np.full(len(status), self._weight)
+        self._span = span
+
+
+def shared_spans(terms: Sequence[Term]) -> list[int]:
+    """Spans that are committed in every part."""
+    return sorted(set.intersection(*(set(term.part.spans) for term in terms)))
 
 
 def product_error(dimension: int) -> float:

@@ -13,9 +13,9 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
+from query.ask.encoder import ValVectors
 from query.ask.question import Question
 from query.ask.scorer import fused
-from query.ask.val_set import ValVectors
 from query.search.search import similarities
 from tests.support.parts import opened_scorer, vectors_of
 
@@ -171,7 +171,7 @@ class Sent:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, vectors: list[list[float]], ids: list[str]) -> None:
         made = ValVectors(vectors=torch.tensor(vectors), ids=ids, used=len(ids))
-        monkeypatch.setattr("query.ask.scorer.encode_val_set", lambda *_, **__: made)
+        monkeypatch.setattr("query.ask.encoder.PartEncoder.encode_val_set", lambda *_: made)
 
 
 def test_groups_that_cancel_are_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
