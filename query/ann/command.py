@@ -130,10 +130,10 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
     try:
         manifest = read_manifest(part, plan.name)
         for setting in ("factory", "metric", "front_dimension", "target_recall"):
-            asked, stored = getattr(plan, setting), getattr(manifest, setting)
-            if asked != stored:
+            wanted, stored = getattr(plan, setting), getattr(manifest, setting)
+            if wanted != stored:
                 raise UsageError(
-                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {asked!r}: give "
+                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {wanted!r}: give "
                     "--rebuild to replace it, or another --name"
                 )
         check_coverage(part, plan.name, manifest)

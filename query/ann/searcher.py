@@ -93,12 +93,12 @@ class Searcher:
             raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
         scores_QC = self._scores(term, places_QC)
         rows_QC = np.where(places_QC >= 0, self.rows.table["row"][places_QC], -1)
-        found = min(k, places_QC.shape[1])
+        count = min(k, places_QC.shape[1])
         # Places without a candidate come last, whatever the sign.
-        order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :found]
-        rows_Qk[:, :found] = np.take_along_axis(rows_QC, order_QC, axis=1)
+        order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :count]
+        rows_Qk[:, :count] = np.take_along_axis(rows_QC, order_QC, axis=1)
         kept_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
-        scores_Qk[:, :found] = np.where(rows_Qk[:, :found] >= 0, kept_QC, -sign * np.inf)
+        scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, kept_QC, -sign * np.inf)
         return Ranking(rows_Qk, scores_Qk)
 
     def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -113,9 +113,10 @@ class Searcher:
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
             begin, end = np.searchsorted(place_of_pair[pairs], (first, first + len(some)))
-            mine = pairs[begin:end]
-            scores_QC[query[mine], column[mine]] = pair_scores(
-                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[mine] - first, query[mine]
+            some_pairs = pairs[begin:end]
+            queries = query[some_pairs]
+            scores_QC[queries, column[some_pairs]] = pair_scores(
+                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[some_pairs] - first, queries
             )
         return np.asarray(scores_QC * units_Q[:, None])
 

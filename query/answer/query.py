@@ -118,30 +118,37 @@ def query(
         _refuse_index(question)
     if rerank is not None:
         refuse_rerank(question, rerank, top_k, bottom_k)
-    parts, weights = open_parts(store, part, part_weights, progress)
+    settings = {"index": index, "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k}
+    return _answer(question, settings, index_name, text, page, progress)
+
+
+def _answer(
+    question: Question,
+    settings: dict[str, Any],
+    index_name: str | None,
+    text: bool,
+    page: Path | None,
+    progress: Progress,
+) -> QueryResult:
+    """The answer to ``question``; ``settings`` are how rows are ranked: index, rerank, top_k, bottom_k."""
+    rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
+    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
-    with open_corpus(str(val_set), question.val_fields(), progress) as corpus:
+    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
         scorer = open_scorer(question, parts, weights, corpus, progress, keep_model=rerank is not None or recomputes)
         note_repeated(scorer.part, progress)
         ann = None
-        if index == "ann":
-            ann = AnnIndex.open(scorer.part, index_name, metric=metric, device=scorer.device)
+        if settings["index"] == "ann":
+            ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
+            settings = {**ann.settings(), **settings}
         if rerank is None:
-            rankings = scorer.rank(top_k, bottom_k, progress, index=ann)
+            rankings = scorer.rank(*counts, progress, index=ann)
         else:
-            rankings = rank_recomputed(scorer, rerank, top_k, bottom_k, progress, ann)
+            rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend)
-        settings = {
-            **scorer.settings(),
-            **({"index": "exact"} if ann is None else ann.settings()),
-            "rerank": rerank,
-            "top_k": top_k,
-            "bottom_k": bottom_k,
-            "fidelity": fidelity_settings(scorer, progress),
-        }
         result = QueryResult(
-            store=str(store),
-            settings=settings,
+            store=str(question.store),
+            settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
                 for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
@@ -168,11 +175,11 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     """
     question = scorer.question
     plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
-    kept = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
-    if kept is None or kept.state == "damaged":
-        if kept is not None:
+    measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
+    if measured is None or measured.state == "damaged":
+        if measured is not None:
             progress.note(
-                f"the measured fidelity is not shown: {kept.problem}; `ghoststore fidelity` measures it again"
+                f"the measured fidelity is not shown: {measured.problem}; `ghoststore fidelity` measures it again"
             )
         return None
-    return kept.to_json()
+    return measured.to_json()

@@ -60,17 +60,18 @@ def open_scorer(
     run = None
     if question.with_scores is not None:
         run = values_of_rows(parts[0], Store.open(question.store).run(question.with_scores), progress)
-    vals, kept = [], None
+    vals = []
+    kept_encoder: PartEncoder | None = None
     for part in parts:
         encoder = PartEncoder(part, checkpoint=question.checkpoint, device=device, progress=progress)
         val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
-        kept = encoder if keep_model and len(parts) == 1 else None
+        kept_encoder = encoder if keep_model and len(parts) == 1 else None
         del encoder  # before the next model is loaded
     scorer = Scorer.of(question, parts, weights, vals, progress, groups=groups, run=run)
-    if kept is not None:
-        scorer.encoder, scorer.val_set = kept, val_set
+    if kept_encoder is not None:
+        scorer.encoder, scorer.val_set = kept_encoder, val_set
     return scorer
 
 

@@ -67,16 +67,16 @@ def part_names(names: str | Sequence[str] | None) -> list[str | None]:
 def _refuse_other_rows(parts: Sequence[Part]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        found = [
+        unequal = [
             difference
             for section in SHARED
             for difference in differences(first.manifest[section], part.manifest[section], section)
             if not any(f"{difference[0]}.".startswith(f"{own}.") for own in OWN)
         ]
         if first.layout.span_rows != part.layout.span_rows:
-            found.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
-        if found:
-            path, ours, theirs = found[0]
+            unequal.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
+        if unequal:
+            path, ours, theirs = unequal[0]
             raise MismatchError(
                 f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {ours!r:.90} in the first and "
                 f"{theirs!r:.90} in the second. Build both from the same corpus with the same projection"

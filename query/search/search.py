@@ -82,8 +82,8 @@ class RunningTopK:
         all_row = np.concatenate([self.rows[touched].ravel(), row])
         order = np.lexsort((all_row, -all_score, all_query))
         starts = np.searchsorted(all_query[order], np.arange(len(touched)))
-        kept = order[starts[:, None] + np.arange(self.k)]
-        self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
+        best = order[starts[:, None] + np.arange(self.k)]
+        self.scores[touched], self.rows[touched] = all_score[best], all_row[best]
 
 
 class RowFacts:
@@ -315,10 +315,10 @@ def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | Non
     Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
     """
     scores = _PieceScores(terms, None, device)
-    found = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
+    scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
     for piece in scores.pieces():
         usable = piece.usable_R.cpu().numpy()
-        found[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
+        scores_QN[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
         if task:
             task.advance(piece.stop - piece.start)
-    return np.asarray(found * scores.units_Q[:, None])
+    return np.asarray(scores_QN * scores.units_Q[:, None])

@@ -216,7 +216,7 @@ class Watcher:
         total = times.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             per_bin = weighted / times
-        found = [
+        trends = [
             DomainTrend(
                 domain=self._curves.names[place],
                 times=int(total[place]),
@@ -226,7 +226,7 @@ class Watcher:
             )
             for place in np.flatnonzero(total).tolist()
         ]
-        return sorted(found, key=lambda one: -one.value_per_time)
+        return sorted(trends, key=lambda one: -one.value_per_time)
 
     def _curve(self) -> Curve:
         curves = self._curves
