@@ -100,7 +100,8 @@ class GradientFiles:
             if record != {key: entry[key] for key in record}:
                 raise CorruptError(
                     f"{path} is not what was written ({record['bytes']} bytes, SHA-256 {record['sha256'][:16]}…; "
-                    f"written were {entry['bytes']}, {entry['sha256'][:16]}…). Remove it: the same command writes it again"
+                    f"written were {entry['bytes']}, {entry['sha256'][:16]}…). Remove it: the same command "
+                    "writes it again"
                 )
             whole[name] = entry
         self.manifest = {**self.manifest, "files": whole}

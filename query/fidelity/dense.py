@@ -31,7 +31,8 @@ class DenseProjection:
         if dimension * numbers > MOST_NUMBERS:
             raise UsageError(
                 f"--reference naive_proj_layers={dimension}: a dense matrix of {dimension:,} × {numbers:,} numbers is "
-                f"drawn; at most {MOST_NUMBERS:,} are. Give at most {MOST_NUMBERS // numbers:,}, or full_layers, which is exact"
+                f"drawn; at most {MOST_NUMBERS:,} are. Give at most {MOST_NUMBERS // numbers:,}, or full_layers, "
+                "which is exact"
             )
         self.dimension, self._seed = dimension, seed
 
