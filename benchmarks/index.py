@@ -24,7 +24,7 @@ from query.ann.index import AnnIndex
 from query.ann.recall import recall_of
 from query.search.part_score import Metric, Term
 from query.search.search import Ranking, search
-from query.search.vectors import StoredRows
+from query.search.vectors import PartVectors
 
 QUERIES = 64
 ONE_BY_ONE = 16
@@ -72,7 +72,7 @@ def val_queries(part: Part) -> Queries:
     """Usable rows of a part that was built of a val set, and means of rows of one domain."""
     status, domain = (np.asarray(part.read(name, 0, part.layout.rows)) for name in ("status", "domain"))
     order = np.random.default_rng(0).permutation(np.flatnonzero(status < 16))
-    vectors = part.read_vectors(0, part.layout.rows)
+    vectors = PartVectors(part).gather(range(part.layout.rows)).numpy()
     groups = []
     for one in np.unique(domain[order]):
         mine = order[domain[order] == one]
@@ -153,7 +153,7 @@ def measure_flat(part: Part, metric: Metric, ways: tuple[Any, Any]) -> Measured:
     """FAISS alone: all vectors as float32 in memory, by inner product, of length 1 for the cosine."""
     began = time.perf_counter()
     flat = faiss.IndexFlatIP(part.layout.dimension)
-    for chunk in StoredRows(part).stream():
+    for chunk in PartVectors(part).stream():
         rows = chunk.rows_RD if metric == "dot" else torch.nn.functional.normalize(chunk.rows_RD)
         flat.add(rows.numpy())
     built = time.perf_counter() - began

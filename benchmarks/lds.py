@@ -25,6 +25,7 @@ from ghoststore import Corpus, ProjectionConfig, Store
 from ghoststore.corpus import Fields
 from ghoststore.progress import Silent
 from indexer.training.retrain import Recipe
+from query.ask.encoder import PartEncoder
 from query.ask.question import Question
 from query.common.rank_correlation import spearman
 from query.demo.corpus import DemoCorpus, make_corpus, write_jsonl
@@ -33,6 +34,7 @@ from query.evaluate.lds import Lds, half, lds
 from query.evaluate.predictors import grouped
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
+from query.search.parts import open_parts
 
 RUN = "run"
 MAX_LENGTH = 128
@@ -229,9 +231,10 @@ class Bench:
     def _methods(
         self, parts: list[str], methods: tuple[str, ...], *, damping: float | None = None, run: Any = None
     ) -> dict[str, Callable[[], Scored]]:
-        first, several = parts[0], {"part": parts, "part_weights": None}
-        base = Question(store=self.setting.store, val_set=self.setting.val_set, part=first, each=True, device="cpu")
-        return replace(self.task, part=self.store.part(first)).methods(base, several, methods, damping, run)
+        opened, weights = open_parts(self.setting.store, parts, None, Silent())
+        base = Question(store=self.setting.store, val_set=self.setting.val_set, part=parts[0], each=True, device="cpu")
+        task = replace(self.task, encoder=PartEncoder(opened[0], device="cpu"))
+        return task.methods(base, opened, weights, methods, damping, run)
 
     def measure(self, compute: Callable[[], Scored], halved: Halved) -> Measured:
         """The LDS of one score: over val samples, over the mean losses of val groups, and of the samples of each."""

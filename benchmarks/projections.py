@@ -42,11 +42,11 @@ from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
 from indexer.encode.tokens import Tokenizer, TokenSettings, rows_of
 from indexer.training.architectures import ARCHITECTURES
-from query.ask.recompute import RowsAgain
+from query.ask.encoder import PartEncoder
 from query.exact.products import Products, Share
 from query.fidelity.agreement import Agreement, Estimate, agreement
-from query.fidelity.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, stored_products
-from query.fidelity.sample import Draw, Drawn, usable_rows
+from query.fidelity.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, vector_products
+from query.fidelity.sample import RowSample, SampleSpec
 
 SHAPE = ARCHITECTURES["GPT2-Tiny"]
 MATRICES = 4 * SHAPE.layers
@@ -166,7 +166,7 @@ def ranked_rows(part: Part, corpus: Path) -> NDArray[np.int64]:
     learned = LearningSample(LEARNED_ROWS)
     for sample in Corpus.open(str(corpus)).samples():
         learned.see(sample)
-    return np.setdiff1d(usable_rows(part), [sample.source_row for sample in learned.samples])
+    return np.setdiff1d(part.row_numbers[part.usable()], [sample.source_row for sample in learned.samples])
 
 
 def measure_costs(setting: Setting) -> Costs:
@@ -229,18 +229,18 @@ def plain_seconds(setting: Setting) -> float:
 class References:
     """The same rows and val samples for every part, and their exact products: computed once a metric."""
 
-    drawn: Drawn
+    sample: RowSample
     plain: dict[Share, Products]
     preconditioned: dict[Share, Products]
     preconditioner: str
     """Digest of the one that all preconditioned parts must have."""
 
     @classmethod
-    def measure(cls, store: Store, corpus: Path, asked: Draw) -> References:
+    def measure(cls, store: Store, corpus: Path, spec: SampleSpec) -> References:
         """By the models of two parts."""
         plain, other = (store.part(Case(line, NUMBERS[0]).name) for line in (LINES[0], LINES[-1]))
-        drawn = draw_of(plain, ranked_rows(plain, corpus), asked)
-        return cls(drawn, exact_of(plain, drawn), exact_of(other, drawn), preconditioner_of(other))
+        sample = sample_of(plain, ranked_rows(plain, corpus), spec)
+        return cls(sample, exact_of(plain, sample), exact_of(other, sample), preconditioner_of(other))
 
     def of(self, part: Part) -> dict[str, Products]:
         """Those that ``part`` is compared with: of its layers and, where it has no metric of its own, of all."""
@@ -254,28 +254,26 @@ def preconditioner_of(part: Part) -> str:
     return str(part.manifest["projection"]["calibration"]["preconditioner"])
 
 
-def draw_of(part: Part, places: NDArray[np.int64], asked: Draw) -> Drawn:
+def sample_of(part: Part, places: NDArray[np.int64], spec: SampleSpec) -> RowSample:
     """The rows ``places`` and the val samples, and how ``part`` sees these, as in a query."""
-    again = RowsAgain(part, device="cpu")
-    rows, vals = again.tokens(places), asked.read_vals(again, places)
-    with again:
-        return Drawn(places, rows, vals, again.vectors(vals))
+    encoder = PartEncoder(part, device="cpu")
+    rows, vals = encoder.source_rows(places), spec.read_vals(encoder, places, Silent())
+    return RowSample(places, rows, vals, encoder.vectors(vals))
 
 
-def exact_of(part: Part, drawn: Drawn) -> dict[Share, Products]:
-    """Exact products of the drawn rows in the metric of ``part``, each gradient by plain autograd."""
-    again = RowsAgain(part, device="cpu")
-    pieces = pieces_of(again)
-    found = measure_exactly(exactly(again, pieces), pieces, drawn, Silent())
+def exact_of(part: Part, sample: RowSample) -> dict[Share, Products]:
+    """Exact products of the sampled rows in the metric of ``part``, each gradient by plain autograd."""
+    encoder = PartEncoder(part, device="cpu")
+    pieces = pieces_of(encoder)
+    found = measure_exactly(exactly(encoder, pieces), pieces, sample, Silent())
     assert all(one.all() for one in finite_pairs(found.values(), Silent())), "a gradient is not finite"
     return found
 
 
 def compared(part: Part, references: References) -> dict[str, Agreement]:
-    """The scores that a query gives the drawn rows with exact ones, by reference and metric."""
-    with RowsAgain(part, device="cpu") as again:
-        queries_QD = again.vectors(references.drawn.vals)
-    found = stored_products(part, replace(references.drawn, queries_QD=queries_QD))
+    """The scores that a query gives the sampled rows with exact ones, by reference and metric."""
+    queries_QD = PartEncoder(part, device="cpu").vectors(references.sample.vals)
+    found = vector_products(part, replace(references.sample, queries_QD=queries_QD))
     return {
         f"{name}, {metric}": agreement(found.scores(metric), exact.scores(metric))
         for name, exact in references.of(part).items()
@@ -331,11 +329,11 @@ def add_table(results: Results, store: Store, references: References, costs: Cos
 
 
 def note_of(part: Part, references: References, costs: Costs) -> str:
-    drawn, coverage = references.drawn, part.manifest["coverage"]["share"]
+    sample, coverage = references.sample, part.manifest["coverage"]["share"]
     passes, plainest = Spread.of(costs.plain), Spread.of(costs.building[PLAINEST.name])
     elsewhere = ", ".join(f"{value} at {numbers:,}" for numbers, value in ELSEWHERE.items())
     return (
-        f"{len(drawn.rows)} rows ranked for {len(drawn.vals)} val samples, by the stored vectors and by exact "
+        f"{len(sample.rows)} rows ranked for {len(sample.vals)} val samples, by the stored vectors and by exact "
         f"gradients. `layers`: gradients of the {MATRICES} projected matrices ({coverage:.0%} of the parameters), for "
         "preconditioned parts in the same metric; `all`: of all parameters. Cosines unless dots are named; intervals "
         "(95 %) are over val samples, not over draws of the projection: the second line of gaussian shows those. int8 "
@@ -398,8 +396,8 @@ def main(
         )
         costs = in_fresh_process(measure_costs, setting, threads=1)
         store = Store.open(setting.store)
-        asked = Draw(rows=row_count, val_samples=val_samples, val_set=val_set)
-        add_table(results, store, References.measure(store, setting.corpus, asked), costs)
+        spec = SampleSpec(rows=row_count, val_samples=val_samples, val_set=val_set)
+        add_table(results, store, References.measure(store, setting.corpus, spec), costs)
     results.write(out)
 
 

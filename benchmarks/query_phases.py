@@ -33,7 +33,7 @@ PHASES = (
     (RowEncoder, "__enter__", "attaching the engine"),
     (RowEncoder, "__call__", "val pass"),
     (query.ask.scorer, "search", "search"),
-    (query.answer.query, "_hits", "ids and texts of the hits"),
+    (query.answer.query, "hits_of", "ids and texts of the hits"),
 )
 
 

@@ -16,19 +16,18 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ghoststore import Corpus, Part, ProjectionConfig, Store
-from ghoststore.progress import Silent
 from ghoststore.store import PartLayout
 from ghoststore.store.part.encoding import ENCODINGS
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData
-from query.ask.recompute import RowsAgain
+from query.ask.encoder import PartEncoder
+from query.ask.question import Grouping
 from query.ask.rerank import rerank
-from query.ask.val_set import Grouping, encode_val_set
 from query.common.rank_correlation import spearman
 from query.search.part_score import Term
 from query.search.search import Ranking, search
-from query.search.vectors import StoredRows
+from query.search.vectors import PartVectors
 
 EXACT = "float32"
 PROJECTIONS = {"sketched": ProjectionConfig(), "plain blocks": ProjectionConfig(rank_total=256)}
@@ -69,7 +68,7 @@ def encoded_again(store: Store, part: Part, dtype: str) -> Part:
             rows = part.layout.span_of(span)
             copied = {spec.name for spec in other.layout.arrays()} - {"vectors", "scale", "norm"}
             arrays = {name: part.read(name, *rows) for name in copied}
-            seal_vectors(arrays, part.read_vectors(*rows), other)
+            seal_vectors(arrays, PartVectors(part).gather(range(*rows)).numpy(), other)
             writer.put(SpanData(span, arrays))
     return Part(path)
 
@@ -80,7 +79,7 @@ def cosines(part: Part, queries_QD: Tensor) -> Scores:
     queries /= queries.norm(dim=1, keepdim=True)
     found = np.full((len(queries), part.rows), -1.0)
     norm = np.linalg.norm(part.read("norm", 0, part.rows).astype(np.float64), axis=1)
-    for piece in StoredRows(part).stream():
+    for piece in PartVectors(part).stream():
         products = (queries @ piece.rows_RD.double().T).numpy()
         lengths = norm[piece.start : piece.stop]
         found[:, piece.start : piece.stop] = np.where(lengths > 0, products / np.where(lengths > 0, lengths, 1), -1)
@@ -130,19 +129,19 @@ def add_reranking(results: Results, label: str, parts: dict[str, Part], queries:
     """recall@10 of the scaled codes before and after exact scores of their candidates."""
     rows, numbers = [], {}
     for dtype in (dtype for dtype, part in parts.items() if part.encoding.scaled):
-        with RowsAgain(parts[dtype], device="cpu") as again:
-            sources: dict[str, RowSource] = {"domain means": again, "val samples": StoredRows(parts[EXACT]).gather}
-            for kind, vectors in queries.items():
-                wanted = best_rows(parts[EXACT], vectors, TOP_K).rows
-                row = {"dtype": dtype, "query": kind}
-                for count in (TOP_K, *CANDIDATES):
-                    found, seconds = reranked(parts[dtype], vectors, count, sources[kind])
-                    recall = mean_shared(zip(wanted, found, strict=True))
-                    numbers[f"{dtype}, {kind}, {count}"] = {"recall": recall, "seconds": seconds}
-                    row["as stored" if count == TOP_K else f"of {count} candidates"] = f"{recall:.3f}"
-                    if count > TOP_K:
-                        row[f"seconds, {count}"] = f"{seconds:.1f}" if kind == "domain means" else ""
-                rows.append(row)
+        recompute = PartEncoder(parts[dtype], device="cpu").recompute
+        sources: dict[str, RowSource] = {"domain means": recompute, "val samples": PartVectors(parts[EXACT]).gather}
+        for kind, vectors in queries.items():
+            wanted = best_rows(parts[EXACT], vectors, TOP_K).rows
+            row = {"dtype": dtype, "query": kind}
+            for count in (TOP_K, *CANDIDATES):
+                found, seconds = reranked(parts[dtype], vectors, count, sources[kind])
+                recall = mean_shared(zip(wanted, found, strict=True))
+                numbers[f"{dtype}, {kind}, {count}"] = {"recall": recall, "seconds": seconds}
+                row["as stored" if count == TOP_K else f"of {count} candidates"] = f"{recall:.3f}"
+                if count > TOP_K:
+                    row[f"seconds, {count}"] = f"{seconds:.1f}" if kind == "domain means" else ""
+            rows.append(row)
     note = (
         f"recall@{TOP_K}: the share of float32's best {TOP_K} among the best {TOP_K} after exact scores of so many "
         "candidates a query. For domain means these are computed again from model and corpus (seconds: search and "
@@ -156,7 +155,7 @@ def reranked(part: Part, queries_QD: Tensor, count: int, source: RowSource) -> t
     began = Clock.now()
     found = best_rows(part, queries_QD, count)
     if count > TOP_K:
-        found = rerank(found, queries_QD, metric="cosine", top_k=TOP_K, rows_again=source)
+        found = rerank(found, queries_QD, metric="cosine", top_k=TOP_K, recompute=source)
     return found.rows, Clock.now().since(began).wall
 
 
@@ -191,12 +190,8 @@ def measure(results: Results, store: Store, name: str, label: str, val_set: Path
     exact = store.part(name)
     parts = {dtype: exact if dtype == EXACT else encoded_again(store, exact, dtype) for dtype in ENCODINGS}
     corpus = Corpus.open(str(val_set))
-    queries = {
-        kind: encode_val_set(
-            exact, corpus, grouping=grouping, checkpoint=None, device="cpu", max_samples=None, progress=Silent()
-        ).vectors
-        for kind, grouping in QUERIES.items()
-    }
+    encoder = PartEncoder(exact, device="cpu")
+    queries = {kind: encoder.encode_val_set(corpus, grouping, None).vectors for kind, grouping in QUERIES.items()}
     add_agreement(results, label, parts, queries)
     add_reranking(results, label, parts, queries)
     add_speed(results, label, parts, queries, repeats)

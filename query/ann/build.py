@@ -19,15 +19,14 @@ from ghoststore.software import versions_of
 from ghoststore.store import Part
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import begun_path, building, publish_index, seal_files
-from ghoststore.store.spans.reader import read_span
 from indexer.projection import draws
 from query.ann.engine import Engine, load_faiss
-from query.ann.front import Front, front_key, power_of_two
 from query.ann.recall import CANDIDATES, measure, take_samples, tune
 from query.ann.rows import ROW, CheckedRows, digest_of
-from query.ann.searcher import Searcher
-from query.search.part_score import Metric, RowFacts
-from query.search.vectors import StoredRows
+from query.ann.searcher import Front, Searcher, front_key, power_of_two
+from query.search.part_score import Metric
+from query.search.search import RowFacts
+from query.search.vectors import PartVectors
 
 TRAIN_ROWS = 16_384
 TRAIN_ROWS_PER_LIST = 40
@@ -48,18 +47,13 @@ class Plan:
     device: str
 
 
-def usable_rows(part: Part) -> tuple[NDArray[np.void], NDArray[np.int16]]:
+def row_table(part: Part) -> tuple[NDArray[np.void], NDArray[np.int16]]:
     """The table of the rows that have a vector, digests still zero, and their domains."""
-    facts = RowFacts(part)
-    tables, domains = [np.zeros(0, dtype=ROW)], [np.zeros(0, dtype=np.int16)]
-    for span in part.spans:
-        start, stop = part.layout.span_of(span)
-        usable, length, _ = facts.of(start, stop)
-        table = np.zeros(int(usable.sum()), dtype=ROW)
-        table["row"], table["length"] = np.arange(start, stop)[usable], length[usable]
-        tables.append(table)
-        domains.append(read_span(part, "domain", span)[usable])
-    return np.concatenate(tables), np.concatenate(domains)
+    usable, facts = part.usable(), RowFacts(part)
+    lengths = [np.zeros(0), *(facts.of(*part.layout.span_of(span))[1] for span in part.spans)]
+    table = np.zeros(int(usable.sum()), dtype=ROW)
+    table["row"], table["length"] = part.row_numbers[usable], np.concatenate(lengths)[usable]
+    return table, part.column("domain")[usable]
 
 
 def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
@@ -73,7 +67,7 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
     """
     began = time.perf_counter()
     engine = Engine.create(plan.factory, plan.front_dimension, plan.device)
-    table, domain = usable_rows(part)
+    table, domain = row_table(part)
     if not len(table):
         raise UsageError(f"part {part.name!r} has no usable row to index")
     if not bool((table["length"] > 0).any()):
@@ -128,7 +122,7 @@ def training_rows(
     chosen = table["row"][np.sort(draws.permutation(KEY, len(table))[:wanted])]
     pieces = []
     with closing(progress.task("sampling rows", part.rows)) as task:
-        for chunk in StoredRows(part).stream():
+        for chunk in PartVectors(part).stream():
             first, last = np.searchsorted(chosen, (chunk.start, chunk.stop))
             if first < last:
                 pieces.append(front.rows(chunk.rows_RD[torch.from_numpy(chosen[first:last] - chunk.start)]))
@@ -139,7 +133,7 @@ def training_rows(
 def fill(engine: Engine, front: Front, part: Part, table: NDArray[np.void], progress: Progress) -> None:
     """Add every row of ``table`` to the index, and write its digest into ``table``."""
     with closing(progress.task("indexing", part.rows)) as task:
-        for chunk in StoredRows(part).stream():
+        for chunk in PartVectors(part).stream():
             first, last = np.searchsorted(table["row"], (chunk.start, chunk.stop))
             if first < last:
                 rows_RD = chunk.rows_RD[torch.from_numpy(table["row"][first:last] - chunk.start)]

@@ -1,10 +1,14 @@
-"""``ghoststore.index``: a FAISS index of a part, with its recall measured."""
+"""``ghoststore.index``: a FAISS index of a part, with its recall measured.
+
+Which index suits a part was measured in ``benchmarks/index.py``, see ``docs/index.md``.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent
@@ -18,11 +22,19 @@ from ghoststore.store.part.indexes import (
     index_names,
     read_manifest,
 )
-from query.ann.build import Plan, build_index, usable_rows
+from query.ann.build import Plan, build_index
 from query.ann.engine import check_device, load_faiss
-from query.ann.kinds import Dimension, choose_dimension, choose_factory
 from query.search.part_score import METRICS, Metric
 
+Dimension = int | Literal["auto", "none"]
+
+FRONT_DIMENSION = 1024
+FRONT_FROM = 2 * FRONT_DIMENSION
+"""Longer vectors are sketched before FAISS sees them."""
+ONE_BIT_FROM = 256
+"""Numbers from which one bit each tells rows apart; shorter vectors take eight."""
+LISTS_FROM = 250_000
+"""Rows from which inverted lists pay: fewer are scanned in a few milliseconds."""
 TARGET_RECALL = 0.97
 """At 10, of the worse kind of sample query: a little above 0.95, which other queries then reach."""
 
@@ -96,7 +108,7 @@ def _plan(
 ) -> Plan:
     front_dimension = choose_dimension(dimension, part.layout.dimension)
     if factory is None:
-        factory = choose_factory(len(usable_rows(part)[0]), front_dimension, device)
+        factory = choose_factory(int(part.usable().sum()), front_dimension, device)
     given = [] if dimension == "auto" else [str(dimension)]
     return Plan(
         name=safe_name(metric, factory, *given) if name is None else check_name(name, "index"),
@@ -118,10 +130,10 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
     try:
         manifest = read_manifest(part, plan.name)
         for setting in ("factory", "metric", "front_dimension", "target_recall"):
-            asked, stored = getattr(plan, setting), getattr(manifest, setting)
-            if asked != stored:
+            wanted, stored = getattr(plan, setting), getattr(manifest, setting)
+            if wanted != stored:
                 raise UsageError(
-                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {asked!r}: give "
+                    f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {wanted!r}: give "
                     "--rebuild to replace it, or another --name"
                 )
         check_coverage(part, plan.name, manifest)
@@ -132,3 +144,23 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
         return None
     progress.note(f"index {plan.name!r} is there and current; --rebuild builds it again")
     return manifest
+
+
+def choose_dimension(wanted: Dimension, dimension: int) -> int:
+    """Numbers that FAISS sees of a vector of ``dimension`` numbers. UsageError for one that cannot be."""
+    if wanted == "none":
+        return dimension
+    if wanted == "auto":
+        return FRONT_DIMENSION if dimension > FRONT_FROM else dimension
+    if not isinstance(wanted, int) or not 0 < wanted <= dimension:
+        raise UsageError(f"--dimension {wanted}: give 1 to {dimension:,} (the part's vectors), none or auto")
+    return wanted
+
+
+def choose_factory(rows: int, dimension: int, device: str) -> str:
+    """The factory string for ``rows`` rows of ``dimension`` numbers."""
+    lists = 1 << round(math.log2(4 * math.sqrt(max(rows, 1))))
+    if device != "cpu":  # the GPU has no one-bit index
+        return f"IVF{lists},SQ8" if rows >= LISTS_FROM else "Flat"
+    code = "RaBitQ" if dimension >= ONE_BIT_FROM else "SQ8"
+    return f"IVF{lists},{code}" if rows >= LISTS_FROM else code

@@ -175,11 +175,11 @@ class Engine:
         there are rows; on a GPU at most 2,048.
         """
         count = min(count, self.rows) if self.device == "cpu" else min(count, self.rows, MOST_ON_GPU)
-        found = [
+        places = [
             self._index.search(np.ascontiguousarray(queries_Qd[first : first + CANDIDATE_BATCH]), count)[1]
             for first in range(0, len(queries_Qd), CANDIDATE_BATCH)
         ]
-        return np.concatenate(found) if found else np.empty((0, count), dtype=np.int64)
+        return np.concatenate(places) if places else np.empty((0, count), dtype=np.int64)
 
     @property
     def _inverted(self) -> Any:

@@ -20,9 +20,8 @@ from ghoststore.store.part.indexes import (
     read_manifest,
 )
 from query.ann.engine import Engine, check_device
-from query.ann.front import Front
 from query.ann.rows import ROW, CheckedRows
-from query.ann.searcher import Searcher
+from query.ann.searcher import Front, Searcher
 from query.search.part_score import Metric, Term
 from query.search.search import Ranking
 

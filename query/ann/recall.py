@@ -37,7 +37,7 @@ KEY = "ghoststore/1|index|recall"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleQueries:
     """Queries of one kind, the rows they were made of, and their exact ranking without these."""
 
     term: Term
@@ -47,7 +47,7 @@ class Sample:
     """The 100 best rows, or all there are."""
 
 
-def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, task: Task) -> dict[str, Sample]:
+def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, task: Task) -> dict[str, SampleQueries]:
     """Sample queries by kind, and one exact search for all of them. ``domain`` is that of each row of the table."""
     usable = np.flatnonzero(rows.table["length"] > 0)
     order = usable[draws.permutation(f"{KEY}|rows", len(usable))]
@@ -57,15 +57,15 @@ def take_samples(rows: CheckedRows, domain: NDArray[np.int16], metric: Metric, t
     for kind, places in made.items():
         ascending, inverse = np.unique(places, return_inverse=True)
         mean_QD = rows.read(ascending).double()[torch.from_numpy(inverse.reshape(places.shape))].mean(1)
-        kept = (mean_QD.norm(dim=1) > 0).numpy()
-        terms[kind] = Term.of(rows.part, mean_QD[torch.from_numpy(kept)], metric=metric)
-        own[kind] = rows.table["row"][places[kept]]
+        not_zero = (mean_QD.norm(dim=1) > 0).numpy()
+        terms[kind] = Term.of(rows.part, mean_QD[torch.from_numpy(not_zero)], metric=metric)
+        own[kind] = rows.table["row"][places[not_zero]]
     together = terms["row"].with_queries(torch.cat([term.queries_QD for term in terms.values()]))
     exact, _ = search([together], top_k=max(CUTS) + members, task=task)
     split = len(terms["row"].queries_QD)
     parts = {"row": slice(None, split), "mean": slice(split, None)}
     return {
-        kind: Sample(term, own[kind], without(_some(exact, parts[kind]), own[kind], max(CUTS)))
+        kind: SampleQueries(term, own[kind], without(_some(exact, parts[kind]), own[kind], max(CUTS)))
         for kind, term in terms.items()
         if len(term.queries_QD)
     }
@@ -91,13 +91,13 @@ def without(ranking: Ranking, own: NDArray[np.int64], k: int) -> Ranking:
     """The best ``k`` of a ranking that are not among a query's ``own`` rows; fewer where all queries have fewer."""
     foreign = ~(ranking.rows[:, :, None] == own[:, None, :]).any(2) & (ranking.rows >= 0)
     order = np.argsort(~foreign, axis=1, kind="stable")[:, :k]
-    kept = np.take_along_axis(foreign, order, axis=1)
-    rows = np.where(kept, np.take_along_axis(ranking.rows, order, axis=1), -1)
-    return Ranking(rows, np.where(kept, np.take_along_axis(ranking.scores, order, axis=1), -np.inf))
+    foreign_first = np.take_along_axis(foreign, order, axis=1)
+    rows = np.where(foreign_first, np.take_along_axis(ranking.rows, order, axis=1), -1)
+    return Ranking(rows, np.where(foreign_first, np.take_along_axis(ranking.scores, order, axis=1), -np.inf))
 
 
 def tune(
-    engine: Engine, searcher: Searcher, samples: Mapping[str, Sample], target: float, code_bytes: float
+    engine: Engine, searcher: Searcher, samples: Mapping[str, SampleQueries], target: float, code_bytes: float
 ) -> tuple[int | None, int]:
     """The cheapest (effort, candidates) with which every kind of query reaches the recall ``target`` at 10; those that
     find most where none does.
@@ -127,19 +127,19 @@ def tune(
     return effort, candidates
 
 
-def _ranks_of_exact(searcher: Searcher, sample: Sample) -> NDArray[np.int64]:
+def _ranks_of_exact(searcher: Searcher, sample: SampleQueries) -> NDArray[np.int64]:
     """For each row of the exact ten best: its place among the candidates, or one past the last."""
     exact = sample.exact.rows[:, : min(CUTS)]
     places_QC = searcher.engine.search(searcher.front.queries(sample.term.queries_QD), max(CANDIDATES))
     rows_QC = np.where(places_QC >= 0, searcher.rows.table["row"][places_QC], -1)
     ranks = []
-    for wanted, found in zip(exact, rows_QC, strict=True):
-        place = {row: rank for rank, row in enumerate(found.tolist())}
+    for wanted, candidates in zip(exact, rows_QC, strict=True):
+        place = {row: rank for rank, row in enumerate(candidates.tolist())}
         ranks += [place.get(row, max(CANDIDATES)) for row in wanted.tolist() if row >= 0]
     return np.array(ranks, dtype=np.int64)
 
 
-def measure(searcher: Searcher, samples: Mapping[str, Sample]) -> dict[str, Recall]:
+def measure(searcher: Searcher, samples: Mapping[str, SampleQueries]) -> dict[str, Recall]:
     """The recall of what ``searcher`` returns, by kind of query."""
     return {
         kind: Recall(
@@ -151,16 +151,16 @@ def measure(searcher: Searcher, samples: Mapping[str, Sample]) -> dict[str, Reca
     }
 
 
-def _recall(searcher: Searcher, sample: Sample, k: int) -> float:
-    found, _ = searcher.search(sample.term, top_k=k + sample.own.shape[1])
-    return recall_of(without(found, sample.own, k), sample.exact, k)
+def _recall(searcher: Searcher, sample: SampleQueries, k: int) -> float:
+    ranking, _ = searcher.search(sample.term, top_k=k + sample.own.shape[1])
+    return recall_of(without(ranking, sample.own, k), sample.exact, k)
 
 
-def recall_of(found: Ranking, exact: Ranking, k: int) -> float:
+def recall_of(ranking: Ranking, exact: Ranking, k: int) -> float:
     """Share of the ``k`` exact best that were found; a row of equal score is as good."""
     shares = []
     for rows, scores, best_rows, best_scores in zip(
-        found.rows[:, :k], found.scores[:, :k], exact.rows[:, :k], exact.scores[:, :k], strict=True
+        ranking.rows[:, :k], ranking.scores[:, :k], exact.rows[:, :k], exact.scores[:, :k], strict=True
     ):
         wanted = int((best_rows >= 0).sum())
         if wanted:

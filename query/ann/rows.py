@@ -48,14 +48,14 @@ class CheckedRows:
         rows, digests = entries["row"].tolist(), entries["digest"].tolist()
         encoding = self.part.encoding
         scale = self._stored("scale", rows) if encoding.scaled else None
-        found = np.asarray(encoding.decode(self._stored("vectors", rows), scale, self.part.groups))
-        for row, digest, row_D in zip(rows, digests, found, strict=True):
+        vectors_RD = np.asarray(encoding.decode(self._stored("vectors", rows), scale, self.part.groups))
+        for row, digest, row_D in zip(rows, digests, vectors_RD, strict=True):
             if digest_of(row_D) != digest:
                 raise CorruptError(
                     f"{self._chunk(row)}: row {row} is not what was indexed; `ghoststore verify` tells whether the "
                     "chunk or the index is damaged"
                 )
-        return torch.from_numpy(found)
+        return torch.from_numpy(vectors_RD)
 
     def _chunk(self, row: int, array: str = "vectors") -> Path:
         (key,) = chunk_keys(self.part.spec(array), row, row + 1)

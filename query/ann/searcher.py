@@ -1,25 +1,68 @@
-"""Candidates by FAISS, exact scores by the stored vectors.
+"""What FAISS sees of vectors and queries, its candidates, and their exact scores by the vectors.
 
-Legend: Q queries, R rows, D numbers of a vector, C candidates of a query.
+Legend: Q queries, R rows (or queries), D numbers of a vector, d numbers that FAISS sees, C candidates of a query.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ghoststore.errors import CorruptError
+from indexer.projection.sketch import Sketch
 from query.ann.engine import Engine
-from query.ann.front import Front
 from query.ann.rows import CheckedRows
-from query.search.part_score import Term
+from query.search.part_score import Metric, Term
 from query.search.search import Ranking, pair_scores
 
 OVERSAMPLE = 4
 """At least so many candidates are scored for each row that is asked for."""
 BATCH_BYTES = 32 << 20
 """Of the float32 rows that are in memory at once."""
+
+
+def front_key(dimension: int) -> str:
+    """What the sketch of vectors of ``dimension`` numbers is drawn from."""
+    return f"ghoststore/1|index|front|n={dimension}"
+
+
+class Front:
+    """Scales rows (to length 1 for the cosine) and, where ``key`` is given, sketches them to d numbers.
+
+    The sketch keeps inner products in the mean, with a standard error of about ‖x‖‖y‖/√d.
+    """
+
+    def __init__(self, dimension: int, front_dimension: int, key: str | None, metric: Metric, scale: float) -> None:
+        self.metric, self.scale = metric, scale
+        self._sketch = None if key is None else Sketch(key, dimension, front_dimension)
+
+    def rows(self, rows_RD: Tensor) -> NDArray[np.float32]:
+        """(R, d) of rows, float32, contiguous."""
+        if self.metric == "cosine":
+            return self._sketched(_unit(rows_RD))
+        return self._sketched(rows_RD * self.scale)
+
+    def queries(self, queries_RD: Tensor) -> NDArray[np.float32]:
+        """(R, d) of queries, whose length does not matter: each is scaled to 1."""
+        return self._sketched(_unit(queries_RD).float())
+
+    def _sketched(self, rows_RD: Tensor) -> NDArray[np.float32]:
+        seen = rows_RD if self._sketch is None else self._sketch(rows_RD)
+        return np.ascontiguousarray(seen.numpy(), dtype=np.float32)
+
+
+def _unit(rows_RD: Tensor) -> Tensor:
+    length_R = torch.linalg.vector_norm(rows_RD, dim=1, keepdim=True, dtype=torch.float64)
+    return rows_RD / torch.where(length_R > 0, length_R, 1.0).to(rows_RD.dtype)
+
+
+def power_of_two(length: float) -> float:
+    """The power of two by which a vector of that ``length`` comes to a length of about 1; 1 for length zero."""
+    return 2.0 ** -round(math.log2(length)) if length > 0 else 1.0
 
 
 class Searcher:
@@ -50,12 +93,12 @@ class Searcher:
             raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
         scores_QC = self._scores(term, places_QC)
         rows_QC = np.where(places_QC >= 0, self.rows.table["row"][places_QC], -1)
-        found = min(k, places_QC.shape[1])
+        count = min(k, places_QC.shape[1])
         # Places without a candidate come last, whatever the sign.
-        order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :found]
-        rows_Qk[:, :found] = np.take_along_axis(rows_QC, order_QC, axis=1)
+        order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :count]
+        rows_Qk[:, :count] = np.take_along_axis(rows_QC, order_QC, axis=1)
         kept_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
-        scores_Qk[:, :found] = np.where(rows_Qk[:, :found] >= 0, kept_QC, -sign * np.inf)
+        scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, kept_QC, -sign * np.inf)
         return Ranking(rows_Qk, scores_Qk)
 
     def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -70,14 +113,15 @@ class Searcher:
         for first in range(0, len(places), batch):
             some = places[first : first + batch]
             begin, end = np.searchsorted(place_of_pair[pairs], (first, first + len(some)))
-            mine = pairs[begin:end]
-            scores_QC[query[mine], column[mine]] = pair_scores(
-                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[mine] - first, query[mine]
+            some_pairs = pairs[begin:end]
+            queries = query[some_pairs]
+            scores_QC[queries, column[some_pairs]] = pair_scores(
+                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[some_pairs] - first, queries
             )
         return np.asarray(scores_QC * units_Q[:, None])
 
-    def _factors(self, term: Term, places: NDArray[np.int64]) -> torch.Tensor:
-        """What the products of rows are multiplied with, as ``query.search.part_score.RowFacts`` has it."""
+    def _factors(self, term: Term, places: NDArray[np.int64]) -> Tensor:
+        """What the products of rows are multiplied with, as ``query.search.search.RowFacts`` has it."""
         length = self.rows.table["length"][places]
         scaled = term.weight / np.where(length > 0, length, 1.0)
         return torch.from_numpy(scaled if term.metric == "cosine" else np.full(len(places), term.weight))

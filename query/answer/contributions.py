@@ -1,7 +1,7 @@
 """What each layer adds to a score: ⟨query, row⟩ cut at the borders of the blocks.
 
-Where a part keeps one sketch of all layers together, the blocks before the sketch are computed again from the model,
-for the val set and for the rows concerned.
+Where a part keeps one sketch of all layers together, the model recomputes the blocks before the sketch, of the val set
+and of the rows concerned.
 
 Legend: Q queries, R rows, D numbers of a vector, G layers.
 """
@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
-from query.ask.recompute import RowsAgain
-from query.ask.scorer import Asked, encode
-from query.search.part_score import RowFacts, Term
-from query.search.vectors import StoredRows
+from query.ask.question import Question
+from query.ask.scorer import Scorer, with_mean
+from query.search.part_score import Term
+from query.search.search import RowFacts
+from query.search.vectors import PartVectors
 
 MOST_VAL_VECTORS = 256
 """Of blocks before the sketch, which are large."""
@@ -39,79 +39,78 @@ class Contributions:
     """How they came about, for a reader."""
 
 
-def contributions(asked: Asked, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions | str:
-    """For ``rows`` of each of the rankings of ``asked``. Where that is not possible, as without the corpus behind a
+def contributions(scorer: Scorer, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions | str:
+    """For ``rows`` of each of the rankings of ``scorer``. Where that is not possible, as without the corpus behind a
     sketched part: the reason, in words.
     """
-    sketched = asked.part.sketched_together
-    if not sketched:
-        names = [asked.part.groups[place][0] for place in _chosen(asked.terms[0])]
-        note = "To the similarity: they sum to it."
-        return Contributions(names, [_stored(asked.terms, query, mine) for query, mine in _queries(asked, rows)], note)
-    if len(asked.terms) > 1 or asked.question.precondition != "none":
+    extra = len(scorer.names) - len(scorer.terms[0].queries_QD)
+    queries = [place - extra if place >= extra else None for place in range(len(rows))]
+    if not scorer.part.sketched_together:
+        layers = [scorer.part.groups[place][0] for place in _layers(scorer.terms[0])]
+        of = [_by_vectors(scorer.terms, query, some) for query, some in zip(queries, rows, strict=True)]
+        return Contributions(layers, of, "To the similarity: they sum to it.")
+    if not recomputable(scorer.question, len(scorer.terms)):
         return "the part keeps one sketch of all layers, and scores are of several parts or preconditioned"
-    if len(asked.val.ids) > MOST_VAL_VECTORS:
+    if len(scorer.val.ids) > MOST_VAL_VECTORS:
         return f"there are more than {MOST_VAL_VECTORS} val vectors, and the part keeps one sketch of all layers"
     try:
-        return _again(asked, rows, progress)
+        return _by_blocks(scorer, queries, rows, progress)
     except (UsageError, MismatchError) as error:  # model and val set are those of a moment ago: it is the corpus
         return f"the part keeps one sketch of all layers, and its rows cannot be computed again ({error})"
 
 
-def _queries(asked: Asked, rows: Sequence[Sequence[int]]) -> list[tuple[int | None, Sequence[int]]]:
-    """(place of the query among those of the terms, or None; its rows), for each ranking."""
-    extra = len(asked.names) - len(asked.terms[0].queries_QD)
-    return [(place - extra if place >= extra else None, mine) for place, mine in enumerate(rows)]
+def recomputable(question: Question, parts: int) -> bool:
+    """Whether scores are inner products, or cosines, of the gradients of one part."""
+    return parts == 1 and question.precondition == "none"
 
 
-def _chosen(term: Term) -> Sequence[int]:
+def _layers(term: Term) -> Sequence[int]:
     return range(len(term.part.groups)) if term.groups is None else term.groups
 
 
-def _stored(terms: Sequence[Term], query: int | None, rows: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-    """Row to (G,) for one query, from the stored blocks."""
+def _by_vectors(terms: Sequence[Term], query: int | None, rows: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+    """Row to (G,) for one query, from the blocks of the part's vectors."""
     if query is None or not rows:
         return {}
-    wanted = sorted(rows)
-    total = np.zeros((len(wanted), len(_chosen(terms[0]))))
+    ascending = sorted(rows)
+    total = np.zeros((len(ascending), len(_layers(terms[0]))))
     for term in terms:
         facts = RowFacts.for_term(term)
-        factor = np.array([facts.of(row, row + 1)[2][0] for row in wanted])
-        columns = [term.part.groups[place][1:] for place in _chosen(term)]
-        total += _cut(StoredRows(term.part).gather(wanted), term.queries_QD[query], columns) * factor[:, None]
-    return dict(zip(wanted, total, strict=True))
+        factor = np.array([facts.of(row, row + 1)[2][0] for row in ascending])
+        columns = [term.part.groups[place][1:] for place in _layers(term)]
+        total += _cut(PartVectors(term.part).gather(ascending), term.queries_QD[query], columns) * factor[:, None]
+    return dict(zip(ascending, total, strict=True))
+
+
+def _by_blocks(
+    scorer: Scorer, queries: Sequence[int | None], rows: Sequence[Sequence[int]], progress: Progress
+) -> Contributions:
+    """From blocks before the sketch, which the model computes of the val set and of the rows."""
+    assert scorer.encoder is not None
+    assert scorer.val_set is not None
+    encoder, question = scorer.encoder.unsketched(), scorer.question
+    val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples)
+    cosine = question.metric == "cosine"
+    queries_QD = val.vectors.double()
+    if cosine:
+        queries_QD = queries_QD / queries_QD.norm(dim=1, keepdim=True)
+    if len(scorer.terms[0].queries_QD) > len(queries_QD):
+        queries_QD = with_mean(queries_QD)
+    columns = [(start, stop) for _, start, stop in encoder.groups]
+    of: list[dict[int, NDArray[np.float64]]] = []
+    for query, some in zip(queries, rows, strict=True):
+        if query is None or not some:
+            of.append({})
+            continue
+        rows_RD = encoder.recompute(some).double()
+        if cosine:
+            rows_RD = rows_RD / rows_RD.norm(dim=1, keepdim=True).clamp_min(np.finfo(np.float64).tiny)
+        of.append(dict(zip(some, _cut(rows_RD, queries_QD[query], columns), strict=True)))
+    note = "To the similarity, computed again before the sketch, which moves it a little: they sum to what it was."
+    return Contributions([name for name, _, _ in encoder.groups], of, note)
 
 
 def _cut(rows_RD: Tensor, query_D: Tensor, columns: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
     """(R, G): the product of each row with the query, layer by layer."""
     product_RD = rows_RD.double() * query_D.double()
     return np.asarray(torch.stack([product_RD[:, start:stop].sum(1) for start, stop in columns], dim=1).numpy())
-
-
-def _again(asked: Asked, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions:
-    """From blocks that the model computes again."""
-    question = asked.question
-    with open_corpus(str(question.val_set), question.val_fields()) as corpus:
-        val = encode(asked.part, corpus, question, asked.device, progress, blocks=True)
-    cosine = question.metric == "cosine"
-    queries_QD = val.vectors.double()
-    if cosine:
-        queries_QD = queries_QD / queries_QD.norm(dim=1, keepdim=True)
-    if len(asked.terms[0].queries_QD) > len(queries_QD):
-        queries_QD = torch.cat([queries_QD.mean(0, keepdim=True), queries_QD])
-    found: list[dict[int, NDArray[np.float64]]] = []
-    with RowsAgain(
-        asked.part, checkpoint=question.checkpoint, device=asked.device, blocks=True, progress=progress
-    ) as again:
-        columns = [(start, stop) for _, start, stop in again.groups]
-        for query, mine in _queries(asked, rows):
-            if query is None or not mine:
-                found.append({})
-                continue
-            rows_RD = again(mine).double()
-            if cosine:
-                rows_RD = rows_RD / rows_RD.norm(dim=1, keepdim=True).clamp_min(np.finfo(np.float64).tiny)
-            found.append(dict(zip(mine, _cut(rows_RD, queries_QD[query], columns), strict=True)))
-        names = [name for name, _, _ in again.groups]
-    note = "To the similarity, computed again before the sketch, which moves it a little: they sum to what it was."
-    return Contributions(names, found, note)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import Fields
+from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store.part.fidelity import read_fidelity
 from query.ann.index import AnnIndex
-from query.answer.hits import hits_of
+from query.answer.contributions import recomputable
 from query.answer.report import write_report
-from query.answer.results import QueryHits, QueryResult
+from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.question import Combine, Precondition, Question
-from query.ask.scorer import Asked, ask
+from query.ask.rerank import rank_recomputed, refuse_rerank
+from query.ask.scorer import Scorer, open_scorer
 from query.common.output import check_output
 from query.search.part_score import Metric
-from query.search.parts import PartWeights, note_repeated, part_names
+from query.search.parts import PartWeights, note_repeated, open_parts, part_names
 
 
 def query(
@@ -115,35 +116,51 @@ def query(
     )
     if index == "ann":
         _refuse_index(question)
-    asked = ask(question, progress)
-    note_repeated(asked.part, progress)
-    opened = None
-    if index == "ann":
-        opened = AnnIndex.open(asked.part, index_name, metric=metric, device=asked.device)
-    rankings = asked.rank(top_k, bottom_k, progress, candidates=rerank, index=opened)
-    hits = hits_of(asked.part, rankings, text, progress, asked.blend)
-    result = QueryResult(
-        store=str(store),
-        settings={
-            **asked.settings(),
-            **({"index": "exact"} if opened is None else opened.settings()),
-            "rerank": rerank,
-            "top_k": top_k,
-            "bottom_k": bottom_k,
-            "fidelity": fidelity_settings(asked, progress),
-        },
-        results=[
-            QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
-            for name, val_row, best, worst in zip(asked.names, asked.val_rows, *hits, strict=True)
-        ],
-    )
-    if page is not None:
-        write_report(page, asked, result, rankings, progress)
+    if rerank is not None:
+        refuse_rerank(question, rerank, top_k, bottom_k)
+    settings = {"index": index, "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k}
+    return _answer(question, settings, index_name, text, page, progress)
+
+
+def _answer(
+    question: Question,
+    settings: dict[str, Any],
+    index_name: str | None,
+    text: bool,
+    page: Path | None,
+    progress: Progress,
+) -> QueryResult:
+    """The answer to ``question``; ``settings`` are how rows are ranked: index, rerank, top_k, bottom_k."""
+    rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
+    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
+    recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
+    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
+        scorer = open_scorer(question, parts, weights, corpus, progress, keep_model=rerank is not None or recomputes)
+        note_repeated(scorer.part, progress)
+        ann = None
+        if settings["index"] == "ann":
+            ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
+            settings = {**ann.settings(), **settings}
+        if rerank is None:
+            rankings = scorer.rank(*counts, progress, index=ann)
+        else:
+            rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
+        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend)
+        result = QueryResult(
+            store=str(question.store),
+            settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
+            results=[
+                QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
+                for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
+            ],
+        )
+        if page is not None:
+            write_report(page, scorer, result, rankings, progress)
     return result
 
 
 def _refuse_index(question: Question) -> None:
-    """UsageError for scores that no index has: before any work, and before one is asked for that would not help."""
+    """UsageError for scores that no index has: before any work, and before one is built that would not help."""
     parts = len(part_names(question.part))
     if parts > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {parts}; use --index exact")
@@ -152,17 +169,17 @@ def _refuse_index(question: Question) -> None:
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use --index exact")
 
 
-def fidelity_settings(asked: Asked, progress: Progress) -> dict[str, Any] | None:
+def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | None:
     """What `ghoststore.fidelity` measured of rankings like this one; None where it has not, or where the score is
     another: of some layers, several parts, preconditioned or blended.
     """
-    question = asked.question
-    plain = question.precondition == "none" and question.with_scores is None and asked.terms[0].groups is None
-    kept = read_fidelity(asked.part, question.metric) if plain and len(asked.terms) == 1 else None
-    if kept is None or kept.state == "damaged":
-        if kept is not None:
+    question = scorer.question
+    plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
+    measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
+    if measured is None or measured.state == "damaged":
+        if measured is not None:
             progress.note(
-                f"the measured fidelity is not shown: {kept.problem}; `ghoststore fidelity` measures it again"
+                f"the measured fidelity is not shown: {measured.problem}; `ghoststore fidelity` measures it again"
             )
         return None
-    return kept.to_json()
+    return measured.to_json()

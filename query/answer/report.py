@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.progress import Progress
+from ghoststore.store import Part
 from ghoststore.store.base.disk import storage_errors
 from query.answer.contributions import Contributions, contributions
 from query.answer.results import Hit, QueryResult
 from query.ask.question import COMBINED
-from query.ask.scorer import Asked
+from query.ask.scorer import Scorer
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -33,36 +34,36 @@ WIDTH, HEIGHT, TOP, BINS = 480, 150, 10, 60
 
 
 def write_report(
-    path: Path, asked: Asked, result: QueryResult, rankings: Sequence[Ranking], progress: Progress
+    path: Path, scorer: Scorer, result: QueryResult, rankings: Sequence[Ranking], progress: Progress
 ) -> None:
-    """Write the page. Reads every row's score once more, and for a sketched part the model."""
+    """Write the page. Reads every row's score once more; for a sketched part ``scorer`` must keep its model."""
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
-    scores = asked.scores(progress, len(shown))
-    rows = [[int(row) for row in mine if row >= 0] for mine in rankings[0].rows[: len(shown)]]
-    layers = contributions(asked, rows, progress)
-    domains = _Domains(asked)
+    scores = scorer.scores(progress, len(shown))
+    rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
+    layers = contributions(scorer, rows, progress)
+    domains = np.bincount(scorer.part.column("domain").astype(np.int64) + 1, minlength=len(scorer.part.domains) + 1)
     titles = {"mean": "the val set's mean gradient"}
-    if asked.question.group_field is not None:
-        titles = {COMBINED: f"all groups ({asked.question.combine})"}
-    elif asked.question.each:
+    if scorer.question.group_field is not None:
+        titles = {COMBINED: f"all groups ({scorer.question.combine})"}
+    elif scorer.question.each:
         titles = {}
     page = {
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
-        "subtitle": _subtitle(asked, result),
+        "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
         "rankings": [
             {
-                "name": one.query,
-                "title": titles.get(one.query, one.query),
-                "hits": _hits(one.hits, mine, layers, place),
-                "bottom": _hits(one.bottom, [], layers, place),
-                "histogram": histogram(scores[place], one.hits),
-                "domains": domains.shares(mine),
+                "name": ranking.query,
+                "title": titles.get(ranking.query, ranking.query),
+                "hits": _hits(ranking.hits, some, layers, place),
+                "bottom": _hits(ranking.bottom, [], layers, place),
+                "histogram": histogram(scores[place], ranking.hits),
+                "domains": _domains(scorer.part, some, domains),
                 "layers": _mean_layers(layers, place),
             }
-            for place, (one, mine) in enumerate(zip(shown, rows, strict=True))
+            for place, (ranking, some) in enumerate(zip(shown, rows, strict=True))
         ],
         "layers_note": layers.note if isinstance(layers, Contributions) else "",
         "left_out": _left_out(result, layers),
@@ -111,39 +112,27 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     }
 
 
-class _Domains:
-    """How many rows each domain has."""
-
-    def __init__(self, asked: Asked) -> None:
-        part = asked.part
-        self._names = part.domains
-        self._of = np.full(part.layout.rows, -1, dtype=np.int64)
-        for span in part.spans:
-            start, stop = part.layout.span_of(span)
-            self._of[start:stop] = part.read("domain", start, stop)
-        committed = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
-        self._all = np.bincount(self._of[committed] + 1, minlength=len(self._names) + 1)
-
-    def shares(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Each domain's share of ``rows`` and of all, the largest first; empty without domains."""
-        if not self._names or not rows:
-            return []
-        chosen = np.bincount(self._of[list(rows)] + 1, minlength=len(self._all))
-        named = [
-            {
-                "name": ["no domain", *self._names][place],
-                "chosen": int(chosen[place]),
-                "chosen_percent": round(100 * float(chosen[place]) / len(rows), 1),
-                "all_percent": round(100 * float(self._all[place]) / float(self._all.sum()), 1),
-            }
-            for place in range(len(self._all))
-            if self._all[place]
-        ]
-        return sorted(named, key=lambda domain: (-domain["chosen"], domain["name"]))
+def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Each domain's share of ``rows`` and of ``all_rows``, as counts, the largest first; empty without domains."""
+    names = part.domains
+    if not names or not rows:
+        return []
+    chosen = np.bincount(np.asarray(part.read_rows("domain", rows)) + 1, minlength=len(all_rows))
+    shares = [
+        {
+            "name": name,
+            "chosen": int(count),
+            "chosen_percent": round(100 * float(count) / len(rows), 1),
+            "all_percent": round(100 * float(of_all) / float(all_rows.sum()), 1),
+        }
+        for name, count, of_all in zip(["no domain", *names], chosen, all_rows, strict=True)
+        if of_all
+    ]
+    return sorted(shares, key=lambda domain: (-domain["chosen"], domain["name"]))
 
 
 def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
-    found = []
+    shown = []
     for place, hit in enumerate(hits):
         text = hit.text if hit.text is None else hit.text[:MOST_CHARACTERS]
         more = "" if hit.text is None or len(hit.text) <= MOST_CHARACTERS else f"{len(hit.text) - MOST_CHARACTERS:,}"
@@ -153,8 +142,8 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
             order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
             short = _short(layers.layers)
             strongest = [(short[at], float(values[at])) for at in order]
-        found.append({**asdict(hit), "text": text, "more": more, "layers": strongest})
-    return found
+        shown.append({**asdict(hit), "text": text, "more": more, "layers": strongest})
+    return shown
 
 
 def _mean_layers(layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
@@ -185,35 +174,35 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _count(result: QueryResult) -> str:
-    most = max((len(one.hits) for one in result.results), default=0)
+    most = max((len(ranking.hits) for ranking in result.results), default=0)
     if not most:
-        most = max((len(one.bottom) for one in result.results), default=0)
+        most = max((len(ranking.bottom) for ranking in result.results), default=0)
         return f"The {most} training samples farthest from" if most != 1 else "The training sample farthest from"
     return f"The {most} training samples nearest to" if most != 1 else "The training sample nearest to"
 
 
-def _subtitle(asked: Asked, result: QueryResult) -> str:
-    score = "Blend of similarity and training-time value" if asked.blend else f"{asked.question.metric.capitalize()}"
+def _subtitle(scorer: Scorer, result: QueryResult) -> str:
+    score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.question.metric.capitalize()}"
     return (
-        f"{score} of gradients; {result.settings['rows']:,} rows of part {asked.part.name}, "
+        f"{score} of gradients; {result.settings['rows']:,} rows of part {scorer.part.name}, "
         f"{result.settings['val_rows']:,} val samples"
     )
 
 
 def _left_out(result: QueryResult, layers: Contributions | str) -> str:
-    told = []
+    notes = []
     if len(result.results) > MOST_RANKINGS:
-        told.append(
+        notes.append(
             f"{len(result.results) - MOST_RANKINGS} more rankings are not shown; --json or --out writes them all."
         )
     if isinstance(layers, str):
-        told.append(f"What each layer adds is not shown: {layers}.")
+        notes.append(f"What each layer adds is not shown: {layers}.")
     if result.settings.get("rerank") is not None:
-        told.append(
+        notes.append(
             "The scores listed are those of gradients that were computed again; histograms, and what layers add, are "
             "of the stored vectors."
         )
-    return " ".join(told)
+    return " ".join(notes)
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,20 @@
-"""Results of a query: what they hold, and the forms they are written in."""
+"""Results of a query: what they hold, how rows of rankings become them, and the forms they are written in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ghoststore.progress import Progress
+from ghoststore.store import Part
+from query.ask.blend import Blend
 from query.common.output import columns_of, write_result
+from query.common.texts import texts_of
+from query.search.search import Ranking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,3 +86,49 @@ class QueryResult:
     def _hit(self) -> type[Hit]:
         """What the hits are."""
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
+
+
+def hits_of(
+    part: Part, rankings: Sequence[Ranking], text: bool, progress: Progress, blend: Blend | None = None
+) -> list[list[list[Hit]]]:
+    """For each of ``rankings``, for each of its queries, the hits. Every row's data are read once.
+
+    Without ``text`` texts are not looked up. With ``blend`` a hit shows similarity and value too.
+    """
+    rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
+    place = {row: index for index, row in enumerate(rows)}
+    ids, sources, domains, windows = (
+        part.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
+    )
+    texts = texts_of(part, rows, progress) if text else [None] * len(rows)
+    names = part.domains
+
+    def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:
+        at = place[row]
+        shared: dict[str, Any] = {
+            "rank": rank,
+            "score": float(score),
+            "id": str(ids[at]),
+            "source_row": int(sources[at]),
+            "domain": names[domains[at]] if domains[at] >= 0 else None,
+            "text": texts[at],
+            "window_start": int(windows[at]),
+        }
+        if blend is None:
+            return Hit(**shared)
+        value = float(blend.values.value[row])
+        return BlendedHit(
+            **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None
+        )
+
+    return [
+        [
+            [
+                hit(query, rank, int(row), score)
+                for rank, (row, score) in enumerate(zip(rows_q, scores_q, strict=True), 1)
+                if row >= 0
+            ]
+            for query, (rows_q, scores_q) in enumerate(zip(ranking.rows, ranking.scores, strict=True))
+        ]
+        for ranking in rankings
+    ]

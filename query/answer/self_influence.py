@@ -9,12 +9,9 @@ import numpy as np
 from ghoststore.checkpoint.load import resolve_device
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.store.part.status import FIRST_UNUSABLE
-from query.answer.hits import hits_of
-from query.answer.results import QueryHits, QueryResult
+from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.blend import rankings_of
-from query.search.layers import choose_groups
-from query.search.parts import note_repeated, open_parts
+from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.second_moment import DampedInverse, checked_damping
 
 
@@ -48,11 +45,9 @@ def self_influence(
     groups = choose_groups(opened, layers, exclude_layers)
     inverse = DampedInverse(opened, checked_damping(damping), progress, resolve_device(device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
-    status = np.full(opened.layout.rows, FIRST_UNUSABLE, dtype=np.uint8)
-    for span in opened.spans:
-        start, stop = opened.layout.span_of(span)
-        status[start:stop] = opened.read("status", start, stop)
-    scores_QN = np.where(status < FIRST_UNUSABLE, scores, np.nan)[None]
+    scores_QN = np.full((1, opened.layout.rows), np.nan)
+    usable = opened.row_numbers[opened.usable()]
+    scores_QN[0, usable] = scores[usable]
     counts = (min(top_k, opened.rows), min(bottom_k, opened.rows))
     rankings = (rankings_of(scores_QN, counts[0]), rankings_of(scores_QN, counts[1], sign=-1.0))
     best, worst = hits_of(opened, rankings, text, progress)

@@ -19,7 +19,6 @@ from ghoststore.corpus import Corpus, ResolvedFields
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
-from ghoststore.store.spans.reader import read_span
 from ghoststore.tokens.shards import TokenShards
 from query.search.search import Ranking
 from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
@@ -52,6 +51,54 @@ class RowValues:
 
 
 @dataclass(frozen=True, slots=True)
+class Blend:
+    """Similarities, values and their blend, for every row of the part."""
+
+    similarity: NDArray[np.float64]
+    """(Q, N)."""
+    values: RowValues
+    scores: NDArray[np.float64]
+    """(Q, N): NaN where a row does not take part."""
+    rows: int
+    """Usable rows that have a value."""
+    weight: float
+
+    @classmethod
+    def of(cls, similarity_QN: NDArray[np.float64], values: RowValues, score_weight: float | None) -> Blend:
+        """UsageError where no row has both, or for a weight outside 0 to 1."""
+        weight = checked_weight(score_weight)
+        scores, rows = blended(similarity_QN, values.value, weight)
+        return cls(similarity_QN, values, scores, rows, weight)
+
+    @property
+    def without_score(self) -> int:
+        """Usable rows without a value."""
+        return int(np.isfinite(self.similarity[0]).sum()) - self.rows
+
+    def settings(self, run: str | None) -> dict[str, Any]:
+        """What the result says of it."""
+        return {
+            "with_scores": run,
+            "score_weight": self.weight,
+            "blend": BLEND,
+            "value": "cumulative",
+            "joined_by": self.values.joined_by,
+            "run_steps": self.values.steps,
+            "rows_blended": self.rows,
+            "rows_without_score": self.without_score,
+        }
+
+    def note_left_out(self, run: str | None, progress: Progress) -> None:
+        """Say how many rows ``run`` has no score of."""
+        if self.without_score:
+            fate = "left out" if self.weight > 0 else "ranked by similarity, as all are"
+            progress.note(
+                f"{self.without_score:,} of {self.without_score + self.rows:,} usable rows have no score in run "
+                f"{run!r}: they are {fate}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """Which samples rows are. One entry each."""
 
@@ -68,7 +115,7 @@ def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None =
     MismatchError if part and run are not of the same samples, UsageError for a run without steps.
     """
     window = window_of(run, None)
-    rows, place = _rows_of_part(part, progress, run)
+    rows = _rows_of_part(part, progress, run)
     table = _Rows(*(run.rows.read(name, 0, len(run.rows)) for name in ("source_row", "window_start", "source_digest")))
     _refuse_other_samples(part, run, rows, table)
     joined_by: JoinedBy = "window" if windowed_alike(part, run) else "sample"
@@ -79,7 +126,7 @@ def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None =
             sums.add(piece.places, units.of(piece.places.row))
             task.advance(piece.stop - piece.start)
     value = np.full(part.layout.rows, np.nan)
-    value[place] = join(*_keys(rows, _taken(table, units.first_row), joined_by), sums.values("cumulative"))
+    value[part.row_numbers] = join(*_keys(rows, _taken(table, units.first_row), joined_by), sums.values("cumulative"))
     return RowValues(value, joined_by, run.steps)
 
 
@@ -127,11 +174,11 @@ def blended(
 def rankings_of(scores_QN: NDArray[np.float64], k: int, sign: float = 1.0) -> Ranking:
     """The ``k`` highest of ``sign`` × ``scores_QN``; rows are -1 past the last."""
     rows = np.full((len(scores_QN), k), -1, dtype=np.int64)
-    found = np.full((len(scores_QN), k), np.nan)
+    scores = np.full((len(scores_QN), k), np.nan)
     for query, scores_N in enumerate(scores_QN):
         places = best(sign * scores_N, k)
-        rows[query, : len(places)], found[query, : len(places)] = places, scores_N[places]
-    return Ranking(rows, found)
+        rows[query, : len(places)], scores[query, : len(places)] = places, scores_N[places]
+    return Ranking(rows, scores)
 
 
 def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -142,16 +189,11 @@ def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDAr
     return np.asarray((numbers - mean) / deviation, dtype=np.float64)
 
 
-def _rows_of_part(part: Part, progress: Progress, run: Run) -> tuple[_Rows, NDArray[np.int64]]:
-    """(the committed rows of ``part``, their places in it), by their place in the corpus behind the run."""
-    columns = {
-        name: np.concatenate([read_span(part, name, span) for span in part.spans])
-        for name in ("source_row", "window_start", "source_digest")
-    }
-    rows = _Rows(columns["source_row"], columns["window_start"], columns["source_digest"])
-    place = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
-    kinds = [(one.manifest["corpus"].get("fields") or {}).get("kind") for one in (part, run)]
-    return (_behind_shards(part, run, rows, progress) if kinds[0] == "tokens" != kinds[1] else rows), place
+def _rows_of_part(part: Part, progress: Progress, run: Run) -> _Rows:
+    """The committed rows of ``part``, by their place in the corpus behind the run."""
+    rows = _Rows(*(part.column(name) for name in ("source_row", "window_start", "source_digest")))
+    kinds = [(source.manifest["corpus"].get("fields") or {}).get("kind") for source in (part, run)]
+    return _behind_shards(part, run, rows, progress) if kinds[0] == "tokens" != kinds[1] else rows
 
 
 def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress) -> _Rows:

@@ -1,81 +1,252 @@
-"""The model, tokens and projection of a part once more: what its rows are compared with, and its rows again."""
+"""The model, tokens and projection of a part once more: what its rows are compared with, and its rows recomputed.
+
+Legend: D numbers of a vector.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
+from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_model
-from ghoststore.corpus import Sample
-from ghoststore.progress import Task
-from ghoststore.store import Part
+from ghoststore.corpus import Corpus, Position, Sample
+from ghoststore.errors import MismatchError, UsageError
+from ghoststore.progress import Progress, Silent, Task
+from ghoststore.store import Part, Status
+from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
-from indexer.projection.plan import ProjectionPlan
+from indexer.projection.matrices import Projection
 from indexer.projection.stored import projection_of
+from query.ask.question import Grouping
+from query.common.texts import corpus_behind
+
+ROWS_AT_ONCE = 1024
+BYTES_AT_ONCE = 128 << 20
+"""Vectors in memory beside those that are returned."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ValVectors:
+    """What a val set became: one vector a val sample, a domain, or for all."""
+
+    vectors: Tensor
+    """(M, D) float32 on the CPU."""
+    ids: list[str]
+    """One each for a vector: the sample's id, the domain, or ``mean``."""
+    used: int
+    """Val rows that have a vector."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Val rows without one, by status."""
+    rows_of: dict[str, int] = field(default_factory=dict)
+    """Val rows of each mean."""
+    places: list[int] = field(default_factory=list)
+    """With ``each``: the place in the val set, from 0, of the sample that each vector is of. Ids may repeat."""
+    digest: int = 0
+    """Hash of which val rows have a vector: their samples' places and first tokens."""
+
+    def note_left_out(self, progress: Progress) -> None:
+        """Say how many val rows have no vector, and why."""
+        if self.left_out:
+            shown = ", ".join(f"{count} {status}" for status, count in sorted(self.left_out.items()))
+            progress.note(f"val rows left out: {shown}; {self.used} are used")
 
 
 class PartEncoder:
-    """Samples to vectors, as the build of ``part`` makes them: ``with PartEncoder(part, device="cpu") as encoder``.
+    """The model, tokenizer and projection of ``part``, opened once: samples, and rows of the part, to vectors as the
+    build makes them. Between two calls the model is free for other uses.
 
-    With ``blocks`` a vector is the Kronecker blocks before the sketch, :attr:`groups` their columns. MismatchError if
-    checkpoint, tokenizer or projection are not the part's; ``checkpoint`` is another place of the same weights.
+    ``checkpoint`` is another place of the same weights, ``corpus`` that which the part was built from, where it is open
+    already. MismatchError if checkpoint, tokenizer or projection are not the part's.
     """
 
-    def __init__(self, part: Part, *, checkpoint: str | Path | None = None, device: str, blocks: bool = False) -> None:
-        model, self._tokenizer = load_for(part, checkpoint, device)
-        projection = projection_of(part, model)
-        if blocks:
-            projection = projection.unsketched()
-        self.groups = projection.plan.groups
-        """(name, first column, one past the last) of each block of a vector."""
-        self.dimension = projection.plan.dimension
-        self._settings = TokenSettings(**part.manifest["tokens"])
-        self._batch_tokens = int(part.manifest["batching"]["batch_tokens"])
+    def __init__(
+        self,
+        part: Part,
+        *,
+        checkpoint: str | Path | None = None,
+        device: str = "auto",
+        corpus: Corpus | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._progress = progress or Silent()
+        self.model, self._tokenizer = load_for(part, checkpoint, resolve_device(device))
+        self._tokenizer.note = self._progress.note
+        self._corpus = corpus
+        self._project(part, projection_of(part, self.model))
+
+    def _project(self, part: Part, projection: Projection) -> None:
+        self.part, self.plan = part, projection.plan
         self._encoder = RowEncoder(
-            model,
+            self.model,
             projection,
             reduction=part.manifest["loss"]["reduction"],
             padding=part.manifest["batching"]["padding"],
         )
 
-    @property
-    def model(self) -> Any:
-        """The model itself; free for other uses while the encoder is not entered."""
-        return self._encoder.engine.model
+    def unsketched(self) -> PartEncoder:
+        """The same model; vectors are the Kronecker blocks of the layers, before the sketch."""
+        other = copy(self)
+        other._project(self.part, self._encoder.engine.projection.unsketched())
+        return other
+
+    def for_part(self, part: Part) -> PartEncoder:
+        """The same model, with the projection of another ``part`` of it. MismatchError if the part is of another."""
+        other = copy(self)
+        other._corpus = None
+        other._project(part, projection_of(part, self.model))
+        return other
 
     @property
-    def plan(self) -> ProjectionPlan:
-        """Layers and ranks of the projection."""
-        return self._encoder.engine.projection.plan
+    def groups(self) -> list[tuple[str, int, int]]:
+        """(name, first column, one past the last) of each block of a vector."""
+        return self.plan.groups
 
-    def __enter__(self) -> PartEncoder:
-        self._encoder.__enter__()
-        return self
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.plan.dimension
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._encoder.__exit__(kind, error, trace)
-
-    def rows(self, samples: Iterable[Sample], note: Callable[[str], None] | None = None) -> Iterator[Row]:
+    def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
         """The rows of ``samples``, in order, tokenized some hundred at a time; all of them at once where the tokenizer
         has tokens that the model's embedding lacks, so that a row with one is refused (UsageError) before any work.
-        ``note`` is told what the chat template leaves out.
         """
-        self._tokenizer.note = note
-        rows = rows_of(samples, self._tokenizer, self._settings)
+        rows = rows_of(samples, self._tokenizer, TokenSettings(**self.part.manifest["tokens"]))
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
-    def vectors(self, rows: Sequence[Row], task: Task) -> Tensor:
-        """(rows, D) float32 on the CPU; zeros for rows without a usable status."""
-        return encode_rows(self._encoder, rows, self._batch_tokens, task).vectors
+    def vectors(self, rows: Sequence[Row], task: Task | None = None) -> Tensor:
+        """(rows, D) float32 on the CPU; zeros without a usable status. ``task``, or one of its own, advances."""
+        if task is None:
+            with closing(self._progress.task("gradients", len(rows))) as task:
+                return self.vectors(rows, task)
+        with self._encoder:
+            return encode_rows(self._encoder, rows, int(self.part.manifest["batching"]["batch_tokens"]), task).vectors
+
+    def encode_val_set(self, corpus: Corpus, grouping: Grouping, max_samples: int | None) -> ValVectors:
+        """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
+
+        Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is left,
+        or one has no domain where domains are asked for.
+        """
+        sums: dict[str, NDArray[np.float64]] = {}
+        counts: Counter[str] = Counter()
+        ids: list[str] = []
+        places: list[int] = []
+        used_rows, which = 0, xxhash.xxh3_64()
+        pieces: list[Tensor] = []
+        left_out: Counter[str] = Counter()
+        rows = self.rows(islice(corpus.samples(), max_samples))
+        with closing(self._progress.task("val set", None)) as task:
+            while some := list(islice(rows, ROWS_AT_ONCE)):
+                vectors = self.vectors(some, task)
+                finite = torch.isfinite(vectors).all(1)
+                fates = [
+                    row.status if finite[place] or not row.status.usable else Status.NOT_FINITE
+                    for place, row in enumerate(some)
+                ]
+                used = [place for place, fate in enumerate(fates) if fate.usable]
+                used_rows += len(used)
+                for place in used:
+                    which.update(f"{some[place].sample.source_row} {some[place].window_start};".encode())
+                left_out.update(fate.name.lower() for fate in fates if not fate.usable)
+                if grouping == "each":
+                    ids += [some[place].sample.id for place in used]
+                    places += [some[place].sample.source_row for place in used]
+                    pieces.append(vectors[used])
+                    continue
+                for label, members in _by_label([some[place] for place in used], used, grouping).items():
+                    sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
+                    counts[label] += len(members)
+        if not ids and not counts:
+            raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
+        if grouping != "each":
+            ids = sorted(sums)
+            pieces = [torch.from_numpy((sums[label] / counts[label]).astype(np.float32)).unsqueeze(0) for label in ids]
+        return ValVectors(
+            vectors=torch.cat(pieces),
+            ids=ids,
+            used=used_rows,
+            left_out=dict(left_out),
+            rows_of=dict(counts),
+            places=places,
+            digest=which.intdigest(),
+        )
+
+    def recompute(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """(rows, D) float32 on the CPU: the vectors of ``rows`` of the part, before they were encoded, in their order;
+        they may repeat. Zeros where the part has no vector.
+
+        Beside the result, some hundred samples and their vectors are in memory. Reads a compressed corpus from its
+        beginning for every 1,024 rows. Raises as :meth:`source_rows`.
+        """
+        wanted, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+        vectors = torch.zeros(len(wanted), self.dimension)
+        at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * self.dimension)))
+        with closing(self._progress.task("recomputing gradients", len(wanted))) as task:
+            for start in range(0, len(wanted), at_once):
+                some = wanted[start : start + at_once]
+                (usable,) = np.nonzero(np.asarray(self.part.read_rows("status", some)) < FIRST_UNUSABLE)
+                task.advance(len(some) - len(usable))
+                vectors[start + usable] = self.vectors(self.source_rows(some[usable]), task)
+        return vectors[place]
+
+    def source_rows(self, rows: NDArray[np.int64]) -> list[Row]:
+        """The tokens of ``rows`` of the part as they were built, read from its corpus.
+
+        UsageError if the corpus is gone, MismatchError for a sample that has changed.
+        """
+        if self._corpus is None:
+            self._corpus = corpus_behind(self.part)
+        columns = ("source_row", "source_file", "source_offset", "window_start", "source_digest")
+        digests: dict[int, int] = {}
+        places: list[Position] = []
+        keys: list[tuple[int, int]] = []
+        for source_row, file, offset, window_start, digest in zip(
+            *(map(int, self.part.read_rows(name, rows)) for name in columns), strict=True
+        ):
+            if source_row not in digests:
+                places.append(Position(source_row=source_row, file=file, offset=offset))
+            digests[source_row] = digest
+            keys.append((source_row, window_start))
+        samples = self._corpus.fetch(places)
+        changed = [row for row, digest in digests.items() if row not in samples or samples[row].digest() != digest]
+        if changed:
+            raise MismatchError(
+                f"{self._corpus.source} has changed since part {self.part.name!r} was built: {len(changed)} of "
+                f"{len(digests)} samples are not those that were built from, the first at row {min(changed)}. Restore "
+                "the corpus, or build the part anew"
+            )
+        built = self.rows(samples[place.source_row] for place in places)
+        by_key = {(row.sample.source_row, row.window_start): row for row in built}
+        return [by_key[key] for key in keys]
+
+
+def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:
+    """``places`` by the domain of their rows, or all under ``mean``."""
+    by_label: dict[str, list[int]] = {}
+    for row, place in zip(rows, places, strict=True):
+        label = "mean" if grouping == "mean" else row.sample.domain
+        if label is None:
+            raise UsageError(
+                f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of --group-field "
+                "is null there"
+            )
+        by_label.setdefault(label, []).append(place)
+    return by_label
 
 
 def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:

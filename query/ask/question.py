@@ -16,6 +16,7 @@ from query.search.second_moment import checked_damping
 
 Combine = Literal["mean", "max", "rank-fusion"]
 Precondition = Literal["none", "second-moment"]
+Grouping = Literal["mean", "each", "domain"]
 PRECONDITIONS = ("none", "second-moment")
 COMBINES = ("mean", "max", "rank-fusion")
 COMBINED = "combined"
@@ -69,6 +70,11 @@ class Question:
         checked_weight(self.score_weight)
         if self.score_weight is not None and self.with_scores is None:
             raise UsageError("--score-weight belongs to --with-scores, which names a training run")
+
+    @property
+    def grouping(self) -> Grouping:
+        """What val samples become one query."""
+        return "each" if self.each else "mean" if self.group_field is None else "domain"
 
     def val_fields(self) -> Fields:
         """How rows of the val set are read: ``group_field`` takes the place of the domain."""

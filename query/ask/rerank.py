@@ -1,7 +1,7 @@
-"""A ranking by exact scores, out of the candidates of a cheaper one.
+"""A ranking by exact scores, out of the candidates of a cheaper one: ``ghoststore query --rerank``.
 
-Codes of few bits bring the best rows near the top, not into their order: so more are asked for than are wanted, and
-these are scored again by exact vectors.
+Codes of few bits bring the best rows near the top, not into their order: so more are found than are wanted, and these
+are scored by vectors that the model recomputes.
 
 Legend: Q queries, M candidates of a query, D numbers of a vector.
 """
@@ -14,12 +14,59 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
+from query.ann.index import AnnIndex
 from query.ask.blend import rankings_of
+from query.ask.question import Question
+from query.ask.scorer import Scorer
 from query.search.part_score import Metric
+from query.search.parts import part_names
 from query.search.search import Ranking
 
 BYTES_AT_ONCE = 64 << 20
 """Exact vectors in memory."""
+
+
+def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int) -> None:
+    """UsageError for fewer ``candidates`` than rows asked for, and for scores that are no product with one vector."""
+    if candidates < max(top_k, bottom_k):
+        raise UsageError(f"--rerank {candidates} is fewer than the rows asked for, {max(top_k, bottom_k)}")
+    unfit = {
+        "several --part": len(part_names(question.part)) > 1,
+        "--precondition": question.precondition != "none",
+        "--with-scores": question.with_scores is not None,
+        f"--combine {question.combine}": question.combine != "mean",
+    }
+    for option, given in unfit.items():
+        if given:
+            raise UsageError(f"--rerank scores rows by one product with each query; it cannot be used with {option}")
+
+
+def rank_recomputed(
+    scorer: Scorer, candidates: int, top_k: int, bottom_k: int, progress: Progress, index: AnnIndex | None = None
+) -> tuple[Ranking, Ranking]:
+    """The best and the worst rows of each ranking of ``scorer``, which keeps its model: out of so many ``candidates``
+    by the stored vectors, ranked by gradients that the model recomputes.
+    """
+    (term,), encoder = scorer.terms, scorer.encoder
+    assert encoder is not None
+    cheap = scorer.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
+    best, worst = (
+        rerank(
+            ranking,
+            term.queries_QD,
+            metric=term.metric,
+            top_k=min(count, ranking.rows.shape[1]),
+            recompute=lambda rows: encoder.recompute(rows) * term.mask,
+            sign=sign,
+        )
+        for ranking, count, sign in zip(cheap, (top_k, bottom_k), (1.0, -1.0), strict=True)
+    )
+    if term.metric == "dot":
+        return best, worst
+    lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
+    return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
 
 
 def rerank(
@@ -28,14 +75,14 @@ def rerank(
     *,
     metric: Metric,
     top_k: int,
-    rows_again: Callable[[NDArray[np.int64]], Tensor],
+    recompute: Callable[[NDArray[np.int64]], Tensor],
     sign: float = 1.0,
 ) -> Ranking:
     """The ``top_k`` of each query's candidates by the exact score of the row, times ``sign``; equal ones by lower row.
 
-    ``candidates`` are in any order, -1 for none. ``rows_again(rows)`` gives their exact vectors, (rows, D) float32, as
-    :class:`query.ask.recompute.RowsAgain` does; each row that is a candidate of any query is asked for once. Scores are
-    float64; the cosine of a row of length zero is 0.
+    ``candidates`` are in any order, -1 for none. ``recompute(rows)`` gives their exact vectors, (rows, D) float32, as
+    :meth:`query.ask.encoder.PartEncoder.recompute` does; each row that is a candidate of any query is asked for once.
+    Scores are float64; the cosine of a row of length zero is 0.
     """
     rows_QM = np.sort(candidates.rows, axis=1)
     union = np.unique(rows_QM[rows_QM >= 0])
@@ -46,7 +93,7 @@ def rerank(
     at_once = max(1, BYTES_AT_ONCE // (4 * queries.shape[1]))
     for start in range(0, len(union), at_once):
         some = union[start : start + at_once]
-        vectors = rows_again(some).double()
+        vectors = recompute(some).double()
         scores = queries @ vectors.T
         if metric == "cosine":
             scores /= vectors.norm(dim=1).clamp_min(np.finfo(np.float64).tiny)

@@ -1,7 +1,7 @@
 """A question with its val set and parts read: the scores that answer it.
 
-:func:`ask` turns a :class:`Question` into an :class:`Asked`, which ranks rows or gives every row's score. ``query`` and
-``select`` are two ways to use it.
+:func:`open_scorer` turns a :class:`Question` into a :class:`Scorer`, which ranks rows or gives every row's score.
+``query``, ``select`` and ``evaluate`` are ways to use it.
 
 Legend: Q rankings, N rows of the part.
 """
@@ -19,99 +19,139 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint.load import resolve_device
-from ghoststore.corpus import Corpus, open_corpus
+from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from query.ann.index import AnnIndex
-from query.ask.blend import BLEND, RowValues, blended, checked_weight, rankings_of, values_of_rows
+from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
+from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.question import COMBINED, Question
-from query.ask.recompute import RowsAgain
-from query.ask.rerank import rerank
-from query.ask.val_set import ValVectors, encode_val_set
-from query.search.layers import choose_groups
-from query.search.part_score import Term, shared_spans
-from query.search.parts import open_parts
-from query.search.search import Ranking, search, similarities
+from query.search.part_score import Term
+from query.search.parts import choose_groups
+from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
 
 FUSION_CONSTANT = 60.0
 """Of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): a row scores Σ over groups of 1 / (60 + its rank)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """Similarities, values and their blend, for every row of the part."""
+def open_scorer(
+    question: Question,
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    val_set: Corpus,
+    progress: Progress,
+    *,
+    keep_model: bool = False,
+) -> Scorer:
+    """Encode ``val_set`` as ``question`` groups it, for each of its ``parts``, and prepare the rankings.
 
-    similarity: NDArray[np.float64]
-    """(Q, N)."""
-    values: RowValues
-    scores: NDArray[np.float64]
-    """(Q, N): NaN where a row does not take part."""
-    rows: int
-    """Usable rows that have a value."""
-    weight: float
+    With ``keep_model`` the scorer keeps the encoder of a single part, and the val set, which must stay open.
 
-    @property
-    def without_score(self) -> int:
-        """Usable rows without a value."""
-        return int(np.isfinite(self.similarity[0]).sum()) - self.rows
-
-    def settings(self, run: str | None) -> dict[str, Any]:
-        """What the result says of it."""
-        return {
-            "with_scores": run,
-            "score_weight": self.weight,
-            "blend": BLEND,
-            "value": "cumulative",
-            "joined_by": self.values.joined_by,
-            "run_steps": self.values.steps,
-            "rows_blended": self.rows,
-            "rows_without_score": self.without_score,
-        }
+    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for another
+    checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+    """
+    device = resolve_device(question.device)
+    if len(parts) > 1 and question.checkpoint is not None:
+        raise UsageError("--checkpoint is another path to one part's checkpoint; it cannot stand for several parts")
+    # Refused before a model is loaded, which takes longest.
+    groups = choose_groups(parts[0], question.layers, question.exclude_layers)
+    run = None
+    if question.with_scores is not None:
+        run = values_of_rows(parts[0], Store.open(question.store).run(question.with_scores), progress)
+    vals = []
+    kept_encoder: PartEncoder | None = None
+    for part in parts:
+        encoder = PartEncoder(part, checkpoint=question.checkpoint, device=device, progress=progress)
+        val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
+        val.note_left_out(progress)
+        vals.append(val)
+        kept_encoder = encoder if keep_model and len(parts) == 1 else None
+        del encoder  # before the next model is loaded
+    scorer = Scorer.of(question, parts, weights, vals, progress, groups=groups, run=run)
+    if kept_encoder is not None:
+        scorer.encoder, scorer.val_set = kept_encoder, val_set
+    return scorer
 
 
 @dataclass(slots=True, kw_only=True)
-class Asked:
+class Scorer:
     """A question with its val set and parts read. The first ranking of ``names`` is the one over everything."""
 
     question: Question
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
-    weights: list[float]
+    weights: Sequence[float]
     """Of the parts."""
     terms: list[Term]
     """With ``combine="mean"`` their first query is the mean of the groups'."""
     names: list[str]
     """Q names of rankings."""
+    rows: int
+    """Rows that are searched."""
     run: RowValues | None
     device: str
+    encoder: PartEncoder | None = None
+    val_set: Corpus | None = None
+    """Both where vectors are to be recomputed, see :func:`open_scorer`."""
     blend: Blend | None = None
     """After :meth:`scores` or :meth:`rank` with ``with_scores``."""
     _scores: NDArray[np.float64] | None = None
 
-    @property
-    def rows(self) -> int:
-        """Rows that are searched."""
-        return sum(stop - start for start, stop in map(self.part.layout.span_of, shared_spans(self.terms)))
-
-    def rank(
-        self,
-        top_k: int,
-        bottom_k: int,
+    @classmethod
+    def of(
+        cls,
+        question: Question,
+        parts: Sequence[Part],
+        weights: Sequence[float],
+        vals: Sequence[ValVectors],
         progress: Progress,
         *,
-        candidates: int | None = None,
-        index: AnnIndex | None = None,
-    ) -> tuple[Ranking, Ranking]:
-        """For each of ``names`` the best and the worst rows, by exact search or, with ``index``, out of its candidates.
+        groups: Sequence[int] | None = None,
+        run: RowValues | None = None,
+    ) -> Scorer:
+        """For a val set that is encoded already, once for each of the ``parts``; see :func:`open_scorer`."""
+        _refuse_other_queries(parts, vals)
+        device = resolve_device(question.device)
+        terms = []
+        for part, val, weight in zip(parts, vals, weights, strict=True):
+            inverse = None
+            if question.precondition == "second-moment":
+                inverse = DampedInverse(part, checked_damping(question.damping), progress, device)
+            terms.append(
+                Term.of(
+                    part,
+                    val.vectors,
+                    metric=question.metric,
+                    weight=weight,
+                    groups=groups,
+                    preconditioner=inverse,
+                    names=val.ids,
+                )
+            )
+        names = list(vals[0].ids)
+        if question.group_field is not None:
+            terms, names = _combined(question, terms, names)
+        return cls(
+            question=question,
+            part=parts[0],
+            val=vals[0],
+            weights=weights,
+            terms=terms,
+            names=names,
+            rows=sum(stop - start for start, stop in map(parts[0].layout.span_of, shared_spans(terms))),
+            run=run,
+            device=device,
+        )
 
-        With ``candidates`` that many are found by the stored vectors, and ranked by gradients that the model computes
-        again. UsageError where these are fewer than the rows asked for, or the score is no product with one vector.
+    def rank(
+        self, top_k: int, bottom_k: int, progress: Progress, *, index: AnnIndex | None = None
+    ) -> tuple[Ranking, Ranking]:
+        """For each of ``names`` the best and the worst rows, by exact search or, with ``index``, out of its
+        candidates.
         """
-        if candidates is not None:
-            return self._rank_again(top_k, bottom_k, candidates, progress, index)
         counts = (min(top_k, self.rows), min(bottom_k, self.rows))
         if index is not None:
             index.refuse(self.terms)
@@ -121,47 +161,12 @@ class Asked:
         if self.run is not None or self._fused:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
-        combine: Literal["max"] | None = "max" if self._grouped and self.question.combine == "max" else None
+        combine: Literal["max"] | None = "max" if self._by_rows else None
         with closing(progress.task("searching", self.rows)) as task:
             best, worst = search(
                 self.terms, top_k=counts[0], bottom_k=counts[1], combine=combine, device=self.device, task=task
             )
         return (_last_first(best), _last_first(worst)) if combine else (best, worst)
-
-    def _rank_again(
-        self, top_k: int, bottom_k: int, candidates: int, progress: Progress, index: AnnIndex | None
-    ) -> tuple[Ranking, Ranking]:
-        if candidates < max(top_k, bottom_k):
-            raise UsageError(f"--rerank {candidates} is fewer than the rows asked for, {max(top_k, bottom_k)}")
-        unfit = {
-            "several --part": len(self.terms) > 1,
-            "--precondition": self.question.precondition != "none",
-            "--with-scores": self.run is not None,
-            f"--combine {self.question.combine}": self._by_rows,
-        }
-        for option, given in unfit.items():
-            if given:
-                raise UsageError(
-                    f"--rerank scores rows by one product with each query; it cannot be used with {option}"
-                )
-        (term,) = self.terms
-        found = self.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
-        with RowsAgain(self.part, checkpoint=self.question.checkpoint, device=self.device, progress=progress) as again:
-            best, worst = (
-                rerank(
-                    one,
-                    term.queries_QD,
-                    metric=self.question.metric,
-                    top_k=min(count, one.rows.shape[1]),
-                    rows_again=lambda rows: again(rows) * term.mask,
-                    sign=sign,
-                )
-                for one, count, sign in zip(found, (top_k, bottom_k), (1.0, -1.0), strict=True)
-            )
-        if self.question.metric == "dot":
-            return best, worst
-        lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
-        return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
 
     def scores(self, progress: Progress, first: int | None = None) -> NDArray[np.float64]:
         """(Q, N): every row's score in every ranking, or in the ``first`` ones; NaN where a row does not take part. 8
@@ -173,25 +178,17 @@ class Asked:
         if alone:
             terms = [term.with_queries(term.queries_QD[:first]) for term in terms]
         with closing(progress.task("scoring", self.rows)) as task:
-            found = similarities(terms, device=self.device, task=task)
+            scores = similarities(terms, device=self.device, task=task)
         if alone:
-            return found
-        if self._grouped and self.question.combine == "max":
-            found = np.concatenate([found.max(0, keepdims=True), found])
-        elif self._fused:
-            found = np.concatenate([fused(found), found])
-        if self.run is None:
-            self._scores = found
-            return found[:first]
-        weight = checked_weight(self.question.score_weight)
-        scores, rows = blended(found, self.run.value, weight)
-        self.blend = Blend(found, self.run, scores, rows, weight)
-        if self.blend.without_score:
-            fate = "left out" if weight > 0 else "ranked by similarity, as all are"
-            progress.note(
-                f"{self.blend.without_score:,} of {self.blend.without_score + rows:,} usable rows have no score in run "
-                f"{self.question.with_scores!r}: they are {fate}"
-            )
+            return scores
+        if self._fused:
+            scores = np.concatenate([fused(scores), scores])
+        elif self._by_rows:
+            scores = np.concatenate([scores.max(0, keepdims=True), scores])
+        if self.run is not None:
+            self.blend = Blend.of(scores, self.run, self.question.score_weight)
+            self.blend.note_left_out(self.question.with_scores, progress)
+            scores = self.blend.scores
         self._scores = scores
         return scores[:first]
 
@@ -218,7 +215,7 @@ class Asked:
         question = self.question
         mode = "groups" if self._grouped else "each" if question.each else "mean"
         parts = [term.part for term in self.terms]
-        several: dict[str, Any] = {"parts": [part.name for part in parts], "part_weights": self.weights}
+        several: dict[str, Any] = {"parts": [part.name for part in parts], "part_weights": list(self.weights)}
         preconditioned = {"precondition": question.precondition, "damping": checked_damping(question.damping)}
         groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}
         return {
@@ -240,58 +237,28 @@ class Asked:
         }
 
 
-def ask(question: Question, progress: Progress) -> Asked:
-    """Open the part, encode the val set, prepare the rankings.
-
-    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for another
-    checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[list[Term], list[str]]:
+    """``terms`` and ``names`` of the groups with the ranking over all of them before: of ``combine="mean"`` the mean of
+    the queries, whose score is the mean of theirs.
     """
-    device = resolve_device(question.device)
-    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
-    part = parts[0]
-    if len(parts) > 1 and question.checkpoint is not None:
-        raise UsageError("--checkpoint is another path to one part's checkpoint; it cannot stand for several parts")
-    groups = choose_groups(part, question.layers, question.exclude_layers)
-    run = None
-    if question.with_scores is not None:
-        run = values_of_rows(part, Store.open(question.store).run(question.with_scores), progress)
-    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
-        vals = [encode(one, corpus, question, device, progress) for one in parts]
-    _refuse_other_queries(parts, vals)
-    terms = []
-    for one, val, weight in zip(parts, vals, weights, strict=True):
-        inverse = None
-        if question.precondition == "second-moment":
-            inverse = DampedInverse(one, checked_damping(question.damping), progress, device)
-        terms.append(
-            Term.of(
-                one,
-                val.vectors,
-                metric=question.metric,
-                weight=weight,
-                groups=groups,
-                preconditioner=inverse,
-                names=val.ids,
-            )
+    if COMBINED in names:
+        raise UsageError(
+            f"a group of --group-field {question.group_field} is called {COMBINED!r}, as the ranking over all groups "
+            "is: give it another name"
         )
-    names = list(vals[0].ids)
-    if question.group_field is not None:
-        if COMBINED in names:
+    if question.combine == "mean":
+        terms = [term.with_queries(with_mean(term.queries_QD)) for term in terms]
+        if not max(term.lengths[0] for term in terms):
             raise UsageError(
-                f"a group of --group-field {question.group_field} is called {COMBINED!r}, as the ranking over all "
-                "groups is: give it another name"
+                "the groups cancel each other: the mean of their queries is zero, and every row would score the same; "
+                "give --combine max or rank-fusion"
             )
-        names = [COMBINED, *names]
-        if question.combine == "mean":
-            terms = [term.with_queries(_with_mean(term)) for term in terms]
-            if not max(term.lengths[0] for term in terms):
-                raise UsageError(
-                    "the groups cancel each other: the mean of their queries is zero, and every row would score the "
-                    "same; give --combine max or rank-fusion"
-                )
-    return Asked(
-        question=question, part=part, val=vals[0], weights=weights, terms=terms, names=names, run=run, device=device
-    )
+    return terms, [COMBINED, *names]
+
+
+def with_mean(queries_QD: Tensor) -> Tensor:
+    """(1 + Q, D): the mean of the queries before them."""
+    return torch.cat([queries_QD.mean(0, keepdim=True), queries_QD])
 
 
 def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> None:
@@ -303,31 +270,6 @@ def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> 
                 f"(or others) at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores "
                 "cannot be summed. Remove these val samples, or query one part"
             )
-
-
-def encode(
-    part: Part, corpus: Corpus, question: Question, device: str, progress: Progress, *, blocks: bool = False
-) -> ValVectors:
-    """The val set's vectors as ``question`` groups them; with ``blocks`` before the sketch. Notes what is left out."""
-    val = encode_val_set(
-        part,
-        corpus,
-        grouping="each" if question.each else "mean" if question.group_field is None else "domain",
-        checkpoint=question.checkpoint,
-        device=device,
-        max_samples=question.max_samples,
-        blocks=blocks,
-        progress=progress,
-    )
-    if val.left_out and not blocks:
-        shown = ", ".join(f"{count} {status}" for status, count in sorted(val.left_out.items()))
-        progress.note(f"val rows left out: {shown}; {val.used} are used")
-    return val
-
-
-def _with_mean(term: Term) -> Tensor:
-    """The queries of ``term`` with their mean before them: its score is the mean of theirs."""
-    return torch.cat([term.queries_QD.mean(0, keepdim=True), term.queries_QD])
 
 
 def _last_first(ranking: Ranking) -> Ranking:

@@ -32,9 +32,9 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress) -> lis
     texts: list[str | None] = []
     try:
         corpus = corpus_behind(source)
-        found = corpus.fetch(places)
+        samples = corpus.fetch(places)
         for place, digest in zip(places, digests, strict=True):
-            sample = found.get(place.source_row)
+            sample = samples.get(place.source_row)
             same = sample is not None and sample.digest() == int(digest)
             texts.append(sample.preview() if sample is not None and same else None)
     except (UsageError, CorruptError, MismatchError) as error:  # of the corpus: the store is read by now

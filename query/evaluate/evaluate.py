@@ -25,7 +25,7 @@ from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.search.parts import PartWeights, note_repeated, part_names
+from query.search.parts import PartWeights, note_repeated, open_parts
 
 TESTS = ("lds", "removal", "tail-patch")
 
@@ -110,9 +110,9 @@ def evaluate(
         tests, methods, halves=halves, drop=drop, top_k=top_k, repeats=repeats, max_steps=max_steps, workers=workers
     )
     device = resolve_device(device)
-    opened, names = Store.open(store), part_names(part)
+    parts, weights = open_parts(store, part, part_weights, progress)
     task = Task.of(
-        opened.part(names[0]),
+        parts[0],
         str(val_set),
         Path(out),
         fields=fields or Fields(),
@@ -133,39 +133,38 @@ def evaluate(
         max_samples=max_val_samples,
         device=device,
     )
-    several = {"part": names, "part_weights": part_weights}
-    of = task.methods(base, several, methods, damping, None if run is None else opened.run(run))
+    of = task.methods(base, parts, weights, methods, damping, None if run is None else Store.open(store).run(run))
     trainings = _Trainings(task, Path(out) / "trainings", workers)
-    kept = {f"half-{number:05d}": half(seed, number, task.samples) for number in range(halves)}
-    halved = trainings.losses(kept) if "lds" in tests else {}
+    masks = {f"half-{number:05d}": half(seed, number, task.samples) for number in range(halves)}
+    halved = trainings.losses(masks) if "lds" in tests else {}
     scored: dict[str, Scored] = {}
     correlations = []
     for method, compute in of.items():
-        one = compute()
+        scores = compute()
         if "lds" in tests:
-            correlations.append(_lds_of(task, method, one, np.stack(list(kept.values())), halved))
-        scored[method] = replace(one, samples_VN=None)  # (V, N) is large
+            correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved))
+        scored[method] = replace(scores, samples_VN=None)  # (V, N) is large
+    settings = {"tests": list(tests), "halves": halves, "drop": drop, "top_k": top_k, "repeats": repeats}
     return EvaluateReport(
         store=str(store),
         out=str(out),
-        settings={
-            "part": task.part.name,
-            "repeated_ids": task.part.repeated_ids,
-            "val_set": str(val_set),
-            "val_samples": len(task.ids),
-            "samples": task.samples,
-            "groups": {name: len(places) for name, places in task.groups.items()},
-            "tests": list(tests),
-            "halves": halves,
-            "drop": drop,
-            "top_k": top_k,
-            "repeats": repeats,
-            **asdict(task.retrainer.job.recipe),
-        },
+        settings={**_facts(task, val_set), **settings, **asdict(task.retrainer.job.recipe)},
         lds=correlations,
         removal=_removals(trainings, scored, drop, repeats) if "removal" in tests else [],
         tail_patch=_tail_patches(task, scored, top_k, repeats) if "tail-patch" in tests else [],
     )
+
+
+def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
+    """What is evaluated, for the report."""
+    return {
+        "part": task.part.name,
+        "repeated_ids": task.part.repeated_ids,
+        "val_set": str(val_set),
+        "val_samples": len(task.ids),
+        "samples": task.samples,
+        "groups": {name: len(places) for name, places in task.groups.items()},
+    }
 
 
 def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:
@@ -218,8 +217,10 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
     }
     best = {method: without_best(one.whole_N, count) for method, one in scored.items() if method != "random"}
     names = {method: f"without-{_file_name(method)}-{count}" for method in best}
-    found = trainings.losses({**random, **{names[method]: mask for method, mask in best.items()}})
-    return [removal_of(method, found[names[method]], [found[name] for name in random], task.groups) for method in best]
+    losses = trainings.losses({**random, **{names[method]: mask for method, mask in best.items()}})
+    return [
+        removal_of(method, losses[names[method]], [losses[name] for name in random], task.groups) for method in best
+    ]
 
 
 def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:

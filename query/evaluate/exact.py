@@ -12,26 +12,23 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.records import json_digest
 from indexer.encode.tokens import Row
-from query.ask.question import Question
-from query.ask.recompute import RowsAgain
+from query.ask.encoder import PartEncoder
 from query.evaluate.exact_blocks import Block, BlockFiles, grid
-from query.evaluate.predictors import EXACT, by_sample, refuse_other_val
+from query.evaluate.predictors import EXACT, by_sample
 from query.exact.products import HeldVals, Products, Share, vals_at_once
 from query.fidelity.fidelity import exactly, metric_words, passes_over_rows, pieces_of, scaled
 from query.fidelity.reference import exact_identity
-from query.fidelity.sample import open_again, usable_rows
 
 ROWS_AT_ONCE = 512
 """Of a block: what a killed command computes again, at most."""
@@ -39,23 +36,31 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExactScores:
-    """Scores of exact gradients for the val samples ``ids``; their products are kept below ``folder``.
+    """Scores of exact gradients for the val samples ``vals``; their products are kept below ``folder``.
 
     A folder is of one val set. In it, parts of the same checkpoint, rows, tokens, loss and layers share their products,
     whatever their projections.
     """
 
-    part: Part
-    question: Question
-    """The val set, and the device."""
-    ids: list[str]
-    places: list[int]
-    """Of the val samples, in the val set: ids may repeat."""
+    encoder: PartEncoder
+    """Of the part; the first product that is missing takes its model over."""
+    vals: list[Row]
+    """As the part's tokens are made."""
     val_fingerprint: str
     samples: int
     """N."""
     folder: Path
     progress: Progress
+
+    @property
+    def part(self) -> Part:
+        """The part whose rows are scored."""
+        return self.encoder.part
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the val samples; they may repeat."""
+        return [row.sample.id for row in self.vals]
 
     def refuse(self, method: str) -> None:
         """UsageError where the part cannot have ``method``."""
@@ -74,37 +79,37 @@ class ExactScores:
         is zero. Only the parameters count that the method is over.
 
         MismatchError if what ``folder`` keeps is of another val set, CorruptError if it is damaged; where products are
-        missing, BusyError if another process computes them, and what :class:`RowsAgain` raises. Memory: some numbers
-        a val sample and row, and val gradients as :func:`vals_at_once` says.
+        missing, BusyError if another process computes them, and what `PartEncoder.source_rows` raises. Memory: some
+        numbers a val sample and row, and val gradients as :func:`vals_at_once` says.
         """
         self.refuse(method)
         shares, metric = EXACT[method]
-        places_R = usable_rows(self.part)
+        places_R = self.part.row_numbers[self.part.usable()]
         products = self._products(places_R, shares)
         _refuse_useless(self.ids, products.val_Q)
-        scores_VR = np.full((len(self.ids), self.part.layout.rows), np.nan)
+        scores_VR = np.full((len(self.vals), self.part.layout.rows), np.nan)
         scores_VR[:, places_R] = _known(products).scores(metric)
         return by_sample(scores_VR, self.part, self.samples)
 
     def _products(self, places_R: NDArray[np.int64], shares: Sequence[Share]) -> Products:
         """Those of the rows ``places_R`` over ``shares``, from the folder or made now."""
         at_once = vals_at_once(self._numbers)
-        blocks = grid(len(self.ids), at_once, len(places_R), ROWS_AT_ONCE)
+        blocks = grid(len(self.vals), at_once, len(places_R), ROWS_AT_ONCE)
         files = self._files(places_R, at_once)
-        found = Products.empty(len(self.ids), len(places_R))
+        products = Products.empty(len(self.vals), len(places_R))
         missing = []
         for block in blocks:
-            kept = files.read(block)
-            if kept is None:
+            done = files.read(block)
+            if done is None:
                 missing.append(block)
             else:
-                found.put(block.vals, block.rows, _over(shares, kept))
+                products.put(block.vals, block.rows, _over(shares, done))
         if missing:
             with files.writing():
                 for block, made in self._compute(blocks, missing, places_R, shares):
                     files.write(block, made)
-                    found.put(block.vals, block.rows, _over(shares, made))
-        return found
+                    products.put(block.vals, block.rows, _over(shares, made))
+        return products
 
     @property
     def _numbers(self) -> int:
@@ -112,45 +117,35 @@ class ExactScores:
         return int(self.part.manifest["coverage"]["covered" if scaled(self.part) else "total"])
 
     def _files(self, places_R: NDArray[np.int64], at_once: int) -> BlockFiles:
-        of = json_digest(
+        identity = json_digest(
             {
                 **exact_identity(self.part),
                 "dtype": self.part.manifest["dtype"]["model"],
                 "rows": hashlib.sha256(places_R.astype("<i8").tobytes()).hexdigest(),
             }
         )
-        identity = {
-            "part": of,
-            "val": {"fingerprint": self.val_fingerprint, "samples": len(self.ids)},
+        sections = {
+            "part": identity,
+            "val": {"fingerprint": self.val_fingerprint, "samples": len(self.vals)},
             "grid": {"vals": at_once, "rows": ROWS_AT_ONCE},
         }
-        return BlockFiles(self.folder / of[:16], identity)
+        return BlockFiles(self.folder / identity[:16], sections)
 
     def _compute(
         self, blocks: Sequence[Block], missing: Sequence[Block], places_R: NDArray[np.int64], shares: Sequence[Share]
     ) -> Iterator[tuple[Block, dict[Share, Products]]]:
         """The ``missing`` ones of ``blocks``; UsageError for val samples that have no score over ``shares``."""
-        again = open_again(self.part, "exact scores", device=self.question.device, progress=self.progress)
-        vals = self._vals(again)
-        pieces = pieces_of(again)
-        exact = exactly(again, pieces)
-        passes_over_rows(self._numbers, len(vals), self.progress)
+        pieces = pieces_of(self.encoder)
+        exact = exactly(self.encoder, pieces)
+        passes_over_rows(self._numbers, len(self.vals), self.progress)
         total, todo = _gradients(blocks), _gradients(missing)
         with closing(self.progress.task("exact gradients", total, total - todo)) as task:
             for (start, stop), same_vals in groupby(missing, key=lambda block: (block.vals.start, block.vals.stop)):
-                held = HeldVals(exact, pieces, vals[start:stop], task)
+                held = HeldVals(exact, pieces, self.vals[start:stop], task)
                 _refuse_useless(self.ids[start:stop], sum((held.squares[share] for share in shares), np.zeros(1)))
                 for block in same_vals:
-                    yield block, held.products(again.tokens(places_R[block.rows]), task)
+                    yield block, held.products(self.encoder.source_rows(places_R[block.rows]), task)
                 del held  # before the next are held
-
-    def _vals(self, again: RowsAgain) -> list[Row]:
-        """The val samples as the part's tokens are made. UsageError if they are not those at ``places``."""
-        with open_corpus(str(self.question.val_set), self.question.val_fields(), self.progress) as corpus:
-            rows = again.rows(islice(corpus.samples(), self.question.max_samples))
-            vals = [row for row in rows if row.status.usable]
-        refuse_other_val([row.sample.source_row for row in vals], self.places)
-        return vals
 
 
 def _over(shares: Sequence[Share], products: Mapping[Share, Products]) -> Products:

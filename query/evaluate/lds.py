@@ -34,9 +34,9 @@ class Lds:
 
 def half(seed: int, number: int, samples: int) -> NDArray[np.bool_]:
     """(N,): half ``number`` of ``samples``: ⌊N/2⌋ at random, the same on every machine."""
-    kept = np.zeros(samples, dtype=bool)
-    kept[draws.permutation(f"ghoststore/1|half|seed={seed}|number={number}", samples)[: samples // 2]] = True
-    return kept
+    mask = np.zeros(samples, dtype=bool)
+    mask[draws.permutation(f"ghoststore/1|half|seed={seed}|number={number}", samples)[: samples // 2]] = True
+    return mask
 
 
 def lds(scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: NDArray[np.float64]) -> Lds:

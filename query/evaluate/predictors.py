@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 
 from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
-from ghoststore.progress import Progress
 from ghoststore.store import Part
-from query.ask.question import Question
-from query.ask.scorer import ask
 from query.evaluate.tf_idf import TfIdf
 from query.exact.products import SHARES, Share
 from query.search.part_score import Metric
@@ -41,37 +38,26 @@ MOST_NUMBERS = 1 << 28
 """Of the dense TF-IDF vectors: 1 GiB."""
 
 
-def of_gradients(question: Question, places: list[int], samples: int, progress: Progress) -> NDArray[np.float64]:
-    """(V, N): scores of ``question``, which asks for each val sample, summed over the windows of a sample.
-
-    UsageError where the val samples are not those at ``places`` of the val set.
-    """
-    asked = ask(question, progress)
-    refuse_other_val(asked.val.places, places)
-    return by_sample(asked.scores(progress), asked.part, samples)
-
-
-def refuse_other_val(found: list[int], places: list[int]) -> None:
-    """UsageError where the val samples that a part ``found`` usable are not those at ``places`` of the val set. Ids
+def refuse_other_val(usable: list[int], places: list[int]) -> None:
+    """UsageError where the val samples that a part finds ``usable`` are not those at ``places`` of the val set. Ids
     would not tell: two samples may have the same.
     """
-    if found != places:
-        first = min(set(found) ^ set(places), default=None)
+    if usable != places:
+        first = min(set(usable) ^ set(places), default=None)
         which = "" if first is None else f", the first that only one of them can use at row {first}"
         raise UsageError(
-            f"the val set has {len(found)} usable samples for the store and {len(places)} for the trainings{which}; "
+            f"the val set has {len(usable)} usable samples for the store and {len(places)} for the trainings{which}; "
             "remove those that cannot be used"
         )
 
 
 def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArray[np.float64]:
     """(V, N): scores of rows summed over the windows of a sample; 0 for what has none (NaN)."""
-    found = np.zeros((len(scores_VR), samples))
-    for span in part.spans:
-        start, stop = part.layout.span_of(span)
-        rows = np.nan_to_num(scores_VR[:, start:stop], nan=0.0)
-        np.add.at(found.T, part.read("source_row", start, stop), rows.T)
-    return found
+    source, rows = part.column("source_row"), part.row_numbers
+    scores_VN = np.zeros((len(scores_VR), samples))
+    for score_N, score_R in zip(scores_VN, scores_VR, strict=True):
+        np.add.at(score_N, source, np.nan_to_num(score_R[rows], nan=0.0))
+    return scores_VN
 
 
 def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:

@@ -28,9 +28,9 @@ class Removal:
 
 def without_best(scores_N: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     """(N,): False for the ``count`` highest scores; equal ones by lower sample."""
-    kept = np.ones(len(scores_N), dtype=bool)
-    kept[np.argsort(-scores_N, kind="stable")[:count]] = False
-    return kept
+    mask = np.ones(len(scores_N), dtype=bool)
+    mask[np.argsort(-scores_N, kind="stable")[:count]] = False
+    return mask
 
 
 def removal_of(

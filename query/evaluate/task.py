@@ -8,27 +8,40 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.checkpoint.load import find_checkpoint
-from ghoststore.corpus import Fields
+from ghoststore.corpus import Corpus, Fields, open_corpus
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
+from indexer.encode.tokens import Row
 from indexer.tokenize.tokenize import tokenize
 from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.ask.blend import values_of_rows
-from query.ask.encoder import load_for
+from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.question import Question
+from query.ask.scorer import Scorer
 from query.common.texts import corpus_behind
 from query.common.unchanged import read_unchanged
 from query.evaluate.exact import ExactScores
-from query.evaluate.predictors import BASELINES, EXACT, GRADIENTS, by_sample, grouped, of_chance, of_gradients, of_words
+from query.evaluate.predictors import (
+    BASELINES,
+    EXACT,
+    GRADIENTS,
+    by_sample,
+    grouped,
+    of_chance,
+    of_words,
+    refuse_other_val,
+)
 from query.evaluate.trainings import Plan
+from query.search.part_score import METRICS
 
 WHOLE = "all"
 """The group of a whole val set."""
@@ -52,7 +65,8 @@ class Scored:
 class Task:
     """Made by :meth:`of`."""
 
-    part: Part
+    encoder: PartEncoder
+    """Of the part: its model is that of its checkpoint."""
     retrainer: Retrainer
     groups: dict[str, list[int]]
     """Places of val samples, by domain."""
@@ -76,9 +90,11 @@ class Task:
 
         MismatchError if one of them is not the one that the part was built from any more.
         """
-        load_for(part, None, device)  # trainings take its configuration, its weights and its tokenizer from the folder
-        deque(read_unchanged(corpus_behind(part), part, progress), maxlen=0)
-        source, kept = part.manifest["source"], part.manifest["corpus"]
+        corpus = corpus_behind(part)
+        # Trainings take its configuration, its weights and its tokenizer from the folder, once they are checked here.
+        encoder = PartEncoder(part, device=device, corpus=corpus, progress=progress)
+        deque(read_unchanged(corpus, part, progress), maxlen=0)
+        source, scanned = part.manifest["source"], part.manifest["corpus"]
         model = find_checkpoint(source["checkpoint"]).folder
         tokenizer = Path(source["tokenizer"]) if source["tokenizer"] else model
         shards = Path(source["data"])
@@ -89,8 +105,8 @@ class Task:
                 data=source["data"],
                 tokenizer=tokenizer,
                 out=shards,
-                max_samples=kept["max_samples"],
-                fields=Fields(**{name: kept["fields"].get(name) for name in names}),
+                max_samples=scanned["max_samples"],
+                fields=Fields(**{name: scanned["fields"].get(name) for name in names}),
                 progress=progress,
             )
         retrainer = Retrainer(
@@ -109,7 +125,14 @@ class Task:
         groups: dict[str, list[int]] = {}
         for place in range(len(retrainer.val.rows)):
             groups.setdefault(retrainer.val.domain_of(place), []).append(place)
-        return cls(part=part, retrainer=retrainer, groups=dict(sorted(groups.items())), out=out, progress=progress)
+        return cls(
+            encoder=encoder, retrainer=retrainer, groups=dict(sorted(groups.items())), out=out, progress=progress
+        )
+
+    @property
+    def part(self) -> Part:
+        """The part whose scores are evaluated."""
+        return self.encoder.part
 
     @property
     def samples(self) -> int:
@@ -138,49 +161,84 @@ class Task:
         return Plan(job=job, identity=identity, kept=kept)
 
     def methods(
-        self, base: Question, several: Mapping[str, Any], methods: Sequence[str], damping: float | None, run: Run | None
+        self,
+        base: Question,
+        parts: Sequence[Part],
+        weights: Sequence[float],
+        methods: Sequence[str],
+        damping: float | None,
+        run: Run | None,
     ) -> dict[str, Callable[[], Scored]]:
-        """By method, what computes its scores. ``several`` are the parts, and their weights, of ``checkpoints-…``.
+        """By method, what computes its scores. The first of ``parts`` is ours; scores of all of them, summed by their
+        ``weights``, are ``checkpoints-…``. ``base`` asks for each val sample; the val set is encoded here.
 
-        UsageError for a method that the part cannot have.
+        UsageError for a method that the part cannot have, and where it can use other val samples than the trainings.
         """
-
-        def gradients(**settings: Any) -> Callable[[], Scored]:
-            if "precondition" in settings:
-                settings["damping"] = damping
-            question = replace(base, **settings)
-            return lambda: self._of_samples(of_gradients(question, self.places_in_val, self.samples, self.progress))
-
-        found = {method: gradients(**GRADIENTS[method]) for method in methods if method in GRADIENTS}
-        if len(several["part"]) > 1:
-            found |= {f"checkpoints-{metric}": gradients(**several, metric=metric) for metric in ("dot", "cosine")}
-        found |= self._exact(base, [method for method in methods if method in EXACT])
-        texts = [row.sample.preview() for row in self.retrainer.val.rows]
-        seed = self.retrainer.job.recipe.seed
-        baselines: dict[str, Callable[[], Scored]] = {
-            "tf-idf": lambda: self._of_samples(of_words(corpus_behind(self.part), texts, self.samples)),
-            "random": lambda: self._of_samples(of_chance(len(texts), self.samples, seed)),
-        }
-        found |= {method: baselines[method] for method in BASELINES if method in methods}
-        return found if run is None else {**found, f"training-time ({run.name})": lambda: self._of_run(run)}
-
-    def _exact(self, base: Question, methods: Sequence[str]) -> dict[str, Callable[[], Scored]]:
+        exact = [method for method in methods if method in EXACT]
+        gradients = [method for method in methods if method in GRADIENTS]
+        several = len(parts) > 1
+        vals: list[ValVectors] = []
+        rows: list[Row] = []
+        if gradients or several or exact:
+            with open_corpus(str(base.val_set), base.val_fields(), self.progress) as val_set:
+                if gradients or several:
+                    vals = [self._encode(part, base, val_set) for part in parts]
+                if exact:
+                    samples = islice(val_set.samples(), base.max_samples)
+                    rows = [row for row in self.encoder.rows(samples) if row.status.usable]
+                    refuse_other_val([row.sample.source_row for row in rows], self.places_in_val)
+        of: dict[str, Callable[[], Scored]] = {}
+        for method in gradients:
+            question = replace(base, **GRADIENTS[method])
+            if question.precondition != "none":
+                question = replace(question, damping=damping)
+            of[method] = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
+        if several:
+            for metric in METRICS:
+                of[f"checkpoints-{metric}"] = partial(
+                    self._of_gradients, replace(base, metric=metric), parts, weights, vals
+                )
         scores = ExactScores(
-            part=self.part,
-            question=base,
-            ids=self.ids,
-            places=self.places_in_val,
+            encoder=self.encoder,
+            vals=rows,
             val_fingerprint=self.retrainer.val.fingerprint,
             samples=self.samples,
             folder=self.out / "exact",
             progress=self.progress,
         )
-
-        def exact(method: str) -> Callable[[], Scored]:
+        for method in exact:
             scores.refuse(method)
-            return lambda: self._of_samples(scores.of(method))
+            of[method] = partial(self._of_exact, scores, method)
+        for method in BASELINES:
+            if method in methods:
+                of[method] = self._of_words if method == "tf-idf" else self._of_chance
+        return of if run is None else {**of, f"training-time ({run.name})": partial(self._of_run, run)}
 
-        return {method: exact(method) for method in methods}
+    def _encode(self, part: Part, base: Question, val_set: Corpus) -> ValVectors:
+        """The val samples' vectors as a query of ``part`` has them. UsageError if they are not the trainings'."""
+        encoder = self.encoder
+        if part is not self.part:
+            encoder = PartEncoder(part, device=base.device, progress=self.progress)
+        val = encoder.encode_val_set(val_set, "each", base.max_samples)
+        val.note_left_out(self.progress)
+        refuse_other_val(val.places, self.places_in_val)
+        return val
+
+    def _of_gradients(
+        self, question: Question, parts: Sequence[Part], weights: Sequence[float], vals: Sequence[ValVectors]
+    ) -> Scored:
+        scorer = Scorer.of(question, parts, weights, vals, self.progress)
+        return self._of_samples(by_sample(scorer.scores(self.progress), self.part, self.samples))
+
+    def _of_exact(self, scores: ExactScores, method: str) -> Scored:
+        return self._of_samples(scores.of(method))
+
+    def _of_words(self) -> Scored:
+        texts = [row.sample.preview() for row in self.retrainer.val.rows]
+        return self._of_samples(of_words(corpus_behind(self.part), texts, self.samples))
+
+    def _of_chance(self) -> Scored:
+        return self._of_samples(of_chance(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed))
 
     def _of_samples(self, scores_VN: NDArray[np.float64]) -> Scored:
         by_group = grouped(scores_VN, self.groups)

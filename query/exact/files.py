@@ -90,34 +90,35 @@ class GradientFiles:
 
     def _check(self) -> None:
         """Forget files that are gone, so that they are written again; CorruptError for one that is damaged."""
-        kept = {}
+        whole = {}
         for name, entry in self.manifest["files"].items():
             path = self.folder / name
             if not path.exists():
                 continue
-            found = asdict(FileRecord.of(path))
-            if found != {key: entry[key] for key in found}:
+            record = asdict(FileRecord.of(path))
+            if record != {key: entry[key] for key in record}:
                 raise CorruptError(
-                    f"{path} is not what was written ({found['bytes']} bytes, SHA-256 {found['sha256'][:16]}…; written "
-                    f"were {entry['bytes']}, {entry['sha256'][:16]}…). Remove it: the same command writes it again"
+                    f"{path} is not what was written ({record['bytes']} bytes, SHA-256 {record['sha256'][:16]}…; "
+                    f"written were {entry['bytes']}, {entry['sha256'][:16]}…). Remove it: the same command "
+                    "writes it again"
                 )
-            kept[name] = entry
-        self.manifest = {**self.manifest, "files": kept}
+            whole[name] = entry
+        self.manifest = {**self.manifest, "files": whole}
 
 
-def stored_manifest(folder: Path, asked: Manifest) -> Manifest | None:
+def stored_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     """The manifest of ``folder`` if there is one and it is of the same request; raises as `GradientFiles.writing`."""
     try:
-        found = read_record(folder / MANIFEST, LARGEST_MANIFEST)
+        stored = read_record(folder / MANIFEST, LARGEST_MANIFEST)
     except FileNotFoundError:
         return None
     except CorruptError as error:
         raise CorruptError(f"{error}: nothing says what the files in {folder} are. Give --out another path") from error
-    version = found.pop("ghoststore_gradients", None)
+    version = stored.pop("ghoststore_gradients", None)
     if version != VERSION:
         raise MismatchError(f"{folder} has gradients of version {version!r}; this release writes version {VERSION}")
-    refuse_differences(found, json.loads(json.dumps(asked)), str(folder), KIND)
-    return found
+    refuse_differences(stored, json.loads(json.dumps(wanted)), str(folder), KIND)
+    return stored
 
 
 def file_name(first_row: int, rows_per_file: int) -> str:

@@ -156,9 +156,9 @@ def _row_entry(row: Row) -> dict[str, Any]:
     }
 
 
-def _source(found: Checkpoint, tokenizer: str | Path | None, corpus: Corpus, data: str) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, tokenizer: str | Path | None, corpus: Corpus, data: str) -> dict[str, Any]:
     return {
-        "checkpoint": str(found.folder.resolve()),
+        "checkpoint": str(checkpoint.folder.resolve()),
         "tokenizer": None if tokenizer is None else str(Path(tokenizer).resolve()),
         "data": "-" if data == "-" else absolute(corpus.source),
     }

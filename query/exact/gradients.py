@@ -76,11 +76,11 @@ class ExactGradients:
     @property
     def slices(self) -> list[ParameterSlice]:
         """Of the flat vector, in the order of the model."""
-        found, start = [], 0
+        slices, start = [], 0
         for name, parameter in self.parameters.items():
-            found.append(ParameterSlice(name, tuple(parameter.shape), start, start + parameter.numel()))
-            start = found[-1].stop
-        return found
+            slices.append(ParameterSlice(name, tuple(parameter.shape), start, start + parameter.numel()))
+            start = slices[-1].stop
+        return slices
 
     @property
     def numbers(self) -> int:
@@ -95,9 +95,9 @@ class ExactGradients:
         logits = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
         losses, _ = next_token_losses(logits, labels, reduction=self._reduction)
         del logits
-        found = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
         parts = {
             name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(self.parameters.items(), found, strict=True)
+            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True)
         }
         return Gradient(parts, float(losses.detach()))

@@ -130,7 +130,7 @@ class GradientsJob:
 
     def _gradients(self, rows: Sequence[Row]) -> tuple[Tensor, list[float | None], list[str]]:
         """(B, P) in the stored dtype, zeros for a row that cannot be used; losses (None without one) and statuses."""
-        found = torch.zeros(len(rows), self.exact.numbers, dtype=self.dtype)
+        gradients = torch.zeros(len(rows), self.exact.numbers, dtype=self.dtype)
         losses: list[float | None] = [None] * len(rows)
         fates = [row.status for row in rows]
         for place, row in enumerate(rows):
@@ -142,11 +142,11 @@ class GradientsJob:
                 continue
             losses[place] = gradient.loss
             for one in self.exact.slices:
-                found[place, one.start : one.stop] = gradient.parts[one.name].flatten()
-            if not bool(torch.isfinite(found[place]).all()):
+                gradients[place, one.start : one.stop] = gradient.parts[one.name].flatten()
+            if not bool(torch.isfinite(gradients[place]).all()):
                 fates[place] = Status.OUT_OF_RANGE
-                found[place] = 0
-        return found, losses, [fate.name.lower() for fate in fates]
+                gradients[place] = 0
+        return gradients, losses, [fate.name.lower() for fate in fates]
 
     def _refuse_too_large(self, needed: int) -> None:
         there = physical_memory()

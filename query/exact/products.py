@@ -124,19 +124,19 @@ class HeldVals:
 
     def products(self, rows: Sequence[Row], task: Task) -> dict[Share, Products]:
         """Products with ``rows``, over the layers and over the rest."""
-        found = {
+        products = {
             share: Products(np.zeros((len(squares), len(rows))), squares, np.zeros(len(rows)))
             for share, squares in self.squares.items()
         }
         for place, row in enumerate(rows):
-            mine = self._pieces.of(self._exact(row))
+            pieces = self._pieces.of(self._exact(row))
             for share in SHARES:
-                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in mine[share])
-                found[share].row_R[place] = sum(squares)
-                for val_Qn, row_n in zip(self._held[share], mine[share], strict=True):
-                    found[share].dots_QR[:, place] += (val_Qn @ row_n).double().cpu().numpy()
+                squares = (float(piece.square().sum(dtype=torch.float64)) for piece in pieces[share])
+                products[share].row_R[place] = sum(squares)
+                for val_Qn, row_n in zip(self._held[share], pieces[share], strict=True):
+                    products[share].dots_QR[:, place] += (val_Qn @ row_n).double().cpu().numpy()
             task.advance(1, len(row.tokens))
-        return found
+        return products
 
 
 def exact_products(
@@ -147,13 +147,13 @@ def exact_products(
     NaN where a gradient is not finite. Products are float32 matrix products of one parameter's numbers, summed over
     parameters in float64. ``task`` advances by the gradients that are computed.
     """
-    found = {share: Products.empty(len(vals), len(rows)) for share in SHARES}
+    sums = {share: Products.empty(len(vals), len(rows)) for share in SHARES}
     at_once = vals_at_once(exact.numbers)
     for first in range(0, len(vals), at_once):
         some = slice(first, min(first + at_once, len(vals)))
         for share, products in HeldVals(exact, pieces, vals[some], task).products(rows, task).items():
-            found[share].put(some, slice(None), products)
-    return found
+            sums[share].put(some, slice(None), products)
+    return sums
 
 
 def vals_at_once(numbers: int) -> int:
@@ -165,11 +165,11 @@ def _hold(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task
     """(Q, n) a piece."""
     held: dict[Share, list[Tensor]] = {}
     for place, row in enumerate(vals):
-        mine = pieces.of(exact(row))
+        of_row = pieces.of(exact(row))
         if not held:
-            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in mine[share]] for share in SHARES}
+            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in of_row[share]] for share in SHARES}
         for share in SHARES:
-            for rows_Qn, piece in zip(held[share], mine[share], strict=True):
+            for rows_Qn, piece in zip(held[share], of_row[share], strict=True):
                 rows_Qn[place] = piece
         task.advance(1, len(row.tokens))
     return held

@@ -49,17 +49,17 @@ class Agreement:
         return asdict(self)
 
 
-def agreement(found_QR: Scores, exact_QR: Scores, *, seed: int = 0) -> Agreement:
-    """Of ``found_QR`` with ``exact_QR``; all are finite. Recall is that of 10 rows, or of all if they are fewer."""
+def agreement(score_QR: Scores, exact_QR: Scores, *, seed: int = 0) -> Agreement:
+    """Of ``score_QR`` with ``exact_QR``; all are finite. Recall is that of 10 rows, or of all if they are fewer."""
     at = min(AT, exact_QR.shape[1])
-    pairs = list(zip(found_QR, exact_QR, strict=True))
-    same = np.sign(found_QR) == np.sign(exact_QR)
-    squares = np.stack([np.square(found_QR - exact_QR).sum(1), np.square(exact_QR).sum(1)], axis=1)
+    pairs = list(zip(score_QR, exact_QR, strict=True))
+    same = np.sign(score_QR) == np.sign(exact_QR)
+    squares = np.stack([np.square(score_QR - exact_QR).sum(1), np.square(exact_QR).sum(1)], axis=1)
     resample = Resampler(len(exact_QR), seed)
     return Agreement(
-        spearman=resample(spearman(found_QR, exact_QR), _mean),
+        spearman=resample(spearman(score_QR, exact_QR), _mean),
         sign=resample(same.mean(1), _mean),
-        recall=resample(np.array([np.isin(best(exact, at), best(found, at)).mean() for found, exact in pairs]), _mean),
+        recall=resample(np.array([np.isin(best(exact, at), best(score, at)).mean() for score, exact in pairs]), _mean),
         at=at,
         relative_error=resample(squares, _root_of_ratio),
     )
@@ -69,12 +69,12 @@ class Resampler:
     """The same draws of queries, with replacement, for every number that is estimated."""
 
     def __init__(self, queries: int, seed: int) -> None:
-        self._drawn_SQ = np.random.default_rng(seed).integers(0, queries, (RESAMPLES, queries))
+        self._sample_SQ = np.random.default_rng(seed).integers(0, queries, (RESAMPLES, queries))
 
     def __call__(self, of_queries: Scores, statistic: Callable[[Scores], Scores]) -> Estimate:
         """``statistic`` reduces axis 1 of (…, Q) or (…, Q, columns)."""
         value = float(statistic(of_queries[None])[0])
-        edges = np.quantile(statistic(of_queries[self._drawn_SQ]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        edges = np.quantile(statistic(of_queries[self._sample_SQ]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(edges[0]), float(edges[1]))
 
 

@@ -25,25 +25,26 @@ class DenseProjection:
     UsageError for a matrix that would take too long to draw.
     """
 
-    def __init__(self, kept: int, numbers: int, seed: int) -> None:
-        if kept < 1:
-            raise UsageError(f"--reference naive_proj_layers={kept}: at least one number must be left")
-        if kept * numbers > MOST_NUMBERS:
+    def __init__(self, dimension: int, numbers: int, seed: int) -> None:
+        if dimension < 1:
+            raise UsageError(f"--reference naive_proj_layers={dimension}: at least one number must be left")
+        if dimension * numbers > MOST_NUMBERS:
             raise UsageError(
-                f"--reference naive_proj_layers={kept}: a dense matrix of {kept:,} × {numbers:,} numbers is drawn; at "
-                f"most {MOST_NUMBERS:,} are. Give at most {MOST_NUMBERS // numbers:,}, or full_layers, which is exact"
+                f"--reference naive_proj_layers={dimension}: a dense matrix of {dimension:,} × {numbers:,} numbers is "
+                f"drawn; at most {MOST_NUMBERS:,} are. Give at most {MOST_NUMBERS // numbers:,}, or full_layers, "
+                "which is exact"
             )
-        self.kept, self._seed = kept, seed
+        self.dimension, self._seed = dimension, seed
 
     def __call__(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
         """(B, N) float64 of B gradients, each a list of flat pieces of the same lengths."""
-        found_BN = torch.zeros(len(gradients), self.kept, dtype=torch.float64)
-        width = max(1, MATRIX_NUMBERS // self.kept)
+        projected_BN = torch.zeros(len(gradients), self.dimension, dtype=torch.float64)
+        width = max(1, MATRIX_NUMBERS // self.dimension)
         for place, piece in enumerate(gradients[0]):
             for start in range(0, len(piece), width):
                 columns = slice(start, min(start + width, len(piece)))
-                key = f"ghoststore/1|dense|seed={self._seed}|piece={place}|start={start}|numbers={self.kept}"
-                matrix_Nn = torch.from_numpy(draws.gaussian(key, self.kept, columns.stop - start))
+                key = f"ghoststore/1|dense|seed={self._seed}|piece={place}|start={start}|numbers={self.dimension}"
+                matrix_Nn = torch.from_numpy(draws.gaussian(key, self.dimension, columns.stop - start))
                 some_Bn = torch.stack([gradient[place][columns].cpu() for gradient in gradients])
-                found_BN += (some_Bn @ matrix_Nn.t()).double()
-        return found_BN
+                projected_BN += (some_Bn @ matrix_Nn.t()).double()
+        return projected_BN

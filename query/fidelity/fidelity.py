@@ -21,15 +21,14 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import keep_fidelity
 from indexer.projection.stored import metric_of
-from query.ask.recompute import RowsAgain
+from query.ask.encoder import PartEncoder
 from query.exact.gradients import ExactGradients
 from query.exact.products import Pieces, Products, Share, exact_products, vals_at_once
 from query.fidelity.agreement import Agreement, agreement
-from query.fidelity.sample import Draw, Drawn, draw, open_again
-from query.search.layers import choose_groups
+from query.fidelity.sample import RowSample, SampleSpec, open_encoder, take_sample
 from query.search.part_score import METRICS, Metric, mask_of
-from query.search.parts import open_parts
-from query.search.vectors import StoredRows
+from query.search.parts import choose_groups, open_parts
+from query.search.vectors import PartVectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,28 +98,28 @@ def fidelity(
     progress, begun = progress or Silent(), time.perf_counter()
     if metric not in METRICS:
         raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
-    asked = Draw(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
+    spec = SampleSpec(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
     (opened,), _ = open_parts(store, part, None, progress)
     groups = choose_groups(opened, layers, exclude_layers)
-    again = open_again(opened, "the fidelity", checkpoint=checkpoint, device=device, progress=progress)
-    drawn = draw(again, asked, progress)
-    found = stored_products(opened, drawn, groups)
-    pieces = pieces_of(again, groups)
-    exact = measure_exactly(exactly(again, pieces), pieces, drawn, progress)
+    encoder = open_encoder(opened, "the fidelity", checkpoint=checkpoint, device=device, progress=progress)
+    sample = take_sample(encoder, spec, progress)
+    approximate = vector_products(opened, sample, groups)
+    pieces = pieces_of(encoder, groups)
+    exact = measure_exactly(exactly(encoder, pieces), pieces, sample, progress)
     queries, rows_in = finite_pairs(exact.values(), progress)
-    found_QR = found.only(queries, rows_in).scores(metric)
+    score_QR = approximate.only(queries, rows_in).scores(metric)
     references = {share: products.only(queries, rows_in) for share, products in exact.items()}
     whole = None if scaled(opened) else references["layers"] + references["rest"]
     report = FidelityReport(
         store=str(store),
         part=opened.name,
         metric=metric,
-        rows=found_QR.shape[1],
-        val_samples=len(found_QR),
+        rows=score_QR.shape[1],
+        val_samples=len(score_QR),
         val_set=None if val_set is None else str(val_set),
         seed=seed,
-        layers=agreement(found_QR, references["layers"].scores(metric), seed=seed),
-        all=None if whole is None else agreement(found_QR, whole.scores(metric), seed=seed),
+        layers=agreement(score_QR, references["layers"].scores(metric), seed=seed),
+        all=None if whole is None else agreement(score_QR, whole.scores(metric), seed=seed),
         own_metric=metric_words(opened),
         coverage=float(opened.manifest["coverage"]["share"]),
         only_layers=list(layers),
@@ -146,34 +145,36 @@ def metric_words(part: Part) -> str | None:
     return None if projection["precondition"] == "none" else "preconditioned when it was built"
 
 
-def stored_products(part: Part, drawn: Drawn, groups: Sequence[int] | None = None) -> Products:
-    """What a query gives the drawn rows, by the vectors of the blocks ``groups`` (default: all)."""
-    rows_RD = StoredRows(part).gather(drawn.places).double() * mask_of(part, groups)
-    queries_QD = drawn.queries_QD.double() * mask_of(part, groups)
+def vector_products(part: Part, sample: RowSample, groups: Sequence[int] | None = None) -> Products:
+    """What a query gives the sampled rows, by the vectors of the blocks ``groups`` (default: all)."""
+    rows_RD = PartVectors(part).gather(sample.places).double() * mask_of(part, groups)
+    queries_QD = sample.queries_QD.double() * mask_of(part, groups)
     return Products.of(queries_QD, rows_RD)
 
 
-def pieces_of(again: RowsAgain, groups: Sequence[int] | None = None) -> Pieces:
-    """How gradients are cut for the part of ``again``: the layers of ``groups`` (default: all projected), the rest."""
-    plan = again.encoder.plan
+def pieces_of(encoder: PartEncoder, groups: Sequence[int] | None = None) -> Pieces:
+    """How gradients are cut for the part of ``encoder``: the layers of ``groups`` (default: all), and the rest."""
+    plan = encoder.plan
     blocks = [layer.block for layer in plan.layers]
     chosen = None if groups is None else {blocks[group].name for group in groups}
-    return Pieces(blocks, metric_of(again.part, plan), chosen)
+    return Pieces(blocks, metric_of(encoder.part, plan), chosen)
 
 
-def exactly(again: RowsAgain, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:
-    """Exact gradients by the model of ``again``, which is taken over; with ``layers_alone`` without the rest."""
-    reduction = again.part.manifest["loss"]["reduction"]
+def exactly(encoder: PartEncoder, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:
+    """Exact gradients by the model of ``encoder``, which is taken over; with ``layers_alone`` without the rest."""
+    reduction = encoder.part.manifest["loss"]["reduction"]
     names = pieces.covered if layers_alone else pieces.parameters
-    return ExactGradients(again.encoder.model, names, reduction=reduction)
+    return ExactGradients(encoder.model, names, reduction=reduction)
 
 
-def measure_exactly(exact: ExactGradients, pieces: Pieces, drawn: Drawn, progress: Progress) -> dict[Share, Products]:
-    """Exact products of the drawn rows, over the layers and the rest."""
-    vals, rows = len(drawn.vals), len(drawn.rows)
+def measure_exactly(
+    exact: ExactGradients, pieces: Pieces, sample: RowSample, progress: Progress
+) -> dict[Share, Products]:
+    """Exact products of the sampled rows, over the layers and the rest."""
+    vals, rows = len(sample.vals), len(sample.rows)
     passes = passes_over_rows(exact.numbers, vals, progress)
     with closing(progress.task("exact gradients", vals + passes * rows)) as task:
-        return exact_products(exact, pieces, drawn.vals, drawn.rows, task)
+        return exact_products(exact, pieces, sample.vals, sample.rows, task)
 
 
 def passes_over_rows(numbers: int, vals: int, progress: Progress) -> int:
@@ -190,8 +191,8 @@ def passes_over_rows(numbers: int, vals: int, progress: Progress) -> int:
 
 def finite_pairs(exact: Collection[Products], progress: Progress) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(val samples, rows) whose exact gradients are finite; UsageError if too few are."""
-    queries = np.logical_and.reduce([np.isfinite(one.val_Q) for one in exact])
-    rows = np.logical_and.reduce([np.isfinite(one.row_R) for one in exact])
+    queries = np.logical_and.reduce([np.isfinite(products.val_Q) for products in exact])
+    rows = np.logical_and.reduce([np.isfinite(products.row_R) for products in exact])
     lost = int((~queries).sum() + (~rows).sum())
     if lost:
         progress.note(f"{lost} samples whose exact gradient is not finite are left out")

@@ -53,11 +53,11 @@ def draw_errors(curve: dict[str, Any], path: Path, reference_numbers: int | None
 
 def series(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Points that share a line: of one kind of matrices, plain or sketched, of one dtype."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_label: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         label = f"{point['kind']} blocks{', sketched' if point['compress'] else ''}, {point['dtype']}"
-        found.setdefault(label, []).append(point)
-    return found
+        by_label.setdefault(label, []).append(point)
+    return by_label
 
 
 def _draw_theory(axes: Any, points: list[dict[str, Any]], reference_numbers: int | None) -> None:

@@ -23,7 +23,6 @@ from ghoststore.store import Part, Store
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
 from indexer.encode.tokens import Row
-from query.ask.recompute import RowsAgain
 from query.exact.gradients import ExactGradients
 from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
@@ -35,11 +34,11 @@ from query.fidelity.fidelity import (
     metric_words,
     pieces_of,
     scaled,
-    stored_products,
+    vector_products,
 )
 from query.fidelity.plot import draw_errors
 from query.fidelity.reference import fitting_parts, parse_reference, part_of_rank
-from query.fidelity.sample import Draw, draw, open_again
+from query.fidelity.sample import SampleSpec, open_encoder, take_sample
 from query.fidelity.theory import PairMoments, dense_error, kronecker_error
 from query.search.part_score import METRICS, Metric
 from query.training_scores.plots import check_plot
@@ -124,7 +123,7 @@ def plot_error(
     mode, number = parse_reference(reference)
     if metric not in METRICS:
         raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
-    asked = Draw(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
+    spec = SampleSpec(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
     parts = fitting_parts(Store.open(store), [part] if isinstance(part, str) else list(part or ()))
     if mode == "full" and scaled(parts[0]):
         raise UsageError(
@@ -132,18 +131,18 @@ def plot_error(
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
-    measure = _Measure(parts, asked, checkpoint, device, progress)
-    found = {one.name: measure.stored(one) for one in parts}
+    measure = _Measure(parts, spec, checkpoint, device, progress)
+    by_vectors = {one.name: measure.by_vectors(one) for one in parts}
     if target is not None:
-        truth, parts = found[target.name], [one for one in parts if one is not target]
+        truth, parts = by_vectors[target.name], [one for one in parts if one is not target]
     else:
         truth = measure.reference(mode, number)
     pairs = measure.pairs() if mode == "full_layers" else []
     other = target.layout.dimension if target is not None else number if mode == "naive_proj_layers" else None
-    kept = finite_pairs([truth], progress)
-    truth = truth.only(*kept)
+    finite = finite_pairs([truth], progress)
+    truth = truth.only(*finite)
     points = [
-        _point(one, found[one.name].only(*kept), truth, metric, seed, dense_error(one.layout.dimension, other), pairs)
+        _point(one, by_vectors[one.name].only(*finite), truth, metric, seed, other, pairs)
         for one in sorted(parts, key=lambda one: (one.layout.dimension, one.name))
     ]
     curve = ErrorCurve(
@@ -163,80 +162,77 @@ def plot_error(
 
 
 class _Measure:
-    """The same rows and val samples, as each part and as the model has them. The model of the first part is kept."""
+    """The same rows and val samples, as each part and as the model has them. Parts of one model share it."""
 
     def __init__(
-        self, parts: Sequence[Part], asked: Draw, checkpoint: str | Path | None, device: str, progress: Progress
+        self, parts: Sequence[Part], spec: SampleSpec, checkpoint: str | Path | None, device: str, progress: Progress
     ) -> None:
-        self._asked, self._progress = asked, progress
+        self._seed, self._progress = spec.seed, progress
         self._settings: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "progress": progress}
-        self._first = parts[0]
-        self._again = self._open(parts[0])
-        self._drawn = draw(self._again, asked, progress, *parts[1:])
-        self._pieces: Pieces = pieces_of(self._again)
+        self._encoder = open_encoder(parts[0], "the error", **self._settings)
+        self._sample = take_sample(self._encoder, spec, progress, *parts[1:])
+        self._pieces: Pieces = pieces_of(self._encoder)
 
-    def _open(self, part: Part) -> RowsAgain:
-        return open_again(part, "the error", **self._settings)
-
-    def stored(self, part: Part) -> Products:
+    def by_vectors(self, part: Part) -> Products:
         """By the vectors of ``part``."""
-        drawn = self._drawn
-        if part is not self._first:
-            with self._open(part) as again:
-                drawn = replace(drawn, queries_QD=again.vectors(drawn.vals))
-        return stored_products(part, drawn)
+        sample, first = self._sample, self._encoder.part
+        if part is not first:
+            same = all(part.manifest[name] == first.manifest[name] for name in ("dtype", "compute"))
+            encoder = self._encoder.for_part(part) if same else open_encoder(part, "the error", **self._settings)
+            sample = replace(sample, queries_QD=encoder.vectors(sample.vals))
+        return vector_products(part, sample)
 
     def reference(self, mode: str, number: int) -> Products:
         """By exact gradients; ``number`` is that of the naive projection."""
         if mode == "naive_proj_layers":
             return self._naive(number)
-        exact = exactly(self._again, self._pieces, layers_alone=mode == "full_layers")
-        found = measure_exactly(exact, self._pieces, self._drawn, self._progress)
-        return found["layers"] if mode == "full_layers" else found["layers"] + found["rest"]
+        exact = exactly(self._encoder, self._pieces, layers_alone=mode == "full_layers")
+        products = measure_exactly(exact, self._pieces, self._sample, self._progress)
+        return products["layers"] if mode == "full_layers" else products["layers"] + products["rest"]
 
     def pairs(self) -> list[PairMoments]:
         """Of random pairs of a val sample and a row."""
-        exact = exactly(self._again, self._pieces, layers_alone=True)
-        rng = np.random.default_rng(self._asked.seed)
-        found = []
+        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        rng = np.random.default_rng(self._seed)
+        moments = []
         with closing(self._progress.task("theory", PAIRS)) as task:
             for _ in range(PAIRS):
-                some = [rows[int(rng.integers(len(rows)))] for rows in (self._drawn.vals, self._drawn.rows)]
+                some = [rows[int(rng.integers(len(rows)))] for rows in (self._sample.vals, self._sample.rows)]
                 first, second = (exact(row) for row in some)
                 if first.finite and second.finite:
-                    found.append(PairMoments.of(self._pieces.matrices(first), self._pieces.matrices(second)))
+                    moments.append(PairMoments.of(self._pieces.matrices(first), self._pieces.matrices(second)))
                 task.advance(1)
-        return found
+        return moments
 
     def _naive(self, number: int) -> Products:
-        exact = exactly(self._again, self._pieces, layers_alone=True)
-        project = DenseProjection(number, exact.numbers, self._asked.seed)
-        both = [self._projected(exact, project, rows) for rows in (self._drawn.vals, self._drawn.rows)]
+        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        project = DenseProjection(number, exact.numbers, self._seed)
+        both = [self._projected(exact, project, rows) for rows in (self._sample.vals, self._sample.rows)]
         return Products.of(*both)
 
     def _projected(self, exact: ExactGradients, project: DenseProjection, rows: Sequence[Row]) -> Tensor:
         """(rows, N) float64; as many gradients are held as fit, for the matrix is drawn again for each lot."""
         at_once = max(1, MEMORY // (4 * exact.numbers))
-        found = []
+        projected = []
         with closing(self._progress.task("naive projection", len(rows))) as task:
             for start in range(0, len(rows), at_once):
                 some = rows[start : start + at_once]
-                found.append(project([self._pieces.of(exact(row))["layers"] for row in some]))
+                projected.append(project([self._pieces.of(exact(row))["layers"] for row in some]))
                 task.advance(len(some), sum(len(row.tokens) for row in some))
-        return torch.cat(found)
+        return torch.cat(projected)
 
 
 def _point(
     part: Part,
-    found: Products,
+    approximate: Products,
     truth: Products,
     metric: Metric,
     seed: int,
-    theory_dense: float,
+    reference_numbers: int | None,
     pairs: Sequence[PairMoments],
 ) -> ErrorPoint:
     lengths = np.where(truth.lengths > 0, truth.lengths, 1.0)
-    errors_QR = np.abs(found.dots_QR - truth.dots_QR) / lengths
+    errors_QR = np.abs(approximate.dots_QR - truth.dots_QR) / lengths
     resample = Resampler(len(errors_QR), seed)
     projection = part.manifest["projection"]
     ranks = [(int(layer["ranks"][0]), int(layer["ranks"][1])) for layer in part.manifest["layers"]]
@@ -250,8 +246,8 @@ def _point(
         dtype=part.layout.dtype,
         mean_error=resample(errors_QR.mean(1), lambda of_queries: of_queries.mean(1)),
         rms_error=resample(np.square(errors_QR).mean(1), lambda of_queries: np.sqrt(of_queries.mean(1))),
-        agreement=agreement(found.scores(metric), truth.scores(metric), seed=seed),
-        theory_dense=theory_dense,
+        agreement=agreement(approximate.scores(metric), truth.scores(metric), seed=seed),
+        theory_dense=dense_error(part.layout.dimension, reference_numbers),
         theory_rms=kronecker_error(pairs, ranks, projection["compress"]) if known else None,
     )
 

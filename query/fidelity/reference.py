@@ -16,10 +16,10 @@ REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=(\d{1,12})")
 
 def parse_reference(reference: str) -> tuple[str, int]:
     """(mode, N or 0); UsageError for anything else."""
-    found = REFERENCE.fullmatch(reference)
-    if found is None:
+    matched = REFERENCE.fullmatch(reference)
+    if matched is None:
         raise UsageError(f"--reference {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
-    return (found[1], int(found[2])) if found[1] else (reference, 0)
+    return (matched[1], int(matched[2])) if matched[1] else (reference, 0)
 
 
 def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
@@ -33,9 +33,9 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
         raise UsageError(f"{store.path} has no part with committed rows")
     first = parts[0]
     for part in parts[1:]:
-        found = differences(exact_identity(first), exact_identity(part))
-        if found:
-            path, ours, theirs = found[0]
+        unequal = differences(exact_identity(first), exact_identity(part))
+        if unequal:
+            path, ours, theirs = unequal[0]
             raise MismatchError(
                 f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {ours!r:.90} in the "
                 f"first and {theirs!r:.90} in the second. Name those that are with --part"
@@ -55,11 +55,11 @@ def exact_identity(part: Part) -> dict[str, Any]:
 
 def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
     """The part built with a rank total of ``rank``; UsageError if none or several are."""
-    found = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
-    if len(found) != 1:
+    of_rank = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
+    if len(of_rank) != 1:
         known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
-        problem = "no part was" if not found else f"{len(found)} parts were"
+        problem = "no part was" if not of_rank else f"{len(of_rank)} parts were"
         raise UsageError(f"--reference rank={rank}: {problem} built with --proj-rank-total {rank}; there are: {known}")
     if len(parts) == 1:
         raise UsageError(f"--reference rank={rank}: no other part is there to be compared with it")
-    return found[0]
+    return of_rank[0]

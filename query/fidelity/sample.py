@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +18,9 @@ from ghoststore.corpus import Fields, Sample, open_corpus
 from ghoststore.errors import CheckpointError, CorpusError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.part.status import FIRST_UNUSABLE
-from ghoststore.store.spans.reader import read_span
 from indexer.encode.tokens import Row
-from query.ask.recompute import RowsAgain
+from query.ask.encoder import PartEncoder
+from query.common.texts import corpus_behind
 
 LEAST_ROWS = 11
 """Of recall@10 to say anything."""
@@ -31,8 +29,8 @@ VAL_SHARE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """What to draw; fields have the names of the options. UsageError where they cannot be."""
+class SampleSpec:
+    """Which rows and val samples; fields have the names of the options. UsageError where they cannot be."""
 
     rows: int = 200
     val_samples: int = 20
@@ -53,7 +51,7 @@ class Draw:
 
     def choose(self, part: Part, progress: Progress, *others: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(rows to rank, rows that are val samples), different, usable in ``part`` and ``others``, ascending."""
-        usable = reduce(np.intersect1d, map(usable_rows, (part, *others)))
+        usable = reduce(np.intersect1d, (one.row_numbers[one.usable()] for one in (part, *others)))
         vals = 0 if self.val_set is not None else self.val_samples
         if len(usable) < self.rows + vals:
             vals = min(vals, len(usable) // VAL_SHARE)
@@ -65,25 +63,25 @@ class Draw:
             )
         if rows < self.rows:
             progress.note(f"part {part.name!r} has {len(usable):,} usable rows: {rows:,} are ranked")
-        drawn = np.random.default_rng(self.seed).choice(usable, rows + vals, replace=False)
-        return np.sort(drawn[vals:]), np.sort(drawn[:vals])
+        sample = np.random.default_rng(self.seed).choice(usable, rows + vals, replace=False)
+        return np.sort(sample[vals:]), np.sort(sample[:vals])
 
-    def read_vals(self, again: RowsAgain, places: NDArray[np.int64], progress: Progress) -> list[Row]:
-        """The val samples: the rows ``places``, or as many of ``val_set``, drawn; those that cannot be used are left
+    def read_vals(self, encoder: PartEncoder, places: NDArray[np.int64], progress: Progress) -> list[Row]:
+        """The val samples: the rows ``places``, or as many of ``val_set``, sampled; those that cannot be used are left
         out.
         """
         if self.val_set is None:
-            return again.tokens(places)
+            return encoder.source_rows(places)
         with open_corpus(str(self.val_set), self.fields or Fields(), progress) as corpus:
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
-        usable = [row for row in again.rows(samples) if row.status.usable]
+        usable = [row for row in encoder.rows(samples) if row.status.usable]
         if not usable:
             raise UsageError(f"none of the {len(samples)} samples drawn from {self.val_set} can be used")
         return usable
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class RowSample:
     """Rows and val samples, read; and how a part sees them."""
 
     places: NDArray[np.int64]
@@ -94,21 +92,22 @@ class Drawn:
     """(Q, D) float32: the val samples as a query encodes them."""
 
 
-def draw(again: RowsAgain, asked: Draw, progress: Progress, *others: Part) -> Drawn:
-    """Draw from the part of ``again`` rows that ``others`` have, too. It is entered and left here: its model is free
-    for other uses afterwards.
+def take_sample(encoder: PartEncoder, spec: SampleSpec, progress: Progress, *others: Part) -> RowSample:
+    """Of the part of ``encoder``, rows that ``others`` have, too."""
+    places, held_out = spec.choose(encoder.part, progress, *others)
+    rows, vals = encoder.source_rows(places), spec.read_vals(encoder, held_out, progress)
+    return RowSample(places, rows, vals, encoder.vectors(vals))
+
+
+def open_encoder(
+    part: Part, what: str, *, checkpoint: str | Path | None = None, device: str, progress: Progress
+) -> PartEncoder:
+    """The encoder of ``part``, its corpus open, too. Where the checkpoint or the corpus is gone, the error says that
+    ``what`` cannot be done for that.
     """
-    places, held_out = asked.choose(again.part, progress, *others)
-    rows, vals = again.tokens(places), asked.read_vals(again, held_out, progress)
-    with again:
-        queries = again.vectors(vals)
-    return Drawn(places, rows, vals, queries)
-
-
-def open_again(part: Part, what: str, **settings: Any) -> RowsAgain:
-    """`RowsAgain`; where the checkpoint or the corpus is gone, the error says that ``what`` cannot be done for that."""
     try:
-        return RowsAgain(part, **settings)
+        corpus = corpus_behind(part)  # before the model, which takes longer
+        return PartEncoder(part, checkpoint=checkpoint, device=device, corpus=corpus, progress=progress)
     except CheckpointError as error:
         raise CheckpointError(
             f"{what} of part {part.name!r} cannot be measured without its checkpoint: {error}"
@@ -119,23 +118,13 @@ def open_again(part: Part, what: str, **settings: Any) -> RowsAgain:
         raise UsageError(f"{what} of part {part.name!r} cannot be measured: {error}") from error
 
 
-def usable_rows(part: Part) -> NDArray[np.int64]:
-    """Committed rows with a vector, ascending."""
-    found = [np.zeros(0, dtype=np.int64)]
-    for span in part.spans:
-        start, _ = part.layout.span_of(span)
-        (places,) = np.nonzero(read_span(part, "status", span) < FIRST_UNUSABLE)
-        found.append(start + places)
-    return np.concatenate(found)
-
-
 def reservoir(samples: Iterable[Sample], count: int, seed: int) -> list[Sample]:
     """``count`` of ``samples``, each as likely as any, in their order (Vitter 1985, algorithm R)."""
     rng = np.random.default_rng(seed)
-    kept: list[Sample] = []
+    held: list[Sample] = []
     for place, sample in enumerate(samples):
         if place < count:
-            kept.append(sample)
+            held.append(sample)
         elif (slot := int(rng.integers(0, place + 1))) < count:
-            kept[slot] = sample
-    return sorted(kept, key=lambda sample: sample.source_row)
+            held[slot] = sample
+    return sorted(held, key=lambda sample: sample.source_row)

@@ -96,11 +96,11 @@ class PairMoments:
 
     def root_variance(self, ranks: Sequence[tuple[int, int]], compress: int | None) -> float:
         """Standard deviation of the inner product ÷ (|g||h|), for blocks of (k_out, k_in) numbers."""
-        found = sum(block.variance(*rank) for block, rank in zip(self.blocks, ranks, strict=True))
+        variance = sum(block.variance(*rank) for block, rank in zip(self.blocks, ranks, strict=True))
         if compress is not None:
             dot = sum(block.dot for block in self.blocks)
-            found += (self.lengths**2 + dot**2 + found) / compress
-        return math.sqrt(max(found, 0.0)) / self.lengths if self.lengths else 0.0
+            variance += (self.lengths**2 + dot**2 + variance) / compress
+        return math.sqrt(max(variance, 0.0)) / self.lengths if self.lengths else 0.0
 
 
 def kronecker_error(pairs: Sequence[PairMoments], ranks: Sequence[tuple[int, int]], compress: int | None) -> float:

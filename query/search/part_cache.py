@@ -68,10 +68,10 @@ class PartCache:
         """
 
         def read(data: Path) -> NDArray[np.float64]:
-            found = np.load(data, mmap_mode="r", allow_pickle=False)
-            if found.shape != shape or found.dtype != np.float64:
-                raise ValueError(f"{data.name} holds {found.dtype} of shape {found.shape}")
-            return np.asanyarray(found)
+            array = np.load(data, mmap_mode="r", allow_pickle=False)
+            if array.shape != shape or array.dtype != np.float64:
+                raise ValueError(f"{data.name} holds {array.dtype} of shape {array.shape}")
+            return np.asanyarray(array)
 
         held: NDArray[np.float64] | None = self._checked("npy", read)
         if held is not None:
@@ -80,9 +80,9 @@ class PartCache:
             begun = self._begun(lambda path: np.lib.format.open_memmap(path, "w+", np.float64, shape).flush())
         except GhostStoreError as error:
             self._not_kept(error)
-            found = np.zeros(shape)
-            fill(found)
-            return found
+            array = np.zeros(shape)
+            fill(array)
+            return array
         try:
             mapped = np.lib.format.open_memmap(begun, "r+")
             fill(mapped)

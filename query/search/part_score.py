@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,24 +20,10 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.store import Part
-from ghoststore.store.part.status import FIRST_UNUSABLE
-from ghoststore.store.spans.reader import read_span
+from query.search.second_moment import DampedInverse
 
 Metric = Literal["dot", "cosine"]
-METRICS = ("dot", "cosine")
-
-
-class Preconditioner(Protocol):
-    """A symmetric positive operator A, block by block: scores are qᵀ A g instead of qᵀ g."""
-
-    def apply(self, vectors_QD: Tensor) -> Tensor:
-        """A times each row, (Q, D) float64."""
-
-    def squares(self, span: int) -> NDArray[np.float64]:
-        """(R, G): gᵀ A g of each row of a span, block by block."""
-
-    def halved(self, rows_RD: Tensor) -> Tensor:
-        """(R, D) float64: each row times a B with BᵀB = A, block by block; products of these are gᵀ A g'."""
+METRICS: tuple[Metric, ...] = ("dot", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +36,7 @@ class Term:
     metric: Metric
     weight: float
     groups: Sequence[int] | None
-    preconditioner: Preconditioner | None
+    preconditioner: DampedInverse | None
 
     @classmethod
     def of(
@@ -61,7 +47,7 @@ class Term:
         metric: Metric,
         weight: float = 1.0,
         groups: Sequence[int] | None = None,
-        preconditioner: Preconditioner | None = None,
+        preconditioner: DampedInverse | None = None,
         names: Sequence[str] | None = None,
     ) -> Term:
         """Restrict ``queries_QD`` to the blocks ``groups`` (default: all), precondition them, and, for the cosine,
@@ -116,58 +102,3 @@ def mask_of(part: Part, groups: Sequence[int] | None) -> Tensor:
         _, start, stop = part.groups[group]
         mask[start:stop] = 1.0
     return mask
-
-
-class RowFacts:
-    """Whether rows can be used, how long they are and how they are scaled, one span at a time."""
-
-    def __init__(
-        self,
-        part: Part,
-        groups: Sequence[int] | None = None,
-        metric: Metric = "dot",
-        weight: float = 1.0,
-        preconditioner: Preconditioner | None = None,
-    ) -> None:
-        self._part, self._metric, self._weight, self._preconditioner = part, metric, weight, preconditioner
-        self._columns: slice | NDArray[np.int64] = slice(None) if groups is None else np.asarray(groups, dtype=np.int64)
-        self._span = -1
-        self._usable = np.zeros(0, dtype=bool)
-        self._length = np.zeros(0)
-        self._factor = np.zeros(0)
-
-    @classmethod
-    def for_term(cls, term: Term) -> RowFacts:
-        """Those that scores of ``term`` need."""
-        return cls(term.part, term.groups, term.metric, term.weight, term.preconditioner)
-
-    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-        """(usable, Euclidean length, factor) of rows of one span: a row's score is its product times the factor.
-
-        The cosine of a row of length zero is 0.
-        """
-        part = self._part
-        span = start // part.layout.span_rows
-        if span != self._span:
-            self._read(span)
-        first, _ = part.layout.span_of(span)
-        inside = slice(start - first, stop - first)
-        return self._usable[inside], self._length[inside], self._factor[inside]
-
-    def _read(self, span: int) -> None:
-        status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
-        self._usable = status < FIRST_UNUSABLE
-        self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
-        if self._metric == "cosine":
-            length = self._length
-            if self._preconditioner is not None:
-                length = np.sqrt(self._preconditioner.squares(span)[:, self._columns].sum(1))
-            self._factor = self._weight / np.where(length > 0, length, 1.0)
-        else:
-            self._factor = np.full(len(status), self._weight)
-        self._span = span
-
-
-def shared_spans(terms: Sequence[Term]) -> list[int]:
-    """Spans that are committed in every part."""
-    return sorted(set.intersection(*(set(term.part.spans) for term in terms)))

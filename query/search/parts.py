@@ -1,4 +1,4 @@
-"""Which parts a question is asked of: one, or several that hold the same rows at successive checkpoints.
+"""What a question is asked of: the layers of one part, or of several that hold the same rows at successive checkpoints.
 
 The sum over checkpoints, weighted by their learning rates, of the products (TracInCP, Pruthi et al. 2020, eq. 1) or of
 the cosines (LESS, Xia et al. 2024, eq. 5) of gradients.
@@ -15,6 +15,8 @@ from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import differences
+from indexer.layers import layer_type_by_name
+from indexer.projection.selection import matches
 
 PartWeights = str | Sequence[float]
 """``learning-rate``, ``equal``, or a number for each part."""
@@ -33,12 +35,11 @@ def open_parts(
 
     UsageError for a part named twice, without rows, or without a learning rate; MismatchError for parts of other rows.
     """
-    opened = Store.open(store)
-    asked = part_names(names)
-    twice = sorted({str(name) for name in asked if asked.count(name) > 1})
+    opened, wanted = Store.open(store), part_names(names)
+    twice = sorted({str(name) for name in wanted if wanted.count(name) > 1})
     if twice:
         raise UsageError(f"--part {twice[0]!r} is given twice")
-    parts = [opened.part(name) for name in asked]
+    parts = [opened.part(name) for name in wanted]
     for part in parts:
         if not part.spans:
             raise UsageError(
@@ -66,16 +67,16 @@ def part_names(names: str | Sequence[str] | None) -> list[str | None]:
 def _refuse_other_rows(parts: Sequence[Part]) -> None:
     first = parts[0]
     for part in parts[1:]:
-        found = [
+        unequal = [
             difference
             for section in SHARED
             for difference in differences(first.manifest[section], part.manifest[section], section)
             if not any(f"{difference[0]}.".startswith(f"{own}.") for own in OWN)
         ]
         if first.layout.span_rows != part.layout.span_rows:
-            found.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
-        if found:
-            path, ours, theirs = found[0]
+            unequal.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
+        if unequal:
+            path, ours, theirs = unequal[0]
             raise MismatchError(
                 f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {ours!r:.90} in the first and "
                 f"{theirs!r:.90} in the second. Build both from the same corpus with the same projection"
@@ -84,22 +85,22 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
             raise UsageError(f"parts {first.name!r} and {part.name!r} have no committed row in common yet")
 
 
-def _weights(parts: Sequence[Part], asked: PartWeights | None) -> list[float]:
+def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
     if len(parts) == 1:
-        if asked is not None:
+        if weights is not None:
             raise UsageError("--part-weights belongs to several --part: one part has nothing to be weighed against")
         return [1.0]
-    if asked == "equal":
+    if weights == "equal":
         return [1.0] * len(parts)
-    if asked is None or asked == "learning-rate":
+    if weights is None or weights == "learning-rate":
         return [_learning_rate(part) for part in parts]
-    if isinstance(asked, str):
-        raise UsageError(f"--part-weights {asked!r}: give learning-rate, equal, or a number for each part")
-    if len(asked) != len(parts):
-        raise UsageError(f"--part-weights has {len(asked)} numbers for {len(parts)} parts")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in asked) or not any(asked):
-        raise UsageError(f"--part-weights must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in asked)}")
-    return [float(weight) for weight in asked]
+    if isinstance(weights, str):
+        raise UsageError(f"--part-weights {weights!r}: give learning-rate, equal, or a number for each part")
+    if len(weights) != len(parts):
+        raise UsageError(f"--part-weights has {len(weights)} numbers for {len(parts)} parts")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise UsageError(f"--part-weights must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in weights)}")
+    return [float(weight) for weight in weights]
 
 
 def _learning_rate(part: Part) -> float:
@@ -110,3 +111,31 @@ def _learning_rate(part: Part) -> float:
             "--part-weights, equal or a number for each part"
         )
     return float(rate)
+
+
+def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[str]) -> list[int] | None:
+    """Places in ``part.groups`` of the layers that the patterns select; None for all.
+
+    UsageError for a pattern without a layer, and for a part whose blocks were sketched together.
+    """
+    if not layers and not exclude_layers:
+        return None
+    if part.sketched_together:
+        raise UsageError(
+            f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part that "
+            "has: ghoststore build … --proj-compress-by layer --name …"
+        )
+    described = [(str(layer["name"]), layer_type_by_name(layer["type"])) for layer in part.manifest["layers"]]
+    for pattern in [*layers, *exclude_layers]:
+        if not any(matches(pattern, name, kind) for name, kind in described):
+            names = ", ".join(name for name, _ in described[:12])
+            raise UsageError(f"layer pattern {pattern!r} matches no layer of part {part.name!r}: {names} …")
+    chosen = [
+        place
+        for place, (name, kind) in enumerate(described)
+        if (not layers or any(matches(pattern, name, kind) for pattern in layers))
+        and not any(matches(pattern, name, kind) for pattern in exclude_layers)
+    ]
+    if not chosen:
+        raise UsageError(f"no layer of part {part.name!r} is left: {list(layers)} without {list(exclude_layers)}")
+    return chosen

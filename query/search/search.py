@@ -1,6 +1,6 @@
 """Exact search: every committed row against every query, streamed, with a running top k.
 
-Legend: Q queries, R rows of a piece, D numbers of a vector.
+Legend: Q queries, R rows of a piece, D numbers of a vector, G blocks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.progress import Task
-from query.search.part_score import RowFacts, Term, shared_spans
-from query.search.vectors import StoredRows, side_by_side
+from ghoststore.store import Part
+from ghoststore.store.part.status import FIRST_UNUSABLE
+from ghoststore.store.spans.reader import read_span
+from query.search.part_score import Metric, Term
+from query.search.second_moment import DampedInverse
+from query.search.vectors import PartVectors, side_by_side
 
 Combine = Literal["max"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
@@ -78,8 +82,63 @@ class RunningTopK:
         all_row = np.concatenate([self.rows[touched].ravel(), row])
         order = np.lexsort((all_row, -all_score, all_query))
         starts = np.searchsorted(all_query[order], np.arange(len(touched)))
-        kept = order[starts[:, None] + np.arange(self.k)]
-        self.scores[touched], self.rows[touched] = all_score[kept], all_row[kept]
+        best = order[starts[:, None] + np.arange(self.k)]
+        self.scores[touched], self.rows[touched] = all_score[best], all_row[best]
+
+
+class RowFacts:
+    """Whether rows can be used, how long they are and how they are scaled, one span at a time."""
+
+    def __init__(
+        self,
+        part: Part,
+        groups: Sequence[int] | None = None,
+        metric: Metric = "dot",
+        weight: float = 1.0,
+        preconditioner: DampedInverse | None = None,
+    ) -> None:
+        self._part, self._metric, self._weight, self._preconditioner = part, metric, weight, preconditioner
+        self._columns: slice | NDArray[np.int64] = slice(None) if groups is None else np.asarray(groups, dtype=np.int64)
+        self._span = -1
+        self._usable = np.zeros(0, dtype=bool)
+        self._length = np.zeros(0)
+        self._factor = np.zeros(0)
+
+    @classmethod
+    def for_term(cls, term: Term) -> RowFacts:
+        """Those that scores of ``term`` need."""
+        return cls(term.part, term.groups, term.metric, term.weight, term.preconditioner)
+
+    def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+        """(usable, Euclidean length, factor) of rows of one span: a row's score is its product times the factor.
+
+        The cosine of a row of length zero is 0.
+        """
+        part = self._part
+        span = start // part.layout.span_rows
+        if span != self._span:
+            self._read(span)
+        first, _ = part.layout.span_of(span)
+        inside = slice(start - first, stop - first)
+        return self._usable[inside], self._length[inside], self._factor[inside]
+
+    def _read(self, span: int) -> None:
+        status, norm = (read_span(self._part, name, span) for name in ("status", "norm"))
+        self._usable = status < FIRST_UNUSABLE
+        self._length = np.sqrt(np.square(norm[:, self._columns], dtype=np.float64).sum(1))
+        if self._metric == "cosine":
+            length = self._length
+            if self._preconditioner is not None:
+                length = np.sqrt(self._preconditioner.squares(span)[:, self._columns].sum(1))
+            self._factor = self._weight / np.where(length > 0, length, 1.0)
+        else:
+            self._factor = np.full(len(status), self._weight)
+        self._span = span
+
+
+def shared_spans(terms: Sequence[Term]) -> list[int]:
+    """Spans that are committed in every part."""
+    return sorted(set.intersection(*(set(term.part.spans) for term in terms)))
 
 
 def product_error(dimension: int) -> float:
@@ -110,7 +169,7 @@ def pair_scores(
     return scores
 
 
-class _Scorer:
+class _PieceScores:
     """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
 
     With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
@@ -137,7 +196,7 @@ class _Scorer:
 
     def pieces(self) -> Iterator[_Piece]:
         """Every row that is committed in all parts."""
-        sources = [StoredRows(term.part, self.device) for term in self.terms]
+        sources = [PartVectors(term.part, self.device) for term in self.terms]
         for vectors in side_by_side(sources, shared_spans(self.terms)):
             start, stop = vectors[0].start, vectors[0].stop
             facts = [fact.of(start, stop) for fact in self._facts]
@@ -207,7 +266,7 @@ class _Scorer:
 class _Piece:
     """Rows ``start`` to ``stop`` of all terms: vectors, factors and lengths by term."""
 
-    scorer: _Scorer
+    scores: _PieceScores
     start: int
     stop: int
     usable_R: Tensor
@@ -216,8 +275,8 @@ class _Piece:
     lengths: list[Tensor]
 
     def exact(self, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
-        """See :meth:`_Scorer.exact`."""
-        return self.scorer.exact(self, places, columns)
+        """See :meth:`_PieceScores.exact`."""
+        return self.scores.exact(self, places, columns)
 
 
 def search(
@@ -238,15 +297,15 @@ def search(
 
     Raises CorruptError for a damaged chunk.
     """
-    scorer = _Scorer(terms, combine, device)
-    best, worst = RunningTopK(scorer.columns, top_k), RunningTopK(scorer.columns, bottom_k)
-    for piece in scorer.pieces():
-        cheap_RQ, slack_RQ = scorer.cheap(piece)
+    scores = _PieceScores(terms, combine, device)
+    best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
+    for piece in scores.pieces():
+        cheap_RQ, slack_RQ = scores.cheap(piece)
         best.add(cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact)
         worst.add(-cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact, sign=-1.0)
         if task:
             task.advance(piece.stop - piece.start)
-    units = scorer.units_Q[:, None]
+    units = scores.units_Q[:, None]
     return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
 
 
@@ -255,11 +314,11 @@ def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | Non
 
     Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
     """
-    scorer = _Scorer(terms, None, device)
-    found = np.full((scorer.queries, terms[0].part.layout.rows), np.nan)
-    for piece in scorer.pieces():
+    scores = _PieceScores(terms, None, device)
+    scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
+    for piece in scores.pieces():
         usable = piece.usable_R.cpu().numpy()
-        found[:, piece.start : piece.stop] = np.where(usable, scorer.all_of(piece), np.nan)
+        scores_QN[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
         if task:
             task.advance(piece.stop - piece.start)
-    return np.asarray(found * scorer.units_Q[:, None])
+    return np.asarray(scores_QN * scores.units_Q[:, None])

@@ -22,8 +22,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from query.search.part_cache import PartCache, keep_newest
-from query.search.part_score import RowFacts
-from query.search.vectors import StoredRows
+from query.search.vectors import PartVectors
 
 DEFAULT_DAMPING = 0.1
 ENOUGH_ROWS = 5
@@ -79,12 +78,11 @@ class SecondMoment:
         sums = [
             torch.zeros(stop - start, stop - start, dtype=torch.float64, device=target) for _, start, stop in groups
         ]
-        rows = 0
-        facts = RowFacts(part)
+        usable, rows, read = torch.from_numpy(part.usable()), 0, 0
         with closing(progress.task("second moment", part.rows)) as task:
-            for chunk in StoredRows(part, target).stream():
-                usable, _, _ = facts.of(chunk.start, chunk.stop)
-                rows_RD = chunk.rows_RD[torch.from_numpy(usable)].double()
+            for chunk in PartVectors(part, target).stream():
+                rows_RD = chunk.rows_RD[usable[read : read + len(chunk.rows_RD)]].double()
+                read += len(chunk.rows_RD)
                 for total, (_, start, stop) in zip(sums, groups, strict=True):
                     block_RK = rows_RD[:, start:stop]
                     total.addmm_(block_RK.t(), block_RK)
@@ -99,7 +97,7 @@ class SecondMoment:
 
 
 class DampedInverse:
-    """(H + λI)⁻¹ of a part, block by block: a :class:`query.search.part_score.Preconditioner`.
+    """(H + λI)⁻¹ of a part, block by block: scores are qᵀ (H + λI)⁻¹ g instead of qᵀ g.
 
     UsageError for a damping that is negative or not finite, and where H + λI is singular: ``damping`` 0 with fewer rows
     than numbers in a block, say.
@@ -179,7 +177,7 @@ class DampedInverse:
 
     def _scan(self, found_NG: NDArray[np.float64]) -> None:
         with closing(self._progress.task("self-influence", self.part.rows)) as task:
-            for chunk in StoredRows(self.part, self._device).stream():
+            for chunk in PartVectors(self.part, self._device).stream():
                 found_NG[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
                 task.advance(chunk.stop - chunk.start)
 

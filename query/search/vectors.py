@@ -5,8 +5,8 @@ Legend: R rows of a chunk, D numbers of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ghoststore.store.spans.reader import Chunk, read_span, stream
 
 
 @dataclass(frozen=True, slots=True)
-class Vectors:
+class VectorChunk:
     """Rows ``start`` to ``stop`` of a part. Valid until the next are asked for."""
 
     start: int
@@ -55,14 +55,14 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
 """``Encoding.numbers`` on the device: D columns or more, in any dtype that float32 holds exactly."""
 
 
-class StoredRows:
+class PartVectors:
     """Reads the vectors of ``part`` as float32 tensors on ``device``, every checksum checked."""
 
     def __init__(self, part: Part, device: str | torch.device = "cpu") -> None:
         self.part = part
         self.device = torch.device(device)
 
-    def stream(self, spans: list[int] | None = None) -> Iterator[Vectors]:
+    def stream(self, spans: list[int] | None = None) -> Iterator[VectorChunk]:
         """Chunks of ``spans`` (default: every committed one), in order; memory does not depend on the part's size."""
         layout = self.part.layout
         numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
@@ -75,14 +75,12 @@ class StoredRows:
                 rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
             if self.part.encoding.scaled:
                 multiply(rows_RD, scale_of(chunk).to(self.device), self.part.groups)
-            yield Vectors(chunk.start, chunk.stop, rows_RD)
+            yield VectorChunk(chunk.start, chunk.stop, rows_RD)
 
     def _chunks(self, spans: list[int] | None) -> Iterator[tuple[Chunk, Tensor]]:
         """Chunks with their stored numbers on the device."""
         chunks = stream(self.part, "vectors", spans)
         if self.device.type == "cuda":
-            from query.search.device_stream import on_device
-
             return on_device(chunks, self.device)
         return ((chunk, torch.from_numpy(chunk.data)) for chunk in chunks)
 
@@ -92,17 +90,17 @@ class StoredRows:
         UsageError for a row that is not committed, CorruptError for a damaged chunk.
         """
         wanted = np.asarray(rows, dtype=np.int64)
-        found = torch.empty(len(wanted), self.part.layout.dimension, device=self.device)
+        vectors_RD = torch.empty(len(wanted), self.part.layout.dimension, device=self.device)
         span_of = wanted // self.part.layout.span_rows
         spans = [int(span) for span in np.unique(span_of)]
         missing = sorted(set(spans) - set(self.part.spans))
         if missing:
             raise UsageError(f"rows of span {missing[0]} of part {self.part.name!r} are not committed")
         for chunk in self.stream(spans):
-            (mine,) = np.nonzero((wanted >= chunk.start) & (wanted < chunk.stop))
-            if len(mine):
-                found[torch.from_numpy(mine)] = chunk.rows_RD[torch.from_numpy(wanted[mine] - chunk.start)]
-        return found
+            (here,) = np.nonzero((wanted >= chunk.start) & (wanted < chunk.stop))
+            if len(here):
+                vectors_RD[torch.from_numpy(here)] = chunk.rows_RD[torch.from_numpy(wanted[here] - chunk.start)]
+        return vectors_RD
 
 
 class _Scales:
@@ -122,10 +120,10 @@ class _Scales:
         return torch.from_numpy(self._scale[chunk.start - first : chunk.stop - first])
 
 
-def side_by_side(sources: Sequence[StoredRows], spans: list[int]) -> Iterator[list[Vectors]]:
+def side_by_side(sources: Sequence[PartVectors], spans: list[int]) -> Iterator[list[VectorChunk]]:
     """Chunks of several parts of the same rows, cut so that each piece has the same rows of all of them."""
     streams = [source.stream(spans) for source in sources]
-    held: list[Vectors] = []
+    held: list[VectorChunk] = []
     try:
         for first in streams[0]:
             held[:1] = [first]
@@ -137,8 +135,59 @@ def side_by_side(sources: Sequence[StoredRows], spans: list[int]) -> Iterator[li
                     elif held[place].stop <= start:
                         held[place] = next(other)
                 stop = min(one.stop for one in held)
-                yield [Vectors(start, stop, one.rows_RD[start - one.start : stop - one.start]) for one in held]
+                yield [VectorChunk(start, stop, one.rows_RD[start - one.start : stop - one.start]) for one in held]
                 start = stop
     finally:
         for stream_of_part in streams:
             stream_of_part.close()  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One of the two buffers on the device, with the pinned memory that feeds it."""
+
+    host: Tensor = field(default_factory=lambda: torch.empty(0))
+    device: Tensor = field(default_factory=lambda: torch.empty(0))
+    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    """The copy has ended: the host buffer is free, the device buffer is filled."""
+    used: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    """What was computed from the device buffer has ended."""
+
+    def fit(self, data: Tensor, device: torch.device) -> None:
+        """Buffers for chunks like ``data``; the first is the largest."""
+        if self.host.dtype != data.dtype or self.host.shape[1:] != data.shape[1:] or len(self.host) < len(data):
+            self.host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
+            self.device = torch.empty(data.shape, dtype=data.dtype, device=device)
+
+
+def on_device(chunks: Iterable[Chunk], device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
+    """Each chunk with its numbers on a CUDA ``device``, valid until the next is asked for. The chunk's own are not.
+
+    Each is copied there while the one before is in use: the copy costs no time of its own, and a part may be larger
+    than the card.
+    """
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    slots = (_Slot(), _Slot())
+    waiting: tuple[Chunk, Tensor, _Slot] | None = None
+    for number, chunk in enumerate(chunks):
+        slot = slots[number % 2]
+        data = torch.from_numpy(chunk.data)
+        slot.copied.synchronize()
+        slot.fit(data, device)
+        slot.host[: len(data)].copy_(data)
+        copies.wait_event(slot.used)
+        with torch.cuda.stream(copies):
+            there = slot.device[: len(data)].copy_(slot.host[: len(data)], non_blocking=True)
+            slot.copied.record(copies)
+        if waiting is not None:
+            yield from _in_use(*waiting, device)
+        waiting = (chunk, there, slot)
+    if waiting is not None:
+        yield from _in_use(*waiting, device)
+
+
+def _in_use(chunk: Chunk, there: Tensor, slot: _Slot, device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
+    current = torch.cuda.current_stream(device)
+    current.wait_event(slot.copied)
+    yield chunk, there
+    slot.used.record(current)

@@ -1,7 +1,7 @@
-"""How much to choose, and of what: an amount, quotas by domain, and the plain choice, best first.
+"""How much to choose, and of what: a budget, quotas by domain, and the plain selection, best first.
 
-A choice spends a budget, in samples or in tokens, that is dealt to *pools*: one for each domain with a quota, and one
-for all others. Each pool is served from the top of the ranking and closes at the first sample that does not fit.
+A selection spends a budget, in samples or in tokens, that is dealt to *pools*: one for each domain with a quota, and
+one for all others. Each pool is served from the top of the ranking and closes at the first sample that does not fit.
 
 Legend: M samples of the part, C candidates.
 """
@@ -29,7 +29,7 @@ NO_DOMAIN = "(none)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Amount:
+class Budget:
     """How much to choose: exactly one is given, else UsageError."""
 
     fraction: float | None = None
@@ -44,9 +44,9 @@ class Amount:
     def __post_init__(self) -> None:
         given = [name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
             raise UsageError(
-                f"how much to choose: give one of --fraction, --count, --threshold and --token-budget, not {found}"
+                f"how much to choose: give one of --fraction, --count, --threshold and --token-budget, not {named}"
             )
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise UsageError(f"--fraction must be above 0 and at most 1, not {self.fraction}")
@@ -57,7 +57,7 @@ class Amount:
         if self.token_budget is not None and self.token_budget < 1:
             raise UsageError(f"--token-budget must be at least 1, not {self.token_budget}")
 
-    def budget(self, score_M: NDArray[np.float64]) -> int:
+    def size(self, score_M: NDArray[np.float64]) -> int:
         """Samples (or tokens, see ``in_tokens``) to choose, out of samples with these scores (NaN: unusable).
 
         A fraction is rounded to the nearest whole number, half up, and at least 1.
@@ -82,11 +82,11 @@ class Amount:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def check_quotas(quotas: Quotas | None, amount: Amount) -> None:
-    """UsageError for quotas that no part could have, or that do not go with the amount."""
+def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
+    """UsageError for quotas that no part could have, or that do not go with the budget."""
     if quotas is None:
         return
-    if amount.threshold is not None:
+    if budget.threshold is not None:
         raise UsageError("quotas share out a budget: give --count, --fraction or --token-budget, not --threshold")
     if isinstance(quotas, str):
         if quotas not in SPREADS:
@@ -99,7 +99,7 @@ def check_quotas(quotas: Quotas | None, amount: Amount) -> None:
         if isinstance(quota, int):
             if quota < 0:
                 raise UsageError(f"{shown}: a number of samples cannot be negative")
-            if amount.in_tokens:
+            if budget.in_tokens:
                 raise UsageError(f"{shown} is a number of samples: with --token-budget give a share of the tokens")
         elif not 0 <= quota <= 1:
             raise UsageError(f"{shown}: a share lies between 0 and 1; a number of samples has no decimal point")
@@ -133,8 +133,8 @@ class Pools:
         """Those of the samples ``ranked``, best first, that fit, in their order."""
         fits = np.zeros(len(ranked), dtype=bool)
         for pool, limit in enumerate(self.limits):
-            (mine,) = np.nonzero(self.pool_M[ranked] == pool)
-            fits[mine] = np.cumsum(self.cost_M[ranked[mine]]) <= limit
+            (members,) = np.nonzero(self.pool_M[ranked] == pool)
+            fits[members] = np.cumsum(self.cost_M[ranked[members]]) <= limit
         return ranked[fits]
 
     def spent(self, chosen: NDArray[np.int64]) -> list[int]:
@@ -144,7 +144,7 @@ class Pools:
 
 
 class Room:
-    """What is left of the limits while a greedy choice goes on among candidates, the samples ``places``."""
+    """What is left of the limits while a greedy algorithm goes on among candidates, the samples ``places``."""
 
     def __init__(self, pools: Pools, places: NDArray[np.int64]) -> None:
         self._left = list(pools.limits)
@@ -184,7 +184,7 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def make_pools(
-    amount: Amount,
+    budget: Budget,
     quotas: Quotas | None,
     *,
     score_M: NDArray[np.float64],
@@ -193,16 +193,16 @@ def make_pools(
     domains: Sequence[str],
     part: str,
 ) -> Pools:
-    """The pools of a choice among samples with these scores (NaN: unusable), tokens and places in ``domains`` (-1:
+    """The pools of a selection among samples with these scores (NaN: unusable), tokens and places in ``domains`` (-1:
     none). ``part`` is named in errors.
 
     ``proportional`` shares are those of the domains among the usable samples (with a token budget: of their tokens).
     UsageError for quotas without domains, of a domain that the part lacks, and of more than there is to share.
     """
-    budget = amount.budget(score_M)
-    cost_M = tokens_M if amount.in_tokens else np.ones(len(score_M), dtype=np.int64)
+    size = budget.size(score_M)
+    cost_M = tokens_M if budget.in_tokens else np.ones(len(score_M), dtype=np.int64)
     if quotas is None:
-        return Pools(["all"], [budget], np.zeros(len(score_M), dtype=np.int64), cost_M)
+        return Pools(["all"], [size], np.zeros(len(score_M), dtype=np.int64), cost_M)
     if not domains:
         raise UsageError(
             f"quotas by domain: part {part!r} has no domains. Build it with --domain-field, or leave the quotas out"
@@ -213,24 +213,22 @@ def make_pools(
         sums = np.bincount(domain_M[usable] + 1, weights=weights, minlength=len(domains) + 1)
         if quotas == "equal":
             sums = np.minimum(sums, 1.0)
-        return Pools([NO_DOMAIN, *domains], apportion(budget, sums.tolist()), domain_M.astype(np.int64) + 1, cost_M)
+        return Pools([NO_DOMAIN, *domains], apportion(size, sums.tolist()), domain_M.astype(np.int64) + 1, cost_M)
     unknown = [domain for domain in quotas if domain not in domains]
     if unknown:
         known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
         raise UsageError(f"--quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
     pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # the last entry is that of -1
     pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
-    return Pools([*quotas, OTHERS], _limits(list(quotas.values()), budget), pool_of[domain_M], cost_M)
+    return Pools([*quotas, OTHERS], _limits(list(quotas.values()), size), pool_of[domain_M], cost_M)
 
 
-def _limits(quotas: list[float], budget: int) -> list[int]:
-    """What each quota is of the budget, and at the end what is left for the others."""
+def _limits(quotas: list[float], size: int) -> list[int]:
+    """What each quota is of the budget's ``size``, and at the end what is left for the others."""
     counts = sum(quota for quota in quotas if isinstance(quota, int))
-    shares = [quota * budget for quota in quotas if isinstance(quota, float)]
-    left = budget - counts - sum(shares)
-    if left < -1e-6 * budget:
-        raise UsageError(
-            f"--quota: {counts} samples and shares of {sum(shares):g} are more than the {budget} to choose"
-        )
-    dealt = iter(apportion(budget - counts, [*shares, max(left, 0.0)]))
+    shares = [quota * size for quota in quotas if isinstance(quota, float)]
+    left = size - counts - sum(shares)
+    if left < -1e-6 * size:
+        raise UsageError(f"--quota: {counts} samples and shares of {sum(shares):g} are more than the {size} to choose")
+    dealt = iter(apportion(size - counts, [*shares, max(left, 0.0)]))
     return [quota if isinstance(quota, int) else next(dealt) for quota in quotas] + [next(dealt)]

@@ -78,14 +78,14 @@ def greats(score_C: Scores, vectors_CD: Tensor, room: Room, eta: float, advance:
     return _greedy(left_C, after, room, advance)
 
 
-def greats_step(score_C: Scores, vectors_CD: Tensor, asked: int, weight: float) -> float:
+def greats_step(score_C: Scores, vectors_CD: Tensor, count: int, weight: float) -> float:
     """η of GREATS for a ``weight`` without a unit: weight · s̄ ÷ (asked · K̄), where s̄ is the mean absolute score of the
-    first ``asked`` candidates and K̄ the mean squared length of all.
+    first ``count`` candidates and K̄ the mean squared length of all.
 
     At weight 1 a candidate that points the way of everything chosen has in the end lost s̄.
     """
     mean_square = float(_by_rows(vectors_CD, lambda rows_RD: rows_RD.square().sum(1)).mean())
-    return weight * float(np.abs(score_C[:asked]).mean()) / (asked * mean_square) if mean_square else 0.0
+    return weight * float(np.abs(score_C[:count]).mean()) / (count * mean_square) if mean_square else 0.0
 
 
 def _greedy(value_C: Scores, after: Callable[[int], Scores], room: Room, advance: Advance) -> list[int]:

@@ -16,7 +16,7 @@ from ghoststore.store.base.disk import appearing, storage_errors
 from query.common.unchanged import Places
 from query.select.report import SelectReport, row_list
 from query.select.samples import Samples
-from query.select.strategy import Chosen
+from query.select.strategy import ChosenSamples
 
 Order = Literal["corpus", "score"]
 ORDERS = ("corpus", "score")
@@ -53,7 +53,9 @@ class SelectFiles:
         """UsageError unless rows of ``corpus`` can be written to ``out``."""
         check_export(corpus.source, corpus.form, self.out)
 
-    def write(self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: Chosen) -> None:
+    def write(
+        self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: ChosenSamples
+    ) -> None:
         """Write all. MismatchError for a row that is no longer what it was, StorageError if the disk refuses."""
         in_corpus = np.sort(chosen.places)
         by_score = np.argsort(chosen.rank[in_corpus]) if self.order == "score" else None

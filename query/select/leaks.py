@@ -88,23 +88,23 @@ def check_policy(leaks: Leaks) -> None:
         raise UsageError(f"--leaks {leaks!r} is unknown; known: {', '.join(LEAKS)}")
 
 
-def refuse(found: list[Leak], val_set: str) -> None:
+def refuse(leaks: list[Leak], val_set: str) -> None:
     """UsageError if there are any leaks: ``--leaks error``."""
-    if found:
-        first = found[0]
+    if leaks:
+        first = leaks[0]
         raise UsageError(
-            f"{len(found):,} sample(s) of the corpus are near-duplicates of the val set {val_set}: the first is "
+            f"{len(leaks):,} sample(s) of the corpus are near-duplicates of the val set {val_set}: the first is "
             f"{first.id!r} (row {first.source_row}), which holds {first.overlap:.0%} of val sample {first.val_id!r} "
             f"(row {first.val_row}). Nothing was written; leave them out with --leaks exclude"
         )
 
 
-def report_of(found: list[Leak], policy: Leaks) -> dict[str, Any]:
+def report_of(leaks: list[Leak], policy: Leaks) -> dict[str, Any]:
     """What the report says: how many, and the first of them."""
     return {
         "policy": policy,
         "shingle_words": SHINGLE_WORDS,
         "least_overlap": OVERLAP,
-        "found": len(found),
-        "rows": [asdict(leak) for leak in found[:SHOWN]],
+        "found": len(leaks),
+        "rows": [asdict(leak) for leak in leaks[:SHOWN]],
     }

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from query.select.budget import NO_DOMAIN
 from query.select.samples import Samples
-from query.select.strategy import Chosen
+from query.select.strategy import ChosenSamples
 
 QUANTILES = {"lowest": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "highest": 1.0}
 
@@ -67,8 +67,8 @@ class SelectReport:
     """
 
     @classmethod
-    def of(cls, samples: Samples, chosen: Chosen, **said: Any) -> SelectReport:
-        """With the fields that follow from what was chosen; the others are ``said``."""
+    def of(cls, samples: Samples, chosen: ChosenSamples, **given: Any) -> SelectReport:
+        """With the fields that follow from what was chosen; the others are ``given``."""
         places = chosen.places
         return cls(
             samples=len(places),
@@ -79,7 +79,7 @@ class SelectReport:
             domains=domain_shares(samples, places),
             lengths=quantiles(samples, places, samples.tokens),
             scores=quantiles(samples, places, samples.score),
-            **said,
+            **given,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -95,17 +95,17 @@ def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainSha
     """By domain, those of the part and, where samples have none, ``(none)``; by name."""
     shares = []
     for place, name in enumerate([NO_DOMAIN, *samples.part.domains], -1):
-        mine = chosen[samples.domain[chosen] == place]
+        members = chosen[samples.domain[chosen] == place]
         available = int((samples.usable & (samples.domain == place)).sum())
         if place < 0 and not available:
             continue
         shares.append(
             DomainShare(
                 domain=name,
-                chosen=len(mine),
+                chosen=len(members),
                 available=available,
-                tokens=int(samples.tokens[mine].sum()),
-                mean_score=float(samples.score[mine].mean()) if len(mine) else None,
+                tokens=int(samples.tokens[members].sum()),
+                mean_score=float(samples.score[members].mean()) if len(members) else None,
             )
         )
     return shares
@@ -119,7 +119,7 @@ def quantiles(samples: Samples, chosen: NDArray[np.int64], numbers_M: NDArray[An
     }
 
 
-def row_list(samples: Samples, chosen: Chosen, written: NDArray[np.int64]) -> Iterator[str]:
+def row_list(samples: Samples, chosen: ChosenSamples, written: NDArray[np.int64]) -> Iterator[str]:
     """A line of JSON for each of the samples ``written``, in their order."""
     picked = np.zeros(len(samples), dtype=np.int64)
     picked[chosen.places] = np.arange(1, len(chosen.places) + 1)

@@ -6,7 +6,6 @@ Legend: N rows of the part, M samples, C candidates, D numbers of a vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.store import Part
-from ghoststore.store.spans.reader import read_span
-from query.ask.scorer import Asked
-from query.search.vectors import StoredRows
+from query.ask.scorer import Scorer
+from query.search.vectors import PartVectors
 
 ROWS_AT_ONCE = 512
 
@@ -48,12 +46,7 @@ class Samples:
     @classmethod
     def of(cls, part: Part, score_N: NDArray[np.float64]) -> Samples:
         """Rows of one sample stand side by side. ``score_N`` is NaN for rows that cannot be used."""
-        row = np.concatenate([np.arange(*part.layout.span_of(span)) for span in part.spans])
-
-        def column(name: str) -> NDArray[Any]:
-            return np.concatenate([read_span(part, name, span) for span in part.spans])
-
-        source = column("source_row")
+        source, row = part.column("source_row"), part.row_numbers
         first = np.flatnonzero(np.diff(source, prepend=-1))
         rows_of = np.diff(first, append=len(source))
         score = np.nan_to_num(score_N[row], nan=-np.inf)
@@ -65,9 +58,9 @@ class Samples:
             source_row=source[first],
             score=np.where(np.isfinite(highest), highest, np.nan),
             best_row=best_row,
-            tokens=np.add.reduceat(column("n_tokens").astype(np.int64), first) - (rows_of - 1),
-            domain=column("domain")[first],
-            digest=column("source_digest")[first],
+            tokens=np.add.reduceat(part.column("n_tokens").astype(np.int64), first) - (rows_of - 1),
+            domain=part.column("domain")[first],
+            digest=part.column("source_digest")[first],
         )
 
     @property
@@ -76,17 +69,17 @@ class Samples:
         return np.isfinite(self.score)
 
 
-def vectors_of(asked: Asked, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
+def vectors_of(scorer: Scorer, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
     """(C, D) float32 on the question's device: vectors whose inner products are the similarities of ``rows`` over the
     layers in question, Σ over its parts of weight · ⟨g, g'⟩ ÷ Σ weights; with ``unit`` those of the cosines. Both in
     the metric of the scores: preconditioned where these are.
 
     CorruptError for damaged rows. A row of zeros stays one.
     """
-    whole = sum(abs(term.weight) for term in asked.terms)
+    whole = sum(abs(term.weight) for term in scorer.terms)
     pieces = []
-    for term in asked.terms:
-        vectors_CD = StoredRows(term.part, asked.device).gather(rows)
+    for term in scorer.terms:
+        vectors_CD = PartVectors(term.part, scorer.device).gather(rows)
         if term.preconditioner is not None:
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 some_RD = vectors_CD[first : first + ROWS_AT_ONCE]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,18 @@ import numpy as np
 
 from ghoststore.corpus import open_corpus
 from ghoststore.progress import Progress, Silent
-from ghoststore.store import Store
 from query.ask.question import Question
-from query.ask.scorer import ask
+from query.ask.scorer import open_scorer
 from query.common.texts import corpus_behind
 from query.common.unchanged import Places, read_unchanged
-from query.search.parts import note_repeated, part_names
-from query.select.budget import Amount, Quotas
+from query.search.parts import note_repeated, open_parts
+from query.select.budget import Budget, Quotas
 from query.select.diversity import Diversity
 from query.select.files import Order, SelectFiles
 from query.select.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
 from query.select.report import SelectReport
 from query.select.samples import Samples
-from query.select.strategy import Choice
+from query.select.strategy import Strategy
 
 
 def select(
@@ -63,31 +61,31 @@ def select(
     CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
     """
     progress = progress or Silent()
-    amount = Amount(fraction=fraction, count=count, threshold=threshold, token_budget=token_budget)
-    choice = Choice(
-        amount=amount, quotas=quotas, diversity=diversity, diversity_weight=diversity_weight, candidates=candidates
+    budget = Budget(fraction=fraction, count=count, threshold=threshold, token_budget=token_budget)
+    strategy = Strategy(
+        budget=budget, quotas=quotas, diversity=diversity, diversity_weight=diversity_weight, candidates=candidates
     )
     check_policy(leaks)
     files = SelectFiles.of(out, report, order)
     wanted = Question(each=False, **question)
-    part = Store.open(wanted.store).part(part_names(wanted.part)[0])
+    parts, weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
+    part = parts[0]
     corpus = corpus_behind(part)
     files.check(corpus)
-    with open_corpus(str(wanted.val_set), wanted.val_fields()) as val_set:
+    with open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set:
         leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
-        asked = ask(replace(wanted, val_set=val_set.source), progress)
-    note_repeated(asked.part, progress)
+        scorer = open_scorer(wanted, parts, weights, val_set, progress)
+    note_repeated(part, progress)
     places = Places()
-    for sample in read_unchanged(corpus, asked.part, progress):
+    for sample in read_unchanged(corpus, part, progress):
         places.add(sample)
         leak_check.see(sample)
-    found = list(leak_check.found.values())
+    leaked = list(leak_check.found.values())
     if leaks == "error":
-        refuse(found, str(wanted.val_set))
-    samples = Samples.of(asked.part, asked.scores(progress, 1)[0])
+        refuse(leaked, str(wanted.val_set))
+    samples = Samples.of(part, scorer.scores(progress, 1)[0])
     excluded = np.isin(samples.source_row, list(leak_check.found) if leaks == "exclude" else [])
-    chosen = choice.make(asked, samples, np.where(excluded, np.nan, samples.score), progress)
-    settings = {**asked.settings(), "val_set": str(wanted.val_set), "ranking": asked.names[0], **choice.settings()}
+    chosen = strategy.choose(scorer, samples, np.where(excluded, np.nan, samples.score), progress)
     made = SelectReport.of(
         samples,
         chosen,
@@ -95,8 +93,8 @@ def select(
         out=str(files.out),
         report=str(files.report),
         rows_file=str(files.rows),
-        settings={**settings, "order": files.order},
-        leaks=report_of(found, leaks),
+        settings={**scorer.settings(), "ranking": scorer.names[0], **strategy.settings(), "order": files.order},
+        leaks=report_of(leaked, leaks),
     )
     _tell(made, progress)
     files.write(made, corpus, places, samples, chosen)

@@ -1,4 +1,4 @@
-"""What ``ghoststore select`` chooses, checked; and the choice, made.
+"""How ``ghoststore select`` chooses, checked; and the samples, chosen.
 
 Legend: M samples of the part, C candidates, D numbers of a vector.
 """
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
-from query.ask.scorer import Asked
-from query.select.budget import Amount, Pools, Quotas, Room, check_quotas, make_pools, ranked
+from query.ask.scorer import Scorer
+from query.select.budget import Budget, Pools, Quotas, Room, check_quotas, make_pools, ranked
 from query.select.diversity import DIVERSITIES, Diversity, cosines, facility_location, greats, greats_step, mmr
 from query.select.samples import Samples, vectors_of
 
@@ -28,24 +28,24 @@ MEMORY = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Strategy:
     """How to choose; fields have the names of the options of ``ghoststore select``. UsageError where they clash."""
 
-    amount: Amount
+    budget: Budget
     quotas: Quotas | None = None
     diversity: Diversity = "none"
     diversity_weight: float | None = None
     candidates: int | None = None
 
     def __post_init__(self) -> None:
-        check_quotas(self.quotas, self.amount)
+        check_quotas(self.quotas, self.budget)
         if self.diversity not in DIVERSITIES:
             raise UsageError(f"--diversity {self.diversity!r} is unknown; known: {', '.join(DIVERSITIES)}")
         if self.diversity == "none":
             for option, value in (("--diversity-weight", self.diversity_weight), ("--candidates", self.candidates)):
                 if value is not None:
                     raise UsageError(f"{option} belongs to --diversity mmr, facility-location or greats")
-        elif self.amount.threshold is not None:
+        elif self.budget.threshold is not None:
             raise UsageError(
                 "--threshold takes every sample above it, which leaves --diversity nothing to choose: give --count, "
                 "--fraction or --token-budget"
@@ -74,16 +74,18 @@ class Choice:
         """What the report says of it."""
         quotas = self.quotas if self.quotas is None or isinstance(self.quotas, str) else dict(self.quotas)
         diverse = {} if self.diversity == "none" else {"diversity_weight": self.weight, "candidates": self.candidates}
-        return {**self.amount.to_json(), "quotas": quotas, "diversity": self.diversity, **diverse}
+        return {**self.budget.to_json(), "quotas": quotas, "diversity": self.diversity, **diverse}
 
-    def make(self, asked: Asked, samples: Samples, score_M: NDArray[np.float64], progress: Progress) -> Chosen:
+    def choose(
+        self, scorer: Scorer, samples: Samples, score_M: NDArray[np.float64], progress: Progress
+    ) -> ChosenSamples:
         """Choose among the samples with a score in ``score_M`` (NaN: may not be chosen).
 
         UsageError if nothing can be chosen, for quotas that do not fit the part, and for more candidates than fit in
         memory.
         """
         pools = make_pools(
-            self.amount,
+            self.budget,
             self.quotas,
             score_M=score_M,
             tokens_M=samples.tokens,
@@ -97,16 +99,16 @@ class Choice:
             raise UsageError(_nothing(samples, score_M, ranking))
         considered = len(ranking)
         if self.diversity != "none":
-            places = self._candidates(asked, pools, ranking, len(best))
+            places = self._candidates(scorer, pools, ranking, len(best))
             considered = len(places)
-            picked = self._diverse(asked, samples, score_M, places, Room(pools, places), len(best), progress)
+            picked = self._diverse(scorer, samples, score_M, places, Room(pools, places), len(best), progress)
         rank = np.zeros(len(score_M), dtype=np.int64)
         rank[ranking] = np.arange(1, len(ranking) + 1)
-        return Chosen(picked, rank, considered, _short(pools, ranking, picked))
+        return ChosenSamples(picked, rank, considered, _short(pools, ranking, picked))
 
-    def _candidates(self, asked: Asked, pools: Pools, ranking: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    def _candidates(self, scorer: Scorer, pools: Pools, ranking: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         """The best samples of each pool, several times as many as are asked for, but no more than fit in memory."""
-        most = self._most_candidates(sum(term.part.layout.dimension for term in asked.terms))
+        most = self._most_candidates(sum(term.part.layout.dimension for term in scorer.terms))
         wanted = count if self.candidates is None else min(self.candidates, len(ranking))
         if wanted > most:
             raise UsageError(
@@ -131,7 +133,7 @@ class Choice:
 
     def _diverse(
         self,
-        asked: Asked,
+        scorer: Scorer,
         samples: Samples,
         score_M: NDArray[np.float64],
         places: NDArray[np.int64],
@@ -141,8 +143,8 @@ class Choice:
     ) -> NDArray[np.int64]:
         """Those of the candidates ``places`` that the algorithm chooses, in its order; ``count`` is about how many."""
         score_C = score_M[places]
-        unit = self.diversity != "greats" or asked.question.metric == "cosine"
-        vectors_CD = vectors_of(asked, samples.best_row[places], unit=unit)
+        unit = self.diversity != "greats" or scorer.question.metric == "cosine"
+        vectors_CD = vectors_of(scorer, samples.best_row[places], unit=unit)
         weight = 0.0 if self.weight is None else self.weight
         with closing(progress.task("choosing", count)) as task:
             if self.diversity == "facility-location":
@@ -156,7 +158,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenSamples:
     """The samples that were chosen, out of those of the part."""
 
     places: NDArray[np.int64]

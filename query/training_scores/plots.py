@@ -119,8 +119,8 @@ def _lines(curves: Curves) -> Lines:
     order = [int(place) for place in np.argsort(-times, kind="stable") if times[place]]
     own, rest = (order, []) if len(order) <= LINES + 1 else (order[:LINES], order[LINES:])
     only = len(order) == 1 and curves.names[order[0]] is None
-    found = [("all samples" if only else curves.names[place] or "(none)", [place]) for place in sorted(own)]
-    return found + ([(f"{len(rest)} others", rest)] if rest else [])
+    lines = [("all samples" if only else curves.names[place] or "(none)", [place]) for place in sorted(own)]
+    return lines + ([(f"{len(rest)} others", rest)] if rest else [])
 
 
 def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
@@ -195,9 +195,9 @@ def _apart(heights: Sequence[float], least: float) -> list[float]:
             push = (least - (moved[place + 1] - moved[place])) / 2
             moved[place] -= push
             moved[place + 1] += push
-    found = np.empty_like(moved)
-    found[order] = moved
-    return [float(height) for height in found]
+    apart = np.empty_like(moved)
+    apart[order] = moved
+    return [float(height) for height in apart]
 
 
 def _title(run: Run, group: str | None, layers: Sequence[str], exclude_layers: Sequence[str], sums: ScoreSums) -> str:

@@ -122,13 +122,13 @@ class ScoresResult:
         """The JSON that ``ghoststore scores --json`` prints: of ``hits``, ``bottom``, ``domains`` and ``history`` what
         was asked for.
         """
-        found: dict[str, Any] = {"store": self.store, "settings": self.settings, "summary": asdict(self.summary)}
+        document: dict[str, Any] = {"store": self.store, "settings": self.settings, "summary": asdict(self.summary)}
         if self.history is not None:
-            return found | {"history": [asdict(entry) for entry in self.history]}
+            return document | {"history": [asdict(entry) for entry in self.history]}
         if self.domains is not None:
-            return found | {"domains": [asdict(domain) for domain in self.domains]}
-        found["hits"] = [asdict(hit) for hit in self.hits]
-        return found | ({"bottom": [asdict(hit) for hit in self.bottom]} if self.settings["bottom_k"] else {})
+            return document | {"domains": [asdict(domain) for domain in self.domains]}
+        document["hits"] = [asdict(hit) for hit in self.hits]
+        return document | ({"bottom": [asdict(hit) for hit in self.bottom]} if self.settings["bottom_k"] else {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Flat rows: of the history or the table; of a ranking with ``list`` (top or bottom)."""

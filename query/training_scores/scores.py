@@ -2,10 +2,13 @@
 
 The value of a sample is Σ over steps of η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024,
 arXiv:2406.11011, section 4.1). Read ``docs/scores.md`` for what it tells.
+
+Legend: U units (samples, or windows).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,10 +20,19 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.store import Run, Store
-from query.training_scores.results import HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
-from query.training_scores.steps import Places, Steps, choose_column, gaps_of, spans_of, stream_steps, window_of
-from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value
-from query.training_scores.tables import by_domain, finite, hits_of
+from query.common.texts import texts_of
+from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
+from query.training_scores.steps import (
+    Places,
+    ScoreColumn,
+    Steps,
+    choose_column,
+    gaps_of,
+    spans_of,
+    stream_steps,
+    window_of,
+)
+from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value, best, standard_error
 
 DEFAULT_TOP_K = 10
 
@@ -76,23 +88,16 @@ def scores(
     sums = ScoreSums(len(units), weighted=value in WEIGHTED)
     same_id, history = None, None
     if sample is not None:
-        mine, same_id = _rows_of_id(opened, sample, progress)
-        history = _History(opened, mine)
-    spans = spans_of(opened, window)
-    with closing(progress.task("reading scores", _steps_of(opened, spans, window), unit="steps")) as task:
-        for piece in stream_steps(opened, column, spans, window, loss=history is not None):
-            counts = sums.add(piece.places, units.of(piece.places.row))
-            if history is not None:
-                history.extend(piece.places, counts)
-            task.advance(piece.stop - piece.start)
+        rows, same_id = _rows_of_id(opened, sample, progress)
+        history = _History(opened, rows)
+    _read(opened, column, window, units, sums, history, progress)
     if history is not None and not history.entries:
         progress.note(f"sample {sample!r} was not trained on in these steps")
+    allowed = _allowed(units, sums, chosen, min_times)
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and by is None:
-        allowed = _allowed(units, sums, chosen, min_times)
-        hits = hits_of(
-            opened, units, sums, np.where(allowed, sums.values(value), np.nan), (top_k, bottom_k), text, unit, progress
-        )
+        values = np.where(allowed, sums.values(value), np.nan)
+        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), text, unit, progress)
     if plot is not None:
         plot_scores(opened, plot, steps=steps, group=group, layers=layers, exclude_layers=exclude_layers)
     return ScoresResult(
@@ -115,10 +120,29 @@ def scores(
         summary=_summary(opened, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
-        domains=by_domain(opened, units, sums, value, _allowed(units, sums, chosen, min_times)) if by else None,
+        domains=by_domain(opened, units, sums, value, allowed) if by else None,
         history=None if history is None else history.entries,
         same_id=same_id,
     )
+
+
+def _read(
+    run: Run,
+    column: ScoreColumn,
+    window: Steps,
+    units: Units,
+    sums: ScoreSums,
+    history: _History | None,
+    progress: Progress,
+) -> None:
+    """One pass over the steps of ``window``, into ``sums`` and ``history``."""
+    spans = spans_of(run, window)
+    with closing(progress.task("reading scores", _steps_of(run, spans, window), unit="steps")) as task:
+        for piece in stream_steps(run, column, spans, window, loss=history is not None):
+            counts = sums.add(piece.places, units.of(piece.places.row))
+            if history is not None:
+                history.extend(piece.places, counts)
+            task.advance(piece.stop - piece.start)
 
 
 def _refuse_usage(
@@ -169,17 +193,17 @@ def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
 def _rows_of_id(run: Run, sample: str, progress: Progress) -> tuple[NDArray[np.int64], int]:
     """(rows of the samples called ``sample``, their windows included; how many samples). UsageError if none is."""
     size = run.layout.row_arrays()[0].chunk_rows
-    found: list[int] = []
+    rows: list[int] = []
     for start in range(0, len(run.rows), size):
         ids = run.rows.read("sample_id", start, min(start + size, len(run.rows)))
-        found += (np.flatnonzero(ids == sample) + start).tolist()
-    if not found:
+        rows += (np.flatnonzero(ids == sample) + start).tolist()
+    if not rows:
         some = ", ".join(repr(str(name)) for name in run.rows.read("sample_id", 0, min(3, len(run.rows))))
         raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {some}")
-    samples = len(np.unique(run.rows.read_rows("source_row", found)))
+    samples = len(np.unique(run.rows.read_rows("source_row", rows)))
     if samples > 1:
         progress.note(f"{samples} samples have the id {sample!r}, each with its own sum: tell them apart by row")
-    return np.asarray(found, dtype=np.int64), samples
+    return np.asarray(rows, dtype=np.int64), samples
 
 
 class _History:
@@ -187,16 +211,16 @@ class _History:
     the same id, do not.
     """
 
-    def __init__(self, run: Run, mine: NDArray[np.int64]) -> None:
+    def __init__(self, run: Run, rows: NDArray[np.int64]) -> None:
         self._run = run
-        self._mine = mine
+        self._rows = rows
         self._sums: dict[int, float] = {}
         """By source row."""
         self.entries: list[HistoryEntry] = []
 
     def extend(self, places: Places, counts: NDArray[np.bool_]) -> None:
         """Append what ``places`` hold of the rows; ``counts`` says which of their scores count."""
-        here = np.flatnonzero(np.isin(places.row, self._mine))
+        here = np.flatnonzero(np.isin(places.row, self._rows))
         if not len(here):
             return
         rows = places.row[here]
@@ -246,3 +270,74 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
         negative_share=tally.negative_share,
         repeated_ids=run.repeated_ids,
     )
+
+
+def hits_of(
+    run: Run,
+    units: Units,
+    sums: ScoreSums,
+    values: NDArray[np.float64],
+    counts: tuple[int, int],
+    text: bool,
+    unit: Unit,
+    progress: Progress,
+) -> list[list[ScoreHit]]:
+    """The highest and the lowest of ``values``, each in order. Every row's data are read once."""
+    rankings = [best(values, counts[0]), best(-values, counts[1])]
+    wanted = sorted({int(place) for ranking in rankings for place in ranking})
+    place_of = {place: index for index, place in enumerate(wanted)}
+    rows = units.first_row[wanted].tolist() if wanted else []
+    ids, sources, domains, starts = (
+        run.rows.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
+    )
+    texts = texts_of(run, rows, progress) if text else [None] * len(rows)
+
+    def hit(rank: int, place: int) -> ScoreHit:
+        at, times = place_of[place], int(sums.times[place])
+        return ScoreHit(
+            rank=rank,
+            value=float(values[place]),
+            id=str(ids[at]),
+            source_row=int(sources[at]),
+            domain=run.domains[domains[at]] if domains[at] >= 0 else None,
+            times=times,
+            mean_score=float(sums.plain[place]) / times,
+            negative_share=int(sums.negative[place]) / times,
+            last_step=int(sums.last_step[place]),
+            text=texts[at],
+            window_start=int(starts[at]) if unit == "window" else 0,
+        )
+
+    return [[hit(rank, int(place)) for rank, place in enumerate(ranking, 1)] for ranking in rankings]
+
+
+def by_domain(run: Run, units: Units, sums: ScoreSums, value: Value, allowed: NDArray[np.bool_]) -> list[DomainScores]:
+    """A row for each domain that has units among the ``allowed``, by falling value per time."""
+    domain, values = units.domain, sums.values(value)
+    table = []
+    for place in np.unique(domain[allowed]).tolist():
+        of_domain = allowed & (domain == place)
+        scored = of_domain & np.isfinite(values)
+        times, rows = int(sums.times[of_domain].sum()), int(scored.sum())
+        total = float(values[scored].sum())
+        plain, squares = float(sums.plain[of_domain].sum()), float(sums.squares[of_domain].sum())
+        table.append(
+            DomainScores(
+                domain=run.domains[place] if place >= 0 else None,
+                rows=int(of_domain.sum()),
+                scored_rows=rows,
+                times=times,
+                value_per_row=total / rows if rows else None,
+                value_per_time=total / times if times else None,
+                value_sum=total,
+                negative_share=int(sums.negative[of_domain].sum()) / times if times else None,
+                mean_score=plain / times if times else None,
+                standard_error=finite(float(standard_error(times, plain, squares))),
+            )
+        )
+    return sorted(table, key=lambda one: -math.inf if one.value_per_time is None else one.value_per_time, reverse=True)
+
+
+def finite(value: float) -> float | None:
+    """``value``; None where it is NaN or infinite."""
+    return value if math.isfinite(value) else None

@@ -124,10 +124,10 @@ def window_of(run: Run, steps: str | slice | None) -> Steps:
     if steps is None:
         return 0, end
     if isinstance(steps, str):
-        found = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
-        if found is None:
+        ends = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
+        if ends is None:
             raise UsageError(f"--steps {steps!r}: expected first:stop, as 0:100, 500: or -100:")
-        steps = slice(*(None if piece is None else int(piece) for piece in found.groups()))
+        steps = slice(*(None if piece is None else int(piece) for piece in ends.groups()))
     if steps.step not in (None, 1):
         raise UsageError(f"--steps takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.store import Run, Store
 from ghoststore.store.spans.commits import commit_path
-from query.common.same_id import repeated_among
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame
@@ -203,7 +202,7 @@ class Watcher:
         ids, sources = (run.rows.read_rows(name, rows) for name in ("sample_id", "source_row"))
         self._ids |= zip(new, zip(map(str, ids), sources.tolist(), strict=True), strict=True)
         names = {str(name) for name in ids} - self._repeats.keys()
-        repeated = repeated_among(run, names)
+        repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
         source = run.manifest["source"]
         quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
@@ -217,7 +216,7 @@ class Watcher:
         total = times.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             per_bin = weighted / times
-        found = [
+        trends = [
             DomainTrend(
                 domain=self._curves.names[place],
                 times=int(total[place]),
@@ -227,7 +226,7 @@ class Watcher:
             )
             for place in np.flatnonzero(total).tolist()
         ]
-        return sorted(found, key=lambda one: -one.value_per_time)
+        return sorted(trends, key=lambda one: -one.value_per_time)
 
     def _curve(self) -> Curve:
         curves = self._curves
@@ -254,6 +253,27 @@ def _histogram(scores: NDArray[np.float64]) -> tuple[list[int], list[float]]:
     edges = np.arange(first, max(last, first + 1) + 1) * width
     counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
     return counts.tolist(), edges.tolist()
+
+
+def _repeated_among(run: Run, names: Collection[str]) -> set[str]:
+    """Those of ``names`` that more than one sample of ``run`` has. Windows of one sample are one.
+
+    One pass over the ids, a chunk in memory at a time; it ends where all are known to repeat.
+    """
+    first: dict[str, int] = {}
+    repeated: set[str] = set()
+    if run.repeated_ids is None:
+        return repeated
+    rows, size = len(run.rows), run.layout.row_arrays()[0].chunk_rows
+    for start in range(0, rows, size):
+        ids, sources = (run.rows.read(name, start, min(start + size, rows)) for name in ("sample_id", "source_row"))
+        for name in [name for name in names if name not in repeated]:
+            with_id = sources[ids == name]
+            if len(with_id) and np.any(with_id != first.setdefault(name, int(with_id[0]))):
+                repeated.add(name)
+        if len(repeated) == len(names):
+            break
+    return repeated
 
 
 def _age(run: Run) -> float | None:

@@ -20,8 +20,9 @@ from ghoststore.store.part.encoding import ENCODINGS, Groups, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.spans.layout import CHUNK_BYTES
 from indexer.projection.calibration import ARRAYS
-from query.search.vectors import StoredRows
+from query.search.vectors import PartVectors
 from tests.support.harms import flip_middle
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -147,13 +148,13 @@ def test_read_as_tensors_bit_for_bit(
     """What a query reads is what was decoded, over several chunks a span and several spans; norms are its lengths."""
     monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", 1024)
     part = built(lab, tmp_path, name, projection=projection, span_rows=8)
-    decoded = part.read_vectors(0, 27)
+    decoded = vectors_of(part, 0, 27)
     assert decoded.shape == (27, part.layout.dimension)
-    streamed = [(piece.start, piece.rows_RD.cpu().clone().numpy()) for piece in StoredRows(part, device).stream()]
+    streamed = [(piece.start, piece.rows_RD.cpu().clone().numpy()) for piece in PartVectors(part, device).stream()]
     assert [start for start, _ in streamed] == list(range(0, 27, part.layout.chunk_rows))
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in streamed]), decoded)
     wanted = [26, 0, 13, 13]
-    np.testing.assert_array_equal(StoredRows(part, device).gather(wanted).cpu().numpy(), decoded[wanted])
+    np.testing.assert_array_equal(PartVectors(part, device).gather(wanted).cpu().numpy(), decoded[wanted])
     for place, (_, start, stop) in enumerate(part.groups):
         lengths = np.linalg.norm(decoded[:, start:stop].astype(np.float64), axis=1)
         np.testing.assert_allclose(part.read("norm", 0, 27)[:, place], lengths, rtol=1e-6)

@@ -12,6 +12,7 @@ import pytest
 import ghoststore
 from ghoststore import Status
 from ghoststore.errors import UsageError
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -46,7 +47,7 @@ def statuses(part: ghoststore.Part) -> list[Status]:
 def check(lab: Lab, part: ghoststore.Part, metric: str = "cosine") -> None:
     """Unusable rows are zeros, and no query returns them from either end; usable ones are all there."""
     usable = [row for row, status in enumerate(statuses(part)) if status.usable]
-    vectors = part.read_vectors(0, part.layout.rows)
+    vectors = vectors_of(part)
     for row, status in enumerate(statuses(part)):
         assert np.isfinite(vectors[row]).all()
         assert bool(vectors[row].any()) == status.usable

@@ -60,5 +60,5 @@ def scores_of(folder: Path, out: Path, methods: list[str] = METHODS, part: str =
         progress=given.pop("progress", Silent()),
     )
     base = Question(store=folder / "store", val_set=val_set, part=part, each=True, device="cpu")
-    found = task.methods(base, {"part": [part]}, methods, None, None)
+    found = task.methods(base, [task.part], [1.0], methods, None, None)
     return {method: found[method]().samples_VN for method in methods}

@@ -16,10 +16,11 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.manifest import PART, Manifest
-from ghoststore.store.part.encoding import Encoding, Float32, encoding
+from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
-from ghoststore.store.part.status import Status
+from ghoststore.store.part.status import FIRST_UNUSABLE, Status
 from ghoststore.store.spans.group import Spanned, create, create_array, gather
+from ghoststore.store.spans.reader import read_span
 
 SPAN_TABLE = "span_start"
 
@@ -65,13 +66,24 @@ class Part(Spanned[PartLayout]):
         tokens = int(np.asarray(arrays["n_tokens"], dtype=np.int64).sum())
         return {name: count for name, count in counts.items() if count}, tokens
 
-    def read_vectors(self, start: int, stop: int) -> Float32:
-        """(rows, D): the vectors of rows ``start`` to ``stop``, decoded; for a few, since all are in memory.
+    @property
+    def row_numbers(self) -> NDArray[np.int64]:
+        """(rows,): the number of each committed row, ascending."""
+        spans = (np.arange(*self.layout.span_of(span)) for span in self.spans)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
 
-        Raises as :meth:`read`.
+    def column(self, name: str) -> NDArray[Any]:
+        """(rows, …): a numeric array other than ``vectors``, of every committed row, as :attr:`row_numbers` has them.
+
+        CorruptError naming the chunk that is damaged or missing.
         """
-        scale = self.read("scale", start, stop) if self.encoding.scaled else None
-        return self.encoding.decode(self.read("vectors", start, stop), scale, self.groups)
+        spec = self.spec(name)
+        nothing = np.zeros((0, *spec.columns), dtype=spec.dtype)
+        return np.concatenate([nothing, *(read_span(self, name, span) for span in self.spans)])
+
+    def usable(self) -> NDArray[np.bool_]:
+        """(rows,): which of the committed rows have a vector. Raises as :meth:`column`."""
+        return np.asarray(self.column("status") < FIRST_UNUSABLE)
 
     def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
         """One value for each of ``rows``, in their order; each span is read once."""

@@ -23,6 +23,7 @@ from indexer.projection.calibration import FACTORS, KEPT, SIDES
 from indexer.projection.selection import select_blocks
 from query.ask.encoder import projection_of
 from tests.support.oracle import dense, gradient_matrix, gradients_of
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -103,7 +104,7 @@ def test_vectors_are_autograds_by_the_sides_of_the_part(
     assert (sketch is None) == (name == "plain-blocks")
     if sketch is not None:
         expected = expected @ dense(sketch).double().t()
-    found = torch.from_numpy(part.read_vectors(0, len(lab.rows))).double()
+    found = torch.from_numpy(vectors_of(part, 0, len(lab.rows))).double()
     assert found.shape == expected.shape
     assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-4
 
@@ -162,7 +163,7 @@ def test_scores_of_layers_sum_to_the_whole(lab: Lab, stores: Path, name: str) ->
         "device": "cpu",
     }
     part = ghoststore.Store.open(stores).part(name)
-    vectors = part.read_vectors(0, 27).astype(np.float64)
+    vectors = vectors_of(part, 0, 27).astype(np.float64)
     ((start, stop),) = [(start, stop) for group, start, stop in part.groups if group.endswith("attn.c_attn")]
     for layers, columns in (((), slice(None)), (("attn.c_attn",), slice(start, stop))):
         found = ghoststore.query(**asked, layers=layers)

@@ -15,6 +15,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, CorruptError, MismatchError, UsageError
 from ghoststore.store.base.records import json_digest
 from indexer.projection.calibration import ARRAYS, FACTORS, SIDES
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -183,8 +184,8 @@ def test_fewer_bits_and_windows(lab: Lab, projection: ProjectionConfig | None, t
     plain, coded = (ghoststore.Store.open(store).part(name) for name in ("plain", "int8"))
     assert plain.manifest["projection"] == coded.manifest["projection"]
     assert plain.groups == coded.groups
-    wide = plain.read_vectors(0, 27)
-    error = np.linalg.norm(coded.read_vectors(0, 27) - wide, axis=1) / np.linalg.norm(wide, axis=1)
+    wide = vectors_of(plain, 0, 27)
+    error = np.linalg.norm(vectors_of(coded, 0, 27) - wide, axis=1) / np.linalg.norm(wide, axis=1)
     assert 0 < error.max() < 0.02
     long = [row | {"text": " ".join([row["text"]] * 5)} for row in lab.rows]
     data = lab.write(tmp_path / "long.jsonl", long)

@@ -23,6 +23,7 @@ from indexer.projection.plan import ProjectionPlan
 from tests.support.models import pad
 from tests.support.odd_models import odd, save_odd
 from tests.support.oracle import gradients_alone
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -76,7 +77,7 @@ def assert_exact(lab: Lab, folder: Path, quirk: str, layers: tuple[str, ...] = (
         ]
     )
     part = Store.open(folder / "store").part("part")
-    found = np.asarray(part.read_vectors(0, part.rows))
+    found = np.asarray(vectors_of(part))
     error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert error.max() < 1e-4
 
@@ -199,7 +200,7 @@ def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None
             batch_tokens=batch_tokens,
         )
         part = Store.open(tmp_path / "store").part(name)
-        found.append(np.asarray(part.read_vectors(0, part.rows)))
+        found.append(np.asarray(vectors_of(part)))
     assert report.rows == len(lab.rows)
     assert Store.open(tmp_path / "store").part("together").manifest["batching"]["padding"] is False
     error = np.linalg.norm(found[0] - found[1], axis=1) / np.linalg.norm(found[1], axis=1)

@@ -16,9 +16,9 @@ import torch
 import ghoststore
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store import Part
+from query.ann.command import choose_dimension, choose_factory
 from query.ann.engine import check_device, load_faiss
 from query.ann.index import AnnIndex
-from query.ann.kinds import choose_dimension, choose_factory
 from query.search.part_score import Metric, Term
 from query.search.search import Ranking, search
 from tests.support.made_parts import DIMENSION, ROWS, UNUSABLE, clustered, make_part

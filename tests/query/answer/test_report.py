@@ -16,7 +16,7 @@ from ghoststore.progress import Silent
 from query.answer.contributions import Contributions, contributions
 from query.answer.report import histogram
 from query.ask.question import Question
-from query.ask.scorer import ask
+from tests.support.parts import opened_scorer
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -119,9 +119,9 @@ def test_layers_sum_to_the_score(folder: Path, metric: Any, settings: dict[str, 
         device="cpu",
         **settings,
     )
-    asked = ask(question, Silent())
-    best, _ = asked.rank(6, 0, Silent())
-    found = contributions(asked, [[int(row) for row in rows] for rows in best.rows], Silent())
+    with opened_scorer(question) as scorer:
+        best, _ = scorer.rank(6, 0, Silent())
+        found = contributions(scorer, [[int(row) for row in rows] for rows in best.rows], Silent())
     assert isinstance(found, Contributions)
     for rows, scores, by_row in zip(best.rows, best.scores, found.of, strict=True):
         for row, score in zip(rows, scores, strict=True):
@@ -147,9 +147,9 @@ def test_layers_of_several_parts(lab: Lab, folder: Path, tmp_path: Path) -> None
         part_weights=(0.3, 2.0),
         device="cpu",
     )
-    asked = ask(question, Silent())
-    best, _ = asked.rank(4, 0, Silent())
-    found = contributions(asked, [[int(row) for row in best.rows[0]]], Silent())
+    with opened_scorer(question) as scorer:
+        best, _ = scorer.rank(4, 0, Silent())
+        found = contributions(scorer, [[int(row) for row in best.rows[0]]], Silent())
     assert isinstance(found, Contributions)
     for row, score in zip(best.rows[0], best.scores[0], strict=True):
         assert found.of[0][int(row)].sum() == pytest.approx(score, rel=1e-9)
@@ -171,10 +171,11 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
         )
     val_set = folder / "val.jsonl"
     for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}):
-        asked = ask(Question(store=tmp_path / "sketched", val_set=val_set, device="cpu", **settings), Silent())
-        exact = ask(Question(store=tmp_path / "exact", val_set=val_set, device="cpu", **settings), Silent())
-        scores = exact.scores(Silent())
-        found = contributions(asked, [[3, 8]] * len(asked.names), Silent())
+        with opened_scorer(Question(store=tmp_path / "exact", val_set=val_set, device="cpu", **settings)) as exact:
+            scores = exact.scores(Silent())
+        question = Question(store=tmp_path / "sketched", val_set=val_set, device="cpu", **settings)
+        with opened_scorer(question, keep_model=True) as scorer:
+            found = contributions(scorer, [[3, 8]] * len(scorer.names), Silent())
         assert isinstance(found, Contributions)
         for of_ranking, by_row in zip(scores, found.of, strict=True):
             for row in (3, 8):

@@ -13,10 +13,11 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
+from query.ask.encoder import ValVectors
 from query.ask.question import Question
-from query.ask.scorer import ask, fused
-from query.ask.val_set import ValVectors
+from query.ask.scorer import fused
 from query.search.search import similarities
+from tests.support.parts import opened_scorer, vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -49,7 +50,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def vectors(store: Path, part: str) -> np.ndarray:
     found = ghoststore.Store.open(store).part(part)
-    return found.read_vectors(0, found.layout.rows).astype(np.float64)
+    return vectors_of(found).astype(np.float64)
 
 
 def expected(store: Path, metric: str) -> np.ndarray:
@@ -109,9 +110,9 @@ def test_equals_the_obvious(store: Path, metric: str, combine: Any, top_k: int) 
 @pytest.mark.parametrize("settings", [{"each": True}, *({"group_field": "task", "combine": one} for one in COMBINED)])
 def test_the_first_rankings_alone(store: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """They cost no more memory than they are, where the others do not decide them."""
-    asked = ask(
-        Question(store=store, part="train", val_set=store.parent / "val.jsonl", device="cpu", **settings), Silent()
-    )
+    question = Question(store=store, part="train", val_set=store.parent / "val.jsonl", device="cpu", **settings)
+    with opened_scorer(question) as scorer:
+        pass
     sizes = []
 
     def counted(terms: Any, **options: Any) -> Any:
@@ -119,10 +120,10 @@ def test_the_first_rankings_alone(store: Path, settings: dict[str, Any], monkeyp
         return similarities(terms, **options)
 
     monkeypatch.setattr("query.ask.scorer.similarities", counted)
-    first = asked.scores(Silent(), 1)
+    first = scorer.scores(Silent(), 1)
     assert sizes == [1 if settings.get("combine") in (None, "mean") else 3]
-    np.testing.assert_array_equal(first, asked.scores(Silent())[:1])
-    np.testing.assert_array_equal(first, asked.scores(Silent(), 1))
+    np.testing.assert_array_equal(first, scorer.scores(Silent())[:1])
+    np.testing.assert_array_equal(first, scorer.scores(Silent(), 1))
 
 
 def test_ties_and_missing_rows_in_rank_fusion() -> None:
@@ -170,7 +171,7 @@ class Sent:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, vectors: list[list[float]], ids: list[str]) -> None:
         made = ValVectors(vectors=torch.tensor(vectors), ids=ids, used=len(ids))
-        monkeypatch.setattr("query.ask.scorer.encode_val_set", lambda *_, **__: made)
+        monkeypatch.setattr("query.ask.encoder.PartEncoder.encode_val_set", lambda *_: made)
 
 
 def test_groups_that_cancel_are_refused(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

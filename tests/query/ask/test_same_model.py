@@ -18,6 +18,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError
 from ghoststore.store import Store
 from ghoststore.store.base.records import json_digest
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -332,7 +333,7 @@ def test_a_nameless_part_and_the_command_that_builds_it_again(lab: Lab, own: Pat
     given = {"checkpoint": folder / "model", "data": folder / "corpus.jsonl", "store": folder / "store", "name": "it"}
     ghoststore.build(**given, **options, device="cpu")
     built = Store.open(folder / "store").part("it")
-    expected, vectors = built.manifest, built.read_vectors(0, built.layout.rows)
+    expected, vectors = built.manifest, vectors_of(built)
     rewrite(folder, "it", nameless)
     asks: list[Callable[[], Any]] = [
         lambda: ghoststore.query(**val_set(folder) | {"part": "it"}),
@@ -367,7 +368,7 @@ def test_a_nameless_part_and_the_command_that_builds_it_again(lab: Lab, own: Pat
         "dtype",
     )
     assert {section: again.manifest[section] for section in same} == {section: expected[section] for section in same}
-    assert (again.read_vectors(0, again.layout.rows) == vectors).all()
+    assert (vectors_of(again) == vectors).all()
 
 
 def test_a_nameless_part_of_standard_input(own: Path) -> None:

@@ -18,7 +18,8 @@ import query.exact.products
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CheckpointError, CorpusError, LayerError, MismatchError, UsageError
 from ghoststore.progress import Silent
-from query.fidelity.sample import Draw
+from query.fidelity.sample import SampleSpec
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -70,7 +71,7 @@ def measure(store: Path, part: str, **settings: Any) -> ghoststore.FidelityRepor
 def brute_force(store: Path, name: str, metric: str) -> dict[str, np.ndarray]:
     """(Q, R) scores: stored, by exact gradients of the layers, and of all parameters. By transformers and autograd."""
     part = ghoststore.Store.open(store).part(name)
-    ranked, vals = Draw(rows=ROWS, val_samples=VALS).choose(part, Silent())
+    ranked, vals = SampleSpec(rows=ROWS, val_samples=VALS).choose(part, Silent())
     assert not set(ranked) & set(vals)
     texts = [json.loads(line)["text"] for line in (store.parent / "train.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(store.parent / "model").eval().double()
@@ -84,8 +85,8 @@ def brute_force(store: Path, name: str, metric: str) -> dict[str, np.ndarray]:
         found = {name: p.grad.flatten().numpy().copy() for name, p in model.named_parameters()}
         gradients["layers"].append(np.concatenate([found[name] for name in sorted(covered)]))
         gradients["all"].append(np.concatenate(list(found.values())))
-    vectors = part.read_vectors(0, part.layout.rows).astype(np.float64)
-    exact_vals = ghoststore.Store.open(store).part(name if name != "onebit" else "rank").read_vectors(0, 60)
+    vectors = vectors_of(part).astype(np.float64)
+    exact_vals = vectors_of(ghoststore.Store.open(store).part(name if name != "onebit" else "rank"), 0, 60)
     scores = {"stored": (exact_vals[vals].astype(np.float64), vectors[ranked])}
     scores |= {key: (np.stack(all_[: len(vals)]), np.stack(all_[len(vals) :])) for key, all_ in gradients.items()}
     if metric == "cosine":
@@ -178,7 +179,7 @@ def test_a_val_set_and_layers_of_plain_blocks(own: Path, store: Path) -> None:
 
 def test_seed_chooses_rows(store: Path) -> None:
     part = ghoststore.Store.open(store).part("rank")
-    drawn = [Draw(rows=20, val_samples=5, seed=seed).choose(part, Silent()) for seed in (0, 0, 1)]
+    drawn = [SampleSpec(rows=20, val_samples=5, seed=seed).choose(part, Silent()) for seed in (0, 0, 1)]
     assert np.array_equal(drawn[0][0], drawn[1][0])
     assert not np.array_equal(drawn[0][0], drawn[2][0])
     assert not {7, 31} & {int(row) for pair in drawn for rows in pair for row in rows}

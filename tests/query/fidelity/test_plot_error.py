@@ -15,7 +15,8 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CheckpointError, MismatchError, UsageError
 from ghoststore.progress import Silent
-from query.fidelity.sample import Draw
+from query.fidelity.sample import SampleSpec
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -78,12 +79,12 @@ def test_numbers_equal_brute_force(
     curve = curve_of(store, tmp_path / "error.png", reference=reference, metric="dot")
     assert [point.part for point in curve.points] == ["a", "rank-4", "e", "c", "f", "d", "whole"]
     opened = ghoststore.Store.open(store)
-    ranked, vals = Draw(rows=ROWS, val_samples=VALS).choose(opened.part("a"), Silent())
+    ranked, vals = SampleSpec(rows=ROWS, val_samples=VALS).choose(opened.part("a"), Silent())
     gradients = exact[parameters]
     truth = gradients[vals] @ gradients[ranked].T
     lengths = np.linalg.norm(gradients[vals], axis=1)[:, None] * np.linalg.norm(gradients[ranked], axis=1)
     for point in curve.points:
-        vectors = opened.part(point.part).read_vectors(0, CORPUS).astype(np.float64)
+        vectors = vectors_of(opened.part(point.part), 0, CORPUS).astype(np.float64)
         errors = np.abs(vectors[vals] @ vectors[ranked].T - truth) / lengths
         assert point.mean_error.value == pytest.approx(errors.mean(), rel=1e-3, abs=1e-6)
         assert point.rms_error.value == pytest.approx(np.sqrt(np.square(errors).mean()), rel=1e-3, abs=1e-6)
@@ -130,8 +131,8 @@ def test_against_a_part_of_some_rank(store: Path, tmp_path: Path) -> None:
     assert [point.part for point in curve.points] == ["a", "c"]
     opened = ghoststore.Store.open(store)
     parts = [opened.part(name) for name in ("a", "rank-4", "c")]
-    ranked, vals = Draw(rows=ROWS, val_samples=VALS).choose(parts[0], Silent())
-    a, target, _ = (part.read_vectors(0, CORPUS).astype(np.float64) for part in parts)
+    ranked, vals = SampleSpec(rows=ROWS, val_samples=VALS).choose(parts[0], Silent())
+    a, target, _ = (vectors_of(part, 0, CORPUS).astype(np.float64) for part in parts)
     lengths = np.linalg.norm(target[vals], axis=1)[:, None] * np.linalg.norm(target[ranked], axis=1)
     errors = np.abs(a[vals] @ a[ranked].T - target[vals] @ target[ranked].T) / lengths
     assert curve.points[0].mean_error.value == pytest.approx(errors.mean(), rel=1e-4)

@@ -14,6 +14,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store.base.manifest import differences
 from tests.support.exact_scores import scores_of
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -74,7 +75,7 @@ def test_the_metric_is_another(store: Path) -> None:
     opened = ghoststore.Store.open(store)
     products = {}
     for name in ("whole", "plain"):
-        vectors = opened.part(name).read_vectors(0, ROWS).astype(np.float64)
+        vectors = vectors_of(opened.part(name), 0, ROWS).astype(np.float64)
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         products[name] = (unit @ unit.T)[np.triu_indices(ROWS, 1)]
     assert np.abs(products["whole"]).mean() < 0.7 * np.abs(products["plain"]).mean()

@@ -17,6 +17,7 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.store.part.encoding import ENCODINGS
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -49,7 +50,7 @@ def store_of(lab: Lab, folder: Path, data: Path, **settings: Any) -> Path:
 def vectors(store: Path) -> np.ndarray:
     """Stored numbers, as float64."""
     part = ghoststore.Store.open(store).part()
-    return part.read_vectors(0, part.layout.rows).astype(np.float64)
+    return vectors_of(part).astype(np.float64)
 
 
 def brute_force(rows_ND: np.ndarray, query_D: np.ndarray, metric: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gradients computed again are those that were stored, and rankings by them those of a float32 part."""
+"""Recomputed gradients are those that were stored, and rankings by them those of a float32 part."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import ghoststore
 from ghoststore import Part, ProjectionConfig, Store
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store import Status
-from query.ask.recompute import RowsAgain, vectors_again
+from query.ask.encoder import PartEncoder
 from query.ask.rerank import rerank
 from query.search.part_score import Metric, Term
 from query.search.search import Ranking, search
+from tests.support.parts import vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Rows
@@ -73,12 +74,13 @@ def reading(lab: Lab, folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_equal_what_was_stored(lab: Lab, tmp_path: Path, projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("query.ask.recompute.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("query.ask.encoder.ROWS_AT_ONCE", 4)
     part = built(lab, tmp_path, reading(lab, tmp_path, "jsonl"), projection=PROJECTIONS[projection])
     rows = [28, 3, 3, *range(part.rows)]
     assert Status(part.read_rows("status", [10])[0]) is Status.EMPTY
-    close(vectors_again(part, rows, device="cpu"), part.read_vectors(0, part.rows)[rows])
-    assert vectors_again(part, [], device="cpu").shape == (0, part.layout.dimension)
+    encoder = PartEncoder(part, device="cpu")
+    close(encoder.recompute(rows), vectors_of(part)[rows])
+    assert encoder.recompute([]).shape == (0, part.layout.dimension)
 
 
 @pytest.mark.parametrize("overlong", ["window", "truncate"])
@@ -87,8 +89,9 @@ def test_windows_and_forms(lab: Lab, tmp_path: Path, form: str, overlong: Any) -
     part = built(lab, tmp_path, reading(lab, tmp_path, form), overlong=overlong, max_length=12)
     assert (part.rows > 29) == (overlong == "window")
     rows = np.random.default_rng(0).permutation(part.rows)
-    close(vectors_again(part, rows, device="cpu"), part.read_vectors(0, part.rows)[rows])
-    close(vectors_again(part, rows[:3], device="cpu"), part.read_vectors(0, part.rows)[rows[:3]])
+    encoder = PartEncoder(part, device="cpu")
+    close(encoder.recompute(rows), vectors_of(part)[rows])
+    close(encoder.recompute(rows[:3]), vectors_of(part)[rows[:3]])
 
 
 def test_blocks_before_the_sketch(lab: Lab, tmp_path: Path) -> None:
@@ -96,12 +99,12 @@ def test_blocks_before_the_sketch(lab: Lab, tmp_path: Path) -> None:
     data = reading(lab, tmp_path, "jsonl")
     part = built(lab, tmp_path, data, "int8", projection=ProjectionConfig(rank_total=64, compress=50))
     unsketched = built(lab, tmp_path, data, projection=ProjectionConfig(rank_total=64))
-    with RowsAgain(part, device="cpu", blocks=True) as again:
-        assert again.groups == unsketched.groups
-        assert [name for name, _, _ in again.groups] == [layer["name"] for layer in part.manifest["layers"]]
-        close(again(range(29)), unsketched.read_vectors(0, 29))
-    with RowsAgain(part, device="cpu") as again:
-        assert (again.groups, again.dimension) == (part.groups, 50)
+    encoder = PartEncoder(part, device="cpu")
+    blocks = encoder.unsketched()
+    assert blocks.groups == unsketched.groups
+    assert [name for name, _, _ in blocks.groups] == [layer["name"] for layer in part.manifest["layers"]]
+    close(blocks.recompute(range(29)), vectors_of(unsketched, 0, 29))
+    assert (encoder.groups, encoder.dimension) == (part.groups, 50)
 
 
 def test_another_corpus_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -110,41 +113,42 @@ def test_another_corpus_is_refused(lab: Lab, tmp_path: Path) -> None:
     part = built(lab, tmp_path, data)
     rows[3] = rows[3] | {"text": rows[3]["text"][::-1]}
     lab.write(data, rows)
-    vectors_again(part, [0, 1, 2], device="cpu")
+    encoder = PartEncoder(part, device="cpu")
+    encoder.recompute([0, 1, 2])
     with pytest.raises(MismatchError, match=r"rows\.jsonl has changed .* 1 of 4 samples .* the first at row 3"):
-        vectors_again(part, [1, 2, 3, 4], device="cpu")
+        encoder.recompute([1, 2, 3, 4])
     data.unlink()
     with pytest.raises(UsageError, match=r"rows\.jsonl"):
-        vectors_again(part, [0], device="cpu")
+        PartEncoder(part, device="cpu").recompute([0])
 
 
 def test_another_model_is_refused(lab: Lab, tmp_path: Path) -> None:
     part = built(lab, tmp_path, reading(lab, tmp_path, "jsonl"))
     with pytest.raises(MismatchError, match="built from other weights"):
-        vectors_again(part, [0], checkpoint=lab.model(tmp_path / "other", seed=1), device="cpu")
+        PartEncoder(part, checkpoint=lab.model(tmp_path / "other", seed=1), device="cpu")
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_one_bit_ranked_again_is_the_exact_ranking(
+def test_one_bit_reranked_is_the_exact_ranking(
     lab: Lab, tmp_path: Path, metric: Metric, sign: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All rows ranked again: the ranking of the float32 part. A few candidates: these in its order."""
+    """All rows reranked: the ranking of the float32 part. A few candidates: these in its order."""
     monkeypatch.setattr("query.ask.rerank.BYTES_AT_ONCE", 5 * 256 * 4)
     data = reading(lab, tmp_path, "jsonl")
     exact, coarse = (built(lab, tmp_path, data, dtype) for dtype in ("float32", "onebit"))
-    queries = torch.from_numpy(exact.read_vectors(0, 29)[[2, 20, 5]])
+    queries = torch.from_numpy(vectors_of(exact, 0, 29)[[2, 20, 5]])
     wanted, _ = search([Term.of(exact, queries * sign, metric=metric)], top_k=28)
     candidates, _ = search([Term.of(coarse, queries * sign, metric=metric)], top_k=29)
     assert (candidates.rows[:, -1] == -1).all()  # one row has no vector
     assert not np.array_equal(candidates.rows[:, :28], wanted.rows)
-    with RowsAgain(coarse, device="cpu") as again:
-        settings: dict[str, Any] = {"metric": metric, "rows_again": again, "sign": sign}
-        found = rerank(candidates, queries, top_k=28, **settings)
-        np.testing.assert_array_equal(found.rows, wanted.rows)
-        np.testing.assert_allclose(found.scores * sign, wanted.scores, rtol=1e-4, atol=1e-4 * wanted.scores.max())
-        few = Ranking(candidates.rows[:, :9], candidates.scores[:, :9])
-        found = rerank(few, queries, top_k=10, **settings)
+    recompute = PartEncoder(coarse, device="cpu").recompute
+    settings: dict[str, Any] = {"metric": metric, "recompute": recompute, "sign": sign}
+    found = rerank(candidates, queries, top_k=28, **settings)
+    np.testing.assert_array_equal(found.rows, wanted.rows)
+    np.testing.assert_allclose(found.scores * sign, wanted.scores, rtol=1e-4, atol=1e-4 * wanted.scores.max())
+    few = Ranking(candidates.rows[:, :9], candidates.scores[:, :9])
+    found = rerank(few, queries, top_k=10, **settings)
     for mine, theirs, best in zip(found.rows, few.rows, wanted.rows, strict=True):
         assert mine[:9].tolist() == [row for row in best.tolist() if row in theirs]
         assert mine[9] == -1
@@ -154,7 +158,7 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [-1.0, 1.0]])
     candidates = Ranking(np.array([[3, 2, 1, 0, -1]]), np.zeros((1, 5)))
     found = rerank(
-        candidates, torch.tensor([[2.0, 0.0]]), metric="cosine", top_k=5, rows_again=lambda rows: vectors[rows]
+        candidates, torch.tensor([[2.0, 0.0]]), metric="cosine", top_k=5, recompute=lambda rows: vectors[rows]
     )
     assert found.rows.tolist() == [[0, 2, 1, 3, -1]]
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststore.errors import UsageError
-from query.select.budget import Amount, Pools, Room, apportion, check_quotas, make_pools, ranked
+from query.select.budget import Budget, Pools, Room, apportion, check_quotas, make_pools, ranked
 
 DOMAINS = ["code", "math", "prose"]
 scores = st.lists(st.one_of(st.just(math.nan), st.integers(-3, 3).map(float)), min_size=1, max_size=20)
@@ -39,10 +39,10 @@ def samples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return score, np.array(draw(numbers)), np.array([n % 4 - 1 for n in draw(numbers)], dtype=np.int16)
 
 
-amounts = st.one_of(
-    st.floats(0.01, 1).map(lambda x: Amount(fraction=x)),
-    st.integers(1, 30).map(lambda n: Amount(count=n)),
-    st.integers(1, 80).map(lambda n: Amount(token_budget=n)),
+budgets = st.one_of(
+    st.floats(0.01, 1).map(lambda x: Budget(fraction=x)),
+    st.integers(1, 30).map(lambda n: Budget(count=n)),
+    st.integers(1, 80).map(lambda n: Budget(token_budget=n)),
 )
 quotas = st.one_of(
     st.none(),
@@ -51,16 +51,16 @@ quotas = st.one_of(
 )
 
 
-@given(samples(), amounts, quotas)
-def test_every_way_is_the_obvious_loop(given: Any, amount: Amount, quotas: Any) -> None:
+@given(samples(), budgets, quotas)
+def test_every_way_is_the_obvious_loop(given: Any, budget: Budget, quotas: Any) -> None:
     score, tokens, domain = given
-    pools = make_pools(amount, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, part="part")
+    pools = make_pools(budget, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, part="part")
     ranking = ranked(score)
     by_hand = sorted((i for i, s in enumerate(score) if not math.isnan(s)), key=lambda i: (-score[i], i))
     assert ranking.tolist() == by_hand
     chosen = pools.best(ranking)
     assert chosen.tolist() == slowly(by_hand, pools)
-    assert sum(pools.limits) == (amount.budget(score) if len(by_hand) or not isinstance(quotas, str) else 0)
+    assert sum(pools.limits) == (budget.size(score) if len(by_hand) or not isinstance(quotas, str) else 0)
     assert all(spent <= limit for spent, limit in zip(pools.spent(chosen), pools.limits, strict=True))
     room, greedy = Room(pools, ranking), []
     while room.open_C.any():
@@ -74,7 +74,7 @@ def test_every_way_is_the_obvious_loop(given: Any, amount: Amount, quotas: Any) 
 def test_a_threshold_takes_all_above_it(given: Any, threshold: int) -> None:
     score, tokens, domain = given
     pools = make_pools(
-        Amount(threshold=threshold), None, score_M=score, tokens_M=tokens, domain_M=domain, domains=[], part="part"
+        Budget(threshold=threshold), None, score_M=score, tokens_M=tokens, domain_M=domain, domains=[], part="part"
     )
     assert sorted(pools.best(ranked(score)).tolist()) == [i for i, s in enumerate(score) if s >= threshold]
 
@@ -89,10 +89,10 @@ def test_apportion(total: int, weights: list[float]) -> None:
     assert all(abs(d - total * w / sum(weights)) < 1 + 1e-6 for d, w in zip(dealt, weights, strict=True))
 
 
-def pools_of(quotas: Any, amount: Amount, domains: list[int]) -> dict[str, int]:
+def pools_of(quotas: Any, budget: Budget, domains: list[int]) -> dict[str, int]:
     count = len(domains)
     pools = make_pools(
-        amount,
+        budget,
         quotas,
         score_M=np.zeros(count),
         tokens_M=np.full(count, 7),
@@ -106,19 +106,19 @@ def pools_of(quotas: Any, amount: Amount, domains: list[int]) -> dict[str, int]:
 def test_what_quotas_mean() -> None:
     """Shares of the budget, counts, and what is left for the others; by domain of the usable samples, or alike."""
     domains = [0] * 6 + [1] * 3 + [2]
-    assert pools_of({"code": 0.3, "math": 5}, Amount(count=20), domains) == {"code": 6, "math": 5, "(others)": 9}
-    assert pools_of({"code": 0.5, "math": 0.5}, Amount(count=5), domains) == {"code": 3, "math": 2, "(others)": 0}
-    assert pools_of({"code": 0.29}, Amount(count=100), domains) == {"code": 29, "(others)": 71}
-    assert pools_of({"code": 0.25}, Amount(token_budget=100), domains) == {"code": 25, "(others)": 75}
+    assert pools_of({"code": 0.3, "math": 5}, Budget(count=20), domains) == {"code": 6, "math": 5, "(others)": 9}
+    assert pools_of({"code": 0.5, "math": 0.5}, Budget(count=5), domains) == {"code": 3, "math": 2, "(others)": 0}
+    assert pools_of({"code": 0.29}, Budget(count=100), domains) == {"code": 29, "(others)": 71}
+    assert pools_of({"code": 0.25}, Budget(token_budget=100), domains) == {"code": 25, "(others)": 75}
     everyone = {"(none)": 0, "code": 6, "math": 3, "prose": 1}
-    assert pools_of("proportional", Amount(count=10), domains) == everyone
-    assert pools_of("proportional", Amount(token_budget=100), domains) == {k: 10 * v for k, v in everyone.items()}
-    assert pools_of("equal", Amount(count=10), domains) == {"(none)": 0, "code": 4, "math": 3, "prose": 3}
-    assert pools_of("equal", Amount(fraction=0.8), [*domains, -1]) == {"(none)": 3, "code": 2, "math": 2, "prose": 2}
+    assert pools_of("proportional", Budget(count=10), domains) == everyone
+    assert pools_of("proportional", Budget(token_budget=100), domains) == {k: 10 * v for k, v in everyone.items()}
+    assert pools_of("equal", Budget(count=10), domains) == {"(none)": 0, "code": 4, "math": 3, "prose": 3}
+    assert pools_of("equal", Budget(fraction=0.8), [*domains, -1]) == {"(none)": 3, "code": 2, "math": 2, "prose": 2}
 
 
 @pytest.mark.parametrize(
-    ("amount", "message"),
+    ("budget", "message"),
     [
         ({}, "give one of --fraction, --count, --threshold and --token-budget, not none of them"),
         ({"count": 3, "token_budget": 4}, "not --count and --token-budget"),
@@ -131,38 +131,38 @@ def test_what_quotas_mean() -> None:
         ({"token_budget": 0}, "--token-budget must be at least 1"),
     ],
 )
-def test_amounts_that_cannot_be(amount: Mapping[str, Any], message: str) -> None:
+def test_budgets_that_cannot_be(budget: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Amount(**amount)
+        Budget(**budget)
 
 
 @pytest.mark.parametrize(
-    ("quotas", "amount", "message"),
+    ("quotas", "budget", "message"),
     [
-        ({"code": 0.7, "math": 0.6}, Amount(count=5), "the shares add up to 1.3, more than 1"),
-        ({"code": 1.5}, Amount(count=5), "code=1.5: a share lies between 0 and 1"),
-        ({"code": -0.5}, Amount(count=5), "a share lies between 0 and 1"),
-        ({"code": math.nan}, Amount(count=5), "a share lies between 0 and 1"),
-        ({"code": -1}, Amount(count=5), "cannot be negative"),
-        ({"code": True}, Amount(count=5), "expected a share .* or a number"),
-        ({"code": 3}, Amount(token_budget=5), "with --token-budget give a share"),
-        ({"code": 0.3}, Amount(threshold=0.1), "give --count, --fraction or --token-budget, not --threshold"),
-        ("most", Amount(count=5), "--quotas 'most' is unknown; known: proportional, equal"),
+        ({"code": 0.7, "math": 0.6}, Budget(count=5), "the shares add up to 1.3, more than 1"),
+        ({"code": 1.5}, Budget(count=5), "code=1.5: a share lies between 0 and 1"),
+        ({"code": -0.5}, Budget(count=5), "a share lies between 0 and 1"),
+        ({"code": math.nan}, Budget(count=5), "a share lies between 0 and 1"),
+        ({"code": -1}, Budget(count=5), "cannot be negative"),
+        ({"code": True}, Budget(count=5), "expected a share .* or a number"),
+        ({"code": 3}, Budget(token_budget=5), "with --token-budget give a share"),
+        ({"code": 0.3}, Budget(threshold=0.1), "give --count, --fraction or --token-budget, not --threshold"),
+        ("most", Budget(count=5), "--quotas 'most' is unknown; known: proportional, equal"),
     ],
 )
-def test_quotas_that_cannot_be(quotas: Any, amount: Amount, message: str) -> None:
+def test_quotas_that_cannot_be(quotas: Any, budget: Budget, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_quotas(quotas, amount)
+        check_quotas(quotas, budget)
 
 
 def test_quotas_that_do_not_fit_the_part() -> None:
     with pytest.raises(UsageError, match=r"--quota law=0\.1: part 'part' has no such domain; it has code, math, prose"):
-        pools_of({"law": 0.1}, Amount(count=5), [0, 1])
+        pools_of({"law": 0.1}, Budget(count=5), [0, 1])
     with pytest.raises(UsageError, match=r"4 samples and shares of 2\.5 are more than the 5 to choose"):
-        pools_of({"code": 4, "math": 0.5}, Amount(count=5), [0, 1])
+        pools_of({"code": 4, "math": 0.5}, Budget(count=5), [0, 1])
     with pytest.raises(UsageError, match="part 'part' has no domains"):
         make_pools(
-            Amount(count=1),
+            Budget(count=1),
             "equal",
             score_M=np.zeros(1),
             tokens_M=np.ones(1, dtype=np.int64),
