@@ -22,7 +22,7 @@ FACE = {
     "build": "indexer.build.build",
     "GradDotProdEngine": "indexer.dotprod",
     "Scores": "indexer.dotprod",
-    "TrainConfig": "indexer.training.config",
+    "TrainConfig": "ghoststore.settings.train",
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",
     "GhostConfig": "indexer.integrations.config",

@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorpusError, UsageError
+from ghoststore.settings.shared import FieldNames
 
 Kind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
 
@@ -186,18 +187,12 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fields:
+class Fields(FieldNames):
     """Names of the fields of a row; None is found on the first row by its conventional name.
 
     Raises UsageError for a prompt without a completion, and for more than one kind of content.
     """
 
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    id: str | None = None
-    domain: str | None = None
     domain_option: str = OPTIONS["domain"]
     """The option that named ``domain``, for messages."""
 

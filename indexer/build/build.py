@@ -31,6 +31,8 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.keywords import takes
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, PartLayout, Store
@@ -46,7 +48,7 @@ from indexer.build.corpus_plan import CorpusPlan, other_places, plan_corpus, row
 from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.losses import Reduction
-from indexer.encode.tokens import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.adam import flat, learning_rate_of, read_scales, scales_digest
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
@@ -114,31 +116,8 @@ class _Job:
     """Arrays that the part keeps beside its rows."""
 
 
-def build(
-    *,
-    checkpoint: str | Path,
-    data: str | Path,
-    store: str | Path,
-    name: str | None = None,
-    tokenizer: str | Path | None = None,
-    projection: ProjectionConfig | None = None,
-    fields: Fields | None = None,
-    proj_dtype: str = "float32",
-    loss_reduction: Reduction = "mean",
-    max_length: int | None = None,
-    overlong: Overlong = "truncate",
-    max_samples: int | None = None,
-    batch_tokens: int | None = None,
-    span_rows: int | None = None,
-    store_text: bool = False,
-    device: str = "auto",
-    model_dtype: str = "float32",
-    attn_implementation: str | None = None,
-    gradient_checkpointing: bool = False,
-    optimizer_state: str | Path | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> BuildReport:
+@takes(BuildOptions)
+def build(options: BuildOptions) -> BuildReport:
     """Each sample's projected gradient at ``checkpoint``, for every sample of ``data``, into ``store``.
 
     Parameters have the names of the command's options. ``checkpoint`` is a folder in transformers' format
@@ -158,51 +137,63 @@ def build(
     MismatchError if the part that exists was built otherwise, BusyError if another process is building it,
     StorageError if the disk refuses. What was committed stays committed.
     """
-    progress = progress or Silent()
+    progress = options.progress or Silent()
     begun = time.perf_counter()
-    device = resolve_device(device)
-    batch_tokens = DEFAULT_BATCH_TOKENS[torch.device(device).type] if batch_tokens is None else batch_tokens
-    for option, value in (("--batch-tokens", batch_tokens), ("--max-samples", max_samples)):
+    device = resolve_device(options.device)
+    batch_tokens = (
+        DEFAULT_BATCH_TOKENS[torch.device(device).type] if options.batch_tokens is None else options.batch_tokens
+    )
+    for option, value in (("--batch-tokens", batch_tokens), ("--max-samples", options.max_samples)):
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
-    found = find_checkpoint(checkpoint)
-    tokenizer_folder = Path(tokenizer) if tokenizer is not None else found.folder
+    found = find_checkpoint(options.checkpoint)
+    tokenizer_folder = Path(options.tokenizer) if options.tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(tokenizer_folder)
-    part_name = check_name(name) if name else safe_name(found.folder.resolve().name, corpus_name(str(data)))
-    if dry_run and str(data) == "-":
+    part_name = (
+        check_name(options.name)
+        if options.name
+        else safe_name(found.folder.resolve().name, corpus_name(str(options.data)))
+    )
+    if options.dry_run and str(options.data) == "-":
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
-    Store.refuse_others(Path(store))
-    there = _existing(store, part_name)
+    Store.refuse_others(Path(options.store))
+    there = _existing(options.store, part_name)
     if there is not None:
         refuse_incomplete(there)
-    with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
-        model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
+    with open_corpus(
+        str(options.data), options.fields or Fields(), progress
+    ) as corpus:  # refused before a model is loaded
+        model = load_model(
+            found, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+        )
         identity = {
             "checkpoint": checkpoint_section(found.fingerprint(), model, None if there is None else there.manifest),
             "tokenizer": tokenizer_identity(text_tokenizer),
         }
-        config = (projection or ProjectionConfig()).for_build(optimizer_state=optimizer_state is not None)
+        config = (options.projection or ProjectionConfig()).for_build(
+            optimizer_state=options.optimizer_state is not None
+        )
         job = _plan(
             model,
             corpus,
             Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note),
             config,
-            TokenSettings(max_length=longest_row(model, max_length), overlong=overlong),
-            _Storage(proj_dtype, span_rows, store_text or str(data) == "-"),
-            max_samples=max_samples,
-            count_tokens=dry_run,
+            TokenSettings(max_length=longest_row(model, options.max_length), overlong=options.overlong),
+            _Storage(options.proj_dtype, options.span_rows, options.store_text or str(options.data) == "-"),
+            max_samples=options.max_samples,
+            count_tokens=options.dry_run,
             progress=progress,
-            reduction=loss_reduction,
-            checkpointing=gradient_checkpointing,
-            optimizer_state=optimizer_state,
+            reduction=options.loss_reduction,
+            checkpointing=options.gradient_checkpointing,
+            optimizer_state=options.optimizer_state,
             batch_tokens=batch_tokens,
-            dry_run=dry_run,
+            dry_run=options.dry_run,
             there=there,
             identity=identity,
         )
         job.manifest.update(
             **identity,
-            dtype={"model": model_dtype},
+            dtype={"model": options.model_dtype},
             batching={
                 "batch_tokens": batch_tokens,
                 "order": "longest first inside a span",
@@ -210,22 +201,24 @@ def build(
             },
             source={
                 "checkpoint": str(found.folder.resolve()),
-                "tokenizer": str(tokenizer_folder.resolve()) if tokenizer is not None else None,
-                "data": "-" if str(data) == "-" else absolute(corpus.source),
+                "tokenizer": str(tokenizer_folder.resolve()) if options.tokenizer is not None else None,
+                "data": "-" if str(options.data) == "-" else absolute(corpus.source),
                 "form": corpus.form,
-                "optimizer_state": None if optimizer_state is None else str(Path(optimizer_state).resolve()),
+                "optimizer_state": None
+                if options.optimizer_state is None
+                else str(Path(options.optimizer_state).resolve()),
                 "learning_rate": learning_rate_of(found.folder),
             },
             compute={
                 "device": torch.device(device).type,
                 "attn_implementation": getattr(model.config, "_attn_implementation", None),
                 "threads": torch.get_num_threads(),
-                "gradient_checkpointing": gradient_checkpointing,
+                "gradient_checkpointing": options.gradient_checkpointing,
             },
             software=versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
         )
         report = BuildReport(
-            store=str(store),
+            store=str(options.store),
             part=part_name,
             rows=job.layout.rows,
             tokens=job.plan.tokens,
@@ -234,12 +227,12 @@ def build(
             dimension=job.layout.dimension,
             bytes_on_disk=_bytes_on_disk(job.layout),
             memory_bytes=_memory(job, batch_tokens),
-            dry_run=dry_run,
+            dry_run=options.dry_run,
             manifest=job.manifest,
         )
-        if dry_run:
+        if options.dry_run:
             return report
-        part = _open_part(Store.create(store), part_name, job, progress)
+        part = _open_part(Store.create(options.store), part_name, job, progress)
         job.fixed.clear()  # on the disk now
         with writing(part):
             part = Part(part.path)

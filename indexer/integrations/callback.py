@@ -23,13 +23,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.model_loss import loss_in, own_loss, tokens_in
 from indexer.integrations.session import Recorder, RunShape, Samples, places_of, ranks_here
-from indexer.training.config import OnStoreError
 
 PENDING = "ghoststore_pending.safetensors"
 """In a Trainer's checkpoint: the steps that the store did not have yet."""

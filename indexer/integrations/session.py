@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import MismatchError, UsageError
+from ghoststore.settings.train import OnStoreError
 from ghoststore.software import versions_of
 from ghoststore.store import Store
 from ghoststore.store.base.names import check_name
@@ -28,7 +29,6 @@ from ghoststore.store.base.records import json_digest
 from ghoststore.store.run.run import RowTable, Run, RunLayout, create_run
 from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.sketched import SketchedMethod
-from indexer.training.config import OnStoreError
 from indexer.training.ranks import Ranks
 from indexer.training.score_log import ScoreLog
 

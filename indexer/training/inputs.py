@@ -22,11 +22,11 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.shards import MANIFEST, TOKENIZER, TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.tokenize.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
-from indexer.training.config import TrainConfig
 from indexer.training.ranks import Ranks
 from indexer.training.validation import ValSet
 

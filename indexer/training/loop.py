@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ghoststore.errors import DivergedError
+from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.encode.losses import training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
-from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.ranks import Ranks
 from indexer.training.scorer import Scorer

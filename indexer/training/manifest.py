@@ -10,11 +10,11 @@ import torch
 
 from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.checkpoint.same_model import start_section
+from ghoststore.settings.train import TrainConfig
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.run import RunLayout
 from ghoststore.tokens.shards import TokenShards
-from indexer.training.config import TrainConfig
 from indexer.training.data import TrainingRows
 from indexer.training.inputs import Start
 from indexer.training.scorer import Scorer

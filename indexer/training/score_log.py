@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError, StorageError, WorkerError
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.run.run import Run, RunWriter
-from indexer.training.config import OnStoreError
 from indexer.training.ranks import Ranks
 
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import ScoringConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
-from indexer.training.config import ScoringConfig
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ghoststore.errors import UsageError
-from indexer.training.config import TrainConfig
+from ghoststore.settings.train import TrainConfig
 from indexer.training.loop import StepResult
 from indexer.training.ranks import Ranks
 from indexer.training.validation import ValLoss

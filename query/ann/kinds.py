@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from ghoststore.errors import UsageError
-
-Dimension = int | Literal["auto", "none"]
+from ghoststore.settings.store import Dimension as Dimension
 
 FRONT_DIMENSION = 1024
 FRONT_FROM = 2 * FRONT_DIMENSION

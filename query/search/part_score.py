@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.shared import Metric as Metric
 from ghoststore.store import Part
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from ghoststore.store.spans.reader import read_span
 
-Metric = Literal["dot", "cosine"]
 METRICS = ("dot", "cosine")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,13 +11,13 @@ from ghoststore.corpus import Corpus
 from ghoststore.corpus.export import check_copy, check_new, write_copy
 from ghoststore.corpus.source_rows import Originals
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import Order as Order
 from ghoststore.store.base.disk import appearing, storage_errors
 from query.common.unchanged import Places
 from query.select.report import SelectReport, row_list
 from query.select.samples import Samples
 from query.select.strategy import Chosen
 
-Order = Literal["corpus", "score"]
 ORDERS = ("corpus", "score")
 
 

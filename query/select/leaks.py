@@ -13,12 +13,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from ghoststore.corpus import Sample
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import Leaks as Leaks
 
-Leaks = Literal["exclude", "keep", "error"]
 LEAKS = ("exclude", "keep", "error")
 SHINGLE_WORDS = 8
 OVERLAP = 0.5

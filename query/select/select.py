@@ -4,50 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ghoststore.corpus import open_corpus
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.question import SelectOptions
 from ghoststore.store import Store
 from query.ask.question import Question
 from query.ask.scorer import ask
 from query.common.texts import corpus_behind
 from query.common.unchanged import read_unchanged
 from query.search.parts import note_repeated, part_names
-from query.select.budget import Amount, Quotas
-from query.select.diversity import Diversity
-from query.select.files import Order, SelectFiles
-from query.select.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
+from query.select.budget import Amount
+from query.select.files import SelectFiles
+from query.select.leaks import LeakCheck, check_policy, refuse, report_of
 from query.select.report import SelectReport
 from query.select.samples import Samples
 from query.select.strategy import Choice
 
 
-def select(
-    *,
-    out: str | Path,
-    fraction: float | None = None,
-    count: int | None = None,
-    threshold: float | None = None,
-    token_budget: int | None = None,
-    quotas: Quotas | None = None,
-    diversity: Diversity = "none",
-    diversity_weight: float | None = None,
-    candidates: int | None = None,
-    leaks: Leaks = "exclude",
-    order: Order = "corpus",
-    report: str | Path | None = None,
-    progress: Progress | None = None,
-    **question: Any,
-) -> SelectReport:
+@takes(SelectOptions)
+def select(options: SelectOptions) -> SelectReport:
     """Choose samples by their score for a val set, and write their original rows, every field of them, to ``out``.
 
-    ``question`` are the fields of `query.ask.question.Question` (``store``, ``val_set``, ``part``, ``metric``, …) but
-    for ``each``: what scores are, as in ``ghoststore.query``. Where it has several rankings, the first counts: that
-    over everything.
+    What scores are (``store``, ``val_set``, ``part``, ``metric``, …) is as in ``ghoststore.query``. Where there are
+    several rankings, the first counts: that over everything.
 
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
     ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
@@ -62,14 +45,20 @@ def select(
     Raises UsageError for what cannot be used or chosen, MismatchError for a corpus that is not the one of the part,
     CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
     """
-    progress = progress or Silent()
-    amount = Amount(fraction=fraction, count=count, threshold=threshold, token_budget=token_budget)
-    choice = Choice(
-        amount=amount, quotas=quotas, diversity=diversity, diversity_weight=diversity_weight, candidates=candidates
+    progress = options.progress or Silent()
+    amount = Amount(
+        fraction=options.fraction, count=options.count, threshold=options.threshold, token_budget=options.token_budget
     )
-    check_policy(leaks)
-    files = SelectFiles.of(out, report, order)
-    wanted = Question(each=False, **question)
+    choice = Choice(
+        amount=amount,
+        quotas=options.quotas,
+        diversity=options.diversity,
+        diversity_weight=options.diversity_weight,
+        candidates=options.candidates,
+    )
+    check_policy(options.leaks)
+    files = SelectFiles.of(options.out, options.report, options.order)
+    wanted = part_of(Question, options)
     part = Store.open(wanted.store).part(part_names(wanted.part)[0])
     corpus = corpus_behind(part)
     files.check(corpus)
@@ -79,10 +68,10 @@ def select(
     note_repeated(asked.part, progress)
     places = read_unchanged(corpus, asked.part, leak_check.see, progress)
     found = list(leak_check.found.values())
-    if leaks == "error":
+    if options.leaks == "error":
         refuse(found, str(wanted.val_set))
     samples = Samples.of(asked.part, asked.scores(progress, 1)[0])
-    excluded = np.isin(samples.source_row, list(leak_check.found) if leaks == "exclude" else [])
+    excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
     chosen = choice.make(asked, samples, np.where(excluded, np.nan, samples.score), progress)
     settings = {**asked.settings(), "val_set": str(wanted.val_set), "ranking": asked.names[0], **choice.settings()}
     made = SelectReport.of(
@@ -93,7 +82,7 @@ def select(
         report=str(files.report),
         rows_file=str(files.rows),
         settings={**settings, "order": files.order},
-        leaks=report_of(found, leaks),
+        leaks=report_of(found, options.leaks),
     )
     _tell(made, progress)
     files.write(made, corpus, places, samples, chosen)

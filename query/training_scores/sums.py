@@ -6,17 +6,16 @@ Legend: N rows of the row table, U units (samples, or windows), P places of some
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.store import Unit as Unit
+from ghoststore.settings.store import Value as Value
 from ghoststore.store.run.run import Run
 from query.training_scores.steps import Places
-
-Value = Literal["cumulative", "mean", "sum", "last"]
-Unit = Literal["sample", "window"]
 
 WEIGHTED = ("cumulative", "mean")
 """Values in which a score counts with the learning rate of its step."""

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import ghoststore
 from ghoststore.errors import DivergedError, GhostStoreError, LayerError, MismatchError, UsageError
+from ghoststore.settings.train import TrainConfig
 from ghoststore.store import Store
-from indexer.training.config import TrainConfig
 from indexer.training.state import checkpoints, save_state
 
 if TYPE_CHECKING:
