@@ -10,7 +10,7 @@ from typing import Any
 
 FACE = {
     "Corpus": "ghoststore.corpus",
-    "Fields": "ghoststore.corpus",
+    "Fields": "ghoststore.settings.fields",
     "Part": "ghoststore.store",
     "Run": "ghoststore.store",
     "Status": "ghoststore.store",

@@ -6,7 +6,8 @@ from typing import Any
 
 from ghoststore.cli import options
 from ghoststore.lazy import load
-from ghoststore.settings.store import AsJson, InfoOptions
+from ghoststore.settings.shared import AsJson
+from ghoststore.settings.store import InfoOptions
 
 
 @options.command(InfoOptions, AsJson)

@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import click
 
-from ghoststore.cli.flags import Entry, Flags, entries_of
 from ghoststore.errors import GhostStoreError
 from ghoststore.lazy import load
+from ghoststore.settings.flags import Entry, Flags, entries_of
 from ghoststore.settings.option import Section, choices_of, members_of, options_of, words_of
 from ghoststore.settings.shared import Printing, ResultFile
 
@@ -32,10 +32,12 @@ class Refused(click.ClickException):
 class OptionsCommand(click.Command):
     """A command whose help is in sections, and whose errors name flags."""
 
-    def __init__(self, name: str, sections: dict[str, str], flags: Flags, **settings: Any) -> None:
-        super().__init__(name, **settings)
-        self._sections = sections
-        """Of each parameter, by its name."""
+    def __init__(self, kinds: Sequence[type], sections: dict[str, str], flags: Flags, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.kinds = kinds
+        """The dataclasses of its options; the first is that of the public function."""
+        self.sections = sections
+        """By the name of the parameter."""
         self.flags = flags
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -46,7 +48,7 @@ class OptionsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section in (MOST_USED, *SECTIONS):
-            shown = [one for one in self.get_params(ctx) if self._sections.get(one.name or "", "Output") == section]
+            shown = [one for one in self.get_params(ctx) if self.sections.get(one.name or "", "Output") == section]
             records = [record for one in shown if (record := one.get_help_record(ctx)) is not None]
             if records:
                 with formatter.section(section):
@@ -77,9 +79,10 @@ def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], Op
             function(keywords, *(kind(**taken) for kind, taken in zip(kinds[1:], others, strict=True)))
 
         return OptionsCommand(
-            function.__module__.rpartition(".")[2].replace("_", "-"),
+            kinds,
             sections,
             flags,
+            name=function.__module__.rpartition(".")[2].replace("_", "-"),
             params=parameters,
             callback=call,
             help=inspect.cleandoc(function.__doc__ or ""),
@@ -142,7 +145,8 @@ def _take(kind: type, values: dict[str, Any]) -> Keywords:
             (objects.setdefault(holder[0], {}) if holder else taken)[name] = value
     for spec, option in options_of(kind):
         if spec.name in objects:
-            taken[spec.name] = load(option.public)(**objects[spec.name])
+            assert option.group is not None
+            taken[spec.name] = option.group(**objects[spec.name])
     return taken
 
 

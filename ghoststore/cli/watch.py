@@ -9,7 +9,8 @@ import click
 from ghoststore.cli import options
 from ghoststore.errors import UsageError
 from ghoststore.lazy import load
-from ghoststore.settings.store import AsJson, WatchOptions
+from ghoststore.settings.shared import AsJson
+from ghoststore.settings.store import WatchOptions
 
 WIDTH = 120
 """Columns where stdout is no terminal."""

@@ -8,7 +8,6 @@ from ghoststore.corpus.corpus import Corpus, Position, absolute, open_corpus, sp
 from ghoststore.corpus.fields import (
     BESIDE_MESSAGES,
     Content,
-    Fields,
     Messages,
     PromptCompletion,
     ResolvedFields,
@@ -16,6 +15,7 @@ from ghoststore.corpus.fields import (
     Tokenized,
 )
 from ghoststore.corpus.scan import MAX_DOMAINS, Scan, scan_samples
+from ghoststore.settings.fields import Fields
 
 __all__ = [
     "BESIDE_MESSAGES",

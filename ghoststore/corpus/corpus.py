@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ghoststore.corpus.fields import CONTENT_FIELDS, Fields, ResolvedFields, RowError, Sample, check_object
+from ghoststore.corpus.fields import ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats import FORMS, DatasetForm, Form, form_of
 from ghoststore.errors import CorpusError, StorageError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.fields import CONTENT_FIELDS, Fields
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
 NOT_DATA = {"", ".md", ".yaml", ".yml"}
@@ -138,7 +139,7 @@ class Corpus:
                     first = check_object(row)
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
-                resolved = fields.resolve(first, where)
+                resolved = resolve(fields, first, where)
                 self.unread = resolved.unread(first)
                 return resolved
         raise CorpusError(f"{self.source}: has no rows")

@@ -21,7 +21,7 @@ from ghoststore.settings.shared import (
 class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
     name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output", metavar="NAME")
     projection: ProjectionConfig | None = option(
-        None, "How gradients are projected.", "Projection", group=ProjectionConfig, public="ProjectionConfig"
+        None, "How gradients are projected.", "Projection", group=ProjectionConfig
     )
     proj_dtype: str = option(
         "float32",

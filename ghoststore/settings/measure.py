@@ -144,7 +144,6 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
         "How a build would project gradients.",
         "Projection",
         group=ProjectionConfig,
-        public="ProjectionConfig",
         leave_out=LEARNED_OPTIONS,
     )
     loss_reduction: Reduction = option("mean", "What the loss of a sample is: of its own targets.", "Scoring")

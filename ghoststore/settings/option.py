@@ -40,8 +40,6 @@ class Option:
     """No option of the command line."""
     group: type | None = None
     """The field is an object: its options are those of this dataclass …"""
-    public: str = ""
-    """… and it is made by this public name …"""
     leave_out: tuple[str, ...] = ()
     """… but for these."""
     shortcut: tuple[str, str] | None = None

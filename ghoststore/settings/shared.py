@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ghoststore.progress import Progress
+from ghoststore.settings.fields import Fields
 from ghoststore.settings.option import about, option
-
-if TYPE_CHECKING:
-    from ghoststore.corpus import Fields
 
 Metric = Literal["cosine", "dot"]
 Overlong = Literal["truncate", "window", "skip", "error"]
@@ -39,55 +37,9 @@ class DeviceOption:
     device: str = option("auto", "cpu, cuda, cuda:N, or auto.", "Advanced")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldNames:
-    """Names of the fields of a row; None is found on the first row by its conventional name."""
-
-    text: str | None = option(
-        None,
-        "Field with the text (default: 'text', else prompt and completion, else messages).",
-        "Input",
-        flag="--text-field",
-        metavar="NAME",
-    )
-    prompt: str | None = option(
-        None, "Field with the prompt, which is no target.", "Input", flag="--prompt-field", metavar="NAME"
-    )
-    completion: str | None = option(
-        None,
-        "Field with the completion: the only targets of a row with a prompt.",
-        "Input",
-        flag="--completion-field",
-        metavar="NAME",
-    )
-    messages: str | None = option(
-        None,
-        "Field with chat messages, which go through the tokenizer's chat template.",
-        "Input",
-        flag="--messages-field",
-        metavar="NAME",
-    )
-    id: str | None = option(
-        None,
-        "Field with the id (default: 'id' where rows have it, else the row number).",
-        "Input",
-        flag="--id-field",
-        metavar="NAME",
-    )
-    domain: str | None = option(
-        None,
-        "Field with the domain (default: 'domain' where rows have it).",
-        "Input",
-        flag="--domain-field",
-        metavar="NAME",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class FieldsOption:
-    fields: "Fields | None" = option(
-        None, "How rows are read: names of their fields.", "Input", group=FieldNames, public="Fields"
-    )
+    fields: Fields | None = option(None, "How rows are read: names of their fields.", "Input", group=Fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +95,16 @@ class MetricOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Printing:
-    """Of the command line alone: how what a function returns is printed."""
+class AsJson:
+    """Of the command line alone."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printing(AsJson):
+    """Of the command line alone, for what tells its progress."""
+
     quiet: bool = option(False, "No progress bars; errors and notes only.", "Output", flag="--quiet -q")
 
 

@@ -108,10 +108,3 @@ class WatchOptions(RunOption):
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")
     once: bool = option(False, "Print one frame and end.", "Output")
     text: bool = option(True, "Show the texts of the best and worst samples.", "Output")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AsJson:
-    """Of the command line alone, for what has no progress."""
-
-    as_json: bool = option(False, "Print one JSON document.", "Output", flag="--json")

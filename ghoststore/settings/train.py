@@ -78,9 +78,7 @@ class ScoringConfig:
         check_choices(self)
         check_at_least(1, val_batch_size=self.val_batch_size, val_refresh_interval=self.val_refresh_interval)
         if self.score == "sketched" and (self.exclude_layers or self.route != "auto"):
-            raise UsageError(
-                "`exclude_layers` and `route` belong to `score=exact`; a sketched score takes those of its `projection`"
-            )
+            raise UsageError("`exclude_layers` and `route` belong to `score=exact`; give `projection.layers`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,6 @@ class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig,
         "Of `score=sketched`: how gradients are projected.",
         "Projection",
         group=ProjectionConfig,
-        public="ProjectionConfig",
         leave_out=("exclude_layers", *LEARNED_OPTIONS),
     )
     eval_only: bool = option(False, "Only the val loss of `checkpoint`.", "Output")

@@ -44,4 +44,4 @@ class Question(QuestionOptions):
         fields = self.fields or Fields()
         if self.group_field is None:
             return fields
-        return replace(fields, domain=self.group_field, domain_option="--group-field")
+        return replace(fields, domain=self.group_field, domain_parameter="group_field")

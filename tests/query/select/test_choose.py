@@ -147,7 +147,6 @@ def test_amounts_that_cannot_be(amount: Mapping[str, Any], message: str) -> None
         ({"code": True}, Amount(count=5), "expected a share .* or a number"),
         ({"code": 3}, Amount(token_budget=5), "with --token-budget give a share"),
         ({"code": 0.3}, Amount(threshold=0.1), "give --count, --fraction or --token-budget, not --threshold"),
-        ("most", Amount(count=5), "--quotas 'most' is unknown; known: proportional, equal"),
     ],
 )
 def test_quotas_that_cannot_be(quotas: Any, amount: Amount, message: str) -> None:
