@@ -155,13 +155,15 @@ def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
     if isinstance(default, tuple):
         default = ",".join(default) or None
     switch = entry.spec.type is bool and entry.off is None
+    settings: dict[str, Any] = {"metavar": entry.option.metavar, **_reading(entry)}
+    if default is not None:
+        settings["default"] = default
     yield click.Option(
         [*entry.declarations.split(), _key(entry)],
         help=flags.render(entry.option.help),
-        **({} if default is None else {"default": default}),
         show_default=default is not None and not switch,
         required=entry.spec.default is MISSING or entry.option.required,
-        **{"metavar": entry.option.metavar, **_reading(entry)},
+        **settings,
     )
     if entry.option.shortcut:
         flag, value = entry.option.shortcut

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import takes
+from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import FidelityOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import keep_fidelity
@@ -83,13 +83,7 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     they are not those of the part, UsageError for a part with too few rows, CorruptError for damaged rows.
     """
     progress, begun = options.progress or Silent(), time.perf_counter()
-    asked = Draw(
-        rows=options.rows,
-        val_samples=options.val_samples,
-        seed=options.seed,
-        val_set=options.val_set,
-        fields=options.fields,
-    )
+    asked = part_of(Draw, options)
     (opened,), _ = open_parts(options.store, options.part, None, progress)
     groups = choose_groups(opened, options.layers, options.exclude_layers)
     again = open_again(opened, "the fidelity", checkpoint=options.checkpoint, device=options.device, progress=progress)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import takes
+from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import PlotErrorOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.disk import replace as replace_file
@@ -109,13 +109,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     if path.with_suffix(".json").exists():
         raise UsageError(f"--out {path}: {path.with_suffix('.json')} exists, and the numbers are written there")
     mode, number = parse_reference(options.reference)
-    asked = Draw(
-        rows=options.rows,
-        val_samples=options.val_samples,
-        seed=options.seed,
-        val_set=options.val_set,
-        fields=options.fields,
-    )
+    asked = part_of(Draw, options)
     parts = fitting_parts(
         Store.open(options.store), [options.part] if isinstance(options.part, str) else list(options.part or ())
     )

@@ -24,8 +24,6 @@ from ghoststore.store import Part
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from ghoststore.store.spans.reader import read_span
 
-METRICS = ("dot", "cosine")
-
 
 class Preconditioner(Protocol):
     """A symmetric positive operator A, block by block: scores are qᵀ A g instead of qᵀ g."""

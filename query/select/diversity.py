@@ -19,7 +19,6 @@ from torch import Tensor
 from ghoststore.settings.question import Diversity as Diversity
 from query.select.budget import Room
 
-DIVERSITIES = ("none", "mmr", "facility-location", "greats")
 ROWS_AT_ONCE = 512
 
 Scores = NDArray[np.float64]

@@ -19,7 +19,7 @@ from query.common.unchanged import read_unchanged
 from query.search.parts import note_repeated, part_names
 from query.select.budget import Amount
 from query.select.files import SelectFiles
-from query.select.leaks import LeakCheck, check_policy, refuse, report_of
+from query.select.leaks import LeakCheck, refuse, report_of
 from query.select.report import SelectReport
 from query.select.samples import Samples
 from query.select.strategy import Choice
@@ -56,7 +56,6 @@ def select(options: SelectOptions) -> SelectReport:
         diversity_weight=options.diversity_weight,
         candidates=options.candidates,
     )
-    check_policy(options.leaks)
     files = SelectFiles.of(options.out, options.report, options.order)
     wanted = part_of(Question, options)
     part = Store.open(wanted.store).part(part_names(wanted.part)[0])
