@@ -14,8 +14,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
-    from ghoststore.corpus import Fields as Fields
+    from ghoststore.settings.fields import Fields as Fields
     from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig
+    from ghoststore.settings.train import TrainConfig as TrainConfig
     from ghoststore.store import Part as Part
     from ghoststore.store import Run as Run
     from ghoststore.store import Status as Status
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from indexer.integrations.manager import GhostEngineManager as GhostEngineManager
     from indexer.tokenize.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize.tokenize import tokenize as tokenize
-    from indexer.training.config import TrainConfig as TrainConfig
     from indexer.training.train import TrainReport as TrainReport
     from indexer.training.train import train as train
     from query.ann.command import IndexReport as IndexReport

@@ -47,8 +47,8 @@ class DivergedError(GhostStoreError, ArithmeticError):
     def at(cls, step: int, what: str) -> DivergedError:
         """``what`` happened at ``step`` (from 1)."""
         return cls(
-            f"step {step}: {what}. Nothing of this step is stored; try a lower --learning-rate or --max-grad-norm, "
-            "with another --output-dir and --name"
+            f"step {step}: {what}. Nothing of this step is stored; try a lower `learning_rate` or `max_grad_norm`, "
+            "with another `output_dir` and `name`"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 FACE = {
     "Corpus": "ghoststore.corpus",
-    "Fields": "ghoststore.corpus",
+    "Fields": "ghoststore.settings.fields",
     "Part": "ghoststore.store",
     "Run": "ghoststore.store",
     "Status": "ghoststore.store",
@@ -22,7 +22,7 @@ FACE = {
     "build": "indexer.build.build",
     "GradDotProdEngine": "indexer.dotprod",
     "Scores": "indexer.dotprod",
-    "TrainConfig": "indexer.training.config",
+    "TrainConfig": "ghoststore.settings.train",
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",
     "GhostConfig": "indexer.integrations.config",

@@ -4,56 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
+from ghoststore.settings.measure import EvaluateOptions
+from ghoststore.settings.shared import Printing
 
 
-@click.command("evaluate", short_help="do scores predict what training does?")
-@options.store
-@click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus.")
-@click.option("--out", required=True, metavar="FOLDER", help="Folder for what the trainings find; resumes there.")
-@click.option(
-    "--part",
-    multiple=True,
-    metavar="NAME",
-    callback=options.one_or_several,
-    help="Part to evaluate (default: the only one). Repeated: the sums over all of them, too.",
+@options.command(
+    EvaluateOptions, Printing, first="store val_set out part methods tests halves max_steps workers device"
 )
-@click.option(
-    "--part-weights", metavar="W", callback=options.weights, help="Of several --part, as in `ghoststore query`."
-)
-@click.option("--run", metavar="NAME", help="Evaluate the values of this training run as well.")
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="NAME",
-    help="dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all of these). "
-    "Slow, only if named: exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
-)
-@click.option(
-    "--test",
-    "tests",
-    multiple=True,
-    metavar="NAME",
-    help="lds (default), removal, tail-patch; repeatable.",
-)
-@click.option("--drop", type=float, default=0.1, show_default=True, help="removal: share of samples left out.")
-@click.option("--top-k", type=int, default=16, show_default=True, help="tail-patch: samples of a step.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="removal, tail-patch: random sets beside it.")
-@click.option("--halves", type=int, default=20, show_default=True, help="Models to train, each on a random half.")
-@click.option("--max-steps", type=int, default=200, show_default=True, help="Steps of each training.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Samples of a step.")
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="Its peak.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of halves, weights and order.")
-@click.option("--damping", type=float, help="Of the preconditioned methods (default: 0.1).")
-@click.option("--max-val-samples", type=int, help="Only the first samples of the val set.")
-@click.option("--workers", type=int, help="Trainings at once (default: one a processor, at most 4; 1 on a GPU).")
-@options.device
-@options.fields
-@options.common
-def command(**values: Any) -> None:
+def command(keywords: options.Keywords, printing: Printing) -> None:
     """Do scores predict what training does? Three tests, on your own task.
 
     lds, the linear datamodeling score: small models of the checkpoint's architecture are trained anew, each on a random
@@ -68,18 +27,7 @@ def command(**values: Any) -> None:
       ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation
       ghoststore evaluate --store ./store --val-set val.jsonl --out ./evaluation --halves 60 --method cosine
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    for name in ("methods", "tests"):
-        if not values[name]:
-            del values[name]
-    report = load("evaluate")(progress=listener(quiet), **options.take_fields(values))
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print(report)
+    options.run("evaluate", keywords, printing, _print)
 
 
 def _print(report: Any) -> None:

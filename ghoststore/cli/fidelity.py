@@ -7,23 +7,16 @@ from typing import Any
 import click
 
 from ghoststore.cli import options
+from ghoststore.settings.measure import FidelityOptions
+from ghoststore.settings.shared import Printing
 
 
-@click.command("fidelity", short_help="how far a store's rankings are from those of the exact gradients")
-@options.store
-@click.option("--part", metavar="NAME", help="Part to measure (default: the only one).")
-@click.option("--val-set", metavar="PATH", help="Draw the val samples here (default: among the part's own rows).")
-@click.option("--rows", type=int, default=200, show_default=True, help="Rows that are ranked, drawn at random.")
-@click.option("--val-samples", type=int, default=20, show_default=True, help="Val samples they are ranked for.")
-@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
-@click.option("--layers", callback=options.patterns, help="Scores of these layers only (parts of plain blocks).")
-@click.option("--exclude-layers", callback=options.patterns, help="Scores without these layers.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from.")
-@options.device
-@options.fields
-@options.common
-def command(**values: Any) -> None:
+@options.command(
+    FidelityOptions,
+    Printing,
+    first="store part val_set rows val_samples metric layers exclude_layers checkpoint device",
+)
+def command(keywords: options.Keywords, printing: Printing) -> None:
     """Compute a few exact gradients again, and compare the rankings by them with those by the stored vectors.
 
     Against exact gradients of the projected layers: what the projection costs. Against those of all parameters: what
@@ -33,15 +26,7 @@ def command(**values: Any) -> None:
       ghoststore fidelity --store ./store
       ghoststore fidelity --store ./store --val-set val.jsonl --rows 500 --metric dot
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    report = load("fidelity")(progress=listener(quiet), **options.take_fields(values))
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print(report)
+    options.run("fidelity", keywords, printing, _print)
 
 
 def _print(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -9,37 +10,14 @@ from click.core import ParameterSource
 
 from ghoststore.cli import options
 from ghoststore.errors import UsageError
+from ghoststore.settings.shared import Printing
+from ghoststore.settings.store import IndexOptions, ManageIndexes
 
 
-@click.command("index", short_help="a FAISS index of a part, its recall measured")
-@options.store
-@click.option("--part", metavar="NAME", help="Part to index (default: the only one).")
-@click.option(
-    "--factory", metavar="STRING", help="FAISS's factory string, such as IVF4096,SQ8 (default: by rows and dimension)."
+@options.command(
+    IndexOptions, Printing, ManageIndexes, first="store part metric factory target_recall name rebuild list_them remove"
 )
-@click.option("--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score.")
-@click.option("--name", metavar="NAME", help="Name of the index (default: metric and factory string).")
-@click.option(
-    "--dimension",
-    metavar="D|none|auto",
-    default="auto",
-    show_default=True,
-    callback=options.number_or("none", "auto"),
-    help="Sketch vectors to D numbers before FAISS sees them; auto: 1,024 for vectors of more than 2,048.",
-)
-@click.option(
-    "--target-recall",
-    type=float,
-    default=0.97,
-    show_default=True,
-    help="Tune the search until it finds this share of the exact ten best of sample queries.",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N (with a faiss for GPUs).")
-@click.option("--rebuild", is_flag=True, help="Build again what is there already.")
-@click.option("--list", "list_them", is_flag=True, help="Show the indexes that there are, build nothing.")
-@click.option("--remove", metavar="NAME", help="Delete an index, build nothing.")
-@options.common
-def command(list_them: bool, remove: str | None, **values: Any) -> None:
+def command(keywords: options.Keywords, printing: Printing, manage: ManageIndexes) -> None:
     """Build a FAISS index of a part, or find that a current one is there.
 
     An index is a cache: rows that are committed later make it stale, and it is refused until this command has built it
@@ -50,30 +28,20 @@ def command(list_them: bool, remove: str | None, **values: Any) -> None:
       ghoststore index --store ./store --metric dot --factory IVF1024,SQ8
       ghoststore index --store ./store --list
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    if list_them or remove is not None:
+    if manage.list_them or manage.remove is not None:
         _refuse_options()
-        _manage(values["store"], values["part"], remove, as_json)
-        return
-    report = load("index")(progress=listener(quiet), **values)
-    if as_json:
-        print_json(report.to_json())
+        _manage(keywords["store"], keywords.get("part"), manage.remove, printing.as_json)
     else:
-        _print(
-            f"{report.name}, {report.manifest.rows:,} rows of {report.part}", [[report.name, *_cells(report.manifest)]]
-        )
+        options.run("index", keywords, printing, _print_built)
 
 
 def _refuse_options() -> None:
     """UsageError for options of building beside --list or --remove."""
     context = click.get_current_context()
-    building = ("factory", "metric", "name", "dimension", "target_recall", "device", "rebuild")
-    for name in building:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise UsageError(f"--list and --remove build nothing: leave out --{name.replace('_', '-')}")
+    for spec in fields(IndexOptions):
+        given = context.get_parameter_source(spec.name) is ParameterSource.COMMANDLINE
+        if given and spec.name not in ("store", "part"):
+            raise UsageError(f"`list_them` and `remove` build nothing: leave out `{spec.name}`")
 
 
 def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> None:
@@ -92,6 +60,10 @@ def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> 
         [one.name, *(_cells(one.manifest) if one.manifest else [""] * (len(COLUMNS) - 2)), one.state] for one in states
     ]
     _print(f"{len(states)} index(es) of {opened.name}", rows)
+
+
+def _print_built(report: Any) -> None:
+    _print(f"{report.name}, {report.manifest.rows:,} rows of {report.part}", [[report.name, *_cells(report.manifest)]])
 
 
 COLUMNS = [

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
+from ghoststore.lazy import load
+from ghoststore.settings.shared import AsJson
+from ghoststore.settings.store import InfoOptions
 
 
-@click.command("info", short_help="what a store holds")
-@options.store
-@click.option("--part", metavar="NAME", help="One part, in full.")
-@click.option("--run", metavar="NAME", help="One training run, in full.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, with every manifest.")
-def command(store: str, part: str | None, run: str | None, as_json: bool) -> None:
+@options.command(InfoOptions, AsJson)
+def command(keywords: options.Keywords, printing: AsJson) -> None:
     """What a store holds: its parts and training runs, how far they are, their settings."""
     from ghoststore.cli.terminal import print_json
-    from ghoststore.lazy import load
 
-    found = load("info")(store, part=part, run=run)
-    if as_json:
+    found = load("info")(**keywords)
+    if printing.as_json:
         print_json(found.to_json())
-    elif part is not None or run is not None:
+    elif keywords.keys() & {"part", "run"}:
         for one in found.parts:
             _print_part(one)
         for one in found.runs:

@@ -1,274 +1,230 @@
-"""Options that several commands share, with the same names wherever they mean the same."""
+"""Commands made from the dataclasses of their options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING
+from typing import Any, get_args
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from ghoststore.errors import GhostStoreError
+from ghoststore.lazy import load
+from ghoststore.settings.flags import Entry, Flags, entries_of
+from ghoststore.settings.option import Section, choices_of, members_of, options_of, words_of
+from ghoststore.settings.shared import Printing, ResultFile
+
+Keywords = dict[str, Any]
+"""What a public function is called with."""
+MOST_USED = "Most used"
+SECTIONS: tuple[str, ...] = get_args(Section)
 
 
-def patterns(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """A comma-separated list of patterns; none is no list, which would stand for all layers."""
-    found = tuple(piece.strip() for piece in (value or "").split(",") if piece.strip())
-    if value is not None and not found:
-        raise click.BadParameter(f"{value!r} names no layer; leave the option out for all", ctx, parameter)
-    return found
+class Refused(click.ClickException):
+    """An error of the library in the words of the command line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
 
 
-def number_or(*words: str) -> Callable[[click.Context, click.Parameter, str | None], int | str | None]:
-    """A whole number, or one of ``words``."""
+class OptionsCommand(click.Command):
+    """A command whose help is in sections, and whose errors name flags."""
 
-    def parse(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
-        if value is None or value in words:
-            return value
+    def __init__(self, kinds: Sequence[type], sections: dict[str, str], flags: Flags, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.kinds = kinds
+        """The dataclasses of its options; the first is that of the public function."""
+        self.sections = sections
+        """By the name of the parameter."""
+        self.flags = flags
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return int(value)
-        except ValueError:
-            raise click.BadParameter(
-                f"{value!r} is neither a number nor {' or '.join(words)}", ctx, parameter
-            ) from None
+            return super().invoke(ctx)
+        except GhostStoreError as error:
+            raise Refused(self.flags.render(str(error)), error.exit_code) from error
 
-    return parse
-
-
-def one_or_several(
-    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> str | tuple[str, ...] | None:
-    """None, one value, or all of an option that may be repeated."""
-    return values if len(values) > 1 else values[0] if values else None
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section in (MOST_USED, *SECTIONS):
+            shown = [one for one in self.get_params(ctx) if self.sections.get(one.name or "", "Output") == section]
+            records = [record for one in shown if (record := one.get_help_record(ctx)) is not None]
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
 
 
-def weights(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | tuple[float, ...] | None:
-    """``learning-rate``, ``equal``, or comma-separated numbers."""
-    if value is None or value in ("learning-rate", "equal"):
-        return value
-    try:
-        return tuple(float(piece) for piece in value.split(","))
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is neither learning-rate, equal, nor numbers with commas between them", ctx, parameter
-        ) from None
+def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], OptionsCommand]:
+    """Make a command of a function of the keywords for a public function (from the first of ``kinds``), and of an
+    object of each other kind, for what the command line alone has.
+
+    ``first`` names the parameters (fields of objects as ``object.name``) that its help shows before all others.
+    """
+
+    def decorate(function: Callable[..., None]) -> OptionsCommand:
+        entries = [entry for kind in kinds for entry in entries_of(kind)]
+        flags = Flags(entries)
+        wanted = first.split()
+        entries.sort(key=lambda entry: _place(entry, wanted))
+        sections = {
+            name: MOST_USED if ".".join(entry.path) in wanted else entry.option.section
+            for entry in entries
+            for name in (_key(entry), f"{_key(entry)}__shortcut")
+        }
+        parameters = [parameter for entry in entries for parameter in _parameters(entry, flags)]
+
+        def call(**values: Any) -> None:
+            keywords, *others = (_take(kind, values) for kind in kinds)
+            function(keywords, *(kind(**taken) for kind, taken in zip(kinds[1:], others, strict=True)))
+
+        return OptionsCommand(
+            kinds,
+            sections,
+            flags,
+            name=function.__module__.rpartition(".")[2].replace("_", "-"),
+            params=parameters,
+            callback=call,
+            help=inspect.cleandoc(function.__doc__ or ""),
+        )
+
+    return decorate
 
 
-def fields(command: F) -> F:
-    """``--text-field`` and its kin: how rows of a corpus are read."""
-    for option, what in (
-        ("domain", "Field with the domain (default: 'domain' where rows have it)."),
-        ("id", "Field with the id (default: 'id' where rows have it, else the row number)."),
-        ("messages", "Field with chat messages, which go through the tokenizer's chat template."),
-        ("completion", "Field with the completion: the only targets of a row with a prompt."),
-        ("prompt", "Field with the prompt, which is no target."),
-        ("text", "Field with the text (default: 'text', else prompt and completion, else messages)."),
-    ):
-        command = click.option(f"--{option}-field", metavar="NAME", help=what)(command)
-    return command
+def run(
+    name: str, keywords: Keywords, printing: Printing, show: Callable[[Any], None], file: ResultFile | None = None
+) -> Any:
+    """Call the public function ``name``; write what it returns to ``file``, or print it: as JSON, or by ``show``."""
+    from ghoststore.cli.terminal import listener, print_json
+
+    out = None if file is None else file.out
+    if out:
+        from query.common.output import check_output
+
+        check_output(out)
+    result = load(name)(progress=listener(printing.quiet), **keywords)
+    if out:
+        result.write(out)
+        click.echo(f"wrote {out}", err=True)
+    if printing.as_json:
+        print_json(result.to_json())
+    elif not out:
+        show(result)
+    return result
 
 
-def take_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Replace the field options in ``values`` by one ``fields`` entry."""
-    from ghoststore.corpus import Fields
-
-    names = ("text", "prompt", "completion", "messages", "id", "domain")
-    values["fields"] = Fields(**{name: values.pop(f"{name}_field") for name in names})
-    return values
+def renderer() -> Callable[[str], str]:
+    """What turns the parameters in a text into flags of the command that runs; where none runs, leaves it as it is."""
+    context = click.get_current_context(silent=True)
+    running = None if context is None else context.command
+    return running.flags.render if isinstance(running, OptionsCommand) else str
 
 
-def question(command: F) -> F:
-    """``--store``, ``--val-set`` and every other option of `query.ask.question.Question` but ``--mean/--each``."""
-    command = fields(device(command))
-    for option in reversed(QUESTION):
-        command = option(command)
-    return command
+def _key(entry: Entry) -> str:
+    return "__".join(entry.path)
 
 
-def projection(command: F) -> F:
-    """``--proj-layers`` and its kin: which layers are projected, and how."""
-    for option in reversed(PROJECTION):
-        command = option(command)
-    return command
+def _place(entry: Entry, first: Sequence[str]) -> int:
+    name = ".".join(entry.path)
+    return first.index(name) if name in first else len(first)
 
 
-def learned_projection(command: F) -> F:
-    """The options of a projection that learns from a sample of the corpus; after those of :func:`projection`."""
-    for option in reversed(LEARNED_PROJECTION):
-        command = option(command)
-    return command
+def _take(kind: type, values: dict[str, Any]) -> Keywords:
+    """The values of the fields of ``kind`` that are given or have a default, with the objects that they belong to."""
+    taken: Keywords = {}
+    objects: dict[str, Keywords] = {}
+    for entry in entries_of(kind):
+        value = values[_key(entry)]
+        if entry.option.shortcut and values[f"{_key(entry)}__shortcut"]:
+            value = entry.option.shortcut[1]
+        if entry.option.repeated and len(value) == 1 and str in members_of(entry.spec.type):
+            value = value[0]
+        given = value != () if entry.option.repeated else value is not None or entry.option.none is not None
+        if given:
+            *holder, name = entry.path
+            (objects.setdefault(holder[0], {}) if holder else taken)[name] = value
+    for spec, option in options_of(kind):
+        if spec.name in objects:
+            assert option.group is not None
+            taken[spec.name] = option.group(**objects[spec.name])
+    return taken
 
 
-def take_projection(values: dict[str, Any], exclude_layers: tuple[str, ...] = ()) -> Any:
-    """Take the projection options out of ``values``: a ProjectionConfig."""
-    from ghoststore.lazy import load
-
-    kind, orthonormal = values.pop("proj_kind"), values.pop("proj_row_orthonormal")
-    return load("ProjectionConfig")(
-        layers=values.pop("proj_layers"),
-        exclude_layers=exclude_layers,
-        include_embeddings=values.pop("include_embeddings"),
-        rank_total=values.pop("proj_rank_total"),
-        rank_min=values.pop("proj_rank_min"),
-        seed=values.pop("proj_seed"),
-        kind="orthonormal" if orthonormal else kind,
-        compress=values.pop("proj_compress"),
-        compress_by=values.pop("proj_compress_by", "auto"),
-        **{field: values.pop(option) for option, field in LEARNED_FIELDS.items() if option in values},
+def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
+    default = None if entry.spec.default is MISSING or entry.option.repeated else entry.spec.default
+    if isinstance(default, tuple):
+        default = ",".join(default) or None
+    switch = entry.spec.type is bool and entry.off is None
+    settings: dict[str, Any] = {"metavar": entry.option.metavar, **_reading(entry)}
+    if default is not None:
+        settings["default"] = default
+    yield click.Option(
+        [*entry.declarations.split(), _key(entry)],
+        help=flags.render(entry.option.help),
+        show_default=default is not None and not switch,
+        required=entry.spec.default is MISSING or entry.option.required,
+        **settings,
     )
+    if entry.option.shortcut:
+        flag, value = entry.option.shortcut
+        key = f"{_key(entry)}__shortcut"
+        yield click.Option([flag, key], is_flag=True, help=f"The same as {entry.flag} {value}.")
 
 
-def common(command: F) -> F:
-    """``--json`` and ``--quiet``."""
-    command = click.option("--quiet", "-q", is_flag=True, help="No progress bars; errors and notes only.")(command)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")(command)
+def _reading(entry: Entry) -> dict[str, Any]:
+    """How click reads the values of an option, by its type."""
+    kinds, option = members_of(entry.spec.type), entry.option
+    words = (*words_of(entry.spec.type), *([option.none] if option.none else []))
+    if entry.spec.type is bool:
+        return {"is_flag": True}
+    if option.repeated:
+        return {"type": str, "multiple": True, "callback": _several(option.parse)}
+    if option.parse:
+        return {"type": str, "callback": _parsed(option.parse)}
+    if choices_of(entry.spec):
+        return {"type": click.Choice(choices_of(entry.spec))}
+    if int in kinds and words:
+        return {"type": str, "callback": _parsed(lambda word: _number(word, words, option.none))}
+    if int in kinds or float in kinds:
+        return {"type": int if int in kinds else float}
+    if str in kinds or Any in kinds:
+        return {"type": str}
+    return {"type": str, "callback": _parsed(_patterns), "metavar": "PATTERNS"}
 
 
-store_optional = click.option("--store", metavar="PATH", help="The store: a directory.")
-store = click.option("--store", required=True, metavar="PATH", help="The store: a directory.")
-device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N, or auto.")
-model_dtype = click.option(
-    "--model-dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Numbers the model computes with.",
-)
-loss_reduction = click.option(
-    "--loss-reduction",
-    type=click.Choice(["mean", "sum"]),
-    default="mean",
-    show_default=True,
-    help="A sample's loss over its own targets.",
-)
+Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
-QUESTION = (
-    store,
-    click.option("--val-set", required=True, metavar="PATH", help="Val set, in any form of a corpus."),
-    click.option(
-        "--part",
-        multiple=True,
-        metavar="NAME",
-        callback=one_or_several,
-        help="Part to search (default: the only one). Repeated: builds of the same rows at successive checkpoints, "
-        "whose scores are summed.",
-    ),
-    click.option(
-        "--part-weights",
-        metavar="W",
-        callback=weights,
-        help="Of several --part: learning-rate (of their checkpoints, the default), equal, or a number each, "
-        "comma-separated.",
-    ),
-    click.option("--group-field", metavar="NAME", help="Field of the val set by which it is cut into groups."),
-    click.option(
-        "--combine",
-        type=click.Choice(["mean", "max", "rank-fusion"]),
-        default="mean",
-        show_default=True,
-        help="The ranking over all groups: by the mean or the largest of a row's scores, or by the sum of 1 / (60 + "
-        "its rank).",
-    ),
-    click.option(
-        "--metric", type=click.Choice(["cosine", "dot"]), default="cosine", show_default=True, help="The score."
-    ),
-    click.option("--layers", callback=patterns, help="Score these layers only (parts of plain blocks)."),
-    click.option("--exclude-layers", callback=patterns, help="Score without these layers."),
-    click.option(
-        "--precondition",
-        type=click.Choice(["none", "second-moment"]),
-        default="none",
-        show_default=True,
-        help="Score with the damped inverse of the second moment of the part's rows, block by block.",
-    ),
-    click.option("--damping", type=float, help="Of --precondition, relative to the mean eigenvalue (default: 0.1)."),
-    click.option("--max-samples", type=int, help="Only the first samples of the val set."),
-    click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the part was built from."),
-    click.option(
-        "--with-scores",
-        metavar="RUN",
-        help="Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of "
-        "a row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
-        "value are left out, unless W is 0.",
-    ),
-    click.option(
-        "--score-weight",
-        type=float,
-        metavar="W",
-        help="W of --with-scores, 0 (similarity alone) to 1 (values alone); default: 0.5.",
-    ),
-)
 
-PROJECTION = (
-    click.option(
-        "--proj-layers",
-        default="mlp,attn",
-        show_default=True,
-        callback=patterns,
-        help="Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
-    ),
-    click.option("--include-embeddings", is_flag=True, help="Project the embedding layers too."),
-    click.option(
-        "--proj-rank-total",
-        metavar="N|full",
-        callback=number_or("full"),
-        help="Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without "
-        "--proj-compress: plain Kronecker blocks, whose scores can be taken by layer.",
-    ),
-    click.option("--proj-rank-min", type=int, default=1, show_default=True, help="Least rank of either side."),
-    click.option(
-        "--proj-compress",
-        metavar="K|none",
-        default="auto",
-        show_default=True,
-        callback=number_or("none", "auto"),
-        help="Sketch the whole vector to K numbers; auto: 64 a layer.",
-    ),
-    click.option(
-        "--proj-kind",
-        type=click.Choice(["gaussian", "rademacher", "orthonormal", "pca"]),
-        default="gaussian",
-        show_default=True,
-        help="How matrices are drawn; pca: the principal directions of the gradients, learned (build alone).",
-    ),
-    click.option("--proj-row-orthonormal", is_flag=True, help="The same as --proj-kind orthonormal."),
-    click.option("--proj-seed", type=int, default=0, show_default=True, help="Seed of the matrices."),
-)
+def _parsed(parse: Callable[[str], Any]) -> Callback:
+    """The value of a word, None of none; click's error for one that has none."""
 
-LEARNED_PROJECTION = (
-    click.option(
-        "--proj-compress-by",
-        type=click.Choice(["auto", "layer", "all"]),
-        default="auto",
-        show_default=True,
-        help="layer: a sketch of each layer, sized by its share of the gradient, so that --layers can be asked "
-        "for; all: one of all together; auto: layer where anything is learned.",
-    ),
-    click.option(
-        "--proj-precondition",
-        type=click.Choice(["auto", "none", "kronecker"]),
-        default="auto",
-        show_default=True,
-        help="kronecker: scores are products in the inverse second moment of the gradients, which is learned as two "
-        "factors a layer (K-FAC); auto: kronecker, unless --optimizer-state, pca or full blocks are given.",
-    ),
-    click.option(
-        "--proj-damping",
-        type=float,
-        default=0.1,
-        show_default=True,
-        help="Of --proj-precondition, relative to the mean eigenvalue of each factor.",
-    ),
-    click.option(
-        "--calibration-samples",
-        type=int,
-        default=256,
-        show_default=True,
-        help="Samples of the corpus that the projection is learned from.",
-    ),
-)
-LEARNED_FIELDS = {
-    "proj_precondition": "precondition",
-    "proj_damping": "damping",
-    "calibration_samples": "calibration_samples",
-}
-"""Names of options and of fields of a ProjectionConfig."""
+    def callback(ctx: click.Context, parameter: click.Parameter, word: str | None) -> Any:
+        try:
+            return None if word is None else parse(word)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, parameter) from None
+
+    return callback
+
+
+def _several(parse: Callable[[str], Any] | None) -> Callback:
+    read = _parsed(parse or str)
+    return lambda ctx, parameter, words: tuple(read(ctx, parameter, word) for word in words)
+
+
+def _number(word: str, words: Sequence[str], none: str | None) -> int | str | None:
+    """A whole number, or one of ``words``; the word ``none`` is None."""
+    if word in words:
+        return None if word == none else word
+    try:
+        return int(word)
+    except ValueError:
+        raise ValueError(f"{word!r} is neither a number nor {' or '.join(words)}") from None
+
+
+def _patterns(text: str) -> tuple[str, ...]:
+    """A comma-separated list of patterns; none is no list, which would stand for all layers."""
+    patterns = tuple(piece.strip() for piece in text.split(",") if piece.strip())
+    if not patterns:
+        raise ValueError(f"{text!r} names no layer; leave the option out for all")
+    return patterns

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
+from ghoststore.settings.measure import PlotErrorOptions
+from ghoststore.settings.shared import Printing
 
 
-@click.command("plot-error", short_help="error of inner products against the numbers of a vector")
-@options.store
-@click.option("--out", required=True, metavar="FILE", help="New .png, .pdf or .svg; numbers go to a .json beside it.")
-@click.option(
-    "--part",
-    multiple=True,
-    metavar="NAME",
-    callback=options.one_or_several,
-    help="A point of the curve; repeatable (default: every part; all of one checkpoint, corpus and choice of layers).",
+@options.command(
+    PlotErrorOptions, Printing, first="store out part reference val_set rows val_samples metric checkpoint device"
 )
-@click.option(
-    "--reference",
-    default="full_layers",
-    show_default=True,
-    metavar="WHAT",
-    help="full_layers: exact gradients of the projected layers; full: of all parameters; rank=N: the part built with "
-    "--proj-rank-total N; naive_proj_layers=N: a dense projection of the layers' exact gradients to N numbers.",
-)
-@click.option("--val-set", metavar="PATH", help="Draw the val samples here (default: among the parts' own rows).")
-@click.option("--rows", type=int, default=200, show_default=True, help="Rows that are ranked, drawn at random.")
-@click.option("--val-samples", type=int, default=20, show_default=True, help="Val samples they are ranked for.")
-@click.option(
-    "--metric",
-    type=click.Choice(["cosine", "dot"]),
-    default="cosine",
-    show_default=True,
-    help="The score of rank correlation and recall; errors are those of inner products.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--checkpoint", metavar="PATH", help="Another path to the checkpoint the parts were built from.")
-@options.device
-@options.fields
-@options.common
-def command(**values: Any) -> None:
+def command(keywords: options.Keywords, printing: Printing) -> None:
     """Draw how the error of inner products, rank correlation and recall fall and rise with the numbers of a vector.
 
     Parts are found by their manifests, whatever their names. The theoretical curve stands beside the measured one.
@@ -51,16 +21,7 @@ def command(**values: Any) -> None:
       ghoststore plot-error --store ./store --out error.png
       ghoststore plot-error --store ./store --out error.pdf --reference full --val-set val.jsonl
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    curve = load("plot_error")(progress=listener(quiet), **options.take_fields(values))
-    click.echo(f"wrote {curve.plot} and {curve.numbers_file}", err=True)
-    if as_json:
-        print_json(curve.to_json())
-    else:
-        _print(curve)
+    options.run("plot_error", keywords, printing, _print)
 
 
 def _print(curve: Any) -> None:

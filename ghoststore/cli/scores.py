@@ -7,51 +7,17 @@ from typing import Any
 import click
 
 from ghoststore.cli import options
+from ghoststore.settings.shared import Printing, ResultFile
+from ghoststore.settings.store import ScoresOptions
 
 
-@click.command("scores", short_help="which samples helped while the model trained")
-@options.store
-@click.option("--run", metavar="NAME", help="Training run (default: the only one).")
-@click.option("--top-k", type=int, help="Samples with the highest values (default: 10).")
-@click.option("--bottom-k", type=int, help="Samples with the lowest values (default: 0).")
-@click.option("--sample", metavar="ID", help="Instead: every time that this sample was trained on.")
-@click.option("--by", type=click.Choice(["domain"]), help="Instead: a table of domains.")
-@click.option(
-    "--steps",
-    metavar="A:B",
-    help="Only steps from A up to, not including, B; from 0, either may be left out, and a negative one counts from "
-    "the end of what is committed.",
+@options.command(
+    ScoresOptions,
+    Printing,
+    ResultFile,
+    first="store run top_k bottom_k sample by steps value domains plot",
 )
-@click.option(
-    "--value",
-    type=click.Choice(["cumulative", "mean", "sum", "last"]),
-    default="cumulative",
-    show_default=True,
-    help="cumulative: Σ learning rate × score. mean: that ÷ the times it was scored. sum: Σ score. last: the newest "
-    "score.",
-)
-@click.option("--group", metavar="NAME", help="Scores against this val group (train --val-groups).")
-@click.option(
-    "--layers",
-    callback=options.patterns,
-    metavar="PATTERNS",
-    help="Scores of these layers alone (train --per-layer): module paths or globs.",
-)
-@click.option("--exclude-layers", callback=options.patterns, metavar="PATTERNS", help="Scores without these layers.")
-@click.option(
-    "--unit",
-    type=click.Choice(["sample", "window"]),
-    default="sample",
-    show_default=True,
-    help="Rank samples, the windows of a long one summed, or each window by itself.",
-)
-@click.option("--min-times", type=int, metavar="N", help="Leave out what was scored less often.")
-@click.option("--domain", "domains", multiple=True, metavar="NAME", help="Only samples of this domain; repeatable.")
-@click.option("--text/--no-text", default=True, show_default=True, help="Look up texts in the corpus, if unchanged.")
-@click.option("--plot", metavar="FILE", help="Draw scores by domain over training to a new .png, .pdf or .svg file.")
-@click.option("--out", metavar="FILE", help="Write results to a new .json, .jsonl, .csv or .parquet file.")
-@options.common
-def command(**values: Any) -> None:
+def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """Which training samples helped the val set while the model trained, by the scores of a training run.
 
     A score is the inner product of a sample's gradient with that of the val loss, at one step. The value of a sample
@@ -62,24 +28,9 @@ def command(**values: Any) -> None:
       ghoststore scores --store ./store --by domain --steps -1000:
       ghoststore scores --store ./store --sample row-17
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet, out = values.pop("as_json"), values.pop("quiet"), values.pop("out")
-    if out:
-        from query.common.output import check_output
-
-        check_output(out)
-    result = load("scores")(progress=listener(quiet), **values)
-    if out:
-        result.write(out)
-    for path in (out, values["plot"]):
-        if path:
-            click.echo(f"wrote {path}", err=True)
-    if as_json:
-        print_json(result.to_json())
-    elif not out:
-        _print(result)
+    options.run("scores", keywords, printing, _print, file)
+    if "plot" in keywords:
+        click.echo(f"wrote {keywords['plot']}", err=True)
 
 
 def _print(result: Any) -> None:

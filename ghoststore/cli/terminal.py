@@ -21,6 +21,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from ghoststore.cli.options import renderer
 from ghoststore.progress import Silent, Task
 
 WIDE = 240
@@ -71,6 +72,7 @@ class Bars:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
+        self._render = renderer()
         self._said: set[str] = set()
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
@@ -86,6 +88,7 @@ class Bars:
         return _BarTask(progress, description, total, done, unit)
 
     def note(self, message: str) -> None:
+        message = self._render(message)
         if message not in self._said:  # a command may open one val set several times
             self._said.add(message)
             self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -95,9 +98,11 @@ class Notes(Silent):
     """No bars, but notes."""
 
     def __init__(self) -> None:
+        self._render = renderer()
         self._said: set[str] = set()
 
     def note(self, message: str) -> None:
+        message = self._render(message)
         if message not in self._said:
             self._said.add(message)
             click.echo(f"note: {message}", err=True)

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
+from ghoststore.settings.build import TokenizeOptions
+from ghoststore.settings.shared import Printing
 
 
-@click.command("tokenize", short_help="a corpus to token shards")
-@click.option(
-    "--data", required=True, metavar="PATH", help="Corpus: jsonl, gz, zst, parquet, csv, txt, a folder, or -."
-)
-@click.option("--tokenizer", required=True, metavar="PATH", help="Folder with a saved tokenizer, or a hub id.")
-@click.option("--out", required=True, metavar="PATH", help="Folder of the shards: a new one, or one to continue.")
-@click.option("--domain", "domains", metavar="NAME", multiple=True, help="Only samples of this domain; repeatable.")
-@click.option("--max-samples", type=int, help="Only the first samples (of those domains).")
-@click.option("--shard-samples", type=int, help="Samples committed together (default: 4096).")
-@click.option(
-    "--workers",
-    type=int,
-    metavar="N",
-    help="Processes (default: one for every 16 MiB of text, at most one a core). The result is the same.",
-)
-@options.fields
-@options.common
-def command(**values: Any) -> None:
+@options.command(TokenizeOptions, Printing, first="data tokenizer out domains max_samples workers")
+def command(keywords: options.Keywords, printing: Printing) -> None:
     """The tokens of every sample of a corpus, memory-mapped, with id, domain and place in the corpus.
 
     Run it again to continue: what is committed is not tokenized twice. The folder is a corpus, too: build and query
@@ -35,15 +19,7 @@ def command(**values: Any) -> None:
     \b
       ghoststore tokenize --data train.jsonl --tokenizer ./model --out ./shards
     """
-    from ghoststore.cli.terminal import listener, print_json
-    from ghoststore.lazy import load
-
-    as_json, quiet = values.pop("as_json"), values.pop("quiet")
-    report = load("tokenize")(progress=listener(quiet), **options.take_fields(values))
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print(report)
+    options.run("tokenize", keywords, printing, _print)
 
 
 def _print(report: Any) -> None:

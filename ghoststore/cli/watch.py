@@ -7,6 +7,10 @@ from typing import Any
 import click
 
 from ghoststore.cli import options
+from ghoststore.errors import UsageError
+from ghoststore.lazy import load
+from ghoststore.settings.shared import AsJson
+from ghoststore.settings.store import WatchOptions
 
 WIDTH = 120
 """Columns where stdout is no terminal."""
@@ -18,14 +22,8 @@ CHART_HEIGHT = 9
 LINES_OF_HISTOGRAM = 5
 
 
-@click.command("watch", short_help="a live view of a training run")
-@options.store
-@click.option("--run", metavar="NAME", help="Training run (default: the only one).")
-@click.option("--interval", type=float, default=1.0, show_default=True, help="Seconds between looks at the store.")
-@click.option("--once", is_flag=True, help="Print one frame and end.")
-@click.option("--text/--no-text", default=True, show_default=True, help="Show the texts of the best and worst samples.")
-@click.option("--json", "as_json", is_flag=True, help="With --once: print the frame's numbers as one JSON document.")
-def command(as_json: bool, **values: Any) -> None:
+@options.command(WatchOptions, AsJson)
+def command(keywords: options.Keywords, printing: AsJson) -> None:
     """A training run, live, from another terminal: losses, speed, scores, the best and worst samples, domains.
 
     It reads what `ghoststore train` commits, and changes nothing. It ends with the run; Ctrl-C ends it before.
@@ -35,16 +33,14 @@ def command(as_json: bool, **values: Any) -> None:
       ghoststore watch --store ./store --once --json
     """
     from ghoststore.cli.terminal import print_json
-    from ghoststore.errors import UsageError
-    from ghoststore.lazy import load
 
-    if as_json and not values["once"]:
-        raise UsageError("--json is one document: it needs --once")
-    frames = load("watch")(**values)
-    if as_json:
+    if printing.as_json and not keywords["once"]:
+        raise UsageError("`as_json` is one document: it needs `once`")
+    frames = load("watch")(**keywords)
+    if printing.as_json:
         print_json(next(frames).to_json())
     else:
-        _show(frames, values["once"])
+        _show(frames, keywords["once"])
 
 
 def _show(frames: Any, once: bool) -> None:

@@ -8,7 +8,6 @@ from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin
 from ghoststore.corpus.fields import (
     BESIDE_MESSAGES,
     Content,
-    Fields,
     Messages,
     PromptCompletion,
     ResolvedFields,
@@ -17,6 +16,7 @@ from ghoststore.corpus.fields import (
 )
 from ghoststore.corpus.locate import absolute
 from ghoststore.corpus.scan import MAX_DOMAINS, SampleScan, Scan
+from ghoststore.settings.fields import Fields
 
 __all__ = [
     "BESIDE_MESSAGES",

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ghoststore.corpus.fields import CONTENT_FIELDS, Fields, ResolvedFields, RowError, Sample, check_object
+from ghoststore.corpus.fields import ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.locate import locate
 from ghoststore.errors import CorpusError, StorageError
 from ghoststore.progress import Progress
+from ghoststore.settings.fields import CONTENT_FIELDS, Fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,7 @@ class Corpus:
                     first = check_object(row)
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
-                resolved = fields.resolve(first, where)
+                resolved = resolve(fields, first, where)
                 self.unread = resolved.unread(first)
                 return resolved
         raise CorpusError(f"{self.source}: has no rows")

@@ -1,7 +1,7 @@
 """What a row means: the names of its fields, and the sample that it becomes.
 
 A row is a mapping from field names to values, as any form of file gives it. Which field is which is
-decided once, on the first row (`Fields.resolve`), and kept; every later row must fit that decision.
+decided once, on the first row (`resolve`), and kept; every later row must fit that decision.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, TypeAlias, get_args
 
 import numpy as np
 import orjson
@@ -17,23 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorpusError, UsageError
+from ghoststore.settings.fields import CONTENT_FIELDS, ROLES, ContentKind, Fields
 
-ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
-
-OPTIONS = {
-    "text": "--text-field",
-    "prompt": "--prompt-field",
-    "completion": "--completion-field",
-    "messages": "--messages-field",
-    "id": "--id-field",
-    "domain": "--domain-field",
-}
-CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
-    "text": ("text",),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-}
-"""Fields that a user may name; "tokens" has none."""
 BESIDE_MESSAGES = ("tools", "documents")
 """Fields that go to the chat template with the messages. A row need not have them; without one is null."""
 WELL_KNOWN = (
@@ -186,68 +171,6 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fields:
-    """Names of the fields of a row; None is found on the first row by its conventional name.
-
-    Raises UsageError for a prompt without a completion, and for more than one kind of content.
-    """
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    id: str | None = None
-    domain: str | None = None
-    domain_option: str = OPTIONS["domain"]
-    """The option that named ``domain``, for messages."""
-
-    def __post_init__(self) -> None:
-        given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
-        if len(given) > 1:
-            roles = [role for kind in given for role in CONTENT_FIELDS[kind]]
-            options = [OPTIONS[role] for role in roles if getattr(self, role) is not None]
-            raise UsageError(
-                f"{', '.join(options)} name different kinds of content: give --text-field alone, "
-                "or --prompt-field and --completion-field, or --messages-field alone"
-            )
-        if (self.prompt is None) != (self.completion is None):
-            raise UsageError("--prompt-field and --completion-field must be given together")
-
-    def resolve(self, first_row: Mapping[str, object], where: str) -> ResolvedFields:
-        """Decide which fields are used, on the first row, which ``where`` names in errors.
-
-        Content: the names given; else "text"; else "prompt" with "completion"; else "messages".
-        Raises CorpusError for a given name that the row lacks, and when no content is found.
-        """
-        if isinstance(first_row.get("tokens"), Tokenized):
-            given = [option for role, option in OPTIONS.items() if getattr(self, role) is not None]
-            if given:
-                raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(given)}")
-            return ResolvedFields(kind="tokens", id="id", domain="domain")
-        found = f"fields found: {_quoted(first_row)}"
-        for role, option in OPTIONS.items():
-            name = getattr(self, role)
-            if name is not None and name not in first_row:
-                given_by = self.domain_option if role == "domain" else option
-                raise CorpusError(f"{where}: no field {name!r} (from {given_by}); {found}")
-        labels = {
-            label: label if name is None and label in first_row else name
-            for label, name in (("id", self.id), ("domain", self.domain))
-        }
-        for kind, roles in CONTENT_FIELDS.items():
-            if getattr(self, roles[0]) is not None:
-                names = {role: getattr(self, role) for role in roles}
-                return ResolvedFields(kind=kind, **names, **labels)
-        for kind, roles in CONTENT_FIELDS.items():
-            if all(role in first_row for role in roles):
-                return ResolvedFields(kind=kind, **{role: role for role in roles}, **labels)
-        raise CorpusError(
-            f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found}. "
-            "Name the fields with --text-field, --prompt-field and --completion-field, or --messages-field"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedFields:
     """The fields of a corpus as decided; exactly those of its kind of content are set.
 
@@ -265,7 +188,7 @@ class ResolvedFields:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ContentKind):
             raise UsageError(f"kind of content: expected one of {get_args(ContentKind)}, found {self.kind!r}")
-        for role in OPTIONS:
+        for role in ROLES:
             name = getattr(self, role)
             wanted = role in CONTENT_FIELDS.get(self.kind, ())
             if name is None and not wanted:
@@ -289,7 +212,7 @@ class ResolvedFields:
     def columns(self) -> list[str]:
         """The names of all fields that are read, each once. A row need not have those of BESIDE_MESSAGES."""
         beside = BESIDE_MESSAGES if self.kind == "messages" else ()
-        return list(dict.fromkeys([*(n for role in OPTIONS if (n := getattr(self, role)) is not None), *beside]))
+        return list(dict.fromkeys([*(n for role in ROLES if (n := getattr(self, role)) is not None), *beside]))
 
     def unread(self, first_row: Mapping[str, object]) -> list[str]:
         """Fields of ``first_row`` that are not read, and hold a part of a sample's text in the common layouts."""
@@ -323,6 +246,40 @@ class ResolvedFields:
         if prompt is None or completion is None:
             return None
         return PromptCompletion(prompt, completion)
+
+
+def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> ResolvedFields:
+    """Decide which fields are used, on the first row, which ``where`` names in errors.
+
+    Content: the names given; else "text"; else "prompt" with "completion"; else "messages".
+    Raises CorpusError for a given name that the row lacks, and when no content is found.
+    """
+    if isinstance(first_row.get("tokens"), Tokenized):
+        given = [f"`fields.{role}`" for role in ROLES if getattr(fields, role) is not None]
+        if given:
+            raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(given)}")
+        return ResolvedFields(kind="tokens", id="id", domain="domain")
+    found = f"fields found: {_quoted(first_row)}"
+    for role in ROLES:
+        name = getattr(fields, role)
+        if name is not None and name not in first_row:
+            parameter = fields.domain_parameter if role == "domain" else f"fields.{role}"
+            raise CorpusError(f"{where}: no field {name!r} (from `{parameter}`); {found}")
+    labels = {
+        label: label if name is None and label in first_row else name
+        for label, name in (("id", fields.id), ("domain", fields.domain))
+    }
+    for kind, roles in CONTENT_FIELDS.items():
+        if getattr(fields, roles[0]) is not None:
+            names = {role: getattr(fields, role) for role in roles}
+            return ResolvedFields(kind=kind, **names, **labels)
+    for kind, roles in CONTENT_FIELDS.items():
+        if all(role in first_row for role in roles):
+            return ResolvedFields(kind=kind, **{role: role for role in roles}, **labels)
+    raise CorpusError(
+        f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found}. "
+        "Name the fields with `fields.text`, `fields.prompt` and `fields.completion`, or `fields.messages`"
+    )
 
 
 def check_object(row: object) -> dict[str, object]:

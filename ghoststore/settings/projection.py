@@ -1,12 +1,11 @@
 """How gradients are projected: the options of a projection."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.option import check_at_least, check_choices, option
 
 Compress = int | Literal["auto", "none"]
 CompressBy = Literal["auto", "layer", "all"]
@@ -16,6 +15,8 @@ LEARNED = "pca"
 """The kind of projection whose sides are principal directions of the gradients."""
 KINDS = (*DRAWN_KINDS, LEARNED)
 PRECONDITIONS = ("auto", "none", "kronecker")
+LEARNED_OPTIONS = ("compress_by", "precondition", "damping", "calibration_samples")
+"""Those of a projection that learns from a sample of the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,40 +37,75 @@ class ProjectionConfig:
     ``"auto"`` is ``"kronecker"`` for a build (:meth:`for_build`), else ``"none"``.
     """
 
-    layers: tuple[str, ...] = ("mlp", "attn")
-    exclude_layers: tuple[str, ...] = ()
-    include_embeddings: bool = False
-    rank_total: RankTotal | None = None
-    rank_min: int = 1
-    seed: int = 0
-    kind: str = "gaussian"
-    compress: Compress = "auto"
-    compress_by: CompressBy = "auto"
-    calibration_samples: int = 256
-    precondition: str = "auto"
-    damping: float = 0.1
+    layers: tuple[str, ...] = option(
+        ("mlp", "attn"),
+        "Layers: mlp, attn, norm, embeddings, head, all, module paths or globs; comma-separated.",
+        "Projection",
+        flag="--proj-layers",
+    )
+    exclude_layers: tuple[str, ...] = option((), "Layers to leave out of `layers`.", "Projection")
+    include_embeddings: bool = option(False, "Project the embedding layers too.", "Projection")
+    rank_total: RankTotal | None = option(
+        None,
+        "Numbers of a layer's block, k_in × k_out (default: 4096 before the sketch). Without `compress`: "
+        "plain Kronecker blocks, whose scores can be taken by layer.",
+        "Projection",
+        flag="--proj-rank-total",
+        metavar="N|full",
+    )
+    rank_min: int = option(1, "Least rank of either side.", "Projection", flag="--proj-rank-min")
+    seed: int = option(0, "Seed of the matrices.", "Projection", flag="--proj-seed")
+    kind: str = option(
+        "gaussian",
+        "How matrices are drawn; pca: the principal directions of the gradients, learned (build alone).",
+        "Projection",
+        flag="--proj-kind",
+        choices=KINDS,
+        shortcut=("--proj-row-orthonormal", "orthonormal"),
+    )
+    compress: Compress = option(
+        "auto",
+        "Sketch the whole vector to K numbers; auto: 64 a layer.",
+        "Projection",
+        flag="--proj-compress",
+        metavar="K|none",
+    )
+    compress_by: CompressBy = option(
+        "auto",
+        "layer: a sketch of each layer, sized by its share of the gradient, so that `ghoststore query --layers` can be "
+        "asked for; all: one of all together; auto: layer where anything is learned.",
+        "Projection",
+        flag="--proj-compress-by",
+    )
+    calibration_samples: int = option(256, "Samples of the corpus that the projection is learned from.", "Projection")
+    precondition: str = option(
+        "auto",
+        "kronecker: scores are products in the inverse second moment of the gradients, which is learned as two "
+        "factors a layer (K-FAC); auto: kronecker, unless `optimizer_state`, pca or full blocks are given.",
+        "Projection",
+        flag="--proj-precondition",
+        choices=PRECONDITIONS,
+    )
+    damping: float = option(
+        0.1,
+        "Of `precondition`, relative to the mean eigenvalue of each factor.",
+        "Projection",
+        flag="--proj-damping",
+    )
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UsageError(f"projection kind {self.kind!r} is unknown; known: {', '.join(KINDS)}")
-        if self.compress_by not in ("auto", "layer", "all"):
-            raise UsageError(f"--proj-compress-by takes layer, all or auto, not {self.compress_by!r}")
-        if self.precondition not in PRECONDITIONS:
-            raise UsageError(f"--proj-precondition {self.precondition!r} is unknown; known: {', '.join(PRECONDITIONS)}")
+        check_choices(self)
         if not 0 < self.damping < math.inf:
-            raise UsageError(f"--proj-damping must be above 0, not {self.damping}")
-        if self.calibration_samples < 1:
-            raise UsageError(f"--calibration-samples must be at least 1, not {self.calibration_samples}")
+            raise UsageError(f"`damping` must be above 0, not {self.damping}")
+        check_at_least(1, calibration_samples=self.calibration_samples, rank_min=self.rank_min)
         if isinstance(self.rank_total, str) and self.rank_total != "full":
-            raise UsageError(f"--proj-rank-total takes a number or full, not {self.rank_total!r}")
-        if isinstance(self.rank_total, int) and self.rank_total < 1:
-            raise UsageError(f"--proj-rank-total must be at least 1, not {self.rank_total}")
-        if self.rank_min < 1:
-            raise UsageError(f"--proj-rank-min must be at least 1, not {self.rank_min}")
+            raise UsageError(f"`rank_total` takes a number or full, not {self.rank_total!r}")
+        if isinstance(self.rank_total, int):
+            check_at_least(1, rank_total=self.rank_total)
         if isinstance(self.compress, int) and self.compress < 1:
-            raise UsageError(f"--proj-compress must be at least 1 or none, not {self.compress}")
+            raise UsageError(f"`compress` must be at least 1 or none, not {self.compress}")
         if isinstance(self.compress, str) and self.compress not in ("auto", "none"):
-            raise UsageError(f"--proj-compress takes a number, none or auto, not {self.compress!r}")
+            raise UsageError(f"`compress` takes a number, none or auto, not {self.compress!r}")
 
     @property
     def sketched(self) -> bool:
@@ -82,7 +118,7 @@ class ProjectionConfig:
         by_default = self.compress_by == "auto" and self.learns_sides
         return self.sketched and (by_default or self.compress_by == "layer")
 
-    def for_build(self, *, optimizer_state: bool) -> ProjectionConfig:
+    def for_build(self, *, optimizer_state: bool) -> Self:
         """With ``precondition`` decided: by default Kronecker, unless the vectors have another metric already, or are
         to be the gradients themselves, or as near to these as can be (``"pca"``).
         """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import InfoOptions
 from ghoststore.store.part.fidelity import kept_fidelities
 from ghoststore.store.part.indexes import index_states
 from ghoststore.store.part.part import Part
@@ -154,15 +155,16 @@ def _negative(run: Run) -> float | None:
     return negative / scored if scored else None
 
 
-def info(store: str | Path, *, part: str | None = None, run: str | None = None) -> StoreInfo:
+@takes(InfoOptions)
+def info(options: InfoOptions) -> StoreInfo:
     """Every part and training run of a store, or one of either.
 
     UsageError if there is no such store, part or run.
     """
-    opened = Store.open(store)
-    parts, runs = opened.chosen(part, run)
+    opened = Store.open(options.store)
+    parts, runs = opened.chosen(options.part, options.run)
     return StoreInfo(
-        store=str(store),
+        store=str(options.store),
         parts=[describe(opened.part(name)) for name in parts],
         runs=[describe_run(opened.run(name)) for name in runs],
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.progress import Progress, Silent, Task
+from ghoststore.progress import Silent, Task
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import VerifyOptions
 from ghoststore.store.part.indexes import FOLDER, MANIFEST, index_folder, index_names, read_manifest
 from ghoststore.store.part.part import Part
 from ghoststore.store.spans.commits import commit_path, read_commit
@@ -57,18 +59,17 @@ class VerifyReport:
         return {**asdict(self), "sound": self.sound}
 
 
-def verify(
-    store: str | Path, *, part: str | None = None, run: str | None = None, progress: Progress | None = None
-) -> VerifyReport:
+@takes(VerifyOptions)
+def verify(options: VerifyOptions) -> VerifyReport:
     """Check every part and training run, or one of either: the manifest, the metadata of arrays, a run's row table,
     every commit record and every file it names (size, SHA-256), and the files of a part's indexes.
 
     All damage is listed, not just the first. A span without a record is not damage: it does not exist.
     Raises UsageError if there is no such store, part or run.
     """
-    progress = progress or Silent()
-    opened = Store.open(store)
-    parts, runs = opened.chosen(part, run)
+    progress = options.progress or Silent()
+    opened = Store.open(options.store)
+    parts, runs = opened.chosen(options.part, options.run)
     damage: list[Damage] = []
     spans = files = size = 0
     for name, owner in [*((name, {"part": name}) for name in parts), *((name, {"run": name}) for name in runs)]:
@@ -85,7 +86,9 @@ def verify(
                 files, size = files + 1, size + count
                 if problem:
                     damage.append(Damage(**owner, file=key, problem=problem))
-    return VerifyReport(store=str(store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage)
+    return VerifyReport(
+        store=str(options.store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage
+    )
 
 
 def _check_metadata(source: Spanned[Any]) -> Iterator[tuple[str, str]]:

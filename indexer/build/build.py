@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from ghoststore.corpus import Fields
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.info import describe
@@ -20,37 +19,11 @@ from indexer.build.corpus_plan import other_places
 from indexer.build.inputs import open_inputs
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.report import BuildReport
-from indexer.build.settings import BuildSettings
 from indexer.build.spans import compute_spans
-from indexer.encode.losses import Reduction
-from indexer.encode.tokens import Overlong
 
 
-def build(
-    *,
-    checkpoint: str | Path,
-    data: str | Path,
-    store: str | Path,
-    name: str | None = None,
-    tokenizer: str | Path | None = None,
-    projection: ProjectionConfig | None = None,
-    fields: Fields | None = None,
-    proj_dtype: str = "float32",
-    loss_reduction: Reduction = "mean",
-    max_length: int | None = None,
-    overlong: Overlong = "truncate",
-    max_samples: int | None = None,
-    batch_tokens: int | None = None,
-    span_rows: int | None = None,
-    store_text: bool = False,
-    device: str = "auto",
-    model_dtype: str = "float32",
-    attn_implementation: str | None = None,
-    gradient_checkpointing: bool = False,
-    optimizer_state: str | Path | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> BuildReport:
+@takes(BuildOptions)
+def build(options: BuildOptions) -> BuildReport:
     """Each sample's projected gradient at ``checkpoint``, for every sample of ``data``, into ``store``.
 
     Parameters have the names of the command's options. ``checkpoint`` is a folder in transformers' format
@@ -70,40 +43,14 @@ def build(
     MismatchError if the part that exists was built otherwise, BusyError if another process is building it,
     StorageError if the disk refuses. What was committed stays committed.
     """
-    settings = BuildSettings(
-        projection=projection or ProjectionConfig(),
-        fields=fields or Fields(),
-        checkpoint=checkpoint,
-        data=data,
-        store=store,
-        name=name,
-        tokenizer=tokenizer,
-        proj_dtype=proj_dtype,
-        loss_reduction=loss_reduction,
-        max_length=max_length,
-        overlong=overlong,
-        max_samples=max_samples,
-        batch_tokens=batch_tokens,
-        span_rows=span_rows,
-        store_text=store_text,
-        device=device,
-        model_dtype=model_dtype,
-        attn_implementation=attn_implementation,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer_state=optimizer_state,
-        dry_run=dry_run,
-    )
-    return _build(settings, progress or Silent())
-
-
-def _build(settings: BuildSettings, progress: Progress) -> BuildReport:
+    progress = options.progress or Silent()
     begun = time.perf_counter()
-    with open_inputs(settings, progress) as inputs:
+    with open_inputs(options, progress) as inputs:
         job = plan_job(inputs, progress)
         report = BuildReport.of(job)
-        if settings.dry_run:
+        if options.dry_run:
             return report
-        part = _open_part(Store.create(settings.store), job, progress)
+        part = _open_part(Store.create(options.store), job, progress)
         with writing(part):
             part = Part(part.path)  # as it stands now that nobody else writes it
             seconds = compute_spans(part, job, progress)

@@ -13,13 +13,13 @@ import torch
 
 from ghoststore.checkpoint.load import Checkpoint, find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
-from ghoststore.corpus import Corpus, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.corpus.locate import corpus_name
 from ghoststore.progress import Progress
+from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
-from indexer.build.settings import BuildSettings
 from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
 from indexer.projection.adam import learning_rate_of
 
@@ -30,7 +30,7 @@ DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 class BuildInputs:
     """Made by :func:`open_inputs`."""
 
-    settings: BuildSettings
+    options: BuildOptions
     checkpoint: Checkpoint
     model: Any
     tokenizer: Tokenizer
@@ -53,21 +53,21 @@ class BuildInputs:
 
     def description(self) -> Manifest:
         """Sections of the manifest that say where everything came from, and what computes."""
-        settings, folder = self.settings, self.checkpoint.folder
+        options, folder = self.options, self.checkpoint.folder
         return {
             "source": {
                 "checkpoint": str(folder.resolve()),
-                "tokenizer": _resolved(settings.tokenizer),
-                "data": "-" if settings.stdin else absolute(self.corpus.source),
+                "tokenizer": _resolved(options.tokenizer),
+                "data": "-" if options.stdin else absolute(self.corpus.source),
                 "form": self.corpus.form,
-                "optimizer_state": _resolved(settings.optimizer_state),
+                "optimizer_state": _resolved(options.optimizer_state),
                 "learning_rate": learning_rate_of(folder),
             },
             "compute": {
                 "device": torch.device(self.device).type,
                 "attn_implementation": getattr(self.model.config, "_attn_implementation", None),
                 "threads": torch.get_num_threads(),
-                "gradient_checkpointing": settings.gradient_checkpointing,
+                "gradient_checkpointing": options.gradient_checkpointing,
             },
             "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "zarr"),
         }
@@ -78,23 +78,23 @@ def _resolved(path: str | Path | None) -> str | None:
 
 
 @contextmanager
-def open_inputs(settings: BuildSettings, progress: Progress) -> Iterator[BuildInputs]:
+def open_inputs(options: BuildOptions, progress: Progress) -> Iterator[BuildInputs]:
     """Open everything; what cannot be used is refused before a model is loaded."""
-    device = resolve_device(settings.device)
-    checkpoint = find_checkpoint(settings.checkpoint)
-    text_tokenizer = load_tokenizer(checkpoint.folder if settings.tokenizer is None else Path(settings.tokenizer))
-    by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(settings.data)))
-    part_name = check_name(settings.name) if settings.name else by_default
-    Store.refuse_others(Path(settings.store))
-    there = _existing(settings.store, part_name)
+    device = resolve_device(options.device)
+    checkpoint = find_checkpoint(options.checkpoint)
+    text_tokenizer = load_tokenizer(checkpoint.folder if options.tokenizer is None else Path(options.tokenizer))
+    by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
+    part_name = check_name(options.name) if options.name else by_default
+    Store.refuse_others(Path(options.store))
+    there = _existing(options.store, part_name)
     if there is not None:
         refuse_incomplete(there)
-    with open_corpus(str(settings.data), settings.fields, progress) as corpus:
+    with open_corpus(str(options.data), options.fields or Fields(), progress) as corpus:
         model = load_model(
-            checkpoint, dtype=settings.model_dtype, device=device, attn_implementation=settings.attn_implementation
+            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
         yield BuildInputs(
-            settings=settings,
+            options=options,
             checkpoint=checkpoint,
             model=model,
             tokenizer=Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note),
@@ -102,8 +102,8 @@ def open_inputs(settings: BuildSettings, progress: Progress) -> Iterator[BuildIn
             part_name=part_name,
             there=there,
             device=device,
-            batch_tokens=settings.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
-            tokens=TokenSettings(max_length=longest_row(model, settings.max_length), overlong=settings.overlong),
+            batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
+            tokens=TokenSettings(max_length=longest_row(model, options.max_length), overlong=options.overlong),
         )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
 from ghoststore.store.base.manifest import refuse_differences
 from indexer.build.calibrate import calibrate
@@ -53,13 +54,13 @@ class BuildJob:
     @cached_property
     def manifest(self) -> Manifest:
         """The part's manifest."""
-        settings, scan, plan = self.inputs.settings, self.plan.scan, self.projected
+        options, scan, plan = self.inputs.options, self.plan.scan, self.projected
         hashed = self.projection is not None
         return {
             "corpus": {
                 "fingerprint": scan.fingerprint,
                 "samples": scan.rows,
-                "max_samples": settings.max_samples,
+                "max_samples": options.max_samples,
                 "domains": scan.domains,
                 "repeated_ids": self.plan.repeated_ids,
                 "fields": self.inputs.corpus.resolved.to_json(),
@@ -67,7 +68,7 @@ class BuildJob:
             "tokens": asdict(self.inputs.tokens),
             "loss": {
                 "definition": "next-token cross-entropy of each sample's own targets",
-                "reduction": settings.loss_reduction,
+                "reduction": options.loss_reduction,
             },
             "projection": {
                 **plan.to_json(),
@@ -78,7 +79,7 @@ class BuildJob:
             "storage": {**asdict(self.layout), "groups": [list(group) for group in plan.groups] if hashed else None},
             "coverage": {"covered": plan.covered, "total": plan.total, "share": plan.coverage},
             **self.inputs.identity,
-            "dtype": {"model": settings.model_dtype},
+            "dtype": {"model": options.model_dtype},
             "batching": {
                 "batch_tokens": self.inputs.batch_tokens,
                 "order": "longest first inside a span",
@@ -90,9 +91,9 @@ class BuildJob:
 
 def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     """Choose layers, look at the model, scan the corpus, draw or learn matrices."""
-    settings, model, there = inputs.settings, inputs.model, inputs.there
-    config = settings.projection.for_build(optimizer_state=settings.optimizer_state is not None)
-    if settings.optimizer_state is not None and config.preconditioned:
+    options, model, there = inputs.options, inputs.model, inputs.there
+    config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
+    if options.optimizer_state is not None and config.preconditioned:
         raise UsageError(
             f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
             "own: choose one (--proj-precondition none)"
@@ -108,18 +109,18 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         inputs.tokens,
         # The span of a part of any length: how many rows there are is known after the scan alone.
         span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
-        max_samples=settings.max_samples,
-        tokenize=settings.dry_run,
+        max_samples=options.max_samples,
+        tokenize=options.dry_run,
         learning=learning,
         progress=progress,
     )
     layout = _layout(inputs, plan, corpus_plan.rows)
     scales = None
-    if settings.optimizer_state is not None:
-        scales = read_scales(settings.optimizer_state, model, [layer.block for layer in plan.layers])
+    if options.optimizer_state is not None:
+        scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
     if learning is not None and there is not None:
         plan = calibrated_as(there, plan)
-    elif learning is not None and not settings.dry_run:
+    elif learning is not None and not options.dry_run:
         plan = _learned(inputs, plan, learning, scales, padding, progress)
     known = plan.calibration is not None or learning is None
     return BuildJob(
@@ -145,8 +146,8 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
 
 def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
     """Whether rows of different lengths may share a batch; CaptureError for a model that cannot be built at all."""
-    settings, tokens = inputs.settings, inputs.tokens
-    rows = rows_of(islice(inputs.corpus.samples(), settings.max_samples), inputs.tokenizer, tokens)
+    options, tokens = inputs.options, inputs.tokens
+    rows = rows_of(islice(inputs.corpus.samples(), options.max_samples), inputs.tokenizer, tokens)
     # The first rows that will have a vector, however far they are from the beginning.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
     padding = ModelCheck(
@@ -154,8 +155,8 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
         plan,
         usable,
         longest=tokens.max_length,
-        reduction=settings.loss_reduction,
-        checkpointing=settings.gradient_checkpointing,
+        reduction=options.loss_reduction,
+        checkpointing=options.gradient_checkpointing,
         alone=inputs.batch_tokens < SHORTEST_PAIR,
     ).run()
     if not padding:
@@ -166,14 +167,14 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
 
 
 def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int) -> PartLayout:
-    settings = inputs.settings
+    options = inputs.options
     return PartLayout.choose(
         rows=rows,
         dimension=plan.dimension,
         groups=plan.group_count,
-        dtype=settings.proj_dtype,
-        span_rows=settings.span_rows,
-        store_text=settings.store_text or settings.stdin,
+        dtype=options.proj_dtype,
+        span_rows=options.span_rows,
+        store_text=options.store_text or options.stdin,
     )
 
 
@@ -186,17 +187,17 @@ def _learned(
     progress: Progress,
 ) -> ProjectionPlan:
     """``plan`` with what the sample of the corpus teaches."""
-    settings = inputs.settings
+    options = inputs.options
     rows = list(rows_of(learning.samples, inputs.tokenizer, inputs.tokens))
     calibration = calibrate(
         inputs.model,
         plan,
         _evenly(rows, plan.config.calibration_samples),
-        reduction=settings.loss_reduction,
+        reduction=options.loss_reduction,
         batch_tokens=inputs.batch_tokens,
         scales=scales,
         progress=progress,
-        checkpointing=settings.gradient_checkpointing,
+        checkpointing=options.gradient_checkpointing,
         padding=padding,
     )
     return replace(plan, calibration=calibration)

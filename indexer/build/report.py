@@ -42,9 +42,9 @@ class BuildReport:
     @classmethod
     def of(cls, job: BuildJob) -> BuildReport:
         """Of a build that has not begun."""
-        settings, layout = job.inputs.settings, job.layout
+        options, layout = job.inputs.options, job.layout
         return cls(
-            store=str(settings.store),
+            store=str(options.store),
             part=job.inputs.part_name,
             rows=layout.rows,
             tokens=job.plan.tokens,
@@ -53,7 +53,7 @@ class BuildReport:
             dimension=layout.dimension,
             bytes_on_disk=_bytes_on_disk(layout),
             memory_bytes=_memory(job),
-            dry_run=settings.dry_run,
+            dry_run=options.dry_run,
             manifest=job.manifest,
         )
 

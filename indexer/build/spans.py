@@ -31,12 +31,12 @@ def compute_spans(part: Part, job: BuildJob, progress: Progress) -> dict[str, fl
     if not missing:
         return seconds
     assert job.projection is not None
-    settings = job.inputs.settings
+    options = job.inputs.options
     encoder = RowEncoder(
         job.inputs.model,
         job.projection,
-        reduction=settings.loss_reduction,
-        checkpointing=settings.gradient_checkpointing,
+        reduction=options.loss_reduction,
+        checkpointing=options.gradient_checkpointing,
         padding=job.padding,
     )
     task = progress.task("building", part.layout.rows, done=part.rows)

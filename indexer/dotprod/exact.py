@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError, UsageError
+from ghoststore.settings.train import Route as Route
 from indexer.dotprod import routes
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.ledger import Ledger, Scored, Tapped
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
 from indexer.layers.factors import Factors, Vector
-
-Route = Literal["auto", "direct", "gram"]
 
 LARGEST_VAL_GRADIENTS = 1 << 28
 """Numbers of the val gradients of one parameter; with more (many groups), the Gram route is taken."""

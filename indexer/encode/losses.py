@@ -5,12 +5,12 @@ Legend: B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["mean", "sum"]
+from ghoststore.settings.shared import Reduction as Reduction
 
 IGNORED = -100
 """The label of a token that is no target, as everywhere in the field."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sample, Tokenized
 from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.settings.shared import Overlong as Overlong
 from ghoststore.store.part.status import Status
 from indexer.encode.whole_text import WholeTexts
 
-Overlong = Literal["truncate", "window", "skip", "error"]
 SAMPLES_AT_ONCE = 256
 DEFAULT_MAX_LENGTH = 1024
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
@@ -27,7 +28,6 @@ from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.loop_run import LoopRun
 from indexer.session.ranks import Ranks
 from indexer.session.samples import Samples, places_of
-from indexer.session.score_log import OnStoreError
 from indexer.session.session import ScoringSession
 
 PENDING = "ghoststore_pending.safetensors"

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from indexer.session.score_log import OnStoreError
+from ghoststore.settings.train import OnStoreError
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 

@@ -10,6 +10,7 @@ from typing import Any
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
@@ -17,7 +18,6 @@ from indexer.dotprod.sketched import SketchedMethod
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
 from indexer.session.samples import Samples, val_fingerprint
-from indexer.session.score_log import OnStoreError
 from indexer.session.session import ScoringSession, warn
 
 

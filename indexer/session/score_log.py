@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ghoststore.errors import BusyError, StorageError, WorkerError
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.run.run import Run, RunWriter
 from indexer.session.ranks import Ranks
-
-OnStoreError = Literal["stop", "continue"]
 
 
 class ScoreLog:

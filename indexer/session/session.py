@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.train import OnStoreError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import PLACES
@@ -37,7 +38,7 @@ from indexer.session.own_loss import own_loss, tokens_in
 from indexer.session.ranks import Ranks
 from indexer.session.repeats import Repeats
 from indexer.session.run_plan import RunPlan
-from indexer.session.score_log import OnStoreError, ScoreLog
+from indexer.session.score_log import ScoreLog
 
 
 def warn(message: str) -> None:

@@ -19,6 +19,8 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.build import TokenizeOptions
+from ghoststore.settings.keywords import takes
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
@@ -90,18 +92,8 @@ class TokenizeReport:
         return asdict(self)
 
 
-def tokenize(
-    *,
-    data: str | Path,
-    tokenizer: str | Path,
-    out: str | Path,
-    fields: Fields | None = None,
-    max_samples: int | None = None,
-    shard_samples: int | None = None,
-    workers: int | None = None,
-    domains: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> TokenizeReport:
+@takes(TokenizeOptions)
+def tokenize(options: TokenizeOptions) -> TokenizeReport:
     """The tokens of every sample of ``data``, whole, into the folder ``out``, with where each sample comes from.
 
     Parameters have the names of the command's options. ``tokenizer`` is a folder with a saved tokenizer or a hub
@@ -116,39 +108,39 @@ def tokenize(
     that is there is of another tokenizer, corpus or settings, BusyError if another process is writing it,
     WorkerError if a worker dies, StorageError if the disk refuses. What was committed stays committed.
     """
-    progress = progress or Silent()
+    progress = options.progress or Silent()
     for option, value in (
-        ("--max-samples", max_samples),
-        ("--shard-samples", shard_samples),
-        ("--workers", workers),
+        ("--max-samples", options.max_samples),
+        ("--shard-samples", options.shard_samples),
+        ("--workers", options.workers),
     ):
         if value is not None and value < 1:
             raise UsageError(f"{option} must be at least 1, not {value}")
-    begun, folder = time.perf_counter(), Path(out)
+    begun, folder = time.perf_counter(), Path(options.out)
     _refuse_others(folder)
-    text_tokenizer = load_tokenizer(find_tokenizer(tokenizer))
+    text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
-    with open_corpus(str(data), fields or Fields(), progress) as corpus:
+    with open_corpus(str(options.data), options.fields or Fields(), progress) as corpus:
         if corpus.resolved.kind == "tokens":
-            raise UsageError(f"{data} holds tokens already; give the corpus that they were made of")
-        if domains:
-            corpus = corpus.only(domains)
-        span_rows = shard_samples or DEFAULT_SHARD_SAMPLES
+            raise UsageError(f"{options.data} holds tokens already; give the corpus that they were made of")
+        if options.domains:
+            corpus = corpus.only(options.domains)
+        span_rows = options.shard_samples or DEFAULT_SHARD_SAMPLES
         own = Tokenizer(text_tokenizer, note=progress.note)
-        plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=max_samples, progress=progress)
-        _refuse_unknown(corpus, plan, max_samples)
+        plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=options.max_samples, progress=progress)
+        _refuse_unknown(corpus, plan, options.max_samples)
         scanned = time.perf_counter()
-        manifest = _manifest(corpus, plan, text_tokenizer, span_rows, max_samples)
+        manifest = _manifest(corpus, plan, text_tokenizer, span_rows, options.max_samples)
         manifest["source"] = {
-            "data": "-" if str(data) == "-" else absolute(corpus.source),
+            "data": "-" if str(options.data) == "-" else absolute(corpus.source),
             "form": corpus.form,
-            "tokenizer": absolute(str(tokenizer)),
+            "tokenizer": absolute(str(options.tokenizer)),
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
         job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder))
         with exclusive(folder, f"folder {folder}", "--out"):
-            work = _write(job, workers, progress)
+            work = _write(job, options.workers, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
     return _report(TokenShards.open(folder), work, seconds)

@@ -22,13 +22,13 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.manifest import MANIFEST, TOKENIZER
 from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize
 from indexer.training.architectures import architecture, new_model
-from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.validation import ValSet
 

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from ghoststore.errors import DivergedError
+from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.encode.losses import IGNORED, training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoredStep, ScoringSession
-from indexer.training.config import OptimizationConfig, TrainConfig
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.scoring import ValSchedule
 

@@ -10,11 +10,11 @@ import torch
 
 from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.checkpoint.same_model import start_section
+from ghoststore.settings.train import TrainConfig
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
-from indexer.training.config import TrainConfig
 from indexer.training.inputs import Inputs
 
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")

@@ -15,11 +15,11 @@ from ghoststore.checkpoint.load import load_tokenizer
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
+from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoringSession
-from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import read_val
 from indexer.training.loop import Trainer, make_optimizer

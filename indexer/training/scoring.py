@@ -6,9 +6,9 @@ from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import ScoringConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.session import ScoringSession
-from indexer.training.config import ScoringConfig
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.train import TrainConfig
 from indexer.session.ranks import Ranks
-from indexer.training.config import TrainConfig
 from indexer.training.loop import StepResult
 from indexer.training.validation import ValLoss
 

@@ -17,7 +17,9 @@ from ghoststore.corpus import Fields, absolute
 from ghoststore.corpus.locate import corpus_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
@@ -28,7 +30,6 @@ from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
 from indexer.session.ranks import Ranks, joined, refuse_drift
 from indexer.session.run_plan import RunPlan, parameter_count
 from indexer.session.session import ScoringSession
-from indexer.training.config import TrainConfig
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Inputs, Start, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
@@ -50,32 +51,12 @@ from indexer.training.trackers import Trackers
 from indexer.training.validation import ValLoss, ValSet
 
 
-def train(
-    *,
-    data: str | Path,
-    output_dir: str | Path,
-    val_set: str | Path | None = None,
-    store: str | Path | None = None,
-    name: str | None = None,
-    checkpoint: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    fields: Fields | None = None,
-    domains: tuple[str, ...] = (),
-    max_samples: int | None = None,
-    max_val_samples: int | None = None,
-    config: TrainConfig | None = None,
-    projection: ProjectionConfig | None = None,
-    device: str = "auto",
-    eval_only: bool = False,
-    tensorboard: str | Path | None = None,
-    wandb: str | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> TrainReport:
+@takes(TrainOptions)
+def train(options: TrainOptions) -> TrainReport:
     """Train a GPT-2 on ``data`` and score each sample of each step against ``val_set``, live, into ``store``.
 
-    Parameters have the names of the command's options; ``options`` are fields of :class:`TrainConfig` and its parts
-    (``batch_size=4``), or give ``config``. ``data`` and ``val_set`` are token shards or any form of corpus; a corpus
+    Parameters have the names of the command's options; those of training (``batch_size=4``) may come
+    as one ``config`` instead. ``data`` and ``val_set`` are token shards or any form of corpus; a corpus
     is tokenized into ``output_dir/tokens`` first. The model is a new one of ``architecture``, or goes on from
     ``checkpoint``. Checkpoints in transformers' format go to ``output_dir``, steps and scores to the run ``name``.
     Under ``torchrun`` every process is a rank: they see different samples, and the first writes.
@@ -87,31 +68,29 @@ def train(
     what is there is of another run, CorruptError if it is damaged, BusyError if another process writes it, StorageError
     if a disk refuses, DivergedError if a loss, a gradient or a weight stops being a number.
     """
-    if config is not None and options:
-        raise UsageError(f"give config or single options, not both: {sorted(options)}")
-    config = TrainConfig.of(**options) if config is None else config
-    with joined(resolve_device(device)) as (ranks, own_device):
+    config = options.configuration()
+    with joined(resolve_device(options.device)) as (ranks, own_device):
         training = _Training(
-            data=str(data),
-            val_set=None if val_set is None else str(val_set),
-            store=store,
-            name=name,
-            output_dir=Path(output_dir),
-            checkpoint=checkpoint,
-            tokenizer=tokenizer,
-            fields=fields or Fields(),
-            domains=domains,
-            max_samples=max_samples,
-            max_val_samples=max_val_samples,
+            data=str(options.data),
+            val_set=None if options.val_set is None else str(options.val_set),
+            store=options.store,
+            name=options.name,
+            output_dir=Path(options.output_dir),
+            checkpoint=options.checkpoint,
+            tokenizer=options.tokenizer,
+            fields=options.fields or Fields(),
+            domains=options.domains,
+            max_samples=options.max_samples,
+            max_val_samples=options.max_val_samples,
             config=config,
-            projection=projection,
+            projection=options.projection,
             device=own_device,
-            eval_only=eval_only,
+            eval_only=options.eval_only,
             ranks=ranks,
-            progress=(progress or Silent()) if ranks.leads else Silent(),
+            progress=(options.progress or Silent()) if ranks.leads else Silent(),
         )
-        with Trackers.open(tensorboard, wandb, config, ranks) as trackers:
-            return training.evaluate() if eval_only else training.run(trackers)
+        with Trackers.open(options.tensorboard, options.wandb, config, ranks) as trackers:
+            return training.evaluate() if options.eval_only else training.run(trackers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

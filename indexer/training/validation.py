@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ghoststore.corpus import Corpus, SampleScan
 from ghoststore.errors import UsageError
+from ghoststore.settings.train import ValSampling
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
 from indexer.encode.losses import next_token_losses
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection import draws
 from indexer.session.ranks import Ranks
-from indexer.training.config import ValSampling
 
 EVAL_BATCH_TOKENS = 4096
 NO_DOMAIN = "none"

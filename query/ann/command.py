@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import Dimension, IndexOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.part.index_manifest import IndexManifest
@@ -24,9 +25,7 @@ from ghoststore.store.part.indexes import (
 )
 from query.ann.build import Plan, build_index
 from query.ann.engine import check_device, load_faiss
-from query.search.part_score import METRICS, Metric
-
-Dimension = int | Literal["auto", "none"]
+from query.search.part_score import Metric
 
 FRONT_DIMENSION = 1024
 FRONT_FROM = 2 * FRONT_DIMENSION
@@ -35,8 +34,6 @@ ONE_BIT_FROM = 256
 """Numbers from which one bit each tells rows apart; shorter vectors take eight."""
 LISTS_FROM = 250_000
 """Rows from which inverted lists pay: fewer are scanned in a few milliseconds."""
-TARGET_RECALL = 0.97
-"""At 10, of the worse kind of sample query: a little above 0.95, which other queries then reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,19 +54,8 @@ class IndexReport:
         return head | self.manifest.to_json()
 
 
-def index(
-    *,
-    store: str | Path,
-    part: str | None = None,
-    factory: str | None = None,
-    metric: Metric = "cosine",
-    name: str | None = None,
-    dimension: Dimension = "auto",
-    target_recall: float = TARGET_RECALL,
-    device: str = "cpu",
-    rebuild: bool = False,
-    progress: Progress | None = None,
-) -> IndexReport:
+@takes(IndexOptions)
+def index(options: IndexOptions) -> IndexReport:
     """Build a FAISS index of the committed rows of a part, or find that it is there already.
 
     ``factory`` is a factory string of FAISS; by default it is chosen by rows and dimension. Vectors of more than 2,048
@@ -82,25 +68,25 @@ def index(
     where FAISS, or one for that ``device``, is not installed, and if an index of that name has other settings;
     CorruptError for damaged rows; BusyError while another process builds it; StorageError if the disk refuses.
     """
-    progress = progress or Silent()
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
-    if not 0 < target_recall <= 1:
-        raise UsageError(f"--target-recall must be above 0 and at most 1, not {target_recall}")
+    progress = options.progress or Silent()
+    if not 0 < options.target_recall <= 1:
+        raise UsageError(f"--target-recall must be above 0 and at most 1, not {options.target_recall}")
     load_faiss()
-    check_device(device)
-    opened = Store.open(store).part(part)
-    plan = _plan(opened, factory, metric, name, dimension, target_recall, device)
-    manifest = None if rebuild else existing(opened, plan, progress)
+    check_device(options.device)
+    opened = Store.open(options.store).part(options.part)
+    plan = _plan(
+        opened, options.factory, options.metric, options.name, options.dimension, options.target_recall, options.device
+    )
+    manifest = None if options.rebuild else existing(opened, plan, progress)
     built = manifest is None
     if manifest is None:
         manifest = build_index(opened, plan, progress)
     if not manifest.reached:
         progress.note(
-            f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {target_recall} were asked "
-            "for. Try a larger code (SQ8, SQfp16), or --dimension none"
+            f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {options.target_recall} were "
+            "asked for. Try a larger code (SQ8, SQfp16), or --dimension none"
         )
-    return IndexReport(store=str(store), part=opened.name, name=plan.name, built=built, manifest=manifest)
+    return IndexReport(store=str(options.store), part=opened.name, name=plan.name, built=built, manifest=manifest)
 
 
 def _plan(

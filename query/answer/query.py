@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import Fields, open_corpus
+from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.question import QueryOptions
 from ghoststore.store.part.fidelity import read_fidelity
 from query.ann.index import AnnIndex
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
-from query.ask.question import Combine, Precondition, Question
+from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
 from query.ask.scorer import Scorer, open_scorer
 from query.common.output import check_output
-from query.search.part_score import Metric
-from query.search.parts import PartWeights, note_repeated, open_parts, part_names
+from query.search.parts import note_repeated, open_parts, part_names
 
 
-def query(
-    *,
-    store: str | Path,
-    val_set: str | Path,
-    part: str | Sequence[str] | None = None,
-    part_weights: PartWeights | None = None,
-    top_k: int = 10,
-    bottom_k: int = 0,
-    each: bool = False,
-    group_field: str | None = None,
-    combine: Combine = "mean",
-    metric: Metric = "cosine",
-    layers: Sequence[str] = (),
-    exclude_layers: Sequence[str] = (),
-    fields: Fields | None = None,
-    max_samples: int | None = None,
-    checkpoint: str | Path | None = None,
-    device: str = "auto",
-    text: bool = True,
-    with_scores: str | None = None,
-    score_weight: float | None = None,
-    precondition: Precondition = "none",
-    damping: float | None = None,
-    index: str = "exact",
-    index_name: str | None = None,
-    rerank: int | None = None,
-    report: str | Path | None = None,
-    progress: Progress | None = None,
-) -> QueryResult:
+@takes(QueryOptions)
+def query(options: QueryOptions) -> QueryResult:
     """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``.
 
     With ``each`` one ranking for every val sample, else one for their mean gradient. ``metric`` is ``dot`` or
@@ -86,40 +59,19 @@ def query(
     Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
     another checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
     """
-    progress = progress or Silent()
-    if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
-        raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
-    page = None if report is None else check_output(report, "--report", (".html",))
-    if index not in ("exact", "ann"):
-        raise UsageError(f"--index {index!r} is unknown; known: exact, ann")
-    if index_name is not None and index == "exact":
+    progress = options.progress or Silent()
+    if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
+        raise UsageError(f"--top-k {options.top_k} and --bottom-k {options.bottom_k}: ask for at least one row")
+    page = None if options.report is None else check_output(options.report, "--report", (".html",))
+    if options.index_name is not None and options.index == "exact":
         raise UsageError("--index-name belongs to --index ann")
-    question = Question(
-        store=store,
-        val_set=val_set,
-        part=part,
-        each=each,
-        group_field=group_field,
-        combine=combine,
-        metric=metric,
-        layers=layers,
-        exclude_layers=exclude_layers,
-        fields=fields,
-        max_samples=max_samples,
-        checkpoint=checkpoint,
-        device=device,
-        with_scores=with_scores,
-        score_weight=score_weight,
-        part_weights=part_weights,
-        precondition=precondition,
-        damping=damping,
-    )
-    if index == "ann":
+    question = part_of(Question, options)
+    if options.index == "ann":
         _refuse_index(question)
-    if rerank is not None:
-        refuse_rerank(question, rerank, top_k, bottom_k)
-    settings = {"index": index, "rerank": rerank, "top_k": top_k, "bottom_k": bottom_k}
-    return _answer(question, settings, index_name, text, page, progress)
+    if options.rerank is not None:
+        refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
+    settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    return _answer(question, settings, options.index_name, options.text, page, progress)
 
 
 def _answer(

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from ghoststore.checkpoint.load import resolve_device
 from ghoststore.errors import UsageError
-from ghoststore.progress import Progress, Silent
+from ghoststore.progress import Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.question import SelfInfluenceOptions
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.blend import rankings_of
 from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.second_moment import DampedInverse, checked_damping
 
 
-def self_influence(
-    *,
-    store: str | Path,
-    part: str | None = None,
-    top_k: int = 10,
-    bottom_k: int = 0,
-    layers: tuple[str, ...] = (),
-    exclude_layers: tuple[str, ...] = (),
-    damping: float | None = None,
-    device: str = "auto",
-    text: bool = True,
-    progress: Progress | None = None,
-) -> QueryResult:
+@takes(SelfInfluenceOptions)
+def self_influence(options: SelfInfluenceOptions) -> QueryResult:
     """The rows with the highest (``top_k``) and lowest (``bottom_k``) self-influence gᵀ (H + λI)⁻¹ g.
 
     H is the second moment of the part's rows by block, λ = ``damping`` (default 0.1) × its mean eigenvalue. High are
@@ -37,34 +26,34 @@ def self_influence(
     Raises UsageError for a part without a usable row, patterns that fit nothing, and a damping under which H + λI is
     singular; CorruptError for damaged rows.
     """
-    progress = progress or Silent()
-    if top_k < 0 or bottom_k < 0 or not top_k + bottom_k:
-        raise UsageError(f"--top-k {top_k} and --bottom-k {bottom_k}: ask for at least one row")
-    (opened,), _ = open_parts(store, part, None, progress)
+    progress = options.progress or Silent()
+    if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
+        raise UsageError(f"--top-k {options.top_k} and --bottom-k {options.bottom_k}: ask for at least one row")
+    (opened,), _ = open_parts(options.store, options.part, None, progress)
     note_repeated(opened, progress)
-    groups = choose_groups(opened, layers, exclude_layers)
-    inverse = DampedInverse(opened, checked_damping(damping), progress, resolve_device(device))
+    groups = choose_groups(opened, options.layers, options.exclude_layers)
+    inverse = DampedInverse(opened, checked_damping(options.damping), progress, resolve_device(options.device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
     scores_QN = np.full((1, opened.layout.rows), np.nan)
     usable = opened.row_numbers[opened.usable()]
     scores_QN[0, usable] = scores[usable]
-    counts = (min(top_k, opened.rows), min(bottom_k, opened.rows))
+    counts = (min(options.top_k, opened.rows), min(options.bottom_k, opened.rows))
     rankings = (rankings_of(scores_QN, counts[0]), rankings_of(scores_QN, counts[1], sign=-1.0))
-    best, worst = hits_of(opened, rankings, text, progress)
+    best, worst = hits_of(opened, rankings, options.text, progress)
     return QueryResult(
-        store=str(store),
+        store=str(options.store),
         settings={
             "part": opened.name,
             "metric": "self-influence",
             "precondition": "second-moment",
             "damping": inverse.damping,
             "mean_eigenvalue": inverse.moment.mean_eigenvalue,
-            "layers": list(layers),
-            "exclude_layers": list(exclude_layers),
+            "layers": list(options.layers),
+            "exclude_layers": list(options.exclude_layers),
             "rows": opened.rows,
             "repeated_ids": opened.repeated_ids,
-            "top_k": top_k,
-            "bottom_k": bottom_k,
+            "top_k": options.top_k,
+            "bottom_k": options.bottom_k,
         },
         results=[QueryHits(query="self", hits=best[0], bottom=worst[0])],
     )

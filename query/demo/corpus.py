@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.measure import DemoOptions
 
 Row = dict[str, str]
 
@@ -38,7 +39,7 @@ class DemoCorpus:
     """As the paraphrased ones, each invented name with an ending: no word of content stands in the source."""
 
 
-def make_corpus(seed: int, rows: int = 2400, *, rows_per_domain: int = 16) -> DemoCorpus:
+def make_corpus(seed: int, rows: int = DemoOptions.rows, *, rows_per_domain: int = 16) -> DemoCorpus:
     """The corpus of a seed: ``rows`` ordinary rows plus the planted facts, in one shuffled list.
 
     ``rows`` is shared evenly between the domains; ``rows_per_domain`` held-out rows of each come on top.

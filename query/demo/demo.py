@@ -20,6 +20,8 @@ import numpy as np
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from indexer.build.build import build
@@ -91,28 +93,21 @@ class DemoReport:
         return asdict(self)
 
 
-def demo(
-    *,
-    out: str | Path = "ghoststore-demo",
-    seed: int = 0,
-    rows: int = 2400,
-    steps: int = 700,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> DemoReport:
+@takes(DemoOptions)
+def demo(options: DemoOptions) -> DemoReport:
     """Make corpus, model and store under ``out``, ask both questions, plot the answers.
 
     Nothing is downloaded. Under three minutes on two cores with the default ``rows`` and ``steps``.
     Raises UsageError if ``out`` exists, unless ``overwrite`` is given and a demo made it.
     """
-    progress = progress or Silent()
-    folder = Path(out)
-    _claim(folder, overwrite)
-    corpus = make_corpus(seed, rows)
+    progress = options.progress or Silent()
+    folder = Path(options.out)
+    _claim(folder, options.overwrite)
+    corpus = make_corpus(options.seed, options.rows)
     files = _write_corpus(folder, corpus)
     clock = time.perf_counter()
     store = folder / "store"
-    trained = _train(folder, files, corpus, steps, seed, progress)
+    trained = _train(folder, files, corpus, options.steps, options.seed, progress)
     assert trained.checkpoint is not None
     seconds = {"training with scores": time.perf_counter() - clock}
     clock = time.perf_counter()

@@ -14,8 +14,9 @@ from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import DoctorOptions
 from ghoststore.settings.projection import ProjectionConfig
-from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
 from query.doctor import (
@@ -71,23 +72,8 @@ class DoctorReport:
         }
 
 
-def doctor(
-    *,
-    checkpoint: str | Path | None = None,
-    model: torch.nn.Module | None = None,
-    tokenizer: Any = None,
-    data: str | Path | None = None,
-    fields: Fields | None = None,
-    projection: ProjectionConfig | None = None,
-    loss_reduction: Reduction = "mean",
-    model_dtype: str | None = None,
-    device: str = "auto",
-    attn_implementation: str | None = None,
-    max_length: int | None = None,
-    samples: int = 16,
-    store: str | Path = ".",
-    progress: Progress | None = None,
-) -> DoctorReport:
+@takes(DoctorOptions)
+def doctor(options: DoctorOptions) -> DoctorReport:
     """Examine a ``checkpoint``, or a ``model`` in memory with its tokenizer, before anything is built of it.
 
     Parameters have the names of the command's options. ``tokenizer`` is a folder, or the object itself. ``samples``
@@ -101,35 +87,48 @@ def doctor(
 
     Raises UsageError, CheckpointError, LayerError or CorpusError for inputs of which no store could be built at all.
     """
-    progress = progress or Silent()
-    if samples < 3:
-        raise UsageError(f"--samples must be at least 3 (a ranking of two others), not {samples}")
-    if half_only(attn_implementation) and (model_dtype or "float32") == "float32":
-        raise UsageError(f"{attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel")
-    models, text_tokenizer = _patient(checkpoint, model, tokenizer, model_dtype, device, attn_implementation)
+    progress = options.progress or Silent()
+    if options.samples < 3:
+        raise UsageError(f"--samples must be at least 3 (a ranking of two others), not {options.samples}")
+    if half_only(options.attn_implementation) and (options.model_dtype or "float32") == "float32":
+        raise UsageError(
+            f"{options.attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel"
+        )
+    models, text_tokenizer = _patient(
+        options.checkpoint,
+        options.model,
+        options.tokenizer,
+        options.model_dtype,
+        options.device,
+        options.attn_implementation,
+    )
     with ExitStack() as stack:
-        corpus = None if data is None else stack.enter_context(open_corpus(str(data), fields or Fields(), progress))
+        corpus = (
+            None
+            if options.data is None
+            else stack.enter_context(open_corpus(str(options.data), options.fields or Fields(), progress))
+        )
         reference = models.reference()
-        length = choose_max_length(max_length, reference, MAX_LENGTH)
+        length = choose_max_length(options.max_length, reference, MAX_LENGTH)
         own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
-        rows = choose_rows(corpus, own, max_length=length, count=samples)
+        rows = choose_rows(corpus, own, max_length=length, count=options.samples)
     subject = Subject(
         models=models,
         model=reference,
         rows=rows,
-        projection=Projection.for_model(reference, projection or ProjectionConfig()),
-        kernels=None if attn_implementation is None else (attn_implementation,),
-        reduction=loss_reduction,
-        store=Path(store),
+        projection=Projection.for_model(reference, options.projection or ProjectionConfig()),
+        kernels=None if options.attn_implementation is None else (options.attn_implementation,),
+        reduction=options.loss_reduction,
+        store=Path(options.store),
     )
     settings = {
-        "data": "built-in sentences" if data is None else str(data),
+        "data": "built-in sentences" if options.data is None else str(options.data),
         "samples": len(rows),
         "max_length": length,
         "model_dtype": models.dtype,
         "device": models.device,
-        "attn_implementation": attn_implementation,
-        "loss_reduction": loss_reduction,
+        "attn_implementation": options.attn_implementation,
+        "loss_reduction": options.loss_reduction,
         "projection": subject.plan.to_json(),
     }
     return DoctorReport(model=models.name, settings=settings, findings=_examine(subject, progress))

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.load import find_checkpoint, load_model, resolve_device
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
-from ghoststore.progress import Progress, Silent
+from ghoststore.progress import Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import EvaluateOptions
 from ghoststore.store import Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
@@ -25,7 +27,7 @@ from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task
 from query.evaluate.trainings import losses_of
-from query.search.parts import PartWeights, note_repeated, open_parts
+from query.search.parts import note_repeated, open_parts
 
 TESTS = ("lds", "removal", "tail-patch")
 
@@ -57,31 +59,8 @@ class EvaluateReport:
         return asdict(self)
 
 
-def evaluate(
-    *,
-    store: str | Path,
-    val_set: str | Path,
-    out: str | Path,
-    part: str | Sequence[str] | None = None,
-    part_weights: PartWeights | None = None,
-    run: str | None = None,
-    tests: Sequence[str] = ("lds",),
-    methods: Sequence[str] = METHODS,
-    halves: int = 20,
-    drop: float = 0.1,
-    top_k: int = 16,
-    repeats: int = 3,
-    max_steps: int = 200,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
-    seed: int = 0,
-    damping: float | None = None,
-    fields: Fields | None = None,
-    max_val_samples: int | None = None,
-    workers: int | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> EvaluateReport:
+@takes(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> EvaluateReport:
     """Test the scores of each of ``methods`` by training: see `docs/evaluate.md`.
 
     ``tests``: ``lds`` trains ``halves`` models on random halves and correlates sums of scores with losses; ``removal``
@@ -105,53 +84,79 @@ def evaluate(
     Raises UsageError for unknown words and counts that make no sense, MismatchError if the corpus has changed or
     ``out`` is of another evaluation, and what ``ghoststore.query`` raises.
     """
-    progress = progress or Silent()
+    progress = options.progress or Silent()
     _refuse(
-        tests, methods, halves=halves, drop=drop, top_k=top_k, repeats=repeats, max_steps=max_steps, workers=workers
+        options.tests,
+        options.methods,
+        halves=options.halves,
+        drop=options.drop,
+        top_k=options.top_k,
+        repeats=options.repeats,
+        max_steps=options.max_steps,
+        workers=options.workers,
     )
-    device = resolve_device(device)
-    parts, weights = open_parts(store, part, part_weights, progress)
+    device = resolve_device(options.device)
+    parts, weights = open_parts(options.store, options.part, options.part_weights, progress)
     task = Task.of(
         parts[0],
-        str(val_set),
-        Path(out),
-        fields=fields or Fields(),
-        max_val_samples=max_val_samples,
-        recipe=Recipe(max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        str(options.val_set),
+        Path(options.out),
+        fields=options.fields or Fields(),
+        max_val_samples=options.max_val_samples,
+        recipe=Recipe(
+            max_steps=options.max_steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+        ),
         device=device,
         progress=progress,
     )
+    workers = options.workers
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
     note_repeated(task.part, progress)
     base = Question(
-        store=store,
-        val_set=val_set,
+        store=options.store,
+        val_set=options.val_set,
         part=task.part.name,
         each=True,
-        fields=fields,
-        max_samples=max_val_samples,
+        fields=options.fields,
+        max_samples=options.max_val_samples,
         device=device,
     )
-    of = task.methods(base, parts, weights, methods, damping, None if run is None else Store.open(store).run(run))
-    trainings = _Trainings(task, Path(out) / "trainings", workers)
-    masks = {f"half-{number:05d}": half(seed, number, task.samples) for number in range(halves)}
-    halved = trainings.losses(masks) if "lds" in tests else {}
+    of = task.methods(
+        base,
+        parts,
+        weights,
+        options.methods,
+        options.damping,
+        None if options.run is None else Store.open(options.store).run(options.run),
+    )
+    trainings = _Trainings(task, Path(options.out) / "trainings", workers)
+    masks = {f"half-{number:05d}": half(options.seed, number, task.samples) for number in range(options.halves)}
+    halved = trainings.losses(masks) if "lds" in options.tests else {}
     scored: dict[str, Scored] = {}
     correlations = []
     for method, compute in of.items():
         scores = compute()
-        if "lds" in tests:
+        if "lds" in options.tests:
             correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved))
         scored[method] = replace(scores, samples_VN=None)  # (V, N) is large
-    settings = {"tests": list(tests), "halves": halves, "drop": drop, "top_k": top_k, "repeats": repeats}
+    settings = {
+        "tests": list(options.tests),
+        "halves": options.halves,
+        "drop": options.drop,
+        "top_k": options.top_k,
+        "repeats": options.repeats,
+    }
     return EvaluateReport(
-        store=str(store),
-        out=str(out),
-        settings={**_facts(task, val_set), **settings, **asdict(task.retrainer.job.recipe)},
+        store=str(options.store),
+        out=str(options.out),
+        settings={**_facts(task, options.val_set), **settings, **asdict(task.retrainer.job.recipe)},
         lds=correlations,
-        removal=_removals(trainings, scored, drop, repeats) if "removal" in tests else [],
-        tail_patch=_tail_patches(task, scored, top_k, repeats) if "tail-patch" in tests else [],
+        removal=_removals(trainings, scored, options.drop, options.repeats) if "removal" in options.tests else [],
+        tail_patch=_tail_patches(task, scored, options.top_k, options.repeats) if "tail-patch" in options.tests else [],
     )
 
 

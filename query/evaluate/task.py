@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.load import find_checkpoint
 from ghoststore.corpus import Corpus, Fields, open_corpus
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import METRICS
 from ghoststore.store import Part, Run
 from indexer.encode.tokens import Row
 from indexer.tokenize.tokenize import tokenize
@@ -41,7 +42,6 @@ from query.evaluate.predictors import (
     refuse_other_val,
 )
 from query.evaluate.trainings import Plan
-from query.search.part_score import METRICS
 
 WHOLE = "all"
 """The group of a whole val set."""

@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from ghoststore.checkpoint.load import (
-    DTYPES,
     Checkpoint,
     find_checkpoint,
     load_model,
@@ -21,46 +20,25 @@ from ghoststore.checkpoint.load import (
 from ghoststore.checkpoint.same_model import checkpoint_section
 from ghoststore.corpus import Corpus, Fields, Sample, SampleScan, absolute, open_corpus
 from ghoststore.errors import CorpusError, UsageError
-from ghoststore.progress import Progress, Silent
+from ghoststore.progress import Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import FullGradientsOptions
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
-from indexer.encode.losses import Reduction
-from indexer.encode.tokens import Overlong, Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.selection import select_blocks
 from query.exact.files import stored_manifest
 from query.exact.gradients import ExactGradients
 from query.exact.job import FullGradientsReport as FullGradientsReport
 from query.exact.job import GradientsJob, RowsRead
 
-Parameters = Literal["all", "projected"]
-DEFAULT_SAMPLES = 64
 DEFAULT_LAYERS = ("mlp", "attn")
 FILE_BYTES = 256 << 20
 """Of a file's gradients, where a single one is not larger."""
 
 
-def full_gradients(
-    *,
-    checkpoint: str | Path,
-    data: str | Path,
-    out: str | Path,
-    parameters: Parameters = "all",
-    proj_layers: Sequence[str] = (),
-    exclude_layers: Sequence[str] = (),
-    include_embeddings: bool = False,
-    tokenizer: str | Path | None = None,
-    fields: Fields | None = None,
-    max_samples: int = DEFAULT_SAMPLES,
-    max_length: int | None = None,
-    overlong: Overlong = "truncate",
-    loss_reduction: Reduction = "mean",
-    dtype: str = "float32",
-    device: str = "auto",
-    model_dtype: str = "float32",
-    attn_implementation: str | None = None,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> FullGradientsReport:
+@takes(FullGradientsOptions)
+def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     """The gradient of each of the first ``max_samples`` samples' own loss, not projected, into the folder ``out``.
 
     Each row goes through the model alone, by plain autograd. ``parameters``: ``all``, or ``projected``, those of the
@@ -73,24 +51,30 @@ def full_gradients(
     than the machine has, MismatchError if ``out`` holds the gradients of another request, CorruptError if one of its
     files is damaged, StorageError where the disk is too small or refuses.
     """
-    progress, begun, out = progress or Silent(), time.perf_counter(), Path(out)
-    _refuse(parameters, proj_layers, exclude_layers, include_embeddings, max_samples, dtype)
-    if dry_run and str(data) == "-":
+    progress, begun, out = options.progress or Silent(), time.perf_counter(), Path(options.out)
+    _refuse(
+        options.parameters, options.proj_layers, options.exclude_layers, options.include_embeddings, options.max_samples
+    )
+    if options.dry_run and str(options.data) == "-":
         raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
-    found, device = find_checkpoint(checkpoint), resolve_device(device)
-    folder = Path(tokenizer) if tokenizer is not None else found.folder
+    found, device = find_checkpoint(options.checkpoint), resolve_device(options.device)
+    folder = Path(options.tokenizer) if options.tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(folder)
-    with open_corpus(str(data), fields or Fields(), progress) as corpus:  # refused before a model is loaded
-        model = load_model(found, dtype=model_dtype, device=device, attn_implementation=attn_implementation)
-        settings = TokenSettings(max_length=longest_row(model, max_length), overlong=overlong)
+    with open_corpus(
+        str(options.data), options.fields or Fields(), progress
+    ) as corpus:  # refused before a model is loaded
+        model = load_model(
+            found, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+        )
+        settings = TokenSettings(max_length=longest_row(model, options.max_length), overlong=options.overlong)
         own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note)
-        read = _read(corpus, own, settings, max_samples)
+        read = _read(corpus, own, settings, options.max_samples)
         names = None
-        if parameters == "projected":
-            layers = tuple(proj_layers) or DEFAULT_LAYERS
-            chosen = select_blocks(model, layers, exclude_layers, include_embeddings=include_embeddings)
+        if options.parameters == "projected":
+            layers = tuple(options.proj_layers) or DEFAULT_LAYERS
+            chosen = select_blocks(model, layers, options.exclude_layers, include_embeddings=options.include_embeddings)
             names = {name for block in chosen.blocks for name in block.parameters}
-        exact = ExactGradients(model, names, reduction=loss_reduction)
+        exact = ExactGradients(model, names, reduction=options.loss_reduction)
         manifest: Manifest = {
             "checkpoint": checkpoint_section(found.fingerprint(), model),
             "tokenizer": own.identity,
@@ -98,13 +82,13 @@ def full_gradients(
             "tokens": asdict(settings),
             "loss": {
                 "definition": "next-token cross-entropy of each sample's own targets",
-                "reduction": loss_reduction,
+                "reduction": options.loss_reduction,
             },
             "parameters": [one.to_json() for one in exact.slices],
-            "dtype": {"model": model_dtype, "stored": dtype},
+            "dtype": {"model": options.model_dtype, "stored": options.dtype},
             "rows": [_row_entry(row) for row in read.rows],
-            "rows_per_file": max(1, FILE_BYTES // (exact.numbers * getattr(torch, dtype).itemsize)),
-            "source": _source(found, tokenizer, corpus, str(data)),
+            "rows_per_file": max(1, FILE_BYTES // (exact.numbers * getattr(torch, options.dtype).itemsize)),
+            "source": _source(found, options.tokenizer, corpus, str(options.data)),
             "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "safetensors"),
             "compute": {
                 "device": torch.device(device).type,
@@ -112,26 +96,22 @@ def full_gradients(
                 "attn_implementation": getattr(model.config, "_attn_implementation", None),
             },
         }
-        job = GradientsJob(exact, read, manifest, getattr(torch, dtype))
-        if dry_run:
+        job = GradientsJob(exact, read, manifest, getattr(torch, options.dtype))
+        if options.dry_run:
             stored = stored_manifest(out, manifest)
             return job.report(out, dry_run=True, resumed=0 if stored is None else len(stored["files"]))
         return job.write(out, progress, begun)
 
 
 def _refuse(
-    parameters: str, proj_layers: Sequence[str], exclude: Sequence[str], embeddings: bool, max_samples: int, dtype: str
+    parameters: str, proj_layers: Sequence[str], exclude: Sequence[str], embeddings: bool, max_samples: int
 ) -> None:
-    if parameters not in get_args(Parameters):
-        raise UsageError(f"--parameters {parameters!r} is unknown; known: {', '.join(get_args(Parameters))}")
     given = {"--proj-layers": proj_layers, "--exclude-layers": exclude, "--include-embeddings": embeddings}
     for option, value in given.items():
         if parameters == "all" and value:
             raise UsageError(f"{option} belongs to --parameters projected")
     if max_samples < 1:
         raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
 
 
 def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> RowsRead:

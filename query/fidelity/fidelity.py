@@ -9,15 +9,15 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.corpus import Fields
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import FidelityOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import keep_fidelity
 from indexer.projection.stored import metric_of
@@ -26,7 +26,7 @@ from query.exact.gradients import ExactGradients
 from query.exact.products import Pieces, Products, Share, exact_products, vals_at_once
 from query.fidelity.agreement import Agreement, agreement
 from query.fidelity.sample import RowSample, SampleSpec, open_encoder, take_sample
-from query.search.part_score import METRICS, Metric, mask_of
+from query.search.part_score import mask_of
 from query.search.parts import choose_groups, open_parts
 from query.search.vectors import PartVectors
 
@@ -65,22 +65,8 @@ class FidelityReport:
         return asdict(self)
 
 
-def fidelity(
-    *,
-    store: str | Path,
-    part: str | None = None,
-    val_set: str | Path | None = None,
-    rows: int = 200,
-    val_samples: int = 20,
-    metric: Metric = "cosine",
-    layers: Sequence[str] = (),
-    exclude_layers: Sequence[str] = (),
-    seed: int = 0,
-    fields: Fields | None = None,
-    checkpoint: str | Path | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> FidelityReport:
+@takes(FidelityOptions)
+def fidelity(options: FidelityOptions) -> FidelityReport:
     """Compare the scores of ``rows`` rows of a part, for ``val_samples`` val samples, with those of exact gradients.
 
     Rows are drawn by ``seed`` among the usable ones; val samples from ``val_set``, or from the part's own rows, which
@@ -95,35 +81,41 @@ def fidelity(
     Raises CheckpointError where the checkpoint is gone, CorpusError or UsageError where the corpus is, MismatchError if
     they are not those of the part, UsageError for a part with too few rows, CorruptError for damaged rows.
     """
-    progress, begun = progress or Silent(), time.perf_counter()
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
-    spec = SampleSpec(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
-    (opened,), _ = open_parts(store, part, None, progress)
-    groups = choose_groups(opened, layers, exclude_layers)
-    encoder = open_encoder(opened, "the fidelity", checkpoint=checkpoint, device=device, progress=progress)
+    progress, begun = options.progress or Silent(), time.perf_counter()
+    spec = SampleSpec(
+        rows=options.rows,
+        val_samples=options.val_samples,
+        seed=options.seed,
+        val_set=options.val_set,
+        fields=options.fields,
+    )
+    (opened,), _ = open_parts(options.store, options.part, None, progress)
+    groups = choose_groups(opened, options.layers, options.exclude_layers)
+    encoder = open_encoder(
+        opened, "the fidelity", checkpoint=options.checkpoint, device=options.device, progress=progress
+    )
     sample = take_sample(encoder, spec, progress)
     approximate = vector_products(opened, sample, groups)
     pieces = pieces_of(encoder, groups)
     exact = measure_exactly(exactly(encoder, pieces), pieces, sample, progress)
     queries, rows_in = finite_pairs(exact.values(), progress)
-    score_QR = approximate.only(queries, rows_in).scores(metric)
+    score_QR = approximate.only(queries, rows_in).scores(options.metric)
     references = {share: products.only(queries, rows_in) for share, products in exact.items()}
     whole = None if scaled(opened) else references["layers"] + references["rest"]
     report = FidelityReport(
-        store=str(store),
+        store=str(options.store),
         part=opened.name,
-        metric=metric,
+        metric=options.metric,
         rows=score_QR.shape[1],
         val_samples=len(score_QR),
-        val_set=None if val_set is None else str(val_set),
-        seed=seed,
-        layers=agreement(score_QR, references["layers"].scores(metric), seed=seed),
-        all=None if whole is None else agreement(score_QR, whole.scores(metric), seed=seed),
+        val_set=None if options.val_set is None else str(options.val_set),
+        seed=options.seed,
+        layers=agreement(score_QR, references["layers"].scores(options.metric), seed=options.seed),
+        all=None if whole is None else agreement(score_QR, whole.scores(options.metric), seed=options.seed),
         own_metric=metric_words(opened),
         coverage=float(opened.manifest["coverage"]["share"]),
-        only_layers=list(layers),
-        without_layers=list(exclude_layers),
+        only_layers=list(options.layers),
+        without_layers=list(options.exclude_layers),
         kept=False,
         seconds=time.perf_counter() - begun,
     )

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.measure import PlotErrorOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
@@ -40,7 +41,7 @@ from query.fidelity.plot import draw_errors
 from query.fidelity.reference import fitting_parts, parse_reference, part_of_rank
 from query.fidelity.sample import SampleSpec, open_encoder, take_sample
 from query.fidelity.theory import PairMoments, dense_error, kronecker_error
-from query.search.part_score import METRICS, Metric
+from query.search.part_score import Metric
 from query.training_scores.plots import check_plot
 
 PAIRS = 16
@@ -89,22 +90,8 @@ class ErrorCurve:
         return asdict(self)
 
 
-def plot_error(
-    *,
-    store: str | Path,
-    out: str | Path,
-    part: str | Sequence[str] | None = None,
-    reference: str = "full_layers",
-    val_set: str | Path | None = None,
-    rows: int = 200,
-    val_samples: int = 20,
-    metric: Metric = "cosine",
-    seed: int = 0,
-    fields: Fields | None = None,
-    checkpoint: str | Path | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> ErrorCurve:
+@takes(PlotErrorOptions)
+def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     """Compare the inner products of several parts of one corpus, checkpoint and choice of layers with a reference.
 
     Parts are found by their manifests: all of the store that fit each other, or those named. ``reference``:
@@ -117,21 +104,27 @@ def plot_error(
 
     Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
     """
-    progress, path = progress or Silent(), check_plot(out, "--out")
+    progress, path = options.progress or Silent(), check_plot(options.out, "--out")
     if path.with_suffix(".json").exists():
         raise UsageError(f"--out {path}: {path.with_suffix('.json')} exists, and the numbers are written there")
-    mode, number = parse_reference(reference)
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric!r} is unknown; known: {', '.join(METRICS)}")
-    spec = SampleSpec(rows=rows, val_samples=val_samples, seed=seed, val_set=val_set, fields=fields)
-    parts = fitting_parts(Store.open(store), [part] if isinstance(part, str) else list(part or ()))
+    mode, number = parse_reference(options.reference)
+    spec = SampleSpec(
+        rows=options.rows,
+        val_samples=options.val_samples,
+        seed=options.seed,
+        val_set=options.val_set,
+        fields=options.fields,
+    )
+    parts = fitting_parts(
+        Store.open(options.store), [options.part] if isinstance(options.part, str) else list(options.part or ())
+    )
     if mode == "full" and scaled(parts[0]):
         raise UsageError(
             f"--reference full: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
-    measure = _Measure(parts, spec, checkpoint, device, progress)
+    measure = _Measure(parts, spec, options.checkpoint, options.device, progress)
     by_vectors = {one.name: measure.by_vectors(one) for one in parts}
     if target is not None:
         truth, parts = by_vectors[target.name], [one for one in parts if one is not target]
@@ -142,17 +135,17 @@ def plot_error(
     finite = finite_pairs([truth], progress)
     truth = truth.only(*finite)
     points = [
-        _point(one, by_vectors[one.name].only(*finite), truth, metric, seed, other, pairs)
+        _point(one, by_vectors[one.name].only(*finite), truth, options.metric, options.seed, other, pairs)
         for one in sorted(parts, key=lambda one: (one.layout.dimension, one.name))
     ]
     curve = ErrorCurve(
-        store=str(store),
-        reference=reference,
-        metric=metric,
+        store=str(options.store),
+        reference=options.reference,
+        metric=options.metric,
         rows=truth.dots_QR.shape[1],
         val_samples=truth.dots_QR.shape[0],
-        val_set=None if val_set is None else str(val_set),
-        seed=seed,
+        val_set=None if options.val_set is None else str(options.val_set),
+        seed=options.seed,
         points=points,
         plot=str(path),
         numbers_file=str(path.with_suffix(".json")),

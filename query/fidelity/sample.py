@@ -32,8 +32,8 @@ VAL_SHARE = 5
 class SampleSpec:
     """Which rows and val samples; fields have the names of the options. UsageError where they cannot be."""
 
-    rows: int = 200
-    val_samples: int = 20
+    rows: int
+    val_samples: int
     seed: int = 0
     val_set: str | Path | None = None
     """Default: rows of the part, which are not ranked then."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.shared import Metric as Metric
 from ghoststore.store import Part
 from query.search.second_moment import DampedInverse
-
-Metric = Literal["dot", "cosine"]
-METRICS: tuple[Metric, ...] = ("dot", "cosine")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,12 @@ from pathlib import Path
 from ghoststore.corpus.repeated import repeated_words
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.question import PartWeights as PartWeights
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import differences
 from indexer.layers import layer_type_by_name
 from indexer.projection.selection import matches
 
-PartWeights = str | Sequence[float]
-"""``learning-rate``, ``equal``, or a number for each part."""
 SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
 """Sections of the manifest that parts must share to be summed: the same rows, projected alike."""
 OWN = ("projection.hash", "projection.optimizer_state", "projection.calibration")

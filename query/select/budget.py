@@ -9,19 +9,17 @@ Legend: M samples of the part, C candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import Quotas as Quotas
+from ghoststore.settings.question import Spread as Spread
 
-Spread = Literal["proportional", "equal"]
-SPREADS = ("proportional", "equal")
-Quotas = Mapping[str, float] | Spread
-"""A float is a share of the budget, an int a number of samples."""
 OTHERS = "(others)"
 """The pool of domains without a quota."""
 NO_DOMAIN = "(none)"
@@ -89,8 +87,6 @@ def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
     if budget.threshold is not None:
         raise UsageError("quotas share out a budget: give --count, --fraction or --token-budget, not --threshold")
     if isinstance(quotas, str):
-        if quotas not in SPREADS:
-            raise UsageError(f"--quotas {quotas!r} is unknown; known: {', '.join(SPREADS)}")
         return
     for domain, quota in quotas.items():
         shown = f"--quota {domain}={quota}"

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ghoststore.settings.question import Diversity as Diversity
 from query.select.budget import Room
 
-Diversity = Literal["none", "mmr", "facility-location", "greats"]
-DIVERSITIES = ("none", "mmr", "facility-location", "greats")
 ROWS_AT_ONCE = 512
 
 Scores = NDArray[np.float64]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,14 +11,12 @@ from ghoststore.corpus import Corpus
 from ghoststore.corpus.export import check_export, check_new, write_export
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import Order as Order
 from ghoststore.store.base.disk import appearing, storage_errors
 from query.common.unchanged import Places
 from query.select.report import SelectReport, row_list
 from query.select.samples import Samples
 from query.select.strategy import ChosenSamples
-
-Order = Literal["corpus", "score"]
-ORDERS = ("corpus", "score")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +30,7 @@ class SelectFiles:
 
     @classmethod
     def of(cls, out: str | Path, report: str | Path | None, order: Order) -> SelectFiles:
-        """UsageError for a report that is no .json file, an unknown order, and paths that exist."""
-        if order not in ORDERS:
-            raise UsageError(f"--order {order!r} is unknown; known: {', '.join(ORDERS)}")
+        """UsageError for a report that is no .json file, and paths that exist."""
         out = Path(out)
         said = out.with_name(f"{out.name}.report.json") if report is None else Path(report)
         if said.suffix != ".json":

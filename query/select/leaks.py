@@ -13,13 +13,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from ghoststore.corpus import Sample
 from ghoststore.errors import UsageError
+from ghoststore.settings.question import Leaks as Leaks
 
-Leaks = Literal["exclude", "keep", "error"]
-LEAKS = ("exclude", "keep", "error")
 SHINGLE_WORDS = 8
 OVERLAP = 0.5
 SHOWN = 1000
@@ -80,12 +79,6 @@ class LeakCheck:
         overlap, place = max((count / self._sizes[place], -place) for place, count in counts.items())
         if overlap >= OVERLAP:
             self.found[sample.source_row] = Leak(sample.id, sample.source_row, *self._vals[-place], overlap)
-
-
-def check_policy(leaks: Leaks) -> None:
-    """UsageError for an unknown ``--leaks``."""
-    if leaks not in LEAKS:
-        raise UsageError(f"--leaks {leaks!r} is unknown; known: {', '.join(LEAKS)}")
 
 
 def refuse(leaks: list[Leak], val_set: str) -> None:

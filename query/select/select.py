@@ -3,49 +3,32 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ghoststore.corpus import open_corpus
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.question import SelectOptions
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
 from query.common.texts import corpus_behind
 from query.common.unchanged import Places, read_unchanged
 from query.search.parts import note_repeated, open_parts
-from query.select.budget import Budget, Quotas
-from query.select.diversity import Diversity
-from query.select.files import Order, SelectFiles
-from query.select.leaks import LeakCheck, Leaks, check_policy, refuse, report_of
+from query.select.budget import Budget
+from query.select.files import SelectFiles
+from query.select.leaks import LeakCheck, refuse, report_of
 from query.select.report import SelectReport
 from query.select.samples import Samples
 from query.select.strategy import Strategy
 
 
-def select(
-    *,
-    out: str | Path,
-    fraction: float | None = None,
-    count: int | None = None,
-    threshold: float | None = None,
-    token_budget: int | None = None,
-    quotas: Quotas | None = None,
-    diversity: Diversity = "none",
-    diversity_weight: float | None = None,
-    candidates: int | None = None,
-    leaks: Leaks = "exclude",
-    order: Order = "corpus",
-    report: str | Path | None = None,
-    progress: Progress | None = None,
-    **question: Any,
-) -> SelectReport:
+@takes(SelectOptions)
+def select(options: SelectOptions) -> SelectReport:
     """Choose samples by their score for a val set, and write their original rows, every field of them, to ``out``.
 
-    ``question`` are the fields of `query.ask.question.Question` (``store``, ``val_set``, ``part``, ``metric``, …) but
-    for ``each``: what scores are, as in ``ghoststore.query``. Where it has several rankings, the first counts: that
-    over everything.
+    What scores are (``store``, ``val_set``, ``part``, ``metric``, …) is as in ``ghoststore.query``. Where there are
+    several rankings, the first counts: that over everything.
 
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
     ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
@@ -60,14 +43,19 @@ def select(
     Raises UsageError for what cannot be used or chosen, MismatchError for a corpus that is not the one of the part,
     CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
     """
-    progress = progress or Silent()
-    budget = Budget(fraction=fraction, count=count, threshold=threshold, token_budget=token_budget)
-    strategy = Strategy(
-        budget=budget, quotas=quotas, diversity=diversity, diversity_weight=diversity_weight, candidates=candidates
+    progress = options.progress or Silent()
+    budget = Budget(
+        fraction=options.fraction, count=options.count, threshold=options.threshold, token_budget=options.token_budget
     )
-    check_policy(leaks)
-    files = SelectFiles.of(out, report, order)
-    wanted = Question(each=False, **question)
+    strategy = Strategy(
+        budget=budget,
+        quotas=options.quotas,
+        diversity=options.diversity,
+        diversity_weight=options.diversity_weight,
+        candidates=options.candidates,
+    )
+    files = SelectFiles.of(options.out, options.report, options.order)
+    wanted = part_of(Question, options)
     parts, weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
     part = parts[0]
     corpus = corpus_behind(part)
@@ -81,10 +69,10 @@ def select(
         places.add(sample)
         leak_check.see(sample)
     leaked = list(leak_check.found.values())
-    if leaks == "error":
+    if options.leaks == "error":
         refuse(leaked, str(wanted.val_set))
     samples = Samples.of(part, scorer.scores(progress, 1)[0])
-    excluded = np.isin(samples.source_row, list(leak_check.found) if leaks == "exclude" else [])
+    excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
     chosen = strategy.choose(scorer, samples, np.where(excluded, np.nan, samples.score), progress)
     made = SelectReport.of(
         samples,
@@ -94,7 +82,7 @@ def select(
         report=str(files.report),
         rows_file=str(files.rows),
         settings={**scorer.settings(), "ranking": scorer.names[0], **strategy.settings(), "order": files.order},
-        leaks=report_of(leaked, leaks),
+        leaks=report_of(leaked, options.leaks),
     )
     _tell(made, progress)
     files.write(made, corpus, places, samples, chosen)

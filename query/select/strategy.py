@@ -17,7 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from query.ask.scorer import Scorer
 from query.select.budget import Budget, Pools, Quotas, Room, check_quotas, make_pools, ranked
-from query.select.diversity import DIVERSITIES, Diversity, cosines, facility_location, greats, greats_step, mmr
+from query.select.diversity import Diversity, cosines, facility_location, greats, greats_step, mmr
 from query.select.samples import Samples, vectors_of
 
 DEFAULT_WEIGHTS = {"mmr": 0.5, "greats": 1.0}
@@ -33,14 +33,12 @@ class Strategy:
 
     budget: Budget
     quotas: Quotas | None = None
-    diversity: Diversity = "none"
+    diversity: Diversity
     diversity_weight: float | None = None
     candidates: int | None = None
 
     def __post_init__(self) -> None:
         check_quotas(self.quotas, self.budget)
-        if self.diversity not in DIVERSITIES:
-            raise UsageError(f"--diversity {self.diversity!r} is unknown; known: {', '.join(DIVERSITIES)}")
         if self.diversity == "none":
             for option, value in (("--diversity-weight", self.diversity_weight), ("--candidates", self.candidates)):
                 if value is not None:

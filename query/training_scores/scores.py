@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import ScoresOptions
 from ghoststore.store import Run, Store
 from query.common.texts import texts_of
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
@@ -37,26 +37,8 @@ from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value, 
 DEFAULT_TOP_K = 10
 
 
-def scores(
-    *,
-    store: str | Path,
-    run: str | None = None,
-    top_k: int | None = None,
-    bottom_k: int | None = None,
-    sample: str | None = None,
-    by: Literal["domain"] | None = None,
-    steps: str | slice | None = None,
-    value: Value = "cumulative",
-    group: str | None = None,
-    layers: Sequence[str] = (),
-    exclude_layers: Sequence[str] = (),
-    unit: Unit = "sample",
-    min_times: int | None = None,
-    domains: Sequence[str] = (),
-    text: bool = True,
-    plot: str | Path | None = None,
-    progress: Progress | None = None,
-) -> ScoresResult:
+@takes(ScoresOptions)
+def scores(options: ScoresOptions) -> ScoresResult:
     """The samples with the highest (``top_k``, by default 10) and lowest (``bottom_k``) values in a training run.
 
     With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
@@ -71,56 +53,71 @@ def scores(
 
     Raises UsageError for a run without steps and for what it does not have or keep, CorruptError for damaged steps.
     """
-    progress = progress or Silent()
-    ranked = {"--top-k": top_k, "--bottom-k": bottom_k}
-    _refuse_usage(ranked, sample=sample, by=by, value=value, min_times=min_times, domains=domains, unit=unit)
-    top_k = DEFAULT_TOP_K if top_k is None else top_k
-    bottom_k = 0 if bottom_k is None else bottom_k
-    if plot is not None:
+    progress = options.progress or Silent()
+    ranked = {"--top-k": options.top_k, "--bottom-k": options.bottom_k}
+    _refuse_usage(
+        ranked,
+        sample=options.sample,
+        by=options.by,
+        value=options.value,
+        min_times=options.min_times,
+        domains=options.domains,
+        unit=options.unit,
+    )
+    top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
+    bottom_k = 0 if options.bottom_k is None else options.bottom_k
+    if options.plot is not None:
         from query.training_scores.plots import check_plot, plot_scores
 
-        check_plot(plot)
-    opened = Store.open(store).run(run)
-    column = choose_column(opened, group, layers, exclude_layers)
-    window = window_of(opened, steps)
-    chosen = _domain_places(opened, domains)
-    units = Units(opened, unit)
-    sums = ScoreSums(len(units), weighted=value in WEIGHTED)
+        check_plot(options.plot)
+    opened = Store.open(options.store).run(options.run)
+    column = choose_column(opened, options.group, options.layers, options.exclude_layers)
+    window = window_of(opened, options.steps)
+    chosen = _domain_places(opened, options.domains)
+    units = Units(opened, options.unit)
+    sums = ScoreSums(len(units), weighted=options.value in WEIGHTED)
     same_id, history = None, None
-    if sample is not None:
-        rows, same_id = _rows_of_id(opened, sample, progress)
+    if options.sample is not None:
+        rows, same_id = _rows_of_id(opened, options.sample, progress)
         history = _History(opened, rows)
     _read(opened, column, window, units, sums, history, progress)
     if history is not None and not history.entries:
-        progress.note(f"sample {sample!r} was not trained on in these steps")
-    allowed = _allowed(units, sums, chosen, min_times)
+        progress.note(f"sample {options.sample!r} was not trained on in these steps")
+    allowed = _allowed(units, sums, chosen, options.min_times)
     hits: list[list[ScoreHit]] = [[], []]
-    if history is None and by is None:
-        values = np.where(allowed, sums.values(value), np.nan)
-        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), text, unit, progress)
-    if plot is not None:
-        plot_scores(opened, plot, steps=steps, group=group, layers=layers, exclude_layers=exclude_layers)
+    if history is None and options.by is None:
+        values = np.where(allowed, sums.values(options.value), np.nan)
+        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options.text, options.unit, progress)
+    if options.plot is not None:
+        plot_scores(
+            opened,
+            options.plot,
+            steps=options.steps,
+            group=options.group,
+            layers=options.layers,
+            exclude_layers=options.exclude_layers,
+        )
     return ScoresResult(
-        store=str(store),
+        store=str(options.store),
         settings={
             "run": opened.name,
-            "value": value,
+            "value": options.value,
             "top_k": top_k,
             "bottom_k": bottom_k,
-            "sample": sample,
-            "by": by,
+            "sample": options.sample,
+            "by": options.by,
             "steps": list(window),
-            "group": group,
-            "layers": list(layers),
-            "exclude_layers": list(exclude_layers),
-            "unit": unit,
-            "min_times": min_times,
-            "domains": list(domains),
+            "group": options.group,
+            "layers": list(options.layers),
+            "exclude_layers": list(options.exclude_layers),
+            "unit": options.unit,
+            "min_times": options.min_times,
+            "domains": list(options.domains),
         },
         summary=_summary(opened, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
-        domains=by_domain(opened, units, sums, value, allowed) if by else None,
+        domains=by_domain(opened, units, sums, options.value, allowed) if options.by else None,
         history=None if history is None else history.entries,
         same_id=same_id,
     )
@@ -156,8 +153,6 @@ def _refuse_usage(
     unit: str,
 ) -> None:
     """UsageError for options that cannot be, or that would be ignored."""
-    if by not in (None, "domain"):
-        raise UsageError(f"--by {by!r} is unknown; known: domain")
     for name, count in ranked.items():
         if count is not None and count < 0:
             raise UsageError(f"{name} must be at least 0, not {count}")

@@ -6,17 +6,15 @@ Legend: N rows of the row table, U units (samples, or windows), P places of some
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import UsageError
+from ghoststore.settings.store import Unit as Unit
+from ghoststore.settings.store import Value as Value
 from ghoststore.store.run.run import Run
 from query.training_scores.steps import Places
-
-Value = Literal["cumulative", "mean", "sum", "last"]
-Unit = Literal["sample", "window"]
 
 WEIGHTED = ("cumulative", "mean")
 """Values in which a score counts with the learning rate of its step."""
@@ -26,8 +24,6 @@ class Units:
     """What is ranked: samples, or the windows that long ones were cut into."""
 
     def __init__(self, run: Run, unit: Unit) -> None:
-        if unit not in get_args(Unit):
-            raise UsageError(f"--unit {unit!r} is unknown; known: {', '.join(get_args(Unit))}")
         self._run = run
         rows = len(run.rows)
         self.of_row: NDArray[np.int64] | None = None
@@ -124,8 +120,6 @@ class ScoreSums:
 
     def values(self, kind: Value) -> NDArray[np.float64]:
         """(U,): the value of each unit; NaN without a score."""
-        if kind not in get_args(Value):
-            raise UsageError(f"--value {kind!r} is unknown; known: {', '.join(get_args(Value))}")
         if kind == "last":
             return self.last
         values = self.plain if kind == "sum" else self.weighted

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
@@ -32,9 +34,8 @@ HISTOGRAM_BINS = 32
 EXTREMES = 5
 
 
-def watch(
-    *, store: str | Path, run: str | None = None, interval: float = 1.0, once: bool = False, text: bool = True
-) -> Iterator[Frame]:
+@takes(WatchOptions)
+def watch(options: WatchOptions) -> Iterator[Frame]:
     """Frames of a training run, one every ``interval`` seconds, until its last step is committed.
 
     With ``once`` a single one, of all that is committed. A store without the run is waited for. Every frame reads only
@@ -42,16 +43,16 @@ def watch(
 
     Raises UsageError for a store that is none and for several runs without a name, CorruptError for damaged steps.
     """
-    if not interval > 0 or not math.isfinite(interval):
-        raise UsageError(f"--interval must be above 0, not {interval}")
-    watcher = Watcher(store, run, text=text)
+    if not options.interval > 0 or not math.isfinite(options.interval):
+        raise UsageError(f"--interval must be above 0, not {options.interval}")
+    watcher = Watcher(options.store, options.run, text=options.text)
     while True:
-        frame = watcher.look(None if once else SPANS_A_FRAME)
+        frame = watcher.look(None if options.once else SPANS_A_FRAME)
         yield frame
-        if once or (frame.finished and not frame.unread):
+        if options.once or (frame.finished and not frame.unread):
             return
         if not frame.unread:
-            time.sleep(interval)
+            time.sleep(options.interval)
 
 
 class _Heard(Silent):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ghoststore.corpus import Corpus, Fields, Messages, PromptCompletion, ResolvedFields, Sample
+from ghoststore.corpus.fields import resolve
 from ghoststore.errors import CorpusError, UsageError
 from tests.support.corpora import FORMS, Write
 
@@ -36,22 +37,22 @@ WHERE = "data.jsonl, line 1"
     ],
 )
 def test_resolution(fields: dict[str, str], row: list[str], expected: dict[str, Any]) -> None:
-    resolved = Fields(**fields).resolve(dict.fromkeys(row), WHERE)
+    resolved = resolve(Fields(**fields), dict.fromkeys(row), WHERE)
     assert resolved == ResolvedFields(**expected)
     assert ResolvedFields.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
 
 
 @pytest.mark.parametrize("role", ["text", "messages", "id", "domain"])
 def test_given_field_must_exist(role: str) -> None:
-    with pytest.raises(CorpusError, match=rf"{WHERE}: no field 'body' \(from --{role}-field\).*'text', 'x'"):
-        Fields(**{role: "body"}).resolve({"text": "", "x": 1}, WHERE)
+    with pytest.raises(CorpusError, match=rf"{WHERE}: no field 'body' \(from `fields.{role}`\).*'text', 'x'"):
+        resolve(Fields(**{role: "body"}), {"text": "", "x": 1}, WHERE)
 
 
 @pytest.mark.parametrize("row", [{"body": ""}, {"prompt": ""}, {}])
 def test_no_content_field(row: dict[str, object]) -> None:
     with pytest.raises(CorpusError) as caught:
-        Fields().resolve(row, WHERE)
-    for part in (WHERE, "--text-field", "--prompt-field", "--completion-field", "--messages-field", *row):
+        resolve(Fields(), row, WHERE)
+    for part in (WHERE, "`fields.text`", "`fields.prompt`", "`fields.completion`", "`fields.messages`", *row):
         assert part in str(caught.value)
 
 
@@ -66,7 +67,7 @@ def test_no_content_field(row: dict[str, object]) -> None:
     ],
 )
 def test_fields_that_do_not_go_together(fields: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="--"):
+    with pytest.raises(UsageError, match="`fields"):
         Fields(**fields)
 
 
@@ -88,7 +89,7 @@ def test_manifest_with_other_fields_is_refused(value: Any) -> None:
 
 
 def sample_of(row: dict[str, object], **fields: str) -> Sample:
-    return Fields(**fields).resolve(row, WHERE).sample(row, source_row=7, file=0, offset=-1)
+    return resolve(Fields(**fields), row, WHERE).sample(row, source_row=7, file=0, offset=-1)
 
 
 def test_ids_and_domains() -> None:

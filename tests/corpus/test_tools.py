@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ghoststore.corpus import Corpus, Fields, Messages, Sample, SampleScan
+from ghoststore.corpus.fields import resolve
 from ghoststore.errors import CorpusError
 from indexer.encode.tokens import Tokenizer
 from tests.support.corpora import Write, jsonl_bytes, write_parquet
@@ -187,7 +188,7 @@ def test_tools_are_part_of_the_sample(write: Write) -> None:
 
 
 def test_calls_are_part_of_the_text() -> None:
-    fields = Fields().resolve(ROWS[1], "line 1")
+    fields = resolve(Fields(), ROWS[1], "line 1")
     sample = fields.sample(ROWS[1], source_row=0, file=0, offset=0)
     assert isinstance(sample.content, Messages)
     assert sample.content.messages[1] == {"role": "assistant", "content": None, **ROWS[1]["messages"][1]}

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import ghoststore
 from ghoststore.errors import DivergedError, GhostStoreError, LayerError, MismatchError, UsageError
+from ghoststore.settings.train import TrainConfig
 from ghoststore.store import Store
-from indexer.training.config import TrainConfig
 from indexer.training.state import checkpoints, save_state
 
 if TYPE_CHECKING:
@@ -38,34 +38,35 @@ REFUSED: dict[str, tuple[Options, str]] = {
     ),
     "no-tokenizer": ({"model": None, "architecture": "GPT2-Tiny"}, r"give --tokenizer: a new model has none"),
     "too-long": ({"max_length": 33}, r"--max-length 33 is more than the 32 positions"),
-    "too-short": ({"max_length": 1}, r"--max-length must be at least 2, not 1"),
+    "too-short": ({"max_length": 1}, r"`max_length` must be at least 2, not 1"),
     "overlong": ({"max_length": 4, "overlong": "error"}, r"--max-length is 4 and --overlong is error"),
     "domain": ({"domains": ("sea",)}, r"has no domain 'sea'; it has: (sky, earth|earth, sky)"),
-    "batch": ({"batch_size": 0}, r"--batch-size must be at least 1, not 0"),
-    "steps": ({"max_steps": 0}, r"--max-steps must be at least 1, not 0"),
+    "batch": ({"batch_size": 0}, r"`batch_size` must be at least 1, not 0"),
+    "steps": ({"max_steps": 0}, r"`max_steps` must be at least 1, not 0"),
     "samples": ({"max_samples": 0}, r"--max-samples must be at least 1, not 0"),
     "val-samples": ({"max_val_samples": -1}, r"--max-val-samples must be at least 1, not -1"),
-    "learning-rate": ({"learning_rate": float("nan")}, r"--learning-rate must be above 0 and at most 1e30, not nan"),
-    "infinite-learning-rate": ({"learning_rate": float("inf")}, r"--learning-rate must be above 0 .*, not inf"),
-    "clipping": ({"max_grad_norm": -1.0}, r"--max-grad-norm must be at least 0, not -1"),
-    "beta": ({"adam_beta2": 1.0}, r"--adam-beta2 must be at least 0 and below 1, not 1"),
-    "floor": ({"min_learning_rate_ratio": 1.5}, r"--min-learning-rate-ratio must be between 0 and 1, not 1.5"),
-    "seed": ({"seed": -1}, r"--seed must be between 0 and 2\*\*63 - 1, not -1"),
-    "keep": ({"keep_checkpoints": 0}, r"--keep-checkpoints must be at least 1, not 0"),
+    "learning-rate": ({"learning_rate": float("nan")}, r"`learning_rate` must be above 0 and at most 1e30, not nan"),
+    "infinite-learning-rate": ({"learning_rate": float("inf")}, r"`learning_rate` must be above 0 .*, not inf"),
+    "clipping": ({"max_grad_norm": -1.0}, r"`max_grad_norm` must be at least 0, not -1"),
+    "beta": ({"adam_beta2": 1.0}, r"`adam_beta2` must be at least 0 and below 1, not 1"),
+    "floor": ({"min_learning_rate_ratio": 1.5}, r"`min_learning_rate_ratio` must be between 0 and 1, not 1.5"),
+    "seed": ({"seed": -1}, r"`seed` must be between 0 and 2\*\*63 - 1, not -1"),
+    "keep": ({"keep_checkpoints": 0}, r"`keep_checkpoints` must be at least 1, not 0"),
     "dropout": ({"dropout": 0.1}, r"--dropout belongs to --architecture: a checkpoint has its own"),
-    "float16-parameters": ({"model_dtype": "float16"}, r"keep float32 parameters and give --train-dtype float16"),
+    "float16-parameters": ({"model_dtype": "float16"}, r"keep float32 parameters and give `train_dtype=float16`"),
     "wider-arithmetic": (
         {"model_dtype": "bfloat16", "train_dtype": "float32"},
-        r"--train-dtype float32 with --model-dtype bfloat16",
+        r"`train_dtype=float32` with `model_dtype=bfloat16`",
     ),
-    "dtype": ({"train_dtype": "float8"}, r"--train-dtype 'float8' is unknown; known: float32, bfloat16, float16"),
+    "dtype": ({"train_dtype": "float8"}, r"`train_dtype` 'float8' is unknown; known: float32, bfloat16, float16"),
     "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"--per-layer: a global sketch has no scores by"),
-    "route-of-a-sketch": ({"score": "sketched", "route": "gram"}, r"--exclude-layers and --route belong to --score"),
+    "route-of-a-sketch": (
+        {"score": "sketched", "route": "gram"},
+        r"`exclude_layers` and `route` belong to `score=",
+    ),
     "projection": ({"projection": ghoststore.ProjectionConfig()}, r"projection options belong to --score sketched"),
     "layers": ({"exclude_layers": ("mpl",)}, r"layer pattern 'mpl' matches no module"),
     "all-layers": ({"exclude_layers": ("*",)}, r"every trainable parameter is excluded|matches no module"),
-    "unknown-option": ({"bach_size": 3}, r"there is no option --bach-size"),
-    "part-as-option": ({"scoring": None}, r"there is no option --scoring"),
     "both-configurations": ({"config": TrainConfig()}, r"give config or single options, not both"),
     "name": ({"name": "../run"}, r"'../run'"),
     "eval-without-val": ({"eval_only": True, "val_set": None}, r"--eval-only needs --checkpoint and --val-set"),
@@ -88,6 +89,14 @@ def test_refused(gym: Gym, name: str, tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
     assert not checkpoints(tmp_path / "out")
     assert not (tmp_path / "store").exists() or Store.open(tmp_path / "store").run_names() == []
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("bach_size", "batch_size"), ("scoring", "score")])
+def test_an_unknown_keyword_names_the_nearest(gym: Gym, name: str, nearest: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"train.. has no keyword '{name}'; the nearest is '{nearest}'"):
+        gym.fresh(tmp_path, max_steps=2, **{name: None})
+    with pytest.raises(TypeError, match=f"TrainConfig.of.. has no keyword '{name}'"):
+        TrainConfig.of(**{name: None})
 
 
 def test_from_the_command_line(gym: Gym, tmp_path: Path) -> None:

@@ -7,27 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.flags import entries_of
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store.base.manifest import Manifest
 
 PLAIN_BLOCK = 256
 """Numbers of a block that is not sketched, unless a rank is asked for."""
 DEFAULTS: dict[str, Any] = {
-    "--overlong": "truncate",
-    "--loss-reduction": "mean",
-    "--model-dtype": "float32",
-    "--proj-dtype": "float32",
+    **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
+    "--proj-layers": ",".join(ProjectionConfig().layers),
     "--attn-implementation": "sdpa",
-    "--proj-layers": "mlp,attn",
-    "--proj-kind": "gaussian",
-    "--proj-seed": 0,
-    "--proj-rank-min": 1,
-    "--proj-damping": 0.1,
-    "--calibration-samples": 256,
     "--text-field": "text",
     "--id-field": "id",
     "--domain-field": "domain",
 }
-"""Values that are not written down."""
+"""Values that are not written down: those of options, and what these are decided to be."""
 
 
 def build_command(manifest: Manifest, store: Path, name: str) -> str:

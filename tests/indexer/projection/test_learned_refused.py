@@ -93,11 +93,11 @@ def test_by_default_an_engine_learns_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"compress_by": "rows"}, "--proj-compress-by takes layer, all or auto, not 'rows'"),
-        ({"precondition": "kfac"}, "--proj-precondition 'kfac' is unknown; known: auto, none, kronecker"),
-        ({"damping": 0.0}, "--proj-damping must be above 0, not 0.0"),
-        ({"damping": float("nan")}, "--proj-damping must be above 0, not nan"),
-        ({"calibration_samples": 0}, "--calibration-samples must be at least 1, not 0"),
+        ({"compress_by": "rows"}, "`compress_by` 'rows' is unknown; known: auto, layer, all"),
+        ({"precondition": "kfac"}, "`precondition` 'kfac' is unknown; known: auto, none, kronecker"),
+        ({"damping": 0.0}, "`damping` must be above 0, not 0.0"),
+        ({"damping": float("nan")}, "`damping` must be above 0, not nan"),
+        ({"calibration_samples": 0}, "`calibration_samples` must be at least 1, not 0"),
     ],
 )
 def test_nonsense(settings: dict[str, Any], named: str) -> None:

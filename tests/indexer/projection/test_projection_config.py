@@ -31,11 +31,11 @@ def plan_of(model: nn.Module, **settings: Any) -> ProjectionPlan:
     ("settings", "named"),
     [
         ({"kind": "cauchy"}, "'cauchy'.*gaussian, rademacher, orthonormal"),
-        ({"rank_total": 0}, "--proj-rank-total must be at least 1, not 0"),
-        ({"rank_total": "half"}, "--proj-rank-total takes a number or full, not 'half'"),
-        ({"rank_min": 0}, "--proj-rank-min must be at least 1, not 0"),
-        ({"compress": 0}, "--proj-compress must be at least 1 or none, not 0"),
-        ({"compress": "most"}, "--proj-compress takes a number, none or auto, not 'most'"),
+        ({"rank_total": 0}, "`rank_total` must be at least 1, not 0"),
+        ({"rank_total": "half"}, "`rank_total` takes a number or full, not 'half'"),
+        ({"rank_min": 0}, "`rank_min` must be at least 1, not 0"),
+        ({"compress": 0}, "`compress` must be at least 1 or none, not 0"),
+        ({"compress": "most"}, "`compress` takes a number, none or auto, not 'most'"),
     ],
 )
 def test_nonsense_is_refused_where_it_is_made(settings: dict[str, Any], named: str) -> None:

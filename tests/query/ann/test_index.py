@@ -233,7 +233,7 @@ def test_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
         ({"dimension": 97}, "--dimension 97: give 1 to 96"),
         ({"dimension": 0}, "--dimension 0"),
         ({"dimension": "all"}, "--dimension all"),
-        ({"metric": "l2"}, "--metric 'l2' is unknown; known: dot, cosine"),
+        ({"metric": "l2"}, "`metric` 'l2' is unknown; known: cosine, dot"),
         ({"target_recall": 0}, "--target-recall must be above 0"),
         ({"name": "../x"}, "cannot name a index"),
         ({"device": "tpu"}, "an index knows cpu, cuda and cuda:N"),

@@ -268,11 +268,11 @@ def test_dry_run_counts_and_writes_nothing(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"parameters": "some"}, UsageError, "--parameters 'some' is unknown"),
+        ({"parameters": "some"}, UsageError, "`parameters` 'some' is unknown"),
         ({"proj_layers": ["mlp"]}, UsageError, "--proj-layers belongs to --parameters projected"),
         ({"parameters": "projected", "proj_layers": ["nothing"]}, LayerError, "matches no layer"),
         ({"max_samples": 0}, UsageError, "--max-samples must be at least 1"),
-        ({"dtype": "int8"}, UsageError, "--dtype 'int8' is unknown"),
+        ({"dtype": "int8"}, UsageError, "`dtype` 'int8' is unknown"),
         ({"max_length": 4096}, UsageError, "--max-length 4096 is more than"),
         ({"dry_run": True, "data": "-"}, UsageError, "cannot read standard input"),
     ],

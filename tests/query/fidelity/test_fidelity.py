@@ -331,7 +331,7 @@ def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "euclid"}, "--metric 'euclid' is unknown"),
+        ({"metric": "euclid"}, "`metric` 'euclid' is unknown"),
         ({"rows": 5}, "--rows must be at least 11"),
         ({"val_samples": 0}, "--val-samples must be at least 1"),
         ({"seed": -1}, "--seed must be 0 or more"),

@@ -218,7 +218,7 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
     [
         ({"reference": "exact"}, "--reference 'exact': give full, full_layers, rank=N or naive_proj_layers=N"),
         ({"reference": "naive_proj_layers=0"}, "at least one number"),
-        ({"metric": "euclid"}, "--metric 'euclid' is unknown"),
+        ({"metric": "euclid"}, "`metric` 'euclid' is unknown"),
         ({"rows": 3}, "--rows must be at least 11"),
         ({"part": "nothing"}, "has no part 'nothing'"),
         ({"out": "error.txt"}, "--out .*error.txt: pictures are written as"),

@@ -147,7 +147,6 @@ def test_budgets_that_cannot_be(budget: Mapping[str, Any], message: str) -> None
         ({"code": True}, Budget(count=5), "expected a share .* or a number"),
         ({"code": 3}, Budget(token_budget=5), "with --token-budget give a share"),
         ({"code": 0.3}, Budget(threshold=0.1), "give --count, --fraction or --token-budget, not --threshold"),
-        ("most", Budget(count=5), "--quotas 'most' is unknown; known: proportional, equal"),
     ],
 )
 def test_quotas_that_cannot_be(quotas: Any, budget: Budget, message: str) -> None:

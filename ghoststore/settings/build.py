@@ -1,0 +1,76 @@
+"""Options of ``ghoststore build`` and ``ghoststore tokenize``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ghoststore.errors import UsageError
+from ghoststore.settings.option import about, check_at_least, option
+from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.shared import (
+    DOMAINS,
+    FIRST_SAMPLES,
+    CheckpointOptions,
+    CorpusOptions,
+    LengthOptions,
+    ProgressOption,
+    StoreOption,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
+    name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output", metavar="NAME")
+    projection: ProjectionConfig | None = option(
+        None, "How gradients are projected.", "Projection", group=ProjectionConfig
+    )
+    proj_dtype: str = option(
+        "float32",
+        "Numbers in the store; int8 takes a quarter of float32, onebit (signs) a thirtieth.",
+        "Projection",
+        choices=("float32", "float16", "bfloat16", "int8", "onebit"),
+    )
+    max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
+    batch_tokens: int | None = option(
+        None, "Padded tokens of a batch (default: 2048 on a CPU, 16384 on CUDA).", "Advanced"
+    )
+    span_rows: int | None = option(None, "Rows committed together (default: about 8 MiB of vectors).", "Advanced")
+    store_text: bool = option(False, "Keep the texts in the store.", "Output")
+    gradient_checkpointing: bool = option(False, "Less memory for about a third more time.", "Advanced")
+    optimizer_state: str | Path | None = option(
+        None,
+        "A training checkpoint (of `ghoststore train` or transformers' Trainer) whose second moment of Adam scales the "
+        "gradients: scores then tell what a step of Adam does.",
+        "Projection",
+        metavar="PATH",
+    )
+    dry_run: bool = option(False, "Print rows, tokens, D, bytes and memory; build nothing.", "Output")
+
+    def __post_init__(self) -> None:
+        check_at_least(1, batch_tokens=self.batch_tokens, max_samples=self.max_samples)
+        if self.dry_run and self.stdin:
+            raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
+
+    @property
+    def stdin(self) -> bool:
+        """Whether the corpus comes on standard input, which cannot be read again."""
+        return str(self.data) == "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions(ProgressOption, CorpusOptions):
+    tokenizer: str | Path = field(
+        metadata=about("Folder with a saved tokenizer, or a hub id.", "Model", metavar="PATH")
+    )
+    out: str | Path = field(
+        metadata=about("Folder of the shards: a new one, or one to continue.", "Output", metavar="PATH")
+    )
+    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    max_samples: int | None = option(None, "Only the first samples (of those domains).", "Input")
+    shard_samples: int | None = option(None, "Samples committed together (default: 4096).", "Advanced")
+    workers: int | None = option(
+        None,
+        "Processes (default: one for every 16 MiB of text, at most one a core). The result is the same.",
+        "Advanced",
+        metavar="N",
+    )

@@ -1,0 +1,78 @@
+"""Which fields of a row hold what: the options that name them."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ghoststore.errors import UsageError
+from ghoststore.settings.option import option
+
+ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
+ROLES = ("text", "prompt", "completion", "messages", "id", "domain")
+CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+"""Fields that a user may name; "tokens" has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """Names of the fields of a row; None is found on the first row by its conventional name.
+
+    Raises UsageError for a prompt without a completion, and for more than one kind of content.
+    """
+
+    text: str | None = option(
+        None,
+        "Field with the text (default: 'text', else prompt and completion, else messages).",
+        "Input",
+        flag="--text-field",
+        metavar="NAME",
+    )
+    prompt: str | None = option(
+        None, "Field with the prompt, which is no target.", "Input", flag="--prompt-field", metavar="NAME"
+    )
+    completion: str | None = option(
+        None,
+        "Field with the completion: the only targets of a row with a prompt.",
+        "Input",
+        flag="--completion-field",
+        metavar="NAME",
+    )
+    messages: str | None = option(
+        None,
+        "Field with chat messages, which go through the tokenizer's chat template.",
+        "Input",
+        flag="--messages-field",
+        metavar="NAME",
+    )
+    id: str | None = option(
+        None,
+        "Field with the id (default: 'id' where rows have it, else the row number).",
+        "Input",
+        flag="--id-field",
+        metavar="NAME",
+    )
+    domain: str | None = option(
+        None,
+        "Field with the domain (default: 'domain' where rows have it).",
+        "Input",
+        flag="--domain-field",
+        metavar="NAME",
+    )
+    domain_parameter: str = option(
+        "fields.domain", "The parameter that named the domain, for messages.", "Input", python_only=True
+    )
+
+    def __post_init__(self) -> None:
+        given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
+        if len(given) > 1:
+            roles = [role for kind in given for role in CONTENT_FIELDS[kind]]
+            named = [f"`fields.{role}`" for role in roles if getattr(self, role) is not None]
+            raise UsageError(
+                f"{', '.join(named)} name different kinds of content: give `fields.text` alone, or `fields.prompt` and "
+                "`fields.completion`, or `fields.messages` alone"
+            )
+        if (self.prompt is None) != (self.completion is None):
+            raise UsageError("`fields.prompt` and `fields.completion` must be given together")

@@ -1,0 +1,88 @@
+"""Parameters as the command line writes them: `` `top_k=5` `` of a message becomes ``--top-k 5``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import Field, dataclass
+from typing import Any
+
+from ghoststore.settings.option import Option, options_of
+
+NAMED = re.compile(r"`([A-Za-z_][\w.]*)(?:=([^`]*))?`")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A field that is an option of the command line."""
+
+    path: tuple[str, ...]
+    """Its name, after that of the field that holds its object."""
+    spec: Field[Any]
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """What is written for it (and for True, where it is a switch)."""
+        return self._words()[0].split()[0]
+
+    @property
+    def off(self) -> str | None:
+        """What is written for False; None where that is to leave it out."""
+        words = self._words()
+        return words[1] if len(words) > 1 else None
+
+    @property
+    def declarations(self) -> str:
+        """All its flags, as click takes them."""
+        return "/".join(self._words())
+
+    def _words(self) -> list[str]:
+        name = self.spec.name.replace("_", "-")
+        if self.option.flag is None:
+            return [f"--{name}", f"--no-{name}"] if self.spec.default is True else [f"--{name}"]
+        return self.option.flag.split("/")
+
+    def render(self, value: str | None) -> str | None:
+        """The flag, with ``value`` where one is given; None where no flag says that."""
+        if value is None:
+            return self.flag
+        if self.spec.type is bool:
+            return {"True": self.flag, "False": self.off}.get(value, self.flag)
+        if value == "None":
+            return None if self.option.none is None else f"{self.flag} {self.option.none}"
+        return f"{self.flag} {value.strip(chr(34) + chr(39))}"
+
+
+def entries_of(kind: type) -> Iterator[Entry]:
+    """The options of the command line of a dataclass, with those of the objects in it."""
+    for spec, option in options_of(kind):
+        if option.python_only:
+            continue
+        if option.group is None:
+            yield Entry((spec.name,), spec, option)
+            continue
+        for inner in entries_of(option.group):
+            if inner.spec.name not in option.leave_out:
+                yield Entry((spec.name, *inner.path), inner.spec, inner.option)
+
+
+class Flags:
+    """The flags of a command by the names of its parameters.
+
+    A field of an object goes by its own name and by ``object.name``; where a parameter of the command has that name,
+    by the latter alone.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self._by_name = {entry.spec.name: entry for entry in entries if len(entry.path) > 1}
+        self._by_name |= {".".join(entry.path): entry for entry in entries}
+
+    def render(self, text: str) -> str:
+        """``text`` with every parameter in backticks that is one of this command's as its flag."""
+        return NAMED.sub(self._rendered, text)
+
+    def _rendered(self, match: re.Match[str]) -> str:
+        name, value = match.groups()
+        rendered = self._by_name[name].render(value) if name in self._by_name else None
+        return match[0] if rendered is None else rendered

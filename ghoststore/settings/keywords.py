@@ -1,0 +1,62 @@
+"""Functions whose keywords are the fields of a dataclass of options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from ghoststore.settings.option import check_choices, parameters_of
+
+P = ParamSpec("P")
+Options = TypeVar("Options")
+R = TypeVar("R")
+
+
+def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Callable[P, R]]:
+    """Make a function of options one of their keywords: ``f(seed=1)`` calls ``f(kind(seed=1))``.
+
+    Type checkers see the keywords of ``kind``, `help` their names, types and defaults. TypeError for a keyword that
+    there is not, naming the nearest, and for one that is missing; UsageError for a value that is none of the choices.
+    """
+
+    def decorate(function: Callable[[Options], R]) -> Callable[P, R]:
+        assert isinstance(kind, type)
+        signature = inspect.Signature(
+            parameters_of(kind), return_annotation=inspect.signature(function).return_annotation
+        )
+        refuse: Callable[[Iterable[str]], None] = getattr(kind, "refuse_together", lambda names: None)
+
+        @wraps(function)
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            refuse_unknown(function.__name__, keywords, signature.parameters)
+            try:
+                signature.bind(*args, **keywords)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            refuse(keywords)
+            options = kind(*args, **keywords)
+            check_choices(options)
+            return function(options)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.options = kind  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def refuse_unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """TypeError for a name that is none of ``known``, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1, 0.0)
+            raise TypeError(f"{function}() has no keyword {name!r}; the nearest is {near[0]!r}")
+
+
+def part_of(kind: type[R], options: object) -> R:
+    """The ``kind`` of options that has the values of ``options`` in all fields of the same names."""
+    names = [parameter.name for parameter in parameters_of(kind) if hasattr(options, parameter.name)]
+    return kind(**{name: getattr(options, name) for name in names})

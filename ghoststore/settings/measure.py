@@ -1,0 +1,174 @@
+"""Options of the commands that measure: fidelity, plot-error, full-gradients, evaluate, doctor, demo."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ghoststore.settings.option import about, option
+from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
+from ghoststore.settings.question import PartsOptions, RebuiltOptions, ValSetOption
+from ghoststore.settings.shared import (
+    FIRST_SAMPLES,
+    FLOATS,
+    CheckpointOptions,
+    CorpusOptions,
+    DeviceOption,
+    FieldsOption,
+    LayersOptions,
+    LengthOptions,
+    MetricOption,
+    ProgressOption,
+    Reduction,
+    StoreOption,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Parameters = Literal["all", "projected"]
+METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-idf", "random")
+"""Those that are evaluated where none is named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
+    """Rows and val samples that are drawn."""
+
+    val_set: str | Path | None = option(
+        None, "Draw the val samples here (default: among the part's own rows).", "Input", metavar="PATH"
+    )
+    rows: int = option(200, "Rows that are ranked, drawn at random.", "Scoring")
+    val_samples: int = option(20, "Val samples they are ranked for.", "Scoring")
+    seed: int = option(0, "Of the draws.", "Advanced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityOptions(ProgressOption, LayersOptions, DrawOptions):
+    part: str | None = option(None, "Part to measure (default: the only one).", "Input", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotErrorOptions(ProgressOption, DrawOptions):
+    out: str | Path = field(
+        metadata=about("New .png, .pdf or .svg; numbers go to a .json beside it.", "Output", metavar="FILE")
+    )
+    part: str | Sequence[str] | None = option(
+        None,
+        "A point of the curve; repeatable (default: every part; all of one checkpoint, corpus and choice of layers).",
+        "Input",
+        metavar="NAME",
+        repeated=True,
+    )
+    reference: str = option(
+        "full_layers",
+        "full_layers: exact gradients of the projected layers; full: of all parameters; rank=N: the part built with a "
+        "rank total of N; naive_proj_layers=N: a dense projection of the layers' exact gradients to N numbers.",
+        "Scoring",
+        metavar="WHAT",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, CheckpointOptions):
+    out: str | Path = field(metadata=about("New folder, or one to go on with.", "Output", metavar="FOLDER"))
+    parameters: Parameters = option("all", "Of the whole model, or of the layers that a build projects.", "Projection")
+    proj_layers: Sequence[str] = option(
+        (), "Layers of `parameters=projected` (default: mlp,attn), as of build.", "Projection"
+    )
+    exclude_layers: Sequence[str] = option((), "Layers to leave out of `proj_layers`.", "Projection")
+    include_embeddings: bool = option(False, "The embedding layers, too.", "Projection")
+    max_samples: int = option(64, FIRST_SAMPLES, "Input")
+    dtype: str = option("float32", "Numbers in the files.", "Output", choices=FLOATS)
+    dry_run: bool = option(False, "Print rows, numbers, bytes and memory; write nothing.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, ValSetOption, StoreOption):
+    out: str | Path = field(
+        metadata=about("Folder for what the trainings find; resumes there.", "Output", metavar="FOLDER")
+    )
+    run: str | None = option(None, "Evaluate the values of this training run as well.", "Input", metavar="NAME")
+    methods: Sequence[str] = option(
+        METHODS,
+        "dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all of these). "
+        "Slow, only if named: exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
+        "Scoring",
+        flag="--method",
+        metavar="NAME",
+        repeated=True,
+    )
+    tests: Sequence[str] = option(
+        ("lds",),
+        "lds (default), removal, tail-patch; repeatable.",
+        "Scoring",
+        flag="--test",
+        metavar="NAME",
+        repeated=True,
+    )
+    drop: float = option(0.1, "removal: share of samples left out.", "Advanced")
+    top_k: int = option(16, "tail-patch: samples of a step.", "Advanced")
+    repeats: int = option(3, "removal, tail-patch: random sets beside it.", "Advanced")
+    halves: int = option(20, "Models to train, each on a random half.", "Model")
+    max_steps: int = option(200, "Steps of each training.", "Model")
+    batch_size: int = option(16, "Samples of a step.", "Model")
+    learning_rate: float = option(3e-3, "Its peak.", "Model")
+    seed: int = option(0, "Of halves, weights and order.", "Advanced")
+    damping: float | None = option(None, "Of the preconditioned methods (default: 0.1).", "Scoring")
+    max_val_samples: int | None = option(None, "Only the first val samples.", "Input")
+    workers: int | None = option(
+        None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
+    checkpoint: str | Path | None = option(
+        None,
+        "The model to examine: a folder in transformers' format, or a hub id.",
+        "Model",
+        metavar="PATH",
+        required=True,
+    )
+    model: "torch.nn.Module | None" = option(
+        None, "Or a model in memory, with its tokenizer.", "Model", python_only=True
+    )
+    tokenizer: Any = option(
+        None, "Folder of the model's tokenizer (default: the checkpoint's).", "Model", metavar="PATH"
+    )
+    data: str | Path | None = option(
+        None, "Corpus to draw a few samples from (default: built-in sentences).", "Input", metavar="PATH"
+    )
+    projection: ProjectionConfig | None = option(
+        None,
+        "How a build would project gradients.",
+        "Projection",
+        group=ProjectionConfig,
+        leave_out=LEARNED_OPTIONS,
+    )
+    loss_reduction: Reduction = option("mean", "What the loss of a sample is: of its own targets.", "Scoring")
+    model_dtype: str | None = option(
+        None, "Numbers a build would compute with (default: float32).", "Model", choices=FLOATS
+    )
+    attn_implementation: str | None = option(
+        None,
+        "The attention kernel to examine (default: eager, sdpa and, on CUDA, flash_attention_2 where it is there).",
+        "Model",
+        metavar="NAME",
+    )
+    max_length: int | None = option(
+        None, "Longest sample (default: the model's positions, at most 128).", "Input", metavar="TOKENS"
+    )
+    samples: int = option(16, "Samples to look at, at least 3.", "Input")
+    store: str | Path = option(
+        ".", "Folder whose disk is measured; nothing in it is changed.", "Output", metavar="PATH"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ProgressOption):
+    out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output", metavar="PATH")
+    seed: int = option(0, "Seed of corpus and training.", "Advanced")
+    rows: int = option(2400, "Rows of the corpus, planted facts aside.", "Input")
+    steps: int = option(700, "Training steps.", "Model")
+    overwrite: bool = option(False, "Replace the folder if a demo made it.", "Output")

@@ -1,0 +1,215 @@
+"""Options of ``ghoststore query`` and ``ghoststore select``: a val set, and how the samples are scored for it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ghoststore.settings.option import about, option
+from ghoststore.settings.shared import (
+    DeviceOption,
+    FieldsOption,
+    LayersOptions,
+    MetricOption,
+    ProgressOption,
+    RankingOptions,
+    StoreOption,
+)
+
+Combine = Literal["mean", "max", "rank-fusion"]
+Precondition = Literal["none", "second-moment"]
+PartWeights = str | Sequence[float]
+"""``learning-rate``, ``equal``, or a number for each part."""
+Index = Literal["exact", "ann"]
+Spread = Literal["proportional", "equal"]
+Quotas = Mapping[str, float] | Spread
+"""What each domain gets: a float is a share of the budget, an int a number of samples; or one rule for all."""
+Diversity = Literal["none", "mmr", "facility-location", "greats"]
+Leaks = Literal["exclude", "keep", "error"]
+Order = Literal["corpus", "score"]
+
+
+def parse_weights(word: str) -> PartWeights:
+    """``learning-rate``, ``equal``, or comma-separated numbers."""
+    if word in ("learning-rate", "equal"):
+        return word
+    try:
+        return tuple(float(piece) for piece in word.split(","))
+    except ValueError:
+        raise ValueError(f"{word!r} is neither learning-rate, equal, nor numbers with commas between them") from None
+
+
+def parse_quota(word: str) -> tuple[str, float]:
+    """``DOMAIN=0.3`` (a share) or ``DOMAIN=100`` (a number of samples); the last ``=`` counts."""
+    domain, _, number = word.rpartition("=")
+    if not domain:
+        raise ValueError(f"{word!r}: expected DOMAIN=SHARE or DOMAIN=SAMPLES")
+    try:
+        return domain, float(number) if "." in number else int(number)
+    except ValueError:
+        raise ValueError(f"{word!r}: {number!r} is neither a share (0.3) nor a number of samples (100)") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValSetOption:
+    val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input", metavar="PATH"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsOptions:
+    part: str | Sequence[str] | None = option(
+        None,
+        "Part of the store (default: the only one). Repeated: builds of the same rows at successive checkpoints, whose "
+        "scores are summed.",
+        "Input",
+        metavar="NAME",
+        repeated=True,
+    )
+    part_weights: PartWeights | None = option(
+        None,
+        "Of several `part`: learning-rate (of their checkpoints, the default), equal, or a number each, "
+        "comma-separated.",
+        "Scoring",
+        metavar="W",
+        parse=parse_weights,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebuiltOptions(DeviceOption):
+    """The model of a part that is there."""
+
+    checkpoint: str | Path | None = option(
+        None, "Another path to the checkpoint the part was built from.", "Model", metavar="PATH"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionOptions(
+    RebuiltOptions, FieldsOption, LayersOptions, MetricOption, PartsOptions, ValSetOption, StoreOption
+):
+    group_field: str | None = option(
+        None, "Field of the val set by which it is cut into groups.", "Input", metavar="NAME"
+    )
+    combine: Combine = option(
+        "mean",
+        "The ranking over all groups: by the mean or the largest of a row's scores, or by the sum of 1 / (60 + its "
+        "rank).",
+        "Scoring",
+    )
+    precondition: Precondition = option(
+        "none", "Score with the damped inverse of the second moment of the part's rows, block by block.", "Scoring"
+    )
+    damping: float | None = option(
+        None, "Of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
+    )
+    max_samples: int | None = option(None, "Only the first samples of the val set.", "Input")
+    with_scores: str | None = option(
+        None,
+        "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
+        "row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
+        "value are left out, unless W is 0.",
+        "Scoring",
+        metavar="RUN",
+    )
+    score_weight: float | None = option(
+        None,
+        "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.",
+        "Scoring",
+        metavar="W",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
+    each: bool = option(
+        False,
+        "One ranking for each val sample, or one for the val set's mean gradient.",
+        "Scoring",
+        flag="--each/--mean",
+    )
+    index: Index = option(
+        "exact",
+        "Read every vector, or take candidates from a FAISS index (`ghoststore index`) and score these exactly.",
+        "Advanced",
+    )
+    index_name: str | None = option(
+        None, "Index of `index=ann` (default: the only one for the metric).", "Advanced", metavar="NAME"
+    )
+    rerank: int | None = option(
+        None,
+        "Compute the gradients of the N best rows again and rank these by exact scores: for parts of int8 or onebit.",
+        "Scoring",
+        metavar="N",
+    )
+    report: str | Path | None = option(
+        None,
+        "Write a new .html file: one page with texts, histograms, domains, layers.",
+        "Output",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfInfluenceOptions(ProgressOption, RankingOptions, DeviceOption, LayersOptions, StoreOption):
+    part: str | None = option(None, "Part to rank (default: the only one).", "Input", metavar="NAME")
+    damping: float | None = option(
+        None, "Relative to the mean eigenvalue of the second moment (default: 0.1).", "Scoring"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(ProgressOption, QuestionOptions):
+    out: str | Path = field(
+        metadata=about(
+            "New file or folder, in the form of the corpus; or .jsonl, .parquet, or a folder of save_to_disk.",
+            "Output",
+            metavar="PATH",
+        )
+    )
+    fraction: float | None = option(None, "Choose this share of the samples that can be chosen.", "Output")
+    count: int | None = option(None, "Choose N samples.", "Output", metavar="N")
+    threshold: float | None = option(None, "Choose every sample with at least this score.", "Output")
+    token_budget: int | None = option(
+        None, "Choose from the top while all together have N tokens.", "Output", metavar="N"
+    )
+    quotas: Quotas | None = option(
+        None,
+        "A quota for every domain: as in the corpus, or the same for all. Or one for each of some with `quota`.",
+        "Scoring",
+        choices=("proportional", "equal"),
+    )
+    diversity: Diversity = option(
+        "none",
+        "Choose what is good together: maximal marginal relevance, facility location, or the GREATS greedy.",
+        "Scoring",
+    )
+    diversity_weight: float | None = option(
+        None,
+        "mmr: 0 (score alone) to 1 (diversity alone), default 0.5. greats: 0 or more, default 1.",
+        "Scoring",
+        metavar="W",
+    )
+    candidates: int | None = option(
+        None, "With `diversity`, consider the N best (default: 4 for each asked for).", "Scoring", metavar="N"
+    )
+    leaks: Leaks = option("exclude", "What becomes of near-duplicates of the val set in the corpus.", "Scoring")
+    order: Order = option("corpus", "Order of the rows in `out`.", "Output")
+    report: str | Path | None = option(
+        None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaOption:
+    """Of the command line alone: ``quotas`` as a mapping."""
+
+    quota: Sequence[tuple[str, float]] = option(
+        (),
+        "What a domain gets: a share of what is chosen (0.3), or a number of samples (100); repeatable. The other "
+        "domains share the rest.",
+        "Scoring",
+        metavar="DOMAIN=Q",
+        repeated=True,
+        parse=parse_quota,
+    )

@@ -1,0 +1,118 @@
+"""Options that several commands share, with the same names, defaults and help."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ghoststore.progress import Progress
+from ghoststore.settings.fields import Fields
+from ghoststore.settings.option import about, option
+
+Metric = Literal["cosine", "dot"]
+METRICS: tuple[Metric, ...] = ("dot", "cosine")
+Overlong = Literal["truncate", "window", "skip", "error"]
+Reduction = Literal["mean", "sum"]
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+DOMAINS = "Only samples of this domain; repeatable."
+FIRST_SAMPLES = "Only the first samples of the corpus."
+OVERLONG = "What becomes of longer samples; window: one row a window."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressOption:
+    progress: Progress | None = option(
+        None, "Is told of the work, see `ghoststore.progress`.", "Output", python_only=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOption:
+    store: str | Path = field(metadata=about("The store: a directory.", "Input", metavar="PATH"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption:
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto.", "Advanced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldsOption:
+    fields: Fields | None = option(None, "How rows are read: names of their fields.", "Input", group=Fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(FieldsOption):
+    data: str | Path = field(
+        metadata=about(
+            "Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input", metavar="PATH"
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    max_length: int | None = option(
+        None, "Longest row (default: the model's positions, at most 1024).", "Input", metavar="TOKENS"
+    )
+    overlong: Overlong = option("truncate", OVERLONG, "Input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(DeviceOption):
+    """A checkpoint that gradients are taken at."""
+
+    checkpoint: str | Path = field(
+        metadata=about("Folder in transformers' format, or a hub id.", "Model", metavar="PATH")
+    )
+    tokenizer: str | Path | None = option(
+        None, "Folder of the tokenizer (default: the checkpoint's).", "Model", metavar="PATH"
+    )
+    model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
+    attn_implementation: str | None = option(
+        None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced", metavar="NAME"
+    )
+    loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingOptions:
+    top_k: int = option(10, "Rows with the highest scores.", "Output")
+    bottom_k: int = option(0, "Rows with the lowest scores.", "Output")
+    text: bool = option(True, "Show texts, where the corpus is unchanged.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersOptions:
+    layers: Sequence[str] = option((), "Score these layers only (parts of plain blocks).", "Scoring")
+    exclude_layers: Sequence[str] = option((), "Score without these layers.", "Scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricOption:
+    metric: Metric = option("cosine", "The score.", "Scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsJson:
+    """Of the command line alone."""
+
+    as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printing(AsJson):
+    """Of the command line alone, for what tells its progress."""
+
+    quiet: bool = option(False, "No progress bars; errors and notes only.", "Output", flag="--quiet -q")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFile:
+    """Of the command line alone: where what a function returns is written."""
+
+    out: str | None = option(
+        None, "Write results to a new .json, .jsonl, .csv or .parquet file.", "Output", metavar="FILE"
+    )

@@ -1,0 +1,110 @@
+"""Options of the commands that look at a store: info, verify, index, scores, watch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ghoststore.settings.option import about, option
+from ghoststore.settings.shared import DOMAINS, MetricOption, ProgressOption, StoreOption
+
+Dimension = int | Literal["none", "auto"]
+Value = Literal["cumulative", "mean", "sum", "last"]
+Unit = Literal["sample", "window"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    store: str | Path = field(
+        kw_only=False, metadata=about("The store to look at: a directory.", "Input", metavar="PATH")
+    )
+    part: str | None = option(None, "Only this part.", "Input", metavar="NAME")
+    run: str | None = option(None, "Only this training run.", "Input", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(ProgressOption, InfoOptions):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions(ProgressOption, MetricOption, StoreOption):
+    part: str | None = option(None, "Part to index (default: the only one).", "Input", metavar="NAME")
+    factory: str | None = option(
+        None,
+        "FAISS's factory string, such as IVF4096,SQ8 (default: by rows and dimension).",
+        "Model",
+        metavar="STRING",
+    )
+    name: str | None = option(None, "Name of the index (default: metric and factory string).", "Output", metavar="NAME")
+    dimension: Dimension = option(
+        "auto",
+        "Sketch vectors to D numbers before FAISS sees them; auto: 1,024 for vectors of more than 2,048.",
+        "Projection",
+        metavar="D|none|auto",
+    )
+    # At 10, of the worse kind of sample query: a little above 0.95, which other queries then reach.
+    target_recall: float = option(
+        0.97, "Tune the search until it finds this share of the exact ten best of sample queries.", "Scoring"
+    )
+    device: str = option("cpu", "cpu, cuda or cuda:N (with a faiss for GPUs).", "Advanced")
+    rebuild: bool = option(False, "Build again what is there already.", "Output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManageIndexes:
+    """Of the command line alone: what is done instead of building."""
+
+    list_them: bool = option(False, "Show the indexes that there are, build nothing.", "Output", flag="--list")
+    remove: str | None = option(None, "Delete an index, build nothing.", "Output", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOption(StoreOption):
+    run: str | None = option(None, "Training run (default: the only one).", "Input", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresOptions(ProgressOption, RunOption):
+    top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
+    bottom_k: int | None = option(None, "Samples with the lowest values (default: 0).", "Output")
+    sample: str | None = option(None, "Instead: every time that this sample was trained on.", "Output", metavar="ID")
+    by: Literal["domain"] | None = option(None, "Instead: a table of domains.", "Output")
+    steps: str | slice | None = option(
+        None,
+        "Only steps from A up to, not including, B; from 0, either may be left out, and a negative one counts from "
+        "the end of what is committed.",
+        "Scoring",
+        metavar="A:B",
+    )
+    value: Value = option(
+        "cumulative",
+        "cumulative: Σ learning rate × score. mean: that ÷ the times it was scored. sum: Σ score. last: the newest "
+        "score.",
+        "Scoring",
+    )
+    group: str | None = option(
+        None, "Scores against this val group (`ghoststore train --val-groups`).", "Scoring", metavar="NAME"
+    )
+    layers: Sequence[str] = option(
+        (),
+        "Scores of these layers alone (`ghoststore train --per-layer`): module paths or globs.",
+        "Scoring",
+    )
+    exclude_layers: Sequence[str] = option((), "Scores but for these layers.", "Scoring")
+    unit: Unit = option(
+        "sample", "Rank samples, the windows of a long one summed, or each window by itself.", "Scoring"
+    )
+    min_times: int | None = option(None, "Leave out what was scored less often.", "Scoring", metavar="N")
+    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    text: bool = option(True, "Look up texts in the corpus, if unchanged.", "Output")
+    plot: str | Path | None = option(
+        None, "Draw scores by domain over training to a new .png, .pdf or .svg file.", "Output", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(RunOption):
+    interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")
+    once: bool = option(False, "Print one frame and end.", "Output")
+    text: bool = option(True, "Show the texts of the best and worst samples.", "Output")

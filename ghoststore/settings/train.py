@@ -1,0 +1,215 @@
+"""Options of ``ghoststore train``: how it optimizes, how it scores, and the rest."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ghoststore.errors import UsageError
+from ghoststore.settings.keywords import refuse_unknown
+from ghoststore.settings.option import about, check_at_least, check_choices, option
+from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
+from ghoststore.settings.shared import DOMAINS, FLOATS, OVERLONG, CorpusOptions, DeviceOption, Overlong, ProgressOption
+
+Method = Literal["GradDotProd", "Regular"]
+Score = Literal["exact", "sketched"]
+Route = Literal["auto", "direct", "gram"]
+ValSampling = Literal["rotate", "fixed"]
+OnStoreError = Literal["stop", "continue"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """AdamW, linear warm-up, half a cosine, and the batches."""
+
+    batch_size: int = option(8, "Samples of one rank's micro-batch.", "Model")
+    gradient_accumulation_steps: int = option(1, "Micro-batches of a step.", "Model")
+    max_steps: int | None = option(None, "Optimizer steps (default: one pass over the data).", "Model")
+    learning_rate: float = option(6e-4, "Peak learning rate of AdamW.", "Model")
+    min_learning_rate_ratio: float = option(0.1, "The cosine ends at this share of the peak.", "Model")
+    warmup_steps: int | None = option(
+        None, "Linear warm-up (default: a twentieth of the steps, at most 2,000).", "Model"
+    )
+    weight_decay: float = option(0.1, "Of matrices; vectors (biases, norms) do not decay.", "Model")
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean.", "Model")
+    adam_beta2: float = option(0.95, "Decay of its squares.", "Model")
+    max_grad_norm: float = option(1.0, "Gradient clipping; 0 for none.", "Model")
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            1,
+            batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            max_steps=self.max_steps,
+        )
+        check_at_least(
+            0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm
+        )
+        if not 0 < self.learning_rate <= 1e30:
+            raise UsageError(f"`learning_rate` must be above 0 and at most 1e30, not {self.learning_rate}")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise UsageError(f"`min_learning_rate_ratio` must be between 0 and 1, not {self.min_learning_rate_ratio}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 0 and below 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How training samples are scored."""
+
+    method: Method = option("GradDotProd", "Regular trains without scores: the same weights, bit for bit.", "Scoring")
+    val_batch_size: int = option(8, "Val samples of one val gradient.", "Scoring")
+    val_refresh_interval: int = option(1, "Steps for which a val gradient is used.", "Scoring")
+    val_sampling: ValSampling = option(
+        "rotate", "Each val gradient takes the next val samples of a seeded order, or always the first.", "Scoring"
+    )
+    val_groups: bool = option(False, "Score against each domain of the val set as well.", "Scoring")
+    score: Score = option(
+        "exact", "sketched: approximate, through random projections, at a fraction of the cost.", "Scoring"
+    )
+    route: Route = option(
+        "auto", "How exact scores are computed; auto takes the cheaper for each parameter.", "Scoring"
+    )
+    per_layer: bool = option(False, "Keep the score of every layer.", "Scoring")
+    exclude_layers: tuple[str, ...] = option((), "Layers whose parameters are left out of the score.", "Scoring")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(1, val_batch_size=self.val_batch_size, val_refresh_interval=self.val_refresh_interval)
+        if self.score == "sketched" and (self.exclude_layers or self.route != "auto"):
+            raise UsageError("`exclude_layers` and `route` belong to `score=exact`; give `projection.layers`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Model, data, and how often what is written."""
+
+    architecture: str | None = option(
+        None, "GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.", "Model", metavar="NAME"
+    )
+    max_length: int | None = option(
+        None, "Longest row in tokens (default: the model's positions, at most 1024).", "Input"
+    )
+    overlong: Overlong = option("window", OVERLONG, "Input")
+    dropout: float = option(0.0, "Of a new model.", "Model")
+    seed: int = option(0, "Seed of weights, data order and dropout.", "Advanced")
+    model_dtype: str = option("float32", "dtype of the parameters.", "Model", choices=FLOATS)
+    train_dtype: str | None = option(
+        None,
+        "dtype of the arithmetic: autocast where it is narrower (default: the parameters').",
+        "Model",
+        choices=FLOATS,
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", "Advanced")
+    eval_interval: int = option(100, "Steps between val losses.", "Output")
+    dot_prod_save_interval: int = option(10, "Steps committed to the store together.", "Output")
+    checkpoint_interval: int | None = option(None, "Steps between checkpoints (default: `eval_interval`).", "Output")
+    keep_checkpoints: int | None = option(2, "How many of the newest stay.", "Output", metavar="N|all", none="all")
+    on_store_error: OnStoreError = option(
+        "stop", "If the store cannot be written: stop, or train on without scores.", "Output"
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(
+            1,
+            eval_interval=self.eval_interval,
+            dot_prod_save_interval=self.dot_prod_save_interval,
+            checkpoint_interval=self.checkpoint_interval,
+            keep_checkpoints=self.keep_checkpoints,
+        )
+        check_at_least(2, max_length=self.max_length)
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"`seed` must be between 0 and 2**63 - 1, not {self.seed}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"`dropout` must be at least 0 and below 1, not {self.dropout}")
+        if self.model_dtype == "float16":
+            raise UsageError(
+                "`model_dtype=float16`: optimizer steps are too small for it; keep float32 parameters and give "
+                "`train_dtype=float16`"
+            )
+        if self.model_dtype != "float32" and self.arithmetic != self.model_dtype:
+            raise UsageError(
+                f"`train_dtype={self.arithmetic}` with `model_dtype={self.model_dtype}`: arithmetic is that of the "
+                "parameters, or narrower than float32 parameters"
+            )
+
+    @property
+    def arithmetic(self) -> str:
+        """dtype of the forward and backward pass."""
+        return self.train_dtype or self.model_dtype
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the arithmetic is not that of the parameters."""
+        return self.arithmetic != self.model_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything that a training run is asked to do, but for where its inputs and outputs lie."""
+
+    optimization: OptimizationConfig = OptimizationConfig()
+    scoring: ScoringConfig = ScoringConfig()
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """The configuration of flat ``options``. TypeError for a name that no part has."""
+        refuse_unknown("TrainConfig.of", options, FLAT)
+
+        def part(kind: type) -> dict[str, Any]:
+            return {spec.name: options[spec.name] for spec in fields(kind) if spec.name in options}
+
+        return cls(
+            **part(RunConfig),
+            optimization=OptimizationConfig(**part(OptimizationConfig)),
+            scoring=ScoringConfig(**part(ScoringConfig)),
+        )
+
+
+FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig) for spec in fields(kind)]
+"""The names of :meth:`TrainConfig.of`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig, DeviceOption, CorpusOptions):
+    val_set: str | Path | None = option(
+        None, "Val samples that training samples are scored against.", "Input", metavar="PATH"
+    )
+    store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output", metavar="PATH")
+    output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output", metavar="PATH"))
+    name: str | None = option(None, "Name of the run (default: after architecture and data).", "Output", metavar="NAME")
+    checkpoint: str | Path | None = option(None, "Go on from this checkpoint instead.", "Model", metavar="PATH")
+    tokenizer: str | Path | None = option(
+        None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model", metavar="PATH"
+    )
+    domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    max_samples: int | None = option(None, "The first so many samples of the corpus.", "Input")
+    max_val_samples: int | None = option(None, "The first so many samples of the val set.", "Input")
+    config: TrainConfig | None = option(
+        None, "All options of training in one, instead of single ones.", "Advanced", python_only=True
+    )
+    projection: ProjectionConfig | None = option(
+        None,
+        "Of `score=sketched`: how gradients are projected.",
+        "Projection",
+        group=ProjectionConfig,
+        leave_out=("exclude_layers", *LEARNED_OPTIONS),
+    )
+    eval_only: bool = option(False, "Only the val loss of `checkpoint`.", "Output")
+    tensorboard: str | Path | None = option(None, "Log to this TensorBoard folder.", "Output", metavar="PATH")
+    wandb: str | None = option(
+        None, "Log to Weights & Biases (offline unless WANDB_MODE is set).", "Output", metavar="PROJECT"
+    )
+
+    @classmethod
+    def refuse_together(cls, names: Iterable[str]) -> None:
+        """UsageError for a ``config`` beside options that it holds."""
+        single = sorted(set(names) & set(FLAT))
+        if "config" in names and single:
+            raise UsageError(f"give config or single options, not both: {single}")
+
+    def configuration(self) -> TrainConfig:
+        """``config``, or that of the single options."""
+        return self.config or TrainConfig.of(**{name: getattr(self, name) for name in FLAT})
