@@ -105,7 +105,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         )
     selection = select_blocks(model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings)
     plan = ProjectionPlan.of(selection, config)
-    if there is not None:  # before any row of another model is looked at
+    if there is not None:  # before the corpus is read for a part that cannot be continued
         _refuse_other(there, plan, inputs.identity)
     padding = _may_pad(inputs, plan, progress)
     learning = LearningSample(config.calibration_samples) if config.calibrated else None

@@ -105,6 +105,7 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
     with storage_errors(f"shard {shard} of {job.folder}"):
         for name, array in zip(shard_files(shard), arrays, strict=True):
             data = npy_bytes(array)
+            # Files of a shard without a record may be another writer's: the same bytes are as good as one's own.
             if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
                 raise BusyError(f"{job.folder / name} was written by another process meanwhile")
         counted = dict(sorted(statuses.items()))
