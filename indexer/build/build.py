@@ -71,8 +71,8 @@ def build(
     StorageError if the disk refuses. What was committed stays committed.
     """
     settings = BuildSettings(
-        projection=projection or ProjectionConfig(),
-        fields=fields or Fields(),
+        projection=projection,
+        fields=fields,
         checkpoint=checkpoint,
         data=data,
         store=store,

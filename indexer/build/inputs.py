@@ -13,8 +13,9 @@ import torch
 
 from ghoststore.checkpoint.load import Checkpoint, find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
-from ghoststore.corpus import Corpus, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.corpus.locate import corpus_name
+from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
@@ -42,6 +43,11 @@ class BuildInputs:
     batch_tokens: int
     tokens: TokenSettings
 
+    @property
+    def stdin(self) -> bool:
+        """Whether the corpus comes on standard input, which cannot be read again."""
+        return str(self.settings.data) == "-"
+
     @cached_property
     def identity(self) -> Manifest:
         """Sections of the manifest that say which model it is."""
@@ -58,7 +64,7 @@ class BuildInputs:
             "source": {
                 "checkpoint": str(folder.resolve()),
                 "tokenizer": _resolved(settings.tokenizer),
-                "data": "-" if settings.stdin else absolute(self.corpus.source),
+                "data": "-" if self.stdin else absolute(self.corpus.source),
                 "form": self.corpus.form,
                 "optimizer_state": _resolved(settings.optimizer_state),
                 "learning_rate": learning_rate_of(folder),
@@ -81,6 +87,11 @@ def _resolved(path: str | Path | None) -> str | None:
 def open_inputs(settings: BuildSettings, progress: Progress) -> Iterator[BuildInputs]:
     """Open everything; what cannot be used is refused before a model is loaded."""
     device = resolve_device(settings.device)
+    for option, value in (("--batch-tokens", settings.batch_tokens), ("--max-samples", settings.max_samples)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option} must be at least 1, not {value}")
+    if settings.dry_run and str(settings.data) == "-":
+        raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
     checkpoint = find_checkpoint(settings.checkpoint)
     text_tokenizer = load_tokenizer(checkpoint.folder if settings.tokenizer is None else Path(settings.tokenizer))
     by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(settings.data)))
@@ -89,7 +100,7 @@ def open_inputs(settings: BuildSettings, progress: Progress) -> Iterator[BuildIn
     there = _existing(settings.store, part_name)
     if there is not None:
         refuse_incomplete(there)
-    with open_corpus(str(settings.data), settings.fields, progress) as corpus:
+    with open_corpus(str(settings.data), settings.fields or Fields(), progress) as corpus:
         model = load_model(
             checkpoint, dtype=settings.model_dtype, device=device, attn_implementation=settings.attn_implementation
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
 from ghoststore.store.base.manifest import refuse_differences
 from indexer.build.calibrate import calibrate
@@ -97,7 +98,7 @@ class BuildJob:
 def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     """Choose layers, look at the model, scan the corpus, draw or learn matrices."""
     settings, model, there = inputs.settings, inputs.model, inputs.there
-    config = settings.projection.for_build(optimizer_state=settings.optimizer_state is not None)
+    config = (settings.projection or ProjectionConfig()).for_build(optimizer_state=settings.optimizer_state is not None)
     if settings.optimizer_state is not None and config.preconditioned:
         raise UsageError(
             f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
@@ -181,7 +182,7 @@ def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int) -> PartLayout:
         groups=plan.group_count,
         dtype=settings.proj_dtype,
         span_rows=settings.span_rows,
-        store_text=settings.store_text or settings.stdin,
+        store_text=settings.store_text or inputs.stdin,
     )
 
 

@@ -1,12 +1,11 @@
-"""What a build is asked for: the keywords of ``ghoststore.build``, checked."""
+"""What a build is asked for: the keywords of ``ghoststore.build``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ghoststore.corpus import Fields
-from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.losses import Reduction
 from indexer.encode.tokens import Overlong
@@ -21,8 +20,8 @@ class BuildSettings:
     store: str | Path
     name: str | None
     tokenizer: str | Path | None
-    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    fields: Fields = field(default_factory=Fields)
+    projection: ProjectionConfig | None
+    fields: Fields | None
     proj_dtype: str
     loss_reduction: Reduction
     max_length: int | None
@@ -37,15 +36,3 @@ class BuildSettings:
     gradient_checkpointing: bool
     optimizer_state: str | Path | None
     dry_run: bool
-
-    def __post_init__(self) -> None:
-        for option, value in (("--batch-tokens", self.batch_tokens), ("--max-samples", self.max_samples)):
-            if value is not None and value < 1:
-                raise UsageError(f"{option} must be at least 1, not {value}")
-        if self.dry_run and self.stdin:
-            raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
-
-    @property
-    def stdin(self) -> bool:
-        """Whether the corpus comes on standard input, which cannot be read again."""
-        return str(self.data) == "-"
