@@ -25,6 +25,7 @@ from ghoststore.progress import Progress, Silent, counted
 from ghoststore.store import Part
 from ghoststore.store.base.manifest import difference_lines
 from ghoststore.store.part.part import span_table
+from ghoststore.store.spans.layout import SAMPLE_COLUMNS
 from indexer.encode.tokens import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of
 
 COLUMNS = ("source_row", "window", "file", "offset", "digest")
@@ -226,6 +227,23 @@ def rows_of_spans(
             if len(inside) != sizes[span] or digest.value() != int(table[span][4]):
                 raise _changed(corpus, table, span)
             yield span, inside
+
+
+def sample_columns(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """The columns of a store that say which sample, or which window of one, each row is: see SAMPLE_COLUMNS."""
+    codes = {None: -1, **{domain: code for code, domain in enumerate(domains)}}
+    values: dict[str, list[Any]] = {
+        "sample_id": [row.sample.id for row in rows],
+        "domain": [codes[row.sample.domain] for row in rows],
+        "source_row": [row.sample.source_row for row in rows],
+        "source_file": [row.sample.file for row in rows],
+        "source_offset": [row.sample.offset for row in rows],
+        "source_digest": [row.sample.digest() for row in rows],
+        "window_start": [row.window_start for row in rows],
+        "n_tokens": [len(row.tokens) for row in rows],
+    }
+    dtypes = {name: object if dtype is str else dtype for name, dtype in SAMPLE_COLUMNS.items()}
+    return {name: np.array(values[name], dtype=dtype) for name, dtype in dtypes.items()}
 
 
 class _Unreadable(MismatchError):

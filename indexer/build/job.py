@@ -99,7 +99,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             "own: choose one (--proj-precondition none)"
         )
     plan = ProjectionPlan.for_model(model, config)
-    if there is not None:  # before any row of another model is looked at
+    if there is not None:  # before the corpus is read for a part that cannot be continued
         _refuse_other(there, plan, inputs.identity)
     padding = _may_pad(inputs, plan, progress)
     learning = LearningSample(config.calibration_samples) if config.calibrated else None

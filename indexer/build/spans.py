@@ -18,7 +18,7 @@ from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData
-from indexer.build.corpus_plan import rows_of_spans
+from indexer.build.corpus_plan import rows_of_spans, sample_columns
 from indexer.build.job import BuildJob
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row
@@ -95,20 +95,8 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
 
 def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
     """Every array of a span but ``loss`` and those of its vectors."""
-    codes = {domain: code for code, domain in enumerate(part.domains)}
-    arrays: dict[str, NDArray[Any]] = {
-        "n_tokens": np.array([len(row.tokens) for row in rows], dtype=np.int32),
-        "status": np.array([row.status for row in rows], dtype=np.uint8),
-        "sample_id": np.array([row.sample.id for row in rows], dtype=object),
-        "domain": np.array(
-            [-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows], dtype=np.int16
-        ),
-        "source_row": np.array([row.sample.source_row for row in rows], dtype=np.int64),
-        "source_file": np.array([row.sample.file for row in rows], dtype=np.int32),
-        "source_offset": np.array([row.sample.offset for row in rows], dtype=np.int64),
-        "source_digest": np.array([row.sample.digest() for row in rows], dtype=np.uint64),
-        "window_start": np.array([row.window_start for row in rows], dtype=np.int32),
-    }
+    status = np.array([row.status for row in rows], dtype=np.uint8)
+    arrays = {**sample_columns(rows, part.domains), "status": status}
     if part.layout.store_text:
         arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
     return arrays

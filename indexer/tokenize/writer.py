@@ -15,7 +15,7 @@ from ghoststore.store.base.disk import publish, storage_errors
 from ghoststore.store.spans.commits import Commit, write_commit
 from ghoststore.tokens.manifest import SAMPLE, ShardLayout, npy_bytes, shard_files
 from ghoststore.tokens.shards import load_own_tokenizer
-from indexer.build.corpus_plan import CorpusPlan, rows_of_spans
+from indexer.build.corpus_plan import CorpusPlan, rows_of_spans, sample_columns
 from indexer.encode.tokens import NO_TOKENS, Row, Tokenizer, TokenSettings
 
 WHOLE = TokenSettings(max_length=np.iinfo(np.int32).max)
@@ -90,15 +90,12 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
         raise CheckpointError(
             f"the tokenizer gives token {int(tokens.max())}, but its vocabulary ends at {job.layout.vocabulary}"
         )
-    codes = {domain: code for code, domain in enumerate(job.domains)}
-    ids = [row.sample.id.encode() for row in rows]
+    columns = sample_columns(rows, job.domains)
+    ids = [name.encode() for name in columns["sample_id"]]
     samples = np.zeros(len(rows), dtype=SAMPLE)
-    samples["source_row"] = [row.sample.source_row for row in rows]
-    samples["source_offset"] = [row.sample.offset for row in rows]
-    samples["source_digest"] = np.array([row.sample.digest() for row in rows], dtype=np.uint64)
-    samples["source_file"] = [row.sample.file for row in rows]
-    samples["domain"] = [-1 if row.sample.domain is None else codes[row.sample.domain] for row in rows]
-    samples["length"] = [len(row.tokens) for row in rows]
+    for name in ("source_row", "source_offset", "source_digest", "source_file", "domain"):
+        samples[name] = columns[name]
+    samples["length"] = columns["n_tokens"]
     samples["first_target"] = [row.first_target for row in rows]
     samples["start"] = np.cumsum(samples["length"], dtype=np.int64) - samples["length"]
     samples["id_stop"] = np.cumsum([len(name) for name in ids], dtype=np.int64)
@@ -108,6 +105,7 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
     with storage_errors(f"shard {shard} of {job.folder}"):
         for name, array in zip(shard_files(shard), arrays, strict=True):
             data = npy_bytes(array)
+            # Files of a shard without a record may be another writer's: the same bytes are as good as one's own.
             if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
                 raise BusyError(f"{job.folder / name} was written by another process meanwhile")
         counted = dict(sorted(statuses.items()))

@@ -126,7 +126,7 @@ def create_whole(path: Path, what: str, fill: Callable[[Path], None], option: st
             return
         begun.mkdir(exist_ok=True)
         with exclusive(begun, what, option):
-            if path.exists():
+            if path.exists():  # whoever held the lock has made it meanwhile
                 return
             for entry in begun.iterdir():
                 if entry.is_dir():
@@ -135,6 +135,7 @@ def create_whole(path: Path, what: str, fill: Callable[[Path], None], option: st
                     entry.unlink()
             try:
                 fill(begun)
+                # Everything inside before the name, as for a file.
                 for inside, _, names in os.walk(begun):
                     for name in names:
                         flush(Path(inside) / name)

@@ -127,7 +127,7 @@ def building(part: Part, name: str) -> Iterator[Path]:
             group.mkdir(exist_ok=True)
             publish(group / "zarr.json", b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
         with exclusive(folder, what):
-            _sweep(folder)
+            _sweep(folder)  # under the lock: what is there beside the manifest's files is a dead process's
             try:
                 yield folder
             finally:

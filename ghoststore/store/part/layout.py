@@ -71,6 +71,7 @@ class PartLayout(SpanLayout):
             raise UsageError(f"--span-rows must be at least 1, not {span}")
         span = min(span, rows)
         chunk = min(chunk, span)
+        # A chunk never crosses a span: other spans are written by others, at other times.
         while span % chunk:
             chunk -= 1
         return cls(

@@ -21,9 +21,10 @@ def seal_vectors(arrays: dict[str, NDArray[Any]], vectors: NDArray[np.float32], 
     usable = status < Status.EMPTY
     finite = np.isfinite(vectors).all(1) & np.isfinite(arrays["loss"])
     status[usable & ~finite] = Status.NOT_FINITE
-    vectors[~(usable & finite)] = 0.0
+    vectors[~(usable & finite)] = 0.0  # before encoding: one NaN would make the scale of its block NaN
     stored, scale = part.encoding.encode(vectors, part.groups)
     decoded = part.encoding.decode(stored, scale, part.groups)
+    # In float64: squares of float32 overflow from 1.8e19 on, and vanish below 1e-23.
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.square(decoded, dtype=np.float64)
         norm = np.sqrt(np.stack([squares[:, start:stop].sum(1) for _, start, stop in part.groups], axis=1))

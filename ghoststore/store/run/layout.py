@@ -130,6 +130,7 @@ class RunLayout(SpanLayout):
         whole = ArraySpec(name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill)
         span = min(self.span_steps, self.steps)
         chunk = min(span, max(1, CHUNK_BYTES // whole.chunk_bytes))
+        # A chunk never crosses a span: other spans are written by others, at other times.
         while span % chunk:
             chunk -= 1
         return ArraySpec(name=name, dtype=whole.dtype, chunk_rows=chunk, columns=columns, axes=axes, fill=fill)

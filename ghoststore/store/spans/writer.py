@@ -49,6 +49,7 @@ def write_span(target: Spanned[Any], data: SpanData) -> None:
         for spec in layout.arrays():
             values = data.arrays[spec.name]
             assert len(values) == stop - start, spec.name
+            # Empty chunks, too: what a record names must be there.
             array = zarr.open_array(target.path / spec.name, mode="r+").with_config({"write_empty_chunks": True})
             array[start:stop] = values
             for key in layout.chunk_keys(spec, data.span):
@@ -56,6 +57,7 @@ def write_span(target: Spanned[Any], data: SpanData) -> None:
                 flush(path)
                 folders.update(folder for folder in path.parents if folder.is_relative_to(target.path / spec.name))
                 keys.append(key)
+        # Bytes, then their names in the folders, then the record: after a crash no record names what is not there.
         for folder in folders:
             flush(folder)
         statuses, tokens = target.summarize(data.arrays)
