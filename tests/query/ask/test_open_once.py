@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -145,3 +146,11 @@ def test_evaluate(folder: Path, tmp_path: Path, opened: Counter[str]) -> None:
     assert opened["plain"] == opened["other"] == 1
     assert opened["model"] == opened["fingerprint"] == 2
     assert opened["val"] == 1 + 2
+
+
+def test_a_val_set_on_standard_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be read once alone, and serves what layers add, too."""
+    report = tmp_path / "page.html"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((folder / "val.jsonl").read_bytes())))
+    ghoststore.query(store=folder / "store", part="sketched", val_set="-", report=report, device="cpu")
+    assert "What each layer adds, mean" in report.read_text()
