@@ -1,10 +1,10 @@
 """Options of ``ghoststore build`` and ``ghoststore tokenize``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
-from ghoststore.settings.option import about, option
+from ghoststore.settings.option import about, option, options
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import (
     DOMAINS,
@@ -17,8 +17,10 @@ from ghoststore.settings.shared import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
+    """Of ``ghoststore build``."""
+
     name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output", metavar="NAME")
     projection: ProjectionConfig | None = option(
         None, "How gradients are projected.", "Projection", group=ProjectionConfig
@@ -46,8 +48,10 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     dry_run: bool = option(False, "Print rows, tokens, D, bytes and memory; build nothing.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TokenizeOptions(ProgressOption, CorpusOptions):
+    """Of ``ghoststore tokenize``."""
+
     tokenizer: str | Path = field(
         metadata=about("Folder with a saved tokenizer, or a hub id.", "Model", metavar="PATH")
     )

@@ -24,7 +24,7 @@ from ghoststore.cli import COMMANDS
 from ghoststore.cli.options import MOST_USED, SECTIONS, OptionsCommand
 from ghoststore.errors import UsageError
 from ghoststore.settings.flags import Flags, entries_of
-from ghoststore.settings.option import Option, choices_of, options_of
+from ghoststore.settings.option import choices_of, options_of
 from ghoststore.settings.train import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KINDS = sorted(
         for kind in vars(module).values()
         if inspect.isclass(kind) and is_dataclass(kind) and kind.__module__.startswith("ghoststore.settings.")
     }
-    - {Option, TrainConfig, importlib.import_module("ghoststore.settings.flags").Entry},
+    - {TrainConfig},
     key=lambda kind: kind.__name__,
 )
 
