@@ -13,8 +13,6 @@ Metric = Literal["cosine", "dot"]
 Overlong = Literal["truncate", "window", "skip", "error"]
 Reduction = Literal["mean", "sum"]
 FLOATS = ("float32", "bfloat16", "float16")
-
-
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
 OVERLONG = "What becomes of longer samples; window: one row a window."
