@@ -99,8 +99,8 @@ class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, 
     run: str | None = option(None, "Evaluate the values of this training run as well.", "Input", metavar="NAME")
     methods: Sequence[str] = option(
         METHODS,
-        "dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all of these). "
-        "Slow, only if named: exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
+        f"{', '.join(METHODS)}; repeatable (default: all of these). Slow, only if named: "
+        "exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
         "Scoring",
         flag="--method",
         metavar="NAME",

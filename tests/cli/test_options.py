@@ -24,6 +24,7 @@ from ghoststore.cli import COMMANDS
 from ghoststore.cli.options import MOST_USED, SECTIONS, OptionsCommand
 from ghoststore.errors import UsageError
 from ghoststore.settings.flags import Flags, entries_of
+from ghoststore.settings.measure import METHODS
 from ghoststore.settings.option import choices_of, options_of
 from ghoststore.settings.train import TrainConfig
 
@@ -172,6 +173,12 @@ def test_no_default_stands_anywhere_else() -> None:
     assert again == set()
     for path in (ROOT / "ghoststore/cli").glob("*.py"):
         assert "click.option(" not in path.read_text(), f"{path.name}: options come from ghoststore.settings"
+
+
+def test_the_methods_of_an_evaluation_are_those_that_it_knows() -> None:
+    from query.evaluate.predictors import BASELINES, GRADIENTS
+
+    assert (*GRADIENTS, *BASELINES) == METHODS
 
 
 FLAGS = Flags([entry for one in command("query").kinds for entry in entries_of(one)])
