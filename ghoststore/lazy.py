@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,8 @@ def load(name: str) -> Any:
 @cache
 def refuse_shadows() -> None:
     """ImportError if a user's ``query.py`` or ``indexer.py`` hides the package of that name."""
+    import importlib.util  # not before: `--help` does without it
+
     home = Path(__file__).resolve().parent.parent
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)

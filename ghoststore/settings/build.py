@@ -1,11 +1,11 @@
 """Options of ``ghoststore build`` and ``ghoststore tokenize``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import about, check_at_least, option
+from ghoststore.settings.option import about, check_at_least, option, options
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import (
     DOMAINS,
@@ -18,8 +18,10 @@ from ghoststore.settings.shared import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
+    """Of ``ghoststore build``."""
+
     name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output", metavar="NAME")
     projection: ProjectionConfig | None = option(
         None, "How gradients are projected.", "Projection", group=ProjectionConfig
@@ -57,8 +59,10 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         return str(self.data) == "-"
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TokenizeOptions(ProgressOption, CorpusOptions):
+    """Of ``ghoststore tokenize``."""
+
     tokenizer: str | Path = field(
         metadata=about("Folder with a saved tokenizer, or a hub id.", "Model", metavar="PATH")
     )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import Field, dataclass
-from typing import Any
+from dataclasses import Field
+from typing import Any, NamedTuple
 
 from ghoststore.settings.option import Option, options_of
 
 NAMED = re.compile(r"`([A-Za-z_][\w.]*)(?:=([^`]*))?`")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A field that is an option of the command line."""
 
     path: tuple[str, ...]

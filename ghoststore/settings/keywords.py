@@ -33,11 +33,11 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
         def call(*args: P.args, **keywords: P.kwargs) -> R:
             refuse_unknown(function.__name__, keywords, signature.parameters)
             try:
-                signature.bind(*args, **keywords)
+                given = signature.bind(*args, **keywords).arguments
             except TypeError as error:
                 raise TypeError(f"{function.__name__}(): {error}") from None
-            refuse(keywords)
-            options = kind(*args, **keywords)
+            refuse(given)
+            options: Options = kind(**given)
             check_choices(options)
             return function(options)
 

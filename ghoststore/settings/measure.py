@@ -1,11 +1,11 @@
 """Options of the commands that measure: fidelity, plot-error, full-gradients, evaluate, doctor, demo."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ghoststore.settings.option import about, option
+from ghoststore.settings.option import about, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
 from ghoststore.settings.question import PartsOptions, RebuiltOptions, ValSetOption
 from ghoststore.settings.shared import (
@@ -31,7 +31,7 @@ METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-i
 """Those that are evaluated where none is named."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
     """Rows and val samples that are drawn."""
 
@@ -43,13 +43,17 @@ class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
     seed: int = option(0, "Of the draws.", "Advanced")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FidelityOptions(ProgressOption, LayersOptions, DrawOptions):
+    """Of ``ghoststore fidelity``."""
+
     part: str | None = option(None, "Part to measure (default: the only one).", "Input", metavar="NAME")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PlotErrorOptions(ProgressOption, DrawOptions):
+    """Of ``ghoststore plot-error``."""
+
     out: str | Path = field(
         metadata=about("New .png, .pdf or .svg; numbers go to a .json beside it.", "Output", metavar="FILE")
     )
@@ -69,8 +73,10 @@ class PlotErrorOptions(ProgressOption, DrawOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, CheckpointOptions):
+    """Of ``ghoststore full-gradients``."""
+
     out: str | Path = field(metadata=about("New folder, or one to go on with.", "Output", metavar="FOLDER"))
     parameters: Parameters = option("all", "Of the whole model, or of the layers that a build projects.", "Projection")
     proj_layers: Sequence[str] = option(
@@ -83,16 +89,18 @@ class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, Checkpo
     dry_run: bool = option(False, "Print rows, numbers, bytes and memory; write nothing.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, ValSetOption, StoreOption):
+    """Of ``ghoststore evaluate``."""
+
     out: str | Path = field(
         metadata=about("Folder for what the trainings find; resumes there.", "Output", metavar="FOLDER")
     )
     run: str | None = option(None, "Evaluate the values of this training run as well.", "Input", metavar="NAME")
     methods: Sequence[str] = option(
         METHODS,
-        "dot, cosine, preconditioned-dot, preconditioned-cosine, tf-idf, random; repeatable (default: all of these). "
-        "Slow, only if named: exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
+        f"{', '.join(METHODS)}; repeatable (default: all of these). Slow, only if named: "
+        "exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
         "Scoring",
         flag="--method",
         metavar="NAME",
@@ -121,8 +129,10 @@ class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
+    """Of ``ghoststore doctor``."""
+
     checkpoint: str | Path | None = option(
         None,
         "The model to examine: a folder in transformers' format, or a hub id.",
@@ -165,8 +175,10 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DemoOptions(ProgressOption):
+    """Of ``ghoststore demo``."""
+
     out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output", metavar="PATH")
     seed: int = option(0, "Seed of corpus and training.", "Advanced")
     rows: int = option(2400, "Rows of the corpus, planted facts aside.", "Input")

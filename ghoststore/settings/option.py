@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from ghoststore.errors import UsageError
 
@@ -17,8 +17,7 @@ Section = Literal["Input", "Model", "Projection", "Scoring", "Output", "Advanced
 KEY = "option"
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """What is said of a field beside its name, type and default."""
 
     help: str
@@ -44,6 +43,23 @@ class Option:
     """… but for these."""
     shortcut: tuple[str, str] | None = None
     """A flag of its own for one of the values."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def options(kind: type[T]) -> type[T]:
+    """A dataclass of options: frozen, keywords only.
+
+    Its methods are not generated one by one, as `dataclass` does it: ``--help`` waits for a dozen of these classes.
+    """
+    made = dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)(kind)
+    made.__init__ = _init  # type: ignore[method-assign]
+    return made
+
+
+def _init(self: Any, **values: Any) -> None:
+    vars(self).update(values)  # defaults are attributes of the class
+    if hasattr(self, "__post_init__"):
+        self.__post_init__()
 
 
 def about(help: str, section: Section, **words: Any) -> Mapping[str, Option]:

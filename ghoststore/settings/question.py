@@ -1,11 +1,11 @@
 """Options of ``ghoststore query`` and ``ghoststore select``: a val set, and how the samples are scored for it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from ghoststore.settings.option import about, option
+from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
     DeviceOption,
     FieldsOption,
@@ -50,13 +50,17 @@ def parse_quota(word: str) -> tuple[str, float]:
         raise ValueError(f"{word!r}: {number!r} is neither a share (0.3) nor a number of samples (100)") from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ValSetOption:
+    """A val set."""
+
     val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input", metavar="PATH"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PartsOptions:
+    """One part, or several that are summed."""
+
     part: str | Sequence[str] | None = option(
         None,
         "Part of the store (default: the only one). Repeated: builds of the same rows at successive checkpoints, whose "
@@ -75,7 +79,7 @@ class PartsOptions:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RebuiltOptions(DeviceOption):
     """The model of a part that is there."""
 
@@ -84,10 +88,12 @@ class RebuiltOptions(DeviceOption):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class QuestionOptions(
     RebuiltOptions, FieldsOption, LayersOptions, MetricOption, PartsOptions, ValSetOption, StoreOption
 ):
+    """What is asked of a store."""
+
     group_field: str | None = option(
         None, "Field of the val set by which it is cut into groups.", "Input", metavar="NAME"
     )
@@ -120,8 +126,10 @@ class QuestionOptions(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
+    """Of ``ghoststore query``."""
+
     each: bool = option(
         False,
         "One ranking for each val sample, or one for the val set's mean gradient.",
@@ -150,16 +158,20 @@ class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SelfInfluenceOptions(ProgressOption, RankingOptions, DeviceOption, LayersOptions, StoreOption):
+    """Of ``ghoststore self-influence``."""
+
     part: str | None = option(None, "Part to rank (default: the only one).", "Input", metavar="NAME")
     damping: float | None = option(
         None, "Relative to the mean eigenvalue of the second moment (default: 0.1).", "Scoring"
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SelectOptions(ProgressOption, QuestionOptions):
+    """Of ``ghoststore select``."""
+
     out: str | Path = field(
         metadata=about(
             "New file or folder, in the form of the corpus; or .jsonl, .parquet, or a folder of save_to_disk.",
@@ -200,7 +212,7 @@ class SelectOptions(ProgressOption, QuestionOptions):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class QuotaOption:
     """Of the command line alone: ``quotas`` as a mapping."""
 

@@ -1,50 +1,58 @@
 """Options that several commands share, with the same names, defaults and help."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import Fields
-from ghoststore.settings.option import about, option
+from ghoststore.settings.option import about, option, options
 
 Metric = Literal["cosine", "dot"]
 METRICS: tuple[Metric, ...] = ("dot", "cosine")
 Overlong = Literal["truncate", "window", "skip", "error"]
 Reduction = Literal["mean", "sum"]
 FLOATS = ("float32", "bfloat16", "float16")
-
-
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
 OVERLONG = "What becomes of longer samples; window: one row a window."
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ProgressOption:
+    """Who is told of progress."""
+
     progress: Progress | None = option(
         None, "Is told of the work, see `ghoststore.progress`.", "Output", python_only=True
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class StoreOption:
+    """The store."""
+
     store: str | Path = field(metadata=about("The store: a directory.", "Input", metavar="PATH"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class DeviceOption:
+    """Where it computes."""
+
     device: str = option("auto", "cpu, cuda, cuda:N, or auto.", "Advanced")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FieldsOption:
+    """How rows are read."""
+
     fields: Fields | None = option(None, "How rows are read: names of their fields.", "Input", group=Fields)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class CorpusOptions(FieldsOption):
+    """A corpus."""
+
     data: str | Path = field(
         metadata=about(
             "Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input", metavar="PATH"
@@ -52,15 +60,17 @@ class CorpusOptions(FieldsOption):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LengthOptions:
+    """How long rows may be."""
+
     max_length: int | None = option(
         None, "Longest row (default: the model's positions, at most 1024).", "Input", metavar="TOKENS"
     )
     overlong: Overlong = option("truncate", OVERLONG, "Input")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class CheckpointOptions(DeviceOption):
     """A checkpoint that gradients are taken at."""
 
@@ -77,39 +87,45 @@ class CheckpointOptions(DeviceOption):
     loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RankingOptions:
+    """What is shown of a ranking."""
+
     top_k: int = option(10, "Rows with the highest scores.", "Output")
     bottom_k: int = option(0, "Rows with the lowest scores.", "Output")
     text: bool = option(True, "Show texts, where the corpus is unchanged.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LayersOptions:
+    """Which layers a score is of."""
+
     layers: Sequence[str] = option((), "Score these layers only (parts of plain blocks).", "Scoring")
     exclude_layers: Sequence[str] = option((), "Score without these layers.", "Scoring")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class MetricOption:
+    """What a score is."""
+
     metric: Metric = option("cosine", "The score.", "Scoring")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class AsJson:
     """Of the command line alone."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Printing(AsJson):
     """Of the command line alone, for what tells its progress."""
 
     quiet: bool = option(False, "No progress bars; errors and notes only.", "Output", flag="--quiet -q")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ResultFile:
     """Of the command line alone: where what a function returns is written."""
 

@@ -1,11 +1,11 @@
 """Options of the commands that look at a store: info, verify, index, scores, watch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from ghoststore.settings.option import about, option
+from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import DOMAINS, MetricOption, ProgressOption, StoreOption
 
 Dimension = int | Literal["none", "auto"]
@@ -13,8 +13,10 @@ Value = Literal["cumulative", "mean", "sum", "last"]
 Unit = Literal["sample", "window"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class InfoOptions:
+    """Of ``ghoststore info``."""
+
     store: str | Path = field(
         kw_only=False, metadata=about("The store to look at: a directory.", "Input", metavar="PATH")
     )
@@ -22,13 +24,15 @@ class InfoOptions:
     run: str | None = option(None, "Only this training run.", "Input", metavar="NAME")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class VerifyOptions(ProgressOption, InfoOptions):
-    pass
+    """Of ``ghoststore verify``."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class IndexOptions(ProgressOption, MetricOption, StoreOption):
+    """Of ``ghoststore index``."""
+
     part: str | None = option(None, "Part to index (default: the only one).", "Input", metavar="NAME")
     factory: str | None = option(
         None,
@@ -51,7 +55,7 @@ class IndexOptions(ProgressOption, MetricOption, StoreOption):
     rebuild: bool = option(False, "Build again what is there already.", "Output")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ManageIndexes:
     """Of the command line alone: what is done instead of building."""
 
@@ -59,13 +63,17 @@ class ManageIndexes:
     remove: str | None = option(None, "Delete an index, build nothing.", "Output", metavar="NAME")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RunOption(StoreOption):
+    """A training run."""
+
     run: str | None = option(None, "Training run (default: the only one).", "Input", metavar="NAME")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScoresOptions(ProgressOption, RunOption):
+    """Of ``ghoststore scores``."""
+
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
     bottom_k: int | None = option(None, "Samples with the lowest values (default: 0).", "Output")
     sample: str | None = option(None, "Instead: every time that this sample was trained on.", "Output", metavar="ID")
@@ -103,8 +111,10 @@ class ScoresOptions(ProgressOption, RunOption):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class WatchOptions(RunOption):
+    """Of ``ghoststore watch``."""
+
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")
     once: bool = option(False, "Print one frame and end.", "Output")
     text: bool = option(True, "Show the texts of the best and worst samples.", "Output")

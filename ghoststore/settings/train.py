@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.keywords import refuse_unknown
-from ghoststore.settings.option import about, check_at_least, check_choices, option
+from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
 from ghoststore.settings.shared import DOMAINS, FLOATS, OVERLONG, CorpusOptions, DeviceOption, Overlong, ProgressOption
 
@@ -172,8 +172,10 @@ FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig) for
 """The names of :meth:`TrainConfig.of`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig, DeviceOption, CorpusOptions):
+    """Of ``ghoststore train``."""
+
     val_set: str | Path | None = option(
         None, "Val samples that training samples are scored against.", "Input", metavar="PATH"
     )

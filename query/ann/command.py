@@ -83,8 +83,8 @@ def index(options: IndexOptions) -> IndexReport:
         manifest = build_index(opened, plan, progress)
     if not manifest.reached:
         progress.note(
-            f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {options.target_recall} were "
-            "asked for. Try a larger code (SQ8, SQfp16), or --dimension none"
+            f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {options.target_recall} "
+            "were asked for. Try a larger code (SQ8, SQfp16), or --dimension none"
         )
     return IndexReport(store=str(options.store), part=opened.name, name=plan.name, built=built, manifest=manifest)
 

@@ -16,13 +16,13 @@ from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
-from ghoststore.settings.measure import EvaluateOptions
+from ghoststore.settings.measure import METHODS, EvaluateOptions
 from ghoststore.store import Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
 from query.ask.question import Question
 from query.evaluate.lds import Lds, half, lds
-from query.evaluate.predictors import EXACT, METHODS, grouped
+from query.evaluate.predictors import EXACT, grouped
 from query.evaluate.removal import Removal, removal_of, without_best
 from query.evaluate.tail_patch import TailPatch, TailPatches
 from query.evaluate.task import Scored, Task

@@ -26,7 +26,6 @@ GRADIENTS: dict[str, dict[str, Any]] = {
 }
 """Scores of a store, as settings of a question."""
 BASELINES = ("tf-idf", "random")
-METHODS = (*GRADIENTS, *BASELINES)
 EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {
     "exact-dot": (SHARES, "dot"),
     "exact-cosine": (SHARES, "cosine"),

@@ -23,6 +23,7 @@ from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import FullGradientsOptions
+from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
@@ -32,7 +33,6 @@ from query.exact.gradients import ExactGradients
 from query.exact.job import FullGradientsReport as FullGradientsReport
 from query.exact.job import GradientsJob, RowsRead
 
-DEFAULT_LAYERS = ("mlp", "attn")
 FILE_BYTES = 256 << 20
 """Of a file's gradients, where a single one is not larger."""
 
@@ -71,7 +71,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         read = _read(corpus, own, settings, options.max_samples)
         names = None
         if options.parameters == "projected":
-            layers = tuple(options.proj_layers) or DEFAULT_LAYERS
+            layers = tuple(options.proj_layers) or ProjectionConfig().layers
             chosen = select_blocks(model, layers, options.exclude_layers, include_embeddings=options.include_embeddings)
             names = {name for block in chosen.blocks for name in block.parameters}
         exact = ExactGradients(model, names, reduction=options.loss_reduction)

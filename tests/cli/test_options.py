@@ -24,7 +24,8 @@ from ghoststore.cli import COMMANDS
 from ghoststore.cli.options import MOST_USED, SECTIONS, OptionsCommand
 from ghoststore.errors import UsageError
 from ghoststore.settings.flags import Flags, entries_of
-from ghoststore.settings.option import Option, choices_of, options_of
+from ghoststore.settings.measure import METHODS
+from ghoststore.settings.option import choices_of, options_of
 from ghoststore.settings.train import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ KINDS = sorted(
         for kind in vars(module).values()
         if inspect.isclass(kind) and is_dataclass(kind) and kind.__module__.startswith("ghoststore.settings.")
     }
-    - {Option, TrainConfig, importlib.import_module("ghoststore.settings.flags").Entry},
+    - {TrainConfig},
     key=lambda kind: kind.__name__,
 )
 
@@ -172,6 +173,12 @@ def test_no_default_stands_anywhere_else() -> None:
     assert again == set()
     for path in (ROOT / "ghoststore/cli").glob("*.py"):
         assert "click.option(" not in path.read_text(), f"{path.name}: options come from ghoststore.settings"
+
+
+def test_the_methods_of_an_evaluation_are_those_that_it_knows() -> None:
+    from query.evaluate.predictors import BASELINES, GRADIENTS
+
+    assert (*GRADIENTS, *BASELINES) == METHODS
 
 
 FLAGS = Flags([entry for one in command("query").kinds for entry in entries_of(one)])
