@@ -11,13 +11,13 @@ from ghoststore.cli import options
 
 @click.command("demo", short_help="the whole story on this machine, nothing downloaded")
 @click.option("--out", default="ghoststore-demo", show_default=True, metavar="PATH", help="A new folder for its files.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of corpus and training.")
-@click.option("--rows", type=int, default=2400, show_default=True, help="Rows of the corpus, planted facts aside.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the training.")
+@click.option("--rows", type=int, default=2400, show_default=True, help="Rows used, planted facts aside; at most 2400.")
 @click.option("--steps", type=int, default=700, show_default=True, help="Training steps.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if a demo made it.")
 @options.common
 def command(as_json: bool, quiet: bool, **values: Any) -> None:
-    """Make a small corpus with planted facts, train a small GPT-2 on it with every sample scored live, build a store,
+    """Take a small corpus with planted facts, train a small GPT-2 on it with every sample scored live, build a store,
     and ask both: what helped, and where the facts came from.
 
     Under three minutes on two cores; nothing is downloaded.
