@@ -65,6 +65,7 @@ def test_verify_names_every_damaged_file(lab: Lab, store: Path, harm: Harm) -> N
     assert "run" in lab.run("verify", "--store", store).out
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("file", [*METADATA, "commits/00000003.json"])
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty])
 def test_verify_names_one_damaged_file(store: Path, file: str, harm: Harm) -> None:

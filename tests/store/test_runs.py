@@ -235,6 +235,7 @@ def test_steps_come_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("tokens"), expected("tokens", STEPS))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -328,6 +329,7 @@ def test_a_gap_is_seen(store: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("loss"), expected("loss", STEPS))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("step", [10, 11, 14, 15, 21, 22])
 def test_pending_steps_survive_in_a_checkpoint(trained: Path, tmp_path: Path, step: int) -> None:
     """Through a file without pickle; the bytes are those of a run that was not interrupted."""
@@ -603,6 +605,7 @@ def test_info_and_verify_of_runs(lab: Lab, built: Path, tmp_path: Path) -> None:
     assert lab.run("verify", "--store", store).out.startswith("sound: 1 part(s), 1 run(s), 7 spans")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("data", [b"[]", b"null", b"1", b'{"attributes": 3}', b"[" * 100_000, b"\xff\xfe"])
 @pytest.mark.parametrize("file", ["zarr.json", "commits/00000000.json"])
 def test_hostile_json(store: Path, file: str, data: bytes) -> None:

@@ -55,6 +55,7 @@ def projection_of(store: Path) -> dict[str, Any]:
     return dict(ghoststore.Store.open(store).part("part").manifest["projection"])
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("after", ["parts/part$", r"commits/00000001\.json$"])
 def test_resumes_to_the_same_bytes_without_learning(
     lab: Lab, built: Path, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +69,7 @@ def test_resumes_to_the_same_bytes_without_learning(
     assert lab.tree(store) == lab.tree(built)
 
 
+@pytest.mark.kill
 def test_killed_while_learning_leaves_nothing(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     no_learning(monkeypatch)

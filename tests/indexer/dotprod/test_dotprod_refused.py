@@ -209,6 +209,7 @@ IDS = torch.randint(8, (3, 5), generator=torch.Generator().manual_seed(0))
 VAL_IDS = torch.randint(8, (4, 5), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("groups", [None, "each"])
 @pytest.mark.parametrize("route", ["direct", "gram"])
 @pytest.mark.parametrize("when", ["always", "val", "train"])

@@ -57,6 +57,7 @@ COMPANY = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("architecture", CAUSAL)

@@ -40,6 +40,7 @@ def vectors_of(model: Any, config: ProjectionConfig, batch: Any = None) -> Tenso
         return causal_vectors(engine, model, examples() if batch is None else batch)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama", "neox"])
 def test_bfloat16_model(architecture: str, config: str) -> None:
@@ -50,6 +51,7 @@ def test_bfloat16_model(architecture: str, config: str) -> None:
     assert relative_error(found, vectors_of(model.float(), CONFIGS[config])) <= 3e-2
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_autocast(make: Callable[[], Any], config: str) -> None:
@@ -69,6 +71,7 @@ def test_autocast(make: Callable[[], Any], config: str) -> None:
     assert relative_error(outside, expected) <= 3e-2
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama, neox])
 def test_checkpointing_is_exact(make: Callable[..., Any], config: str) -> None:
@@ -136,6 +139,7 @@ def test_the_encoder_leaves_the_checkpointing_of_the_user_on() -> None:
     assert model.training
 
 
+@pytest.mark.thin(1)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_compiled_model(make: Callable[..., Any]) -> None:

@@ -174,6 +174,7 @@ def weights_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
     return of
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_stays_what_it_is_and_scores_are_exact(
     setting: str, weights_without: Callable[..., Any], tmp_path: Path
@@ -201,6 +202,7 @@ def test_training_stays_what_it_is_and_scores_are_exact(
 SCORED = {name: value for name, value in SETTINGS.items() if name not in ("clipping", "reentrant", "by epoch")}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("setting", SCORED)
 def test_scores_are_those_of_batch_of_one_autograd(setting: str, tmp_path: Path) -> None:
     watcher, callback = Watcher(), callback_of(tmp_path / "store")
@@ -301,6 +303,8 @@ def test_projected_gradients_and_scores_by_layer(tmp_path: Path) -> None:
 # Resuming.
 
 
+@pytest.mark.kill
+@pytest.mark.thin
 @pytest.mark.parametrize("setting", ["fp32", "accumulation", "refresh"])
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
 def test_resuming_from_a_checkpoint(setting: str, killed: bool, tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_those_of_a_loop_without_it(method: str, setting: str, tmp_path: Path) -> None:
@@ -513,6 +514,7 @@ def test_evaluation_with_the_engine_in_place(tmp_path: Path) -> None:
 # Nothing is dropped.
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("interval", [1, 3, 10])
 @pytest.mark.parametrize("saves", ["never", "as told", "every step"])
 def test_nothing_between_save_intervals_is_dropped(saves: str, interval: int, tmp_path: Path) -> None:
@@ -553,6 +555,7 @@ def test_a_loop_that_ends_early_has_every_step_in_the_store(ended: int, tmp_path
 # Projected gradients.
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize("rank_total", [None, 16])
 def test_projected_gradients(rank_total: int | None, with_val: bool, tmp_path: Path) -> None:
@@ -760,6 +763,7 @@ MISUSE: dict[str, tuple[Callable[[Bench], None], str]] = {
 }
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("case", MISUSE)
 def test_misuse_is_an_error_that_says_what_to_do(case: str, bench: Bench) -> None:
     do, message = MISUSE[case]
@@ -857,6 +861,7 @@ def test_what_a_model_s_own_loss_is_of() -> None:
 # Errors in the middle.
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("again", [True, False], ids=["made again", "left out"])
 @pytest.mark.parametrize("where", ["forward", "backward", "second micro-batch"])
 def test_an_error_in_a_step_then_clear_gradients_and_on(where: str, again: bool, tmp_path: Path) -> None:
@@ -1001,6 +1006,7 @@ def whole_run(store: Path, steps: Plan, **settings: Any) -> Any:
     return model
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("how", ["cleanup", "killed", "killed later"])
 @pytest.mark.parametrize(("interval", "refresh"), [(3, 1), (3, 3), (10, 2), (5, 1)])
 def test_a_resumed_loop_is_one_that_was_not_interrupted(interval: int, refresh: int, how: str, tmp_path: Path) -> None:
@@ -1162,6 +1168,7 @@ def test_ddp_info_that_cannot_be(info: dict[str, Any], message: str) -> None:
         GhostEngineManager({"method": "GradDotProd"}, gpt2(), sgd(gpt2()), VAL_BATCH, ddp_info=info)
 
 
+@pytest.mark.ddp
 def test_two_processes_and_a_model_in_ddp(tmp_path: Path) -> None:
     steps = plan(8, 3)
     config = config_of(tmp_path / "store", 4, batch_size=3)

@@ -50,6 +50,7 @@ def texts(own: Path, val: Path) -> tuple[dict[str, str | None], list[str]]:
     return {hit.id: hit.text for hit in found.results[0].hits}, notes.said
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("mode", ["--mean", "--each"])
 @pytest.mark.parametrize("bottom", [0, 2])
 def test_json_has_the_documented_keys(lab: Lab, built: Path, val: Path, mode: str, bottom: int) -> None:

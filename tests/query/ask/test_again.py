@@ -81,6 +81,7 @@ def test_equal_what_was_stored(lab: Lab, tmp_path: Path, projection: str, monkey
     assert vectors_again(part, [], device="cpu").shape == (0, part.layout.dimension)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("overlong", ["window", "truncate"])
 @pytest.mark.parametrize("form", ["jsonl", "gz", "shards"])
 def test_windows_and_forms(lab: Lab, tmp_path: Path, form: str, overlong: Any) -> None:
@@ -160,6 +161,7 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["int8", "onebit"])
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ def refused(folder: Path, ask: str, expected: str) -> str:
     return message
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("ask", ["query", "build", "build, learned"])
 def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:
@@ -181,6 +182,7 @@ def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:
         assert "--checkpoint" in message
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("ask", ["select", "fidelity", "plot_error", "evaluate"])
 @pytest.mark.parametrize("change", ["activation", "normalizer"])
 def test_every_command_that_uses_the_model(own: Path, ask: str, change: str) -> None:
@@ -320,6 +322,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_unreleased_manifest_and_the_command_that_it_names(lab: Lab, own: Path, name: str) -> None:
     folder = own / "with spaces"

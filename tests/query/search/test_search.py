@@ -75,6 +75,7 @@ def agree(found: Listed, scores_N: np.ndarray, k: int) -> None:
     )
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("projection", [SKETCHED, PLAIN], ids=["sketched", "plain"])
 @pytest.mark.parametrize("dtype", ENCODINGS)
@@ -140,6 +141,7 @@ def test_more_than_there_is(lab: Lab, folder: Path, val: Path) -> None:
     assert [hit.source_row for hit in found.bottom] == [hit.source_row for hit in reversed(found.hits)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(
     ("layers", "exclude", "left"),

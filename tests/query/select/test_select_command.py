@@ -148,6 +148,8 @@ def test_a_misspelt_option_of_the_question(built: Path, val: Path, tmp_path: Pat
             select(built, val, tmp_path / "out.jsonl", count=3, **{option: "dot"})
 
 
+@pytest.mark.kill
+@pytest.mark.thin
 @pytest.mark.parametrize("out", ["out.jsonl", "out"])
 @pytest.mark.parametrize("act", ["kill", "ENOSPC"])
 def test_all_files_or_none(lab: Lab, built: Path, val: Path, tmp_path: Path, out: str, act: str) -> None:
