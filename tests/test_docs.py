@@ -225,7 +225,7 @@ def test_the_python_of_the_page_of_select_runs(
     assert "sky 3 of 14" in capsys.readouterr().out
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["query", "evaluate"])
 def test_the_python_of_the_pages_of_questions_runs(
     lab: Lab,
@@ -244,6 +244,7 @@ def test_the_python_of_the_pages_of_questions_runs(
     assert ("combined [('row-" if page == "query" else "preconditioned-dot Lds(") in out
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_of_the_doctor_runs(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +261,7 @@ def test_the_page_of_the_doctor_lists_every_check() -> None:
     assert listed == [(check.name, check.asks) for check in CHECKS]
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_of_fidelity_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(lab.checkpoint)

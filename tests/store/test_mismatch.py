@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
 
 
+@pytest.fixture(scope="module")
+def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, a corpus and a store."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(lab.checkpoint, folder / "model")
+    shutil.copy(lab.corpus, folder / "corpus.jsonl")
+    assert build(lab, folder).code == 0
+    return folder
+
+
 @pytest.fixture
-def own(lab: Lab, tmp_path: Path) -> Path:
-    """A folder with a checkpoint, a corpus and a store of our own, free to change."""
-    shutil.copytree(lab.checkpoint, tmp_path / "model")
-    shutil.copy(lab.corpus, tmp_path / "corpus.jsonl")
-    assert build(lab, tmp_path).code == 0
-    return tmp_path
+def own(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, free to change."""
+    return Path(shutil.copytree(whole, tmp_path, dirs_exist_ok=True))
 
 
 def build(lab: Lab, own: Path, *options: str, **order: Any) -> Outcome:

@@ -246,6 +246,7 @@ HARMS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", HARMS)
 def test_a_damaged_checkpoint(gym: Gym, short: Trained, name: str, tmp_path: Path) -> None:
     """Named, and nothing is overwritten; without it training goes on from the one before."""

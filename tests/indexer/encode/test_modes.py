@@ -139,7 +139,7 @@ def test_the_encoder_leaves_the_checkpointing_of_the_user_on() -> None:
     assert model.training
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_compiled_model(make: Callable[..., Any]) -> None:

@@ -182,6 +182,7 @@ RANDOM: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", RANDOM)
 def test_a_random_forward_is_refused_and_the_module_named(kind: str) -> None:
     make, named = RANDOM[kind]

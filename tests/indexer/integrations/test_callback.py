@@ -174,7 +174,7 @@ def weights_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
     return of
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_stays_what_it_is_and_scores_are_exact(
     setting: str, weights_without: Callable[..., Any], tmp_path: Path
@@ -303,8 +303,8 @@ def test_projected_gradients_and_scores_by_layer(tmp_path: Path) -> None:
 # Resuming.
 
 
+@pytest.mark.thin(2)
 @pytest.mark.kill
-@pytest.mark.thin
 @pytest.mark.parametrize("setting", ["fp32", "accumulation", "refresh"])
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
 def test_resuming_from_a_checkpoint(setting: str, killed: bool, tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ print(anonymous() - before, index.manifest.size)
 """
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what memory is mapped")
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "Flat"])
 def test_an_index_is_mapped_not_read(tmp_path: Path, lab: Lab, factory: str) -> None:

@@ -118,6 +118,7 @@ def test_a_row_that_became_longer(lab: Lab, own: Path, val: Path) -> None:
     assert len(said) == 1
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("what", ["gone", "garbage", "empty", "folder"])
 def test_a_source_that_is_gone(lab: Lab, own: Path, val: Path, what: str) -> None:
     """The ranking is the same, without texts, and says why."""

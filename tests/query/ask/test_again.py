@@ -125,6 +125,7 @@ def test_another_model_is_refused(lab: Lab, tmp_path: Path) -> None:
         vectors_again(part, [0], checkpoint=lab.model(tmp_path / "other", seed=1), device="cpu")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_one_bit_ranked_again_is_the_exact_ranking(

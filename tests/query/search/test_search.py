@@ -107,6 +107,7 @@ def test_span_size_changes_nothing(lab: Lab, folder: Path, val: Path, span_rows:
         np.testing.assert_allclose([hit.score for hit in mine], [hit.score for hit in theirs], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("span_rows", [3, 8, 64])
 def test_ties_go_to_the_lower_row(lab: Lab, tmp_path: Path, span_rows: int) -> None:
     """Equal rows, each in a batch of its own, have equal bits; they come in the order of the corpus."""
@@ -176,6 +177,7 @@ def test_no_layer_is_left(lab: Lab, folder: Path, val: Path) -> None:
         ghoststore.query(store=store, val_set=val, layers=["nothing"], device="cpu")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_row_is_nearest_to_itself(lab: Lab, folder: Path, dtype: str) -> None:
     store = store_of(lab, folder, lab.corpus, proj_dtype=dtype)

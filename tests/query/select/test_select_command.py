@@ -71,6 +71,7 @@ def test_a_val_set_on_standard_input(lab: Lab, built: Path, val: Path, tmp_path:
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
