@@ -108,8 +108,8 @@ def demo(
     """
     progress = progress or Silent()
     folder = Path(out)
-    _claim(folder, overwrite)
     corpus = read_corpus(rows)
+    _claim(folder, overwrite)
     files = _write_corpus(folder, corpus)
     clock = time.perf_counter()
     store = folder / "store"
