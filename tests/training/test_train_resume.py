@@ -117,8 +117,8 @@ def resumes(gym: Gym, folder: Path, whole: Path, newest: int) -> None:
     ends_like(folder, whole)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.kill
-@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in IN_A_ROW])
 def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
     fault, newest, spans = MOMENTS[moment]
