@@ -7,10 +7,10 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench docs clean
+.PHONY: help setup demo test test-all lint types bench docs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: $(READY)  ## make the environment (.venv)
 
@@ -22,8 +22,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
 	$(BIN)/ghoststore demo --out ghoststore-demo $(if $(wildcard ghoststore-demo/demo.json),--overwrite)
 
-test: $(READY)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# A file's tests on one worker, so that what they share is built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test: $(READY)  ## run the fast tests: every kind of fault, in under 4 minutes on 2 cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)  ## run all tests: every case of every grid, every moment of a kill
+	$(PYTEST)
 
 lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from indexer.training.retrain import Recipe
 from query.ask.encoder import PartEncoder
 from query.ask.question import Question
 from query.common.rank_correlation import spearman
-from query.demo.corpus import DemoCorpus, make_corpus, write_jsonl
+from query.demo.corpus import DemoCorpus, read_corpus, write_jsonl
 from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.predictors import grouped
@@ -123,7 +123,7 @@ class Measured:
 
 def demo_files(folder: Path) -> tuple[Path, Path]:
     """The demo's corpus, and a val set of its domains and facts as prompts with completions."""
-    corpus = make_corpus(0)
+    corpus = read_corpus()
     write_jsonl(folder / "train.jsonl", corpus.train)
     write_jsonl(folder / "val.jsonl", val_rows(corpus))
     return folder / "train.jsonl", folder / "val.jsonl"

@@ -192,6 +192,38 @@ class Lab:
         self._zygote.communicate()
 
 
+def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tuple[str, ...]]:
+    """Of a grid (a case is its values on each axis), as many cases as the longest axis has values, or ``count``.
+
+    They are spread over the longest axis, its ends among them, and go round the others.
+    """
+    axes = [list(dict.fromkeys(values)) for values in zip(*cases, strict=True)]
+    longest = max(map(len, axes))
+    count = min(count or longest, longest)
+    spread = [step * (longest - 1) // max(count - 1, 1) for step in range(count)]
+    return {
+        tuple(axis[far if len(axis) == longest else step % len(axis)] for axis in axes)
+        for step, far in enumerate(spread)
+    }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark ``slow`` what ``thin`` says: before ``-m`` is looked at."""
+    grids: dict[str, list[tuple[pytest.Item, tuple[str, ...]]]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("thin"):
+            # One a decorator; the public `indices` number the cases.
+            grids.setdefault(item.nodeid.partition("[")[0], []).append((item, tuple(item.callspec._idlist)))
+    for cases in grids.values():
+        mark = cases[0][0].get_closest_marker("thin")
+        assert mark is not None
+        fast = diagonal([values for _, values in cases], *mark.args)
+        for item, values in cases:
+            if values not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One for the whole session: nothing in it is changed by a test."""

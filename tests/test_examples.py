@@ -31,6 +31,7 @@ RUNS: list[tuple[str, str]] = [
 ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("line", "telling"), RUNS, ids=[line for line, _ in RUNS])
 def test_an_example(
     line: str, telling: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -42,6 +43,7 @@ def test_an_example(
     assert re.search(telling, out), out
 
 
+@pytest.mark.slow
 def test_an_example_in_a_process_of_its_own(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, EXAMPLES / "ghost_gradproj_mlp.py", "--mode", "naive_check"]

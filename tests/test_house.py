@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from ghoststore.lazy import FACE, PACKAGES
+from tests.conftest import diagonal
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for package in ("ghoststore", *PACKAGES) for path in (ROOT / package).rglob("*.py"))
 
 LONGEST_FILE = 450
-LONG_FILES = {
-    "query/demo/corpus.py": 490,
-}
+LONG_FILES = {}
 """Files that are to be split; none may grow."""
 MOST_PARAMETERS = 12
 MANY_PARAMETERS: dict[tuple[str, str], int] = {}
@@ -86,3 +86,14 @@ def test_functions_below_the_public_face_take_few_parameters() -> None:
                 if count > MOST_PARAMETERS:
                     found[name_of(path), node.name] = count
     assert found == MANY_PARAMETERS
+
+
+def test_the_diagonal_of_a_grid_has_each_value() -> None:
+    grid = list(product("ab", "wxyz", "ijk"))
+    fast = diagonal(grid)
+    assert len(fast) == 4
+    assert fast <= set(grid)
+    assert [set(values) for values in zip(*fast, strict=True)] == [set("ab"), set("wxyz"), set("ijk")]
+    moments = [(f"moment {number}",) for number in range(14)]
+    assert diagonal(moments, 3) == {("moment 0",), ("moment 6",), ("moment 13",)}
+    assert diagonal(moments, 1) == {("moment 0",)}

@@ -13,7 +13,7 @@ from ghoststore.settings.shared import Printing
 
 @options.command(DemoOptions, Printing)
 def command(keywords: options.Keywords, printing: Printing) -> None:
-    """Make a small corpus with planted facts, train a small GPT-2 on it with every sample scored live, build a store,
+    """Take a small corpus with planted facts, train a small GPT-2 on it with every sample scored live, build a store,
     and ask both: what helped, and where the facts came from.
 
     Under three minutes on two cores; nothing is downloaded.

@@ -180,7 +180,7 @@ class DemoOptions(ProgressOption):
     """Of ``ghoststore demo``."""
 
     out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output", metavar="PATH")
-    seed: int = option(0, "Seed of corpus and training.", "Advanced")
-    rows: int = option(2400, "Rows of the corpus, planted facts aside.", "Input")
+    seed: int = option(0, "Seed of the training.", "Advanced")
+    rows: int = option(2400, "Rows used, planted facts aside; at most 2400.", "Input")
     steps: int = option(700, "Training steps.", "Model")
     overwrite: bool = option(False, "Replace the folder if a demo made it.", "Output")

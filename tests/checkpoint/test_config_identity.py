@@ -148,6 +148,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)[0]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_left_out_changes_no_output(kind: str, tmp_path: Path) -> None:
     """Every field of the class is in the identity or on the list; and every field on the list is harmless."""

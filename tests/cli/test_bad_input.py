@@ -367,6 +367,7 @@ def test_query_options(
     refused(lab.run("query", "--store", built, *default, *words), *patterns)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("option", [["--layers", "mlp"], ["--exclude-layers", "attn"]])
 def test_layers_of_one_sketch(lab: Lab, val: Path, tmp_path: Path, option: list[str]) -> None:
     store = tmp_path / "store"

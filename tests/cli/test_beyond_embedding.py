@@ -73,6 +73,7 @@ def case(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(checkpoint=checkpoint, embedding=embedding, store=store, **files)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("options", [[], ["--proj-precondition", "none"], ["--overlong", "window"], ["--dry-run"]])
 def test_build(case: Case, lab: Lab, options: list[str], tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -98,6 +99,7 @@ def test_a_token_that_is_cut_off_harms_nothing(case: Case, lab: Lab, tmp_path: P
     case.refused(whole)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "words",
     [
@@ -124,6 +126,7 @@ def test_full_gradients_and_doctor(case: Case, lab: Lab, tmp_path: Path) -> None
     case.refused(lab.run("doctor", *given))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("place", ["data", "shards", "val-set"])
 def test_train(case: Case, lab: Lab, place: str, tmp_path: Path) -> None:
     data = case.sound if place == "val-set" else case.bad

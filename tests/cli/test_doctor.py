@@ -69,6 +69,7 @@ def test_a_diverged_checkpoint_ends_with_7(lab: Lab, tmp_path: Path) -> None:
     assert "cannot be told: see gradients" in outcome.out
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

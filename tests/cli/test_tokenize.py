@@ -38,6 +38,7 @@ def test_table_and_json(lab: Lab, tmp_path: Path) -> None:
     assert (quiet.code, quiet.err) == (0, "")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

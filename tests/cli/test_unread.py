@@ -80,6 +80,7 @@ def alpaca(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lab.write(tmp_path_factory.mktemp("alpaca") / "rows.jsonl", rows)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "words",
     [

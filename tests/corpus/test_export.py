@@ -56,6 +56,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in Corpus.open(str(path))._form.rows(path, None, 0)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("order", [None, [4, 0, 2, 1, 3]], ids=["corpus", "score"])
 @pytest.mark.parametrize("form", FORMS)
 def test_own_form(write: Write, tmp_path: Path, form: str, order: list[int] | None) -> None:
@@ -71,6 +72,7 @@ def test_own_form(write: Write, tmp_path: Path, form: str, order: list[int] | No
         assert out.read_bytes() == again.read_bytes()
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.zst", "parquet", "dataset", "folder-parquet", "csv"])
 @pytest.mark.parametrize("out", ["out.jsonl", "out.ndjson.gz", "out.jsonl.zst", "out.parquet", "out"])
 def test_another_form(write: Write, tmp_path: Path, form: str, out: str) -> None:

@@ -80,6 +80,8 @@ def committed_only(lab: Lab, store: Path, spans: int | None) -> None:
         assert sorted(hit.source_row for hit in hits) == list(range(rows))
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @EACH_MOMENT
 def test_resumes_to_the_same_bytes(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -93,6 +95,8 @@ def test_resumes_to_the_same_bytes(lab: Lab, whole: dict[str, bytes], moment: st
     assert [name for name in whole if found[name] != whole[name]] == []
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", ["part-unnamed", "first-chunk", "record-unwritten", "record-named"])
 def test_resuming_leaves_nothing_behind(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     """Not even the files that the killed process had begun."""
@@ -102,6 +106,7 @@ def test_resuming_leaves_nothing_behind(lab: Lab, whole: dict[str, bytes], momen
     assert sorted(lab.tree(store).keys() - whole.keys()) == []
 
 
+@pytest.mark.kill
 def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "store"
     for moment in ("first-chunk", "record-unwritten", "record-named", "last-chunk"):
@@ -112,6 +117,8 @@ def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Pat
     assert [name for name in whole if found.get(name) != whole[name]] == []
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", ["part-arrays", "between-chunks", "record-named"])
 def test_interrupted(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     """Control-C: exit code 130, a line that says how to go on, and nothing left lying about."""

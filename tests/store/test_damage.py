@@ -77,6 +77,7 @@ def test_verify_names_every_damaged_chunk(lab: Lab, store: Path, harm: Harm) -> 
     names(lab, store, harmed[0])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("file", ["vectors/c/0/0", "sample_id/c/4", "commits/00000003.json", *METADATA])
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty])
 def test_verify_names_one_damaged_file(lab: Lab, store: Path, file: str, harm: Harm) -> None:
@@ -95,6 +96,7 @@ def test_verify_names_the_missing_folder_of_records(lab: Lab, store: Path) -> No
     names(lab, store, "commits")
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("file", ["span_start/c/0/0", "span_start/zarr.json", "norm/zarr.json", "zarr.json"])
 def test_verify_sees_every_byte_outside_the_spans(store: Path, file: str) -> None:
     """A sample of all bytes, one bit each; and no other error than ours, whatever the bit makes of the file."""
@@ -109,6 +111,7 @@ def test_verify_sees_every_byte_outside_the_spans(store: Path, file: str) -> Non
     assert unseen == []
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("file", ["sample_id/zarr.json", "norm/zarr.json", "domain/zarr.json"])
 def test_a_bit_in_the_metadata_is_never_other_data(lab: Lab, store: Path, file: str) -> None:
     """Such as the separator of chunk names: "/" is one bit from ".", and a chunk that is not found reads as zeros."""
@@ -123,6 +126,7 @@ def test_a_bit_in_the_metadata_is_never_other_data(lab: Lab, store: Path, file: 
         path.write_bytes(whole)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("harm", [*CHANGES, delete])
 def test_query_returns_no_damaged_rows(lab: Lab, store: Path, harm: Harm) -> None:
     """Whichever chunk it is, the error names it; and when all is whole again the answer is the old one."""
@@ -184,6 +188,7 @@ def test_a_record_that_names_a_file_elsewhere(lab: Lab, store: Path, name: str) 
     names(lab, store, "outside the part")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("data", [b"[]", b"null", b"1", b'{"attributes": 3}', b"[" * 100_000, b"\xff\xfe"])
 @pytest.mark.parametrize("file", ["zarr.json", "parts/part/zarr.json", "parts/part/commits/00000000.json"])
 def test_hostile_json(store: Path, file: str, data: bytes) -> None:

@@ -40,6 +40,8 @@ def resumes(lab: Lab, store: Path, whole: dict[str, bytes], spans: int | None) -
     assert [name for name in whole if found.get(name) != whole[name]] == []
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("error", "words"), [("ENOSPC", "no space is left"), ("EIO", "Input/output error (errno 5)")])
 @pytest.mark.parametrize("place", PLACES)
 def test_error_of_the_disk(lab: Lab, built: Path, place: str, error: str, words: str, tmp_path: Path) -> None:
@@ -54,6 +56,7 @@ def test_error_of_the_disk(lab: Lab, built: Path, place: str, error: str, words:
     resumes(lab, store, lab.tree(built), spans)
 
 
+@pytest.mark.kill
 def test_file_size_limit(lab: Lab, built: Path, tmp_path: Path) -> None:
     """EFBIG from the system itself: the limit is below a chunk of vectors and above everything else."""
     largest = (built / "parts/part/vectors/c/0/0").stat().st_size
@@ -85,6 +88,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.kill
 def test_full_disk(lab: Lab, built: Path, small_disk: Path) -> None:
     """A real one, which fills in the middle of the build and is then enlarged."""
     store = small_disk / "store"

@@ -134,6 +134,7 @@ def test_the_ends_of_float32(name: str) -> None:
     assert np.abs(decoded[0] / x[0] - 1).max() < 1e-4
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("projection", [None, PLAIN, UNEVEN], ids=["sketched", "plain", "uneven"])
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -193,6 +194,8 @@ def test_a_reader_that_does_not_know_the_encoding_names_it(
         Store.open(tmp_path / "store").part("int8")
 
 
+@pytest.mark.kill
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_killed_and_resumed_to_the_same_bytes(lab: Lab, tmp_path: Path, name: str) -> None:
     options = ("--proj-dtype", name, "--proj-rank-total", "18")

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
 
 
+@pytest.fixture(scope="module")
+def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, a corpus and a store."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(lab.checkpoint, folder / "model")
+    shutil.copy(lab.corpus, folder / "corpus.jsonl")
+    assert build(lab, folder).code == 0
+    return folder
+
+
 @pytest.fixture
-def own(lab: Lab, tmp_path: Path) -> Path:
-    """A folder with a checkpoint, a corpus and a store of our own, free to change."""
-    shutil.copytree(lab.checkpoint, tmp_path / "model")
-    shutil.copy(lab.corpus, tmp_path / "corpus.jsonl")
-    assert build(lab, tmp_path).code == 0
-    return tmp_path
+def own(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, free to change."""
+    return Path(shutil.copytree(whole, tmp_path, dirs_exist_ok=True))
 
 
 def build(lab: Lab, own: Path, *options: str, **order: Any) -> Outcome:
@@ -42,6 +49,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         assert word in outcome.err
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -112,6 +120,7 @@ def swap(rows: list[Any]) -> None:
     rows[0], rows[26] = rows[26], rows[0]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("change", [replace_text, append, drop, swap])
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "half"])
 def test_other_corpus(lab: Lab, tmp_path: Path, change: Callable[[list[Any]], None], complete: bool) -> None:
@@ -179,6 +188,7 @@ def test_standard_input_of_another_content(lab: Lab, tmp_path: Path) -> None:
     assert lab.tree(store) == before
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("node", "what"), [("zarr.json", "store"), ("parts/part/zarr.json", "part")])
 @pytest.mark.parametrize("version", [2, 0, "1", None])
 def test_other_format_version(lab: Lab, own: Path, node: str, what: str, version: Any) -> None:

@@ -42,6 +42,7 @@ def streamed(part: ghoststore.Part, name: str, spans: list[int] | None = None) -
     return np.concatenate([chunk.data.copy() for chunk in stream(part, name, spans)])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("span_rows", [6, 8, 100])
 @pytest.mark.parametrize("dtype", ENCODINGS)
 def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_rows: int) -> None:
@@ -163,6 +164,7 @@ def test_offsets_lead_to_the_records(lab: Lab, built: Path) -> None:
         assert json.loads(data[offset:].split(b"\n", 1)[0]) == lab.rows[row]
 
 
+@pytest.mark.kill
 def test_rows_that_are_not_committed_are_not_read(lab: Lab, tmp_path: Path) -> None:
     """Also not where their chunks lie on the disk already."""
     store = tmp_path / "store"

@@ -88,6 +88,8 @@ def committed_only(store: Path, spans: int | None) -> None:
     assert run.rows.read("sample_id", 38, 40).tolist() == ["sample-38é", "sample-39é"]
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -98,6 +100,8 @@ def test_killed(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) 
     assert files(store) == whole
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", ["run-unnamed", "first-chunk", "record-unwritten", "record-named"])
 def test_nothing_is_left_behind(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     """Not even what the killed process had begun."""
@@ -107,6 +111,7 @@ def test_nothing_is_left_behind(lab: Lab, whole: dict[str, bytes], moment: str, 
     assert {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()} == whole.keys()
 
 
+@pytest.mark.kill
 def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "store"
     for moment in ("row-table", "run-named", "first-chunk", "record-unwritten", "record-named", "last-chunk"):
@@ -116,6 +121,8 @@ def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Pat
     assert files(store) == whole
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("error", "words"), [("ENOSPC", "no space is left"), ("EIO", "Input/output error")])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_disk_refuses(
@@ -146,6 +153,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.kill
 def test_a_full_disk(whole: dict[str, bytes], small_disk: Path) -> None:
     """A real one: what is committed is read, and more space helps."""
     store = small_disk / "store"
@@ -206,6 +214,7 @@ def busy(outcome: Outcome) -> bool:
     return outcome.err.strip().splitlines()[-1].startswith("ghoststore.errors.BusyError")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", ["row-table", "run-unnamed", "first-chunk", "record-unnamed"])
 def test_overtaken(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     """A second writer does everything that it may while the first stands still."""

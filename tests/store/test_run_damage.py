@@ -38,6 +38,7 @@ def read_steps(run: Run, array: str) -> list[np.ndarray]:
     return [run.read(array, 5, 10), run.read_committed(array, [1])]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("harm", HARMS)
 def test_verify_names_every_damaged_file(lab: Lab, run_store: Path, harm: Harm) -> None:
     """All of them at once: nothing hides behind the first."""
@@ -53,6 +54,7 @@ def test_verify_names_every_damaged_file(lab: Lab, run_store: Path, harm: Harm) 
     assert "run" in lab.run("verify", "--store", run_store).out
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("file", [*METADATA, "commits/00000003.json"])
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty])
 def test_verify_names_one_damaged_file(run_store: Path, file: str, harm: Harm) -> None:
@@ -62,6 +64,7 @@ def test_verify_names_one_damaged_file(run_store: Path, file: str, harm: Harm) -
     assert any(file in one.file + one.problem for one in report.damage)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_steps_are_not_read(run_store: Path, harm: Harm) -> None:
     """The error names the array; other spans are read as before, and all is well when the file is whole again."""
@@ -83,6 +86,7 @@ def test_damaged_steps_are_not_read(run_store: Path, harm: Harm) -> None:
             np.testing.assert_array_equal(now, before)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_rows_are_not_read(run_store: Path, harm: Harm) -> None:
     for file, column in zip(ROW_CHUNKS, COLUMNS, strict=True):
@@ -112,6 +116,7 @@ def test_every_bit_of_a_chunk_counts(run_store: Path) -> None:
         path.write_bytes(whole)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("file", ["score/zarr.json", "rows/sample_id/zarr.json", "zarr.json"])
 def test_a_bit_in_the_metadata_is_never_other_data(run_store: Path, file: str) -> None:
     path = folder(run_store) / file

@@ -140,6 +140,7 @@ def test_files_outside_the_run(run_store: Path) -> None:
         Store.open(run_store).run().rows.read("domain", 0, 1)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("data", [b"[]", b"null", b"1", b'{"attributes": 3}', b"[" * 100_000, b"\xff\xfe"])
 @pytest.mark.parametrize("file", ["zarr.json", "commits/00000000.json"])
 def test_hostile_json(run_store: Path, file: str, data: bytes) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ class Broken:
         return self.real(*arguments, **options)
 
 
+@pytest.mark.kill
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=1, max_size=4))
 def test_any_history_ends_in_the_same_store(lab: Lab, built: Path, history: list[tuple[Any, ...]]) -> None:

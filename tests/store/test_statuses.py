@@ -183,6 +183,7 @@ def test_a_val_set_that_is_not_finite(lab: Lab, tmp_path: Path) -> None:
         ghoststore.query(store=tmp_path / "store", val_set=val, max_samples=1, device="cpu")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("scale", "kinds"), [(5.5e4, {Status.OK, Status.OUT_OF_RANGE}), (1e8, {Status.OUT_OF_RANGE})])
 def test_rows_too_large_for_float16(lab: Lab, tmp_path: Path, scale: float, kinds: set[Status]) -> None:
     def steeper(model: Any, tokenizer: Any) -> None:

@@ -50,6 +50,7 @@ def rows_as_built(gym: Gym, data: str, max_length: int, overlong: Any) -> list[R
         return list(rows_of(corpus.samples(), tokenizer, TokenSettings(max_length=max_length, overlong=overlong)))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("data", ["prompts", "holes"])
 @pytest.mark.parametrize(("max_length", "overlong"), [(32, "window"), (9, "window"), (2, "window"), (9, "truncate")])
 def test_rows_are_those_of_a_build(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
     from tests.support.trainings import Gym
 
+pytestmark = pytest.mark.ddp
+
 OPTIONS = (
     "--gradient-accumulation-steps",
     "2",
@@ -132,6 +134,8 @@ ghoststore.cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.kill
+@pytest.mark.slow
 def test_one_rank_is_killed_under_torchrun(gym: Gym, two: Path, tmp_path: Path) -> None:
     """torchrun ends the other; the same command resumes, to the same bits."""
     script = tmp_path / "crash.py"

@@ -122,6 +122,8 @@ def test_val_loss_alone(gym: Gym, dtype: str, tmp_path: Path) -> None:
     assert plain.val_loss == report["val_loss"]
 
 
+@pytest.mark.kill
+@pytest.mark.slow
 def test_tensorboard(gym: Gym, tmp_path: Path) -> None:
     """What the event files say is what the store says; what was logged after a resumed step is void."""
     pytest.importorskip("tensorboard")

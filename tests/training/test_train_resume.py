@@ -117,6 +117,8 @@ def resumes(gym: Gym, folder: Path, whole: Path, newest: int) -> None:
     ends_like(folder, whole)
 
 
+@pytest.mark.thin(3)
+@pytest.mark.kill
 @pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in IN_A_ROW])
 def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
     fault, newest, spans = MOMENTS[moment]
@@ -126,6 +128,8 @@ def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
     resumes(gym, tmp_path, whole, newest)
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("number", FLUSHES)
 def test_killed_at_any_flush(gym: Gym, whole: Path, number: int, tmp_path: Path) -> None:
     outcome = gym.run(tmp_path, *OPTIONS, fault=at("fsync", "", "before", number) | {"act": "kill"})
@@ -135,6 +139,8 @@ def test_killed_at_any_flush(gym: Gym, whole: Path, number: int, tmp_path: Path)
     ends_like(tmp_path, whole)
 
 
+@pytest.mark.kill
+@pytest.mark.slow
 def test_killed_again_and_again(gym: Gym, whole: Path, tmp_path: Path) -> None:
     for moment in IN_A_ROW:
         fault, newest, spans = MOMENTS[moment]
@@ -144,6 +150,8 @@ def test_killed_again_and_again(gym: Gym, whole: Path, tmp_path: Path) -> None:
     resumes(gym, tmp_path, whole, 9)
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", ["tokens-written", "first-chunk", "last-checkpoint-unnamed"])
 def test_interrupted(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
     outcome = gym.run(tmp_path, *OPTIONS, fault=MOMENTS[moment][0] | {"act": "interrupt"})
@@ -194,6 +202,8 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("score"), complete.read_committed("score")[8:])
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("options", "moment"),
     [

@@ -106,6 +106,7 @@ class Oracle:
         return found
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", CASES)
 def test_scores_and_losses_are_those_of_autograd(gym: Gym, name: str) -> None:
     case = CASES[name]
@@ -155,6 +156,7 @@ def test_scores_and_losses_are_those_of_autograd(gym: Gym, name: str) -> None:
         assert (np.abs(total - arrays["score"]) <= 1e-6 * scale).all()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("interval", [3, 5])
 def test_an_older_val_gradient(gym: Gym, interval: int) -> None:
     """It is that of the weights at the last refresh, or at the last checkpoint (here every 4 steps) after it."""

@@ -90,6 +90,7 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
     assert same_bits(weights(tmp_path), weights(whole)) == []
 
 
+@pytest.mark.kill
 def test_the_disk_of_the_checkpoints_is_full(gym: Gym, whole: Path, tmp_path: Path) -> None:
     fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "ENOSPC"}
     for options in ((), ("--on-store-error", "continue")):
@@ -115,6 +116,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.kill
+@pytest.mark.slow
 def test_a_full_disk(gym: Gym, small_disk: Path, tmp_path: Path) -> None:
     """A real one, that fills with checkpoints: those before are whole."""
     out = small_disk / "out"
@@ -135,6 +138,7 @@ def test_a_full_disk(gym: Gym, small_disk: Path, tmp_path: Path) -> None:
 # Two at once.
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("other", ["output", "run"])
 def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path) -> None:
     """The second is refused, whether it shares the output folder or the run, and harms nothing."""
@@ -242,6 +246,7 @@ HARMS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", HARMS)
 def test_a_damaged_checkpoint(gym: Gym, short: Trained, name: str, tmp_path: Path) -> None:
     """Named, and nothing is overwritten; without it training goes on from the one before."""

@@ -56,6 +56,7 @@ def projection_of(store: Path) -> dict[str, Any]:
     return dict(ghoststore.Store.open(store).part("part").manifest["projection"])
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("after", ["parts/part$", r"commits/00000001\.json$"])
 def test_resumes_to_the_same_bytes_without_learning(
     lab: Lab, built: Path, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +70,7 @@ def test_resumes_to_the_same_bytes_without_learning(
     assert lab.tree(store) == lab.tree(built)
 
 
+@pytest.mark.kill
 def test_killed_while_learning_leaves_nothing(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     no_learning(monkeypatch)
@@ -111,6 +113,7 @@ def test_another_checkpoint_or_corpus_is_refused(lab: Lab, own: Path, tmp_path: 
         build(lab, own, checkpoint=lab.model(tmp_path / "deeper", layers=2))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", [*SIDES, *FACTORS])
 def test_damage_is_named(lab: Lab, own: Path, name: str) -> None:
     file = next(path for path in (own / "parts" / "part" / name / "c").rglob("*") if path.is_file())

@@ -57,6 +57,7 @@ def plain(row: Row) -> tuple[Any, ...]:
     return (row.sample, row.window, row.window_start, tuple(row.tokens.tolist()), row.first_target, row.status)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,6 +128,7 @@ CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("policy", ["truncate", "window"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_corpus_is_noticed(change: str, policy: str, tmp_path: Path) -> None:

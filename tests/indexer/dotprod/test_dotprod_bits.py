@@ -108,6 +108,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_same_bits(name: str, mode: str) -> None:
     run = RUNS[name]
@@ -182,6 +183,7 @@ def test_a_val_pass_that_fails_leaves_them_alone_too() -> None:
         model(torch.ones(2, 3)).sum().backward()  # an ordinary pass, not taken for a val pass
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_between_steps_changes_nothing(mode: str, detached: bool) -> None:

@@ -15,6 +15,8 @@ from indexer.dotprod import GradDotProdEngine
 from tests.support.models import settle
 from tests.support.scoring import agree, exact_plain, sum_of_squares
 
+pytestmark = pytest.mark.ddp
+
 STEPS, RANKS = 3, 2
 
 

@@ -62,6 +62,7 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-2) -> None:
     assert relative_error(found.unsqueeze(0), expected.unsqueeze(0)) <= tolerance
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("groups", [None, "each"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("make", MAKES)
@@ -83,6 +84,7 @@ def autocast_losses(dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
     return losses
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("val", ["bfloat16", "float32", "around prepare"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("make", MAKES)
@@ -102,6 +104,7 @@ def test_autocast(make: str, route: Route, val: str) -> None:
         truth_of(make, torch.bfloat16, autocast=True).check(engine.collect().total)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("losses", [autocast_losses(torch.float16), None], ids=["val autocast", "val in float32"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("route", ROUTES)

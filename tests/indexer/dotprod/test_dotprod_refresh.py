@@ -47,6 +47,7 @@ def train_step(engine: GradDotProdEngine, model: nn.Module, optimizer: torch.opt
     return scores
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("settings", [{}, {"projection": ProjectionConfig(layers=("all",), rank_total=9)}], ids=str)
 @pytest.mark.parametrize("tells", ["the optimizer", "the caller"])
 @pytest.mark.parametrize("interval", [1, 2, 3])

@@ -209,6 +209,7 @@ IDS = torch.randint(8, (3, 5), generator=torch.Generator().manual_seed(0))
 VAL_IDS = torch.randint(8, (4, 5), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("groups", [None, "each"])
 @pytest.mark.parametrize("route", ["direct", "gram"])
 @pytest.mark.parametrize("when", ["always", "val", "train"])
@@ -272,6 +273,7 @@ def test_a_parameter_whose_gradient_is_zero_is_no_reason() -> None:
     assert all(float(scores.parameters[name].norm()) <= 1e-6 * float(scores.total.norm()) for name in keys)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
 @pytest.mark.parametrize("compiled", ["before", "after"])
 def test_a_compiled_wrapper_of_the_model(compiled: str) -> None:

@@ -133,6 +133,7 @@ def test_float16_has_the_range_of_float32(scale: float) -> None:
     assert relative_error(pairs([factors], shape), expected) <= 1e-5
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("groups", [None, "each"])
 @pytest.mark.parametrize("route", ["direct", "gram"])
 @pytest.mark.parametrize("tile", [1, 500])

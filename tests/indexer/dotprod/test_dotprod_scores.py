@@ -36,6 +36,7 @@ def exact_for(architecture: str, val_count: int = len(VAL)) -> Exact:
     return exact_causal(CAUSAL[architecture](), val=VAL[:val_count])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("layout", VAL_LAYOUTS)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -49,6 +50,7 @@ def test_total_parameters_and_blocks(architecture: str, layout: str, route: Rout
     assert scores.seconds > 0
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("layout", ["eight", "three batches"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -68,6 +70,7 @@ def test_groups_and_each(architecture: str, route: Route, layout: str) -> None:
     check(domains, exact)  # the total is over samples, whatever the sizes of the groups
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_all_pairs(architecture: str, route: Route) -> None:
@@ -79,6 +82,7 @@ def test_all_pairs(architecture: str, route: Route) -> None:
     agree(scores.pairs, exact_causal(model, val=BATCH).total())
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("scaler", [1.0, 65536.0])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("route", ["direct", "gram"])
@@ -141,6 +145,7 @@ def class_losses(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("count", [1, 6])
 @pytest.mark.parametrize("val_counts", [(1,), (3,), (8,), (2, 5)])
 @pytest.mark.parametrize("route", ROUTES)

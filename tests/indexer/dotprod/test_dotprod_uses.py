@@ -111,6 +111,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
 @pytest.mark.parametrize("kind", MODULES)
@@ -133,6 +134,7 @@ def check_plain(scores: Scores, model: nn.Module, x: Tensor, val: Tensor) -> Non
     agree(scores.pairs, exact_plain(model, x, x).total())
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("settings", [{}, {"padding_idx": 3}, {"sparse": True}], ids=str)
 @pytest.mark.parametrize("make", [SquareTied, lambda **s: nn.Sequential(nn.Embedding(8, 6, **s))])
@@ -146,6 +148,7 @@ def test_embeddings(make: Callable[..., nn.Module], settings: dict[str, Any], ro
     check_plain(scores, model, x, val)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("head_first", [False, True])
@@ -171,6 +174,7 @@ class Positions(nn.Module):
         return self.head(self.tokens(ids) + self.places(at.expand(len(ids), -1) if self.of_each else at))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("of_each", [False, True])
@@ -212,6 +216,7 @@ def exact_causal_in_double(model: nn.Module) -> Exact:
     return exact_of(model, len(BATCH), loss_of(BATCH), len(VAL), loss_of(VAL))
 
 
+@pytest.mark.thin
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("route", ROUTES)
@@ -239,6 +244,7 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", FROZEN)
 def test_frozen_parameters_have_no_part_in_the_score(kind: str, route: Route) -> None:

@@ -193,6 +193,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("fused", [False, True], ids=["with logits", "without"])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_another_loss_is_named(kind: str, fused: bool) -> None:

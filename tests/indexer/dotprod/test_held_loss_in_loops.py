@@ -80,6 +80,7 @@ def test_the_manager(kind: str) -> None:
             model(input_ids=X, labels=Y)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_callback(kind: str, tmp_path: Path) -> None:
     make, settings, message = REFUSED[kind]

@@ -41,6 +41,7 @@ def vectors_of(model: Any, config: ProjectionConfig, batch: Any = None) -> Tenso
         return causal_vectors(engine, model, examples() if batch is None else batch)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama", "neox"])
 def test_bfloat16_model(architecture: str, config: str) -> None:
@@ -51,6 +52,7 @@ def test_bfloat16_model(architecture: str, config: str) -> None:
     assert relative_error(found, vectors_of(model.float(), CONFIGS[config])) <= 3e-2
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_autocast(make: Callable[[], Any], config: str) -> None:
@@ -70,6 +72,7 @@ def test_autocast(make: Callable[[], Any], config: str) -> None:
     assert relative_error(outside, expected) <= 3e-2
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama, neox])
 def test_checkpointing_is_exact(make: Callable[..., Any], config: str) -> None:
@@ -137,6 +140,7 @@ def test_the_encoder_leaves_the_checkpointing_of_the_user_on() -> None:
     assert model.training
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_compiled_model(make: Callable[..., Any]) -> None:

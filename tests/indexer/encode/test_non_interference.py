@@ -52,6 +52,7 @@ def half_frozen(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [DEFAULT, ALL], ids=["default", "all"])
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama", "neox"])
@@ -181,6 +182,7 @@ RANDOM: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", RANDOM)
 def test_a_random_forward_is_refused_and_the_module_named(kind: str) -> None:
     make, named = RANDOM[kind]

@@ -292,6 +292,7 @@ def odd_batch(count: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("method", ["GradDotProd", "GradProjLora"])
 @pytest.mark.parametrize("with_val", [True, False])
 def test_the_manager(method: Any, with_val: bool) -> None:

@@ -28,6 +28,8 @@ from tests.support.trainers import (
 )
 
 
+@pytest.mark.thin(2)
+@pytest.mark.kill
 @pytest.mark.parametrize("setting", ["fp32", "accumulation", "refresh"])
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
 def test_resuming_from_a_checkpoint(setting: str, killed: bool, tmp_path: Path) -> None:

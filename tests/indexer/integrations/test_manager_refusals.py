@@ -101,6 +101,7 @@ MISUSE: dict[str, tuple[Callable[[Bench], None], str]] = {
 }
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("case", MISUSE)
 def test_misuse_is_an_error_that_says_what_to_do(case: str, bench: Bench) -> None:
     do, message = MISUSE[case]

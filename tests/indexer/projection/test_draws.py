@@ -150,6 +150,7 @@ def test_signs_and_permutations_are_that(count: int, key: str) -> None:
     assert sorted(draws.permutation(key, count)) == list(range(count))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("k", "n"), [(1, 4), (3, 8), (7, 9)])
 def test_inner_products_are_unbiased(kind: str, k: int, n: int) -> None:

@@ -34,6 +34,7 @@ FILES = [
 ]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("harm", [flip_middle, truncate, lengthen, empty, Path.unlink])
 def test_damage_is_named(lab: Lab, folder: Path, file: str, harm: Callable[[Path], None]) -> None:

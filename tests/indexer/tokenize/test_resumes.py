@@ -42,6 +42,8 @@ MOMENTS = {
 }
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("act", ["kill", "interrupt", "ENOSPC"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resumes_to_the_same_bytes(lab: Lab, whole: Path, moment: str, act: str, tmp_path: Path) -> None:
@@ -108,6 +110,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.mark.kill
 @linux
 def test_workers(lab: Lab, whole: Path, tmp_path: Path) -> None:
     """Two workers: the same bytes. Both are killed with the process that started them, or one alone: an error that

@@ -114,6 +114,7 @@ def test_max_samples_reads_no_further(lab: Lab, tmp_path: Path) -> None:
     assert tokenize(lab, data, tmp_path / "out", max_samples=3, shard_samples=2).samples == 3
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_uint32(write: Write, tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(65_537)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -158,6 +159,7 @@ def test_shards_are_a_corpus(lab: Lab, whole: Path) -> None:
         ghoststore.tokenize(data=whole, tokenizer=lab.checkpoint, out=whole.with_name("again"))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("rows", ["text", "prompt"])
 def test_build_and_query_from_shards(lab: Lab, rows: str, tmp_path: Path) -> None:
     """Vectors to the bit those of the corpus itself; results with the same ids, scores and texts."""

@@ -73,6 +73,7 @@ def exhaustive(index: AnnIndex) -> AnnIndex:
     return index
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("factory", KINDS)
 def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part, factory: str, metric: Metric) -> None:
@@ -92,6 +93,7 @@ def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part
         assert len(set(found.rows[0]) - {-1}) == (found.rows[0] >= 0).sum()
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype(tmp_path: Path, dtype: str, metric: Metric) -> None:
@@ -102,6 +104,7 @@ def test_every_dtype(tmp_path: Path, dtype: str, metric: Metric) -> None:
     equal(AnnIndex.open(part).search(term, top_k=7)[0], search([term], top_k=7)[0])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -2.0])
 def test_weights_and_layers(part: Part, metric: Metric, weight: float) -> None:
@@ -166,6 +169,7 @@ def test_few_rows(tmp_path: Path, rows: int) -> None:
     assert (found.rows[:, rows:] == -1).all()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("factory", ["RaBitQ", "IVF8,SQ8", "HNSW16,SQ8"])
 def test_the_same_part_gives_the_same_bytes(tmp_path: Path, factory: str) -> None:
     manifests = [build(make_part(tmp_path / name, clustered()), factory=factory).manifest for name in ("one", "other")]
@@ -188,6 +192,7 @@ def test_the_recall_of_the_manifest_is_that_of_the_search(part: Part) -> None:
     assert report.manifest.recall["mean"].queries > 10
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_reached_is_said(tmp_path: Path, lab: Lab) -> None:
     """Noise in few dimensions: nothing is near anything."""
     store = tmp_path / "store"
@@ -324,6 +329,7 @@ print(anonymous() - before, index.manifest.size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what memory is mapped")
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "Flat"])
 def test_an_index_is_mapped_not_read(tmp_path: Path, lab: Lab, factory: str) -> None:

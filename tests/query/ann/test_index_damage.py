@@ -67,6 +67,7 @@ def state(store: Path) -> str:
     return str(one["state"])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("harm", [*CHANGES, delete])
 @pytest.mark.parametrize("kind", ["faiss", "rows", "manifest"])
 def test_a_damaged_file_is_named_and_built_again(store: Path, kind: str, harm: Harm) -> None:
@@ -173,6 +174,8 @@ def test_replaced_while_it_is_being_opened(store: Path, monkeypatch: pytest.Monk
     assert len(calls) == 2
 
 
+@pytest.mark.kill
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("path", [r"begun\.faiss", r"begun\.rows", r"\.index\.json\..*\.tmp", "index.json$"])
 @pytest.mark.parametrize("first", [True, False], ids=["new", "over another"])
 def test_killed_while_building(store: Path, lab: Lab, path: str, first: bool) -> None:

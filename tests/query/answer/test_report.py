@@ -71,6 +71,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("store", ["sketched", "plain"])
 @pytest.mark.parametrize(
     "settings",
@@ -107,6 +108,7 @@ def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any]
     assert ("What each layer adds is not shown" in text) != possible
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("settings", [{}, {"each": True}, {"group_field": "task"}], ids=str)
 @pytest.mark.parametrize("precondition", ["none", "second-moment"])

@@ -77,6 +77,7 @@ def reciprocal(scores_QN: np.ndarray) -> np.ndarray:
 COMBINED = {"mean": lambda s: s.mean(0), "max": lambda s: s.max(0), "rank-fusion": reciprocal}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("combine", list(COMBINED))
 @pytest.mark.parametrize("top_k", [ROWS, 7])

@@ -170,6 +170,7 @@ def refused(folder: Path, ask: str, expected: str) -> str:
     return message
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("ask", ["query", "build", "build, learned"])
 def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:
@@ -182,6 +183,7 @@ def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:
         assert "--checkpoint" in message
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("ask", ["select", "fidelity", "plot_error", "evaluate"])
 @pytest.mark.parametrize("change", ["activation", "normalizer"])
 def test_every_command_that_uses_the_model(own: Path, ask: str, change: str) -> None:
@@ -324,6 +326,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_nameless_part_and_the_command_that_builds_it_again(lab: Lab, own: Path, name: str) -> None:
     folder = own / "with spaces"

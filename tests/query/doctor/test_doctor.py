@@ -31,6 +31,7 @@ def examine(model: Any, tmp_path: Path, **settings: Any) -> DoctorReport:
     return doctor(model=model, tokenizer=Words(), store=tmp_path, **settings)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("projection", [ProjectionConfig(), ALL], ids=["default", "all"])
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_nothing_is_wrong_with_a_healthy_model(architecture: str, projection: Any, tmp_path: Path) -> None:
@@ -49,6 +50,7 @@ def test_nothing_is_wrong_with_a_healthy_model(architecture: str, projection: An
         assert details["coverage"]["squared_norm"] == pytest.approx(1)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("defect", SICK)
 def test_each_planted_defect_is_found_and_named(defect: str, tmp_path: Path) -> None:
     make, check, words = SICK[defect]

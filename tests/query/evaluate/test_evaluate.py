@@ -214,6 +214,7 @@ def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monk
     assert len(trained) == 2
 
 
+@pytest.mark.slow
 def test_workers_find_the_same(folder: Path, done: Path, tmp_path: Path) -> None:
     evaluate(folder, tmp_path / "out", methods=["random"], workers=2)
     for path in sorted((done / "trainings").iterdir()):

@@ -70,6 +70,7 @@ class Bars(Silent):
         pass
 
 
+@pytest.mark.kill
 def test_goes_on_where_it_was_killed(
     lab: Lab, folder: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,8 @@ SMALL_FILES = (
 )
 
 
+@pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "fault",
     [
@@ -208,6 +210,7 @@ def test_killed_and_resumed_byte_identical(lab: Lab, tmp_path: Path, fault: dict
     assert lab.tree(tmp_path / "killed") == lab.tree(tmp_path / "whole")
 
 
+@pytest.mark.kill
 def test_full_disk_and_the_rest_later(lab: Lab, tmp_path: Path) -> None:
     fault = {"call": "fsync", "path": r"gradients-00000", "when": "before", "act": "ENOSPC"}
     outcome = command_line(lab, tmp_path / "out", fault=fault)

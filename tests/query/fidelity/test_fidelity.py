@@ -96,6 +96,7 @@ def brute_force(store: Path, name: str, metric: str) -> dict[str, np.ndarray]:
     return {key: queries @ rows.T for key, (queries, rows) in scores.items()}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("part", ["rank", "onebit", "sketched"])
 def test_equals_brute_force(store: Path, part: str, metric: Any) -> None:

@@ -114,6 +114,7 @@ def test_measured_lies_on_theory(store: Path, tmp_path: Path) -> None:
     assert dense == pytest.approx([np.sqrt(2 / (np.pi * points[name].numbers)) for name in ("a", "c", "d")])
 
 
+@pytest.mark.slow
 def test_many_draws_lie_on_theory(lab: Lab, store: Path, tmp_path: Path) -> None:
     """Over twelve seeds of one rank the root mean square of the errors is that of the theory."""
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(40, 1))
@@ -154,6 +155,7 @@ def test_against_a_naive_projection(store: Path, tmp_path: Path) -> None:
         curve_of(store, tmp_path / "other.png", reference="naive_proj_layers=99999999")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_files(lab: Lab, store: Path, suffix: str, tmp_path: Path) -> None:
     out = tmp_path / f"error{suffix}"

@@ -141,6 +141,7 @@ def test_evaluation_by_exact_gradients(store: Path, tmp_path: Path) -> None:
             scores_of(folder, tmp_path / "other", [method], part="rank")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("layers", [[], ["c_fc"]], ids=["all", "layers"])
 @pytest.mark.parametrize("kind", ["gaussian", "pca"])
 def test_several_checkpoints(lab: Lab, store: Path, kind: str, layers: list[str], tmp_path: Path) -> None:

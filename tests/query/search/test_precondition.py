@@ -80,6 +80,7 @@ def ask(store: Path, **settings: Any) -> Any:
     return ghoststore.query(store=store, val_set=val_set, **settings)
 
 
+@pytest.mark.thin
 @PROJECTIONS
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("damping", [1e-3, 0.1, 10.0])

@@ -39,6 +39,7 @@ def test_rows_of_any_size(tmp_path: Path, metric: Metric, scale: float) -> None:
     both_ends([Term.of(part, queries, metric=metric)])
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("combine", [None, "max"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1e-5, 2e-5), (1e-30, 1e30), (0.0, 1.0)])

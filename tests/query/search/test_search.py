@@ -76,6 +76,7 @@ def agree(found: Listed, scores_N: np.ndarray, k: int) -> None:
     )
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("projection", [SKETCHED, PLAIN], ids=["sketched", "plain"])
 @pytest.mark.parametrize("dtype", ENCODINGS)
@@ -107,6 +108,7 @@ def test_span_size_changes_nothing(lab: Lab, folder: Path, val: Path, span_rows:
         np.testing.assert_allclose([hit.score for hit in mine], [hit.score for hit in theirs], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("span_rows", [3, 8, 64])
 def test_ties_go_to_the_lower_row(lab: Lab, tmp_path: Path, span_rows: int) -> None:
     """Equal rows, each in a batch of its own, have equal bits; they come in the order of the corpus."""
@@ -141,6 +143,7 @@ def test_more_than_there_is(lab: Lab, folder: Path, val: Path) -> None:
     assert [hit.source_row for hit in found.bottom] == [hit.source_row for hit in reversed(found.hits)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(
     ("layers", "exclude", "left"),
@@ -175,6 +178,7 @@ def test_no_layer_is_left(lab: Lab, folder: Path, val: Path) -> None:
         ghoststore.query(store=store, val_set=val, layers=["nothing"], device="cpu")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_row_is_nearest_to_itself(lab: Lab, folder: Path, dtype: str) -> None:
     store = store_of(lab, folder, lab.corpus, proj_dtype=dtype)

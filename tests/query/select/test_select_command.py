@@ -71,6 +71,7 @@ def test_a_val_set_on_standard_input(lab: Lab, built: Path, val: Path, tmp_path:
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -148,6 +149,8 @@ def test_a_misspelt_option_of_the_question(built: Path, val: Path, tmp_path: Pat
             select(built, val, tmp_path / "out.jsonl", count=3, **{option: "dot"})
 
 
+@pytest.mark.kill
+@pytest.mark.thin
 @pytest.mark.parametrize("out", ["out.jsonl", "out"])
 @pytest.mark.parametrize("act", ["kill", "ENOSPC"])
 def test_all_files_or_none(lab: Lab, built: Path, val: Path, tmp_path: Path, out: str, act: str) -> None:

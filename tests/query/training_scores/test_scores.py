@@ -83,6 +83,7 @@ def agree(hits: Sequence[Any], expected: list[tuple[int, float]], reference: Ref
         assert hit.window_start == (table.window_start[row] if reference.unit == "window" else 0)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
 @pytest.mark.parametrize("unit", ["sample", "window"])
 def test_values(store: Path, kind: Any, unit: Any) -> None:
@@ -174,6 +175,7 @@ def test_filters(store: Path, kind: Any, domains: tuple[str, ...], min_times: in
     agree(found.hits, expected, reference)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
 @pytest.mark.parametrize("min_times", [None, 4])
 def test_by_domain(store: Path, kind: Any, min_times: int | None) -> None:
@@ -435,6 +437,7 @@ def test_a_corpus_that_cannot_be_found_again(store: Path) -> None:
     assert notes.said == ["texts are not shown: run 'run' does not say which corpus it was trained on"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("words", [[], ["--by", "domain"], ["--sample", "s0"]], ids=["hits", "domains", "history"])
 def test_every_form_of_output(lab: Lab, store: Path, tmp_path: Path, words: list[str]) -> None:
     """Each holds what the JSON document holds; JSON is all of stdout."""
@@ -481,6 +484,7 @@ def test_tables(lab: Lab, store: Path) -> None:
             assert text in outcome.out
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_a_plot(lab: Lab, store: Path, tmp_path: Path, suffix: str) -> None:
     plot = tmp_path / f"plot.{suffix}"
@@ -493,6 +497,7 @@ def test_a_plot(lab: Lab, store: Path, tmp_path: Path, suffix: str) -> None:
     assert (again.code, "exists; nothing was written" in again.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_plot_of_many_domains_and_of_none(tmp_path: Path) -> None:
     many = [f"d{i}" for i in range(15)]
     table = row_table(domain=row_table().source_row)
