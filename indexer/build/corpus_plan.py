@@ -231,7 +231,8 @@ def rows_of_spans(
 
 def sample_columns(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, NDArray[Any]]:
     """The columns of a store that say which sample, or which window of one, each row is: see SAMPLE_COLUMNS."""
-    codes: dict[str | None, int] = {None: -1, **{domain: code for code, domain in enumerate(domains)}}
+    codes: dict[str | None, int] = {domain: code for code, domain in enumerate(domains)}
+    codes[None] = -1
     values: dict[str, list[Any]] = {
         "sample_id": [row.sample.id for row in rows],
         "domain": [codes[row.sample.domain] for row in rows],
