@@ -126,7 +126,7 @@ def _lines(curves: Curves) -> Lines:
 def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
     highest, lowest = [], []
     for color, (label, columns) in zip(COLORS, lines, strict=False):
-        mean, error = curves.mean_scores(lambda sums, columns=columns: sums[:, columns].sum(1))
+        mean, error = curves.mean_scores(columns)
         count = int(curves.domain_sums("times")[:, columns].sum())
         axes.plot(
             curves.centres,

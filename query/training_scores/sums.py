@@ -5,7 +5,7 @@ Legend: N rows of the row table, U units (samples, or windows), P places of some
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,6 @@ class Tally:
     """Infinite."""
     without_learning_rate: int = 0
     """Left out because their step has no finite learning rate."""
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
     @property
     def negative_share(self) -> float | None:
