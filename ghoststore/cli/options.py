@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -155,9 +156,11 @@ def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
     if isinstance(default, tuple):
         default = ",".join(default) or None
     switch = entry.spec.type is bool and entry.off is None
-    settings: dict[str, Any] = {"metavar": entry.option.metavar, **_reading(entry)}
+    settings = _reading(entry)
     if default is not None:
         settings["default"] = default
+    if entry.option.metavar is not None:
+        settings["metavar"] = entry.option.metavar
     yield click.Option(
         [*entry.declarations.split(), _key(entry)],
         help=flags.render(entry.option.help),
@@ -178,7 +181,7 @@ def _reading(entry: Entry) -> dict[str, Any]:
     if entry.spec.type is bool:
         return {"is_flag": True}
     if option.repeated:
-        return {"type": str, "multiple": True, "callback": _several(option.parse)}
+        return {"type": str, "multiple": True, "callback": _several(option.parse), "metavar": "NAME"}
     if option.parse:
         return {"type": str, "callback": _parsed(option.parse)}
     if choices_of(entry.spec):
@@ -188,7 +191,7 @@ def _reading(entry: Entry) -> dict[str, Any]:
     if int in kinds or float in kinds:
         return {"type": int if int in kinds else float}
     if str in kinds or Any in kinds:
-        return {"type": str}
+        return {"type": str, "metavar": "PATH" if Path in kinds else "NAME"}
     return {"type": str, "callback": _parsed(_patterns), "metavar": "PATTERNS"}
 
 

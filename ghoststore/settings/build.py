@@ -22,7 +22,7 @@ from ghoststore.settings.shared import (
 class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
     """Of ``ghoststore build``."""
 
-    name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output", metavar="NAME")
+    name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output")
     projection: ProjectionConfig | None = option(
         None, "How gradients are projected.", "Projection", group=ProjectionConfig
     )
@@ -44,7 +44,6 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         "A training checkpoint (of `ghoststore train` or transformers' Trainer) whose second moment of Adam scales the "
         "gradients: scores then tell what a step of Adam does.",
         "Projection",
-        metavar="PATH",
     )
     dry_run: bool = option(False, "Print rows, tokens, D, bytes and memory; build nothing.", "Output")
 
@@ -63,13 +62,9 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
 class TokenizeOptions(ProgressOption, CorpusOptions):
     """Of ``ghoststore tokenize``."""
 
-    tokenizer: str | Path = field(
-        metadata=about("Folder with a saved tokenizer, or a hub id.", "Model", metavar="PATH")
-    )
-    out: str | Path = field(
-        metadata=about("Folder of the shards: a new one, or one to continue.", "Output", metavar="PATH")
-    )
-    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    tokenizer: str | Path = field(metadata=about("Folder with a saved tokenizer, or a hub id.", "Model"))
+    out: str | Path = field(metadata=about("Folder of the shards: a new one, or one to continue.", "Output"))
+    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
     max_samples: int | None = option(None, "Only the first samples (of those domains).", "Input")
     shard_samples: int | None = option(None, "Samples committed together (default: 4096).", "Advanced")
     workers: int | None = option(

@@ -28,38 +28,22 @@ class Fields:
         "Field with the text (default: 'text', else prompt and completion, else messages).",
         "Input",
         flag="--text-field",
-        metavar="NAME",
     )
-    prompt: str | None = option(
-        None, "Field with the prompt, which is no target.", "Input", flag="--prompt-field", metavar="NAME"
-    )
+    prompt: str | None = option(None, "Field with the prompt, which is no target.", "Input", flag="--prompt-field")
     completion: str | None = option(
-        None,
-        "Field with the completion: the only targets of a row with a prompt.",
-        "Input",
-        flag="--completion-field",
-        metavar="NAME",
+        None, "Field with the completion: the only targets of a row with a prompt.", "Input", flag="--completion-field"
     )
     messages: str | None = option(
         None,
         "Field with chat messages, which go through the tokenizer's chat template.",
         "Input",
         flag="--messages-field",
-        metavar="NAME",
     )
     id: str | None = option(
-        None,
-        "Field with the id (default: 'id' where rows have it, else the row number).",
-        "Input",
-        flag="--id-field",
-        metavar="NAME",
+        None, "Field with the id (default: 'id' where rows have it, else the row number).", "Input", flag="--id-field"
     )
     domain: str | None = option(
-        None,
-        "Field with the domain (default: 'domain' where rows have it).",
-        "Input",
-        flag="--domain-field",
-        metavar="NAME",
+        None, "Field with the domain (default: 'domain' where rows have it).", "Input", flag="--domain-field"
     )
     domain_parameter: str = option(
         "fields.domain", "The parameter that named the domain, for messages.", "Input", python_only=True

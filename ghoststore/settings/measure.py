@@ -36,7 +36,7 @@ class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
     """Rows and val samples that are drawn."""
 
     val_set: str | Path | None = option(
-        None, "Draw the val samples here (default: among the part's own rows).", "Input", metavar="PATH"
+        None, "Draw the val samples here (default: among the part's own rows).", "Input"
     )
     rows: int = option(200, "Rows that are ranked, drawn at random.", "Scoring")
     val_samples: int = option(20, "Val samples they are ranked for.", "Scoring")
@@ -47,7 +47,7 @@ class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
 class FidelityOptions(ProgressOption, LayersOptions, DrawOptions):
     """Of ``ghoststore fidelity``."""
 
-    part: str | None = option(None, "Part to measure (default: the only one).", "Input", metavar="NAME")
+    part: str | None = option(None, "Part to measure (default: the only one).", "Input")
 
 
 @options
@@ -61,7 +61,6 @@ class PlotErrorOptions(ProgressOption, DrawOptions):
         None,
         "A point of the curve; repeatable (default: every part; all of one checkpoint, corpus and choice of layers).",
         "Input",
-        metavar="NAME",
         repeated=True,
     )
     reference: str = option(
@@ -96,23 +95,17 @@ class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, 
     out: str | Path = field(
         metadata=about("Folder for what the trainings find; resumes there.", "Output", metavar="FOLDER")
     )
-    run: str | None = option(None, "Evaluate the values of this training run as well.", "Input", metavar="NAME")
+    run: str | None = option(None, "Evaluate the values of this training run as well.", "Input")
     methods: Sequence[str] = option(
         METHODS,
         f"{', '.join(METHODS)}; repeatable (default: all of these). Slow, only if named: "
         "exact-dot, exact-cosine, exact-layers-dot, exact-layers-cosine.",
         "Scoring",
         flag="--method",
-        metavar="NAME",
         repeated=True,
     )
     tests: Sequence[str] = option(
-        ("lds",),
-        "lds (default), removal, tail-patch; repeatable.",
-        "Scoring",
-        flag="--test",
-        metavar="NAME",
-        repeated=True,
+        ("lds",), "lds (default), removal, tail-patch; repeatable.", "Scoring", flag="--test", repeated=True
     )
     drop: float = option(0.1, "removal: share of samples left out.", "Advanced")
     top_k: int = option(16, "tail-patch: samples of a step.", "Advanced")
@@ -134,27 +127,15 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     """Of ``ghoststore doctor``."""
 
     checkpoint: str | Path | None = option(
-        None,
-        "The model to examine: a folder in transformers' format, or a hub id.",
-        "Model",
-        metavar="PATH",
-        required=True,
+        None, "The model to examine: a folder in transformers' format, or a hub id.", "Model", required=True
     )
     model: "torch.nn.Module | None" = option(
         None, "Or a model in memory, with its tokenizer.", "Model", python_only=True
     )
-    tokenizer: Any = option(
-        None, "Folder of the model's tokenizer (default: the checkpoint's).", "Model", metavar="PATH"
-    )
-    data: str | Path | None = option(
-        None, "Corpus to draw a few samples from (default: built-in sentences).", "Input", metavar="PATH"
-    )
+    tokenizer: Any = option(None, "Folder of the model's tokenizer (default: the checkpoint's).", "Model")
+    data: str | Path | None = option(None, "Corpus to draw a few samples from (default: built-in sentences).", "Input")
     projection: ProjectionConfig | None = option(
-        None,
-        "How a build would project gradients.",
-        "Projection",
-        group=ProjectionConfig,
-        leave_out=LEARNED_OPTIONS,
+        None, "How a build would project gradients.", "Projection", group=ProjectionConfig, leave_out=LEARNED_OPTIONS
     )
     loss_reduction: Reduction = option("mean", "What the loss of a sample is: of its own targets.", "Scoring")
     model_dtype: str | None = option(
@@ -164,22 +145,19 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
         None,
         "The attention kernel to examine (default: eager, sdpa and, on CUDA, flash_attention_2 where it is there).",
         "Model",
-        metavar="NAME",
     )
     max_length: int | None = option(
         None, "Longest sample (default: the model's positions, at most 128).", "Input", metavar="TOKENS"
     )
     samples: int = option(16, "Samples to look at, at least 3.", "Input")
-    store: str | Path = option(
-        ".", "Folder whose disk is measured; nothing in it is changed.", "Output", metavar="PATH"
-    )
+    store: str | Path = option(".", "Folder whose disk is measured; nothing in it is changed.", "Output")
 
 
 @options
 class DemoOptions(ProgressOption):
     """Of ``ghoststore demo``."""
 
-    out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output", metavar="PATH")
+    out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output")
     seed: int = option(0, "Seed of the training.", "Advanced")
     rows: int = option(2400, "Rows used, planted facts aside; at most 2400.", "Input")
     steps: int = option(700, "Training steps.", "Model")

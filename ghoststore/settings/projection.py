@@ -87,10 +87,7 @@ class ProjectionConfig:
         choices=PRECONDITIONS,
     )
     damping: float = option(
-        0.1,
-        "Of `precondition`, relative to the mean eigenvalue of each factor.",
-        "Projection",
-        flag="--proj-damping",
+        0.1, "Of `precondition`, relative to the mean eigenvalue of each factor.", "Projection", flag="--proj-damping"
     )
 
     def __post_init__(self) -> None:

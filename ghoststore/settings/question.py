@@ -54,7 +54,7 @@ def parse_quota(word: str) -> tuple[str, float]:
 class ValSetOption:
     """A val set."""
 
-    val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input", metavar="PATH"))
+    val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input"))
 
 
 @options
@@ -66,7 +66,6 @@ class PartsOptions:
         "Part of the store (default: the only one). Repeated: builds of the same rows at successive checkpoints, whose "
         "scores are summed.",
         "Input",
-        metavar="NAME",
         repeated=True,
     )
     part_weights: PartWeights | None = option(
@@ -83,9 +82,7 @@ class PartsOptions:
 class RebuiltOptions(DeviceOption):
     """The model of a part that is there."""
 
-    checkpoint: str | Path | None = option(
-        None, "Another path to the checkpoint the part was built from.", "Model", metavar="PATH"
-    )
+    checkpoint: str | Path | None = option(None, "Another path to the checkpoint the part was built from.", "Model")
 
 
 @options
@@ -94,9 +91,7 @@ class QuestionOptions(
 ):
     """What is asked of a store."""
 
-    group_field: str | None = option(
-        None, "Field of the val set by which it is cut into groups.", "Input", metavar="NAME"
-    )
+    group_field: str | None = option(None, "Field of the val set by which it is cut into groups.", "Input")
     combine: Combine = option(
         "mean",
         "The ranking over all groups: by the mean or the largest of a row's scores, or by the sum of 1 / (60 + its "
@@ -119,10 +114,7 @@ class QuestionOptions(
         metavar="RUN",
     )
     score_weight: float | None = option(
-        None,
-        "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.",
-        "Scoring",
-        metavar="W",
+        None, "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.", "Scoring", metavar="W"
     )
 
 
@@ -141,9 +133,7 @@ class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
         "Read every vector, or take candidates from a FAISS index (`ghoststore index`) and score these exactly.",
         "Advanced",
     )
-    index_name: str | None = option(
-        None, "Index of `index=ann` (default: the only one for the metric).", "Advanced", metavar="NAME"
-    )
+    index_name: str | None = option(None, "Index of `index=ann` (default: the only one for the metric).", "Advanced")
     rerank: int | None = option(
         None,
         "Compute the gradients of the N best rows again and rank these by exact scores: for parts of int8 or onebit.",
@@ -151,10 +141,7 @@ class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
         metavar="N",
     )
     report: str | Path | None = option(
-        None,
-        "Write a new .html file: one page with texts, histograms, domains, layers.",
-        "Output",
-        metavar="FILE",
+        None, "Write a new .html file: one page with texts, histograms, domains, layers.", "Output", metavar="FILE"
     )
 
 
@@ -162,7 +149,7 @@ class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
 class SelfInfluenceOptions(ProgressOption, RankingOptions, DeviceOption, LayersOptions, StoreOption):
     """Of ``ghoststore self-influence``."""
 
-    part: str | None = option(None, "Part to rank (default: the only one).", "Input", metavar="NAME")
+    part: str | None = option(None, "Part to rank (default: the only one).", "Input")
     damping: float | None = option(
         None, "Relative to the mean eigenvalue of the second moment (default: 0.1).", "Scoring"
     )
@@ -174,9 +161,7 @@ class SelectOptions(ProgressOption, QuestionOptions):
 
     out: str | Path = field(
         metadata=about(
-            "New file or folder, in the form of the corpus; or .jsonl, .parquet, or a folder of save_to_disk.",
-            "Output",
-            metavar="PATH",
+            "New file or folder, in the form of the corpus; or .jsonl, .parquet, or a folder of save_to_disk.", "Output"
         )
     )
     fraction: float | None = option(None, "Choose this share of the samples that can be chosen.", "Output")

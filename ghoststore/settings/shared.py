@@ -32,7 +32,7 @@ class ProgressOption:
 class StoreOption:
     """The store."""
 
-    store: str | Path = field(metadata=about("The store: a directory.", "Input", metavar="PATH"))
+    store: str | Path = field(metadata=about("The store: a directory.", "Input"))
 
 
 @options
@@ -54,9 +54,7 @@ class CorpusOptions(FieldsOption):
     """A corpus."""
 
     data: str | Path = field(
-        metadata=about(
-            "Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input", metavar="PATH"
-        )
+        metadata=about("Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input")
     )
 
 
@@ -74,15 +72,11 @@ class LengthOptions:
 class CheckpointOptions(DeviceOption):
     """A checkpoint that gradients are taken at."""
 
-    checkpoint: str | Path = field(
-        metadata=about("Folder in transformers' format, or a hub id.", "Model", metavar="PATH")
-    )
-    tokenizer: str | Path | None = option(
-        None, "Folder of the tokenizer (default: the checkpoint's).", "Model", metavar="PATH"
-    )
+    checkpoint: str | Path = field(metadata=about("Folder in transformers' format, or a hub id.", "Model"))
+    tokenizer: str | Path | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(
-        None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced", metavar="NAME"
+        None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"
     )
     loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
 

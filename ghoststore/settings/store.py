@@ -17,11 +17,9 @@ Unit = Literal["sample", "window"]
 class InfoOptions:
     """Of ``ghoststore info``."""
 
-    store: str | Path = field(
-        kw_only=False, metadata=about("The store to look at: a directory.", "Input", metavar="PATH")
-    )
-    part: str | None = option(None, "Only this part.", "Input", metavar="NAME")
-    run: str | None = option(None, "Only this training run.", "Input", metavar="NAME")
+    store: str | Path = field(kw_only=False, metadata=about("The store to look at: a directory.", "Input"))
+    part: str | None = option(None, "Only this part.", "Input")
+    run: str | None = option(None, "Only this training run.", "Input")
 
 
 @options
@@ -33,14 +31,11 @@ class VerifyOptions(ProgressOption, InfoOptions):
 class IndexOptions(ProgressOption, MetricOption, StoreOption):
     """Of ``ghoststore index``."""
 
-    part: str | None = option(None, "Part to index (default: the only one).", "Input", metavar="NAME")
+    part: str | None = option(None, "Part to index (default: the only one).", "Input")
     factory: str | None = option(
-        None,
-        "FAISS's factory string, such as IVF4096,SQ8 (default: by rows and dimension).",
-        "Model",
-        metavar="STRING",
+        None, "FAISS's factory string, such as IVF4096,SQ8 (default: by rows and dimension).", "Model", metavar="STRING"
     )
-    name: str | None = option(None, "Name of the index (default: metric and factory string).", "Output", metavar="NAME")
+    name: str | None = option(None, "Name of the index (default: metric and factory string).", "Output")
     dimension: Dimension = option(
         "auto",
         "Sketch vectors to D numbers before FAISS sees them; auto: 1,024 for vectors of more than 2,048.",
@@ -60,14 +55,14 @@ class ManageIndexes:
     """Of the command line alone: what is done instead of building."""
 
     list_them: bool = option(False, "Show the indexes that there are, build nothing.", "Output", flag="--list")
-    remove: str | None = option(None, "Delete an index, build nothing.", "Output", metavar="NAME")
+    remove: str | None = option(None, "Delete an index, build nothing.", "Output")
 
 
 @options
 class RunOption(StoreOption):
     """A training run."""
 
-    run: str | None = option(None, "Training run (default: the only one).", "Input", metavar="NAME")
+    run: str | None = option(None, "Training run (default: the only one).", "Input")
 
 
 @options
@@ -91,20 +86,16 @@ class ScoresOptions(ProgressOption, RunOption):
         "score.",
         "Scoring",
     )
-    group: str | None = option(
-        None, "Scores against this val group (`ghoststore train --val-groups`).", "Scoring", metavar="NAME"
-    )
+    group: str | None = option(None, "Scores against this val group (`ghoststore train --val-groups`).", "Scoring")
     layers: Sequence[str] = option(
-        (),
-        "Scores of these layers alone (`ghoststore train --per-layer`): module paths or globs.",
-        "Scoring",
+        (), "Scores of these layers alone (`ghoststore train --per-layer`): module paths or globs.", "Scoring"
     )
     exclude_layers: Sequence[str] = option((), "Scores but for these layers.", "Scoring")
     unit: Unit = option(
         "sample", "Rank samples, the windows of a long one summed, or each window by itself.", "Scoring"
     )
     min_times: int | None = option(None, "Leave out what was scored less often.", "Scoring", metavar="N")
-    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
     text: bool = option(True, "Look up texts in the corpus, if unchanged.", "Output")
     plot: str | Path | None = option(
         None, "Draw scores by domain over training to a new .png, .pdf or .svg file.", "Output", metavar="FILE"

@@ -85,9 +85,7 @@ class ScoringConfig:
 class RunConfig:
     """Model, data, and how often what is written."""
 
-    architecture: str | None = option(
-        None, "GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.", "Model", metavar="NAME"
-    )
+    architecture: str | None = option(None, "GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.", "Model")
     max_length: int | None = option(
         None, "Longest row in tokens (default: the model's positions, at most 1024).", "Input"
     )
@@ -176,17 +174,15 @@ FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig) for
 class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig, DeviceOption, CorpusOptions):
     """Of ``ghoststore train``."""
 
-    val_set: str | Path | None = option(
-        None, "Val samples that training samples are scored against.", "Input", metavar="PATH"
-    )
-    store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output", metavar="PATH")
-    output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output", metavar="PATH"))
-    name: str | None = option(None, "Name of the run (default: after architecture and data).", "Output", metavar="NAME")
-    checkpoint: str | Path | None = option(None, "Go on from this checkpoint instead.", "Model", metavar="PATH")
+    val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")
+    store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output")
+    output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output"))
+    name: str | None = option(None, "Name of the run (default: after architecture and data).", "Output")
+    checkpoint: str | Path | None = option(None, "Go on from this checkpoint instead.", "Model")
     tokenizer: str | Path | None = option(
-        None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model", metavar="PATH"
+        None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model"
     )
-    domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", metavar="NAME", repeated=True)
+    domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
     max_samples: int | None = option(None, "The first so many samples of the corpus.", "Input")
     max_val_samples: int | None = option(None, "The first so many samples of the val set.", "Input")
     config: TrainConfig | None = option(
@@ -200,7 +196,7 @@ class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig,
         leave_out=("exclude_layers", *LEARNED_OPTIONS),
     )
     eval_only: bool = option(False, "Only the val loss of `checkpoint`.", "Output")
-    tensorboard: str | Path | None = option(None, "Log to this TensorBoard folder.", "Output", metavar="PATH")
+    tensorboard: str | Path | None = option(None, "Log to this TensorBoard folder.", "Output")
     wandb: str | None = option(
         None, "Log to Weights & Biases (offline unless WANDB_MODE is set).", "Output", metavar="PROJECT"
     )

@@ -264,7 +264,7 @@ WRONG = {
     'build(checkpoint="m", data="d", store="s", batch_tokens="4")': 'incompatible type "str"; expected "int | None"',
     'build(checkpoint="m", data="d", store="s", overlong="cut")': "incompatible type \"Literal['cut']\"",
     'build(checkpoint="m", data="d")': 'Missing named argument "store"',
-    'build("m", data="d", store="s")': "Too many positional arguments",
+    'build("m", checkpoint="m", data="d", store="s")': "Too many positional arguments",
     'rows = str(build(checkpoint="m", data="d", store="s"))': "Incompatible types in assignment",
 }
 
