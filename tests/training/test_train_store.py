@@ -193,6 +193,7 @@ def short(gym: Gym) -> Trained:
     return gym.fresh(gym.folder / "short", max_steps=6, checkpoint_interval=3)
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize(
     ("where", "name"), [*(("output", name) for name in OTHERS), *(("run", name) for name in ("seed", "val", "layers"))]
 )

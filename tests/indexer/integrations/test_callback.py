@@ -344,6 +344,7 @@ def interrupted(folder: Path) -> Path:
     return folder / "out" / "checkpoint-5"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_moved(tmp_path: Path) -> None:
     checkpoint = tmp_path / "moved"
     shutil.move(interrupted(tmp_path), checkpoint)
@@ -367,6 +368,7 @@ def test_training_that_stops_early_has_every_step_in_the_store(tmp_path: Path) -
     assert [found[step] > 0 for step in range(8)] == [True] * 6 + [False] * 2
 
 
+@pytest.mark.slow
 def test_training_a_second_time_is_another_run(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [callback_of(tmp_path / "store")], max_steps=4)
     trainer.train()
@@ -465,6 +467,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_scored_is_refused(case: str, tmp_path: Path) -> None:
     settings, message = REFUSED[case]
@@ -505,6 +508,7 @@ def test_settings_of_the_callback(tmp_path: Path) -> None:
         trainer_of(tmp_path, [callback]).train()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_store_that_cannot_be_written(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ghoststore.store.run.run import RunWriter

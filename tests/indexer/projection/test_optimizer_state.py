@@ -154,6 +154,7 @@ def by_decay(parameters: Any, **settings: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **settings)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("optimizer_of", [torch.optim.Adam, by_decay], ids=["as they stand", "decayed first"])
 def test_numbered_states_get_their_names_back(lab: Lab, tmp_path: Path, optimizer_of: Any) -> None:
     model, optimizer = trained(lab, tmp_path / "model", optimizer_of)

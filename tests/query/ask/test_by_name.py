@@ -147,6 +147,7 @@ def test_groups_of_another_val_set_are_not_ours(trained: Path, tmp_path: Path) -
     assert not [note for note in notes.said if "against another val set" in note]
 
 
+@pytest.mark.slow
 def test_a_domain_called_none_is_not_no_domain(lab: Lab, tmp_path: Path) -> None:
     rows = lab.sample_rows(3, 3)
     val = lab.write(tmp_path / "val.jsonl", [rows[0] | {"domain": "none"}, rows[1] | {"domain": None}, rows[2]])

@@ -308,6 +308,7 @@ def test_read_only_store_measures_and_says_so(own: Path, monkeypatch: pytest.Mon
     assert not measure(own, "rank").kept
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(lab.checkpoint, tmp_path / "model"))
     corpus = Path(shutil.copy(lab.corpus, tmp_path / "corpus.jsonl"))
@@ -328,6 +329,7 @@ def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
         measure(tmp_path / "store", "part", rows=15, checkpoint=tmp_path / "moved")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -187,6 +187,7 @@ def test_files(lab: Lab, store: Path, suffix: str, tmp_path: Path) -> None:
     assert "dense theory" in table.out
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store.parent / "model", tmp_path / "model")
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(30, 1))
@@ -214,6 +215,7 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
         curve_of(tmp_path / "store", tmp_path / "error.png")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
