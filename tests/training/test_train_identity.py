@@ -187,6 +187,7 @@ def unreleased(sections: dict[str, Any]) -> None:
     sections["model"]["checkpoint"] = sections["model"]["checkpoint"]["fingerprint"]
 
 
+@pytest.mark.slow
 def test_runs_of_unreleased_versions(gym: Gym, own: Path) -> None:
     edit_run(own, unreleased)
     refused(gym, own, "run 'run' of ")

@@ -199,7 +199,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_those_of_a_loop_without_it(method: str, setting: str, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_sides_are_scaled_before_they_project(checkpoint: Path) -> None:
     assert Projection(plan, again).hash == scaled.hash
 
 
+@pytest.mark.slow
 def test_other_state_is_another_part(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "checkpoint": checkpoint,

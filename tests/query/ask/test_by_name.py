@@ -136,6 +136,7 @@ def test_a_group_called_all_is_not_the_whole(trained: Path, tmp_path: Path) -> N
     assert said == expected
 
 
+@pytest.mark.slow
 def test_groups_of_another_val_set_are_not_ours(trained: Path, tmp_path: Path) -> None:
     notes = Notes()
     said, expected = of_run(trained, tmp_path / "out", "other", notes)

@@ -141,6 +141,7 @@ def test_the_command(lab: Lab, store: Path, val: Path, tmp_path: Path) -> None:
     assert "with_scores" not in plain["settings"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("what", ["content", "places", "nothing-in-common"])
 def test_other_corpora_are_refused(lab: Lab, built: Path, val: Path, tmp_path: Path, what: str) -> None:
     """By the samples themselves, both fingerprints shown; equal fingerprints of other places do not help."""

@@ -162,6 +162,7 @@ def test_memory_bound_changes_nothing(own: Path, monkeypatch: pytest.MonkeyPatch
         assert mine.recall == theirs.recall
 
 
+@pytest.mark.slow
 def test_a_val_set_and_layers_of_plain_blocks(own: Path, store: Path) -> None:
     val_set = store.parent / "val.jsonl"
     report = measure(own, "layers", val_set=val_set, layers=["c_fc"], metric="dot")
@@ -185,6 +186,7 @@ def test_seed_chooses_rows(store: Path) -> None:
     assert not {7, 31} & {int(row) for pair in drawn for rows in pair for row in rows}
 
 
+@pytest.mark.slow
 def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> None:
     """The reference is scaled as the part is: full rank agrees exactly. All parameters have no scales."""
     model = AutoModelForCausalLM.from_pretrained(store.parent / "model")
