@@ -388,6 +388,7 @@ def test_training_a_second_time_is_another_run(tmp_path: Path) -> None:
 # Errors.
 
 
+@pytest.mark.slow
 def test_an_error_in_training_and_close(tmp_path: Path) -> None:
     class Fail(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -130,6 +130,7 @@ def of_run(folder: Path, out: Path, run: str, notes: Notes) -> tuple[Any, Any]:
     return said, lds(whole[None], kept, losses.mean(0, keepdims=True))
 
 
+@pytest.mark.slow
 def test_a_group_called_all_is_not_the_whole(trained: Path, tmp_path: Path) -> None:
     """Scores for the whole val set are compared with the losses of all of it."""
     said, expected = of_run(trained, tmp_path / "out", "whole", Notes())

@@ -195,6 +195,7 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     assert by_method["training-time (run)"].groups.targets == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     (out / "trainings" / "half-00002.json").unlink()
@@ -292,6 +293,7 @@ def test_tail_patch(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "trainings").exists()
 
 
+@pytest.mark.slow
 def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     with pytest.raises(MismatchError, match=r"half-00000\.json is of another evaluation"):

@@ -217,7 +217,7 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
         curve_of(tmp_path / "store", tmp_path / "error.png")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
