@@ -144,6 +144,7 @@ def test_the_loop_with_scores_in_the_readme_runs() -> None:
     assert names["scores"].shape == (4,)
 
 
+@pytest.mark.slow
 def test_the_loops_of_their_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

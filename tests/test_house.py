@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_files_are_short() -> None:
     too_long = {name: lines for name, lines in lengths.items() if lines > LONG_FILES.get(name, LONGEST_FILE)}
     assert not too_long
     assert set(LONG_FILES) <= {name for name, lines in lengths.items() if lines > LONGEST_FILE}, "take it off the list"
+
+
+def test_every_folder_of_tests_is_collected(request: pytest.FixtureRequest) -> None:
+    patterns = request.config.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {name for folder in folders for name in folder.relative_to(ROOT).parts}
+    assert not [name for name in names for pattern in patterns if fnmatch(name, pattern)]
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

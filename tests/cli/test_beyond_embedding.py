@@ -81,6 +81,7 @@ def test_build(case: Case, lab: Lab, options: list[str], tmp_path: Path) -> None
     assert not store.exists()
 
 
+@pytest.mark.slow
 def test_build_from_token_shards(case: Case, lab: Lab, tmp_path: Path) -> None:
     shards, store = tmp_path / "shards", tmp_path / "store"
     made = lab.run("tokenize", "--data", case.bad, "--tokenizer", case.checkpoint, "--out", shards)
@@ -91,6 +92,7 @@ def test_build_from_token_shards(case: Case, lab: Lab, tmp_path: Path) -> None:
     assert first.code == 0, first.err
 
 
+@pytest.mark.slow
 def test_a_token_that_is_cut_off_harms_nothing(case: Case, lab: Lab, tmp_path: Path) -> None:
     built = lab.build(tmp_path / "store", "--checkpoint", case.checkpoint, "--data", case.late)
     assert built.code == 0, built.err

@@ -143,7 +143,7 @@ def test_tables_are_on_stdout(lab: Lab, built: Path) -> None:
     assert lab.run("verify", "--store", built, "--quiet").out.startswith("sound: 1 part(s), 5 spans")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("options", [[], ["--proj-dtype", "float16", "--span-rows", "10"], ["--proj-rank-total", "16"]])
 def test_a_dry_run_says_what_would_be_and_writes_nothing(

@@ -194,8 +194,8 @@ def test_a_reader_that_does_not_know_the_encoding_names_it(
         Store.open(tmp_path / "store").part("int8")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.kill
-@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_killed_and_resumed_to_the_same_bytes(lab: Lab, tmp_path: Path, name: str) -> None:
     options = ("--proj-dtype", name, "--proj-rank-total", "18")

@@ -116,6 +116,7 @@ def test_prompts_and_completions(lab: Lab, tmp_path: Path) -> None:
     check(lab, part)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("overlong", "expected"),
     [("truncate", [Status.OK, Status.TRUNCATED, Status.OK]), ("skip", [Status.OK, Status.TOO_LONG, Status.OK])],

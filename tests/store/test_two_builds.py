@@ -89,7 +89,7 @@ def test_overtaken(lab: Lab, built: Path, call: str, path: str, tmp_path: Path) 
     assert lab.tree(store) == lab.tree(built)
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [r"parts/\.part.*/norm/zarr\.json$", r"parts/part$"])
 def test_overtaken_by_another_part(lab: Lab, place: str, tmp_path: Path) -> None:
     """The same name with other settings: one is built, the other is refused, with both values or as busy."""

@@ -169,6 +169,7 @@ def test_training_from_shards_is_training_from_the_corpus(gym: Gym, tmp_path: Pa
         assert [name for name in sections if stored[name] != other[name]] == []
 
 
+@pytest.mark.slow
 def test_a_run_of_a_corpus_goes_on_from_its_shards(gym: Gym, tmp_path: Path) -> None:
     trained = gym.fresh(tmp_path, "prompts", max_steps=4, checkpoint_interval=2)
     shutil.rmtree(trained.checkpoint(4))

@@ -208,6 +208,7 @@ def test_one_process_cannot_go_on_for_two(gym: Gym, two: Path) -> None:
     assert "storage.ranks: stored 2, asked for 1" in outcome.err
 
 
+@pytest.mark.slow
 def test_standard_input_of_several_ranks(gym: Gym, tmp_path: Path) -> None:
     for option in ("--data", "--val-set"):
         outcomes = ranks(gym.lab, "", gym.words(tmp_path, option, "-"))

@@ -87,6 +87,7 @@ def test_from_scratch(gym: Gym, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(trained.checkpoint()).config.n_layer == 4
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_val_loss_alone(gym: Gym, dtype: str, tmp_path: Path) -> None:
     outcome = gym.run(tmp_path, "--eval-only", "--json", "--train-dtype", dtype, corpus="prompts")

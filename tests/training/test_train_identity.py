@@ -78,6 +78,7 @@ def refused(gym: Gym, folder: Path, expected: str, **options: Any) -> None:
     assert gym.lab.tree(folder) == before
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("field", "stored", "asked"),
     [
@@ -115,6 +116,7 @@ def test_the_command_line(gym: Gym, own: Path) -> None:
     assert "model.checkpoint.config.activation_function: stored 'gelu_new', asked for 'relu'" in outcome.err
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

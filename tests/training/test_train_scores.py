@@ -211,6 +211,7 @@ def test_scores_do_not_depend_on_how_the_step_is_cut(gym: Gym) -> None:
     np.testing.assert_allclose(one["train_loss"], four["train_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sketched_scores_resemble_the_exact_ones(gym: Gym) -> None:
     """Over the projected layers; blocks sum to the score."""
     from ghoststore import ProjectionConfig

@@ -61,6 +61,8 @@ def test_the_store_is_full_and_training_stops(gym: Gym, whole: Path, tmp_path: P
     assert same_bits(arrays_of(run_of(tmp_path)), arrays_of(run_of(whole))) == []
 
 
+@pytest.mark.kill
+@pytest.mark.slow
 def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_path: Path) -> None:
     """The weights are those of a run that could be written; what the run lacks can be seen."""
     options = ("--on-store-error", "continue", "--keep-checkpoints", "all")
@@ -193,6 +195,7 @@ def short(gym: Gym) -> Trained:
     return gym.fresh(gym.folder / "short", max_steps=6, checkpoint_interval=3)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("where", "name"), [*(("output", name) for name in OTHERS), *(("run", name) for name in ("seed", "val", "layers"))]
 )
@@ -210,6 +213,7 @@ def test_other_settings(gym: Gym, short: Trained, name: str, where: str, tmp_pat
     assert gym.lab.tree(gym.folder / "short") == before
 
 
+@pytest.mark.slow
 def test_another_corpus(gym: Gym, short: Trained, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"corpus\.fingerprint: stored .*, asked for ") as caught:
         gym.fresh(tmp_path, "long", max_steps=6, checkpoint_interval=3, output_dir=short.output)
@@ -246,7 +250,7 @@ HARMS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", HARMS)
 def test_a_damaged_checkpoint(gym: Gym, short: Trained, name: str, tmp_path: Path) -> None:
     """Named, and nothing is overwritten; without it training goes on from the one before."""
@@ -286,6 +290,7 @@ def test_every_flipped_byte_of_the_state_is_seen(gym: Gym, short: Trained, tmp_p
     assert set(accepted) <= {b" ", b"\n"}  # between values: nothing that it says is another
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else(gym: Gym, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(gym.models["tiny"], output / "checkpoint-500")  # another trainer's

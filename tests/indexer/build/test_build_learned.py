@@ -94,6 +94,7 @@ def by_hand(part: Part, exact: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "sizes"])
 def test_vectors_are_autograds_by_the_sides_of_the_part(
     lab: Lab, stores: Path, exact: list[dict[str, Tensor]], name: str

@@ -79,6 +79,7 @@ def test_killed_while_learning_leaves_nothing(lab: Lab, tmp_path: Path, monkeypa
     assert not store.exists()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("projection", "path"),
     [
@@ -113,7 +114,7 @@ def test_another_checkpoint_or_corpus_is_refused(lab: Lab, own: Path, tmp_path: 
         build(lab, own, checkpoint=lab.model(tmp_path / "deeper", layers=2))
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", [*SIDES, *FACTORS])
 def test_damage_is_named(lab: Lab, own: Path, name: str) -> None:
     file = next(path for path in (own / "parts" / "part" / name / "c").rglob("*") if path.is_file())
@@ -163,6 +164,7 @@ def test_an_optimizer_state_is_another_metric(lab: Lab, tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_learns_nothing(lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = ghoststore.Store.open(built).part("part")
     shown = lab.build(tmp_path / "store", "--dry-run", "--json")
@@ -179,6 +181,7 @@ def test_a_dry_run_learns_nothing(lab: Lab, built: Path, tmp_path: Path, monkeyp
     assert build(lab, built, dry_run=True).manifest["projection"] == projection_of(built)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("projection", [None, PCA], ids=["kronecker", "pca"])
 def test_fewer_bits_and_windows(lab: Lab, projection: ProjectionConfig | None, tmp_path: Path) -> None:
     store, options = tmp_path / "store", {"projection": projection}

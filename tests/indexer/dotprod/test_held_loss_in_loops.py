@@ -80,7 +80,7 @@ def test_the_manager(kind: str) -> None:
             model(input_ids=X, labels=Y)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_callback(kind: str, tmp_path: Path) -> None:
     make, settings, message = REFUSED[kind]
@@ -147,6 +147,7 @@ def without_dropout() -> Any:
     return gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["fused", "mixture"])
 def test_the_callback_is_exact(kind: str, tmp_path: Path) -> None:
     fused = kind == "fused"

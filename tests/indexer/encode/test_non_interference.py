@@ -52,7 +52,7 @@ def half_frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [DEFAULT, ALL], ids=["default", "all"])
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama", "neox"])

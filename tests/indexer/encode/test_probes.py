@@ -88,6 +88,7 @@ class OwnBatchNorm(Layers):
         return self.b(h - self.mean)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", [Mixup, OwnBatchNorm])
 def test_mixing_in_training_mode_alone(kind: type[nn.Module]) -> None:
     model = settle(kind()).train()

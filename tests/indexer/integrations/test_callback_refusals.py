@@ -33,6 +33,7 @@ from tests.support.trainers import (
 )
 
 
+@pytest.mark.slow
 def test_an_error_in_training_and_close(tmp_path: Path) -> None:
     class Fail(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,6 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_scored_is_refused(case: str, tmp_path: Path) -> None:
     settings, message = REFUSED[case]
@@ -152,6 +154,7 @@ def test_settings_of_the_callback(tmp_path: Path) -> None:
         trainer_of(tmp_path, [callback]).train()
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_store_that_cannot_be_written(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ghoststore.store.run.run import RunWriter

@@ -69,6 +69,7 @@ def interrupted(folder: Path) -> Path:
     return folder / "out" / "checkpoint-5"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_moved(tmp_path: Path) -> None:
     checkpoint = tmp_path / "moved"
     shutil.move(interrupted(tmp_path), checkpoint)
@@ -92,6 +93,7 @@ def test_training_that_stops_early_has_every_step_in_the_store(tmp_path: Path) -
     assert [found[step] > 0 for step in range(8)] == [True] * 6 + [False] * 2
 
 
+@pytest.mark.slow
 def test_training_a_second_time_is_another_run(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, [callback_of(tmp_path / "store")], max_steps=4)
     trainer.train()

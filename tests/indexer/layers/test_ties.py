@@ -98,6 +98,7 @@ class TiedLanguageModel(nn.Module):
         return self.head(torch.tanh(self.middle(self.embedding(ids))))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("rank_total", ["full", 9])
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("bias", [False, True])

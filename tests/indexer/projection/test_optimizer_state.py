@@ -126,6 +126,7 @@ def test_sides_are_scaled_before_they_project(checkpoint: Path) -> None:
     assert Projection(plan, again).hash == scaled.hash
 
 
+@pytest.mark.slow
 def test_other_state_is_another_part(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -154,6 +155,7 @@ def by_decay(parameters: Any, **settings: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **settings)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("optimizer_of", [torch.optim.Adam, by_decay], ids=["as they stand", "decayed first"])
 def test_numbered_states_get_their_names_back(lab: Lab, tmp_path: Path, optimizer_of: Any) -> None:
     model, optimizer = trained(lab, tmp_path / "model", optimizer_of)

@@ -73,7 +73,7 @@ def exhaustive(index: AnnIndex) -> AnnIndex:
     return index
 
 
-@pytest.mark.thin
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("factory", KINDS)
 def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part, factory: str, metric: Metric) -> None:

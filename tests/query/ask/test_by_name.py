@@ -130,12 +130,14 @@ def of_run(folder: Path, out: Path, run: str, notes: Notes) -> tuple[Any, Any]:
     return said, lds(whole[None], kept, losses.mean(0, keepdims=True))
 
 
+@pytest.mark.slow
 def test_a_group_called_all_is_not_the_whole(trained: Path, tmp_path: Path) -> None:
     """Scores for the whole val set are compared with the losses of all of it."""
     said, expected = of_run(trained, tmp_path / "out", "whole", Notes())
     assert said == expected
 
 
+@pytest.mark.slow
 def test_groups_of_another_val_set_are_not_ours(trained: Path, tmp_path: Path) -> None:
     notes = Notes()
     said, expected = of_run(trained, tmp_path / "out", "other", notes)
@@ -147,6 +149,7 @@ def test_groups_of_another_val_set_are_not_ours(trained: Path, tmp_path: Path) -
     assert not [note for note in notes.said if "against another val set" in note]
 
 
+@pytest.mark.slow
 def test_a_domain_called_none_is_not_no_domain(lab: Lab, tmp_path: Path) -> None:
     rows = lab.sample_rows(3, 3)
     val = lab.write(tmp_path / "val.jsonl", [rows[0] | {"domain": "none"}, rows[1] | {"domain": None}, rows[2]])

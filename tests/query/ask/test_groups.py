@@ -199,6 +199,7 @@ def test_a_group_with_the_name_of_all(lab: Lab, store: Path, tmp_path: Path) -> 
         ghoststore.query(store=store, part="train", val_set=val, group_field="task", device="cpu")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -72,6 +72,7 @@ def reading(lab: Lab, folder: Path, form: str) -> Path:
     return plain
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_equal_what_was_stored(lab: Lab, tmp_path: Path, projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("query.ask.encoder.ROWS_AT_ONCE", 4)
@@ -166,7 +167,7 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["int8", "onebit"])
 @pytest.mark.parametrize(
@@ -196,6 +197,7 @@ def test_query_with_rerank_gives_exact_scores(
             )
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

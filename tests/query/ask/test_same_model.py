@@ -170,7 +170,7 @@ def refused(folder: Path, ask: str, expected: str) -> str:
     return message
 
 
-@pytest.mark.thin
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("ask", ["query", "build", "build, learned"])
 def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:

@@ -141,6 +141,7 @@ def test_the_command(lab: Lab, store: Path, val: Path, tmp_path: Path) -> None:
     assert "with_scores" not in plain["settings"]
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("what", ["content", "places", "nothing-in-common"])
 def test_other_corpora_are_refused(lab: Lab, built: Path, val: Path, tmp_path: Path, what: str) -> None:
     """By the samples themselves, both fingerprints shown; equal fingerprints of other places do not help."""
@@ -230,6 +231,7 @@ def test_windows(lab: Lab, val: Path, tmp_path: Path) -> None:
             assert hit.value == pytest.approx(of_row[key] if joined == "window" else of_sample[hit.source_row])
 
 
+@pytest.mark.slow
 def test_a_part_of_token_shards(lab: Lab, val: Path, tmp_path: Path) -> None:
     """Its samples are proven, by the shards, to be those of the corpus that the run was trained on."""
     shards, store = tmp_path / "shards", tmp_path / "store"

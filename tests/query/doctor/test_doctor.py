@@ -73,6 +73,7 @@ def test_a_defect_in_a_layer_that_is_left_out_is_no_defect(tmp_path: Path) -> No
     assert report.wrong == []
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_overflow_in_bfloat16_is_wrong_where_bfloat16_was_asked_for(dtype: str, tmp_path: Path) -> None:
     report = examine(SuppressesByFloat32Minimum(gpt2()), tmp_path, model_dtype=dtype)
@@ -118,6 +119,7 @@ def test_a_layer_that_does_not_run_is_wrong(tmp_path: Path) -> None:
     assert "mlp.unused" in report.findings["gradients"].summary
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_is_left_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
     model = half_frozen(llama().to(dtype))

@@ -58,6 +58,7 @@ def test_shares_of_the_gradient_are_those_of_plain_autograd(tmp_path: Path) -> N
     assert set(details["by_type"]) == {"conv1d", "embedding", "layernorm"}
 
 
+@pytest.mark.slow
 def test_a_small_or_lopsided_share_brings_advice(tmp_path: Path) -> None:
     found = examine(tmp_path, projection=ProjectionConfig(layers=("ln_1",))).findings["coverage"]
     assert found.status == "advice"
@@ -69,6 +70,7 @@ def test_a_small_or_lopsided_share_brings_advice(tmp_path: Path) -> None:
     assert any("decides every score" in sentence for sentence in found.advice)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "available_memory", lambda device: 1000)
     report = examine(tmp_path)

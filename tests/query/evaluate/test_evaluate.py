@@ -195,6 +195,7 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     assert by_method["training-time (run)"].groups.targets == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_twice(folder: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     (out / "trainings" / "half-00002.json").unlink()
@@ -222,6 +223,7 @@ def test_workers_find_the_same(folder: Path, done: Path, tmp_path: Path) -> None
         assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_removal(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """The masks by hand, the losses those of trainings on them, resumed like any other."""
     settings: dict[str, Any] = {"tests": ["removal"], "methods": ["dot", "random"], "drop": 0.2, "repeats": 2}
@@ -256,6 +258,7 @@ def test_removal(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert evaluate(folder, tmp_path / "out", **settings).removal == report.removal
 
 
+@pytest.mark.slow
 def test_tail_patch(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """One step by hand: the gradient of the mean loss of the best samples, of a thousandth of the weights' length."""
     report = evaluate(folder, tmp_path / "out", tests=["tail-patch"], methods=["cosine"], top_k=3, repeats=2)
@@ -290,6 +293,7 @@ def test_tail_patch(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "trainings").exists()
 
 
+@pytest.mark.slow
 def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     with pytest.raises(MismatchError, match=r"half-00000\.json is of another evaluation"):

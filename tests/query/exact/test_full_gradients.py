@@ -268,6 +268,7 @@ def test_dry_run_counts_and_writes_nothing(lab: Lab, tmp_path: Path) -> None:
     assert f"would take {27 * dry.numbers * 4:,} bytes" in shown.out
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -163,6 +163,7 @@ def test_memory_bound_changes_nothing(own: Path, monkeypatch: pytest.MonkeyPatch
         assert mine.recall == theirs.recall
 
 
+@pytest.mark.slow
 def test_a_val_set_and_layers_of_plain_blocks(own: Path, store: Path) -> None:
     val_set = store.parent / "val.jsonl"
     report = measure(own, "layers", val_set=val_set, layers=["c_fc"], metric="dot")
@@ -186,6 +187,7 @@ def test_seed_chooses_rows(store: Path) -> None:
     assert not {7, 31} & {int(row) for pair in drawn for rows in pair for row in rows}
 
 
+@pytest.mark.slow
 def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> None:
     """The reference is scaled as the part is: full rank agrees exactly. All parameters have no scales."""
     model = AutoModelForCausalLM.from_pretrained(store.parent / "model")
@@ -309,6 +311,7 @@ def test_read_only_store_measures_and_says_so(own: Path, monkeypatch: pytest.Mon
     assert not measure(own, "rank").kept
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(lab.checkpoint, tmp_path / "model"))
     corpus = Path(shutil.copy(lab.corpus, tmp_path / "corpus.jsonl"))
@@ -329,6 +332,7 @@ def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
         measure(tmp_path / "store", "part", rows=15, checkpoint=tmp_path / "moved")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -126,6 +126,7 @@ def test_many_draws_lie_on_theory(lab: Lab, store: Path, tmp_path: Path) -> None
     assert measured == pytest.approx(curve.points[0].theory_rms, rel=0.3)
 
 
+@pytest.mark.slow
 def test_against_a_part_of_some_rank(store: Path, tmp_path: Path) -> None:
     """The part is known by its manifest: `rank-4` is of rank 16."""
     curve = curve_of(store, tmp_path / "error.png", reference="rank=16", part=["a", "rank-4", "c"], metric="dot")
@@ -145,6 +146,7 @@ def test_against_a_part_of_some_rank(store: Path, tmp_path: Path) -> None:
         curve_of(store, tmp_path / "other.png", reference="rank=4", part="a")
 
 
+@pytest.mark.slow
 def test_against_a_naive_projection(store: Path, tmp_path: Path) -> None:
     """The whole gradients against a dense projection of them: the error is the dense one's, on its curve."""
     curve = curve_of(store, tmp_path / "error.png", reference="naive_proj_layers=400", part="whole")
@@ -188,6 +190,7 @@ def test_files(lab: Lab, store: Path, suffix: str, tmp_path: Path) -> None:
     assert "dense theory" in table.out
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store.parent / "model", tmp_path / "model")
     data = lab.write(tmp_path / "train.jsonl", lab.sample_rows(30, 1))
@@ -215,6 +218,7 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
         curve_of(tmp_path / "store", tmp_path / "error.png")
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -233,6 +237,7 @@ def test_refused(store: Path, settings: dict[str, Any], message: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoint_gone(lab: Lab, store: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(store.parent, tmp_path / "copy"))
     model = Path(shutil.copytree(lab.checkpoint, tmp_path / "model"))

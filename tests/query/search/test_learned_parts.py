@@ -57,6 +57,7 @@ def measure(store: Path, part: str, **settings: Any) -> ghoststore.FidelityRepor
     return ghoststore.fidelity(store=store, part=part, **settings)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_whole_axes_are_exact_in_the_metric(lab: Lab, store: Path, metric: Any) -> None:
     """Nothing is lost but what is in the metric; all parameters have none."""
@@ -141,7 +142,7 @@ def test_evaluation_by_exact_gradients(store: Path, tmp_path: Path) -> None:
             scores_of(folder, tmp_path / "other", [method], part="rank")
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("layers", [[], ["c_fc"]], ids=["all", "layers"])
 @pytest.mark.parametrize("kind", ["gaussian", "pca"])
 def test_several_checkpoints(lab: Lab, store: Path, kind: str, layers: list[str], tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def test_more_than_there_is(built: Path, val: Path, tmp_path: Path) -> None:
     assert len(notes.said) == 1
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 10.0)])
 def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
@@ -362,6 +363,7 @@ def test_leaks(lab: Lab, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("c.jsonl*"))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("change", ["text", "more", "fewer", "order"])
 def test_a_changed_corpus_is_refused(lab: Lab, val: Path, tmp_path: Path, change: str) -> None:
     """Exit code 3, both fingerprints, nothing written."""
@@ -423,6 +425,7 @@ def test_an_incomplete_part(built: Path, val: Path, tmp_path: Path, score: np.nd
     assert source_rows(made) == top(there, 8)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("form", ["folder", "csv", "parquet", "dataset"])
 def test_other_forms(lab: Lab, val: Path, tmp_path: Path, form: str) -> None:
     """From the store to the rows, with a field of the user's own; see also tests/corpus/test_copies.py."""
