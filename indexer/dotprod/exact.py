@@ -240,7 +240,7 @@ class ExactMethod:
         return routes.direct(factors, self._val_gradient(full, factors)).double()
 
     def _val_gradient(self, full: str, factors: Factors) -> Tensor:
-        """The val gradient in the dtype that the factors is multiplied in, cast once a val pass."""
+        """The val gradient in the dtype that the factors are multiplied in, cast once a val pass."""
         assert self.val is not None
         gradient = self.val.gradients[full]
         if isinstance(factors, Vector) or factors.is_lookup or self.val.groups > 1:
