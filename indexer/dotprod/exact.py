@@ -224,7 +224,7 @@ class ExactMethod:
         self._pairs = pairs if self._pairs is None else self._pairs + pairs
 
     def _against_val(self, full: str, factors: Factors) -> Tensor | None:
-        """(B, G) float64: raw scores of one factors; None if the val loss does not depend on the parameter."""
+        """(B, G) float64: raw scores of one use of a parameter; None if the val loss does not depend on it."""
         assert self.val is not None
         if self.routes.get(full) == "gram":
             per_sample: Tensor | None = None
