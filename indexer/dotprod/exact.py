@@ -223,7 +223,7 @@ class ExactMethod:
         self._pairs = pairs if self._pairs is None else self._pairs + pairs
 
     def _against_val(self, full: str, factors: Factors) -> Tensor | None:
-        """(B, G) float64: raw scores of one factors; None if the val loss does not depend on the parameter."""
+        """(B, G) float64: raw scores of one use of a parameter; None if the val loss does not depend on it."""
         assert self.val is not None
         if self.routes.get(full) == "gram":
             per_sample: Tensor | None = None
@@ -239,7 +239,7 @@ class ExactMethod:
         return routes.direct(factors, self._val_gradient(full, factors)).double()
 
     def _val_gradient(self, full: str, factors: Factors) -> Tensor:
-        """The val gradient in the dtype that the factors is multiplied in, cast once a val pass."""
+        """The val gradient in the dtype that the factors are multiplied in, cast once a val pass."""
         assert self.val is not None
         gradient = self.val.gradients[full]
         if isinstance(factors, Vector) or factors.is_lookup or self.val.groups > 1:
@@ -300,7 +300,7 @@ def _behind_the_back(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size. It is used where no tap "
         "sees it (a functional call on the weight, a module that was replaced after attaching, a graph compiled "
-        "before), a hook of the parameter changes its gradient, or a second factors went backward beside the watched "
+        "before), a hook of the parameter changes its gradient, or a second term went backward beside the watched "
         "loss (a penalty on the weights: leave that to the optimizer's weight_decay). Leave it out with "
         "exclude_layers; check=False trusts the taps"
     )

@@ -114,7 +114,7 @@ def gram(train: Factors, val: Factors) -> Tensor:
 
 
 def _inner(train: Outer, val: Outer, side: Literal["rows", "columns"]) -> Tensor:
-    """(B·M, V·P), at least float32: inner products of the factors of train side, at every two positions."""
+    """(B·M, V·P), at least float32: inner products of the factors of one side, at every two positions."""
     a, b = (train.rows, val.rows) if side == "rows" else (train.columns, val.columns)
     if side == "rows" and train.is_lookup and val.is_lookup:
         return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(train.columns[:0]).dtype)
