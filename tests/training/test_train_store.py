@@ -242,7 +242,10 @@ HARMS: dict[str, tuple[Any, str]] = {
     "config-changed": (lambda at: flip(at / "config.json"), r"config\.json is not what was written"),
     "optimizer-cut": (lambda at: cut(at / "training_state/optimizer.safetensors"), r"optimizer\.safetensors is not"),
     "optimizer-flipped": (lambda at: flip(at / "training_state/optimizer.safetensors"), r"optimizer\.safetensors is"),
-    "pending-gone": (lambda at: (at / "training_state/pending.safetensors").unlink(), r"pending\.safetensors is missing"),
+    "pending-gone": (
+        lambda at: (at / "training_state/pending.safetensors").unlink(),
+        r"pending\.safetensors is missing",
+    ),
     "state-flipped": (lambda at: flip(at / "training_state/state.json", 200), r"state\.json is damaged"),
     "state-cut": (lambda at: cut(at / "training_state/state.json"), r"state\.json is damaged"),
     "state-gone": (lambda at: (at / "training_state/state.json").unlink(), r"state\.json is missing"),
