@@ -1,8 +1,9 @@
 """How gradients are projected: the options of a projection."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least, check_choices, option
@@ -15,6 +16,18 @@ LEARNED = "pca"
 """The kind of projection whose sides are principal directions of the gradients."""
 KINDS = (*DRAWN_KINDS, LEARNED)
 PRECONDITIONS = ("auto", "none", "kronecker")
+PLAIN_RANK_TOTAL = 256
+"""Numbers of a block that is not sketched, unless a rank is asked for."""
+
+
+def unsketched(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Literal["auto", "none"]:
+    """What ``compress`` was for a manifest's ``projection`` and ``layers`` without a sketch: ``auto`` where the model
+    was too small for one, which only the size of its blocks tells; where they are small, both are the same.
+    """
+    large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_RANK_TOTAL for layer in layers)
+    return "auto" if stored["rank_total"] is None and large else "none"
+
+
 LEARNED_OPTIONS = ("compress_by", "precondition", "damping", "calibration_samples")
 """Those of a projection that learns from a sample of the corpus."""
 

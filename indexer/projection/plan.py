@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from ghoststore.errors import LayerError, UsageError
-from ghoststore.settings.projection import ProjectionConfig, RankTotal
+from ghoststore.settings.projection import PLAIN_RANK_TOTAL, ProjectionConfig, RankTotal
 from indexer.projection.calibration import Calibration, LayerShape
 from indexer.projection.selection import Block, select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
-PLAIN_RANK_TOTAL = 256
 NUMBERS_PER_LAYER = 64
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ghoststore.errors import MismatchError
-from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.projection import ProjectionConfig, unsketched
 from ghoststore.store import Part
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
@@ -19,11 +19,11 @@ from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import Block
 
 
-def config_of(stored: Mapping[str, Any]) -> ProjectionConfig:
-    """The configuration that a manifest's ``projection`` holds: :meth:`ProjectionPlan.to_json` read back."""
+def config_of(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> ProjectionConfig:
+    """The configuration behind ``projection`` and ``layers`` of a manifest: `ProjectionPlan.to_json` read back."""
     given = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
     patterns = {name: tuple(stored[name]) for name in ("layers", "exclude_layers")}
-    return ProjectionConfig(**{**given, **patterns, "compress": stored["compress"] or "none"})
+    return ProjectionConfig(**{**given, **patterns, "compress": stored["compress"] or unsketched(stored, layers)})
 
 
 def projection_of(part: Part, model: nn.Module) -> Projection:
@@ -32,7 +32,7 @@ def projection_of(part: Part, model: nn.Module) -> Projection:
     MismatchError if its layers or its hash are not those of the manifest.
     """
     stored = part.manifest["projection"]
-    plan = calibrated_as(part, ProjectionPlan.for_model(model, config_of(stored)))
+    plan = calibrated_as(part, ProjectionPlan.for_model(model, config_of(stored, part.manifest["layers"])))
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
     projection = Projection(plan, scales_of(part, plan))

@@ -9,11 +9,9 @@ from typing import Any
 
 from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.flags import entries_of
-from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.projection import ProjectionConfig, unsketched
 from ghoststore.store.base.manifest import Manifest
 
-PLAIN_BLOCK = 256
-"""Numbers of a block that is not sketched, unless a rank is asked for."""
 DEFAULTS: dict[str, Any] = {
     **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
     "--proj-layers": ",".join(ProjectionConfig().layers),
@@ -74,9 +72,7 @@ def _projection(stored: dict[str, Any], layers: list[dict[str, Any]]) -> Iterato
     yield "--proj-rank-min", stored["rank_min"]
     yield "--proj-kind", stored["kind"]
     yield "--proj-seed", stored["seed"]
-    # Without a sketch by default, where the model is too small for one, blocks may be larger than plain ones.
-    large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_BLOCK for layer in layers)
-    by_default = stored["rank_total"] is not None or large
+    by_default = stored["rank_total"] is not None or unsketched(stored, layers) == "auto"
     yield "--proj-compress", stored["compress"] or (None if by_default else "none")
     yield "--proj-compress-by", stored["compress_by"] if stored["compress"] else None
     yield "--proj-precondition", stored["precondition"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ghoststore
 from ghoststore import ProjectionConfig
@@ -141,5 +142,17 @@ def test_a_manifest_holds_every_setting_and_null_for_what_is_not_used() -> None:
 def test_a_manifest_is_read_back_as_the_same_plan(settings: dict[str, Any]) -> None:
     model, config = gpt2(), ProjectionConfig(exclude_layers=("h.1",), rank_min=2, **settings)
     plan = ProjectionPlan.for_model(model, config)
-    again = ProjectionPlan.for_model(model, config_of(json.loads(json.dumps(plan.to_json()))))
+    again = ProjectionPlan.for_model(model, config_of(*json.loads(json.dumps([plan.to_json(), plan.layers_json()]))))
     assert (again.layers, again.to_json()) == (plan.layers, plan.to_json())
+
+
+def test_a_model_too_small_for_a_sketch_is_read_back() -> None:
+    """Its blocks are those before a sketch, larger than plain ones."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=4, n_embd=4, n_inner=80, n_layer=8, n_head=1))
+    plan = ProjectionPlan.for_model(
+        model, ProjectionConfig(layers=("transformer.h.*.attn.c_proj", "transformer.h.0.mlp.c_fc"))
+    )
+    assert plan.compress is None
+    assert max(layer.k_out * layer.k_in for layer in plan.layers) > 256
+    again = ProjectionPlan.for_model(model, config_of(plan.to_json(), plan.layers_json()))
+    assert again.layers_json() == plan.layers_json()
