@@ -52,12 +52,12 @@ def check_export(source: str, form: str, out: Path) -> None:
         raise UsageError(f"`out={out}`: rows of {source} ({form}) cannot be written as {wanted}; give {names}")
 
 
-def check_new(parameter: str, path: Path) -> None:
-    """UsageError if ``path`` exists, or the folder that it is to be in does not."""
+def check_new(what: str, path: Path) -> None:
+    """UsageError if ``path``, called ``what``, exists, or the folder that it is to be in does not."""
     if path.exists():
-        raise UsageError(f"`{parameter}={path}` exists; nothing was written. Give another path, or remove it")
+        raise UsageError(f"{what} exists; nothing was written. Give another path, or remove it")
     if not path.resolve().parent.is_dir():
-        raise UsageError(f"`{parameter}={path}`: the folder {path.resolve().parent} does not exist")
+        raise UsageError(f"{what}: the folder {path.resolve().parent} does not exist")
 
 
 def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> None:
