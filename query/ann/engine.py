@@ -33,7 +33,7 @@ def load_faiss() -> Any:
             "both); exact search needs neither"
         ) from error
     if not hasattr(faiss, "IO_FLAG_MMAP_IFC"):
-        raise UsageError(f"faiss {faiss.__version__} is too old: pip install --upgrade 'ghoststore[cpu]'")
+        raise UsageError(f"faiss {faiss.__version__} is too old: `pip install --upgrade 'ghoststore[cpu]'`")
     return faiss
 
 

@@ -131,8 +131,10 @@ def choose_index(part: Part, metric: Metric | None) -> str:
         return names[0]
     what = "index" if metric is None else f"index for `metric={metric}`"
     if not names:
-        wanted = "" if metric is None else f" --metric {metric}"
-        raise UsageError(f"part {part.name!r} has no {what}; `ghoststore index --part {part.name}{wanted}` makes one")
+        command = f"ghoststore index --part {part.name}"
+        if metric is not None:
+            command = f"ghoststore index --part {part.name} --metric {metric}"
+        raise UsageError(f"part {part.name!r} has no {what}; `{command}` makes one")
     raise UsageError(f"part {part.name!r} has more than one {what}; choose with `index_name`: {', '.join(names)}")
 
 

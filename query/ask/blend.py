@@ -31,7 +31,7 @@ JoinedBy = Literal["sample", "window"]
 
 
 def checked_weight(weight: float | None) -> float:
-    """``--score-weight``; UsageError outside 0 to 1."""
+    """``score_weight``; UsageError outside 0 to 1."""
     if weight is None:
         return DEFAULT_WEIGHT
     if not 0 <= weight <= 1:

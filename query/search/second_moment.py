@@ -116,7 +116,8 @@ class DampedInverse:
         widest = max(stop - start for _, start, stop in part.groups)
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
             sketched = part.sketched_together
-            other = ", or a part with a sketch for each layer (`ghoststore build --proj-compress-by layer`)" if sketched else ""
+            by_layer = "`ghoststore build --proj-compress-by layer`"
+            other = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with `damping` "
                 f"{self.damping:g} noise may decide; try `damping=1`{other}"
@@ -189,7 +190,7 @@ def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def checked_damping(damping: float | None) -> float:
-    """``--damping``, by default 0.1; UsageError for a negative or infinite one."""
+    """``damping``, by default 0.1; UsageError for a negative or infinite one."""
     if damping is None:
         return DEFAULT_DAMPING
     if not (damping >= 0 and math.isfinite(damping)):
