@@ -6,6 +6,7 @@ Import order is held by import-linter (``make lint``).
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import product
@@ -64,6 +65,34 @@ def test_files_are_short() -> None:
     too_long = {name: lines for name, lines in lengths.items() if lines > LONG_FILES.get(name, LONGEST_FILE)}
     assert not too_long
     assert set(LONG_FILES) <= {name for name, lines in lengths.items() if lines > LONGEST_FILE}, "take it off the list"
+
+
+COMMAND_LINES = {"ghoststore/store/part/build_command.py"}
+"""Files that write command lines, piece by piece."""
+
+
+def words_of(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every string of a file that is not a docstring; ``{…}`` for what an f-string fills in."""
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    for node in ast.walk(tree):
+        if id(node) in docstrings | pieces:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(str(p.value) if isinstance(p, ast.Constant) else "{…}" for p in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def test_flags_are_of_the_command_line_alone() -> None:
+    """The library names parameters (`` `top_k=5` ``); a command line that it shows whole may have flags."""
+    for path in SOURCES:
+        if {"cli", "settings"} & set(path.parts) or name_of(path) in COMMAND_LINES:
+            continue
+        for line, text in words_of(path):
+            own = re.sub(r"(`|^)(ghoststore|pip) [^`]*(`|$)", "", text)
+            assert not re.search(r"(?<![\w-])--[a-z{]", own), f"{name_of(path)}:{line}: name the parameter: {own!r}"
 
 
 def test_every_folder_of_tests_is_collected(request: pytest.FixtureRequest) -> None:

@@ -166,7 +166,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in names):
         raise CheckpointError(
             f"checkpoint {folder} has no tokenizer; save it there too: tokenizer.save_pretrained({str(folder)!r}), or "
-            "give its folder with --tokenizer"
+            "give its folder with `tokenizer`"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -184,16 +184,16 @@ def resolve_device(device: str) -> str:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"--device {device!r} is not a device: {error}") from None
+        raise UsageError(f"`device` {device!r} is not a device: {error}") from None
     if parsed.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(
-                f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu"
+                f"`device={device}`: this torch ({torch.__version__}) sees no CUDA device; use `device=cpu`"
             )
         if (parsed.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+            raise UsageError(f"`device={device}`: there are {torch.cuda.device_count()} CUDA devices")
     elif parsed.type != "cpu":
-        raise UsageError(f"--device {device}: cpu and cuda are supported")
+        raise UsageError(f"`device={device}`: cpu and cuda are supported")
     return str(parsed)
 
 
@@ -230,7 +230,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
-        raise UsageError(f"--model-dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        raise UsageError(f"`model_dtype` {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     for file in checkpoint.weights:
         _tensors(file)  # a damaged file is named before transformers reads it
     try:
@@ -258,7 +258,7 @@ def load_model(
         if not torch.isfinite(parameter).all():
             raise CheckpointError(
                 f"checkpoint {checkpoint.folder}: parameter {name!r} has NaN or infinite weights"
-                + (f" in {dtype}; try --model-dtype bfloat16" if dtype == "float16" else "")
+                + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
             )
     model = model.to(device).eval()
     refuse_lookahead(model, checkpoint.folder)
@@ -310,5 +310,5 @@ def choose_max_length(wanted: int | None, model: Any, default: int) -> int:
     if wanted is None:
         return min(limit or default, default)
     if limit is not None and wanted > limit:
-        raise UsageError(f"--max-length {wanted} is more than the {limit} positions of this model")
+        raise UsageError(f"`max_length={wanted}` is more than the {limit} positions of this model")
     return wanted

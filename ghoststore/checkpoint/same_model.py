@@ -56,8 +56,8 @@ def refuse_other_model(
     raise MismatchError(
         f"part {part.name!r} was built from {', '.join(others)}:\n"
         f"{difference_lines([*weights, *config, *tokens], 'found')}\n"
-        "Bring the stored ones back, give --checkpoint the folder that holds them, or build a part of this model under "
-        "another --name"
+        "Bring the stored ones back, give `checkpoint` the folder that holds them, or build a part of this model under "
+        "another name"
     )
 
 
@@ -77,7 +77,7 @@ def refuse_incomplete(part: Part) -> None:
     stdin = " (with its corpus on standard input)" if manifest["source"]["data"] == "-" else ""
     raise MismatchError(
         f"part {part.name!r} lacks {', '.join(lacking)} in its manifest, so nothing tells whether a model is the one "
-        f"that it was built from. Remove {part.path}, or give another --name, and build it again{stdin}:\n"
+        f"that it was built from. Remove {part.path}, or choose another name, and build it again{stdin}:\n"
         f"  {build_command(manifest, part.path.parent.parent, part.name)}"
     )
 

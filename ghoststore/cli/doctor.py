@@ -36,10 +36,10 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    columns = [("check", False), ("verdict", False), ("found", False)]
-    rows = [[name, str(finding.status), finding.summary] for name, finding in report.findings.items()]
-    print_table(report.model, columns, rows)
     render = options.renderer()
+    columns = [("check", False), ("verdict", False), ("found", False)]
+    rows = [[name, str(finding.status), render(finding.summary)] for name, finding in report.findings.items()]
+    print_table(report.model, columns, rows)
     for name, finding in report.findings.items():
         for sentence in finding.advice:
             click.echo(f"{name}: {render(sentence)}")

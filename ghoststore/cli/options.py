@@ -102,7 +102,7 @@ def run(
     if out:
         from query.common.output import check_output
 
-        check_output(out)
+        check_output(out, "out")
     result = load(name)(progress=listener(printing.quiet), **keywords)
     if out:
         result.write(out)

@@ -34,7 +34,7 @@ def form_wanted(out: Path) -> str:
     form = form_of(out)
     if form is None:
         raise UsageError(
-            f"--out {out}: expected a name that ends in {', '.join(FORMS)}, or a folder's name without any"
+            f"`out={out}`: expected a name that ends in {', '.join(FORMS)}, or a folder's name without any"
         )
     return form.name.partition(".")[0]
 
@@ -45,19 +45,19 @@ def check_export(source: str, form: str, out: Path) -> None:
     if have == "token-shards":
         raise UsageError(
             f"{source} holds token shards: tokens, and not the rows that they were made of. Build a part of the corpus "
-            "itself (ghoststore build --data …) and choose from that"
+            "itself (`ghoststore build --data …`) and choose from that"
         )
     if wanted != have and wanted not in COMMON:
         names = ".jsonl, .parquet or a folder" + (f", or .{have}" if have not in COMMON else "")
-        raise UsageError(f"--out {out}: rows of {source} ({form}) cannot be written as {wanted}; give {names}")
+        raise UsageError(f"`out={out}`: rows of {source} ({form}) cannot be written as {wanted}; give {names}")
 
 
-def check_new(option: str, path: Path) -> None:
-    """UsageError if ``path`` exists, or the folder that it is to be in does not."""
+def check_new(what: str, path: Path) -> None:
+    """UsageError if ``path``, called ``what``, exists, or the folder that it is to be in does not."""
     if path.exists():
-        raise UsageError(f"{option} {path} exists; nothing was written. Give another path, or remove it")
+        raise UsageError(f"{what} exists; nothing was written. Give another path, or remove it")
     if not path.resolve().parent.is_dir():
-        raise UsageError(f"{option} {path}: the folder {path.resolve().parent} does not exist")
+        raise UsageError(f"{what}: the folder {path.resolve().parent} does not exist")
 
 
 def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> None:
@@ -73,7 +73,7 @@ def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> 
     form = form_wanted(out)
     with storage_errors(str(out)):
         if form == "dataset":
-            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(source, folder, order), "--out")
+            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(source, folder, order), "out")
             return
         with appearing(out) as temporary:
             if form == "parquet":
@@ -99,7 +99,7 @@ def _as_json(row: dict[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as error:
-        raise UsageError(f"a row holds a value that JSON lacks ({error}): give --out a .parquet file") from None
+        raise UsageError(f"a row holds a value that JSON lacks ({error}): give `out` a .parquet file") from None
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _table(source: SourceRows, order: Sequence[int] | None) -> Any:
             table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
         except (pyarrow.ArrowException, OverflowError) as error:
             raise UsageError(
-                f"the rows do not fit a table, whose columns have one type each ({error}): give --out a .jsonl file"
+                f"the rows do not fit a table, whose columns have one type each ({error}): give `out` a .jsonl file"
             ) from None
     return table if order is None else table.take(list(order))
 

@@ -67,6 +67,6 @@ class SampleScan:
                 if len(self._domains) > MAX_DOMAINS:
                     raise CorpusError(
                         f"more than {MAX_DOMAINS:,} distinct domains in the first {self._rows:,} rows "
-                        f"(the last: {sample.domain!r:.80}): is the field of --domain-field an id?"
+                        f"(the last: {sample.domain!r:.80}): is the field of `fields.domain` an id?"
                     )
             yield sample

@@ -16,7 +16,7 @@ from ghoststore.corpus.formats.parquet import ParquetForm
 from ghoststore.corpus.formats.text import TextForm
 from ghoststore.errors import CorpusError, MismatchError
 
-ONE_FILE = "one file cannot hold both: give --out a .jsonl file"
+ONE_FILE = "one file cannot hold both: give `out` a .jsonl file"
 
 
 class SourceRows:

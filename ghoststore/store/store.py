@@ -61,7 +61,7 @@ class Store:
         if (folder / "zarr.json").exists() or not folder.exists():
             return
         if not folder.is_dir() or not all(_is_begun(entry) for entry in folder.iterdir()):
-            raise UsageError(f"{folder} exists and is not a store; give --store another path, or empty it")
+            raise UsageError(f"{folder} exists and is not a store; give `store` another path, or empty it")
 
     def part_path(self, name: str) -> Path:
         """Where the part called ``name`` is or would be."""
@@ -107,7 +107,7 @@ class Store:
                 raise UsageError(
                     f"{self.path} has no {kind.name}s; `ghoststore {command} --store {self.path} …` makes one"
                 )
-            raise UsageError(f"{self.path} has several {kind.name}s; choose one with --{kind.name}: {', '.join(names)}")
+            raise UsageError(f"{self.path} has several {kind.name}s; choose one with `{kind.name}`: {', '.join(names)}")
         if check_name(name, kind.name) not in names:
             raise UsageError(f"{self.path} has no {kind.name} {name!r}; it has: {', '.join(names) or 'none'}")
         return name

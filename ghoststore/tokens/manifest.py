@@ -30,7 +30,7 @@ SHARDS = Kind(
     made="tokenized",
     identity=("tokenizer", "corpus", "storage"),
     description=("source", "software"),
-    option="--out",
+    parameter="out",
 )
 
 SAMPLE = np.dtype(

@@ -108,7 +108,7 @@ def calibrate(
     if not usable:
         raise CorpusError(
             f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
-            "used; give --proj-kind gaussian --proj-precondition none --proj-compress-by all"
+            "used; give `kind=gaussian`, `precondition=none` and `compress_by=all`"
         )
     learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
     passes = 2 * plan.config.learns_sides + plan.shared_out
@@ -295,6 +295,6 @@ def _key(layer: BlockPlan, what: str) -> str:
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:
     return LayerError(
         f"layer {layer!r}: no projection can be learned from the sample of the corpus ({problem}); leave the layer out "
-        f"with --exclude-layers {layer!r}, or give --proj-kind gaussian --proj-precondition none "
-        "--proj-compress-by all"
+        f"with `exclude_layers` {layer!r}, or give `kind=gaussian`, `precondition=none` and "
+        "`compress_by=all`"
     )

@@ -275,7 +275,7 @@ def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any]
     return MismatchError(
         f"part {part.name!r} of {store} was built from the same samples in another form or file, in which they lie at "
         f"other places; nothing was changed:\n{difference_lines(different)}\n"
-        f"Give the corpus it was begun with to continue it, --data {begun_with['data']}, or another --name for a new "
+        f"Give the corpus it was begun with to continue it, `data={begun_with['data']}`, or another `name` for a new "
         "one"
     )
 
@@ -283,7 +283,7 @@ def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any]
 def _changed(corpus: Corpus, table: NDArray[np.int64], span: int) -> MismatchError:
     return MismatchError(
         f"{corpus.source} has changed since it was planned: the samples from row {table[span][0]} on are not those "
-        f"of span {span}. Restore the corpus, or begin anew under another name (--name, --out)"
+        f"of span {span}. Restore the corpus, or begin anew under another name"
     )
 
 

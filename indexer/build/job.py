@@ -95,8 +95,8 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
     if options.optimizer_state is not None and config.preconditioned:
         raise UsageError(
-            f"--optimizer-state and --proj-precondition {config.precondition} each give the gradients a metric of its "
-            "own: choose one (--proj-precondition none)"
+            f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
+            "own: choose one (`precondition=none`)"
         )
     plan = ProjectionPlan.for_model(model, config)
     if there is not None:  # before the corpus is read for a part that cannot be continued

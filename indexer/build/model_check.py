@@ -150,14 +150,14 @@ class ModelCheck:
             raise CaptureError(
                 f"the vectors of {len(alone)} layer(s) would not be autograd's gradients: {_named(alone)}. A weight is "
                 "used where the engine does not see it (other than by calling its layer), or a layer computes "
-                "something else than its class says. Call the layer itself, or leave it out: --exclude-layers "
+                "something else than its class says. Call the layer itself, or leave it out: `exclude_layers` "
                 f"'{','.join(alone)}'"
             )
         raise CaptureError(
             f"{type(self._model).__name__} gives a sample another gradient beside others than alone, in "
             f"{len(together)} layer(s): {_named(together)}. Something mixes the samples of a batch, such as a "
             "statistic over it or routing with a capacity: such a model cannot be built in batches; give "
-            "--batch-tokens 1"
+            "`batch_tokens=1`"
         )
 
     def _wrong(self, projection: Projection, found_BD: Tensor, expected_BD: Tensor) -> dict[str, float]:

@@ -92,7 +92,7 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
 
 
 def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
-    """Every trainable parameter of ``model`` outside ``exclude``: patterns as for ``--exclude-layers``, or of the
+    """Every trainable parameter of ``model`` outside ``exclude``: patterns as for ``exclude_layers``, or of the
     names of parameters.
 
     Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that

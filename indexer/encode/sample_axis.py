@@ -305,14 +305,14 @@ def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
     lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
     everywhere = (
         "Where it is all layers, the model itself mixes the samples of a batch (a statistic over it, routing with a "
-        "capacity), and can only be given one sample at a time (--batch-tokens 1). "
+        "capacity), and can only be given one sample at a time (`batch_tokens=1`). "
         if len(problems) == layers
         else ""
     )
     raise CaptureError(
         f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
         f"{everywhere}Have the model work batch first, or leave these layers out "
-        f"(exclude_layers, --exclude-layers): {','.join(problems)}"
+        f"(`exclude_layers`): {','.join(problems)}"
     )
 
 

@@ -39,9 +39,9 @@ class TokenSettings:
 
     def __post_init__(self) -> None:
         if self.overlong not in get_args(Overlong):
-            raise UsageError(f"--overlong {self.overlong!r} is unknown; known: {', '.join(get_args(Overlong))}")
+            raise UsageError(f"`overlong` {self.overlong!r} is unknown; known: {', '.join(get_args(Overlong))}")
         if self.max_length < 2:
-            raise UsageError(f"--max-length must be at least 2 (one token to predict), not {self.max_length}")
+            raise UsageError(f"`max_length` must be at least 2 (one token to predict), not {self.max_length}")
 
     @property
     def needs_lengths(self) -> bool:
@@ -50,7 +50,7 @@ class TokenSettings:
 
 
 def longest_row(model: Any, wanted: int | None) -> int:
-    """``--max-length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
+    """``max_length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
     return choose_max_length(wanted, model, DEFAULT_MAX_LENGTH)
 
 
@@ -118,7 +118,7 @@ class Tokenizer:
                 raise MismatchError(
                     f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
                     f"{tokenizer_lines(theirs, self.identity)}\n"
-                    "Tokenize the corpus again with --tokenizer of this checkpoint"
+                    "Tokenize the corpus again with the tokenizer of this checkpoint"
                 )
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
@@ -130,7 +130,7 @@ class Tokenizer:
         raise UsageError(
             f"sample {sample_id!r} (row {source_row}) has the token {token} ({text!r}), but the model's embedding has "
             f"{self.vocabulary:,} rows, ids 0 to {self.vocabulary - 1}; the tokenizer has ids up to {self.size - 1}. "
-            f"Give the tokenizer that belongs to the checkpoint (--tokenizer), or train rows for the new tokens first: "
+            f"Give the tokenizer that belongs to the checkpoint (`tokenizer`), or train rows for the new tokens first: "
             f"model.resize_token_embeddings({self.size}), and save the model"
         )
 
@@ -206,7 +206,7 @@ class Tokenizer:
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise CorpusError(
                 f"sample {sample.id!r} is a list of messages, but the tokenizer has no chat template; set "
-                "tokenizer.chat_template and save it, or give --text-field"
+                "tokenizer.chat_template and save it, or give `fields.text`"
             )
         import jinja2
 
@@ -232,8 +232,8 @@ def rows_of_sample(sample: Sample, tokens: Tokens, first_target: int, settings: 
     length, limit = len(tokens), settings.max_length
     if length > limit and settings.overlong == "error":
         raise CorpusError(
-            f"sample {sample.id!r} (row {sample.source_row}) has {length} tokens; --max-length is {limit} and "
-            "--overlong is error"
+            f"sample {sample.id!r} (row {sample.source_row}) has {length} tokens; `max_length` is {limit} and "
+            "`overlong` is error"
         )
     if length > limit and settings.overlong == "skip":
         return [Row(sample, 0, 0, tokens[:limit], first_target, Status.TOO_LONG)]

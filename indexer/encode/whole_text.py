@@ -34,7 +34,7 @@ class WholeTexts:
             raise UsageError(
                 f"the corpus has prompts with completions, and this tokenizer ({type(self._tokenizer).__name__}) does "
                 "not tell where in the tokens of the whole text the completion begins: it is none of the tokenizers "
-                "library. Save it as a tokenizer.json, or give whole texts (--text-field) or --messages-field"
+                "library. Save it as a tokenizer.json, or give whole texts (`fields.text`) or `fields.messages`"
             )
 
     def encode(self, pairs: Sequence[PromptCompletion]) -> list[tuple[NDArray[np.int32], int]]:

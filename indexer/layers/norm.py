@@ -120,5 +120,5 @@ class RMSNormLayer(NormLayer):
             if not any(torch.allclose(y, expected, rtol=tolerance, atol=tolerance) for expected in (plain, shifted)):
                 raise LayerError(
                     f"layer {name!r} ({type(module).__name__}) does not compute weight * x / rms(x): "
-                    "its gradient formula is not known; exclude it with --exclude-layers"
+                    "its gradient formula is not known; exclude it with `exclude_layers`"
                 )

@@ -82,16 +82,16 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
     lacking = sorted({name for block in blocks for name in block.parameters} - set(v))
     if lacking:
         raise CheckpointError(
-            f"--optimizer-state {where} has no {QUANTITY} of parameter {lacking[0]!r} ({len(lacking)} are missing); "
-            "leave its layer out with --exclude-layers, or give the optimizer state of this checkpoint"
+            f"`optimizer_state={where}` has no {QUANTITY} of parameter {lacking[0]!r} ({len(lacking)} are missing); "
+            "leave its layer out with `exclude_layers`, or give the optimizer state of this checkpoint"
         )
     scales = {}
     for block in blocks:
         v_OI = block.lay_out(v)
         if not bool(torch.isfinite(v_OI).all()) or float(v_OI.min()) < 0 or not float(v_OI.sum()) > 0:
             raise CheckpointError(
-                f"--optimizer-state {where}: the second moment of layer {block.name!r} is zero, negative or not "
-                "finite: it was not trained by Adam. Leave the layer out with --exclude-layers"
+                f"`optimizer_state={where}`: the second moment of layer {block.name!r} is zero, negative or not "
+                "finite: it was not trained by Adam. Leave the layer out with `exclude_layers`"
             )
         scales[block.name] = factored(v_OI)
     return scales
@@ -129,7 +129,7 @@ def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Ten
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise CheckpointError(
-            f"--optimizer-state {source}: found neither {OURS} (of ghoststore train) nor {TORCH} (of transformers' "
+            f"`optimizer_state={source}`: found neither {OURS} (of ghoststore train) nor {TORCH} (of transformers' "
             "Trainer); give the folder of a training checkpoint"
         )
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -137,12 +137,12 @@ def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Ten
         moments = _by_name(path, parameters) if path.suffix == ".safetensors" else _by_number(path, parameters)
     except DAMAGE as error:
         raise CheckpointError(
-            f"--optimizer-state {path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
+            f"`optimizer_state={path}` cannot be read: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
     for name, v in moments.items():
         if tuple(v.shape) != parameters.get(name):
             raise CheckpointError(
-                f"--optimizer-state {path}: {name!r} has shape {tuple(v.shape)}; the model's is {parameters.get(name)}"
+                f"`optimizer_state={path}`: {name!r} has shape {tuple(v.shape)}; the model's is {parameters.get(name)}"
             )
     return path, {name: v.float() for name, v in moments.items()}
 
@@ -166,7 +166,7 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     numbers = [int(number) for group in groups for number in group["params"]]
     shapes = {number: tuple(states[number][QUANTITY].shape) for number in numbers if QUANTITY in states.get(number, {})}
     if not shapes:
-        raise CheckpointError(f"--optimizer-state {path} holds no {QUANTITY}: it is not the state of Adam or AdamW")
+        raise CheckpointError(f"`optimizer_state={path}` holds no {QUANTITY}: it is not the state of Adam or AdamW")
     if all("param_names" in group for group in groups):
         likely = [[[str(name) for name in group["param_names"]] for group in groups]]
     else:
@@ -185,7 +185,7 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     if not fitting or any(order != fitting[0] for order in fitting):
         problem = "fits no order of the model's parameters" if not fitting else "fits several orders of the parameters"
         raise CheckpointError(
-            f"--optimizer-state {path} numbers its {len(numbers)} parameters, in {len(sizes)} group(s), and {problem} "
+            f"`optimizer_state={path}` numbers its {len(numbers)} parameters, in {len(sizes)} group(s), and {problem} "
             f"({len(parameters)}); save "
             "it with names: torch.optim.AdamW(model.named_parameters(), …)"
         )

@@ -48,7 +48,7 @@ class Projection:
         if plan.config.calibrated and calibration is None:
             raise UsageError(
                 "the kind 'pca', a precondition, and sketches layer by layer are learned from a sample of a corpus: "
-                "only a build has them. Give --proj-kind gaussian, --proj-compress-by all and --proj-precondition none"
+                "only a build has them. Give `kind=gaussian`, `compress_by=all` and `precondition=none`"
             )
         self.plan = plan
         self.sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
@@ -133,7 +133,7 @@ class Projection:
             if side is not None and not bool(side.to(dtype).isfinite().all()):
                 raise UsageError(
                     f"layer {block.name!r}: its projection has numbers up to {float(side.abs().max()):.2g}, which "
-                    f"are infinite in {dtype}; give --model-dtype bfloat16, or --proj-precondition none"
+                    f"are infinite in {dtype}; give `model_dtype=bfloat16`, or `precondition=none`"
                 )
         bias = None if use.bias_column is None or p_in is None else p_in[:, use.bias_column].to(dtype)
         return Sides(

@@ -122,8 +122,8 @@ class ProjectionPlan:
         rank_total = config.rank_total or (SKETCHED_RANK_TOTAL if config.sketched else PLAIN_RANK_TOTAL)
         if rank_total != "full" and config.rank_min**2 > rank_total:
             raise UsageError(
-                f"--proj-rank-min {config.rank_min} needs blocks of {config.rank_min**2} numbers or more, "
-                f"but --proj-rank-total is {rank_total}"
+                f"`rank_min={config.rank_min}` needs blocks of {config.rank_min**2} numbers or more, "
+                f"but `rank_total` is {rank_total}"
             )
         layers, start = [], 0
         for block in selection.blocks:
@@ -131,9 +131,9 @@ class ProjectionPlan:
             k_out, k_in = ranks(block.n_out, block.n_in, rank_total)
             if block.is_matrix and min(k_out, k_in) < config.rank_min:
                 raise LayerError(
-                    f"--proj-rank-min {config.rank_min} cannot be met by layer {block.name!r} "
-                    f"({block.n_out} × {block.n_in}), whose ranks are {k_out} × {k_in}; lower --proj-rank-min or "
-                    f"leave the layer out with --exclude-layers {block.name!r}"
+                    f"`rank_min={config.rank_min}` cannot be met by layer {block.name!r} "
+                    f"({block.n_out} × {block.n_in}), whose ranks are {k_out} × {k_in}; lower `rank_min` or "
+                    f"leave the layer out with `exclude_layers` {block.name!r}"
                 )
             layers.append(BlockPlan(block=block, k_out=k_out, k_in=k_in, start=start))
             start = layers[-1].stop
@@ -150,9 +150,9 @@ class ProjectionPlan:
         numbers = block.n_out * block.n_in
         if isinstance(config.rank_total, int) and block.is_matrix and config.rank_total > numbers:
             raise LayerError(
-                f"--proj-rank-total {config.rank_total} is larger than layer {block.name!r}, whose gradient "
+                f"`rank_total={config.rank_total}` is larger than layer {block.name!r}, whose gradient "
                 f"is {block.n_out} × {block.n_in} = {numbers} numbers; lower the rank, leave the layer out with "
-                f"--exclude-layers {block.name!r}, or give `full` for every axis at its own length"
+                f"`exclude_layers` {block.name!r}, or give `full` for every axis at its own length"
             )
 
     @staticmethod
@@ -162,13 +162,13 @@ class ProjectionPlan:
         if isinstance(config.compress, int):
             if config.compress >= dimension:
                 raise UsageError(
-                    f"--proj-compress {config.compress} is not smaller than the {dimension} numbers of the "
+                    f"`compress={config.compress}` is not smaller than the {dimension} numbers of the "
                     "Kronecker blocks; give a smaller K, or none"
                 )
             if config.by_layer and config.compress < layers:
                 raise UsageError(
-                    f"--proj-compress {config.compress} is less than a number for each of {layers} layers; give more, "
-                    "or --proj-compress-by all"
+                    f"`compress={config.compress}` is less than a number for each of {layers} layers; give more, "
+                    "or `compress_by=all`"
                 )
             return config.compress
         wanted = NUMBERS_PER_LAYER * layers

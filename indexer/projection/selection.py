@@ -189,7 +189,7 @@ def _refuse_unsupported(
             kind = type(model.get_submodule(name)).__name__
             raise LayerError(
                 f"layer {name!r} is a {kind} with parameters {own}: no layer type handles it. "
-                f"Leave it out with --exclude-layers {name!r}"
+                f"Leave it out with `exclude_layers` {name!r}"
             )
 
 
@@ -234,14 +234,14 @@ def select_blocks(
         if id(weight) in strangers:
             raise LayerError(
                 f"layer {name!r} shares its weight with {strangers[id(weight)]!r}, which no layer type handles: its "
-                f"gradient would be incomplete. Leave it out with --exclude-layers {name!r}"
+                f"gradient would be incomplete. Leave it out with `exclude_layers` {name!r}"
             )
         block, parameters = _block(model, users[id(weight)], layers, names_of)
         for p in parameters:
             if owner.setdefault(id(p), name) != name:
                 raise LayerError(
                     f"layers {owner[id(p)]!r} and {name!r} share the bias {names_of[id(p)]!r} but not the weight: not "
-                    f"supported. Leave one out with --exclude-layers {name!r}"
+                    f"supported. Leave one out with `exclude_layers` {name!r}"
                 )
         numel = sum(p.numel() for p in parameters if id(p) not in counted)
         counted.update(id(p) for p in parameters)

@@ -45,7 +45,7 @@ def projection_of(part: Part, model: nn.Module) -> Projection:
 
 
 def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
-    """Those that ``--optimizer-state`` gave the part."""
+    """Those that ``optimizer_state`` gave the part."""
     if part.manifest["projection"]["optimizer_state"] is None:
         return None
     arrays = {name: fixed_array(part, name) for name in SCALES}

@@ -123,7 +123,7 @@ class ScoreLog:
             raise failure or WorkerError("the first rank could not write the store; see its message")
         self._failed = True
         if failure is not None:
-            self._note(f"{failure}. Training goes on without scores in the store (--on-store-error continue)")
+            self._note(f"{failure}. Training goes on without scores in the store (`on_store_error=continue`)")
         self._writer = None
         with suppress(StorageError, BusyError):
             self._stack.close()

@@ -109,13 +109,13 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
     WorkerError if a worker dies, StorageError if the disk refuses. What was committed stays committed.
     """
     progress = options.progress or Silent()
-    for option, value in (
-        ("--max-samples", options.max_samples),
-        ("--shard-samples", options.shard_samples),
-        ("--workers", options.workers),
+    for name, value in (
+        ("max_samples", options.max_samples),
+        ("shard_samples", options.shard_samples),
+        ("workers", options.workers),
     ):
         if value is not None and value < 1:
-            raise UsageError(f"{option} must be at least 1, not {value}")
+            raise UsageError(f"`{name}` must be at least 1, not {value}")
     begun, folder = time.perf_counter(), Path(options.out)
     _refuse_others(folder)
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
@@ -139,7 +139,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
         job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder))
-        with exclusive(folder, f"folder {folder}", "--out"):
+        with exclusive(folder, f"folder {folder}", "out"):
             work = _write(job, options.workers, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
@@ -151,14 +151,14 @@ def _refuse_others(folder: Path) -> None:
     if (folder.exists() and not folder.is_dir()) or (
         folder.is_dir() and not (folder / MANIFEST).exists() and any(folder.iterdir())
     ):
-        raise UsageError(f"--out {folder} is there and holds no token shards; give a new folder")
+        raise UsageError(f"`out={folder}` is there and holds no token shards; give a new folder")
 
 
 def _refuse_unknown(corpus: Corpus, plan: CorpusPlan, max_samples: int | None) -> None:
     """UsageError for a domain that was asked for and that no sample has."""
     lacking = sorted((corpus.domains or frozenset()) - set(plan.scan.domains or ()))
     if lacking and (max_samples is None or plan.scan.rows < max_samples):
-        raise UsageError(f"--domain {lacking[0]!r}: no sample of {corpus.source} has this domain")
+        raise UsageError(f"`domains` {lacking[0]!r}: no sample of {corpus.source} has this domain")
 
 
 def _manifest(
@@ -213,7 +213,7 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    create_whole(folder, f"folder {folder}", fill, "--out")
+    create_whole(folder, f"folder {folder}", fill, "out")
 
 
 def _refuse_mismatch(folder: Path, manifest: dict[str, Any], progress: Progress) -> None:

@@ -61,7 +61,7 @@ class _Worker:
         at = f" while it tokenized shards {self.piece[0]} to {self.piece[-1]}" if self.piece else ""
         return WorkerError(
             f"worker {self.number} (process {self.process.pid}) {how}{at}. What was committed is intact: the same "
-            "command resumes. If memory ran out, give fewer --workers or --shard-samples"
+            "command resumes. If memory ran out, give fewer `workers` or `shard_samples`"
         )
 
 

@@ -32,7 +32,7 @@ def architecture(name: str, tokenizer: Any, *, dropout: float = 0.0) -> GPT2Conf
     known = {key.lower(): shape for key, shape in ARCHITECTURES.items()}
     shape = known.get(name.lower())
     if shape is None:
-        raise UsageError(f"--architecture {name!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+        raise UsageError(f"`architecture` {name!r} is unknown; known: {', '.join(ARCHITECTURES)}")
     vocabulary = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
     return GPT2Config(
         vocab_size=vocabulary,

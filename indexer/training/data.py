@@ -82,8 +82,8 @@ class TrainingRows:
         if overlong == "error" and too_long.any():
             first = int(sample[too_long][0])
             raise CorpusError(
-                f"sample {shards.sample_id[first]!r} has {length[first]} tokens; --max-length is {max_length} and "
-                "--overlong is error"
+                f"sample {shards.sample_id[first]!r} has {length[first]} tokens; `max_length` is {max_length} and "
+                "`overlong` is error"
             )
         if overlong == "skip":
             sample = sample[~too_long]

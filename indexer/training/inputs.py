@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class Start:
         elif is_shards(data):
             folder = Path(data) / TOKENIZER
         else:
-            raise UsageError("give --tokenizer: a new model has none, and the data are not tokenized yet")
+            raise UsageError("give `tokenizer`: a new model has none, and the data are not tokenized yet")
         return cls(source, load_tokenizer(folder), folder)
 
     def model(self, config: TrainConfig, device: str, resume_from: Path | None) -> Any:
@@ -95,7 +96,7 @@ def _checkpoint_activations(model: Any) -> None:
     """
     able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     if not able:
-        raise UsageError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+        raise UsageError(f"`gradient_checkpointing`: {type(model).__name__} does not support it")
     for module in able:
         module.gradient_checkpointing = True
         module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -142,7 +143,7 @@ def token_shards(
     folder = Path(data)
     if is_shards(data):
         if max_samples is not None:
-            raise UsageError("--max-samples belongs to a corpus; token shards are taken whole")
+            raise UsageError("`max_samples` belongs to a corpus; token shards are taken whole")
     else:
         folder = output_dir / "tokens"
         ranks.led(lambda: _tokenize(data, start, folder, fields, max_samples, progress))
@@ -152,7 +153,7 @@ def token_shards(
         raise MismatchError(
             f"the tokens in {folder} are of another tokenizer than that in {start.tokenizer_folder}:\n"
             f"{tokenizer_lines(shards.tokenizer_identity, identity)}\n"
-            "Give --tokenizer the one that made them, or tokenize the corpus again"
+            "Give `tokenizer` the one that made them, or tokenize the corpus again"
         )
     return shards
 
@@ -168,5 +169,5 @@ def _tokenize(data: str, start: Start, out: Path, fields: Fields, max_samples: i
             progress=progress,
         )
     except (MismatchError, BusyError, UsageError) as error:
-        # The option with which to choose another folder is not that of `ghoststore tokenize` here.
-        raise type(error)(str(error).replace("--out ", "--output-dir ")) from error
+        # The parameter with which to choose another folder is not that of `tokenize` here.
+        raise type(error)(re.sub(r"`out\b", "`output_dir", str(error))) from error

@@ -27,7 +27,7 @@ def scoring_engine(model: nn.Module, config: ScoringConfig, projection: Projecti
         hold_losses=False,  # Trainer computes them from the logits
     )
     if config.per_layer and not engine.method.blocks:
-        raise UsageError("--per-layer: a global sketch has no scores by layer; add --proj-compress none")
+        raise UsageError("`per_layer`: a global sketch has no scores by layer; add `compress=none`")
     return engine
 
 

@@ -107,7 +107,7 @@ def save_state(
 
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    create_whole(path, f"checkpoint {path}", fill, "--output-dir")
+    create_whole(path, f"checkpoint {path}", fill, "output_dir")
     return path
 
 
@@ -156,8 +156,8 @@ def read_state(path: Path) -> SavedState:
         if (path / STATE).is_dir():
             raise CorruptError(f"{file} is missing; {_earlier(path)}") from None
         raise UsageError(
-            f"{path} was not written by `ghoststore train`: it has no {STATE}; give another --output-dir, or start "
-            "from it with --checkpoint"
+            f"{path} was not written by `ghoststore train`: it has no {STATE}; give another `output_dir`, or start "
+            "from it with `checkpoint`"
         ) from None
     for name, record in records.items():
         record.check(path / name, _earlier(path))
@@ -194,7 +194,7 @@ def refuse_other(saved: SavedState, identity: Mapping[str, Any]) -> None:
     if found:
         raise MismatchError(
             f"{saved.path} is of a run with other settings; nothing was changed:\n{difference_lines(found)}\n"
-            "Use the stored settings to go on, or another --output-dir"
+            "Use the stored settings to go on, or another `output_dir`"
         )
 
 

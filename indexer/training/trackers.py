@@ -81,7 +81,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UsageError("--tensorboard needs TensorBoard: pip install tensorboard") from error
+            raise UsageError("`tensorboard` needs TensorBoard: pip install tensorboard") from error
         self._open: Any = SummaryWriter
         self._folder = str(folder)
         self._writer: Any = None
@@ -101,5 +101,5 @@ def _wandb(project: str, config: TrainConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UsageError("--wandb needs Weights & Biases: pip install wandb") from error
+        raise UsageError("`wandb` needs Weights & Biases: pip install wandb") from error
     return wandb.init(project=project, config=asdict(config), mode=os.environ.get("WANDB_MODE", "offline"))

@@ -278,34 +278,34 @@ class _Training:
     def _refuse_usage(self) -> None:
         """UsageError for options that do not go together."""
         if (self.config.architecture is None) == (self.checkpoint is None):
-            raise UsageError("give --architecture to train from scratch, or --checkpoint to go on from one")
+            raise UsageError("give `architecture` to train from scratch, or `checkpoint` to go on from one")
         if self.eval_only and (self.val_set is None or self.checkpoint is None):
-            raise UsageError("--eval-only needs --checkpoint and --val-set")
+            raise UsageError("`eval_only` needs `checkpoint` and `val_set`")
         if self.val_set == "-" and self.ranks.count > 1:
-            raise UsageError("--val-set - cannot be read by several ranks; save it to a file first")
-        for option, value in (("--max-samples", self.max_samples), ("--max-val-samples", self.max_val_samples)):
+            raise UsageError("`val_set=-` cannot be read by several ranks; save it to a file first")
+        for name, value in (("max_samples", self.max_samples), ("max_val_samples", self.max_val_samples)):
             if value is not None and value < 1:
-                raise UsageError(f"{option} must be at least 1, not {value}")
+                raise UsageError(f"`{name}` must be at least 1, not {value}")
         if self.eval_only:
             return
         if self._scores and (self.store is None or self.val_set is None):
-            raise UsageError("--method GradDotProd needs --val-set and --store; --method Regular trains without scores")
+            raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
         if self.projection is not None and self.config.scoring.score != "sketched":
-            raise UsageError("projection options belong to --score sketched")
+            raise UsageError("projection options belong to `score=sketched`")
         if self.checkpoint is not None and self.config.dropout:
-            raise UsageError("--dropout belongs to --architecture: a checkpoint has its own")
+            raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own")
         if self.name is not None:
             if self.store is None:
-                raise UsageError("--name is the name of a run: it needs --store")
+                raise UsageError("`name` is the name of a run: it needs `store`")
             check_name(self.name)
         if self.store is not None:
             Store.refuse_others(Path(self.store))
         if self.data == "-" and self.ranks.count > 1:
-            raise UsageError("--data - cannot be read by several ranks; tokenize it first")
+            raise UsageError("`data=-` cannot be read by several ranks; tokenize it first")
         if self.data == "-" and self.val_set == "-":
-            raise UsageError("--data and --val-set cannot both be standard input")
+            raise UsageError("`data` and `val_set` cannot both be standard input")
         if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UsageError(f"--output-dir {self.output_dir} is a file; give a folder")
+            raise UsageError(f"`output_dir={self.output_dir}` is a file; give a folder")
 
     @contextmanager
     def _output_dir(self) -> Iterator[None]:
@@ -315,7 +315,7 @@ class _Training:
             def hold() -> None:
                 with storage_errors(str(self.output_dir)):
                     self.output_dir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(exclusive(self.output_dir, f"--output-dir {self.output_dir}", "--output-dir"))
+                stack.enter_context(exclusive(self.output_dir, f"`output_dir={self.output_dir}`", "output_dir"))
 
             self.ranks.led(hold)
             yield

@@ -70,7 +70,7 @@ def index(options: IndexOptions) -> IndexReport:
     """
     progress = options.progress or Silent()
     if not 0 < options.target_recall <= 1:
-        raise UsageError(f"--target-recall must be above 0 and at most 1, not {options.target_recall}")
+        raise UsageError(f"`target_recall` must be above 0 and at most 1, not {options.target_recall}")
     load_faiss()
     check_device(options.device)
     opened = Store.open(options.store).part(options.part)
@@ -84,7 +84,7 @@ def index(options: IndexOptions) -> IndexReport:
     if not manifest.reached:
         progress.note(
             f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {options.target_recall} "
-            "were asked for. Try a larger code (SQ8, SQfp16), or --dimension none"
+            "were asked for. Try a larger code (SQ8, SQfp16), or `dimension=none`"
         )
     return IndexReport(store=str(options.store), part=opened.name, name=plan.name, built=built, manifest=manifest)
 
@@ -120,7 +120,7 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
             if wanted != stored:
                 raise UsageError(
                     f"index {plan.name!r} of part {part.name!r} has {setting} {stored!r}, not {wanted!r}: give "
-                    "--rebuild to replace it, or another --name"
+                    "`rebuild` to replace it, or another `name`"
                 )
         check_coverage(part, plan.name, manifest)
         for path, problem in damage_of(index_folder(part, plan.name), manifest):
@@ -128,7 +128,7 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
     except (MismatchError, CorruptError) as error:
         progress.note(f"{error}: building it again")
         return None
-    progress.note(f"index {plan.name!r} is there and current; --rebuild builds it again")
+    progress.note(f"index {plan.name!r} is there and current; `rebuild` builds it again")
     return manifest
 
 
@@ -139,7 +139,7 @@ def choose_dimension(wanted: Dimension, dimension: int) -> int:
     if wanted == "auto":
         return FRONT_DIMENSION if dimension > FRONT_FROM else dimension
     if not isinstance(wanted, int) or not 0 < wanted <= dimension:
-        raise UsageError(f"--dimension {wanted}: give 1 to {dimension:,} (the part's vectors), none or auto")
+        raise UsageError(f"`dimension={wanted}`: give 1 to {dimension:,} (the part's vectors), none or auto")
     return wanted
 
 

@@ -33,7 +33,7 @@ def load_faiss() -> Any:
             "both); exact search needs neither"
         ) from error
     if not hasattr(faiss, "IO_FLAG_MMAP_IFC"):
-        raise UsageError(f"faiss {faiss.__version__} is too old: pip install --upgrade 'ghoststore[cpu]'")
+        raise UsageError(f"faiss {faiss.__version__} is too old: `pip install --upgrade 'ghoststore[cpu]'`")
     return faiss
 
 
@@ -41,18 +41,18 @@ def check_device(device: str) -> str:
     """``device`` itself, if FAISS can use it; UsageError that says what to install for ``cuda`` otherwise."""
     name, _, number = device.partition(":")
     if name not in ("cpu", "cuda") or (number and not (name == "cuda" and number.isdecimal())):
-        raise UsageError(f"--device {device!r}: an index knows cpu, cuda and cuda:N")
+        raise UsageError(f"`device` {device!r}: an index knows cpu, cuda and cuda:N")
     if name == "cuda":
         faiss = load_faiss()
         count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else -1
         if count < 0:
             raise UsageError(
-                f"--device {device}: the faiss that is installed ({faiss.__version__}) has no GPU index. Install "
+                f"`device={device}`: the faiss that is installed ({faiss.__version__}) has no GPU index. Install "
                 "faiss-gpu (CUDA 12) or faiss-gpu-cuvs (CUDA 13) in place of faiss-cpu: all three are imported as "
-                "faiss, so uninstall faiss-cpu first; or use --device cpu"
+                "faiss, so uninstall faiss-cpu first; or use `device=cpu`"
             )
         if int(number or 0) >= count:
-            raise UsageError(f"--device {device}: FAISS sees {count} GPUs; use --device cpu")
+            raise UsageError(f"`device={device}`: FAISS sees {count} GPUs; use `device=cpu`")
     return device
 
 
@@ -71,10 +71,10 @@ class Engine:
         try:
             index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
-            raise UsageError(f"--factory {factory!r} is not one that FAISS makes: {_reason(error)}") from error
+            raise UsageError(f"`factory` {factory!r} is not one that FAISS makes: {_reason(error)}") from error
         made = cls(index, factory)
         if made.lists == 0:
-            raise UsageError(f"--factory {factory!r} has no inverted list: give at least one, such as IVF1024")
+            raise UsageError(f"`factory` {factory!r} has no inverted list: give at least one, such as IVF1024")
         return made._on(check_device(device))
 
     @classmethod
@@ -105,7 +105,7 @@ class Engine:
         try:
             yield
         except RuntimeError as error:
-            raise UsageError(f"--factory {self.factory!r} cannot be used {doing}: {_reason(error)}") from error
+            raise UsageError(f"`factory` {self.factory!r} cannot be used {doing}: {_reason(error)}") from error
 
     @property
     def rows(self) -> int:

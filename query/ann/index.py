@@ -64,7 +64,7 @@ class AnnIndex:
     def _load(cls, part: Part, name: str, manifest: IndexManifest, metric: Metric | None, device: str) -> AnnIndex:
         if metric is not None and manifest.metric != metric:
             raise MismatchError(
-                f"index {name!r} is for --metric {manifest.metric}, not {metric}: "
+                f"index {name!r} is for `metric={manifest.metric}`, not {metric}: "
                 f"`ghoststore index --metric {metric}` makes one"
             )
         check_coverage(part, name, manifest)
@@ -104,7 +104,7 @@ class AnnIndex:
 
     def refuse(self, terms: Sequence[Term]) -> None:
         """UsageError, with the reason, for scores that this index cannot rank by."""
-        exact = "; use --index exact"
+        exact = "; use `index=exact`"
         if len(terms) != 1:
             raise UsageError(f"an index is of one part, the scores are summed over {len(terms)}{exact}")
         (term,) = terms
@@ -112,16 +112,16 @@ class AnnIndex:
             raise UsageError(f"index {self.name!r} is of part {self.part.name!r}, not {term.part.name!r}{exact}")
         if term.metric != self.manifest.metric:
             raise UsageError(
-                f"index {self.name!r} is for --metric {self.manifest.metric}, not {term.metric}: "
+                f"index {self.name!r} is for `metric={self.manifest.metric}`, not {term.metric}: "
                 f"`ghoststore index --metric {term.metric}` makes one"
             )
         if term.metric == "cosine" and term.groups is not None:
             raise UsageError(
                 f"an index by cosine ranks whole vectors, not some layers: these have lengths of their own{exact}, or "
-                "--metric dot"
+                "`metric=dot`"
             )
         if term.metric == "cosine" and term.preconditioner is not None:
-            raise UsageError(f"an index by cosine knows no preconditioned lengths{exact}, or --metric dot")
+            raise UsageError(f"an index by cosine knows no preconditioned lengths{exact}, or `metric=dot`")
 
 
 def choose_index(part: Part, metric: Metric | None) -> str:
@@ -129,11 +129,13 @@ def choose_index(part: Part, metric: Metric | None) -> str:
     names = [name for name in index_names(part) if metric is None or read_manifest(part, name).metric == metric]
     if len(names) == 1:
         return names[0]
-    what = "index" if metric is None else f"index for --metric {metric}"
+    what = "index" if metric is None else f"index for `metric={metric}`"
     if not names:
-        wanted = "" if metric is None else f" --metric {metric}"
-        raise UsageError(f"part {part.name!r} has no {what}; `ghoststore index --part {part.name}{wanted}` makes one")
-    raise UsageError(f"part {part.name!r} has more than one {what}; choose with --index-name: {', '.join(names)}")
+        command = f"ghoststore index --part {part.name}"
+        if metric is not None:
+            command = f"ghoststore index --part {part.name} --metric {metric}"
+        raise UsageError(f"part {part.name!r} has no {what}; `{command}` makes one")
+    raise UsageError(f"part {part.name!r} has more than one {what}; choose with `index_name`: {', '.join(names)}")
 
 
 def _table(path: Path, part: Part) -> np.ndarray[tuple[int], np.dtype[np.void]]:

@@ -61,10 +61,10 @@ def query(options: QueryOptions) -> QueryResult:
     """
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
-        raise UsageError(f"--top-k {options.top_k} and --bottom-k {options.bottom_k}: ask for at least one row")
-    page = None if options.report is None else check_output(options.report, "--report", (".html",))
+        raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
+    page = None if options.report is None else check_output(options.report, "report", (".html",))
     if options.index_name is not None and options.index == "exact":
-        raise UsageError("--index-name belongs to --index ann")
+        raise UsageError("`index_name` belongs to `index=ann`")
     question = part_of(Question, options)
     if options.index == "ann":
         _refuse_index(question)
@@ -115,10 +115,10 @@ def _refuse_index(question: Question) -> None:
     """UsageError for scores that no index has: before any work, and before one is built that would not help."""
     parts = len(part_names(question.part))
     if parts > 1:
-        raise UsageError(f"an index is of one part, the scores are summed over {parts}; use --index exact")
-    option = "--with-scores" if question.with_scores is not None else f"--combine {question.combine}"
+        raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
+    option = "`with_scores`" if question.with_scores is not None else f"`combine={question.combine}`"
     if question.with_scores is not None or question.combine != "mean":
-        raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use --index exact")
+        raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 
 def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | None:

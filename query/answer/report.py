@@ -193,7 +193,7 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
     notes = []
     if len(result.results) > MOST_RANKINGS:
         notes.append(
-            f"{len(result.results) - MOST_RANKINGS} more rankings are not shown; --json or --out writes them all."
+            f"{len(result.results) - MOST_RANKINGS} more rankings are not shown; the result itself has them all."
         )
     if isinstance(layers, str):
         notes.append(f"What each layer adds is not shown: {layers}.")

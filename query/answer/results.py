@@ -34,7 +34,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendedHit(Hit):
-    """A row of a ranking by ``--with-scores``: ``score`` is the blend of these two."""
+    """A row of a ranking by ``with_scores``: ``score`` is the blend of these two."""
 
     similarity: float
     """The cosine or dot product."""

@@ -28,7 +28,7 @@ def self_influence(options: SelfInfluenceOptions) -> QueryResult:
     """
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
-        raise UsageError(f"--top-k {options.top_k} and --bottom-k {options.bottom_k}: ask for at least one row")
+        raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
     (opened,), _ = open_parts(options.store, options.part, None, progress)
     note_repeated(opened, progress)
     groups = choose_groups(opened, options.layers, options.exclude_layers)

@@ -31,11 +31,11 @@ JoinedBy = Literal["sample", "window"]
 
 
 def checked_weight(weight: float | None) -> float:
-    """``--score-weight``; UsageError outside 0 to 1."""
+    """``score_weight``; UsageError outside 0 to 1."""
     if weight is None:
         return DEFAULT_WEIGHT
     if not 0 <= weight <= 1:
-        raise UsageError(f"--score-weight must be between 0 (similarity alone) and 1 (scores alone), not {weight}")
+        raise UsageError(f"`score_weight` must be between 0 (similarity alone) and 1 (scores alone), not {weight}")
     return weight
 
 

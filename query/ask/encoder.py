@@ -242,7 +242,7 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
         label = "mean" if grouping == "mean" else row.sample.domain
         if label is None:
             raise UsageError(
-                f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of --group-field "
+                f"val sample {row.sample.id!r} (row {row.sample.source_row}) has no group: the field of `group_field` "
                 "is null there"
             )
         by_label.setdefault(label, []).append(place)

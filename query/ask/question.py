@@ -27,19 +27,19 @@ class Question(QuestionOptions):
         check_choices(self)
         check_at_least(1, max_samples=self.max_samples)
         if self.each and self.group_field is not None:
-            raise UsageError("--each asks for a ranking a val sample, --group-field for one a group: give one of them")
+            raise UsageError("`each` asks for a ranking a val sample, `group_field` for one a group: give one of them")
         if self.group_field is None and self.combine != "mean":
-            raise UsageError(f"--combine {self.combine} belongs to --group-field, which cuts the val set into groups")
+            raise UsageError(f"`combine={self.combine}` belongs to `group_field`, which cuts the val set into groups")
         if self.group_field is not None and self.fields is not None and self.fields.domain is not None:
             raise UsageError(
-                "--domain-field and --group-field both name the groups of the val set: give the latter alone"
+                "`fields.domain` and `group_field` both name the groups of the val set: give the latter alone"
             )
         if self.damping is not None and self.precondition == "none":
-            raise UsageError("--damping belongs to --precondition second-moment")
+            raise UsageError("`damping` belongs to `precondition=second-moment`")
         checked_damping(self.damping)
         checked_weight(self.score_weight)
         if self.score_weight is not None and self.with_scores is None:
-            raise UsageError("--score-weight belongs to --with-scores, which names a training run")
+            raise UsageError("`score_weight` belongs to `with_scores`, which names a training run")
 
     @property
     def grouping(self) -> Grouping:

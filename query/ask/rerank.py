@@ -31,16 +31,16 @@ BYTES_AT_ONCE = 64 << 20
 def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int) -> None:
     """UsageError for fewer ``candidates`` than rows asked for, and for scores that are no product with one vector."""
     if candidates < max(top_k, bottom_k):
-        raise UsageError(f"--rerank {candidates} is fewer than the rows asked for, {max(top_k, bottom_k)}")
+        raise UsageError(f"`rerank={candidates}` is fewer than the rows asked for, {max(top_k, bottom_k)}")
     unfit = {
-        "several --part": len(part_names(question.part)) > 1,
-        "--precondition": question.precondition != "none",
-        "--with-scores": question.with_scores is not None,
-        f"--combine {question.combine}": question.combine != "mean",
+        "several parts": len(part_names(question.part)) > 1,
+        "`precondition`": question.precondition != "none",
+        "`with_scores`": question.with_scores is not None,
+        f"`combine={question.combine}`": question.combine != "mean",
     }
     for option, given in unfit.items():
         if given:
-            raise UsageError(f"--rerank scores rows by one product with each query; it cannot be used with {option}")
+            raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
 
 
 def rank_recomputed(

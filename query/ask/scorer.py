@@ -54,7 +54,7 @@ def open_scorer(
     """
     device = resolve_device(question.device)
     if len(parts) > 1 and question.checkpoint is not None:
-        raise UsageError("--checkpoint is another path to one part's checkpoint; it cannot stand for several parts")
+        raise UsageError("`checkpoint` is another path to one part's checkpoint; it cannot stand for several parts")
     # Refused before a model is loaded, which takes longest.
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     run = None
@@ -243,7 +243,7 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
     """
     if COMBINED in names:
         raise UsageError(
-            f"a group of --group-field {question.group_field} is called {COMBINED!r}, as the ranking over all groups "
+            f"a group of `group_field={question.group_field}` is called {COMBINED!r}, as the ranking over all groups "
             "is: give it another name"
         )
     if question.combine == "mean":
@@ -251,7 +251,7 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
         if not max(term.lengths[0] for term in terms):
             raise UsageError(
                 "the groups cancel each other: the mean of their queries is zero, and every row would score the same; "
-                "give --combine max or rank-fusion"
+                "give `combine=max` or rank-fusion"
             )
     return terms, [COMBINED, *names]
 

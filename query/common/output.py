@@ -50,13 +50,13 @@ def write_result(
                 writer.writerows(rows)
 
 
-def check_output(path: str | Path, option: str = "--out", forms: Sequence[str] = FORMS) -> Path:
+def check_output(path: str | Path, parameter: str = "path", forms: Sequence[str] = FORMS) -> Path:
     """``path`` if results can be written there; UsageError for an unknown form or a file that exists."""
     target = Path(path)
     if target.suffix not in forms:
-        raise UsageError(f"{option} {target}: results are written as {', '.join(forms)}")
+        raise UsageError(f"`{parameter}={target}`: results are written as {', '.join(forms)}")
     if target.exists():
-        raise UsageError(f"{option} {target} exists; nothing was written. Give another path, or remove it")
+        raise UsageError(f"`{parameter}={target}` exists; nothing was written. Give another path, or remove it")
     if not target.resolve().parent.is_dir():
-        raise UsageError(f"{option} {target}: the folder {target.resolve().parent} does not exist")
+        raise UsageError(f"`{parameter}={target}`: the folder {target.resolve().parent} does not exist")
     return target

@@ -171,7 +171,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
     """Make ``folder``, new and marked as a demo's; UsageError if that would touch anything else."""
     if folder.exists():
         if not overwrite:
-            raise UsageError(f"{folder} exists; give --out another path, or --overwrite to make that demo again")
+            raise UsageError(f"{folder} exists; give `out` another path, or `overwrite` to make that demo again")
         if not (folder / MARKER).is_file():
             raise UsageError(f"{folder} was not made by the demo (it has no {MARKER}); it is left alone")
         shutil.rmtree(folder)

@@ -66,12 +66,12 @@ def examine(subject: Subject) -> Finding:
     if covered < LOW:
         advice.append(
             f"Most of the gradient lies elsewhere, above all in {', '.join(elsewhere[:3])}: "
-            "add layers to --proj-layers (norm, embeddings, head, all) where you need it."
+            "add layers to `projection.layers` (norm, embeddings, head, all) where you need it."
         )
     if share > DOMINANT and len(blocks) > 1:
         advice.append(
             f"{top} holds {share:.0%} of the covered squared norm and so decides every score: consider "
-            f"--exclude-layers '{top}', or plain blocks (--proj-rank-total) that are scored by layer."
+            f"`exclude_layers` '{top}', or plain blocks (`rank_total`) that are scored by layer."
         )
     seen = f"{of_parameters:.1%} of the parameters, {covered:.1%} of the squared norm of their gradient"
     return right(f"{len(blocks)} layers: {seen}", *advice, **details)

@@ -49,7 +49,7 @@ def examine(subject: Subject) -> Finding:
     return right(
         summary,
         "An exact query reads every vector at this speed: keep the store on a local disk, or its rows small "
-        "(--proj-dtype int8 or onebit).",
+        "(`ghoststore build --proj-dtype int8`, or onebit).",
         **details,
     )
 

@@ -44,7 +44,7 @@ def examine(subject: Subject) -> Finding:
         return wrong(
             f"vectors differ from autograd's by {error:.2g}: {named}{more}",
             "The weight of a layer is used other than by calling the layer, where the engine does not see it. Call the "
-            f"layer itself, or leave it out: --exclude-layers '{','.join(differing)}'.",
+            f"layer itself, or leave it out: `exclude_layers` '{','.join(differing)}'.",
             **details,
         )
     count = len(subject.few)

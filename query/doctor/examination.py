@@ -89,10 +89,10 @@ def doctor(options: DoctorOptions) -> DoctorReport:
     """
     progress = options.progress or Silent()
     if options.samples < 3:
-        raise UsageError(f"--samples must be at least 3 (a ranking of two others), not {options.samples}")
+        raise UsageError(f"`samples` must be at least 3 (a ranking of two others), not {options.samples}")
     if half_only(options.attn_implementation) and (options.model_dtype or "float32") == "float32":
         raise UsageError(
-            f"{options.attn_implementation} has no float32: give --model-dtype bfloat16, or another kernel"
+            f"{options.attn_implementation} has no float32: give `model_dtype=bfloat16`, or another kernel"
         )
     models, text_tokenizer = _patient(
         options.checkpoint,

@@ -127,11 +127,11 @@ def _sentence(kernel: str, invariance: Invariance, culprit: str | None) -> str:
 def _advice(measured: dict[str, Invariance]) -> str:
     sound = [name for name, invariance in measured.items() if invariance.sound]
     if sound:
-        return f"Build with --attn-implementation {sound[0]}."
+        return f"Build with `attn_implementation={sound[0]}`."
     if any(invariance.vectors["batch_mates"] > invariance.tolerance for invariance in measured.values()):
         return "Something mixes the samples of a batch, such as a statistic over it or routing with a capacity."
     if not measured:
-        return "Leave --attn-implementation out, or give one that is installed."
+        return "Leave `attn_implementation` out, or give one that is installed."
     return (
         "Padding leaks into real tokens: attention, a mean over positions or position ids ignore attention_mask. "
         "Padding is on the right, with mask 0."

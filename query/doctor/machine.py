@@ -29,7 +29,7 @@ def examine(subject: Subject) -> Finding:
     }
     advice = []
     if not cuda and torch.cuda.is_available():
-        advice.append("There is a CUDA device: --device cuda builds many times faster.")
+        advice.append("There is a CUDA device: `device=cuda` builds many times faster.")
     if dtype == "bfloat16" and not bfloat16:
         advice.append(f"{details['name']} has no instructions for bfloat16: float32 is faster here.")
     if dtype == "float16" and not cuda:

@@ -59,11 +59,11 @@ class LoadedModels:
             raise UsageError(f"{type(self._model).__name__} has no parameters")
         own = str(first.device)
         if device not in ("auto", own, first.device.type):
-            raise UsageError(f"--device {device}: the model that was given is on {own}; move it, or leave device out")
+            raise UsageError(f"`device={device}`: the model that was given is on {own}; move it, or leave `device` out")
         self.name, self.device = type(self._model).__name__, own
         self.dtype = dtype or str(first.dtype).removeprefix("torch.")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--model-dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+            raise UsageError(f"`model_dtype` {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
         self._kernel = kernel
 
     def reference(self) -> Any:
@@ -94,7 +94,7 @@ def _refuse_too_large(numbers: int, device: str, name: str) -> None:
     if free is not None and 4 * numbers > free:
         raise UsageError(
             f"{name} takes {4 * numbers / 2**30:.1f} GiB in float32, with which everything is compared, and "
-            f"{free / 2**30:.1f} GiB of {device} are free; try --device cpu, or a smaller model of the same family"
+            f"{free / 2**30:.1f} GiB of {device} are free; try `device=cpu`, or a smaller model of the same family"
         )
 
 

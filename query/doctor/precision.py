@@ -68,7 +68,7 @@ def examine(subject: Subject) -> Finding:
         try:
             precision = measure(subject, subject.models.in_dtype(dtype))
         except UsageError as error:
-            verdict, sentence, advice = Verdict.WRONG, f"{dtype}: {error}", f"Do not build with --model-dtype {dtype}."
+            verdict, sentence, advice = Verdict.WRONG, f"{dtype}: {error}", f"Do not build with `model_dtype={dtype}`."
         else:
             details[dtype] = asdict(precision)
             verdict, sentence, advice = _judge(dtype, precision, rows, tolerance)
@@ -86,7 +86,7 @@ def _judge(dtype: str, precision: Precision, rows: int, tolerance: float) -> tup
         return (
             Verdict.WRONG,
             f"{dtype} overflows: the gradients of {precision.not_finite} of {rows} samples are NaN or infinite",
-            f"Do not build with --model-dtype {dtype}: those rows would have no vector. Use float32.",
+            f"Do not build with `model_dtype={dtype}`: those rows would have no vector. Use float32.",
         )
     agreement = f"Spearman {precision.spearman:.3f}, vectors differ by {precision.vectors:.1%}"
     sentence = f"{dtype} ranks as float32 does with {agreement}"
@@ -94,11 +94,11 @@ def _judge(dtype: str, precision: Precision, rows: int, tolerance: float) -> tup
         return (
             Verdict.WRONG,
             f"{sentence}; in a padded batch they differ by {precision.batch:.0%} from those alone",
-            f"Do not build with --model-dtype {dtype}: a vector depends on what it is batched with. Use float32.",
+            f"Do not build with `model_dtype={dtype}`: a vector depends on what it is batched with. Use float32.",
         )
     if not precision.spearman >= FAITHFUL:
         verdict = Verdict.ADVICE if precision.spearman >= UNFAITHFUL else Verdict.WRONG
-        return verdict, sentence, f"{dtype} changes the ranking of this model: build with --model-dtype float32."
+        return verdict, sentence, f"{dtype} changes the ranking of this model: build with `model_dtype=float32`."
     return Verdict.OK, sentence, ""
 
 

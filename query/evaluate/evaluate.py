@@ -174,18 +174,18 @@ def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
 
 def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:
     """UsageError for words and numbers that make no sense."""
-    for option, given, known in (("--test", tests, TESTS), ("--method", methods, (*METHODS, *EXACT))):
+    for parameter, given, known in (("tests", tests, TESTS), ("methods", methods, (*METHODS, *EXACT))):
         unknown = [name for name in given if name not in known]
         if unknown:
-            raise UsageError(f"{option} {unknown[0]!r} is unknown; known: {', '.join(known)}")
+            raise UsageError(f"`{parameter}` {unknown[0]!r} is unknown; known: {', '.join(known)}")
     if not tests:
-        raise UsageError(f"give at least one --test: {', '.join(TESTS)}")
+        raise UsageError(f"`tests` is empty: give at least one of {', '.join(TESTS)}")
     if not 0 < drop < 1:
-        raise UsageError(f"--drop must be above 0 and below 1, not {drop}")
+        raise UsageError(f"`drop` must be above 0 and below 1, not {drop}")
     for name, count in counts.items():
         least = 3 if name == "halves" else 1
         if count is not None and count < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {count}")
+            raise UsageError(f"`{name}` must be at least {least}, not {count}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,9 +66,9 @@ class ExactScores:
         """UsageError where the part cannot have ``method``."""
         if scaled(self.part) and "rest" in EXACT[method][0]:
             raise UsageError(
-                f"--method {method}: the vectors of part {self.part.name!r} are in the metric of its layers "
+                f"`methods={method}`: the vectors of part {self.part.name!r} are in the metric of its layers "
                 f"({metric_words(self.part)}), which is not known of all parameters; give exact-layers-dot or "
-                "exact-layers-cosine, or --part one of plain gradients"
+                "exact-layers-cosine, or `part` one of plain gradients"
             )
 
     def of(self, method: str) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ KIND = Kind(
     made="computed",
     identity=("version", "part", "val", "grid"),
     description=(),
-    option="--out",
+    parameter="out",
 )
 VERSION = 1
 ARRAYS = ("dots_QR", "val_Q", "row_R")
@@ -77,7 +77,7 @@ class BlockFiles:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """While blocks are written. BusyError if another process does."""
-        with exclusive(self.folder, f"the folder {self.folder}", "--out"):
+        with exclusive(self.folder, f"the folder {self.folder}", "out"):
             sweep(self.folder)
             yield
 
@@ -101,7 +101,7 @@ class BlockFiles:
             return None
         if record.get("of") != self._digest:
             raise MismatchError(
-                f"{path} is of another evaluation (other data, model or settings); remove it, or give --out another "
+                f"{path} is of another evaluation (other data, model or settings); remove it, or give `out` another "
                 "folder"
             )
         if record.get("sha256") != hashlib.sha256(data).hexdigest():

@@ -64,7 +64,7 @@ def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.f
     texts = [sample.preview() for sample in corpus.samples()][:samples]
     words = len({word for text in texts for word in text.lower().split()})
     if len(texts) * words > MOST_NUMBERS:
-        raise UsageError(f"--method tf-idf: {len(texts):,} samples of {words:,} words are too many; leave it out")
+        raise UsageError(f"`methods=tf-idf`: {len(texts):,} samples of {words:,} words are too many; leave it out")
     index = TfIdf(texts)
     return np.asarray(index.vectors(val_texts) @ index.rows.T, dtype=np.float64)
 

@@ -81,7 +81,7 @@ def _read(path: Path, digest: str) -> NDArray[np.float64] | None:
             value = unseal(path.read_bytes(), CHECKSUM)
             if value["plan"] != digest:
                 raise MismatchError(
-                    f"{path} is of another evaluation (other data, model or settings); give --out another folder"
+                    f"{path} is of another evaluation (other data, model or settings); give `out` another folder"
                 )
             return np.asarray(value["val_loss"], dtype=np.float64)
     except FileNotFoundError:

@@ -30,7 +30,7 @@ KIND = Kind(
     made="written",
     identity=("checkpoint", "tokenizer", "corpus", "tokens", "loss", "parameters", "dtype", "rows", "rows_per_file"),
     description=("source", "software", "compute"),
-    option="--out",
+    parameter="out",
 )
 
 
@@ -54,7 +54,7 @@ class GradientFiles:
         with storage_errors(str(folder)):
             _refuse_others(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(folder, f"the folder {folder}", "--out"):
+            with exclusive(folder, f"the folder {folder}", "out"):
                 sweep(folder)
                 files = cls(folder, stored_manifest(folder, manifest) or {**manifest, "files": {}})
                 files._check()
@@ -113,7 +113,7 @@ def stored_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     except FileNotFoundError:
         return None
     except CorruptError as error:
-        raise CorruptError(f"{error}: nothing says what the files in {folder} are. Give --out another path") from error
+        raise CorruptError(f"{error}: nothing says what the files in {folder} are. Give `out` another path") from error
     version = stored.pop("ghoststore_gradients", None)
     if version != VERSION:
         raise MismatchError(f"{folder} has gradients of version {version!r}; this release writes version {VERSION}")
@@ -128,8 +128,8 @@ def file_name(first_row: int, rows_per_file: int) -> str:
 
 def _refuse_others(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file; give a folder")
+        raise UsageError(f"`out={folder}` is a file; give a folder")
     if folder.is_dir() and not (folder / MANIFEST).exists():
         strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{MANIFEST}.")]
         if strange:
-            raise UsageError(f"--out {folder} holds other files ({strange[0]}, …); give a new or empty folder")
+            raise UsageError(f"`out={folder}` holds other files ({strange[0]}, …); give a new or empty folder")

@@ -56,7 +56,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         options.parameters, options.proj_layers, options.exclude_layers, options.include_embeddings, options.max_samples
     )
     if options.dry_run and str(options.data) == "-":
-        raise UsageError("--dry-run cannot read standard input: the corpus would be used up; give a file")
+        raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
     found, device = find_checkpoint(options.checkpoint), resolve_device(options.device)
     folder = Path(options.tokenizer) if options.tokenizer is not None else found.folder
     text_tokenizer = load_tokenizer(folder)
@@ -106,12 +106,12 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
 def _refuse(
     parameters: str, proj_layers: Sequence[str], exclude: Sequence[str], embeddings: bool, max_samples: int
 ) -> None:
-    given = {"--proj-layers": proj_layers, "--exclude-layers": exclude, "--include-embeddings": embeddings}
-    for option, value in given.items():
+    given = {"proj_layers": proj_layers, "exclude_layers": exclude, "include_embeddings": embeddings}
+    for name, value in given.items():
         if parameters == "all" and value:
-            raise UsageError(f"{option} belongs to --parameters projected")
+            raise UsageError(f"`{name}` belongs to `parameters=projected`")
     if max_samples < 1:
-        raise UsageError(f"--max-samples must be at least 1, not {max_samples}")
+        raise UsageError(f"`max_samples` must be at least 1, not {max_samples}")
 
 
 def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> RowsRead:

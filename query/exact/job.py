@@ -153,7 +153,7 @@ class GradientsJob:
         if there is not None and needed > there:
             raise UsageError(
                 f"gradients of {self.exact.numbers:,} numbers need {needed:,} bytes of memory beside the model; this "
-                f"machine has {there:,}. Give --parameters projected with fewer --proj-layers, or --dtype bfloat16"
+                f"machine has {there:,}. Give `parameters=projected` with fewer `proj_layers`, or `dtype=bfloat16`"
             )
 
     def _refuse_full_disk(self, out: Path, rows: int) -> None:
@@ -161,7 +161,7 @@ class GradientsJob:
         if needed > free:
             raise StorageError(
                 f"cannot write {out}: {rows} gradients take {needed:,} bytes, {free:,} are free there; nothing was "
-                "written. Give --out another disk, a smaller --max-samples, or --parameters projected"
+                "written. Give `out` another disk, a smaller `max_samples`, or `parameters=projected`"
             )
 
 

@@ -27,10 +27,10 @@ class DenseProjection:
 
     def __init__(self, dimension: int, numbers: int, seed: int) -> None:
         if dimension < 1:
-            raise UsageError(f"--reference naive_proj_layers={dimension}: at least one number must be left")
+            raise UsageError(f"`reference=naive_proj_layers={dimension}`: at least one number must be left")
         if dimension * numbers > MOST_NUMBERS:
             raise UsageError(
-                f"--reference naive_proj_layers={dimension}: a dense matrix of {dimension:,} × {numbers:,} numbers is "
+                f"`reference=naive_proj_layers={dimension}`: a dense matrix of {dimension:,} × {numbers:,} numbers is "
                 f"drawn; at most {MOST_NUMBERS:,} are. Give at most {MOST_NUMBERS // numbers:,}, or full_layers, "
                 "which is exact"
             )

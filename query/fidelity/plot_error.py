@@ -104,9 +104,9 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
 
     Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
     """
-    progress, path = options.progress or Silent(), check_plot(options.out, "--out")
+    progress, path = options.progress or Silent(), check_plot(options.out, "out")
     if path.with_suffix(".json").exists():
-        raise UsageError(f"--out {path}: {path.with_suffix('.json')} exists, and the numbers are written there")
+        raise UsageError(f"`out={path}`: {path.with_suffix('.json')} exists, and the numbers are written there")
     mode, number = parse_reference(options.reference)
     spec = SampleSpec(
         rows=options.rows,
@@ -120,7 +120,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     )
     if mode == "full" and scaled(parts[0]):
         raise UsageError(
-            f"--reference full: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
+            f"`reference=full`: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None

@@ -18,7 +18,7 @@ def parse_reference(reference: str) -> tuple[str, int]:
     """(mode, N or 0); UsageError for anything else."""
     matched = REFERENCE.fullmatch(reference)
     if matched is None:
-        raise UsageError(f"--reference {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
+        raise UsageError(f"`reference` {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
     return (matched[1], int(matched[2])) if matched[1] else (reference, 0)
 
 
@@ -38,7 +38,7 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
             path, ours, theirs = unequal[0]
             raise MismatchError(
                 f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {ours!r:.90} in the "
-                f"first and {theirs!r:.90} in the second. Name those that are with --part"
+                f"first and {theirs!r:.90} in the second. Name those that are with `part`"
             )
     return parts
 
@@ -59,7 +59,7 @@ def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
     if len(of_rank) != 1:
         known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
         problem = "no part was" if not of_rank else f"{len(of_rank)} parts were"
-        raise UsageError(f"--reference rank={rank}: {problem} built with --proj-rank-total {rank}; there are: {known}")
+        raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {known}")
     if len(parts) == 1:
-        raise UsageError(f"--reference rank={rank}: no other part is there to be compared with it")
+        raise UsageError(f"`reference=rank={rank}`: no other part is there to be compared with it")
     return of_rank[0]

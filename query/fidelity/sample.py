@@ -41,13 +41,13 @@ class SampleSpec:
 
     def __post_init__(self) -> None:
         if self.rows < LEAST_ROWS:
-            raise UsageError(f"--rows must be at least {LEAST_ROWS}, not {self.rows}: recall@10 is measured")
+            raise UsageError(f"`rows` must be at least {LEAST_ROWS}, not {self.rows}: recall@10 is measured")
         if self.val_samples < 1:
-            raise UsageError(f"--val-samples must be at least 1, not {self.val_samples}")
+            raise UsageError(f"`val_samples` must be at least 1, not {self.val_samples}")
         if self.seed < 0:
-            raise UsageError(f"--seed must be 0 or more, not {self.seed}")
+            raise UsageError(f"`seed` must be 0 or more, not {self.seed}")
         if self.val_set is None and self.fields is not None and self.fields != Fields():
-            raise UsageError("fields of a val set belong to --val-set: without it rows of the part are val samples")
+            raise UsageError("fields of a val set belong to `val_set`: without it rows of the part are val samples")
 
     def choose(self, part: Part, progress: Progress, *others: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(rows to rank, rows that are val samples), different, usable in ``part`` and ``others``, ascending."""
@@ -59,7 +59,7 @@ class SampleSpec:
         if rows < LEAST_ROWS or (self.val_set is None and not vals):
             raise UsageError(
                 f"part {part.name!r} has {len(usable)} usable rows: too few to measure a ranking of {LEAST_ROWS} or "
-                "more" + ("" if self.val_set else " with val samples that are not among them; give --val-set")
+                "more" + ("" if self.val_set else " with val samples that are not among them; give `val_set`")
             )
         if rows < self.rows:
             progress.note(f"part {part.name!r} has {len(usable):,} usable rows: {rows:,} are ranked")

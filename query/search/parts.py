@@ -37,7 +37,7 @@ def open_parts(
     opened, wanted = Store.open(store), part_names(names)
     twice = sorted({str(name) for name in wanted if wanted.count(name) > 1})
     if twice:
-        raise UsageError(f"--part {twice[0]!r} is given twice")
+        raise UsageError(f"part {twice[0]!r} is given twice")
     parts = [opened.part(name) for name in wanted]
     for part in parts:
         if not part.spans:
@@ -87,18 +87,18 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
 def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
     if len(parts) == 1:
         if weights is not None:
-            raise UsageError("--part-weights belongs to several --part: one part has nothing to be weighed against")
+            raise UsageError("`part_weights` belongs to several parts: one part has nothing to be weighed against")
         return [1.0]
     if weights == "equal":
         return [1.0] * len(parts)
     if weights is None or weights == "learning-rate":
         return [_learning_rate(part) for part in parts]
     if isinstance(weights, str):
-        raise UsageError(f"--part-weights {weights!r}: give learning-rate, equal, or a number for each part")
+        raise UsageError(f"`part_weights` {weights!r}: give learning-rate, equal, or a number for each part")
     if len(weights) != len(parts):
-        raise UsageError(f"--part-weights has {len(weights)} numbers for {len(parts)} parts")
+        raise UsageError(f"`part_weights` has {len(weights)} numbers for {len(parts)} parts")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise UsageError(f"--part-weights must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in weights)}")
+        raise UsageError(f"`part_weights` must be 0 or more and not all 0, not {', '.join(f'{w:g}' for w in weights)}")
     return [float(weight) for weight in weights]
 
 
@@ -107,7 +107,7 @@ def _learning_rate(part: Part) -> float:
     if not isinstance(rate, int | float) or not (math.isfinite(rate) and rate > 0):
         raise UsageError(
             f"part {part.name!r} does not say at which learning rate its checkpoint was trained (found {rate!r}); give "
-            "--part-weights, equal or a number for each part"
+            "`part_weights`, equal or a number for each part"
         )
     return float(rate)
 
@@ -122,7 +122,7 @@ def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[st
     if part.sketched_together:
         raise UsageError(
             f"part {part.name!r} keeps one sketch of all layers together: it has no scores by layer. Build a part that "
-            "has: ghoststore build … --proj-compress-by layer --name …"
+            "has: `ghoststore build … --proj-compress-by layer --name …`"
         )
     described = [(str(layer["name"]), layer_type_by_name(layer["type"])) for layer in part.manifest["layers"]]
     for pattern in [*layers, *exclude_layers]:

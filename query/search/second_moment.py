@@ -56,9 +56,9 @@ class SecondMoment:
         widest = max(stop - start for _, start, stop in part.groups)
         if widest > LARGEST_BLOCK:
             raise UsageError(
-                f"--precondition second-moment: part {part.name!r} has a block of {widest:,} numbers; a matrix of at "
-                f"most {LARGEST_BLOCK:,} × {LARGEST_BLOCK:,} is made. Build a part with a smaller --proj-compress, or "
-                "of plain blocks (--proj-rank-total)"
+                f"`precondition=second-moment`: part {part.name!r} has a block of {widest:,} numbers; a matrix of at "
+                f"most {LARGEST_BLOCK:,} × {LARGEST_BLOCK:,} is made. Build a part with a smaller sketch "
+                "(`ghoststore build --proj-compress`), or of plain blocks (`ghoststore build --proj-rank-total`)"
             )
         cache = PartCache(part, "second_moment", progress)
         sizes = [stop - start for _, start, stop in part.groups]
@@ -116,10 +116,11 @@ class DampedInverse:
         widest = max(stop - start for _, start, stop in part.groups)
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
             sketched = part.sketched_together
-            other = ", or a part with a sketch for each layer (build --proj-compress-by layer)" if sketched else ""
+            by_layer = "`ghoststore build --proj-compress-by layer`"
+            other = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
             progress.note(
-                f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with --damping "
-                f"{self.damping:g} noise may decide; try --damping 1{other}"
+                f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with `damping` "
+                f"{self.damping:g} noise may decide; try `damping=1`{other}"
             )
 
     def _factor(self, block_KK: Tensor, name: str) -> Tensor:
@@ -130,8 +131,8 @@ class DampedInverse:
         # A pivot that rounding alone could have made is no pivot.
         if int(failed) or not float(pivots.min()) > len(damped) * 2.0**-52 * float(damped.diagonal().max()):
             raise UsageError(
-                f"--damping {self.damping:g}: the second moment of block {name!r} ({len(block_KK):,} numbers, "
-                f"{self.moment.rows:,} rows) is singular, and no inverse of it exists; give a larger --damping "
+                f"`damping={self.damping:g}`: the second moment of block {name!r} ({len(block_KK):,} numbers, "
+                f"{self.moment.rows:,} rows) is singular, and no inverse of it exists; give a larger `damping` "
                 f"({DEFAULT_DAMPING} is the default)"
             )
         return torch.as_tensor(factor)
@@ -189,9 +190,9 @@ def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def checked_damping(damping: float | None) -> float:
-    """``--damping``, by default 0.1; UsageError for a negative or infinite one."""
+    """``damping``, by default 0.1; UsageError for a negative or infinite one."""
     if damping is None:
         return DEFAULT_DAMPING
     if not (damping >= 0 and math.isfinite(damping)):
-        raise UsageError(f"--damping must be 0 or more and finite, not {damping}")
+        raise UsageError(f"`damping` must be 0 or more and finite, not {damping}")
     return damping

@@ -42,18 +42,18 @@ class Budget:
     def __post_init__(self) -> None:
         given = [name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None]
         if len(given) != 1:
-            named = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "none of them"
+            named = " and ".join(f"`{name}`" for name in given) or "none of them"
             raise UsageError(
-                f"how much to choose: give one of --fraction, --count, --threshold and --token-budget, not {named}"
+                f"how much to choose: give one of `fraction`, `count`, `threshold` and `token_budget`, not {named}"
             )
         if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise UsageError(f"--fraction must be above 0 and at most 1, not {self.fraction}")
+            raise UsageError(f"`fraction` must be above 0 and at most 1, not {self.fraction}")
         if self.count is not None and self.count < 1:
-            raise UsageError(f"--count must be at least 1, not {self.count}")
+            raise UsageError(f"`count` must be at least 1, not {self.count}")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UsageError(f"--threshold must be a finite number, not {self.threshold}")
+            raise UsageError(f"`threshold` must be a finite number, not {self.threshold}")
         if self.token_budget is not None and self.token_budget < 1:
-            raise UsageError(f"--token-budget must be at least 1, not {self.token_budget}")
+            raise UsageError(f"`token_budget` must be at least 1, not {self.token_budget}")
 
     def size(self, score_M: NDArray[np.float64]) -> int:
         """Samples (or tokens, see ``in_tokens``) to choose, out of samples with these scores (NaN: unusable).
@@ -85,23 +85,23 @@ def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
     if quotas is None:
         return
     if budget.threshold is not None:
-        raise UsageError("quotas share out a budget: give --count, --fraction or --token-budget, not --threshold")
+        raise UsageError("quotas share out a budget: give `count`, `fraction` or `token_budget`, not `threshold`")
     if isinstance(quotas, str):
         return
     for domain, quota in quotas.items():
-        shown = f"--quota {domain}={quota}"
+        shown = f"quota {domain}={quota}"
         if isinstance(quota, bool) or not isinstance(quota, int | float):
             raise UsageError(f"{shown}: expected a share (0.3) or a number of samples (100)")
         if isinstance(quota, int):
             if quota < 0:
                 raise UsageError(f"{shown}: a number of samples cannot be negative")
             if budget.in_tokens:
-                raise UsageError(f"{shown} is a number of samples: with --token-budget give a share of the tokens")
+                raise UsageError(f"{shown} is a number of samples: with `token_budget` give a share of the tokens")
         elif not 0 <= quota <= 1:
             raise UsageError(f"{shown}: a share lies between 0 and 1; a number of samples has no decimal point")
     shares = sum(quota for quota in quotas.values() if isinstance(quota, float))
     if shares > 1 + 1e-9:
-        raise UsageError(f"--quota: the shares add up to {shares:g}, more than 1")
+        raise UsageError(f"quotas: the shares add up to {shares:g}, more than 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def make_pools(
         return Pools(["all"], [size], np.zeros(len(score_M), dtype=np.int64), cost_M)
     if not domains:
         raise UsageError(
-            f"quotas by domain: part {part!r} has no domains. Build it with --domain-field, or leave the quotas out"
+            f"quotas by domain: part {part!r} has no domains. Build it with `fields.domain`, or leave the quotas out"
         )
     if isinstance(quotas, str):
         usable = np.isfinite(score_M)
@@ -213,7 +213,7 @@ def make_pools(
     unknown = [domain for domain in quotas if domain not in domains]
     if unknown:
         known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
-        raise UsageError(f"--quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
+        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
     pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # the last entry is that of -1
     pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
     return Pools([*quotas, OTHERS], _limits(list(quotas.values()), size), pool_of[domain_M], cost_M)
@@ -225,6 +225,6 @@ def _limits(quotas: list[float], size: int) -> list[int]:
     shares = [quota * size for quota in quotas if isinstance(quota, float)]
     left = size - counts - sum(shares)
     if left < -1e-6 * size:
-        raise UsageError(f"--quota: {counts} samples and shares of {sum(shares):g} are more than the {size} to choose")
+        raise UsageError(f"quotas: {counts} samples and shares of {sum(shares):g} are more than the {size} to choose")
     dealt = iter(apportion(size - counts, [*shares, max(left, 0.0)]))
     return [quota if isinstance(quota, int) else next(dealt) for quota in quotas] + [next(dealt)]

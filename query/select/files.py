@@ -34,13 +34,14 @@ class SelectFiles:
         out = Path(out)
         said = out.with_name(f"{out.name}.report.json") if report is None else Path(report)
         if said.suffix != ".json":
-            raise UsageError(f"--report {said}: expected a name that ends in .json")
+            raise UsageError(f"`report={said}`: expected a name that ends in .json")
         files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
-        for option, path in (("--out", files.out), ("--report", files.report), ("the list of rows,", files.rows)):
-            check_new(option, path)
+        check_new(f"`out={files.out}`", files.out)
+        check_new(f"`report={files.report}`", files.report)
+        check_new(f"the list of rows, {files.rows},", files.rows)
         if files.rows.resolve() == files.out.resolve():
             raise UsageError(
-                f"--out {out}: the list of rows of --report {said} is written there; give either another name"
+                f"`out={out}`: the list of rows of `report={said}` is written there; give either another name"
             )
         return files
 

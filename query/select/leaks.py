@@ -82,13 +82,13 @@ class LeakCheck:
 
 
 def refuse(leaks: list[Leak], val_set: str) -> None:
-    """UsageError if there are any leaks: ``--leaks error``."""
+    """UsageError if there are any leaks: ``leaks=error``."""
     if leaks:
         first = leaks[0]
         raise UsageError(
             f"{len(leaks):,} sample(s) of the corpus are near-duplicates of the val set {val_set}: the first is "
             f"{first.id!r} (row {first.source_row}), which holds {first.overlap:.0%} of val sample {first.val_id!r} "
-            f"(row {first.val_row}). Nothing was written; leave them out with --leaks exclude"
+            f"(row {first.val_row}). Nothing was written; leave them out with `leaks=exclude`"
         )
 
 

@@ -40,16 +40,16 @@ class Strategy:
     def __post_init__(self) -> None:
         check_quotas(self.quotas, self.budget)
         if self.diversity == "none":
-            for option, value in (("--diversity-weight", self.diversity_weight), ("--candidates", self.candidates)):
+            for name, value in (("diversity_weight", self.diversity_weight), ("candidates", self.candidates)):
                 if value is not None:
-                    raise UsageError(f"{option} belongs to --diversity mmr, facility-location or greats")
+                    raise UsageError(f"`{name}` belongs to `diversity=mmr`, facility-location or greats")
         elif self.budget.threshold is not None:
             raise UsageError(
-                "--threshold takes every sample above it, which leaves --diversity nothing to choose: give --count, "
-                "--fraction or --token-budget"
+                "`threshold` takes every sample above it, which leaves `diversity` nothing to choose: give `count`, "
+                "`fraction` or `token_budget`"
             )
         if self.candidates is not None and self.candidates < 1:
-            raise UsageError(f"--candidates must be at least 1, not {self.candidates}")
+            raise UsageError(f"`candidates` must be at least 1, not {self.candidates}")
         self._check_weight()
 
     def _check_weight(self) -> None:
@@ -57,11 +57,11 @@ class Strategy:
         if weight is None:
             return
         if self.diversity not in DEFAULT_WEIGHTS:
-            raise UsageError(f"--diversity {self.diversity} has no weight: leave --diversity-weight out")
+            raise UsageError(f"`diversity={self.diversity}` has no weight: leave `diversity_weight` out")
         highest = 1.0 if self.diversity == "mmr" else math.inf
         if not 0 <= weight <= highest or not math.isfinite(weight):
             wanted = "between 0 (score alone) and 1 (diversity alone)" if self.diversity == "mmr" else "0 or more"
-            raise UsageError(f"--diversity-weight of {self.diversity} must be {wanted}, not {weight}")
+            raise UsageError(f"`diversity_weight` of {self.diversity} must be {wanted}, not {weight}")
 
     @property
     def weight(self) -> float | None:
@@ -110,15 +110,15 @@ class Strategy:
         wanted = count if self.candidates is None else min(self.candidates, len(ranking))
         if wanted > most:
             raise UsageError(
-                f"--diversity {self.diversity}: {wanted:,} candidates do not fit in {MEMORY >> 30} GiB, {most:,} do. "
-                "Choose fewer, or without --diversity"
+                f"`diversity={self.diversity}`: {wanted:,} candidates do not fit in {MEMORY >> 30} GiB, {most:,} do. "
+                "Choose fewer, or without `diversity`"
             )
         if self.candidates is None:
             places = pools.scaled(CANDIDATES).best(ranking)
             if len(places) <= most:
                 return places
         elif self.candidates < count:
-            raise UsageError(f"--candidates {self.candidates} is less than the {count} samples that are asked for")
+            raise UsageError(f"`candidates={self.candidates}` is less than the {count} samples that are asked for")
         dealt = pools.in_samples(self.candidates or most)
         return ranking[np.isin(ranking, np.concatenate([dealt.best(ranking), pools.best(ranking)]))]
 
@@ -187,5 +187,5 @@ def _nothing(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np
     best = ranking[0]
     return (
         f"nothing was chosen, and nothing was written: the best of {len(ranking):,} samples has the score "
-        f"{score_M[best]:.4g} and {samples.tokens[best]:,} tokens. Lower --threshold, or raise the budget or the quotas"
+        f"{score_M[best]:.4g} and {samples.tokens[best]:,} tokens. Lower `threshold`, or raise the budget or the quotas"
     )

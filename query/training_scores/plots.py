@@ -25,20 +25,20 @@ LINES = 8
 COLORS = ("#1f5fa8", "#d1662b", "#2f8f5b", "#8a4fa3", "#b8912f", "#c43d5e", "#4aa3b5", "#6b6b6b", "#a8a8a8")
 
 
-def check_plot(path: str | Path, option: str = "--plot") -> Path:
+def check_plot(path: str | Path, parameter: str) -> Path:
     """``path`` if a new picture can be written there; UsageError for an unknown form or a file that exists."""
-    target = _checked(path, option)
+    target = _checked(path, parameter)
     if target.exists():
-        raise UsageError(f"{option} {target} exists; nothing was written. Give another path, or remove it")
+        raise UsageError(f"`{parameter}={target}` exists; nothing was written. Give another path, or remove it")
     return target
 
 
-def _checked(path: str | Path, option: str = "--plot") -> Path:
+def _checked(path: str | Path, parameter: str = "path") -> Path:
     target = Path(path)
     if target.suffix.lower() not in FORMS:
-        raise UsageError(f"{option} {target}: pictures are written as {', '.join(FORMS)}")
+        raise UsageError(f"`{parameter}={target}`: pictures are written as {', '.join(FORMS)}")
     if not target.resolve().parent.is_dir():
-        raise UsageError(f"{option} {target}: the folder {target.resolve().parent} does not exist")
+        raise UsageError(f"`{parameter}={target}`: the folder {target.resolve().parent} does not exist")
     return target
 
 

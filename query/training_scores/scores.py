@@ -54,7 +54,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     Raises UsageError for a run without steps and for what it does not have or keep, CorruptError for damaged steps.
     """
     progress = options.progress or Silent()
-    ranked = {"--top-k": options.top_k, "--bottom-k": options.bottom_k}
+    ranked = {"`top_k`": options.top_k, "`bottom_k`": options.bottom_k}
     _refuse_usage(
         ranked,
         sample=options.sample,
@@ -69,7 +69,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     if options.plot is not None:
         from query.training_scores.plots import check_plot, plot_scores
 
-        check_plot(options.plot)
+        check_plot(options.plot, "plot")
     opened = Store.open(options.store).run(options.run)
     column = choose_column(opened, options.group, options.layers, options.exclude_layers)
     window = window_of(opened, options.steps)
@@ -158,18 +158,18 @@ def _refuse_usage(
             raise UsageError(f"{name} must be at least 0, not {count}")
     top, bottom = ranked.values()
     if top == 0 and not bottom:
-        raise UsageError("--top-k 0 without --bottom-k: ask for at least one sample")
+        raise UsageError("`top_k=0` without `bottom_k`: ask for at least one sample")
     if min_times is not None and min_times < 1:
-        raise UsageError(f"--min-times must be at least 1, not {min_times}")
+        raise UsageError(f"`min_times` must be at least 1, not {min_times}")
     given = [name for name, count in ranked.items() if count is not None]
     if by is not None and given:
-        raise UsageError(f"--by domain is a table of domains: it does not go with {given[0]}")
+        raise UsageError(f"`by=domain` is a table of domains: it does not go with {given[0]}")
     if sample is not None:
-        given += ["--by"] * (by is not None) + ["--min-times"] * (min_times is not None)
-        given += ["--domain"] * bool(domains) + ["--value"] * (value != "cumulative")
-        given += ["--unit"] * (unit != "sample")
+        given += ["`by`"] * (by is not None) + ["`min_times`"] * (min_times is not None)
+        given += ["`domains`"] * bool(domains) + ["`value`"] * (value != "cumulative")
+        given += ["`unit`"] * (unit != "sample")
         if given:
-            raise UsageError(f"--sample shows everything of one sample: it does not go with {given[0]}")
+            raise UsageError(f"`sample` shows everything of one sample: it does not go with {given[0]}")
 
 
 def _steps_of(run: Run, spans: Sequence[int], window: Steps) -> int:

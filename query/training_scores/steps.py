@@ -73,7 +73,7 @@ def choose_column(
     """
     if group is not None:
         if layers or exclude_layers:
-            raise UsageError("--group and --layers do not go together: scores by layer are kept for the whole val set")
+            raise UsageError("`group` and `layers` do not go together: scores by layer are kept for the whole val set")
         groups = run.layout.groups
         if not groups:
             raise UsageError(f"run {run.name!r} has no scores by val group; `ghoststore train --val-groups` keeps them")
@@ -126,15 +126,15 @@ def window_of(run: Run, steps: str | slice | None) -> Steps:
     if isinstance(steps, str):
         ends = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
         if ends is None:
-            raise UsageError(f"--steps {steps!r}: expected first:stop, as 0:100, 500: or -100:")
+            raise UsageError(f"`steps` {steps!r}: expected first:stop, as 0:100, 500: or -100:")
         steps = slice(*(None if piece is None else int(piece) for piece in ends.groups()))
     if steps.step not in (None, 1):
-        raise UsageError(f"--steps takes every step of a window, not every {steps.step}th")
+        raise UsageError(f"`steps` takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)
     if not spans_of(run, (start, stop)):
         shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
         raise UsageError(
-            f"--steps {shown}: no committed step of run {run.name!r} is there; its steps are "
+            f"`steps={shown}`: no committed step of run {run.name!r} is there; its steps are "
             f"{run.layout.span_of(run.spans[0])[0]:,} to {end - 1:,}"
         )
     return start, stop

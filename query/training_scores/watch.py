@@ -44,7 +44,7 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
     Raises UsageError for a store that is none and for several runs without a name, CorruptError for damaged steps.
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
-        raise UsageError(f"--interval must be above 0, not {options.interval}")
+        raise UsageError(f"`interval` must be above 0, not {options.interval}")
     watcher = Watcher(options.store, options.run, text=options.text)
     while True:
         frame = watcher.look(None if options.once else SPANS_A_FRAME)

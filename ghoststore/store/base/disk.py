@@ -93,12 +93,12 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str, option: str = "--name") -> Iterator[None]:
+def exclusive(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
     """Hold the lock of ``folder`` (flock) against other processes of this machine. It ends with the process.
 
-    BusyError if another one holds it; ``option`` is the one with which to choose another.
+    BusyError if another one holds it; ``parameter`` is the one with which to choose another.
     """
-    busy = f"{what} is being written by another process; wait for it, or choose another {option}"
+    busy = f"{what} is being written by another process; wait for it, or choose another `{parameter}`"
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def exclusive(folder: Path, what: str, option: str = "--name") -> Iterator[None]
         os.close(handle)
 
 
-def create_whole(path: Path, what: str, fill: Callable[[Path], None], option: str = "--name") -> None:
+def create_whole(path: Path, what: str, fill: Callable[[Path], None], parameter: str = "name") -> None:
     """Make the folder ``path`` in one step: it appears whole, on the disk, or not at all. If it is there, nothing is
     done.
 
@@ -125,7 +125,7 @@ def create_whole(path: Path, what: str, fill: Callable[[Path], None], option: st
         if path.exists():
             return
         begun.mkdir(exist_ok=True)
-        with exclusive(begun, what, option):
+        with exclusive(begun, what, parameter):
             if path.exists():  # whoever held the lock has made it meanwhile
                 return
             for entry in begun.iterdir():

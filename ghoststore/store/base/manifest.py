@@ -32,8 +32,8 @@ class Kind:
     """Sections that must be equal for the work to go on."""
     description: tuple[str, ...]
     """Sections that may differ: paths, versions, devices."""
-    option: str = "--name"
-    """The option that names it."""
+    parameter: str = "name"
+    """The parameter that names it."""
 
 
 PART = Kind(
@@ -140,5 +140,5 @@ def refuse_differences(stored: Manifest, wanted: Manifest, where: str, kind: Kin
     if different:
         raise MismatchError(
             f"{where} was {kind.made} with other settings; nothing was changed:\n{difference_lines(different)}\n"
-            f"Use the stored settings to continue it, or another {kind.option} for a new {kind.name}"
+            f"Use the stored settings to continue it, or another `{kind.parameter}` for a new {kind.name}"
         )

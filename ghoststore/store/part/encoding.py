@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """One value of ``--proj-dtype``."""
+    """One value of ``proj_dtype``."""
 
     name: str
     stored: np.dtype[Any]
@@ -138,4 +138,4 @@ def encoding(name: str) -> Encoding:
     try:
         return ENCODINGS[name]
     except KeyError:
-        raise UsageError(f"--proj-dtype {name!r} is unknown; known: {', '.join(ENCODINGS)}") from None
+        raise UsageError(f"`proj_dtype` {name!r} is unknown; known: {', '.join(ENCODINGS)}") from None

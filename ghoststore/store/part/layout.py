@@ -60,7 +60,7 @@ class PartLayout(SpanLayout):
         if row_bytes > LARGEST_ROW_BYTES:
             raise UsageError(
                 f"a vector of {dimension} numbers is {row_bytes >> 20} MiB; a part stores at most "
-                f"{LARGEST_ROW_BYTES >> 20} MiB a row: lower --proj-rank-total or give --proj-compress"
+                f"{LARGEST_ROW_BYTES >> 20} MiB a row: lower `rank_total` or give `compress`"
             )
         chunk = min(
             MAX_SPAN_ROWS,
@@ -68,7 +68,7 @@ class PartLayout(SpanLayout):
         )
         span = max(chunk, MIN_SPAN_ROWS) if span_rows is None else span_rows
         if span < 1:
-            raise UsageError(f"--span-rows must be at least 1, not {span}")
+            raise UsageError(f"`span_rows` must be at least 1, not {span}")
         span = min(span, rows)
         chunk = min(chunk, span)
         # A chunk never crosses a span: other spans are written by others, at other times.
