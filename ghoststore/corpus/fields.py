@@ -32,13 +32,35 @@ WELL_KNOWN = (
     "system",
     "system_prompt",
     "instruction",
+    "instructions",
     "input",
+    "inputs",
     "output",
+    "outputs",
+    "target",
+    "targets",
     "context",
+    "passage",
+    "passages",
+    "article",
+    "document",
     "history",
+    "query",
     "question",
+    "problem",
+    "choices",
+    "options",
     "answer",
+    "answers",
     "response",
+    "solution",
+    "rationale",
+    "explanation",
+    "summary",
+    "premise",
+    "hypothesis",
+    "chosen",
+    "rejected",
 )
 """Fields in which the common layouts keep a part of a sample's text."""
 
@@ -214,10 +236,9 @@ class ResolvedFields:
         beside = BESIDE_MESSAGES if self.kind == "messages" else ()
         return list(dict.fromkeys([*(n for role in ROLES if (n := getattr(self, role)) is not None), *beside]))
 
-    def unread(self, first_row: Mapping[str, object]) -> list[str]:
-        """Fields of ``first_row`` that are not read, and hold a part of a sample's text in the common layouts."""
-        read = self.columns()
-        return [] if self.kind == "tokens" else [name for name in WELL_KNOWN if name in first_row and name not in read]
+    def left_out(self) -> set[str]:
+        """Fields that are not read, and that hold a part of a sample's text in the common layouts."""
+        return set() if self.kind == "tokens" else set(WELL_KNOWN) - set(self.columns())
 
     def sample(self, row: object, *, source_row: int, file: int, offset: int) -> Sample:
         """The sample of a row; raises RowError for a missing field or a value of a wrong type."""

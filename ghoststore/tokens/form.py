@@ -18,6 +18,9 @@ class ShardsForm:
     name: str = "token-shards"
     has_offsets: bool = False
 
+    def fields(self, path: Path) -> Sequence[str] | None:
+        return None
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         for sample in range(start, self.shards.samples):
             yield sample, self.shards.row(sample)

@@ -19,6 +19,10 @@ class DatasetForm:
     name: str = "dataset"
     has_offsets: bool = False
 
+    def fields(self, path: Path) -> Sequence[str] | None:
+        names: list[str] = self.dataset.column_names
+        return names
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         read = self._reader(path, columns)
         with reading_arrow(path):

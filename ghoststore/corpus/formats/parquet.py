@@ -18,6 +18,10 @@ class ParquetForm:
     name: str = "parquet"
     has_offsets: bool = False
 
+    def fields(self, path: Path) -> Sequence[str] | None:
+        names: list[str] = self.schema(path).names
+        return names
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with parquet_file(path) as file:
             columns = wanted(columns, file.schema_arrow.names)

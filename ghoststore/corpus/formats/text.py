@@ -155,6 +155,9 @@ class TextForm:
     parse: Callable[[Lines], Iterator[KeyedRow]]
     has_offsets: bool = True
 
+    def fields(self, path: Path) -> Sequence[str] | None:
+        return None
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with reading(path), open_bytes(path) as stream:
             lines = Lines(path, stream)
