@@ -91,9 +91,7 @@ class Corpus:
             for key, row in self._form.rows(path, columns, first):
                 if source_row >= start.source_row:
                     try:
-                        sample = resolved.sample(
-                            row, source_row=source_row, file=file, offset=key if has_offsets else -1
-                        )
+                        sample = self.sample_of(row, source_row, file, key if has_offsets else -1)
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
@@ -116,9 +114,8 @@ class Corpus:
             for key, row in form.pick(path, self.resolved.columns(), list(inside)):
                 place = inside[key]
                 with suppress(RowError):
-                    fetched[place.source_row] = self.resolved.sample(
-                        row, source_row=place.source_row, file=place.file, offset=key if form.has_offsets else -1
-                    )
+                    offset = key if form.has_offsets else -1
+                    fetched[place.source_row] = self.sample_of(row, place.source_row, place.file, offset)
         for file in sorted({place.file for place in others}):
             fetched |= self._streamed(file, {place.source_row for place in others if place.file == file})
         return fetched
@@ -130,6 +127,12 @@ class Corpus:
         for file in sorted({place.file for place in places}):
             keyed = {self._key(place): place for place in places if place.file == file}
             yield self._form, self.files[self._checked(file)], {key: keyed[key] for key in sorted(keyed)}
+
+    def sample_of(self, row: object, source_row: int, file: int, offset: int) -> Sample:
+        """The sample of a row of ours; RowError for a missing field or a value of a wrong type."""
+        return self.resolved.sample(
+            row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls
+        )
 
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:

@@ -17,6 +17,7 @@ class ShardsForm:
     shards: TokenShards
     name: str = "token-shards"
     has_offsets: bool = False
+    adds_nulls: bool = False
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None

@@ -102,7 +102,17 @@ def test_a_build_says_what_a_later_row_has(lab: Lab, tmp_path: Path) -> None:
     rows[21]["input"] = "the sun"
     data, store = lab.write(tmp_path / "rows.jsonl", rows), tmp_path / "store"
     built = lab.run(
-        "build", "--checkpoint", lab.checkpoint, "--data", data, "--store", store, *ALPACA, "--max-length", "32", "--quiet"
+        "build",
+        "--checkpoint",
+        lab.checkpoint,
+        "--data",
+        data,
+        "--store",
+        store,
+        *ALPACA,
+        "--max-length",
+        "32",
+        "--quiet",
     )
     assert built.code == 0, built.err
     assert built.err.count("is not read") == 1

@@ -18,6 +18,7 @@ class DatasetForm:
     dataset: Any
     name: str = "dataset"
     has_offsets: bool = False
+    adds_nulls: bool = True
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.dataset.column_names

@@ -154,6 +154,7 @@ class TextForm:
     name: str
     parse: Callable[[Lines], Iterator[KeyedRow]]
     has_offsets: bool = True
+    adds_nulls: bool = False
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None
