@@ -210,8 +210,8 @@ class Corpus:
 def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
     """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end.
 
-    With ``progress`` the first row is read at once. Notes name the fields that are not read, where they may belong to the
-    text: those of the first row, and those that other rows have beside them, each where it is first read.
+    With ``progress`` the first row is read at once. Notes name the fields that are not read, where they may belong to
+    the text: those of the first row, and those that other rows have beside them, each where it is first read.
     """
     with ExitStack() as stack:
         if source == "-":

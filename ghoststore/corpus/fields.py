@@ -147,8 +147,8 @@ class Sample:
 
         Keys are sorted where they are looked up by name: the row's, the content's, a message's. Within what a message
         holds, in tools and in documents they keep their order, for a chat template prints these in the order it gets.
-        Nulls there are in, as in the text. The same row has the same bytes in every form of file that keeps the order and
-        the nulls; its place does not enter.
+        Nulls there are in, as in the text. The same row has the same bytes in every form of file that keeps the order
+        and the nulls; its place does not enter.
         """
         plain: object = self.content
         if isinstance(plain, PromptCompletion):
