@@ -201,9 +201,7 @@ def test_nulls_that_a_form_adds_are_in_no_text(write: Write, tmp_path: Path) -> 
     tools = NULLS[0]["tools"]
     rows = [{"messages": NULLS[0]["messages"], "tools": value} for value in (tools, [{"name": "g", "other": 1}])]
     write_parquet(tmp_path / "rows.parquet", rows)
-    found = [
-        text for text in map(chatter().decode, ids_of(list(Corpus.open(str(tmp_path / "rows.parquet")).samples())))
-    ]
+    found = list(map(chatter().decode, ids_of(list(Corpus.open(str(tmp_path / "rows.parquet")).samples()))))
     assert not any("null," in text or "null}" in text for text in found)
     strings = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
     write_parquet(tmp_path / "strings.parquet", strings)

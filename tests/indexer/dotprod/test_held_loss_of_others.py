@@ -231,9 +231,9 @@ def test_a_loss_of_no_tokens_is_said_not_to_be_held() -> None:
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
     model = perceptron()
     summed = lambda: sum_of_squares(model, x).sum()  # noqa: E731
-    with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine:
-        with pytest.warns(RuntimeWarning, match=r"not held.*a sum that is watched as a mean.*batch=batch"):
-            scored(engine, summed)
+    told = pytest.warns(RuntimeWarning, match=r"not held.*a sum that is watched as a mean.*batch=batch")
+    with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine, told:
+        scored(engine, summed)
     with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine:
         refused(engine, summed, "not Σ weights × val_losses", batch=x)
 

@@ -168,7 +168,7 @@ def rewrite_config(store: Path, change: Callable[[dict[str, Any]], Any]) -> None
 def test_a_release_of_transformers_that_knows_more_fields_goes_on(tmp_path: Path) -> None:
     """The manifest of the run lacks a field that the class fills in, as one of the release before would."""
     steps, config = plan(7), config_of(tmp_path / "store")
-    whole, _ = train(steps, config_of(tmp_path / "whole"))
+    train(steps, config_of(tmp_path / "whole"))
     model = gpt2()
     optimizer = sgd(model)
     manager = GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH)
