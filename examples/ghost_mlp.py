@@ -28,7 +28,7 @@ value = torch.zeros(len(x_train))
 for step in range(10):
     engine.prepare(len(x_train))
     loss = losses_of(model, (x_train, y_train)).mean()
-    engine.watch(loss)
+    engine.watch(loss, batch=(x_train, y_train))  # the mean of losses_of, which the first step checks
     loss.backward()
     scores = engine.collect()
     optimizer.step()

@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ghoststore.corpus.fields import ResolvedFields, RowError, Sample, check_object, resolve
+from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.locate import locate
 from ghoststore.errors import CorpusError, StorageError
@@ -44,8 +45,12 @@ class Corpus:
         self._counts: list[int] = []
         self.domains: frozenset[str] | None = None
         """The domains whose samples `samples` gives; None for all. See `only`."""
+        self.note: Callable[[str], None] | None = None
+        """Told, each once, of fields that are not read and may belong to the text, where a row first has them."""
         self.unread: list[str] = []
-        """Fields of the first row that are not read and may belong to the text. Known once `resolved` was decided."""
+        """These fields: of the first row once `resolved` was decided, of the others as `samples` comes to them."""
+        self._left_out: set[str] = set()
+        """Fields that no row has had so far, and that would be such."""
 
     @classmethod
     def open(cls, source: str, fields: Fields | ResolvedFields | None = None) -> Corpus:
@@ -60,7 +65,7 @@ class Corpus:
 
     def only(self, domains: Iterable[str]) -> Corpus:
         """The same corpus without the samples of other domains, or of none. All keep their ``source_row``."""
-        narrowed = Corpus(self.source, self._form, self.files, self._fields)
+        narrowed = copy(self)  # what was noted once is not noted again
         narrowed.domains = frozenset(domains)
         return narrowed
 
@@ -78,18 +83,20 @@ class Corpus:
         columns = resolved.columns()
         has_offsets = self._form.has_offsets
         domains = self.domains
+        left_out = self._left_out
         source_row, first = self._entry(start)
         for file in range(start.file, len(self.files)):
             path = self.files[file]
+            fields = self._form.fields(path) if left_out else None
             for key, row in self._form.rows(path, columns, first):
                 if source_row >= start.source_row:
                     try:
-                        sample = resolved.sample(
-                            row, source_row=source_row, file=file, offset=key if has_offsets else -1
-                        )
+                        sample = self.sample_of(row, source_row, file, key if has_offsets else -1)
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
+                        if not left_out.isdisjoint(fields or row):  # type: ignore[arg-type]  # a mapping, as a sample is
+                            self._see_unread(fields or row, self._form.where(path, key))
                         yield sample
                 source_row += 1
             first = 0
@@ -107,9 +114,8 @@ class Corpus:
             for key, row in form.pick(path, self.resolved.columns(), list(inside)):
                 place = inside[key]
                 with suppress(RowError):
-                    fetched[place.source_row] = self.resolved.sample(
-                        row, source_row=place.source_row, file=place.file, offset=key if form.has_offsets else -1
-                    )
+                    offset = key if form.has_offsets else -1
+                    fetched[place.source_row] = self.sample_of(row, place.source_row, place.file, offset)
         for file in sorted({place.file for place in others}):
             fetched |= self._streamed(file, {place.source_row for place in others if place.file == file})
         return fetched
@@ -122,6 +128,12 @@ class Corpus:
             keyed = {self._key(place): place for place in places if place.file == file}
             yield self._form, self.files[self._checked(file)], {key: keyed[key] for key in sorted(keyed)}
 
+    def sample_of(self, row: object, source_row: int, file: int, offset: int) -> Sample:
+        """The sample of a row of ours; RowError for a missing field or a value of a wrong type."""
+        return self.resolved.sample(
+            row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls
+        )
+
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
             for key, row in self._form.rows(path, None, 0):
@@ -130,10 +142,28 @@ class Corpus:
                     first = check_object(row)
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
-                resolved = resolve(fields, first, where)
-                self.unread = resolved.unread(first)
-                return resolved
+                self._fields = resolve(fields, first, where)
+                self._left_out |= self._fields.left_out()
+                self._see_unread(first, None)
+                return self._fields
         raise CorpusError(f"{self.source}: has no rows")
+
+    def _see_unread(self, fields: Iterable[str], where: str | None) -> None:
+        """Note what is not read of ``fields``: those of the first row, or of the row ``where``, which are new there."""
+        names = [name for name in WELL_KNOWN if name in self._left_out and name in fields]
+        self._left_out.difference_update(names)
+        self.unread += names
+        if not names or self.note is None:
+            return
+        resolved = self.resolved
+        of_content = [getattr(resolved, role) for role in CONTENT_FIELDS.get(resolved.kind, ())]
+        belongs = {"messages": "put it among the messages", "prompt-completion": "join it to the prompt"}
+        of_rows = "of its rows" if where is None else "of this row, and of none before it,"
+        self.note(
+            f"{where or self.source}: {_listed(names)} {of_rows} {'is' if len(names) == 1 else 'are'} not read "
+            f"(read: {_listed(of_content)}). What belongs to the text there: "
+            f"{belongs.get(resolved.kind, 'join it to the text')}, in the file"
+        )
 
     def _streamed(self, file: int, source_rows: set[int]) -> dict[int, Sample]:
         """The slow way to rows of one file without a known offset: from its beginning to the last."""
@@ -180,8 +210,8 @@ class Corpus:
 def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
     """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end.
 
-    With ``progress`` the first row is read at once, and a note names the fields of it that are not read, where they may
-    belong to the text.
+    With ``progress`` the first row is read at once. Notes name the fields that are not read, where they may belong to
+    the text: those of the first row, and those that other rows have beside them, each where it is first read.
     """
     with ExitStack() as stack:
         if source == "-":
@@ -189,20 +219,9 @@ def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress
             source = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
         corpus = Corpus.open(source, fields)
         if progress is not None:
-            _note_unread(corpus, progress)
+            corpus.note = progress.note
+            _ = corpus.resolved
         yield corpus
-
-
-def _note_unread(corpus: Corpus, progress: Progress) -> None:
-    resolved = corpus.resolved
-    if corpus.unread:
-        of_content = [getattr(resolved, role) for role in CONTENT_FIELDS.get(resolved.kind, ())]
-        where = {"messages": "put it among the messages", "prompt-completion": "join it to the prompt"}
-        progress.note(
-            f"{corpus.source}: {_listed(corpus.unread)} of its rows {'is' if len(corpus.unread) == 1 else 'are'} not "
-            f"read (read: {_listed(of_content)}). What belongs to the text there: "
-            f"{where.get(resolved.kind, 'join it to the text')}, in the file"
-        )
 
 
 def _listed(names: Iterable[str]) -> str:

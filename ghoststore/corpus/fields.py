@@ -32,13 +32,35 @@ WELL_KNOWN = (
     "system",
     "system_prompt",
     "instruction",
+    "instructions",
     "input",
+    "inputs",
     "output",
+    "outputs",
+    "target",
+    "targets",
     "context",
+    "passage",
+    "passages",
+    "article",
+    "document",
     "history",
+    "query",
     "question",
+    "problem",
+    "choices",
+    "options",
     "answer",
+    "answers",
     "response",
+    "solution",
+    "rationale",
+    "explanation",
+    "summary",
+    "premise",
+    "hypothesis",
+    "chosen",
+    "rejected",
 )
 """Fields in which the common layouts keep a part of a sample's text."""
 
@@ -59,8 +81,9 @@ class PromptCompletion:
 class Messages:
     """A conversation as the chat template gets it: non-empty; every message has a "role" (str) and a "content".
 
-    Of everything else in messages, tools and documents, keys whose value is null are left out: Parquet and Arrow give
-    every struct every key, JSON does not.
+    Other keys of a message are left out where their value is null, as transformers does. Inside their values, in tools
+    and in documents a null stands where the row has it, but for forms of file that give every object every key of a
+    schema: there it is left out.
     """
 
     messages: list[dict[str, object]]
@@ -124,7 +147,8 @@ class Sample:
 
         Keys are sorted where they are looked up by name: the row's, the content's, a message's. Within what a message
         holds, in tools and in documents they keep their order, for a chat template prints these in the order it gets.
-        The same row has the same bytes in every form of file that keeps that order; its place does not enter.
+        Nulls there are in, as in the text. The same row has the same bytes in every form of file that keeps the order
+        and the nulls; its place does not enter.
         """
         plain: object = self.content
         if isinstance(plain, PromptCompletion):
@@ -214,16 +238,17 @@ class ResolvedFields:
         beside = BESIDE_MESSAGES if self.kind == "messages" else ()
         return list(dict.fromkeys([*(n for role in ROLES if (n := getattr(self, role)) is not None), *beside]))
 
-    def unread(self, first_row: Mapping[str, object]) -> list[str]:
-        """Fields of ``first_row`` that are not read, and hold a part of a sample's text in the common layouts."""
-        read = self.columns()
-        return [] if self.kind == "tokens" else [name for name in WELL_KNOWN if name in first_row and name not in read]
+    def left_out(self) -> set[str]:
+        """Fields that are not read, and that hold a part of a sample's text in the common layouts."""
+        return set() if self.kind == "tokens" else set(WELL_KNOWN) - set(self.columns())
 
-    def sample(self, row: object, *, source_row: int, file: int, offset: int) -> Sample:
-        """The sample of a row; raises RowError for a missing field or a value of a wrong type."""
+    def sample(self, row: object, *, source_row: int, file: int, offset: int, adds_nulls: bool = False) -> Sample:
+        """The sample of a row; raises RowError for a missing field or a value of a wrong type. ``adds_nulls``: the form
+        of file gives every object all keys of a schema, null where the data had none.
+        """
         row = check_object(row)
         try:
-            content = _text(row, self.text) if self.text is not None else self._structured(row)
+            content = _text(row, self.text) if self.text is not None else self._structured(row, adds_nulls)
             name = str(source_row) if self.id is None else _label(row, self.id)
             domain = None
             if self.domain is not None and row[self.domain] is not None:
@@ -232,14 +257,14 @@ class ResolvedFields:
             raise RowError(f"no field {error.args[0]!r}; fields found: {_quoted(row)}") from None
         return Sample(source_row, name, domain, content, offset, file)
 
-    def _structured(self, row: dict[str, object]) -> Content | None:
+    def _structured(self, row: dict[str, object], adds_nulls: bool) -> Content | None:
         if self.kind == "tokens":
             tokens = row["tokens"]
             if not isinstance(tokens, Tokenized):
                 raise RowError(f"field 'tokens': expected a sample of token shards, found {_found(tokens)}")
             return tokens
         if self.messages is not None:
-            return _conversation(row, self.messages)
+            return _conversation(row, self.messages, adds_nulls)
         assert self.prompt is not None
         assert self.completion is not None
         prompt, completion = _text(row, self.prompt), _text(row, self.completion)
@@ -304,7 +329,7 @@ def _label(row: dict[str, object], field: str) -> str:
     raise RowError(f"field {field!r}: expected a string or an integer, found {_found(value)}")
 
 
-def _conversation(row: dict[str, object], field: str) -> Messages | None:
+def _conversation(row: dict[str, object], field: str, adds_nulls: bool) -> Messages | None:
     value = row[field]
     if value is None:
         return None
@@ -317,8 +342,8 @@ def _conversation(row: dict[str, object], field: str) -> Messages | None:
                 f"found {_found(message)}"
             )
     _check_json(value, field, "a message")
-    tools, documents = (_objects(row, name) for name in BESIDE_MESSAGES)
-    return Messages([_normal_message(message) for message in value], tools, documents)
+    tools, documents = (_objects(row, name, adds_nulls) for name in BESIDE_MESSAGES)
+    return Messages([_normal_message(message, adds_nulls) for message in value], tools, documents)
 
 
 def _may_stand(message: dict[str, object]) -> bool:
@@ -326,16 +351,18 @@ def _may_stand(message: dict[str, object]) -> bool:
     return "content" in message or message.get("tool_calls") is not None
 
 
-def _normal_message(message: dict[str, object]) -> dict[str, object]:
-    content = {"content": _without_nulls(message.get("content"))}
-    rest = {key: _without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
-    return {**rest, **content} if "content" in message else {"role": rest.pop("role"), **content, **rest}
+def _normal_message(message: dict[str, object], adds_nulls: bool) -> dict[str, object]:
+    given = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if adds_nulls:
+        given = {key: _without_nulls(value) for key, value in given.items()}
+    return given if "content" in given else {"role": given.pop("role"), "content": None, **given}
 
 
-def _objects(row: dict[str, object], field: str) -> list[dict[str, object]] | None:
-    """The value of ``tools`` or ``documents``, without nulls; None where the row has none."""
+def _objects(row: dict[str, object], field: str, adds_nulls: bool) -> list[dict[str, object]] | None:
+    """The value of ``tools`` or ``documents``; None where the row has none."""
     value = row.get(field)
     if isinstance(value, str):
+        adds_nulls = False  # those in a string are its own
         with suppress(orjson.JSONDecodeError):  # what is no JSON stays a string, and is refused
             value = orjson.loads(value) if value.strip() else None
     if value is None:
@@ -346,7 +373,7 @@ def _objects(row: dict[str, object], field: str) -> list[dict[str, object]] | No
             f"{_found(value)}; rename the field if it is something else"
         )
     _check_json(value, field, "it")
-    return [_without_nulls(item) for item in value]
+    return [_without_nulls(item) for item in value] if adds_nulls else value
 
 
 def _check_json(value: object, field: str, what: str) -> None:

@@ -110,7 +110,7 @@ class SourceRows:
         """``row``, a dictionary, if it is the sample that belongs at ``place``."""
         expected = self._digest[place.source_row]
         try:
-            sample = self.corpus.resolved.sample(row, source_row=place.source_row, file=place.file, offset=place.offset)
+            sample = self.corpus.sample_of(row, place.source_row, place.file, place.offset)
             digest = f"{sample.digest():016x}"
         except RowError as error:
             digest = str(error)

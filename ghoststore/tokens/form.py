@@ -17,6 +17,10 @@ class ShardsForm:
     shards: TokenShards
     name: str = "token-shards"
     has_offsets: bool = False
+    adds_nulls: bool = False
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         for sample in range(start, self.shards.samples):

@@ -280,9 +280,10 @@ class GradDotProdEngine:
         over the targets of sample i. What ``loss`` is multiplied with afterwards (accumulation, a loss scaler) is read
         off the backward pass.
 
-        The first loss is held against the model's logits where ``labels`` are given or the model itself returned it;
-        for any other, give ``batch``, the train batch in the form that ``val_losses(model, batch)`` takes. UsageError
-        if it is another loss than was said, or cannot be held; an engine with ``check=False`` trusts.
+        The first loss is held against the model's logits where ``labels`` are given, or where a language model itself
+        returned it. For any other, give ``batch``, the train batch in the form that ``val_losses(model, batch)`` takes:
+        without it nothing is held, and a RuntimeWarning says so. UsageError if it is another loss than was said, or
+        cannot be held; an engine with ``check=False`` trusts, without a word.
         """
         opened = self._open_train()
         opened.refuse_to_watch(loss)

@@ -130,8 +130,8 @@ class HeldLoss:
         if the loss is the model's own.
 
         ``explicit``: the weights are the user's. A loss that is not finite, or of no target, waits for the next; so
-        does one that fits, if every other loss of these logits would fit as well.
-        UsageError if it is another loss, or cannot be held.
+        does one that fits, if every other loss of these logits would fit as well. RuntimeWarning where there is nothing
+        to hold it against. UsageError if it is another loss, or cannot be held.
         """
         if self._done:
             return
@@ -143,7 +143,7 @@ class HeldLoss:
             return
         narrow |= start.autocast is not None or _is_narrow(loss) or any(map(_is_narrow, self._model.parameters()))
         claim = _Claim(loss, weights, explicit, narrow)
-        settled = True
+        settled: bool | None = None
         if batch is not None:
             settled = self._against_val_losses(claim, batch, start, seen)
         elif labels is not None and seen is None:
@@ -156,15 +156,15 @@ class HeldLoss:
             own = _is_own(loss, seen)
             named = labels if labels is not None or not own else labels_by_name(self._model, seen, len(weights))
             without = self._refuse_terms(loss, seen, any_term=named is not None)
-            words = words_in(self._model, seen, len(weights))
+            words = words_in(self._model, seen, len(weights)) if own else []
             if named is not None:
                 settled = self._against_logits(claim, [named], seen, without, said=labels is not None)
-            elif words and own:
-                settled = self._against_logits(claim, words, seen, without, guessed=True)
             elif words:
-                self._say_not_held()
+                settled = self._against_logits(claim, words, seen, without, guessed=True)
+        if settled is None:
+            self._say_not_held()
         self._beside = BesideLoss(loss, self._passes, narrow=narrow)
-        self._done = settled
+        self._done = settled is not False
         self._let_go()  # after an error above it stays: the loop may watch another loss of this batch
 
     def check_backward(self, upstream: Tensor) -> None:
@@ -234,10 +234,10 @@ class HeldLoss:
         *,
         said: bool = False,
         guessed: bool = False,
-    ) -> bool:
+    ) -> bool | None:
         """For the labels ``given``: ``said`` by the user, or ``guessed``, any of them, from what the model was given.
 
-        False if it fits, but every other loss would, too.
+        False if it fits, but every other loss would, too. None if there is nothing to hold it against.
         """
         value, gradient = claim.tolerances
         trusted = claim.explicit and not said  # the weights are the user's word, where nothing says otherwise
@@ -264,11 +264,10 @@ class HeldLoss:
         if guessed:
             best = [hit for hit in best if not claim.explicit and names_it(hit[0], hit[2], value)]
             if not best:
-                self._say_not_held()
-                return True
+                return None
         if not best:
             if trusted:
-                return True
+                return None
             raise UsageError(
                 f"{self._name} returns no logits of shape (samples, tokens, words) for labels of shape "
                 f"{tuple(given[0].shape)}, with labels nor without, so its loss cannot be held against them; say what "
@@ -279,9 +278,10 @@ class HeldLoss:
 
     def _say_not_held(self) -> None:
         warnings.warn(
-            f"the loss of {self._name} that is watched was not held against its logits: it is taken at its word. If it "
-            "is the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, "
-            "tokens); if it is of another kind, watch(loss, weights=…, batch=batch) holds it against val_losses",
+            f"the loss of {self._name} that is watched was not held against its logits, nor against val_losses: it is "
+            "taken at its word, and a sum that is watched as a mean gives scores that many times too large. If it is "
+            "the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, tokens); if "
+            "it is of another kind, watch(loss, batch=batch) holds it against val_losses of the train batch",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -78,14 +78,21 @@ class Tokenizer:
     """Samples to tokens through the checkpoint's own tokenizer.
 
     ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None where no model
-    gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out.
+    gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out. ``of_part``: it is
+    that of a part, and no other can be given.
     """
 
     def __init__(
-        self, tokenizer: Any, *, vocabulary: int | None = None, note: Callable[[str], None] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        vocabulary: int | None = None,
+        note: Callable[[str], None] | None = None,
+        of_part: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
+        self.of_part = of_part
         self.note = note
         self._tried: set[str] = set()
         self._whole_texts = WholeTexts(tokenizer)
@@ -127,11 +134,16 @@ class Tokenizer:
             return
         token = int(tokens[tokens >= self.vocabulary][0])
         text = self.tokenizer.decode([token])
+        advice = (
+            "Leave this row out of the val set: the part was built with this tokenizer and this model"
+            if self.of_part
+            else "Give the tokenizer that belongs to the checkpoint (`tokenizer`), or train rows for the new tokens "
+            f"first: model.resize_token_embeddings({self.size}), and save the model"
+        )
         raise UsageError(
             f"sample {sample_id!r} (row {source_row}) has the token {token} ({text!r}), but the model's embedding has "
             f"{self.vocabulary:,} rows, ids 0 to {self.vocabulary - 1}; the tokenizer has ids up to {self.size - 1}. "
-            f"Give the tokenizer that belongs to the checkpoint (`tokenizer`), or train rows for the new tokens first: "
-            f"model.resize_token_embeddings({self.size}), and save the model"
+            f"{advice}"
         )
 
     def rows(self, samples: list[Sample], settings: TokenSettings) -> list[list[Row]]:

@@ -44,7 +44,7 @@ class LoopRun:
     ) -> ScoringSession:
         """The session that writes it. UsageError for scores by layer where layers have none."""
         plan = None if self.store is None else self._plan(self.store, engine, ranks)
-        return ScoringSession(engine, plan, ranks, on_store_error=self.on_store_error, note=note or warn)
+        return ScoringSession(engine, plan, ranks, note=note or warn)
 
     def _plan(self, store: str | Path, engine: GradDotProdEngine, ranks: Ranks) -> RunPlan:
         samples, method = self.samples, engine.method
@@ -63,19 +63,28 @@ class LoopRun:
             blocks=tuple(method.blocks) if self.per_layer else (),
             dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
         )
-        manifest = self._manifest(samples, layout, engine)
-        return RunPlan(store=store, name=self.name, layout=layout, manifest=manifest, rows=samples)
+        config = getattr(engine.model, "config", None)
+        config = config if hasattr(config, "to_diff_dict") else None  # of transformers, or of a library of its own
+        manifest = self._manifest(samples, layout, engine, config)
+        return RunPlan(
+            store=store,
+            name=self.name,
+            layout=layout,
+            manifest=manifest,
+            rows=samples,
+            on_store_error=self.on_store_error,
+            config=config,
+        )
 
-    def _manifest(self, samples: Samples, layout: RunLayout, engine: GradDotProdEngine) -> Manifest:
+    def _manifest(self, samples: Samples, layout: RunLayout, engine: GradDotProdEngine, config: Any) -> Manifest:
         sketched = isinstance(engine.method, SketchedMethod)
-        model: Any = engine.model
-        config = getattr(model, "config", None)
+        model = engine.model
         sections = {
             "model": {
                 "architecture": type(model).__name__,
                 "parameters": parameter_count(model),
                 "trainable": parameter_count(model, trainable=True),
-                "config": config_identity(config, training=True) if hasattr(config, "to_diff_dict") else None,
+                "config": None if config is None else config_identity(config, training=True),
             },
             "tokenizer": {"fingerprint": None},
             "corpus": {

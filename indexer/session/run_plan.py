@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ghoststore.checkpoint.config_identity import agreed_config
+from ghoststore.settings.train import OnStoreError
 from ghoststore.software import versions_of
 from ghoststore.store import Store
 from ghoststore.store.base.manifest import RUN, Manifest
@@ -35,12 +37,23 @@ class RunPlan:
     layout: RunLayout
     manifest: Manifest
     rows: Rows
+    on_store_error: OnStoreError
+    config: Any = None
+    """A transformers configuration, where that of ``manifest`` may be said in the words of the run that is there."""
 
     def open(self) -> tuple[Run, bool]:
         """The run, and whether it is new. MismatchError if it is there with other settings."""
         path = Store.create(self.store).run_path(check_name(self.name))
         new = not path.exists()
-        return create_run(path, self.manifest, self.rows.table()), new
+        manifest = self.manifest if new or self.config is None else self._in_words_of(Run(path).manifest)
+        return create_run(path, manifest, self.rows.table()), new
+
+    def _in_words_of(self, stored: Manifest) -> Manifest:
+        """The manifest, with the configuration as ``stored`` has it if a release of transformers that knew other fields
+        wrote the same there.
+        """
+        config = agreed_config(stored["model"].get("config"), self.config, training=True)
+        return {**self.manifest, "model": {**self.manifest["model"], "config": config}}
 
 
 def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str) -> Manifest:

@@ -2,7 +2,7 @@
 
 ``ghoststore train``, GhostEngineManager and GhostStoreCallback translate their loops into these calls::
 
-    with ScoringSession(engine, plan, ranks, on_store_error="stop", note=print) as session:  # opens the run
+    with ScoringSession(engine, plan, ranks, note=print) as session:  # opens the run
         session.restore(step, pending, "checkpoint-3")       # where training resumes
         for ... in steps:
             for ... in micro_batches:
@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.train import OnStoreError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import PLACES
@@ -90,7 +89,6 @@ class ScoringSession:
         plan: RunPlan | None = None,
         ranks: Ranks | None = None,
         *,
-        on_store_error: OnStoreError = "stop",
         note: Callable[[str], None] = warn,
     ) -> None:
         self.engine = engine
@@ -103,7 +101,7 @@ class ScoringSession:
         """The step that is recorded next."""
         self._layout = None if plan is None else plan.layout
         self._plan = plan
-        self._on_store_error, self._note = on_store_error, note
+        self._note = note
         self._new = True
         self._log: ScoreLog
         self._repeats: Repeats
@@ -121,7 +119,7 @@ class ScoringSession:
                 self.run,
                 self.ranks,
                 interval=self._plan.layout.span_steps,
-                on_error=self._on_store_error,
+                on_error=self._plan.on_store_error,
                 note=self._note,
             )
             self._log = self._stack.enter_context(log)
@@ -318,7 +316,8 @@ class ScoringSession:
         UsageError if the run began earlier and steps before ``step`` are neither in it nor in ``pending``. With
         ``gaps_are_known``, ``on_store_error="continue"`` or a new run that is only noted.
         """
-        note_gaps = gaps_are_known or self._new or self._on_store_error == "continue"
+        goes_on = self._plan is not None and self._plan.on_store_error == "continue"
+        note_gaps = gaps_are_known or self._new or goes_on
         self.ranks.led(lambda: self._restore(step, pending, source, note_gaps=note_gaps))
         self.next_step = self._given_out = step
 

@@ -262,10 +262,15 @@ class _Training:
         if self.store is not None:
             model = self.config.architecture or Path(str(self.checkpoint)).resolve().name
             name = self.name or safe_name(model, corpus_name(self.data))
-            plan = RunPlan(store=self.store, name=name, layout=layout, manifest=manifest, rows=rows)
-        return ScoringSession(
-            engine, plan, self.ranks, on_store_error=self.config.on_store_error, note=self.progress.note
-        )
+            plan = RunPlan(
+                store=self.store,
+                name=name,
+                layout=layout,
+                manifest=manifest,
+                rows=rows,
+                on_store_error=self.config.on_store_error,
+            )
+        return ScoringSession(engine, plan, self.ranks, note=self.progress.note)
 
     @property
     def _checkpoint_interval(self) -> int:

@@ -5,7 +5,7 @@ Legend: D numbers of a vector.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -127,6 +127,13 @@ class PartEncoder:
         """
         rows = rows_of(samples, self._tokenizer, TokenSettings(**self.part.manifest["tokens"]))
         return iter(list(rows)) if self._tokenizer.exceeds else rows
+
+    def refuse_beyond(self, samples: Iterable[Sample]) -> None:
+        """UsageError for a row of ``samples`` with a token that the model's embedding lacks. Reads them only where the
+        tokenizer has such tokens.
+        """
+        if self._tokenizer.exceeds:
+            deque(self.rows(samples), maxlen=0)
 
     def vectors(self, rows: Sequence[Row], task: Task | None = None) -> Tensor:
         """(rows, D) float32 on the CPU; zeros without a usable status. ``task``, or one of its own, advances."""
@@ -270,4 +277,4 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
         )
         weights = fingerprint.result()
     refuse_other_model(part, found, weights, model, tokenizer, folder)
-    return model, Tokenizer(tokenizer, vocabulary=embedding_rows(model))
+    return model, Tokenizer(tokenizer, vocabulary=embedding_rows(model), of_part=True)

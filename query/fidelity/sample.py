@@ -73,6 +73,7 @@ class SampleSpec:
         if self.val_set is None:
             return encoder.source_rows(places)
         with open_corpus(str(self.val_set), self.fields or Fields(), progress) as corpus:
+            encoder.refuse_beyond(corpus.samples())  # whichever rows are drawn
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
         usable = [row for row in encoder.rows(samples) if row.status.usable]
         if not usable:
@@ -95,8 +96,8 @@ class RowSample:
 def take_sample(encoder: PartEncoder, spec: SampleSpec, progress: Progress, *others: Part) -> RowSample:
     """Of the part of ``encoder``, rows that ``others`` have, too."""
     places, held_out = spec.choose(encoder.part, progress, *others)
-    rows, vals = encoder.source_rows(places), spec.read_vals(encoder, held_out, progress)
-    return RowSample(places, rows, vals, encoder.vectors(vals))
+    vals = spec.read_vals(encoder, held_out, progress)
+    return RowSample(places, encoder.source_rows(places), vals, encoder.vectors(vals))
 
 
 def open_encoder(

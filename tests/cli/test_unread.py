@@ -1,7 +1,8 @@
-"""Fields that hold a part of the text and are not read: a note names them, once, whichever command opens the corpus."""
+"""Fields that hold a part of the text and are not read: a note names each, once, whichever command reads the corpus."""
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
+from tests.support.corpora import jsonl_bytes, write_parquet
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -47,6 +49,7 @@ class Notes(Silent):
         ({"messages": [{"role": "user", "content": "x"}], "system": "y"}, {}, ["system"]),
         ({"messages": [{"role": "user", "content": "x"}], "tools": None, "documents": None}, {}, []),
         ({"text": "x", "prompt": "p", "completion": "c"}, {}, ["prompt", "completion"]),
+        ({"text": "x", "passage": "p", "choices": ["a"], "options": ["b"]}, {}, ["passage", "choices", "options"]),
         ({"text": "x", "context": "a domain"}, {"domain": "context"}, []),
         ({"text": "x", "id": "1", "domain": "d", "url": "u"}, {}, []),
     ],
@@ -63,6 +66,57 @@ def test_the_note_names_what_is_not_read(
         assert repr(name) in notes.notes[0].partition("(read:")[0]
         assert str(path) in notes.notes[0]
         assert "in the file" in notes.notes[0]
+
+
+SECOND = {"instruction": "Add.", "output": "5", "input": "2 and 3", "context": "sums"}
+"""Of a corpus whose first row is ``{"instruction": …, "output": …}``."""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_field_that_a_later_row_has_is_named_with_that_row(form: str, lab: Lab, tmp_path: Path) -> None:
+    """Alpaca leaves ``input`` out of rows that need none. In Parquet all rows of a file have it, some as null."""
+    first = [{"instruction": "Name a river.", "output": "The Po."}] * 2
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    if form == "parquet":
+        write_parquet(folder / "a.parquet", first)
+        write_parquet(folder / "b.parquet", [SECOND, *first])
+    else:
+        data = jsonl_bytes([*first, SECOND, SECOND, {**SECOND, "system": "x"}])
+        (folder / f"a.{form}").write_bytes(gzip.compress(data) if form.endswith("gz") else data)
+    notes = Notes()
+    with open_corpus(str(folder), Fields(prompt="instruction", completion="output"), notes) as corpus:
+        assert (corpus.unread, notes.notes) == ([], [])
+        for _ in range(2):
+            assert len(list(corpus.samples())) == 5
+            assert len(list(corpus.only(()).samples())) == 0
+    place = f"{folder / 'b.parquet'}, row 1" if form == "parquet" else f"{folder / f'a.{form}'}, line 3"
+    known = "'input', 'context' of this row, and of none before it, are not read (read: 'instruction', 'output')"
+    assert notes.notes[0].startswith(f"{place}: {known}. What belongs to the text there: join it to the prompt")
+    assert [note.partition(": ")[2][:8] for note in notes.notes[1:]] == ([] if form == "parquet" else ["'system'"])
+
+
+def test_a_build_says_what_a_later_row_has(lab: Lab, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"instruction": row["text"], "output": " the old cat"} for row in lab.rows]
+    rows[17]["input"] = "the moon"
+    rows[21]["input"] = "the sun"
+    data, store = lab.write(tmp_path / "rows.jsonl", rows), tmp_path / "store"
+    built = lab.run(
+        "build",
+        "--checkpoint",
+        lab.checkpoint,
+        "--data",
+        data,
+        "--store",
+        store,
+        *ALPACA,
+        "--max-length",
+        "32",
+        "--quiet",
+    )
+    assert built.code == 0, built.err
+    assert built.err.count("is not read") == 1
+    assert f"note: {data}, line 18: 'input' of this row, and of none before it, is not read" in built.err
 
 
 def test_token_shards_have_read_what_they_read(lab: Lab, tmp_path: Path) -> None:

@@ -167,6 +167,51 @@ def test_the_text_is_what_the_template_makes_of_messages_and_tools(write: Write)
                 assert not row.get(given) or json.dumps(row[given]) in text
 
 
+NULLS: list[dict[str, Any]] = [
+    {
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [
+            {"type": "function", "function": {"name": "f", "parameters": {"x": {"default": None, "enum": ["a", None]}}}}
+        ],
+    },
+    {
+        "messages": [
+            {"role": "assistant", "content": "", "name": None, "tool_calls": [call("f", x=None, y=[{"z": None}])]}
+        ]
+    },
+    {"messages": [{"role": "user", "content": "hi"}], "documents": [{"title": None, "text": "d"}]},
+]
+
+
+@pytest.mark.parametrize("row", NULLS, ids=["tools", "calls", "documents"])
+def test_nulls_of_a_row_are_in_its_text(row: dict[str, Any], write: Write) -> None:
+    """As apply_chat_template has it; with them, the sample is another one than without."""
+    (sample,) = Corpus.open(write("jsonl", [row])).samples()
+    text = chatter().apply_chat_template(
+        row["messages"], tools=row.get("tools"), documents=row.get("documents"), tokenize=False
+    )
+    assert "null" in text
+    assert ids_of([sample]) == [chatter()(text, add_special_tokens=False)["input_ids"]]
+    (without,) = Corpus.open(write("jsonl", [json.loads(json.dumps(row).replace("null", '"-"'))])).samples()
+    assert sample.digest() != without.digest()
+
+
+def test_nulls_that_a_form_adds_are_in_no_text(write: Write, tmp_path: Path) -> None:
+    """Parquet does not tell them from nulls of the data; in a JSON string it does."""
+    tools = NULLS[0]["tools"]
+    rows = [{"messages": NULLS[0]["messages"], "tools": value} for value in (tools, [{"name": "g", "other": 1}])]
+    write_parquet(tmp_path / "rows.parquet", rows)
+    found = list(map(chatter().decode, ids_of(list(Corpus.open(str(tmp_path / "rows.parquet")).samples()))))
+    assert not any("null," in text or "null}" in text for text in found)
+    strings = [{**row, "tools": json.dumps(row["tools"])} for row in rows]
+    write_parquet(tmp_path / "strings.parquet", strings)
+    kinds = [str(tmp_path / "strings.parquet"), write("jsonl", strings), write("jsonl", rows)]
+    samples = [list(Corpus.open(kind).samples()) for kind in kinds]
+    assert ids_of(samples[0]) == ids_of(samples[1]) == ids_of(samples[2])
+    assert len({SampleScan(some).finish().fingerprint for some in samples}) == 1
+    assert chatter().decode(ids_of(samples[0])[0]).count("null") == 2
+
+
 def test_tools_are_part_of_the_sample(write: Write) -> None:
     turns = [{"role": "user", "content": "x"}]
     rows = [

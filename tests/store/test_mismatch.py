@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint, a corpus and a store."""
-    folder = tmp_path_factory.mktemp("whole")
+def whole(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a folder with a checkpoint, a corpus and a store; a copy of it)."""
+    folder, copy = (tmp_path_factory.mktemp("whole") / name for name in ("own", "copy"))
     shutil.copytree(lab.checkpoint, folder / "model")
     shutil.copy(lab.corpus, folder / "corpus.jsonl")
     assert build(lab, folder).code == 0
-    return folder
+    return folder, Path(shutil.copytree(folder, copy))
 
 
 @pytest.fixture
-def own(whole: Path, tmp_path: Path) -> Path:
-    """A copy of it, free to change."""
-    return Path(shutil.copytree(whole, tmp_path, dirs_exist_ok=True))
+def own(whole: tuple[Path, Path]) -> Path:
+    """The folder as it was built, where it was built, for its manifest names its inputs; free to change."""
+    folder, copy = whole
+    shutil.rmtree(folder)
+    return Path(shutil.copytree(copy, folder))
 
 
 def build(lab: Lab, own: Path, *options: str, **order: Any) -> Outcome:

@@ -85,7 +85,7 @@ def make(
     manifest: dict[str, Any] = {
         "model": {},
         "tokenizer": {"fingerprint": "sha256:t"},
-        "corpus": {"fingerprint": "sha256:c", "domains": list(DOMAINS)},
+        "corpus": {"fingerprint": "sha256:c", "domains": list(DOMAINS), "repeated_ids": None},
         "val": {},
         "training": {},
         "scoring": {},
@@ -205,7 +205,7 @@ def run_on(
         n_tokens=source * 0 + 5,
     )
     layout = RunLayout(steps=3, ranks=1, batch=rows, span_steps=3, rows=rows)
-    sections = {"corpus": {"fingerprint": "sha256:other", "domains": None}} | sections
+    sections = {"corpus": {"fingerprint": "sha256:other", "domains": None, "repeated_ids": None}} | sections
     run = make(store, name, layout, table, **sections)
     rng, value, times = np.random.default_rng(3), np.zeros(rows), np.zeros(rows)
     with RunWriter(run) as writer:

@@ -30,6 +30,13 @@ class Form(Protocol):
     def has_offsets(self) -> bool:
         """Whether keys are byte offsets."""
 
+    @property
+    def adds_nulls(self) -> bool:
+        """Whether a schema gives every object all its keys, null where the data had none."""
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        """The names that a schema gives all rows; None where each row has names of its own."""
+
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         """Keys and rows from key ``start`` on; only ``columns`` are needed (None: all)."""
 

@@ -18,6 +18,11 @@ class DatasetForm:
     dataset: Any
     name: str = "dataset"
     has_offsets: bool = False
+    adds_nulls: bool = True
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        names: list[str] = self.dataset.column_names
+        return names
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         read = self._reader(path, columns)

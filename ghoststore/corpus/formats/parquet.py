@@ -17,6 +17,11 @@ from ghoststore.corpus.formats.base import KeyedRow
 class ParquetForm:
     name: str = "parquet"
     has_offsets: bool = False
+    adds_nulls: bool = True
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        names: list[str] = self.schema(path).names
+        return names
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with parquet_file(path) as file:

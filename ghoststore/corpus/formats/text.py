@@ -154,6 +154,10 @@ class TextForm:
     name: str
     parse: Callable[[Lines], Iterator[KeyedRow]]
     has_offsets: bool = True
+    adds_nulls: bool = False
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with reading(path), open_bytes(path) as stream:

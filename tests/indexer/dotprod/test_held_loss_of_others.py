@@ -117,8 +117,7 @@ def test_integer_labels_of_a_model_that_is_no_language_model(name: str) -> None:
     hot = (torch.randn(4, 5, generator=torch.Generator().manual_seed(9)) > 0).long()
     with GradDotProdEngine(model, x[:3], val_losses=lambda model, x: sum_of_squares(model.inner, x)) as engine:
         own = lambda: model(x, **{name: hot})["loss"]  # noqa: E731
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
+        with pytest.warns(RuntimeWarning, match="Classes that is watched was not held against its logits, nor against"):
             found = [scored(engine, own, **said).total for said in ({}, {"weights": torch.full((4,), 0.25)})]
     exact = exact_of(
         model,
@@ -202,16 +201,53 @@ def test_a_loss_of_a_loop_without_labels_is_said_not_to_be_held(said: dict[str, 
         assert caught[0].filename.endswith("test_held_loss.py"), "where watch() is called"
 
 
-def test_no_word_about_losses_that_are_held_or_of_no_tokens() -> None:
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(inputs_embeds=model.transformer.wte(ids)).logits
+    return logits
+
+
+def parts_of(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model.lm_head(model.transformer(input_ids=ids)[0])
+    return logits
+
+
+@pytest.mark.parametrize("said", [{}, {"weights": COUNTS / COUNTS.sum()}], ids=["nothing", "weights"])
+@pytest.mark.parametrize("logits_of", [embedded, parts_of])
+def test_a_loss_is_said_not_to_be_held_whatever_went_in(logits_of: Any, said: dict[str, Any]) -> None:
+    """Embeddings instead of tokens; a loop that calls the parts of its model."""
+    model = gpt2()
+    with causal_engine(model) as engine:
+        with pytest.warns(RuntimeWarning, match=r"not held.*labels=labels.*batch=batch") as caught:
+            scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
+        assert len(caught) == 1
+        assert caught[0].filename.endswith("test_held_loss.py"), "where watch() is called"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # it is said once
+            scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
+
+
+def test_a_loss_of_no_tokens_is_said_not_to_be_held() -> None:
+    """It may be the sum, which is watched as a mean: with the batch, val_losses show it."""
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
+    model = perceptron()
+    summed = lambda: sum_of_squares(model, x).sum()  # noqa: E731
+    told = pytest.warns(RuntimeWarning, match=r"not held.*a sum that is watched as a mean.*batch=batch")
+    with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine, told:
+        scored(engine, summed)
+    with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine:
+        refused(engine, summed, "not Σ weights × val_losses", batch=x)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_no_word_about_a_loss_that_is_held_or_trusted(check: bool) -> None:
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
+    plain, model = perceptron(), gpt2()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        model = gpt2()
-        with causal_engine(model) as engine:
+        with causal_engine(model, check=check) as engine:
             scored(engine, lambda: mean_loss(model(input_ids=IDS).logits, LABELS), labels=LABELS)
-        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
-        plain = perceptron()
-        with GradDotProdEngine(plain, x[:3], val_losses=sum_of_squares) as engine:
-            scored(engine, lambda: sum_of_squares(plain, x).mean())
+        with GradDotProdEngine(plain, x[:3], val_losses=sum_of_squares, check=check) as engine:
+            scored(engine, lambda: sum_of_squares(plain, x).mean(), **({"batch": x} if check else {}))
 
 
 # What to do.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from ghoststore import GhostEngineManager
 from ghoststore.errors import MismatchError, UsageError
+from ghoststore.store.base.records import json_digest
 from tests.support.loops import (
     VAL_BATCH,
     Plan,
@@ -150,3 +153,33 @@ def test_scoring_may_begin_in_the_middle_of_a_training(tmp_path: Path) -> None:
     manager.cleanup()
     found = {step: places.tolist() for step, places, _ in steps_of(run_of(tmp_path / "store"))}
     assert found == {3: [], **{step: steps[step][0] for step in (4, 5, 6)}}
+
+
+def rewrite_config(store: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The configuration in the manifest of the run, as another release of transformers would have written it."""
+    path = store / "runs" / "run" / "zarr.json"
+    group = json.loads(path.read_text())
+    attributes = group["attributes"]
+    change(attributes["manifest"]["model"]["config"])
+    attributes["manifest_sha256"] = json_digest(attributes["manifest"])
+    path.write_text(json.dumps(group))
+
+
+def test_a_release_of_transformers_that_knows_more_fields_goes_on(tmp_path: Path) -> None:
+    """The manifest of the run lacks a field that the class fills in, as one of the release before would."""
+    steps, config = plan(7), config_of(tmp_path / "store")
+    train(steps, config_of(tmp_path / "whole"))
+    model = gpt2()
+    optimizer = sgd(model)
+    manager = GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH)
+    Loop(steps, manager).run(model, optimizer, 0, 5)
+    state = manager.state_dict()
+    manager.cleanup()
+    rewrite_config(tmp_path / "store", lambda stored: stored.pop("add_cross_attention"))
+    with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+        manager.load_state_dict(state)
+        Loop(steps, manager).run(model, optimizer, 5)
+    same_arrays(run_of(tmp_path / "store"), run_of(tmp_path / "whole"))
+    rewrite_config(tmp_path / "store", lambda stored: stored.update(activation_function="relu"))
+    with pytest.raises(MismatchError, match=r"model.config.activation_function: stored 'relu'"):
+        GhostEngineManager(config, gpt2(), sgd(gpt2()), val_data=VAL_BATCH)

@@ -24,7 +24,7 @@ class Rows:
 
 
 def session_of(store: Path, notes: list[str] | None = None) -> ScoringSession:
-    plan = RunPlan(store=store, name="run", layout=SHAPE, manifest=manifest(SHAPE), rows=Rows())
+    plan = RunPlan(store=store, name="run", layout=SHAPE, manifest=manifest(SHAPE), rows=Rows(), on_store_error="stop")
     return ScoringSession(None, plan, note=(notes if notes is not None else []).append)
 
 

@@ -154,7 +154,7 @@ def test_other_corpora_are_refused(lab: Lab, built: Path, val: Path, tmp_path: P
         source, digest = np.arange(13), digest[::2][:13].copy()
     else:
         source += 100
-    own = {"corpus": {"fingerprint": part.manifest["corpus"]["fingerprint"], "domains": None}}
+    own = {"corpus": {"fingerprint": part.manifest["corpus"]["fingerprint"], "domains": None, "repeated_ids": None}}
     run_on(store, "same", source, digest, **own)
     run_on(store, "other", source, digest)
     for name in ("same", "other"):

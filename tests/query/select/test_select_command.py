@@ -39,7 +39,7 @@ def test_every_part_of_a_question_is_an_option(name: str) -> None:
     assert found is not None
     given = {parameter.name for parameter in found.params}
     wanted = {field.name for field in dataclasses.fields(Question)} - {"each", "fields"}
-    assert wanted | {"text_field", "domain_field"} <= given
+    assert wanted | {"fields__text", "fields__domain"} <= given
 
 
 def test_prints_the_report(lab: Lab, built: Path, val: Path, tmp_path: Path) -> None:

@@ -212,7 +212,12 @@ def test_texts_are_shown_where_they_are_at_hand(lab: Lab, tmp_path: Path) -> Non
         source_digest=np.array([samples[i].digest() for i in source], dtype=np.uint64),
     )
     sections = {
-        "corpus": {"fingerprint": "c", "domains": list(DOMAINS), "fields": corpus.resolved.to_json()},
+        "corpus": {
+            "fingerprint": "c",
+            "domains": list(DOMAINS),
+            "repeated_ids": None,
+            "fields": corpus.resolved.to_json(),
+        },
         "source": {"data": "x", "corpus": str(tmp_path / "own.jsonl"), "form": "jsonl"},
     }
     append(make(tmp_path / "store", table=table, **sections), 0, 10)
