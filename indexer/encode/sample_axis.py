@@ -183,7 +183,8 @@ def sample_weights(count: int, classes: int) -> Tensor:
 class AxisProbe:
     """Forward passes of small batches with layers watched: which of them see the samples, which do not.
 
-    ``kinds`` are the layers by name. Every pass adds to :attr:`problems`, so that all are named at once.
+    ``kinds`` are the layers by name. Every pass that says something adds to :attr:`problems`, so that all are named at
+    once.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType]) -> None:
@@ -209,7 +210,8 @@ class AxisProbe:
         unwatched_B = self._unwatched(losses, seed=1)
         self._expanded = False
         witness = Witness(next(self.model.parameters()).device)
-        with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch):
+        problems: dict[str, str] = {}
+        with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch, problems):
             try:
                 losses_B = losses()
             except (RuntimeError, ValueError, IndexError) as error:  # without the taps it ran
@@ -217,7 +219,8 @@ class AxisProbe:
                     raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
                 return False
         if losses_B.shape != (batch,):
-            return False
+            return False  # the function may have samples of its own: then layers saw those, not the batch
+        self.problems |= problems
         same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or counts
         if self._expanded and not same and not _same(losses_B, self._unwatched(losses)):
             raise CaptureError(_NO_POSITIONS)
@@ -268,10 +271,11 @@ class AxisProbe:
             )
 
     @contextmanager
-    def _watched(self, witness: Witness, batch: int) -> Iterator[None]:
+    def _watched(self, witness: Witness, batch: int, problems: dict[str, str]) -> Iterator[None]:
+        """Every layer watched by ``witness``; what is wrong with a layer's input or output goes to ``problems``."""
         handles = [
             self.model.get_submodule(name).register_forward_hook(
-                self._hook(witness, name, kind, batch), with_kwargs=True, prepend=True
+                self._hook(witness, name, kind, batch, problems), with_kwargs=True, prepend=True
             )
             for name, kind in self._kinds.items()
         ]
@@ -281,12 +285,14 @@ class AxisProbe:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, witness: Witness, name: str, kind: LayerType, batch: int) -> Callable[..., Any]:
+    def _hook(
+        self, witness: Witness, name: str, kind: LayerType, batch: int, problems: dict[str, str]
+    ) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             x = input_of(args, kwargs)
             problem = axis_problem(x, batch, kind) or output_problem(kind, module, x, y)
             if problem is not None:
-                self.problems[name] = problem
+                problems[name] = problem
                 return None
             self._expanded |= len(x) != batch
             return witness.tap(name, by_sample(x, y, batch, kind, name)[1])

@@ -179,6 +179,26 @@ def test_a_random_forward_pass_is_left_to_the_reweighted_losses() -> None:
         assert bool(plain_step(engine, model, random(4, 4, 6)).total.isfinite().all())
 
 
+@dataclass
+class Rows:
+    """Of a batch, as objects: no tensor holds the samples."""
+
+    items: list[Tensor]
+
+
+@pytest.mark.parametrize("form", ["a val set of its own", "rows as objects"])
+def test_losses_of_a_val_set_that_cannot_be_cut(form: str) -> None:
+    """A probe of two or three samples runs on all of them: what its layers see is no mistake."""
+    model, x, val = settle(SoundBranch()), random(5, 2, 6), random(4, 2, 6, seed=1)
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return sum_of_squares(model, val if form == "a val set of its own" else torch.stack(batch["rows"].items))
+
+    batch = torch.arange(4) if form == "a val set of its own" else {"id": torch.arange(4), "rows": Rows(list(val))}
+    with GradDotProdEngine(model, batch, val_losses=losses) as engine:
+        check(plain_step(engine, model, x), exact_plain(model, x, val))
+
+
 def test_losses_that_share_a_divisor_of_the_batch() -> None:
     def losses(model: nn.Module, x: Tensor) -> Tensor:
         weights = x[:, 0, 0].abs() + 1
