@@ -164,13 +164,22 @@ def _same(found_B: Tensor, expected_B: Tensor) -> bool:
 
 def row_sums(x: Tensor) -> Tensor:
     """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
+    places_BMS = place_sums(x)
+    left_MS = torch.randn(places_BMS.shape[1:], generator=torch.Generator().manual_seed(places_BMS.shape[1]))
+    return (places_BMS * left_MS.to(x.device, places_BMS.dtype)).sum(1)
+
+
+def place_sums(x: Tensor) -> Tensor:
+    """(B, M, SKETCH), at least float32: random sums of the numbers at each place of ``x`` (B, …, O)."""
     x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
-    if not x.is_floating_point() or x.dtype == torch.float16:  # sums would leave its range
-        x_BMO = x_BMO.float() if x.is_floating_point() else x_BMO.double()
-    generator = torch.Generator().manual_seed(x_BMO.shape[1] * 1_000_003 + x_BMO.shape[2])
-    sides = (torch.randn(n, SKETCH, generator=generator) for n in x_BMO.shape[1:])
-    left_MS, right_OS = (side.to(x_BMO.device, x_BMO.dtype) for side in sides)
-    return ((x_BMO @ right_OS).to(torch.promote_types(x_BMO.dtype, torch.float32)) * left_MS).sum(1)
+    right_OS = torch.randn(x_BMO.shape[2], SKETCH, generator=torch.Generator().manual_seed(-1 - x_BMO.shape[2]))
+    if not x.is_floating_point():
+        return x_BMO.double() @ right_OS.to(x.device, torch.float64)
+    if x.dtype != torch.float16:
+        sums_BMS = x_BMO @ right_OS.to(x.device, x.dtype)
+        return sums_BMS.to(torch.promote_types(x.dtype, torch.float32))
+    right_OS = right_OS.to(x.device)  # sums would leave the range of float16; logits are not copied whole
+    return torch.cat([sample_MO.float() @ right_OS for sample_MO in x_BMO.split(1)])
 
 
 def sample_weights(count: int, classes: int) -> Tensor:
