@@ -57,17 +57,29 @@ class CallKeeper:
 
     def __init__(self, model: nn.Module) -> None:
         self.call: Call | None = None
-        self.wanted = False
+        self._model, self._wanted = model, False
         self._handle: RemovableHandle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallKeeper:
+        """Itself: a deep copy of the model has this hook, too, and its calls are none of ours."""
+        return self
+
+    def begin(self, *, wanted: bool) -> None:
+        """A batch begins, whose call is ``wanted`` or not."""
+        self.call, self._wanted = None, wanted
+
+    def forget(self) -> None:
+        """Nothing of the batch is kept any more."""
+        self.begin(wanted=False)
+
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.wanted and torch.is_grad_enabled():
+        if self._wanted and module is self._model and torch.is_grad_enabled():
             self.call = Call(args, dict(kwargs), autocast_dtype(module))
 
     def remove(self) -> None:
         """Take the hook away and let go of the call."""
         self._handle.remove()
-        self.call = None
+        self.forget()
 
 
 def strangers(
