@@ -80,7 +80,12 @@ class KnownAxes:
         """A train batch begins."""
         self._ran = set()
         if self._keeper is not None:
-            self._keeper.call, self._keeper.wanted = None, not self.complete
+            self._keeper.begin(wanted=not self.complete)
+
+    def end_train(self) -> None:
+        """It is closed: nothing of it is kept."""
+        if self._keeper is not None:
+            self._keeper.forget()
 
     def check_train(self, batch: int) -> None:
         """Look at the layers of the train batch of ``batch`` samples, the first time, and later at those that did not

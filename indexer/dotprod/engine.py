@@ -327,6 +327,7 @@ class GradDotProdEngine:
         """
         self._train = None
         self.method.begin_train(0)
+        self._axes.end_train()
         self._held_loss.forget()
 
     def _open_train(self) -> OpenBatch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +137,8 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 # What it is instead. This is the way to an error: clear rather than lean.
 
 
-Loss = Callable[[Tensor], Tensor]
-"""Of the logits (B, T, V)."""
+Loss = Callable[[Tensor, slice], Tensor]
+"""Of the logits (N, V) at some of the places, and which these are: their part of the loss."""
 
 
 def names_it(watched: Watched, labels: Tensor, tolerance: float) -> bool:
@@ -197,19 +198,20 @@ def _guesses(watched: Watched, labels: Tensor, items: float | None) -> Iterator[
             f"it is the mean over the samples of their own means: {words}",
         )
     claimed = _cross_entropy(targets_BT, watched.weights)
-    factor = _coefficient(watched, lambda logits: 0.0 * claimed(logits), claimed)
+    factor = _coefficient(watched, lambda logits, part: 0.0 * claimed(logits, part), claimed)
     yield from _multiples(claimed, factor, _rounded(watched, factor))
-    smoothing = _coefficient(watched, claimed, lambda logits: _spread(logits, watched) - claimed(logits))
+    spread, z_loss = _spread(watched), _z(watched)
+    smoothing = _coefficient(watched, claimed, lambda logits, part: spread(logits, part) - claimed(logits, part))
     if 0.0 < smoothing < 1.0:
         epsilon = _rounded(watched, smoothing)
         yield (
-            lambda logits: (1 - epsilon) * claimed(logits) + epsilon * _spread(logits, watched),
+            lambda logits, part: (1 - epsilon) * claimed(logits, part) + epsilon * spread(logits, part),
             f"it is that of label smoothing {epsilon:g}: train without it, or {_OWN}",
         )
-    z = _rounded(watched, _coefficient(watched, claimed, lambda logits: _z(logits, watched)))
+    z = _rounded(watched, _coefficient(watched, claimed, z_loss))
     if 0.0 < z < 0.01:
         yield (
-            lambda logits: claimed(logits) + z * _z(logits, watched),
+            lambda logits, part: claimed(logits, part) + z * z_loss(logits, part),
             f"it has a z-loss in it, {z:g} × the mean of log²Σexp(logits): train without it, or {_OWN}",
         )
 
@@ -220,44 +222,48 @@ def _multiples(claimed: Loss, factor: float, rounded: float) -> Iterator[tuple[L
     divisor = round(1 / factor)
     if 2 <= divisor <= _LARGEST_DIVISOR:
         yield (
-            lambda logits: claimed(logits) / divisor,
+            lambda logits, part: claimed(logits, part) / divisor,
             f"it is that divided by {divisor}: watch it before it is divided (for accumulation)",
         )
     yield (
-        lambda logits: claimed(logits) * rounded,
+        lambda logits, part: claimed(logits, part) * rounded,
         f"it is that times {rounded:g}: watch it before it is multiplied, or say watch(loss, weights=…, labels=labels)",
     )
 
 
 def _cross_entropy(targets_BT: Tensor, weights_B: Tensor) -> Loss:
-    share_BT = _shares(weights_B, targets_BT)
+    share_N, target_N = _shares(weights_B, targets_BT).flatten(), targets_BT.flatten()
 
-    def loss_of(logits_BTV: Tensor) -> Tensor:
-        each_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, reduction="none")
-        return (each_BT.double() * share_BT).sum()
+    def loss_of(logits_NV: Tensor, part: slice) -> Tensor:
+        each_N = F.cross_entropy(logits_NV, target_N[part], ignore_index=IGNORED, reduction="none")
+        return (each_N.double() * share_N[part]).sum()
 
     return loss_of
 
 
-def _spread(logits_BTV: Tensor, watched: Watched) -> Tensor:
+def _spread(watched: Watched) -> Loss:
     """Cross-entropy against all words alike."""
-    each_BT = -logits_BTV.log_softmax(2).mean(2).double()
-    return (each_BT * _shares(watched.weights, watched.targets)).sum()
+    share_N = _shares(watched.weights, watched.targets).flatten()
+    return lambda logits_NV, part: (-logits_NV.log_softmax(1).mean(1).double() * share_N[part]).sum()
 
 
-def _z(logits_BTV: Tensor, watched: Watched) -> Tensor:
-    each_BT = logits_BTV.logsumexp(2).double().square()
-    return (each_BT * _shares(watched.weights, watched.targets)).sum()
+def _z(watched: Watched) -> Loss:
+    share_N = _shares(watched.weights, watched.targets).flatten()
+    return lambda logits_NV, part: (logits_NV.logsumexp(1).double().square() * share_N[part]).sum()
 
 
 def _coefficient(watched: Watched, base: Loss, direction: Loss) -> float:
     """c of loss = base + c · direction: by least squares of gradients, where there is one, else of values."""
-    at_base, at_direction = _at(watched, base), _at(watched, direction)
+    left, reach, product, size = watched.loss, 0.0, 0.0, 0.0
+    for given, (at_base, at_direction) in _pieces(watched, base, direction):
+        left, reach = left - at_base[0], reach + at_direction[0]
+        if given is not None:
+            rest = given.double() / watched.scale - at_base[1]
+            product += float((rest * at_direction[1]).sum())
+            size += _squares(at_direction[1])
     if watched.gradient is None:
-        return (watched.loss - at_base[0]) / at_direction[0] if at_direction[0] else 0.0
-    left = watched.gradient.double() / watched.scale - at_base[1].double()
-    size = float(at_direction[1].double().square().sum())
-    return float((left * at_direction[1]).sum()) / size if size else 0.0
+        return left / reach if reach else 0.0
+    return product / size if size else 0.0
 
 
 def _rounded(watched: Watched, coefficient: float) -> float:
@@ -266,18 +272,31 @@ def _rounded(watched: Watched, coefficient: float) -> float:
 
 
 def _is(watched: Watched, loss_of: Loss, tolerance: float) -> bool:
-    value, gradient = _at(watched, loss_of)
-    if not abs(watched.loss - value) <= tolerance * abs(value):
-        return False
-    if watched.gradient is None:
-        return True
-    error = (watched.gradient.float() / watched.scale - gradient).norm()
-    return float(error) <= 0.02 * float(gradient.norm())
+    value, error, size = 0.0, 0.0, 0.0
+    for given, ((part_value, gradient),) in _pieces(watched, loss_of):
+        value += part_value
+        if given is not None:
+            error += _squares(given.float() / watched.scale - gradient)
+            size += _squares(gradient)
+    return abs(watched.loss - value) <= tolerance * abs(value) and sqrt(error) <= 0.02 * sqrt(size)
 
 
-def _at(watched: Watched, loss_of: Loss) -> tuple[float, Tensor]:
-    with torch.enable_grad(), torch.autocast(watched.logits.device.type, enabled=False):
-        logits = watched.logits.detach().float().requires_grad_()
-        value = loss_of(logits)
-        (gradient,) = torch.autograd.grad(value, logits)
-    return float(value.detach()), gradient
+def _squares(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def _pieces(watched: Watched, *losses: Loss) -> Iterator[tuple[Tensor | None, list[tuple[float, Tensor]]]]:
+    """Chunk by chunk: the gradient (N, V) that was seen, and the part of each loss with its own gradient."""
+    logits_NV = watched.logits.flatten(0, 1)
+    gradient_NV = None if watched.gradient is None else watched.gradient.flatten(0, 1)
+    for part in _chunks(logits_NV):
+        at = [_at(logits_NV[part], part, loss_of) for loss_of in losses]
+        yield None if gradient_NV is None else gradient_NV[part], at
+
+
+def _at(logits_NV: Tensor, part: slice, loss_of: Loss) -> tuple[float, Tensor]:
+    with torch.enable_grad(), torch.autocast(logits_NV.device.type, enabled=False):
+        logits_NV = logits_NV.detach().float().requires_grad_()
+        value = loss_of(logits_NV, part)
+        (gradient_NV,) = torch.autograd.grad(value, logits_NV)
+    return float(value.detach()), gradient_NV

@@ -168,7 +168,7 @@ class GradProjLoraEngine:
         compiled = self._given is not self.model
         self._witness = Witness(device) if tested and not compiled else None
         if self._keeper is not None:
-            self._keeper.call, self._keeper.wanted = None, tested
+            self._keeper.begin(wanted=tested)
         self._leaves = {
             # One number seen as (B, k_out, k_in): the leaf costs nothing.
             layer.block.name: torch.zeros((), device=device)
@@ -216,6 +216,8 @@ class GradProjLoraEngine:
         finally:
             # Not earlier: checkpointing runs the forward, and so the branches, once more.
             self._leaves, self._witness = {}, None
+            if self._keeper is not None:
+                self._keeper.forget()
         unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
         if unreached:
             raise CaptureError(

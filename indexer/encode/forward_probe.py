@@ -8,7 +8,7 @@ layer mixes them, and stands in where there is one training loss alone, which ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
 from indexer.encode.modes import autocast_dtype, buffers_kept, device_type, devices_of, evaluating
-from indexer.encode.sample_axis import COMPANY_TOLERANCE, NARROW_COMPANY_TOLERANCE, can_be_cut, row_sums, taken
+from indexer.encode.sample_axis import (
+    COMPANY_TOLERANCE,
+    NARROW_COMPANY_TOLERANCE,
+    can_be_cut,
+    place_sums,
+    row_sums,
+    taken,
+)
 from indexer.layers import layer_type_of
 from indexer.layers.base import axis_problem, by_sample, input_of
 
@@ -26,6 +33,11 @@ _MIXED = "its input does not follow the samples: they are mixed, routed or in an
 _UNKNOWN = "so it cannot be told which axis of each layer carries the samples; check=False trusts that it is the first"
 ALONE = 16
 """Samples that run alone: all of a small batch."""
+FAINT = 1e-3
+"""Of the largest place of an output: what is smaller is measured against it."""
+
+Sums = dict[str, Tensor]
+"""Random sums at each place (B, M, SKETCH) of the tensors in a model's output, by where they are in it."""
 
 
 class CannotRun(CaptureError):
@@ -45,17 +57,29 @@ class CallKeeper:
 
     def __init__(self, model: nn.Module) -> None:
         self.call: Call | None = None
-        self.wanted = False
+        self._model, self._wanted = model, False
         self._handle: RemovableHandle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallKeeper:
+        """Itself: a deep copy of the model has this hook, too, and its calls are none of ours."""
+        return self
+
+    def begin(self, *, wanted: bool) -> None:
+        """A batch begins, whose call is ``wanted`` or not."""
+        self.call, self._wanted = None, wanted
+
+    def forget(self) -> None:
+        """Nothing of the batch is kept any more."""
+        self.begin(wanted=False)
+
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.wanted and torch.is_grad_enabled():
+        if self._wanted and module is self._model and torch.is_grad_enabled():
             self.call = Call(args, dict(kwargs), autocast_dtype(module))
 
     def remove(self) -> None:
         """Take the hook away and let go of the call."""
         self._handle.remove()
-        self.call = None
+        self.forget()
 
 
 def strangers(
@@ -132,19 +156,19 @@ class _Probe:
                     "something mixes the samples of a batch, so none has a gradient of its own"
                 )
 
-    def _rows_follow(self, whole: Any, part: Any, places: Sequence[int]) -> bool:
+    def _rows_follow(self, whole: Sums, part: Sums, places: Sequence[int]) -> bool:
         """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
-        if isinstance(whole, Tensor):
-            samples = whole.dim() > 0 and len(whole) == self.batch
-            cut = samples and isinstance(part, Tensor) and len(part) == len(places)
-            return not cut or self._same_rows(row_sums(whole)[list(places)], row_sums(part))
-        if isinstance(whole, Mapping):
-            return all(self._rows_follow(value, part[key], places) for key, value in whole.items())
-        if isinstance(whole, (list, tuple)):
-            return all(self._rows_follow(one, other, places) for one, other in zip(whole, part, strict=False))
-        return True
+        of_samples = [
+            (whole[name][list(places)], sums)
+            for name, sums in part.items()
+            if name in whole and len(whole[name]) == self.batch and len(sums) == len(places)
+        ]
+        return all(
+            expected.shape == sums.shape and self._same_rows(expected.flatten(1), sums.flatten(1))
+            for expected, sums in of_samples
+        )
 
-    def _refuse_other_output(self, watched: Any) -> None:
+    def _refuse_other_output(self, watched: Sums) -> None:
         """Positions are seen once a sample in the run that is watched: that must change nothing. CannotRun where the
         model is another function each time.
         """
@@ -155,8 +179,8 @@ class _Probe:
             return
         raise CannotRun(f"{type(self.model).__name__} gives another output each time it runs, {_UNKNOWN}")
 
-    def _rows(self, places: Sequence[int], seed: int | None = None) -> tuple[dict[str, list[Tensor]], Any]:
-        """Random sums of the rows of each layer's input, call by call, and the model's output."""
+    def _rows(self, places: Sequence[int], seed: int | None = None) -> tuple[dict[str, list[Tensor]], Sums]:
+        """Random sums of the rows of each layer's input, call by call, and of the model's output."""
         seen: dict[str, list[Tensor]] = {}
         handles = [
             self.model.get_submodule(name).register_forward_hook(
@@ -170,7 +194,7 @@ class _Probe:
             for handle in handles:
                 handle.remove()
 
-    def _run(self, places: Sequence[int], seed: int | None = None) -> Any:
+    def _run(self, places: Sequence[int], seed: int | None = None) -> Sums:
         given = (self.call.args, self.call.kwargs)
         if len(places) != self.batch and not can_be_cut(given, self.batch):
             raise CannotRun(
@@ -182,12 +206,13 @@ class _Probe:
             if seed is not None:
                 torch.manual_seed(seed)
             try:
-                return self.model(*args, **kwargs)
+                output = self.model(*args, **kwargs)
             except Exception as error:
                 raise CannotRun(
                     f"{type(self.model).__name__} does not run on {len(places)} of the {self.batch} samples of a batch "
                     f"({error!r:.200}), {_UNKNOWN}"
                 ) from error
+        return dict(_output_sums(output))
 
     def _hook(self, name: str, batch: int, seen: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
@@ -207,14 +232,33 @@ class _Probe:
         return hook
 
 
-def _same_output(found: Any, expected: Any) -> bool:
-    """Whether two outputs of a model hold the same tensors, up to rounding."""
-    if isinstance(expected, Tensor):
-        return found.shape == expected.shape and torch.allclose(
-            found.double(), expected.double(), rtol=NARROW_COMPANY_TOLERANCE, atol=1e-3, equal_nan=True
-        )
-    if isinstance(expected, Mapping):
-        return all(_same_output(found[key], value) for key, value in expected.items())
-    if isinstance(expected, (list, tuple)):
-        return all(_same_output(one, other) for one, other in zip(found, expected, strict=True))
-    return True
+def _output_sums(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(B, M, SKETCH) of each tensor in ``output`` (B, …), by its place in it. Logits are not kept, let alone in
+    float64: the check must not need more memory than the training step. What is not finite counts as zero.
+    """
+    if isinstance(output, Tensor):
+        if output.dim() > 0:
+            sums = place_sums(output)
+            if not bool(sums.isfinite().all()):
+                sums = torch.cat([place_sums(sample.nan_to_num(0.0, 0.0, 0.0)) for sample in output.split(1)])
+            yield name, sums
+        else:
+            yield name, output.reshape(1, 1, 1).double().nan_to_num(0.0, 0.0, 0.0)
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _output_sums(value, f"{name}.{key}")
+    elif isinstance(output, (list, tuple)):
+        for place, value in enumerate(output):
+            yield from _output_sums(value, f"{name}[{place}]")
+
+
+def _same_output(found: Sums, expected: Sums) -> bool:
+    """Whether two runs put out the same at every place, up to rounding."""
+    return found.keys() == expected.keys() and all(
+        found[name].shape == sums.shape and _same_places(found[name], sums) for name, sums in expected.items()
+    )
+
+
+def _same_places(found_BMS: Tensor, expected_BMS: Tensor) -> bool:
+    gap_BM, size_BM = (found_BMS - expected_BMS).norm(dim=2), expected_BMS.norm(dim=2)
+    return bool((gap_BM <= NARROW_COMPANY_TOLERANCE * size_BM + FAINT * size_BM.max()).all())

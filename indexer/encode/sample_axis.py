@@ -164,13 +164,22 @@ def _same(found_B: Tensor, expected_B: Tensor) -> bool:
 
 def row_sums(x: Tensor) -> Tensor:
     """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
+    places_BMS = place_sums(x)
+    left_MS = torch.randn(places_BMS.shape[1:], generator=torch.Generator().manual_seed(places_BMS.shape[1]))
+    return (places_BMS * left_MS.to(x.device, places_BMS.dtype)).sum(1)
+
+
+def place_sums(x: Tensor) -> Tensor:
+    """(B, M, SKETCH), at least float32: random sums of the numbers at each place of ``x`` (B, …, O)."""
     x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
-    if not x.is_floating_point() or x.dtype == torch.float16:  # sums would leave its range
-        x_BMO = x_BMO.float() if x.is_floating_point() else x_BMO.double()
-    generator = torch.Generator().manual_seed(x_BMO.shape[1] * 1_000_003 + x_BMO.shape[2])
-    sides = (torch.randn(n, SKETCH, generator=generator) for n in x_BMO.shape[1:])
-    left_MS, right_OS = (side.to(x_BMO.device, x_BMO.dtype) for side in sides)
-    return ((x_BMO @ right_OS).to(torch.promote_types(x_BMO.dtype, torch.float32)) * left_MS).sum(1)
+    right_OS = torch.randn(x_BMO.shape[2], SKETCH, generator=torch.Generator().manual_seed(-1 - x_BMO.shape[2]))
+    if not x.is_floating_point():
+        return x_BMO.double() @ right_OS.to(x.device, torch.float64)
+    if x.dtype != torch.float16:
+        sums_BMS = x_BMO @ right_OS.to(x.device, x.dtype)
+        return sums_BMS.to(torch.promote_types(x.dtype, torch.float32))
+    right_OS = right_OS.to(x.device)  # sums would leave the range of float16; logits are not copied whole
+    return torch.cat([sample_MO.float() @ right_OS for sample_MO in x_BMO.split(1)])
 
 
 def sample_weights(count: int, classes: int) -> Tensor:
@@ -183,7 +192,8 @@ def sample_weights(count: int, classes: int) -> Tensor:
 class AxisProbe:
     """Forward passes of small batches with layers watched: which of them see the samples, which do not.
 
-    ``kinds`` are the layers by name. Every pass adds to :attr:`problems`, so that all are named at once.
+    ``kinds`` are the layers by name. Every pass that says something adds to :attr:`problems`, so that all are named at
+    once.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType]) -> None:
@@ -209,7 +219,8 @@ class AxisProbe:
         unwatched_B = self._unwatched(losses, seed=1)
         self._expanded = False
         witness = Witness(next(self.model.parameters()).device)
-        with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch):
+        problems: dict[str, str] = {}
+        with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch, problems):
             try:
                 losses_B = losses()
             except (RuntimeError, ValueError, IndexError) as error:  # without the taps it ran
@@ -217,7 +228,8 @@ class AxisProbe:
                     raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
                 return False
         if losses_B.shape != (batch,):
-            return False
+            return False  # the function may have samples of its own: then layers saw those, not the batch
+        self.problems |= problems
         same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or counts
         if self._expanded and not same and not _same(losses_B, self._unwatched(losses)):
             raise CaptureError(_NO_POSITIONS)
@@ -268,10 +280,11 @@ class AxisProbe:
             )
 
     @contextmanager
-    def _watched(self, witness: Witness, batch: int) -> Iterator[None]:
+    def _watched(self, witness: Witness, batch: int, problems: dict[str, str]) -> Iterator[None]:
+        """Every layer watched by ``witness``; what is wrong with a layer's input or output goes to ``problems``."""
         handles = [
             self.model.get_submodule(name).register_forward_hook(
-                self._hook(witness, name, kind, batch), with_kwargs=True, prepend=True
+                self._hook(witness, name, kind, batch, problems), with_kwargs=True, prepend=True
             )
             for name, kind in self._kinds.items()
         ]
@@ -281,12 +294,14 @@ class AxisProbe:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, witness: Witness, name: str, kind: LayerType, batch: int) -> Callable[..., Any]:
+    def _hook(
+        self, witness: Witness, name: str, kind: LayerType, batch: int, problems: dict[str, str]
+    ) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             x = input_of(args, kwargs)
             problem = axis_problem(x, batch, kind) or output_problem(kind, module, x, y)
             if problem is not None:
-                self.problems[name] = problem
+                problems[name] = problem
                 return None
             self._expanded |= len(x) != batch
             return witness.tap(name, by_sample(x, y, batch, kind, name)[1])

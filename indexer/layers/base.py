@@ -22,6 +22,8 @@ from indexer.layers.factors import Factors
 
 OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
 """Relative difference of an output from the formula's that is more than rounding, in float32 and in 16 bits."""
+CHUNK_NUMBERS = 1 << 20
+"""Numbers of an output that are held against the formula at a time."""
 
 
 class Axis(NamedTuple):
@@ -76,6 +78,8 @@ class LayerType(ABC):
     @abstractmethod
     def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         """What ``module`` makes of the input ``x`` if the formulas hold, written out; one of a few forms.
+
+        ``x`` is (N, n), N rows of an input, of a lookup (N,) indices: each row by itself.
 
         The module's own ``forward`` is not called: it may have been replaced.
         """
@@ -146,23 +150,36 @@ def output_problem(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> 
     is: the forward of a layer may have been replaced, or take more than one input. Of an output that is not finite
     nothing is said: the loss will tell.
     """
-    if not bool(y.isfinite().all()):
-        return None
     with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
-        error = min(_relative(y, expected) for expected in kind.outputs(module, x.detach()))
+        error = _output_error(kind, module, x.detach(), y.detach())
     narrow = {x.dtype, y.dtype} & {torch.float16, torch.bfloat16}
-    if error <= (NARROW_OUTPUT if narrow else OUTPUT):
+    if error is None or error <= (NARROW_OUTPUT if narrow else OUTPUT):
         return None
     return (
         f"computes something else than a {kind.name} ({error:.2g} of its output): a forward that was replaced, or more"
     )
 
 
-def _relative(y: Tensor, expected: Tensor) -> float:
-    if y.shape != expected.shape:
+def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> float | None:
+    """Relative, of the nearest of the formula's forms; None where ``y`` is not finite. In pieces: a head's output is
+    the largest tensor of a model, and float64 would double it.
+    """
+    if y.shape[:-1] != (x.shape if kind.is_lookup else x.shape[:-1]):
         return float("inf")
-    error, size = (y.double() - expected.double()).norm(), expected.double().norm()
-    return 0.0 if not bool(error) else float(error / size.clamp_min(torch.finfo(torch.float64).tiny))
+    x_N, y_NO = x.flatten() if kind.is_lookup else x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    rows = max(1, CHUNK_NUMBERS // y_NO.shape[1])
+    finite, gaps, sizes = torch.ones((), dtype=torch.bool, device=y.device), [], []
+    for x_part, y_part in zip(x_N.split(rows), y_NO.split(rows), strict=True):
+        forms = kind.outputs(module, x_part)
+        if any(expected.shape != y_part.shape for expected in forms):
+            return float("inf")
+        finite &= y_part.isfinite().all()
+        gaps.append(torch.stack([(y_part.double() - expected.double()).square().sum() for expected in forms]))
+        sizes.append(torch.stack([expected.double().square().sum() for expected in forms]))
+    if not bool(finite):
+        return None
+    gap, size = torch.stack(gaps).sum(0).sqrt(), torch.stack(sizes).sum(0).sqrt()
+    return float(torch.where(gap == 0, 0.0, gap / size.clamp_min(torch.finfo(torch.float64).tiny)).min())
 
 
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:

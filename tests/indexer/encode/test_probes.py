@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,59 @@ def test_a_random_forward_pass_is_left_to_the_reweighted_losses() -> None:
         engine.refresh()
         assert torch.equal(torch.get_rng_state(), state)
         assert bool(plain_step(engine, model, random(4, 4, 6)).total.isfinite().all())
+
+
+@dataclass
+class Rows:
+    """Of a batch, as objects: no tensor holds the samples."""
+
+    items: list[Tensor]
+
+
+@pytest.mark.parametrize("form", ["a val set of its own", "rows as objects"])
+def test_losses_of_a_val_set_that_cannot_be_cut(form: str) -> None:
+    """A probe of two or three samples runs on all of them: what its layers see is no mistake."""
+    model, x, val = settle(SoundBranch()), random(5, 2, 6), random(4, 2, 6, seed=1)
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        return sum_of_squares(model, val if form == "a val set of its own" else torch.stack(batch["rows"].items))
+
+    batch = torch.arange(4) if form == "a val set of its own" else {"id": torch.arange(4), "rows": Rows(list(val))}
+    with GradDotProdEngine(model, batch, val_losses=losses) as engine:
+        check(plain_step(engine, model, x), exact_plain(model, x, val))
+
+
+class OfItsOwnTensors(Layers):
+    """Called with what it made itself: tensors with a graph, which cannot be copied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(x))
+
+
+@pytest.mark.parametrize("engine_class", [GradDotProdEngine, GradProjLoraEngine])
+def test_a_model_is_copied_while_an_engine_is_attached(engine_class: type[Any]) -> None:
+    """A moving average of the weights, or the best ones."""
+    model, x = settle(OfItsOwnTensors()), random(4, 2, 6)
+
+    def losses(model: nn.Module, x: Tensor) -> Tensor:
+        return sum_of_squares(lambda x: model(model.a(x)), x)  # type: ignore[arg-type,operator]
+
+    projects = engine_class is GradProjLoraEngine
+    made = engine_class(model, FULL) if projects else engine_class(model, random(3, 2, 6), val_losses=losses)
+    with made as engine:
+        engine.prepare(4)
+        each = losses(model, x)
+        deepcopy(model)
+        if projects:
+            engine.collect(each)
+        else:
+            loss = each.mean()
+            engine.watch(loss)
+            loss.backward()
+            engine.collect()
+        deepcopy(model)
+        keeper = engine._keeper if projects else engine._axes._keeper
+        assert keeper.call is None
 
 
 def test_losses_that_share_a_divisor_of_the_batch() -> None:
