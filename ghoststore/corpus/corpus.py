@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
@@ -95,8 +95,9 @@ class Corpus:
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
-                        if not left_out.isdisjoint(fields or row):  # type: ignore[arg-type]  # a mapping, as a sample is
-                            self._see_unread(fields or row, self._form.where(path, key))
+                        names = fields or cast("Mapping[str, object]", row)  # as it has become a sample
+                        if not left_out.isdisjoint(names):
+                            self._see_unread(names, self._form.where(path, key))
                         yield sample
                 source_row += 1
             first = 0
