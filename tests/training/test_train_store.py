@@ -71,7 +71,7 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
     assert outcome.json["steps"] == 12
     (note,) = outcome.err.strip().splitlines()
     assert note.startswith("note: cannot write span 1 of ")
-    assert note.endswith("Training goes on without scores in the store (`on_store_error=continue`)")
+    assert note.endswith("Training goes on without scores in the store (--on-store-error continue)")
     assert same_bits(weights(tmp_path), weights(whole)) == []
     assert run_of(tmp_path).spans == [0]
     # It is finished: nothing more comes, and that is said.
