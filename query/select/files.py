@@ -38,7 +38,7 @@ class SelectFiles:
         files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
         check_new(f"`out={files.out}`", files.out)
         check_new(f"`report={files.report}`", files.report)
-        check_new(f"the list of rows, {files.rows},", files.rows)
+        check_new(f"the list of rows, {files.rows}", files.rows)
         if files.rows.resolve() == files.out.resolve():
             raise UsageError(
                 f"`out={out}`: the list of rows of `report={said}` is written there; give either another name"

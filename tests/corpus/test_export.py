@@ -141,7 +141,7 @@ def test_parquet_keeps_schema_and_metadata(tmp_path: Path) -> None:
         found = pyarrow.parquet.read_table(out)
         assert found.schema.equals(schema, check_metadata=True)
         assert found.equals(table.take([CHOSEN[place] for place in order or range(5)]))
-    with pytest.raises(UsageError, match=r"a row holds a value that JSON lacks .* give --out a .parquet file"):
+    with pytest.raises(UsageError, match=r"a row holds a value that JSON lacks .* give `out` a .parquet file"):
         exported(tmp_path / "in.parquet", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -194,7 +194,7 @@ def test_values_that_no_table_holds(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     for other in ('"words"', str(2**70)):
         source.write_text(f'{{"text": "a", "x": 1}}\n{{"text": "b", "x": {other}}}\n')
-        with pytest.raises(UsageError, match=r"do not fit a table, .* give --out a .jsonl file"):
+        with pytest.raises(UsageError, match=r"do not fit a table, .* give `out` a .jsonl file"):
             exported(source, tmp_path / "out.parquet", [0, 1])
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -209,7 +209,7 @@ def test_files_of_a_folder_that_do_not_go_together(tmp_path: Path) -> None:
                 path.write_bytes(content)
             else:
                 pyarrow.parquet.write_table(pyarrow.table(content), path)
-        with pytest.raises(CorpusError, match=rf"b\.{form}: expected .*one file cannot hold both: give --out a .jsonl"):
+        with pytest.raises(CorpusError, match=rf"b\.{form}: expected .*one file cannot hold both: give `out` a .jsonl"):
             exported(folder, tmp_path / f"out.{form}", [0, 1])
         assert len(read(exported(folder, tmp_path / f"{form}.jsonl", [0, 1]))) == 2
 

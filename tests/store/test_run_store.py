@@ -30,7 +30,7 @@ def test_choosing_a_run(run_store: Path, tmp_path: Path) -> None:
         opened.run("../run")
     make(run_store, "second")
     assert opened.run_names() == ["run", "second"]
-    with pytest.raises(UsageError, match="has several runs; choose one with --run: run, second"):
+    with pytest.raises(UsageError, match="has several runs; choose one with `run`: run, second"):
         opened.run()
     with pytest.raises(UsageError, match="has no runs; `ghoststore train --store"):
         Store.create(tmp_path / "empty").run()

@@ -147,7 +147,7 @@ def test_overlong_rows_in_windows(lab: Lab, tmp_path: Path) -> None:
 
 def test_overlong_rows_as_an_error(lab: Lab, tmp_path: Path) -> None:
     rows = [{"text": "the cat", "id": "short"}, {"text": "the old moon " * 20, "id": "long"}]
-    with pytest.raises(UsageError, match=r"sample 'long' \(row 1\) has \d+ tokens; --max-length is 8"):
+    with pytest.raises(UsageError, match=r"sample 'long' \(row 1\) has \d+ tokens; `max_length` is 8"):
         build(lab, tmp_path, rows, overlong="error", max_length=8)
 
 

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
 Options = dict[str, Any]
-NEITHER = r"give --architecture to train from scratch, or --checkpoint"
+NEITHER = r"give `architecture` to train from scratch, or `checkpoint`"
 
 REFUSED: dict[str, tuple[Options, str]] = {
-    "no-store": ({"store": None}, r"GradDotProd needs --val-set and --store; --method Regular trains without"),
-    "name-without-store": ({"method": "Regular", "store": None}, r"--name is the name of a run: it needs --store"),
-    "no-val-set": ({"val_set": None}, r"GradDotProd needs --val-set and --store"),
+    "no-store": ({"store": None}, r"GradDotProd` needs `val_set` and `store`; `method=Regular` trains without"),
+    "name-without-store": ({"method": "Regular", "store": None}, r"`name` is the name of a run: it needs `store`"),
+    "no-val-set": ({"val_set": None}, r"GradDotProd` needs `val_set` and `store`"),
     "no-model": ({"model": None}, NEITHER),
     "two-models": ({"architecture": "GPT2-Tiny"}, NEITHER),
     "unknown-architecture": (
         {"model": None, "architecture": "GPT3", "tokenizer": "tiny"},
         r"'GPT3' is unknown; known: GPT2-Tiny, GPT2-Small",
     ),
-    "no-tokenizer": ({"model": None, "architecture": "GPT2-Tiny"}, r"give --tokenizer: a new model has none"),
-    "too-long": ({"max_length": 33}, r"--max-length 33 is more than the 32 positions"),
+    "no-tokenizer": ({"model": None, "architecture": "GPT2-Tiny"}, r"give `tokenizer`: a new model has none"),
+    "too-long": ({"max_length": 33}, r"`max_length=33` is more than the 32 positions"),
     "too-short": ({"max_length": 1}, r"`max_length` must be at least 2, not 1"),
-    "overlong": ({"max_length": 4, "overlong": "error"}, r"--max-length is 4 and --overlong is error"),
+    "overlong": ({"max_length": 4, "overlong": "error"}, r"`max_length` is 4 and `overlong` is error"),
     "domain": ({"domains": ("sea",)}, r"has no domain 'sea'; it has: (sky, earth|earth, sky)"),
     "batch": ({"batch_size": 0}, r"`batch_size` must be at least 1, not 0"),
     "steps": ({"max_steps": 0}, r"`max_steps` must be at least 1, not 0"),
-    "samples": ({"max_samples": 0}, r"--max-samples must be at least 1, not 0"),
-    "val-samples": ({"max_val_samples": -1}, r"--max-val-samples must be at least 1, not -1"),
+    "samples": ({"max_samples": 0}, r"`max_samples` must be at least 1, not 0"),
+    "val-samples": ({"max_val_samples": -1}, r"`max_val_samples` must be at least 1, not -1"),
     "learning-rate": ({"learning_rate": float("nan")}, r"`learning_rate` must be above 0 and at most 1e30, not nan"),
     "infinite-learning-rate": ({"learning_rate": float("inf")}, r"`learning_rate` must be above 0 .*, not inf"),
     "clipping": ({"max_grad_norm": -1.0}, r"`max_grad_norm` must be at least 0, not -1"),
@@ -52,29 +52,29 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "floor": ({"min_learning_rate_ratio": 1.5}, r"`min_learning_rate_ratio` must be between 0 and 1, not 1.5"),
     "seed": ({"seed": -1}, r"`seed` must be between 0 and 2\*\*63 - 1, not -1"),
     "keep": ({"keep_checkpoints": 0}, r"`keep_checkpoints` must be at least 1, not 0"),
-    "dropout": ({"dropout": 0.1}, r"--dropout belongs to --architecture: a checkpoint has its own"),
+    "dropout": ({"dropout": 0.1}, r"`dropout` belongs to `architecture`: a checkpoint has its own"),
     "float16-parameters": ({"model_dtype": "float16"}, r"keep float32 parameters and give `train_dtype=float16`"),
     "wider-arithmetic": (
         {"model_dtype": "bfloat16", "train_dtype": "float32"},
         r"`train_dtype=float32` with `model_dtype=bfloat16`",
     ),
     "dtype": ({"train_dtype": "float8"}, r"`train_dtype` 'float8' is unknown; known: float32, bfloat16, float16"),
-    "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"--per-layer: a global sketch has no scores by"),
+    "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"`per_layer`: a global sketch has no scores by"),
     "route-of-a-sketch": (
         {"score": "sketched", "route": "gram"},
         r"`exclude_layers` and `route` belong to `score=",
     ),
-    "projection": ({"projection": ghoststore.ProjectionConfig()}, r"projection options belong to --score sketched"),
+    "projection": ({"projection": ghoststore.ProjectionConfig()}, r"projection options belong to `score=sketched`"),
     "layers": ({"exclude_layers": ("mpl",)}, r"layer pattern 'mpl' matches no module"),
     "all-layers": ({"exclude_layers": ("*",)}, r"every trainable parameter is excluded|matches no module"),
     "both-configurations": ({"config": TrainConfig()}, r"give config or single options, not both"),
     "name": ({"name": "../run"}, r"'../run'"),
-    "eval-without-val": ({"eval_only": True, "val_set": None}, r"--eval-only needs --checkpoint and --val-set"),
+    "eval-without-val": ({"eval_only": True, "val_set": None}, r"`eval_only` needs `checkpoint` and `val_set`"),
     "eval-of-a-new-model": (
         {"eval_only": True, "model": None, "architecture": "GPT2-Tiny", "tokenizer": "tiny"},
-        r"--eval-only needs --checkpoint and --val-set",
+        r"`eval_only` needs `checkpoint` and `val_set`",
     ),
-    "two-inputs": ({"data": "-", "val_set": "-"}, r"--data and --val-set cannot both be standard input"),
+    "two-inputs": ({"data": "-", "val_set": "-"}, r"`data` and `val_set` cannot both be standard input"),
     "no-data": ({"data": "nowhere.jsonl"}, r"nowhere\.jsonl"),
 }
 
@@ -160,7 +160,7 @@ def test_shards_of_another_tokenizer(gym: Gym, tmp_path: Path) -> None:
         gym.fresh(tmp_path, data=tmp_path / "shards", max_steps=2)
     assert "tokenizer.added_tokens.290: stored {'content': '<other>'" in str(refused.value)
     assert re.search(r"tokenizer\.fingerprint: stored 'sha256:\w+', found 'sha256:", str(refused.value))
-    with pytest.raises(UsageError, match="--max-samples belongs to a corpus; token shards are taken whole"):
+    with pytest.raises(UsageError, match="`max_samples` belongs to a corpus; token shards are taken whole"):
         gym.fresh(tmp_path, data=tmp_path / "shards", max_steps=2, max_samples=3)
 
 
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number(gym: Gym, options: Options, tmp_path: Path) ->
     every = {"checkpoint_interval": 1, "dot_prod_save_interval": 1, "max_steps": 8, "learning_rate": 1e30, **options}
     with pytest.raises(DivergedError, match=r"^step 2: the (val )?loss") as caught:
         gym.fresh(tmp_path, **every)
-    assert "try a lower --learning-rate" in str(caught.value)
+    assert "try a lower `learning_rate`" in str(caught.value)
     (checkpoint,) = checkpoints(tmp_path / "out")
     assert all(bool(torch.isfinite(w).all()) for w in load_file(checkpoint / "model.safetensors").values())
     run = Store.open(tmp_path / "store").run("run")
@@ -227,10 +227,10 @@ def test_trackers_that_are_not_installed(gym: Gym, tmp_path: Path, monkeypatch: 
     import sys
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="--wandb needs Weights & Biases: pip install wandb"):
+    with pytest.raises(UsageError, match="`wandb` needs Weights & Biases: pip install wandb"):
         gym.fresh(tmp_path, wandb="project", max_steps=2)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UsageError, match="--tensorboard needs TensorBoard: pip install tensorboard"):
+    with pytest.raises(UsageError, match="`tensorboard` needs TensorBoard: pip install tensorboard"):
         gym.fresh(tmp_path, tensorboard=tmp_path / "logs", max_steps=2)
     assert list(tmp_path.iterdir()) == []
 

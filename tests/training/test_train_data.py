@@ -138,7 +138,7 @@ def test_domains_alone(gym: Gym, shards: dict[str, TokenShards]) -> None:
 
 
 def test_overlong_rows(shards: dict[str, TokenShards]) -> None:
-    with pytest.raises(CorpusError, match=r"sample 'long-\d+' has \d+ tokens; --max-length is 9 and --overlong is err"):
+    with pytest.raises(CorpusError, match=r"sample 'long-\d+' has \d+ tokens; `max_length` is 9 and `overlong` is err"):
         TrainingRows.cut(shards["holes"], 9, "error")
     short = TrainingRows.cut(shards["holes"], 9, "skip")
     assert short.length.max() <= 9

@@ -209,7 +209,7 @@ def test_other_settings(gym: Gym, short: Trained, name: str, where: str, tmp_pat
     before = gym.lab.tree(gym.folder / "short")
     with pytest.raises(MismatchError, match=message) as caught:
         gym.fresh(tmp_path, **given)
-    assert ("another --output-dir" if where == "output" else "another --name") in str(caught.value)
+    assert ("another `output_dir`" if where == "output" else "another `name`") in str(caught.value)
     assert gym.lab.tree(gym.folder / "short") == before
 
 
@@ -217,7 +217,7 @@ def test_other_settings(gym: Gym, short: Trained, name: str, where: str, tmp_pat
 def test_another_corpus(gym: Gym, short: Trained, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"corpus\.fingerprint: stored .*, asked for ") as caught:
         gym.fresh(tmp_path, "long", max_steps=6, checkpoint_interval=3, output_dir=short.output)
-    assert "another --output-dir for a new folder" in str(caught.value)
+    assert "another `output_dir` for a new folder" in str(caught.value)
     with pytest.raises(MismatchError, match=r"corpus\.fingerprint: stored .*, asked for "):
         gym.fresh(tmp_path, "long", max_steps=6, checkpoint_interval=3, store=short.store)
 
@@ -297,16 +297,16 @@ def test_every_flipped_byte_of_the_state_is_seen(gym: Gym, short: Trained, tmp_p
 def test_a_folder_of_something_else(gym: Gym, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(gym.models["tiny"], output / "checkpoint-500")  # another trainer's
-    with pytest.raises(UsageError, match=r"checkpoint-500 was not written by `ghoststore train`.*another --output-dir"):
+    with pytest.raises(UsageError, match=r"checkpoint-500 was not written by `ghoststore train`.*another `output_dir`"):
         gym.fresh(tmp_path, max_steps=2)
     shutil.rmtree(output)
     (output / "tokens").mkdir(parents=True)
     (output / "tokens" / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"--output-dir .*tokens is there and holds no token shards"):
+    with pytest.raises(UsageError, match=r"`output_dir=.*tokens` is there and holds no token shards"):
         gym.fresh(tmp_path, max_steps=2)
     assert [str(path.relative_to(output)) for path in output.rglob("*")] == ["tokens", "tokens/mine.txt"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"--output-dir .*/file is a file"):
+    with pytest.raises(UsageError, match=r"`output_dir=.*/file` is a file"):
         gym.fresh(tmp_path, max_steps=2, output_dir=tmp_path / "file")
     with pytest.raises(UsageError, match="is not a store"):
         gym.fresh(tmp_path, max_steps=2, store=output)

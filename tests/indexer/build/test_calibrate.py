@@ -228,7 +228,7 @@ def test_nothing_to_learn_from() -> None:
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.weight.zero_()
     dead = "transformer.h.0.mlp.c_fc"
-    with pytest.raises(LayerError, match=rf"layer '{dead}'.*--exclude-layers '{dead}'"):
+    with pytest.raises(LayerError, match=rf"layer '{dead}'.*`exclude_layers` '{dead}'"):
         learn(model, plan, some_rows())
     others = plan_of(model, precondition="kronecker", layers=("mlp",), exclude_layers=("c_fc",))
     assert learn(model, others, some_rows()).samples == 9

@@ -157,7 +157,7 @@ def test_changed_sizes_are_refused(lab: Lab, own: Path) -> None:
 
 
 def test_an_optimizer_state_is_another_metric(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--optimizer-state and --proj-precondition kronecker each"):
+    with pytest.raises(UsageError, match="`optimizer_state` and `precondition=kronecker` each"):
         build(lab, tmp_path / "s", projection=ProjectionConfig(precondition="kronecker"), optimizer_state=tmp_path)
     outcome = lab.build(tmp_path / "s", "--proj-precondition", "kronecker", "--optimizer-state", tmp_path)
     assert outcome.code == 2

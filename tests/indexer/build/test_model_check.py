@@ -101,7 +101,7 @@ def test_layers_that_mix_samples_are_all_named_before_anything_is_made(lab: Lab,
 
 
 def test_a_weight_that_is_used_behind_the_back(lab: Lab, tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match=r"not be autograd's gradients: attn .*--exclude-layers 'attn'"):
+    with pytest.raises(CaptureError, match=r"not be autograd's gradients: attn .*`exclude_layers` 'attn'"):
         build(lab, tmp_path, "used behind the back", layers="all", projection={"exclude_layers": ("wte", "wpe")})
     assert not (tmp_path / "store").exists()
     build(lab, tmp_path, "used behind the back", layers="mlp")

@@ -108,7 +108,7 @@ def test_tokenizing_does_not_change_the_plan(tmp_path: Path) -> None:
 
 def test_an_overlong_sample_is_an_error_before_anything_is_built(tmp_path: Path) -> None:
     corpus = Corpus.open(write(tmp_path / "corpus", ["a cat", " ".join(WORDS * 3)]))
-    with pytest.raises(CorpusError, match=r"\(row 1\) has \d+ tokens; --max-length is 8"):
+    with pytest.raises(CorpusError, match=r"\(row 1\) has \d+ tokens; `max_length` is 8"):
         plan_corpus(corpus, tokenizer(), TokenSettings(max_length=8, overlong="error"), span_rows=4)
 
 

@@ -90,13 +90,13 @@ def test_skipping_keeps_the_place_of_a_sample() -> None:
 
 
 def test_an_error_names_the_sample_and_the_limit() -> None:
-    with pytest.raises(CorpusError, match=r"'seven' \(row 7\) has 9 tokens; --max-length is 8"):
+    with pytest.raises(CorpusError, match=r"'seven' \(row 7\) has 9 tokens; `max_length` is 8"):
         rows(9, 8, "error")
     assert rows(8, 8, "error")[0].status is Status.OK
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(UsageError, match=r"--overlong 'cut'.*truncate, window, skip, error"):
+    with pytest.raises(UsageError, match=r"`overlong` 'cut'.*truncate, window, skip, error"):
         TokenSettings(max_length=8, overlong="cut")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--max-length must be at least 2"):
+    with pytest.raises(UsageError, match="`max_length` must be at least 2"):
         TokenSettings(max_length=1)

@@ -108,7 +108,7 @@ def test_nonsense(settings: dict[str, Any], named: str) -> None:
 
 def test_fewer_numbers_than_layers() -> None:
     model = gpt2()
-    with pytest.raises(UsageError, match="--proj-compress 3 is less than a number for each of 4 layers"):
+    with pytest.raises(UsageError, match="`compress=3` is less than a number for each of 4 layers"):
         ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), compress=3, compress_by="layer"))
     assert ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), compress=3)).compress == 3
 

@@ -95,24 +95,24 @@ def test_blocks_too_small_to_be_sketched_stay_plain() -> None:
 
 @pytest.mark.parametrize("compress", [499, 500, 10_000])
 def test_a_sketch_that_does_not_shrink_is_refused(compress: int) -> None:
-    with pytest.raises(UsageError, match=f"--proj-compress {compress} is not smaller than the 499 numbers"):
+    with pytest.raises(UsageError, match=f"`compress={compress}` is not smaller than the 499 numbers"):
         plan_of(wide(), rank_total=100, compress=compress)
 
 
 def test_a_rank_larger_than_a_layer_names_the_layer() -> None:
-    with pytest.raises(LayerError, match=r"--proj-rank-total 301 is larger than layer '4'.*3 × 100 = 300"):
+    with pytest.raises(LayerError, match=r"`rank_total=301` is larger than layer '4'.*3 × 100 = 300"):
         plan_of(wide(), rank_total=301)
     plan_of(wide(), rank_total=300)
     plan_of(wide(), rank_total=301, exclude_layers=("4",))
 
 
 def test_a_least_rank_that_the_total_cannot_give_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--proj-rank-min 11 needs blocks of 121 numbers.*--proj-rank-total is 100"):
+    with pytest.raises(UsageError, match=r"`rank_min=11` needs blocks of 121 numbers.*`rank_total` is 100"):
         plan_of(wide(), rank_total=100, rank_min=11)
 
 
 def test_a_least_rank_that_a_layer_cannot_give_names_the_layer() -> None:
-    with pytest.raises(LayerError, match=r"--proj-rank-min 4 cannot be met by layer '4' \(3 × 100\)"):
+    with pytest.raises(LayerError, match=r"`rank_min=4` cannot be met by layer '4' \(3 × 100\)"):
         plan_of(wide(), rank_total=100, rank_min=4)
     plan = plan_of(wide(), rank_total=100, rank_min=4, exclude_layers=("4",))
     assert all(min(layer.k_out, layer.k_in) >= 4 for layer in plan.layers if layer.block.is_matrix)

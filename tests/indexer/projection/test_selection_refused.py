@@ -68,7 +68,7 @@ ODD: dict[str, nn.Module] = {
 @pytest.mark.parametrize("pattern", ["all", "odd", "o*"])
 def test_a_layer_of_unknown_type_is_refused_by_name(odd: str, pattern: str) -> None:
     kind = type(ODD[odd]).__name__
-    with pytest.raises(LayerError, match=rf"layer 'odd' is a {kind} with parameters.*--exclude-layers 'odd'"):
+    with pytest.raises(LayerError, match=rf"layer 'odd' is a {kind} with parameters.*`exclude_layers` 'odd'"):
         select_blocks(Block(ODD[odd]), (pattern,))
 
 

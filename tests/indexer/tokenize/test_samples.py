@@ -102,7 +102,7 @@ def test_only_some_domains(lab: Lab, write: Write, tmp_path: Path) -> None:
     first = tokenize(lab, data, tmp_path / "first", domains=["sky", "earth"], max_samples=3, shard_samples=2)
     assert first.source_row.tolist() == [0, 2, 3]
     assert first.source["only_domains"] == ["earth", "sky"]
-    for domains, words in ((["sea"], "'sea'"), (["sky", "sea"], "--domain 'sea': no sample")):
+    for domains, words in ((["sea"], "'sea'"), (["sky", "sea"], "`domains` 'sea': no sample")):
         with pytest.raises(UsageError, match=words):
             tokenize(lab, data, tmp_path / "none", domains=domains)
     assert not (tmp_path / "none").exists()
@@ -151,7 +151,7 @@ def test_shards_are_a_corpus(lab: Lab, whole: Path) -> None:
     canonical = json.loads(samples[3].canonical())
     assert isinstance(samples[3].content, Tokenized)
     assert canonical["content"] == {"tokens": samples[3].content.ids.tolist(), "first_target": 1}
-    with pytest.raises(UsageError, match="token shards have no fields to name; leave out --text-field"):
+    with pytest.raises(UsageError, match="token shards have no fields to name; leave out `fields.text`"):
         list(Corpus.open(str(whole), Fields(text="text")).samples())
     with pytest.raises(CorpusError, match="a split is for a saved DatasetDict"):
         Corpus.open(f"{whole}:train")

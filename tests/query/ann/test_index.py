@@ -117,7 +117,7 @@ def test_weights_and_layers(part: Part, metric: Metric, weight: float) -> None:
     if metric == "dot":
         equal(index.search(some, top_k=9)[0], search([some], top_k=9)[0])
     else:
-        with pytest.raises(UsageError, match=r"not some layers.*--index exact"):
+        with pytest.raises(UsageError, match=r"not some layers.*`index=exact`"):
             index.search(some, top_k=9)
 
 
@@ -230,16 +230,16 @@ def test_the_command(lab: Lab, built: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"factory": "Nonsense"}, "--factory 'Nonsense' is not one that FAISS makes: could not parse"),
+        ({"factory": "Nonsense"}, "`factory` 'Nonsense' is not one that FAISS makes: could not parse"),
         ({"factory": ""}, "is not one that FAISS makes"),
         ({"factory": "IDMap,Flat"}, "cannot be used for rows numbered from 0"),
         ({"factory": "IVF0,Flat"}, "has no inverted list"),
         ({"factory": "IVF4096,Flat"}, "cannot be used with 396 rows to train on"),
-        ({"dimension": 97}, "--dimension 97: give 1 to 96"),
-        ({"dimension": 0}, "--dimension 0"),
-        ({"dimension": "all"}, "--dimension all"),
+        ({"dimension": 97}, "`dimension=97`: give 1 to 96"),
+        ({"dimension": 0}, "`dimension=0`"),
+        ({"dimension": "all"}, "`dimension=all`"),
         ({"metric": "l2"}, "`metric` 'l2' is unknown; known: cosine, dot"),
-        ({"target_recall": 0}, "--target-recall must be above 0"),
+        ({"target_recall": 0}, "`target_recall` must be above 0"),
         ({"name": "../x"}, "cannot name a index"),
         ({"device": "tpu"}, "an index knows cpu, cuda and cuda:N"),
     ],
@@ -264,7 +264,7 @@ def test_a_part_without_usable_rows(tmp_path: Path) -> None:
 def test_other_settings_under_the_same_name_need_rebuild(tmp_path: Path) -> None:
     part = make_part(tmp_path / "store", clustered())
     build(part, name="mine", factory="Flat")
-    with pytest.raises(UsageError, match=r"has factory 'Flat', not 'SQ8': give --rebuild"):
+    with pytest.raises(UsageError, match=r"has factory 'Flat', not 'SQ8': give `rebuild`"):
         build(part, name="mine", factory="SQ8", rebuild=False)
     assert build(part, name="mine", factory="SQ8").built
     assert not build(part, name="mine", factory="SQ8", rebuild=False).built
@@ -272,18 +272,18 @@ def test_other_settings_under_the_same_name_need_rebuild(tmp_path: Path) -> None
 
 def test_which_index(tmp_path: Path) -> None:
     part = make_part(tmp_path / "store", clustered())
-    with pytest.raises(UsageError, match=r"no index for --metric dot; `ghoststore index --part part --metric dot`"):
+    with pytest.raises(UsageError, match=r"no index for `metric=dot`; `ghoststore index --part part --metric dot`"):
         AnnIndex.open(part, metric="dot")
     with pytest.raises(UsageError, match=r"no index 'x'; it has: none"):
         AnnIndex.open(part, "x")
     build(part, name="c")
     build(part, name="d", metric="dot")
     assert AnnIndex.open(part, metric="dot").name == "d"
-    with pytest.raises(UsageError, match=r"more than one index; choose with --index-name: c, d"):
+    with pytest.raises(UsageError, match=r"more than one index; choose with `index_name`: c, d"):
         AnnIndex.open(part)
-    with pytest.raises(MismatchError, match="is for --metric cosine, not dot"):
+    with pytest.raises(MismatchError, match="is for `metric=cosine`, not dot"):
         AnnIndex.open(part, "c", metric="dot")
-    with pytest.raises(UsageError, match="is for --metric cosine, not dot"):
+    with pytest.raises(UsageError, match="is for `metric=cosine`, not dot"):
         AnnIndex.open(part, "c").search(questions("dot", part), top_k=1)
 
 

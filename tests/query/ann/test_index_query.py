@@ -77,7 +77,7 @@ def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None
         ({"precondition": "second-moment"}, UsageError, "knows no preconditioned lengths"),
         ({"part": ["one", "two"], "part_weights": "equal"}, UsageError, "summed over 2"),
         ({"part": ["two", "one"], "part_weights": "equal"}, UsageError, "summed over 2"),  # "two" has no index
-        ({"group_field": "domain", "combine": "max"}, UsageError, "--combine max needs the scores of all rows"),
+        ({"group_field": "domain", "combine": "max"}, UsageError, "`combine=max` needs the scores of all rows"),
         ({"part": "two"}, UsageError, "no index"),
         ({"index_name": "other"}, UsageError, "no index 'other'"),
         ({"index_name": "dot-Flat"}, GhostStoreError, "dot"),
@@ -91,7 +91,7 @@ def test_refused(store: Path, settings: dict[str, Any], error: type[Exception], 
 def test_unknown_words(store: Path) -> None:
     with pytest.raises(UsageError, match="'fast' is unknown"):
         ask(store, "fast")
-    with pytest.raises(UsageError, match="belongs to --index ann"):
+    with pytest.raises(UsageError, match="belongs to `index=ann`"):
         ask(store, "exact", index_name="cosine")
 
 

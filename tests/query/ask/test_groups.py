@@ -180,7 +180,7 @@ def test_groups_that_cancel_are_refused(store: Path, monkeypatch: pytest.MonkeyP
     dimension = ghoststore.Store.open(store).part("train").layout.dimension
     Sent(monkeypatch, [[0.5] * dimension, [-0.5] * dimension], ["a", "b"])
     asked: dict[str, Any] = {"store": store, "part": "train", "group_field": "task", "device": "cpu"}
-    with pytest.raises(UsageError, match=r"cancel each other.*--combine max"):
+    with pytest.raises(UsageError, match=r"cancel each other.*`combine=max`"):
         ghoststore.query(val_set=store.parent / "val.jsonl", **asked)
     found = ghoststore.query(val_set=store.parent / "val.jsonl", combine="max", **asked)
     assert len(found.results[0].hits) == 10

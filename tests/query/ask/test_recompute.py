@@ -202,8 +202,8 @@ def test_query_with_rerank_gives_exact_scores(
     ("settings", "message"),
     [
         ({"rerank": 3, "top_k": 4}, "fewer than the rows asked for, 4"),
-        ({"rerank": 5, "top_k": 4, "precondition": "second-moment"}, "with --precondition"),
-        ({"rerank": 5, "top_k": 4, "group_field": "domain", "combine": "max"}, "with --combine max"),
+        ({"rerank": 5, "top_k": 4, "precondition": "second-moment"}, "with `precondition`"),
+        ({"rerank": 5, "top_k": 4, "group_field": "domain", "combine": "max"}, "with `combine=max`"),
     ],
 )
 def test_rerank_refused(lab: Lab, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

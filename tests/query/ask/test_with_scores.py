@@ -112,12 +112,12 @@ def test_rows_without_a_score_are_said(store: Path, val: Path) -> None:
 
 @pytest.mark.parametrize("weight", [-0.1, 1.5, math.nan, math.inf])
 def test_weights_that_are_none(store: Path, val: Path, weight: float) -> None:
-    with pytest.raises(UsageError, match="--score-weight must be between 0"):
+    with pytest.raises(UsageError, match="`score_weight` must be between 0"):
         ask(store, val, with_scores="mine", score_weight=weight)
 
 
 def test_refused_usage(store: Path, val: Path) -> None:
-    with pytest.raises(UsageError, match="--score-weight belongs to --with-scores"):
+    with pytest.raises(UsageError, match="`score_weight` belongs to `with_scores`"):
         ask(store, val, score_weight=0.5)
     with pytest.raises(UsageError, match="no run 'nonesuch'; it has: mine"):
         ask(store, val, with_scores="nonesuch")

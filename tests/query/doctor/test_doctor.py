@@ -155,7 +155,7 @@ def test_a_copy_in_another_dtype_keeps_the_dtype_of_its_buffers() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"samples": 2}, "--samples must be at least 3"),
+        ({"samples": 2}, "`samples` must be at least 3"),
         ({"tokenizer": None}, "needs its tokenizer"),
         ({"model": None}, "either a checkpoint or a model"),
         ({"device": "cuda"}, "is on cpu"),

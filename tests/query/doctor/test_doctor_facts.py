@@ -62,7 +62,7 @@ def test_shares_of_the_gradient_are_those_of_plain_autograd(tmp_path: Path) -> N
 def test_a_small_or_lopsided_share_brings_advice(tmp_path: Path) -> None:
     found = examine(tmp_path, projection=ProjectionConfig(layers=("ln_1",))).findings["coverage"]
     assert found.status == "advice"
-    assert "--proj-layers" in found.advice[0]
+    assert "`projection.layers`" in found.advice[0]
     model = gpt2()
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.weight.mul_(100)

@@ -302,16 +302,16 @@ def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"half-00001\.json is damaged"):
         evaluate(folder, out)
     for settings, message in [
-        ({"tests": ["loo"]}, "--test 'loo' is unknown"),
-        ({"tests": []}, "at least one --test"),
-        ({"drop": 1.0}, "--drop must be"),
-        ({"top_k": 0}, "--top-k must be at least 1"),
-        ({"repeats": 0}, "--repeats must be at least 1"),
+        ({"tests": ["loo"]}, "`tests` 'loo' is unknown"),
+        ({"tests": []}, "at least one of lds"),
+        ({"drop": 1.0}, "`drop` must be"),
+        ({"top_k": 0}, "`top_k` must be at least 1"),
+        ({"repeats": 0}, "`repeats` must be at least 1"),
         ({"methods": ["trak"]}, "'trak' is unknown"),
-        ({"halves": 2}, "--halves must be at least 3"),
-        ({"workers": 0}, "--workers must be at least 1"),
-        ({"max_steps": 0}, "--max-steps must be at least 1"),
-        ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"halves": 2}, "`halves` must be at least 3"),
+        ({"workers": 0}, "`workers` must be at least 1"),
+        ({"max_steps": 0}, "`max_steps` must be at least 1"),
+        ({"learning_rate": -1.0}, "`learning_rate`"),
     ]:
         with pytest.raises(UsageError, match=message):
             evaluate(folder, tmp_path / "new", **settings)

@@ -120,7 +120,7 @@ def test_scaled_by_an_optimizer_state(lab: Lab, folder: Path, tmp_path: Path) ->
     for metric in ("dot", "cosine"):
         np.testing.assert_allclose(found[f"exact-layers-{metric}"], found[metric], rtol=1e-4, atol=1e-5)
     for method in ("exact-dot", "exact-cosine"):
-        with pytest.raises(UsageError, match=f"--method {method}: .* give exact-layers-dot"):
+        with pytest.raises(UsageError, match=f"`methods={method}`: .* give exact-layers-dot"):
             scores_of(tmp_path, tmp_path / "out", [method])
 
 

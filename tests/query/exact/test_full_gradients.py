@@ -133,7 +133,7 @@ def test_windows(lab: Lab, tmp_path: Path) -> None:
     assert report.rows > 2
     starts = [row["window_start"] for row in report.manifest["rows"]]
     assert starts == [15 * place for place in range(report.rows)]
-    with pytest.raises(CorpusError, match="--overlong is error"):
+    with pytest.raises(CorpusError, match="`overlong` is error"):
         report_of(lab, tmp_path / "other", data=long, max_length=16, overlong="error")
 
 
@@ -273,11 +273,11 @@ def test_dry_run_counts_and_writes_nothing(lab: Lab, tmp_path: Path) -> None:
     ("settings", "error", "message"),
     [
         ({"parameters": "some"}, UsageError, "`parameters` 'some' is unknown"),
-        ({"proj_layers": ["mlp"]}, UsageError, "--proj-layers belongs to --parameters projected"),
+        ({"proj_layers": ["mlp"]}, UsageError, "`proj_layers` belongs to `parameters=projected`"),
         ({"parameters": "projected", "proj_layers": ["nothing"]}, LayerError, "matches no layer"),
-        ({"max_samples": 0}, UsageError, "--max-samples must be at least 1"),
+        ({"max_samples": 0}, UsageError, "`max_samples` must be at least 1"),
         ({"dtype": "int8"}, UsageError, "`dtype` 'int8' is unknown"),
-        ({"max_length": 4096}, UsageError, "--max-length 4096 is more than"),
+        ({"max_length": 4096}, UsageError, "`max_length=4096` is more than"),
         ({"dry_run": True, "data": "-"}, UsageError, "cannot read standard input"),
     ],
 )

@@ -337,10 +337,10 @@ def test_what_is_gone_is_said(lab: Lab, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"metric": "euclid"}, "`metric` 'euclid' is unknown"),
-        ({"rows": 5}, "--rows must be at least 11"),
-        ({"val_samples": 0}, "--val-samples must be at least 1"),
-        ({"seed": -1}, "--seed must be 0 or more"),
-        ({"fields": ghoststore.Fields(text="body")}, "belong to --val-set"),
+        ({"rows": 5}, "`rows` must be at least 11"),
+        ({"val_samples": 0}, "`val_samples` must be at least 1"),
+        ({"seed": -1}, "`seed` must be 0 or more"),
+        ({"fields": ghoststore.Fields(text="body")}, "belong to `val_set`"),
         ({"layers": ["nothing"]}, "matches no layer"),
     ],
 )

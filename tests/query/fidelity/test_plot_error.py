@@ -140,7 +140,7 @@ def test_against_a_part_of_some_rank(store: Path, tmp_path: Path) -> None:
     assert curve.points[0].mean_error.value == pytest.approx(errors.mean(), rel=1e-4)
     assert curve.points[0].theory_rms is None
     for rank, problem in ((64, "2 parts were"), (7, "no part was")):
-        with pytest.raises(UsageError, match=f"rank={rank}: {problem} built with --proj-rank-total {rank}"):
+        with pytest.raises(UsageError, match=f"`reference=rank={rank}`: {problem} built with a rank total of {rank}"):
             curve_of(store, tmp_path / "other.png", reference=f"rank={rank}")
     with pytest.raises(UsageError, match="no other part"):
         curve_of(store, tmp_path / "other.png", reference="rank=4", part="a")
@@ -214,7 +214,7 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
     ):
         with pytest.raises(MismatchError, match=f"are no points of one curve: {what}"):
             curve_of(tmp_path / "store", tmp_path / "error.png", part=["one", name])
-    with pytest.raises(MismatchError, match="Name those that are with --part"):
+    with pytest.raises(MismatchError, match="Name those that are with `part`"):
         curve_of(tmp_path / "store", tmp_path / "error.png")
 
 
@@ -222,12 +222,12 @@ def test_parts_that_do_not_belong_together(lab: Lab, store: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reference": "exact"}, "--reference 'exact': give full, full_layers, rank=N or naive_proj_layers=N"),
+        ({"reference": "exact"}, "`reference` 'exact': give full, full_layers, rank=N or naive_proj_layers=N"),
         ({"reference": "naive_proj_layers=0"}, "at least one number"),
         ({"metric": "euclid"}, "`metric` 'euclid' is unknown"),
-        ({"rows": 3}, "--rows must be at least 11"),
+        ({"rows": 3}, "`rows` must be at least 11"),
         ({"part": "nothing"}, "has no part 'nothing'"),
-        ({"out": "error.txt"}, "--out .*error.txt: pictures are written as"),
+        ({"out": "error.txt"}, "`out=.*error.txt`: pictures are written as"),
     ],
 )
 def test_refused(store: Path, settings: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_evaluation_by_exact_gradients(store: Path, tmp_path: Path) -> None:
             scores[place, hit.source_row] = hit.score
     np.testing.assert_allclose(found, scores, rtol=0, atol=1e-3 * np.abs(scores).max())
     for method in ("exact-dot", "exact-cosine"):
-        with pytest.raises(UsageError, match=rf"--method {method}: .*preconditioned when it was built"):
+        with pytest.raises(UsageError, match=rf"`methods={method}`: .*preconditioned when it was built"):
             scores_of(folder, tmp_path / "other", [method], part="rank")
 
 

@@ -298,10 +298,10 @@ def test_read_only_store_answers_and_says_so(stores: dict[str, Path], monkeypatc
     ("settings", "message"),
     [
         ({"precondition": "second-moment", "damping": 0.0}, "singular"),
-        ({"precondition": "second-moment", "damping": -0.1}, "--damping must be 0 or more"),
-        ({"precondition": "second-moment", "damping": float("nan")}, "--damping must be 0 or more"),
-        ({"precondition": "second-moment", "damping": float("inf")}, "--damping must be 0 or more"),
-        ({"damping": 0.1}, "--damping belongs to --precondition"),
+        ({"precondition": "second-moment", "damping": -0.1}, "`damping` must be 0 or more"),
+        ({"precondition": "second-moment", "damping": float("nan")}, "`damping` must be 0 or more"),
+        ({"precondition": "second-moment", "damping": float("inf")}, "`damping` must be 0 or more"),
+        ({"damping": 0.1}, "`damping` belongs to `precondition`"),
         ({"precondition": "kfac"}, "'kfac' is unknown"),
     ],
 )

@@ -210,7 +210,7 @@ def test_two_parts(lab: Lab, tmp_path: Path, val: Path) -> None:
             projection=ProjectionConfig(precondition="none", seed=seed),
             device="cpu",
         )
-    with pytest.raises(UsageError, match="several parts; choose one with --part: a, b"):
+    with pytest.raises(UsageError, match="several parts; choose one with `part`: a, b"):
         ghoststore.query(store=store, val_set=val, device="cpu")
     a, b = (ghoststore.query(store=store, val_set=val, part=name, top_k=27, device="cpu") for name in "ab")
     assert (a.settings["part"], b.settings["part"]) == ("a", "b")

@@ -120,15 +120,15 @@ def test_what_quotas_mean() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "give one of --fraction, --count, --threshold and --token-budget, not none of them"),
-        ({"count": 3, "token_budget": 4}, "not --count and --token-budget"),
-        ({"fraction": 0.0}, "--fraction must be above 0 and at most 1, not 0.0"),
-        ({"fraction": 1.5}, "--fraction must be above 0"),
-        ({"fraction": math.nan}, "--fraction must be above 0"),
-        ({"count": 0}, "--count must be at least 1"),
-        ({"threshold": math.nan}, "--threshold must be a finite number, not nan"),
-        ({"threshold": math.inf}, "--threshold must be a finite number"),
-        ({"token_budget": 0}, "--token-budget must be at least 1"),
+        ({}, "give one of `fraction`, `count`, `threshold` and `token_budget`, not none of them"),
+        ({"count": 3, "token_budget": 4}, "not `count` and `token_budget`"),
+        ({"fraction": 0.0}, "`fraction` must be above 0 and at most 1, not 0.0"),
+        ({"fraction": 1.5}, "`fraction` must be above 0"),
+        ({"fraction": math.nan}, "`fraction` must be above 0"),
+        ({"count": 0}, "`count` must be at least 1"),
+        ({"threshold": math.nan}, "`threshold` must be a finite number, not nan"),
+        ({"threshold": math.inf}, "`threshold` must be a finite number"),
+        ({"token_budget": 0}, "`token_budget` must be at least 1"),
     ],
 )
 def test_budgets_that_cannot_be(budget: Mapping[str, Any], message: str) -> None:
@@ -145,8 +145,8 @@ def test_budgets_that_cannot_be(budget: Mapping[str, Any], message: str) -> None
         ({"code": math.nan}, Budget(count=5), "a share lies between 0 and 1"),
         ({"code": -1}, Budget(count=5), "cannot be negative"),
         ({"code": True}, Budget(count=5), "expected a share .* or a number"),
-        ({"code": 3}, Budget(token_budget=5), "with --token-budget give a share"),
-        ({"code": 0.3}, Budget(threshold=0.1), "give --count, --fraction or --token-budget, not --threshold"),
+        ({"code": 3}, Budget(token_budget=5), "with `token_budget` give a share"),
+        ({"code": 0.3}, Budget(threshold=0.1), "give `count`, `fraction` or `token_budget`, not `threshold`"),
     ],
 )
 def test_quotas_that_cannot_be(quotas: Any, budget: Budget, message: str) -> None:
@@ -155,7 +155,7 @@ def test_quotas_that_cannot_be(quotas: Any, budget: Budget, message: str) -> Non
 
 
 def test_quotas_that_do_not_fit_the_part() -> None:
-    with pytest.raises(UsageError, match=r"--quota law=0\.1: part 'part' has no such domain; it has code, math, prose"):
+    with pytest.raises(UsageError, match=r"quota law=0\.1: part 'part' has no such domain; it has code, math, prose"):
         pools_of({"law": 0.1}, Budget(count=5), [0, 1])
     with pytest.raises(UsageError, match=r"4 samples and shares of 2\.5 are more than the 5 to choose"):
         pools_of({"code": 4, "math": 0.5}, Budget(count=5), [0, 1])

@@ -289,7 +289,7 @@ def test_candidates_have_a_limit(built: Path, val: Path, tmp_path: Path, monkeyp
     assert made.considered == 10
     with pytest.raises(UsageError, match="11 candidates do not fit in 0 GiB, 10 do"):
         select(built, val, tmp_path / "more.jsonl", count=6, diversity="mmr", candidates=11)
-    with pytest.raises(UsageError, match=r"--diversity facility-location: 10 candidates do not fit .*, 9 do"):
+    with pytest.raises(UsageError, match=r"`diversity=facility-location`: 10 candidates do not fit .*, 9 do"):
         select(built, val, tmp_path / "more.jsonl", count=10, diversity="facility-location")
 
 

@@ -331,28 +331,28 @@ def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
         ({"layers": ["h.99"]}, "'h.99' matches no layer of run 'run': transformer.h.0.mlp.c_fc"),
         ({"layers": ["h.1"]}, "'h.1' matches no layer"),
         ({"exclude_layers": ["transformer"]}, "no layer of run 'run' is left"),
-        ({"group": "law", "layers": ["mlp"]}, "--group and --layers do not go together"),
-        ({"steps": "30:40"}, "--steps 30:40: no committed step of run 'run' is there; its steps are 0 to 22"),
+        ({"group": "law", "layers": ["mlp"]}, "`group` and `layers` do not go together"),
+        ({"steps": "30:40"}, "`steps=30:40`: no committed step of run 'run' is there; its steps are 0 to 22"),
         ({"steps": "11:14"}, "no committed step"),
         ({"steps": "5:2"}, "no committed step"),
-        ({"steps": "7"}, "--steps '7': expected first:stop"),
-        ({"steps": "0:10:2"}, "--steps '0:10:2': expected first:stop"),
+        ({"steps": "7"}, "`steps` '7': expected first:stop"),
+        ({"steps": "0:10:2"}, "`steps` '0:10:2': expected first:stop"),
         ({"steps": slice(0, 10, 2)}, "not every 2th"),
         ({"value": "median"}, "`value` 'median' is unknown; known: cumulative"),
         ({"unit": "token"}, "`unit` 'token' is unknown; known: sample, window"),
         ({"by": "id"}, "`by` 'id' is unknown; known: domain"),
         ({"top_k": 0}, "ask for at least one sample"),
-        ({"top_k": -1}, "--top-k must be at least 0, not -1"),
-        ({"bottom_k": -1}, "--bottom-k must be at least 0"),
-        ({"min_times": 0}, "--min-times must be at least 1"),
-        ({"by": "domain", "top_k": 3}, "does not go with --top-k"),
-        ({"sample": "s0", "by": "domain"}, "does not go with --by"),
-        ({"sample": "s0", "bottom_k": 3}, "does not go with --bottom-k"),
-        ({"sample": "s0", "domains": ["sky"]}, "does not go with --domain"),
-        ({"sample": "s0", "value": "sum"}, "does not go with --value"),
-        ({"sample": "s0", "unit": "window"}, "does not go with --unit"),
-        ({"sample": "s0", "min_times": 2}, "does not go with --min-times"),
-        ({"plot": "scores.gif"}, r"--plot scores.gif: pictures are written as \.png, \.pdf, \.svg"),
+        ({"top_k": -1}, "`top_k` must be at least 0, not -1"),
+        ({"bottom_k": -1}, "`bottom_k` must be at least 0"),
+        ({"min_times": 0}, "`min_times` must be at least 1"),
+        ({"by": "domain", "top_k": 3}, "does not go with `top_k`"),
+        ({"sample": "s0", "by": "domain"}, "does not go with `by`"),
+        ({"sample": "s0", "bottom_k": 3}, "does not go with `bottom_k`"),
+        ({"sample": "s0", "domains": ["sky"]}, "does not go with `domains`"),
+        ({"sample": "s0", "value": "sum"}, "does not go with `value`"),
+        ({"sample": "s0", "unit": "window"}, "does not go with `unit`"),
+        ({"sample": "s0", "min_times": 2}, "does not go with `min_times`"),
+        ({"plot": "scores.gif"}, r"`plot=scores.gif`: pictures are written as \.png, \.pdf, \.svg"),
         ({"plot": "nonesuch/scores.png"}, "the folder .*nonesuch does not exist"),
     ],
     ids=str,
@@ -377,7 +377,7 @@ def test_a_run_that_keeps_less(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="train --per-layer"):
             ghoststore.scores(store=store, **{option: ["mlp"]})
     make(store, "other")
-    with pytest.raises(UsageError, match="several runs; choose one with --run: other, run"):
+    with pytest.raises(UsageError, match="several runs; choose one with `run`: other, run"):
         ghoststore.scores(store=store)
     ghoststore.Store.create(tmp_path / "bare")
     with pytest.raises(UsageError, match="has no runs; `ghoststore train"):

@@ -161,7 +161,7 @@ def test_frames_come_until_the_run_ends(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("interval", [0.0, -1.0, float("nan"), float("inf")])
 def test_intervals_that_are_none(tmp_path: Path, interval: float) -> None:
-    with pytest.raises(UsageError, match="--interval must be above 0"):
+    with pytest.raises(UsageError, match="`interval` must be above 0"):
         next(ghoststore.watch(store=tmp_path, interval=interval))
 
 
