@@ -76,6 +76,12 @@ class Corpus:
             self._fields = self._resolve(self._fields)
         return self._fields
 
+    @property
+    def template_date(self) -> str | None:
+        """Of token shards: the date that the chat template wrote into them, if it asked for one."""
+        date: str | None = getattr(getattr(self._form, "shards", None), "template_date", None)
+        return date
+
     def samples(self, start: Position | None = None) -> Iterator[Sample]:
         """All samples in order, or those from the one at ``start`` on."""
         start = Position(source_row=0, file=0, offset=-1) if start is None else start
@@ -95,8 +101,9 @@ class Corpus:
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
-                        if not left_out.isdisjoint(fields or row):  # type: ignore[arg-type]  # a mapping, as a sample is
-                            self._see_unread(fields or row, self._form.where(path, key))
+                        names = fields or check_object(row)
+                        if not left_out.isdisjoint(names):
+                            self._see_unread(names, self._form.where(path, key))
                         yield sample
                 source_row += 1
             first = 0

@@ -280,8 +280,8 @@ class HeldLoss:
         warnings.warn(
             f"the loss of {self._name} that is watched was not held against its logits, nor against val_losses: it is "
             "taken at its word, and a sum that is watched as a mean gives scores that many times too large. If it is "
-            "the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, tokens); if "
-            "it is of another kind, watch(loss, batch=batch) holds it against val_losses of the train batch",
+            "the mean next-token loss over the targets, say watch(loss, labels=labels), with labels (samples, tokens); "
+            "if it is of another kind, watch(loss, batch=batch) holds it against val_losses of the train batch",
             RuntimeWarning,
             stacklevel=4,
         )
