@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
@@ -76,6 +76,12 @@ class Corpus:
             self._fields = self._resolve(self._fields)
         return self._fields
 
+    @property
+    def template_date(self) -> str | None:
+        """Of token shards: the date that the chat template wrote into them, if it asked for one."""
+        date: str | None = getattr(getattr(self._form, "shards", None), "template_date", None)
+        return date
+
     def samples(self, start: Position | None = None) -> Iterator[Sample]:
         """All samples in order, or those from the one at ``start`` on."""
         start = Position(source_row=0, file=0, offset=-1) if start is None else start
@@ -95,7 +101,7 @@ class Corpus:
                     except RowError as error:
                         raise CorpusError(f"{self._form.where(path, key)}: {error}") from None
                     if domains is None or sample.domain in domains:
-                        names = fields or cast("Mapping[str, object]", row)  # as it has become a sample
+                        names = fields or check_object(row)
                         if not left_out.isdisjoint(names):
                             self._see_unread(names, self._form.where(path, key))
                         yield sample

@@ -118,6 +118,16 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CorpusError(f"{folder} holds no token shards (it has no {MANIFEST})") from None
 
 
+def date_in(folder: Path) -> str | None:
+    """The date that the chat template wrote into the shards in ``folder``; None where it asked for none, and where
+    there are no shards.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    date: str | None = read_manifest(folder)[0]["tokenizer"].get("template_date")
+    return date
+
+
 def _check_version(path: Path, data: bytes) -> None:
     """MismatchError for another version of the format, whose seal may be another, too."""
     value = json.loads(data)

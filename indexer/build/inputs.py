@@ -93,17 +93,28 @@ def open_inputs(options: BuildOptions, progress: Progress) -> Iterator[BuildInpu
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
+        tokenizer = Tokenizer(
+            text_tokenizer,
+            vocabulary=embedding_rows(model),
+            note=progress.note,
+            # That of the rows that are there, so that a build goes on to the same tokens on another day.
+            template_date=corpus.template_date if there is None else there.manifest["tokens"].get("template_date"),
+        )
         yield BuildInputs(
             options=options,
             checkpoint=checkpoint,
             model=model,
-            tokenizer=Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note),
+            tokenizer=tokenizer,
             corpus=corpus,
             part_name=part_name,
             there=there,
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
-            tokens=TokenSettings(max_length=longest_row(model, options.max_length), overlong=options.overlong),
+            tokens=TokenSettings(
+                max_length=longest_row(model, options.max_length),
+                overlong=options.overlong,
+                template_date=tokenizer.template_date,
+            ),
         )
 
 

@@ -6,6 +6,7 @@ A row is what gets one vector: a sample, or one window of a long one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -21,6 +22,7 @@ from ghoststore.corpus import BESIDE_MESSAGES, Messages, PromptCompletion, Sampl
 from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.settings.shared import Overlong as Overlong
 from ghoststore.store.part.status import Status
+from indexer.encode.template_date import clock_at, date_for
 from indexer.encode.whole_text import WholeTexts
 
 SAMPLES_AT_ONCE = 256
@@ -36,6 +38,8 @@ class TokenSettings:
 
     max_length: int
     overlong: Overlong = "truncate"
+    template_date: str | None = None
+    """The date that the chat template writes, see :attr:`Tokenizer.template_date`."""
 
     def __post_init__(self) -> None:
         if self.overlong not in get_args(Overlong):
@@ -79,7 +83,8 @@ class Tokenizer:
 
     ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None where no model
     gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out. ``of_part``: it is
-    that of a part, and no other can be given.
+    that of a part, and no other can be given. ``template_date`` is the date for a chat template that asks for it
+    (default: today's).
     """
 
     def __init__(
@@ -89,10 +94,13 @@ class Tokenizer:
         vocabulary: int | None = None,
         note: Callable[[str], None] | None = None,
         of_part: bool = False,
+        template_date: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.of_part = of_part
+        self.template_date = date_for(tokenizer, template_date)
+        """The date (ISO 8601) that the chat template writes; None where it asks for none."""
         self.note = note
         self._tried: set[str] = set()
         self._whole_texts = WholeTexts(tokenizer)
@@ -111,6 +119,12 @@ class Tokenizer:
     def exceeds(self) -> bool:
         """Whether it has ids that the model's embedding lacks: then every row is looked at before any work."""
         return self.vocabulary is not None and self.size > self.vocabulary
+
+    def at(self, template_date: str | None) -> Tokenizer:
+        """The same tokenizer, whose chat template writes another date."""
+        other = copy(self)
+        other.template_date = date_for(self.tokenizer, template_date)
+        return other
 
     def check(self, sample: Sample) -> None:
         """MismatchError for a sample that another tokenizer made tokens of, UsageError for a prompt with a completion
@@ -224,7 +238,8 @@ class Tokenizer:
 
         given = sample.content.to_json()
         try:
-            return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
+            with clock_at(self.tokenizer, self.template_date, given.get("tools")):
+                return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
 

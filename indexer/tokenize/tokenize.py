@@ -31,6 +31,7 @@ from ghoststore.tokens.manifest import (
     TOKENIZER,
     ShardLayout,
     committed_shards,
+    date_in,
     layout_of,
     read_manifest,
     read_shard_commit,
@@ -108,6 +109,11 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
     that is there is of another tokenizer, corpus or settings, BusyError if another process is writing it,
     WorkerError if a worker dies, StorageError if the disk refuses. What was committed stays committed.
     """
+    return tokenize_as_of(options, None)
+
+
+def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> TokenizeReport:
+    """As :func:`tokenize`; the chat template writes ``template_date``, by default that of the folder that is there."""
     progress = options.progress or Silent()
     for name, value in (
         ("max_samples", options.max_samples),
@@ -126,11 +132,11 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
         if options.domains:
             corpus = corpus.only(options.domains)
         span_rows = options.shard_samples or DEFAULT_SHARD_SAMPLES
-        own = Tokenizer(text_tokenizer, note=progress.note)
+        own = Tokenizer(text_tokenizer, note=progress.note, template_date=template_date or date_in(folder))
         plan = plan_corpus(corpus, own, WHOLE, span_rows=span_rows, max_samples=options.max_samples, progress=progress)
         _refuse_unknown(corpus, plan, options.max_samples)
         scanned = time.perf_counter()
-        manifest = _manifest(corpus, plan, text_tokenizer, span_rows, options.max_samples)
+        manifest = _manifest(corpus, plan, own, span_rows, options.max_samples)
         manifest["source"] = {
             "data": "-" if str(options.data) == "-" else absolute(corpus.source),
             "form": corpus.form,
@@ -138,7 +144,7 @@ def tokenize(options: TokenizeOptions) -> TokenizeReport:
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
-        job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder))
+        job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder), own.template_date)
         with exclusive(folder, f"folder {folder}", "out"):
             work = _write(job, options.workers, progress)
     done = time.perf_counter()
@@ -162,18 +168,22 @@ def _refuse_unknown(corpus: Corpus, plan: CorpusPlan, max_samples: int | None) -
 
 
 def _manifest(
-    corpus: Corpus, plan: CorpusPlan, tokenizer: Any, shard_samples: int, max_samples: int | None
+    corpus: Corpus, plan: CorpusPlan, tokenizer: Tokenizer, shard_samples: int, max_samples: int | None
 ) -> dict[str, Any]:
     """The manifest, ``source`` aside."""
     scan = plan.scan
     layout = ShardLayout(
         samples=scan.rows,
         shard_samples=shard_samples,
-        vocabulary=max(tokenizer.get_vocab().values(), default=0) + 1,
+        vocabulary=max(tokenizer.size, 1),
         domains=len(scan.domains or ()),
     )
     return {
-        "tokenizer": {**tokenizer_identity(tokenizer), "vocabulary": layout.vocabulary},
+        "tokenizer": {
+            **tokenizer.identity,
+            "vocabulary": layout.vocabulary,
+            "template_date": tokenizer.template_date,
+        },
         "corpus": {
             "fingerprint": scan.fingerprint,
             "samples": scan.rows,

@@ -35,11 +35,15 @@ class ShardJob:
     """Names that the ``domain`` column indexes."""
     plan: CorpusPlan
     layout: ShardLayout
+    template_date: str | None
+    """The date that the chat template writes."""
     compressed: bool
     """Whether the corpus is a file that can only be read from its beginning."""
 
     @classmethod
-    def of(cls, folder: Path, corpus: Corpus, plan: CorpusPlan, layout: ShardLayout) -> ShardJob:
+    def of(
+        cls, folder: Path, corpus: Corpus, plan: CorpusPlan, layout: ShardLayout, template_date: str | None
+    ) -> ShardJob:
         """For the samples of ``corpus`` that ``plan`` is of."""
         return cls(
             folder=folder,
@@ -49,6 +53,7 @@ class ShardJob:
             domains=tuple(plan.scan.domains or ()),
             plan=plan,
             layout=layout,
+            template_date=template_date,
             compressed=corpus.form.endswith((".gz", ".zst")),
         )
 
@@ -69,7 +74,7 @@ class ShardWriter:
         self.job = job
         corpus = Corpus.open(job.source, job.fields)
         self._corpus = corpus if job.only_domains is None else corpus.only(job.only_domains)
-        self._tokenizer = Tokenizer(load_own_tokenizer(job.folder))
+        self._tokenizer = Tokenizer(load_own_tokenizer(job.folder), template_date=job.template_date)
         self._sizes = [stop - start for start, stop in map(job.layout.span_of, range(job.layout.shards))]
 
     def write(self, shards: Sequence[int]) -> Generator[Written]:

@@ -23,12 +23,13 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.manifest import MANIFEST, TOKENIZER
 from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
-from indexer.tokenize.tokenize import tokenize
+from indexer.tokenize.tokenize import tokenize_as_of
 from indexer.training.architectures import architecture, new_model
 from indexer.training.data import Order, TrainingRows
 from indexer.training.validation import ValSet
@@ -133,12 +134,14 @@ def token_shards(
     *,
     fields: Fields,
     max_samples: int | None,
+    template_date: str | None,
     ranks: Ranks,
     progress: Progress,
 ) -> TokenShards:
     """The token shards at ``data``, or those of the corpus there, made in ``output_dir/tokens`` by the rank that leads.
 
-    MismatchError for tokens of another tokenizer, or of another corpus than it was.
+    The chat template writes ``template_date`` into those that are made. MismatchError for tokens of another tokenizer,
+    or of another corpus than it was.
     """
     folder = Path(data)
     if is_shards(data):
@@ -146,7 +149,15 @@ def token_shards(
             raise UsageError("`max_samples` belongs to a corpus; token shards are taken whole")
     else:
         folder = output_dir / "tokens"
-        ranks.led(lambda: _tokenize(data, start, folder, fields, max_samples, progress))
+        options = TokenizeOptions(
+            data=data,
+            tokenizer=start.tokenizer_folder,
+            out=folder,
+            fields=fields,
+            max_samples=max_samples,
+            progress=progress,
+        )
+        ranks.led(lambda: _tokenize(options, template_date))
     shards = TokenShards.open(folder)
     identity = tokenizer_identity(start.tokenizer)
     if shards.tokenizer_identity != identity:
@@ -158,16 +169,9 @@ def token_shards(
     return shards
 
 
-def _tokenize(data: str, start: Start, out: Path, fields: Fields, max_samples: int | None, progress: Progress) -> None:
+def _tokenize(options: TokenizeOptions, template_date: str | None) -> None:
     try:
-        tokenize(
-            data=data,
-            tokenizer=start.tokenizer_folder,
-            out=out,
-            fields=fields,
-            max_samples=max_samples,
-            progress=progress,
-        )
+        tokenize_as_of(options, template_date)
     except (MismatchError, BusyError, UsageError) as error:
         # The parameter with which to choose another folder is not that of `tokenize` here.
         raise type(error)(re.sub(r"`out\b", "`output_dir", str(error))) from error

@@ -59,7 +59,7 @@ def training_manifest(
             "checkpoint": start_section(inputs.start.checkpoint, known.get("checkpoint")),
             "parameters": parameter_count(model),
         },
-        "tokenizer": shards.tokenizer_identity,
+        "tokenizer": {**shards.tokenizer_identity, "template_date": shards.template_date},
         "corpus": {
             "fingerprint": shards.corpus_fingerprint,
             "samples": shards.samples,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.run.layout import RunLayout
+from ghoststore.tokens.manifest import date_in
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
 from indexer.session.ranks import Ranks, joined, refuse_drift
 from indexer.session.run_plan import RunPlan, parameter_count
 from indexer.session.session import ScoringSession
 from indexer.training.data import Order, TrainingRows
-from indexer.training.inputs import Inputs, Start, read_val, token_shards
+from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
 from indexer.training.manifest import IDENTITY, training_layout, training_manifest
 from indexer.training.report import TrainReport as TrainReport
@@ -121,7 +123,7 @@ class _Training:
         self._refuse_usage()
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         model = start.model(self.config, self.device, None)
-        val = self._val(self._tokenizer(start, model), longest_row(model, self.config.max_length))
+        val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
         assert val is not None
         with autocast(self.config, self.device):
             seen = Watch(val=val.loss(model, self.ranks))
@@ -142,7 +144,7 @@ class _Training:
     def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
         newest = next(reversed(checkpoints(self.output_dir)), None)
         saved = None if newest is None else read_state(newest)
-        inputs = self._inputs(start, newest)
+        inputs = self._inputs(start, newest, saved)
         model = inputs.model
         engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
         layout = training_layout(self.config, inputs, engine, self.ranks.count)
@@ -220,11 +222,11 @@ class _Training:
                 seen.val = val.loss(trainer.inner, self.ranks)
         return seen
 
-    def _inputs(self, start: Start, newest: Path | None) -> Inputs:
+    def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None) -> Inputs:
         """Model, val set and rows, with notes on rows that cannot be used; the model of the checkpoint ``newest``."""
         model = start.model(self.config, self.device, newest)
         max_length = longest_row(model, self.config.max_length)
-        tokenizer = self._tokenizer(start, model)
+        tokenizer = self._tokenizer(start, model, saved)
         val = self._val(tokenizer, max_length)
         shards = token_shards(
             self.data,
@@ -232,6 +234,7 @@ class _Training:
             self.output_dir,
             fields=self.fields,
             max_samples=self.max_samples,
+            template_date=tokenizer.template_date,
             ranks=self.ranks,
             progress=self.progress,
         )
@@ -325,8 +328,18 @@ class _Training:
             self.ranks.led(hold)
             yield
 
-    def _tokenizer(self, start: Start, model: Any) -> Tokenizer:
-        return Tokenizer(start.tokenizer, vocabulary=embedding_rows(model), note=self.progress.note)
+    def _tokenizer(self, start: Start, model: Any, saved: SavedState | None) -> Tokenizer:
+        """The chat template writes the date of the tokens that are there, of the checkpoint ``saved``, or today's."""
+        there = date_in(Path(self.data)) if is_shards(self.data) else date_in(self.output_dir / "tokens")
+        known = None if saved is None else saved.identity["tokenizer"].get("template_date")
+        # One day for all ranks.
+        day = torch.tensor(date.today().toordinal() if self.ranks.leads else 0, device=self.device)
+        return Tokenizer(
+            start.tokenizer,
+            vocabulary=embedding_rows(model),
+            note=self.progress.note,
+            template_date=there or known or date.fromordinal(int(self.ranks.sum(day))).isoformat(),
+        )
 
     def _val(self, tokenizer: Tokenizer, max_length: int) -> ValSet | None:
         if self.val_set is None:

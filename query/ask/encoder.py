@@ -108,6 +108,7 @@ class PartEncoder:
         """The same model, with the projection of another ``part`` of it. MismatchError if the part is of another."""
         other = copy(self)
         other._corpus = None
+        other._tokenizer = self._tokenizer.at(part.manifest["tokens"].get("template_date"))
         other._project(part, projection_of(part, self.model))
         return other
 
@@ -277,4 +278,9 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
         )
         weights = fingerprint.result()
     refuse_other_model(part, found, weights, model, tokenizer, folder)
-    return model, Tokenizer(tokenizer, vocabulary=embedding_rows(model), of_part=True)
+    return model, Tokenizer(
+        tokenizer,
+        vocabulary=embedding_rows(model),
+        of_part=True,
+        template_date=part.manifest["tokens"].get("template_date"),
+    )

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.load import find_checkpoint
 from ghoststore.corpus import Corpus, Fields, open_corpus
 from ghoststore.progress import Progress
+from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.shared import METRICS
 from ghoststore.store import Part, Run
 from indexer.encode.tokens import Row
-from indexer.tokenize.tokenize import tokenize
+from indexer.tokenize.tokenize import tokenize_as_of
 from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.ask.blend import values_of_rows
@@ -103,7 +104,7 @@ class Task:
         if not is_shards(str(shards)):
             shards = out / "tokens"
             names = ("text", "prompt", "completion", "messages", "id", "domain")
-            tokenize(
+            options = TokenizeOptions(
                 data=source["data"],
                 tokenizer=tokenizer,
                 out=shards,
@@ -111,6 +112,7 @@ class Task:
                 fields=Fields(**{name: scanned["fields"].get(name) for name in names}),
                 progress=progress,
             )
+            tokenize_as_of(options, part.manifest["tokens"].get("template_date"))
         retrainer = Retrainer(
             Retraining(
                 model_folder=str(model),

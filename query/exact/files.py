@@ -121,6 +121,18 @@ def stored_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     return stored
 
 
+def date_in(folder: Path) -> str | None:
+    """The date that the chat template wrote into the rows of ``folder``; None where it asked for none, and where there
+    is nothing to go on with.
+    """
+    try:
+        stored: Manifest = read_record(folder / MANIFEST, LARGEST_MANIFEST)
+        date: str | None = stored["tokens"].get("template_date")
+    except (FileNotFoundError, CorruptError, KeyError):  # what is damaged is refused where it is opened
+        return None
+    return date
+
+
 def file_name(first_row: int, rows_per_file: int) -> str:
     """Name of the file whose first row is ``first_row``."""
     return f"gradients-{first_row // rows_per_file:05d}.safetensors"

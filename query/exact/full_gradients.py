@@ -28,7 +28,7 @@ from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.selection import select_blocks
-from query.exact.files import stored_manifest
+from query.exact.files import date_in, stored_manifest
 from query.exact.gradients import ExactGradients
 from query.exact.job import FullGradientsReport as FullGradientsReport
 from query.exact.job import GradientsJob, RowsRead
@@ -66,8 +66,17 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         model = load_model(
             found, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
-        settings = TokenSettings(max_length=longest_row(model, options.max_length), overlong=options.overlong)
-        own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(model), note=progress.note)
+        own = Tokenizer(
+            text_tokenizer,
+            vocabulary=embedding_rows(model),
+            note=progress.note,
+            template_date=corpus.template_date or date_in(out),
+        )
+        settings = TokenSettings(
+            max_length=longest_row(model, options.max_length),
+            overlong=options.overlong,
+            template_date=own.template_date,
+        )
         read = _read(corpus, own, settings, options.max_samples)
         names = None
         if options.parameters == "projected":
