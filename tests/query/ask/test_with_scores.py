@@ -243,7 +243,12 @@ def test_a_part_of_token_shards(lab: Lab, val: Path, tmp_path: Path) -> None:
         "run",
         opened.source_row.copy(),
         opened.source_digest.copy(),
-        corpus={"fingerprint": opened.corpus_fingerprint, "domains": None, "fields": opened.source["fields"]},
+        corpus={
+            "fingerprint": opened.corpus_fingerprint,
+            "domains": None,
+            "fields": opened.source["fields"],
+            "repeated_ids": None,
+        },
     )
     worth = {hit.source_row: hit.value for hit in ghoststore.scores(store=store, top_k=K, text=False).hits}
     found = ask(store, val, with_scores="run")
