@@ -124,7 +124,7 @@ def date_in(folder: Path) -> str | None:
     """
     if not (folder / MANIFEST).is_file():
         return None
-    date: str | None = read_manifest(folder)[0]["tokenizer"].get("template_date")
+    date: str | None = read_manifest(folder)[0]["tokenizer"]["template_date"]
     return date
 
 

@@ -70,7 +70,7 @@ class TokenShards:
             name: value for name, value in manifest["tokenizer"].items() if name not in ("vocabulary", "template_date")
         }
         """See :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
-        self.template_date: str | None = manifest["tokenizer"].get("template_date")
+        self.template_date: str | None = manifest["tokenizer"]["template_date"]
         """The date (ISO 8601) that the chat template wrote; None where it asks for none."""
         self.corpus_fingerprint: str = manifest["corpus"]["fingerprint"]
         self.repeated_ids: Repeated | None = manifest["corpus"]["repeated_ids"]

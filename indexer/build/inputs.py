@@ -98,7 +98,7 @@ def open_inputs(options: BuildOptions, progress: Progress) -> Iterator[BuildInpu
             vocabulary=embedding_rows(model),
             note=progress.note,
             # That of the rows that are there, so that a build goes on to the same tokens on another day.
-            template_date=corpus.template_date if there is None else there.manifest["tokens"].get("template_date"),
+            template_date=corpus.template_date if there is None else there.manifest["tokens"]["template_date"],
         )
         yield BuildInputs(
             options=options,

@@ -331,7 +331,7 @@ class _Training:
     def _tokenizer(self, start: Start, model: Any, saved: SavedState | None) -> Tokenizer:
         """The chat template writes the date of the tokens that are there, of the checkpoint ``saved``, or today's."""
         there = date_in(Path(self.data)) if is_shards(self.data) else date_in(self.output_dir / "tokens")
-        known = None if saved is None else saved.identity["tokenizer"].get("template_date")
+        known = None if saved is None else saved.identity["tokenizer"]["template_date"]
         # One day for all ranks.
         day = torch.tensor(date.today().toordinal() if self.ranks.leads else 0, device=self.device)
         return Tokenizer(

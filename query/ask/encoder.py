@@ -108,7 +108,7 @@ class PartEncoder:
         """The same model, with the projection of another ``part`` of it. MismatchError if the part is of another."""
         other = copy(self)
         other._corpus = None
-        other._tokenizer = self._tokenizer.at(part.manifest["tokens"].get("template_date"))
+        other._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
         other._project(part, projection_of(part, self.model))
         return other
 
@@ -282,5 +282,5 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
         tokenizer,
         vocabulary=embedding_rows(model),
         of_part=True,
-        template_date=part.manifest["tokens"].get("template_date"),
+        template_date=part.manifest["tokens"]["template_date"],
     )

@@ -112,7 +112,7 @@ class Task:
                 fields=Fields(**{name: scanned["fields"].get(name) for name in names}),
                 progress=progress,
             )
-            tokenize_as_of(options, part.manifest["tokens"].get("template_date"))
+            tokenize_as_of(options, part.manifest["tokens"]["template_date"])
         retrainer = Retrainer(
             Retraining(
                 model_folder=str(model),

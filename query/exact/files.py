@@ -127,7 +127,7 @@ def date_in(folder: Path) -> str | None:
     """
     try:
         stored: Manifest = read_record(folder / MANIFEST, LARGEST_MANIFEST)
-        date: str | None = stored["tokens"].get("template_date")
+        date: str | None = stored["tokens"]["template_date"]
     except (FileNotFoundError, CorruptError, KeyError):  # what is damaged is refused where it is opened
         return None
     return date
