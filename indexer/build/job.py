@@ -26,9 +26,6 @@ from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 from indexer.projection.stored import calibrated_as
 
-SHORTEST_PAIR = 4
-"""Tokens of two rows of two tokens: with less for a batch, every row has one of its own."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
@@ -146,7 +143,9 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
 
 def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
     """Whether rows of different lengths may share a batch; CaptureError for a model that cannot be built at all."""
-    options, tokens = inputs.options, inputs.tokens
+    options, tokens, there = inputs.options, inputs.tokens, inputs.there
+    if there is not None and there.complete:  # nothing will be computed
+        return bool(there.manifest["batching"]["padding"])
     rows = rows_of(islice(inputs.corpus.samples(), options.max_samples), inputs.tokenizer, tokens)
     # The first rows that will have a vector, however far they are from the beginning.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
@@ -155,9 +154,10 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
         plan,
         usable,
         longest=tokens.max_length,
+        batch_tokens=inputs.batch_tokens,
         reduction=options.loss_reduction,
         checkpointing=options.gradient_checkpointing,
-        alone=inputs.batch_tokens < SHORTEST_PAIR,
+        note=progress.note,
     ).run()
     if not padding:
         progress.note(

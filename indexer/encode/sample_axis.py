@@ -44,6 +44,7 @@ HALF_SCALE = 4096.0
 FAINT = 1e-6
 """Of the largest row: a row smaller than this is measured against it."""
 
+_REACHES = "the loss of one sample reaches the rows of others"
 _NO_POSITIONS = (
     "watching the layers changes what this model computes: an index that runs once for the whole batch is none of "
     "positions. Leave that embedding out with exclude_layers"
@@ -128,10 +129,7 @@ class Witness:
 
     def problems(self) -> dict[str, str]:
         """Layers in which one sample's loss reaches the rows of another, in words."""
-        return {
-            name: f"the loss of one sample reaches the rows of others ({share:.2g} of a row)"
-            for name, share in self.mixed().items()
-        }
+        return {name: f"{_REACHES} ({share:.2g} of a row)" for name, share in self.mixed().items()}
 
     def mixed(self) -> dict[str, float]:
         """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
@@ -308,25 +306,23 @@ class AxisProbe:
 
         return hook
 
-    def refuse(self) -> None:
-        """CaptureError that names every layer with a problem."""
-        refuse_mixed({name: self.problems[name] for name in self._kinds if name in self.problems}, len(self._kinds))
+    def refuse(self, if_all_mix: str = "") -> None:
+        """CaptureError that names every layer with a problem. ``if_all_mix``: see :func:`refuse_mixed`."""
+        problems = {name: self.problems[name] for name in self._kinds if name in self.problems}
+        refuse_mixed(problems, len(self._kinds), if_all_mix)
 
 
-def refuse_mixed(problems: Mapping[str, str], layers: int) -> None:
-    """CaptureError that names every layer of ``problems``, if there is one."""
+def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "") -> None:
+    """CaptureError that names every layer of ``problems``, if there is one. ``if_all_mix`` is what else to do where all
+    ``layers`` mix samples; that is not known of one whose input has another shape.
+    """
     if not problems:
         return
     lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
-    everywhere = (
-        "Where it is all layers, the model itself mixes the samples of a batch (a statistic over it, routing with a "
-        "capacity), and can only be given one sample at a time (`batch_tokens=1`). "
-        if len(problems) == layers
-        else ""
-    )
+    all_mix = len(problems) == layers and all(problem.startswith(_REACHES) for problem in problems.values())
     raise CaptureError(
         f"{len(problems)} of {layers} layers cannot be taken sample by sample along their first axis:\n{lines}\n"
-        f"{everywhere}Have the model work batch first, or leave these layers out "
+        f"{if_all_mix if all_mix else ''}Have the model work batch first, or leave these layers out "
         f"(`exclude_layers`): {','.join(problems)}"
     )
 

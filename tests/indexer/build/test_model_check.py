@@ -146,7 +146,7 @@ def test_the_model_is_left_as_it_was() -> None:
     plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("all",), rank_total=9))
     ids = pad([(torch.arange(1, 9), torch.arange(1, 9))])[0][0].int().numpy()
     row = Row(Sample(0, "a", None, "text", -1, 0), 0, 0, ids, 1, Status.OK)
-    assert ModelCheck(model, plan, [row], longest=32).run()
+    assert ModelCheck(model, plan, [row], longest=32, batch_tokens=2048).run()
     assert [p.requires_grad for p in model.parameters()] == flags
     assert bool((model.attn.weight.grad == 1.0).all())
     assert sum(p.grad is not None for p in model.parameters()) == 1
@@ -219,6 +219,74 @@ def test_padding_is_tried_at_the_longest_row_there_may_be(lab: Lab, tmp_path: Pa
         projection=ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"),
     )
     assert report.manifest["batching"]["padding"] is False
+
+
+def rows_of_ids(*ids: list[int]) -> list[Row]:
+    return [
+        Row(Sample(place, "", None, "", -1, 0), 0, 0, np.array(of_row, dtype=np.int32), 1, Status.OK)
+        for place, of_row in enumerate(ids)
+    ]
+
+
+def checked(model: Any, *ids: list[int], **settings: Any) -> ModelCheck:
+    plan = ProjectionPlan.for_model(model, ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none"))
+    return ModelCheck(model, plan, rows_of_ids(*ids), **{"longest": 32, "batch_tokens": 2048, **settings})
+
+
+@pytest.mark.parametrize("ids", [[7] * 20, list(range(1, 8)), [7], list(range(14))])
+def test_rows_that_are_alike_do_not_hide_mixing(ids: list[int]) -> None:
+    """Of a sample that is mixed with its like nothing shows, and padding would be blamed."""
+    with pytest.raises(CaptureError, match=r"mixes the samples of a batch.*give `batch_tokens=1`"):
+        checked(odd("mean of the batch"), *[ids] * 16).run()
+    assert checked(odd("mean of the batch"), *[ids] * 16, batch_tokens=1).run()
+    assert checked(odd(), *[ids] * 16).run()
+    assert not checked(odd("positions from the end"), *[ids] * 16).run()
+
+
+def test_gradients_that_are_not_finite_do_not_switch_the_check_off() -> None:
+    ids, notes = [5, *range(40, 60)], Notes()
+    mixes = odd("mean of the batch")
+    with torch.no_grad():
+        mixes.wte.weight[5] = float("inf")
+    with pytest.raises(CaptureError, match="mixes the samples of a batch"):
+        checked(mixes, ids).run()
+    with torch.no_grad():
+        mixes.wte.weight.fill_(float("inf"))
+    checked(mixes, ids, note=notes.note).run()
+    assert any("not finite" in note for note in notes.notes)
+
+
+@pytest.mark.parametrize(("batch_tokens", "longest", "tried"), [(2048, 32, 32), (20, 32, 10), (2048, 16384, 1024)])
+def test_no_longer_rows_are_padded_than_may_share_a_batch(batch_tokens: int, longest: int, tried: int) -> None:
+    model = odd()
+    model.wpe = torch.nn.Embedding(longest, model.config.hidden_size)
+    lengths: list[int] = []
+    model.wte.register_forward_hook(lambda module, args, y: lengths.append(args[0].shape[1]))
+    assert checked(model, list(range(20)), batch_tokens=batch_tokens, longest=longest).run()
+    assert lengths[-2:] == [tried // 2, tried]
+    assert max(lengths) == tried
+
+
+def test_a_part_that_is_complete_is_not_looked_at_again(lab: Lab, tmp_path: Path) -> None:
+    assert build(lab, tmp_path, "positions from the end").manifest["batching"]["padding"] is False
+    backward: list[int] = []
+    handle = torch.nn.modules.module.register_module_full_backward_hook(lambda *_: backward.append(1))
+    try:
+        report = build(lab, tmp_path, "positions from the end")
+    finally:
+        handle.remove()
+    assert not backward
+    assert report.manifest["batching"]["padding"] is False
+
+
+def test_what_to_do_is_said_where_it_helps(lab: Lab, tmp_path: Path) -> None:
+    """A batch of one does not help a layer whose first axis is none of samples."""
+    with pytest.raises(CaptureError, match="2 of 2 layers") as error:
+        build(lab, tmp_path, "flat")
+    assert "saw an input of shape" in str(error.value)
+    assert "batch_tokens" not in str(error.value)
+    with pytest.raises(CaptureError, match=r"2 of 2 layers(.|\n)*give `batch_tokens=1`"):
+        build(lab, tmp_path / "other", "another sample's place")
 
 
 def test_rows_that_cannot_be_used_come_first(lab: Lab, tmp_path: Path) -> None:
