@@ -151,7 +151,7 @@ def test_shards_are_a_corpus(lab: Lab, whole: Path) -> None:
     canonical = json.loads(samples[3].canonical())
     assert isinstance(samples[3].content, Tokenized)
     assert canonical["content"] == {"tokens": samples[3].content.ids.tolist(), "first_target": 1}
-    with pytest.raises(UsageError, match="token shards have no fields to name; leave out --text-field"):
+    with pytest.raises(UsageError, match=r"token shards have no fields to name; leave out `fields.text`"):
         list(Corpus.open(str(whole), Fields(text="text")).samples())
     with pytest.raises(CorpusError, match="a split is for a saved DatasetDict"):
         Corpus.open(f"{whole}:train")

@@ -307,7 +307,7 @@ def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
         ({"halves": 2}, "--halves must be at least 3"),
         ({"workers": 0}, "--workers must be at least 1"),
         ({"max_steps": 0}, "--max-steps must be at least 1"),
-        ({"learning_rate": -1.0}, "--learning-rate"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be above 0"),
     ]:
         with pytest.raises(UsageError, match=message):
             evaluate(folder, tmp_path / "new", **settings)
