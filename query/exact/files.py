@@ -125,10 +125,12 @@ def date_in(folder: Path) -> str | None:
     """The date that the chat template wrote into the rows of ``folder``; None where it asked for none, and where there
     is nothing to go on with.
     """
+    if not (folder / MANIFEST).is_file():
+        return None
     try:
         stored: Manifest = read_record(folder / MANIFEST, LARGEST_MANIFEST)
         date: str | None = stored["tokens"]["template_date"]
-    except (FileNotFoundError, CorruptError, KeyError):  # what is damaged is refused where it is opened
+    except (CorruptError, KeyError):  # what is damaged is refused where it is opened
         return None
     return date
 

@@ -18,6 +18,7 @@ import ghoststore
 from ghoststore import Store, TokenShards
 from ghoststore.corpus import Messages, Sample
 from ghoststore.settings.build import TokenizeOptions
+from ghoststore.store.base.records import json_digest, read_record, write_record
 from indexer.encode.tokens import Tokenizer
 from indexer.tokenize.tokenize import tokenize_as_of
 from query.ask.encoder import PartEncoder
@@ -68,10 +69,10 @@ def dated(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     folder = tmp_path_factory.mktemp("dated")
 
     def change(model: Any, tokenizer: Any) -> None:
-        # Words of the lab's vocabulary: the date is what decides which.
+        # As many tokens, in an order that the date decides.
         tokenizer.chat_template = (
-            "{{ 'the old cat ' if strftime_now('%Y') == '2020' else 'the moon and the moon ' }}"
-            "{% for m in messages %}{{ m.content }} {% endfor %}"
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{{ ' the old cat' * 3 if strftime_now('%Y') == '2020' else ' old the cat' * 3 }}"
         )
 
     checkpoint = lab.model(folder / "model", change=change)
@@ -129,8 +130,6 @@ def test_a_build_goes_on_with_the_date_of_its_first_day(
     dated: tuple[Path, Path, Path], lab: Lab, tmp_path: Path
 ) -> None:
     """The manifest of a part of chats says a day that has passed: whatever is built on is of that day."""
-    from ghoststore.store.base.records import json_digest
-
     checkpoint, data, _ = dated
     store = tmp_path / "store"
     words = ["--checkpoint", checkpoint, "--data", data, "--proj-precondition", "none", "--span-rows", "8"]
@@ -149,6 +148,35 @@ def test_a_build_goes_on_with_the_date_of_its_first_day(
     assert not np.allclose(today, then)
     answer = ghoststore.query(store=store, val_set=data, each=True, top_k=1, device="cpu")
     assert [result.hits[0].score for result in answer.results] == pytest.approx([1.0] * len(answer.results), abs=1e-3)
+    out = tmp_path / "evaluation"
+    ghoststore.evaluate(
+        store=store,
+        val_set=data,
+        out=out,
+        methods=["random"],
+        halves=3,
+        max_steps=1,
+        batch_size=2,
+        workers=1,
+        device="cpu",
+    )
+    assert TokenShards.open(out / "tokens").template_date == LONG_AGO
+
+
+def test_exact_gradients_go_on_with_the_date(dated: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    checkpoint, data, shards = dated
+    given: dict[str, Any] = {"checkpoint": checkpoint, "max_samples": 2, "device": "cpu"}
+    assert (
+        ghoststore.full_gradients(**given, data=shards, out=tmp_path / "of").manifest["tokens"]["template_date"]
+        == LONG_AGO
+    )
+    path = tmp_path / "on" / "manifest.json"
+    ghoststore.full_gradients(**given, data=data, out=path.parent)
+    stored = read_record(path)
+    stored["tokens"]["template_date"] = LONG_AGO
+    write_record(path, stored)
+    on = ghoststore.full_gradients(**given, data=data, out=path.parent)
+    assert on.manifest["tokens"]["template_date"] == LONG_AGO
 
 
 def test_a_training_takes_the_date_of_its_tokens(dated: tuple[Path, Path, Path], tmp_path: Path) -> None:
