@@ -129,11 +129,16 @@ class PartEncoder:
         rows = rows_of(samples, self._tokenizer, TokenSettings(**self.part.manifest["tokens"]))
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
+    @property
+    def exceeds(self) -> bool:
+        """Whether the tokenizer has tokens that the model's embedding lacks."""
+        return self._tokenizer.exceeds
+
     def refuse_beyond(self, samples: Iterable[Sample]) -> None:
         """UsageError for a row of ``samples`` with a token that the model's embedding lacks. Reads them only where the
         tokenizer has such tokens.
         """
-        if self._tokenizer.exceeds:
+        if self.exceeds:
             deque(self.rows(samples), maxlen=0)
 
     def vectors(self, rows: Sequence[Row], task: Task | None = None) -> Tensor:

@@ -94,8 +94,9 @@ class Task:
         corpus = corpus_behind(part)
         # Trainings take its configuration, its weights and its tokenizer from the folder, once they are checked here.
         encoder = PartEncoder(part, device=device, corpus=corpus, progress=progress)
-        with open_corpus(val_set, fields) as val_corpus:  # before the corpus, which takes longer
-            encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
+        if encoder.exceeds:
+            with open_corpus(val_set, fields) as val_corpus:  # before the corpus, which takes longer
+                encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
         deque(read_unchanged(corpus, part, progress), maxlen=0)
         source, scanned = part.manifest["source"], part.manifest["corpus"]
         model = find_checkpoint(source["checkpoint"]).folder
