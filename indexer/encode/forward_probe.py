@@ -240,7 +240,7 @@ def _output_sums(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         if output.dim() > 0:
             sums = place_sums(output)
             if not bool(sums.isfinite().all()):
-                sums = torch.cat([place_sums(sample.nan_to_num(0.0, 0.0, 0.0)) for sample in output.split(1)])
+                sums = torch.cat([place_sums(sample.nan_to_num(0.0, 0.0, 0.0)) for sample in torch.split(output, 1)])
             yield name, sums
         else:
             yield name, output.reshape(1, 1, 1).double().nan_to_num(0.0, 0.0, 0.0)

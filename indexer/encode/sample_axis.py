@@ -177,7 +177,7 @@ def place_sums(x: Tensor) -> Tensor:
         sums_BMS = x_BMO @ right_OS.to(x.device, x.dtype)
         return sums_BMS.to(torch.promote_types(x.dtype, torch.float32))
     right_OS = right_OS.to(x.device)  # sums would leave the range of float16; logits are not copied whole
-    return torch.cat([sample_MO.float() @ right_OS for sample_MO in x_BMO.split(1)])
+    return torch.cat([sample_MO.float() @ right_OS for sample_MO in torch.split(x_BMO, 1)])
 
 
 def sample_weights(count: int, classes: int) -> Tensor:

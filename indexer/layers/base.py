@@ -169,7 +169,7 @@ def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> f
     x_N, y_NO = x.flatten() if kind.is_lookup else x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     rows = max(1, CHUNK_NUMBERS // y_NO.shape[1])
     finite, gaps, sizes = torch.ones((), dtype=torch.bool, device=y.device), [], []
-    for x_part, y_part in zip(x_N.split(rows), y_NO.split(rows), strict=True):
+    for x_part, y_part in zip(torch.split(x_N, rows), torch.split(y_NO, rows), strict=True):
         forms = kind.outputs(module, x_part)
         if any(expected.shape != y_part.shape for expected in forms):
             return float("inf")
