@@ -72,6 +72,8 @@ def refuse_incomplete(part: Part) -> None:
         for name, kind in names.items()
         if not isinstance(manifest[section].get(name), kind)
     ]
+    if "template_date" not in manifest["tokens"]:
+        lacking.append("tokens.template_date")
     if not lacking:
         return
     stdin = " (with its corpus on standard input)" if manifest["source"]["data"] == "-" else ""
