@@ -92,7 +92,7 @@ def test_a_sound_model_is_built(lab: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quirk", ["sequence first", "flat", "another sample's place"])
 def test_layers_that_mix_samples_are_all_named_before_anything_is_made(lab: Lab, tmp_path: Path, quirk: str) -> None:
-    with pytest.raises(CaptureError, match=r"2 of 3 layers(.|\n)*exclude-layers\): mlp\.c_fc,mlp\.c_proj") as error:
+    with pytest.raises(CaptureError, match=r"2 of 3 layers(.|\n)*`exclude_layers`\): mlp\.c_fc,mlp\.c_proj") as error:
         build(lab, tmp_path, quirk, layers="all", projection={"exclude_layers": ("wte", "wpe", "lm_head")})
     assert not (tmp_path / "store").exists()
     advised = str(error.value).rpartition(": ")[2].split(",")
@@ -292,7 +292,7 @@ def test_what_to_do_is_said_where_it_helps(lab: Lab, tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used_come_first(lab: Lab, tmp_path: Path) -> None:
     lab.write(tmp_path / "late.jsonl", [{"id": f"e{i}", "text": ""} for i in range(300)] + lab.rows)
     config = ghoststore.ProjectionConfig(layers=("mlp",), rank_total=16, precondition="none")
-    with pytest.raises(CaptureError, match="exclude-layers"):
+    with pytest.raises(CaptureError, match="`exclude_layers`"):
         ghoststore.build(
             checkpoint=save_odd(tmp_path / "model", "sequence first"),
             data=tmp_path / "late.jsonl",

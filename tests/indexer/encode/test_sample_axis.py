@@ -55,7 +55,7 @@ def test_a_model_that_works_sequence_first(positions: int) -> None:
     for samples in (4, 1):
         with (
             GradDotProdEngine(model, val[:samples], val_losses=sum_of_squares) as engine,
-            pytest.raises(CaptureError, match=r"2 of 2 layers(.|\n)*exclude-layers\): a,b"),
+            pytest.raises(CaptureError, match=r"2 of 2 layers(.|\n)*`exclude_layers`\): a,b"),
         ):
             engine.prepare(4)
     refuse_to_project(model, x, "first axis")
@@ -74,7 +74,7 @@ def test_transformers_own_example_of_torch() -> None:
 
     x, val = random(4, 4, 6), random(4, 4, 6, seed=1)
     names = ["linear1", "linear2", "norm1", "norm2"]
-    mixed = r"4 of 4 layers(.|\n)*exclude-layers\): linear1,linear2,norm1,norm2"
+    mixed = r"4 of 4 layers(.|\n)*`exclude_layers`\): linear1,linear2,norm1,norm2"
     with (
         GradDotProdEngine(layer(False), val, val_losses=losses, exclude_layers=["self_attn"]) as engine,
         pytest.raises(CaptureError, match=mixed),
@@ -194,7 +194,7 @@ def test_vectors_alone_have_no_val_losses_to_reweight() -> None:
     model, x = settle(SequenceFirst()), random(4, 4, 6)
     with (
         GradDotProdEngine(model, None, projection=FULL) as engine,
-        pytest.raises(CaptureError, match=r"exclude-layers\): a,b"),
+        pytest.raises(CaptureError, match=r"`exclude_layers`\): a,b"),
     ):
         plain_step(engine, model, x)
     turned = settle(module([backwards], 4, 6, norm=False))
@@ -312,7 +312,7 @@ def test_the_manager(method: Any, with_val: bool) -> None:
 
     with (
         ghoststore.GhostEngineManager(config, model, torch.optim.SGD(model.parameters(), 0.1), val) as manager,
-        pytest.raises(CaptureError, match=r"2 of \d+ layers(.|\n)*exclude-layers\): mlp\.c_fc,mlp\.c_proj"),
+        pytest.raises(CaptureError, match=r"2 of \d+ layers(.|\n)*`exclude_layers`\): mlp\.c_fc,mlp\.c_proj"),
     ):
         step(manager)
 
@@ -337,7 +337,7 @@ def test_the_trainers_callback(tmp_path: Path) -> None:
         callbacks=[callback],
         data_collator=transformers.default_data_collator,
     )
-    with pytest.raises(CaptureError, match=r"exclude-layers\): mlp\.c_fc,mlp\.c_proj"):
+    with pytest.raises(CaptureError, match=r"`exclude_layers`\): mlp\.c_fc,mlp\.c_proj"):
         trainer.train()
     callback.close()
 
@@ -355,7 +355,7 @@ def test_the_training_command(lab: Lab, tmp_path: Path) -> None:
         "device": "cpu",
         "eval_interval": 2,
     }
-    with pytest.raises(CaptureError, match=r"exclude-layers\): mlp\.c_fc,mlp\.c_proj"):
+    with pytest.raises(CaptureError, match=r"`exclude_layers`\): mlp\.c_fc,mlp\.c_proj"):
         ghoststore.train(**given, output_dir=tmp_path / "out")
     assert not (tmp_path / "store").exists()
     ghoststore.train(**given, output_dir=tmp_path / "out", exclude_layers=("mlp.c_fc", "mlp.c_proj"))

@@ -180,7 +180,7 @@ def test_what_changed_is_named(own: Path, ask: str, change: str) -> None:
     if ask == "query":
         assert "part 'plain' was built from another" in message
         assert str(own / "model") in message
-        assert "--checkpoint" in message
+        assert "`checkpoint`" in message
 
 
 @pytest.mark.thin
