@@ -18,8 +18,6 @@ from tests.support.frozen import decoded, digest
 FROZEN = Path(__file__).parent.parent / "data" / "format1"
 PARTS = ("learned", "plain")
 
-pytestmark = pytest.mark.skipif(not FROZEN.is_dir(), reason="format 1 is not frozen yet")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
