@@ -238,9 +238,9 @@ def test_a_row_that_is_gone(write: Write, tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "out", "message"),
     [
-        ("jsonl", "out.csv", r"out\.csv: rows of data \(jsonl\) cannot be written as csv; give .jsonl, .parquet or"),
+        ("jsonl", "out.csv", r"out\.csv`: rows of data \(jsonl\) cannot be written as csv; give .jsonl, .parquet or"),
         ("csv", "out.txt", r"cannot be written as txt; give .jsonl, .parquet or a folder, or .csv"),
-        ("parquet", "out.arrow", r"out\.arrow: expected a name that ends in .jsonl, .jsonl.gz"),
+        ("parquet", "out.arrow", r"out\.arrow`: expected a name that ends in .jsonl, .jsonl.gz"),
         ("token-shards", "out.jsonl", "data holds token shards: .* Build a part of the corpus itself"),
     ],
 )

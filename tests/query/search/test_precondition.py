@@ -301,7 +301,7 @@ def test_read_only_store_answers_and_says_so(stores: dict[str, Path], monkeypatc
         ({"precondition": "second-moment", "damping": -0.1}, "`damping` must be 0 or more"),
         ({"precondition": "second-moment", "damping": float("nan")}, "`damping` must be 0 or more"),
         ({"precondition": "second-moment", "damping": float("inf")}, "`damping` must be 0 or more"),
-        ({"damping": 0.1}, "`damping` belongs to `precondition`"),
+        ({"damping": 0.1}, "`damping` belongs to `precondition=second-moment`"),
         ({"precondition": "kfac"}, "'kfac' is unknown"),
     ],
 )

@@ -399,7 +399,12 @@ def with_texts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make(
         folder / "store",
         table=row_table(**columns),
-        corpus={"fingerprint": "sha256:c", "domains": ["sky", "earth"], "fields": corpus.resolved.to_json()},
+        corpus={
+            "fingerprint": "sha256:c",
+            "domains": ["sky", "earth"],
+            "repeated_ids": None,
+            "fields": corpus.resolved.to_json(),
+        },
         source={"data": "tokens", "corpus": str(folder / "own.jsonl"), "form": "jsonl"},
     )
     append(run, 0, 23)
@@ -501,7 +506,9 @@ def test_a_plot(lab: Lab, store: Path, tmp_path: Path, suffix: str) -> None:
 def test_a_plot_of_many_domains_and_of_none(tmp_path: Path) -> None:
     many = [f"d{i}" for i in range(15)]
     table = row_table(domain=row_table().source_row)
-    run = make(tmp_path / "store", table=table, corpus={"fingerprint": "sha256:c", "domains": many})
+    run = make(
+        tmp_path / "store", table=table, corpus={"fingerprint": "sha256:c", "domains": many, "repeated_ids": None}
+    )
     append(run, 0, 10)
     run.reload()
     plot_scores(run, tmp_path / "many.svg")
@@ -510,7 +517,7 @@ def test_a_plot_of_many_domains_and_of_none(tmp_path: Path) -> None:
         tmp_path / "store",
         "bare",
         table=row_table(domain=row_table().domain * 0 - 1),
-        corpus={"fingerprint": "sha256:c", "domains": None},
+        corpus={"fingerprint": "sha256:c", "domains": None, "repeated_ids": None},
     )
     append(bare, 0, 5)
     bare.reload()
