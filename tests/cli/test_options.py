@@ -269,6 +269,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_type_checkers_know_the_keywords(tmp_path: Path) -> None:
     """As those of every function: they are made by `takes`, see the tests above."""
     caller = tmp_path / "caller.py"

@@ -206,6 +206,7 @@ def test_killed_and_resumed_to_the_same_bytes(lab: Lab, tmp_path: Path, name: st
     assert lab.tree(tmp_path / "killed") == lab.tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_bytes_a_row(lab: Lab, tmp_path: Path) -> None:
     """What is announced, shown and on the disk."""
     layers = 4  # with a scale and a norm each

@@ -111,6 +111,7 @@ def test_nothing_is_left_behind(lab: Lab, whole: dict[str, bytes], moment: str, 
     assert {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()} == whole.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "store"

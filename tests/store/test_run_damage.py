@@ -116,7 +116,7 @@ def test_every_bit_of_a_chunk_counts(run_store: Path) -> None:
         path.write_bytes(whole)
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["score/zarr.json", "rows/sample_id/zarr.json", "zarr.json"])
 def test_a_bit_in_the_metadata_is_never_other_data(run_store: Path, file: str) -> None:
     path = folder(run_store) / file

@@ -43,7 +43,7 @@ SCORING: dict[str, tuple[str, Options]] = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", SCORING)
 def test_the_same_bits_with_and_without_scores(gym: Gym, name: str) -> None:
     of, scoring = SCORING[name]

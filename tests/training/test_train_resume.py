@@ -203,7 +203,7 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "moment"),
     [

@@ -106,7 +106,7 @@ class Oracle:
         return found
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", CASES)
 def test_scores_and_losses_are_those_of_autograd(gym: Gym, name: str) -> None:
     case = CASES[name]

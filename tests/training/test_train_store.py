@@ -92,6 +92,7 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
     assert same_bits(weights(tmp_path), weights(whole)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_the_disk_of_the_checkpoints_is_full(gym: Gym, whole: Path, tmp_path: Path) -> None:
     fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "ENOSPC"}

@@ -181,7 +181,7 @@ def test_a_dry_run_learns_nothing(lab: Lab, built: Path, tmp_path: Path, monkeyp
     assert build(lab, built, dry_run=True).manifest["projection"] == projection_of(built)
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [None, PCA], ids=["kronecker", "pca"])
 def test_fewer_bits_and_windows(lab: Lab, projection: ProjectionConfig | None, tmp_path: Path) -> None:
     store, options = tmp_path / "store", {"projection": projection}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +54,7 @@ def test_outputs_are_not_copied_to_float64() -> None:
     assert 0 < largest.float64 <= CHUNK_NUMBERS
 
 
+@pytest.mark.slow
 def test_what_a_loss_is_instead_is_found_in_pieces() -> None:
     samples, length, vocabulary = 4, 300, 8192
     generator = torch.Generator().manual_seed(0)

@@ -244,6 +244,7 @@ def numbers_alive() -> int:
     return sum(x.numel() for x in gc.get_objects() if type(x) is Tensor)
 
 
+@pytest.mark.slow
 def test_what_is_done_with_is_let_go() -> None:
     # What stays of any number of batches is one val gradient and the names of its groups.
     model = mlp()

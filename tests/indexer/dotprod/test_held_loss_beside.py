@@ -47,6 +47,7 @@ def far_from_zero(logits: Tensor) -> Tensor:
 BESIDE = "of the output of .* beside the watched loss .*Another term.*val_losses with that term.*batch=batch"
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("multiplied", [1.0, 0.25, 4096.0], ids=["plain", "accumulated", "scaled"])
 @pytest.mark.parametrize("term", [entropy, distillation, z_loss, far_from_zero])
 def test_a_term_of_the_logits_that_is_added_after_watching(term: Callable[[Tensor], Tensor], multiplied: float) -> None:

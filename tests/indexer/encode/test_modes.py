@@ -154,6 +154,7 @@ def test_compiled_model(make: Callable[..., Any]) -> None:
             assert relative_error(causal_vectors(engine, compiled, batch), exact) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_model_that_ran_compiled_before_gives_its_vectors_or_an_error() -> None:
     model, batch = gpt2(layers=1), examples()

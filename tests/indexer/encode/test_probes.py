@@ -262,6 +262,7 @@ def test_a_mapping_that_is_used_by_its_attributes_and_one_val_sample() -> None:
         check(plain_step(engine, model, x), exact_plain(model, x, val))
 
 
+@pytest.mark.slow
 def test_layers_that_were_compiled_in_place() -> None:
     model, x = settle(SoundBranch()), random(4, 4, 6)
     model.compile(backend="aot_eager")

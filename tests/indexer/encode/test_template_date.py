@@ -179,6 +179,7 @@ def test_exact_gradients_go_on_with_the_date(dated: tuple[Path, Path, Path], tmp
     assert on.manifest["tokens"]["template_date"] == LONG_AGO
 
 
+@pytest.mark.slow
 def test_a_training_takes_the_date_of_its_tokens(dated: tuple[Path, Path, Path], tmp_path: Path) -> None:
     checkpoint, data, shards = dated
     losses = []

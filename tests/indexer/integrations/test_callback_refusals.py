@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_scored_is_refused(case: str, tmp_path: Path) -> None:
     settings, message = REFUSED[case]

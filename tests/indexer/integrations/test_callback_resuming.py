@@ -28,7 +28,7 @@ from tests.support.trainers import (
 )
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.kill
 @pytest.mark.parametrize("setting", ["fp32", "accumulation", "refresh"])
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])

@@ -59,7 +59,7 @@ def weights_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., t
     return of
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_training_stays_what_it_is_and_scores_are_exact(
     setting: str, weights_without: Callable[..., Any], tmp_path: Path

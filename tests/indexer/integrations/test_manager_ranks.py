@@ -51,6 +51,7 @@ def test_ddp_info_that_cannot_be(info: dict[str, Any], message: str) -> None:
         GhostEngineManager({"method": "GradDotProd"}, gpt2(), sgd(gpt2()), VAL_BATCH, ddp_info=info)
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_and_a_model_in_ddp(tmp_path: Path) -> None:
     steps = plan(8, 3)

@@ -79,6 +79,7 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_manager_does_not_load_the_trainer() -> None:
     code = (
         "import sys, ghoststore; ghoststore.GhostConfig, ghoststore.GhostEngineManager; "

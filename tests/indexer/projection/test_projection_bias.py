@@ -19,7 +19,7 @@ from tests.support.oracle import exact_dots, naive
 SEEDS = 300
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthonormal"])
 @pytest.mark.parametrize("settings", [{"rank_total": 9}, {"rank_total": 16, "compress": 12}], ids=["plain", "sketched"])
 def test_unbiased(kind: str, settings: dict[str, Any]) -> None:

@@ -110,6 +110,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 @linux
 def test_workers(lab: Lab, whole: Path, tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_workers(lab: Lab, whole: Path, tmp_path: Path) -> None:
     assert lab.tree(tmp_path / "out") == lab.tree(whole)
 
 
+@pytest.mark.slow
 @linux
 def test_standard_input(lab: Lab, tmp_path: Path) -> None:
     """Workers share what was spooled, and their errors are raised as they are."""

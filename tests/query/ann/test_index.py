@@ -73,7 +73,7 @@ def exhaustive(index: AnnIndex) -> AnnIndex:
     return index
 
 
-@pytest.mark.thin(6)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("factory", KINDS)
 def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part, factory: str, metric: Metric) -> None:
@@ -93,7 +93,7 @@ def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part
         assert len(set(found.rows[0]) - {-1}) == (found.rows[0] >= 0).sum()
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype(tmp_path: Path, dtype: str, metric: Metric) -> None:
@@ -169,7 +169,7 @@ def test_few_rows(tmp_path: Path, rows: int) -> None:
     assert (found.rows[:, rows:] == -1).all()
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["RaBitQ", "IVF8,SQ8", "HNSW16,SQ8"])
 def test_the_same_part_gives_the_same_bytes(tmp_path: Path, factory: str) -> None:
     manifests = [build(make_part(tmp_path / name, clustered()), factory=factory).manifest for name in ("one", "other")]

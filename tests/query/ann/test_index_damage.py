@@ -67,7 +67,7 @@ def state(store: Path) -> str:
     return str(one["state"])
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("harm", [*CHANGES, delete])
 @pytest.mark.parametrize("kind", ["faiss", "rows", "manifest"])
 def test_a_damaged_file_is_named_and_built_again(store: Path, kind: str, harm: Harm) -> None:

@@ -71,7 +71,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("store", ["sketched", "plain"])
 @pytest.mark.parametrize(
     "settings",

@@ -84,7 +84,7 @@ def test_equal_what_was_stored(lab: Lab, tmp_path: Path, projection: str, monkey
     assert encoder.recompute([]).shape == (0, part.layout.dimension)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("overlong", ["window", "truncate"])
 @pytest.mark.parametrize("form", ["jsonl", "gz", "shards"])
 def test_windows_and_forms(lab: Lab, tmp_path: Path, form: str, overlong: Any) -> None:
@@ -130,7 +130,7 @@ def test_another_model_is_refused(lab: Lab, tmp_path: Path) -> None:
         PartEncoder(part, checkpoint=lab.model(tmp_path / "other", seed=1), device="cpu")
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_one_bit_reranked_is_the_exact_ranking(
@@ -167,7 +167,7 @@ def test_ties_and_zero_rows(lab: Lab) -> None:
     np.testing.assert_allclose(found.scores[0, :4], [1, 1, 0, -(0.5**0.5)])
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", ["int8", "onebit"])
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_a_run_without_steps_or_scores(store: Path, val: Path, tmp_path: Path) -
         ask(own, val, with_scores="empty")
 
 
+@pytest.mark.slow
 def test_windows(lab: Lab, val: Path, tmp_path: Path) -> None:
     """By window where both are cut alike; else every window has the value of its sample."""
     store = tmp_path / "store"

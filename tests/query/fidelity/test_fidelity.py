@@ -96,7 +96,7 @@ def brute_force(store: Path, name: str, metric: str) -> dict[str, np.ndarray]:
     return {key: queries @ rows.T for key, (queries, rows) in scores.items()}
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("part", ["rank", "onebit", "sketched"])
 def test_equals_brute_force(store: Path, part: str, metric: Any) -> None:
@@ -243,6 +243,7 @@ def ask(store: Path, **settings: Any) -> Any:
     return ghoststore.query(store=store, part="rank", val_set=store / "val.jsonl", text=False, device="cpu", **settings)
 
 
+@pytest.mark.slow
 def test_kept_and_shown(lab: Lab, own: Path, store: Path) -> None:
     shutil.copy(store.parent / "val.jsonl", own / "val.jsonl")
     assert ask(own).settings["fidelity"] is None

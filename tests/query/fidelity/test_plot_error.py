@@ -72,6 +72,7 @@ def exact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np
     return found
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("reference", "parameters"), [("full_layers", "projected"), ("full", "all")])
 def test_numbers_equal_brute_force(
     store: Path, exact: dict[str, np.ndarray], reference: str, parameters: Any, tmp_path: Path

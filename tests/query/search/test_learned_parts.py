@@ -57,7 +57,7 @@ def measure(store: Path, part: str, **settings: Any) -> ghoststore.FidelityRepor
     return ghoststore.fidelity(store=store, part=part, **settings)
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_whole_axes_are_exact_in_the_metric(lab: Lab, store: Path, metric: Any) -> None:
     """Nothing is lost but what is in the metric; all parameters have none."""

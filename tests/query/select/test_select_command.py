@@ -126,6 +126,7 @@ def test_nothing_is_written_over(lab: Lab, built: Path, val: Path, tmp_path: Pat
     assert lab.tree(tmp_path) == {name: b"mine"}
 
 
+@pytest.mark.slow
 def test_corpora_whose_rows_cannot_be_written(lab: Lab, val: Path, tmp_path: Path) -> None:
     out, corpus = tmp_path / "out.jsonl", lab.write(tmp_path / "corpus.jsonl", lab.rows)
     ghoststore.tokenize(data=corpus, tokenizer=lab.checkpoint, out=tmp_path / "tokens")
