@@ -266,7 +266,7 @@ class AxisProbe:
         count = min(len(self._losses_B), len(losses_B))
         if count < 2:
             return
-        now_B, before_B = losses_B[:count].double(), self._losses_B[:count].double()
+        now_B, before_B = losses_B[:count].detach().double(), self._losses_B[:count].double()
         if not bool((now_B + before_B).isfinite().all()):
             return  # the val pass names the sample
         factor = float(now_B @ before_B) / max(float(before_B @ before_B), 1e-300)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import METHODS, EvaluateOptions
+from ghoststore.settings.option import check_at_least
 from ghoststore.store import Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
@@ -85,16 +86,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     ``out`` is of another evaluation, and what ``ghoststore.query`` raises.
     """
     progress = options.progress or Silent()
-    _refuse(
-        options.tests,
-        options.methods,
-        halves=options.halves,
-        drop=options.drop,
-        top_k=options.top_k,
-        repeats=options.repeats,
-        max_steps=options.max_steps,
-        workers=options.workers,
-    )
+    _refuse(options)
     device = resolve_device(options.device)
     parts, weights = open_parts(options.store, options.part, options.part_weights, progress)
     task = Task.of(
@@ -172,20 +164,23 @@ def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
     }
 
 
-def _refuse(tests: Sequence[str], methods: Sequence[str], *, drop: float, **counts: int | None) -> None:
+def _refuse(options: EvaluateOptions) -> None:
     """UsageError for words and numbers that make no sense."""
-    for parameter, given, known in (("tests", tests, TESTS), ("methods", methods, (*METHODS, *EXACT))):
+    for parameter, given, known in (
+        ("tests", options.tests, TESTS),
+        ("methods", options.methods, (*METHODS, *EXACT)),
+    ):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise UsageError(f"`{parameter}` {unknown[0]!r} is unknown; known: {', '.join(known)}")
-    if not tests:
+    if not options.tests:
         raise UsageError(f"`tests` is empty: give at least one of {', '.join(TESTS)}")
-    if not 0 < drop < 1:
-        raise UsageError(f"`drop` must be above 0 and below 1, not {drop}")
-    for name, count in counts.items():
-        least = 3 if name == "halves" else 1
-        if count is not None and count < least:
-            raise UsageError(f"`{name}` must be at least {least}, not {count}")
+    if not 0 < options.drop < 1:
+        raise UsageError(f"`drop` must be above 0 and below 1, not {options.drop}")
+    check_at_least(3, halves=options.halves)
+    check_at_least(
+        1, top_k=options.top_k, repeats=options.repeats, max_steps=options.max_steps, workers=options.workers
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,16 +54,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     Raises UsageError for a run without steps and for what it does not have or keep, CorruptError for damaged steps.
     """
     progress = options.progress or Silent()
-    ranked = {"`top_k`": options.top_k, "`bottom_k`": options.bottom_k}
-    _refuse_usage(
-        ranked,
-        sample=options.sample,
-        by=options.by,
-        value=options.value,
-        min_times=options.min_times,
-        domains=options.domains,
-        unit=options.unit,
-    )
+    _refuse_usage(options)
     top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
     bottom_k = 0 if options.bottom_k is None else options.bottom_k
     if options.plot is not None:
@@ -142,32 +133,24 @@ def _read(
             task.advance(piece.stop - piece.start)
 
 
-def _refuse_usage(
-    ranked: dict[str, int | None],
-    *,
-    sample: str | None,
-    by: str | None,
-    value: str,
-    min_times: int | None,
-    domains: Sequence[str],
-    unit: str,
-) -> None:
+def _refuse_usage(options: ScoresOptions) -> None:
     """UsageError for options that cannot be, or that would be ignored."""
+    ranked = {"`top_k`": options.top_k, "`bottom_k`": options.bottom_k}
     for name, count in ranked.items():
         if count is not None and count < 0:
             raise UsageError(f"{name} must be at least 0, not {count}")
     top, bottom = ranked.values()
     if top == 0 and not bottom:
         raise UsageError("`top_k=0` without `bottom_k`: ask for at least one sample")
-    if min_times is not None and min_times < 1:
-        raise UsageError(f"`min_times` must be at least 1, not {min_times}")
+    if options.min_times is not None and options.min_times < 1:
+        raise UsageError(f"`min_times` must be at least 1, not {options.min_times}")
     given = [name for name, count in ranked.items() if count is not None]
-    if by is not None and given:
+    if options.by is not None and given:
         raise UsageError(f"`by=domain` is a table of domains: it does not go with {given[0]}")
-    if sample is not None:
-        given += ["`by`"] * (by is not None) + ["`min_times`"] * (min_times is not None)
-        given += ["`domains`"] * bool(domains) + ["`value`"] * (value != "cumulative")
-        given += ["`unit`"] * (unit != "sample")
+    if options.sample is not None:
+        given += ["`by`"] * (options.by is not None) + ["`min_times`"] * (options.min_times is not None)
+        given += ["`domains`"] * bool(options.domains) + ["`value`"] * (options.value != "cumulative")
+        given += ["`unit`"] * (options.unit != "sample")
         if given:
             raise UsageError(f"`sample` shows everything of one sample: it does not go with {given[0]}")
 
