@@ -4,11 +4,15 @@ The model runs again, without a graph, on the whole batch, on two and three samp
 input must have as many rows, and each row must be the one that its sample has in the whole. That the gradients at a
 layer's output belong to the samples is what :mod:`indexer.encode.sample_axis` shows; this shows that nothing before the
 layer mixes them, and stands in where there is one training loss alone, which cannot be reweighted.
+
+Kernels that are chosen by the size of a batch round otherwise in another company. How much is measured, layer by layer:
+copies of one sample are company that mixes nothing into it. What is allowed is a few times that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +37,12 @@ _MIXED = "its input does not follow the samples: they are mixed, routed or in an
 _UNKNOWN = "so it cannot be told which axis of each layer carries the samples; check=False trusts that it is the first"
 ALONE = 16
 """Samples that run alone: all of a small batch."""
+COMPANIES = (2, 3)
+"""Sizes of the batches in which samples are compared, beside the whole one and single ones."""
+ROUNDING = 4.0
+"""Times what copies of one sample differ by: others may round a little worse."""
+LEAST, LEAST_STEPS = 1e-4, 2.0
+"""What is allowed where copies do not differ at all: so much of a row, or so many steps of its numbers."""
 FAINT = 1e-3
 """Of the largest place of an output: what is smaller is measured against it."""
 
@@ -111,8 +121,10 @@ class _Probe:
         self.problems: dict[str, str] = {}
         self._expanded: set[str] = set()
         self._whole: dict[str, list[Tensor]] = {}
-        narrow = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-        self._tolerance = NARROW_COMPANY_TOLERANCE if narrow or call.autocast is not None else COMPANY_TOLERANCE
+        dtypes = {parameter.dtype for parameter in model.parameters()} | {call.autocast}
+        narrow = dtypes & {torch.float16, torch.bfloat16}
+        self._most = NARROW_COMPANY_TOLERANCE if narrow else COMPANY_TOLERANCE
+        self._least = max([LEAST, *(LEAST_STEPS * torch.finfo(dtype).eps for dtype in narrow if dtype is not None)])
 
     def differs(self) -> bool:
         """Whether layers see something else in the model's mode now than in the one that was followed before."""
@@ -124,12 +136,30 @@ class _Probe:
 
     def _differ(self, first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bool:
         return first.keys() != second.keys() or any(
-            len(rows) != len(second[name]) or not all(map(self._same_rows, rows, second[name]))
+            len(rows) != len(second[name])
+            or any(_gap(a, b) > self._most for a, b in zip(rows, second[name], strict=True))
             for name, rows in first.items()
         )
 
-    def _same_rows(self, expected_BS: Tensor, found_BS: Tensor) -> bool:
-        return float((found_BS - expected_BS).norm()) <= self._tolerance * float(expected_BS.norm())
+    def _allowed(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
+        """What rounding may change in the rows of each layer, and of each tensor of the output, of their length:
+        measured with copies of the sample at ``place``, at the sizes of batches that are compared.
+        """
+        layers, outputs = dict.fromkeys(self.names, 0.0), dict[str, float]()
+        alone, output_alone = self._rows([place])
+        for size in {*COMPANIES, self.batch}:
+            copies, output = self._rows([place] * size)
+            for name, calls in copies.items():
+                for single, rows in zip(alone.get(name, []), calls, strict=False):
+                    layers[name] = max(layers[name], _gap(single.expand_as(rows), rows))
+            for name, sums in output.items():
+                single = output_alone.get(name, sums)
+                if len(sums) == size and single.shape[1:] == sums.shape[1:]:
+                    outputs[name] = max(outputs.get(name, 0.0), _gap(single[:1].expand_as(sums), sums))
+        return self._bounded(layers), self._bounded(outputs)
+
+    def _bounded(self, gaps: Mapping[str, float]) -> dict[str, float]:
+        return {name: min(self._most, max(self._least, ROUNDING * gap)) for name, gap in gaps.items()}
 
     def follow(self, *, outputs: bool, absent: str | None) -> None:
         """Compare the rows of single samples, of two and of three with those of all. ``absent`` is the problem of a
@@ -140,6 +170,7 @@ class _Probe:
         whole, output = self._rows(range(self.batch))
         self._whole = whole
         self._refuse_other_output(output)
+        of_layer, of_output = self._allowed(last)
         for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
             seen, part = self._rows(places)
             for name in self.names - set(self.problems):
@@ -148,25 +179,22 @@ class _Probe:
                     self.problems[name] = absent
                 elif len(expected) != len(of_part):
                     self.problems[name] = "runs more often for some samples of a batch than for all of them"
-                elif not all(self._same_rows(a[list(places)], b) for a, b in zip(expected, of_part, strict=True)):
+                elif any(_gap(a[list(places)], b) > of_layer[name] for a, b in zip(expected, of_part, strict=True)):
                     self.problems[name] = _MIXED
-            if outputs and not self._rows_follow(output, part, places):
+            if outputs and not self._rows_follow(output, part, places, of_output):
                 raise CaptureError(
                     f"a row of what {type(self.model).__name__} puts out changes with the batch mates of its sample: "
                     "something mixes the samples of a batch, so none has a gradient of its own"
                 )
 
-    def _rows_follow(self, whole: Sums, part: Sums, places: Sequence[int]) -> bool:
+    def _rows_follow(self, whole: Sums, part: Sums, places: Sequence[int], allowed: Mapping[str, float]) -> bool:
         """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
         of_samples = [
-            (whole[name][list(places)], sums)
+            (whole[name][list(places)], sums, allowed.get(name, self._least))
             for name, sums in part.items()
             if name in whole and len(whole[name]) == self.batch and len(sums) == len(places)
         ]
-        return all(
-            expected.shape == sums.shape and self._same_rows(expected.flatten(1), sums.flatten(1))
-            for expected, sums in of_samples
-        )
+        return all(expected.shape == sums.shape and _gap(expected, sums) <= most for expected, sums, most in of_samples)
 
     def _refuse_other_output(self, watched: Sums) -> None:
         """Positions are seen once a sample in the run that is watched: that must change nothing. CannotRun where the
@@ -230,6 +258,14 @@ class _Probe:
             return y_B  # as the engines give it back: positions, once a sample
 
         return hook
+
+
+def _gap(expected: Tensor, found: Tensor) -> float:
+    """How far ``found`` is from ``expected``, of its length; infinite where numbers are not finite."""
+    gap, length = float((found - expected).norm()), float(expected.norm())
+    if not isfinite(gap + length):
+        return inf
+    return gap / length if length else float(gap > 0.0)
 
 
 def _output_sums(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from ghoststore.checkpoint.load import find_checkpoint, load_model, resolve_device
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
-from ghoststore.progress import Silent
+from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import METHODS, EvaluateOptions
 from ghoststore.settings.option import check_at_least
-from ghoststore.store import Store
+from ghoststore.store import Part, Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
 from query.ask.question import Question
@@ -89,36 +89,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     _refuse(options)
     device = resolve_device(options.device)
     parts, weights = open_parts(options.store, options.part, options.part_weights, progress)
-    task = Task.of(
-        parts[0],
-        str(options.val_set),
-        Path(options.out),
-        fields=options.fields or Fields(),
-        max_val_samples=options.max_val_samples,
-        recipe=Recipe(
-            max_steps=options.max_steps,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-        ),
-        device=device,
-        progress=progress,
-    )
+    task = _task(options, parts[0], device, progress)
     workers = options.workers
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
     note_repeated(task.part, progress)
-    base = Question(
-        store=options.store,
-        val_set=options.val_set,
-        part=task.part.name,
-        each=True,
-        fields=options.fields,
-        max_samples=options.max_val_samples,
-        device=device,
-    )
     of = task.methods(
-        base,
+        _question(options, task, device),
         parts,
         weights,
         options.methods,
@@ -149,6 +126,39 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         lds=correlations,
         removal=_removals(trainings, scored, options.drop, options.repeats) if "removal" in options.tests else [],
         tail_patch=_tail_patches(task, scored, options.top_k, options.repeats) if "tail-patch" in options.tests else [],
+    )
+
+
+def _task(options: EvaluateOptions, part: Part, device: str, progress: Progress) -> Task:
+    """The trainings that test the scores of ``part``."""
+    recipe = Recipe(
+        max_steps=options.max_steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    return Task.of(
+        part,
+        str(options.val_set),
+        Path(options.out),
+        fields=options.fields or Fields(),
+        max_val_samples=options.max_val_samples,
+        recipe=recipe,
+        device=device,
+        progress=progress,
+    )
+
+
+def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
+    """What each method scores by."""
+    return Question(
+        store=options.store,
+        val_set=options.val_set,
+        part=task.part.name,
+        each=True,
+        fields=options.fields,
+        max_samples=options.max_val_samples,
+        device=device,
     )
 
 

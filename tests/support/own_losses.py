@@ -244,3 +244,9 @@ def smoothed_loss_of(epsilon: float, batch: list[Any]) -> LossOf:
         return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, label_smoothing=epsilon)
 
     return loss_of
+
+
+def chunked_losses(model: Any, batch: Any) -> Tensor:
+    """A val_losses for :class:`Chunked`."""
+    hidden = model.inner.transformer(input_ids=batch["input_ids"])[0]
+    return losses_of_logits(lambda model, ids: model.inner.lm_head(hidden))(model, batch)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ghoststore import GhostEngineManager, GhostStoreCallback
 from ghoststore.errors import UsageError
-from tests.indexer.dotprod.test_held_loss import chunked_losses
 from tests.support.loops import ROWS, VAL, VAL_BATCH, batch_of, close_to, exact_scores, plan, run_of, steps_of
 from tests.support.models import gpt2
 from tests.support.own_losses import (
@@ -20,6 +19,7 @@ from tests.support.own_losses import (
     EXPERTS,
     Chunked,
     WithTerm,
+    chunked_losses,
     decoder,
     losses_of_logits,
     mean_loss,

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertForTokenClassification
 
 from indexer.dotprod import GradDotProdEngine, target_counts
 from indexer.encode.losses import IGNORED
-from tests.indexer.dotprod.test_held_loss import refused, scored
-from tests.support.models import gpt2, llama, next_token_loss_of, pad, perceptron, settle
+from tests.support.held_losses import IDS, LABELS, MASK, refused, scored
+from tests.support.models import gpt2, llama, next_token_loss_of, perceptron, settle
 from tests.support.oracle import LossOf
 from tests.support.own_losses import Bare, losses_of_logits, mean_loss, mixture
 from tests.support.scoring import (
@@ -32,7 +32,6 @@ from tests.support.scoring import (
     val_batch,
 )
 
-IDS, LABELS, MASK = pad(BATCH)
 COUNTS = target_counts(LABELS)
 
 
@@ -198,7 +197,7 @@ def test_a_loss_of_a_loop_without_labels_is_said_not_to_be_held(said: dict[str, 
         with pytest.warns(RuntimeWarning, match=r"labels=labels.*batch=batch") as caught:
             scored(engine, lambda: mean_loss(model(IDS), LABELS), **said)
         assert len(caught) == 1
-        assert caught[0].filename.endswith("test_held_loss.py"), "where watch() is called"
+        assert caught[0].filename.endswith("held_losses.py"), "where watch() is called"
 
 
 def embedded(model: Any, ids: Tensor) -> Tensor:
@@ -220,7 +219,7 @@ def test_a_loss_is_said_not_to_be_held_whatever_went_in(logits_of: Any, said: di
         with pytest.warns(RuntimeWarning, match=r"not held.*labels=labels.*batch=batch") as caught:
             scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
         assert len(caught) == 1
-        assert caught[0].filename.endswith("test_held_loss.py"), "where watch() is called"
+        assert caught[0].filename.endswith("held_losses.py"), "where watch() is called"
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # it is said once
             scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
