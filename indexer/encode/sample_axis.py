@@ -32,9 +32,11 @@ SKETCH = 4
 PROBE_SIZES = (2, 3)
 """Batches of two sizes: an axis that is not the samples' cannot have the length of both."""
 TOLERANCE, NARROW_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05, 0.3
-"""Foreign share of a row: of float32; of 16-bit gradients, whose sums a GPU may round in another order the second time;
-of float16, where small numbers lose their last bits.
+"""The largest foreign share of a row: of float32; of 16-bit gradients, whose sums a GPU may round in another order the
+second time; of float16, where small numbers lose their last bits.
 """
+LEAST_TOLERANCE, ROUNDING = 1e-2, 4.0
+"""In 16 bits less is allowed: so many times what rows change by where all weights are the least, at least so much."""
 COMPANY_TOLERANCE, NARROW_COMPANY_TOLERANCE = 1e-2, 0.2
 """Relative difference between a sample beside others and in other company that is more than the rounding of kernels
 which a GPU chooses by the size of the batch: in float32 (TF32), and where 16-bit numbers take part. Mixing is larger.
@@ -88,12 +90,21 @@ class Witness:
         yield
 
     def weighted(self, losses_B: Tensor, sources: Sequence[Tensor], scale: float = 1.0) -> None:
-        """The backward pass of Σ w_i ℓ_i, times ``scale``; the graph is used up. After :meth:`plain`."""
+        """The backward pass of Σ w_i ℓ_i, times ``scale``; the graph is used up. After :meth:`plain`.
+
+        In 16 bits one of w Σ ℓ_i goes before it, w the least of the weights: what rounding does to rows.
+        """
         self._weights = sample_weights(len(losses_B), 4 if self.half else 8).to(losses_B.device)
-        self._seen.append({})
-        torch.autograd.grad(
-            losses_B, sources, grad_outputs=(self._weights * scale).to(losses_B.dtype), allow_unused=True
-        )
+        even = [torch.full_like(self._weights, float(self._weights.min()))] if self.narrow else []
+        for weights in (*even, self._weights):
+            self._seen.append({})
+            torch.autograd.grad(
+                losses_B,
+                sources,
+                grad_outputs=(weights * scale).to(losses_B.dtype),
+                retain_graph=weights is not self._weights,
+                allow_unused=True,
+            )
 
     def run(self, losses_B: Tensor) -> None:
         """Both backward passes, for the taps alone."""
@@ -133,20 +144,24 @@ class Witness:
 
     def mixed(self) -> dict[str, float]:
         """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
-        tolerance = NARROW_TOLERANCE if torch.bfloat16 in self._dtypes else TOLERANCE
-        tolerance = HALF_TOLERANCE if self.half else tolerance
+        most = NARROW_TOLERANCE if torch.bfloat16 in self._dtypes else TOLERANCE
+        most = HALF_TOLERANCE if self.half else most
         shares: dict[str, float] = {}
-        first, second = self._seen
-        for place, plain_BS in first.items():
+        plain, *even, weighted = self._seen
+        for place, plain_BS in plain.items():
             name = self._names[place]
-            error = _foreign(plain_BS.double(), second[place].double(), self._weights.double())
+            tolerance = most
+            for rows in even:
+                rounding = _foreign(plain_BS, rows[place], self._weights.min().expand_as(self._weights))
+                tolerance = min(most, max(LEAST_TOLERANCE, ROUNDING * rounding))
+            error = _foreign(plain_BS, weighted[place], self._weights)
             if error > tolerance:
                 shares[name] = max(error, shares.get(name, 0.0))
         return shares
 
 
 def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
-    scaled_BS = weighted_BS / weights_B.unsqueeze(1)
+    plain_BS, scaled_BS = plain_BS.double(), weighted_BS.double() / weights_B.double().unsqueeze(1)
     error_B = (scaled_BS - plain_BS).norm(dim=1)
     size_B = torch.maximum(plain_BS.norm(dim=1), scaled_BS.norm(dim=1))
     largest = float(size_B.max())

@@ -44,6 +44,24 @@ def test_is_refused(dtype: torch.dtype, share: float) -> None:
         plain_step(engine, model, x)
 
 
+class MixedAfter(MixedBefore):
+    """The same after the last layer: inputs of layers stay apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.tanh(self.a(x)))
+        return y + self.share * (y.mean(0) - y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_after_the_last_layer_is_refused(dtype: torch.dtype) -> None:
+    model = settle(MixedAfter(0.01)).to(dtype)
+    with (
+        GradDotProdEngine(model, random(3, 5, 64, seed=1).to(dtype), val_losses=sum_of_squares) as engine,
+        pytest.raises(CaptureError, match="reaches the rows of others"),
+    ):
+        engine.prepare(4)
+
+
 @pytest.mark.parametrize("cast", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama"])
 def test_rounding_is_not(architecture: str, cast: str) -> None:
