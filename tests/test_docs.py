@@ -214,6 +214,7 @@ def test_the_python_of_the_page_of_shards_runs(lab: Lab, tmp_path: Path, monkeyp
     assert names["shards"].decode(names["ids"]) == lab.rows[7]["text"]
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_of_select_runs(
     lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,6 +216,7 @@ def test_messages_name_flags(flags: Flags, message: str, rendered: str) -> None:
     assert flags.render(message) == rendered
 
 
+@pytest.mark.slow
 def test_errors_of_the_library_reach_the_terminal_as_flags(lab: Lab, tmp_path: Path) -> None:
     outcome = lab.build(tmp_path / "store", "--proj-damping", "0")
     assert (outcome.code, outcome.err) == (2, "Error: --proj-damping must be above 0, not 0.0\n")

@@ -15,7 +15,7 @@ from indexer.dotprod import GradDotProdEngine
 from tests.support.models import settle
 from tests.support.scoring import agree, exact_plain, sum_of_squares
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 STEPS, RANKS = 3, 2
 

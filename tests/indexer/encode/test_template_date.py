@@ -126,6 +126,7 @@ def test_a_part_keeps_the_date_for_every_question(dated: tuple[Path, Path, Path]
     np.testing.assert_array_equal(np.asarray(Store.open(store).part().read("vectors", 0, part.rows)), before)
 
 
+@pytest.mark.slow
 def test_a_build_goes_on_with_the_date_of_its_first_day(
     dated: tuple[Path, Path, Path], lab: Lab, tmp_path: Path
 ) -> None:

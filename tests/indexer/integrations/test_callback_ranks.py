@@ -25,6 +25,7 @@ from tests.support.trainers import (
 )
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():  # as torchrun sets them
         monkeypatch.setenv(name, value)
