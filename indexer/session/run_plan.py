@@ -18,6 +18,7 @@ from ghoststore.store.base.names import check_name
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.rows import RowTable
 from ghoststore.store.run.run import Run, create_run
+from ghoststore.store.spans.soundness import refuse_damaged
 from indexer.dotprod import GradDotProdEngine
 
 
@@ -42,9 +43,13 @@ class RunPlan:
     """A transformers configuration, where that of ``manifest`` may be said in the words of the run that is there."""
 
     def open(self) -> tuple[Run, bool]:
-        """The run, and whether it is new. MismatchError if it is there with other settings."""
+        """The run, and whether it is new. MismatchError if it is there with other settings, CorruptError if it is
+        damaged as far as records and sizes of files tell.
+        """
         path = Store.create(self.store).run_path(check_name(self.name))
         new = not path.exists()
+        if not new:
+            refuse_damaged(Run(path))
         manifest = self.manifest if new or self.config is None else self._in_words_of(Run(path).manifest)
         return create_run(path, manifest, self.rows.table()), new
 
