@@ -15,7 +15,7 @@ from ghoststore.progress import Progress, Silent, Task
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import VerifyOptions
 from ghoststore.store.base.names import is_name
-from ghoststore.store.base.writers import living
+from ghoststore.store.base.writers import left_behind, living
 from ghoststore.store.part.caches import cache_damage
 from ghoststore.store.part.part import Part
 from ghoststore.store.spans.commits import read_commit
@@ -144,7 +144,7 @@ class Examination:
                 if problem is not None:
                     self._note({}, inside or ".", problem)
                 elif is_unfinished(name):
-                    self._left({}, f"{inside}/{name}".lstrip("/"), path, path.is_dir() and bool(living(path)))
+                    self._left({}, f"{inside}/{name}".lstrip("/"), path, not left_behind(path, set()))
                 elif name not in known and not (inside and path.is_dir() and is_name(name)):
                     self._unknown.append(StoredFile(file=f"{inside}/{name}".lstrip("/"), bytes=size_of(path)))
 
@@ -174,14 +174,14 @@ class Examination:
 
     def _count(self, owner: Owner, source: Spanned[Any], caches: set[str]) -> None:
         """What else lies in the folder of a part or run."""
-        census, alive = Census(source, caches), bool(living(source.path))
+        census, at_work = Census(source, caches), {writer.id for writer in living(source.path)}
         for name, path, problem in entries_below(source.path):
             if problem is not None:
                 self._note(owner, name, problem)
                 continue
             kind = census.kind_of(name)
             if kind == "leftover":
-                self._left(owner, name, path, alive)
+                self._left(owner, name, path, bool(at_work) and not left_behind(path, at_work))
             elif kind == "unknown":
                 self._unknown.append(StoredFile(file=name, bytes=size_of(path), living=False, **owner))
 

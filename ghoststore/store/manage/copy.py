@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import CorruptError, UsageError
+from ghoststore.errors import BusyError, CorruptError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import CopyOptions
@@ -71,7 +71,9 @@ def copy(options: CopyOptions) -> CopyReport:
         )
     check_writable(path.parent)
     copying = _Copying(source, options.progress or Silent())
-    create_whole(path, what, copying.fill, "to_name")
+    create_whole(path, copying.fill)
+    if type(source)(path).manifest != source.manifest:
+        raise BusyError(f"another process has just made a {what} of {target.path}; nothing was copied")
     return CopyReport(
         store=str(options.store),
         part=options.part,

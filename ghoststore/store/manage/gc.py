@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,8 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import GcOptions
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.writers import FOLDER as WRITERS
+from ghoststore.store.base.writers import left_behind
 from ghoststore.store.manage.held import held
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.indexes import FOLDER as INDEX
@@ -26,9 +27,6 @@ from ghoststore.store.spans.withdrawn import aside, withdrawn_spans
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Owner, StoredFile
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
-
-QUIET_SECONDS = 600.0
-"""A file that is in nobody's record of who writes, a cache of a query, say, is left alone while it is younger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,7 @@ class _Collection:
         """Between parts and runs."""
         for inside in ("", "parts", "runs"):
             for name, path, _ in entries_below(self._store.path / inside, deep=False):
-                if is_unfinished(name) and _is_dead(path):
+                if is_unfinished(name) and left_behind(path, set()):
                     self._remove({}, f"{inside}/{name}".lstrip("/"), path)
 
     def inside(self, opened: Any, owner: Owner) -> None:
@@ -108,7 +106,6 @@ class _Collection:
             except (CorruptError, BusyError) as error:
                 self.skipped.append(Skipped(why=str(error), **owner))
                 return
-            self._progress.note(f"looking at {what}")
             if self._stale_caches and isinstance(source, Part):
                 self._drop_stale(source, owner)
             for name, path in self._leftovers(source, owner):
@@ -117,27 +114,25 @@ class _Collection:
     def _leftovers(self, source: Spanned[Any], owner: Owner) -> Iterator[tuple[str, Path]]:
         """(path in ``source``, path) of what may go. Nobody writes ``source``."""
         of_part = isinstance(source, Part)
-        held = caches(source) if isinstance(source, Part) else []
-        census = Census(source, {name for cache in held for name in (cache.record, *cache.files)})
+        named = caches(source) if isinstance(source, Part) else []
+        census = Census(source, {name for cache in named for name in (cache.record, *cache.files)})
         decided = sorted(intents(source.path).difference(source.spans))
         if decided:
-            self.skipped.append(
-                Skipped(why=f"span {decided[0]} is decided and not committed: whoever writes next finishes it", **owner)
-            )
+            why = f"span {decided[0]} is decided and not committed: whoever writes next finishes it with what is there"
+            self.skipped.append(Skipped(why=why, **owner))
         for name, path, _ in list(entries_below(source.path)):
             if name == WITHDRAWN:
                 for span in withdrawn_spans(source):
-                    # Without a record the span is still to be built: by a repair that goes on.
+                    # Without a record the span of a part is still to be built, by a repair that goes on.
                     if span in source.spans or not of_part:
                         yield f"{WITHDRAWN}/{span:08d}", aside(source, span)
-            elif census.kind_of(name) != "leftover":
+            elif census.kind_of(name) != "leftover" or (decided and name.partition("/")[0] not in (*FOLDERS, WRITERS)):
                 continue
-            elif name.partition("/")[0] in FOLDERS:
-                folder = path.parent
-                busy = name.startswith(f"{INDEX}/") and not _is_free(folder)
-                if not busy and (name.startswith(f"{INDEX}/") or _is_quiet(path)):
+            elif name.startswith(f"{INDEX}/"):
+                if _is_free(path.parent):
                     yield name, path
-            elif not decided:  # else it may be what that span is finished with
+            # Records of who writes and intents beside their records are void now that nobody writes.
+            elif name == WRITERS or name.endswith(".intent") or left_behind(path, set()):
                 yield name, path
 
     def _drop_stale(self, part: Part, owner: Owner) -> None:
@@ -165,24 +160,10 @@ class _Collection:
                 path.parent.rmdir()
 
 
-def _is_dead(path: Path) -> bool:
-    """Whether nobody makes the unfinished file or folder ``path`` any more."""
-    if not path.is_dir():
-        return _is_quiet(path)
-    return _is_free(path)
-
-
 def _is_free(folder: Path) -> bool:
     """Whether nobody writes in ``folder``."""
     try:
         with held(folder, str(folder)):
             return True
     except BusyError:
-        return False
-
-
-def _is_quiet(path: Path) -> bool:
-    try:
-        return time.time() - path.lstat().st_mtime > QUIET_SECONDS
-    except OSError:
         return False

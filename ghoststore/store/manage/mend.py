@@ -26,7 +26,7 @@ from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.group import Spanned, create_array, group_problem, read_attributes
 from ghoststore.store.spans.layout import CRC_BYTES
-from ghoststore.store.spans.soundness import keys_of, record_name
+from ghoststore.store.spans.soundness import record_name
 from ghoststore.store.spans.withdrawn import FOLDER, withdraw_record
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 
@@ -182,7 +182,7 @@ def restore_record(source: Spanned[Any], span: int) -> None:
     """
     layout = source.layout
     start, stop = layout.span_of(span)
-    keys = keys_of(layout, span)
+    keys = layout.span_keys(span)
     for key in keys:
         _check_crc(source.path / key)
     for spec in layout.arrays():

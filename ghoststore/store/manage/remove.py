@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import RemoveOptions
 from ghoststore.store.base.disk import flush, storage_errors
+from ghoststore.store.base.writers import unfinished
 from ghoststore.store.manage.held import existing, held, words_of
 from ghoststore.store.store import Store
 from ghoststore.store.walk import size_of
@@ -42,7 +42,7 @@ def remove(options: RemoveOptions) -> RemoveReport:
     size = size_of(path)
     with storage_errors(str(path)), held(path, words_of(options)):
         # Out of everybody's sight first: a part of which half is deleted would be a damaged one.
-        gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.removed")
+        gone = unfinished(path)
         os.rename(path, gone)
         flush(path.parent)
         shutil.rmtree(gone)

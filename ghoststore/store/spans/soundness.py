@@ -29,17 +29,12 @@ _INTENT = re.compile(r"\.([0-9]{8})(\.[0-9]+)?\.intent")
 _NUMBER = re.compile(r"[0-9]{1,12}")
 
 
-def keys_of(layout: SpanLayout, span: int) -> list[str]:
-    """Paths, in the part or run, of the files that the record of ``span`` names: no more and no fewer."""
-    return [key for spec in layout.arrays() for key in layout.chunk_keys(spec, span)]
-
-
 def record_problem(layout: SpanLayout, commit: Commit) -> str | None:
     """Why ``commit`` cannot be the record of its span; None if it can."""
     start, stop = layout.span_of(commit.span)
     if (commit.start, commit.stop) != (start, stop):
         return f"it says {commit.start} to {commit.stop} of span {commit.span}, which is {start} to {stop}"
-    expected = set(keys_of(layout, commit.span))
+    expected = set(layout.span_keys(commit.span))
     lacking, foreign = sorted(expected - commit.files.keys()), sorted(commit.files.keys() - expected)
     if lacking:
         return f"it does not name {lacking[0]} and {len(lacking) - 1} more of the {len(expected)} files of its span"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from ghoststore.store.base.disk import flush
 from ghoststore.store.spans.commits import commit_path
-from ghoststore.store.spans.soundness import keys_of
 
 if TYPE_CHECKING:
     from ghoststore.store.spans.group import Spanned
@@ -44,7 +43,7 @@ def withdraw(source: Spanned[Any], span: int) -> None:
     to.mkdir(parents=True, exist_ok=True)
     # The record before the chunks that it names, and on the disk: a record never names what is not there.
     withdraw_record(source, span)
-    for key in keys_of(source.layout, span):
+    for key in source.layout.span_keys(span):
         _move(source.path / key, to / key.replace("/", "+"))
     flush(to)
 
