@@ -28,7 +28,8 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
             raise UsageError(
                 f"this removes {what or 'nothing'} for good: give `yes`, for there is no terminal to ask at"
             )
-        click.confirm(f"Remove {what} of {keywords['store']} for good?", abort=True, err=True)
+        if not click.confirm(f"Remove {what} of {keywords['store']} for good?", err=True):
+            raise UsageError("nothing was removed")
     report = load("remove")(**keywords)
     if printing.as_json:
         print_json(report.to_json())

@@ -224,11 +224,8 @@ def _check_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
         return
     if problem := record_problem(source.layout, commit):
         yield record_name(span), 0, problem
-    for key, record in commit.files.items():
-        path = folder / key
-        # A record may come from anywhere: what lies outside is not read.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            yield key, 0, f"the record of span {span} names a file outside the {source.kind.name}"
-            continue
-        problem = record.damage(path)
-        yield key, record.bytes, f"{problem} (span {span})" if problem else None
+    # A record may come from anywhere: what it names beside the files of its span is not read.
+    for key in source.layout.span_keys(span):
+        if (record := commit.files.get(key)) is not None:
+            problem = record.damage(folder / key)
+            yield key, record.bytes, f"{problem} (span {span})" if problem else None

@@ -177,7 +177,7 @@ def test_a_record_that_names_a_file_elsewhere(lab: Lab, store: Path, name: str) 
     files = {**honest.files, name: FileRecord(6, "0" * 64)}
     hostile = Commit(span=1, start=6, stop=12, files=files, statuses=honest.statuses, tokens=honest.tokens)
     commit_path(part(store), 1).write_bytes(seal(hostile.to_json()))
-    names(lab, store, "outside the part")
+    names(lab, store, "which is no file of span 1")
 
 
 @pytest.mark.thin

@@ -162,3 +162,20 @@ def test_steps_that_a_run_left_out_are_no_damage(tmp_path: Path) -> None:
             writer.append(step, values(step))
     assert Store.open(tmp_path / "store").run().spans == [2]
     assert ghoststore.verify(tmp_path / "store").sound
+
+
+def test_verify_goes_on_where_a_file_cannot_be_read(store: Path) -> None:
+    """Whatever the error: each file is one entry, and all of them are there."""
+    unreadable = [
+        "commits/00000001.json",
+        "commits/00000003.json",
+        "vectors/c/0/0",
+        "loss/c/2",
+    ]
+    for name in unreadable:
+        path = part(store) / name
+        path.unlink()
+        path.symlink_to(path)  # ELOOP, which no permission of ours lifts
+    report = ghoststore.verify(store)
+    assert sorted(damage.file for damage in report.damage) == sorted(unreadable)
+    assert all("cannot be read" in damage.problem or "Too many levels" in damage.problem for damage in report.damage)

@@ -40,7 +40,7 @@ def remove(options: RemoveOptions) -> RemoveReport:
     store = Store.open(options.store)
     path = existing(store, options)
     size = size_of(path)
-    with storage_errors(str(path)), held(path, words_of(options)):
+    with storage_errors(str(path)), held(path, words_of(options), "run" if options.part is None else "part"):
         # Out of everybody's sight first: a part of which half is deleted would be a damaged one.
         gone = unfinished(path)
         os.rename(path, gone)

@@ -39,7 +39,7 @@ def rename(options: RenameOptions) -> RenameReport:
     """
     store = Store.open(options.store)
     path, to = existing(store, options), folder_of(store, options, options.to_name)
-    with storage_errors(str(to)), held(path, words_of(options)):
+    with storage_errors(str(to)), held(path, words_of(options), "run" if options.part is None else "part"):
         if os.path.lexists(to):
             raise UsageError(f"{store.path} has a {words_of(options, options.to_name)} already; nothing was renamed")
         # A folder that appears in between is not replaced either: it has files in it.
