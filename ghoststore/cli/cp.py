@@ -11,7 +11,7 @@ from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import CopyOptions
 
 
-@options.command(CopyOptions, Printing, first="store part run to_store to_name")
+@options.command(CopyOptions, Printing)
 def command(keywords: options.Keywords, printing: Printing) -> None:
     """Copy a part or a training run, in one store or to another; every byte is checked on the way.
 

@@ -9,7 +9,7 @@ from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import ExportOptions
 
 
-@options.command(ExportOptions, Printing, first="store part out dtype unusable")
+@options.command(ExportOptions, Printing)
 def command(keywords: options.Keywords, printing: Printing) -> None:
     """Write the vectors of a part, with ids and fields, to safetensors, npy or parquet.
 

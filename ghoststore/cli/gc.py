@@ -11,7 +11,7 @@ from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import GcOptions
 
 
-@options.command(GcOptions, Printing, first="store part run dry_run caches")
+@options.command(GcOptions, Printing)
 def command(keywords: options.Keywords, printing: Printing) -> None:
     """Remove what no record names: what writers that are dead had begun.
 

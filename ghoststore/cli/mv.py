@@ -10,7 +10,7 @@ from ghoststore.settings.shared import AsJson
 from ghoststore.settings.store import RenameOptions
 
 
-@options.command(RenameOptions, AsJson, first="store part run to_name")
+@options.command(RenameOptions, AsJson)
 def command(keywords: options.Keywords, printing: AsJson) -> None:
     """Give a part or a training run another name, in one step. Indexes and caches go along.
 

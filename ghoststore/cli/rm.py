@@ -13,7 +13,7 @@ from ghoststore.settings.shared import AsJson
 from ghoststore.settings.store import RemoveOptions, Yes
 
 
-@options.command(RemoveOptions, AsJson, Yes, first="store part run yes")
+@options.command(RemoveOptions, AsJson, Yes)
 def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
     """Remove a part or a training run, with its indexes and caches. It is gone in one step.
 

@@ -102,7 +102,7 @@ class ExportOptions(ProgressOption, StoreOption):
 
 @options
 class Yes:
-    """Of the command line alone."""
+    """Of the command line alone: consent."""
 
     yes: bool = option(False, "Do not ask.", "Output", flag="--yes -y")
 

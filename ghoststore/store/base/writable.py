@@ -15,10 +15,11 @@ def check_writable(folder: Path) -> None:
 
     By making one and removing it: permissions do not tell of a disk that is mounted read-only, nor of a quota.
     """
+    what = str(folder)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     path = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    with storage_errors(str(folder)):
+    with storage_errors(what):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.close(handle)
         path.unlink()
