@@ -154,7 +154,9 @@ class Lab:
     def start(self, *args: str | Path, **order: Any) -> int:
         """As :meth:`run`, without waiting; gives what :meth:`wait` takes."""
         streams = self._streams()
-        order |= {"args": [str(arg) for arg in args], "cwd": str(self.folder), "start": True}
+        if "code" not in order:
+            order["args"] = [str(arg) for arg in args]
+        order |= {"cwd": str(self.folder), "start": True}
         pid = self._order(stdout=str(streams[0]), stderr=str(streams[1]), **order)["pid"]
         self._started[pid] = streams
         return pid

@@ -227,7 +227,8 @@ def test_overtaken(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Pat
     second = lab.run(code=code(store))
     os.kill(first, signal.SIGCONT)
     outcome = lab.wait(first)
-    assert busy(second), second.err
+    # A run that is not there yet may be made by both: the second then goes on with it.
+    assert busy(second) or (second.code == 0 and MOMENTS[moment][3] is None), second.err
     assert outcome.code == 0, outcome.err
     assert files(store) == whole
 
