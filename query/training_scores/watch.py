@@ -45,7 +45,7 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
         raise UsageError(f"`interval` must be above 0, not {options.interval}")
-    watcher = Watcher(options.store, options.run, text=options.text)
+    watcher = Watcher(options.store, options.run, text=options.text, data=options.data)
     while True:
         frame = watcher.look(None if options.once else SPANS_A_FRAME)
         yield frame
@@ -68,13 +68,15 @@ class _Heard(Silent):
 class Watcher:
     """Running sums over a run; :meth:`look` takes in what was committed since."""
 
-    def __init__(self, store: str | Path, run: str | None = None, *, text: bool = True) -> None:
+    def __init__(
+        self, store: str | Path, run: str | None = None, *, text: bool = True, data: str | Path | None = None
+    ) -> None:
         self._store = Store.open(store)
         self._name = run
         self._run: Run | None = None
         self._pending: list[int] = []
         """Committed spans that are not read yet."""
-        self._texts_at_hand = text
+        self._texts_at_hand, self._data = text, data
         self._texts: dict[int, str | None] = {}
         self._ids: dict[int, tuple[str, int]] = {}
         """(id, source row) of units that were shown."""
@@ -205,10 +207,9 @@ class Watcher:
         names = {str(name) for name in ids} - self._repeats.keys()
         repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
-        source = run.manifest["source"]
-        quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
+        quick = not str(run.manifest["source"].get("form")).endswith((".gz", ".zst"))
         if quick and self._texts_at_hand:
-            self._texts |= zip(new, texts_of(run, rows, self._heard), strict=True)
+            self._texts |= zip(new, texts_of(run, rows, self._heard, self._data), strict=True)
             self._texts_at_hand = not self._heard.notes
 
     def _trends(self) -> list[DomainTrend]:
