@@ -28,7 +28,7 @@ def reading_arrow(path: Path) -> Iterator[None]:
 
 
 def batch_rows(table: Any, first: int, path: Path, largest: int | None = None) -> Iterator[KeyedRow]:
-    """The rows of an Arrow table or batch, numbered from ``first``. CorpusError for one of more than ``largest`` bytes."""
+    """The rows of an Arrow table or batch, numbered from ``first``. CorpusError for one above ``largest`` bytes."""
     if largest is not None and table.nbytes > largest:
         for number in range(table.num_rows):
             if table.slice(number, 1).nbytes > largest:
