@@ -125,7 +125,7 @@ def parse_json(data: bytes) -> Any:
     except RecursionError:
         raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
         if not level:
             return value

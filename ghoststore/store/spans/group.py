@@ -158,6 +158,8 @@ class Spanned(ABC, Generic[L]):
 
     def check_file(self, name: str) -> None:
         """CorruptError unless ``name``, one of ``files``, has the bytes that it was made with."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name!r:.200}")
         check_file(self.path / name, self.files.get(name, "not one of its files"), within=self.path)
 
     def array(self, name: str) -> zarr.Array[Any]:
