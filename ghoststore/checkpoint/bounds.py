@@ -94,7 +94,7 @@ def check_config(path: Path, shapes: Sequence[Sequence[int]]) -> None:
                 f"{largest:,}: it is not the configuration of these weights"
             )
         # transformers fetches a kernel from the hub, and runs it, where a name has a slash.
-        if _CODE in last and isinstance(value, str) and "/" in value:
+        if _CODE in name and isinstance(value, str) and "/" in value:
             raise CheckpointError(
                 f"{path}: {name} is {value!r:.80}, code that would be fetched from the hub and run; remove the entry, "
                 "and choose a kernel of torch with `attn_implementation`"

@@ -289,7 +289,13 @@ def load_model(
                 + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
             )
     model = model.to(device).eval()
-    refuse_lookahead(model, checkpoint.folder)
+    try:
+        refuse_lookahead(model, checkpoint.folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above: a configuration may be found out when the model runs
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be run: {reason:.1000}") from error
     return model
 
 

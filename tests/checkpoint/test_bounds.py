@@ -38,7 +38,6 @@ def configure(model: Path, **fields: Any) -> None:
 
 ABSURD: list[dict[str, Any]] = [
     {"n_layer": 10**9},
-    {"n_layer": 60_000},
     {"n_layer": 1e300},
     {"n_embd": 10**9},
     {"n_inner": 10**12},
@@ -57,6 +56,13 @@ ABSURD: list[dict[str, Any]] = [
 def test_numbers_that_no_tensor_bears_out(lab: Lab, model: Path, place: int) -> None:
     configure(model, **ABSURD[place])
     refused(build(lab, model), str(model), codes=(2,))
+
+
+@pytest.mark.slow
+def test_a_model_is_not_made_to_its_end(lab: Lab, model: Path) -> None:
+    """Layers that a larger checkpoint could have: the making stops as soon as there are too many."""
+    configure(model, n_layer=60_000)
+    refused(build(lab, model), "asks for a model with more than", codes=(2,))
 
 
 @pytest.mark.parametrize(

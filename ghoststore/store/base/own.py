@@ -71,7 +71,8 @@ def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given
     if path is None or path == "-":
         return None
     what = "corpus" if name in ("data", "corpus") else name
-    give = f"if that is the one, give it: `{parameter}={path}`"
+    shown = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
+    give = f"if that is the one, give it: `{parameter}={shown:.200}`"
     if not isinstance(path, str) or not os.path.isabs(path):
         raise UsageError(
             f"{whose} names {path!r:.200} as its {what}: no path on this machine, and nothing is fetched because a "

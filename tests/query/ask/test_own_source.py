@@ -1,4 +1,4 @@
-"""A store from elsewhere names a checkpoint and a corpus: nothing is fetched, and no path opened, because it says so."""
+"""A store from elsewhere names a checkpoint and a corpus: nothing is fetched or opened because it says so."""
 
 from __future__ import annotations
 
