@@ -63,7 +63,7 @@ def reading(path: Path) -> Iterator[None]:
         if "too much memory" in str(error):
             raise CorpusError(
                 f"{path}: whoever compressed it has its reader keep more in memory than is given to it; if it is "
-                "yours, give `fields.max_record_bytes` the size of its window (2147483648 for --long=31)"
+                "yours, give `fields.max_record_bytes` the size of its window (2147483648 for what zstd calls long=31)"
             ) from error
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -58,7 +58,7 @@ class Run(Spanned[RunLayout]):
 
     def committed_steps(self, spans: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Numbers, from 0, of the steps of ``spans`` (default: every committed one), in their order."""
-        self.bear_out()
+        self.bear_out(spans)
         chosen = [self.layout.span_of(span) for span in (self.spans if spans is None else spans)]
         return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in chosen)]).astype(np.int64)
 

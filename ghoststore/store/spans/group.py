@@ -220,14 +220,16 @@ class Spanned(ABC, Generic[L]):
             for key in self.layout.chunk_keys(spec, span):
                 self.check_chunk(spec, key)
 
-    def bear_out(self) -> None:
-        """CorruptError unless the files of the committed spans are as large as the manifest says: before memory for
-        something of each of their rows (or steps) is asked for. Looks at the smallest array, once.
+    def bear_out(self, spans: Sequence[int] | None = None) -> None:
+        """CorruptError unless the files of ``spans`` (default: every committed one) are as large as the manifest says:
+        before memory for something of each of their rows (or steps) is asked for. Looks at the smallest array, once.
         """
-        if not self._borne_out:
-            numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str]
-            self.check_sizes(min(numeric, key=lambda spec: spec.width * spec.dtype.itemsize), self.spans)
-            self._borne_out = True
+        if self._borne_out:
+            return
+        numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str]
+        smallest = min(numeric, key=lambda spec: spec.width * spec.dtype.itemsize)
+        self.check_sizes(smallest, self.spans if spans is None else spans)
+        self._borne_out = spans is None
 
     def refuse_hollow(self) -> None:
         """CorruptError if the length that the manifest tells of is out of all proportion to what is committed: before
