@@ -18,6 +18,7 @@ from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.base.own import is_own
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
@@ -207,10 +208,20 @@ class Watcher:
         names = {str(name) for name in ids} - self._repeats.keys()
         repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
-        quick = not str(run.manifest["source"].get("form")).endswith((".gz", ".zst"))
-        if quick and self._texts_at_hand:
+        if self._texts_at_hand and self._is_quick(run):
             self._texts |= zip(new, texts_of(run, rows, self._heard, self._data), strict=True)
             self._texts_at_hand = not self._heard.notes
+
+    def _is_quick(self, run: Run) -> bool:
+        """Whether texts are read at their places. Where the corpus is gone there is nothing to say of them; a path that
+        this user did not write is not looked for, and that is said.
+        """
+        source = run.manifest["source"]
+        if str(source.get("form")).endswith((".gz", ".zst")):
+            return False
+        recorded = source.get("corpus")
+        known = self._data or (recorded if is_own(run.manifest) else None)
+        return recorded is not None if known is None else Path(known).exists()
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))
