@@ -99,6 +99,11 @@ class SpanLayout(ABC):
             raise IndexError(f"span {span} of {self.spans}")
         return span * self.span_length, min((span + 1) * self.span_length, self.length)
 
+    def most_chunks(self) -> int:
+        """Chunks of a span, of the array that has most."""
+        length = min(self.span_length, self.length)
+        return max(-(-length // spec.chunk_rows) for spec in self.arrays())
+
     def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
         """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
         return chunk_keys(spec, *self.span_of(span))
