@@ -170,8 +170,9 @@ def _print_run(run: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
 
     storage = run.manifest["storage"]
+    saved = storage.get("save_steps", storage["span_steps"])
     facts = [
-        ("steps", f"{run.committed:,} of {run.steps:,} committed, {storage['span_steps']:,} at a time"),
+        ("steps", f"{run.committed:,} of {run.steps:,} committed, {saved:,} at a time"),
         ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch)"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
         ("rows", f"{run.rows:,}"),

@@ -118,6 +118,9 @@ def _head(frame: Any, width: int) -> Any:
     text.append(f"  {frame.steps:,} of {frame.planned:,} steps ({share:.0%})", style="not bold")
     if frame.finished:
         text.append("  finished", style="bold green")
+    elif frame.state == "stopped":
+        since = "" if frame.silent is None else f" since {duration(frame.silent)}"
+        text.append(f"  stopped: no writer{since}", style="bold yellow")
     else:
         text.append(f"  last commit {duration(frame.commit_age)} ago", style="not bold")
         if frame.seconds_left is not None:

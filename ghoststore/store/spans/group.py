@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -119,6 +119,11 @@ class Spanned(ABC, Generic[L]):
     def commit(self, span: int) -> Commit:
         """The record of a committed span."""
         return read_commit(self.path, span)
+
+    def commits(self) -> Iterator[Commit]:
+        """The record of each committed span, in order; CorruptError for one that is damaged."""
+        for span in self.spans:
+            yield self.commit(span)
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.

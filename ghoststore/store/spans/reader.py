@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.layout import ArraySpec, chunk_keys
+from ghoststore.store.spans.layout import ArraySpec
 
 CRC_BYTES = 4
 PIECE_BYTES = 1 << 19
@@ -68,7 +68,7 @@ def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator
             yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
 
 
-def _numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
+def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
     """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
     numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
     return numbers.reshape(-1, *spec.columns)[:count]
@@ -81,7 +81,7 @@ def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     buffer = np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8)
     (key,) = source.layout.chunk_keys(spec, span)
     read_chunk(source.path / key, buffer)
-    return _numbers(buffer, spec, stop - start)
+    return chunk_numbers(buffer, spec, stop - start)
 
 
 def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
@@ -115,41 +115,8 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
             if isinstance(item, BaseException):
                 raise item
             buffer, start, stop = item
-            yield Chunk(start, stop, _numbers(buffer, spec, stop - start))
+            yield Chunk(start, stop, chunk_numbers(buffer, spec, stop - start))
             free.put(buffer)
     finally:
         free.put(None)
         thread.join()
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Rows (or steps) ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
-
-    start: int
-    stop: int
-    data: dict[str, NDArray[Any]]
-
-
-def side_by_side(source: Spanned[Any], names: Sequence[str], spans: Sequence[int] | None = None) -> Iterator[Pieces]:
-    """Several numeric arrays over ``spans`` (default: every committed one), in order, in pieces whose rows (or steps)
-    are in one chunk of each. Every checksum is checked.
-
-    Memory: one chunk of each array, whatever the size of the part or run.
-    """
-    specs = [source.spec(name) for name in dict.fromkeys(names)]
-    buffers = {spec.name: np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8) for spec in specs}
-    for span in source.spans if spans is None else spans:
-        start, stop = source.layout.span_of(span)
-        held: dict[str, tuple[int, NDArray[Any]]] = {}
-        while start < stop:
-            for spec in specs:
-                first, data = held.get(spec.name, (start, ()))
-                if first + len(data) > start:
-                    continue
-                first = start - start % spec.chunk_rows
-                read_chunk(source.path / chunk_keys(spec, first, first + 1)[0], buffers[spec.name])
-                held[spec.name] = (first, _numbers(buffers[spec.name], spec, min(spec.chunk_rows, stop - first)))
-            end = min(first + len(data) for first, data in held.values())
-            yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
-            start = end
