@@ -83,8 +83,8 @@ class Saver:
         if self._layout.save_steps is None or not ranges:
             return
         self._say(merged([*self._skipped, *ranges]))
-        for span in list(self._journals):
-            self._commit_if_full(span)
+        for span in [span for span in self._journals if self._layout.span_of(span)[1] <= ranges[-1][1]]:
+            self._commit_if_full(span, passed=True)
 
     def _come(self, start: int, stop: int) -> None:
         """Steps that were given up have come after all, after a training began anew."""
@@ -96,11 +96,15 @@ class Saver:
             write_skipped(self._run, skipped)
         self._skipped = skipped
 
-    def _commit_if_full(self, span: int) -> None:
-        """Turn the journal of ``span`` into chunks and a record, once nothing more will come to it."""
+    def _commit_if_full(self, span: int, *, passed: bool = False) -> None:
+        """Turn the journal of ``span`` into chunks and a record, once nothing more will come to it: its last interval is
+        there, or it was ``passed``, and what lacks was given up.
+        """
         run, journal, steps = self._run, self._journals[span], self._layout.span_of(span)
         if journal.length + count(inside(self._skipped, steps)) < steps[1] - steps[0]:
             return
+        if not passed and not any(entry.stop == steps[1] for entry in journal.entries[-1:]):
+            return  # steps that were given up may be coming after all, one interval after the other
         arrays = {
             spec.name: np.full((steps[1] - steps[0], *spec.columns), spec.fill, dtype=spec.dtype)
             for spec in self._layout.arrays()
