@@ -222,6 +222,8 @@ class _Training:
                 stop = stop_after(done, stopping, self.config, self.ranks, self._checkpoint_interval)
                 if stop or done % self._checkpoint_interval == 0 or done == steps:
                     self._save(done, trainer, inputs.start.tokenizer, manifest)
+                if done == steps:  # a signal that came while the last checkpoint was written
+                    stop = self.ranks.highest(stopping.number)
                 if stop:
                     raise saved_at(self.output_dir / f"checkpoint-{done}", stop, done, steps, self.ranks)
         if seen.val is None and val is not None:  # it was finished before
