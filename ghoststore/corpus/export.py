@@ -73,7 +73,7 @@ def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> 
     form = form_wanted(out)
     with storage_errors(str(out)):
         if form == "dataset":
-            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(source, folder, order), "out")
+            create_whole(out, lambda folder: _save_dataset(source, folder, order))
             return
         with appearing(out) as temporary:
             if form == "parquet":

@@ -32,11 +32,11 @@ def at(call: str, path: str, when: str, number: int = 1) -> Fault:
 
 MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
     # The fault, the newest checkpoint then, and the committed steps, saved every 4; None: there is no run yet.
-    "tokens-written": (at("fsync", r"tokens/\.tokens-00000000\.npy", "before"), 0, None),
+    "tokens-written": (at("fsync", r"commits/\.00000000\.tokens-00000000\.npy", "before"), 0, None),
     "tokens-committed": (at("name", r"tokens/commits/00000000\.json$", "after"), 0, None),
     "run-named": (at("name", r"runs/run$", "after"), 0, 0),
-    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.tmp/model\.safetensors$", "before"), 0, 0),
-    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.tmp/training_state/optimizer", "after"), 0, 0),
+    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/model\.safetensors$", "before"), 0, 0),
+    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/training_state/optimizer", "after"), 0, 0),
     "checkpoint-unnamed": (at("name", r"out/checkpoint-3$", "before"), 0, 0),
     "checkpoint-named": (at("name", r"out/checkpoint-3$", "after"), 3, 0),
     "interval-unflushed": (at("fsync", r"journal/00000000\.log$", "before"), 3, 0),
@@ -44,7 +44,7 @@ MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
     "second-checkpoint-unnamed": (at("name", r"out/checkpoint-6$", "before"), 3, 4),
     "pending-checkpoint": (at("name", r"out/checkpoint-6$", "after"), 6, 4),
     "between-interval-and-checkpoint": (at("fsync", r"journal/00000000\.log$", "after", 4), 6, 8),
-    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.tmp$", "after"), 9, 8),
+    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.[^/]*tmp$", "after"), 9, 8),
     "last-interval-committed": (at("fsync", r"journal/00000000\.log$", "after", 6), 9, 12),
     "a-chunk": (at("name", r"run/score/c/0/0/0$", "before"), 9, 12),
     "record-unnamed": (at("name", r"run/commits/00000000\.json$", "before"), 9, 12),
