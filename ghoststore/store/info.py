@@ -21,6 +21,7 @@ from ghoststore.store.store import Store
 STEPS_AT_ONCE = 65_536
 """Of a run's losses, read from the end."""
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartInfo:
     """One part, from its manifest and its commit records."""

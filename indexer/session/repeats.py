@@ -14,6 +14,7 @@ from ghoststore.store.run.ranges import inside
 from ghoststore.store.run.run import Run
 from indexer.session.ranks import Ranks
 
+NOTHING: NDArray[Any] = np.zeros(0)
 SAME = 0.1
 """Relative difference up to which scores of a repeated step are the same: devices may add in another order."""
 
@@ -59,7 +60,7 @@ class Repeats:
         """(B,): the first rank's values of a step; None where it is not committed, and on other ranks."""
         if self._run is None:
             return None
-        first, values = self._read.get(array, (0, ()))
+        first, values = self._read.get(array, (0, NOTHING))
         if not first <= step < first + len(values):
             # Steps of one chunk, of which whole ones are read anyway, that are committed together.
             size = self._run.spec(array).chunk_rows

@@ -49,8 +49,8 @@ class RunPlan:
         return create_run(path, manifest, self.rows.table()), new
 
     def _in_words_of(self, stored: Manifest) -> Manifest:
-        """The manifest, in the spans of ``stored``, and with the configuration as it has it if a release of transformers
-        that knew other fields wrote the same there.
+        """The manifest, in the spans of ``stored``, and with the configuration as it has it if a release of
+        transformers that knew other fields wrote the same there.
         """
         manifest = {**self.manifest, "storage": self.layout.in_spans_of(stored["storage"]).to_json()}
         if self.config is None:

@@ -28,8 +28,8 @@ def training_layout(
     ranks: int,
     stored: Mapping[str, Any] | None,
 ) -> RunLayout:
-    """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says from
-    which training goes on.
+    """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says
+    from which training goes on.
     """
     optimization, scoring = config.optimization, config.scoring
     groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()

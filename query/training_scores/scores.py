@@ -20,13 +20,13 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ScoresOptions
 from ghoststore.store import Run, Store
-from ghoststore.store.run.ranges import count, inside
+from ghoststore.store.run.ranges import Steps, inside
+from ghoststore.store.run.ranges import count as steps_in
 from query.common.texts import texts_of
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
     Places,
     ScoreColumn,
-    Steps,
     choose_column,
     gaps_of,
     stream_steps,
@@ -125,7 +125,7 @@ def _read(
 ) -> None:
     """One pass over the steps of ``window``, into ``sums`` and ``history``."""
     ranges = inside(run.ranges, window)
-    with closing(progress.task("reading scores", count(ranges), unit="steps")) as task:
+    with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
         for piece in stream_steps(run, column, ranges, loss=history is not None):
             counts = sums.add(piece.places, units.of(piece.places.row))
             if history is not None:
@@ -228,7 +228,7 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
     ranges = inside(run.ranges, window)
     tally = sums.tally
     return ScoreSummary(
-        steps=count(ranges),
+        steps=steps_in(ranges),
         first=ranges[0][0],
         last=ranges[-1][1] - 1,
         planned=run.layout.steps,

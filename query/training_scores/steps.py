@@ -19,7 +19,6 @@ from ghoststore.store.run.ranges import Steps, inside, without
 from ghoststore.store.run.run import Run
 
 
-
 @dataclass(frozen=True, slots=True)
 class ScoreColumn:
     """Which score of a run is meant. Made by :func:`choose_column`."""

@@ -20,12 +20,12 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
 from ghoststore.store.base.writers import writers
-from ghoststore.store.run.ranges import count, merged, without
+from ghoststore.store.run.ranges import Steps, count, merged, without
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame, RunState
-from query.training_scores.steps import ScoreColumn, StepPiece, Steps, end_of, gaps_of, stream_steps
+from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
 from query.training_scores.sums import ScoreSums, Units, best
 
 STEPS_A_FRAME = 20_000

@@ -1,4 +1,4 @@
-"""Disks that refuse in the middle of a file, whoever writes it: Python, or a library in Rust, whose errors are no OSError.
+"""Disks that refuse in the middle of a file, whoever writes it: Python, or a library in Rust with errors of its own.
 
 A limit on the size of a process's files stands for the full disk: it needs no rights.
 """
@@ -61,7 +61,7 @@ def refused(lab: Lab, words: list[str], limit: int) -> str:
     ],
 )
 def test_a_file_that_does_not_fit(lab: Lab, command: str, limit: int, what: str, tmp_path: Path) -> None:
-    """Exit 6 and one sentence; what is committed is whole, nothing is left lying about, and the same command goes on."""
+    """Exit 6 and one sentence; what is committed is whole, nothing lies about, and the same command goes on."""
     words = words_of(lab, command, tmp_path)
     assert what in refused(lab, words, limit)
     assert [path for path in tmp_path.rglob("*.tmp") if path.name.startswith(".")] == []

@@ -1,5 +1,5 @@
-"""A run that is killed, or whose disk refuses, at any write of its journal, and where the journal becomes chunks: at most
-the last save interval is lost, and a second writer ends with the same bytes.
+"""A run that is killed, or whose disk refuses, at any write of its journal, and where the journal becomes chunks: at
+most the last save interval is lost, and a second writer ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -121,8 +121,8 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def _number_of(error: Exception) -> int | None:
-    """The operating system's number of an error; libraries that are written in Rust (safetensors, tokenizers) have it in
-    their words alone.
+    """The operating system's number of an error; libraries that are written in Rust (safetensors, tokenizers) have it
+    in their words alone.
     """
     if isinstance(error, OSError):
         return error.errno

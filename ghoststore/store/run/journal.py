@@ -40,8 +40,8 @@ SKIPPED = "skipped.json"
 LARGEST_SKIPPED = 16 << 20
 MAGIC = b"gs-steps"
 HEADER = struct.Struct("<8s7q32sI")
-"""MAGIC; first step, one past the last, bytes of the entry, tokens, and the samples that are scored, unscored, not finite;
-the trailer of the entry before; crc32c of all this."""
+"""MAGIC; first step, one past the last, bytes of the entry, tokens, and the samples that are scored, unscored, not
+finite; the trailer of the entry before; crc32c of all this."""
 STATUSES = ("scored", "unscored", "not_finite")
 TRAILER_BYTES = 32
 """SHA-256 of the header and the arrays."""
@@ -120,7 +120,7 @@ def first_link(run: Run, span: int) -> bytes:
 
 def entry_size(layout: RunLayout, steps: int) -> int:
     """Bytes of an entry of so many steps."""
-    arrays = sum(steps * spec.width * spec.dtype.itemsize + CRC_BYTES for spec in layout.arrays())
+    arrays = sum(steps * spec.width * int(spec.dtype.itemsize) + CRC_BYTES for spec in layout.arrays())
     return HEADER.size + arrays + TRAILER_BYTES
 
 
@@ -281,7 +281,7 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
         place = begin
         for numbers in (np.frombuffer(header, np.uint8), *(_bytes(arrays[s.name], s) for s in run.layout.arrays())):
             crc = google_crc32c.value(numbers).to_bytes(CRC_BYTES, "little")  # takes arrays, and no memoryview
-            for data in (memoryview(numbers), memoryview(crc)):
+            for data in (numbers.data, memoryview(crc)):
                 digest.update(data)
                 place = _write(handle, data, place)
         os.fsync(handle)

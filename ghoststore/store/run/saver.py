@@ -97,8 +97,8 @@ class Saver:
         self._skipped = skipped
 
     def _commit_if_full(self, span: int, *, passed: bool = False) -> None:
-        """Turn the journal of ``span`` into chunks and a record, once nothing more will come to it: its last interval is
-        there, or it was ``passed``, and what lacks was given up.
+        """Turn the journal of ``span`` into chunks and a record, once nothing more will come to it: its last interval
+        is there, or it was ``passed``, and what lacks was given up.
         """
         run, journal, steps = self._run, self._journals[span], self._layout.span_of(span)
         if journal.length + count(inside(self._skipped, steps)) < steps[1] - steps[0]:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ghoststore.errors import UsageError
-from ghoststore.store.run.ranges import Steps
 from ghoststore.store.run.saver import Saver
 from ghoststore.store.spans.layout import ArraySpec
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
@@ -26,10 +25,10 @@ PLACES = ("score", "loss", "group_score", "block_score", "vector")
 class RunWriter:
     """The one writer of a run: ``with RunWriter(run) as writer: writer.append(step, values)``.
 
-    It holds the run against other writers of this machine (BusyError) and removes what a writer that died had not
-    finished. Steps of a save interval are kept in memory until its last one is appended; then a thread commits it, while
-    at most one more waits. Leaving the block waits for the intervals that are full; steps of one that is not full are
-    in :meth:`pending` alone, for a training checkpoint.
+    It holds the run against other writers (BusyError) and removes what a writer that died had not finished. Steps of a
+    save interval are kept in memory until its last one is appended; then a thread commits it, while at most one more
+    waits. Leaving the block waits for the intervals that are full; steps of one that is not full are in :meth:`pending`
+    alone, for a training checkpoint.
 
     Errors of the thread (StorageError, BusyError, CorruptError) are raised by the next call or at the end of the block;
     nothing is written after one.
@@ -131,8 +130,8 @@ class RunWriter:
     def skip_to(self, step: int) -> None:
         """Say that no step before ``step`` will come, though some are not committed; it is appended next.
 
-        For a training run that goes on without what its store has lost. Save intervals that end before ``step`` stay
-        uncommitted: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own interval before
+        For a training run that goes on without what its store has lost. Save intervals that end before ``step`` are
+        given up: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own interval before
         it are written without samples. UsageError if ``step`` is not ahead.
         """
         if self._gathered is not None or not self._next <= step < self._layout.steps:
@@ -159,10 +158,8 @@ class RunWriter:
 
     def _give_up(self, until: int) -> None:
         """Say that the save intervals before ``until`` that are not done will not come."""
-        lost: list[Steps] = []
-        for interval in range(self._next // self._layout.interval, until):
-            if not self._is_done(interval):
-                lost.append(self._layout.interval_of(interval))
+        intervals = range(self._next // self._layout.interval, until)
+        lost = [self._layout.interval_of(interval) for interval in intervals if not self._is_done(interval)]
         self._background.wait()  # the saver belongs to the thread while that works
         self._saver.skip(lost)
 

@@ -186,7 +186,15 @@ def test_the_command(lab: Lab, tmp_path: Path) -> None:
     append(run, 0, 9)
     once = lab.run("watch", "--store", store, "--run", "run", "--once")
     assert (once.code, once.err) == (0, "")
-    for text in ("5 of 23 steps (22%)", "stopped: no writer since", "loss", "learning rate", "earth", "best so far", "s0"):
+    for text in (
+        "5 of 23 steps (22%)",
+        "stopped: no writer since",
+        "loss",
+        "learning rate",
+        "earth",
+        "best so far",
+        "s0",
+    ):
         assert text in once.out
     document = lab.run("watch", "--store", store, "--once", "--json").json
     assert document["commit_age"] >= 0
