@@ -33,6 +33,12 @@ COMMANDS = {
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",
     "verify": "check every byte that was committed",
+    "repair": "make again what is damaged, and nothing else",
+    "gc": "remove what no record names",
+    "rm": "remove a part or a training run",
+    "mv": "give a part or a training run another name",
+    "cp": "a checked copy of a part or a training run, also to another store",
+    "export": "the vectors of a part to safetensors, npy or parquet",
     "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",
 }

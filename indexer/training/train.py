@@ -26,6 +26,7 @@ from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
 from indexer.dotprod import GradDotProdEngine
@@ -139,6 +140,7 @@ class _Training:
         """All of it."""
         begun = time.perf_counter()
         self._refuse_usage()
+        self.ranks.led(self._refuse_unwritable)
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
             return self._run(start, trackers, begun)
@@ -324,9 +326,15 @@ class _Training:
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise UsageError(f"`output_dir={self.output_dir}` is a file; give a folder")
 
+    def _refuse_unwritable(self) -> None:
+        """StorageError for folders that must be written and cannot be."""
+        check_writable(self.output_dir)
+        if self.store is not None and self.config.on_store_error == "stop":
+            check_writable(Path(self.store))
+
     @contextmanager
     def _output_dir(self) -> Iterator[None]:
-        """Make the output folder and hold it against other trainings of this machine, on the rank that leads."""
+        """Make the output folder and hold it against other trainings, on the rank that leads."""
         with ExitStack() as stack:
 
             def hold() -> None:

@@ -26,9 +26,9 @@ from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
 from ghoststore.store.base.records import FileRecord, read_record, write_record
 from ghoststore.store.base.writers import unfinished
+from ghoststore.store.part.caches import SECOND_MOMENT as FOLDER
 
 FORMAT = 1
-FOLDER = "second_moment"
 
 
 class PartCache:

@@ -49,15 +49,8 @@ MOMENTS: dict[str, tuple[Fault, int | None]] = {
     "intent-stands": (at("unlink", r"commits/\.00000003\.intent$", "before"), 4),
     "intent-gone": (at("unlink", r"commits/\.00000003\.intent$", "after"), 4),
 }
-DECIDED = {
-    "first-chunk",
-    "decided",
-    "between-chunks",
-    "moved",
-    "folder-unflushed",
-    "record-unwritten",
-    "record-unnamed",
-}
+MOVING = {"first-chunk", "between-chunks", "moved", "folder-unflushed"}
+DECIDED = {"decided", *MOVING, "record-unwritten", "record-unnamed"}
 """Moments at which a span has an intent and no record: whoever writes next commits it, and does not compute it."""
 EACH_MOMENT = pytest.mark.parametrize("moment", MOMENTS)
 

@@ -351,12 +351,13 @@ def test_a_record_that_is_lost_is_named(tmp_path: Path) -> None:
     store = tmp_path / "store"
     train(store, layout=JOURNALED)
     (store / "runs/run/commits/00000000.json").unlink()
-    assert journal_damage(run_of(store)) == [("commits/00000000.json", "steps 0 to 15 are missing")]
+    path = store / "runs/run"
+    assert journal_damage(Run(path)) == [("commits/00000000.json", "steps 0 to 15 are missing")]
     skipped = store / "runs/run/journal/skipped.json"
     skipped.write_text('{"steps": [[0, 15]]}')  # without its checksum
-    assert [file for file, _ in journal_damage(run_of(store))] == ["journal/skipped.json"]
+    assert [file for file, _ in journal_damage(Run(path))] == ["journal/skipped.json"]
     with pytest.raises(CorruptError, match=r"skipped\.json"):
-        run_of(store).read_committed("score")
+        Run(path).read_committed("score")
 
 
 # How many files.
@@ -411,3 +412,68 @@ def test_a_long_run_leaves_few_files(tmp_path: Path) -> None:
             writer.append(step, {"sample": sample, "score": score + step, "learning_rate": 0.5})
     assert footprint(run.path)[0] == before + len(layout.arrays()) + 1
     assert run_of(store).read("score", 12_345, 12_346)[0, 0, 0] == np.float32(score[0, 0] + 12_345)
+
+
+# What is done to a whole run.
+
+
+def harmed(half: Path) -> Path:
+    """Its first save interval is damaged, and one more came."""
+    train(half, layout=JOURNALED, start=10, stop=20)
+    (half / "runs/run/commits/00000000.json").unlink()
+    shutil.rmtree(half / "runs/run")
+    train(half, layout=replace(JOURNALED, span_steps=20), stop=15)
+    data = bytearray(journal(half).read_bytes())
+    data[HEADER.size + 7] ^= 1
+    journal(half).write_bytes(data)
+    return journal(half)
+
+
+def test_verify_and_repair(half: Path) -> None:
+    """Named by `verify`, with what mends it; `repair` takes out what is damaged alone, and training goes on."""
+    harmed(half)
+    report = ghoststore.verify(half)
+    assert [(one.file, one.problem) for one in report.damage] == [
+        ("journal/00000000.log", "steps 0 to 5 are not what was written")
+    ]
+    assert report.unknown == []
+    repaired = ghoststore.repair(store=half)
+    assert [one.file for one in repaired.unmended] == ["journal/00000000.log"]
+    assert "`drop_damaged`" in repaired.unmended[0].why
+    repaired = ghoststore.repair(store=half, drop_damaged=True)
+    assert (len(repaired.mended), repaired.unmended) == (1, [])
+    assert ghoststore.verify(half).sound
+    run = run_of(half)
+    assert (run.ranges, run.skipped) == ([(5, 15)], [(0, 5)])
+    np.testing.assert_array_equal(run.read_committed("score"), expected("score", list(range(5, 15))))
+    train(half, layout=replace(JOURNALED, span_steps=20))
+    assert run_of(half).complete
+    assert ghoststore.verify(half).sound
+
+
+def test_repair_where_nobody_says_what_was_given_up(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    train(store, layout=JOURNALED)
+    shutil.rmtree(store / "runs/run/journal")
+    assert not ghoststore.verify(store).sound
+    assert ghoststore.repair(store=store).unmended == []
+    assert ghoststore.verify(store).sound
+    (store / "runs/run/journal/skipped.json").write_text("[]")
+    assert [one.file for one in ghoststore.verify(store).damage] == ["journal/skipped.json"]
+    assert ghoststore.repair(store=store, drop_damaged=True).unmended == []
+    assert steps_of(run_of(store)) == STEPS
+
+
+def test_a_copy_and_what_is_cleared_away(half: Path, tmp_path: Path) -> None:
+    copied = ghoststore.copy(store=half, run="run", to_store=tmp_path / "copy")
+    assert not copied.complete
+    assert steps_of(run_of(tmp_path / "copy")) == list(range(10))
+    assert ghoststore.verify(tmp_path / "copy").sound
+    data = journal(half).read_bytes()
+    train(tmp_path / "copy", layout=JOURNALED, start=10)
+    journal(tmp_path / "copy").write_bytes(data)
+    assert [one.file for one in ghoststore.verify(tmp_path / "copy").leftovers] == ["journal/00000000.log"]
+    assert [one.file for one in ghoststore.gc(store=tmp_path / "copy").removed] == ["journal/00000000.log"]
+    harmed(half)
+    with pytest.raises(CorruptError, match="steps 0 to 5 are not what was written"):
+        ghoststore.copy(store=half, run="run", to_store=tmp_path / "other")

@@ -13,6 +13,7 @@ import pytest
 
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store import RunWriter, Store
+from ghoststore.store.spans.withdrawn import withdraw
 from tests.support.runs import LAYOUT, expected, files, make, train, values
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def test_opening_reads_neither_rows_nor_arrays(run_store: Path) -> None:
 
 
 def test_a_gap_is_seen(run_store: Path) -> None:
-    """A record that is gone takes its span along; appending begins there, and what comes after it stays."""
-    (run_store / "runs/run/commits/00000001.json").unlink()
+    """Where a span was taken out: appending begins there, and what comes after it stays."""
+    withdraw(Store.open(run_store).run(), 1)
     run = Store.open(run_store).run()
     left = [*range(5), *range(10, 23)]
     assert (run.steps, run.complete, run.committed_steps().tolist()) == (18, False, left)

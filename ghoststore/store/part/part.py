@@ -110,6 +110,13 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
     return np.asarray(zarr.open_array(part.path / name, mode="r")[...])
 
 
+def create_fixed(group: zarr.Group, name: str, like: NDArray[Any]) -> zarr.Array[Any]:
+    """An array in one chunk, for the shape and dtype of ``like``, without numbers yet."""
+    return group.create_array(
+        name, shape=like.shape, chunks=like.shape, dtype=like.dtype, compressors=[Crc32cCodec()], fill_value=0
+    )
+
+
 def create_part(
     path: Path, manifest: Manifest, spans: NDArray[np.int64], fixed: Mapping[str, NDArray[Any]] | None = None
 ) -> Part:
@@ -122,15 +129,7 @@ def create_part(
 
     def fill(group: zarr.Group) -> None:
         for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
-            array = group.create_array(
-                name,
-                shape=values.shape,
-                chunks=values.shape,
-                dtype=values.dtype,
-                compressors=[Crc32cCodec()],
-                fill_value=0,
-            )
-            array[...] = values
+            create_fixed(group, name, values)[...] = values
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 

@@ -257,6 +257,13 @@ def read_arrays(
     return arrays
 
 
+def entries_of(journal: Journal) -> Iterator[bytes]:
+    """The bytes of each entry, as they are. FileNotFoundError if the journal is gone."""
+    with opened(journal.path) as handle:
+        for entry in journal.entries:
+            yield _read(handle, entry.size, entry.place)
+
+
 def _read(handle: int, size: int, place: int) -> bytes:
     """``size`` bytes, or what there is: the system may give less at a time."""
     data = os.pread(handle, size, place)
@@ -353,7 +360,12 @@ def read_skipped(run: Run) -> list[Steps]:
 
 def write_skipped(run: Run, skipped: Sequence[Steps]) -> None:
     """Say which steps will not come, in place of what was said before."""
-    write_record(run.path / FOLDER / SKIPPED, {"steps": [list(steps) for steps in skipped]})
+    write_skipped_in(run.path, skipped)
+
+
+def write_skipped_in(folder: Path, skipped: Sequence[Steps]) -> None:
+    """The same, of the run in ``folder``."""
+    write_record(folder / FOLDER / SKIPPED, {"steps": [list(steps) for steps in skipped]})
 
 
 # Checking.
@@ -381,16 +393,20 @@ def problems_of(journal: Journal) -> list[str]:
     problems = []
     try:
         with opened(journal.path) as handle:
-            for entry in journal.entries:
-                data = _read(handle, entry.size, entry.place)
-                if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != entry.digest:
-                    problems.append(f"steps {entry.start} to {entry.stop} are not what was written")
+            damaged = [entry for entry in journal.entries if not intact(handle, entry)]
+            problems += [f"steps {entry.start} to {entry.stop} are not what was written" for entry in damaged]
     except FileNotFoundError:
         return []
     except OSError as error:
         if journal.problem is None:
             problems.append(f"it cannot be read: {error}")
     return problems if journal.problem is None else [*problems, journal.problem]
+
+
+def intact(handle: int, entry: Entry) -> bool:
+    """Whether an entry is, whole, what was written."""
+    data = _read(handle, entry.size, entry.place)
+    return hashlib.sha256(data[:-TRAILER_BYTES]).digest() == entry.digest
 
 
 def _holes(run: Run) -> Iterator[tuple[str, int, int]]:

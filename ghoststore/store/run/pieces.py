@@ -13,8 +13,8 @@ from ghoststore.errors import CorruptError
 from ghoststore.store.run.journal import Journal, opened, read_arrays
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.spans.commits import commit_path
-from ghoststore.store.spans.layout import ArraySpec, chunk_keys
-from ghoststore.store.spans.reader import CRC_BYTES, chunk_numbers, read_chunk
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, chunk_keys
+from ghoststore.store.spans.reader import chunk_numbers, read_chunk
 
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.spans.group import create_array, gather
-from ghoststore.store.spans.layout import ArraySpec, chunk_keys
-from ghoststore.store.spans.reader import CRC_BYTES
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, chunk_keys
 
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run

@@ -17,9 +17,10 @@ from zarr.codecs import Crc32cCodec
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.manifest import Kind, Manifest, attributes_of, manifest_of
-from ghoststore.store.base.records import check_file, digests, json_digest, read_bounded, reading
-from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
+from ghoststore.store.base.records import MISSING, check_file, digests, json_digest, read_bounded, reading
+from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.layout import ArraySpec, SpanLayout
+from ghoststore.store.spans.soundness import exact_commit
 
 LARGEST_METADATA = 64 << 20
 MOST_SPANS = 100_000_000
@@ -46,6 +47,17 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
         if what != "store" and folder.is_dir():
             raise CorruptError(f"{path} is missing") from None
         raise UsageError(f"there is no {what} at {folder}") from None
+
+
+def group_problem(folder: Path, attributes: dict[str, Any]) -> str | None:
+    """Why the group at ``folder`` is not one with these ``attributes``; None if it is. Raises nothing."""
+    try:
+        there = read_attributes(folder, "store")
+    except UsageError:
+        return MISSING
+    except CorruptError as error:
+        return str(error)
+    return None if there == attributes else f"its attributes are {there!r:.80}; {attributes} were written"
 
 
 class Spanned(ABC, Generic[L]):
@@ -117,8 +129,8 @@ class Spanned(ABC, Generic[L]):
         return repeated
 
     def commit(self, span: int) -> Commit:
-        """The record of a committed span."""
-        return read_commit(self.path, span)
+        """The record of a committed span; CorruptError if it is damaged, or names other files than the span has."""
+        return exact_commit(self.path, self.layout, span)
 
     def commits(self) -> Iterator[Commit]:
         """The record of each committed span, in order; CorruptError for one that is damaged."""

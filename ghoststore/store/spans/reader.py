@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.layout import ArraySpec
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec
 
-CRC_BYTES = 4
 PIECE_BYTES = 1 << 19
 READ_AHEAD = 2
 """Chunks in memory beside the one in use."""
