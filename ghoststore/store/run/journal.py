@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import flush
+from ghoststore.store.base.opening import open_regular
 from ghoststore.store.base.records import json_digest, read_record, write_record
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.ranges import Steps, merged, without
@@ -125,12 +125,17 @@ def entry_size(layout: RunLayout, steps: int) -> int:
 
 
 @contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A handle of a journal. FileNotFoundError if it is gone, CorruptError if it is no regular file."""
-    handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # a pipe must not make us wait for a writer
+def opened(path: Path) -> Iterator[int]:
+    """A handle to read a journal. FileNotFoundError if it is gone, CorruptError if it is no regular file."""
+    with open_regular(path, path.parent.parent) as file:
+        yield file.fileno()
+
+
+@contextmanager
+def _writing(path: Path, flags: int = 0) -> Iterator[int]:
+    """A handle to write a journal. No link is followed, and no pipe waited for."""
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise CorruptError(f"{path} is not a regular file")
         yield handle
     finally:
         os.close(handle)
@@ -284,7 +289,7 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
     counts = (statuses[name] for name in STATUSES)
     header = HEADER.pack(MAGIC, start, stop, size, tokens, *counts, link, 0)[:-CRC_BYTES]
     digest = hashlib.sha256()
-    with opened(journal.path, os.O_WRONLY | os.O_CREAT) as handle:
+    with _writing(journal.path, os.O_CREAT) as handle:
         place = begin
         for numbers in (np.frombuffer(header, np.uint8), *(_bytes(arrays[s.name], s) for s in run.layout.arrays())):
             crc = google_crc32c.value(numbers).to_bytes(CRC_BYTES, "little")  # takes arrays, and no memoryview
@@ -325,7 +330,7 @@ def _write(handle: int, data: memoryview, place: int) -> int:
 
 def cut(journal: Journal) -> None:
     """Remove what a writer that died had begun behind the last entry."""
-    with opened(journal.path, os.O_WRONLY) as handle:
+    with _writing(journal.path) as handle:
         if os.fstat(handle).st_size > journal.end:
             os.ftruncate(handle, journal.end)
             os.fsync(handle)

@@ -14,7 +14,7 @@ from ghoststore.store.run.journal import Journal, opened, read_arrays
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, chunk_keys
-from ghoststore.store.spans.reader import chunk_numbers, read_chunk
+from ghoststore.store.spans.reader import NOTHING, chunk_numbers, read_chunk
 
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
@@ -53,7 +53,7 @@ def side_by_side(run: Run, names: Sequence[str], ranges: Sequence[Steps]) -> Ite
 def _of_chunks(run: Run, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
     """Steps of one committed span."""
     start, stop = steps
-    buffers = {spec.name: np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8) for spec in specs}
+    buffers = {spec.name: NOTHING for spec in specs}  # made when a chunk has shown its size
     held: dict[str, tuple[int, NDArray[Any]]] = {}
     most = _steps_of_a_piece(specs)
     while start < stop:
@@ -62,8 +62,10 @@ def _of_chunks(run: Run, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[P
             if first + len(data) > start:
                 continue
             first = start - start % spec.chunk_rows
-            read_chunk(run.path / chunk_keys(spec, first, first + 1)[0], buffers[spec.name])
-            held[spec.name] = (first, chunk_numbers(buffers[spec.name], spec, min(spec.chunk_rows, stop - first)))
+            path = run.path / chunk_keys(spec, first, first + 1)[0]
+            buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffers[spec.name], run.path)
+            buffers[spec.name] = buffer
+            held[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, stop - first)))
         end = min(start + most, *(first + len(data) for first, data in held.values()))
         yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
         start = end

@@ -104,6 +104,7 @@ class Run(Spanned[RunLayout]):
         """Look again what is committed; ranges of the steps that were not before, in order."""
         before = self.ranges
         self.spans = self._committed()
+        self._borne_out = False
         return without(self.ranges, before)
 
     def commits(self) -> Iterator[Commit]:
@@ -135,6 +136,7 @@ class Run(Spanned[RunLayout]):
     def committed_steps(self, spans: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Numbers, from 0, of the committed steps, or of those of ``spans``, in their order."""
         chosen = self._of_spans(spans)
+        self.bear_out(self._recorded(chosen))
         return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in chosen)]).astype(np.int64)
 
     def read_committed(self, array: str, spans: Sequence[int] | None = None) -> NDArray[Any]:
@@ -165,9 +167,16 @@ class Run(Spanned[RunLayout]):
             raise UsageError(f"spans {absent[:5]} of run {self.name!r} are not committed")
         return [steps for ranges in inside_each for steps in ranges]
 
+    def _recorded(self, ranges: Sequence[Steps]) -> list[int]:
+        """The spans with a record that ``ranges`` lie in."""
+        length = self.layout.span_steps
+        spans = {span for start, stop in ranges for span in range(start // length, -(-stop // length))}
+        return sorted(spans.intersection(self.spans))
+
     def _together(self, array: str, ranges: Sequence[Steps]) -> NDArray[Any]:
         """One array over ``ranges``, end to end."""
         spec = self.spec(array)
+        self.check_sizes(spec, self._recorded(ranges))
         numbers = np.empty((count(ranges), *spec.columns), dtype=spec.dtype)
         place = 0
         for piece in side_by_side(self, [array], ranges):
