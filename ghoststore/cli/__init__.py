@@ -1,17 +1,21 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted, 143
+terminated.
 """
 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from typing import Any
 
 import click
 
 from ghoststore.errors import GhostStoreError
+from ghoststore.interrupts import Interrupted, terminating, word
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
@@ -41,8 +45,27 @@ COMMANDS = {
 """Command to its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""
 
 
+STARTS_OVER = "Nothing is left half-written; run again, it starts over."
+RESUMES = "What was committed is intact: the same command resumes."
+LEFT = {
+    **dict.fromkeys(("tokenize", "train", "build", "full-gradients", "evaluate"), RESUMES),
+    "watch": "",
+}
+"""What Ctrl-C and SIGTERM leave of a command, where it does not say so itself and does not start over."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used: ``--help`` stays fast."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            message = error.message if isinstance(error, Interrupted) else None
+            if message is None:
+                message = f"{word(number)}. {LEFT.get(str(ctx.invoked_subcommand), STARTS_OVER)}".strip()
+            raise Interrupted(number, message) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -73,10 +96,21 @@ def cli() -> None:
     """A vector store of gradients: which of my training samples make the model better at this?"""
 
 
+def _interrupted(error: BaseException) -> int:
+    """Say what a signal left; the exit status."""
+    cause = error if isinstance(error, Interrupted) else error.__cause__
+    ended = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
+    message = f"{word(ended.number)}." if ended.message is None else ended.message
+    if message:
+        click.echo(message, err=True)
+    return ended.exit_code
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: what the ``ghoststore`` script calls."""
     try:
-        code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
+        with terminating():
+            code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
     except GhostStoreError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
@@ -86,7 +120,6 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was committed is intact: the same command resumes.", err=True)
-        code = 130
+    except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
+        code = _interrupted(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -18,6 +18,8 @@ from ghoststore.store.base.names import is_name
 from ghoststore.store.base.writers import left_behind, living
 from ghoststore.store.part.caches import cache_damage
 from ghoststore.store.part.part import Part
+from ghoststore.store.run.journal import journal_damage
+from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import read_commit
 from ghoststore.store.spans.group import Spanned, group_problem
 from ghoststore.store.spans.soundness import LOST, lost_spans, record_name, record_problem
@@ -166,7 +168,18 @@ class Examination:
                 self._note(owner, name, problem)
             for span in lost_spans(source):
                 self._note(owner, record_name(span), LOST)
+            if isinstance(source, Run):
+                self._look_at_journals(source, owner)
             self._count(owner, source, {name for name, _, _ in caches})
+
+    def _look_at_journals(self, run: Run, owner: Owner) -> None:
+        """Steps of spans that are not full yet, and those that are missing."""
+        known = {damage.file for damage in self._damage if damage.run == run.name}
+        for journal in run.journals.values():
+            self._files, self._bytes = self._files + 1, self._bytes + journal.end
+        for file, problem in journal_damage(run):
+            if file not in known or not problem.endswith("are missing"):  # a lost record is named already
+                self._note(owner, file, problem)
 
     def _open(self, owner: Owner) -> Spanned[Any]:
         part = "part" in owner

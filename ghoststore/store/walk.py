@@ -13,11 +13,13 @@ from ghoststore.store.part.caches import FOLDERS, SECOND_MOMENT, cache_groups
 from ghoststore.store.part.indexes import FOLDER as INDEX
 from ghoststore.store.part.indexes import is_index_file
 from ghoststore.store.part.part import Part
+from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.soundness import intents
 
 Kind = Literal["data", "leftover", "unknown"]
 _RECORD = re.compile(r"commits/[0-9]{8}\.json")
+_JOURNAL = re.compile(r"journal/(?:([0-9]{8})\.log|skipped\.json)")
 _CHUNK = re.compile(r"([^/]+)/c/([0-9]{1,12})((?:/0)*)")
 _MOMENT = re.compile(rf"{SECOND_MOMENT}/.*-[0-9a-f]{{16}}\.(safetensors|npy)")
 
@@ -73,6 +75,9 @@ class Census:
             return "leftover"
         if name == "zarr.json" or name in self._source.files or name in self._caches or _RECORD.fullmatch(name):
             return "data"
+        if isinstance(self._source, Run) and (match := _JOURNAL.fullmatch(name)):
+            # Of a span that is committed it is what its writer had no time to remove.
+            return "leftover" if match[1] and int(match[1]) in self._spans else "data"
         if match := _CHUNK.fullmatch(name):
             return self._chunk(name, match[1], int(match[2]))
         if name.partition("/")[0] in FOLDERS and isinstance(self._source, Part):

@@ -36,6 +36,7 @@ from ghoststore.store.manage.mend import (
     restore_records,
 )
 from ghoststore.store.part.part import SPAN_TABLE, create_fixed
+from ghoststore.store.run.dropping import drop_damaged_steps
 from ghoststore.store.spans.commits import Commit, commit_path, read_commit
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.soundness import record_name
@@ -195,6 +196,12 @@ class _Repair:
                 )
             )
         self._restore_records(run, spans, None)
+        for name in damaged:
+            if name.startswith("journal/"):
+                self._why[name] = (
+                    f"steps of run {run.name!r} cannot be computed again; `drop_damaged` takes those that are damaged "
+                    "out, so that the others open"
+                )
         if self._options.drop_damaged:
             for span in sorted(damaged_spans(run, [damage.file for damage in self._damage()])):
                 with storage_errors(str(run.path)):
@@ -204,6 +211,12 @@ class _Repair:
                     Mended(
                         file=record_name(span), how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner
                     )
+                )
+            with storage_errors(str(run.path)):
+                lost = drop_damaged_steps(Run(run.path))
+            for file, (start, stop) in lost:
+                self.mended.append(
+                    Mended(file=file, how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner)
                 )
         for name in damaged:
             if name in run.files and not name.endswith("zarr.json"):

@@ -48,17 +48,23 @@ class RunPlan:
         """
         path = Store.create(self.store).run_path(check_name(self.name))
         new = not path.exists()
-        if not new:
-            refuse_damaged(Run(path))
-        manifest = self.manifest if new or self.config is None else self._in_words_of(Run(path).manifest)
+        if new:
+            manifest = self.manifest
+        else:
+            stored = Run(path)
+            refuse_damaged(stored)
+            manifest = self._in_words_of(stored.manifest)
         return create_run(path, manifest, self.rows.table()), new
 
     def _in_words_of(self, stored: Manifest) -> Manifest:
-        """The manifest, with the configuration as ``stored`` has it if a release of transformers that knew other fields
-        wrote the same there.
+        """The manifest, in the spans of ``stored``, and with the configuration as it has it if a release of
+        transformers that knew other fields wrote the same there.
         """
+        manifest = {**self.manifest, "storage": self.layout.in_spans_of(stored["storage"]).to_json()}
+        if self.config is None:
+            return manifest
         config = agreed_config(stored["model"].get("config"), self.config, training=True)
-        return {**self.manifest, "model": {**self.manifest["model"], "config": config}}
+        return {**manifest, "model": {**manifest["model"], "config": config}}
 
 
 def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str) -> Manifest:

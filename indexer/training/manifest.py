@@ -24,19 +24,28 @@ IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "stora
 """Sections that a checkpoint must agree with."""
 
 
-def training_layout(config: TrainConfig, inputs: Inputs, engine: GradDotProdEngine | None, ranks: int) -> RunLayout:
-    """The arrays of the run. ``engine`` is None where samples are not scored."""
+def training_layout(
+    config: TrainConfig,
+    inputs: Inputs,
+    engine: GradDotProdEngine | None,
+    ranks: int,
+    stored: Mapping[str, Any] | None,
+) -> RunLayout:
+    """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says
+    from which training goes on.
+    """
     optimization, scoring = config.optimization, config.scoring
     groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()
-    return RunLayout(
+    layout = RunLayout.saving(
+        config.dot_prod_save_interval,
         steps=inputs.steps,
         ranks=ranks,
         batch=optimization.batch_size * optimization.gradient_accumulation_steps,
-        span_steps=config.dot_prod_save_interval,
         rows=len(inputs.rows),
         groups=tuple(groups),
         blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
     )
+    return layout if stored is None else layout.in_spans_of(stored["storage"])
 
 
 def training_manifest(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ghoststore.checkpoint.load import quiet_transformers
-from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
+from ghoststore.errors import CorruptError, DivergedError, MismatchError, UsageError
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, remove, storage_errors
 from ghoststore.store.base.manifest import difference_lines, differences
@@ -96,14 +96,11 @@ def save_state(
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
         state = begun / STATE
         state.mkdir()
-        try:
-            with quiet_transformers():
-                model.save_pretrained(begun)
-            tokenizer.save_pretrained(begun)
-            save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-            save_file(tensors, state / "pending.safetensors")
-        except SafetensorError as error:  # it hides the operating system's own
-            raise StorageError(f"cannot write {path}: {error}. Checkpoints before it are intact") from error
+        with quiet_transformers():
+            model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
+        save_file(tensors, state / "pending.safetensors")
         files = [*begun.glob("*.safetensors*"), begun / "config.json", *state.iterdir()]
         value["files"] = {str(file.relative_to(begun)): FileRecord.of(file).to_json() for file in sorted(files)}
         (state / "state.json").write_bytes(seal(value, CHECKSUM))

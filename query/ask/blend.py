@@ -21,9 +21,10 @@ from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
 from ghoststore.store.base.own import source_path
+from ghoststore.store.run.ranges import inside
 from ghoststore.tokens.shards import TokenShards
 from query.search.search import Ranking
-from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
 
 DEFAULT_WEIGHT = 0.5
@@ -126,7 +127,7 @@ def values_of_rows(
     units = Units(run, joined_by)
     sums = ScoreSums(len(units))
     with closing(progress.task("reading scores", run.steps, unit="steps")) as task:
-        for piece in stream_steps(run, choose_column(run, group), spans_of(run, window), window):
+        for piece in stream_steps(run, choose_column(run, group), inside(run.ranges, window)):
             sums.add(piece.places, units.of(piece.places.row))
             task.advance(piece.stop - piece.start)
     part.refuse_hollow()

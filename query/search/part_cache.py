@@ -124,9 +124,6 @@ class PartCache:
             publish_group(self.folder, {})
             try:
                 write(path)
-            except SafetensorError as error:  # it hides the operating system's own
-                path.unlink(missing_ok=True)
-                raise OSError(0, str(error)) from error
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

@@ -20,15 +20,15 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ScoresOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.run.ranges import Steps, inside
+from ghoststore.store.run.ranges import count as steps_in
 from query.common.texts import texts_of
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
     Places,
     ScoreColumn,
-    Steps,
     choose_column,
     gaps_of,
-    spans_of,
     stream_steps,
     window_of,
 )
@@ -124,9 +124,9 @@ def _read(
     progress: Progress,
 ) -> None:
     """One pass over the steps of ``window``, into ``sums`` and ``history``."""
-    spans = spans_of(run, window)
-    with closing(progress.task("reading scores", _steps_of(run, spans, window), unit="steps")) as task:
-        for piece in stream_steps(run, column, spans, window, loss=history is not None):
+    ranges = inside(run.ranges, window)
+    with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
+        for piece in stream_steps(run, column, ranges, loss=history is not None):
             counts = sums.add(piece.places, units.of(piece.places.row))
             if history is not None:
                 history.extend(piece.places, counts)
@@ -153,11 +153,6 @@ def _refuse_usage(options: ScoresOptions) -> None:
         given += ["`unit`"] * (options.unit != "sample")
         if given:
             raise UsageError(f"`sample` shows everything of one sample: it does not go with {given[0]}")
-
-
-def _steps_of(run: Run, spans: Sequence[int], window: Steps) -> int:
-    bounds = [run.layout.span_of(span) for span in spans]
-    return sum(min(stop, window[1]) - max(start, window[0]) for start, stop in bounds)
 
 
 def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
@@ -230,12 +225,12 @@ def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_ti
 
 
 def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSummary:
-    spans = spans_of(run, window)
+    ranges = inside(run.ranges, window)
     tally = sums.tally
     return ScoreSummary(
-        steps=_steps_of(run, spans, window),
-        first=max(run.layout.span_of(spans[0])[0], window[0]),
-        last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1,
+        steps=steps_in(ranges),
+        first=ranges[0][0],
+        last=ranges[-1][1] - 1,
         planned=run.layout.steps,
         gaps=gaps_of(run, window),
         rows=len(units),

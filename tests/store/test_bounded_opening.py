@@ -168,6 +168,7 @@ SECTIONS = [
     ("source", {}, "source.checkpoint"),
     ("compute", 7, "compute"),
     ("coverage", {"share": "all"}, "coverage.share"),
+    ("corpus", {"domains": None, "repeated_ids": {}}, "corpus.repeated_ids.ids"),
     ("software", [], "software"),
 ]
 
@@ -187,10 +188,10 @@ def test_a_section_is_refused_by_every_command(lab: Lab, store: Path) -> None:
 
 
 STORAGE: list[dict[str, Any]] = [
+    {"rows": 10**9},
     {"rows": 10**9, "span_rows": 10**9, "dimension": 1, "groups": [["a", 0, 1]], "chunk_rows": 31_250_000},
     {"rows": 10**9, "span_rows": 10**9, "chunk_rows": 1},
     {"rows": 10**9, "span_rows": 10**9, "chunk_rows": 100_000},
-    {"rows": 10**9},
     {"dimension": 10**12, "groups": [["a", 0, 10**12]]},
     {"dimension": 30_000_000, "groups": [["a", 0, 30_000_000]], "chunk_rows": 1, "span_rows": 6},
     {"dtype": "onebit", "dimension": 30_000_000, "groups": [["a", 0, 30_000_000]], "chunk_rows": 6},

@@ -46,14 +46,21 @@ class Kind:
     parameter: str = "name"
     """The parameter that names it."""
     entries: Mapping[str, Mapping[str, Types]] = field(default_factory=dict)
-    """By section: entries that it must have, and what each may be (of lists, names)."""
+    """By section: entries that it must have, and what each may be (of lists, names). ``a.b`` is one of the object ``a``,
+    where there is one.
+    """
 
 
 _NAMES: Types = (list,)
 _OPTIONAL_NAMES: Types = (list, NoneType)
 _OPTIONAL_TEXT: Types = (str, NoneType)
 _OPTIONAL_NUMBER: Types = (int, float, NoneType)
-_CORPUS: Mapping[str, Types] = {"domains": _OPTIONAL_NAMES, "repeated_ids": (dict, NoneType)}
+_CORPUS: Mapping[str, Types] = {
+    "domains": _OPTIONAL_NAMES,
+    "repeated_ids": (dict, NoneType),
+    "repeated_ids.ids": (int,),
+    "repeated_ids.samples": (int,),
+}
 
 PART = Kind(
     name="part",
@@ -95,6 +102,9 @@ PART = Kind(
             "precondition": _OPTIONAL_TEXT,
             "damping": _OPTIONAL_NUMBER,
             "calibration": (dict, NoneType),
+            "calibration.samples": (int,),
+            "calibration.kept": (int,),
+            "calibration.digest": (str,),
             "calibration_samples": (int, NoneType),
             "optimizer_state": _OPTIONAL_TEXT,
             "kronecker_dimension": (int,),
@@ -169,9 +179,13 @@ def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
             raise CorruptError(f"{where}: section {section!r} of its manifest is no list of objects")
         for name, types in kind.entries.get(section, {}).items():
             due = " or ".join(_JSON[one] for one in types)
-            if name not in value:
+            holder, _, last = name.rpartition(".")
+            entries = manifest[section][holder] if holder else manifest[section]
+            if entries is None:
+                continue
+            if last not in entries:
                 raise CorruptError(f"{where} lacks '{section}.{name}' in its manifest; {due} is due")
-            entry = manifest[section][name]
+            entry = entries[last]
             # True is an int to Python, not to JSON.
             fits = isinstance(entry, types) and (not isinstance(entry, bool) or bool in types)
             if not fits or (isinstance(entry, list) and not all(isinstance(one, str) for one in entry)):

@@ -19,6 +19,8 @@ from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
 from ghoststore.store.base.records import reading, unseal
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.manage.held import existing, folder_of, words_of
+from ghoststore.store.run.journal import entries_of, journal_path, problems_of, write_skipped_in
+from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path
 from ghoststore.store.spans.group import LARGEST_METADATA, Spanned
 from ghoststore.store.spans.soundness import damaged, record_name, record_problem
@@ -107,6 +109,30 @@ class _Copying:
                 for key, sha256, size in self._record(span, folder):
                     self._copy(key, folder, sha256, size)
                 task.advance(1)
+        if isinstance(source, Run):
+            self._copy_journals(source, folder)
+
+    def _copy_journals(self, run: Run, folder: Path) -> None:
+        """What is committed of spans that are not full, and which steps will not come."""
+        for journal in run.journals.values():
+            problems = problems_of(journal)
+            if problems:
+                raise journal.damaged(problems[0])
+            to = journal_path(folder, journal.span)
+            try:
+                with open(to, "xb") as copied:
+                    for data in entries_of(journal):
+                        copied.write(data)
+            except FileNotFoundError:
+                to.unlink()  # its span was committed meanwhile: the copy has what was there when it began
+                raise BusyError(
+                    f"span {journal.span} of run {run.name!r} was committed while it was copied; nothing was copied. "
+                    "Copy it again"
+                ) from None
+            self.files, self.bytes = self.files + 1, self.bytes + journal.end
+        if run.skipped:
+            write_skipped_in(folder, run.skipped)
+            self.files += 1
 
     def _metadata(self) -> bytes:
         """The bytes of the manifest that was opened, and no later ones."""

@@ -132,7 +132,8 @@ class _Collection:
                 if _is_free(path.parent):
                     yield name, path
             # Records of who writes and intents beside their records are void now that nobody writes.
-            elif name == WRITERS or name.endswith(".intent") or left_behind(path, set()):
+            # So is the journal of a span that has a record.
+            elif name == WRITERS or name.endswith((".intent", ".log")) or left_behind(path, set()):
                 yield name, path
 
     def _drop_stale(self, part: Part, owner: Owner) -> None:

@@ -23,6 +23,7 @@ from ghoststore.store.base.opening import open_regular
 from ghoststore.store.base.records import FileRecord, seal
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.part import Part, create_fixed
+from ghoststore.store.run.journal import FOLDER as JOURNAL
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.group import Spanned, create_array, group_problem, read_attributes
@@ -78,6 +79,10 @@ def restore_opening(kind: type[Spanned[Any]], folder: Path, owner: dict[str, str
             commits.mkdir()
             flush(folder)
             mended.append(Mended(file="commits", how="restored", **owner))
+        if kind is Run and "save_steps" in manifest["storage"] and not (folder / JOURNAL).is_dir():
+            (folder / JOURNAL).mkdir()
+            flush(folder)
+            mended.append(Mended(file=JOURNAL, how="restored", **owner))
         for span in committed(folder):
             if span >= spans:
                 aside = folder / FOLDER / "foreign"
@@ -115,6 +120,8 @@ def _make_metadata(source: Spanned[Any], folder: Path) -> None:
     """The metadata of every group and array of ``source`` below ``folder``, as its maker wrote them."""
     group = zarr.create_group(folder)
     group.create_group("commits")
+    if isinstance(source, Run) and source.layout.save_steps is not None:
+        group.create_group(JOURNAL)
     for spec in source.layout.arrays():
         create_array(group, spec, source.layout.length)
     if isinstance(source, Run):

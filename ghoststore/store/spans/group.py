@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -144,6 +144,11 @@ class Spanned(ABC, Generic[L]):
     def commit(self, span: int) -> Commit:
         """The record of a committed span; CorruptError if it is damaged, or names other files than the span has."""
         return exact_commit(self.path, self.layout, span)
+
+    def commits(self) -> Iterator[Commit]:
+        """The record of each committed span, in order; CorruptError for one that is damaged."""
+        for span in self.spans:
+            yield self.commit(span)
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.

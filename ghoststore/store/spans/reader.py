@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.opening import open_regular
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.layout import CRC_BYTES as CRC_BYTES
-from ghoststore.store.spans.layout import ArraySpec, chunk_keys
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec
 
 PIECE_BYTES = 1 << 19
 READ_AHEAD = 2
@@ -82,7 +81,7 @@ def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator
             yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
 
 
-def _numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
+def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
     """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
     numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
     return numbers.reshape(-1, *spec.columns)[:count]
@@ -94,7 +93,7 @@ def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     start, stop = source.layout.span_of(span)
     (key,) = source.layout.chunk_keys(spec, span)
     buffer = read_chunk(source.path / key, spec.chunk_bytes + CRC_BYTES, within=source.path)
-    return _numbers(buffer, spec, stop - start)
+    return chunk_numbers(buffer, spec, stop - start)
 
 
 def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
@@ -128,43 +127,8 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
             if isinstance(item, BaseException):
                 raise item
             buffer, start, stop = item
-            yield Chunk(start, stop, _numbers(buffer, spec, stop - start))
+            yield Chunk(start, stop, chunk_numbers(buffer, spec, stop - start))
             free.put(buffer)
     finally:
         free.put(None)
         thread.join()
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Rows (or steps) ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
-
-    start: int
-    stop: int
-    data: dict[str, NDArray[Any]]
-
-
-def side_by_side(source: Spanned[Any], names: Sequence[str], spans: Sequence[int] | None = None) -> Iterator[Pieces]:
-    """Several numeric arrays over ``spans`` (default: every committed one), in order, in pieces whose rows (or steps)
-    are in one chunk of each. Every checksum is checked.
-
-    Memory: one chunk of each array, whatever the size of the part or run.
-    """
-    specs = [source.spec(name) for name in dict.fromkeys(names)]
-    buffers = {spec.name: NOTHING for spec in specs}
-    for span in source.spans if spans is None else spans:
-        start, stop = source.layout.span_of(span)
-        held: dict[str, tuple[int, NDArray[Any]]] = {}
-        while start < stop:
-            for spec in specs:
-                first, data = held.get(spec.name, (start, ()))
-                if first + len(data) > start:
-                    continue
-                first = start - start % spec.chunk_rows
-                path = source.path / chunk_keys(spec, first, first + 1)[0]
-                buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffers[spec.name], source.path)
-                buffers[spec.name] = buffer
-                held[spec.name] = (first, _numbers(buffer, spec, min(spec.chunk_rows, stop - first)))
-            end = min(first + len(data) for first, data in held.values())
-            yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
-            start = end

@@ -63,7 +63,7 @@ def lost_spans(source: Spanned[Any]) -> list[int]:
 
     Cost: one listing of each array, and none if every span has its record.
     """
-    if source.complete:
+    if len(source.spans) == source.layout.spans:
         return []
     suspects = _spans_with_chunks(source)
     if not suspects:

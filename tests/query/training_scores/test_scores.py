@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import ghoststore
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.progress import Silent
-from ghoststore.store.spans.reader import side_by_side
+from ghoststore.store.run.pieces import side_by_side
+from ghoststore.store.run.ranges import inside
 from query.training_scores.plots import plot_scores
-from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
 from tests.support.bounded import reseal
 from tests.support.score_runs import (
@@ -151,8 +152,8 @@ def test_a_window_is_a_slice(run: Any, start: int | None, stop: int | None) -> N
             window_of(run, text)
         return
     window = window_of(run, text)
-    spans = spans_of(run, window)
-    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), spans, window)]
+    ranges = inside(run.ranges, window)
+    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), ranges)]
     assert [step for piece in pieces for step in piece] == wanted
 
 
@@ -283,7 +284,7 @@ def test_spans_in_any_order(store: Path) -> None:
     spans = list(run.spans)
     random.Random(1).shuffle(spans)
     for span in spans:
-        for piece in stream_steps(run, choose_column(run), [span]):
+        for piece in stream_steps(run, choose_column(run), [run.layout.span_of(span)]):
             sums.add(piece.places, units.of(piece.places.row))
     for kind in ("cumulative", "mean", "last"):
         expected = Reference(committed()).values(kind)
@@ -298,7 +299,7 @@ def test_arrays_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names = ["sample", "score", "block_score", "learning_rate"]
     assert len({run.spec(name).chunk_rows for name in names}) > 1
     found: dict[str, list[Any]] = {name: [] for name in names}
-    for piece in side_by_side(run, names):
+    for piece in side_by_side(run, names, run.ranges):
         for name in names:
             assert len(piece.data[name]) == piece.stop - piece.start
             found[name].append(piece.data[name].copy())
