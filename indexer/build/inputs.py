@@ -96,7 +96,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     if there is not None:
         refuse_incomplete(there)
     if not options.dry_run and not (there is not None and there.complete):
-        check_writable(Path(options.store) if there is None else there.path)
+        check_writable(Path(options.store) / "parts" if there is None else there.path)
     with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation

@@ -332,7 +332,7 @@ class _Training:
         """StorageError for folders that must be written and cannot be."""
         check_writable(self.output_dir)
         if self.store is not None and self.config.on_store_error == "stop":
-            check_writable(Path(self.store))
+            check_writable(Path(self.store) / "runs")
 
     @contextmanager
     def _output_dir(self) -> Iterator[None]:

@@ -289,6 +289,7 @@ def test_what_is_decided_is_not_collected(store: Path) -> None:
     assert tree(store) == before
 
 
+@pytest.mark.slow
 def test_stale_caches(lab: Lab, store: Path) -> None:
     """Only where that is asked for, and never current ones."""
     query = ("query", "--store", store, "--val-set", lab.corpus, "--precondition", "second-moment", "--quiet")

@@ -40,7 +40,7 @@ def test_a_sound_store_is_left_alone(lab: Lab, built: Path, store: Path) -> None
     assert repaired(lab, built, store) == []
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty, delete])
 @pytest.mark.parametrize("file", ["vectors/c/1/0", "sample_id/c/4", "commits/00000002.json", "status/c/0"])
 def test_a_damaged_span_is_built_again(lab: Lab, built: Path, store: Path, file: str, harm: Harm) -> None:
@@ -113,7 +113,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_settings_are_those_of_the_manifest(lab: Lab, tmp_path: Path, case: str) -> None:
     """Whatever the part was built with; nothing of it has to be said again."""
@@ -125,6 +125,7 @@ def test_the_settings_are_those_of_the_manifest(lab: Lab, tmp_path: Path, case: 
     assert mended == [(f"commits/{span:08d}.json", "rebuilt") for span in (0, 1)]
 
 
+@pytest.mark.slow
 def test_a_part_of_standard_input(lab: Lab, tmp_path: Path) -> None:
     """Which nobody can read again: its rows must be given."""
     given = ("--checkpoint", lab.checkpoint, "--data", "-", "--span-rows", "6", "--name", "part", "--quiet")
@@ -210,7 +211,7 @@ MOMENTS = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(lab: Lab, built: Path, store: Path, moment: str) -> None:
     """At any moment: the same command ends as if nothing had happened."""

@@ -154,6 +154,7 @@ def test_nothing_is_overwritten(part: Part, tmp_path: Path) -> None:
 
 
 @pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("act", ["kill", "ENOSPC"])
 def test_whole_or_not_at_all(lab: Lab, part: Part, tmp_path: Path, act: str) -> None:
     """The vectors are the last to appear, and the same command works."""

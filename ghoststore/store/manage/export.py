@@ -136,6 +136,7 @@ class _Export:
 
     def __init__(self, part: Part, options: ExportOptions) -> None:
         self._part, self._stored, self._form = part, options.dtype == "stored", Path(options.out).suffix
+        part.bear_out()  # before memory for a flag of each row is asked for
         self._chosen = np.ones(part.rows, dtype=bool) if options.unusable else part.usable()
         self.rows = int(self._chosen.sum())
 

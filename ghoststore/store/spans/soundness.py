@@ -34,16 +34,15 @@ def record_problem(layout: SpanLayout, commit: Commit) -> str | None:
     start, stop = layout.span_of(commit.span)
     if (commit.start, commit.stop) != (start, stop):
         return f"it says {commit.start} to {commit.stop} of span {commit.span}, which is {start} to {stop}"
-    expected = set(layout.span_keys(commit.span))
-    lacking, foreign = sorted(expected - commit.files.keys()), sorted(commit.files.keys() - expected)
+    expected = {key: spec for spec in layout.arrays() for key in chunk_keys(spec, start, stop)}
+    lacking, foreign = sorted(expected.keys() - commit.files.keys()), sorted(commit.files.keys() - expected.keys())
     if lacking:
         return f"it does not name {lacking[0]} and {len(lacking) - 1} more of the {len(expected)} files of its span"
     if foreign:
         return f"it names {foreign[0]!r:.80}, which is no file of span {commit.span}"
-    for spec in layout.arrays():
-        for key in [] if spec.dtype is str else layout.chunk_keys(spec, commit.span):
-            if commit.files[key].bytes != spec.chunk_bytes + CRC_BYTES:
-                return f"it gives {key} {commit.files[key].bytes} bytes; a chunk has {spec.chunk_bytes + CRC_BYTES}"
+    for key, spec in expected.items():
+        if spec.dtype is not str and commit.files[key].bytes != spec.chunk_bytes + CRC_BYTES:
+            return f"it gives {key} {commit.files[key].bytes} bytes; a chunk has {spec.chunk_bytes + CRC_BYTES}"
     return None
 
 
