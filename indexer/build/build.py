@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -55,7 +57,8 @@ def build(options: BuildOptions) -> BuildReport:
         part = _open_part(Store.create(options.store), job, progress)
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
-        with writing(part):
+        # A complete part that cannot be written is read alone: nothing is to be written.
+        with writing(part) if not part.complete or os.access(part.path, os.W_OK) else nullcontext():
             part = Part(part.path)  # as it stands now that nobody else writes it
             seconds = compute_spans(part, job, progress)
         built = describe(Part(part.path))

@@ -149,8 +149,11 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
         if problem := remember(read_manifest(folder)[0], manifest["source"], folder):
             progress.note(problem)
         job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder), own.template_date)
-        with exclusive(folder, f"folder {folder}", "out"):
-            work = _write(job, options.workers, progress)
+        if _complete(folder, manifest) and not os.access(folder, os.W_OK):
+            work = _Work(job.layout.samples, 0, 1)  # on a disk that is read alone nothing is to be written
+        else:
+            with exclusive(folder, f"folder {folder}", "out"):
+                work = _write(job, options.workers, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
     return _report(TokenShards.open(folder), work, seconds)

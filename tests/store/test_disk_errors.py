@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_full_disk(lab: Lab, built: Path, small_disk: Path) -> None:
     assert 0 < report.spans < 5
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     resumes(lab, store, lab.tree(built), report.spans)
+
+
+def test_a_complete_part_on_a_disk_that_is_read_alone(lab: Lab, built: Path, small_disk: Path) -> None:
+    """There is nothing to write; of a part that is not complete it is said before anything is computed."""
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    shutil.copytree(built, small_disk / "store")
+    shutil.copytree(built, small_disk / "half")
+    (small_disk / "half/parts/part/commits/00000003.json").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    complete = lab.build(small_disk / "store")
+    assert complete.code == 0, complete.err
+    half = lab.build(small_disk / "half")
+    assert half.code == 6, half.err
+    assert "Read-only file system; make it writable" in half.err
 
 
 def test_store_that_cannot_be_made(lab: Lab, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ghoststore
+from ghoststore.store.base.records import seal, unseal
 from ghoststore.store.part.indexes import MANIFEST
 from tests.support.made_parts import clustered, make_part
 from tests.support.runs import LAYOUT, SPANS
+from tests.support.runs import train as train_run
 
 if TYPE_CHECKING:
     from tests.conftest import Lab, Outcome
@@ -107,7 +109,7 @@ MOMENTS: dict[str, tuple[Fault, int]] = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(4)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_slow_writer(lab: Lab, wholes: list[dict[str, bytes]], moment: str, tmp_path: Path) -> None:
     """It wakes up when another has written everything: no committed byte changes, not even to the same."""
@@ -162,6 +164,32 @@ def test_a_disk_that_loses_a_staged_file(lab: Lab, wholes: list[dict[str, bytes]
     assert busy(lab.wait(slow))
     assert stamps(store) == before
     assert whole_spans(lab, store, wholes) == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("intent", ["cut", "of other files", "of another span"])
+def test_an_intent_that_cannot_be_followed(
+    wholes: list[dict[str, bytes]], intent: str, lab: Lab, tmp_path: Path
+) -> None:
+    """A power cut left it half, or somebody made it to have files moved: it is passed over, and removed at the end."""
+    store = tmp_path / "store"
+    run = train_run(store, stop=5)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (run.path / "commits/.x.tmp").write_text("x")
+    record = unseal((run.path / "commits/00000000.json").read_bytes())
+    files = {key.replace("/0", "/1", 1): value for key, value in record["files"].items()}
+    commit = {**record, "span": 1, "rows": [5, 10], "files": files}
+    staged = dict.fromkeys(files, ".x.tmp")
+    if intent == "of other files":
+        commit["files"], staged = {**files, str(victim): next(iter(files.values()))}, {**staged, str(victim): ".x.tmp"}
+    if intent == "of another span":
+        commit["span"] = 0
+    data = seal({"commit": commit, "staged": staged})
+    (run.path / "commits/.00000001.intent").write_bytes(data[: len(data) // 2] if intent == "cut" else data)
+    train_run(store)
+    assert victim.read_text() == "mine"
+    (run.path / "commits/.x.tmp").unlink()
+    assert whole_spans(lab, store, wholes) == [0] * SPANS
 
 
 @pytest.mark.kill

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ghoststore.errors import BusyError
-from ghoststore.store.base.disk import create_whole, exclusive, sweep
+from ghoststore.store.base.disk import create_whole, exclusive, replace, sweep
 from ghoststore.store.base.writers import FOLDER, at_work, living, own_id, unfinished, writers
 from ghoststore.store.spans.writer import writing
 from tests.support.runs import make
@@ -167,6 +167,20 @@ def test_the_first_to_finish_names_the_folder(tmp_path: Path) -> None:
     create_whole(tmp_path / "a", fill)
     assert (tmp_path / "a/x").read_text() == "other"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_the_dead_had_begun_goes_with_the_next_of_its_name(tmp_path: Path) -> None:
+    host, number, _ = own_id().rsplit("-", 2)
+    dead = tmp_path / f".a[1].json.{host}-{number}-00000000.4.tmp"
+    others = [
+        tmp_path / name for name in (f".a[1].json.{host}-1-00000000.tmp", ".a[1].json.mine.tmp", ".a[1].jsonx.tmp")
+    ]
+    for path in (dead, *others):
+        path.write_text("x")
+        os.utime(path, (0, 0))
+    replace(tmp_path / "a[1].json", b"x")
+    assert not dead.exists()
+    assert all(path.exists() for path in others)
 
 
 def test_a_long_name_is_cut(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import json
 import os
 import re
@@ -15,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError
-from ghoststore.store.base.writers import FOLDER, at_work, busy, left_behind, living, touched, unfinished, writers
+from ghoststore.store.base.writers import (
+    FOLDER,
+    abandoned,
+    at_work,
+    busy,
+    left_behind,
+    living,
+    touched,
+    unfinished,
+    writers,
+)
 
 
 def flush(path: Path) -> None:
@@ -31,8 +40,11 @@ def flush(path: Path) -> None:
 def appearing(path: Path, *, over: bool = False) -> Iterator[Path]:
     """Where to write what is to be the file ``path``: that appears whole, on disk, at the end, or not at all.
 
-    What stands there already is replaced in one step with ``over``, and else left alone: FileExistsError.
+    What stands there already is replaced in one step with ``over``, and else left alone: FileExistsError. What a dead
+    process had begun of it is removed.
     """
+    for other in abandoned(path):
+        remove(other)
     temporary = unfinished(path)
     try:
         yield temporary
@@ -173,9 +185,8 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
     with storage_errors(str(path)):
         if path.exists():
             return
-        for other in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
-            if left_behind(other, set()):
-                remove(other)
+        for other in abandoned(path):
+            remove(other)
         begun = unfinished(path)
         begun.mkdir()
         try:

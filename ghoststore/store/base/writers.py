@@ -7,6 +7,7 @@ what keeps committed rows whole (:mod:`ghoststore.store.spans.commits` is).
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -79,8 +80,17 @@ os.register_at_fork(after_in_child=own_id.cache_clear)
 
 def unfinished(path: Path) -> Path:
     """Where to write what will be called ``path``: a hidden name beside it that nothing else has, or had."""
-    name = os.fsdecode(os.fsencode(path.name)[:120])  # a file's name has at most 255 bytes
-    return path.with_name(f".{name}.{own_id()}.{next(_numbers)}.tmp")
+    return path.with_name(f".{_cut(path)}.{own_id()}.{next(_numbers)}.tmp")
+
+
+def abandoned(path: Path) -> list[Path]:
+    """What processes that died had begun of ``path``, see :func:`unfinished`."""
+    begun = path.parent.glob(f".{glob.escape(_cut(path))}.*.tmp")
+    return [other for other in begun if _OWNED.fullmatch(other.name) and left_behind(other, set())]
+
+
+def _cut(path: Path) -> str:
+    return os.fsdecode(os.fsencode(path.name)[:120])  # a file's name has at most 255 bytes
 
 
 def writers(folder: Path) -> list[Writer]:
@@ -119,17 +129,22 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
 
 @contextmanager
 def at_work(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
-    """Have a record in ``folder``, touched by a thread, while the block runs.
+    """Have a record in ``folder``, touched by a thread, while the block runs. Those of the dead are removed.
 
     BusyError, naming it, if another living process has one; OSError if the folder cannot be written.
     """
     refuse_second(living(folder), what, parameter)
+    for writer in writers(folder):
+        if not writer.alive:
+            with suppress(OSError):
+                (folder / FOLDER / f"{writer.id}.json").unlink()
     own, process = own_id(), os.getpid()
     record = _write(folder / FOLDER, own, what, parameter)
     try:
         # Who came at the same time is seen by now. The oldest goes on: the same for all.
         present = living(folder)
-        refuse_second(present[: [writer.id for writer in present].index(own)], what, parameter)
+        ids = [writer.id for writer in present]
+        refuse_second(present[: ids.index(own) if own in ids else 0], what, parameter)
         with touched(record):
             yield
     finally:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from ghoststore.errors import StorageError
-from ghoststore.store.base.disk import flush, publish
+from ghoststore.store.base.disk import flush
 from ghoststore.store.base.records import FileRecord, read_bounded, seal, unseal
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, read_commit
@@ -65,7 +65,9 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
                     f"files of span {commit.span} of {folder} were removed while they were written; the same command "
                     "writes them again"
                 )
-            decided = _propose(_intent_path(folder, commit.span, number), own)
+            # Not flushed: an intent holds writers together, and a power cut leaves none. One that is cut is void.
+            intended = seal({"commit": own.commit.to_json(), "staged": staged})
+            decided = _link(_intent_path(folder, commit.span, number), intended, flushed=False)
         decided = False
     finally:
         if not decided:  # else they are the span, and whoever comes next moves them
@@ -99,14 +101,15 @@ def _intent_path(folder: Path, span: int, number: int) -> Path:
     return folder / "commits" / f".{span:08d}{f'.{number}' if number else ''}.intent"
 
 
-def _propose(path: Path, intent: _Intent) -> bool:
-    """Make ``intent`` the one at ``path``; False if one stands there.
-
-    It is not flushed: after a power cut there are no writers that it holds together, and one that is cut is void.
+def _link(path: Path, data: bytes, *, flushed: bool) -> bool:
+    """Make ``path`` appear whole with ``data``; False if it is there. (:func:`publish` would list ``commits/`` for what
+    the dead left of it, at every span.)
     """
     begun = unfinished(path)
     try:
-        begun.write_bytes(seal({"commit": intent.commit.to_json(), "staged": intent.staged}))
+        begun.write_bytes(data)
+        if flushed:
+            flush(begun)
         os.link(begun, path)
     except FileExistsError:
         return False
@@ -160,7 +163,9 @@ def _finish(folder: Path, intent: _Intent) -> bool:
     # Bytes, then their names in the folders, then the record: after a crash no record names what is not there.
     for parent in folders:
         flush(parent)
-    publish(commit_path(folder, intent.commit.span), seal(intent.commit.to_json()))
+    path = commit_path(folder, intent.commit.span)
+    _link(path, seal(intent.commit.to_json()), flushed=True)
+    flush(path.parent)
     return True
 
 
