@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import TextIO, cast
 
 import click
 
-from ghoststore.errors import GhostStoreError
+from ghoststore import __version__
+from ghoststore.cli.ending import refuse_unreadable, say_bug, say_error, told
+from ghoststore.cli.events import FLAG, logging_to
+from ghoststore.cli.streams import EventStderr, guarded
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
@@ -69,18 +73,40 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: what the ``ghoststore`` script calls."""
-    try:
-        code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
-    except GhostStoreError as error:
-        click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
-    except ImportError as error:
-        click.echo(f"Error: {error}", err=True)
+    words = sys.argv[1:] if args is None else args
+    with guarded():
+        code = _logged(words) if FLAG in words else _run(words)
+    sys.exit(code)
+
+
+def _logged(words: list[str]) -> int:
+    """As `_run`; stderr holds events and nothing else."""
+    with logging_to(sys.stderr, words, __version__) as log:
+        stderr = EventStderr(sys.stderr, log)
+        sys.stderr = cast("TextIO", stderr)
         code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        try:
+            code = _run(words)
+        except Exception as error:  # noqa: BLE001 - a bug: its traceback is in the event
+            say_bug(error)
+        finally:
+            stderr.finish()
+            log.end(code)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """Run a command; its exit code. An error that nobody foresaw passes."""
+    try:
+        refuse_unreadable(words)
+        code = cli.main(args=words, prog_name="ghoststore", standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was committed is intact: the same command resumes.", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        message = "Interrupted. What was committed is intact: the same command resumes."
+        return say_error("Interrupted", message, 130, intro="")
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except Exception as error:
+        if (code := told(error)) is None:
+            raise
+    return code if isinstance(code, int) else 0

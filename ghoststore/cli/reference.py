@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ghoststore.cli import COMMANDS, cli
+from ghoststore.store.base.new_files import new_file
 
 HEAD = """# Commands
 
@@ -32,4 +33,5 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    with new_file(Path(sys.argv[1]), over=True) as temporary:
+        temporary.write_text(reference(), encoding="utf-8")
