@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ghoststore.errors import BusyError, UsageError
+from ghoststore.processes import this_process
+from ghoststore.store.base.disk import publish
 from ghoststore.store.base.new_files import check_new, new_file, new_files
+from ghoststore.store.base.records import seal
 from tests.support.score_runs import whole
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def struck(lab: Lab, name: str, places: dict[str, str], folder: Path, **fault: A
         yield place, outcome
 
 
+FAST_REFUSALS = [("select", "name"), ("query-csv", "fsync")]
 FAST = [("query-both", "name", "before"), ("select", "name", "after"), ("scores-plot", "fsync", "before")]
 
 
@@ -232,30 +236,31 @@ def test_a_mark_of_a_living_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     first, second = tmp_path / "a", tmp_path / "b"
 
-    def write(paths: list[Path]) -> None:
-        for path in paths:
-            path.write_text("x")
+    def write() -> None:
+        with new_files(first, second) as staged:
+            for path in staged:
+                path.write_text("x")
+            # As the other, between its mark and its names.
+            publish(tmp_path / ".a.unfinished", seal({"by": this_process(), "files": {}}))
 
     with pytest.raises(BusyError, match=rf"is being written by process {os.getpid()} on"):
-        with new_files(first, second) as staged:
-            write(staged)
-            # As the other, between its mark and its names.
-            from ghoststore.processes import this_process
-            from ghoststore.store.base.disk import publish
-            from ghoststore.store.base.records import seal
-
-            publish(tmp_path / ".a.unfinished", seal({"by": this_process(), "files": {}}))
+        write()
     assert os.listdir(tmp_path) == [".a.unfinished"]
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"^{re.escape(str(tmp_path / 'a.txt'))} is wrong$"):
-        with new_files(tmp_path / "a.txt", tmp_path / "b.txt") as (first, _):
-            raise UsageError(f"{first} is wrong")
+    paths = (tmp_path / "a.txt", tmp_path / "b.txt")
+    with pytest.raises(UsageError, match=f"^{re.escape(str(paths[0]))} is wrong$"), new_files(*paths) as (first, _):
+        raise UsageError(f"{first} is wrong")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(UsageError, match="exists by now; nothing was written"), new_file(tmp_path / "a") as path:
-        path.write_text("mine")
-        (tmp_path / "a").write_text("theirs")
+
+    def two() -> None:
+        with new_file(tmp_path / "a") as path:
+            path.write_text("mine")
+            (tmp_path / "a").write_text("theirs")
+
+    with pytest.raises(UsageError, match="exists by now; nothing was written"):
+        two()
     assert (tmp_path / "a").read_text() == "theirs"
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="exists; nothing was written"):

@@ -63,9 +63,18 @@ def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
 
     Errors as of `writing`.
     """
-    with writing(path), appearing(path, over=over) as temporary:
-        _sweep(path)
-        yield temporary
+    written: os.stat_result | None = None
+    with writing(path):
+        try:
+            with appearing(path, over=over) as temporary:
+                _sweep(path)
+                yield temporary
+                written = os.stat(temporary)
+        except OSError:
+            # It has its name, and the folder could not be flushed: what was refused does not stay.
+            if written is not None and not over and path.exists() and os.path.samestat(path.stat(), written):
+                path.unlink()
+            raise
 
 
 @contextmanager
