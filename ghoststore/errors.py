@@ -7,6 +7,7 @@ command line ends with (documented in ``docs/cli.md``).
 from __future__ import annotations
 
 import errno
+import os
 
 
 class GhostStoreError(Exception):
@@ -96,5 +97,5 @@ def reason_of(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the device; free some"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.strerror}; make it writable"
-    return str(error) if error.errno is None else f"{error.strerror} (errno {error.errno})"
+        return f"{os.strerror(error.errno)}; make it writable"
+    return str(error) if error.errno is None else f"{os.strerror(error.errno)} (errno {error.errno})"

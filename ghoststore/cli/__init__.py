@@ -1,7 +1,8 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted,
+141 the reader of stdout has gone.
 """
 
 from __future__ import annotations

@@ -106,6 +106,8 @@ def test_killed_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name:
         # A single file that was complete when the process died is refused, as any file that is there.
         assert again.code == 0 or (again.code == 2 and left == expected and "exists" in again.err), again.err
         assert named(folder) == expected
+        if again.code == 0 and len(COMMANDS[name][1]) > 1:
+            assert not [path for path in os.listdir(folder) if path.startswith(".")], "strays are swept"
 
 
 @pytest.mark.kill
@@ -163,9 +165,12 @@ def test_full_gradients_where_the_system_refuses(lab: Lab, tmp_path: Path) -> No
     assert lab.run(*words, "--max-samples", "2", cwd=tmp_path).code == 0
 
 
+NAMED = r"/a\.jsonl -> a\.jsonl$"
+
+
 def interrupted(lab: Lab, places: dict[str, str], folder: Path, path: str) -> None:
-    """A select that is killed once the file ``path`` has its name."""
-    fault = {"call": "name", "path": rf"-> .*{path}$", "when": "after", "act": "kill"}
+    """A select that is killed once what is called with ``path`` (a regular expression) was done."""
+    fault = {"call": "name", "path": path, "when": "after", "act": "kill"}
     assert run(lab, "select", places, folder, fault=fault).code == -9
 
 
@@ -173,14 +178,14 @@ def interrupted(lab: Lab, places: dict[str, str], folder: Path, path: str) -> No
 def test_what_a_killed_select_left_is_replaced_and_nothing_else(
     lab: Lab, places: dict[str, str], tmp_path: Path
 ) -> None:
-    interrupted(lab, places, tmp_path, r"tmp/a\.jsonl -> a\.jsonl|/a\.jsonl")
+    interrupted(lab, places, tmp_path, NAMED)
     assert named(tmp_path).keys() == {"a.jsonl"}
     words = [word.format(**places) for word in COMMANDS["select"][0]]
     changed = [*words, "--order", "score", "--quiet"]
     assert lab.run(*changed, cwd=tmp_path).code == 0
     assert json.loads((tmp_path / "a.jsonl.report.json").read_text())["settings"]["order"] == "score"
     second = tmp_path / "second"
-    interrupted(lab, places, second, r"/a\.jsonl|a\.jsonl")
+    interrupted(lab, places, second, NAMED)
     with open(second / "a.jsonl", "a") as file:
         file.write("mine\n")
     before = named(second)
@@ -193,7 +198,7 @@ def test_what_a_killed_select_left_is_replaced_and_nothing_else(
 @pytest.mark.kill
 def test_a_select_that_was_complete_when_it_was_killed(lab: Lab, places: dict[str, str], tmp_path: Path) -> None:
     """The same call finds the same; another is refused, as by any file that is there."""
-    interrupted(lab, places, tmp_path, r"report\.json")
+    interrupted(lab, places, tmp_path, r" -> a\.jsonl\.report\.json$")
     before = named(tmp_path)
     assert before.keys() == set(COMMANDS["select"][1])
     words = [word.format(**places) for word in COMMANDS["select"][0]]
@@ -203,7 +208,7 @@ def test_a_select_that_was_complete_when_it_was_killed(lab: Lab, places: dict[st
     assert named(tmp_path) == before
     assert lab.run(*words, cwd=tmp_path).code == 2, "its mark is gone: it is as any other"
     again = tmp_path / "again"
-    interrupted(lab, places, again, r"report\.json")
+    interrupted(lab, places, again, r" -> a\.jsonl\.report\.json$")
     assert run(lab, "select", places, again).code == 0
     assert named(again) == before
     assert [name for name in os.listdir(again) if name.endswith(".unfinished")] == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -22,6 +23,8 @@ from ghoststore.errors import BusyError, GhostStoreError, StorageError, UsageErr
 from ghoststore.processes import is_gone, this_process
 from ghoststore.store.base.disk import appearing, flush, publish
 from ghoststore.store.base.records import FileRecord, json_digest, read_record, reading, seal
+from ghoststore.store.base.writers import left_behind as left_by_dead
+from ghoststore.store.base.writers import own_id, unfinished
 
 ABANDONED = 600
 """Seconds after which the mark of a process of another host is that of one that died: naming files takes far less."""
@@ -84,7 +87,7 @@ def new_files(*paths: Path) -> Iterator[list[Path]]:
 
     Errors as of `writing`; BusyError while another process gives the same files their names.
     """
-    folders = [path.with_name(f".{_cut(path.name)}.{_own()}.tmp") for path in paths]
+    folders = [unfinished(path) for path in paths]
     staged = [folder / path.name for folder, path in zip(folders, paths, strict=True)]
     try:
         with writing(paths[0]):
@@ -249,13 +252,13 @@ def _cut(name: str) -> str:
     return f"{data[:LONGEST].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _own() -> str:
-    """A word that no other process has, and that says which this one is."""
-    return f"{os.getpid()}-{os.urandom(6).hex()}"
-
-
 def _sweep(path: Path) -> None:
-    """Remove what dead processes of this host left beside ``path`` in writing it."""
+    """Remove what dead processes left beside ``path`` in writing it."""
+    # The name as `unfinished` writes it, cut where it is long.
+    begin = unfinished(path).name.rpartition(own_id())[0]
+    for other in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        if left_by_dead(other, set()):
+            _remove(other)
 
 
 def _final_names(text: str, staged: Sequence[Path], paths: Sequence[Path]) -> str:
