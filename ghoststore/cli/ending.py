@@ -13,6 +13,7 @@ import click
 from ghoststore.cli.events import current
 from ghoststore.errors import GhostStoreError, StorageError, UsageError, reason_of
 from ghoststore.shown import visible
+from ghoststore.store.base.hidden_errors import hidden_error
 
 NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """Refusals of a name that was given: exit code 2. All others are the disk's: 6."""
@@ -39,6 +40,8 @@ def told(error: BaseException) -> int | None:
         return say_error(error, str(error), 1)
     if isinstance(error, OSError):
         return say_error(error, *_of_the_system(error))
+    if (hidden := hidden_error(error)) is not None:
+        return say_error(error, *_of_the_system(hidden))
     if (words := _memory(error)) is not None:
         return say_error(error, words, 1)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":

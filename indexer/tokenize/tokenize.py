@@ -23,6 +23,7 @@ from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
+from ghoststore.store.base.hidden_errors import own_errors
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.records import digests
 from ghoststore.tokens.manifest import (
@@ -209,7 +210,8 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
     def fill(begun: Path) -> None:
         (begun / "commits").mkdir()
         with quiet_transformers():
-            tokenizer.save_pretrained(begun / TOKENIZER)
+            with own_errors():
+                tokenizer.save_pretrained(begun / TOKENIZER)
             given, saved = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
         if saved != given:
             raise CheckpointError(

@@ -25,6 +25,7 @@ from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
+from ghoststore.store.base.hidden_errors import own_errors
 from indexer.build.build import build
 from indexer.build.report import BuildReport
 from indexer.training.train import TrainReport, train
@@ -225,7 +226,8 @@ def _train(
     folder: Path, files: Mapping[str, Path], corpus: DemoCorpus, steps: int, seed: int, progress: Progress
 ) -> TrainReport:
     """A tokenizer, and a small GPT-2 whose samples are scored against every val domain while it trains."""
-    train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
+    with storage_errors(str(folder)), own_errors():
+        train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
     return train(
         data=files["train"],
         val_set=files["val"],

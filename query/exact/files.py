@@ -8,21 +8,18 @@ Legend: B rows of a file, P numbers of a gradient.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store.base.disk import appearing, exclusive, storage_errors, sweep
+from ghoststore.store.base.hidden_errors import own_errors
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
 from ghoststore.store.base.records import FileRecord, read_record, write_record
 
@@ -77,7 +74,7 @@ class GradientFiles:
         path = self.folder / file_name(rows[0], self.manifest["rows_per_file"])
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)  # of a writer that died before the manifest named it
-            with appearing(path) as temporary, safetensors_errors():
+            with appearing(path) as temporary, own_errors():
                 save_file({"gradients": gradients_BP}, temporary)
             entry = {
                 "rows": list(rows),
@@ -137,17 +134,6 @@ def date_in(folder: Path) -> str | None:
     except (CorruptError, KeyError):  # what is damaged is refused where it is opened
         return None
     return date
-
-
-@contextmanager
-def safetensors_errors() -> Iterator[None]:
-    """The operating system's own error where safetensors wraps it in words of its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code)) from error
 
 
 def file_name(first_row: int, rows_per_file: int) -> str:
