@@ -12,8 +12,8 @@ import click
 
 from ghoststore.cli.events import current
 from ghoststore.errors import GhostStoreError, StorageError, UsageError, reason_of
+from ghoststore.hidden_errors import hidden_error
 from ghoststore.shown import visible
-from ghoststore.store.base.hidden_errors import hidden_error
 
 NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """Refusals of a name that was given: exit code 2. All others are the disk's: 6."""

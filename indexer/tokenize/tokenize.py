@@ -18,12 +18,12 @@ from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
-from ghoststore.store.base.hidden_errors import own_errors
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.records import digests
 from ghoststore.tokens.manifest import (

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
-from ghoststore.store.base.hidden_errors import own_errors
 from indexer.build.build import build
 from indexer.build.report import BuildReport
 from indexer.training.train import TrainReport, train

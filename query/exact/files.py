@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.store.base.disk import appearing, exclusive, storage_errors, sweep
-from ghoststore.store.base.hidden_errors import own_errors
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
 from ghoststore.store.base.records import FileRecord, read_record, write_record
 
