@@ -160,7 +160,7 @@ def test_a_closed_handle_is_no_file_of_ours(lab: Lab, tmp_path: Path) -> None:
 ASCII = """
 import sys
 import ghoststore.cli
-sys.stdout = open(1, "w", encoding="ascii")
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
 ghoststore.cli.main({words})
 """
 
