@@ -18,6 +18,9 @@ from ghoststore.shown import visible
 NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 """Refusals of a name that was given: exit code 2. All others are the disk's: 6."""
 
+NEAR = 60
+"""Characters that are shown on either side of one that cannot be written."""
+
 
 def refuse_unreadable(words: Sequence[str]) -> None:
     """UsageError for an argument that is not text: with a NUL, or bytes that are not UTF-8."""
@@ -45,7 +48,8 @@ def told(error: BaseException) -> int | None:
     if (words := _memory(error)) is not None:
         return say_error(error, words, 1)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
-        return say_error(error, f"'{error.object:.200}' is not text that UTF-8 can hold", UsageError.exit_code)
+        near = error.object[max(0, error.start - NEAR) : error.end + NEAR]
+        return say_error(error, f"'{visible(near)}' is not text that UTF-8 can hold", UsageError.exit_code)
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return say_error(error, "a name holds a NUL character", UsageError.exit_code)
     return None

@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "query-both": ([*QUERY, "--report", "a.html", "--out", "a.jsonl"], ["a.html", "a.jsonl"]),
     "self-influence": (["self-influence", "--store", "{built}", "--out", "a.csv"], ["a.csv"]),
     "scores-plot": ([*SCORES, "--plot", "a.png"], ["a.png"]),
-    "scores-both": ([*SCORES, "--plot", "a.svg", "--out", "a.json"], ["a.svg", "a.json"]),
+    "scores-both": ([*SCORES, "--plot", "a.png", "--out", "a.json"], ["a.png", "a.json"]),
     "select": ([*SELECT, "--out", "a.jsonl"], ["a.jsonl", "a.jsonl.report.rows.jsonl", "a.jsonl.report.json"]),
     "select-dataset": ([*SELECT, "--out", "a", "--report", "b.json"], ["a", "b.rows.jsonl", "b.json"]),
     "plot-error": (
