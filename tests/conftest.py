@@ -103,11 +103,11 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by its relative path, lock files aside."""
+    """Every file below ``folder`` by its relative path, locks and the records of who writes aside."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith(".lock")
+        if path.is_file() and not path.name.endswith(".lock") and path.parent.name != ".writers"
     }
 
 
@@ -154,7 +154,9 @@ class Lab:
     def start(self, *args: str | Path, **order: Any) -> int:
         """As :meth:`run`, without waiting; gives what :meth:`wait` takes."""
         streams = self._streams()
-        order |= {"args": [str(arg) for arg in args], "cwd": str(self.folder), "start": True}
+        if "code" not in order:
+            order["args"] = [str(arg) for arg in args]
+        order |= {"cwd": str(self.folder), "start": True}
         pid = self._order(stdout=str(streams[0]), stderr=str(streams[1]), **order)["pid"]
         self._started[pid] = streams
         return pid

@@ -26,6 +26,7 @@ from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
 from ghoststore.store.base.records import digests
+from ghoststore.store.spans.committing import settle
 from ghoststore.tokens.manifest import (
     MANIFEST,
     SHARDS,
@@ -225,7 +226,7 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    create_whole(folder, f"folder {folder}", fill, "out")
+    create_whole(folder, fill)
 
 
 def _refuse_mismatch(folder: Path, manifest: dict[str, Any], progress: Progress) -> None:
@@ -258,9 +259,9 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
     """Write every shard without a record, by ``workers`` processes (None: as many as are worth their start)."""
     folder, layout = job.folder, job.layout
     with storage_errors(str(folder)):
-        present = committed_shards(folder, layout)
+        settle(folder, lambda shard: shard_files(shard) if shard < layout.shards else [])
         sweep(folder)
-        _remove_uncommitted(folder, set(present))
+        present = committed_shards(folder, layout)
     commits = [read_shard_commit(folder, layout, shard) for shard in present]
     resumed = sum(commit.stop - commit.start for commit in commits)
     missing = sorted(set(range(layout.shards)) - set(present))
@@ -278,14 +279,6 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
             task.advance(written.samples, written.tokens)
             tokens += written.tokens
     return _Work(resumed, tokens, workers)
-
-
-def _remove_uncommitted(folder: Path, present: set[int]) -> None:
-    """Remove the files of shards that have no record: what a process that died had written."""
-    for path in folder.glob("*.npy"):
-        number = path.stem.rpartition("-")[2]
-        if number.isdigit() and int(number) not in present and path.name in shard_files(int(number)):
-            path.unlink()
 
 
 def _pieces(shards: Sequence[int], count: int) -> list[Sequence[int]]:

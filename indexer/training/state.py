@@ -9,7 +9,6 @@ name only when all of it is on the disk.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from torch import Tensor, nn
 from ghoststore.checkpoint.load import quiet_transformers
 from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
 from ghoststore.software import versions_of
-from ghoststore.store.base.disk import create_whole, storage_errors
+from ghoststore.store.base.disk import create_whole, remove, storage_errors
 from ghoststore.store.base.manifest import difference_lines, differences
 from ghoststore.store.base.records import FileRecord, reading, seal, unseal
+from ghoststore.store.base.writers import left_behind, unfinished
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -107,7 +107,7 @@ def save_state(
 
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    create_whole(path, f"checkpoint {path}", fill, "output_dir")
+    create_whole(path, fill)
     return path
 
 
@@ -208,6 +208,9 @@ def prune(folder: Path, keep: int | None) -> None:
     """
     with storage_errors(str(folder)):
         for path in checkpoints(folder)[: -keep if keep else 0]:
-            path.rename(path.with_name(f".{path.name}.old.tmp"))
+            begun = unfinished(path.with_name(f"{path.name}.old"))
+            path.rename(begun)
+            remove(begun)
         for path in folder.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(path)
+            if left_behind(path, set()):
+                remove(path)

@@ -317,7 +317,7 @@ class _Training:
 
     @contextmanager
     def _output_dir(self) -> Iterator[None]:
-        """Make the output folder and hold it against other trainings of this machine, on the rank that leads."""
+        """Make the output folder and hold it against other trainings, on the rank that leads."""
         with ExitStack() as stack:
 
             def hold() -> None:

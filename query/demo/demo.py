@@ -26,6 +26,7 @@ from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
 from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
+from ghoststore.store.base.writers import FOLDER as WRITERS
 from indexer.build.build import build
 from indexer.build.report import BuildReport
 from indexer.training.train import TrainReport, train
@@ -194,7 +195,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
             raise UsageError(f"{folder} exists; give `out` another path, or `overwrite` to make that demo again")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    create_whole(folder, f"the demo in {folder}", lambda begun: replace(begun / MARKER, UNFINISHED), "out")
+    create_whole(folder, lambda begun: replace(begun / MARKER, UNFINISHED))
 
 
 def _clear(folder: Path) -> None:
@@ -202,7 +203,7 @@ def _clear(folder: Path) -> None:
     with storage_errors(str(folder)):
         replace(folder / MARKER, UNFINISHED)
         for entry in folder.iterdir():
-            if entry.name == MARKER:
+            if entry.name in (MARKER, WRITERS):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)

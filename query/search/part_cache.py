@@ -25,6 +25,7 @@ from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
 from ghoststore.store.base.records import FileRecord, read_record, write_record
+from ghoststore.store.base.writers import unfinished
 
 FORMAT = 1
 FOLDER = "second_moment"
@@ -119,7 +120,7 @@ class PartCache:
 
     def _begun(self, write: Callable[[Path], None]) -> Path:
         """A file that ``write`` wrote under a name that is not final. StorageError if the disk refuses."""
-        path = self.folder / f".{self.name}.{os.getpid()}.tmp"
+        path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
             publish_group(self.folder, {})
             try:

@@ -31,11 +31,11 @@ def at(call: str, path: str, when: str, number: int = 1) -> Fault:
 
 MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
     # The fault, the newest checkpoint then, and the committed spans of 4 steps; None: there is no run yet.
-    "tokens-written": (at("fsync", r"tokens/\.tokens-00000000\.npy", "before"), 0, None),
+    "tokens-written": (at("fsync", r"commits/\.00000000\.tokens-00000000\.npy", "before"), 0, None),
     "tokens-committed": (at("name", r"tokens/commits/00000000\.json$", "after"), 0, None),
     "run-named": (at("name", r"runs/run$", "after"), 0, 0),
-    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.tmp/model\.safetensors$", "before"), 0, 0),
-    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.tmp/training_state/optimizer", "after"), 0, 0),
+    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/model\.safetensors$", "before"), 0, 0),
+    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/training_state/optimizer", "after"), 0, 0),
     "checkpoint-unnamed": (at("name", r"out/checkpoint-3$", "before"), 0, 0),
     "checkpoint-named": (at("name", r"out/checkpoint-3$", "after"), 3, 0),
     "first-chunk": (at("name", r"run/score/c/0/0/0$", "before"), 3, 0),
@@ -43,7 +43,7 @@ MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
     "second-checkpoint-unnamed": (at("name", r"out/checkpoint-6$", "before"), 3, 1),
     "pending-checkpoint": (at("name", r"out/checkpoint-6$", "after"), 6, 1),
     "between-record-and-checkpoint": (at("name", r"run/commits/00000001\.json$", "after"), 6, 2),
-    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.tmp$", "after"), 9, 2),
+    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.[^/]*tmp$", "after"), 9, 2),
     "last-record-unnamed": (at("name", r"run/commits/00000002\.json$", "before"), 9, 2),
     "last-checkpoint-unnamed": (at("name", r"out/checkpoint-12$", "before"), 9, 3),
     "last-checkpoint-named": (at("name", r"out/checkpoint-12$", "after"), 12, 3),

@@ -24,7 +24,7 @@ from tests.support.trainings import Trained, arrays_of, same_bits
 if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
-FULL = {"call": "fsync", "path": r"run/score/c/1", "when": "before", "act": "ENOSPC"}
+FULL = {"call": "fsync", "path": r"commits/\.00000001\.score\.", "when": "before", "act": "ENOSPC"}
 """The second span of four steps cannot be written."""
 
 
@@ -95,7 +95,7 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.kill
 def test_the_disk_of_the_checkpoints_is_full(gym: Gym, whole: Path, tmp_path: Path) -> None:
-    fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "ENOSPC"}
+    fault = {"call": "fsync", "path": r"\.checkpoint-6\.[^/]*tmp/model", "when": "before", "act": "ENOSPC"}
     for options in ((), ("--on-store-error", "continue")):
         outcome = gym.run(tmp_path, *options, fault=fault)
         assert outcome.code == 6
@@ -145,7 +145,7 @@ def test_a_full_disk(gym: Gym, small_disk: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["output", "run"])
 def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path) -> None:
     """The second is refused, whether it shares the output folder or the run, and harms nothing."""
-    fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "stop"}
+    fault = {"call": "fsync", "path": r"\.checkpoint-6\.[^/]*tmp/model", "when": "before", "act": "stop"}
     first = gym.start(tmp_path, "--keep-checkpoints", "all", fault=fault)
     gym.lab.stopped(first)
     before = gym.lab.tree(tmp_path)
@@ -154,8 +154,9 @@ def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path
     assert second.code == 5
     what = f"--output-dir {tmp_path}/out" if other == "output" else "run 'run'"
     option = "--output-dir" if other == "output" else "--name"
-    assert second.err.strip() == (
-        f"Error: {what} is being written by another process; wait for it, or choose another {option}"
+    assert second.err.startswith(
+        f"Error: {what} is being written by another process; wait for it, or choose another {option}. It is process "
+        f"{first} on "
     )
     assert {name: data for name, data in gym.lab.tree(tmp_path).items() if not name.startswith("other")} == before
     os.kill(first, signal.SIGCONT)

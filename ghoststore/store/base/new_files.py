@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError, UsageError, reason_of
 from ghoststore.processes import is_gone, this_process
-from ghoststore.store.base.disk import appearing, flush, publish
+from ghoststore.store.base.disk import NO_LOCKS, appearing, flush, publish
 from ghoststore.store.base.records import FileRecord, json_digest, read_record, reading, seal
 from ghoststore.store.base.writers import left_behind as left_by_dead
 from ghoststore.store.base.writers import own_id, unfinished
@@ -184,6 +184,10 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(PAUSE)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                break
         else:
             raise BusyError(f"another process is writing results in {folder}; wait for it, or give another folder")
         yield
@@ -253,12 +257,13 @@ def _cut(name: str) -> str:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead processes left beside ``path`` in writing it."""
-    # The name as `unfinished` writes it, cut where it is long.
-    begin = unfinished(path).name.rpartition(own_id())[0]
-    for other in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
-        if left_by_dead(other, set()):
-            _remove(other)
+    """Remove what dead processes left beside ``path`` in writing it, and its mark."""
+    for name in (path, _mark(path)):
+        # As `unfinished` writes it, cut where it is long.
+        begin = unfinished(name).name.rpartition(own_id())[0]
+        for other in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+            if left_by_dead(other, set()):
+                _remove(other)
 
 
 def _final_names(text: str, staged: Sequence[Path], paths: Sequence[Path]) -> str:

@@ -32,6 +32,8 @@ TOUCH_SECONDS = 30.0
 FORGOTTEN_SECONDS = 600.0
 """A process that cannot be looked for (another machine's) is dead when its record was not touched for so long."""
 LARGEST = 1 << 14
+HOST_PROCESSES = "4026531836"
+"""Linux's number of the first space of process ids, that of no container."""
 _ID = re.compile(r"(?P<host>[A-Za-z0-9-]{1,63})-(?P<pid>\d{1,10})-[0-9a-f]{8}")
 _OWNED = re.compile(rf"\..*\.(?P<id>{_ID.pattern})(\.\d+)?\.tmp", re.DOTALL)
 _numbers = count()
@@ -59,9 +61,17 @@ class Writer:
 
 @cache
 def own_id() -> str:
-    """``<host>-<pid>-<random>`` of this process: no other has it, and no later one will."""
-    host = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:63] or "host"
+    """``<host>-<pid>-<random>`` of this process: no other has it, and no later one will. Two with the same host may
+    look for each other's process: a container with ids of its own counts as a host.
+    """
+    container = re.sub(r"\D", "", _processes())
+    names = [socket.gethostname(), *([] if container in ("", HOST_PROCESSES) else [container])]
+    host = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(names))[-63:]
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _own_host() -> str:
+    return own_id().rsplit("-", 2)[0]
 
 
 os.register_at_fork(after_in_child=own_id.cache_clear)
@@ -99,7 +109,7 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
     owned = _OWNED.fullmatch(path.name)
     if owned is not None and owned["id"] in {own_id(), *at_work}:
         return False
-    if owned is not None and owned["host"] == own_id().rsplit("-", 2)[0]:
+    if owned is not None and owned["host"] == _own_host():
         # Ids of processes are given again: one with ours is of a process before.
         return int(owned["pid"]) == os.getpid() or not _runs(int(owned["pid"]))
     with suppress(OSError):
@@ -109,23 +119,24 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
 
 @contextmanager
 def at_work(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
-    """Have a record in ``folder``, touched by a thread, while the block runs.
+    """Have a record in ``folder``, touched by a thread, while the block runs. Those of the dead are removed.
 
     BusyError, naming it, if another living process has one; OSError if the folder cannot be written.
     """
     refuse_second(living(folder), what, parameter)
+    for writer in writers(folder):
+        if not writer.alive:
+            with suppress(OSError):
+                (folder / FOLDER / f"{writer.id}.json").unlink()
     own, process = own_id(), os.getpid()
     record = _write(folder / FOLDER, own, what, parameter)
-    stop = threading.Event()
     try:
-        # Who came at the same time is seen by now; one of us goes on, the same for both.
-        this = next((writer for writer in living(folder) if writer.id == own), None)
-        before = [] if this is None else [w for w in living(folder) if (w.since, w.id) < (this.since, own)]
-        refuse_second(before, what, parameter)
-        threading.Thread(target=_touch, args=(record, stop), name="ghoststore-at-work", daemon=True).start()
-        yield
+        # Who came at the same time is seen by now. The oldest goes on: the same for all.
+        present = living(folder)
+        refuse_second(present[: [writer.id for writer in present].index(own)], what, parameter)
+        with touched(record):
+            yield
     finally:
-        stop.set()
         if os.getpid() == process:  # a fork that leaves the block is not who is at work
             with suppress(OSError):
                 record.unlink()
@@ -176,10 +187,21 @@ def _write(folder: Path, own: str, what: str, parameter: str) -> Path:
             continue  # its last writer took the folder away meanwhile
 
 
-def _touch(record: Path, stop: threading.Event) -> None:
-    while not stop.wait(TOUCH_SECONDS):
-        with suppress(OSError):  # whatever is wrong with the disk, the work itself meets it
-            os.utime(record)
+@contextmanager
+def touched(path: Path) -> Iterator[None]:
+    """Let ``path`` show, to other machines, that this process is alive: a thread touches it while the block runs."""
+    stop = threading.Event()
+
+    def touch() -> None:
+        while not stop.wait(TOUCH_SECONDS):
+            with suppress(OSError):  # whatever is wrong with the disk, the work itself meets it
+                os.utime(path)
+
+    threading.Thread(target=touch, name="ghoststore-at-work", daemon=True).start()
+    try:
+        yield
+    finally:
+        stop.set()
 
 
 def _read(path: Path) -> Writer | None:
@@ -204,7 +226,7 @@ def _read(path: Path) -> Writer | None:
     if isinstance(value.get("boot"), str):
         this_machine = (value["boot"], value.get("processes"), host) == (_boot(), _processes(), socket.gethostname())
     else:
-        this_machine = named["host"] == own_id().rsplit("-", 2)[0]
+        this_machine = named["host"] == _own_host()
     if this_machine:
         alive = _runs(pid, str(value.get("start", "")))
     else:

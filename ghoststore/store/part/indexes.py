@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.store.base.disk import UNFINISHED, exclusive, flush, publish, replace, storage_errors
+from ghoststore.store.base.disk import exclusive, flush, publish, replace, storage_errors, sweep
 from ghoststore.store.base.names import check_name, is_name
 from ghoststore.store.base.records import FileRecord
+from ghoststore.store.base.writers import living, own_id
 from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
 from ghoststore.store.part.part import Part
 
 FOLDER = "index"
 MANIFEST = "index.json"
-_BEGUN = "begun"
-_OURS = re.compile(rf"([0-9a-f]{{16}}|{_BEGUN})\.(faiss|rows)|{UNFINISHED.pattern}")
-"""Names of files that a build of an index makes."""
+_OURS = re.compile(r"([0-9a-f]{16}|begun)\.(faiss|rows)")
+"""Names of files that a build of an index makes, beside its unfinished ones."""
+GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
 State = Literal["current", "stale", "damaged"]
 
 
@@ -116,7 +117,7 @@ def index_states(part: Part) -> list[IndexState]:
 
 @contextmanager
 def building(part: Part, name: str) -> Iterator[Path]:
-    """The folder of an index, locked against other processes, without what a dead one had begun.
+    """The folder of an index, held against other processes, without what a dead one had begun.
 
     What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,
     StorageError if the disk refuses.
@@ -125,20 +126,22 @@ def building(part: Part, name: str) -> Iterator[Path]:
     with storage_errors(str(folder)):
         for group in (folder.parent, folder):
             group.mkdir(exist_ok=True)
-            publish(group / "zarr.json", b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
+            publish(group / "zarr.json", GROUP)
         with exclusive(folder, what):
-            _sweep(folder)  # under the lock: what is there beside the manifest's files is a dead process's
+            _sweep(folder)
             try:
                 yield folder
             finally:
+                for kind in SUFFIXES:
+                    begun_path(folder, kind).unlink(missing_ok=True)
                 _sweep(folder)
-                if not (folder / MANIFEST).exists():
+                if not (folder / MANIFEST).exists() and _alone(folder):
                     shutil.rmtree(folder)
 
 
 def begun_path(folder: Path, kind: str) -> Path:
-    """Where a file of one kind is written before it has its name."""
-    return folder / (_BEGUN + SUFFIXES[kind])
+    """Where this process writes a file of one kind before it has its name."""
+    return folder / f".begun{SUFFIXES[kind]}.{own_id()}.tmp"
 
 
 def seal_files(folder: Path) -> dict[str, FileRecord]:
@@ -158,9 +161,16 @@ def publish_index(folder: Path, manifest: IndexManifest) -> None:
     replace(folder / MANIFEST, manifest.encode())
 
 
+def _alone(folder: Path) -> bool:
+    return all(writer.id == own_id() for writer in living(folder))
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what the manifest does not name."""
-    named = {"zarr.json", MANIFEST}
+    """Remove what dead writers left, and what the manifest does not name."""
+    sweep(folder)
+    if not _alone(folder):
+        return  # where no lock holds it back, another may be about to name its files
+    named: set[str] = set()
     try:
         manifest = IndexManifest.read(folder / MANIFEST)
         named |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}

@@ -116,7 +116,7 @@ def create_part(
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
     If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`, and so are the arrays
-    of ``fixed``, see :func:`fixed_array`. BusyError if another process is making it.
+    of ``fixed``, see :func:`fixed_array`.
     """
     layout = PartLayout.of(manifest["storage"])
 
@@ -134,5 +134,5 @@ def create_part(
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 
-    create(path, PART, manifest, fill)
+    create(path, manifest, fill)
     return Part(path)

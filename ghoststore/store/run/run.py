@@ -97,7 +97,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
 
     ``manifest`` is plain JSON with the sections of a run (``docs/format.md``), ``storage`` that of
     :meth:`RunLayout.to_json`. MismatchError with both values if the run exists with other identity sections,
-    UsageError if manifest or rows cannot be, BusyError if another process is making it.
+    UsageError if manifest or rows cannot be.
     """
     try:
         wanted: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
@@ -117,7 +117,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 
-    create(path, RUN, wanted, fill)
+    create(path, wanted, fill)
     run = Run(path)
     refuse_differences(run.manifest, wanted, f"run {path.name!r} of {path.parent.parent}", RUN)
     return run

@@ -230,13 +230,12 @@ def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[
     )
 
 
-def create(path: Path, kind: Kind, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
+def create(path: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
     """Make a part or a run with nothing committed yet, in one step: it appears whole or not at all.
 
-    If it exists, nothing is done. ``fill`` makes its arrays. BusyError if another process is making it, StorageError
-    if the disk refuses.
+    If it exists, nothing is done. ``fill`` makes its arrays. StorageError if the disk refuses.
     """
-    create_whole(path, f"{kind.name} {path.name!r}", lambda folder: _fill(folder, manifest, fill))
+    create_whole(path, lambda folder: _fill(folder, manifest, fill))
 
 
 def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:

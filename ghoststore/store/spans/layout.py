@@ -101,6 +101,10 @@ class SpanLayout(ABC):
         """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
         return chunk_keys(spec, *self.span_of(span))
 
+    def span_keys(self, span: int) -> list[str]:
+        """:meth:`chunk_keys` of all arrays: every file of ``span``."""
+        return [key for spec in self.arrays() for key in self.chunk_keys(spec, span)]
+
 
 def chunk_keys(spec: ArraySpec, start: int, stop: int) -> list[str]:
     """Paths of the chunks of one array that hold ``start`` to ``stop`` (not empty)."""
