@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -279,6 +280,30 @@ def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="exists; nothing was written"):
         check_new("`out`", tmp_path / "link")
+
+
+def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAT, and mounted buckets."""
+
+    def link(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    paths = (tmp_path / "a", tmp_path / "b")
+    with new_files(*paths) as staged:
+        for file in staged:
+            file.write_text("x")
+    with new_file(tmp_path / "c") as file:
+        file.write_text("x")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+    def again() -> None:
+        with new_file(tmp_path / "c") as file:
+            file.write_text("y")
+
+    with pytest.raises(UsageError, match=f"^{re.escape(str(tmp_path / 'c'))} exists by now"):
+        again()
+    assert (tmp_path / "c").read_text() == "x"
 
 
 def test_long_names(tmp_path: Path) -> None:

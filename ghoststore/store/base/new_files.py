@@ -16,20 +16,22 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError, UsageError, reason_of
 from ghoststore.processes import is_gone, this_process
-from ghoststore.store.base.disk import NO_LOCKS, appearing, flush, publish
+from ghoststore.store.base.disk import NO_LOCKS, flush
 from ghoststore.store.base.records import FileRecord, json_digest, read_record, reading, seal
 from ghoststore.store.base.writers import left_behind as left_by_dead
-from ghoststore.store.base.writers import own_id, unfinished
+from ghoststore.store.base.writers import own_id, touched, unfinished
 
 ABANDONED = 600
 """Seconds after which the mark of a process of another host is that of one that died: naming files takes far less."""
 LOOKS, PAUSE = 100, 0.1
 """How often, and after how many seconds, to look whether another process has named its files."""
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What link answers on file systems that have none (FAT, mounted buckets)."""
 LONGEST = 100
 """Bytes of a name that stand in the name of what is beside it."""
 
@@ -51,7 +53,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise UsageError(f"{path} exists by now; nothing was written. Give another path, or remove it") from error
+        there = error.filename2 or path
+        raise UsageError(f"{there} exists by now; nothing was written. Give another path, or remove it") from error
     except OSError as error:
         if error.errno is None or not _concerns(error, path):  # ours, a library's own words, or of a file that is read
             raise
@@ -66,18 +69,24 @@ def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
 
     Errors as of `writing`.
     """
-    written: os.stat_result | None = None
+    temporary = unfinished(path)
     with writing(path):
+        _sweep(path)
         try:
-            with appearing(path, over=over) as temporary:
-                _sweep(path)
-                yield temporary
-                written = os.stat(temporary)
-        except OSError:
-            # It has its name, and the folder could not be flushed: what was refused does not stay.
-            if written is not None and not over and path.exists() and os.path.samestat(path.stat(), written):
+            yield temporary
+            flush(temporary)
+            if over:
+                os.replace(temporary, path)
+                flush(path.parent)
+                return
+            _move(temporary, path)
+            try:
+                flush(path.parent)
+            except OSError:  # whether it has its name after a crash is not known: what was refused does not stay
                 path.unlink()
-            raise
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -89,11 +98,13 @@ def new_files(*paths: Path) -> Iterator[list[Path]]:
     """
     folders = [unfinished(path) for path in paths]
     staged = [folder / path.name for folder, path in zip(folders, paths, strict=True)]
-    try:
+    with ExitStack() as stack:
         with writing(paths[0]):
             for folder, path in zip(folders, paths, strict=True):
                 _sweep(path)
                 folder.mkdir()
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                stack.enter_context(touched(folder))
         try:
             with writing(paths[0]):
                 yield staged
@@ -102,9 +113,6 @@ def new_files(*paths: Path) -> Iterator[list[Path]]:
             raise
         with writing(paths[-1]):
             _name(staged, paths)
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def left_behind(paths: Sequence[Path]) -> set[Path]:
@@ -128,8 +136,13 @@ def _name(staged: Sequence[Path], paths: Sequence[Path]) -> None:
     mark = _mark(paths[0])
     with _one_at_a_time(mark.parent):
         _take_back(mark, paths, digests)
-        if not publish(mark, seal({"by": this_process(), "files": digests})):
-            raise BusyError(f"{paths[0]} is being written by another process; wait for it, or give another path")
+        try:
+            with new_file(mark) as file:
+                file.write_bytes(seal({"by": this_process(), "files": digests}))
+        except UsageError:  # it is there, though nobody else should be here: flock does nothing
+            raise BusyError(
+                f"{paths[0]} is being written by another process; wait for it, or give another path"
+            ) from None
         named: list[Path] = []
         try:
             for path, file in zip(paths, staged, strict=True):
@@ -202,12 +215,18 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 
 def _move(file: Path, path: Path) -> None:
-    if file.is_dir():
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        os.rename(file, path)
-    else:
-        os.link(file, path)  # which fails where something stands
+    """Give ``file``, or a folder, the name ``path``; FileExistsError if something has it."""
+    if not file.is_dir():
+        try:
+            os.link(file, path)  # at once both: whether something stands there, and the name
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    # Folders have no links, nor do some file systems: a file that appears between these two lines is lost.
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file), None, str(path))
+    os.rename(file, path)
 
 
 def _remove(path: Path) -> None:
