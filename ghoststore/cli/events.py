@@ -1,4 +1,4 @@
-"""What ``--log-json`` writes: one JSON object a line on stderr for each event. Described in ``docs/events.md``."""
+"""What ``--log-json`` writes: one JSON object a line on stderr for each event. Described in ``docs/output.md``."""
 
 from __future__ import annotations
 

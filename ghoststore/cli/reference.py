@@ -20,7 +20,7 @@ checkpoint or format), 4 corrupt, 5 busy (another process is writing), 6 the dis
 error, a stdout that is closed or full), 7 unsound (`doctor` found what would make a store wrong), 130 interrupted, 141
 the reader of stdout has gone.
 
-Every command has `--log-json`: events for programs on stderr, one JSON object a line ([events.md](events.md)). Files of
+Every command has `--log-json`: events for programs on stderr, one JSON object a line ([output.md](output.md)). Files of
 results appear whole or not at all, several of one command together; a command that was killed can be run again.
 """
 

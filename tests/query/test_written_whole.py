@@ -79,7 +79,7 @@ def struck(lab: Lab, name: str, places: dict[str, str], folder: Path, **fault: A
 
 
 FAST_REFUSALS = [("select", "name"), ("query-csv", "fsync")]
-FAST = [("query-both", "name", "before"), ("select", "name", "after"), ("scores-plot", "fsync", "before")]
+FAST = [("query-both", "name", "before"), ("select", "name", "after")]
 
 
 @pytest.mark.kill
@@ -225,6 +225,7 @@ def test_a_select_that_was_complete_when_it_was_killed(lab: Lab, places: dict[st
 
 
 @pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["select", "query-json"])
 def test_two_at_once(lab: Lab, places: dict[str, str], tmp_path: Path, name: str) -> None:
     """One has all of it, the other is refused in a sentence."""
@@ -323,6 +324,7 @@ _clear(Path({out!r}))
 
 
 @pytest.mark.kill
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_folder_of_a_demo_that_was_killed(lab: Lab, tmp_path: Path, when: str) -> None:
     """It can be told again, with the same command: a folder that is no demo's is never touched."""
