@@ -78,7 +78,8 @@ def render(frame: Any, width: int) -> Any:
     from ghoststore.corpus.repeated import repeated_words
 
     if frame.waiting is not None:
-        return Text(visible(f"{frame.store}: {frame.waiting}"), style="yellow")
+        stopped = f"; {_stopped(frame)}" if frame.state == "stopped" else ""
+        return Text(visible(f"{frame.store}: {frame.waiting}{stopped}"), style="yellow")
     half = (width - 1) // 2 if width >= NARROW else width
     panels = (
         _losses(frame, half),
@@ -128,6 +129,8 @@ def _head(frame: Any, width: int) -> Any:
     text.append(f"  {frame.steps:,} of {frame.planned:,} steps ({share:.0%})", style="not bold")
     if frame.finished:
         text.append("  finished", style="bold green")
+    elif frame.state == "stopped":
+        text.append(f"  {_stopped(frame)}", style="bold yellow")
     else:
         text.append(f"  last commit {duration(frame.commit_age)} ago", style="not bold")
         if frame.seconds_left is not None:
@@ -138,6 +141,10 @@ def _head(frame: Any, width: int) -> Any:
         missing = sum(stop - start for start, stop in frame.gaps)
         text.append(f"  {missing:,} steps missing", style="yellow")
     return text
+
+
+def _stopped(frame: Any) -> str:
+    return "stopped: no writer" + ("" if frame.silent is None else f" since {duration(frame.silent)}")
 
 
 def _losses(frame: Any, width: int) -> Any:

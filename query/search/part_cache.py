@@ -26,9 +26,9 @@ from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
 from ghoststore.store.base.records import FileRecord, read_record, write_record
 from ghoststore.store.base.writers import unfinished
+from ghoststore.store.part.caches import SECOND_MOMENT as FOLDER
 
 FORMAT = 1
-FOLDER = "second_moment"
 
 
 class PartCache:
@@ -101,14 +101,13 @@ class PartCache:
         """What ``read`` gives of the file that is held, once it is what was written; None if there is none."""
         path = self.folder / f"{self.name}.json"
         try:
-            value = read_record(path)
+            value = read_record(path, within=self.part.path)
             if value["format"] != FORMAT or value["covers"] != self.covers:
                 return None  # of other rows: computed anew
             if not re.fullmatch(rf"{re.escape(self.name)}-[0-9a-f]{{16}}\.{form}", value["data"]):
                 raise ValueError(f"it names a file {value['data']!r:.80}")
             data = self.folder / value["data"]
-            if data.stat().st_size != value["file"]["bytes"] or asdict(FileRecord.of(data)) != value["file"]:
-                raise ValueError(f"{data.name} is not what was written")
+            FileRecord.from_json(value["file"]).check(data, within=self.part.path)
             return read(data)
         except FileNotFoundError:
             return None
@@ -125,9 +124,6 @@ class PartCache:
             publish_group(self.folder, {})
             try:
                 write(path)
-            except SafetensorError as error:  # it hides the operating system's own
-                path.unlink(missing_ok=True)
-                raise OSError(0, str(error)) from error
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

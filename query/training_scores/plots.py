@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.shown import picture_label
 from ghoststore.store import Run
+from ghoststore.store.run.ranges import inside
 from query.common.output import check_picture, save_picture
 from query.training_scores.curves import STEP_ARRAYS, Curves
-from query.training_scores.steps import choose_column, end_of, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, end_of, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units
 
 BINS = 48
@@ -51,7 +52,7 @@ def plot_scores(
         check_picture(target, "path")
     column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
     curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
-    for piece in stream_steps(run, column, spans_of(run, window), window, also=STEP_ARRAYS):
+    for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS):
         curves.add(piece, sums.add(piece.places, units.of(piece.places.row)))
     if not sums.tally.scored:
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")

@@ -4,6 +4,7 @@ processes that tests start and kill.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,15 @@ def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.nda
 
 def files(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+JOURNALED = replace(LAYOUT, save_steps=5, span_steps=15)
+"""Two spans: of three save intervals, and of one and the short one in which the run ends."""
+
+
+def steps_of(run: Run) -> list[int]:
+    """The committed steps; every array is what was appended for them."""
+    steps = run.committed_steps().tolist()
+    for spec in run.layout.arrays():
+        np.testing.assert_array_equal(run.read_committed(spec.name), expected(spec.name, steps, run.layout))
+    return steps

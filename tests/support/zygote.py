@@ -7,8 +7,8 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
 - ``cwd``, ``stdin`` (a file), ``stdout``, ``stderr`` (files that are written).
 - ``fault``: ``{"call": "fsync", "unlink", or "name" for whatever gives a file its name, "path": regular expression on
   the paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
-  ``act`` is ``kill`` (SIGKILL), ``interrupt``
-  (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
+  ``act`` is ``kill`` (SIGKILL), ``interrupt`` (SIGINT), ``terminate`` (SIGTERM), ``stop`` (SIGSTOP), or an errno name,
+  raised by this and by all later matches: a full disk stays full.
 - ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
   ``{"wait": pid}`` until it has ended.
 
@@ -86,7 +86,12 @@ IMPORTED = (
 )
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link"), "unlink": ("unlink",)}
-SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+    "stop": signal.SIGSTOP,
+}
 
 
 def paths_of(arguments: tuple[Any, ...]) -> str:

@@ -24,8 +24,8 @@ from tests.support.trainings import Trained, arrays_of, same_bits
 if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
-FULL = {"call": "fsync", "path": r"commits/\.00000001\.score\.", "when": "before", "act": "ENOSPC"}
-"""The second span of four steps cannot be written."""
+FULL = {"call": "fsync", "path": r"journal/00000000\.log", "when": "before", "number": 3, "act": "ENOSPC"}
+"""The second save interval of four steps cannot be written."""
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_the_store_is_full_and_training_stops(gym: Gym, whole: Path, tmp_path: P
     outcome = gym.run(tmp_path, fault=FULL)
     assert outcome.code == 6
     assert outcome.out == ""
-    assert "cannot write span 1 of" in outcome.err
+    assert "cannot write steps 4 to 8 of" in outcome.err
     assert "no space is left on the device; free some" in outcome.err
     assert "Traceback" not in outcome.err
-    assert run_of(tmp_path).spans == [0]
+    assert run_of(tmp_path).ranges == [(0, 4)]
     assert ghoststore.verify(tmp_path / "store").sound
     again = gym.run(tmp_path, "--keep-checkpoints", "all", "--json")
     assert again.code == 0, again.err
@@ -70,10 +70,10 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
     assert outcome.code == 0, outcome.err
     assert outcome.json["steps"] == 12
     (note,) = outcome.err.strip().splitlines()
-    assert note.startswith("note: cannot write span 1 of ")
+    assert note.startswith("note: cannot write steps 4 to 8 of ")
     assert note.endswith("Training goes on without scores in the store (--on-store-error continue)")
     assert same_bits(weights(tmp_path), weights(whole)) == []
-    assert run_of(tmp_path).spans == [0]
+    assert run_of(tmp_path).ranges == [(0, 4)]
     # It is finished: nothing more comes, and that is said.
     again = gym.run(tmp_path, *options)
     assert again.code == 0, again.err
@@ -185,7 +185,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "val": ({"val_set": "prompts-val"}, r"val\.fingerprint: stored '\w+:?\w+', asked for '\w+:?\w+'"),
     "checkpoint": ({"model": "two"}, r"model\.(checkpoint|config|parameters)\S*: stored .*, asked for "),
     "domains": ({"domains": ("sky",)}, r"corpus\.only_domains: stored None, asked for \['sky'\]"),
-    "interval": ({"dot_prod_save_interval": 3}, r"storage\.span_steps: stored 4, asked for 3"),
+    "interval": ({"dot_prod_save_interval": 3}, r"storage\.save_steps: stored 4, asked for 3"),
     "layers": ({"per_layer": True}, r"scoring\.per_layer: stored False, asked for True"),
     "max-length": ({"max_length": 16}, r"training\.max_length: stored 32, asked for 16"),
 }

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import BusyError, StorageError
+from ghoststore.errors import BusyError, GhostStoreError, StorageError
 from ghoststore.store.base.writers import FOLDER, at_work, busy, left_behind, living, touched, unfinished, writers
 
 
@@ -103,20 +103,31 @@ def storage_errors(what: str) -> Iterator[None]:
     """Turn the operating system's errors into StorageError: what was being written, why, what to do."""
     try:
         yield
-    except StorageError:
+    except GhostStoreError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no space is left on the device; free some"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = f"{error.strerror}; make it writable"
-        elif error.errno is None:
+    except Exception as error:
+        number = _number_of(error)
+        if number is None:
             raise
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space is left on the device; free some"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = f"{os.strerror(number)}; make it writable"
         else:
-            reason = f"{error.strerror} (errno {error.errno})"
+            reason = f"{os.strerror(number)} (errno {number})"
         raise StorageError(
             f"cannot write {what}: {reason}. What was committed is intact: the same command resumes"
         ) from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """The operating system's number of an error; libraries that are written in Rust (safetensors, tokenizers) have it
+    in their words alone.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    return None if hidden is None else int(hidden[1])
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)

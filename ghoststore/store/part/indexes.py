@@ -48,6 +48,11 @@ class IndexState:
         return head | ({} if self.manifest is None else self.manifest.to_json())
 
 
+def is_index_file(name: str) -> bool:
+    """Whether a build of an index makes files of that name in the folder of the index."""
+    return name in ("zarr.json", MANIFEST) or _OURS.fullmatch(name) is not None
+
+
 def index_folder(part: Part, name: str) -> Path:
     """Where the index called ``name`` is or would be."""
     return part.path / FOLDER / check_name(name, "index")
@@ -65,7 +70,7 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
     UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
     """
     try:
-        return IndexManifest.read(index_folder(part, name) / MANIFEST)
+        return IndexManifest.read(index_folder(part, name) / MANIFEST, part.path)
     except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(

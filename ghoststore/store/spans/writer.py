@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -92,11 +92,12 @@ class BackgroundWriter:
     next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block.
     """
 
-    def __init__(self, target: Spanned[Any]) -> None:
+    def __init__(self, target: Spanned[Any], write: Callable[[Any, SpanData], None] = write_span) -> None:
         self.target = target
         self.seconds = 0.0
         """Time spent writing, in the background."""
         self.bytes = 0
+        self._save = write
         self._queue: queue.Queue[SpanData | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ghoststore-writer", daemon=True)
@@ -137,7 +138,7 @@ class BackgroundWriter:
     def _write(self, data: SpanData) -> None:
         begun = time.perf_counter()
         try:
-            write_span(self.target, data)
+            self._save(self.target, data)
         except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
             self._error = error
         self.seconds += time.perf_counter() - begun
