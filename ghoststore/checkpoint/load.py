@@ -56,7 +56,7 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
     cannot be: no JSON object, a damaged header, a configuration that asks for more than the tensors there are.
     """
     folder = Path(source)
-    if not folder.exists():
+    if not _exists(folder, "checkpoint"):
         folder = _from_hub(str(source))
     if not folder.is_dir():
         raise CheckpointError(
@@ -79,6 +79,13 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(folder=folder, weights=tuple(weights))
     check_config(folder / CONFIG, checkpoint.shapes())
     return checkpoint
+
+
+def _exists(folder: Path, what: str) -> bool:
+    try:
+        return folder.exists()
+    except OSError as error:  # a name that is too long, a folder above that cannot be read
+        raise CheckpointError(f"{what} {folder!s:.1000} cannot be read: {error.strerror}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -172,9 +179,10 @@ def find_tokenizer(source: str | Path) -> Path:
     Raises CheckpointError if there is none.
     """
     folder = Path(source)
+    there = _exists(folder, "tokenizer")
     if folder.is_file():
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
-    return folder if folder.exists() else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
+    return folder if there else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -167,6 +167,9 @@ def _without_root(folder: Path) -> CorruptError:
 
 
 def _folders(path: Path) -> list[str]:
-    if not path.is_dir():
-        return []
-    return sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+    try:
+        if not path.is_dir():
+            return []
+        return sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}") from error

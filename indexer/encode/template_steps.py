@@ -1,30 +1,30 @@
 """A chat template is a program: how long it may run, and what it may not compute in one step.
 
 The sandbox of jinja2 keeps a template from the machine, not from running without end: nested loops, and macros that
-call themselves twice, take as long as they like. Steps are counted: a template is refused on every machine, or on none.
+call themselves twice, take as long as they like. So the Python that jinja2 makes of a template counts its turns of
+loops and its calls: a template is refused on every machine, or on none.
 """
 
 from __future__ import annotations
 
-import sys
+import ast
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from threading import Lock
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 MOST_STEPS = 10_000_000
-"""Lines of a compiled template, and calls, for one conversation; common templates take some hundred a message."""
+"""Turns of loops, and calls of macros, for one conversation; common templates take some for each message."""
 LONGEST_REPEAT = 1 << 20
 """Of what `*` makes of a text or a list."""
 MOST_BITS = 4096
 """Of a product or a power."""
-_GUARDED = frozenset({"*", "**"})
-_FILE = "<template>"
-"""What jinja2 calls the file of a template that comes from a string."""
+_OPERATORS = frozenset({"*", "**"})
+_compiling = Lock()
 
 
 @contextmanager
@@ -32,48 +32,58 @@ def bounded(tokenizer: Any, tools: Any) -> Iterator[None]:
     """The chat template that ``tokenizer`` takes for ``tools`` is rendered inside in at most MOST_STEPS steps, none of
     which makes much of little: jinja2.TemplateError otherwise.
     """
-    guarded_template(tokenizer.get_chat_template(tools=tools))
-    before = sys.gettrace()  # of a debugger, or of what measures coverage
-    sys.settrace(_Counter().see)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+    environment: Any = _guarded(tokenizer.get_chat_template(tools=tools)).environment
+    environment.step = _Counter().step
+    yield
 
 
 class _Counter:
-    """Counts lines of the template, and calls of anything."""
-
     def __init__(self) -> None:
-        self._steps = 0
+        self._left = MOST_STEPS
 
-    def see(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self._steps += 1
-        if self._steps > MOST_STEPS:
+    def step(self) -> None:
+        self._left -= 1
+        if self._left < 0:
             raise jinja2.TemplateRuntimeError(f"it takes more than {MOST_STEPS:,} steps")
-        return self.see if frame.f_code.co_filename == _FILE else None
 
 
-def guarded_template(source: str) -> jinja2.Template:
-    """The template that transformers compiles of ``source`` and keeps for the next time, with guarded operators."""
+def _guarded(source: str) -> jinja2.Template:
+    """The template that transformers compiles of ``source`` and keeps for the next time, compiled anew in its place: it
+    counts its steps, and its operators are :func:`_computed`.
+    """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     with _compiling:
-        # Constants are computed while the template is compiled, before there is an environment to guard.
-        SandboxedEnvironment.intercepted_binops = _GUARDED
+        # Constants are computed while a template is compiled, and its environment is made by the same function.
+        SandboxedEnvironment.intercepted_binops = _OPERATORS
         try:
             template: jinja2.Template = _compile_jinja_template(source)
         finally:
             SandboxedEnvironment.intercepted_binops = frozenset()
         environment: Any = template.environment
-        if environment.intercepted_binops != _GUARDED:
-            environment.intercepted_binops, environment.call_binop = _GUARDED, _computed
-            again = environment.from_string(source)  # it may have been compiled without us
-            template.root_render_func, template.blocks = again.root_render_func, again.blocks
+        if not hasattr(environment, "step"):
+            environment.intercepted_binops, environment.call_binop = _OPERATORS, _computed
+            environment._compile, environment.step = _with_steps, _Counter().step
+            ours = environment.from_string(source)
+            template.root_render_func, template.blocks = ours.root_render_func, ours.blocks
     return template
 
 
-_compiling = Lock()
+class _Steps(ast.NodeTransformer):
+    """Has every turn of a loop, and every function, begin with a step."""
+
+    def _counted(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body.insert(0, ast.parse("environment.step()").body[0])
+        return node
+
+    visit_For = visit_While = visit_FunctionDef = _counted
+
+
+def _with_steps(source: str, filename: str) -> CodeType:
+    """In place of jinja2's own: the code of the Python ``source`` that it made of a template."""
+    tree = ast.fix_missing_locations(_Steps().visit(ast.parse(source, filename)))
+    return compile(tree, filename, "exec")
 
 
 def _computed(context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -35,6 +35,7 @@ from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
 from ghoststore.store import Part, Status
 from ghoststore.store.base.own import is_own, source_path
+from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
@@ -137,7 +138,9 @@ class PartEncoder:
         """The rows of ``samples``, in order, tokenized some hundred at a time; all of them at once where the tokenizer
         has tokens that the model's embedding lacks, so that a row with one is refused (UsageError) before any work.
         """
-        rows = rows_of(samples, self._tokenizer, TokenSettings(**self.part.manifest["tokens"]))
+        with reading(self.part.path / "zarr.json", "does not say how rows are tokenized"):
+            settings = TokenSettings(**self.part.manifest["tokens"])
+        rows = rows_of(samples, self._tokenizer, settings)
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
     @property

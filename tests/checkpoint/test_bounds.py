@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ghoststore.checkpoint.load import find_checkpoint, find_tokenizer
+from ghoststore.errors import CheckpointError
 from tests.support.bounded import refused, run_bounded
 
 if TYPE_CHECKING:
@@ -151,3 +153,11 @@ def test_links_of_the_cache_of_the_hub_are_followed(lab: Lab, model: Path) -> No
         path.symlink_to(blobs / path.name)
     outcome = build(lab, model)
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "/no/such/folder", "\udce9"])
+def test_names_that_no_checkpoint_has(name: str) -> None:
+    with pytest.raises(CheckpointError):
+        find_checkpoint(name)
+    with pytest.raises(CheckpointError):
+        find_tokenizer(name)

@@ -140,3 +140,9 @@ def test_a_row_that_nests(lab: Lab, tmp_path: Path, field: str) -> None:
 
 def test_the_largest_record_by_default() -> None:
     assert Fields().max_record_bytes == LARGEST_RECORD == 64 << 20
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "no/such:split", "\udce9.jsonl"])
+def test_names_that_no_corpus_has(name: str) -> None:
+    with pytest.raises(CorpusError):
+        Corpus.open(name)

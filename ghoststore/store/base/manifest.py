@@ -46,8 +46,8 @@ class Kind:
     parameter: str = "name"
     """The parameter that names it."""
     entries: Mapping[str, Mapping[str, Types]] = field(default_factory=dict)
-    """By section: entries that it must have, and what each may be (of lists, names). ``a.b`` is one of the object ``a``,
-    where there is one.
+    """By section: entries that it must have, and what each may be (of lists, names). ``a.b`` is one of the object
+    ``a``, where there is one.
     """
 
 
@@ -175,8 +175,8 @@ def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
             raise CorruptError(
                 f"{where}: section {section!r} of its manifest is {_found(value)}; {_JSON[wanted]} is due"
             )
-        if isinstance(value, list) and not all(isinstance(layer, dict) for layer in value):
-            raise CorruptError(f"{where}: section {section!r} of its manifest is no list of objects")
+        if isinstance(value, list) and not all(_is_layer(layer) for layer in value):
+            raise CorruptError(f"{where}: section {section!r} of its manifest is no list of layers")
         for name, types in kind.entries.get(section, {}).items():
             due = " or ".join(_JSON[one] for one in types)
             holder, _, last = name.rpartition(".")
@@ -190,6 +190,11 @@ def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
             fits = isinstance(entry, types) and (not isinstance(entry, bool) or bool in types)
             if not fits or (isinstance(entry, list) and not all(isinstance(one, str) for one in entry)):
                 raise CorruptError(f"{where}: '{section}.{name}' of its manifest is {_found(entry)}; {due} is due")
+
+
+def _is_layer(value: Any) -> bool:
+    kinds = {"name": str, "type": str, "parameters": list, "modules": list, "shape": list, "ranks": list}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def _found(value: Any) -> str:

@@ -115,6 +115,8 @@ class Spanned(ABC, Generic[L]):
             spans = committed(self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise CorruptError(f"{self.path} has no commits folder") from None
+        except OSError as error:
+            raise CorruptError(f"{self.path / 'commits'} cannot be read: {error.strerror}") from error
         beyond = [span for span in spans if span >= self.layout.spans]
         if beyond:
             raise CorruptError(f"{self.path} has records of spans {beyond[:5]}, but only {self.layout.spans} spans")
@@ -207,7 +209,7 @@ class Spanned(ABC, Generic[L]):
             unknown = {str(codec["name"]) for codec in described["codecs"]} - CODECS
             if unknown or described["chunk_grid"]["name"] != "regular":
                 raise ValueError(f"it has chunks or codecs that are not ours: {sorted(unknown)[:3]!r:.100}")
-            return zarr.open_array(self.path / name, mode="r")
+            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # no metadata of other formats
 
     def check_chunk(self, spec: ArraySpec, key: str) -> None:
         """CorruptError unless ``key`` is a file, as large as a chunk of ``spec`` is. Of strings, whose bytes are not
