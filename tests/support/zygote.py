@@ -9,18 +9,22 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
   paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
   ``act`` is ``kill`` (SIGKILL), ``interrupt``
   (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
-- ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
-  ``{"wait": pid}`` until it has ended.
+- ``shim``: ``{"FAULT_AT": …}``, what tests/faults/shim.c reads; only where it was preloaded.
+- ``memory``, ``seconds``: address space beyond what is there now, and time, after which the system ends the child.
+- ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself
+  (the answer is 0 where it ended instead) and ``{"wait": pid}`` until it has ended.
 
 The answer's ``code`` is the exit status, negative for a signal.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -87,6 +91,8 @@ IMPORTED = (
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
+ENDED: dict[int, int] = {}
+"""Exit statuses of processes that ended where they should have stopped."""
 
 
 def paths_of(arguments: tuple[Any, ...]) -> str:
@@ -126,6 +132,18 @@ def install(fault: dict[str, Any]) -> None:
         setattr(os, name, partial(call, getattr(os, name)))
 
 
+def bound(order: dict[str, Any]) -> None:
+    """Arm the shim, and limit memory and time."""
+    if "shim" in order:
+        os.environ.update(order["shim"])
+        ctypes.CDLL(os.environ["LD_PRELOAD"]).fault_arm()
+    if "memory" in order:
+        pages = int(open("/proc/self/statm").read().split()[0])
+        limit = pages * resource.getpagesize() + order["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.alarm(order.get("seconds", 0))
+
+
 def child(order: dict[str, Any]) -> int:
     """What a forked child does with its order; its exit status."""
     for handle, name, flags in (
@@ -139,6 +157,7 @@ def child(order: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "fault" in order:
         install(order["fault"])
+    bound(order)
     try:
         if "code" in order:
             exec(order["code"], {"__name__": "__main__"})
@@ -155,7 +174,13 @@ def child(order: dict[str, Any]) -> int:
 def run(order: dict[str, Any]) -> dict[str, int]:
     """Do one order."""
     if "stopped" in order:
-        return {"code": os.WSTOPSIG(os.waitpid(order["stopped"], os.WUNTRACED)[1])}
+        status = os.waitpid(order["stopped"], os.WUNTRACED)[1]
+        if os.WIFSTOPPED(status):
+            return {"code": os.WSTOPSIG(status)}
+        ENDED[order["stopped"]] = os.waitstatus_to_exitcode(status)
+        return {"code": 0}
+    if order.get("wait") in ENDED:
+        return {"code": ENDED.pop(order["wait"])}
     pid = order.get("wait") or os.fork()
     if pid == 0:
         code = 1
