@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,23 @@ def merged(parts: list[Tables], seed: int, minutes: float) -> Tables:
     ]
     whole = {name: counts.get("done", 0) == len(parts) for name, counts in campaigns.items()}
     done = [
-        {"campaign": name, "what": CAMPAIGNS[name].what, "tried": counts["tried"], "lost": counts["lost"], "all": whole[name]}
+        {
+            "campaign": name,
+            "what": CAMPAIGNS[name].what,
+            "tried": counts["tried"],
+            "lost": counts["lost"],
+            "all": whole[name],
+        }
         for name, counts in campaigns.items()
     ]
-    return {"seed": seed, "minutes": minutes, "processes": len(parts), "promises": rows, "campaigns": done, "lost": lost}
+    return {
+        "seed": seed,
+        "minutes": minutes,
+        "processes": len(parts),
+        "promises": rows,
+        "campaigns": done,
+        "lost": lost,
+    }
 
 
 def markdown(tables: Tables) -> str:

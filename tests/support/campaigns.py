@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 import ghoststore
@@ -20,7 +19,7 @@ from tests.support.damage_walk import HARMS, walk_in_children
 from tests.support.fault_commands import ALL, BUILD, WRITING
 from tests.support.faulting import UNFINISHED, BrokenPromise, Faults, faults_at, files_of, spread
 from tests.support.frozen import decoded, digest
-from tests.support.fuzzing import byte_steps, mangled, overlays, refused_in_order, sample_files
+from tests.support.fuzzing import HOSTILE_FILES
 from tests.support.racing import RACES, overtaken, together
 from tests.support.shim import ERRORS, Fault, counting
 from tests.support.store_machine import StoreMachine
@@ -70,9 +69,11 @@ def strikes(faults: Faults, rng: random.Random, worker: int, workers: int) -> It
     for case in cases:
         order = random.Random(f"{rng.random()}")
         calls = spread(faults.reference(case).calls, None, order)
-        queues[case] = [fault for call in calls for fault in faults_at(call, order)]
-        # Kinds first: every way of one call before the next call would leave most kinds for the end.
-        order.shuffle(queues[case])
+        # One way of every call before another way of any: and calls of other kinds first.
+        ways = [
+            order.sample(faults_of, len(faults_of)) for faults_of in (list(faults_at(call, order)) for call in calls)
+        ]
+        queues[case] = [some[turn] for turn in range(max(map(len, ways))) for some in ways if turn < len(some)]
     for place, (case, fault) in enumerate(_mixed(queues)):
         if place % workers == worker:
             yield Step(f"{case}, {fault}", _promise(case, fault), lambda c=case, f=fault: _strike(faults, c, f))  # type: ignore[misc]
@@ -143,78 +144,17 @@ def _history(longer: settings, rng: random.Random, number: int) -> dict[int, int
 
 def hostile(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """Manifests, records, shards and sample files, changed and sealed again, or at random."""
-    kinds = [_hostile_store, _hostile_shards, _hostile_samples]
+    kinds = list(HOSTILE_FILES)
     for number in range(worker, 1 << 30, workers):
         kind = kinds[number % len(kinds)]
-        yield Step(f"{kind.__name__} {number}", 9, lambda k=kind, n=number: k(faults, n), 60)  # type: ignore[misc]
+        yield Step(f"{kind} {number}", 9, lambda k=kind, n=number: _hostile(faults, k, n), 60)  # type: ignore[misc]
 
 
-def _draw(number: int, act: Callable[[st.DataObject], list[str]]) -> None:
-    """``act`` on a few draws of this number."""
-    wrong: list[str] = []
-
-    @seed(number)
-    @settings(
-        max_examples=3, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=LENIENT
-    )
-    @given(data=st.data())
-    def draws(data: st.DataObject) -> None:
-        wrong.extend(act(data))
-
-    draws()
+def _hostile(faults: Faults, kind: str, number: int) -> dict[int, int]:
+    tried, wrong = HOSTILE_FILES[kind](faults, number, 3)
     if wrong:
         raise BrokenPromise(9, "\n\n".join(wrong))
-
-
-def _copied(faults: Faults, name: str, of: Path) -> Path:
-    folder = faults.folder / name
-    return folder if folder.exists() else Path(shutil.copytree(of, folder))
-
-
-def _hostile_store(faults: Faults, number: int) -> dict[int, int]:
-    store = faults.base("store") / "store"
-    copied = _copied(faults, "hostile-store", store)
-    names = [name for name in files_of(store) if name.endswith(".json") and not UNFINISHED.search(name)]
-
-    def act(data: st.DataObject) -> list[str]:
-        cases = [data.draw(overlays(store, data.draw(st.sampled_from(names)))) for _ in range(20)]
-        return refused_in_order(faults, "store", copied, cases)
-
-    _draw(number, act)
-    return {9: 60}
-
-
-def _hostile_shards(faults: Faults, number: int) -> dict[int, int]:
-    made = faults.folder / "hostile-shards"
-    if not made.exists():
-        folder = faults.fresh("tokenize")
-        assert faults.run(WRITING["tokenize"], folder).code == 0
-        shutil.copytree(folder / "shards", made)
-    names = [name for name in files_of(made) if not name.startswith("tokenizer/")]
-
-    def case(data: st.DataObject) -> dict[str, bytes]:
-        name = data.draw(st.sampled_from(names))
-        if name.endswith(".json"):
-            return data.draw(overlays(made, name))
-        return {name: mangled((made / name).read_bytes(), data.draw(byte_steps))}
-
-    _draw(number, lambda data: refused_in_order(faults, "shards", made, [case(data) for _ in range(20)]))
-    return {9: 60}
-
-
-def _hostile_samples(faults: Faults, number: int) -> dict[int, int]:
-    rows = [json.loads(line) for line in (faults.inputs / "corpus.jsonl").read_text().splitlines()]
-    files, folder = sample_files(rows), faults.folder / "hostile-samples"
-    folder.mkdir(exist_ok=True)
-    for name, whole in files.items():
-        (folder / name).write_bytes(whole)
-
-    def case(data: st.DataObject) -> dict[str, bytes]:
-        name = data.draw(st.sampled_from(sorted(files)))
-        return {name: mangled(files[name], data.draw(byte_steps))}
-
-    _draw(number, lambda data: refused_in_order(faults, "samples", folder, [case(data) for _ in range(20)]))
-    return {9: 60}
+    return {9: tried}
 
 
 def races(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
@@ -272,7 +212,9 @@ def _refused(faults: Faults, name: str) -> dict[int, int]:
     before = files_of(folder)
     value = str(faults.inputs / value) if flag in ("--checkpoint", "--data") else value
     outcome = faults.run(f"{BUILD} {flag} {value}", folder)
-    changed = [name for name, data in before.items() if files_of(folder).get(name) != data and not UNFINISHED.search(name)]
+    changed = [
+        name for name, data in before.items() if files_of(folder).get(name) != data and not UNFINISHED.search(name)
+    ]
     if outcome.code != 3 or changed:
         raise BrokenPromise(6, f"build with {name}: exit code {outcome.code}, {changed}: {outcome.err[-500:]}")
     return {6: 1}

@@ -54,15 +54,18 @@ ALL = {
     "self-influence": Command(f"self-influence {STORE} --out {{F}}/rows.csv --device cpu --quiet"),
     "select": Command(f"select {ASK} --fraction 0.5 --out {{F}}/best.jsonl"),
     "index": Command(f"index {STORE} --factory Flat --rebuild --quiet", passing=r"store/parts/part/index/"),
-    "fidelity": Command(f"fidelity {STORE} --rows 12 --val-samples 3 --device cpu --quiet"),
-    "plot-error": Command(f"plot-error {STORE} --rows 12 --val-samples 3 --device cpu --quiet --out {{F}}/error.png"),
+    "fidelity": Command(f"fidelity {STORE} --rows 12 --val-set {{I}}/val.jsonl --val-samples 3 --device cpu --quiet"),
+    "plot-error": Command(
+        f"plot-error {STORE} --rows 12 --val-set {{I}}/val.jsonl --val-samples 3 --device cpu --quiet --out {{F}}/error.png"
+    ),
     "full-gradients": Command(
         "full-gradients --checkpoint {I}/model --data {I}/corpus.jsonl --max-samples 3 --parameters projected"
         " --device cpu --quiet --out {F}/gradients",
         "nothing",
+        passing=r"gradients/manifest\.json$",
     ),
     "evaluate": Command(
-        f"evaluate {ASK} --out {{F}}/evaluation --method dot --halves 2 --max-steps 2 --batch-size 4 --workers 1",
+        f"evaluate {ASK} --out {{F}}/evaluation --method dot --halves 3 --max-steps 2 --batch-size 4 --workers 1",
         heavy=True,
     ),
     "tokenize": Command(

@@ -80,7 +80,7 @@ class Reference:
     reads: list[Call]
 
 
-@dataclass
+@dataclass(repr=False)
 class Faults:
     """A laboratory of faults in an empty ``folder``; ``lab`` has the shim in its processes."""
 
@@ -144,7 +144,11 @@ class Faults:
     def _littered(self, folder: Path) -> None:
         shutil.copytree(self.base("store"), folder, dirs_exist_ok=True)
         part = folder / "store" / "parts" / "part"
-        for name in ("vectors/c/9/0", "commits/.00000009.json.1.tmp", "vectors/c/0/0.0123456789abcdef0123456789abcdef.partial"):
+        for name in (
+            "vectors/c/9/0",
+            "commits/.00000009.json.1.tmp",
+            "vectors/c/0/0.0123456789abcdef0123456789abcdef.partial",
+        ):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             (part / name).write_bytes(b"litter")
 

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import ghoststore
 from ghoststore.errors import GhostStoreError
 from ghoststore.store.base.records import json_digest
 from tests.support.damage_walk import MEMORY, SECONDS, asked_of, questions, restore
+from tests.support.fault_commands import WRITING
 
 if TYPE_CHECKING:
     from tests.support.faulting import Faults
@@ -251,7 +254,7 @@ def refused_in_order(faults: Faults, kind: str, folder: Path, cases: list[Overla
         ended = faults.lab.run(code=code, memory=MEMORY)
         lines = [json.loads(line) for line in ended.out.splitlines() if line.startswith("{")]
         done = [line["wrong"] for line in lines if "wrong" in line]
-        wrong += [f"{_shown(case)}: {text[-1500:]}" for case, text in zip(left, done, strict=False) if text]
+        wrong += [f"{_shown(case)}:\n{_short(text)}" for case, text in zip(left, done, strict=False) if text]
         if len(done) == len(left):
             assert ended.code == 0, ended.err[-1000:]
             break
@@ -262,5 +265,90 @@ def refused_in_order(faults: Faults, kind: str, folder: Path, cases: list[Overla
     return wrong
 
 
+def _short(text: str) -> str:
+    """The last of our own lines in a traceback, and its end."""
+    lines = text.strip().splitlines()
+    ours = [line for line in lines if "File" in line and "/site-packages/" not in line]
+    return "\n".join([*ours[-2:], lines[-1][:500]])
+
+
 def _shown(case: Overlay) -> str:
-    return "; ".join(f"{name} = {data[:3000]!r}" for name, data in list(case.items())[:1])
+    return "; ".join(f"{name} = {data[:1500]!r}" for name, data in list(case.items())[:1])
+
+
+# Cases by the number of a draw: kinds of files, and what is wrong with how they are read.
+
+
+def _drawn(number: int, examples: int, size: int, case: Callable[[st.DataObject], Overlay]) -> list[list[Overlay]]:
+    """Lists of ``size`` cases."""
+    made: list[list[Overlay]] = []
+
+    @seed(number)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(data=st.data())
+    def draw(data: st.DataObject) -> None:
+        made.append([case(data) for _ in range(size)])
+
+    draw()
+    return made
+
+
+def _read(faults: Faults, kind: str, folder: Path, lists: list[list[Overlay]]) -> tuple[int, list[str]]:
+    cases = [case for some in lists for case in some]
+    return len(cases), refused_in_order(faults, kind, folder, cases)
+
+
+def hostile_store(faults: Faults, number: int, examples: int, size: int = 20) -> tuple[int, list[str]]:
+    """JSON of a store (manifests, metadata, records, caches), changed and sealed again: (cases, what is wrong)."""
+    whole, folder = faults.base("store") / "store", faults.folder / "hostile-store"
+    if not folder.exists():
+        shutil.copytree(whole, folder)
+    paths = [path.relative_to(whole).as_posix() for path in sorted(whole.rglob("*.json"))]
+    names = [name for name in paths if not any(piece.startswith(".") for piece in name.split("/"))]
+
+    def case(data: st.DataObject) -> Overlay:
+        return data.draw(overlays(whole, data.draw(st.sampled_from(names))))
+
+    return _read(faults, "store", folder, _drawn(number, examples, size, case))
+
+
+def hostile_shards(faults: Faults, number: int, examples: int, size: int = 20) -> tuple[int, list[str]]:
+    """Token shards: their JSON as above, arrays mangled."""
+    folder = faults.folder / "hostile-shards"
+    if not folder.exists():
+        made = faults.fresh("tokenize")
+        assert faults.run(WRITING["tokenize"], made).code == 0
+        shutil.copytree(made / "shards", folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in [*folder.glob("*.*"), *folder.glob("commits/*")])
+
+    def case(data: st.DataObject) -> Overlay:
+        name = data.draw(st.sampled_from(names))
+        if name.endswith(".json"):
+            return data.draw(overlays(folder, name))
+        return {name: mangled((folder / name).read_bytes(), data.draw(byte_steps))}
+
+    return _read(faults, "shards", folder, _drawn(number, examples, size, case))
+
+
+def hostile_samples(faults: Faults, number: int, examples: int, size: int = 20) -> tuple[int, list[str]]:
+    """Sample files of every form, mangled."""
+    rows = [json.loads(line) for line in (faults.inputs / "corpus.jsonl").read_text().splitlines()]
+    files, folder = sample_files(rows), faults.folder / "hostile-samples"
+    folder.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+    def case(data: st.DataObject) -> Overlay:
+        name = data.draw(st.sampled_from(sorted(files)))
+        return {name: mangled(files[name], data.draw(byte_steps))}
+
+    return _read(faults, "samples", folder, _drawn(number, examples, size, case))
+
+
+HOSTILE_FILES = {"store": hostile_store, "shards": hostile_shards, "samples": hostile_samples}

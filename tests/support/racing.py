@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.faulting import SECONDS, BrokenPromise, Faults, files_of, unfinished
 from tests.support.fault_commands import WRITING
+from tests.support.faulting import SECONDS, BrokenPromise, Faults, files_of, unfinished
 from tests.support.shim import Fault, counting
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def ends_well(
     done = faults._differences(case, folder) == []
     again = faults.run(WRITING[case], folder)
     if again.code not in ((0, 2) if done else (0,)):
-        raise BrokenPromise(3, f"{what}: codes {codes}, the same command again ends with {again.code}: {again.err[-500:]}")
+        raise BrokenPromise(
+            3, f"{what}: codes {codes}, the same command again ends with {again.code}: {again.err[-500:]}"
+        )
     faults._check_sound(f"{what}, again: ", 3, folder, True)
     if other_bits:
         return

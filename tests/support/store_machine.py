@@ -53,15 +53,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.folder = self.faults.fresh("build")
+        self.whole, self.answer = self.faults.reference("build").after, whole_answer(self.faults)
+        self.folder = self.faults.folder / "cases" / "machine"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
         self.store = self.folder / "store"
         self.part = self.store / "parts" / "part"
         self.committed: set[int] = set()
         self.harmed: dict[str, bytes] = {}
         self.second: int | None = None
         self.reader: tuple[Any, list[int]] | None = None
-        self.whole = self.faults.reference("build").after
-        self.answer = whole_answer(self.faults)
 
     def count(self, what: str) -> None:
         self.tried[what] = self.tried.get(what, 0) + 1
