@@ -125,25 +125,18 @@ def merged(parts: list[Tables], seed: int, minutes: float) -> Tables:
         }
         for number, name in PROMISES.items()
     ]
-    whole = {name: counts.get("done", 0) == len(parts) for name, counts in campaigns.items()}
     done = [
         {
             "campaign": name,
             "what": CAMPAIGNS[name].what,
             "tried": counts["tried"],
             "lost": counts["lost"],
-            "all": whole[name],
+            "all": counts.get("done", 0) == len(parts),
         }
         for name, counts in campaigns.items()
     ]
-    return {
-        "seed": seed,
-        "minutes": minutes,
-        "processes": len(parts),
-        "promises": rows,
-        "campaigns": done,
-        "lost": lost,
-    }
+    head = {"seed": seed, "minutes": minutes, "processes": len(parts)}
+    return {**head, "promises": rows, "campaigns": done, "lost": lost}
 
 
 def markdown(tables: Tables) -> str:

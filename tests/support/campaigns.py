@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def _mixed(queues: dict[str, list[Fault]]) -> Iterator[tuple[str, Fault]]:
 
 
 def strikes(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
-    """Every call of every command, killed, refused, cut short. The calls of a command are counted when its turn comes."""
+    """Every call of every command, killed, refused, cut short."""
     cases = rng.sample(list(WRITING), len(WRITING))
     queues = {}
     for case in cases:
@@ -76,7 +77,7 @@ def strikes(faults: Faults, rng: random.Random, worker: int, workers: int) -> It
         queues[case] = [some[turn] for turn in range(max(map(len, ways))) for some in ways if turn < len(some)]
     for place, (case, fault) in enumerate(_mixed(queues)):
         if place % workers == worker:
-            yield Step(f"{case}, {fault}", _promise(case, fault), lambda c=case, f=fault: _strike(faults, c, f))  # type: ignore[misc]
+            yield Step(f"{case}, {fault}", _promise(case, fault), partial(_strike, faults, case, fault))
 
 
 def _promise(case: str, fault: Fault) -> int:
@@ -96,7 +97,7 @@ def reads(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iter
         queues[case] = [Fault(rng.choice(("EIO", "ESTALE", "EACCES")), call.number, reads=True) for call in calls]
     for place, (case, fault) in enumerate(_mixed(queues)):
         if place % workers == worker:
-            yield Step(f"{case}, {fault}", 4, lambda c=case, f=fault: _strike(faults, c, f))  # type: ignore[misc]
+            yield Step(f"{case}, {fault}", 4, partial(_strike, faults, case, fault))
 
 
 def every_file(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
@@ -107,7 +108,7 @@ def every_file(faults: Faults, rng: random.Random, worker: int, workers: int) ->
     rng.shuffle(cases)
     for start in range(worker * 20, len(cases), workers * 20):
         some = cases[start : start + 20]
-        yield Step(f"harms {start}", 5, lambda some=some: _harm(faults, store, some), len(some))  # type: ignore[misc]
+        yield Step(f"harms {start}", 5, partial(_harm, faults, store, some), len(some))
 
 
 def _harm(faults: Faults, store: Path, cases: list[tuple[str, str]]) -> dict[int, int]:
@@ -130,10 +131,10 @@ def histories(faults: Faults, rng: random.Random, worker: int, workers: int) -> 
         print_blob=False,
     )
     for number in range(worker, 1 << 30, workers):
-        yield Step(f"histories {number}", 1, lambda n=number: _history(longer, rng, n), 3)  # type: ignore[misc]
+        yield Step(f"histories {number}", 1, partial(_history, longer, number), 3)
 
 
-def _history(longer: settings, rng: random.Random, number: int) -> dict[int, int]:
+def _history(longer: settings, number: int) -> dict[int, int]:
     StoreMachine.tried = {}
     StoreMachine._hypothesis_internal_use_seed = number * 7919 + 1  # type: ignore[attr-defined]
     run_state_machine_as_test(StoreMachine, settings=longer)
@@ -147,7 +148,7 @@ def hostile(faults: Faults, rng: random.Random, worker: int, workers: int) -> It
     kinds = list(HOSTILE_FILES)
     for number in range(worker, 1 << 30, workers):
         kind = kinds[number % len(kinds)]
-        yield Step(f"{kind} {number}", 9, lambda k=kind, n=number: _hostile(faults, k, n), 60)  # type: ignore[misc]
+        yield Step(f"{kind} {number}", 9, partial(_hostile, faults, kind, number), 60)
 
 
 def _hostile(faults: Faults, kind: str, number: int) -> dict[int, int]:
@@ -167,13 +168,13 @@ def races(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iter
             place += 1
             if place % workers != worker:
                 continue
-            yield Step(f"{case} at once", 3, lambda c=case, t=turn: _together(faults, c, 2 + t % 2))  # type: ignore[misc]
+            yield Step(f"{case} at once", 3, partial(_together, faults, case, 2 + turn % 2))
             if turn < len(queues[case]):
                 number, bits = queues[case][turn].number, case in ("build", "build-on") and turn % 2 == 1
                 yield Step(
                     f"{case} overtaken at {number}",
                     3,
-                    lambda c=case, n=number, b=bits: _overtaken(faults, c, n, b),  # type: ignore[misc]
+                    partial(_overtaken, faults, case, number, bits),
                 )
 
 
@@ -203,7 +204,7 @@ def refusals(faults: Faults, rng: random.Random, worker: int, workers: int) -> I
     faults.lab.write(faults.inputs / "other.jsonl", faults.lab.sample_rows(12, seed=rng.randrange(1 << 20) + 1))
     while True:
         name = rng.choice(list(OTHERS))
-        yield Step(name, 6, lambda n=name: _refused(faults, n))  # type: ignore[misc]
+        yield Step(name, 6, partial(_refused, faults, name))
 
 
 def _refused(faults: Faults, name: str) -> dict[int, int]:
@@ -231,7 +232,7 @@ def orders(faults: Faults, rng: random.Random, worker: int, workers: int) -> Ite
     while True:
         some = rng.sample(rows, rng.randint(1, len(rows)))
         batch = rng.choice((1, 16, 64, 2048))
-        yield Step(f"{len(some)} rows, {batch}", 7, lambda s=some, b=batch: _reordered(faults, plain, truth, s, b))  # type: ignore[misc]
+        yield Step(f"{len(some)} rows, {batch}", 7, partial(_reordered, faults, plain, truth, some, batch))
 
 
 def _reordered(
@@ -262,7 +263,7 @@ def trainings(faults: Faults, rng: random.Random, worker: int, workers: int) -> 
     weights = {name: data for name, data in files_of(folder / "out").items() if name.endswith("model.safetensors")}
     while True:
         fault = Fault(rng.choice(ERRORS), rng.randint(1, calls), lasting=rng.random() < 0.5)
-        yield Step(str(fault), 12, lambda f=fault: _trained(faults, line, weights, f))  # type: ignore[misc]
+        yield Step(str(fault), 12, partial(_trained, faults, line, weights, fault))
 
 
 def _trained(faults: Faults, line: str, weights: dict[str, bytes], fault: Fault) -> dict[int, int]:
@@ -285,7 +286,7 @@ def _trained(faults: Faults, line: str, weights: dict[str, bytes], fault: Fault)
 def formats(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """The frozen store of each format opens, verifies and holds the same numbers."""
     while True:
-        yield Step("format 1", 13, lambda: _frozen(faults))
+        yield Step("format 1", 13, partial(_frozen, faults))
 
 
 def _frozen(faults: Faults) -> dict[int, int]:

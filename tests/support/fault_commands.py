@@ -38,6 +38,7 @@ BUILD = (
     f"build --checkpoint {{I}}/model --data {{I}}/corpus.jsonl {STORE} --name part --span-rows 5 --device cpu --quiet"
 )
 ASK = f"{STORE} --val-set {{I}}/val.jsonl --device cpu --quiet"
+DRAWN = f"{ASK} --rows 12 --val-samples 3"
 TRAIN = (
     f"train --checkpoint {{I}}/model --data {{I}}/corpus.jsonl --val-set {{I}}/val.jsonl {STORE} --name run"
     " --output-dir {F}/out --batch-size 3 --val-batch-size 3 --max-steps 6 --checkpoint-interval 3 --eval-interval 3"
@@ -54,10 +55,8 @@ ALL = {
     "self-influence": Command(f"self-influence {STORE} --out {{F}}/rows.csv --device cpu --quiet"),
     "select": Command(f"select {ASK} --fraction 0.5 --out {{F}}/best.jsonl"),
     "index": Command(f"index {STORE} --factory Flat --rebuild --quiet", passing=r"store/parts/part/index/"),
-    "fidelity": Command(f"fidelity {STORE} --rows 12 --val-set {{I}}/val.jsonl --val-samples 3 --device cpu --quiet"),
-    "plot-error": Command(
-        f"plot-error {STORE} --rows 12 --val-set {{I}}/val.jsonl --val-samples 3 --device cpu --quiet --out {{F}}/error.png"
-    ),
+    "fidelity": Command(f"fidelity {DRAWN}"),
+    "plot-error": Command(f"plot-error {DRAWN} --out {{F}}/error.png"),
     "full-gradients": Command(
         "full-gradients --checkpoint {I}/model --data {I}/corpus.jsonl --max-samples 3 --parameters projected"
         " --device cpu --quiet --out {F}/gradients",

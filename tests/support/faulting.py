@@ -189,18 +189,18 @@ class Faults:
         promise = (11 if command.name == "train" else 1) if fault.act == "kill" else 4
         self._check_end(what, promise, fault, struck, outcome)
         self._check_partial(what, promise, case, folder)
-        self._check_sound(what, promise, folder, command.base != "damaged")
-        done = self._differences(case, folder) == []
+        self.check_sound(what, promise, folder, command.base != "damaged")
+        done = self.differences(case, folder) == []
         if fault.reads and outcome.code == 0 and not done:
             return struck  # it says in its result what it could not read
         if outcome.code == 0 and not done:
-            raise BrokenPromise(promise, f"{what}exit 0, but {self._differences(case, folder)[:5]} differ")
+            raise BrokenPromise(promise, f"{what}exit 0, but {self.differences(case, folder)[:5]} differ")
         again = self.run(command, folder)
         if again.code not in ((0, 2) if done else (0,)):
             raise BrokenPromise(promise, f"{what}the same command again ends with {again.code}: {again.err[-600:]}")
-        if different := self._differences(case, folder):
+        if different := self.differences(case, folder):
             raise BrokenPromise(promise, f"{what}after the same command again, {different[:5]} differ")
-        self._check_sound(what, promise, folder, True)
+        self.check_sound(what, promise, folder, True)
         if not done and (left := unfinished(files_of(folder)) - unfinished(reference.after)):
             raise BrokenPromise(promise, f"{what}the same command again leaves {sorted(left)[:5]} behind")
         return struck
@@ -237,14 +237,14 @@ class Faults:
             if not (UNFINISHED.search(name) or passing.search(name)):
                 raise BrokenPromise(promise, f"{what}{name}, which was there before, is gone")
 
-    def _check_sound(self, what: str, promise: int, folder: Path, wanted: bool) -> None:
+    def check_sound(self, what: str, promise: int, folder: Path, wanted: bool) -> None:
         if not (folder / "store" / "zarr.json").exists():
             return
         report = ghoststore.verify(folder / "store")
         if wanted and not report.sound:
             raise BrokenPromise(promise, f"{what}verify: {report.damage[:3]}")
 
-    def _differences(self, case: str, folder: Path) -> list[str]:
+    def differences(self, case: str, folder: Path) -> list[str]:
         """Names of what is not as the undisturbed command leaves it."""
         reference, now = self.reference(case), files_of(folder)
         different = []

@@ -87,17 +87,17 @@ def ends_well(
     errors = "\n".join(outcome.err[-500:] for outcome in outcomes)
     if not set(codes) <= {0, 2, 5} or "Traceback" in errors:
         raise BrokenPromise(3, f"{what}: exit codes {codes}\n{errors}")
-    faults._check_sound(f"{what}: ", 3, folder, True)
-    done = faults._differences(case, folder) == []
+    faults.check_sound(f"{what}: ", 3, folder, True)
+    done = faults.differences(case, folder) == []
     again = faults.run(WRITING[case], folder)
     if again.code not in ((0, 2) if done else (0,)):
         raise BrokenPromise(
             3, f"{what}: codes {codes}, the same command again ends with {again.code}: {again.err[-500:]}"
         )
-    faults._check_sound(f"{what}, again: ", 3, folder, True)
+    faults.check_sound(f"{what}, again: ", 3, folder, True)
     if other_bits:
         return
-    if different := faults._differences(case, folder):
+    if different := faults.differences(case, folder):
         raise BrokenPromise(3, f"{what}: codes {codes}, then {different[:5]} differ")
     if left := unfinished(files_of(folder)) - unfinished(faults.reference(case).after):
         raise BrokenPromise(3, f"{what}: codes {codes}, {sorted(left)[:5]} are left behind")

@@ -138,7 +138,8 @@ def bound(order: dict[str, Any]) -> None:
         os.environ.update(order["shim"])
         ctypes.CDLL(os.environ["LD_PRELOAD"]).fault_arm()
     if "memory" in order:
-        pages = int(open("/proc/self/statm").read().split()[0])
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
         limit = pages * resource.getpagesize() + order["memory"]
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.alarm(order.get("seconds", 0))
