@@ -9,12 +9,13 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
   paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
   ``act`` is ``kill`` (SIGKILL), ``interrupt``
   (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
-- ``shim``: ``{"FAULT_AT": …}``, what tests/faults/shim.c reads; only where it was preloaded.
-- ``memory``, ``seconds``: address space beyond what is there now, and time, after which the system ends the child.
-- ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself
-  (the answer is 0 where it ended instead) and ``{"wait": pid}`` until it has ended.
+- ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
+  ``{"wait": pid}`` until it has ended.
 
-The answer's ``code`` is the exit status, negative for a signal.
+The answer's ``code`` is the exit status, negative for a signal; of ``stopped`` the signal, 0 where it ended instead.
+
+For tests/faults: ``shim``: ``{"FAULT_AT": …}``, what shim.c reads where it was preloaded; ``memory``, ``seconds``:
+address space beyond what is there, and time, after which the system ends the child.
 """
 
 from __future__ import annotations
@@ -91,8 +92,6 @@ IMPORTED = (
 
 CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
-ENDED: dict[int, int] = {}
-"""Exit statuses of processes that ended where they should have stopped."""
 
 
 def paths_of(arguments: tuple[Any, ...]) -> str:
@@ -170,6 +169,10 @@ def child(order: dict[str, Any]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+ENDED: dict[int, int] = {}
+"""Exit statuses of processes that ended where they should have stopped."""
 
 
 def run(order: dict[str, Any]) -> dict[str, int]:
