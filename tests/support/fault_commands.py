@@ -78,14 +78,15 @@ ALL = {
     ),
     "train": Command(TRAIN, "nothing", passing=r"out/|store/runs/"),
     "scores": Command(f"scores {STORE} --plot {{F}}/scores.png --out {{F}}/scores.json --quiet"),
-    "repair": Command(
-        f"repair {STORE} --checkpoint {{I}}/model --data {{I}}/corpus.jsonl --device cpu --quiet", "damaged"
-    ),
-    "gc": Command(f"gc {STORE}", "littered"),
-    "rm": Command(f"rm {STORE} --run run"),
-    "mv": Command(f"mv {STORE} --part part --to moved"),
-    "cp": Command(f"cp {STORE} --part part --to copy"),
-    "export": Command(f"export {STORE} --out {{F}}/vectors.safetensors"),
+    "repair": Command(f"repair {STORE} --checkpoint {{I}}/model --data {{I}}/corpus.jsonl --quiet", "damaged"),
+    "gc": Command(f"gc {STORE} --quiet", "littered"),
+    "rm": Command(f"rm {STORE} --run run --yes"),
+    "rm-part": Command(f"rm {STORE} --part part --yes", heavy=True),
+    "mv": Command(f"mv {STORE} --part part --to-name moved"),
+    "cp": Command(f"cp {STORE} --part part --to-name copy --quiet"),
+    "cp-run": Command(f"cp {STORE} --run run --to-store {{F}}/other --quiet", heavy=True),
+    "export": Command(f"export {STORE} --out {{F}}/vectors.safetensors --quiet"),
+    "export-parquet": Command(f"export {STORE} --out {{F}}/vectors.parquet --quiet", heavy=True),
 }
 
 WRITING = {case: command for case, command in ALL.items() if command.name in COMMANDS}
