@@ -142,15 +142,13 @@ class Faults:
         (part / "commits" / "00000002.json").write_bytes(b"")
 
     def _littered(self, folder: Path) -> None:
+        """A second part, whose build was killed in the middle of a span."""
         shutil.copytree(self.base("store"), folder, dirs_exist_ok=True)
-        part = folder / "store" / "parts" / "part"
-        for name in (
-            "vectors/c/9/0",
-            "commits/.00000009.json.1.tmp",
-            "vectors/c/0/0.0123456789abcdef0123456789abcdef.partial",
-        ):
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_bytes(b"litter")
+        calls = self.reference("build").calls
+        fault = Fault("kill", calls[len(calls) * 4 // 5].number)
+        line = ALL["build"].line.replace("--name part", "--name other")
+        outcome = self.run(line, folder, shim=fault.settings(folder, self.folder / "count-litter"))
+        assert outcome.code == -9, outcome.err
 
     def fresh(self, case: str) -> Path:
         """The case's folder, as its command finds it."""
