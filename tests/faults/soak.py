@@ -76,10 +76,11 @@ class Tally:
 def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> Tally:
     """Steps of all campaigns, each in its share of the time, until it is over or nothing is left."""
     tally = Tally()
-    lines: dict[str, Iterator[Step]] = {}
-    for name, campaign in CAMPAIGNS.items():
-        lines[name] = campaign.steps(faults, random.Random(f"{seed} {name}"), worker, workers)
-    spent = dict.fromkeys(lines, 0.0)
+    lines: dict[str, Iterator[Step]] = {
+        name: campaign.steps(faults, random.Random(f"{seed} {name}"), worker, workers)
+        for name, campaign in CAMPAIGNS.items()
+    }
+    spent, told = dict.fromkeys(lines, 0.0), time.monotonic()
     while lines and time.monotonic() < until:
         name = min(lines, key=lambda name: spent[name] / CAMPAIGNS[name].share)
         begun = time.monotonic()
@@ -90,6 +91,10 @@ def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> 
             continue
         tally.do(name, step)
         spent[name] += time.monotonic() - begun
+        if time.monotonic() > told + 60:
+            told = time.monotonic()
+            left, tried = (until - told) / 60, {name: counts["tried"] for name, counts in tally.campaigns.items()}
+            print(f"{left:.0f} minutes left, {len(tally.lost)} lost, {tried}", flush=True)  # noqa: T201
     return tally
 
 

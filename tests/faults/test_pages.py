@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,6 +19,25 @@ def test_every_promise_has_tests_that_are_there() -> None:
         files = re.findall(r"`(tests/[^`]+)`", tests)
         assert files, number
         assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+def constants_of(path: Path) -> dict[str, int]:
+    """The whole numbers that a file names, such as ``MOST = 1 << 20``."""
+    found = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = ast.unparse(node.value)
+            if re.fullmatch(r"\d+( << \d+)?", text):
+                left, _, right = text.partition(" << ")
+                found[node.targets[0].id] = int(left) << int(right or 0)
+    return found
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| .* \| ([0-9,]+) \| `(\w+)` in `([^`]+)` \|", PAGE.read_text(), flags=re.MULTILINE)
+    assert len(rows) > 15
+    for number, name, file in rows:
+        assert constants_of(ROOT / file)[name] == int(number.replace(",", "")), f"{name} in {file}"
 
 
 def test_the_table_of_the_soak() -> None:

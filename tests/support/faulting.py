@@ -24,6 +24,8 @@ Tree = dict[str, bytes]
 ROWS = 12
 SECONDS = 120
 """After which a command counts as hanging."""
+IMPORTS = "matplotlib.figure matplotlib.backends.backend_agg pyarrow.parquet"
+"""What plots and tables would import in each child."""
 UNFINISHED = re.compile(r"(^|/)(\.|begun\.)|\.partial$|\.lock$")
 """Names that say that a file is not finished, or is for no reader."""
 
@@ -286,4 +288,5 @@ def open_faults(folder: Path) -> Faults | None:
     if shim is None:
         return None
     (folder / "lab").mkdir()
-    return Faults(open_lab(folder / "lab", LD_PRELOAD=str(shim)), folder / "faults")
+    lab = open_lab(folder / "lab", LD_PRELOAD=str(shim), ZYGOTE_IMPORTS=IMPORTS)
+    return Faults(lab, folder / "faults")

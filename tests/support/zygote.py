@@ -15,13 +15,15 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
 The answer's ``code`` is the exit status, negative for a signal; of ``stopped`` the signal, 0 where it ended instead.
 
 For tests/faults: ``shim``: ``{"FAULT_AT": …}``, what shim.c reads where it was preloaded; ``memory``, ``seconds``:
-address space beyond what is there, and time, after which the system ends the child.
+address space beyond what is there, and time, after which the system ends the child. ``ZYGOTE_IMPORTS`` in the
+environment: what else is imported before the forks.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import json
 import os
 import re
@@ -200,6 +202,8 @@ def run(order: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    for module in os.environ.get("ZYGOTE_IMPORTS", "").split():
+        importlib.import_module(module)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
         sys.stdout.flush()
