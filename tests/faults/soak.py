@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ class Tally:
             print(f"LOST {promise} in {campaign}: {step.name}\n{text[-3000:]}\n", flush=True)  # noqa: T201
 
 
+def _raise(text: str) -> dict[int, int]:
+    raise AssertionError(text)
+
+
 def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> Tally:
     """Steps of all campaigns, each in its share of the time, until it is over or nothing is left."""
     tally = Tally()
@@ -84,7 +89,13 @@ def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> 
     while lines and time.monotonic() < until:
         name = min(lines, key=lambda name: spent[name] / CAMPAIGNS[name].share)
         begun = time.monotonic()
-        step = next(lines[name], None)
+        try:
+            step = next(lines[name], None)
+        except Exception:  # noqa: BLE001 - what a campaign does before its steps failed
+            step = Step(f"{name} begins", 0, partial(_raise, traceback.format_exc()))
+            tally.do(name, step)
+            del lines[name]
+            continue
         if step is None:
             del lines[name]
             tally.campaigns.setdefault(name, Counter())["done"] = 1

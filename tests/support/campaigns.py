@@ -227,7 +227,7 @@ def orders(faults: Faults, rng: random.Random, worker: int, workers: int) -> Ite
     folder = Path(shutil.copytree(faults.base("nothing"), faults.folder / "in-order"))
     assert faults.run(plain, folder).code == 0
     part = Store.open(folder / "store").part()
-    truth = dict(zip(part.column("sample_id").tolist(), np.asarray(decoded(part)), strict=True))
+    truth = dict(zip(part.read("sample_id", 0, part.rows).tolist(), np.asarray(decoded(part)), strict=True))
     rows = [json.loads(line) for line in (faults.inputs / "corpus.jsonl").read_text().splitlines()]
     while True:
         some = rng.sample(rows, rng.randint(1, len(rows)))
@@ -245,7 +245,7 @@ def _reordered(
     outcome = faults.run(f"{plain} --data {data} --batch-tokens {batch}", folder)
     assert outcome.code == 0, outcome.err
     part = Store.open(folder / "store").part()
-    for name, vector in zip(part.column("sample_id").tolist(), np.asarray(decoded(part)), strict=True):
+    for name, vector in zip(part.read("sample_id", 0, part.rows).tolist(), np.asarray(decoded(part)), strict=True):
         error = np.linalg.norm(vector - truth[name]) / np.linalg.norm(truth[name])
         if not error < 1e-4:
             raise BrokenPromise(7, f"{name} in {[row['id'] for row in rows]}, batches of {batch}: error {error}")

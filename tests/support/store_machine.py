@@ -253,13 +253,13 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.reader is not None
         part, spans = self.reader
         assert list(part.spans) == spans
+        rows = [row for span in spans for row in range(span * SPAN_ROWS, min((span + 1) * SPAN_ROWS, ROWS))]
         try:
-            ids = [str(name) for name in part.column("sample_id")]
+            ids = [str(name) for name in part.read_rows("sample_id", rows)]
         except GhostStoreError:
             if not self.harmed:
                 raise BrokenPromise(10, "a reader fails after others wrote") from None
             return
-        rows = [row for span in spans for row in range(span * SPAN_ROWS, min((span + 1) * SPAN_ROWS, ROWS))]
         if ids != [f"row-{row}" for row in rows]:
             raise BrokenPromise(10, f"a reader of rows {rows} sees {ids}")
 
