@@ -167,7 +167,11 @@ class Lab:
 
     def stopped(self, pid: int) -> None:
         """Wait until a process that was started has stopped itself."""
-        assert self._order(stopped=pid)["code"] == signal.SIGSTOP
+        assert self.stops(pid)
+
+    def stops(self, pid: int) -> bool:
+        """Wait until a process that was started has stopped itself, or ended: False."""
+        return self._order(stopped=pid)["code"] == signal.SIGSTOP
 
     def wait(self, pid: int) -> Outcome:
         """The outcome of a process that was started."""
@@ -230,17 +234,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One for the whole session: nothing in it is changed by a test."""
-    folder = tmp_path_factory.mktemp("lab")
+def open_lab(folder: Path, **environment: str) -> Lab:
+    """A lab in an empty ``folder``; ``environment`` is that of its processes, beside ours."""
     script = Path(__file__).parent / "support" / "zygote.py"
     zygote = subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
     )
     rows = sample_rows(27)
     corpus = write_jsonl(folder / "corpus.jsonl", rows)
-    lab = Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+    return Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One for the whole session: nothing in it is changed by a test."""
+    lab = open_lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
 
