@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.writers import unfinished
 
 
 def check_writable(folder: Path) -> None:
@@ -18,7 +18,7 @@ def check_writable(folder: Path) -> None:
     what = str(folder)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    path = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    path = unfinished(folder / "writable")  # a name that says whose it is, should this process be killed here
     with storage_errors(what):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.close(handle)
