@@ -192,6 +192,27 @@ def test_an_intent_that_cannot_be_followed(
     assert whole_spans(lab, store, wholes) == [0] * SPANS
 
 
+@pytest.mark.slow
+@pytest.mark.kill
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", ["fsync", "name", "unlink"])
+def test_killed_at_every_step(lab: Lab, wholes: list[dict[str, bytes]], call: str, when: str, tmp_path: Path) -> None:
+    """Of one span: the next writer ends with the same bytes, and nothing beside them."""
+    kills = 0
+    while True:
+        store = tmp_path / str(kills)
+        fault = {"call": call, "path": r"\b00000001\.|/c/1(/0)*$", "number": kills + 1, "when": when, "act": "kill"}
+        outcome = lab.run(code=train(store, 0), fault=fault)
+        if outcome.code != -signal.SIGKILL:
+            break
+        kills += 1
+        assert ghoststore.verify(store).sound
+        train_run(store)
+        assert whole_spans(lab, store, wholes) == [0] * SPANS
+    assert outcome.code == 0, outcome.err
+    assert kills >= (3 if call == "unlink" else len(LAYOUT.arrays()) + 1)
+
+
 @pytest.mark.kill
 @pytest.mark.parametrize("race", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(5)])
 def test_races(lab: Lab, wholes: list[dict[str, bytes]], race: int, tmp_path: Path) -> None:
