@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select as waiting
+import shutil
 import signal
 from collections.abc import Iterator
 from itertools import count
@@ -40,7 +41,7 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "select": ([*SELECT, "--out", "a.jsonl"], ["a.jsonl", "a.jsonl.report.rows.jsonl", "a.jsonl.report.json"]),
     "select-dataset": ([*SELECT, "--out", "a", "--report", "b.json"], ["a", "b.rows.jsonl", "b.json"]),
     "plot-error": (
-        ["plot-error", "--store", "{built}", "--out", "a.png", "--rows", "6", "--val-samples", "2", "--device", "cpu"],
+        ["plot-error", "--store", "{built}", "--out", "a.png", "--rows", "12", "--val-samples", "2", "--device", "cpu"],
         ["a.png", "a.json"],
     ),
 }
@@ -52,7 +53,8 @@ def places(lab: Lab, built: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("places")
     whole(folder / "scored")
     val = lab.write(folder / "val.jsonl", [row | {"id": f"v{i}"} for i, row in enumerate(lab.sample_rows(3, 5))])
-    return {"built": str(built), "scored": str(folder / "scored"), "val": str(val)}
+    shutil.copytree(built, folder / "built")  # commands keep caches in it
+    return {"built": str(folder / "built"), "scored": str(folder / "scored"), "val": str(val)}
 
 
 def run(lab: Lab, name: str, places: dict[str, str], folder: Path, **order: Any) -> Outcome:
