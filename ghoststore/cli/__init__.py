@@ -1,8 +1,8 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted, 143
-terminated.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted,
+141 the reader of stdout has gone, 143 terminated.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
-from ghoststore.errors import GhostStoreError
+from ghoststore import __version__
+from ghoststore.cli.ending import refuse_unreadable, say_bug, say_error, told
+from ghoststore.cli.events import FLAG, logging_to
+from ghoststore.cli.streams import EventStderr, guarded
 from ghoststore.interrupts import Interrupted, terminating, word
 
 COMMANDS = {
@@ -101,25 +104,45 @@ def _interrupted(error: BaseException) -> int:
     cause = error if isinstance(error, Interrupted) else error.__cause__
     ended = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
     message = f"{word(ended.number)}." if ended.message is None else ended.message
-    if message:
-        click.echo(message, err=True)
-    return ended.exit_code
+    return say_error(word(ended.number), message, ended.exit_code, intro="") if message else ended.exit_code
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: what the ``ghoststore`` script calls."""
-    try:
-        with terminating():
-            code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
-    except GhostStoreError as error:
-        click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
-    except ImportError as error:
-        click.echo(f"Error: {error}", err=True)
+    words = sys.argv[1:] if args is None else args
+    with guarded():
+        code = _logged(words) if FLAG in words else _run(words)
+    sys.exit(code)
+
+
+def _logged(words: list[str]) -> int:
+    """As `_run`; stderr holds events and nothing else."""
+    with logging_to(sys.stderr, words, __version__) as log:
+        stderr = EventStderr(sys.stderr, log)
+        sys.stderr = cast("TextIO", stderr)
         code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        try:
+            code = _run(words)
+        except Exception as error:  # noqa: BLE001 - a bug: its traceback is in the event
+            say_bug(error)
+        finally:
+            stderr.finish()
+            log.end(code)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """Run a command; its exit code. An error that nobody foresaw passes."""
+    try:
+        refuse_unreadable(words)
+        with terminating():
+            code = cli.main(args=words, prog_name="ghoststore", standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
-        code = _interrupted(error)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _interrupted(error)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except Exception as error:
+        if (code := told(error)) is None:
+            raise
+    return code if isinstance(code, int) else 0

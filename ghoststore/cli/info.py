@@ -16,6 +16,7 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
     from ghoststore.cli.terminal import print_json
 
     found = load("info")(**keywords)
+    options.report(found)
     if printing.as_json:
         print_json(found.to_json())
     elif keywords.keys() & {"part", "run"}:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.errors import CorruptError
 from ghoststore.settings.shared import Printing
@@ -27,7 +25,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes, print_table
+    from ghoststore.cli.terminal import human_bytes, print_table, say
 
     for title, files in (("unknown files", report.unknown), ("leftovers of writers", report.leftovers)):
         if files:
@@ -44,7 +42,7 @@ def _print(report: Any) -> None:
     if report.sound:
         runs = f"{len(report.runs)} run(s), " if report.runs else ""
         checked = f"{len(report.parts)} part(s), {runs}{report.spans} spans, {report.files} files"
-        click.echo(f"sound: {checked}, {human_bytes(report.bytes)}")
+        say(f"sound: {checked}, {human_bytes(report.bytes)}")
     else:
         rows = [[damage.part or damage.run or "", damage.file, damage.problem] for damage in report.damage]
         print_table("damaged", [("part or run", False), ("file", False), ("problem", False)], rows)

@@ -121,6 +121,7 @@ class AsJson:
     """Of the command line alone."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
+    log_json: bool = option(False, "Tell progress, notes and errors on stderr as one JSON object a line.", "Output")
 
 
 @options

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ghoststore.errors import CorruptError, UsageError
+from ghoststore.settings.option import refuse_remote
 from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
 from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
 from ghoststore.store.base.names import FORMAT_VERSION, check_name, is_name
@@ -80,6 +81,7 @@ class Store:
     @staticmethod
     def refuse_others(folder: Path) -> None:
         """UsageError if :meth:`create` would touch something that is not a store."""
+        refuse_remote("store", folder)
         if (folder / ROOT).exists() or not folder.exists():
             return
         if holds_anything(folder):

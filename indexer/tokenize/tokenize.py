@@ -18,6 +18,7 @@ from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
@@ -213,7 +214,8 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
     def fill(begun: Path) -> None:
         (begun / "commits").mkdir()
         with quiet_transformers():
-            tokenizer.save_pretrained(begun / TOKENIZER)
+            with own_errors():
+                tokenizer.save_pretrained(begun / TOKENIZER)
             given, saved = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
         if saved != given:
             raise CheckpointError(

@@ -5,7 +5,6 @@ Legend: Q val samples, R rows, N numbers of the naive projection.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +20,12 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import PlotErrorOptions
 from ghoststore.settings.question import RebuiltOptions
+from ghoststore.shown import json_text
 from ghoststore.store import Part, Store
-from ghoststore.store.base.disk import replace as replace_file
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.new_files import check_new, new_files
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
+from query.common.output import check_picture
 from query.exact.gradients import ExactGradients
 from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
@@ -44,7 +44,6 @@ from query.fidelity.reference import fitting_parts, parse_reference, part_of_ran
 from query.fidelity.sample import SampleSpec, open_encoder, take_sample
 from query.fidelity.theory import PairMoments, dense_error, kronecker_error
 from query.search.part_score import Metric
-from query.training_scores.plots import check_plot
 
 PAIRS = 16
 """Pairs of gradients that the Kronecker theory is averaged over."""
@@ -106,9 +105,10 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
 
     Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
     """
-    progress, path = options.progress or Silent(), check_plot(options.out, "out")
-    if path.with_suffix(".json").exists():
-        raise UsageError(f"`out={path}`: {path.with_suffix('.json')} exists, and the numbers are written there")
+    progress, path = options.progress or Silent(), Path(options.out)
+    numbers = path.with_suffix(".json")
+    check_picture(path, "out", beside=[numbers])
+    check_new(f"the file of numbers beside `out={path}`, {numbers},", numbers, path)
     mode, number = parse_reference(options.reference)
     spec = SampleSpec(
         rows=options.rows,
@@ -150,7 +150,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
         seed=options.seed,
         points=points,
         plot=str(path),
-        numbers_file=str(path.with_suffix(".json")),
+        numbers_file=str(numbers),
     )
     _write(curve, path, other)
     return curve
@@ -248,7 +248,7 @@ def _point(
 
 
 def _write(curve: ErrorCurve, path: Path, reference_numbers: int | None) -> None:
-    """The picture, then the numbers."""
-    with storage_errors(str(path)):
-        draw_errors(curve.to_json(), path, reference_numbers)
-        replace_file(path.with_suffix(".json"), (json.dumps(curve.to_json(), indent=1) + "\n").encode())
+    """The picture, then the numbers: both or neither."""
+    with new_files(path, Path(curve.numbers_file)) as (picture, numbers):
+        draw_errors(curve.to_json(), picture, reference_numbers)
+        numbers.write_text(json_text(curve.to_json(), indent=1) + "\n", encoding="utf-8")

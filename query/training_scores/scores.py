@@ -22,6 +22,7 @@ from ghoststore.settings.store import ScoresOptions
 from ghoststore.store import Run, Store
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.run.ranges import count as steps_in
+from query.common.output import check_picture
 from query.common.texts import texts_of
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
@@ -58,9 +59,9 @@ def scores(options: ScoresOptions) -> ScoresResult:
     top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
     bottom_k = 0 if options.bottom_k is None else options.bottom_k
     if options.plot is not None:
-        from query.training_scores.plots import check_plot, plot_scores
+        from query.training_scores.plots import plot_scores
 
-        check_plot(options.plot, "plot")
+        check_picture(options.plot, "plot")
     opened = Store.open(options.store).run(options.run)
     column = choose_column(opened, options.group, options.layers, options.exclude_layers)
     window = window_of(opened, options.steps)
@@ -87,6 +88,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             group=options.group,
             layers=options.layers,
             exclude_layers=options.exclude_layers,
+            over=False,
         )
     return ScoresResult(
         store=str(options.store),

@@ -154,8 +154,9 @@ def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path
     assert second.code == 5
     what = f"--output-dir {tmp_path}/out" if other == "output" else "run 'run'"
     option = "--output-dir" if other == "output" else "--name"
-    assert second.err.strip() == (
-        f"Error: {what} is being written by another process; wait for it, or choose another {option}"
+    assert second.err.startswith(
+        f"Error: {what} is being written by another process; wait for it, or choose another {option}. It is process "
+        f"{first} on "
     )
     assert {name: data for name, data in gym.lab.tree(tmp_path).items() if not name.startswith("other")} == before
     os.kill(first, signal.SIGCONT)

@@ -119,11 +119,15 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
 
 @contextmanager
 def at_work(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
-    """Have a record in ``folder``, touched by a thread, while the block runs.
+    """Have a record in ``folder``, touched by a thread, while the block runs. Those of the dead are removed.
 
     BusyError, naming it, if another living process has one; OSError if the folder cannot be written.
     """
     refuse_second(living(folder), what, parameter)
+    for writer in writers(folder):
+        if not writer.alive:
+            with suppress(OSError):
+                (folder / FOLDER / f"{writer.id}.json").unlink()
     own, process = own_id(), os.getpid()
     record = _write(folder / FOLDER, own, what, parameter)
     try:
