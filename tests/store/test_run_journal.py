@@ -192,7 +192,6 @@ def test_a_full_journal_without_a_record(half: Path, whole: dict[str, bytes], mo
 def test_every_flipped_byte_is_named(half: Path, stride: int) -> None:
     """By `verify`; and nothing is read that was not written."""
     data = journal(half).read_bytes()
-    size = len(data) // 2
     sound = [expected(name, list(range(10))) for name in ARRAYS]
     for place in range(0, len(data), stride):
         changed = bytearray(data)
