@@ -1,8 +1,8 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted,
-141 the reader of stdout has gone, 143 terminated.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted, 141 the
+reader of stdout has gone, 143 terminated.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _interrupted(error: BaseException) -> int:
     cause = error if isinstance(error, Interrupted) else error.__cause__
     ended = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
     message = f"{word(ended.number)}." if ended.message is None else ended.message
-    return say_error(word(ended.number), message, ended.exit_code, intro="") if message else ended.exit_code
+    return say_error(ended, message, ended.exit_code, intro="") if message else ended.exit_code
 
 
 def main(args: list[str] | None = None) -> None:
@@ -137,7 +137,7 @@ def _run(words: list[str]) -> int:
         refuse_unreadable(words)
         with terminating():
             code = cli.main(args=words, prog_name="ghoststore", standalone_mode=False)
-        sys.stdout.flush()
+            sys.stdout.flush()
     except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
         return _interrupted(error)
     except click.exceptions.Exit as end:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import CopyOptions
@@ -25,8 +23,8 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes
+    from ghoststore.cli.terminal import human_bytes, say
 
     all_of_it = "all of it" if report.complete else f"{report.spans} committed spans"
     copied = f"{report.files:,} files, {human_bytes(report.bytes)}"
-    click.echo(f"copied {report.part or report.run} to {report.to_store} as {report.to_name}: {all_of_it}, {copied}")
+    say(f"copied {report.part or report.run} to {report.to_store} as {report.to_name}: {all_of_it}, {copied}")

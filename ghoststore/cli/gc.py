@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import GcOptions
@@ -24,13 +22,13 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import human_bytes, print_table
+    from ghoststore.cli.terminal import human_bytes, print_table, say
 
     if report.removed:
         rows = [[one.part or one.run or "", one.file, human_bytes(one.bytes)] for one in report.removed]
         title = "would be removed" if report.dry_run else "removed"
         print_table(title, [("part or run", False), ("file", False), ("bytes", True)], rows)
     for skipped in report.skipped:
-        click.echo(f"left alone: {skipped.part or skipped.run}: {skipped.why}")
+        say(f"left alone: {skipped.part or skipped.run}: {skipped.why}")
     verb = "would be removed" if report.dry_run else "removed"
-    click.echo(f"{len(report.removed)} file(s) and folder(s), {human_bytes(report.bytes)}, {verb}")
+    say(f"{len(report.removed)} file(s) and folder(s), {human_bytes(report.bytes)}, {verb}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.lazy import load
 from ghoststore.settings.shared import AsJson
@@ -19,10 +17,11 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
     \b
       ghoststore mv --store ./store --part part --to-name gpt2-wiki
     """
-    from ghoststore.cli.terminal import print_json
+    from ghoststore.cli.terminal import print_json, say
 
     report = load("rename")(**keywords)
+    options.report(report)
     if printing.as_json:
         print_json(report.to_json())
     else:
-        click.echo(f"renamed {report.part or report.run} to {report.to_name}")
+        say(f"renamed {report.part or report.run} to {report.to_name}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.errors import CorruptError
 from ghoststore.settings.shared import Printing
@@ -30,7 +28,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import print_table, say
 
     flags = options.renderer()
     where = ("part or run", False)
@@ -41,6 +39,4 @@ def _print(report: Any) -> None:
         rows = [[one.part or one.run or "", one.file, one.problem, flags(one.why)] for one in report.unmended]
         print_table("still damaged", [where, ("file", False), ("problem", False), ("why", False)], rows)
     if report.sound:
-        click.echo(
-            f"sound: {len(report.parts)} part(s), {len(report.runs)} run(s), {len(report.mended)} thing(s) mended"
-        )
+        say(f"sound: {len(report.parts)} part(s), {len(report.runs)} run(s), {len(report.mended)} thing(s) mended")

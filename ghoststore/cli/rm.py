@@ -20,7 +20,7 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
     \b
       ghoststore rm --store ./store --part old
     """
-    from ghoststore.cli.terminal import human_bytes, print_json
+    from ghoststore.cli.terminal import human_bytes, print_json, say
 
     what = " ".join(f"{kind} {keywords[kind]}" for kind in ("part", "run") if kind in keywords)
     if not consent.yes:
@@ -31,7 +31,8 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
         if not click.confirm(f"Remove {what} of {keywords['store']} for good?", err=True):
             raise UsageError("nothing was removed")
     report = load("remove")(**keywords)
+    options.report(report)
     if printing.as_json:
         print_json(report.to_json())
     else:
-        click.echo(f"removed {what}, {human_bytes(report.bytes)}")
+        say(f"removed {what}, {human_bytes(report.bytes)}")

@@ -7,7 +7,8 @@ from typing import Literal
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, option, options
-from ghoststore.settings.shared import DOMAINS, BehindOption, DeviceOption, MetricOption, ProgressOption, StoreOption
+from ghoststore.settings.question import RebuiltOptions
+from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption
 
 Dimension = int | Literal["none", "auto"]
 Value = Literal["cumulative", "mean", "sum", "last"]
@@ -29,18 +30,9 @@ class VerifyOptions(ProgressOption, InfoOptions):
 
 
 @options
-class RepairOptions(ProgressOption, DeviceOption, InfoOptions):
+class RepairOptions(ProgressOption, RebuiltOptions, InfoOptions):
     """Of ``ghoststore repair``."""
 
-    checkpoint: str | Path | None = option(
-        None, "Where the part's checkpoint is now (default: where it was built from).", "Model"
-    )
-    tokenizer: str | Path | None = option(
-        None, "Where the part's tokenizer is now, if it is not the checkpoint's.", "Model"
-    )
-    data: str | Path | None = option(
-        None, "Where the part's corpus is now (default: where it was built from).", "Input"
-    )
     drop_damaged: bool = option(
         False, "Take damaged steps out of a training run, so that the others open: they are lost.", "Output"
     )

@@ -240,5 +240,5 @@ def _check_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
     # A record may come from anywhere: what it names beside the files of its span is not read.
     for key in source.layout.span_keys(span):
         if (record := commit.files.get(key)) is not None:
-            problem = record.damage(folder / key)
+            problem = record.damage(folder / key, folder)
             yield key, record.bytes, f"{problem} (span {span})" if problem else None

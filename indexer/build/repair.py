@@ -23,6 +23,7 @@ from ghoststore.settings.store import RepairOptions
 from ghoststore.store import Part, Run
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import FileRecord
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.manage.mend import (
@@ -273,17 +274,19 @@ class _Repair:
 
     def _build_options(self, part: Part, *, learn: bool) -> BuildOptions:
         """Those that the part was built with, with the places that the user gave."""
-        manifest, given = part.manifest, self._options
-        source, storage = manifest["source"], manifest["storage"]
-        if given.data is None and source["data"] == "-":
+        manifest, given, whose = part.manifest, self._options, f"part {part.name!r}"
+        storage, compute = manifest["storage"], manifest["compute"]
+        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", given.checkpoint)
+        data = source_path(manifest, "data", whose, "data", given.data)
+        if checkpoint is None or data is None:
             raise UsageError(
-                f"part {part.name!r} was built on standard input, which cannot be read again: give `data`, a file with "
-                "the same rows"
+                f"{whose} was built on standard input, which cannot be read again: give `data`, a file with the same "
+                "rows"
             )
         return BuildOptions(
-            checkpoint=source["checkpoint"] if given.checkpoint is None else given.checkpoint,
-            tokenizer=source["tokenizer"] if given.tokenizer is None else given.tokenizer,
-            data=source["data"] if given.data is None else given.data,
+            checkpoint=checkpoint,
+            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", given.tokenizer),
+            data=data,
             store=part.path.parent.parent,
             name=part.name,
             max_length=manifest["tokens"]["max_length"],
@@ -294,11 +297,11 @@ class _Repair:
             store_text=storage["store_text"],
             loss_reduction=manifest["loss"]["reduction"],
             model_dtype=manifest["dtype"]["model"],
-            attn_implementation=manifest["compute"]["attn_implementation"],
-            gradient_checkpointing=manifest["compute"]["gradient_checkpointing"],
+            attn_implementation=compute["attn_implementation"],
+            gradient_checkpointing=compute["gradient_checkpointing"],
             proj_dtype=storage["dtype"],
             projection=config_of(manifest["projection"], manifest["layers"]),
-            optimizer_state=source["optimizer_state"] if learn else None,
+            optimizer_state=manifest["source"]["optimizer_state"] if learn and is_own(manifest) else None,
             device=given.device,
         )
 

@@ -227,7 +227,7 @@ RUNS: list[dict[str, Any]] = [
     {"dimension": 10**12},
     {"groups": ["law", *map(str, range(200_000))]},
 ]
-SHOWN = {"scores": (8,), "watch": (8,), "info": (4, 8)}
+SHOWN = {"scores": (8,), "watch": (8,), "info": (4,)}
 """Those of which enough is there, or which ask for little."""
 
 

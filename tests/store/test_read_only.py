@@ -34,7 +34,8 @@ main({[str(arg) for arg in args]!r})
 def broken(lab: Lab, tmp_path: Path) -> Path:
     """A checkpoint that is found, and cannot be loaded."""
     model = Path(shutil.copytree(lab.checkpoint, tmp_path / "model"))
-    (model / "model.safetensors").write_bytes(b"no weights")
+    config = model / "config.json"
+    config.write_text(config.read_text().replace('"n_layer": 1', '"n_layer": 2'))
     return model
 
 

@@ -96,6 +96,47 @@ def test_a_store_without_its_root(lab: Lab, built: Path, store: Path) -> None:
     assert repaired(lab, built, store) == [("zarr.json", "restored")]
 
 
+OTHERS = {
+    "windows": ("--max-length", "6", "--overlong", "window", "--max-samples", "20", "--store-text", "--span-rows", "9"),
+    "plain": ("--proj-rank-total", "16", "--proj-layers", "mlp", "--proj-seed", "3", "--loss-reduction", "sum"),
+    "codes": ("--proj-dtype", "int8", "--proj-precondition", "none", "--batch-tokens", "40", "--proj-compress", "50"),
+    "pca": (
+        "--proj-kind",
+        "pca",
+        "--calibration-samples",
+        "9",
+        "--exclude-layers",
+        "*c_attn",
+        "--attn-implementation",
+        "eager",
+    ),
+}
+
+
+@pytest.mark.thin
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_settings_are_those_of_the_manifest(lab: Lab, tmp_path: Path, case: str) -> None:
+    """Whatever the part was built with; nothing of it has to be said again."""
+    assert lab.build(tmp_path / "built", *OTHERS[case]).code == 0
+    store = Path(shutil.copytree(tmp_path / "built", tmp_path / "store"))
+    flip_middle(part(store) / "vectors/c/1/0")
+    delete(part(store) / "commits/00000000.json")
+    mended = repaired(lab, tmp_path / "built", store)
+    assert mended == [(f"commits/{span:08d}.json", "rebuilt") for span in (0, 1)]
+
+
+def test_a_part_of_standard_input(lab: Lab, tmp_path: Path) -> None:
+    """Which nobody can read again: its rows must be given."""
+    given = ("--checkpoint", lab.checkpoint, "--data", "-", "--span-rows", "6", "--name", "part", "--quiet")
+    assert lab.run("build", "--store", tmp_path / "built", *given, stdin=str(lab.corpus)).code == 0
+    store = Path(shutil.copytree(tmp_path / "built", tmp_path / "store"))
+    flip_middle(part(store) / "text/c/1")
+    outcome = lab.run("repair", "--store", store, "--json", "--quiet")
+    assert outcome.code == 4
+    assert "standard input" in outcome.json["unmended"][0]["why"]
+    repaired(lab, tmp_path / "built", store, "--data", lab.corpus)
+
+
 def test_learned_arrays_are_learned_again(lab: Lab, built: Path, store: Path) -> None:
     """What the projection learned is a function of checkpoint and corpus, too."""
     name = next(path for path in part(store).glob("projection_in/c/*") if path.is_file())

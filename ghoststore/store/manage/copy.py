@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import CopyOptions
 from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.manifest import manifest_of
-from ghoststore.store.base.records import read_bounded, reading, unseal
+from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
+from ghoststore.store.base.records import reading, unseal
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.manage.held import existing, folder_of, words_of
 from ghoststore.store.run.journal import entries_of, journal_path, problems_of, write_skipped_in
@@ -138,8 +138,8 @@ class _Copying:
         """The bytes of the manifest that was opened, and no later ones."""
         path = self._source.path / ROOT
         with reading(path):
-            data = read_bounded(path, LARGEST_METADATA)
-            manifest, files = manifest_of(json.loads(data)["attributes"], str(path), self._source.kind)
+            data = read_bounded(path, LARGEST_METADATA, self._source.path)
+            manifest, files = manifest_of(parse_json(data)["attributes"], str(path), self._source.kind)
         if (manifest, files) != (self._source.manifest, self._source.files):
             raise CorruptError(f"{path} is another than when the copy began")
         return data
@@ -148,7 +148,7 @@ class _Copying:
         """Copy the record of ``span``; the files that those very bytes name: (path, SHA-256, bytes)."""
         path = commit_path(self._source.path, span)
         with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
-            data = read_bounded(path, LARGEST_COMMIT)
+            data = read_bounded(path, LARGEST_COMMIT, self._source.path)
             commit = Commit.from_json(unseal(data))
         problem = "it is of another span" if commit.span != span else record_problem(self._source.layout, commit)
         if problem:
@@ -160,12 +160,10 @@ class _Copying:
     def _copy(self, name: str, folder: Path, sha256: str, size: int | None) -> None:
         """Copy one file, and CorruptError unless what was copied is what was written."""
         path, to = self._source.path / name, folder / name
-        if not path.resolve().is_relative_to(self._source.path.resolve()):
-            raise CorruptError(f"{self._source.path / ROOT} names a file outside the {self._source.kind.name}: {name}")
         to.parent.mkdir(parents=True, exist_ok=True)
         digest, count = hashlib.sha256(), 0
         with open(to, "xb") as copied:
-            for piece in _pieces(path):
+            for piece in _pieces(path, self._source.path):
                 digest.update(piece)
                 count += len(piece)
                 if size is not None and count > size:
@@ -181,11 +179,13 @@ class _Copying:
         self.files, self.bytes = self.files + 1, self.bytes + len(data)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _pieces(path: Path, within: Path) -> Iterator[bytes]:
     """The bytes of a file; CorruptError where it cannot be read, for that is no error of the disk that is written."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, within) as file:
             while piece := file.read(_PIECE):
                 yield piece
+    except CorruptError:
+        raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -21,7 +21,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ExportOptions
-from ghoststore.store.base.disk import appearing, storage_errors
+from ghoststore.store.base.new_files import check_new, new_files
 from ghoststore.store.part.part import Part
 from ghoststore.store.part.status import Status
 from ghoststore.store.spans.reader import read_span, stream
@@ -90,14 +90,13 @@ def export(options: ExportOptions) -> ExportReport:
     """
     out = Path(options.out)
     part = Store.open(options.store).part(options.part)
-    _refuse(part, options, out)
-    exporting = _Export(part, options)
     beside = out.with_name(out.name + ROWS_SUFFIX)
     files = [out] if out.suffix == ".parquet" else [beside, out]
-    with storage_errors(str(out)), ExitStack() as stack:
-        # The vectors last: who finds them finds their rows beside them. What a killed export left is replaced.
-        main = stack.enter_context(appearing(out))
-        lines = None if out.suffix == ".parquet" else stack.enter_context(appearing(beside, over=True))
+    _refuse(part, options, out, files)
+    exporting = _Export(part, options)
+    # The vectors last: who finds them finds their rows beside them.
+    with new_files(*files) as staged:
+        main, lines = staged[-1], staged[0] if len(staged) > 1 else None
         progress = options.progress or Silent()
         with (
             closing(progress.task(f"exporting {part.name}", exporting.rows)) as task,
@@ -117,13 +116,11 @@ def export(options: ExportOptions) -> ExportReport:
     )
 
 
-def _refuse(part: Part, options: ExportOptions, out: Path) -> None:
+def _refuse(part: Part, options: ExportOptions, out: Path, files: Sequence[Path]) -> None:
     if out.suffix not in FORMS:
         raise UsageError(f"`out={out}`: vectors are written as {', '.join(FORMS)}")
-    if out.exists():
-        raise UsageError(f"`out={out}` exists; nothing was written. Give another path, or remove it")
-    if not out.resolve().parent.is_dir():
-        raise UsageError(f"`out={out}`: the folder {out.resolve().parent} does not exist")
+    for file in files:
+        check_new(f"`out={out}`" if file is out else f"the rows beside `out={out}`, {file},", file, *files)
     if options.dtype == "stored" and part.encoding.scaled and out.suffix == ".npy":
         raise UsageError(
             f"`out={out}`: {part.layout.dtype} codes have a scale for each row and block, which a .npy file has no "

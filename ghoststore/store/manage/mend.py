@@ -19,6 +19,7 @@ import zarr
 from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.store.base.disk import flush, publish, replace, storage_errors
 from ghoststore.store.base.manifest import manifest_of
+from ghoststore.store.base.opening import open_regular
 from ghoststore.store.base.records import FileRecord, seal
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.part import Part, create_fixed
@@ -191,7 +192,7 @@ def restore_record(source: Spanned[Any], span: int) -> None:
     start, stop = layout.span_of(span)
     keys = layout.span_keys(span)
     for key in keys:
-        _check_crc(source.path / key)
+        _check_crc(source.path / key, source.path)
     for spec in layout.arrays():
         for key in [] if spec.dtype is str else layout.chunk_keys(spec, span):
             size = (source.path / key).stat().st_size
@@ -206,15 +207,17 @@ def restore_record(source: Spanned[Any], span: int) -> None:
         publish(commit_path(source.path, span), seal(commit.to_json()))
 
 
-def _check_crc(path: Path) -> None:
+def _check_crc(path: Path, within: Path) -> None:
     """CorruptError unless the last four bytes of a chunk file are the crc32c of those before."""
     try:
-        left = os.stat(path).st_size - CRC_BYTES
-        with open(path, "rb") as file:
+        with open_regular(path, within) as file:
+            left = os.fstat(file.fileno()).st_size - CRC_BYTES
             checksum = 0
             while left > 0 and (piece := file.read(min(left, _PIECE))):
                 checksum, left = google_crc32c.extend(checksum, piece), left - len(piece)
             stated = file.read()
+    except CorruptError:
+        raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
     if left or stated != checksum.to_bytes(CRC_BYTES, "little"):

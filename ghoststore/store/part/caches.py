@@ -46,7 +46,7 @@ class Cache:
         if self.problem is not None:
             yield self.record, self.problem
         for name, record in self.files.items():
-            if problem := record.damage(part.path / name):
+            if problem := record.damage(part.path / name, part.path):
                 yield name, problem
 
 
@@ -139,7 +139,7 @@ def _fidelity(part: Part, path: Path) -> Cache | None:
 def _of_record(part: Part, path: Path, what: What, read: Any) -> Cache | None:
     try:
         with reading(path):
-            cache: Cache = read(read_record(path))
+            cache: Cache = read(read_record(path, within=part.path))
             return cache
     except (FileNotFoundError, NotADirectoryError):
         return None  # just removed

@@ -17,7 +17,7 @@ CHUNK_BYTES = 8 << 20
 """Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
 LARGEST_ROW_BYTES = 32 << 20
 CRC_BYTES = 4
-"""At the end of each chunk file."""
+"""The checksum at the end of a chunk file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,7 +133,7 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
             continue
         for key, record in commit.files.items():
             try:
-                size = (source.path / key).stat().st_size
+                size = (source.path / key).lstat().st_size
             except OSError as error:
                 yield key, MISSING if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
                 continue
