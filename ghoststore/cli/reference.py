@@ -18,7 +18,7 @@ Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpecte
 (an input or an option cannot be used, a file cannot be opened), 3 mismatch (what is stored is of another build,
 checkpoint or format), 4 corrupt, 5 busy (another process is writing), 6 the disk refuses (no space, an input or output
 error, a stdout that is closed or full), 7 unsound (`doctor` found what would make a store wrong), 130 interrupted, 141
-the reader of stdout has gone.
+the reader of stdout has gone, 143 terminated.
 
 Every command has `--log-json`: events for programs on stderr, one JSON object a line ([output.md](output.md)). Files of
 results appear whole or not at all, several of one command together; a command that was killed can be run again.
