@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError
+from ghoststore.hidden_errors import hidden_error
 from ghoststore.store.base.writers import (
     FOLDER,
     abandoned,
@@ -133,13 +134,9 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def _number_of(error: Exception) -> int | None:
-    """The operating system's number of an error; libraries that are written in Rust (safetensors, tokenizers) have it
-    in their words alone.
-    """
-    if isinstance(error, OSError):
-        return error.errno
-    hidden = re.search(r"\(os error (\d+)\)", str(error))
-    return None if hidden is None else int(hidden[1])
+    """The operating system's number of an error, hidden in the words of a library or not."""
+    system = error if isinstance(error, OSError) else hidden_error(error)
+    return None if system is None else system.errno
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
