@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
 from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
 from ghoststore.store.base.names import FORMAT_VERSION, check_name
@@ -114,6 +114,9 @@ class Store:
 
 
 def _folders(path: Path) -> list[str]:
-    if not path.is_dir():
-        return []
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())
+    try:
+        if not path.is_dir():
+            return []
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}") from error

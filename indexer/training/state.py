@@ -27,11 +27,14 @@ from ghoststore.errors import CorruptError, DivergedError, MismatchError, Storag
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, storage_errors
 from ghoststore.store.base.manifest import difference_lines, differences
+from ghoststore.store.base.opening import read_bounded
 from ghoststore.store.base.records import FileRecord, reading, seal, unseal
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
+LARGEST_STATE = 64 << 20
+STATE_FILES = ("optimizer.safetensors", "pending.safetensors")
 CHECKSUM = "sha256"
 """The key of the checksum that ``state.json`` has of itself."""
 
@@ -141,7 +144,7 @@ def read_state(path: Path) -> SavedState:
     file = path / STATE / "state.json"
     try:
         with reading(file, advice=_earlier(path)):
-            value = unseal(file.read_bytes(), CHECKSUM)
+            value = unseal(read_bounded(file, LARGEST_STATE, path), CHECKSUM)
             if value["format"] != FORMAT:
                 raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
             saved = SavedState(
@@ -159,8 +162,11 @@ def read_state(path: Path) -> SavedState:
             f"{path} was not written by `ghoststore train`: it has no {STATE}; give another `output_dir`, or start "
             "from it with `checkpoint`"
         ) from None
+    unnamed = [name for name in STATE_FILES if f"{STATE}/{name}" not in records]
+    if unnamed:
+        raise CorruptError(f"{file} does not name {unnamed[0]}; {_earlier(path)}")
     for name, record in records.items():
-        record.check(path / name, _earlier(path))
+        record.check(path / name, _earlier(path), path)
     return saved
 
 

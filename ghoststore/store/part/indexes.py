@@ -64,7 +64,7 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
     UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
     """
     try:
-        return IndexManifest.read(index_folder(part, name) / MANIFEST)
+        return IndexManifest.read(index_folder(part, name) / MANIFEST, part.path)
     except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(

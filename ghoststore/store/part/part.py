@@ -16,6 +16,8 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.manifest import PART, Manifest
+from ghoststore.store.base.opening import size_of
+from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
@@ -69,6 +71,7 @@ class Part(Spanned[PartLayout]):
     @property
     def row_numbers(self) -> NDArray[np.int64]:
         """(rows,): the number of each committed row, ascending."""
+        self.bear_out()
         spans = (np.arange(*self.layout.span_of(span)) for span in self.spans)
         return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
 
@@ -107,7 +110,13 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
         raise CorruptError(f"part {part.name!r} has no array {name!r}, which its manifest tells of")
     for file in files:
         part.check_file(file)
-    return np.asarray(zarr.open_array(part.path / name, mode="r")[...])
+    array = part.open_zarr(name)
+    # What lacks its chunk reads as zeros, as many as its shape says.
+    there = sum(size_of(part.path / file, part.path) for file in files)
+    if array.nbytes > there:
+        raise CorruptError(f"{part.path / name} tells of {array.nbytes} bytes; {there} are there")
+    with reading(part.path / name):
+        return np.asarray(array[...])
 
 
 def create_part(

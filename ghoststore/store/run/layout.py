@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -128,13 +129,20 @@ class RunLayout(SpanLayout):
     ) -> ArraySpec:
         """Chunks of whole steps, at most about 8 MiB, that divide the span (or are the only span)."""
         whole = ArraySpec(name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill)
-        span = min(self.span_steps, self.steps)
-        chunk = min(span, max(1, CHUNK_BYTES // whole.chunk_bytes))
-        # A chunk never crosses a span: other spans are written by others, at other times.
-        while span % chunk:
-            chunk -= 1
+        chunk = _dividing(min(self.span_steps, self.steps), max(1, CHUNK_BYTES // whole.chunk_bytes))
         return ArraySpec(name=name, dtype=whole.dtype, chunk_rows=chunk, columns=columns, axes=axes, fill=fill)
 
     def row_arrays(self) -> list[ArraySpec]:
         """The arrays of the row table, (N) each, below ``rows/``."""
         return column_specs(SAMPLE_COLUMNS, min(ROW_CHUNK, self.rows), "rows/")
+
+
+@lru_cache(maxsize=256)
+def _dividing(span: int, most: int) -> int:
+    """The largest number up to ``most`` that divides ``span``: a chunk never crosses a span, for other spans are
+    written by others, at other times. Looked for once: a span may be long, and each look at an array asks.
+    """
+    chunk = min(span, most)
+    while span % chunk:
+        chunk -= 1
+    return chunk

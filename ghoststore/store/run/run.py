@@ -53,10 +53,12 @@ class Run(Spanned[RunLayout]):
         """Look again which spans are committed; those that were not before, in order."""
         before = set(self.spans)
         self.spans = self._committed()
+        self._borne_out = False
         return [span for span in self.spans if span not in before]
 
     def committed_steps(self, spans: Sequence[int] | None = None) -> NDArray[np.int64]:
         """Numbers, from 0, of the steps of ``spans`` (default: every committed one), in their order."""
+        self.bear_out(spans)
         chosen = [self.layout.span_of(span) for span in (self.spans if spans is None else spans)]
         return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in chosen)]).astype(np.int64)
 
@@ -71,6 +73,7 @@ class Run(Spanned[RunLayout]):
         if absent:
             raise UsageError(f"spans {absent[:5]} of run {self.name!r} are not committed")
         spec = self.spec(array)
+        self.check_sizes(spec, chosen)
         numbers = np.empty((len(self.committed_steps(chosen)), *spec.columns), dtype=spec.dtype)
         place = 0
         for chunk in stream(self, array, chosen):

@@ -70,7 +70,7 @@ def read_commit(folder: Path, span: int) -> Commit:
     path = commit_path(folder, span)
     try:
         with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
-            commit = Commit.from_json(unseal(read_bounded(path, LARGEST_COMMIT)))
+            commit = Commit.from_json(unseal(read_bounded(path, LARGEST_COMMIT, folder)))
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing") from None
     if commit.span != span:

@@ -16,6 +16,8 @@ import numpy as np
 CHUNK_BYTES = 8 << 20
 """Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
 LARGEST_ROW_BYTES = 32 << 20
+CRC_BYTES = 4
+"""At the end of each chunk file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,11 @@ class SpanLayout(ABC):
         if not 0 <= span < self.spans:
             raise IndexError(f"span {span} of {self.spans}")
         return span * self.span_length, min((span + 1) * self.span_length, self.length)
+
+    def most_chunks(self) -> int:
+        """Chunks of a span, of the array that has most."""
+        length = min(self.span_length, self.length)
+        return max(-(-length // spec.chunk_rows) for spec in self.arrays())
 
     def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
         """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
