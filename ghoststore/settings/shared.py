@@ -59,6 +59,17 @@ class CorpusOptions(FieldsOption):
 
 
 @options
+class BehindOption:
+    """The corpus behind what is stored."""
+
+    data: str | Path | None = option(
+        None,
+        "The corpus the rows were made of, for their texts and tokens (default: where your own command read it).",
+        "Input",
+    )
+
+
+@options
 class LengthOptions:
     """How long rows may be."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ghoststore.settings.option import about, option, options
-from ghoststore.settings.shared import DOMAINS, MetricOption, ProgressOption, StoreOption
+from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption
 
 Dimension = int | Literal["none", "auto"]
 Value = Literal["cumulative", "mean", "sum", "last"]
@@ -66,7 +66,7 @@ class RunOption(StoreOption):
 
 
 @options
-class ScoresOptions(ProgressOption, RunOption):
+class ScoresOptions(ProgressOption, BehindOption, RunOption):
     """Of ``ghoststore scores``."""
 
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
@@ -103,7 +103,7 @@ class ScoresOptions(ProgressOption, RunOption):
 
 
 @options
-class WatchOptions(RunOption):
+class WatchOptions(BehindOption, RunOption):
     """Of ``ghoststore watch``."""
 
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")

@@ -12,6 +12,7 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.base.own import remember
 from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
@@ -51,6 +52,8 @@ def build(options: BuildOptions) -> BuildReport:
         if options.dry_run:
             return report
         part = _open_part(Store.create(options.store), job, progress)
+        if problem := remember(part.manifest, job.manifest["source"], part.path):
+            progress.note(problem)
         with writing(part):
             part = Part(part.path)  # as it stands now that nobody else writes it
             seconds = compute_spans(part, job, progress)

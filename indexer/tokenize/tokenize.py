@@ -24,6 +24,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.base.own import remember
 from ghoststore.store.base.records import digests
 from ghoststore.tokens.manifest import (
     MANIFEST,
@@ -144,6 +145,8 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
+        if problem := remember(read_manifest(folder)[0], manifest["source"], folder):
+            progress.note(problem)
         job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder), own.template_date)
         with exclusive(folder, f"folder {folder}", "out"):
             work = _write(job, options.workers, progress)

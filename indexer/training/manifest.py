@@ -12,7 +12,10 @@ from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.checkpoint.same_model import start_section
 from ghoststore.settings.train import TrainConfig
 from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.own import is_own, remember
 from ghoststore.store.run.layout import RunLayout
+from ghoststore.store.run.run import Run
+from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
 from indexer.training.inputs import Inputs
@@ -100,3 +103,12 @@ def training_manifest(
         },
     }
     return run_manifest(sections, layout, "transformers", "tokenizers")
+
+
+def remember_corpus(run: Run, shards: TokenShards) -> str | None:
+    """Remember that the corpus that ``run`` names is one that this user tokenized, if it is: it is the token shards
+    that name it, which may come from anywhere. What is wrong, in words, where that cannot be.
+    """
+    if not is_own(shards.manifest):
+        return None
+    return remember(run.manifest, {**run.manifest["source"], "corpus": shards.source["data"]}, run.path)

@@ -35,7 +35,7 @@ from indexer.session.session import ScoringSession
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
-from indexer.training.manifest import IDENTITY, training_layout, training_manifest
+from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
 from indexer.training.report import TrainReport as TrainReport
 from indexer.training.report import Watch
 from indexer.training.scoring import ValSchedule, scoring_engine
@@ -201,6 +201,8 @@ class _Training:
         seen, val, steps, session = Watch(), inputs.val, inputs.steps, trainer.session
         with ExitStack() as stack:
             stack.enter_context(session)
+            if session.run is not None and (problem := remember_corpus(session.run, inputs.rows.shards)):
+                self.progress.note(problem)
             # Checkpoints are this run's own: a gap is one that the store could not take, not a sign of another run.
             session.restore(resumed.step, resumed.pending, "the checkpoint", gaps_are_known=True)
             task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))

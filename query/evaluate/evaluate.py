@@ -101,6 +101,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
             learning_rate=options.learning_rate,
             seed=options.seed,
         ),
+        behind=options,
         device=device,
         progress=progress,
     )

@@ -20,10 +20,12 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import PlotErrorOptions
+from ghoststore.settings.question import RebuiltOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
 from indexer.encode.tokens import Row
+from query.ask.encoder import PartEncoder
 from query.exact.gradients import ExactGradients
 from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
@@ -124,7 +126,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
-    measure = _Measure(parts, spec, options.checkpoint, options.device, progress)
+    measure = _Measure(parts, spec, options, progress)
     by_vectors = {one.name: measure.by_vectors(one) for one in parts}
     if target is not None:
         truth, parts = by_vectors[target.name], [one for one in parts if one is not target]
@@ -157,21 +159,21 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
 class _Measure:
     """The same rows and val samples, as each part and as the model has them. Parts of one model share it."""
 
-    def __init__(
-        self, parts: Sequence[Part], spec: SampleSpec, checkpoint: str | Path | None, device: str, progress: Progress
-    ) -> None:
-        self._seed, self._progress = spec.seed, progress
-        self._settings: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "progress": progress}
-        self._encoder = open_encoder(parts[0], "the error", **self._settings)
+    def __init__(self, parts: Sequence[Part], spec: SampleSpec, options: RebuiltOptions, progress: Progress) -> None:
+        self._seed, self._options, self._progress = spec.seed, options, progress
+        self._encoder = open_encoder(parts[0], "the error", options, progress)
         self._sample = take_sample(self._encoder, spec, progress, *parts[1:])
         self._pieces: Pieces = pieces_of(self._encoder)
+
+    def _open(self, part: Part) -> PartEncoder:
+        return open_encoder(part, "the error", self._options, self._progress)
 
     def by_vectors(self, part: Part) -> Products:
         """By the vectors of ``part``."""
         sample, first = self._sample, self._encoder.part
         if part is not first:
             same = all(part.manifest[name] == first.manifest[name] for name in ("dtype", "compute"))
-            encoder = self._encoder.for_part(part) if same else open_encoder(part, "the error", **self._settings)
+            encoder = self._encoder.for_part(part) if same else self._open(part)
             sample = replace(sample, queries_QD=encoder.vectors(sample.vals))
         return vector_products(part, sample)
 

@@ -32,7 +32,7 @@ from query.training_scores.steps import (
     stream_steps,
     window_of,
 )
-from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value, best, standard_error
+from query.training_scores.sums import WEIGHTED, ScoreSums, Units, Value, best, standard_error
 
 DEFAULT_TOP_K = 10
 
@@ -78,7 +78,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and options.by is None:
         values = np.where(allowed, sums.values(options.value), np.nan)
-        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options.text, options.unit, progress)
+        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options, progress)
     if options.plot is not None:
         plot_scores(
             opened,
@@ -256,8 +256,7 @@ def hits_of(
     sums: ScoreSums,
     values: NDArray[np.float64],
     counts: tuple[int, int],
-    text: bool,
-    unit: Unit,
+    options: ScoresOptions,
     progress: Progress,
 ) -> list[list[ScoreHit]]:
     """The highest and the lowest of ``values``, each in order. Every row's data are read once."""
@@ -268,7 +267,7 @@ def hits_of(
     ids, sources, domains, starts = (
         run.rows.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
     )
-    texts = texts_of(run, rows, progress) if text else [None] * len(rows)
+    texts = texts_of(run, rows, progress, options.data) if options.text else [None] * len(rows)
 
     def hit(rank: int, place: int) -> ScoreHit:
         at, times = place_of[place], int(sums.times[place])
@@ -283,7 +282,7 @@ def hits_of(
             negative_share=int(sums.negative[place]) / times,
             last_step=int(sums.last_step[place]),
             text=texts[at],
-            window_start=int(starts[at]) if unit == "window" else 0,
+            window_start=int(starts[at]) if options.unit == "window" else 0,
         )
 
     return [[hit(rank, int(place)) for rank, place in enumerate(ranking, 1)] for ranking in rankings]

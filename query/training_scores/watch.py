@@ -18,6 +18,7 @@ from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.base.own import is_own
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
@@ -45,7 +46,7 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
         raise UsageError(f"`interval` must be above 0, not {options.interval}")
-    watcher = Watcher(options.store, options.run, text=options.text)
+    watcher = Watcher(options.store, options.run, text=options.text, data=options.data)
     while True:
         frame = watcher.look(None if options.once else SPANS_A_FRAME)
         yield frame
@@ -68,13 +69,15 @@ class _Heard(Silent):
 class Watcher:
     """Running sums over a run; :meth:`look` takes in what was committed since."""
 
-    def __init__(self, store: str | Path, run: str | None = None, *, text: bool = True) -> None:
+    def __init__(
+        self, store: str | Path, run: str | None = None, *, text: bool = True, data: str | Path | None = None
+    ) -> None:
         self._store = Store.open(store)
         self._name = run
         self._run: Run | None = None
         self._pending: list[int] = []
         """Committed spans that are not read yet."""
-        self._texts_at_hand = text
+        self._texts_at_hand, self._data = text, data
         self._texts: dict[int, str | None] = {}
         self._ids: dict[int, tuple[str, int]] = {}
         """(id, source row) of units that were shown."""
@@ -205,11 +208,20 @@ class Watcher:
         names = {str(name) for name in ids} - self._repeats.keys()
         repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
-        source = run.manifest["source"]
-        quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
-        if quick and self._texts_at_hand:
-            self._texts |= zip(new, texts_of(run, rows, self._heard), strict=True)
+        if self._texts_at_hand and self._is_quick(run):
+            self._texts |= zip(new, texts_of(run, rows, self._heard, self._data), strict=True)
             self._texts_at_hand = not self._heard.notes
+
+    def _is_quick(self, run: Run) -> bool:
+        """Whether texts are read at their places. Where the corpus is gone there is nothing to say of them; a path that
+        this user did not write is not looked for, and that is said.
+        """
+        source = run.manifest["source"]
+        if str(source.get("form")).endswith((".gz", ".zst")):
+            return False
+        recorded = source.get("corpus")
+        known = self._data or (recorded if is_own(run.manifest) else None)
+        return recorded is not None if known is None else Path(known).exists()
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ghoststore.store.spans.reader import side_by_side
 from query.training_scores.plots import plot_scores
 from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
+from tests.support.bounded import reseal
 from tests.support.score_runs import (
     GAP,
     LAYOUT,
@@ -409,6 +411,24 @@ def with_texts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     append(run, 0, 23)
     return folder
+
+
+def test_texts_of_a_run_from_elsewhere(lab: Lab, with_texts: Path, tmp_path: Path) -> None:
+    """The corpus that it names is not looked for; the user says where it is."""
+    store, notes = Path(shutil.copytree(with_texts / "store", tmp_path / "store")), Notes()
+    texts = {row["id"]: row["text"] for row in lab.rows}
+    for named in ("org/data:train", str(with_texts / "elsewhere.jsonl"), str(with_texts / "own.jsonl")):
+        reseal(
+            store / "runs/run", lambda attributes, named=named: attributes["manifest"]["source"].update(corpus=named)
+        )
+        found = ghoststore.scores(store=store, top_k=30, progress=notes)
+        if named.endswith("own.jsonl"):  # as it was made: this user's own again
+            assert all(hit.text == texts[hit.id] for hit in found.hits)
+            break
+        assert {hit.text for hit in found.hits} == {None}
+        assert f"give it: `data={named}`" in notes.said.pop()
+        found = ghoststore.scores(store=store, top_k=30, data=with_texts / "own.jsonl")
+        assert all(hit.text == texts[hit.id] for hit in found.hits)
 
 
 def test_texts(lab: Lab, with_texts: Path) -> None:
