@@ -130,13 +130,14 @@ def histories(faults: Faults, rng: random.Random, worker: int, workers: int) -> 
         suppress_health_check=LENIENT,
         print_blob=False,
     )
-    for number in range(worker, 1 << 30, workers):
+    first = rng.randrange(1 << 30)
+    for number in range(first + worker, 1 << 32, workers):
         yield Step(f"histories {number}", 1, partial(_history, longer, number), 3)
 
 
 def _history(longer: settings, number: int) -> dict[int, int]:
     StoreMachine.tried = {}
-    StoreMachine._hypothesis_internal_use_seed = number * 7919 + 1  # type: ignore[attr-defined]
+    StoreMachine._hypothesis_internal_use_seed = number  # type: ignore[attr-defined]
     run_state_machine_as_test(StoreMachine, settings=longer)
     done = StoreMachine.tried
     promises = {1: ("build",), 3: ("second writer",), 5: ("corrupt", "verify", "repair"), 8: ("query",), 10: ("read",)}
@@ -145,8 +146,8 @@ def _history(longer: settings, number: int) -> dict[int, int]:
 
 def hostile(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """Manifests, records, shards and sample files, changed and sealed again, or at random."""
-    kinds = list(HOSTILE_FILES)
-    for number in range(worker, 1 << 30, workers):
+    kinds, first = list(HOSTILE_FILES), rng.randrange(1 << 30)
+    for number in range(first + worker, 1 << 32, workers):
         kind = kinds[number % len(kinds)]
         yield Step(f"{kind} {number}", 9, partial(_hostile, faults, kind, number), 60)
 
