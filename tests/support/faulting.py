@@ -234,10 +234,10 @@ class Faults:
             if data in whole or (general(name) in reference.varying and parses(name, data)):
                 continue
             raise BrokenPromise(2, f"{what}{name} has {len(data)} bytes that no finished command leaves there")
+        if WRITING[case].base == "damaged":  # a repair takes the files of a span away before it makes them again
+            return
         for name in reference.before.keys() & reference.after.keys() - now.keys():
-            # What is damaged may go before it is made again.
-            harmed = WRITING[case].base == "damaged" and reference.before[name] != reference.after[name]
-            if not (harmed or UNFINISHED.search(name) or passing.search(name)):
+            if not (UNFINISHED.search(name) or passing.search(name)):
                 raise BrokenPromise(promise, f"{what}{name}, which was there before, is gone")
 
     def check_sound(self, what: str, promise: int, folder: Path, wanted: bool) -> None:
