@@ -88,7 +88,6 @@ def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> 
     spent, told = dict.fromkeys(lines, 0.0), time.monotonic()
     while lines and time.monotonic() < until:
         name = min(lines, key=lambda name: spent[name] / CAMPAIGNS[name].share)
-        begun = time.monotonic()
         try:
             step = next(lines[name], None)
         except Exception:  # noqa: BLE001 - what a campaign does before its steps failed
@@ -100,6 +99,7 @@ def soak(faults: Faults, seed: int, worker: int, workers: int, until: float) -> 
             del lines[name]
             tally.campaigns.setdefault(name, Counter())["done"] = 1
             continue
+        begun = time.monotonic()  # what comes before the steps of a campaign serves others, too
         tally.do(name, step)
         spent[name] += time.monotonic() - begun
         if time.monotonic() > told + 60:

@@ -54,27 +54,31 @@ class Campaign:
     steps: Steps
 
 
-def _mixed(queues: dict[str, list[Fault]]) -> Iterator[tuple[str, Fault]]:
-    """One of each queue in turn."""
-    longest = max(map(len, queues.values()), default=0)
-    for turn in range(longest):
-        for case, queue in queues.items():
-            if turn < len(queue):
-                yield case, queue[turn]
+def _mixed(queues: dict[str, Iterator[Fault]]) -> Iterator[tuple[str, Fault]]:
+    """One of each queue in turn, until all are empty."""
+    while queues:
+        for case in list(queues):
+            fault = next(queues[case], None)
+            if fault is None:
+                del queues[case]
+            else:
+                yield case, fault
+
+
+def _every_way(faults: Faults, case: str, rng: random.Random) -> Iterator[Fault]:
+    """One way of every call before another way of any, and calls of other kinds first."""
+    calls = spread(faults.reference(case).calls, None, rng)
+    ways = [list(faults_at(call, rng)) for call in calls]
+    for some in ways:
+        rng.shuffle(some)
+    for turn in range(max(map(len, ways), default=0)):
+        yield from (some[turn] for some in ways if turn < len(some))
 
 
 def strikes(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """Every call of every command, killed, refused, cut short."""
     cases = rng.sample(list(WRITING), len(WRITING))
-    queues = {}
-    for case in cases:
-        order = random.Random(f"{rng.random()}")
-        calls = spread(faults.reference(case).calls, None, order)
-        # One way of every call before another way of any: and calls of other kinds first.
-        ways = [
-            order.sample(faults_of, len(faults_of)) for faults_of in (list(faults_at(call, order)) for call in calls)
-        ]
-        queues[case] = [some[turn] for turn in range(max(map(len, ways))) for some in ways if turn < len(some)]
+    queues = {case: _every_way(faults, case, random.Random(f"{case} {rng.random()}")) for case in cases}
     for place, (case, fault) in enumerate(_mixed(queues)):
         if place % workers == worker:
             yield Step(f"{case}, {fault}", _promise(case, fault), partial(_strike, faults, case, fault))
@@ -89,12 +93,15 @@ def _strike(faults: Faults, case: str, fault: Fault) -> dict[int, int]:
     return {_promise(case, fault): 1, 2: 1} if struck else {}
 
 
+def _every_read(faults: Faults, case: str, rng: random.Random) -> Iterator[Fault]:
+    for call in spread(faults.reference(case).reads, None, rng):
+        yield Fault(rng.choice(("EIO", "ESTALE", "EACCES")), call.number, reads=True)
+
+
 def reads(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """Files of a store that cannot be read."""
-    queues = {}
-    for case in [case for case, command in WRITING.items() if command.base == "store" and not command.heavy]:
-        calls = spread(faults.reference(case).reads, 400, rng)
-        queues[case] = [Fault(rng.choice(("EIO", "ESTALE", "EACCES")), call.number, reads=True) for call in calls]
+    cases = [case for case, command in WRITING.items() if command.base == "store" and not command.heavy]
+    queues = {case: _every_read(faults, case, random.Random(f"{case} {rng.random()}")) for case in cases}
     for place, (case, fault) in enumerate(_mixed(queues)):
         if place % workers == worker:
             yield Step(f"{case}, {fault}", 4, partial(_strike, faults, case, fault))
@@ -130,13 +137,14 @@ def histories(faults: Faults, rng: random.Random, worker: int, workers: int) -> 
         suppress_health_check=LENIENT,
         print_blob=False,
     )
-    for number in range(worker, 1 << 30, workers):
+    first = rng.randrange(1 << 30)
+    for number in range(first + worker, 1 << 32, workers):
         yield Step(f"histories {number}", 1, partial(_history, longer, number), 3)
 
 
 def _history(longer: settings, number: int) -> dict[int, int]:
     StoreMachine.tried = {}
-    StoreMachine._hypothesis_internal_use_seed = number * 7919 + 1  # type: ignore[attr-defined]
+    StoreMachine._hypothesis_internal_use_seed = number  # type: ignore[attr-defined]
     run_state_machine_as_test(StoreMachine, settings=longer)
     done = StoreMachine.tried
     promises = {1: ("build",), 3: ("second writer",), 5: ("corrupt", "verify", "repair"), 8: ("query",), 10: ("read",)}
@@ -145,8 +153,8 @@ def _history(longer: settings, number: int) -> dict[int, int]:
 
 def hostile(faults: Faults, rng: random.Random, worker: int, workers: int) -> Iterator[Step]:
     """Manifests, records, shards and sample files, changed and sealed again, or at random."""
-    kinds = list(HOSTILE_FILES)
-    for number in range(worker, 1 << 30, workers):
+    kinds, first = list(HOSTILE_FILES), rng.randrange(1 << 30)
+    for number in range(first + worker, 1 << 32, workers):
         kind = kinds[number % len(kinds)]
         yield Step(f"{kind} {number}", 9, partial(_hostile, faults, kind, number), 60)
 
