@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
+SOAK_MINUTES ?= 30
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types bench docs clean
+.PHONY: help setup demo test test-all lint types bench soak docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -42,6 +43,10 @@ docs: $(READY)  ## write docs/cli.md again from the commands
 
 ghoststore-demo/demo.json: $(READY)
 	$(MAKE) demo
+
+soak: $(READY)  ## faults of all kinds for SOAK_MINUTES (30): the table promise × tried × lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES) --workers $(WORKERS) \
+		$(if $(SOAK_SEED),--seed $(SOAK_SEED)) $(if $(SOAK_DOCS),--docs docs/reliability.md)
 
 bench: ghoststore-demo/demo.json  ## small benchmarks of build and search, on the demo's corpus
 	$(BIN)/python benchmarks/build.py --architecture small --length 64 --data ghoststore-demo/train.jsonl \

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from ghoststore.store import Status as Status
     from ghoststore.store import Store as Store
     from ghoststore.store.info import info as info
+    from ghoststore.store.manage.copy import copy as copy
+    from ghoststore.store.manage.export import export as export
+    from ghoststore.store.manage.gc import gc as gc
+    from ghoststore.store.manage.remove import remove as remove
+    from ghoststore.store.manage.rename import rename as rename
     from ghoststore.store.verify import verify as verify
     from ghoststore.tokens.shards import TokenShards as TokenShards
     from indexer.build.build import build as build
+    from indexer.build.repair import repair as repair
     from indexer.build.report import BuildReport as BuildReport
     from indexer.dotprod import GradDotProdEngine as GradDotProdEngine
     from indexer.dotprod import Scores as Scores

@@ -6,6 +6,9 @@ command line ends with (documented in ``docs/cli.md``).
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class GhostStoreError(Exception):
     """Base of all errors that ghoststore raises on purpose.
@@ -87,3 +90,12 @@ class UnsoundError(GhostStoreError, ValueError):
     """``ghoststore doctor`` found what would make a store wrong (exit code 7). The findings were printed."""
 
     exit_code = 7
+
+
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused, and what to do where that is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space is left on the device; free some"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{os.strerror(error.errno)}; make it writable"
+    return str(error) if error.errno is None else f"{os.strerror(error.errno)} (errno {error.errno})"

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What this user made is remembered there: of tests, in a folder that goes with them.
+_state = tempfile.TemporaryDirectory(prefix="ghoststore-tests-")
+os.environ["XDG_STATE_HOME"] = _state.name
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 
@@ -103,11 +107,11 @@ def save_model(folder: Path, *, seed: int = 0, layers: int = 1, change: Any = No
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by its relative path, lock files aside."""
+    """Every file below ``folder`` by its relative path, locks and the records of who writes aside."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith(".lock")
+        if path.is_file() and not path.name.endswith(".lock") and path.parent.name != ".writers"
     }
 
 
@@ -154,14 +158,20 @@ class Lab:
     def start(self, *args: str | Path, **order: Any) -> int:
         """As :meth:`run`, without waiting; gives what :meth:`wait` takes."""
         streams = self._streams()
-        order |= {"args": [str(arg) for arg in args], "cwd": str(self.folder), "start": True}
+        if "code" not in order:
+            order["args"] = [str(arg) for arg in args]
+        order |= {"cwd": str(self.folder), "start": True}
         pid = self._order(stdout=str(streams[0]), stderr=str(streams[1]), **order)["pid"]
         self._started[pid] = streams
         return pid
 
     def stopped(self, pid: int) -> None:
         """Wait until a process that was started has stopped itself."""
-        assert self._order(stopped=pid)["code"] == signal.SIGSTOP
+        assert self.stops(pid)
+
+    def stops(self, pid: int) -> bool:
+        """Wait until a process that was started has stopped itself, or ended: False."""
+        return self._order(stopped=pid)["code"] == signal.SIGSTOP
 
     def wait(self, pid: int) -> Outcome:
         """The outcome of a process that was started."""
@@ -224,17 +234,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One for the whole session: nothing in it is changed by a test."""
-    folder = tmp_path_factory.mktemp("lab")
+def open_lab(folder: Path, **environment: str) -> Lab:
+    """A lab in an empty ``folder``; ``environment`` is that of its processes, beside ours."""
     script = Path(__file__).parent / "support" / "zygote.py"
     zygote = subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
     )
     rows = sample_rows(27)
     corpus = write_jsonl(folder / "corpus.jsonl", rows)
-    lab = Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+    return Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """One for the whole session: nothing in it is changed by a test."""
+    lab = open_lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
 

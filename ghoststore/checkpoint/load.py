@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files, read_object
 from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.store.base.opening import open_regular, parse_json
 
 LARGEST_HEADER = 256 << 20
 TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -39,17 +42,21 @@ class Checkpoint:
 
     def numbers(self) -> int:
         """Numbers in all tensors, by the headers of the files."""
-        headers = (_tensors(path)[1] for path in self.weights)
-        return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+        return sum(math.prod(shape) for shape in self.shapes())
+
+    def shapes(self) -> list[list[int]]:
+        """Of every tensor, by the headers of the files. CheckpointError for a file that is damaged."""
+        return [entry["shape"] for path in self.weights for entry in _tensors(path)[1].values()]
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
     """The checkpoint at a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
 
-    Raises CheckpointError that says what is missing: the folder, its config.json, its safetensors.
+    Raises CheckpointError that says what is missing: the folder, its config.json, its safetensors; or what in them
+    cannot be: no JSON object, a damaged header, a configuration that asks for more than the tensors there are.
     """
     folder = Path(source)
-    if not folder.exists():
+    if not _exists(folder, "checkpoint"):
         folder = _from_hub(str(source))
     if not folder.is_dir():
         raise CheckpointError(
@@ -68,7 +75,17 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
                 "read; load it where you trust it and save it again: model.save_pretrained(folder)"
             )
         raise CheckpointError(f"checkpoint {folder} has no model.safetensors")
-    return Checkpoint(folder=folder, weights=tuple(weights))
+    check_files(folder)
+    checkpoint = Checkpoint(folder=folder, weights=tuple(weights))
+    check_config(folder / CONFIG, checkpoint.shapes())
+    return checkpoint
+
+
+def _exists(folder: Path, what: str) -> bool:
+    try:
+        return folder.exists()
+    except OSError as error:  # a name that is too long, a folder above that cannot be read
+        raise CheckpointError(f"{what} {folder!s:.1000} cannot be read: {error.strerror}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -77,10 +94,14 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / "model.safetensors"
         return [single] if single.is_file() else []
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: {error}") from error
-    missing = [name for name in names if os.path.basename(name) != name or not (folder / name).is_file()]
+    missing = [
+        name
+        for name in names
+        if not isinstance(name, str) or os.path.basename(name) != name or not (folder / name).is_file()
+    ]
     if missing:
         raise CheckpointError(f"checkpoint {folder}: {index.name} names files that are not there: {missing[:3]}")
     return [folder / name for name in names]
@@ -104,16 +125,21 @@ def _from_hub(name: str, patterns: Sequence[str] = CHECKPOINT_PATTERNS, what: st
 def _tensors(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """(where the numbers begin, header by tensor name) of a safetensors file."""
     try:
-        with open(path, "rb") as file:
+        with BufferedReader(open_regular(path)) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(LARGEST_HEADER, path.stat().st_size - 8):
+            if not 0 < length <= min(LARGEST_HEADER, size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= path.stat().st_size - 8 - length:
+            if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"tensor {name!r} lies outside the file: it is cut short")
+            if not all(isinstance(axis, int) and axis >= 0 for axis in entry["shape"]):
+                raise ValueError(f"tensor {name!r} has the shape {entry['shape']!r:.80}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     return 8 + length, header
@@ -153,9 +179,10 @@ def find_tokenizer(source: str | Path) -> Path:
     Raises CheckpointError if there is none.
     """
     folder = Path(source)
+    there = _exists(folder, "tokenizer")
     if folder.is_file():
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
-    return folder if folder.exists() else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
+    return folder if there else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -168,10 +195,12 @@ def load_tokenizer(folder: Path) -> Any:
             f"checkpoint {folder} has no tokenizer; save it there too: tokenizer.save_pretrained({str(folder)!r}), or "
             "give its folder with `tokenizer`"
         )
+    check_files(folder, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {reason:.500}") from error
     return tokenizer
 
 
@@ -226,15 +255,19 @@ def load_model(
     (transformers would draw them at random), of another shape, or not finite.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise UsageError(f"`model_dtype` {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    for file in checkpoint.weights:
-        _tensors(file)  # a damaged file is named before transformers reads it
+    if attn_implementation is not None and "/" in attn_implementation:
+        raise UsageError(
+            f"`attn_implementation` {attn_implementation!r:.80} is code of the hub, which is not fetched and run; give "
+            "sdpa, eager, or a kernel that is installed"
+        )
+    shapes = checkpoint.shapes()  # a damaged file is named before transformers reads it
+    check_config(checkpoint.folder / CONFIG, shapes)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), bounded_making(checkpoint.folder, shapes):
             model, report = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 dtype=getattr(torch, dtype),
@@ -245,8 +278,11 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported below, by name
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be loaded: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be loaded: {reason:.1000}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report.get(problem):
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[problem])
@@ -261,7 +297,13 @@ def load_model(
                 + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
             )
     model = model.to(device).eval()
-    refuse_lookahead(model, checkpoint.folder)
+    try:
+        refuse_lookahead(model, checkpoint.folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above: a configuration may be found out when the model runs
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be run: {reason:.1000}") from error
     return model
 
 

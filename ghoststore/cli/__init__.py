@@ -1,17 +1,24 @@
 """The command line: one file a command, each a translation of one public function.
 
 Data go to stdout, progress and notes to stderr. Exit codes: 0 done, 1 unexpected, 2 usage, 3 mismatch,
-4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted.
+4 corrupt, 5 busy, 6 storage, 7 unsound (``doctor`` found what would make a store wrong), 130 interrupted, 141 the
+reader of stdout has gone, 143 terminated.
 """
 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from typing import Any, TextIO, cast
 
 import click
 
-from ghoststore.errors import GhostStoreError
+from ghoststore import __version__
+from ghoststore.cli.ending import refuse_unreadable, say_bug, say_error, told
+from ghoststore.cli.events import FLAG, logging_to
+from ghoststore.cli.streams import EventStderr, guarded
+from ghoststore.interrupts import Interrupted, terminating, word
 
 COMMANDS = {
     "tokenize": "a corpus to token shards, in parallel; resumes by itself",
@@ -29,14 +36,39 @@ COMMANDS = {
     "watch": "a live view of a training run, from another terminal",
     "info": "what a store holds",
     "verify": "check every byte that was committed",
+    "repair": "make again what is damaged, and nothing else",
+    "gc": "remove what no record names",
+    "rm": "remove a part or a training run",
+    "mv": "give a part or a training run another name",
+    "cp": "a checked copy of a part or a training run, also to another store",
+    "export": "the vectors of a part to safetensors, npy or parquet",
     "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",
 }
 """Command to its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""
 
 
+STARTS_OVER = "Nothing is left half-written; run again, it starts over."
+RESUMES = "What was committed is intact: the same command resumes."
+LEFT = {
+    **dict.fromkeys(("tokenize", "train", "build", "full-gradients", "evaluate"), RESUMES),
+    "watch": "",
+}
+"""What Ctrl-C and SIGTERM leave of a command, where it does not say so itself and does not start over."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used: ``--help`` stays fast."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            message = error.message if isinstance(error, Interrupted) else None
+            if message is None:
+                message = f"{word(number)}. {LEFT.get(str(ctx.invoked_subcommand), STARTS_OVER)}".strip()
+            raise Interrupted(number, message) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -67,20 +99,50 @@ def cli() -> None:
     """A vector store of gradients: which of my training samples make the model better at this?"""
 
 
+def _interrupted(error: BaseException) -> int:
+    """Say what a signal left; the exit status."""
+    cause = error if isinstance(error, Interrupted) else error.__cause__
+    ended = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
+    message = f"{word(ended.number)}." if ended.message is None else ended.message
+    return say_error(ended, message, ended.exit_code, intro="") if message else ended.exit_code
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: what the ``ghoststore`` script calls."""
-    try:
-        code = cli.main(args=args, prog_name="ghoststore", standalone_mode=False)
-    except GhostStoreError as error:
-        click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
-    except ImportError as error:
-        click.echo(f"Error: {error}", err=True)
+    words = sys.argv[1:] if args is None else args
+    with guarded():
+        code = _logged(words) if FLAG in words else _run(words)
+    sys.exit(code)
+
+
+def _logged(words: list[str]) -> int:
+    """As `_run`; stderr holds events and nothing else."""
+    with logging_to(sys.stderr, words, __version__) as log:
+        stderr = EventStderr(sys.stderr, log)
+        sys.stderr = cast("TextIO", stderr)
         code = 1
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. What was committed is intact: the same command resumes.", err=True)
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+        try:
+            code = _run(words)
+        except Exception as error:  # noqa: BLE001 - a bug: its traceback is in the event
+            say_bug(error)
+        finally:
+            stderr.finish()
+            log.end(code)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    """Run a command; its exit code. An error that nobody foresaw passes."""
+    try:
+        refuse_unreadable(words)
+        with terminating():
+            code = cli.main(args=words, prog_name="ghoststore", standalone_mode=False)
+            sys.stdout.flush()
+    except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
+        return _interrupted(error)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except Exception as error:
+        if (code := told(error)) is None:
+            raise
+    return code if isinstance(code, int) else 0

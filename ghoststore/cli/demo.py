@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.shared import Printing
@@ -22,7 +20,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_facts, print_table
+    from ghoststore.cli.terminal import print_facts, print_table, say
 
     names = sorted(next(iter(report.values.values())))
     scored = report.scored
@@ -31,7 +29,7 @@ def _print(report: Any) -> None:
         [("val domain", False), *((name, True) for name in names)],
         [[val, *(f"{values[name]:.3g}" for name in names)] for val, values in report.values.items()],
     )
-    click.echo(
+    say(
         f"Every sample of every step was scored as it was trained on; {scored['negative_share']:.0%} of the scores\n"
         f"are negative, and scoring took {scored['share_of_time']:.0%} of the time (a val gradient every "
         f"{scored['val_refresh_interval']} steps).\n"
@@ -54,7 +52,7 @@ def _print(report: Any) -> None:
         [("question", False), ("ranked by", False), ("recall@1", True), ("recall@10", True)],
         rows,
     )
-    click.echo(
+    say(
         "The invented names stand in one row each, so matching words finds that row, until each name has another\n"
         "ending. Gradients see no words, only what the model would learn.\n"
     )
@@ -64,7 +62,7 @@ def _print(report: Any) -> None:
             f"asked: {example['question']}",
             [("nearest row", str(example["nearest"])), ("", f"score {example['score']:.3g}, {verdict}")],
         )
-        click.echo()
+        say()
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())
     query = f"ghoststore query --store {report.folder}/store --val-set {report.folder}"
     print_facts(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.errors import UnsoundError
 from ghoststore.settings.measure import DoctorOptions
@@ -34,7 +32,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import print_table, say
 
     render = options.renderer()
     columns = [("check", False), ("verdict", False), ("found", False)]
@@ -42,4 +40,4 @@ def _print(report: Any) -> None:
     print_table(report.model, columns, rows)
     for name, finding in report.findings.items():
         for sentence in finding.advice:
-            click.echo(f"{name}: {render(sentence)}")
+            say(f"{name}: {render(sentence)}")

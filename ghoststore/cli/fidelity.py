@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.measure import FidelityOptions
 from ghoststore.settings.shared import Printing
@@ -30,7 +28,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_table
+    from ghoststore.cli.terminal import print_table, say, tell
 
     columns = [
         ("against exact gradients of", False),
@@ -49,8 +47,8 @@ def _print(report: Any) -> None:
     print_table(f"{title}; recall@{report.layers.at}, 95 % intervals", columns, rows)
     if report.all is None:
         why = f"the part is in a metric of its layers alone ({report.own_metric})"
-        click.echo(f"against all parameters: not known, {why}")
-    click.echo(f"{'kept in the part' if report.kept else 'not kept in the part'}, {report.seconds:,.1f} s", err=True)
+        say(f"against all parameters: not known, {why}")
+    tell(f"{'kept in the part' if report.kept else 'not kept in the part'}, {report.seconds:,.1f} s")
 
 
 def _interval(estimate: Any) -> str:

@@ -16,6 +16,7 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
     from ghoststore.cli.terminal import print_json
 
     found = load("info")(**keywords)
+    options.report(found)
     if printing.as_json:
         print_json(found.to_json())
     elif keywords.keys() & {"part", "run"}:
@@ -84,8 +85,8 @@ def _print_part(part: Any) -> None:
         *_learned(projection),
         ("layers", f"{len(manifest['layers'])} ({', '.join(projection['layers'])})"),
         ("  cover", f"{manifest['coverage']['share']:.1%} of the model's parameters"),
-        ("checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint']['architecture']})"),
-        ("  weights", manifest["checkpoint"]["fingerprint"]),
+        ("checkpoint", f"{manifest['source']['checkpoint']} ({manifest['checkpoint'].get('architecture')})"),
+        ("  weights", str(manifest["checkpoint"].get("fingerprint"))),
         ("corpus", f"{manifest['source']['data']} ({manifest['source']['form']}, {corpus['samples']:,} samples)"),
         ("  content", corpus["fingerprint"]),
         *_repeated(part),
@@ -170,8 +171,9 @@ def _print_run(run: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_facts
 
     storage = run.manifest["storage"]
+    saved = storage.get("save_steps", storage["span_steps"])
     facts = [
-        ("steps", f"{run.committed:,} of {run.steps:,} committed, {storage['span_steps']:,} at a time"),
+        ("steps", f"{run.committed:,} of {run.steps:,} committed, {saved:,} at a time"),
         ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch)"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
         ("rows", f"{run.rows:,}"),

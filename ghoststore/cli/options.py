@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from ghoststore.cli.events import current
 from ghoststore.errors import GhostStoreError
 from ghoststore.lazy import load
 from ghoststore.settings.flags import Entry, Flags, entries_of
@@ -93,25 +95,53 @@ def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], Op
 
 
 def run(
-    name: str, keywords: Keywords, printing: Printing, show: Callable[[Any], None], file: ResultFile | None = None
+    name: str,
+    keywords: Keywords,
+    printing: Printing,
+    show: Callable[[Any], None],
+    file: ResultFile | None = None,
+    also: str | None = None,
 ) -> Any:
-    """Call the public function ``name``; write what it returns to ``file``, or print it: as JSON, or by ``show``."""
-    from ghoststore.cli.terminal import listener, print_json
+    """Call the public function ``name``; write what it returns to ``file``, or print it: as JSON, or by ``show``.
 
-    out = None if file is None else file.out
-    if out:
+    ``also`` is the keyword of another file, which the function itself writes: both appear, or neither.
+    """
+    from ghoststore.cli.terminal import listener, print_json, wrote
+
+    out, other = None if file is None else file.out, keywords.get(also or "")
+    function = partial(load(name), progress=listener(printing.quiet))
+    if out is None:
+        result = function(**keywords)
+    else:
+        from ghoststore.store.base.new_files import check_new, new_files
         from query.common.output import check_output
 
-        check_output(out, "out")
-    result = load(name)(progress=listener(printing.quiet), **keywords)
-    if out:
-        result.write(out)
-        click.echo(f"wrote {out}", err=True)
+        paths = [Path(path) for path in (other, out) if path is not None]
+        check_output(out, "out", beside=paths)
+        if other is None:
+            result = function(**keywords)
+            result.write(out)
+        else:
+            check_new(f"`{also}={other}`", *paths)
+            with new_files(*paths) as staged:
+                result = function(**{**keywords, str(also): staged[0]})
+                result.write(staged[1])
+    for path in (out, other):
+        if path is not None:
+            wrote(path)
+    report(result)
     if printing.as_json:
         print_json(result.to_json())
-    elif not out:
+    elif out is None:
         show(result)
     return result
+
+
+def report(result: Any, event: str = "result") -> None:
+    """What a command found, as an event where events are asked for."""
+    log = current()
+    if log is not None:
+        log.result(result.to_json(), event)
 
 
 def renderer() -> Callable[[str], str]:

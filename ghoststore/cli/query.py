@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.question import QueryOptions
 from ghoststore.settings.shared import Printing, ResultFile
@@ -26,13 +24,11 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
     """
-    options.run("query", keywords, printing, print_hits, file)
-    if "report" in keywords:
-        click.echo(f"wrote {keywords['report']}", err=True)
+    options.run("query", keywords, printing, print_hits, file, also="report")
 
 
 def print_hits(result: Any) -> None:
-    from ghoststore.cli.terminal import preview, print_table
+    from ghoststore.cli.terminal import preview, print_table, say
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
     scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
@@ -52,8 +48,8 @@ def print_hits(result: Any) -> None:
     if result.settings.get("index") == "ann":
         recall = result.settings["recall"]
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
-        click.echo(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")
+        say(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")
     if result.settings.get("fidelity"):
         from ghoststore.store.part.fidelity import fidelity_line
 
-        click.echo(f"fidelity: {fidelity_line(result.settings['fidelity'])}")
+        say(f"fidelity: {fidelity_line(result.settings['fidelity'])}")

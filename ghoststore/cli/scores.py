@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-
 from ghoststore.cli import options
 from ghoststore.settings.shared import Printing, ResultFile
 from ghoststore.settings.store import ScoresOptions
@@ -28,9 +26,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore scores --store ./store --by domain --steps -1000:
       ghoststore scores --store ./store --sample row-17
     """
-    options.run("scores", keywords, printing, _print, file)
-    if "plot" in keywords:
-        click.echo(f"wrote {keywords['plot']}", err=True)
+    options.run("scores", keywords, printing, _print, file, also="plot")
 
 
 def _print(result: Any) -> None:

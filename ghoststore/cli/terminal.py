@@ -1,8 +1,11 @@
-"""What a person sees: progress bars and notes on stderr, tables on stdout."""
+"""What a person sees: progress bars and notes on stderr, tables on stdout.
+
+Whatever comes from a corpus, a store or an argument goes through `visible`: it cannot command the terminal.
+"""
 
 from __future__ import annotations
 
-import json
+import sys
 from typing import Any, Literal
 
 import click
@@ -21,8 +24,10 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from ghoststore.cli.events import EventLog, current
 from ghoststore.cli.options import renderer
 from ghoststore.progress import Silent, Task
+from ghoststore.shown import json_text, visible
 
 WIDE = 240
 """Columns where stdout is no terminal."""
@@ -48,7 +53,7 @@ class _BarTask:
     def __init__(self, progress: Progress, description: str, total: int | None, done: int, unit: str) -> None:
         self._progress = progress
         self._id = progress.add_task(
-            description, total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
+            visible(description), total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
         )
         progress.start()
 
@@ -57,7 +62,7 @@ class _BarTask:
         self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
 
     def say(self, text: str) -> None:
-        self._progress.update(self._id, words=text)
+        self._progress.update(self._id, words=visible(text))
 
     def close(self) -> None:
         task = self._progress.tasks[self._progress.task_ids.index(self._id)]
@@ -77,18 +82,18 @@ class Bars:
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
         progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(bar_width=24),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             _Rates(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[words]}", markup=False, table_column=Column(no_wrap=True)),
             console=self.console,
         )
         return _BarTask(progress, description, total, done, unit)
 
     def note(self, message: str) -> None:
-        message = self._render(message)
+        message = visible(self._render(message), lines=True)
         if message not in self._said:  # a command may open one val set several times
             self._said.add(message)
             self.console.print(f"note: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -105,17 +110,43 @@ class Notes(Silent):
         message = self._render(message)
         if message not in self._said:
             self._said.add(message)
-            click.echo(f"note: {message}", err=True)
+            tell(f"note: {message}")
 
 
-def listener(quiet: bool) -> Bars | Notes:
+def listener(quiet: bool) -> Bars | Notes | EventLog:
     """Who is told of progress."""
-    return Notes() if quiet else Bars()
+    return current() or (Notes() if quiet else Bars())
+
+
+def say(text: str = "") -> None:
+    """Lines of data on stdout."""
+    # Not by click, which writes UTF-8 where stdout is ASCII.
+    sys.stdout.write(visible(text, lines=True) + "\n")
+    sys.stdout.flush()
+
+
+def tell(text: str) -> None:
+    """Words beside the data, on stderr."""
+    log = current()
+    if log is None:
+        click.echo(visible(text, lines=True), err=True)
+    else:
+        log.say("note", message=text)
+
+
+def wrote(path: Any) -> None:
+    """Which file was written."""
+    log = current()
+    if log is None:
+        tell(f"wrote {path}")
+    else:
+        log.say("wrote", path=str(path))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+    sys.stdout.write(json_text(value, indent=1, encoding=sys.stdout.encoding or "utf-8") + "\n")
+    sys.stdout.flush()
 
 
 def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
@@ -125,16 +156,18 @@ def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str
     terminal, never a number. Where stdout is no terminal nothing is cut or folded.
     """
     console = _stdout()
+    columns = [(visible(heading), right) for heading, right in columns]
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths: list[int | None] = [None] * len(columns)
     if not fold:
         cells = zip(*[[heading for heading, _ in columns], *rows], strict=True)
         whole = [max(map(cell_len, column)) for column in cells]
         widths = _narrowed(whole, [not right for _, right in columns], console.width - 2 - 3 * len(columns))
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
         overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
-        table.add_column(heading, justify=align, no_wrap=not fold, overflow=overflow, width=width)
+        table.add_column(Text(heading), justify=align, no_wrap=not fold, overflow=overflow, width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
@@ -155,17 +188,24 @@ def _narrowed(whole: list[int], may_give: list[bool], total: int) -> list[int | 
 
 def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
     """Names and values on stdout, one a line."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table = Table(
+        title=Text(visible(title), style="bold"),
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+    )
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
     _stdout().print(table)
 
 
 def preview(text: str | None, length: int = PREVIEW) -> str:
-    """``text`` in one line, cut."""
-    flat = " ".join((text or "").split())
+    """``text`` in one line, cut, safe to show."""
+    flat = visible(" ".join((text or "").split()))
     return flat if len(flat) <= length else f"{flat[: length - 1]}…"
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
-
-import click
 
 from ghoststore.cli import options
 from ghoststore.errors import UsageError
 from ghoststore.lazy import load
 from ghoststore.settings.shared import AsJson
 from ghoststore.settings.store import WatchOptions
+from ghoststore.shown import visible
 
 WIDTH = 120
 """Columns where stdout is no terminal."""
@@ -36,22 +36,31 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
 
     if printing.as_json and not keywords["once"]:
         raise UsageError("`as_json` is one document: it needs `once`")
-    frames = load("watch")(**keywords)
+    frames = _reported(load("watch")(**keywords))
     if printing.as_json:
         print_json(next(frames).to_json())
     else:
         _show(frames, keywords["once"])
 
 
+def _reported(frames: Iterator[Any]) -> Iterator[Any]:
+    """``frames``, each an event, too, where events are asked for."""
+    for frame in frames:
+        options.report(frame, "frame")
+        yield frame
+
+
 def _show(frames: Any, once: bool) -> None:
     from rich.console import Console
     from rich.live import Live
+
+    from ghoststore.cli.terminal import tell
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
         if not once:
-            click.echo("note: stdout is no terminal: the last frame is printed at the end", err=True)
+            tell("note: stdout is no terminal: the last frame is printed at the end")
     if once:
         console.print(render(next(frames), console.width))
         return
@@ -69,7 +78,8 @@ def render(frame: Any, width: int) -> Any:
     from ghoststore.corpus.repeated import repeated_words
 
     if frame.waiting is not None:
-        return Text(f"{frame.store}: {frame.waiting}", style="yellow")
+        stopped = f"; {_stopped(frame)}" if frame.state == "stopped" else ""
+        return Text(visible(f"{frame.store}: {frame.waiting}{stopped}"), style="yellow")
     half = (width - 1) // 2 if width >= NARROW else width
     panels = (
         _losses(frame, half),
@@ -88,7 +98,8 @@ def render(frame: Any, width: int) -> Any:
             grid.add_row(panels[place + 1])
     words = repeated_words(frame.repeated_ids)
     notes = [*frame.notes, *([words] if words else [])]
-    return Group(_head(frame, width), grid, *(Text(f"note: {note}", style="yellow") for note in notes))
+    lines = [Text(visible(f"note: {note}", lines=True), style="yellow") for note in notes]
+    return Group(_head(frame, width), grid, *lines)
 
 
 def _panel(title: str, content: Any, width: int, height: int | None = None) -> Any:
@@ -112,12 +123,14 @@ def _head(frame: Any, width: int) -> Any:
 
     share = frame.steps / frame.planned
     bar = 24
-    text = Text(f"{frame.run}  ", style="bold")
+    text = Text(f"{visible(frame.run)}  ", style="bold")
     text.append("━" * round(share * bar), style="green")
     text.append("━" * (bar - round(share * bar)), style="dim")
     text.append(f"  {frame.steps:,} of {frame.planned:,} steps ({share:.0%})", style="not bold")
     if frame.finished:
         text.append("  finished", style="bold green")
+    elif frame.state == "stopped":
+        text.append(f"  {_stopped(frame)}", style="bold yellow")
     else:
         text.append(f"  last commit {duration(frame.commit_age)} ago", style="not bold")
         if frame.seconds_left is not None:
@@ -128,6 +141,10 @@ def _head(frame: Any, width: int) -> Any:
         missing = sum(stop - start for start, stop in frame.gaps)
         text.append(f"  {missing:,} steps missing", style="yellow")
     return text
+
+
+def _stopped(frame: Any) -> str:
+    return "stopped: no writer" + ("" if frame.silent is None else f" since {duration(frame.silent)}")
 
 
 def _losses(frame: Any, width: int) -> Any:
@@ -212,7 +229,7 @@ def _domains(frame: Any, width: int) -> Any:
             _share(one.negative_share),
             Text(sparkline(one.trend, max(6, width - 50)), style=style),
         ]
-        table.add_row(Text(one.domain or "(none)"), *cells[:columns])
+        table.add_row(Text(visible(one.domain or "(none)")), *cells[:columns])
     more = len(frame.domains) - DOMAINS
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))
 
@@ -230,8 +247,8 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     rows = [f"row {one.source_row}" if one.id_repeats else "" for one in extremes]
     value = longest([f"{one.value:.3g}" for one in extremes], 12)
     row = longest(rows, width)
-    name = longest([one.id for one in extremes], width // 3)
-    domain = longest([one.domain or "" for one in extremes], 11)
+    name = longest([visible(one.id) for one in extremes], width // 3)
+    domain = longest([visible(one.domain or "") for one in extremes], 11)
     if row:
         left = width - 4 - (value + 2) - (row + 2) - 2
         name = min(name, max(left, 1))
@@ -245,9 +262,9 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
         table.add_column(no_wrap=True, overflow="ellipsis", width=domain)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     for one, its_row in zip(extremes, rows, strict=True):
-        cells = [Text(f"{one.value:.3g}", style=style), Text(one.id)]
+        cells = [Text(f"{one.value:.3g}", style=style), Text(visible(one.id))]
         cells += [Text(its_row)] if row else []
-        cells += [Text(one.domain or "", style="dim")] if domain or not row else []
+        cells += [Text(visible(one.domain or ""), style="dim")] if domain or not row else []
         table.add_row(*cells, Text(preview(one.text), style="dim"))
     return _panel(title, table, width)
 

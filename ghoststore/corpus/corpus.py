@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,7 +61,10 @@ class Corpus:
         UsageError for "-", which the caller spools with `spool_stdin`.
         """
         form, files = locate(source)
-        return cls(source, form, files, Fields() if fields is None else fields)
+        fields = Fields() if fields is None else fields
+        # Fields that were resolved are those of a corpus that was read before.
+        largest = fields.max_record_bytes if isinstance(fields, Fields) else None
+        return cls(source, replace(form, largest=largest), files, fields)  # type: ignore[type-var]
 
     def only(self, domains: Iterable[str]) -> Corpus:
         """The same corpus without the samples of other domains, or of none. All keep their ``source_row``."""

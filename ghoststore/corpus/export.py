@@ -14,7 +14,7 @@ import zstandard
 from ghoststore.corpus.formats import FORMS, form_of
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
-from ghoststore.store.base.disk import appearing, create_whole, storage_errors
+from ghoststore.store.base.new_files import new_file, new_files
 
 T = TypeVar("T")
 
@@ -52,14 +52,6 @@ def check_export(source: str, form: str, out: Path) -> None:
         raise UsageError(f"`out={out}`: rows of {source} ({form}) cannot be written as {wanted}; give {names}")
 
 
-def check_new(what: str, path: Path) -> None:
-    """UsageError if ``path``, called ``what``, exists, or the folder that it is to be in does not."""
-    if path.exists():
-        raise UsageError(f"{what} exists; nothing was written. Give another path, or remove it")
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"{what}: the folder {path.resolve().parent} does not exist")
-
-
 def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> None:
     """Write ``source`` to ``out``, which appears whole or not at all: see `check_export`.
 
@@ -71,21 +63,21 @@ def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> 
     the disk refuses.
     """
     form = form_wanted(out)
-    with storage_errors(str(out)):
-        if form == "dataset":
-            create_whole(out, f"dataset {out}", lambda folder: _save_dataset(source, folder, order), "out")
-            return
-        with appearing(out) as temporary:
-            if form == "parquet":
-                _write_parquet(source, temporary, order)
-            else:
-                same = form == source.form
-                header = source.header() if same else b""
-                lines = source.lines() if same else map(_as_json, source.rows())
-                with _packed(temporary, out.suffix.lower()) as file:
-                    file.write(header)
-                    for line in _ordered(lines, order):
-                        file.write(line)
+    if form == "dataset":
+        with new_files(out) as (folder,):
+            _save_dataset(source, folder, order)
+        return
+    with new_file(out) as temporary:
+        if form == "parquet":
+            _write_parquet(source, temporary, order)
+        else:
+            same = form == source.form
+            header = source.header() if same else b""
+            lines = source.lines() if same else map(_as_json, source.rows())
+            with _packed(temporary, out.suffix.lower()) as file:
+                file.write(header)
+                for line in _ordered(lines, order):
+                    file.write(line)
 
 
 def _ordered(items: Iterable[T], order: Sequence[int] | None) -> Iterable[T]:

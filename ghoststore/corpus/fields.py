@@ -413,7 +413,10 @@ def _json(value: object) -> str:
 def _found(value: object) -> str:
     if value is None:
         return "null"
-    return f"{value!r:.80} ({type(value).__name__})"
+    try:
+        return f"{value!r:.80} ({type(value).__name__})"
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested hundreds deep"
 
 
 def _quoted(names: Mapping[str, object]) -> str:

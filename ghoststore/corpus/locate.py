@@ -9,7 +9,7 @@ from typing import Any
 from ghoststore.corpus.formats import FORMS, form_of
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.formats.dataset import DatasetForm
-from ghoststore.errors import CorpusError, UsageError
+from ghoststore.errors import CorpusError, GhostStoreError, UsageError
 
 SUPPORTED = f"supported: {', '.join(sorted(FORMS))}, a folder of such files, a save_to_disk folder, token shards"
 NOT_DATA = {"", ".md", ".yaml", ".yml"}
@@ -21,6 +21,15 @@ def locate(source: str) -> tuple[Form, list[Path]]:
     """The form and the files that a source names; see `Corpus.open`."""
     if source == "-":
         raise UsageError("standard input can be read only once: spool it to a file first (spool_stdin)")
+    try:
+        return _locate(source)
+    except GhostStoreError:
+        raise
+    except OSError as error:  # of a folder that cannot be read, a name that is too long
+        raise CorpusError(f"{source:.1000}: cannot be read: {error.strerror or error}") from error
+
+
+def _locate(source: str) -> tuple[Form, list[Path]]:
     path = Path(source)
     if path.is_file():
         form = form_of(path)

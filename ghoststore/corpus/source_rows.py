@@ -58,7 +58,7 @@ class SourceRows:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as a dictionary of all its fields."""
         if self.form == "jsonl":
-            return map(json.loads, self.lines())  # orjson makes floats of integers beyond 64 bits
+            return map(_exact, self.lines())
         return self._picked(None)
 
     def schema(self) -> Any:
@@ -128,3 +128,12 @@ class SourceRows:
                 f"{path}: row {place.source_row} of the corpus is no longer there. Build the part again on the corpus "
                 "as it is"
             )
+
+
+def _exact(line: bytes) -> dict[str, Any]:
+    """The row of a line, its numbers exact: orjson makes floats of integers beyond 64 bits."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except RecursionError:
+        raise CorpusError("a row is nested hundreds deep: give `out` a .jsonl file, which takes it as it is") from None
+    return row

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.option import option
+from ghoststore.settings.option import check_at_least, option
 
 ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
+LARGEST_RECORD = 64 << 20
 ROLES = ("text", "prompt", "completion", "messages", "id", "domain")
 CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
     "text": ("text",),
@@ -45,11 +46,15 @@ class Fields:
     domain: str | None = option(
         None, "Field with the domain (default: 'domain' where rows have it).", "Input", flag="--domain-field"
     )
+    max_record_bytes: int = option(
+        LARGEST_RECORD, "Largest line, CSV record or row of a table; a larger one is refused.", "Advanced"
+    )
     domain_parameter: str = option(
         "fields.domain", "The parameter that named the domain, for messages.", "Input", python_only=True
     )
 
     def __post_init__(self) -> None:
+        check_at_least(1, **{"fields.max_record_bytes": self.max_record_bytes})
         given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
         if len(given) > 1:
             roles = [role for kind in given for role in CONTENT_FIELDS[kind]]

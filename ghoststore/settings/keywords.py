@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from ghoststore.settings.option import check_choices, parameters_of
+from ghoststore.settings.option import check_choices, check_local, parameters_of
 
 P = ParamSpec("P")
 Options = TypeVar("Options")
@@ -39,6 +39,7 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
             refuse(given)
             options: Options = kind(**given)
             check_choices(options)
+            check_local(options)
             return function(options)
 
         call.__signature__ = signature  # type: ignore[attr-defined]

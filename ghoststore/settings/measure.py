@@ -89,7 +89,7 @@ class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, Checkpo
 
 
 @options
-class EvaluateOptions(ProgressOption, DeviceOption, FieldsOption, PartsOptions, ValSetOption, StoreOption):
+class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions, ValSetOption, StoreOption):
     """Of ``ghoststore evaluate``."""
 
     out: str | Path = field(

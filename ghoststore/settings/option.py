@@ -4,9 +4,11 @@ Help names other options by their parameter, in backticks; the command line show
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform, get_args, get_origin
 
@@ -103,6 +105,29 @@ def check_choices(options: Any) -> None:
         known, value = choices_of(spec), getattr(options, spec.name)
         if known and isinstance(value, str) and value not in known:
             raise UsageError(f"`{spec.name}` {value!r} is unknown; known: {', '.join(known)}")
+
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins; a Path has lost the second slash."""
+
+
+def refuse_remote(name: str, value: Any) -> None:
+    """UsageError for a ``value`` that is an address (s3://, gs://, https://, …): it would become a local folder."""
+    if isinstance(value, str | Path) and _REMOTE.match(str(value)):
+        raise UsageError(
+            f"`{name}={value}` is no local path: stores, corpora, checkpoints and results live in local folders and "
+            "files so far. Give a path, of a mounted bucket for instance"
+        )
+
+
+def check_local(options: Any) -> None:
+    """UsageError for an address where a path is expected."""
+    for spec, said in options_of(type(options)):
+        value = getattr(options, spec.name)
+        if said.group is not None and isinstance(value, said.group):
+            check_local(value)
+        elif Path in members_of(spec.type):
+            refuse_remote(spec.name, value)
 
 
 def check_at_least(least: float, **values: float | None) -> None:

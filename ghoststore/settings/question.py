@@ -7,6 +7,7 @@ from typing import Literal
 
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
+    BehindOption,
     DeviceOption,
     FieldsOption,
     LayersOptions,
@@ -79,18 +80,33 @@ class PartsOptions:
 
 
 @options
-class RebuiltOptions(DeviceOption):
-    """The model of a part that is there."""
+class OpenedAgain(BehindOption, DeviceOption):
+    """What a part that is there was built with, its checkpoint aside."""
 
-    checkpoint: str | Path | None = option(None, "Another path to the checkpoint the part was built from.", "Model")
+    tokenizer: str | Path | None = option(
+        None, "The tokenizer the part was built with (default: where your own build read it).", "Model"
+    )
 
 
 @options
-class QuestionOptions(
-    RebuiltOptions, FieldsOption, LayersOptions, MetricOption, PartsOptions, ValSetOption, StoreOption
-):
+class RebuiltOptions(OpenedAgain):
+    """What a part that is there was built with."""
+
+    checkpoint: str | Path | None = option(
+        None, "The checkpoint the part was built from (default: where your own build read it).", "Model"
+    )
+
+
+@options
+class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, PartsOptions, ValSetOption, StoreOption):
     """What is asked of a store."""
 
+    checkpoint: str | Path | Sequence[str | Path] | None = option(
+        None,
+        "The checkpoint the part was built from (default: where your own build read it); once for each `part`.",
+        "Model",
+        repeated=True,
+    )
     group_field: str | None = option(None, "Field of the val set by which it is cut into groups.", "Input")
     combine: Combine = option(
         "mean",
@@ -146,7 +162,7 @@ class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
 
 
 @options
-class SelfInfluenceOptions(ProgressOption, RankingOptions, DeviceOption, LayersOptions, StoreOption):
+class SelfInfluenceOptions(ProgressOption, RankingOptions, BehindOption, DeviceOption, LayersOptions, StoreOption):
     """Of ``ghoststore self-influence``."""
 
     part: str | None = option(None, "Part to rank (default: the only one).", "Input")

@@ -59,6 +59,17 @@ class CorpusOptions(FieldsOption):
 
 
 @options
+class BehindOption:
+    """The corpus behind what is stored."""
+
+    data: str | Path | None = option(
+        None,
+        "The corpus the rows were made of, for their texts and tokens (default: where your own command read it).",
+        "Input",
+    )
+
+
+@options
 class LengthOptions:
     """How long rows may be."""
 
@@ -110,6 +121,7 @@ class AsJson:
     """Of the command line alone."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
+    log_json: bool = option(False, "Tell progress, notes and errors on stderr as one JSON object a line.", "Output")
 
 
 @options

@@ -1,12 +1,14 @@
-"""Options of the commands that look at a store: info, verify, index, scores, watch."""
+"""Options of the commands that look at a store, or keep it in order: info, verify, repair, index, scores and others."""
 
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
+from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, option, options
-from ghoststore.settings.shared import DOMAINS, MetricOption, ProgressOption, StoreOption
+from ghoststore.settings.question import RebuiltOptions
+from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption
 
 Dimension = int | Literal["none", "auto"]
 Value = Literal["cumulative", "mean", "sum", "last"]
@@ -25,6 +27,76 @@ class InfoOptions:
 @options
 class VerifyOptions(ProgressOption, InfoOptions):
     """Of ``ghoststore verify``."""
+
+
+@options
+class RepairOptions(ProgressOption, RebuiltOptions, InfoOptions):
+    """Of ``ghoststore repair``."""
+
+    drop_damaged: bool = option(
+        False, "Take damaged steps out of a training run, so that the others open: they are lost.", "Output"
+    )
+
+
+@options
+class GcOptions(ProgressOption, InfoOptions):
+    """Of ``ghoststore gc``."""
+
+    caches: bool = option(False, "Also remove caches of a part that rows committed later made stale.", "Output")
+    dry_run: bool = option(False, "List what would be removed; remove nothing.", "Output")
+
+
+@options
+class OneOptions(InfoOptions):
+    """A part or a training run."""
+
+    def __post_init__(self) -> None:
+        if (self.part is None) == (self.run is None):
+            raise UsageError("give `part` or `run`: one of them, and not both")
+
+    @property
+    def name(self) -> str:
+        """Of the part or run."""
+        return str(self.run if self.part is None else self.part)
+
+
+@options
+class RemoveOptions(OneOptions):
+    """Of ``ghoststore rm``."""
+
+
+@options
+class RenameOptions(OneOptions):
+    """Of ``ghoststore mv``."""
+
+    to_name: str = field(metadata=about("Its new name.", "Output"))
+
+
+@options
+class CopyOptions(ProgressOption, OneOptions):
+    """Of ``ghoststore cp``."""
+
+    to_store: str | Path | None = option(None, "The store to copy it to (default: the same one).", "Output")
+    to_name: str | None = option(None, "Name of the copy (default: the same name).", "Output")
+
+
+@options
+class ExportOptions(ProgressOption, StoreOption):
+    """Of ``ghoststore export``."""
+
+    part: str | None = option(None, "Part to export (default: the only one).", "Input")
+    out: str | Path = field(metadata=about("A new .safetensors, .npy or .parquet file.", "Output", metavar="FILE"))
+    dtype: Literal["float32", "stored"] = option(
+        "float32", "Numbers of the vectors; stored: as the store has them, with their scales.", "Output"
+    )
+    unusable: bool = option(False, "Also rows without a vector: zeros, with their status.", "Output")
+
+
+@options
+class Yes:
+    """Of the command line alone: consent."""
+
+    yes: bool = option(False, "Do not ask.", "Output", flag="--yes -y")
 
 
 @options
@@ -66,7 +138,7 @@ class RunOption(StoreOption):
 
 
 @options
-class ScoresOptions(ProgressOption, RunOption):
+class ScoresOptions(ProgressOption, BehindOption, RunOption):
     """Of ``ghoststore scores``."""
 
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
@@ -103,7 +175,7 @@ class ScoresOptions(ProgressOption, RunOption):
 
 
 @options
-class WatchOptions(RunOption):
+class WatchOptions(BehindOption, RunOption):
     """Of ``ghoststore watch``."""
 
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")

@@ -13,10 +13,13 @@ from ghoststore.settings.store import InfoOptions
 from ghoststore.store.part.fidelity import kept_fidelities
 from ghoststore.store.part.indexes import index_states
 from ghoststore.store.part.part import Part
+from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.reader import stream
 from ghoststore.store.store import Store
+
+STEPS_AT_ONCE = 65_536
+"""Of a run's losses, read from the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +95,7 @@ def _common(source: Spanned[Any]) -> dict[str, Any]:
     """What is said of parts and runs alike, from the manifest and all commit records."""
     statuses: Counter[str] = Counter()
     tokens = size = 0
-    for span in source.spans:
-        commit = source.commit(span)
+    for commit in source.commits():
         statuses.update(commit.statuses)
         tokens += commit.tokens
         size += sum(record.bytes for record in commit.files.values())
@@ -138,20 +140,22 @@ def describe_run(run: Run) -> RunInfo:
 
 def _last(run: Run, array: str) -> float | None:
     """The last finite number of one number a step."""
-    for span in reversed(run.spans):
-        values = run.read_committed(array, [span])
-        finite = np.flatnonzero(np.isfinite(values))
-        if len(finite):
-            return float(values[finite[-1]])
+    for first, last in reversed(run.ranges):
+        for stop in range(last, first, -STEPS_AT_ONCE):
+            values = run.read(array, max(first, stop - STEPS_AT_ONCE), stop)
+            finite = np.flatnonzero(np.isfinite(values))
+            if len(finite):
+                return float(values[finite[-1]])
     return None
 
 
 def _negative(run: Run) -> float | None:
     negative = scored = 0
-    for chunk in stream(run, "score"):
-        finite = np.isfinite(chunk.data)
+    for piece in side_by_side(run, ["score"], run.ranges):
+        score = piece.data["score"]
+        finite = np.isfinite(score)
         scored += int(finite.sum())
-        negative += int((chunk.data[finite] < 0).sum())
+        negative += int((score[finite] < 0).sum())
     return negative / scored if scored else None
 
 

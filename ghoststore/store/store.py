@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.settings.option import refuse_remote
 from ghoststore.store.base.disk import UNFINISHED, flush, publish_group, storage_errors
 from ghoststore.store.base.manifest import PART, RUN, Kind, check_format
-from ghoststore.store.base.names import FORMAT_VERSION, check_name
+from ghoststore.store.base.names import FORMAT_VERSION, check_name, is_name
 from ghoststore.store.part.part import Part
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import read_attributes
+from ghoststore.store.spans.soundness import refuse_lost
+
+ROOT = "zarr.json"
+ROOT_ATTRIBUTES = {"ghoststore_format": FORMAT_VERSION}
+"""Of the store's own group; those of ``parts`` and ``runs`` have none."""
 
 
 def _is_begun(entry: Path) -> bool:
@@ -35,8 +41,25 @@ class Store:
         metadata are damaged.
         """
         folder = Path(path)
-        check_format(read_attributes(folder, "store"), str(folder / "zarr.json"))
+        try:
+            attributes = read_attributes(folder, "store")
+        except (UsageError, CorruptError) as error:
+            if holds_anything(folder):
+                raise _without_root(folder) from error
+            raise
+        check_format(attributes, str(folder / ROOT))
         return cls(folder)
+
+    @classmethod
+    def examined(cls, path: str | Path) -> Store:
+        """As :meth:`open`; a store that holds a part or a run is opened without its own ``zarr.json``, too."""
+        folder = Path(path)
+        try:
+            return cls.open(folder)
+        except CorruptError:
+            if holds_anything(folder):
+                return cls(folder)
+            raise
 
     @classmethod
     def create(cls, path: str | Path) -> Store:
@@ -46,20 +69,23 @@ class Store:
         """
         folder = Path(path)
         cls.refuse_others(folder)
-        if not (folder / "zarr.json").exists():
+        if not (folder / ROOT).exists():
             with storage_errors(str(folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 for name in ("parts", "runs"):
                     publish_group(folder / name, {})
-                publish_group(folder, {"ghoststore_format": FORMAT_VERSION})
+                publish_group(folder, ROOT_ATTRIBUTES)
                 flush(folder.parent)
         return cls.open(folder)
 
     @staticmethod
     def refuse_others(folder: Path) -> None:
         """UsageError if :meth:`create` would touch something that is not a store."""
-        if (folder / "zarr.json").exists() or not folder.exists():
+        refuse_remote("store", folder)
+        if (folder / ROOT).exists() or not folder.exists():
             return
+        if holds_anything(folder):
+            raise _without_root(folder)
         if not folder.is_dir() or not all(_is_begun(entry) for entry in folder.iterdir()):
             raise UsageError(f"{folder} exists and is not a store; give `store` another path, or empty it")
 
@@ -74,8 +100,15 @@ class Store:
     def part(self, name: str | None = None) -> Part:
         """The part called ``name``, as it stands now; without a name, the only one.
 
-        UsageError if there is no such part, or several and no name.
+        UsageError if there is no such part, or several and no name; CorruptError if its metadata are damaged, or
+        records of its spans went missing.
         """
+        part = Part(self.part_path(self._choose(PART, name, self.part_names(), "build")))
+        refuse_lost(part)
+        return part
+
+    def damaged_part(self, name: str) -> Part:
+        """As :meth:`part`, whatever it has lost; CorruptError where its own metadata or its folder of records are."""
         return Part(self.part_path(self._choose(PART, name, self.part_names(), "build")))
 
     def run_path(self, name: str) -> Path:
@@ -89,8 +122,14 @@ class Store:
     def run(self, name: str | None = None) -> Run:
         """The training run called ``name``, as it stands now; without a name, the only one.
 
-        UsageError if there is no such run, or several and no name.
+        Raises as :meth:`part`.
         """
+        run = Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
+        refuse_lost(run)
+        return run
+
+    def damaged_run(self, name: str) -> Run:
+        """As :meth:`damaged_part`."""
         return Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
 
     def chosen(self, part: str | None, run: str | None) -> tuple[list[str], list[str]]:
@@ -113,7 +152,24 @@ class Store:
         return name
 
 
+def holds_anything(folder: Path) -> bool:
+    """Whether ``folder`` has the parts and runs of a store, whatever became of its own ``zarr.json``."""
+    return any(
+        (folder / kind / name / ROOT).is_file() for kind in ("parts", "runs") for name in _folders(folder / kind)
+    )
+
+
+def _without_root(folder: Path) -> CorruptError:
+    return CorruptError(
+        f"{folder / ROOT} is missing or damaged, though parts or runs are there; `ghoststore repair --store {folder}` "
+        "restores it"
+    )
+
+
 def _folders(path: Path) -> list[str]:
-    if not path.is_dir():
-        return []
-    return sorted(p.name for p in path.iterdir() if not p.name.startswith(".") and p.is_dir())
+    try:
+        if not path.is_dir():
+            return []
+        return sorted(p.name for p in path.iterdir() if is_name(p.name) and p.is_dir())
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""``ghoststore.verify``: every byte that was committed, checked against its record."""
+"""``ghoststore.verify``: every file of a store, checked against what was written, and whatever else lies there."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.progress import Silent, Task
+from ghoststore.errors import CorruptError, MismatchError
+from ghoststore.progress import Progress, Silent, Task
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import VerifyOptions
-from ghoststore.store.part.indexes import FOLDER, MANIFEST, index_folder, index_names, read_manifest
+from ghoststore.store.base.names import is_name
+from ghoststore.store.base.writers import left_behind, living
+from ghoststore.store.part.caches import cache_damage
 from ghoststore.store.part.part import Part
-from ghoststore.store.spans.commits import commit_path, read_commit
-from ghoststore.store.spans.group import Spanned
-from ghoststore.store.store import Store
+from ghoststore.store.run.journal import journal_damage
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.commits import read_commit
+from ghoststore.store.spans.group import Spanned, group_problem
+from ghoststore.store.spans.soundness import LOST, lost_spans, record_name, record_problem
+from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
+from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
 
 THREADS = 4
 Checked: TypeAlias = tuple[str, int, str | None]
 """(file, its bytes, what is wrong with it or None)."""
+Owner: TypeAlias = dict[str, str]
+"""``part`` or ``run`` and its name; empty: the store itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +38,24 @@ class Damage:
     """One thing that is not as it was committed."""
 
     file: str
-    """Its path in the part or run."""
+    """Its path in the part or run, or in the store where it belongs to neither."""
     problem: str
     part: str | None = None
     run: str | None = None
     """The part or the run it belongs to, the other is None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file, or an unfinished folder, that is not part of the data."""
+
+    file: str
+    """As of a :class:`Damage`."""
+    bytes: int
+    part: str | None = None
+    run: str | None = None
+    living: bool = False
+    """Of a leftover: whether a process that may be its writer is at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +69,10 @@ class VerifyReport:
     files: int
     bytes: int
     damage: list[Damage] = field(default_factory=list)
+    leftovers: list[StoredFile] = field(default_factory=list)
+    """What writers had not finished, and records of who writes: no damage, `ghoststore gc` removes what is dead."""
+    unknown: list[StoredFile] = field(default_factory=list)
+    """Files that ghoststore did not write: no damage, and nothing touches them."""
 
     @property
     def sound(self) -> bool:
@@ -61,82 +86,159 @@ class VerifyReport:
 
 @takes(VerifyOptions)
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Check every part and training run, or one of either: the manifest, the metadata of arrays, a run's row table,
-    every commit record and every file it names (size, SHA-256), and the files of a part's indexes.
+    """Check every file of a store, or of one part or training run: the metadata of groups and arrays, a run's row
+    table, every commit record and every file it names (size, SHA-256), and the caches of a part: indexes, second
+    moments, measured fidelity.
 
-    All damage is listed, not just the first. A span without a record is not damage: it does not exist.
-    Raises UsageError if there is no such store, part or run.
+    All damage is listed, not just the first, and a file that cannot be read is one entry. A span whose chunks are in
+    place without their record is damage: its record was lost. A span without either is none: nobody has built it.
+    Files that nobody knows, and what writers had not finished, are listed apart.
+    Raises UsageError if there is no such store, part or run, MismatchError for another format version.
     """
-    progress = options.progress or Silent()
-    opened = Store.open(options.store)
-    parts, runs = opened.chosen(options.part, options.run)
-    damage: list[Damage] = []
-    spans = files = size = 0
-    for name, owner in [*((name, {"part": name}) for name in parts), *((name, {"run": name}) for name in runs)]:
+    store = Store.examined(options.store)
+    parts, runs = store.chosen(options.part, options.run)
+    examination = Examination(store, options.progress or Silent())
+    if options.part is None and options.run is None:
+        examination.look_around()
+    for name in parts:
+        examination.look_at({"part": name})
+    for name in runs:
+        examination.look_at({"run": name})
+    return examination.report(parts, runs)
+
+
+class Examination:
+    """What is found while it goes on."""
+
+    def __init__(self, store: Store, progress: Progress) -> None:
+        self._store, self._progress = store, progress
+        self._damage: list[Damage] = []
+        self._leftovers: list[StoredFile] = []
+        self._unknown: list[StoredFile] = []
+        self._other_version: MismatchError | None = None
+        self._spans = self._files = self._bytes = 0
+
+    def report(self, parts: list[str], runs: list[str]) -> VerifyReport:
+        """All of it; MismatchError where nothing is damaged, but something is of another version."""
+        if self._other_version is not None and not self._damage:
+            raise self._other_version
+        return VerifyReport(
+            store=str(self._store.path),
+            parts=parts,
+            runs=runs,
+            spans=self._spans,
+            files=self._files,
+            bytes=self._bytes,
+            damage=self._damage,
+            leftovers=self._leftovers,
+            unknown=self._unknown,
+        )
+
+    def look_around(self) -> None:
+        """The store's own files: its groups, and what lies between parts and runs."""
+        folder = self._store.path
+        for name, attributes in ((ROOT, ROOT_ATTRIBUTES), (f"parts/{ROOT}", {}), (f"runs/{ROOT}", {})):
+            self._files += 1
+            self._note({}, name, group_problem((folder / name).parent, attributes))
+        for inside in ("", "parts", "runs"):
+            known = {ROOT, "parts", "runs"} if not inside else {ROOT}
+            for name, path, problem in entries_below(folder / inside, deep=False):
+                if problem is not None:
+                    self._note({}, inside or ".", problem)
+                elif is_unfinished(name):
+                    self._left({}, f"{inside}/{name}".lstrip("/"), path, not left_behind(path, set()))
+                elif name not in known and not (inside and path.is_dir() and is_name(name)):
+                    self._unknown.append(StoredFile(file=f"{inside}/{name}".lstrip("/"), bytes=size_of(path)))
+
+    def look_at(self, owner: Owner) -> None:
+        """One part or run, all of it."""
         try:
-            source: Spanned[Any] = opened.part(name) if "part" in owner else opened.run(name)
-        except CorruptError as error:
-            damage.append(Damage(**owner, file="zarr.json", problem=str(error)))
-            continue
-        task = progress.task(f"verifying {name}", len(source.spans), unit="spans")
-        damage += [Damage(**owner, file=file, problem=problem) for file, problem in _check_metadata(source)]
-        spans += len(source.spans)
-        with closing(task):
-            for key, count, problem in chain(_check_spans(source, task), _check_indexes(source)):
-                files, size = files + 1, size + count
-                if problem:
-                    damage.append(Damage(**owner, file=key, problem=problem))
-    return VerifyReport(
-        store=str(options.store), parts=parts, runs=runs, spans=spans, files=files, bytes=size, damage=damage
-    )
+            source = self._open(owner)
+        except (CorruptError, OSError) as error:
+            self._note(owner, ROOT, str(error))
+            return
+        except MismatchError as error:
+            self._other_version = error
+            return
+        with closing(self._progress.task(f"verifying {source.name}", len(source.spans), unit="spans")) as task:
+            self._spans += len(source.spans)
+            caches = list(cache_damage(source)) if isinstance(source, Part) else []
+            for name, size, problem in chain(_check_metadata(source), _check_spans(source, task), caches):
+                self._files, self._bytes = self._files + 1, self._bytes + size
+                self._note(owner, name, problem)
+            for span in lost_spans(source):
+                self._note(owner, record_name(span), LOST)
+            if isinstance(source, Run):
+                self._look_at_journals(source, owner)
+            self._count(owner, source, {name for name, _, _ in caches})
+
+    def _look_at_journals(self, run: Run, owner: Owner) -> None:
+        """Steps of spans that are not full yet, and those that are missing."""
+        known = {damage.file for damage in self._damage if damage.run == run.name}
+        for journal in run.journals.values():
+            self._files, self._bytes = self._files + 1, self._bytes + journal.end
+        for file, problem in journal_damage(run):
+            if file not in known or not problem.endswith("are missing"):  # a lost record is named already
+                self._note(owner, file, problem)
+
+    def _open(self, owner: Owner) -> Spanned[Any]:
+        part = "part" in owner
+        return self._store.damaged_part(owner["part"]) if part else self._store.damaged_run(owner["run"])
+
+    def _count(self, owner: Owner, source: Spanned[Any], caches: set[str]) -> None:
+        """What else lies in the folder of a part or run."""
+        census, at_work = Census(source, caches), {writer.id for writer in living(source.path)}
+        for name, path, problem in entries_below(source.path):
+            if problem is not None:
+                self._note(owner, name, problem)
+                continue
+            kind = census.kind_of(name)
+            if kind == "leftover":
+                self._left(owner, name, path, bool(at_work) and not left_behind(path, at_work))
+            elif kind == "unknown":
+                self._unknown.append(StoredFile(file=name, bytes=size_of(path), living=False, **owner))
+
+    def _left(self, owner: Owner, name: str, path: Path, alive: bool) -> None:
+        if path.is_dir() and not any(path.iterdir()):
+            return
+        self._leftovers.append(StoredFile(file=name, bytes=size_of(path), living=alive, **owner))
+
+    def _note(self, owner: Owner, name: str, problem: str | None) -> None:
+        if problem is not None:
+            self._damage.append(Damage(file=name, problem=problem, **owner))
 
 
-def _check_metadata(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) for every file that was written when the part or run was made."""
+def _check_metadata(source: Spanned[Any]) -> Iterator[Checked]:
+    """Every file that was written when the part or run was made."""
     for name in source.files:
         try:
             source.check_file(name)
         except CorruptError as error:
-            yield name, str(error)
+            yield name, 0, str(error)
+        else:
+            yield name, 0, None
 
 
 def _check_spans(source: Spanned[Any], task: Task) -> Iterator[Checked]:
     """What :func:`_check_span` says of every committed span."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for checked in pool.map(lambda span: list(_check_span(source.path, span)), source.spans):
+        for checked in pool.map(lambda span: list(_check_span(source, span)), source.spans):
             task.advance(1)
             yield from checked
 
 
-def _check_span(folder: Path, span: int) -> Iterator[Checked]:
+def _check_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
     """The record of ``span``, if it is damaged, and each file it names."""
+    folder = source.path
     try:
         commit = read_commit(folder, span)
     except CorruptError as error:
-        yield str(commit_path(folder, span).relative_to(folder)), 0, str(error)
+        yield record_name(span), 0, str(error)
         return
-    for key, record in commit.files.items():
-        path = folder / key
-        # A record may come from anywhere: what lies outside is not read.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            yield key, 0, f"the record of span {span} names a file outside the part or run"
-            continue
-        problem = record.damage(path)
-        yield key, record.bytes, f"{problem} (span {span})" if problem else None
-
-
-def _check_indexes(source: Spanned[Any]) -> Iterator[Checked]:
-    """Each file of each index. A stale index is not damage."""
-    if not isinstance(source, Part):
-        return
-    for name in index_names(source):
-        try:
-            manifest = read_manifest(source, name)
-        except CorruptError as error:
-            yield f"{FOLDER}/{name}/{MANIFEST}", 0, str(error)
-            continue
-        except (MismatchError, UsageError):
-            continue  # of another version, which is refused when it is used; or just removed
-        for kind, record in manifest.files.items():
-            path = manifest.path_of(index_folder(source, name), kind)
-            yield str(path.relative_to(source.path)), record.bytes, record.damage(path)
+    if problem := record_problem(source.layout, commit):
+        yield record_name(span), 0, problem
+    # A record may come from anywhere: what it names beside the files of its span is not read.
+    for key in source.layout.span_keys(span):
+        if (record := commit.files.get(key)) is not None:
+            problem = record.damage(folder / key, folder)
+            yield key, record.bytes, f"{problem} (span {span})" if problem else None

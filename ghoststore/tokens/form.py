@@ -18,6 +18,7 @@ class ShardsForm:
     name: str = "token-shards"
     has_offsets: bool = False
     adds_nulls: bool = False
+    largest: int | None = None
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None

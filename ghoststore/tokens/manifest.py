@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from ghoststore.corpus.scan import MAX_DOMAINS
 from ghoststore.errors import CorpusError, CorruptError, MismatchError
 from ghoststore.store.base.manifest import Kind
-from ghoststore.store.base.records import read_bounded, reading, seal, unseal
+from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
+from ghoststore.store.base.records import reading, seal, unseal
 from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
 
 SHARDS_VERSION = 1
@@ -48,6 +50,13 @@ SAMPLE = np.dtype(
 )
 """One sample in ``samples-*.npy``."""
 
+ENTRIES = {
+    "tokenizer": ("fingerprint", "template_date", "vocabulary"),
+    "corpus": ("fingerprint", "samples", "domains", "repeated_ids", "fields", "max_samples", "only_domains"),
+    "storage": ("shard_samples", "shards", "token_dtype"),
+    "source": ("data", "form"),
+}
+"""By section: what every manifest has."""
 _TOKENIZER_FILE = re.compile(rf"{TOKENIZER}(/[A-Za-z0-9_-][A-Za-z0-9._-]*){{1,3}}")
 
 
@@ -109,7 +118,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     path = folder / MANIFEST
     try:
         with reading(path):
-            data = read_bounded(path, LARGEST_MANIFEST)
+            data = read_bounded(path, LARGEST_MANIFEST, folder)
             _check_version(path, data)
             value = unseal(data, CHECKSUM)
             _check(value["manifest"], value["files"])
@@ -130,7 +139,7 @@ def date_in(folder: Path) -> str | None:
 
 def _check_version(path: Path, data: bytes) -> None:
     """MismatchError for another version of the format, whose seal may be another, too."""
-    value = json.loads(data)
+    value = parse_json(data)
     if not isinstance(value, dict) or "ghoststore_shards" not in value:
         raise ValueError("it has no 'ghoststore_shards'")
     if value["ghoststore_shards"] != SHARDS_VERSION:
@@ -148,6 +157,11 @@ def _check(manifest: dict[str, Any], files: dict[str, str]) -> None:
     wrong = [name for name in files if not _TOKENIZER_FILE.fullmatch(name)]
     if wrong or not all(isinstance(sha256, str) for sha256 in files.values()):
         raise ValueError(f"it names other files than those of a tokenizer: {wrong[:3]!r:.200}")
+    lacking = [
+        f"{section}.{name}" for section, names in ENTRIES.items() for name in names if name not in manifest[section]
+    ]
+    if lacking:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
     domains = manifest["corpus"]["domains"]
     if domains is not None and not (isinstance(domains, list) and all(isinstance(d, str) for d in domains)):
         raise ValueError("its domains are no list of names")
@@ -216,12 +230,14 @@ def read_shard_commit(folder: Path, layout: ShardLayout, shard: int) -> Commit:
 def _check_array(path: Path, dtype: np.dtype[Any], count: int | None, size: int) -> None:
     """CorruptError unless ``path`` is an .npy file of ``size`` bytes with ``count`` (None: any number of) ``dtype``."""
     with reading(path, advice=remedy(path)):
-        if not path.is_file():
-            raise ValueError("it is missing")
-        there = path.stat().st_size
-        if there != size:
-            raise ValueError(f"it has {there} bytes, {size} were committed")
-        with open(path, "rb") as file:
+        try:
+            opened = open_regular(path, path.parent)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError("it is missing") from None
+        with BufferedReader(opened) as file:
+            there = os.fstat(file.fileno()).st_size
+            if there != size:
+                raise ValueError(f"it has {there} bytes, {size} were committed")
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("it is another version of .npy")
             shape, _, own = np.lib.format.read_array_header_1_0(file)

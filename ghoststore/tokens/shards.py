@@ -111,7 +111,7 @@ class TokenShards:
     def verify(self) -> None:
         """Check the SHA-256 of every file; CorruptError naming the first that is not what was written."""
         for name, sha256 in self._files.items():
-            check_file(self.folder / name, sha256, advice=remedy(self.folder / name))
+            check_file(self.folder / name, sha256, advice=remedy(self.folder / name), within=self.folder)
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(self._verify_shard, range(self.layout.shards)):
                 pass
@@ -270,7 +270,7 @@ class TokenShards:
 
     def _verify_shard(self, shard: int) -> None:
         for name, record in self._commits[shard].files.items():
-            record.check(self.folder / name, remedy(self.folder / name))
+            record.check(self.folder / name, remedy(self.folder / name), self.folder)
 
 
 def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
@@ -284,7 +284,7 @@ def load_own_tokenizer(folder: Path) -> Any:
 
     manifest, files = read_manifest(folder)
     for name, sha256 in files.items():
-        check_file(folder / name, sha256, advice=remedy(folder / name))
+        check_file(folder / name, sha256, advice=remedy(folder / name), within=folder)
     try:
         loaded = load_tokenizer(folder / TOKENIZER)
     except CheckpointError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.store import Part, Store
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.base.own import remember
 from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
@@ -40,7 +43,8 @@ def build(options: BuildOptions) -> BuildReport:
     are computed, and the result is byte-identical to an uninterrupted build's.
 
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used,
-    MismatchError if the part that exists was built otherwise, BusyError if another process is building it,
+    MismatchError if the part that exists was built otherwise, CorruptError (before anything is computed) if it is
+    damaged as far as records and sizes of files tell, BusyError if another process is building it,
     StorageError if the disk refuses. What was committed stays committed.
     """
     progress = options.progress or Silent()
@@ -51,7 +55,10 @@ def build(options: BuildOptions) -> BuildReport:
         if options.dry_run:
             return report
         part = _open_part(Store.create(options.store), job, progress)
-        with writing(part):
+        if problem := remember(part.manifest, job.manifest["source"], part.path):
+            progress.note(problem)
+        # A complete part that cannot be written is read alone: nothing is to be written.
+        with writing(part) if not part.complete or os.access(part.path, os.W_OK) else nullcontext():
             part = Part(part.path)  # as it stands now that nobody else writes it
             seconds = compute_spans(part, job, progress)
         built = describe(Part(part.path))
@@ -68,13 +75,19 @@ def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:
     """The part, new or there already. MismatchError if it is of another build."""
     path = store.part_path(job.inputs.part_name)
     part = create_part(path, job.manifest, job.plan.table, job.fixed())
-    refuse_differences(part.manifest, job.manifest, f"part {part.name!r} of {store.path}")
+    refuse_other_build(part, job, progress)
+    return part
+
+
+def refuse_other_build(part: Part, job: BuildJob, progress: Progress) -> None:
+    """MismatchError if ``job`` would not compute the rows of ``part``; a note where it may compute other last bits."""
+    store = part.path.parent.parent
+    refuse_differences(part.manifest, job.manifest, f"part {part.name!r} of {store}")
     if not np.array_equal(span_table(part), job.plan.table):
-        raise other_places(part, job.plan.table, job.manifest["source"], store.path)
+        raise other_places(part, job.plan.table, job.manifest["source"], store)
     for section in ("software", "compute"):
         if part.manifest[section] != job.manifest[section] and not part.complete:
             progress.note(
                 f"continuing with other {section} than the part was begun with: bits of new rows may differ from those "
                 f"of an uninterrupted build (was {part.manifest[section]}, is {job.manifest[section]})"
             )
-    return part

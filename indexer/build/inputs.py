@@ -13,13 +13,15 @@ import torch
 
 from ghoststore.checkpoint.load import Checkpoint, find_checkpoint, load_model, load_tokenizer, resolve_device
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
-from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, absolute, open_corpus
 from ghoststore.corpus.locate import corpus_name
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.writable import check_writable
+from ghoststore.store.spans.soundness import refuse_damaged
 from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
 from indexer.projection.adam import learning_rate_of
 
@@ -41,6 +43,8 @@ class BuildInputs:
     device: str
     batch_tokens: int
     tokens: TokenSettings
+    repairing: bool = False
+    """Whether ``there`` is repaired: what it was made of is then taken from it, whatever it has lost."""
 
     @cached_property
     def identity(self) -> Manifest:
@@ -78,18 +82,22 @@ def _resolved(path: str | Path | None) -> str | None:
 
 
 @contextmanager
-def open_inputs(options: BuildOptions, progress: Progress) -> Iterator[BuildInputs]:
-    """Open everything; what cannot be used is refused before a model is loaded."""
+def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None = None) -> Iterator[BuildInputs]:
+    """Open everything; what cannot be used is refused before a model is loaded: a damaged part, too, unless it is the
+    one that is ``repaired``.
+    """
     device = resolve_device(options.device)
     checkpoint = find_checkpoint(options.checkpoint)
     text_tokenizer = load_tokenizer(checkpoint.folder if options.tokenizer is None else Path(options.tokenizer))
     by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
     part_name = check_name(options.name) if options.name else by_default
     Store.refuse_others(Path(options.store))
-    there = _existing(options.store, part_name)
+    there = repaired or _existing(options.store, part_name)
     if there is not None:
         refuse_incomplete(there)
-    with open_corpus(str(options.data), options.fields or Fields(), progress) as corpus:
+    if not options.dry_run and not (there is not None and there.complete):
+        check_writable(Path(options.store) / "parts" if there is None else there.path)
+    with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
@@ -115,12 +123,23 @@ def open_inputs(options: BuildOptions, progress: Progress) -> Iterator[BuildInpu
                 overlong=options.overlong,
                 template_date=tokenizer.template_date,
             ),
+            repairing=repaired is not None,
         )
 
 
+def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFields:
+    if repaired is not None:
+        return ResolvedFields.from_json(repaired.manifest["corpus"]["fields"])
+    return options.fields or Fields()
+
+
 def _existing(store: str | Path, name: str) -> Part | None:
-    """The part, if it is there already."""
+    """The part, if it is there already. CorruptError if it is damaged, as far as a look at each file tells."""
     if not (Path(store) / "zarr.json").exists():
         return None
     opened = Store.open(store)
-    return opened.part(name) if name in opened.part_names() else None
+    if name not in opened.part_names():
+        return None
+    part = opened.damaged_part(name)
+    refuse_damaged(part)
+    return part

@@ -24,7 +24,7 @@ from indexer.encode.tokens import Row, rows_of
 from indexer.projection.adam import SideScales, flat, read_scales, scales_digest
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
-from indexer.projection.stored import calibrated_as
+from indexer.projection.stored import calibrated_as, scales_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,10 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         progress=progress,
     )
     layout = _layout(inputs, plan, corpus_plan.rows)
-    scales = None
-    if options.optimizer_state is not None:
+    scales: Mapping[str, SideScales] | None = None
+    if inputs.repairing and there is not None:
+        scales = scales_of(there, plan)
+    elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
     if learning is not None and there is not None:
         plan = calibrated_as(there, plan)

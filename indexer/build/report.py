@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ghoststore.store import Manifest, PartLayout
-from ghoststore.store.spans.reader import CRC_BYTES
+from ghoststore.store.spans.layout import CRC_BYTES
 from indexer.build.calibrate import learning_bytes
 from indexer.build.job import BuildJob
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -24,9 +24,11 @@ from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row
 
 
-def compute_spans(part: Part, job: BuildJob, progress: Progress) -> dict[str, float]:
-    """Build every span that has no record yet. Returns seconds by kind of work."""
-    missing = sorted(set(range(part.layout.spans)) - set(part.spans))
+def compute_spans(
+    part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None
+) -> dict[str, float]:
+    """Build every span that has no record yet, or ``only`` those of them. Returns seconds by kind of work."""
+    missing = sorted(set(range(part.layout.spans) if only is None else only) - set(part.spans))
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
     if not missing:
         return seconds
@@ -39,7 +41,10 @@ def compute_spans(part: Part, job: BuildJob, progress: Progress) -> dict[str, fl
         checkpointing=options.gradient_checkpointing,
         padding=job.padding,
     )
-    task = progress.task("building", part.layout.rows, done=part.rows)
+    if only is None:
+        task = progress.task("building", part.layout.rows, done=part.rows)
+    else:
+        task = progress.task("rebuilding", sum(stop - start for start, stop in map(part.layout.span_of, missing)))
     with closing(task), encoder, BackgroundWriter(part) as writer:
         waited = time.perf_counter()
         for span, rows in _read_ahead(job, part, missing):

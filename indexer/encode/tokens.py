@@ -23,6 +23,7 @@ from ghoststore.errors import CorpusError, MismatchError, UsageError
 from ghoststore.settings.shared import Overlong as Overlong
 from ghoststore.store.part.status import Status
 from indexer.encode.template_date import clock_at, date_for
+from indexer.encode.template_steps import bounded
 from indexer.encode.whole_text import WholeTexts
 
 SAMPLES_AT_ONCE = 256
@@ -238,10 +239,13 @@ class Tokenizer:
 
         given = sample.content.to_json()
         try:
-            with clock_at(self.tokenizer, self.template_date, given.get("tools")):
+            tools = given.get("tools")
+            with bounded(self.tokenizer, tools), clock_at(self.tokenizer, self.template_date, tools):
                 return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
+        except (RecursionError, MemoryError) as error:
+            raise CorpusError(f"sample {sample.id!r}: the chat template does not end: {error!r:.200}") from error
 
 
 def windows(length: int, max_length: int) -> list[tuple[int, int]]:

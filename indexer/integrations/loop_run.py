@@ -54,11 +54,11 @@ class LoopRun:
                 "per_layer: layers have no scores of their own under a global sketch, nor without val data; give "
                 "proj_rank_total for plain blocks, and val_data"
             )
-        layout = RunLayout(
+        layout = RunLayout.saving(
+            self.save_interval,
             steps=self.steps,
             ranks=ranks.count,
             batch=self.batch,
-            span_steps=self.save_interval,
             rows=len(samples.ids),
             blocks=tuple(method.blocks) if self.per_layer else (),
             dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,

@@ -28,11 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ghoststore.errors import CheckpointError
+from ghoststore.store.base.opening import parse_json, read_bounded
 from indexer.projection.selection import Block
 
 OURS = Path("training_state") / "optimizer.safetensors"
 TORCH = "optimizer.pt"
 QUANTITY = "exp_avg_sq"
+LARGEST_STATE = 64 << 20
+"""Of a file that says where a training stood."""
 DAMAGE = (
     OSError,
     EOFError,
@@ -217,10 +220,10 @@ def learning_rate_of(folder: Path) -> float | None:
     try:
         ours = folder / OURS.parent / "state.json"
         if ours.is_file():
-            return _rate(json.loads(ours.read_bytes()).get("learning_rate"))
+            return _rate(parse_json(read_bounded(ours, LARGEST_STATE)).get("learning_rate"))
         theirs = folder / "trainer_state.json"
         if theirs.is_file():
-            state = json.loads(theirs.read_bytes())
+            state = parse_json(read_bounded(theirs, LARGEST_STATE))
             # It logs every so many steps: what it logged last may be of a step long before the checkpoint.
             logged = [
                 entry["learning_rate"]

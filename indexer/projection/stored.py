@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghoststore.errors import MismatchError
 from ghoststore.settings.projection import ProjectionConfig, unsketched
 from ghoststore.store import Part
+from ghoststore.store.base.records import reading
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
@@ -32,7 +33,9 @@ def projection_of(part: Part, model: nn.Module) -> Projection:
     MismatchError if its layers or its hash are not those of the manifest.
     """
     stored = part.manifest["projection"]
-    plan = calibrated_as(part, ProjectionPlan.for_model(model, config_of(stored, part.manifest["layers"])))
+    with reading(part.path / "zarr.json", "does not describe a projection"):
+        config = config_of(stored, part.manifest["layers"])
+    plan = calibrated_as(part, ProjectionPlan.for_model(model, config))
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
     projection = Projection(plan, scales_of(part, plan))

@@ -75,6 +75,10 @@ class Ranks:
         on = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         return bool(self.sum(torch.tensor(float(happened), device=on)))
 
+    def highest(self, number: int) -> int:
+        """The highest of the ranks' numbers, on every rank."""
+        return int(self.stacked(torch.tensor(number)).max())
+
     def stacked(self, values: Tensor) -> Tensor:
         """(ranks, …): the values of every rank, on every rank, where ``values`` lie."""
         if self.count == 1:

@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from ghoststore.errors import MismatchError
+from ghoststore.store.run.ranges import inside
 from ghoststore.store.run.run import Run
 from indexer.session.ranks import Ranks
 
+NOTHING: NDArray[Any] = np.zeros(0)
 SAME = 0.1
 """Relative difference up to which scores of a repeated step are the same: devices may add in another order."""
 
@@ -22,12 +24,12 @@ class Repeats:
 
     def __init__(self, run: Run | None, ranks: Ranks, note: Callable[[str], None]) -> None:
         self._run, self._ranks, self._note = run, ranks, note
-        last = int(run.committed_steps()[-1]) + 1 if run is not None and len(run.spans) else 0
+        last = run.ranges[-1][1] if run is not None and run.ranges else 0
         self._end = int(ranks.stacked(torch.tensor([last]))[0])
         """Steps before this one may have been committed by an earlier process."""
         self._scores_compared = False
         self._read: dict[str, tuple[int, NDArray[Any]]] = {}
-        """The span that was read last, by array."""
+        """The steps that were read last, by array: the first of them, and their values."""
 
     def check(self, step: int, sample_B: NDArray[np.int64], score_B: NDArray[np.float32]) -> None:
         """What is committed never changes: a step that is repeated must be of the same samples. That its scores are
@@ -58,10 +60,13 @@ class Repeats:
         """(B,): the first rank's values of a step; None where it is not committed, and on other ranks."""
         if self._run is None:
             return None
-        span = step // self._run.layout.span_steps
-        if span not in self._run.spans:
-            return None
-        start, stop = self._run.layout.span_of(span)
-        if self._read.get(array, (None,))[0] != span:
-            self._read[array] = (span, self._run.read(array, start, stop))
-        return self._read[array][1][step - start, 0]
+        first, values = self._read.get(array, (0, NOTHING))
+        if not first <= step < first + len(values):
+            # Steps of one chunk, of which whole ones are read anyway, that are committed together.
+            size = self._run.spec(array).chunk_rows
+            ahead = inside(self._run.ranges, (step, step - step % size + size))
+            if not ahead or ahead[0][0] > step:
+                return None
+            first, values = step, self._run.read(array, *ahead[0])
+            self._read[array] = (first, values)
+        return values[step - first, 0]

@@ -18,6 +18,7 @@ from ghoststore.store.base.names import check_name
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.rows import RowTable
 from ghoststore.store.run.run import Run, create_run
+from ghoststore.store.spans.soundness import refuse_damaged
 from indexer.dotprod import GradDotProdEngine
 
 
@@ -42,18 +43,28 @@ class RunPlan:
     """A transformers configuration, where that of ``manifest`` may be said in the words of the run that is there."""
 
     def open(self) -> tuple[Run, bool]:
-        """The run, and whether it is new. MismatchError if it is there with other settings."""
+        """The run, and whether it is new. MismatchError if it is there with other settings, CorruptError if it is
+        damaged as far as records and sizes of files tell.
+        """
         path = Store.create(self.store).run_path(check_name(self.name))
         new = not path.exists()
-        manifest = self.manifest if new or self.config is None else self._in_words_of(Run(path).manifest)
+        if new:
+            manifest = self.manifest
+        else:
+            stored = Run(path)
+            refuse_damaged(stored)
+            manifest = self._in_words_of(stored.manifest)
         return create_run(path, manifest, self.rows.table()), new
 
     def _in_words_of(self, stored: Manifest) -> Manifest:
-        """The manifest, with the configuration as ``stored`` has it if a release of transformers that knew other fields
-        wrote the same there.
+        """The manifest, in the spans of ``stored``, and with the configuration as it has it if a release of
+        transformers that knew other fields wrote the same there.
         """
+        manifest = {**self.manifest, "storage": self.layout.in_spans_of(stored["storage"]).to_json()}
+        if self.config is None:
+            return manifest
         config = agreed_config(stored["model"].get("config"), self.config, training=True)
-        return {**self.manifest, "model": {**self.manifest["model"], "config": config}}
+        return {**manifest, "model": {**manifest["model"], "config": config}}
 
 
 def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str) -> Manifest:

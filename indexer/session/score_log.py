@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.errors import BusyError, StorageError, WorkerError
+from ghoststore.errors import BusyError, CorruptError, StorageError, WorkerError
 from ghoststore.settings.train import OnStoreError
 from ghoststore.store.run.run import Run, RunWriter
 from indexer.session.ranks import Ranks
@@ -112,10 +112,10 @@ class ScoreLog:
 
     def _guard(self, write: Callable[[], None]) -> None:
         """Write on the rank that leads; every rank hears how it went."""
-        failure: StorageError | BusyError | None = None
+        failure: StorageError | BusyError | CorruptError | None = None
         try:
             write()
-        except (StorageError, BusyError) as error:
+        except (StorageError, BusyError, CorruptError) as error:  # the last where a journal is read back
             failure = error
         if not self._ranks.any(failure is not None):
             return
@@ -125,5 +125,5 @@ class ScoreLog:
         if failure is not None:
             self._note(f"{failure}. Training goes on without scores in the store (`on_store_error=continue`)")
         self._writer = None
-        with suppress(StorageError, BusyError):
+        with suppress(StorageError, BusyError, CorruptError):
             self._stack.close()

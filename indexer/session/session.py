@@ -118,7 +118,7 @@ class ScoringSession:
             log = ScoreLog(
                 self.run,
                 self.ranks,
-                interval=self._plan.layout.span_steps,
+                interval=self._plan.layout.interval,
                 on_error=self._plan.on_store_error,
                 note=self._note,
             )
@@ -340,7 +340,7 @@ class ScoringSession:
         """Commit the steps of a save interval that does not become full."""
         if self._layout is None or self.next_step == self._given_out:
             return
-        interval = self._layout.span_steps
+        interval = self._layout.interval
         end = min(-(-self.next_step // interval) * interval, self._layout.steps)
         for step in range(self.next_step, end):
             self._log.add(step, self._empty_step(), {})

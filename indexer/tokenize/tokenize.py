@@ -18,13 +18,16 @@ from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.base.own import remember
 from ghoststore.store.base.records import digests
+from ghoststore.store.spans.committing import settle
 from ghoststore.tokens.manifest import (
     MANIFEST,
     SHARDS,
@@ -144,9 +147,14 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
+        if problem := remember(read_manifest(folder)[0], manifest["source"], folder):
+            progress.note(problem)
         job = ShardJob.of(folder, corpus, plan, layout_of(manifest, folder), own.template_date)
-        with exclusive(folder, f"folder {folder}", "out"):
-            work = _write(job, options.workers, progress)
+        if _complete(folder, manifest) and not os.access(folder, os.W_OK):
+            work = _Work(job.layout.samples, 0, 1)  # on a disk that is read alone nothing is to be written
+        else:
+            with exclusive(folder, f"folder {folder}", "out"):
+                work = _write(job, options.workers, progress)
     done = time.perf_counter()
     seconds = {"total": done - begun, "load": loaded - begun, "scan": scanned - loaded, "tokenize": done - scanned}
     return _report(TokenShards.open(folder), work, seconds)
@@ -209,7 +217,8 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
     def fill(begun: Path) -> None:
         (begun / "commits").mkdir()
         with quiet_transformers():
-            tokenizer.save_pretrained(begun / TOKENIZER)
+            with own_errors():
+                tokenizer.save_pretrained(begun / TOKENIZER)
             given, saved = tokenizer_identity(tokenizer), tokenizer_identity(load_tokenizer(begun / TOKENIZER))
         if saved != given:
             raise CheckpointError(
@@ -223,7 +232,7 @@ def _create(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    create_whole(folder, f"folder {folder}", fill, "out")
+    create_whole(folder, fill)
 
 
 def _refuse_mismatch(folder: Path, manifest: dict[str, Any], progress: Progress) -> None:
@@ -256,9 +265,9 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
     """Write every shard without a record, by ``workers`` processes (None: as many as are worth their start)."""
     folder, layout = job.folder, job.layout
     with storage_errors(str(folder)):
-        present = committed_shards(folder, layout)
+        settle(folder, lambda shard: shard_files(shard) if shard < layout.shards else [])
         sweep(folder)
-        _remove_uncommitted(folder, set(present))
+        present = committed_shards(folder, layout)
     commits = [read_shard_commit(folder, layout, shard) for shard in present]
     resumed = sum(commit.stop - commit.start for commit in commits)
     missing = sorted(set(range(layout.shards)) - set(present))
@@ -276,14 +285,6 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
             task.advance(written.samples, written.tokens)
             tokens += written.tokens
     return _Work(resumed, tokens, workers)
-
-
-def _remove_uncommitted(folder: Path, present: set[int]) -> None:
-    """Remove the files of shards that have no record: what a process that died had written."""
-    for path in folder.glob("*.npy"):
-        number = path.stem.rpartition("-")[2]
-        if number.isdigit() and int(number) not in present and path.name in shard_files(int(number)):
-            path.unlink()
 
 
 def _pieces(shards: Sequence[int], count: int) -> list[Sequence[int]]:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ghoststore.errors import GhostStoreError, WorkerError
+from ghoststore.processes import end_with
 from indexer.tokenize.writer import ShardJob, ShardWriter, Written
 
 HANG_UP = (EOFError, BrokenPipeError, ConnectionResetError)
@@ -37,7 +38,7 @@ class _Worker:
         with theirs:
             # Its own session: an interrupt reaches the parent alone, which then hangs up.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "indexer.tokenize.workers", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "indexer.tokenize.workers", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
@@ -104,8 +105,8 @@ def write_side_by_side(job: ShardJob, pieces: Sequence[Sequence[int]], workers: 
             worker.process.wait()
 
 
-def serve(pipe: Connection[Any, Any]) -> None:
-    """What a worker does until the other end of its pipe closes."""
+def serve(pipe: Connection[Any, Any], parent: int) -> None:
+    """What a worker of the process ``parent`` does until the other end of its pipe closes."""
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -116,6 +117,7 @@ def serve(pipe: Connection[Any, Any]) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    end_with(parent)
     try:
         try:
             writer = ShardWriter(orders.get())
@@ -131,4 +133,4 @@ def serve(pipe: Connection[Any, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -11,8 +11,9 @@ import numpy as np
 
 from ghoststore.corpus import Corpus, ResolvedFields
 from ghoststore.errors import BusyError, CheckpointError
-from ghoststore.store.base.disk import publish, storage_errors
-from ghoststore.store.spans.commits import Commit, write_commit
+from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.spans.commits import Commit
+from ghoststore.store.spans.committing import commit_span
 from ghoststore.tokens.manifest import SAMPLE, ShardLayout, npy_bytes, shard_files
 from ghoststore.tokens.shards import load_own_tokenizer
 from indexer.build.corpus_plan import CorpusPlan, rows_of_spans, sample_columns
@@ -81,7 +82,7 @@ class ShardWriter:
         """Write and commit ``shards`` (ascending), each when the one before is on the disk.
 
         Raises MismatchError where the corpus is not the one that was planned, StorageError if the disk refuses,
-        BusyError if another process wrote the same shard.
+        BusyError if another process wrote the same shard with other content.
         """
         spans = rows_of_spans(self._corpus, self._tokenizer, WHOLE, self.job.plan, self._sizes, shards)
         for shard, rows in spans:
@@ -89,7 +90,7 @@ class ShardWriter:
 
 
 def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
-    """Files, each whole and on the disk; then the record that names them."""
+    """Write the files of one shard, and commit them."""
     tokens = np.concatenate([NO_TOKENS, *(row.tokens for row in rows)])
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < job.layout.vocabulary:
         raise CheckpointError(
@@ -107,14 +108,13 @@ def write_shard(job: ShardJob, shard: int, rows: Sequence[Row]) -> Written:
     arrays = (tokens.astype(job.layout.token_dtype), samples, np.frombuffer(b"".join(ids), dtype=np.uint8))
     start, stop = job.layout.span_of(shard)
     statuses = Counter(row.status.name.lower() for row in rows)
+    counted = dict(sorted(statuses.items()))
+    commit = Commit(span=shard, start=start, stop=stop, statuses=counted, tokens=len(tokens))
+    files = ((name, npy_bytes(array)) for name, array in zip(shard_files(shard), arrays, strict=True))
     with storage_errors(f"shard {shard} of {job.folder}"):
-        for name, array in zip(shard_files(shard), arrays, strict=True):
-            data = npy_bytes(array)
-            # Files of a shard without a record may be another writer's: the same bytes are as good as one's own.
-            if not publish(job.folder / name, data) and (job.folder / name).read_bytes() != data:
-                raise BusyError(f"{job.folder / name} was written by another process meanwhile")
-        counted = dict(sorted(statuses.items()))
-        commit = Commit(span=shard, start=start, stop=stop, statuses=counted, tokens=len(tokens))
-        if not write_commit(job.folder, commit, shard_files(shard)):
-            raise BusyError(f"shard {shard} of {job.folder} was committed by another process meanwhile")
+        if not commit_span(job.folder, commit, files):
+            raise BusyError(
+                f"shard {shard} of {job.folder} was committed by another process, with other content; what it wrote "
+                "stands. Run again when it has ended"
+            )
     return Written(shard, stop - start, len(tokens))

@@ -12,7 +12,10 @@ from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.checkpoint.same_model import start_section
 from ghoststore.settings.train import TrainConfig
 from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.own import is_own, remember
 from ghoststore.store.run.layout import RunLayout
+from ghoststore.store.run.run import Run
+from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
 from indexer.training.inputs import Inputs
@@ -21,19 +24,28 @@ IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "stora
 """Sections that a checkpoint must agree with."""
 
 
-def training_layout(config: TrainConfig, inputs: Inputs, engine: GradDotProdEngine | None, ranks: int) -> RunLayout:
-    """The arrays of the run. ``engine`` is None where samples are not scored."""
+def training_layout(
+    config: TrainConfig,
+    inputs: Inputs,
+    engine: GradDotProdEngine | None,
+    ranks: int,
+    stored: Mapping[str, Any] | None,
+) -> RunLayout:
+    """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says
+    from which training goes on.
+    """
     optimization, scoring = config.optimization, config.scoring
     groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()
-    return RunLayout(
+    layout = RunLayout.saving(
+        config.dot_prod_save_interval,
         steps=inputs.steps,
         ranks=ranks,
         batch=optimization.batch_size * optimization.gradient_accumulation_steps,
-        span_steps=config.dot_prod_save_interval,
         rows=len(inputs.rows),
         groups=tuple(groups),
         blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
     )
+    return layout if stored is None else layout.in_spans_of(stored["storage"])
 
 
 def training_manifest(
@@ -100,3 +112,12 @@ def training_manifest(
         },
     }
     return run_manifest(sections, layout, "transformers", "tokenizers")
+
+
+def remember_corpus(run: Run, shards: TokenShards) -> str | None:
+    """Remember that the corpus that ``run`` names is one that this user tokenized, if it is: it is the token shards
+    that name it, which may come from anywhere. What is wrong, in words, where that cannot be.
+    """
+    if not is_own(shards.manifest):
+        return None
+    return remember(run.manifest, {**run.manifest["source"], "corpus": shards.source["data"]}, run.path)

@@ -9,7 +9,6 @@ name only when all of it is on the disk.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ghoststore.checkpoint.load import quiet_transformers
-from ghoststore.errors import CorruptError, DivergedError, MismatchError, StorageError, UsageError
+from ghoststore.errors import CorruptError, DivergedError, MismatchError, UsageError
 from ghoststore.software import versions_of
-from ghoststore.store.base.disk import create_whole, storage_errors
+from ghoststore.store.base.disk import create_whole, remove, storage_errors
 from ghoststore.store.base.manifest import difference_lines, differences
+from ghoststore.store.base.opening import read_bounded
 from ghoststore.store.base.records import FileRecord, reading, seal, unseal
+from ghoststore.store.base.writers import left_behind, unfinished
 
 STATE = "training_state"
 _NAME = re.compile(r"checkpoint-(\d+)")
 FORMAT = 1
+LARGEST_STATE = 64 << 20
+STATE_FILES = ("optimizer.safetensors", "pending.safetensors")
 CHECKSUM = "sha256"
 """The key of the checksum that ``state.json`` has of itself."""
 
@@ -93,21 +96,18 @@ def save_state(
         tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in pending.items()}
         state = begun / STATE
         state.mkdir()
-        try:
-            with quiet_transformers():
-                model.save_pretrained(begun)
-            tokenizer.save_pretrained(begun)
-            save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
-            save_file(tensors, state / "pending.safetensors")
-        except SafetensorError as error:  # it hides the operating system's own
-            raise StorageError(f"cannot write {path}: {error}. Checkpoints before it are intact") from error
+        with quiet_transformers():
+            model.save_pretrained(begun)
+        tokenizer.save_pretrained(begun)
+        save_file(_optimizer_tensors(model, optimizer), state / "optimizer.safetensors")
+        save_file(tensors, state / "pending.safetensors")
         files = [*begun.glob("*.safetensors*"), begun / "config.json", *state.iterdir()]
         value["files"] = {str(file.relative_to(begun)): FileRecord.of(file).to_json() for file in sorted(files)}
         (state / "state.json").write_bytes(seal(value, CHECKSUM))
 
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    create_whole(path, f"checkpoint {path}", fill, "output_dir")
+    create_whole(path, fill)
     return path
 
 
@@ -141,7 +141,7 @@ def read_state(path: Path) -> SavedState:
     file = path / STATE / "state.json"
     try:
         with reading(file, advice=_earlier(path)):
-            value = unseal(file.read_bytes(), CHECKSUM)
+            value = unseal(read_bounded(file, LARGEST_STATE, path), CHECKSUM)
             if value["format"] != FORMAT:
                 raise MismatchError(f"{file} has format {value['format']!r:.20}; this release reads format {FORMAT}")
             saved = SavedState(
@@ -159,8 +159,11 @@ def read_state(path: Path) -> SavedState:
             f"{path} was not written by `ghoststore train`: it has no {STATE}; give another `output_dir`, or start "
             "from it with `checkpoint`"
         ) from None
+    unnamed = [name for name in STATE_FILES if f"{STATE}/{name}" not in records]
+    if unnamed:
+        raise CorruptError(f"{file} does not name {unnamed[0]}; {_earlier(path)}")
     for name, record in records.items():
-        record.check(path / name, _earlier(path))
+        record.check(path / name, _earlier(path), path)
     return saved
 
 
@@ -208,6 +211,9 @@ def prune(folder: Path, keep: int | None) -> None:
     """
     with storage_errors(str(folder)):
         for path in checkpoints(folder)[: -keep if keep else 0]:
-            path.rename(path.with_name(f".{path.name}.old.tmp"))
+            begun = unfinished(path.with_name(f"{path.name}.old"))
+            path.rename(begun)
+            remove(begun)
         for path in folder.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(path)
+            if left_behind(path, set()):
+                remove(path)

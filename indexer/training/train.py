@@ -17,6 +17,7 @@ from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
 from ghoststore.corpus.locate import corpus_name
 from ghoststore.errors import UsageError
+from ghoststore.interrupts import Stopping
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.projection import ProjectionConfig
@@ -25,6 +26,7 @@ from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
 from indexer.dotprod import GradDotProdEngine
@@ -35,7 +37,7 @@ from indexer.session.session import ScoringSession
 from indexer.training.data import Order, TrainingRows
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
-from indexer.training.manifest import IDENTITY, training_layout, training_manifest
+from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
 from indexer.training.report import TrainReport as TrainReport
 from indexer.training.report import Watch
 from indexer.training.scoring import ValSchedule, scoring_engine
@@ -49,6 +51,7 @@ from indexer.training.state import (
     restore,
     save_state,
 )
+from indexer.training.stopping import saved_at, saying_what_is_left, stop_after
 from indexer.training.trackers import Trackers
 from indexer.training.validation import ValLoss, ValSet
 
@@ -137,8 +140,9 @@ class _Training:
         """All of it."""
         begun = time.perf_counter()
         self._refuse_usage()
+        self.ranks.led(self._refuse_unwritable)
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
-        with self._output_dir():
+        with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
             return self._run(start, trackers, begun)
 
     def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
@@ -147,7 +151,8 @@ class _Training:
         inputs = self._inputs(start, newest, saved)
         model = inputs.model
         engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
-        layout = training_layout(self.config, inputs, engine, self.ranks.count)
+        stored = None if saved is None else saved.identity
+        layout = training_layout(self.config, inputs, engine, self.ranks.count, stored)
         manifest = training_manifest(
             self.config,
             inputs,
@@ -155,7 +160,7 @@ class _Training:
             engine=engine,
             checkpoint_interval=self._checkpoint_interval,
             source=self._source(start),
-            stored=None if saved is None else saved.identity,
+            stored=stored,
         )
         schedule = None
         if engine is not None and inputs.val is not None:
@@ -201,10 +206,13 @@ class _Training:
         seen, val, steps, session = Watch(), inputs.val, inputs.steps, trainer.session
         with ExitStack() as stack:
             stack.enter_context(session)
+            if session.run is not None and (problem := remember_corpus(session.run, inputs.rows.shards)):
+                self.progress.note(problem)
             # Checkpoints are this run's own: a gap is one that the store could not take, not a sign of another run.
             session.restore(resumed.step, resumed.pending, "the checkpoint", gaps_are_known=True)
             task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
             stack.enter_context(trainer.running())
+            stopping = stack.enter_context(Stopping())
             for step in range(resumed.step, steps):
                 result, done, val_loss = trainer.step(step), step + 1, None
                 if val is not None and (done % self.config.eval_interval == 0 or done == steps):
@@ -215,8 +223,13 @@ class _Training:
                 trackers.step(result, val_loss)
                 task.advance(1, result.tokens)
                 task.say(seen.words())
-                if done % self._checkpoint_interval == 0 or done == steps:
+                stop = stop_after(done, stopping, self.config, self.ranks, self._checkpoint_interval)
+                if stop or done % self._checkpoint_interval == 0 or done == steps:
                     self._save(done, trainer, inputs.start.tokenizer, manifest)
+                if done == steps:  # a signal that came while the last checkpoint was written
+                    stop = self.ranks.highest(stopping.number)
+                if stop:
+                    raise saved_at(self.output_dir / f"checkpoint-{done}", stop, done, steps, self.ranks)
         if seen.val is None and val is not None:  # it was finished before
             with trainer.autocast():
                 seen.val = val.loss(trainer.inner, self.ranks)
@@ -315,9 +328,15 @@ class _Training:
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise UsageError(f"`output_dir={self.output_dir}` is a file; give a folder")
 
+    def _refuse_unwritable(self) -> None:
+        """StorageError for folders that must be written and cannot be."""
+        check_writable(self.output_dir)
+        if self.store is not None and self.config.on_store_error == "stop":
+            check_writable(Path(self.store) / "runs")
+
     @contextmanager
     def _output_dir(self) -> Iterator[None]:
-        """Make the output folder and hold it against other trainings of this machine, on the rank that leads."""
+        """Make the output folder and hold it against other trainings, on the rank that leads."""
         with ExitStack() as stack:
 
             def hold() -> None:

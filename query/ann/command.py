@@ -15,6 +15,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import Dimension, IndexOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.writable import check_writable
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import (
     check_coverage,
@@ -80,6 +81,7 @@ def index(options: IndexOptions) -> IndexReport:
     manifest = None if options.rebuild else existing(opened, plan, progress)
     built = manifest is None
     if manifest is None:
+        check_writable(opened.path)
         manifest = build_index(opened, plan, progress)
     if not manifest.reached:
         progress.note(

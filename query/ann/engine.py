@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.base.opening import size_of
 
 Float32 = NDArray[np.float32]
 
@@ -83,8 +84,9 @@ class Engine:
         faiss = load_faiss()
         flags = faiss.IO_FLAG_MMAP_IFC if device == "cpu" else 0
         try:
-            index = faiss.read_index(str(path), flags)
-        except RuntimeError as error:
+            with _asking_for_no_more_than(size_of(path)):
+                index = faiss.read_index(str(path), flags)
+        except (RuntimeError, MemoryError) as error:
             raise CorruptError(
                 f"{path} cannot be read by faiss {faiss.__version__}: {_reason(error)}; `ghoststore index … --rebuild`"
             ) from error
@@ -201,6 +203,23 @@ def _find(index: Any, attribute: str) -> Any:
     return None
 
 
-def _reason(error: RuntimeError) -> str:
+@contextmanager
+def _asking_for_no_more_than(size: int) -> Iterator[None]:
+    """FAISS believes a file of ``size`` bytes no longer list, and no more turns of a loop, than so many bytes can hold.
+    Releases before 1.14 have no such limit.
+    """
+    faiss = load_faiss()
+    names = [f"deserialization_{kind}_limit" for kind in ("vector_byte", "loop")]
+    before = {name: getattr(faiss, f"get_{name}")() for name in names if hasattr(faiss, f"get_{name}")}
+    try:
+        for name in before:
+            getattr(faiss, f"set_{name}")(size)
+        yield
+    finally:
+        for name, limit in before.items():
+            getattr(faiss, f"set_{name}")(limit)
+
+
+def _reason(error: RuntimeError | MemoryError) -> str:
     """FAISS's own words, without the place in its source."""
     return " ".join(str(error).split()).rpartition(".cpp:")[2].partition(": ")[2] or str(error)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ghoststore.errors import CorruptError
 from ghoststore.store import Part
+from ghoststore.store.base.opening import open_regular
 from ghoststore.store.part.index_manifest import ROW_BYTES
 from ghoststore.store.spans.layout import chunk_keys
 
@@ -71,13 +72,13 @@ class CheckedRows:
             chunk = rows[place] // spec.chunk_rows
             path = self._chunk(rows[place], array)
             try:
-                with open(path, "rb", buffering=0) as file:
+                with open_regular(path, self.part.path) as file:
                     while place < len(rows) and rows[place] // spec.chunk_rows == chunk:
                         file.seek(rows[place] % spec.chunk_rows * size)
                         if file.readinto(stored[place].data.cast("B")) != size:
                             raise CorruptError(f"{path} is cut short at row {rows[place]}; see `ghoststore verify`")
                         place += 1
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 raise CorruptError(
                     f"{path} is missing, though its span is committed; see `ghoststore verify`"
                 ) from None

@@ -29,7 +29,8 @@ def query(options: QueryOptions) -> QueryResult:
     With ``each`` one ranking for every val sample, else one for their mean gradient. ``metric`` is ``dot`` or
     ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers of a part
     of plain Kronecker blocks. The val set goes through the model, tokenization and projection that the part's
-    manifest names; ``checkpoint`` is another path to the same weights.
+    manifest names. Checkpoint, tokenizer and corpus (for texts) are read from ``checkpoint``, ``tokenizer`` and
+    ``data``; by default where this user's own build read them, for a store from elsewhere may name anything.
 
     ``group_field`` names a field of the val set: one ranking for the mean gradient of each group, and before them one
     called ``combined``: by the ``mean`` or the ``max`` of a row's scores over the groups, or by ``rank-fusion``
@@ -97,7 +98,7 @@ def _answer(
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
             rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
-        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend)
+        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ghoststore.progress import Progress
 from ghoststore.store import Part
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
 from query.answer.results import Hit, QueryResult
 from query.ask.question import COMBINED
@@ -72,8 +72,8 @@ def write_report(
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals["number"] = number
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
-    with storage_errors(str(path)), open(path, "x", encoding="utf-8") as file:
-        file.write(text)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def number(value: float) -> str:

@@ -89,18 +89,24 @@ class QueryResult:
 
 
 def hits_of(
-    part: Part, rankings: Sequence[Ranking], text: bool, progress: Progress, blend: Blend | None = None
+    part: Part,
+    rankings: Sequence[Ranking],
+    text: bool,
+    progress: Progress,
+    blend: Blend | None = None,
+    data: str | Path | None = None,
 ) -> list[list[list[Hit]]]:
     """For each of ``rankings``, for each of its queries, the hits. Every row's data are read once.
 
-    Without ``text`` texts are not looked up. With ``blend`` a hit shows similarity and value too.
+    Without ``text`` texts are not looked up; ``data`` is where the user says the corpus is. With ``blend`` a hit shows
+    similarity and value too.
     """
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
     ids, sources, domains, windows = (
         part.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
     )
-    texts = texts_of(part, rows, progress) if text else [None] * len(rows)
+    texts = texts_of(part, rows, progress, data) if text else [None] * len(rows)
     names = part.domains
 
     def hit(query: int, rank: int, row: int, score: np.float64) -> Hit:

@@ -34,12 +34,13 @@ def self_influence(options: SelfInfluenceOptions) -> QueryResult:
     groups = choose_groups(opened, options.layers, options.exclude_layers)
     inverse = DampedInverse(opened, checked_damping(options.damping), progress, resolve_device(options.device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
+    opened.refuse_hollow()
     scores_QN = np.full((1, opened.layout.rows), np.nan)
     usable = opened.row_numbers[opened.usable()]
     scores_QN[0, usable] = scores[usable]
     counts = (min(options.top_k, opened.rows), min(options.bottom_k, opened.rows))
     rankings = (rankings_of(scores_QN, counts[0]), rankings_of(scores_QN, counts[1], sign=-1.0))
-    best, worst = hits_of(opened, rankings, options.text, progress)
+    best, worst = hits_of(opened, rankings, options.text, progress, data=options.data)
     return QueryResult(
         store=str(options.store),
         settings={

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.corpus import Corpus, ResolvedFields
-from ghoststore.errors import CorpusError, MismatchError, UsageError
+from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
+from ghoststore.store.base.own import source_path
+from ghoststore.store.run.ranges import inside
 from ghoststore.tokens.shards import TokenShards
 from query.search.search import Ranking
-from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
 
 DEFAULT_WEIGHT = 0.5
@@ -107,7 +110,9 @@ class _Rows:
     digest: NDArray[np.uint64]
 
 
-def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None = None) -> RowValues:
+def values_of_rows(
+    part: Part, run: Run, progress: Progress, group: str | None = None, data: str | Path | None = None
+) -> RowValues:
     """The value of each committed row of ``part`` in ``run``, joined by the sample's place in the corpus: for the whole
     val set, or one val ``group``.
 
@@ -115,16 +120,17 @@ def values_of_rows(part: Part, run: Run, progress: Progress, group: str | None =
     MismatchError if part and run are not of the same samples, UsageError for a run without steps.
     """
     window = window_of(run, None)
-    rows = _rows_of_part(part, progress, run)
+    rows = _rows_of_part(part, progress, run, data)
     table = _Rows(*(run.rows.read(name, 0, len(run.rows)) for name in ("source_row", "window_start", "source_digest")))
     _refuse_other_samples(part, run, rows, table)
     joined_by: JoinedBy = "window" if windowed_alike(part, run) else "sample"
     units = Units(run, joined_by)
     sums = ScoreSums(len(units))
     with closing(progress.task("reading scores", run.steps, unit="steps")) as task:
-        for piece in stream_steps(run, choose_column(run, group), spans_of(run, window), window):
+        for piece in stream_steps(run, choose_column(run, group), inside(run.ranges, window)):
             sums.add(piece.places, units.of(piece.places.row))
             task.advance(piece.stop - piece.start)
+    part.refuse_hollow()
     value = np.full(part.layout.rows, np.nan)
     value[part.row_numbers] = join(*_keys(rows, _taken(table, units.first_row), joined_by), sums.values("cumulative"))
     return RowValues(value, joined_by, run.steps)
@@ -189,20 +195,20 @@ def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDAr
     return np.asarray((numbers - mean) / deviation, dtype=np.float64)
 
 
-def _rows_of_part(part: Part, progress: Progress, run: Run) -> _Rows:
+def _rows_of_part(part: Part, progress: Progress, run: Run, data: str | Path | None) -> _Rows:
     """The committed rows of ``part``, by their place in the corpus behind the run."""
     rows = _Rows(*(part.column(name) for name in ("source_row", "window_start", "source_digest")))
     kinds = [(source.manifest["corpus"].get("fields") or {}).get("kind") for source in (part, run)]
-    return _behind_shards(part, run, rows, progress) if kinds[0] == "tokens" != kinds[1] else rows
+    return _behind_shards(part, run, rows, progress, data) if kinds[0] == "tokens" != kinds[1] else rows
 
 
-def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress) -> _Rows:
+def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress, data: str | Path | None) -> _Rows:
     """The rows of a part that was built from token shards, as rows of the corpus that was tokenized.
 
     Proven by the digest of every sample of the shards. MismatchError where that is not possible.
     """
-    folder = part.manifest["source"]["data"]
     try:
+        folder = source_path(part.manifest, "data", f"part {part.name!r}", "data", data) or "-"
         shards = TokenShards.open(folder, verify_on_read=True)
         fields = ResolvedFields.from_json(part.manifest["corpus"]["fields"])
         samples = int(rows.source_row.max()) + 1
@@ -213,7 +219,7 @@ def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress) -> _Ro
                     break
                 digest[sample.source_row] = sample.digest()
                 task.advance(1)
-    except CorpusError as error:
+    except UsageError as error:
         raise MismatchError(
             f"part {part.name!r} was built from token shards, and without them nothing tells which rows of run "
             f"{run.name!r} they are: {error}. {_fingerprints(part, run)}"

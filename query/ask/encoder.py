@@ -21,12 +21,21 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer, resolve_device
+from ghoststore.checkpoint.load import (
+    Checkpoint,
+    find_checkpoint,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_model
 from ghoststore.corpus import Corpus, Position, Sample
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
 from ghoststore.store import Part, Status
+from ghoststore.store.base.own import is_own, source_path
+from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
@@ -70,8 +79,9 @@ class PartEncoder:
     """The model, tokenizer and projection of ``part``, opened once: samples, and rows of the part, to vectors as the
     build makes them. Between two calls the model is free for other uses.
 
-    ``checkpoint`` is another place of the same weights, ``corpus`` that which the part was built from, where it is open
-    already. MismatchError if checkpoint, tokenizer or projection are not the part's.
+    ``checkpoint``, ``tokenizer`` and ``data`` are where the user says that these are (default: where this user's own
+    build read them); ``corpus`` is the corpus of the part, where it is open already. MismatchError if checkpoint,
+    tokenizer or projection are not the part's.
     """
 
     def __init__(
@@ -79,14 +89,16 @@ class PartEncoder:
         part: Part,
         *,
         checkpoint: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        data: str | Path | None = None,
         device: str = "auto",
         corpus: Corpus | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._progress = progress or Silent()
-        self.model, self._tokenizer = load_for(part, checkpoint, resolve_device(device))
+        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device))
         self._tokenizer.note = self._progress.note
-        self._corpus = corpus
+        self._corpus, self._data = corpus, data
         self._project(part, projection_of(part, self.model))
 
     def _project(self, part: Part, projection: Projection) -> None:
@@ -126,7 +138,9 @@ class PartEncoder:
         """The rows of ``samples``, in order, tokenized some hundred at a time; all of them at once where the tokenizer
         has tokens that the model's embedding lacks, so that a row with one is refused (UsageError) before any work.
         """
-        rows = rows_of(samples, self._tokenizer, TokenSettings(**self.part.manifest["tokens"]))
+        with reading(self.part.path / "zarr.json", "does not say how rows are tokenized"):
+            settings = TokenSettings(**self.part.manifest["tokens"])
+        rows = rows_of(samples, self._tokenizer, settings)
         return iter(list(rows)) if self._tokenizer.exceeds else rows
 
     @property
@@ -223,7 +237,7 @@ class PartEncoder:
         UsageError if the corpus is gone, MismatchError for a sample that has changed.
         """
         if self._corpus is None:
-            self._corpus = corpus_behind(self.part)
+            self._corpus = corpus_behind(self.part, self._data)
         columns = ("source_row", "source_file", "source_offset", "window_start", "source_digest")
         digests: dict[int, int] = {}
         places: list[Position] = []
@@ -262,19 +276,23 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
     return by_label
 
 
-def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[Any, Tokenizer]:
-    """The model and tokenizer of ``part``, from where it was built or from another path to the same weights.
+def load_for(
+    part: Part, checkpoint: str | Path | None, tokenizer: str | Path | None, device: str
+) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of ``part``, from where the user says they are, or this user's own build read them.
 
     MismatchError naming every field that is not the same, with both values, and for a part of an unreleased version,
     which does not say what it is of.
     """
     refuse_incomplete(part)
-    source = part.manifest["source"]
-    found = find_checkpoint(checkpoint if checkpoint is not None else source["checkpoint"])
+    name = f"part {part.name!r}"
+    path = source_path(part.manifest, "checkpoint", name, "checkpoint", checkpoint)
+    assert path is not None  # every part names one
+    found = find_checkpoint(path)
+    folder = tokenizer_folder(part, tokenizer, found)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
         fingerprint = pool.submit(found.fingerprint)
-        folder = Path(source["tokenizer"]) if source["tokenizer"] else found.folder
-        tokenizer = load_tokenizer(folder)
+        loaded = load_tokenizer(folder)
         model = load_model(
             found,
             dtype=part.manifest["dtype"]["model"],
@@ -282,10 +300,22 @@ def load_for(part: Part, checkpoint: str | Path | None, device: str) -> tuple[An
             attn_implementation=part.manifest["compute"]["attn_implementation"],
         )
         weights = fingerprint.result()
-    refuse_other_model(part, found, weights, model, tokenizer, folder)
+    refuse_other_model(part, found, weights, model, loaded, folder)
     return model, Tokenizer(
-        tokenizer,
+        loaded,
         vocabulary=embedding_rows(model),
         of_part=True,
         template_date=part.manifest["tokens"]["template_date"],
     )
+
+
+def tokenizer_folder(part: Part, tokenizer: str | Path | None, found: Checkpoint) -> Path:
+    """Where the tokenizer of ``part`` is: as the user says, or this user's own build read it. Where neither is known it
+    is looked for beside the checkpoint; it is compared with that of the part anyway.
+    """
+    if tokenizer is not None:
+        return find_tokenizer(tokenizer)
+    recorded = part.manifest["source"]["tokenizer"]
+    if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
+        return found.folder
+    return Path(recorded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ghoststore.corpus import Fields
@@ -45,6 +46,20 @@ class Question(QuestionOptions):
     def grouping(self) -> Grouping:
         """What val samples become one query."""
         return "each" if self.each else "mean" if self.group_field is None else "domain"
+
+    def checkpoints(self, parts: int) -> list[str | Path | None]:
+        """Where the checkpoint of each part is; None: where this user's own build read it."""
+        if self.checkpoint is None:
+            return [None] * parts
+        given: list[str | Path | None] = (
+            [self.checkpoint] if isinstance(self.checkpoint, str | Path) else list(self.checkpoint)
+        )
+        if len(given) != parts:
+            raise UsageError(
+                f"`checkpoint` is given {len(given)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
+                "another's; give one for each, in their order"
+            )
+        return given
 
     def val_fields(self) -> Fields:
         """How rows of the val set are read: ``group_field`` takes the place of the domain."""

@@ -53,17 +53,24 @@ def open_scorer(
     checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
     """
     device = resolve_device(question.device)
-    if len(parts) > 1 and question.checkpoint is not None:
-        raise UsageError("`checkpoint` is another path to one part's checkpoint; it cannot stand for several parts")
+    checkpoints = question.checkpoints(len(parts))
     # Refused before a model is loaded, which takes longest.
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     run = None
     if question.with_scores is not None:
-        run = values_of_rows(parts[0], Store.open(question.store).run(question.with_scores), progress)
+        scored = Store.open(question.store).run(question.with_scores)
+        run = values_of_rows(parts[0], scored, progress, data=question.data)
     vals = []
     kept_encoder: PartEncoder | None = None
-    for part in parts:
-        encoder = PartEncoder(part, checkpoint=question.checkpoint, device=device, progress=progress)
+    for part, checkpoint in zip(parts, checkpoints, strict=True):
+        encoder = PartEncoder(
+            part,
+            checkpoint=checkpoint,
+            tokenizer=question.tokenizer,
+            data=question.data,
+            device=device,
+            progress=progress,
+        )
         val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
@@ -230,7 +237,7 @@ class Scorer:
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
-            "checkpoint": str(question.checkpoint or self.part.manifest["source"]["checkpoint"]),
+            "checkpoint": str(question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]),
             "rows": self.rows,
             "repeated_ids": self.part.repeated_ids,
             **({} if self.blend is None else self.blend.settings(question.with_scores)),

@@ -1,18 +1,20 @@
-"""The forms that results are written in: a document as JSON, or flat rows as jsonl, csv or parquet."""
+"""The forms that results are written in: a document as JSON, or flat rows as jsonl, csv or parquet; and pictures."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import UsageError
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.settings.option import refuse_remote
+from ghoststore.shown import json_text, spreadsheet_cell
+from ghoststore.store.base.new_files import check_new, new_file
 
 FORMS = (".json", ".jsonl", ".csv", ".parquet")
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def columns_of(kind: Any) -> dict[str, type]:
@@ -27,36 +29,60 @@ def write_result(
     columns: Mapping[str, type],
     rows: Iterable[dict[str, Any]],
 ) -> None:
-    """Write a new file: the ``document`` as ``.json``, or flat ``rows`` as ``.jsonl``, ``.csv`` or ``.parquet``."""
+    """Write a new file: the ``document`` as ``.json``, or flat ``rows`` as ``.jsonl``, ``.csv`` or ``.parquet``.
+
+    It appears whole or not at all. In csv a text that a spreadsheet would compute begins with an apostrophe.
+    """
     target = check_output(path)
-    with storage_errors(str(target)):
+    with new_file(target) as temporary:
         if target.suffix == ".parquet":
             import pyarrow
             import pyarrow.parquet
 
             kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
             schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), target)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), temporary)
             return
-        with open(target, "x", encoding="utf-8", newline="") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if target.suffix == ".json":
-                json.dump(document(), file, ensure_ascii=False, indent=1)
-                file.write("\n")
+                file.write(json_text(document(), indent=1) + "\n")
             elif target.suffix == ".jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json_text(row) + "\n" for row in rows)
             else:
                 writer = csv.DictWriter(file, list(columns))
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
 
 
-def check_output(path: str | Path, parameter: str = "path", forms: Sequence[str] = FORMS) -> Path:
-    """``path`` if results can be written there; UsageError for an unknown form or a file that exists."""
+def check_output(
+    path: str | Path,
+    parameter: str = "path",
+    forms: Sequence[str] = FORMS,
+    *,
+    beside: Sequence[Path] = (),
+    what: str = "results",
+) -> Path:
+    """``path`` if results can be written there; UsageError for an unknown form or a file that exists.
+
+    ``beside``: files that are written together with it, see `check_new`.
+    """
+    refuse_remote(parameter, path)
     target = Path(path)
-    if target.suffix not in forms:
-        raise UsageError(f"`{parameter}={target}`: results are written as {', '.join(forms)}")
-    if target.exists():
-        raise UsageError(f"`{parameter}={target}` exists; nothing was written. Give another path, or remove it")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"`{parameter}={target}`: the folder {target.resolve().parent} does not exist")
+    if target.suffix.lower() not in forms:
+        raise UsageError(f"`{parameter}={target}`: {what} are written as {', '.join(forms)}")
+    check_new(f"`{parameter}={target}`", target, *beside)
     return target
+
+
+def check_picture(path: str | Path, parameter: str, *, beside: Sequence[Path] = ()) -> Path:
+    """``path`` if a new picture can be written there; UsageError for an unknown form or a file that exists."""
+    return check_output(path, parameter, PICTURES, beside=beside, what="pictures")
+
+
+def save_picture(figure: Any, path: Path, *, dpi: int, over: bool = False) -> None:
+    """A figure of matplotlib in the form of the suffix of ``path``, whole or not at all.
+
+    What stands there is replaced with ``over``, and else refused.
+    """
+    with new_file(path, over=over) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())

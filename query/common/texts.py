@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ghoststore.corpus import Corpus, Position, ResolvedFields
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Run
+from ghoststore.store.base.own import source_path
 
 
-def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress) -> list[str | None]:
-    """One text for each of ``rows`` of a part, or of a run's row table.
+def texts_of(
+    source: Part | Run, rows: Sequence[int], progress: Progress, data: str | Path | None = None
+) -> list[str | None]:
+    """One text for each of ``rows`` of a part, or of a run's row table. ``data`` is where the user says its corpus is.
 
     None where the corpus is gone or the row is no longer the one that was built from or trained on. Tokens of token
     shards are decoded by the tokenizer that lies with them. What could not be shown is said once, through ``progress``.
@@ -31,7 +35,7 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress) -> lis
     digests = table.read_rows("source_digest", rows)
     texts: list[str | None] = []
     try:
-        corpus = corpus_behind(source)
+        corpus = corpus_behind(source, data)
         samples = corpus.fetch(places)
         for place, digest in zip(places, digests, strict=True):
             sample = samples.get(place.source_row)
@@ -49,16 +53,18 @@ def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress) -> lis
     return texts
 
 
-def corpus_behind(source: Part | Run) -> Corpus:
-    """The corpus that a part was built from, or a run's tokens were made of, where it still is.
+def corpus_behind(source: Part | Run, data: str | Path | None = None) -> Corpus:
+    """The corpus that a part was built from, or a run's tokens were made of: ``data``, where the user gives it, else
+    where this user's own command read it.
 
-    UsageError (CorpusError) if it is gone, or cannot be found again.
+    UsageError (CorpusError) if it is gone, or cannot be found again; and where somebody else may have written the path.
     """
     name = f"{source.kind.name} {source.name!r}"
-    data = source.manifest["source"].get("data" if isinstance(source, Part) else "corpus")
-    fields = source.manifest["corpus"].get("fields")
-    if data is None or fields is None:
+    key = "data" if isinstance(source, Part) else "corpus"
+    recorded, fields = source.manifest["source"].get(key), source.manifest["corpus"].get("fields")
+    if (recorded is None and data is None) or fields is None:
         raise UsageError(f"{name} does not say which corpus it was {source.kind.made} on")
-    if data == "-":
+    path = source_path(source.manifest, key, name, "data", data)
+    if path is None:
         raise UsageError(f"{name} was {source.kind.made} on standard input, which cannot be read again")
-    return Corpus.open(data, ResolvedFields.from_json(fields))
+    return Corpus.open(path, ResolvedFields.from_json(fields))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ghoststore.errors import UsageError
+from ghoststore.store.base.disk import replace
 
 DOMAINS = ("recipe", "arithmetic", "python", "shiplog")
 """The ordinary ones; ``facts`` is the fifth."""
@@ -59,6 +60,6 @@ def read_corpus(rows: int = MOST_ROWS) -> DemoCorpus:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line (UTF-8), replacing the file."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Write one JSON object a line (UTF-8), replacing the file in one step."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace(Path(path), "".join(lines).encode())

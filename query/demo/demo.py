@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Store
+from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
+from ghoststore.store.base.writers import FOLDER as WRITERS
 from indexer.build.build import build
 from indexer.build.report import BuildReport
 from indexer.training.train import TrainReport, train
 from query.answer.query import query
+from query.common.output import save_picture
 from query.demo.corpus import DemoCorpus, read_corpus, write_jsonl
 from query.demo.tokenizer import train_tokenizer
 from query.evaluate.tf_idf import TfIdf
@@ -35,6 +39,8 @@ from query.training_scores.plots import plot_scores
 from query.training_scores.scores import scores
 
 MARKER = "demo.json"
+UNFINISHED = b"{}\n"
+"""What the marker holds until the demo has its report."""
 MAX_LENGTH = 128
 RUN, PART = "training", "demo"
 VAL_REFRESH = 20
@@ -105,8 +111,17 @@ def demo(options: DemoOptions) -> DemoReport:
     progress = options.progress or Silent()
     folder = Path(options.out)
     corpus = read_corpus(options.rows)
-    _claim(folder, options.overwrite)
-    files = _write_corpus(folder, corpus)
+    with storage_errors(str(folder)):
+        _claim(folder, options.overwrite)
+    with exclusive(folder, f"the demo in {folder}", "out"):
+        _clear(folder)
+        return _tell_story(folder, corpus, options, progress)
+
+
+def _tell_story(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress: Progress) -> DemoReport:
+    """Everything, into the ``folder``, which is empty."""
+    with storage_errors(str(folder)):
+        files = _write_corpus(folder, corpus)
     clock = time.perf_counter()
     store = folder / "store"
     trained = _train(folder, files, corpus, options.steps, options.seed, progress)
@@ -163,20 +178,37 @@ def demo(options: DemoOptions) -> DemoReport:
         scores_plot=str(folder / "scores.png"),
     )
     _plot(report, folder / "demo.png")
-    (folder / MARKER).write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    with storage_errors(str(folder)):
+        replace(folder / MARKER, (json.dumps(report.to_json(), indent=1) + "\n").encode())
     return report
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
-    """Make ``folder``, new and marked as a demo's; UsageError if that would touch anything else."""
+    """Make ``folder``, new and marked as a demo's, or take that of a demo: one that was interrupted, or any with
+    ``overwrite``. UsageError if that would touch anything else.
+    """
     if folder.exists():
-        if not overwrite:
-            raise UsageError(f"{folder} exists; give `out` another path, or `overwrite` to make that demo again")
-        if not (folder / MARKER).is_file():
+        marker = folder / MARKER
+        if not marker.is_file():
             raise UsageError(f"{folder} was not made by the demo (it has no {MARKER}); it is left alone")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).write_text("{}\n")
+        if not overwrite and marker.read_bytes() != UNFINISHED:
+            raise UsageError(f"{folder} exists; give `out` another path, or `overwrite` to make that demo again")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    create_whole(folder, lambda begun: replace(begun / MARKER, UNFINISHED))
+
+
+def _clear(folder: Path) -> None:
+    """Remove all but the marker, which says from now on that the demo is not finished."""
+    with storage_errors(str(folder)):
+        replace(folder / MARKER, UNFINISHED)
+        for entry in folder.iterdir():
+            if entry.name in (MARKER, WRITERS):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
@@ -195,7 +227,8 @@ def _train(
     folder: Path, files: Mapping[str, Path], corpus: DemoCorpus, steps: int, seed: int, progress: Progress
 ) -> TrainReport:
     """A tokenizer, and a small GPT-2 whose samples are scored against every val domain while it trains."""
-    train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
+    with storage_errors(str(folder)), own_errors():
+        train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
     return train(
         data=files["train"],
         val_set=files["val"],
@@ -287,7 +320,7 @@ def _plot(report: DemoReport, path: Path) -> None:
     third.set_xticks(places, labels, fontsize=8)
     third.set(ylim=(0, 1.3), title=f"The source rows of {report.planted} planted facts", ylabel="recall")
     third.legend(loc="upper center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120, over=True)
 
 
 def _shares(values: Mapping[str, float]) -> dict[str, float]:

@@ -144,6 +144,7 @@ def _task(options: EvaluateOptions, part: Part, device: str, progress: Progress)
         fields=options.fields or Fields(),
         max_val_samples=options.max_val_samples,
         recipe=recipe,
+        behind=options,
         device=device,
         progress=progress,
     )

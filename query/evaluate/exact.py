@@ -87,6 +87,7 @@ class ExactScores:
         places_R = self.part.row_numbers[self.part.usable()]
         products = self._products(places_R, shares)
         _refuse_useless(self.ids, products.val_Q)
+        self.part.refuse_hollow()
         scores_VR = np.full((len(self.vals), self.part.layout.rows), np.nan)
         scores_VR[:, places_R] = _known(products).scores(metric)
         return by_sample(scores_VR, self.part, self.samples)

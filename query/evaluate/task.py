@@ -19,14 +19,16 @@ from ghoststore.checkpoint.load import find_checkpoint
 from ghoststore.corpus import Corpus, Fields, open_corpus
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
+from ghoststore.settings.question import RebuiltOptions
 from ghoststore.settings.shared import METRICS
 from ghoststore.store import Part, Run
+from ghoststore.store.base.own import source_path
 from indexer.encode.tokens import Row
 from indexer.tokenize.tokenize import tokenize_as_of
 from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.ask.blend import values_of_rows
-from query.ask.encoder import PartEncoder, ValVectors
+from query.ask.encoder import PartEncoder, ValVectors, tokenizer_folder
 from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.common.texts import corpus_behind
@@ -68,6 +70,8 @@ class Task:
 
     encoder: PartEncoder
     """Of the part: its model is that of its checkpoint."""
+    corpus: Corpus
+    """That of the part."""
     retrainer: Retrainer
     groups: dict[str, list[int]]
     """Places of val samples, by domain."""
@@ -84,29 +88,40 @@ class Task:
         fields: Fields,
         max_val_samples: int | None,
         recipe: Recipe,
+        behind: RebuiltOptions,
         device: str,
         progress: Progress,
     ) -> Task:
-        """Check the model and the corpus behind ``part``, tokenize it once (into ``out``), read the val set.
+        """Check the model and the corpus behind ``part`` (where ``behind`` says, or this user's own build read them),
+        tokenize it once (into ``out``), read the val set.
 
         MismatchError if one of them is not the one that the part was built from any more.
         """
-        corpus = corpus_behind(part)
+        corpus = corpus_behind(part, behind.data)
         # Trainings take its configuration, its weights and its tokenizer from the folder, once they are checked here.
-        encoder = PartEncoder(part, device=device, corpus=corpus, progress=progress)
+        encoder = PartEncoder(
+            part,
+            checkpoint=behind.checkpoint,
+            tokenizer=behind.tokenizer,
+            device=device,
+            corpus=corpus,
+            progress=progress,
+        )
         if encoder.exceeds:
             with open_corpus(val_set, fields) as val_corpus:  # before the corpus, which takes longer
                 encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
         deque(read_unchanged(corpus, part, progress), maxlen=0)
-        source, scanned = part.manifest["source"], part.manifest["corpus"]
-        model = find_checkpoint(source["checkpoint"]).folder
-        tokenizer = Path(source["tokenizer"]) if source["tokenizer"] else model
-        shards = Path(source["data"])
+        scanned = part.manifest["corpus"]
+        path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
+        assert path is not None
+        checkpoint = find_checkpoint(path)
+        model, tokenizer = checkpoint.folder, tokenizer_folder(part, behind.tokenizer, checkpoint)
+        shards = Path(corpus.source)
         if not is_shards(str(shards)):
             shards = out / "tokens"
             names = ("text", "prompt", "completion", "messages", "id", "domain")
             options = TokenizeOptions(
-                data=source["data"],
+                data=corpus.source,
                 tokenizer=tokenizer,
                 out=shards,
                 max_samples=scanned["max_samples"],
@@ -131,7 +146,12 @@ class Task:
         for place in range(len(retrainer.val.rows)):
             groups.setdefault(retrainer.val.domain_of(place), []).append(place)
         return cls(
-            encoder=encoder, retrainer=retrainer, groups=dict(sorted(groups.items())), out=out, progress=progress
+            encoder=encoder,
+            corpus=corpus,
+            retrainer=retrainer,
+            groups=dict(sorted(groups.items())),
+            out=out,
+            progress=progress,
         )
 
     @property
@@ -240,7 +260,7 @@ class Task:
 
     def _of_words(self) -> Scored:
         texts = [row.sample.preview() for row in self.retrainer.val.rows]
-        return self._of_samples(of_words(corpus_behind(self.part), texts, self.samples))
+        return self._of_samples(of_words(self.corpus, texts, self.samples))
 
     def _of_chance(self) -> Scored:
         return self._of_samples(of_chance(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed))
@@ -258,7 +278,7 @@ class Task:
         """
 
         def values(group: str | None) -> NDArray[np.float64]:
-            of_rows = values_of_rows(self.part, run, self.progress, group).value
+            of_rows = values_of_rows(self.part, run, self.progress, group, self.corpus.source).value
             return np.asarray(by_sample(of_rows[None], self.part, self.samples)[0])
 
         whole_N = values(None)

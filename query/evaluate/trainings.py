@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import MismatchError, WorkerError
+from ghoststore.processes import end_with_parent
 from ghoststore.progress import Progress
 from ghoststore.store.base.disk import publish, storage_errors
 from ghoststore.store.base.records import json_digest, reading, seal, unseal
@@ -122,6 +123,7 @@ def _begin(job: Retraining, threads: int) -> None:
     global _retrainer
     import torch
 
+    end_with_parent()
     torch.set_num_threads(threads)
     _retrainer = Retrainer(job)
 

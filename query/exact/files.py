@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.hidden_errors import own_errors
 from ghoststore.store.base.disk import appearing, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import Kind, Manifest, refuse_differences
 from ghoststore.store.base.records import FileRecord, read_record, write_record
+from ghoststore.store.base.writers import FOLDER as WRITERS
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -73,7 +75,7 @@ class GradientFiles:
         path = self.folder / file_name(rows[0], self.manifest["rows_per_file"])
         with storage_errors(str(path)):
             path.unlink(missing_ok=True)  # of a writer that died before the manifest named it
-            with appearing(path) as temporary:
+            with appearing(path) as temporary, own_errors():
                 save_file({"gradients": gradients_BP}, temporary)
             entry = {
                 "rows": list(rows),
@@ -144,6 +146,7 @@ def _refuse_others(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`out={folder}` is a file; give a folder")
     if folder.is_dir() and not (folder / MANIFEST).exists():
-        strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{MANIFEST}.")]
+        ours = (f".{MANIFEST}.", WRITERS)
+        strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)]
         if strange:
             raise UsageError(f"`out={folder}` holds other files ({strange[0]}, …); give a new or empty folder")

@@ -91,9 +91,7 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     )
     (opened,), _ = open_parts(options.store, options.part, None, progress)
     groups = choose_groups(opened, options.layers, options.exclude_layers)
-    encoder = open_encoder(
-        opened, "the fidelity", checkpoint=options.checkpoint, device=options.device, progress=progress
-    )
+    encoder = open_encoder(opened, "the fidelity", options, progress)
     sample = take_sample(encoder, spec, progress)
     approximate = vector_products(opened, sample, groups)
     pieces = pieces_of(encoder, groups)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ghoststore.shown import picture_label
 from query.fidelity.theory import MEAN_OF_NORMAL, dense_error
 
 COLORS = ("#1f5fa8", "#d1662b", "#2f8f5b", "#8a4fa3", "#b8912f", "#c43d5e", "#4aa3b5")
@@ -101,7 +102,7 @@ def _draw_measured(axes: Any, points: list[dict[str, Any]], what: str, color: st
     axes.errorbar(numbers, middle, yerr=spread, color=color, marker="o", capsize=3, linewidth=1.5, label=label)
     for point, height in zip(points, middle, strict=True):
         axes.annotate(
-            point["part"],
+            picture_label(point["part"]),
             (point["numbers"], height),
             xytext=(7, -3),
             textcoords="offset points",

@@ -5,7 +5,6 @@ Legend: Q val samples, R rows, N numbers of the naive projection.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +19,13 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import PlotErrorOptions
+from ghoststore.settings.question import RebuiltOptions
+from ghoststore.shown import json_text
 from ghoststore.store import Part, Store
-from ghoststore.store.base.disk import replace as replace_file
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.new_files import check_new, new_files
 from indexer.encode.tokens import Row
+from query.ask.encoder import PartEncoder
+from query.common.output import check_picture
 from query.exact.gradients import ExactGradients
 from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
@@ -42,7 +44,6 @@ from query.fidelity.reference import fitting_parts, parse_reference, part_of_ran
 from query.fidelity.sample import SampleSpec, open_encoder, take_sample
 from query.fidelity.theory import PairMoments, dense_error, kronecker_error
 from query.search.part_score import Metric
-from query.training_scores.plots import check_plot
 
 PAIRS = 16
 """Pairs of gradients that the Kronecker theory is averaged over."""
@@ -104,9 +105,10 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
 
     Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
     """
-    progress, path = options.progress or Silent(), check_plot(options.out, "out")
-    if path.with_suffix(".json").exists():
-        raise UsageError(f"`out={path}`: {path.with_suffix('.json')} exists, and the numbers are written there")
+    progress, path = options.progress or Silent(), Path(options.out)
+    numbers = path.with_suffix(".json")
+    check_picture(path, "out", beside=[numbers])
+    check_new(f"the file of numbers beside `out={path}`, {numbers},", numbers, path)
     mode, number = parse_reference(options.reference)
     spec = SampleSpec(
         rows=options.rows,
@@ -124,7 +126,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
-    measure = _Measure(parts, spec, options.checkpoint, options.device, progress)
+    measure = _Measure(parts, spec, options, progress)
     by_vectors = {one.name: measure.by_vectors(one) for one in parts}
     if target is not None:
         truth, parts = by_vectors[target.name], [one for one in parts if one is not target]
@@ -148,7 +150,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
         seed=options.seed,
         points=points,
         plot=str(path),
-        numbers_file=str(path.with_suffix(".json")),
+        numbers_file=str(numbers),
     )
     _write(curve, path, other)
     return curve
@@ -157,21 +159,21 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
 class _Measure:
     """The same rows and val samples, as each part and as the model has them. Parts of one model share it."""
 
-    def __init__(
-        self, parts: Sequence[Part], spec: SampleSpec, checkpoint: str | Path | None, device: str, progress: Progress
-    ) -> None:
-        self._seed, self._progress = spec.seed, progress
-        self._settings: dict[str, Any] = {"checkpoint": checkpoint, "device": device, "progress": progress}
-        self._encoder = open_encoder(parts[0], "the error", **self._settings)
+    def __init__(self, parts: Sequence[Part], spec: SampleSpec, options: RebuiltOptions, progress: Progress) -> None:
+        self._seed, self._options, self._progress = spec.seed, options, progress
+        self._encoder = open_encoder(parts[0], "the error", options, progress)
         self._sample = take_sample(self._encoder, spec, progress, *parts[1:])
         self._pieces: Pieces = pieces_of(self._encoder)
+
+    def _open(self, part: Part) -> PartEncoder:
+        return open_encoder(part, "the error", self._options, self._progress)
 
     def by_vectors(self, part: Part) -> Products:
         """By the vectors of ``part``."""
         sample, first = self._sample, self._encoder.part
         if part is not first:
             same = all(part.manifest[name] == first.manifest[name] for name in ("dtype", "compute"))
-            encoder = self._encoder.for_part(part) if same else open_encoder(part, "the error", **self._settings)
+            encoder = self._encoder.for_part(part) if same else self._open(part)
             sample = replace(sample, queries_QD=encoder.vectors(sample.vals))
         return vector_products(part, sample)
 
@@ -246,7 +248,7 @@ def _point(
 
 
 def _write(curve: ErrorCurve, path: Path, reference_numbers: int | None) -> None:
-    """The picture, then the numbers."""
-    with storage_errors(str(path)):
-        draw_errors(curve.to_json(), path, reference_numbers)
-        replace_file(path.with_suffix(".json"), (json.dumps(curve.to_json(), indent=1) + "\n").encode())
+    """The picture, then the numbers: both or neither."""
+    with new_files(path, Path(curve.numbers_file)) as (picture, numbers):
+        draw_errors(curve.to_json(), picture, reference_numbers)
+        numbers.write_text(json_text(curve.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ghoststore.corpus import Fields, Sample, open_corpus
 from ghoststore.errors import CheckpointError, CorpusError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.question import RebuiltOptions
 from ghoststore.store import Part
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
@@ -100,15 +101,20 @@ def take_sample(encoder: PartEncoder, spec: SampleSpec, progress: Progress, *oth
     return RowSample(places, encoder.source_rows(places), vals, encoder.vectors(vals))
 
 
-def open_encoder(
-    part: Part, what: str, *, checkpoint: str | Path | None = None, device: str, progress: Progress
-) -> PartEncoder:
+def open_encoder(part: Part, what: str, options: RebuiltOptions, progress: Progress) -> PartEncoder:
     """The encoder of ``part``, its corpus open, too. Where the checkpoint or the corpus is gone, the error says that
     ``what`` cannot be done for that.
     """
     try:
-        corpus = corpus_behind(part)  # before the model, which takes longer
-        return PartEncoder(part, checkpoint=checkpoint, device=device, corpus=corpus, progress=progress)
+        corpus = corpus_behind(part, options.data)  # before the model, which takes longer
+        return PartEncoder(
+            part,
+            checkpoint=options.checkpoint,
+            tokenizer=options.tokenizer,
+            device=options.device,
+            corpus=corpus,
+            progress=progress,
+        )
     except CheckpointError as error:
         raise CheckpointError(
             f"{what} of part {part.name!r} cannot be measured without its checkpoint: {error}"

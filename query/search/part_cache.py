@@ -24,10 +24,11 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
-from ghoststore.store.base.records import FileRecord, read_record, write_record
+from ghoststore.store.base.records import MISSING, FileRecord, read_record, write_record
+from ghoststore.store.base.writers import unfinished
+from ghoststore.store.part.caches import SECOND_MOMENT as FOLDER
 
 FORMAT = 1
-FOLDER = "second_moment"
 
 
 class PartCache:
@@ -100,14 +101,17 @@ class PartCache:
         """What ``read`` gives of the file that is held, once it is what was written; None if there is none."""
         path = self.folder / f"{self.name}.json"
         try:
-            value = read_record(path)
+            value = read_record(path, within=self.part.path)
             if value["format"] != FORMAT or value["covers"] != self.covers:
                 return None  # of other rows: computed anew
             if not re.fullmatch(rf"{re.escape(self.name)}-[0-9a-f]{{16}}\.{form}", value["data"]):
                 raise ValueError(f"it names a file {value['data']!r:.80}")
             data = self.folder / value["data"]
-            if data.stat().st_size != value["file"]["bytes"] or asdict(FileRecord.of(data)) != value["file"]:
-                raise ValueError(f"{data.name} is not what was written")
+            problem = FileRecord.from_json(value["file"]).damage(data, within=self.part.path)
+            if problem == MISSING:
+                return None  # just replaced by another process
+            if problem is not None:
+                raise ValueError(f"{data.name}: {problem}")
             return read(data)
         except FileNotFoundError:
             return None
@@ -119,14 +123,11 @@ class PartCache:
 
     def _begun(self, write: Callable[[Path], None]) -> Path:
         """A file that ``write`` wrote under a name that is not final. StorageError if the disk refuses."""
-        path = self.folder / f".{self.name}.{os.getpid()}.tmp"
+        path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
             publish_group(self.folder, {})
             try:
                 write(path)
-            except SafetensorError as error:  # it hides the operating system's own
-                path.unlink(missing_ok=True)
-                raise OSError(0, str(error)) from error
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

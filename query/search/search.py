@@ -315,6 +315,7 @@ def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | Non
     Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
     """
     scores = _PieceScores(terms, None, device)
+    terms[0].part.refuse_hollow()
     scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
     for piece in scores.pieces():
         usable = piece.usable_R.cpu().numpy()

@@ -170,6 +170,7 @@ class DampedInverse:
         The self-influence of a row (its own effect on its own loss). By one scan, cached for this damping.
         """
         if self._squares is None:
+            self.part.refuse_hollow()
             cache = PartCache(self.part, f"self_influence-{self.damping!r}", self._progress)
             self._squares = cache.rows((self.part.layout.rows, len(self.part.groups)), self._scan)
             with suppress(OSError):  # of a store that cannot be written

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ghoststore.corpus import Corpus
-from ghoststore.corpus.export import check_export, check_new, write_export
+from ghoststore.corpus.export import check_export, write_export
 from ghoststore.corpus.source_rows import SourceRows
 from ghoststore.errors import UsageError
 from ghoststore.settings.question import Order as Order
-from ghoststore.store.base.disk import appearing, storage_errors
+from ghoststore.store.base.new_files import check_new, new_files
 from query.common.unchanged import Places
 from query.select.report import SelectReport, row_list
 from query.select.samples import Samples
@@ -36,14 +36,19 @@ class SelectFiles:
         if said.suffix != ".json":
             raise UsageError(f"`report={said}`: expected a name that ends in .json")
         files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
-        check_new(f"`out={files.out}`", files.out)
-        check_new(f"`report={files.report}`", files.report)
-        check_new(f"the list of rows, {files.rows}", files.rows)
+        check_new(f"`out={files.out}`", *files.all)
+        check_new(f"`report={files.report}`", files.report, *files.all)
+        check_new(f"the list of rows, {files.rows}", files.rows, *files.all)
         if files.rows.resolve() == files.out.resolve():
             raise UsageError(
                 f"`out={out}`: the list of rows of `report={said}` is written there; give either another name"
             )
         return files
+
+    @property
+    def all(self) -> tuple[Path, Path, Path]:
+        """In the order in which they get their names: the report says that the others are there."""
+        return self.out, self.rows, self.report
 
     def check(self, corpus: Corpus) -> None:
         """UsageError unless rows of ``corpus`` can be written to ``out``."""
@@ -52,15 +57,19 @@ class SelectFiles:
     def write(
         self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: ChosenSamples
     ) -> None:
-        """Write all. MismatchError for a row that is no longer what it was, StorageError if the disk refuses."""
+        """Write all; where a killed call had named some of them, those are replaced.
+
+        MismatchError for a row that is no longer what it was, UsageError if one of the files came to exist meanwhile,
+        StorageError if the disk refuses.
+        """
         in_corpus = np.sort(chosen.places)
         by_score = np.argsort(chosen.rank[in_corpus]) if self.order == "score" else None
         written = in_corpus if by_score is None else in_corpus[by_score]
         source_rows = SourceRows(
             corpus, places.of(samples.source_row[in_corpus].tolist()), samples.digest[in_corpus].tolist()
         )
-        with storage_errors(str(self.report)), appearing(self.report) as report, appearing(self.rows) as rows:
-            made.write(report)
+        with new_files(*self.all) as (out, rows, report):
+            write_export(source_rows, out, None if by_score is None else by_score.tolist())
             with open(rows, "w", encoding="utf-8") as file:
                 file.writelines(row_list(samples, chosen, written))
-            write_export(source_rows, self.out, None if by_score is None else by_score.tolist())
+            made.write(report)

@@ -5,7 +5,6 @@ Legend: M samples of the part.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.shown import json_text
 from query.select.budget import NO_DOMAIN
 from query.select.samples import Samples
 from query.select.strategy import ChosenSamples
@@ -88,7 +88,7 @@ class SelectReport:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json_text(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainShare]:
@@ -135,4 +135,4 @@ def row_list(samples: Samples, chosen: ChosenSamples, written: NDArray[np.int64]
             "rank": int(chosen.rank[place]),
             "picked": int(picked[place]),
         }
-        yield json.dumps(entry, ensure_ascii=False) + "\n"
+        yield json_text(entry) + "\n"

@@ -58,7 +58,7 @@ def select(options: SelectOptions) -> SelectReport:
     wanted = part_of(Question, options)
     parts, weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
     part = parts[0]
-    corpus = corpus_behind(part)
+    corpus = corpus_behind(part, wanted.data)
     files.check(corpus)
     with open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set:
         leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))

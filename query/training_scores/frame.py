@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+RunState = Literal["running", "stopped", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +67,16 @@ class Frame:
     """Whether the last step is committed."""
     gaps: list[tuple[int, int]] = field(default_factory=list)
     """Ranges of steps that are missing among the committed ones."""
+    state: RunState | None = None
+    """``running`` while a process writes it, ``stopped`` where none does and steps are missing; None without a run."""
+    writer: dict[str, Any] | None = None
+    """The process that writes it, or wrote it last: host, pid, command, since, touched (seconds since 1970), alive."""
+    silent: float | None = None
+    """Seconds without a writer; None unless it is stopped."""
     commit_age: float | None = None
     """Seconds since the last commit."""
     seconds_left: float | None = None
-    """Steps to come × seconds of a recent step: evaluations and checkpoints aside."""
+    """Steps to come × seconds of a recent step: evaluations and checkpoints aside. None where nobody writes."""
     train_loss: float | None = None
     val_loss: float | None = None
     learning_rate: float | None = None

@@ -10,36 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.shown import picture_label
 from ghoststore.store import Run
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.run.ranges import inside
+from query.common.output import check_picture, save_picture
 from query.training_scores.curves import STEP_ARRAYS, Curves
-from query.training_scores.steps import choose_column, end_of, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, end_of, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units
 
-FORMS = (".png", ".pdf", ".svg")
 BINS = 48
 FEWEST_BINS = 12
 SMOOTH = 16
 LINES = 8
 """Domains with a line of their own; the rest share one."""
 COLORS = ("#1f5fa8", "#d1662b", "#2f8f5b", "#8a4fa3", "#b8912f", "#c43d5e", "#4aa3b5", "#6b6b6b", "#a8a8a8")
-
-
-def check_plot(path: str | Path, parameter: str) -> Path:
-    """``path`` if a new picture can be written there; UsageError for an unknown form or a file that exists."""
-    target = _checked(path, parameter)
-    if target.exists():
-        raise UsageError(f"`{parameter}={target}` exists; nothing was written. Give another path, or remove it")
-    return target
-
-
-def _checked(path: str | Path, parameter: str = "path") -> Path:
-    target = Path(path)
-    if target.suffix.lower() not in FORMS:
-        raise UsageError(f"`{parameter}={target}`: pictures are written as {', '.join(FORMS)}")
-    if not target.resolve().parent.is_dir():
-        raise UsageError(f"`{parameter}={target}`: the folder {target.resolve().parent} does not exist")
-    return target
 
 
 def plot_scores(
@@ -51,8 +35,11 @@ def plot_scores(
     layers: Sequence[str] = (),
     exclude_layers: Sequence[str] = (),
     title: str | None = None,
+    over: bool = True,
 ) -> None:
-    """Two panels for ``run``, written to ``path`` (.png, .pdf or .svg; replaced if it is there).
+    """Two panels for ``run``, written to ``path``: .png, .pdf or .svg.
+
+    What stands there is replaced, unless ``over`` is False.
 
     Left: the mean score of each domain in equal bins of steps, with its standard error as a band. Right: Σ η·score of
     each domain's samples up to each step. The other parameters are those of :func:`ghoststore.scores`. UsageError as
@@ -60,10 +47,12 @@ def plot_scores(
     """
     from matplotlib.figure import Figure
 
-    target = _checked(path)
+    target = Path(path)
+    if not over or not target.exists():
+        check_picture(target, "path")
     column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
     curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
-    for piece in stream_steps(run, column, spans_of(run, window), window, also=STEP_ARRAYS):
+    for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS):
         curves.add(piece, sums.add(piece.places, units.of(piece.places.row)))
     if not sums.tally.scored:
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
@@ -97,9 +86,8 @@ def plot_scores(
         title="domain (number of scores)",
         title_fontsize=9,
     )
-    figure.suptitle(title or _title(run, group, layers, exclude_layers, sums), fontsize=11)
-    with storage_errors(str(target)):
-        figure.savefig(target, dpi=130)
+    figure.suptitle(picture_label(title or _title(run, group, layers, exclude_layers, sums)), fontsize=11)
+    save_picture(figure, target, dpi=130, over=over)
 
 
 def _smooth(curves: Curves, lines: int) -> None:
@@ -119,7 +107,9 @@ def _lines(curves: Curves) -> Lines:
     order = [int(place) for place in np.argsort(-times, kind="stable") if times[place]]
     own, rest = (order, []) if len(order) <= LINES + 1 else (order[:LINES], order[LINES:])
     only = len(order) == 1 and curves.names[order[0]] is None
-    lines = [("all samples" if only else curves.names[place] or "(none)", [place]) for place in sorted(own)]
+    lines = [
+        ("all samples" if only else picture_label(curves.names[place] or "(none)"), [place]) for place in sorted(own)
+    ]
     return lines + ([(f"{len(rest)} others", rest)] if rest else [])
 
 

@@ -20,19 +20,20 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ScoresOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.run.ranges import Steps, inside
+from ghoststore.store.run.ranges import count as steps_in
+from query.common.output import check_picture
 from query.common.texts import texts_of
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
     Places,
     ScoreColumn,
-    Steps,
     choose_column,
     gaps_of,
-    spans_of,
     stream_steps,
     window_of,
 )
-from query.training_scores.sums import WEIGHTED, ScoreSums, Unit, Units, Value, best, standard_error
+from query.training_scores.sums import WEIGHTED, ScoreSums, Units, Value, best, standard_error
 
 DEFAULT_TOP_K = 10
 
@@ -58,9 +59,9 @@ def scores(options: ScoresOptions) -> ScoresResult:
     top_k = DEFAULT_TOP_K if options.top_k is None else options.top_k
     bottom_k = 0 if options.bottom_k is None else options.bottom_k
     if options.plot is not None:
-        from query.training_scores.plots import check_plot, plot_scores
+        from query.training_scores.plots import plot_scores
 
-        check_plot(options.plot, "plot")
+        check_picture(options.plot, "plot")
     opened = Store.open(options.store).run(options.run)
     column = choose_column(opened, options.group, options.layers, options.exclude_layers)
     window = window_of(opened, options.steps)
@@ -78,7 +79,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and options.by is None:
         values = np.where(allowed, sums.values(options.value), np.nan)
-        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options.text, options.unit, progress)
+        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options, progress)
     if options.plot is not None:
         plot_scores(
             opened,
@@ -87,6 +88,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             group=options.group,
             layers=options.layers,
             exclude_layers=options.exclude_layers,
+            over=False,
         )
     return ScoresResult(
         store=str(options.store),
@@ -124,9 +126,9 @@ def _read(
     progress: Progress,
 ) -> None:
     """One pass over the steps of ``window``, into ``sums`` and ``history``."""
-    spans = spans_of(run, window)
-    with closing(progress.task("reading scores", _steps_of(run, spans, window), unit="steps")) as task:
-        for piece in stream_steps(run, column, spans, window, loss=history is not None):
+    ranges = inside(run.ranges, window)
+    with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
+        for piece in stream_steps(run, column, ranges, loss=history is not None):
             counts = sums.add(piece.places, units.of(piece.places.row))
             if history is not None:
                 history.extend(piece.places, counts)
@@ -153,11 +155,6 @@ def _refuse_usage(options: ScoresOptions) -> None:
         given += ["`unit`"] * (options.unit != "sample")
         if given:
             raise UsageError(f"`sample` shows everything of one sample: it does not go with {given[0]}")
-
-
-def _steps_of(run: Run, spans: Sequence[int], window: Steps) -> int:
-    bounds = [run.layout.span_of(span) for span in spans]
-    return sum(min(stop, window[1]) - max(start, window[0]) for start, stop in bounds)
 
 
 def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
@@ -230,12 +227,12 @@ def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_ti
 
 
 def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSummary:
-    spans = spans_of(run, window)
+    ranges = inside(run.ranges, window)
     tally = sums.tally
     return ScoreSummary(
-        steps=_steps_of(run, spans, window),
-        first=max(run.layout.span_of(spans[0])[0], window[0]),
-        last=min(run.layout.span_of(spans[-1])[1], window[1]) - 1,
+        steps=steps_in(ranges),
+        first=ranges[0][0],
+        last=ranges[-1][1] - 1,
         planned=run.layout.steps,
         gaps=gaps_of(run, window),
         rows=len(units),
@@ -256,8 +253,7 @@ def hits_of(
     sums: ScoreSums,
     values: NDArray[np.float64],
     counts: tuple[int, int],
-    text: bool,
-    unit: Unit,
+    options: ScoresOptions,
     progress: Progress,
 ) -> list[list[ScoreHit]]:
     """The highest and the lowest of ``values``, each in order. Every row's data are read once."""
@@ -268,7 +264,7 @@ def hits_of(
     ids, sources, domains, starts = (
         run.rows.read_rows(name, rows) for name in ("sample_id", "source_row", "domain", "window_start")
     )
-    texts = texts_of(run, rows, progress) if text else [None] * len(rows)
+    texts = texts_of(run, rows, progress, options.data) if options.text else [None] * len(rows)
 
     def hit(rank: int, place: int) -> ScoreHit:
         at, times = place_of[place], int(sums.times[place])
@@ -283,7 +279,7 @@ def hits_of(
             negative_share=int(sums.negative[place]) / times,
             last_step=int(sums.last_step[place]),
             text=texts[at],
-            window_start=int(starts[at]) if unit == "window" else 0,
+            window_start=int(starts[at]) if options.unit == "window" else 0,
         )
 
     return [[hit(rank, int(place)) for rank, place in enumerate(ranking, 1)] for ranking in rankings]

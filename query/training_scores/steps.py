@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.run.pieces import side_by_side
+from ghoststore.store.run.ranges import Steps, inside, without
 from ghoststore.store.run.run import Run
-from ghoststore.store.spans.reader import side_by_side
-
-Steps = tuple[int, int]
-"""First step and one past the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def _blocks(run: Run, layers: Sequence[str], exclude_layers: Sequence[str]) -> t
 
 def end_of(run: Run) -> int:
     """One past the last committed step."""
-    return run.layout.span_of(run.spans[-1])[1] if run.spans else 0
+    return run.ranges[-1][1] if run.ranges else 0
 
 
 def window_of(run: Run, steps: str | slice | None) -> Steps:
@@ -131,54 +129,30 @@ def window_of(run: Run, steps: str | slice | None) -> Steps:
     if steps.step not in (None, 1):
         raise UsageError(f"`steps` takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)
-    if not spans_of(run, (start, stop)):
+    if not inside(run.ranges, (start, stop)):
         shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
         raise UsageError(
             f"`steps={shown}`: no committed step of run {run.name!r} is there; its steps are "
-            f"{run.layout.span_of(run.spans[0])[0]:,} to {end - 1:,}"
+            f"{run.ranges[0][0]:,} to {end - 1:,}"
         )
     return start, stop
 
 
-def spans_of(run: Run, window: Steps) -> list[int]:
-    """The committed spans with a step in ``window``."""
-    bounds = ((span, *run.layout.span_of(span)) for span in run.spans)
-    return [span for span, start, stop in bounds if max(start, window[0]) < min(stop, window[1])]
-
-
 def gaps_of(run: Run, window: Steps) -> list[Steps]:
     """Ranges of steps inside ``window`` that are not committed."""
-    gaps: list[Steps] = []
-    at = window[0]
-    for span in spans_of(run, window):
-        start, stop = run.layout.span_of(span)
-        if start > at:
-            gaps.append((at, start))
-        at = max(at, stop)
-    return [*gaps, (at, window[1])] if at < window[1] else gaps
+    return without([window], run.ranges)
 
 
 def stream_steps(
-    run: Run,
-    column: ScoreColumn,
-    spans: Sequence[int],
-    window: Steps | None = None,
-    *,
-    also: Sequence[str] = (),
-    loss: bool = False,
+    run: Run, column: ScoreColumn, ranges: Sequence[Steps], *, also: Sequence[str] = (), loss: bool = False
 ) -> Iterator[StepPiece]:
-    """The steps of ``spans``, cut to ``window``, piece by piece; ``also`` are further arrays of one number a step.
+    """The steps of ``ranges`` of committed ones, piece by piece; ``also`` are further arrays of one number a step.
 
     Memory: one chunk of each array. CorruptError naming what is damaged.
     """
     names = ["sample", column.array, "learning_rate", *also, *(["loss"] if loss else [])]
-    for piece in side_by_side(run, names, spans):
-        start, stop = piece.start, piece.stop
-        if window is not None:
-            start, stop = max(start, window[0]), min(stop, window[1])
-            if start >= stop:
-                continue
-        data = {name: array[start - piece.start : stop - piece.start] for name, array in piece.data.items()}
+    for piece in side_by_side(run, names, ranges):
+        start, stop, data = piece.start, piece.stop, piece.data
         sample = data["sample"]
         if sample.size and int(sample.max()) >= run.layout.rows:
             raise CorruptError(

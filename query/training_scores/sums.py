@@ -26,6 +26,7 @@ class Units:
     def __init__(self, run: Run, unit: Unit) -> None:
         self._run = run
         rows = len(run.rows)
+        run.rows.bear_out()
         self.of_row: NDArray[np.int64] | None = None
         """(N,): the unit of each row; None where they are the same."""
         self.first_row: NDArray[np.int64] = np.arange(rows)

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,24 @@ from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
+from ghoststore.store.base.own import is_own
+from ghoststore.store.base.writers import writers
+from ghoststore.store.run.ranges import Steps, count, merged, without
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
 from query.training_scores.curves import STEP_ARRAYS, Curves
-from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame
+from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame, RunState
 from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
 from query.training_scores.sums import ScoreSums, Units, best
 
-SPANS_A_FRAME = 2000
-"""Spans that a frame reads at most: a long run appears at once, and fills."""
+STEPS_A_FRAME = 20_000
+"""Steps that a frame reads at most: a long run appears at once, and fills."""
 BINS, FEW_BINS, MANY_DOMAINS = 256, 64, 500
 RECENT_SCORES = 2000
 RECENT_STEPS = 50
 HISTOGRAM_BINS = 32
 EXTREMES = 5
+WRITER = ("host", "pid", "command", "since", "touched", "alive")
 
 
 @takes(WatchOptions)
@@ -45,9 +50,9 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
         raise UsageError(f"`interval` must be above 0, not {options.interval}")
-    watcher = Watcher(options.store, options.run, text=options.text)
+    watcher = Watcher(options.store, options.run, text=options.text, data=options.data)
     while True:
-        frame = watcher.look(None if options.once else SPANS_A_FRAME)
+        frame = watcher.look(None if options.once else STEPS_A_FRAME)
         yield frame
         if options.once or (frame.finished and not frame.unread):
             return
@@ -68,13 +73,15 @@ class _Heard(Silent):
 class Watcher:
     """Running sums over a run; :meth:`look` takes in what was committed since."""
 
-    def __init__(self, store: str | Path, run: str | None = None, *, text: bool = True) -> None:
+    def __init__(
+        self, store: str | Path, run: str | None = None, *, text: bool = True, data: str | Path | None = None
+    ) -> None:
         self._store = Store.open(store)
         self._name = run
         self._run: Run | None = None
-        self._pending: list[int] = []
-        """Committed spans that are not read yet."""
-        self._texts_at_hand = text
+        self._pending: list[Steps] = []
+        """Ranges of committed steps that are not read yet."""
+        self._texts_at_hand, self._data = text, data
         self._texts: dict[int, str | None] = {}
         self._ids: dict[int, tuple[str, int]] = {}
         """(id, source row) of units that were shown."""
@@ -83,20 +90,20 @@ class Watcher:
         self._last: Frame | None = None
         self._heard = _Heard()
 
-    def look(self, most_spans: int | None = None) -> Frame:
-        """The run as it stands; at most ``most_spans`` spans are read (None: all)."""
+    def look(self, most_steps: int | None = None) -> Frame:
+        """The run as it stands; at most ``most_steps`` steps are read (None: all)."""
         if self._run is None:
             waiting = self._open()
             if waiting is not None:
                 return Frame(store=str(self._store.path), run=self._name, waiting=waiting)
         assert self._run is not None
-        self._pending = sorted({*self._pending, *self._run.reload()})
-        chosen, self._pending = self._pending[:most_spans], self._pending[most_spans or len(self._pending) :]
+        self._pending = merged([*self._pending, *self._run.reload()])
+        chosen, self._pending = _first(self._pending, most_steps)
         if self._last is None or chosen:
             for piece in stream_steps(self._run, ScoreColumn("score"), chosen, also=STEP_ARRAYS):
                 self._take(piece)
             self._last = self._frame(self._run)
-        return replace(self._last, commit_age=_age(self._run))
+        return replace(self._last, **_life(self._run, self._last))
 
     def _open(self) -> str | None:
         """Open the run; what is waited for if it is not there yet."""
@@ -109,7 +116,7 @@ class Watcher:
             self._store.run_path(self._name)  # UsageError for what cannot be a name
             return f"no run {self._name!r} in {self._store.path} yet; it has: {', '.join(names) or 'none'}"
         run = self._store.run(self._name)
-        self._run, self._pending = run, list(run.spans)
+        self._run, self._pending = run, list(run.ranges)
         self._units = Units(run, "sample")
         self._sums = ScoreSums(len(self._units))
         self._curves = Curves(run, BINS if len(run.domains) <= MANY_DOMAINS else FEW_BINS)
@@ -126,8 +133,9 @@ class Watcher:
         counts = self._sums.add(places, self._units.of(places.row))
         self._curves.add(piece, counts)
         if counts.any():
-            self._recent_scores.append(places.score[counts])
-            self._recent_count += int(counts.sum())
+            newest = places.score[counts][-RECENT_SCORES:]
+            self._recent_scores.append(newest)
+            self._recent_count += len(newest)
         while self._recent_scores and self._recent_count - len(self._recent_scores[0]) >= RECENT_SCORES:
             self._recent_count -= len(self._recent_scores.popleft())
         for name in self._latest:
@@ -140,7 +148,7 @@ class Watcher:
 
     def _frame(self, run: Run) -> Frame:
         end, sums, tally = end_of(run), self._sums, self._sums.tally
-        unread = sum(stop - start for start, stop in map(run.layout.span_of, self._pending))
+        unread = count(self._pending)
         shared: dict[str, Any] = {
             "store": str(self._store.path),
             "run": run.name,
@@ -148,7 +156,7 @@ class Watcher:
             "steps": run.steps,
             "repeated_ids": run.repeated_ids,
         }
-        if not run.spans:
+        if not run.ranges:
             return Frame(waiting=f"run {run.name!r} has no committed steps yet", **shared)
         tokens, seconds, scoring = (float(np.nansum([step[i] for step in self._recent_steps])) for i in range(3))
         recent = np.concatenate([*self._recent_scores, np.zeros(0)])
@@ -205,11 +213,20 @@ class Watcher:
         names = {str(name) for name in ids} - self._repeats.keys()
         repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
-        source = run.manifest["source"]
-        quick = not str(source.get("form")).endswith((".gz", ".zst")) and Path(str(source.get("corpus"))).exists()
-        if quick and self._texts_at_hand:
-            self._texts |= zip(new, texts_of(run, rows, self._heard), strict=True)
+        if self._texts_at_hand and self._is_quick(run):
+            self._texts |= zip(new, texts_of(run, rows, self._heard, self._data), strict=True)
             self._texts_at_hand = not self._heard.notes
+
+    def _is_quick(self, run: Run) -> bool:
+        """Whether texts are read at their places. Where the corpus is gone there is nothing to say of them; a path that
+        this user did not write is not looked for, and that is said.
+        """
+        source = run.manifest["source"]
+        if str(source.get("form")).endswith((".gz", ".zst")):
+            return False
+        recorded = source.get("corpus")
+        known = self._data or (recorded if is_own(run.manifest) else None)
+        return recorded is not None if known is None else Path(known).exists()
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))
@@ -277,8 +294,43 @@ def _repeated_among(run: Run, names: Collection[str]) -> set[str]:
     return repeated
 
 
+def _first(ranges: list[Steps], most: int | None) -> tuple[list[Steps], list[Steps]]:
+    """(the first ``most`` steps of ``ranges``, the others)."""
+    chosen: list[Steps] = []
+    left = count(ranges) if most is None else most
+    for start, stop in ranges:
+        if left > 0:
+            chosen.append((start, min(stop, start + left)))
+            left -= chosen[-1][1] - start
+    return chosen, without(ranges, chosen)
+
+
 def _age(run: Run) -> float | None:
-    """Seconds since the last record appeared."""
-    if not run.spans:
-        return None
-    return max(0.0, time.time() - commit_path(run.path, run.spans[-1]).stat().st_mtime)
+    """Seconds since something was committed."""
+    paths = [journal.path for journal in run.journals.values()]
+    if run.spans:
+        paths.append(commit_path(run.path, run.spans[-1]))
+    times = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # a journal goes when its span is committed
+            times.append(path.stat().st_mtime)
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+def _life(run: Run, frame: Frame) -> dict[str, Any]:
+    """What a frame says of who writes the run, and whether anybody does."""
+    known = sorted(writers(run.path), key=lambda writer: (writer.alive, writer.touched))
+    writer, age = known[-1] if known else None, _age(run)
+    state: RunState = "finished" if frame.finished else "running" if writer is not None and writer.alive else "stopped"
+    silent = None
+    if state == "stopped":
+        ages = [age] if age is not None else []
+        ages += [max(0.0, time.time() - writer.touched)] if writer is not None else []
+        silent = min(ages, default=None)
+    return {
+        "state": state,
+        "commit_age": age,
+        "silent": silent,
+        "seconds_left": frame.seconds_left if state == "running" else None,
+        "writer": None if writer is None else {name: getattr(writer, name) for name in WRITER},
+    }

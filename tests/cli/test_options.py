@@ -54,8 +54,16 @@ def command(name: str) -> OptionsCommand:
     return found
 
 
+OTHERWISE = {"rm": "remove", "mv": "rename", "cp": "copy"}
+"""Commands that have the names of a shell, and functions that have those of Python."""
+
+
+def name_of(command: str) -> str:
+    return OTHERWISE.get(command, command.replace("-", "_"))
+
+
 def function(name: str) -> Any:
-    return getattr(ghoststore, name.replace("-", "_"))
+    return getattr(ghoststore, name_of(name))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -230,7 +238,7 @@ def needed(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_keywords_that_are_wrong(name: str) -> None:
-    python = name.replace("-", "_")
+    python = name_of(name)
     with pytest.raises(TypeError, match=rf"{python}\(\) has no keyword 'stoer'; the nearest is '"):
         function(name)(**needed(name), stoer=1)
     if needed(name):

@@ -32,16 +32,16 @@ MOMENTS: dict[str, tuple[str, str, str, int | None]] = {
     # call, path, when, and how many spans are committed then; None: there is no run yet.
     "row-table": ("name", r"rows/source_row/c/0$", "before", None),
     "arrays": ("name", r"/score/zarr\.json$", "after", None),
-    "run-unflushed": ("fsync", r"\.run\.tmp/rows/sample_id$", "before", None),
+    "run-unflushed": ("fsync", r"\.run\.[^/]*tmp/rows/sample_id$", "before", None),
     "run-unnamed": ("name", r"runs/run$", "before", None),
     "run-named": ("name", r"runs/run$", "after", 0),
     "first-chunk": ("name", r"run/sample/c/0/0/0$", "before", 0),
     "chunk-named": ("name", r"run/vector/c/1/0/0/0$", "after", 1),
-    "between-chunks": ("fsync", r"run/tokens/c/2$", "before", 2),
+    "between-chunks": ("fsync", r"commits/\.00000002\.tokens\.", "before", 2),
     "record-unwritten": ("fsync", r"commits/\.00000001\.json", "before", 1),
     "record-unnamed": ("name", r"commits/00000003\.json$", "before", 3),
     "record-named": ("name", r"commits/00000003\.json$", "after", 4),
-    "last-chunk": ("fsync", r"run/score_seconds/c/4$", "after", 4),
+    "last-chunk": ("fsync", r"commits/\.00000004\.score_seconds\.", "after", 4),
     "last-record": ("name", r"commits/00000004\.json$", "after", 5),
 }
 
@@ -227,7 +227,8 @@ def test_overtaken(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Pat
     second = lab.run(code=code(store))
     os.kill(first, signal.SIGCONT)
     outcome = lab.wait(first)
-    assert busy(second), second.err
+    # A run that is not there yet may be made by both: the second then goes on with it.
+    assert (second.code == 0 and MOMENTS[moment][3] is None) or busy(second), second.err
     assert outcome.code == 0, outcome.err
     assert files(store) == whole
 
@@ -242,7 +243,7 @@ def test_reading_while_another_process_writes(lab: Lab, tmp_path: Path) -> None:
     os.kill(writer, signal.SIGCONT)
     assert lab.wait(writer).code == 0
     assert reader.steps == 10
-    assert reader.reload() == [2, 3, 4]
+    assert reader.reload() == [(10, 23)]
     committed_only(store, 5)
 
 
@@ -253,20 +254,28 @@ def test_all_is_on_the_disk_before_the_record_names_it(tmp_path: Path, monkeypat
     run = make(tmp_path / "store")
     flushed: set[Path] = set()
     unsafe: list[str] = []
-    fsync, link = os.fsync, os.link
+    fsync, link, rename = os.fsync, os.link, os.rename
 
     def watched_fsync(handle: int) -> None:
         flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
         fsync(handle)
 
+    def watched_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        if source in flushed:
+            flushed.add(target)
+        flushed.difference_update(target.parents)  # the new name is not on the disk yet
+
     def watched_link(source: Path, target: Path) -> None:
-        for key in json.loads(Path(source).read_bytes())["files"]:
+        record = json.loads(Path(source).read_bytes())
+        for key in record.get("files", ()):
             needed = [run.path / key, *(f for f in (run.path / key).parents if f.is_relative_to(run.path))]
             unsafe.extend(str(path) for path in needed if path != run.path and path not in flushed)
         link(source, target)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "link", watched_link)
+    monkeypatch.setattr(os, "rename", watched_rename)
     train(tmp_path / "store")
     assert flushed
     assert sorted(set(unsafe)) == []

@@ -9,6 +9,7 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.corpus import Fields
 from ghoststore.progress import Silent
+from ghoststore.settings.question import RebuiltOptions
 from ghoststore.store import Store
 from indexer.training.retrain import Recipe
 from query.ask.question import Question
@@ -56,6 +57,7 @@ def scores_of(folder: Path, out: Path, methods: list[str] = METHODS, part: str =
         fields=Fields(),
         max_val_samples=None,
         recipe=Recipe(),
+        behind=RebuiltOptions(),
         device="cpu",
         progress=given.pop("progress", Silent()),
     )

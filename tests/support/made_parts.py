@@ -9,12 +9,51 @@ from typing import Any
 import numpy as np
 
 from ghoststore.store import Part, PartLayout, Status, Store
-from ghoststore.store.base.manifest import PART
 from ghoststore.store.part.part import create_part
 from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData
 
 ROWS, DIMENSION, SPAN_ROWS = 400, 96, 50
+SECTIONS: dict[str, Any] = {
+    "checkpoint": {},
+    "tokenizer": {},
+    "corpus": {
+        "fingerprint": "sha256:c",
+        "samples": 400,
+        "max_samples": None,
+        "domains": ["sky", "earth"],
+        "repeated_ids": None,
+        "fields": {},
+    },
+    "tokens": {"max_length": 16, "overlong": "truncate"},
+    "loss": {"definition": "", "reduction": "mean"},
+    "projection": {
+        "layers": ["mlp"],
+        "exclude_layers": [],
+        "include_embeddings": False,
+        "kind": "gaussian",
+        "seed": 0,
+        "rank_total": None,
+        "rank_min": None,
+        "compress": None,
+        "compress_by": "layer",
+        "precondition": "none",
+        "damping": None,
+        "calibration": None,
+        "calibration_samples": None,
+        "optimizer_state": None,
+        "kronecker_dimension": DIMENSION,
+        "hash": None,
+    },
+    "layers": [],
+    "batching": {"batch_tokens": 2048, "padding": True},
+    "dtype": {"model": "float32"},
+    "source": {"checkpoint": "model", "tokenizer": None, "data": "data", "form": "jsonl", "optimizer_state": None},
+    "software": {},
+    "compute": {"attn_implementation": None, "gradient_checkpointing": False},
+    "coverage": {"share": 1.0},
+}
+"""Of a manifest: what every part has, and no test reads."""
 UNUSABLE = (0, 7, 120, 399)
 ZERO = 13
 
@@ -57,8 +96,7 @@ def make_part(
         "chunk_rows": layout.chunk_rows,
         "groups": [["a", 0, half], ["b", half, dimension]],
     }
-    empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
-    manifest = {**empty, "corpus": {"domains": ["sky", "earth"], "repeated_ids": None}, "storage": storage}
+    manifest = {**SECTIONS, "storage": storage}
     part = create_part(Store.create(store).part_path(name), manifest, np.zeros((1, 5), dtype=np.int64))
     with BackgroundWriter(part) as writer:
         for span in range(layout.spans) if spans is None else spans:

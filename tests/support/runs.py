@@ -4,12 +4,17 @@ processes that tests start and kill.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
+from ghoststore.store.base.records import json_digest
+from ghoststore.store.run.journal import Journal, append_entry, opened, read_arrays
 
 LAYOUT = RunLayout(
     steps=23, ranks=2, batch=3, span_steps=5, rows=40, groups=("law", "code"), blocks=("mlp", "attn"), dimension=4
@@ -92,3 +97,35 @@ def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.nda
 
 def files(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+JOURNALED = replace(LAYOUT, save_steps=5, span_steps=15)
+"""Two spans: of three save intervals, and of one and the short one in which the run ends."""
+
+
+def steps_of(run: Run) -> list[int]:
+    """The committed steps; every array is what was appended for them."""
+    steps = run.committed_steps().tolist()
+    for spec in run.layout.arrays():
+        np.testing.assert_array_equal(run.read_committed(spec.name), expected(spec.name, steps, run.layout))
+    return steps
+
+
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """The manifest of a run, and what its journals say of it, as if it had been made with ``change`` in it."""
+    run = Run(path)
+    entries = []
+    for journal in run.journals.values():
+        with opened(journal.path) as handle:
+            names = {spec.name for spec in run.layout.arrays()}
+            entries += [(journal, e.start, read_arrays(handle, journal, e, run.layout, names)) for e in journal.entries]
+        journal.path.unlink()
+    group = json.loads((path / "zarr.json").read_text())
+    attributes = group["attributes"]
+    change(attributes["manifest"])
+    attributes["manifest_sha256"] = json_digest(attributes["manifest"])
+    (path / "zarr.json").write_text(json.dumps(group))
+    changed = Run(path)
+    anew = {journal.span: Journal(path=journal.path, span=journal.span) for journal, _, _ in entries}
+    for journal, start, arrays in entries:
+        append_entry(changed, anew[journal.span], start, arrays)

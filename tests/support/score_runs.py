@@ -14,6 +14,7 @@ import numpy as np
 
 from ghoststore.progress import Silent
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
+from ghoststore.store.base.own import remember
 
 BLOCKS = ("transformer.h.0.mlp.c_fc", "transformer.h.0.attn.c_proj", "transformer.h.10.mlp.c_fc")
 GROUPS = ("law", "code")
@@ -95,7 +96,9 @@ def make(
         "compute": {},
         **sections,
     }
-    return create_run(Store.create(store).run_path(name), manifest, table or row_table())
+    run = create_run(Store.create(store).run_path(name), manifest, table or row_table())
+    remember(run.manifest, run.manifest["source"], run.path)  # as a training does
+    return run
 
 
 def append(run: Run, start: int, stop: int) -> None:

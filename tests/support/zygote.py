@@ -5,22 +5,29 @@ An order is a line of JSON on stdin; the answer is a line of JSON on stdout. Key
 
 - ``args``: run ``ghoststore ARGS…``; or ``code``: run this Python.
 - ``cwd``, ``stdin`` (a file), ``stdout``, ``stderr`` (files that are written).
-- ``fault``: ``{"call": "fsync", or "name" for whatever gives a file its name, "path": regular expression on the
-  paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
-  ``act`` is ``kill`` (SIGKILL), ``interrupt``
-  (SIGINT), ``stop`` (SIGSTOP), or an errno name, raised by this and by all later matches: a full disk stays full.
+- ``fault``: ``{"call": "fsync", "unlink", or "name" for whatever gives a file its name, "path": regular expression on
+  the paths it is called with, "number": which match (from 1), "when": "before" or "after" the call, "act": …}``.
+  ``act`` is ``kill`` (SIGKILL), ``interrupt`` (SIGINT), ``terminate`` (SIGTERM), ``stop`` (SIGSTOP), or an errno name,
+  raised by this and by all later matches: a full disk stays full.
 - ``start``: do not wait; the answer has ``pid``. ``{"stopped": pid}`` waits until it has stopped itself and
   ``{"wait": pid}`` until it has ended.
 
-The answer's ``code`` is the exit status, negative for a signal.
+The answer's ``code`` is the exit status, negative for a signal; of ``stopped`` the signal, 0 where it ended instead.
+
+For tests/faults: ``shim``: ``{"FAULT_AT": …}``, what shim.c reads where it was preloaded; ``memory``, ``seconds``:
+address space beyond what is there, and time, after which the system ends the child. ``ZYGOTE_IMPORTS`` in the
+environment: what else is imported before the forks.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import importlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -85,8 +92,13 @@ IMPORTED = (
     query.training_scores.watch,
 )
 
-CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link")}
-SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "stop": signal.SIGSTOP}
+CALLS = {"fsync": ("fsync",), "name": ("replace", "rename", "link"), "unlink": ("unlink",)}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "interrupt": signal.SIGINT,
+    "terminate": signal.SIGTERM,
+    "stop": signal.SIGSTOP,
+}
 
 
 def paths_of(arguments: tuple[Any, ...]) -> str:
@@ -126,6 +138,19 @@ def install(fault: dict[str, Any]) -> None:
         setattr(os, name, partial(call, getattr(os, name)))
 
 
+def bound(order: dict[str, Any]) -> None:
+    """Arm the shim, and limit memory and time."""
+    if "shim" in order:
+        os.environ.update(order["shim"])
+        ctypes.CDLL(os.environ["LD_PRELOAD"]).fault_arm()
+    if "memory" in order:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        limit = pages * resource.getpagesize() + order["memory"]
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    signal.alarm(order.get("seconds", 0))
+
+
 def child(order: dict[str, Any]) -> int:
     """What a forked child does with its order; its exit status."""
     for handle, name, flags in (
@@ -139,6 +164,7 @@ def child(order: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "fault" in order:
         install(order["fault"])
+    bound(order)
     try:
         if "code" in order:
             exec(order["code"], {"__name__": "__main__"})
@@ -152,10 +178,20 @@ def child(order: dict[str, Any]) -> int:
     return 0
 
 
+ENDED: dict[int, int] = {}
+"""Exit statuses of processes that ended where they should have stopped."""
+
+
 def run(order: dict[str, Any]) -> dict[str, int]:
     """Do one order."""
     if "stopped" in order:
-        return {"code": os.WSTOPSIG(os.waitpid(order["stopped"], os.WUNTRACED)[1])}
+        status = os.waitpid(order["stopped"], os.WUNTRACED)[1]
+        if os.WIFSTOPPED(status):
+            return {"code": os.WSTOPSIG(status)}
+        ENDED[order["stopped"]] = os.waitstatus_to_exitcode(status)
+        return {"code": 0}
+    if order.get("wait") in ENDED:
+        return {"code": ENDED.pop(order["wait"])}
     pid = order.get("wait") or os.fork()
     if pid == 0:
         code = 1
@@ -171,6 +207,8 @@ def run(order: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    for module in os.environ.get("ZYGOTE_IMPORTS", "").split():
+        importlib.import_module(module)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
         sys.stdout.flush()

@@ -120,6 +120,36 @@ def test_weights_are_those_of_one_process(one: Path, two: Path) -> None:
     assert worst < 1e-6
 
 
+SIGNAL = """
+import os, signal
+from indexer.training.loop import Trainer
+real = Trainer.step
+def step(self, number):
+    if number == 7 and os.environ["RANK"] == "{rank}":
+        signal.raise_signal(signal.{signal})
+    return real(self, number)
+Trainer.step = step
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "signal", "code"), [(1, "SIGTERM", 143), (0, "SIGINT", 130)])
+def test_a_signal_to_one_rank_stops_all(gym: Gym, two: Path, rank: int, signal: str, code: int, tmp_path: Path) -> None:
+    """After the same step, which is saved; the first rank says so, and the same command ends as if none had come."""
+    words = gym.words(tmp_path, *OPTIONS, corpus="prompts")
+    outcomes = ranks(gym.lab, SIGNAL.format(rank=rank, signal=signal), words)
+    assert [outcome.code for outcome in outcomes] == [code, code]
+    (line,) = outcomes[0].err.strip().splitlines()
+    assert line.endswith(f"after step 8 of 12; the same command resumes from {tmp_path}/out/checkpoint-8")
+    assert outcomes[1].err.strip() == ""
+    assert Store.open(tmp_path / "store").run("run").steps == 8
+    again = ranks(gym.lab, "", words)
+    assert [outcome.code for outcome in again] == [0, 0], again[0].err + again[1].err
+    assert again[0].json["resumed_from"] == 8
+    runs = [Store.open(folder / "store").run("run") for folder in (tmp_path, two)]
+    assert same_bits(*map(arrays_of, runs)) == []
+
+
 CRASH = """
 import os, signal, sys
 from indexer.training.loop import Trainer

@@ -131,7 +131,7 @@ def test_tensorboard(gym: Gym, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = tmp_path / "logs"
-    fault: dict[str, Any] = {"call": "name", "path": r"run/commits/00000001\.json$", "when": "after", "act": "kill"}
+    fault: dict[str, Any] = {"call": "fsync", "path": r"00000000\.log$", "when": "after", "number": 4, "act": "kill"}
     options = ("--tensorboard", logs, "--per-layer")
     assert gym.run(tmp_path, *options, fault=fault).code == -9
     assert gym.run(tmp_path, *options).code == 0

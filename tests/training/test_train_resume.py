@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import ghoststore
 from ghoststore.store import Store
+from ghoststore.store.run.journal import journal_damage
 from indexer.training.state import checkpoints, read_state
 from tests.support.trainings import arrays_of, same_bits
 
@@ -30,31 +31,33 @@ def at(call: str, path: str, when: str, number: int = 1) -> Fault:
 
 
 MOMENTS: dict[str, tuple[Fault, int, int | None]] = {
-    # The fault, the newest checkpoint then, and the committed spans of 4 steps; None: there is no run yet.
-    "tokens-written": (at("fsync", r"tokens/\.tokens-00000000\.npy", "before"), 0, None),
+    # The fault, the newest checkpoint then, and the committed steps, saved every 4; None: there is no run yet.
+    "tokens-written": (at("fsync", r"commits/\.00000000\.tokens-00000000\.npy", "before"), 0, None),
     "tokens-committed": (at("name", r"tokens/commits/00000000\.json$", "after"), 0, None),
     "run-named": (at("name", r"runs/run$", "after"), 0, 0),
-    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.tmp/model\.safetensors$", "before"), 0, 0),
-    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.tmp/training_state/optimizer", "after"), 0, 0),
+    "weights-unflushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/model\.safetensors$", "before"), 0, 0),
+    "optimizer-flushed": (at("fsync", r"\.checkpoint-3\.[^/]*tmp/training_state/optimizer", "after"), 0, 0),
     "checkpoint-unnamed": (at("name", r"out/checkpoint-3$", "before"), 0, 0),
     "checkpoint-named": (at("name", r"out/checkpoint-3$", "after"), 3, 0),
-    "first-chunk": (at("name", r"run/score/c/0/0/0$", "before"), 3, 0),
-    "record-named": (at("name", r"run/commits/00000000\.json$", "after"), 3, 1),
-    "second-checkpoint-unnamed": (at("name", r"out/checkpoint-6$", "before"), 3, 1),
-    "pending-checkpoint": (at("name", r"out/checkpoint-6$", "after"), 6, 1),
-    "between-record-and-checkpoint": (at("name", r"run/commits/00000001\.json$", "after"), 6, 2),
-    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.tmp$", "after"), 9, 2),
-    "last-record-unnamed": (at("name", r"run/commits/00000002\.json$", "before"), 9, 2),
-    "last-checkpoint-unnamed": (at("name", r"out/checkpoint-12$", "before"), 9, 3),
-    "last-checkpoint-named": (at("name", r"out/checkpoint-12$", "after"), 12, 3),
+    "interval-unflushed": (at("fsync", r"journal/00000000\.log$", "before"), 3, 0),
+    "interval-committed": (at("fsync", r"journal/00000000\.log$", "after", 2), 3, 4),
+    "second-checkpoint-unnamed": (at("name", r"out/checkpoint-6$", "before"), 3, 4),
+    "pending-checkpoint": (at("name", r"out/checkpoint-6$", "after"), 6, 4),
+    "between-interval-and-checkpoint": (at("fsync", r"journal/00000000\.log$", "after", 4), 6, 8),
+    "old-checkpoint-unnamed": (at("name", r"checkpoint-3 -> .*\.old\.[^/]*tmp$", "after"), 9, 8),
+    "last-interval-committed": (at("fsync", r"journal/00000000\.log$", "after", 6), 9, 12),
+    "a-chunk": (at("name", r"run/score/c/0/0/0$", "before"), 9, 12),
+    "record-unnamed": (at("name", r"run/commits/00000000\.json$", "before"), 9, 12),
+    "last-checkpoint-unnamed": (at("name", r"out/checkpoint-12$", "before"), 9, 12),
+    "last-checkpoint-named": (at("name", r"out/checkpoint-12$", "after"), 12, 12),
 }
 IN_A_ROW = (
     "tokens-written",
     "run-named",
     "optimizer-flushed",
-    "record-named",
+    "interval-committed",
     "second-checkpoint-unnamed",
-    "between-record-and-checkpoint",
+    "between-interval-and-checkpoint",
     "last-checkpoint-unnamed",
 )
 """Moments of one training that is killed at each of them."""
@@ -71,24 +74,32 @@ def whole(gym: Gym) -> Path:
     return folder
 
 
-def committed(folder: Path) -> dict[str, bytes]:
-    """Bytes of every file that a record names, and of the records."""
-    run = folder / "store" / "runs" / "run"
-    records = sorted(run.glob("commits/0*.json"))
+def committed(folder: Path) -> dict[str, Any]:
+    """Bytes of every file that a record names, and of the records; and the numbers of every committed step."""
+    path = folder / "store" / "runs" / "run"
+    records = sorted(path.glob("commits/0*.json"))
     names = [name for record in records for name in json.loads(record.read_bytes())["files"]]
-    return {str(path.relative_to(run)): path.read_bytes() for path in (*records, *(run / name for name in names))}
+    known: dict[str, Any] = {str(p.relative_to(path)): p.read_bytes() for p in (*records, *(path / n for n in names))}
+    if path.exists():
+        run = Store.open(folder / "store").run("run")
+        for spec in run.layout.arrays():
+            numbers = zip(run.committed_steps().tolist(), run.read_committed(spec.name), strict=True)
+            known |= {f"{spec.name}, step {step}": values.tobytes() for step, values in numbers}
+    return known
 
 
-def sound(folder: Path, newest: int, spans: int | None) -> None:
-    """What is there after a kill is whole: checkpoints that load, spans that verify."""
+def sound(folder: Path, newest: int, steps: int | None) -> None:
+    """What is there after a kill is whole: checkpoints that load, steps that verify."""
     found = checkpoints(folder / "out")
     assert [int(path.name.partition("-")[2]) for path in found][-1:] == ([newest] if newest else [])
     for path in found:
         assert read_state(path).step == int(path.name.partition("-")[2])
-    if spans is None:
+    if steps is None:
         assert not (folder / "store" / "runs" / "run").exists()
         return
-    assert Store.open(folder / "store").run("run").spans == list(range(spans))
+    run = Store.open(folder / "store").run("run")
+    assert run.committed_steps().tolist() == list(range(steps))
+    assert journal_damage(run) == []
     report = ghoststore.verify(folder / "store")
     assert report.sound, report.damage
 
@@ -121,10 +132,10 @@ def resumes(gym: Gym, folder: Path, whole: Path, newest: int) -> None:
 @pytest.mark.kill
 @pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in IN_A_ROW])
 def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
-    fault, newest, spans = MOMENTS[moment]
+    fault, newest, steps = MOMENTS[moment]
     outcome = gym.run(tmp_path, *OPTIONS, fault=fault | {"act": "kill"})
     assert outcome.code == -9, outcome.err
-    sound(tmp_path, newest, spans)
+    sound(tmp_path, newest, steps)
     resumes(gym, tmp_path, whole, newest)
 
 
@@ -143,22 +154,90 @@ def test_killed_at_any_flush(gym: Gym, whole: Path, number: int, tmp_path: Path)
 @pytest.mark.slow
 def test_killed_again_and_again(gym: Gym, whole: Path, tmp_path: Path) -> None:
     for moment in IN_A_ROW:
-        fault, newest, spans = MOMENTS[moment]
+        fault, newest, steps = MOMENTS[moment]
         outcome = gym.run(tmp_path, *OPTIONS, fault=fault | {"act": "kill"})
         assert outcome.code == -9, outcome.err
-        sound(tmp_path, newest, spans)
+        sound(tmp_path, newest, steps)
     resumes(gym, tmp_path, whole, 9)
 
 
+STOPS: dict[str, tuple[Fault, str]] = {
+    # The fault that brings the signal, and how the sentence ends; a training in its steps finishes one and saves it.
+    "tokens": (MOMENTS["tokens-written"][0], "before the first checkpoint: the same command starts at step 0."),
+    "first-interval": (MOMENTS["interval-unflushed"][0], "of 12; the same command resumes from "),
+    "checkpoint": (MOMENTS["weights-unflushed"][0], "of 12; the same command resumes from "),
+    "last-checkpoint": (MOMENTS["last-checkpoint-unnamed"][0], "after step 12 of 12; the same command resumes from "),
+}
+
+
 @pytest.mark.kill
-@pytest.mark.thin(1)
-@pytest.mark.parametrize("moment", ["tokens-written", "first-chunk", "last-checkpoint-unnamed"])
-def test_interrupted(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
-    outcome = gym.run(tmp_path, *OPTIONS, fault=MOMENTS[moment][0] | {"act": "interrupt"})
-    assert outcome.code == 130
-    assert outcome.err.strip() == "Interrupted. What was committed is intact: the same command resumes."
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("act", ["interrupt", "terminate"])
+@pytest.mark.parametrize("moment", STOPS)
+def test_a_signal_saves_before_it_ends(gym: Gym, whole: Path, moment: str, act: str, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM finish the step, save a checkpoint and say so; what follows is as if none had come."""
+    fault, words = STOPS[moment]
+    outcome = gym.run(tmp_path, *OPTIONS, fault=fault | {"act": act})
+    assert outcome.code == {"interrupt": 130, "terminate": 143}[act]
+    (line,) = outcome.err.strip().splitlines()
+    assert line.startswith({"interrupt": "Interrupted", "terminate": "Terminated"}[act])
+    assert words in line
     newest = max([int(path.name.partition("-")[2]) for path in checkpoints(tmp_path / "out")], default=0)
+    if moment == "tokens":
+        assert newest == 0
+    else:
+        assert line.endswith(str(tmp_path / f"out/checkpoint-{newest}"))
+        run = Store.open(tmp_path / "store").run("run")
+        assert run.steps == newest // 4 * 4  # the rest is in the checkpoint
     resumes(gym, tmp_path, whole, newest)
+
+
+SECOND = """
+import os, signal, sys, threading, time
+import indexer.training.loop
+import ghoststore.interrupts
+ghoststore.interrupts.SAME = 0.0
+real = indexer.training.loop.Trainer.step
+
+def step(self, number):
+    if number == 5:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        sys.exit("the second signal was not heard")
+    return real(self, number)
+
+indexer.training.loop.Trainer.step = step
+import ghoststore.cli
+ghoststore.cli.main({words!r})
+"""
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(gym: Gym, whole: Path, tmp_path: Path) -> None:
+    outcome = gym.lab.run(code=SECOND.format(words=["train", *gym.words(tmp_path, *OPTIONS)]))
+    assert outcome.code == 143
+    assert outcome.err.strip() == (
+        f"Terminated. The same command resumes from {tmp_path}/out/checkpoint-3; committed scores of later steps stay"
+    )
+    sound(tmp_path, 3, 4)
+    resumes(gym, tmp_path, whole, 3)
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_a_signal_where_val_gradients_last(gym: Gym, tmp_path: Path) -> None:
+    """Training goes on to the step where the next one is due: those that follow are scored as if no signal had come."""
+    options = (*OPTIONS, "--val-refresh-interval", 5, "--checkpoint-interval", 12)
+    options = tuple(map(str, options))
+    assert gym.run(tmp_path / "whole", *options).code == 0
+    folder = tmp_path / "stopped"
+    fault = at("fsync", r"journal/00000000\.log$", "before", 3) | {"act": "interrupt"}  # after step 8
+    assert gym.run(folder, *options, fault=fault).code == 130
+    assert [path.name for path in checkpoints(folder / "out")] == ["checkpoint-10"]
+    assert gym.run(folder, *options).code == 0
+    runs = [Store.open(each / "store").run("run") for each in (folder, tmp_path / "whole")]
+    assert same_bits(*map(arrays_of, runs)) == []
 
 
 def test_nothing_to_do(gym: Gym, whole: Path, tmp_path: Path) -> None:
@@ -208,8 +287,8 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
     ("options", "moment"),
     [
         (("--train-dtype", "float16"), "last-checkpoint-unnamed"),
-        (("--score", "sketched"), "record-named"),
-        (("--checkpoint", "dropout"), "between-record-and-checkpoint"),
+        (("--score", "sketched"), "interval-committed"),
+        (("--checkpoint", "dropout"), "between-interval-and-checkpoint"),
     ],
 )
 def test_other_trainings_resume_too(gym: Gym, options: tuple[str, str], moment: str, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from tests.support.trainings import Trained, arrays_of, same_bits
 if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
-FULL = {"call": "fsync", "path": r"run/score/c/1", "when": "before", "act": "ENOSPC"}
-"""The second span of four steps cannot be written."""
+FULL = {"call": "fsync", "path": r"journal/00000000\.log", "when": "before", "number": 3, "act": "ENOSPC"}
+"""The second save interval of four steps cannot be written."""
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_the_store_is_full_and_training_stops(gym: Gym, whole: Path, tmp_path: P
     outcome = gym.run(tmp_path, fault=FULL)
     assert outcome.code == 6
     assert outcome.out == ""
-    assert "cannot write span 1 of" in outcome.err
+    assert "cannot write steps 4 to 8 of" in outcome.err
     assert "no space is left on the device; free some" in outcome.err
     assert "Traceback" not in outcome.err
-    assert run_of(tmp_path).spans == [0]
+    assert run_of(tmp_path).ranges == [(0, 4)]
     assert ghoststore.verify(tmp_path / "store").sound
     again = gym.run(tmp_path, "--keep-checkpoints", "all", "--json")
     assert again.code == 0, again.err
@@ -70,10 +70,10 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
     assert outcome.code == 0, outcome.err
     assert outcome.json["steps"] == 12
     (note,) = outcome.err.strip().splitlines()
-    assert note.startswith("note: cannot write span 1 of ")
+    assert note.startswith("note: cannot write steps 4 to 8 of ")
     assert note.endswith("Training goes on without scores in the store (--on-store-error continue)")
     assert same_bits(weights(tmp_path), weights(whole)) == []
-    assert run_of(tmp_path).spans == [0]
+    assert run_of(tmp_path).ranges == [(0, 4)]
     # It is finished: nothing more comes, and that is said.
     again = gym.run(tmp_path, *options)
     assert again.code == 0, again.err
@@ -95,7 +95,7 @@ def test_the_store_is_full_and_training_continues(gym: Gym, whole: Path, tmp_pat
 @pytest.mark.slow
 @pytest.mark.kill
 def test_the_disk_of_the_checkpoints_is_full(gym: Gym, whole: Path, tmp_path: Path) -> None:
-    fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "ENOSPC"}
+    fault = {"call": "fsync", "path": r"\.checkpoint-6\.[^/]*tmp/model", "when": "before", "act": "ENOSPC"}
     for options in ((), ("--on-store-error", "continue")):
         outcome = gym.run(tmp_path, *options, fault=fault)
         assert outcome.code == 6
@@ -145,7 +145,7 @@ def test_a_full_disk(gym: Gym, small_disk: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["output", "run"])
 def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path) -> None:
     """The second is refused, whether it shares the output folder or the run, and harms nothing."""
-    fault = {"call": "fsync", "path": r"\.checkpoint-6\.tmp/model", "when": "before", "act": "stop"}
+    fault = {"call": "fsync", "path": r"\.checkpoint-6\.[^/]*tmp/model", "when": "before", "act": "stop"}
     first = gym.start(tmp_path, "--keep-checkpoints", "all", fault=fault)
     gym.lab.stopped(first)
     before = gym.lab.tree(tmp_path)
@@ -154,8 +154,9 @@ def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path
     assert second.code == 5
     what = f"--output-dir {tmp_path}/out" if other == "output" else "run 'run'"
     option = "--output-dir" if other == "output" else "--name"
-    assert second.err.strip() == (
-        f"Error: {what} is being written by another process; wait for it, or choose another {option}"
+    assert second.err.startswith(
+        f"Error: {what} is being written by another process; wait for it, or choose another {option}. It is process "
+        f"{first} on "
     )
     assert {name: data for name, data in gym.lab.tree(tmp_path).items() if not name.startswith("other")} == before
     os.kill(first, signal.SIGCONT)
@@ -184,7 +185,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "val": ({"val_set": "prompts-val"}, r"val\.fingerprint: stored '\w+:?\w+', asked for '\w+:?\w+'"),
     "checkpoint": ({"model": "two"}, r"model\.(checkpoint|config|parameters)\S*: stored .*, asked for "),
     "domains": ({"domains": ("sky",)}, r"corpus\.only_domains: stored None, asked for \['sky'\]"),
-    "interval": ({"dot_prod_save_interval": 3}, r"storage\.span_steps: stored 4, asked for 3"),
+    "interval": ({"dot_prod_save_interval": 3}, r"storage\.save_steps: stored 4, asked for 3"),
     "layers": ({"per_layer": True}, r"scoring\.per_layer: stored False, asked for True"),
     "max-length": ({"max_length": 16}, r"training\.max_length: stored 32, asked for 16"),
 }

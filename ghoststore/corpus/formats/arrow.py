@@ -9,6 +9,7 @@ from typing import Any
 
 from ghoststore.corpus.fields import BESIDE_MESSAGES
 from ghoststore.corpus.formats.base import KeyedRow, reading
+from ghoststore.corpus.formats.compressed import too_large
 from ghoststore.errors import CorpusError
 
 ROWS_PER_BATCH = 1024
@@ -26,8 +27,12 @@ def reading_arrow(path: Path) -> Iterator[None]:
         raise CorpusError(f"{path}: damaged: {error}") from error
 
 
-def batch_rows(table: Any, first: int, path: Path) -> Iterator[KeyedRow]:
-    """The rows of an Arrow table or batch, numbered from ``first``."""
+def batch_rows(table: Any, first: int, path: Path, largest: int | None = None) -> Iterator[KeyedRow]:
+    """The rows of an Arrow table or batch, numbered from ``first``. CorpusError for one above ``largest`` bytes."""
+    if largest is not None and table.nbytes > largest:
+        for number in range(table.num_rows):
+            if table.slice(number, 1).nbytes > largest:
+                raise too_large(row_place(path, first + number), largest, advice=True)
     try:
         rows = table.to_pylist()
     except UnicodeDecodeError:

@@ -31,6 +31,10 @@ class Form(Protocol):
         """Whether keys are byte offsets."""
 
     @property
+    def largest(self) -> int | None:
+        """Bytes of a record; CorpusError for a larger one, where it can be before it is in memory. None: any number."""
+
+    @property
     def adds_nulls(self) -> bool:
         """Whether a schema gives every object all its keys, null where the data had none."""
 
@@ -55,7 +59,14 @@ def reading(path: Path) -> Iterator[None]:
     """Turn every way in which a file fails to be read into a CorpusError that names it."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except zstandard.ZstdError as error:
+        if "too much memory" in str(error):
+            raise CorpusError(
+                f"{path}: whoever compressed it has its reader keep more in memory than is given to it; if it is "
+                "yours, give `fields.max_record_bytes` the size of its window (2147483648 for what zstd calls long=31)"
+            ) from error
+        raise CorpusError(f"{path}: damaged or cut short: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise CorpusError(f"{path}: damaged or cut short: {error}") from error
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error

@@ -9,32 +9,50 @@ from typing import IO, Any
 
 import zstandard
 
+from ghoststore.errors import CorpusError
+from ghoststore.store.base.opening import open_regular
+
 BUFFER = 1 << 17
+PIECE = 1 << 10
+"""Compressed bytes that are decompressed at once. Four of zstd's can stand for 128 KiB: a piece for 32 MiB."""
+WINDOW = 1 << 27
+"""What a zstd file may have its reader keep in memory, as the zstd program has it."""
 
 
 class ZstdReader(io.RawIOBase):
-    """The decompressed bytes of all frames; EOFError where the last frame is cut short."""
+    """The decompressed bytes of all frames; EOFError where the last frame is cut short.
 
-    def __init__(self, source: IO[bytes]) -> None:
-        self._source = source
-        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    ``window`` bounds what a frame asks to have kept in memory; zstandard.ZstdError for more.
+    """
+
+    def __init__(self, source: IO[bytes], window: int = WINDOW) -> None:
+        self._source, self._window = source, window
+        self._frame = self._new_frame()
         self._inside = False
+        self._compressed = memoryview(b"")
         self._ready = memoryview(b"")
+
+    def _new_frame(self) -> Any:
+        return zstandard.ZstdDecompressor(max_window_size=self._window).decompressobj()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            chunk = (self._frame.unused_data if self._frame.eof else b"") or self._source.read(1 << 14)
-            if not chunk:
+            if not self._compressed:
+                self._compressed = memoryview(self._source.read(1 << 14))
+            if not self._compressed:
                 if self._inside:
                     raise EOFError("the last zstd frame does not end")
                 return 0
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._ready = memoryview(self._frame.decompress(chunk))
+                self._frame = self._new_frame()
+            piece, self._compressed = self._compressed[:PIECE], self._compressed[PIECE:]
+            self._ready = memoryview(self._frame.decompress(piece))
             self._inside = not self._frame.eof
+            if self._frame.eof and self._frame.unused_data:
+                self._compressed = memoryview(self._frame.unused_data + self._compressed.tobytes())
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
@@ -45,12 +63,35 @@ class ZstdReader(io.RawIOBase):
         super().close()
 
 
-def open_bytes(path: Path) -> io.BufferedReader:
-    """The decompressed bytes of a file, by its suffix."""
+class GzipReader(gzip.GzipFile):
+    """As gzip's own, which leaves the file open that it was given."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        super().__init__(fileobj=source, mode="rb")
+        self._given = source
+
+    def close(self) -> None:
+        super().close()
+        self._given.close()
+
+
+def open_bytes(path: Path, largest: int | None = None) -> io.BufferedReader:
+    """The decompressed bytes of a file, by its suffix. OSError for what is no regular file.
+
+    Where records may be ``largest`` bytes (None: any number), a zstd file may have as much kept in memory.
+    """
+    source = open_regular(path)
     match path.suffix.lower():
         case ".gz":
-            return io.BufferedReader(gzip.open(path, "rb"), BUFFER)
+            return io.BufferedReader(GzipReader(source), BUFFER)
         case ".zst":
-            return io.BufferedReader(ZstdReader(io.FileIO(path)), BUFFER)
+            window = (1 << 31) if largest is None else min(max(WINDOW, largest), 1 << 31)
+            return io.BufferedReader(ZstdReader(source, window), BUFFER)
         case _:
-            return io.BufferedReader(io.FileIO(path), BUFFER)
+            return io.BufferedReader(source, BUFFER)
+
+
+def too_large(place: str, largest: int, advice: bool) -> CorpusError:
+    """What is raised for a record of more than ``largest`` bytes at ``place``."""
+    give = f"; if it is one, give `fields.max_record_bytes` a larger number ({largest:,} now)" if advice else ""
+    return CorpusError(f"{place}: a record of more than {largest:,} bytes{give}")

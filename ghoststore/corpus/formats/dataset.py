@@ -19,6 +19,7 @@ class DatasetForm:
     name: str = "dataset"
     has_offsets: bool = False
     adds_nulls: bool = True
+    largest: int | None = None
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.dataset.column_names
@@ -52,7 +53,7 @@ class DatasetForm:
         chosen = self.dataset if columns is None else self.dataset.select_columns(columns)
         if "Json(" not in repr(chosen.features):
             tables = chosen.with_format("arrow")
-            return lambda first, end: batch_rows(tables[first:end], first, path)
+            return lambda first, end: batch_rows(tables[first:end], first, path, self.largest)
         # A Json feature is stored as encoded strings, which only datasets' own decoding turns back.
         decoded = chosen.with_format(None)
         return lambda first, end: enumerate((decoded[row] for row in range(first, end)), start=first)

@@ -11,6 +11,10 @@ from typing import Any
 
 from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, row_place, wanted
 from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.store.base.opening import open_regular
+
+AT_ONCE = 64 << 20
+"""Bytes of rows in memory, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,7 @@ class ParquetForm:
     name: str = "parquet"
     has_offsets: bool = False
     adds_nulls: bool = True
+    largest: int | None = None
 
     def fields(self, path: Path) -> Sequence[str] | None:
         names: list[str] = self.schema(path).names
@@ -34,15 +39,21 @@ class ParquetForm:
                     groups.append(group)
                 else:
                     first += size
-            for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=columns):
+            for batch in file.iter_batches(self._rows_at_once(file, groups), row_groups=groups, columns=columns):
                 skip = min(max(start - first, 0), batch.num_rows)
-                yield from batch_rows(batch.slice(skip), first + skip, path)
+                yield from batch_rows(batch.slice(skip), first + skip, path, self.largest)
                 first += batch.num_rows
+
+    def _rows_at_once(self, file: Any, groups: Sequence[int]) -> int:
+        """As many as are about AT_ONCE bytes, by what the file says of them."""
+        described = [file.metadata.row_group(group) for group in groups]
+        bytes_of_row = max((group.total_byte_size // max(group.num_rows, 1) for group in described), default=1)
+        return max(1, min(ROWS_PER_BATCH, AT_ONCE // max(bytes_of_row, 1)))
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
         for first, inside, table in self.groups(path, columns, keys):
             for key in inside:
-                yield from batch_rows(table.slice(key - first, 1), key, path)
+                yield from batch_rows(table.slice(key - first, 1), key, path, self.largest)
 
     def groups(
         self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]
@@ -75,5 +86,10 @@ class ParquetForm:
 def parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with reading_arrow(path), pyarrow.parquet.ParquetFile(path) as file:
+    # Pages are read as they are needed, and not a row group at once, which may be the whole file.
+    with (
+        reading_arrow(path),
+        open_regular(path) as source,
+        pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=AT_ONCE >> 6) as file,
+    ):
         yield file

@@ -12,18 +12,22 @@ from pathlib import Path
 import orjson
 
 from ghoststore.corpus.formats.base import Form, KeyedRow, reading
-from ghoststore.corpus.formats.compressed import BUFFER, open_bytes
+from ghoststore.corpus.formats.compressed import BUFFER, open_bytes, too_large
 from ghoststore.errors import CorpusError
 
 BOM = b"\xef\xbb\xbf"
 
 
 class Lines:
-    """The lines of an open file with their endings, without a BOM; ``offset`` is that of the next one."""
+    """The lines of an open file with their endings, without a BOM; ``offset`` is that of the next one.
 
-    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+    CorpusError for a line of more than ``largest`` bytes (None: any number), before it is in memory.
+    """
+
+    def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
         self.path = path
         self.offset = 0
+        self.largest = largest
         self._stream = stream
 
     def move_to(self, offset: int) -> None:
@@ -38,21 +42,29 @@ class Lines:
         self.offset = offset
 
     def __iter__(self) -> Iterator[bytes]:
-        stream = self._stream
-        if self.offset == 0 and (line := stream.readline()):
+        read, most = self._stream.readline, -1 if self.largest is None else self.largest + 1
+        if self.offset == 0 and (line := read(most)):
             self.offset = len(line)
+            self.check(0)
             if line := line.removeprefix(BOM):
                 yield line
-        for line in stream:
+        while line := read(most):
             self.offset += len(line)
+            if len(line) == most:
+                self.check(self.offset - most)
             yield line
+
+    def check(self, begin: int) -> None:
+        """CorpusError if what was read since the record at ``begin`` is more than the largest record."""
+        if self.largest is not None and self.offset - begin > self.largest:
+            raise too_large(line_place(self.path, begin), self.largest, advice=True)
 
 
 class RecordedLines(Lines):
     """Lines that are recorded as they are given."""
 
-    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
-        super().__init__(path, stream)
+    def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
+        super().__init__(path, stream, largest)
         self.recorded: list[bytes] = []
 
     def __iter__(self) -> Iterator[bytes]:
@@ -112,8 +124,14 @@ def csv_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit((1 << 31) - 1)
     begin = lines.offset
     blank = -1
+
+    def decoded() -> Iterator[str]:
+        for line in lines:
+            lines.check(begin)  # an open quote goes on over lines
+            yield decode(line, lines)
+
     # The reader takes one line at a time and none beyond its record: the next record begins at lines.offset.
-    records = csv.reader((decode(line, lines) for line in lines), strict=True)
+    records = csv.reader(decoded(), strict=True)
     while True:
         try:
             cells = next(records)
@@ -135,7 +153,7 @@ def csv_rows(lines: Lines) -> Iterator[KeyedRow]:
     """Rows as dictionaries by the header, which is read from the file again when ``lines`` is past it."""
     if lines.offset:
         with open_bytes(lines.path) as stream:
-            _, header = next(csv_records(Lines(lines.path, stream)), (0, []))
+            _, header = next(csv_records(Lines(lines.path, stream, lines.largest)), (0, []))
     else:
         _, header = next(csv_records(lines), (0, []))
         if len(set(header)) < len(header):
@@ -155,13 +173,15 @@ class TextForm:
     parse: Callable[[Lines], Iterator[KeyedRow]]
     has_offsets: bool = True
     adds_nulls: bool = False
+    largest: int | None = None
+    """Bytes of a record; None: any number."""
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
-        with reading(path), open_bytes(path) as stream:
-            lines = Lines(path, stream)
+        with reading(path), open_bytes(path, self.largest) as stream:
+            lines = Lines(path, stream, self.largest)
             lines.move_to(start)
             rows = self.parse(lines)
             first = next(rows, None)
@@ -178,10 +198,10 @@ class TextForm:
     def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
         """As `pick`, and the bytes of each record with its line ending, where it has one."""
         with reading(path), ExitStack() as stack:
-            lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
+            lines = self._recorded(path, stack)
             for key in keys:
                 if lines.offset > key:  # a record that grew reaches past the next key
-                    lines = RecordedLines(path, stack.enter_context(open_bytes(path)))
+                    lines = self._recorded(path, stack)
                 lines.move_to(key)
                 lines.recorded.clear()
                 try:
@@ -190,6 +210,9 @@ class TextForm:
                     continue
                 if parsed is not None:
                     yield key, parsed[1], b"".join(lines.recorded)
+
+    def _recorded(self, path: Path, stack: ExitStack) -> RecordedLines:
+        return RecordedLines(path, stack.enter_context(open_bytes(path, self.largest)), self.largest)
 
     def header(self, path: Path) -> bytes:
         """What stands before the first record, without a BOM: a header, or nothing."""

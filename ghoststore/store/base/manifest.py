@@ -7,14 +7,25 @@ there describe different parts, or runs. The others (``source``, ``software``, `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any, TypeAlias
 
 from ghoststore.errors import CorruptError, MismatchError
 from ghoststore.store.base.names import FORMAT_VERSION
 from ghoststore.store.base.records import json_digest
 
 Manifest = dict[str, Any]
+Types: TypeAlias = tuple[type, ...]
+_JSON: dict[type, str] = {
+    dict: "an object",
+    list: "a list of names",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
 Difference = tuple[str, Any, Any]
 """(dotted path, stored value, value that is asked for or found)."""
 SHOWN = 90
@@ -34,7 +45,22 @@ class Kind:
     """Sections that may differ: paths, versions, devices."""
     parameter: str = "name"
     """The parameter that names it."""
+    entries: Mapping[str, Mapping[str, Types]] = field(default_factory=dict)
+    """By section: entries that it must have, and what each may be (of lists, names). ``a.b`` is one of the object
+    ``a``, where there is one.
+    """
 
+
+_NAMES: Types = (list,)
+_OPTIONAL_NAMES: Types = (list, NoneType)
+_OPTIONAL_TEXT: Types = (str, NoneType)
+_OPTIONAL_NUMBER: Types = (int, float, NoneType)
+_CORPUS: Mapping[str, Types] = {
+    "domains": _OPTIONAL_NAMES,
+    "repeated_ids": (dict, NoneType),
+    "repeated_ids.ids": (int,),
+    "repeated_ids.samples": (int,),
+}
 
 PART = Kind(
     name="part",
@@ -52,12 +78,57 @@ PART = Kind(
         "dtype",
     ),
     description=("source", "software", "compute", "coverage"),
+    # Those that tell a model and a tokenizer from others are asked for where they are compared, with what to do.
+    entries={
+        "corpus": {
+            **_CORPUS,
+            "fingerprint": (str,),
+            "samples": (int,),
+            "max_samples": (int, NoneType),
+            "fields": (dict,),
+        },
+        "tokens": {"max_length": (int,), "overlong": (str,)},
+        "loss": {"definition": (str,), "reduction": (str,)},
+        "projection": {
+            "layers": _NAMES,
+            "exclude_layers": _NAMES,
+            "include_embeddings": (bool,),
+            "kind": (str,),
+            "seed": (int,),
+            "rank_total": (int, str, NoneType),
+            "rank_min": (int, NoneType),
+            "compress": (int, NoneType),
+            "compress_by": _OPTIONAL_TEXT,
+            "precondition": _OPTIONAL_TEXT,
+            "damping": _OPTIONAL_NUMBER,
+            "calibration": (dict, NoneType),
+            "calibration.samples": (int,),
+            "calibration.kept": (int,),
+            "calibration.digest": (str,),
+            "calibration_samples": (int, NoneType),
+            "optimizer_state": _OPTIONAL_TEXT,
+            "kronecker_dimension": (int,),
+            "hash": _OPTIONAL_TEXT,
+        },
+        "batching": {"batch_tokens": (int,), "padding": (bool,)},
+        "dtype": {"model": (str,)},
+        "source": {
+            "checkpoint": (str,),
+            "tokenizer": _OPTIONAL_TEXT,
+            "data": (str,),
+            "form": (str,),
+            "optimizer_state": _OPTIONAL_TEXT,
+        },
+        "compute": {"attn_implementation": _OPTIONAL_TEXT, "gradient_checkpointing": (bool,)},
+        "coverage": {"share": (int, float)},
+    },
 )
 RUN = Kind(
     name="run",
     made="trained",
     identity=("model", "tokenizer", "corpus", "val", "training", "scoring", "storage"),
     description=("source", "software", "compute"),
+    entries={"corpus": _CORPUS, "tokenizer": {"fingerprint": _OPTIONAL_TEXT}},
 )
 
 
@@ -85,10 +156,49 @@ def manifest_of(attributes: Mapping[str, Any], where: str, kind: Kind) -> tuple[
         if not isinstance(value, dict) or attributes.get(f"{name}_sha256") != json_digest(value):
             raise CorruptError(f"{where} does not hold {what} that was written: its checksum does not fit")
     manifest, files = attributes["manifest"], attributes["files"]
-    missing = [name for name in kind.identity if name not in manifest]
+    missing = [name for name in (*kind.identity, *kind.description) if name not in manifest]
     if missing:
         raise CorruptError(f"{where} lacks the sections {missing} of a {kind.name}'s manifest")
+    _check_sections(manifest, where, kind)
+    if not all(isinstance(sha256, str) for sha256 in files.values()):
+        raise CorruptError(f"{where} names files without a SHA-256")
     return manifest, files
+
+
+def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
+    """CorruptError naming the section, or the entry, that is not what every {kind} has: nothing that reads it later has
+    to expect anything else.
+    """
+    for section in (*kind.identity, *kind.description):
+        value, wanted = manifest[section], list if section == "layers" else dict
+        if not isinstance(value, wanted):
+            raise CorruptError(
+                f"{where}: section {section!r} of its manifest is {_found(value)}; {_JSON[wanted]} is due"
+            )
+        if isinstance(value, list) and not all(_is_layer(layer) for layer in value):
+            raise CorruptError(f"{where}: section {section!r} of its manifest is no list of layers")
+        for name, types in kind.entries.get(section, {}).items():
+            due = " or ".join(_JSON[one] for one in types)
+            holder, _, last = name.rpartition(".")
+            entries = manifest[section][holder] if holder else manifest[section]
+            if entries is None:
+                continue
+            if last not in entries:
+                raise CorruptError(f"{where} lacks '{section}.{name}' in its manifest; {due} is due")
+            entry = entries[last]
+            # True is an int to Python, not to JSON.
+            fits = isinstance(entry, types) and (not isinstance(entry, bool) or bool in types)
+            if not fits or (isinstance(entry, list) and not all(isinstance(one, str) for one in entry)):
+                raise CorruptError(f"{where}: '{section}.{name}' of its manifest is {_found(entry)}; {due} is due")
+
+
+def _is_layer(value: Any) -> bool:
+    kinds = {"name": str, "type": str, "parameters": list, "modules": list, "shape": list, "ranks": list}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+def _found(value: Any) -> str:
+    return f"{value!r:.60} ({_JSON.get(type(value), type(value).__name__)})"
 
 
 def check_format(attributes: Mapping[str, Any], where: str) -> None:

@@ -17,6 +17,9 @@ from typing import Any
 
 from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.store.base.disk import replace
+from ghoststore.store.base.opening import open_regular as open_regular
+from ghoststore.store.base.opening import parse_json, size_of
+from ghoststore.store.base.opening import read_bounded as read_bounded
 
 CHECKSUM = "record_sha256"
 """The key of a record's checksum of itself, where the format has no other name for it."""
@@ -36,7 +39,7 @@ def seal(value: dict[str, Any], key: str = CHECKSUM, *, indent: int | None = 1, 
 
 def unseal(data: bytes, key: str = CHECKSUM) -> dict[str, Any]:
     """What :func:`seal` was given; ValueError if it was not made by it."""
-    value = json.loads(data)
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     if value.pop(key, None) != json_digest(value):
@@ -49,18 +52,19 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
     replace(path, seal(value))
 
 
-def read_record(path: Path, largest: int = LARGEST_RECORD, key: str = CHECKSUM, *, advice: str = "") -> dict[str, Any]:
-    """What :func:`seal` made of a record. FileNotFoundError if nothing is there, CorruptError if it is damaged."""
+def read_record(
+    path: Path,
+    largest: int = LARGEST_RECORD,
+    key: str = CHECKSUM,
+    *,
+    advice: str = "",
+    within: Path | None = None,
+) -> dict[str, Any]:
+    """What :func:`seal` made of a record, which must lie ``within`` a folder, without links, if that is given.
+    FileNotFoundError if nothing is there, CorruptError if it is damaged.
+    """
     with reading(path, advice=advice):
-        return unseal(read_bounded(path, largest), key)
-
-
-def read_bounded(path: Path, largest: int) -> bytes:
-    """The bytes of a small file; ValueError for one of more than ``largest``, before it is read."""
-    size = path.stat().st_size
-    if size > largest:
-        raise ValueError(f"it is too large: {size} bytes")
-    return path.read_bytes()
+        return unseal(read_bounded(path, largest, within), key)
 
 
 @contextmanager
@@ -85,9 +89,9 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> FileRecord:
-        """Read ``path``, in bounded memory."""
-        with open(path, "rb") as file:
+    def of(cls, path: Path, within: Path | None = None) -> FileRecord:
+        """Read ``path``, in bounded memory; raises as :func:`open_regular`."""
+        with open_regular(path, within) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(bytes=file.tell(), sha256=digest)
 
@@ -102,35 +106,40 @@ class FileRecord:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def damage(self, path: Path) -> str | None:
+    def damage(self, path: Path, within: Path | None = None) -> str | None:
         """What is wrong with the file at ``path``; None if it is what was written. Reads it whole."""
-        return damage(path, self.sha256, self.bytes)
+        return damage(path, self.sha256, self.bytes, within)
 
-    def check(self, path: Path, advice: str = "") -> None:
+    def check(self, path: Path, advice: str = "", within: Path | None = None) -> None:
         """CorruptError unless the file at ``path`` is what was written."""
-        check_file(path, self.sha256, self.bytes, advice)
+        check_file(path, self.sha256, self.bytes, advice, within)
 
 
 MISSING = "missing"
 
 
-def damage(path: Path, sha256: str, size: int | None = None) -> str | None:
-    """What is wrong with a file that was written with this SHA-256, and ``size`` if it is known; None: nothing."""
+def damage(path: Path, sha256: str, size: int | None = None, within: Path | None = None) -> str | None:
+    """What is wrong with a file that was written with this SHA-256, and ``size`` if it is known; None: nothing.
+
+    With ``within`` it must lie below that folder, without a link on the way.
+    """
     try:
         # The size first: a file that was cut, or replaced by a huge one, is not read.
-        there = path.stat().st_size
+        there = size_of(path, within)
         if size is not None and there != size:
             return f"{there} bytes; {size} were written"
-        return None if FileRecord.of(path).sha256 == sha256 else "its SHA-256 is not that of what was written"
+        return None if FileRecord.of(path, within).sha256 == sha256 else "its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return MISSING
+    except CorruptError as error:  # no regular file, or the system refuses; it says which file
+        return str(error)
     except OSError as error:
         return f"cannot be read: {error}"
 
 
-def check_file(path: Path, sha256: str, size: int | None = None, advice: str = "") -> None:
+def check_file(path: Path, sha256: str, size: int | None = None, advice: str = "", within: Path | None = None) -> None:
     """CorruptError if :func:`damage` finds any."""
-    wrong = damage(path, sha256, size)
+    wrong = damage(path, sha256, size, within)
     if wrong is not None:
         what = "is missing" if wrong == MISSING else f"is not what was written: {wrong}"
         raise CorruptError(f"{path} {what}{advice and f'; {advice}'}")

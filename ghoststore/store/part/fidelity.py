@@ -57,7 +57,7 @@ def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
     """What is kept; None where nothing is, or it is of another version or of another part."""
     path = part.path / FOLDER / f"{metric}.json"
     try:
-        record = read_record(path)
+        record = read_record(path, within=part.path)
         if record["format"] != FORMAT or record["manifest"] != json_digest(part.manifest):
             return None
         value = {**record["value"], "rows_covered": int(record["rows_covered"])}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.errors import MismatchError
-from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, read_bounded, reading, seal, unseal
+from ghoststore.store.base.opening import read_bounded
+from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, reading, seal, unseal
 
 INDEX_VERSION = 1
 CHECKSUM = "manifest_sha256"
@@ -109,13 +110,13 @@ class IndexManifest:
         return seal({"ghoststore_index": INDEX_VERSION, **asdict(self)}, CHECKSUM)
 
     @classmethod
-    def read(cls, path: Path) -> IndexManifest:
-        """What an ``index.json`` holds. FileNotFoundError without one, MismatchError if it is of another version,
-        CorruptError if it is not what was written.
+    def read(cls, path: Path, within: Path | None = None) -> IndexManifest:
+        """What an ``index.json`` holds, ``within`` its part. FileNotFoundError without one, MismatchError if it is of
+        another version, CorruptError if it is not what was written.
         """
         remedy = "`ghoststore index … --rebuild` makes it again"
         with reading(path, "is not the manifest of an index", remedy):
-            value = unseal(read_bounded(path, LARGEST_RECORD), CHECKSUM)
+            value = unseal(read_bounded(path, LARGEST_RECORD, within), CHECKSUM)
             version = value.pop("ghoststore_index")
             if version != INDEX_VERSION:
                 raise MismatchError(f"{path} has version {version!r}; this release reads {INDEX_VERSION}: {remedy}")

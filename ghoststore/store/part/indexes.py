@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.store.base.disk import UNFINISHED, exclusive, flush, publish, replace, storage_errors
+from ghoststore.store.base.disk import exclusive, flush, publish, replace, storage_errors, sweep
 from ghoststore.store.base.names import check_name, is_name
 from ghoststore.store.base.records import FileRecord
+from ghoststore.store.base.writers import living, own_id
 from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
 from ghoststore.store.part.part import Part
 
 FOLDER = "index"
 MANIFEST = "index.json"
-_BEGUN = "begun"
-_OURS = re.compile(rf"([0-9a-f]{{16}}|{_BEGUN})\.(faiss|rows)|{UNFINISHED.pattern}")
-"""Names of files that a build of an index makes."""
+_OURS = re.compile(r"([0-9a-f]{16}|begun)\.(faiss|rows)")
+"""Names of files that a build of an index makes, beside its unfinished ones."""
+GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
 State = Literal["current", "stale", "damaged"]
 
 
@@ -47,6 +48,11 @@ class IndexState:
         return head | ({} if self.manifest is None else self.manifest.to_json())
 
 
+def is_index_file(name: str) -> bool:
+    """Whether a build of an index makes files of that name in the folder of the index."""
+    return name in ("zarr.json", MANIFEST) or _OURS.fullmatch(name) is not None
+
+
 def index_folder(part: Part, name: str) -> Path:
     """Where the index called ``name`` is or would be."""
     return part.path / FOLDER / check_name(name, "index")
@@ -64,7 +70,7 @@ def read_manifest(part: Part, name: str) -> IndexManifest:
     UsageError if there is none, CorruptError if it is damaged, MismatchError if it is of another version.
     """
     try:
-        return IndexManifest.read(index_folder(part, name) / MANIFEST)
+        return IndexManifest.read(index_folder(part, name) / MANIFEST, part.path)
     except (FileNotFoundError, NotADirectoryError):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(
@@ -116,7 +122,7 @@ def index_states(part: Part) -> list[IndexState]:
 
 @contextmanager
 def building(part: Part, name: str) -> Iterator[Path]:
-    """The folder of an index, locked against other processes, without what a dead one had begun.
+    """The folder of an index, held against other processes, without what a dead one had begun.
 
     What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,
     StorageError if the disk refuses.
@@ -125,20 +131,22 @@ def building(part: Part, name: str) -> Iterator[Path]:
     with storage_errors(str(folder)):
         for group in (folder.parent, folder):
             group.mkdir(exist_ok=True)
-            publish(group / "zarr.json", b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}')
+            publish(group / "zarr.json", GROUP)
         with exclusive(folder, what):
-            _sweep(folder)  # under the lock: what is there beside the manifest's files is a dead process's
+            _sweep(folder)
             try:
                 yield folder
             finally:
+                for kind in SUFFIXES:
+                    begun_path(folder, kind).unlink(missing_ok=True)
                 _sweep(folder)
-                if not (folder / MANIFEST).exists():
+                if not (folder / MANIFEST).exists() and _alone(folder):
                     shutil.rmtree(folder)
 
 
 def begun_path(folder: Path, kind: str) -> Path:
-    """Where a file of one kind is written before it has its name."""
-    return folder / (_BEGUN + SUFFIXES[kind])
+    """Where this process writes a file of one kind before it has its name."""
+    return folder / f".begun{SUFFIXES[kind]}.{own_id()}.tmp"
 
 
 def seal_files(folder: Path) -> dict[str, FileRecord]:
@@ -158,9 +166,16 @@ def publish_index(folder: Path, manifest: IndexManifest) -> None:
     replace(folder / MANIFEST, manifest.encode())
 
 
+def _alone(folder: Path) -> bool:
+    return all(writer.id == own_id() for writer in living(folder))
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what the manifest does not name."""
-    named = {"zarr.json", MANIFEST}
+    """Remove what dead writers left, and what the manifest does not name."""
+    sweep(folder)
+    if not _alone(folder):
+        return  # where no lock holds it back, another may be about to name its files
+    named: set[str] = set()
     try:
         manifest = IndexManifest.read(folder / MANIFEST)
         named |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}

@@ -23,6 +23,8 @@ from ghoststore.store.spans.layout import (
 )
 
 MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
+LARGEST_CHUNK = LARGEST_ROW_BYTES
+"""Numbers of a chunk of vectors: a byte each, or less, and four once they are float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,11 @@ class PartLayout(SpanLayout):
         if self.rows < 1 or self.dimension < 1 or self.groups < 1:
             raise MismatchError(
                 f"a part has rows, numbers and blocks; found {self.rows}, {self.dimension}, {self.groups}"
+            )
+        if self.chunk_rows * self.dimension > LARGEST_CHUNK:
+            raise MismatchError(
+                f"chunks of {self.chunk_rows} rows of {self.dimension} numbers are larger than any part has "
+                f"(at most {LARGEST_CHUNK} numbers)"
             )
         if self.span_rows < 1 or self.chunk_rows < 1 or self.span_rows % self.chunk_rows:
             raise MismatchError(f"chunks of {self.chunk_rows} rows do not divide spans of {self.span_rows} rows")
@@ -87,6 +94,13 @@ class PartLayout(SpanLayout):
     @classmethod
     def of(cls, storage: Mapping[str, Any]) -> PartLayout:
         """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        end = 0
+        for _, start, stop in storage["groups"]:
+            if not (isinstance(stop, int) and start == end < stop):
+                raise ValueError(f"its groups do not follow one another: one from {start!r:.40} to {stop!r:.40}")
+            end = stop
+        if end != storage["dimension"]:
+            raise ValueError(f"its groups end at {end}, its dimension is {storage['dimension']!r:.40}")
         return cls(
             rows=int(storage["rows"]),
             dimension=int(storage["dimension"]),

@@ -16,6 +16,8 @@ from zarr.codecs import Crc32cCodec
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.manifest import PART, Manifest
+from ghoststore.store.base.opening import size_of
+from ghoststore.store.base.records import reading
 from ghoststore.store.part.encoding import Encoding, encoding
 from ghoststore.store.part.layout import PartLayout
 from ghoststore.store.part.status import FIRST_UNUSABLE, Status
@@ -69,6 +71,7 @@ class Part(Spanned[PartLayout]):
     @property
     def row_numbers(self) -> NDArray[np.int64]:
         """(rows,): the number of each committed row, ascending."""
+        self.bear_out()
         spans = (np.arange(*self.layout.span_of(span)) for span in self.spans)
         return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
 
@@ -107,7 +110,20 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
         raise CorruptError(f"part {part.name!r} has no array {name!r}, which its manifest tells of")
     for file in files:
         part.check_file(file)
-    return np.asarray(zarr.open_array(part.path / name, mode="r")[...])
+    array = part.open_zarr(name)
+    # What lacks its chunk reads as zeros, as many as its shape says.
+    there = sum(size_of(part.path / file, part.path) for file in files)
+    if array.nbytes > there:
+        raise CorruptError(f"{part.path / name} tells of {array.nbytes} bytes; {there} are there")
+    with reading(part.path / name):
+        return np.asarray(array[...])
+
+
+def create_fixed(group: zarr.Group, name: str, like: NDArray[Any]) -> zarr.Array[Any]:
+    """An array in one chunk, for the shape and dtype of ``like``, without numbers yet."""
+    return group.create_array(
+        name, shape=like.shape, chunks=like.shape, dtype=like.dtype, compressors=[Crc32cCodec()], fill_value=0
+    )
 
 
 def create_part(
@@ -116,23 +132,15 @@ def create_part(
     """Make a part with no rows yet, in one step: it appears whole or not at all.
 
     If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`, and so are the arrays
-    of ``fixed``, see :func:`fixed_array`. BusyError if another process is making it.
+    of ``fixed``, see :func:`fixed_array`.
     """
     layout = PartLayout.of(manifest["storage"])
 
     def fill(group: zarr.Group) -> None:
         for name, values in {SPAN_TABLE: spans, **(fixed or {})}.items():
-            array = group.create_array(
-                name,
-                shape=values.shape,
-                chunks=values.shape,
-                dtype=values.dtype,
-                compressors=[Crc32cCodec()],
-                fill_value=0,
-            )
-            array[...] = values
+            create_fixed(group, name, values)[...] = values
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 
-    create(path, PART, manifest, fill)
+    create(path, manifest, fill)
     return Part(path)

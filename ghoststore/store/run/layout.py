@@ -7,7 +7,8 @@ of a vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,19 +25,27 @@ from ghoststore.store.spans.layout import (
 
 ROW_CHUNK = 65_536
 """Rows of a chunk of the row table."""
+FILE_BYTES = 4 << 20
+"""Bytes that the files of a span have on average, at least, where a run is long enough."""
 _NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLayout(SpanLayout):
-    """Everything that fixes the arrays of a run. UsageError if they cannot be."""
+    """Everything that fixes the arrays of a run. UsageError if they cannot be.
+
+    Its arrays follow from it. :meth:`saving` chooses spans for a save interval.
+    """
 
     steps: int
     ranks: int
     batch: int
     """Samples of one rank's step, micro-batches of accumulation side by side."""
     span_steps: int
-    """Steps committed together: the save interval."""
+    """Steps whose chunks are committed together."""
+    save_steps: int | None = None
+    """Steps that a journal keeps together until their span is full, a divisor of ``span_steps``: the save interval.
+    None: that is the span, and the run has no journal."""
     rows: int
     """Rows of the row table."""
     groups: tuple[str, ...] = ()
@@ -47,10 +56,12 @@ class RunLayout(SpanLayout):
     """Numbers of a projected gradient; None: none are kept."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "ranks", "batch", "span_steps", "rows", "dimension"):
+        for name in ("steps", "ranks", "batch", "span_steps", "save_steps", "rows", "dimension"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"a run needs {name} of at least 1, not {value}")
+        if self.span_steps % self.interval:
+            raise UsageError(f"a span of {self.span_steps} steps is not whole save intervals of {self.interval}")
         for name in ("groups", "blocks"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise UsageError(f"a run needs different names of {name}; found {', '.join(getattr(self, name)[:20])}")
@@ -63,6 +74,35 @@ class RunLayout(SpanLayout):
                 )
 
     @classmethod
+    def saving(cls, every: int, **rest: Any) -> RunLayout:
+        """The layout of a run that saves ``every`` so many steps; ``rest`` are its other fields, spans aside.
+
+        A span is as many save intervals as make its files 4 MiB on average, its record among them, or the whole run
+        where that is shorter.
+        """
+        least = cls(span_steps=every, save_steps=every, **rest)
+        intervals = -(-least.steps // every)
+        size = 1
+        while True:
+            spans = intervals // size
+            size = -(-intervals // spans)
+            if spans > 1:
+                # Chunks divide the span of which they are parts: a number with many twos in it leaves them large.
+                twos = max(0, size.bit_length() - 4)
+                size = -(-size >> twos) << twos
+            layout = replace(least, span_steps=size * every)
+            if spans == 1 or layout._file_bytes() >= FILE_BYTES:
+                return layout
+            size = min(intervals, size + max(1, size // 8))
+
+    def _file_bytes(self) -> float:
+        """Bytes of a file of the first span, on average."""
+        start, stop = self.span_of(0)
+        specs = self.arrays()
+        files = 1 + sum(len(self.chunk_keys(spec, 0)) for spec in specs)
+        return (stop - start) * sum(spec.width * int(spec.dtype.itemsize) for spec in specs) / files
+
+    @classmethod
     def of(cls, storage: Mapping[str, Any]) -> RunLayout:
         """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
         for name in ("groups", "blocks"):
@@ -73,15 +113,27 @@ class RunLayout(SpanLayout):
             ranks=int(storage["ranks"]),
             batch=int(storage["batch"]),
             span_steps=int(storage["span_steps"]),
+            save_steps=int(storage["save_steps"]) if "save_steps" in storage else None,
             rows=int(storage["rows"]),
             groups=tuple(map(str, storage["groups"])),
             blocks=tuple(map(str, storage["blocks"])),
             dimension=None if storage["dimension"] is None else int(storage["dimension"]),
         )
 
+    def in_spans_of(self, stored: Mapping[str, Any]) -> RunLayout:
+        """This layout, in the spans of the run with the storage section ``stored`` if both save at the same steps: how
+        many intervals a span has is the writer's choice, and that of the run that is there holds.
+        """
+        if stored.get("save_steps", stored.get("span_steps")) != self.interval:
+            return self
+        return replace(self, span_steps=int(stored["span_steps"]), save_steps=stored.get("save_steps"))
+
     def to_json(self) -> dict[str, Any]:
         """The storage section of a run's manifest."""
-        return {**asdict(self), "groups": list(self.groups), "blocks": list(self.blocks)}
+        storage = {**asdict(self), "groups": list(self.groups), "blocks": list(self.blocks)}
+        if self.save_steps is None:
+            del storage["save_steps"]
+        return storage
 
     @property
     def length(self) -> int:
@@ -92,6 +144,20 @@ class RunLayout(SpanLayout):
     def span_length(self) -> int:
         """Steps of a span."""
         return self.span_steps
+
+    @property
+    def interval(self) -> int:
+        """The save interval: steps that are on the disk, or lost, together."""
+        return self.span_steps if self.save_steps is None else self.save_steps
+
+    @property
+    def intervals(self) -> int:
+        """Number of save intervals."""
+        return -(-self.steps // self.interval)
+
+    def interval_of(self, number: int) -> tuple[int, int]:
+        """First step and one past the last of a save interval."""
+        return number * self.interval, min((number + 1) * self.interval, self.steps)
 
     def arrays(self) -> list[ArraySpec]:
         """Every step array, in the order in which a span writes them; the row table is apart."""
@@ -126,15 +192,27 @@ class RunLayout(SpanLayout):
         axes: tuple[str, ...] = ("step",),
         fill: float = _NAN,
     ) -> ArraySpec:
-        """Chunks of whole steps, at most about 8 MiB, that divide the span (or are the only span)."""
+        """Chunks of whole steps, at most about 8 MiB, that divide the span (or are those of the only one)."""
         whole = ArraySpec(name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill)
-        span = min(self.span_steps, self.steps)
-        chunk = min(span, max(1, CHUNK_BYTES // whole.chunk_bytes))
-        # A chunk never crosses a span: other spans are written by others, at other times.
-        while span % chunk:
-            chunk -= 1
+        span, most = min(self.span_steps, self.steps), max(1, CHUNK_BYTES // whole.chunk_bytes)
+        if self.save_steps is not None and self.span_steps >= self.steps:
+            # Of the only span: of about one size, whether or not they divide it.
+            chunk = -(-span // -(-span // min(span, most)))
+        else:
+            chunk = _dividing(span, most)
         return ArraySpec(name=name, dtype=whole.dtype, chunk_rows=chunk, columns=columns, axes=axes, fill=fill)
 
     def row_arrays(self) -> list[ArraySpec]:
         """The arrays of the row table, (N) each, below ``rows/``."""
         return column_specs(SAMPLE_COLUMNS, min(ROW_CHUNK, self.rows), "rows/")
+
+
+@lru_cache(maxsize=256)
+def _dividing(span: int, most: int) -> int:
+    """The largest number up to ``most`` that divides ``span``: a chunk never crosses a span, for other spans are
+    written by others, at other times. Looked for once: a span may be long, and each look at an array asks.
+    """
+    chunk = min(span, most)
+    while span % chunk:
+        chunk -= 1
+    return chunk

@@ -11,10 +11,10 @@ import zarr
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store.base.opening import size_of
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.spans.group import create_array, gather
 from ghoststore.store.spans.layout import ArraySpec, chunk_keys
-from ghoststore.store.spans.reader import CRC_BYTES
 
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
@@ -96,6 +96,16 @@ class RunRows:
     def __len__(self) -> int:
         return self._run.layout.rows
 
+    def bear_out(self) -> None:
+        """CorruptError unless the table is as large as the manifest says: before memory for something of each of its
+        rows is asked for. Looks at the smallest column.
+        """
+        spec = self._spec("domain")
+        for key in chunk_keys(spec, 0, len(self)):
+            if key not in self._run.files:
+                raise CorruptError(f"{self._run.path / 'zarr.json'} does not name {key}, a file of its row table")
+            self._run.check_chunk(spec, key)
+
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` of one column.
 
@@ -129,13 +139,9 @@ class RunRows:
         raise UsageError(f"the row table of run {self._run.name!r} has no column {name!r}; it has: {', '.join(NAMES)}")
 
     def _check(self, spec: ArraySpec, key: str) -> None:
+        self._run.check_chunk(spec, key)  # before it is read whole
         path = self._run.path / key
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise CorruptError(f"{path} is missing") from None
-        # Before it is read whole.
-        if size > LARGEST_STRINGS + (1 << 20) if spec.dtype is str else size != spec.chunk_bytes + CRC_BYTES:
+        if spec.dtype is str and (size := size_of(path, self._run.path)) > LARGEST_STRINGS + (1 << 20):
             raise CorruptError(f"{path} is not what was written: it has {size} bytes")
         self._run.check_file(key)
         self._sound.add(key)

@@ -5,8 +5,9 @@ Legend: S steps, R ranks, B samples of one rank's step, N rows of the row table.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.manifest import RUN, Manifest, refuse_differences
+from ghoststore.store.base.records import FileRecord
+from ghoststore.store.run.journal import FOLDER, Journal, read_journals, read_skipped
 from ghoststore.store.run.layout import RunLayout
+from ghoststore.store.run.pieces import side_by_side
+from ghoststore.store.run.ranges import Steps, count, inside, merged, without
 from ghoststore.store.run.rows import RowTable, RunRows, write_rows
 from ghoststore.store.run.writer import RunWriter
+from ghoststore.store.spans.commits import Commit
 from ghoststore.store.spans.group import Spanned, create, create_array
-from ghoststore.store.spans.reader import stream
 
 __all__ = ["RowTable", "Run", "RunLayout", "RunRows", "RunWriter", "create_run"]
 
@@ -29,13 +34,20 @@ class Run(Spanned[RunLayout]):
     """One training run, as it stood when it was opened or last reloaded.
 
     Opened by :meth:`ghoststore.Store.run`, while it is written too. Opening is cheap: neither arrays nor the row
-    table are read.
+    table are read. Steps of a span that is not full yet are in its journal; every way of reading sees both.
     """
 
     kind = RUN
     unit = "steps"
 
     def __init__(self, path: Path) -> None:
+        self.journals: dict[int, Journal] = {}
+        """Of spans without a record, by span."""
+        self.skipped: list[Steps] = []
+        """Ranges of steps of which the writer has said that they will not come."""
+        self.skipped_problem: str | None = None
+        """What is wrong with the file that says so."""
+        self._ranges: list[Steps] | None = None
         super().__init__(path)
         self.rows = RunRows(self)
         """The row table."""
@@ -44,38 +56,133 @@ class Run(Spanned[RunLayout]):
     def layout_of(cls, storage: Mapping[str, Any]) -> RunLayout:
         return RunLayout.of(storage)
 
+    def _committed(self) -> list[int]:
+        # Before the records: a span that is committed in between has a record then, where its journal is gone.
+        journals = read_journals(self, self.journals)
+        self.skipped, self.skipped_problem = [], None
+        try:
+            self.skipped = read_skipped(self)
+        except CorruptError as error:
+            self.skipped_problem = str(error)
+        spans = super()._committed()
+        recorded = set(spans)
+        self.journals = {span: journal for span, journal in journals.items() if span not in recorded}
+        self._ranges = None
+        return spans
+
+    @property
+    def ranges(self) -> list[Steps]:
+        """Committed steps, in order: (first, one past the last) of each piece without a gap.
+
+        CorruptError if a journal is damaged: what it does not tell of is not passed over.
+        """
+        if self._ranges is None:
+            if self.skipped_problem is not None:
+                raise CorruptError(self.skipped_problem)
+            for journal in self.journals.values():
+                journal.check()
+            recorded = without(merged(map(self.layout.span_of, self.spans)), self.skipped)
+            self._ranges = merged([*recorded, *(steps for j in self.journals.values() for steps in j.steps)])
+        return self._ranges
+
+    @property
+    def length(self) -> int:
+        """Committed steps."""
+        return count(self.ranges)
+
     @property
     def steps(self) -> int:
         """Committed steps."""
         return self.length
 
-    def reload(self) -> list[int]:
-        """Look again which spans are committed; those that were not before, in order."""
-        before = set(self.spans)
+    @property
+    def complete(self) -> bool:
+        """Whether every step is committed."""
+        return self.length == self.layout.steps
+
+    def reload(self) -> list[Steps]:
+        """Look again what is committed; ranges of the steps that were not before, in order."""
+        before = self.ranges
         self.spans = self._committed()
-        return [span for span in self.spans if span not in before]
+        self._borne_out = False
+        return without(self.ranges, before)
+
+    def commits(self) -> Iterator[Commit]:
+        """The record of each span, and of each save interval of a journal one that is as it would be."""
+        yield from super().commits()
+        for journal in self.journals.values():
+            journal.check()
+            file = str(journal.path.relative_to(self.path))
+            for entry in journal.entries:
+                yield Commit(
+                    span=journal.span,
+                    start=entry.start,
+                    stop=entry.stop,
+                    statuses=entry.statuses,
+                    tokens=entry.tokens,
+                    files={file: FileRecord(bytes=entry.size, sha256=entry.digest.hex())},
+                )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, every commit record, and what the journals hold: what a cache was made from."""
+        recorded = super().fingerprint()
+        if not self.journals and not self.skipped:
+            return recorded
+        digest = hashlib.sha256(f"{recorded}:{self.skipped}".encode())
+        for span, journal in sorted(self.journals.items()):
+            digest.update(f"{span}:".encode() + b"".join(entry.digest for entry in journal.entries))
+        return digest.hexdigest()
 
     def committed_steps(self, spans: Sequence[int] | None = None) -> NDArray[np.int64]:
-        """Numbers, from 0, of the steps of ``spans`` (default: every committed one), in their order."""
-        chosen = [self.layout.span_of(span) for span in (self.spans if spans is None else spans)]
+        """Numbers, from 0, of the committed steps, or of those of ``spans``, in their order."""
+        chosen = self._of_spans(spans)
+        self.bear_out(self._recorded(chosen))
         return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in chosen)]).astype(np.int64)
 
     def read_committed(self, array: str, spans: Sequence[int] | None = None) -> NDArray[Any]:
-        """One step array over ``spans`` (default: every committed one), end to end along axis 0.
+        """One step array over all committed steps, or those of ``spans``, end to end along axis 0.
 
-        Which steps these are says :meth:`committed_steps`. UsageError for a span that is not committed, CorruptError
+        Which steps these are says :meth:`committed_steps`. UsageError for a span without a committed step, CorruptError
         naming the file that is not what was committed.
         """
-        chosen = list(self.spans if spans is None else spans)
-        absent = sorted(set(chosen) - set(self.spans))
+        return self._together(array, self._of_spans(spans))
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Steps ``start`` to ``stop`` of one array, all of them committed.
+
+        CorruptError naming the file that is not what was committed; UsageError where a step is not committed.
+        """
+        gap = without([(start, stop)], self.ranges)
+        if not gap and any(inside(journal.steps, (start, stop)) for journal in self.journals.values()):
+            return self._together(name, [(start, stop)])
+        return super().read(name, start, stop)
+
+    def _of_spans(self, spans: Sequence[int] | None) -> list[Steps]:
+        """Ranges of the committed steps of ``spans``, in their order; UsageError for a span that has none."""
+        if spans is None:
+            return self.ranges
+        inside_each = [inside(self.ranges, self.layout.span_of(span)) for span in spans]
+        absent = sorted(span for span, ranges in zip(spans, inside_each, strict=True) if not ranges)
         if absent:
             raise UsageError(f"spans {absent[:5]} of run {self.name!r} are not committed")
+        return [steps for ranges in inside_each for steps in ranges]
+
+    def _recorded(self, ranges: Sequence[Steps]) -> list[int]:
+        """The spans with a record that ``ranges`` lie in."""
+        length = self.layout.span_steps
+        spans = {span for start, stop in ranges for span in range(start // length, -(-stop // length))}
+        return sorted(spans.intersection(self.spans))
+
+    def _together(self, array: str, ranges: Sequence[Steps]) -> NDArray[Any]:
+        """One array over ``ranges``, end to end."""
         spec = self.spec(array)
-        numbers = np.empty((len(self.committed_steps(chosen)), *spec.columns), dtype=spec.dtype)
+        self.check_sizes(spec, self._recorded(ranges))
+        numbers = np.empty((count(ranges), *spec.columns), dtype=spec.dtype)
         place = 0
-        for chunk in stream(self, array, chosen):
-            numbers[place : place + len(chunk.data)] = chunk.data
-            place += len(chunk.data)
+        for piece in side_by_side(self, [array], ranges):
+            data = piece.data[array]
+            numbers[place : place + len(data)] = data
+            place += len(data)
         return numbers
 
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
@@ -97,7 +204,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
 
     ``manifest`` is plain JSON with the sections of a run (``docs/format.md``), ``storage`` that of
     :meth:`RunLayout.to_json`. MismatchError with both values if the run exists with other identity sections,
-    UsageError if manifest or rows cannot be, BusyError if another process is making it.
+    UsageError if manifest or rows cannot be.
     """
     try:
         wanted: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
@@ -114,10 +221,12 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
 
     def fill(group: zarr.Group) -> None:
         write_rows(group, layout, columns)
+        if layout.save_steps is not None:
+            group.create_group(FOLDER)
         for spec in layout.arrays():
             create_array(group, spec, layout.length)
 
-    create(path, RUN, wanted, fill)
+    create(path, wanted, fill)
     run = Run(path)
     refuse_differences(run.manifest, wanted, f"run {path.name!r} of {path.parent.parent}", RUN)
     return run

@@ -1,4 +1,4 @@
-"""Writing a run while it trains: steps are gathered into spans, and spans are committed in the background."""
+"""Writing a run while it trains: steps are gathered into save intervals, which are committed in the background."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.store.run.saver import Saver
 from ghoststore.store.spans.layout import ArraySpec
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
 
@@ -24,13 +25,13 @@ PLACES = ("score", "loss", "group_score", "block_score", "vector")
 class RunWriter:
     """The one writer of a run: ``with RunWriter(run) as writer: writer.append(step, values)``.
 
-    It holds the run against other writers of this machine (BusyError) and removes what a writer that died had not
-    finished. Steps of a span are kept in memory until its last one is appended; then a thread commits it, while
-    at most one more waits. Leaving the block waits for the spans that are full; steps of a span that is not full are
-    in :meth:`pending` alone, for a training checkpoint.
+    It holds the run against other writers (BusyError) and removes what a writer that died had not finished. Steps of a
+    save interval are kept in memory until its last one is appended; then a thread commits it, while at most one more
+    waits. Leaving the block waits for the intervals that are full; steps of one that is not full are in :meth:`pending`
+    alone, for a training checkpoint.
 
-    Errors of the thread (StorageError, BusyError) are raised by the next call or at the end of the block; nothing is
-    written after one.
+    Errors of the thread (StorageError, BusyError, CorruptError) are raised by the next call or at the end of the block;
+    nothing is written after one.
     """
 
     def __init__(self, run: Run) -> None:
@@ -38,21 +39,27 @@ class RunWriter:
         self._layout = run.layout
         self._specs = {spec.name: spec for spec in run.layout.arrays()}
         self._stack = ExitStack()
+        self._saver = Saver(run)
         self._background: BackgroundWriter
-        self._done: set[int] = set()
-        """Spans that are committed or handed to the thread."""
+        self._recorded: set[int] = set()
+        """Spans that were committed when the block was entered."""
+        self._saved: set[int] = set()
+        """Save intervals of other spans that are committed or handed to the thread."""
         self._next = 0
         """The step that is appended next."""
         self._gathered: dict[str, NDArray[Any]] | None = None
-        """Arrays of the span of ``_next``, filled up to it; None at its first step."""
+        """Arrays of the save interval of ``_next``, filled up to it; None at its first step."""
 
     def __enter__(self) -> RunWriter:
         with ExitStack() as stack:
             stack.enter_context(writing(self.run))
+            self._saver.begin()
             self.run.reload()
-            self._background = stack.enter_context(BackgroundWriter(self.run))
+            self._background = stack.enter_context(BackgroundWriter(self.run, self._saver.save))
             self._stack = stack.pop_all()
-        self._done = set(self.run.spans)
+        self._recorded = set(self.run.spans)
+        starts = [start for journal in self.run.journals.values() for start in journal.starts]
+        self._saved = {start // self._layout.interval for start in starts}
         self._next = self._first_open(0)
         return self
 
@@ -70,12 +77,12 @@ class RunWriter:
         """Keep one step, from 0: ``values`` by array, each of the array's shape without its first axis.
 
         ``sample`` is required; ``tokens`` is 0 and every array of floats NaN where it is not given. Steps come in
-        order, from the first that is not committed or the one after what was restored; those of committed spans are
-        accepted and dropped. UsageError (a ValueError) naming the array or the step that does not fit.
+        order, from the first that is not committed or the one after what was restored; those of committed save
+        intervals are accepted and dropped. UsageError (a ValueError) naming the array or the step that does not fit.
         """
         self._background.check()
         checked = self._checked(step, values)
-        if step // self._layout.span_steps in self._done:
+        if self._is_done(step // self._layout.interval):
             return
         if step != self._next:
             raise UsageError(f"step {step} is out of order: step {self._next} comes next in run {self.run.name!r}")
@@ -87,15 +94,16 @@ class RunWriter:
         Waits as :meth:`flush` does, so that committed and pending steps together are all that were appended.
         """
         self.flush()
-        start = self._next - self._next % self._layout.span_steps if self._gathered is not None else self._next
+        start = self._next - self._next % self._layout.interval if self._gathered is not None else self._next
         count = self._next - start
         arrays = self._gathered if self._gathered is not None else self._empty(0)
         return {"step": np.arange(start, self._next), **{name: a[:count].copy() for name, a in arrays.items()}}
 
     def restore(self, pending: Mapping[str, NDArray[Any]]) -> None:
-        """Take up what :meth:`pending` gave, before any step is appended; dropped if its span is committed by now.
+        """Take up what :meth:`pending` gave, before any step is appended; dropped if its interval is committed by now.
 
-        UsageError if it is not the beginning of a span, or not of this run's arrays.
+        Steps before it that are not committed are given up, as by :meth:`skip_to`. UsageError if it is not the
+        beginning of a save interval, or not of this run's arrays.
         """
         steps = np.asarray(pending.get("step")).tolist()
         if self._gathered is not None:
@@ -107,13 +115,14 @@ class RunWriter:
         if not steps:
             return
         begin = steps[0]
-        if begin % self._layout.span_steps or steps != list(range(begin, begin + len(steps))):
-            raise UsageError(f"pending steps {steps[:3]}… are not the beginning of a span")
-        if len(steps) >= self._layout.span_steps:
-            raise UsageError(f"{len(steps)} pending steps are more than a span leaves pending")
+        if begin % self._layout.interval or steps != list(range(begin, begin + len(steps))):
+            raise UsageError(f"pending steps {steps[:3]}… are not the beginning of a save interval")
+        if len(steps) >= self._layout.interval:
+            raise UsageError(f"{len(steps)} pending steps are more than a save interval leaves pending")
         each = [self._checked(step, {name: pending[name][i] for name in self._specs}) for i, step in enumerate(steps)]
-        if begin // self._layout.span_steps in self._done:
+        if self._is_done(begin // self._layout.interval):
             return
+        self._give_up(begin // self._layout.interval)
         self._next = begin
         for checked in each:
             self._keep(checked)
@@ -121,35 +130,46 @@ class RunWriter:
     def skip_to(self, step: int) -> None:
         """Say that no step before ``step`` will come, though some are not committed; it is appended next.
 
-        For a training run that goes on without what its store has lost. Spans that end before ``step`` stay without a
-        record: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own span before it are
-        written without samples. UsageError if ``step`` is not ahead.
+        For a training run that goes on without what its store has lost. Save intervals that end before ``step`` are
+        given up: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own interval before
+        it are written without samples. UsageError if ``step`` is not ahead.
         """
         if self._gathered is not None or not self._next <= step < self._layout.steps:
             raise UsageError(f"cannot skip to step {step}: step {self._next} comes next in run {self.run.name!r}")
-        self._next = self._first_open(step // self._layout.span_steps)
+        self._give_up(step // self._layout.interval)
+        self._next = self._first_open(step // self._layout.interval)
         nothing = np.full((self._layout.ranks, self._layout.batch), -1)
         while self._next < step:
             self._keep(self._checked(self._next, {"sample": nothing}))
 
     def flush(self) -> None:
-        """Wait until every full span is committed; :attr:`run` sees them then."""
+        """Wait until every full save interval is committed; :attr:`run` sees them then."""
         self._background.wait()
         self.run.reload()
 
-    def _first_open(self, span: int) -> int:
-        """First step of the first span from ``span`` on that is not done."""
-        while span in self._done:
-            span += 1
-        return min(span * self._layout.span_steps, self._layout.steps)
+    def _is_done(self, interval: int) -> bool:
+        return interval in self._saved or interval * self._layout.interval // self._layout.span_steps in self._recorded
+
+    def _first_open(self, interval: int) -> int:
+        """First step of the first save interval from ``interval`` on that is not done."""
+        while interval < self._layout.intervals and self._is_done(interval):
+            interval += 1
+        return min(interval * self._layout.interval, self._layout.steps)
+
+    def _give_up(self, until: int) -> None:
+        """Say that the save intervals before ``until`` that are not done will not come."""
+        intervals = range(self._next // self._layout.interval, until)
+        lost = [self._layout.interval_of(interval) for interval in intervals if not self._is_done(interval)]
+        self._background.wait()  # the saver belongs to the thread while that works
+        self._saver.skip(lost)
 
     def _empty(self, count: int) -> dict[str, NDArray[Any]]:
         return {name: np.empty((count, *spec.columns), dtype=spec.dtype) for name, spec in self._specs.items()}
 
     def _keep(self, checked: Mapping[str, NDArray[Any]]) -> None:
-        """Put one step into its place; hand the span over when it is full."""
-        span = self._next // self._layout.span_steps
-        start, stop = self._layout.span_of(span)
+        """Put one step into its place; hand the save interval over when it is full."""
+        interval = self._next // self._layout.interval
+        start, stop = self._layout.interval_of(interval)
         if self._gathered is None:
             self._gathered = self._empty(stop - start)
         for name, array in self._gathered.items():
@@ -157,9 +177,9 @@ class RunWriter:
         self._next += 1
         if self._next == stop:
             full, self._gathered = self._gathered, None
-            self._done.add(span)
-            self._next = self._first_open(span)
-            self._background.put(SpanData(span, full))
+            self._saved.add(interval)
+            self._next = self._first_open(interval)
+            self._background.put(SpanData(interval, full))
 
     def _checked(self, step: int, values: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         """One step's value for every array, in stored dtypes."""

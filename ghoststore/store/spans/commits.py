@@ -1,19 +1,18 @@
 """Commit records: one small JSON object a span, naming and checksumming everything the span wrote.
 
-What a record names never changes; what no record names does not exist.
+What a record names never changes; what no record names does not exist. :mod:`ghoststore.store.spans.committing` makes
+them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import CorruptError
-from ghoststore.store.base.disk import publish
-from ghoststore.store.base.records import FileRecord, read_bounded, reading, seal, unseal
+from ghoststore.store.base.records import FileRecord, read_bounded, reading, unseal
 
 _NAME = re.compile(r"(\d{8})\.json")
 LARGEST_COMMIT = 16 << 20
@@ -70,18 +69,9 @@ def read_commit(folder: Path, span: int) -> Commit:
     path = commit_path(folder, span)
     try:
         with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
-            commit = Commit.from_json(unseal(read_bounded(path, LARGEST_COMMIT)))
+            commit = Commit.from_json(unseal(read_bounded(path, LARGEST_COMMIT, folder)))
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing") from None
     if commit.span != span:
         raise CorruptError(f"{path} is the record of span {commit.span}, not {span}")
     return commit
-
-
-def write_commit(folder: Path, commit: Commit, keys: Iterable[str]) -> bool:
-    """Checksum the files ``keys`` and publish the record that names them; False if another process did so first.
-
-    The files must be on the disk already: a record that survives a crash must not name what does not.
-    """
-    named = replace(commit, files={key: FileRecord.of(folder / key) for key in keys})
-    return publish(commit_path(folder, commit.span), seal(named.to_json()))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,16 +14,26 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from ghoststore.errors import CorruptError, UsageError
+from ghoststore.errors import CorruptError, GhostStoreError, UsageError
 from ghoststore.store.base.disk import create_whole
 from ghoststore.store.base.manifest import Kind, Manifest, attributes_of, manifest_of
-from ghoststore.store.base.records import check_file, digests, json_digest, read_bounded, reading
-from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
-from ghoststore.store.spans.layout import ArraySpec, SpanLayout
+from ghoststore.store.base.opening import open_regular, parse_json, read_bounded, size_of
+from ghoststore.store.base.records import MISSING, check_file, digests, json_digest, reading
+from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, committed
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, SpanLayout
+from ghoststore.store.spans.soundness import exact_commit
 
 LARGEST_METADATA = 64 << 20
+MOST_CHUNKS = 1 << 17
+"""Of one array in a span, whose record names them all."""
 MOST_SPANS = 100_000_000
 """A span's number has eight digits in the name of its record."""
+LARGEST_ARRAY_METADATA = 1 << 20
+FEW_ROWS = 1 << 24
+MOST_TIMES = 64
+"""Where a number is kept of each row, a part has at most FEW_ROWS rows, or MOST_TIMES what is committed."""
+CODECS = {"bytes", "vlen-utf8", "crc32c"}
+"""Of the arrays: none that makes much of little."""
 L = TypeVar("L", bound=SpanLayout)
 
 
@@ -35,7 +45,7 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "zarr.json"
     try:
         with reading(path):
-            value = json.loads(read_bounded(path, LARGEST_METADATA))
+            value = parse_json(read_bounded(path, LARGEST_METADATA, folder))
             if not isinstance(value, dict):
                 raise ValueError("it is not a JSON object")
             attributes = value.pop("attributes", {})
@@ -46,6 +56,17 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
         if what != "store" and folder.is_dir():
             raise CorruptError(f"{path} is missing") from None
         raise UsageError(f"there is no {what} at {folder}") from None
+
+
+def group_problem(folder: Path, attributes: dict[str, Any]) -> str | None:
+    """Why the group at ``folder`` is not one with these ``attributes``; None if it is. Raises nothing."""
+    try:
+        there = read_attributes(folder, "store")
+    except UsageError:
+        return MISSING
+    except CorruptError as error:
+        return str(error)
+    return None if there == attributes else f"its attributes are {there!r:.80}; {attributes} were written"
 
 
 class Spanned(ABC, Generic[L]):
@@ -72,9 +93,13 @@ class Spanned(ABC, Generic[L]):
             raise CorruptError(f"{path / 'zarr.json'}: its storage section cannot be used: {error!r}") from error
         if self.layout.spans > MOST_SPANS:
             raise CorruptError(f"{path / 'zarr.json'} tells of {self.layout.spans} spans; at most {MOST_SPANS} can be")
+        chunks = self.layout.most_chunks()
+        if chunks > MOST_CHUNKS:
+            raise CorruptError(f"{path / 'zarr.json'} tells of spans of {chunks} files; at most {MOST_CHUNKS} can be")
         self.spans: list[int] = self._committed()
         """Committed spans, in order."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._borne_out = False
 
     @classmethod
     @abstractmethod
@@ -90,6 +115,8 @@ class Spanned(ABC, Generic[L]):
             spans = committed(self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise CorruptError(f"{self.path} has no commits folder") from None
+        except OSError as error:
+            raise CorruptError(f"{self.path / 'commits'} cannot be read: {error.strerror}") from error
         beyond = [span for span in spans if span >= self.layout.spans]
         if beyond:
             raise CorruptError(f"{self.path} has records of spans {beyond[:5]}, but only {self.layout.spans} spans")
@@ -117,8 +144,13 @@ class Spanned(ABC, Generic[L]):
         return repeated
 
     def commit(self, span: int) -> Commit:
-        """The record of a committed span."""
-        return read_commit(self.path, span)
+        """The record of a committed span; CorruptError if it is damaged, or names other files than the span has."""
+        return exact_commit(self.path, self.layout, span)
+
+    def commits(self) -> Iterator[Commit]:
+        """The record of each committed span, in order; CorruptError for one that is damaged."""
+        for span in self.spans:
+            yield self.commit(span)
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.
@@ -129,8 +161,10 @@ class Spanned(ABC, Generic[L]):
         for span in self.spans:
             path = commit_path(self.path, span)
             try:
-                digest.update(f"{span}:".encode() + path.read_bytes())
-            except OSError as error:
+                digest.update(f"{span}:".encode() + read_bounded(path, LARGEST_COMMIT, self.path))
+            except CorruptError:
+                raise
+            except (OSError, ValueError) as error:
                 raise CorruptError(f"{path} cannot be read: {error}") from error
         return digest.hexdigest()
 
@@ -143,10 +177,9 @@ class Spanned(ABC, Generic[L]):
 
     def check_file(self, name: str) -> None:
         """CorruptError unless ``name``, one of ``files``, has the bytes that it was made with."""
-        path = self.path / name
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name}")
-        check_file(path, self.files.get(name, "not one of its files"))
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name!r:.200}")
+        check_file(self.path / name, self.files.get(name, "not one of its files"), within=self.path)
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array, checked against the layout; CorruptError if it is not as described."""
@@ -155,9 +188,8 @@ class Spanned(ABC, Generic[L]):
     def open_array(self, spec: ArraySpec, length: int) -> zarr.Array[Any]:
         """The Zarr array of ``spec``, once its metadata are those that were written and describe it."""
         if spec.name not in self._arrays:
-            self.check_file(f"{spec.name}/zarr.json")
             shape, chunks = (length, *spec.columns), (spec.chunk_rows, *spec.columns)
-            array = zarr.open_array(self.path / spec.name, mode="r")
+            array = self.open_zarr(spec.name)
             if array.shape != shape or array.chunks != chunks:
                 raise CorruptError(
                     f"array {self.path / spec.name} has shape {array.shape} in chunks of {array.chunks}; the "
@@ -165,6 +197,70 @@ class Spanned(ABC, Generic[L]):
                 )
             self._arrays[spec.name] = array
         return self._arrays[spec.name]
+
+    def open_zarr(self, name: str) -> zarr.Array[Any]:
+        """A Zarr array whose metadata are those that were written, and have no codecs but ours. What it says of its
+        shape is not checked. CorruptError otherwise.
+        """
+        self.check_file(f"{name}/zarr.json")
+        path = self.path / name / "zarr.json"
+        with reading(path, "does not describe an array"):
+            described = parse_json(read_bounded(path, LARGEST_ARRAY_METADATA, self.path))
+            unknown = {str(codec["name"]) for codec in described["codecs"]} - CODECS
+            if unknown or described["chunk_grid"]["name"] != "regular":
+                raise ValueError(f"it has chunks or codecs that are not ours: {sorted(unknown)[:3]!r:.100}")
+            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # no metadata of other formats
+
+    def check_chunk(self, spec: ArraySpec, key: str) -> None:
+        """CorruptError unless ``key`` is a file, as large as a chunk of ``spec`` is. Of strings, whose bytes are not
+        known before, it must say that it has as many as a chunk, and be large enough for them.
+
+        Who asks for memory for a chunk, or lets another library read it, does so after this.
+        """
+        path = self.path / key
+        try:
+            if spec.dtype is not str:
+                size, expected = size_of(path, self.path), spec.chunk_bytes + CRC_BYTES
+                if size != expected:
+                    raise CorruptError(f"{path} has {size} bytes; {expected} were written")
+                return
+            with open_regular(path, self.path) as file:
+                size, count = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(4), "little")
+        except (FileNotFoundError, NotADirectoryError):
+            raise CorruptError(f"{path} is missing, though its span is committed") from None
+        if count != spec.chunk_rows or size < 4 + 4 * count + CRC_BYTES:
+            raise CorruptError(
+                f"{path} is not what was written: {count} strings in {size} bytes, where {spec.chunk_rows} are expected"
+            )
+
+    def check_sizes(self, spec: ArraySpec, spans: Sequence[int]) -> None:
+        """:meth:`check_chunk` of every chunk of ``spans``: before memory for all of them is asked for."""
+        for span in spans:
+            for key in self.layout.chunk_keys(spec, span):
+                self.check_chunk(spec, key)
+
+    def bear_out(self, spans: Sequence[int] | None = None) -> None:
+        """CorruptError unless the files of ``spans`` (default: every committed one) are as large as the manifest says:
+        before memory for something of each of their rows (or steps) is asked for. Looks at the smallest array, once.
+        """
+        if self._borne_out:
+            return
+        numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str]
+        smallest = min(numeric, key=lambda spec: spec.width * spec.dtype.itemsize)
+        self.check_sizes(smallest, self.spans if spans is None else spans)
+        self._borne_out = spans is None
+
+    def refuse_hollow(self) -> None:
+        """CorruptError if the length that the manifest tells of is out of all proportion to what is committed: before
+        memory for a number of each row (or step), committed or not, is asked for.
+        """
+        if self.layout.length > max(FEW_ROWS, MOST_TIMES * self.length):
+            raise CorruptError(
+                f"{self.path / 'zarr.json'} tells of {self.layout.length:,} {self.unit}, of which {self.length:,} are "
+                f"committed: too few to keep a number of each in memory. Where the {self.kind.name} is yours, go on "
+                "with it first"
+            )
+        self.bear_out()
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows (or steps) ``start`` to ``stop`` of one array, all of committed spans.
@@ -179,15 +275,16 @@ class Spanned(ABC, Generic[L]):
                     f"{self.unit} {start} to {stop} of {self.kind.name} {self.name!r} are not committed (span {span})"
                 )
             for key in self.layout.chunk_keys(spec, span):
-                if not (self.path / key).exists():
-                    raise CorruptError(f"{self.path / key} is missing, though span {span} is committed")
+                self.check_chunk(spec, key)
         return self.slice(spec, self.layout.length, start, stop)
 
     def slice(self, spec: ArraySpec, length: int, start: int, stop: int) -> NDArray[Any]:
-        """Read through Zarr, its complaints as CorruptError. That the chunks are there has been checked."""
+        """Read through Zarr, its complaints as CorruptError. Its chunks have passed :meth:`check_chunk`."""
         try:
             return np.asarray(self.open_array(spec, length)[start:stop])
-        except (ValueError, RuntimeError, OSError) as error:
+        except GhostStoreError:
+            raise
+        except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
             raise CorruptError(f"{self.path / spec.name}, {start} to {stop}: {error}") from error
 
 
@@ -230,13 +327,12 @@ def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[
     )
 
 
-def create(path: Path, kind: Kind, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
+def create(path: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
     """Make a part or a run with nothing committed yet, in one step: it appears whole or not at all.
 
-    If it exists, nothing is done. ``fill`` makes its arrays. BusyError if another process is making it, StorageError
-    if the disk refuses.
+    If it exists, nothing is done. ``fill`` makes its arrays. StorageError if the disk refuses.
     """
-    create_whole(path, f"{kind.name} {path.name!r}", lambda folder: _fill(folder, manifest, fill))
+    create_whole(path, lambda folder: _fill(folder, manifest, fill))
 
 
 def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 CHUNK_BYTES = 8 << 20
 """Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
 LARGEST_ROW_BYTES = 32 << 20
+CRC_BYTES = 4
+"""The checksum at the end of a chunk file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +99,18 @@ class SpanLayout(ABC):
             raise IndexError(f"span {span} of {self.spans}")
         return span * self.span_length, min((span + 1) * self.span_length, self.length)
 
+    def most_chunks(self) -> int:
+        """Chunks of a span, of the array that has most."""
+        length = min(self.span_length, self.length)
+        return max(-(-length // spec.chunk_rows) for spec in self.arrays())
+
     def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
         """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
         return chunk_keys(spec, *self.span_of(span))
+
+    def span_keys(self, span: int) -> list[str]:
+        """:meth:`chunk_keys` of all arrays: every file of ``span``."""
+        return [key for spec in self.arrays() for key in self.chunk_keys(spec, span)]
 
 
 def chunk_keys(spec: ArraySpec, start: int, stop: int) -> list[str]:

@@ -7,25 +7,28 @@ fast as going through Zarr; ``tests/store/test_reader.py`` holds the two togethe
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError
+from ghoststore.store.base.opening import open_regular
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.layout import ArraySpec, chunk_keys
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec
 
-CRC_BYTES = 4
 PIECE_BYTES = 1 << 19
 READ_AHEAD = 2
 """Chunks in memory beside the one in use."""
+Bytes: TypeAlias = NDArray[np.uint8]
+NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,17 @@ class Chunk:
     data: NDArray[Any]
 
 
-def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
-    """Fill ``buffer`` with a chunk file's numbers. CorruptError naming the file if it is not what was written."""
+def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, within: Path | None = None) -> Bytes:
+    """A chunk file of ``size`` bytes, in ``buffer`` if that is as large, else in a new one: no memory is asked for
+    before the file is known to have that size. CorruptError naming the file if it is not what was written.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_regular(path, within) as file:
+            there = os.fstat(file.fileno()).st_size
+            if there != size:
+                raise CorruptError(f"{path} has {there} bytes; {size} were written")
+            if len(buffer) != size:
+                buffer = np.empty(size, dtype=np.uint8)
             view, filled, checksum = memoryview(buffer.data), 0, 0
             numbers = len(buffer) - CRC_BYTES
             while filled < len(view) and (count := file.readinto(view[filled : filled + PIECE_BYTES])):
@@ -48,8 +58,10 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
                 checksum = google_crc32c.extend(checksum, buffer[filled : min(filled + count, numbers)])
                 filled += count
             end = file.read(1) if filled == len(view) else b""
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path} is missing, though its span is committed; see `ghoststore verify`") from None
+    except CorruptError:
+        raise
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
     if filled != len(buffer) or end:
@@ -57,6 +69,7 @@ def read_chunk(path: Path, buffer: NDArray[np.uint8]) -> None:
     stated = int.from_bytes(buffer[-CRC_BYTES:].tobytes(), "little")
     if checksum != stated:
         raise CorruptError(f"{path} is damaged: its crc32c does not hold; see `ghoststore verify`")
+    return buffer
 
 
 def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
@@ -68,7 +81,7 @@ def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator
             yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
 
 
-def _numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
+def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
     """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
     numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
     return numbers.reshape(-1, *spec.columns)[:count]
@@ -78,10 +91,9 @@ def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
     spec = source.spec(name)
     start, stop = source.layout.span_of(span)
-    buffer = np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8)
     (key,) = source.layout.chunk_keys(spec, span)
-    read_chunk(source.path / key, buffer)
-    return _numbers(buffer, spec, stop - start)
+    buffer = read_chunk(source.path / key, spec.chunk_bytes + CRC_BYTES, within=source.path)
+    return chunk_numbers(buffer, spec, stop - start)
 
 
 def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
@@ -94,7 +106,7 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
     for _ in range(min(READ_AHEAD + 1, len(places))):
-        free.put(np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8))
+        free.put(NOTHING)  # made when the first chunk has shown its size
 
     def read_ahead() -> None:
         try:
@@ -102,7 +114,7 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
                 buffer = free.get()
                 if buffer is None:
                     return
-                read_chunk(path, buffer)
+                buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffer, source.path)
                 full.put((buffer, start, stop))
         except BaseException as error:  # noqa: BLE001 - carried to the reader, which raises it
             full.put(error)
@@ -115,41 +127,8 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
             if isinstance(item, BaseException):
                 raise item
             buffer, start, stop = item
-            yield Chunk(start, stop, _numbers(buffer, spec, stop - start))
+            yield Chunk(start, stop, chunk_numbers(buffer, spec, stop - start))
             free.put(buffer)
     finally:
         free.put(None)
         thread.join()
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Rows (or steps) ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
-
-    start: int
-    stop: int
-    data: dict[str, NDArray[Any]]
-
-
-def side_by_side(source: Spanned[Any], names: Sequence[str], spans: Sequence[int] | None = None) -> Iterator[Pieces]:
-    """Several numeric arrays over ``spans`` (default: every committed one), in order, in pieces whose rows (or steps)
-    are in one chunk of each. Every checksum is checked.
-
-    Memory: one chunk of each array, whatever the size of the part or run.
-    """
-    specs = [source.spec(name) for name in dict.fromkeys(names)]
-    buffers = {spec.name: np.empty(spec.chunk_bytes + CRC_BYTES, dtype=np.uint8) for spec in specs}
-    for span in source.spans if spans is None else spans:
-        start, stop = source.layout.span_of(span)
-        held: dict[str, tuple[int, NDArray[Any]]] = {}
-        while start < stop:
-            for spec in specs:
-                first, data = held.get(spec.name, (start, ()))
-                if first + len(data) > start:
-                    continue
-                first = start - start % spec.chunk_rows
-                read_chunk(source.path / chunk_keys(spec, first, first + 1)[0], buffers[spec.name])
-                held[spec.name] = (first, _numbers(buffers[spec.name], spec, min(spec.chunk_rows, stop - first)))
-            end = min(first + len(data) for first, data in held.values())
-            yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
-            start = end

@@ -5,28 +5,38 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from ghoststore.errors import BusyError
-from ghoststore.store.base.disk import exclusive, flush, storage_errors, sweep
-from ghoststore.store.spans.commits import Commit, write_commit
+from ghoststore.store.base.disk import exclusive, storage_errors, sweep
+from ghoststore.store.spans.commits import Commit
+from ghoststore.store.spans.committing import commit_span, settle
 from ghoststore.store.spans.group import Spanned
 
 
 @contextmanager
 def writing(target: Spanned[Any]) -> Iterator[None]:
-    """Hold a part or a run against other writers on this machine; BusyError if one is at work."""
+    """Hold a part or a run against other writers; BusyError if one is at work.
+
+    What a writer before had decided is committed, and what else it left is removed: ``target`` was opened before that.
+    """
+
+    def files(span: int) -> list[str]:
+        return target.layout.span_keys(span) if span < target.layout.spans else []
+
     with exclusive(target.path, f"{target.kind.name} {target.name!r}"):
         with storage_errors(str(target.path)):
+            settle(target.path, files)  # before its staged files are taken for nobody's
             sweep(target.path)
         yield
 
@@ -40,30 +50,39 @@ class SpanData:
 
 
 def write_span(target: Spanned[Any], data: SpanData) -> None:
-    """Write one span: chunks, flush, record. BusyError if another process committed it meanwhile."""
-    layout = target.layout
-    start, stop = layout.span_of(data.span)
-    keys: list[str] = []
+    """Write one span and commit it. One that another process committed meanwhile with the same content is as good;
+    BusyError for another content.
+    """
+    start, stop = target.layout.span_of(data.span)
     with storage_errors(f"span {data.span} of {target.path}"):
-        folders: set[Path] = set()
-        for spec in layout.arrays():
-            values = data.arrays[spec.name]
-            assert len(values) == stop - start, spec.name
-            # Empty chunks, too: what a record names must be there.
-            array = zarr.open_array(target.path / spec.name, mode="r+").with_config({"write_empty_chunks": True})
-            array[start:stop] = values
-            for key in layout.chunk_keys(spec, data.span):
-                path = target.path / key
-                flush(path)
-                folders.update(folder for folder in path.parents if folder.is_relative_to(target.path / spec.name))
-                keys.append(key)
-        # Bytes, then their names in the folders, then the record: after a crash no record names what is not there.
-        for folder in folders:
-            flush(folder)
         statuses, tokens = target.summarize(data.arrays)
         commit = Commit(span=data.span, start=start, stop=stop, statuses=statuses, tokens=tokens)
-        if not write_commit(target.path, commit, keys):
-            raise BusyError(f"span {data.span} of {target.path} was committed by another process")
+        if not commit_span(target.path, commit, _encoded(target, data)):
+            raise BusyError(
+                f"span {data.span} of {target.path} was committed by another process, with other content; what it "
+                "wrote stands. Run again when it has ended"
+            )
+
+
+def _encoded(target: Spanned[Any], data: SpanData) -> Iterator[tuple[str, memoryview]]:
+    """(path, bytes) of each chunk of a span, as Zarr encodes them: one in memory at a time."""
+    start, stop = target.layout.span_of(data.span)
+    for spec in target.layout.arrays():
+        values = data.arrays[spec.name]
+        assert len(values) == stop - start, spec.name
+        held = {"zarr.json": _buffer((target.path / spec.name / "zarr.json").read_bytes())}
+        target.check_file(f"{spec.name}/zarr.json")
+        # Empty chunks, too: what a record names must be there.
+        array = zarr.open_array(MemoryStore(held), mode="r+").with_config({"write_empty_chunks": True})
+        for key in target.layout.chunk_keys(spec, data.span):
+            first = max(start, int(key.split("/")[2]) * spec.chunk_rows)
+            last = min(stop, first + spec.chunk_rows)
+            array[first:last] = values[first - start : last - start]
+            yield key, held.pop(key.removeprefix(f"{spec.name}/")).as_numpy_array().data
+
+
+def _buffer(data: bytes) -> Buffer:
+    return default_buffer_prototype().buffer.from_bytes(data)
 
 
 class BackgroundWriter:
@@ -73,11 +92,12 @@ class BackgroundWriter:
     next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block.
     """
 
-    def __init__(self, target: Spanned[Any]) -> None:
+    def __init__(self, target: Spanned[Any], write: Callable[[Any, SpanData], None] = write_span) -> None:
         self.target = target
         self.seconds = 0.0
         """Time spent writing, in the background."""
         self.bytes = 0
+        self._save = write
         self._queue: queue.Queue[SpanData | None] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ghoststore-writer", daemon=True)
@@ -118,7 +138,7 @@ class BackgroundWriter:
     def _write(self, data: SpanData) -> None:
         begun = time.perf_counter()
         try:
-            write_span(self.target, data)
+            self._save(self.target, data)
         except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
             self._error = error
         self.seconds += time.perf_counter() - begun

@@ -13,6 +13,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import CorpusError, CorruptError, MismatchError, UsageError
+from ghoststore.store.base.own import remember
 from ghoststore.store.base.records import json_digest
 from indexer.projection.calibration import ARRAYS, FACTORS, SIDES
 from tests.support.parts import vectors_of
@@ -137,6 +138,7 @@ def reseal(store: Path, change: Any) -> None:
     change(whole["attributes"]["manifest"])
     whole["attributes"]["manifest_sha256"] = json_digest(whole["attributes"]["manifest"])
     path.write_text(json.dumps(whole))
+    remember(whole["attributes"]["manifest"], whole["attributes"]["manifest"]["source"], path.parent)
 
 
 def test_a_changed_digest_is_refused(lab: Lab, own: Path) -> None:

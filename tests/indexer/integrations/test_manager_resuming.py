@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 
 from ghoststore import GhostEngineManager
 from ghoststore.errors import MismatchError, UsageError
-from ghoststore.store.base.records import json_digest
 from tests.support.loops import (
     VAL_BATCH,
     Plan,
@@ -33,6 +31,7 @@ from tests.support.managed_loops import (
     train,
 )
 from tests.support.models import gpt2
+from tests.support.runs import rewrite_manifest
 
 
 def whole_run(store: Path, steps: Plan, **settings: Any) -> Any:
@@ -157,12 +156,7 @@ def test_scoring_may_begin_in_the_middle_of_a_training(tmp_path: Path) -> None:
 
 def rewrite_config(store: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """The configuration in the manifest of the run, as another release of transformers would have written it."""
-    path = store / "runs" / "run" / "zarr.json"
-    group = json.loads(path.read_text())
-    attributes = group["attributes"]
-    change(attributes["manifest"]["model"]["config"])
-    attributes["manifest_sha256"] = json_digest(attributes["manifest"])
-    path.write_text(json.dumps(group))
+    rewrite_manifest(store / "runs" / "run", lambda manifest: change(manifest["model"]["config"]))
 
 
 def test_a_release_of_transformers_that_knows_more_fields_goes_on(tmp_path: Path) -> None:

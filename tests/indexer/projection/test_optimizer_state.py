@@ -19,6 +19,7 @@ from indexer.projection.adam import factored, flat, read_scales, unflat
 from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 from indexer.projection.selection import select_blocks
+from tests.support.harms import delete
 from tests.support.oracle import gradient_matrix
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def test_other_state_is_another_part(lab: Lab, checkpoint: Path, tmp_path: Path)
     assert ghoststore.build(**settings, optimizer_state=checkpoint).resumed_rows == len(lab.rows)
     with pytest.raises(MismatchError, match="optimizer_state"):
         ghoststore.build(**settings, projection=ProjectionConfig(precondition="none"))
+    whole = lab.tree(tmp_path / "store")
     scale = next((tmp_path / "store" / "parts" / "part" / "optimizer_scale_in" / "c").iterdir())
     data = bytearray(scale.read_bytes())
     data[3] ^= 1
@@ -146,6 +148,11 @@ def test_other_state_is_another_part(lab: Lab, checkpoint: Path, tmp_path: Path)
     with pytest.raises(CorruptError, match="optimizer_scale_in"):
         ghoststore.query(store=tmp_path / "store", val_set=lab.corpus, device="cpu")
     assert lab.run("verify", "--store", tmp_path / "store").code == 4
+    delete(tmp_path / "store" / "parts" / "part" / "commits" / "00000000.json")
+    assert ghoststore.repair(tmp_path / "store", device="cpu").sound
+    delete(tmp_path / "store" / "parts" / "part" / "commits" / "00000000.json")
+    assert ghoststore.repair(tmp_path / "store", device="cpu").sound  # with the scales that the part has
+    assert lab.tree(tmp_path / "store") == whole
 
 
 def by_decay(parameters: Any, **settings: Any) -> torch.optim.Optimizer:

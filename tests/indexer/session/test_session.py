@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ class Rows:
         return row_table(SHAPE.rows)
 
 
-def session_of(store: Path, notes: list[str] | None = None) -> ScoringSession:
-    plan = RunPlan(store=store, name="run", layout=SHAPE, manifest=manifest(SHAPE), rows=Rows(), on_store_error="stop")
+def session_of(store: Path, notes: list[str] | None = None, layout: RunLayout = SHAPE) -> ScoringSession:
+    plan = RunPlan(
+        store=store, name="run", layout=layout, manifest=manifest(layout), rows=Rows(), on_store_error="stop"
+    )
     return ScoringSession(None, plan, note=(notes if notes is not None else []).append)
 
 
@@ -113,3 +116,22 @@ def test_a_step_of_too_many_samples(tmp_path: Path) -> None:
             session.record(session.complete_step(), SHARED)
         session.skip()
     assert (run_of(tmp_path).read_committed("sample") == -1).all()
+
+
+def test_a_run_of_before_goes_on(tmp_path: Path) -> None:
+    """Its spans are its save intervals, as they were; a run that is new has a journal. Both read alike."""
+    shape: dict[str, Any] = {"steps": 8, "ranks": 1, "batch": 3, "rows": LAYOUT.rows}
+    before, now = RunLayout(span_steps=3, **shape), RunLayout.saving(3, **shape)
+    assert (before.interval, now.interval, now.span_steps) == (3, 3, 9)
+    with session_of(tmp_path / "store", layout=before) as session:
+        steps(session, 0, 4)
+        session.keep_open()
+    with session_of(tmp_path / "store", layout=now) as session:
+        steps(session, 0, 8)
+    with session_of(tmp_path / "new", layout=now) as session:
+        steps(session, 0, 8)
+    old, new = run_of(tmp_path / "store"), run_of(tmp_path / "new")
+    assert (old.layout, old.spans) == (before, [0, 1, 2])
+    assert (new.layout, new.spans) == (now, [0])
+    assert old.ranges == new.ranges == [(0, 8)]
+    same_arrays(old, new)

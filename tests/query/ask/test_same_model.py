@@ -17,6 +17,7 @@ import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError
 from ghoststore.store import Store
+from ghoststore.store.base.own import remember
 from ghoststore.store.base.records import json_digest
 from tests.support.parts import vectors_of
 
@@ -123,6 +124,8 @@ def rewrite(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) ->
     change(attributes["manifest"])
     attributes["manifest_sha256"] = json_digest(attributes["manifest"])
     path.write_text(json.dumps(metadata))
+    # As if it had been built with these: what else a manifest says does not matter to whose it is.
+    remember(attributes["manifest"], attributes["manifest"]["source"], path.parent)
 
 
 def build(folder: Path, name: str, projection: ProjectionConfig | None, **options: Any) -> Any:

@@ -145,7 +145,7 @@ def test_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
         ({"part": ["one", "two"], "part_weights": [1.0, float("nan")]}, "0 or more"),
         ({"part": ["one", "two"], "part_weights": "rate"}, "learning-rate, equal"),
         ({"part": "one", "part_weights": "equal"}, "several parts"),
-        ({"part": ["one", "two"], "checkpoint": store.parent / "one"}, "cannot stand for several"),
+        ({"part": ["one", "two"], "checkpoint": store.parent / "one"}, "cannot stand for another"),
     ]:
         with pytest.raises(UsageError, match=message):
             ask(**settings)

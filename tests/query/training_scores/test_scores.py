@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from hypothesis import strategies as st
 import ghoststore
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.progress import Silent
-from ghoststore.store.spans.reader import side_by_side
+from ghoststore.store.run.pieces import side_by_side
+from ghoststore.store.run.ranges import inside
 from query.training_scores.plots import plot_scores
-from query.training_scores.steps import choose_column, spans_of, stream_steps, window_of
+from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
+from tests.support.bounded import reseal
 from tests.support.score_runs import (
     GAP,
     LAYOUT,
@@ -149,8 +152,8 @@ def test_a_window_is_a_slice(run: Any, start: int | None, stop: int | None) -> N
             window_of(run, text)
         return
     window = window_of(run, text)
-    spans = spans_of(run, window)
-    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), spans, window)]
+    ranges = inside(run.ranges, window)
+    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), ranges)]
     assert [step for piece in pieces for step in piece] == wanted
 
 
@@ -281,7 +284,7 @@ def test_spans_in_any_order(store: Path) -> None:
     spans = list(run.spans)
     random.Random(1).shuffle(spans)
     for span in spans:
-        for piece in stream_steps(run, choose_column(run), [span]):
+        for piece in stream_steps(run, choose_column(run), [run.layout.span_of(span)]):
             sums.add(piece.places, units.of(piece.places.row))
     for kind in ("cumulative", "mean", "last"):
         expected = Reference(committed()).values(kind)
@@ -296,7 +299,7 @@ def test_arrays_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     names = ["sample", "score", "block_score", "learning_rate"]
     assert len({run.spec(name).chunk_rows for name in names}) > 1
     found: dict[str, list[Any]] = {name: [] for name in names}
-    for piece in side_by_side(run, names):
+    for piece in side_by_side(run, names, run.ranges):
         for name in names:
             assert len(piece.data[name]) == piece.stop - piece.start
             found[name].append(piece.data[name].copy())
@@ -409,6 +412,24 @@ def with_texts(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     append(run, 0, 23)
     return folder
+
+
+def test_texts_of_a_run_from_elsewhere(lab: Lab, with_texts: Path, tmp_path: Path) -> None:
+    """The corpus that it names is not looked for; the user says where it is."""
+    store, notes = Path(shutil.copytree(with_texts / "store", tmp_path / "store")), Notes()
+    texts = {row["id"]: row["text"] for row in lab.rows}
+    for named in ("org/data:train", str(with_texts / "elsewhere.jsonl"), str(with_texts / "own.jsonl")):
+        reseal(
+            store / "runs/run", lambda attributes, named=named: attributes["manifest"]["source"].update(corpus=named)
+        )
+        found = ghoststore.scores(store=store, top_k=30, progress=notes)
+        if named.endswith("own.jsonl"):  # as it was made: this user's own again
+            assert all(hit.text == texts[hit.id] for hit in found.hits)
+            break
+        assert {hit.text for hit in found.hits} == {None}
+        assert f"give it: `data={named}`" in notes.said.pop()
+        found = ghoststore.scores(store=store, top_k=30, data=with_texts / "own.jsonl")
+        assert all(hit.text == texts[hit.id] for hit in found.hits)
 
 
 def test_texts(lab: Lab, with_texts: Path) -> None:

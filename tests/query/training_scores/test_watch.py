@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,7 @@ import query.training_scores.watch
 from ghoststore.cli.charts import histogram, line_chart, sparkline
 from ghoststore.cli.watch import duration, render
 from ghoststore.errors import UsageError
+from ghoststore.store import RunWriter
 from query.training_scores.frame import Frame
 from query.training_scores.watch import Watcher
 from tests.support.score_runs import DOMAINS, GAP, LAYOUT, Reference, append, committed, make, row_table, values, whole
@@ -25,23 +30,31 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 
+def timeless(frame: Frame) -> Frame:
+    return replace(frame, commit_age=None, silent=None)
+
+
 def same(frame: Frame, other: Frame) -> bool:
-    return replace(frame, commit_age=None) == replace(other, commit_age=None)
+    return timeless(frame) == timeless(other)
 
 
-def test_a_growing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each frame equals that of a watcher that reads everything, and reads only the spans that are new."""
+@pytest.mark.parametrize("span", [5, 10])
+def test_a_growing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: int) -> None:
+    """Each frame equals that of a watcher that reads everything, and reads only the steps that are new: from spans, or
+    a journal.
+    """
     store = tmp_path / "store"
-    run, watcher, read = make(store), Watcher(store), []
+    layout = LAYOUT if span == 5 else replace(LAYOUT, span_steps=span, save_steps=5)
+    run, watcher, read = make(store, layout=layout), Watcher(store), []
     real = query.training_scores.watch.stream_steps
 
-    def counted(run: Any, column: Any, spans: Any, **options: Any) -> Any:
-        read.extend(spans)
-        return real(run, column, spans, **options)
+    def counted(run: Any, column: Any, ranges: Any, **options: Any) -> Any:
+        read.extend(ranges)
+        return real(run, column, ranges, **options)
 
     first = watcher.look()
     assert first.waiting == "run 'run' has no committed steps yet"
-    for start, stop, new in ((0, 5, [0]), (5, 10, [1]), (10, 15, []), (15, 23, [3, 4])):
+    for start, stop, new in ((0, 5, [(0, 5)]), (5, 10, [(5, 10)]), (10, 15, []), (15, 23, [(15, 23)])):
         append(run, start, stop)
         monkeypatch.setattr(query.training_scores.watch, "stream_steps", counted)
         read.clear()
@@ -78,7 +91,7 @@ def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     assert frame.tokens_per_second == pytest.approx(np.mean([100 + step for step in steps]) / 0.5)
     assert frame.score_share == 0.25
     left = LAYOUT.steps - steps[-1] - 1
-    assert frame.seconds_left == (pytest.approx(left * 0.5) if left else None)
+    assert (frame.state, frame.seconds_left) == ("stopped" if left else "finished", None)
     assert frame.commit_age is not None
     assert 0 <= frame.commit_age < 600
     assert frame.recent_scores == summary.scored == sum(frame.histogram)
@@ -93,7 +106,7 @@ def test_a_long_run_is_read_in_pieces(tmp_path: Path) -> None:
     """It appears at once; the frames say how much is still to be read, and the last one has it all."""
     whole(tmp_path / "store")
     watcher = Watcher(tmp_path / "store")
-    frames = [watcher.look(most_spans=1) for _ in range(4)]
+    frames = [watcher.look(most_steps=5) for _ in range(4)]
     assert [frame.unread for frame in frames] == [13, 8, 3, 0]
     assert [frame.steps for frame in frames] == [18] * 4
     assert same(frames[-1], Watcher(tmp_path / "store").look())
@@ -172,13 +185,21 @@ def test_the_command(lab: Lab, tmp_path: Path) -> None:
     append(run, 0, 9)
     once = lab.run("watch", "--store", store, "--run", "run", "--once")
     assert (once.code, once.err) == (0, "")
-    for text in ("5 of 23 steps (22%)", "left", "loss", "learning rate", "earth", "best so far", "s0"):
+    for text in (
+        "5 of 23 steps (22%)",
+        "stopped: no writer since",
+        "loss",
+        "learning rate",
+        "earth",
+        "best so far",
+        "s0",
+    ):
         assert text in once.out
     document = lab.run("watch", "--store", store, "--once", "--json").json
-    age = document.pop("commit_age")
-    assert age >= 0
-    expected = json.loads(json.dumps(replace(Watcher(store).look(), commit_age=None).to_json()))
-    assert document | {"commit_age": None} == expected
+    assert document["commit_age"] >= 0
+    assert document["silent"] >= 0
+    expected = json.loads(json.dumps(timeless(Watcher(store).look()).to_json()))
+    assert document | {"commit_age": None, "silent": None} == expected
     refused = lab.run("watch", "--store", store, "--json")
     assert (refused.code, "needs --once" in refused.err) == (2, True)
     append(run, 5, 23)
@@ -186,6 +207,45 @@ def test_the_command(lab: Lab, tmp_path: Path) -> None:
     assert live.code == 0, live.err
     assert "finished" in live.out
     assert "note: stdout is no terminal" in live.err
+
+
+def test_a_run_that_is_written_and_one_that_is_not(tmp_path: Path) -> None:
+    """A living writer, a dead one, none that is known; a finished run is finished whoever is there."""
+    store = tmp_path / "store"
+    run = make(store)
+    watcher = Watcher(store)
+    for steps in (0, 5):
+        with RunWriter(run) as writer:
+            for step in range(steps):
+                writer.append(step, values(step))
+            writer.flush()
+            frame = watcher.look()
+            assert (frame.state, frame.steps, frame.silent) == ("running", steps, None)
+            assert frame.writer is not None
+            assert (frame.writer["pid"], frame.writer["alive"]) == (os.getpid(), True)
+            assert frame.seconds_left == (pytest.approx(18 * 0.5) if steps else None)
+            (record,) = (run.path / ".writers").iterdir()
+            dead = record.read_bytes().replace(b'"pid": %d' % os.getpid(), b'"pid": 4194305')
+        assert watcher.look().state == "stopped"
+        name = re.sub(r"-\d+-", "-4194305-", record.name, count=1)  # no process has so high a number
+        record.parent.mkdir()
+        (record.parent / name).write_bytes(dead)
+        before = time.time() - 3000
+        for path in (record.parent / name, *run.path.glob("commits/0*.json")):
+            os.utime(path, (before, before))
+        frame = watcher.look()
+        assert (frame.state, frame.seconds_left) == ("stopped", None)
+        assert frame.silent == pytest.approx(3000, abs=60)
+        assert frame.writer is not None
+        assert not frame.writer["alive"]
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(render(frame, 120))
+        text = " ".join(console.export_text().split())
+        assert "stopped: no writer since 50 min" in text
+        assert "about" not in text
+        shutil.rmtree(run.path / ".writers")
+    append(run, 5, 23)
+    assert watcher.look().state == "finished"
 
 
 INTERRUPTED = """
@@ -198,7 +258,7 @@ ghoststore.cli.main(["watch", "--store", {store!r}])
 def test_control_c_ends_it(lab: Lab, tmp_path: Path) -> None:
     append(make(tmp_path / "store"), 0, 5)
     outcome = lab.run(code=INTERRUPTED.format(store=str(tmp_path / "store")))
-    assert outcome.code == 130
+    assert (outcome.code, outcome.err.strip().splitlines()[-1]) == (130, "Interrupted.")
     assert "Traceback" not in outcome.err
 
 
@@ -247,8 +307,6 @@ def test_a_run_without_scores(tmp_path: Path) -> None:
     """As `train --method Regular` writes it: losses, and nothing to rank."""
     layout = replace(LAYOUT, groups=(), blocks=())
     run = make(tmp_path / "store", layout=layout)
-    from ghoststore.store import RunWriter
-
     with RunWriter(run) as writer:
         for step in range(5):
             given = values(step, layout)

@@ -1,0 +1,61 @@
+"""Text from elsewhere (corpora, stores, paths, arguments) in a form that is safe to show.
+
+What is stored stays exact; what reaches a terminal, a spreadsheet or a picture goes through here first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# Escape sequences (C0, DEL, C1), characters that reorder what stands around them (bidirectional controls), that end a
+# line or are invisible, and halves of characters (surrogates). The joiners U+200C and U+200D stay: scripts need them.
+_HIDDEN = (
+    r"\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U000e0000-\U000e007f"
+)
+_UNSAFE = re.compile(rf"[\x00-\x1f{_HIDDEN}]")
+_UNSAFE_IN_LINES = re.compile(rf"[\x00-\x08\x0b-\x1f{_HIDDEN}]")
+_HIDDEN_IN_JSON = re.compile(rf"[{_HIDDEN}]")
+_NAMED = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""``text`` with every character that a terminal would obey, or not show, as an escape such as ``\x1b``.
+
+    Line ends and tabs stay with ``lines``.
+    """
+    return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    form = f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return _NAMED.get(match[0], form)
+
+
+def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
+    r"""``value`` as JSON that ``encoding`` can hold and a terminal shows as it is.
+
+    The data are exact: characters that are not safe to show are written as ``\u202e``, which JSON reads as the same.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    text = _HIDDEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """``value``, a text that a spreadsheet would compute marked with a leading apostrophe (OWASP, CSV injection)."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
+
+
+def picture_label(text: str) -> str:
+    """``text`` as a label of matplotlib: no mathematics in it, and never left out of a legend."""
+    shown = visible(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

@@ -1,0 +1,86 @@
+"""Which manifests this user wrote on this machine: the paths that these name may be opened, no others.
+
+A manifest's ``source`` says where checkpoint and corpus lay. A store may come from anywhere, so a path in it is a hint
+for people; following it would open files, or ask a hub, that somebody else chose. What this user's own build, training
+or tokenizing wrote is remembered in a folder of the user's own (``$XDG_STATE_HOME/ghoststore/own``, by default
+``~/.local/state/ghoststore/own``): an entry is called after the SHA-256 of the manifest, which covers the paths in it.
+A store cannot put an entry there, and a store that was moved keeps its own.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import UsageError
+from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.base.records import json_digest
+
+
+def own_folder() -> Path:
+    """Where entries lie. RuntimeError where there is neither the variable nor a home."""
+    named = os.environ.get("XDG_STATE_HOME", "")
+    state = Path(named) if os.path.isabs(named) else Path.home() / ".local" / "state"
+    return state / "ghoststore" / "own"
+
+
+def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
+    """Remember that this user gave the paths ``source``, if these are those that ``manifest`` has; ``where`` it lies
+    is for people who look into the folder. What is wrong, in words, where that cannot be.
+    """
+    if any(manifest["source"].get(name) != source.get(name) for name in PATHS):
+        return None  # begun with others, maybe by somebody else
+    try:
+        folder = own_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entry = folder / json_digest(manifest)
+        if not entry.exists():
+            entry.write_text(f"{where.absolute()}\n", errors="replace")
+    except (OSError, RuntimeError) as error:
+        return (
+            f"that these paths are yours cannot be remembered ({error}): commands that read the checkpoint or the "
+            "corpus of this part or run will ask for their paths"
+        )
+    return None
+
+
+def is_own(manifest: Manifest) -> bool:
+    """Whether this user wrote ``manifest``, see :func:`remember`."""
+    try:
+        status = os.lstat(own_folder() / json_digest(manifest))
+    except (OSError, RuntimeError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+
+
+PATHS = ("checkpoint", "tokenizer", "data", "corpus")
+"""Entries of a manifest's ``source`` that are paths to read from."""
+
+
+def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> str | None:
+    """The path of the ``checkpoint``, the ``tokenizer``, the ``data`` or the ``corpus`` behind ``whose`` manifest:
+    ``given`` by the user, or else the one that is recorded, if this user recorded it. None where none is recorded.
+
+    UsageError, naming ``parameter``, for one that the user has to give.
+    """
+    if given is not None:
+        return str(given)
+    path = manifest["source"].get(name)
+    if path is None or path == "-":
+        return None
+    what = "corpus" if name in ("data", "corpus") else name
+    shown = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
+    give = f"if that is the one, give it: `{parameter}={shown:.200}`"
+    if not isinstance(path, str) or not os.path.isabs(path):
+        raise UsageError(
+            f"{whose} names {path!r:.200} as its {what}: no path on this machine, and nothing is fetched because a "
+            f"manifest says so; {give}"
+        )
+    if not is_own(manifest):
+        raise UsageError(
+            f"{whose} names {path!r:.200} as its {what}, and no build of yours on this machine recorded that: the "
+            f"store may come from anywhere, so nothing is opened for it; {give}"
+        )
+    return path

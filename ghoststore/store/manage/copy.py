@@ -1,0 +1,191 @@
+"""``ghoststore.copy``: a checked copy of a part or a training run, in the same store or another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import BusyError, CorruptError, UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import CopyOptions
+from ghoststore.store.base.disk import create_whole
+from ghoststore.store.base.manifest import manifest_of
+from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
+from ghoststore.store.base.records import reading, unseal
+from ghoststore.store.base.writable import check_writable
+from ghoststore.store.manage.held import existing, folder_of, words_of
+from ghoststore.store.run.journal import entries_of, journal_path, problems_of, write_skipped_in
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path
+from ghoststore.store.spans.group import LARGEST_METADATA, Spanned
+from ghoststore.store.spans.soundness import damaged, record_name, record_problem
+from ghoststore.store.store import ROOT, Store
+
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyReport:
+    """What was copied."""
+
+    store: str
+    part: str | None
+    run: str | None
+    to_store: str
+    to_name: str
+    spans: int
+    """Committed ones, as of the moment when the copy began."""
+    complete: bool
+    """Whether these are all."""
+    files: int
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore cp --json`` prints."""
+        return asdict(self)
+
+
+@takes(CopyOptions)
+def copy(options: CopyOptions) -> CopyReport:
+    """Copy a part or a training run, every file checked against its record on the way: what is damaged is not copied.
+
+    The copy appears whole or not at all. Spans that are committed when it begins are in it, and no others; a process
+    may go on writing the original, and ``name`` continues either. Caches and indexes are left behind: they are made
+    again when they are asked for. ``to_store`` is made if it is not there.
+
+    UsageError if there is none, or one of that name there; CorruptError naming the file that is not what was written;
+    BusyError while another process makes it; StorageError if the disk refuses.
+    """
+    store = Store.open(options.store)
+    existing(store, options)
+    source: Spanned[Any] = store.part(options.part) if options.run is None else store.run(options.run)
+    name = options.to_name or options.name
+    target = Store.create(options.store if options.to_store is None else options.to_store)
+    path, what = folder_of(target, options, name), words_of(options, name)
+    if path.exists():
+        raise UsageError(
+            f"{target.path} has a {what} already; nothing was copied. Give another `to_name`, or remove it"
+        )
+    check_writable(path.parent)
+    copying = _Copying(source, options.progress or Silent())
+    create_whole(path, copying.fill)
+    if type(source)(path).manifest != source.manifest:
+        raise BusyError(f"another process has just made a {what} of {target.path}; nothing was copied")
+    return CopyReport(
+        store=str(options.store),
+        part=options.part,
+        run=options.run,
+        to_store=str(target.path),
+        to_name=name,
+        spans=len(source.spans),
+        complete=source.complete,
+        files=copying.files,
+        bytes=copying.bytes,
+    )
+
+
+class _Copying:
+    """Fills the folder of a copy."""
+
+    def __init__(self, source: Spanned[Any], progress: Progress) -> None:
+        self._source, self._progress = source, progress
+        self.files = self.bytes = 0
+
+    def fill(self, folder: Path) -> None:
+        """Write everything of the copy into the empty ``folder``."""
+        source = self._source
+        self._write(folder / ROOT, self._metadata())
+        for name, sha256 in source.files.items():
+            self._copy(name, folder, sha256, None)
+        for spec in source.layout.arrays():  # as a new part has them: no span may be committed
+            (folder / spec.name).mkdir(parents=True, exist_ok=True)
+        with closing(self._progress.task(f"copying {source.name}", len(source.spans), unit="spans")) as task:
+            for span in source.spans:
+                for key, sha256, size in self._record(span, folder):
+                    self._copy(key, folder, sha256, size)
+                task.advance(1)
+        if isinstance(source, Run):
+            self._copy_journals(source, folder)
+
+    def _copy_journals(self, run: Run, folder: Path) -> None:
+        """What is committed of spans that are not full, and which steps will not come."""
+        for journal in run.journals.values():
+            problems = problems_of(journal)
+            if problems:
+                raise journal.damaged(problems[0])
+            to = journal_path(folder, journal.span)
+            try:
+                with open(to, "xb") as copied:
+                    for data in entries_of(journal):
+                        copied.write(data)
+            except FileNotFoundError:
+                to.unlink()  # its span was committed meanwhile: the copy has what was there when it began
+                raise BusyError(
+                    f"span {journal.span} of run {run.name!r} was committed while it was copied; nothing was copied. "
+                    "Copy it again"
+                ) from None
+            self.files, self.bytes = self.files + 1, self.bytes + journal.end
+        if run.skipped:
+            write_skipped_in(folder, run.skipped)
+            self.files += 1
+
+    def _metadata(self) -> bytes:
+        """The bytes of the manifest that was opened, and no later ones."""
+        path = self._source.path / ROOT
+        with reading(path):
+            data = read_bounded(path, LARGEST_METADATA, self._source.path)
+            manifest, files = manifest_of(parse_json(data)["attributes"], str(path), self._source.kind)
+        if (manifest, files) != (self._source.manifest, self._source.files):
+            raise CorruptError(f"{path} is another than when the copy began")
+        return data
+
+    def _record(self, span: int, folder: Path) -> Iterator[tuple[str, str, int]]:
+        """Copy the record of ``span``; the files that those very bytes name: (path, SHA-256, bytes)."""
+        path = commit_path(self._source.path, span)
+        with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
+            data = read_bounded(path, LARGEST_COMMIT, self._source.path)
+            commit = Commit.from_json(unseal(data))
+        problem = "it is of another span" if commit.span != span else record_problem(self._source.layout, commit)
+        if problem:
+            raise damaged(self._source, [(record_name(span), problem)])
+        self._write(commit_path(folder, span), data)
+        for key, record in commit.files.items():
+            yield key, record.sha256, record.bytes
+
+    def _copy(self, name: str, folder: Path, sha256: str, size: int | None) -> None:
+        """Copy one file, and CorruptError unless what was copied is what was written."""
+        path, to = self._source.path / name, folder / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        digest, count = hashlib.sha256(), 0
+        with open(to, "xb") as copied:
+            for piece in _pieces(path, self._source.path):
+                digest.update(piece)
+                count += len(piece)
+                if size is not None and count > size:
+                    break
+                copied.write(piece)
+        if digest.hexdigest() != sha256 or (size is not None and count != size):
+            raise damaged(self._source, [(name, "not what was written")])
+        self.files, self.bytes = self.files + 1, self.bytes + count
+
+    def _write(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.files, self.bytes = self.files + 1, self.bytes + len(data)
+
+
+def _pieces(path: Path, within: Path) -> Iterator[bytes]:
+    """The bytes of a file; CorruptError where it cannot be read, for that is no error of the disk that is written."""
+    try:
+        with open_regular(path, within) as file:
+            while piece := file.read(_PIECE):
+                yield piece
+    except CorruptError:
+        raise
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,170 @@
+"""``ghoststore.gc``: what no record names is removed: leftovers of writers that are dead."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import BusyError, CorruptError
+from ghoststore.progress import Progress, Silent
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import GcOptions
+from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.writers import FOLDER as WRITERS
+from ghoststore.store.base.writers import left_behind
+from ghoststore.store.manage.held import held
+from ghoststore.store.part.caches import FOLDERS, caches, drop
+from ghoststore.store.part.indexes import FOLDER as INDEX
+from ghoststore.store.part.part import Part
+from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.soundness import intents, refuse_damaged
+from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
+from ghoststore.store.spans.withdrawn import aside, withdrawn_spans
+from ghoststore.store.store import Store
+from ghoststore.store.verify import Owner, StoredFile
+from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """What was left alone."""
+
+    why: str
+    part: str | None = None
+    run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcReport:
+    """What was removed, or would be."""
+
+    store: str
+    dry_run: bool
+    removed: list[StoredFile] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Of all that was removed."""
+        return sum(file.bytes for file in self.removed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore gc --json`` prints."""
+        return {**asdict(self), "bytes": self.bytes}
+
+
+@takes(GcOptions)
+def gc(options: GcOptions) -> GcReport:
+    """Remove from a store, or one part or run of it, what no record names: what writers that are dead had begun, their
+    records, the files of a finished repair, folders of parts and runs whose making or removing was cut short.
+
+    What a living writer may own stays, and so does what is in a damaged part or run: its leftovers may be what a repair
+    needs. Files that ghoststore did not write are never touched (`ghoststore.verify` lists them). ``caches`` removes
+    stale indexes, second moments and measurements, too.
+
+    Raises UsageError if there is no such store, part or run, StorageError if the disk refuses.
+    """
+    store = Store.open(options.store)
+    parts, runs = store.chosen(options.part, options.run)
+    collection = _Collection(store, options.dry_run, options.caches, options.progress or Silent())
+    if options.part is None and options.run is None:
+        collection.around()
+    for name in parts:
+        collection.inside(store.damaged_part, {"part": name})
+    for name in runs:
+        collection.inside(store.damaged_run, {"run": name})
+    return GcReport(
+        store=str(options.store), dry_run=options.dry_run, removed=collection.removed, skipped=collection.skipped
+    )
+
+
+class _Collection:
+    def __init__(self, store: Store, dry_run: bool, stale_caches: bool, progress: Progress) -> None:
+        self._store, self._dry_run, self._stale_caches, self._progress = store, dry_run, stale_caches, progress
+        self.removed: list[StoredFile] = []
+        self.skipped: list[Skipped] = []
+
+    def around(self) -> None:
+        """Between parts and runs."""
+        for inside in ("", "parts", "runs"):
+            for name, path, _ in entries_below(self._store.path / inside, deep=False):
+                if is_unfinished(name) and left_behind(path, set()):
+                    self._remove({}, f"{inside}/{name}".lstrip("/"), path)
+
+    def inside(self, opened: Any, owner: Owner) -> None:
+        """A part or run."""
+        with ExitStack() as stack:
+            try:
+                source: Spanned[Any] = opened(*owner.values())
+                refuse_damaged(source)
+                what = f"{source.kind.name} {source.name!r}"
+                stack.enter_context(held(source.path, what))
+            except (CorruptError, BusyError) as error:
+                self.skipped.append(Skipped(why=str(error), **owner))
+                return
+            if self._stale_caches and isinstance(source, Part):
+                self._drop_stale(source, owner)
+            for name, path in self._leftovers(source, owner):
+                self._remove(owner, name, path)
+
+    def _leftovers(self, source: Spanned[Any], owner: Owner) -> Iterator[tuple[str, Path]]:
+        """(path in ``source``, path) of what may go. Nobody writes ``source``."""
+        of_part = isinstance(source, Part)
+        named = caches(source) if isinstance(source, Part) else []
+        census = Census(source, {name for cache in named for name in (cache.record, *cache.files)})
+        decided = sorted(intents(source.path).difference(source.spans))
+        if decided:
+            why = f"span {decided[0]} is decided and not committed: whoever writes next finishes it with what is there"
+            self.skipped.append(Skipped(why=why, **owner))
+        for name, path, _ in list(entries_below(source.path)):
+            if name == WITHDRAWN:
+                for span in withdrawn_spans(source):
+                    # Without a record the span of a part is still to be built, by a repair that goes on.
+                    if span in source.spans or not of_part:
+                        yield f"{WITHDRAWN}/{span:08d}", aside(source, span)
+            elif census.kind_of(name) != "leftover" or (decided and name.partition("/")[0] not in (*FOLDERS, WRITERS)):
+                continue
+            elif name.startswith(f"{INDEX}/"):
+                if _is_free(path.parent):
+                    yield name, path
+            # Records of who writes and intents beside their records are void now that nobody writes.
+            # So is the journal of a span that has a record.
+            elif name == WRITERS or name.endswith((".intent", ".log")) or left_behind(path, set()):
+                yield name, path
+
+    def _drop_stale(self, part: Part, owner: Owner) -> None:
+        now = part.fingerprint()
+        for cache in caches(part):
+            if cache.covers is None or cache.covers == now:
+                continue
+            size = sum(size_of(part.path / name) for name in (cache.record, *cache.files))
+            self.removed.append(StoredFile(file=cache.record, bytes=size, living=False, **owner))
+            if not self._dry_run:
+                with storage_errors(str(part.path / cache.record)):
+                    drop(part, cache)
+
+    def _remove(self, owner: Owner, name: str, path: Path) -> None:
+        self.removed.append(StoredFile(file=name, bytes=size_of(path), living=False, **owner))
+        if self._dry_run:
+            return
+        with storage_errors(str(path)), suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        with suppress(OSError):  # what it lay in may be empty now, and only then goes
+            if path.parent.name == WITHDRAWN or path.parent.parent.name == INDEX:
+                path.parent.rmdir()
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nobody writes in ``folder``."""
+    try:
+        with held(folder, str(folder)):
+            return True
+    except BusyError:
+        return False

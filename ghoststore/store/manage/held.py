@@ -1,0 +1,56 @@
+"""A part or run as a whole, held against its writers while it is renamed or removed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ghoststore.errors import BusyError, UsageError
+from ghoststore.settings.store import OneOptions
+from ghoststore.store.base.writers import busy, living, refuse_second
+from ghoststore.store.store import Store
+
+
+def folder_of(store: Store, options: OneOptions, name: str | None = None) -> Path:
+    """Where the part or run of ``options`` is, or would be under another ``name``."""
+    return (store.run_path if options.part is None else store.part_path)(options.name if name is None else name)
+
+
+def words_of(options: OneOptions, name: str | None = None) -> str:
+    """The part or run of ``options`` in a message, under another ``name`` if one is given."""
+    return f"{'run' if options.part is None else 'part'} {(options.name if name is None else name)!r}"
+
+
+def existing(store: Store, options: OneOptions) -> Path:
+    """The folder of the part or run of ``options``, however damaged; UsageError if there is none."""
+    path = folder_of(store, options)
+    if not path.is_dir():
+        names = store.part_names() if options.run is None else store.run_names()
+        raise UsageError(f"{store.path} has no {words_of(options)}; it has: {', '.join(names) or 'none'}")
+    return path
+
+
+@contextmanager
+def held(path: Path, what: str, parameter: str = "name") -> Iterator[None]:
+    """Hold the folder of a part or run, which is about to have another name; BusyError while a writer is at work on it.
+
+    By its lock, as writers do, and without a record of who writes, which would go along with the folder.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        raise BusyError(busy(what, parameter, [])) from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(busy(what, parameter, living(path))) from None
+        except OSError:  # a file system without locks: the records of who writes are all there is
+            pass
+        refuse_second(living(path), what, parameter)
+        yield
+    finally:
+        os.close(handle)

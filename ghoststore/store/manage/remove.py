@@ -1,0 +1,49 @@
+"""``ghoststore.remove``: a part or a training run taken out of its store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import RemoveOptions
+from ghoststore.store.base.disk import flush, storage_errors
+from ghoststore.store.base.writers import unfinished
+from ghoststore.store.manage.held import existing, held, words_of
+from ghoststore.store.store import Store
+from ghoststore.store.walk import size_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveReport:
+    """What was removed."""
+
+    store: str
+    part: str | None
+    run: str | None
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore rm --json`` prints."""
+        return asdict(self)
+
+
+@takes(RemoveOptions)
+def remove(options: RemoveOptions) -> RemoveReport:
+    """Remove a part or a training run, damaged or not, with its indexes and caches.
+
+    It is gone in one step; what a process that was killed had not deleted yet, `ghoststore.gc` removes.
+    UsageError if there is none, BusyError while a process writes it, StorageError if the disk refuses.
+    """
+    store = Store.open(options.store)
+    path = existing(store, options)
+    size = size_of(path)
+    with storage_errors(str(path)), held(path, words_of(options), "run" if options.part is None else "part"):
+        # Out of everybody's sight first: a part of which half is deleted would be a damaged one.
+        gone = unfinished(path)
+        os.rename(path, gone)
+        flush(path.parent)
+        shutil.rmtree(gone)
+    return RemoveReport(store=str(options.store), part=options.part, run=options.run, bytes=size)

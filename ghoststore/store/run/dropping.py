@@ -1,0 +1,61 @@
+"""What is damaged in a run's journals, taken out, so that the rest opens: its steps cannot be computed again."""
+
+from __future__ import annotations
+
+import os
+
+from ghoststore.store.base.disk import flush
+from ghoststore.store.base.writers import unfinished
+from ghoststore.store.run.journal import (
+    SKIPPED,
+    Journal,
+    append_entry,
+    intact,
+    journal_path,
+    opened,
+    problems_of,
+    read_arrays,
+    write_skipped,
+)
+from ghoststore.store.run.ranges import Steps, inside, merged, without
+from ghoststore.store.run.run import Run
+
+
+def drop_damaged_steps(run: Run) -> list[tuple[str, Steps]]:
+    """Take damaged entries out of the journals of ``run``, and say of every step that is missing below the last one
+    that is there that it will not come. (File, steps) of what was given up. The caller is the run's one writer.
+    """
+    lost: list[tuple[str, Steps]] = []
+    for journal in run.journals.values():
+        if problems_of(journal):
+            file = str(journal.path.relative_to(run.path))
+            lost += [(file, steps) for steps in _without_damaged(run, journal)]
+    now = Run(run.path)
+    present = merged([*map(now.layout.span_of, now.spans), *(s for j in now.journals.values() for s in j.steps)])
+    missing = without([(0, present[-1][1] if present else 0)], present)
+    if now.layout.save_steps is None or (run.skipped_problem is None and not without(missing, now.skipped)):
+        return lost
+    # Given up inside spans that are committed, where that is still known.
+    known = [steps for span in now.spans for steps in inside(now.skipped, now.layout.span_of(span))]
+    write_skipped(now, merged([*missing, *known]))
+    others = without(without(missing, now.skipped), merged(steps for _, steps in lost))
+    return [*lost, *((f"journal/{SKIPPED}", steps) for steps in others)]
+
+
+def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
+    """Write a journal anew with the entries that hold; the steps of the others."""
+    path = unfinished(journal.path)
+    anew, lost = Journal(path=path, span=journal.span), []
+    with opened(journal.path) as handle:
+        for entry in journal.entries:
+            if intact(handle, entry):
+                names = {spec.name for spec in run.layout.arrays()}
+                append_entry(run, anew, entry.start, read_arrays(handle, journal, entry, run.layout, names))
+            else:
+                lost.append((entry.start, entry.stop))
+    if anew.entries:
+        os.replace(path, journal_path(run.path, journal.span))
+    else:
+        journal.path.unlink()
+    flush(journal.path.parent)
+    return lost

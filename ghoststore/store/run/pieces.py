@@ -1,0 +1,108 @@
+"""Committed steps of a run, streamed in order: out of the chunks of its spans, and of the journal of an open one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.run.journal import Journal, opened, read_arrays
+from ghoststore.store.run.ranges import Steps, inside
+from ghoststore.store.spans.commits import commit_path
+from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, chunk_keys
+from ghoststore.store.spans.reader import NOTHING, chunk_numbers, read_chunk
+
+if TYPE_CHECKING:
+    from ghoststore.store.run.run import Run
+
+PIECE_BYTES = 1 << 20
+"""Bytes of a piece's widest array, where a step has fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Steps ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
+
+    start: int
+    stop: int
+    data: dict[str, NDArray[Any]]
+
+
+def side_by_side(run: Run, names: Sequence[str], ranges: Sequence[Steps]) -> Iterator[Pieces]:
+    """Several arrays over ``ranges`` of committed steps, in order. Every checksum is checked.
+
+    Memory: one chunk of each array, or one save interval, whatever the length of the run.
+    """
+    specs = [run.spec(name) for name in dict.fromkeys(names)]
+    committed = set(run.spans)
+    for start, stop in ranges:
+        while start < stop:
+            span = start // run.layout.span_steps
+            end = min(stop, run.layout.span_of(span)[1])
+            if span in committed:
+                yield from _of_chunks(run, specs, (start, end))
+            else:
+                yield from _of_journal(run, run.journals[span], specs, (start, end))
+            start = end
+
+
+def _of_chunks(run: Run, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
+    """Steps of one committed span."""
+    start, stop = steps
+    buffers = {spec.name: NOTHING for spec in specs}  # made when a chunk has shown its size
+    held: dict[str, tuple[int, NDArray[Any]]] = {}
+    most = _steps_of_a_piece(specs)
+    while start < stop:
+        for spec in specs:
+            first, data = held.get(spec.name, (start, ()))
+            if first + len(data) > start:
+                continue
+            first = start - start % spec.chunk_rows
+            path = run.path / chunk_keys(spec, first, first + 1)[0]
+            buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffers[spec.name], run.path)
+            buffers[spec.name] = buffer
+            held[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, stop - first)))
+        end = min(start + most, *(first + len(data) for first, data in held.values()))
+        yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
+        start = end
+
+
+def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
+    """Steps of a span that was open when the run was looked at."""
+    names = {spec.name for spec in specs}
+    entries = sorted(
+        (entry for entry in journal.entries if inside([(entry.start, entry.stop)], steps)), key=lambda e: e.start
+    )
+    try:
+        with opened(journal.path) as handle:
+            for some in _batches(entries, _steps_of_a_piece(specs)):
+                read = [read_arrays(handle, journal, entry, run.layout, names) for entry in some]
+                data = {name: np.concatenate([arrays[name] for arrays in read]) for name in names}
+                start, stop = max(some[0].start, steps[0]), min(some[-1].stop, steps[1])
+                cut = slice(start - some[0].start, stop - some[0].start)
+                yield Pieces(start, stop, {name: values[cut] for name, values in data.items()})
+    except FileNotFoundError:
+        # The journal goes when its span is committed: the same steps are in chunks now.
+        if not commit_path(run.path, journal.span).exists():
+            raise CorruptError(f"{journal.path} is missing, and its span is not committed") from None
+        yield from _of_chunks(run, specs, steps)
+
+
+def _batches(entries: Sequence[Any], most: int) -> Iterator[list[Any]]:
+    """Entries that follow one another, at most about ``most`` steps together."""
+    batch: list[Any] = []
+    for entry in entries:
+        if batch and (batch[-1].stop != entry.start or entry.stop - batch[0].start > most):
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _steps_of_a_piece(specs: Sequence[ArraySpec]) -> int:
+    return max(1, PIECE_BYTES // max(spec.width * int(spec.dtype.itemsize) for spec in specs))

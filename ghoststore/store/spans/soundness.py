@@ -1,0 +1,158 @@
+"""What a store can tell of its spans without reading their bytes: records that went missing, records of other files,
+files of another size.
+
+The protocol (``docs/format.md``) moves a span's chunks into place only while its intent or its record stands. So chunks
+in place with neither are the trace of a record that was lost, wherever the span is. A span without chunks is one that
+nobody has written yet, or, in a run, one that its writer left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.base.records import MISSING
+from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
+from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys
+
+if TYPE_CHECKING:
+    from ghoststore.store.spans.group import Spanned
+
+NAMED = 3
+"""Damaged files that a message names; `ghoststore verify` lists them all."""
+LOST = "missing, though the chunks of its span are in place"
+_INTENT = re.compile(r"\.([0-9]{8})(\.[0-9]+)?\.intent")
+_NUMBER = re.compile(r"[0-9]{1,12}")
+
+
+def record_problem(layout: SpanLayout, commit: Commit) -> str | None:
+    """Why ``commit`` cannot be the record of its span; None if it can."""
+    start, stop = layout.span_of(commit.span)
+    if (commit.start, commit.stop) != (start, stop):
+        return f"it says {commit.start} to {commit.stop} of span {commit.span}, which is {start} to {stop}"
+    expected = {key: spec for spec in layout.arrays() for key in chunk_keys(spec, start, stop)}
+    lacking, foreign = sorted(expected.keys() - commit.files.keys()), sorted(commit.files.keys() - expected.keys())
+    if lacking:
+        return f"it does not name {lacking[0]} and {len(lacking) - 1} more of the {len(expected)} files of its span"
+    if foreign:
+        return f"it names {foreign[0]!r:.80}, which is no file of span {commit.span}"
+    for key, spec in expected.items():
+        if spec.dtype is not str and commit.files[key].bytes != spec.chunk_bytes + CRC_BYTES:
+            return f"it gives {key} {commit.files[key].bytes} bytes; a chunk has {spec.chunk_bytes + CRC_BYTES}"
+    return None
+
+
+def exact_commit(folder: Path, layout: SpanLayout, span: int) -> Commit:
+    """The record of ``span`` of the part or run at ``folder``; CorruptError unless it can be that record."""
+    commit = read_commit(folder, span)
+    if problem := record_problem(layout, commit):
+        raise CorruptError(
+            f"{commit_path(folder, span)} is not the record of its span: {problem}; `ghoststore verify` lists what is "
+            "damaged"
+        )
+    return commit
+
+
+def lost_spans(source: Spanned[Any]) -> list[int]:
+    """Spans whose chunks are in place without a record or an intent, in order.
+
+    Cost: one listing of each array, and none if every span has its record.
+    """
+    if len(source.spans) == source.layout.spans:
+        return []
+    suspects = _spans_with_chunks(source)
+    if not suspects:
+        return []
+    # In this order: a writer makes the intent before it moves a chunk, and removes it after the record stands.
+    suspects -= intents(source.path)
+    return sorted(suspects.difference(committed(source.path)))
+
+
+def intents(folder: Path) -> set[int]:
+    """Spans that have an intent at this moment."""
+    names = (entry.name for entry in (folder / "commits").iterdir())
+    return {int(match[1]) for name in names if (match := _INTENT.fullmatch(name))}
+
+
+def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
+    """Spans that were not committed when ``source`` was opened, and have a chunk in place."""
+    layout, present = source.layout, set(source.spans)
+    spans: set[int] = set()
+    for spec in layout.arrays():
+        try:
+            names = os.listdir(source.path / spec.name / "c")
+        except OSError:  # nothing there yet; what cannot be listed, `verify` names
+            continue
+        for name in names:
+            first = int(name) * spec.chunk_rows if _NUMBER.fullmatch(name) else layout.length
+            span = first // layout.span_length
+            if first >= layout.length or span in present or span in spans:
+                continue
+            # A folder may be there before its chunk is.
+            if (source.path / chunk_keys(spec, first, first + 1)[0]).is_file():
+                spans.add(span)
+    return spans
+
+
+def refuse_lost(source: Spanned[Any]) -> None:
+    """CorruptError if records of ``source`` went missing: what is left would pass for all there is."""
+    lost = lost_spans(source)
+    if lost:
+        raise damaged(source, [(record_name(span), LOST) for span in lost])
+
+
+def record_name(span: int) -> str:
+    """The path of a record in its part or run."""
+    return commit_path(Path(), span).as_posix()
+
+
+def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) as far as records, metadata and the sizes of files tell: a look at each file, and
+    no chunk is read.
+    """
+    for name in source.files:
+        if name.endswith("zarr.json"):
+            try:
+                source.check_file(name)
+            except CorruptError as error:
+                yield name, str(error)
+        elif not (source.path / name).is_file():
+            yield name, MISSING
+    for span in lost_spans(source):
+        yield record_name(span), LOST
+    for span in source.spans:
+        try:
+            commit = exact_commit(source.path, source.layout, span)
+        except CorruptError as error:
+            yield record_name(span), str(error)
+            continue
+        for key, record in commit.files.items():
+            try:
+                size = (source.path / key).lstat().st_size
+            except OSError as error:
+                yield key, MISSING if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+                continue
+            if size != record.bytes:
+                yield key, f"{size} bytes; {record.bytes} were written"
+
+
+def refuse_damaged(source: Spanned[Any]) -> None:
+    """CorruptError naming what :func:`quick_damage` finds: nobody goes on writing what is damaged already."""
+    damage = list(quick_damage(source))
+    if damage:
+        raise damaged(source, damage)
+
+
+def damaged(source: Spanned[Any], damage: list[tuple[str, str]]) -> CorruptError:
+    """What to raise for damaged files of a part or run, and how they are mended."""
+    store, what = source.path.parent.parent, source.kind.name
+    files = "; ".join(f"{file}: {problem}" for file, problem in damage[:NAMED])
+    more = f"; and {len(damage) - NAMED} more" if len(damage) > NAMED else ""
+    return CorruptError(
+        f"{what} {source.name!r} of {store} is damaged ({files}{more}). `ghoststore repair --store {store} --{what} "
+        f"{source.name}` mends it"
+    )

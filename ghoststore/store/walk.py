@@ -1,0 +1,102 @@
+"""Every file of a part or run, and what it is: data, a leftover of a writer, or something that nobody knows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from ghoststore.store.base.disk import UNFINISHED
+from ghoststore.store.part.caches import FOLDERS, SECOND_MOMENT, cache_groups
+from ghoststore.store.part.indexes import FOLDER as INDEX
+from ghoststore.store.part.indexes import is_index_file
+from ghoststore.store.part.part import Part
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.soundness import intents
+
+Kind = Literal["data", "leftover", "unknown"]
+_RECORD = re.compile(r"commits/[0-9]{8}\.json")
+_JOURNAL = re.compile(r"journal/(?:([0-9]{8})\.log|skipped\.json)")
+_CHUNK = re.compile(r"([^/]+)/c/([0-9]{1,12})((?:/0)*)")
+_MOMENT = re.compile(rf"{SECOND_MOMENT}/.*-[0-9a-f]{{16}}\.(safetensors|npy)")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file's or folder's own name says that a writer had not finished it."""
+    return name.startswith(".") or UNFINISHED.fullmatch(name) is not None
+
+
+def entries_below(folder: Path, inside: str = "", *, deep: bool = True) -> Iterator[tuple[str, Path, str | None]]:
+    """(path in ``folder``, path, why it cannot be listed or None) of every file below, sorted; a folder that is
+    unfinished is one entry. Links are not followed. Without ``deep`` only what lies in the folder itself.
+    """
+    try:
+        with os.scandir(folder / inside) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return  # just removed
+    except OSError as error:
+        yield inside or ".", folder / inside, f"cannot be listed: {error}"
+        return
+    for entry in entries:
+        name = f"{inside}/{entry.name}" if inside else entry.name
+        if deep and entry.is_dir(follow_symlinks=False) and not is_unfinished(entry.name):
+            yield from entries_below(folder, name)
+        else:
+            yield name, folder / name, None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder, as far as they can be looked at."""
+    try:
+        if not path.is_dir() or path.is_symlink():
+            return path.lstat().st_size
+        return sum(size_of(inside) for inside in path.iterdir())
+    except OSError:
+        return 0
+
+
+class Census:
+    """What the files of ``source`` are. ``caches`` are those that its caches name."""
+
+    def __init__(self, source: Spanned[Any], caches: set[str]) -> None:
+        self._source = source
+        self._specs = {spec.name: spec for spec in source.layout.arrays()}
+        self._spans, self._intents = set(source.spans), intents(source.path)
+        groups = cache_groups(source) if isinstance(source, Part) else []
+        self._caches = {*caches, *(f"{group}/zarr.json" for group in groups)}
+
+    def kind_of(self, name: str) -> Kind:
+        """What the file ``name``, a path in the part or run, is."""
+        if is_unfinished(name.rpartition("/")[2]):
+            return "leftover"
+        if name == "zarr.json" or name in self._source.files or name in self._caches or _RECORD.fullmatch(name):
+            return "data"
+        if isinstance(self._source, Run) and (match := _JOURNAL.fullmatch(name)):
+            # Of a span that is committed it is what its writer had no time to remove.
+            return "leftover" if match[1] and int(match[1]) in self._spans else "data"
+        if match := _CHUNK.fullmatch(name):
+            return self._chunk(name, match[1], int(match[2]))
+        if name.partition("/")[0] in FOLDERS and isinstance(self._source, Part):
+            return "leftover" if self._of_dead_cache(name) else "unknown"
+        return "unknown"
+
+    def _chunk(self, name: str, array: str, number: int) -> Kind:
+        spec, layout = self._specs.get(array), self._source.layout
+        if spec is None or number * spec.chunk_rows >= layout.length:
+            return "unknown"
+        span = number * spec.chunk_rows // layout.span_length
+        if name not in layout.chunk_keys(spec, span):
+            return "unknown"
+        # Without a record it is a writer's, whose intent stands; or its record is lost, which is named as that.
+        return "leftover" if span not in self._spans and span in self._intents else "data"
+
+    def _of_dead_cache(self, name: str) -> bool:
+        """Whether a file among the caches, which no record names, is one that a process had begun."""
+        if _MOMENT.fullmatch(name):
+            return True
+        folder, _, file = name.rpartition("/")
+        return folder.count("/") == 1 and folder.startswith(f"{INDEX}/") and is_index_file(file)

@@ -1,0 +1,314 @@
+"""``ghoststore.repair``: what is damaged in a store, made again from what is sound.
+
+Metadata are functions of the layout, caches are dropped, and the damaged spans of a part are computed once more from
+the checkpoint and the corpus, as the build computes them. What a training run lost cannot be computed again: it is
+named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import zarr
+
+from ghoststore.errors import BusyError, CorruptError, GhostStoreError, StorageError, UsageError
+from ghoststore.progress import Progress, Silent
+from ghoststore.settings.build import BuildOptions
+from ghoststore.settings.keywords import takes
+from ghoststore.settings.store import RepairOptions
+from ghoststore.store import Part, Run
+from ghoststore.store.base.disk import replace as replace_file
+from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.own import is_own, source_path
+from ghoststore.store.base.records import FileRecord
+from ghoststore.store.base.writable import check_writable
+from ghoststore.store.manage.mend import (
+    Mended,
+    damaged_spans,
+    drop_caches,
+    restore_groups,
+    restore_metadata,
+    restore_opening,
+    restore_records,
+)
+from ghoststore.store.part.part import SPAN_TABLE, create_fixed
+from ghoststore.store.run.dropping import drop_damaged_steps
+from ghoststore.store.spans.commits import Commit, commit_path, read_commit
+from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.soundness import record_name
+from ghoststore.store.spans.withdrawn import forget, withdraw, withdrawn_spans
+from ghoststore.store.spans.writer import writing
+from ghoststore.store.store import Store
+from ghoststore.store.verify import Damage, Examination, Owner
+from indexer.build.build import refuse_other_build
+from indexer.build.inputs import open_inputs
+from indexer.build.job import BuildJob, plan_job
+from indexer.build.spans import compute_spans
+from indexer.projection.stored import config_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmended(Damage):
+    """Damage that is still there."""
+
+    why: str
+    """Why it could not be mended, and what can be done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """What a repair did, and what it could not do."""
+
+    store: str
+    parts: list[str]
+    runs: list[str]
+    mended: list[Mended] = field(default_factory=list)
+    unmended: list[Unmended] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is damaged any more."""
+        return not self.unmended
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON that ``ghoststore repair --json`` prints."""
+        return {**asdict(self), "sound": self.sound}
+
+
+@takes(RepairOptions)
+def repair(options: RepairOptions) -> RepairReport:
+    """Find what `ghoststore.verify` finds in a store, or in one part or run of it, and mend it.
+
+    Metadata of groups and arrays are written again, damaged caches (indexes, second moments, measured fidelity)
+    removed. Damaged spans of a part, and those whose record was lost, are computed again, from the checkpoint and the
+    corpus that it was built from: the bytes are the same (on the same machine and software). ``checkpoint``,
+    ``tokenizer`` and ``data`` say where these are now. Damaged files are moved aside until the new ones are committed.
+    Killed at any moment, run it again.
+
+    Steps that a training run lost cannot be computed again: they are named. ``drop_damaged`` takes the spans out that
+    hold them, so that the others open; a training that resumes may fill them.
+
+    Raises UsageError if there is no such store, part or run, BusyError if a process is writing what is to be repaired,
+    StorageError if the disk refuses. What cannot be mended is in the report.
+    """
+    progress = options.progress or Silent()
+    store = Store.examined(options.store)
+    check_writable(store.path)
+    parts, runs = store.chosen(options.part, options.run)
+    mended, unmended = restore_groups(store), list[Unmended]()
+    owners: list[Owner] = [*({"part": name} for name in parts), *({"run": name} for name in runs)]
+    for owner in owners:
+        work = _Repair(store, owner, options, progress)
+        unmended += work.run()
+        mended += work.mended
+    return RepairReport(store=str(options.store), parts=parts, runs=runs, mended=mended, unmended=unmended)
+
+
+class _Repair:
+    """Of one part or run."""
+
+    def __init__(self, store: Store, owner: Owner, options: RepairOptions, progress: Progress) -> None:
+        self._store, self._owner, self._options, self._progress = store, owner, options, progress
+        self.mended: list[Mended] = []
+        self._why: dict[str, str] = {}
+        """By file: why it cannot be mended."""
+
+    def run(self) -> list[Unmended]:
+        """Mend what can be mended; the damage that is left."""
+        of_part = "part" in self._owner
+        name = self._owner["part" if of_part else "run"]
+        path = self._store.part_path(name) if of_part else self._store.run_path(name)
+        kind: type[Spanned[Any]] = Part if of_part else Run
+        self.mended += restore_opening(kind, path, self._owner)
+        try:
+            source = kind(path)
+        except CorruptError:
+            return self._left(
+                "its own metadata say what it is, and cannot be made again: copy them, or all of it, back"
+            )
+        with writing(source):
+            damaged = [damage.file for damage in self._damage()]
+            if isinstance(source, Part):
+                # Those of a repair that was killed: what it had taken out is not damaged, it is not there.
+                unbuilt = set(withdrawn_spans(source)).difference(source.spans)
+                if damaged or unbuilt:
+                    self._mend_part(source, damaged, unbuilt)
+            elif isinstance(source, Run) and damaged:
+                self._mend_run(source, damaged)
+            self._forget(kind(path))
+        return self._left("see `ghoststore verify`") if damaged else []
+
+    def _damage(self) -> list[Damage]:
+        examination = Examination(self._store, self._progress)
+        examination.look_at(self._owner)
+        return examination.report([], []).damage
+
+    def _left(self, otherwise: str) -> list[Unmended]:
+        """What is damaged now, each with the reason that was given for it."""
+        return [
+            Unmended(
+                file=damage.file,
+                problem=damage.problem,
+                part=damage.part,
+                run=damage.run,
+                why=self._why.get(damage.file, otherwise),
+            )
+            for damage in self._damage()
+        ]
+
+    def _forget(self, source: Spanned[Any]) -> None:
+        """Remove the files of withdrawn spans that are committed again."""
+        committed = set(source.spans)
+        for span in withdrawn_spans(source):
+            if span in committed:
+                forget(source, span)
+
+    def _mend_part(self, part: Part, damaged: list[str], unbuilt: set[int]) -> None:
+        self.mended += restore_metadata(part, damaged, self._owner)
+        self.mended += drop_caches(part, damaged, self._owner)
+        spans = damaged_spans(part, damaged) | unbuilt
+        fixed = [name for name in damaged if name in part.files and "/c/" in name]
+        if not spans and not fixed:
+            return
+        try:
+            self._compute(part, spans, fixed)
+        except (BusyError, StorageError):
+            raise
+        except GhostStoreError as error:  # no checkpoint, another corpus: the records may still follow from the chunks
+            why = f"it cannot be computed again ({error})"
+            self._why.update(dict.fromkeys(damaged, why))
+            self._restore_records(part, spans, why)
+
+    def _mend_run(self, run: Run, damaged: list[str]) -> None:
+        self.mended += restore_metadata(run, damaged, self._owner)
+        spans = damaged_spans(run, damaged)
+        for span in sorted(spans):
+            start, stop = run.layout.span_of(span)
+            steps = f"steps {start + 1} to {stop} of run {run.name!r} cannot be computed again"
+            self._why.update(
+                dict.fromkeys(
+                    (name for name in damaged if damaged_spans(run, [name]) == {span}),
+                    f"{steps}; `drop_damaged` takes them out, so that the others open",
+                )
+            )
+        self._restore_records(run, spans, None)
+        for name in damaged:
+            if name.startswith("journal/"):
+                self._why[name] = (
+                    f"steps of run {run.name!r} cannot be computed again; `drop_damaged` takes those that are damaged "
+                    "out, so that the others open"
+                )
+        if self._options.drop_damaged:
+            for span in sorted(damaged_spans(run, [damage.file for damage in self._damage()])):
+                with storage_errors(str(run.path)):
+                    withdraw(run, span)
+                start, stop = run.layout.span_of(span)
+                self.mended.append(
+                    Mended(
+                        file=record_name(span), how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner
+                    )
+                )
+            with storage_errors(str(run.path)):
+                lost = drop_damaged_steps(Run(run.path))
+            for file, (start, stop) in lost:
+                self.mended.append(
+                    Mended(file=file, how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner)
+                )
+        for name in damaged:
+            if name in run.files and not name.endswith("zarr.json"):
+                self._why[name] = "the table of rows was written when the run was made, and cannot be made again"
+
+    def _restore_records(self, source: Spanned[Any], spans: Iterable[int], why: str | None) -> None:
+        """Records that are damaged or lost, of spans whose chunks all hold."""
+        sound = set()
+        for span in spans:
+            try:
+                read_commit(source.path, span)
+            except CorruptError:
+                continue
+            sound.add(span)  # its record is: a chunk is damaged
+        for span, outcome in restore_records(source, sorted(set(spans) - sound), self._owner):
+            if isinstance(outcome, Mended):
+                self.mended.append(outcome)
+            elif why is not None:
+                self._why[record_name(span)] = f"{why}; and {outcome}"
+
+    def _compute(self, part: Part, spans: set[int], fixed: list[str]) -> None:
+        """Compute ``spans`` and the files of ``fixed`` arrays again, as the build of ``part`` did."""
+        options = self._build_options(part, learn=bool(fixed))
+        with open_inputs(options, self._progress, repaired=part) as inputs:
+            learned = [name for name in fixed if name.partition("/")[0] != SPAN_TABLE]
+            job = plan_job(replace(inputs, there=None, repairing=False) if learned else inputs, self._progress)
+            if fixed:
+                self._restore_fixed(part, job, fixed)
+            refuse_other_build(part, job, self._progress)
+            before = {span: _read(part, span) for span in spans}
+            for span in sorted(spans):
+                with storage_errors(str(part.path)):
+                    withdraw(part, span)
+            compute_spans(Part(part.path), job, self._progress, spans)
+        for span in sorted(spans):
+            stored = before[span]
+            other = stored is not None and read_commit(part.path, span).files != stored.files
+            how = "rebuilt, with other last bits than before: on other hardware or software" if other else "rebuilt"
+            self.mended.append(Mended(file=record_name(span), how=how, **self._owner))
+
+    def _restore_fixed(self, part: Part, job: BuildJob, names: list[str]) -> None:
+        """Chunks of the arrays that were written when the part was made, where the job has the same numbers."""
+        values = {SPAN_TABLE: job.plan.table, **job.fixed()}
+        with TemporaryDirectory(prefix="ghoststore-") as made:
+            group = zarr.create_group(made)
+            for name, array in values.items():
+                create_fixed(group, name, array)[...] = array
+            for name in names:
+                path = Path(made) / name
+                if path.is_file() and FileRecord.of(path).sha256 == part.files[name]:
+                    with storage_errors(str(part.path / name)):
+                        (part.path / name).parent.mkdir(parents=True, exist_ok=True)
+                        replace_file(part.path / name, path.read_bytes())
+                    self.mended.append(Mended(file=name, how="restored", **self._owner))
+
+    def _build_options(self, part: Part, *, learn: bool) -> BuildOptions:
+        """Those that the part was built with, with the places that the user gave."""
+        manifest, given, whose = part.manifest, self._options, f"part {part.name!r}"
+        storage, compute = manifest["storage"], manifest["compute"]
+        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", given.checkpoint)
+        data = source_path(manifest, "data", whose, "data", given.data)
+        if checkpoint is None or data is None:
+            raise UsageError(
+                f"{whose} was built on standard input, which cannot be read again: give `data`, a file with the same "
+                "rows"
+            )
+        return BuildOptions(
+            checkpoint=checkpoint,
+            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", given.tokenizer),
+            data=data,
+            store=part.path.parent.parent,
+            name=part.name,
+            max_length=manifest["tokens"]["max_length"],
+            overlong=manifest["tokens"]["overlong"],
+            max_samples=manifest["corpus"]["max_samples"],
+            batch_tokens=manifest["batching"]["batch_tokens"],
+            span_rows=storage["span_rows"],
+            store_text=storage["store_text"],
+            loss_reduction=manifest["loss"]["reduction"],
+            model_dtype=manifest["dtype"]["model"],
+            attn_implementation=compute["attn_implementation"],
+            gradient_checkpointing=compute["gradient_checkpointing"],
+            proj_dtype=storage["dtype"],
+            projection=config_of(manifest["projection"], manifest["layers"]),
+            optimizer_state=manifest["source"]["optimizer_state"] if learn and is_own(manifest) else None,
+            device=given.device,
+        )
+
+
+def _read(part: Part, span: int) -> Commit | None:
+    """The record of a span; None if it is damaged or lost."""
+    try:
+        return read_commit(part.path, span) if commit_path(part.path, span).exists() else None
+    except CorruptError:
+        return None

@@ -1,0 +1,471 @@
+"""Save intervals of a span that is not full: committed in its journal, read with the rest, and chunks in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+
+import ghoststore
+from ghoststore.errors import CorruptError, UsageError
+from ghoststore.store import Run, RunLayout, RunWriter, Store
+from ghoststore.store.run.journal import HEADER, journal_damage, journal_path
+from ghoststore.store.run.pieces import side_by_side
+from ghoststore.store.run.saver import Saver
+from tests.support.runs import JOURNALED, expected, files, make, steps_of, train, values
+
+STEPS = list(range(JOURNALED.steps))
+ARRAYS = [spec.name for spec in JOURNALED.arrays()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of a run that was never interrupted."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    train(store, layout=JOURNALED)
+    return files(store)
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A store whose run ends in its first span: two save intervals, and two steps that are lost."""
+    train(tmp_path / "store", layout=JOURNALED, stop=12)
+    return tmp_path / "store"
+
+
+def journal(store: Path, span: int = 0) -> Path:
+    return journal_path(store / "runs/run", span)
+
+
+def run_of(store: Path) -> Run:
+    return Store.open(store).run()
+
+
+def test_every_save_interval_is_committed_at_once(tmp_path: Path) -> None:
+    """A reader sees it as soon as the writer says so; it lies in one file until its span is full."""
+    store = tmp_path / "store"
+    with RunWriter(make(store, layout=JOURNALED)) as writer:
+        reader = run_of(store)
+        for start, stop, logs in ((0, 5, [0]), (5, 10, [0]), (10, 15, []), (15, 20, [1]), (20, 23, [])):
+            for step in range(start, stop):
+                writer.append(step, values(step))
+            writer.flush()
+            assert reader.reload() == [(start, stop)]
+            assert steps_of(reader) == steps_of(run_of(store)) == list(range(stop))
+            assert [path for path in (journal(store, 0), journal(store, 1)) if path.exists()] == [
+                journal(store, span) for span in logs
+            ]
+            assert journal_damage(run_of(store)) == []
+    run = run_of(store)
+    assert (run.spans, run.complete, run.journals) == ([0, 1], True, {})
+
+
+def test_a_finished_run_is_whole_to_plain_zarr(whole: dict[str, bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    train(store, layout=JOURNALED)
+    assert files(store) == whole
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = zarr.open(store, mode="r")["runs/run"]
+        assert {name for name, _ in run.arrays()} == set(ARRAYS)
+        for name in ARRAYS:
+            np.testing.assert_array_equal(run[name][...], expected(name, STEPS))
+
+
+def test_the_same_numbers_as_with_short_spans(half: Path, tmp_path: Path) -> None:
+    """In every way of reading; `info` counts the same."""
+    train(tmp_path / "short", stop=12)
+    mine, short = run_of(half), run_of(tmp_path / "short")
+    assert mine.committed_steps().tolist() == short.committed_steps().tolist() == list(range(10))
+    for name in ARRAYS:
+        for read in (lambda run, name=name: run.read(name, 2, 9), lambda run, name=name: run.read_committed(name)):
+            np.testing.assert_array_equal(read(mine), read(short))
+    seen, other = ghoststore.info(half).runs[0], ghoststore.info(tmp_path / "short").runs[0]
+    for field in ("complete", "committed", "train_loss", "val_loss", "negative", "statuses", "tokens"):
+        assert getattr(seen, field) == getattr(other, field)
+    assert seen.bytes == journal(half).stat().st_size
+    for wrong in ((8, 11), (10, 12), (20, 23)):
+        with pytest.raises(UsageError, match="are not committed"):
+            mine.read("score", *wrong)
+    with pytest.raises(UsageError, match=r"spans \[1\] of run 'run' are not committed"):
+        mine.read_committed("score", [1])
+
+
+def test_a_cache_sees_the_journal(half: Path) -> None:
+    before = run_of(half).fingerprint()
+    assert before == run_of(half).fingerprint()
+    train(half, layout=JOURNALED, start=10, stop=15)
+    committed = run_of(half).fingerprint()
+    train(half, layout=JOURNALED, start=15, stop=20)
+    assert len({before, committed, run_of(half).fingerprint()}) == 3
+
+
+@pytest.mark.parametrize("stop", [12, 14])
+def test_a_reader_that_is_overtaken(half: Path, stop: int) -> None:
+    """It was opened when the span had a journal: the span is committed, and the reader still reads its state."""
+    reader = run_of(half)
+    pieces = side_by_side(reader, ["score"], reader.ranges)
+    train(half, layout=JOURNALED, start=10)
+    assert not journal(half).exists()
+    np.testing.assert_array_equal(next(pieces).data["score"], expected("score", list(range(10))))
+    assert steps_of(reader) == list(range(10))
+    assert reader.reload() == [(10, 23)]
+    assert steps_of(reader) == STEPS
+
+
+def test_a_reader_whose_journal_is_gone(half: Path) -> None:
+    reader = run_of(half)
+    journal(half).unlink()
+    with pytest.raises(CorruptError, match=r"journal/00000000\.log is missing, and its span is not committed"):
+        reader.read_committed("score")
+
+
+# A writer that died.
+
+
+@pytest.mark.parametrize("stride", [41, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_tail_that_was_not_finished(half: Path, whole: dict[str, bytes], stride: int, tmp_path: Path) -> None:
+    """Cut anywhere in its last entry, the journal has the entry before, and a writer goes on to the same bytes."""
+    data = journal(half).read_bytes()
+    size = len(data) // 2
+    ends = {*range(size, len(data), stride), size + HEADER.size, *(len(data) - back for back in (1, 31, 32, 33))}
+    for place, end in enumerate(sorted(ends)):
+        journal(half).write_bytes(data[:end])
+        run = run_of(half)
+        assert steps_of(run) == list(range(5))
+        assert journal_damage(run) == []
+        if place % 20 == 0:
+            copy = Path(shutil.copytree(half, tmp_path / f"copy-{end}"))
+            train(copy, layout=JOURNALED, start=5)
+            assert files(copy) == whole
+
+
+@pytest.mark.parametrize("kept", ["header", "most", "all"])
+def test_zeros_where_nothing_was_flushed(half: Path, whole: dict[str, bytes], kept: str) -> None:
+    """After a power cut the file may have its length without its bytes."""
+    data = journal(half).read_bytes()
+    size = len(data) // 2
+    there = {"header": 0, "most": size // 2, "all": size - 32}[kept]
+    journal(half).write_bytes(data[: size + there] + bytes(size - there))
+    assert steps_of(run_of(half)) == list(range(5))
+    assert journal_damage(run_of(half)) == []
+    train(half, layout=JOURNALED, start=5)
+    assert files(half) == whole
+
+
+def test_a_journal_whose_span_is_committed(half: Path, whole: dict[str, bytes]) -> None:
+    """The writer died between the record and the journal's end: the record holds, the journal goes."""
+    data = journal(half).read_bytes()
+    train(half, layout=JOURNALED, start=10)
+    journal(half).write_bytes(data[:-40])
+    assert steps_of(run_of(half)) == STEPS
+    assert journal_damage(run_of(half)) == []
+    train(half, layout=JOURNALED, start=23)
+    assert files(half) == whole
+
+
+def test_a_full_journal_without_a_record(half: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer died before it could make chunks of it: every step is there, and the next writer makes them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "_commit_if_full", lambda self, span: None)
+        train(half, layout=JOURNALED, start=10, stop=15)
+    assert run_of(half).spans == []
+    assert steps_of(run_of(half)) == list(range(15))
+    train(half, layout=JOURNALED, start=15)
+    assert files(half) == whole
+
+
+# Damage.
+
+
+@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_flipped_byte_is_named(half: Path, stride: int) -> None:
+    """By `verify`; and nothing is read that was not written."""
+    data = journal(half).read_bytes()
+    sound = [expected(name, list(range(10))) for name in ARRAYS]
+    for place in range(0, len(data), stride):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        journal(half).write_bytes(changed)
+        run = run_of(half)
+        damage = journal_damage(run)
+        assert [file for file, _ in damage] == ["journal/00000000.log"] * len(damage) != [], place
+        for name, numbers in zip(ARRAYS, sound, strict=True):
+            with suppress(CorruptError):
+                np.testing.assert_array_equal(run.read_committed(name), numbers)
+        with pytest.raises(CorruptError, match=r"journal/00000000\.log"), RunWriter(run_of(half)):
+            pass
+        assert journal(half).read_bytes() == changed
+
+
+@pytest.mark.parametrize("stop", [23, 12])
+def test_a_flipped_byte_of_the_short_last_interval(tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry of fewer steps is as whole as the others."""
+    layout = replace(JOURNALED, steps=stop, span_steps=15)
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "_commit_if_full", lambda self, span: None)
+        train(store, layout=layout)
+    span = (stop - 1) // 15
+    data = journal(store, span).read_bytes()
+    assert steps_of(run_of(store))[-1] == stop - 1
+    for place in range(len(data) - 1, 0, -29):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        journal(store, span).write_bytes(changed)
+        assert journal_damage(run_of(store)), (place, len(data))
+
+
+def first_field(name: str, value: int) -> Callable[[bytes], bytes]:
+    """A change of the first header that its checksum does not tell."""
+
+    def change(data: bytes) -> bytes:
+        fields = list(HEADER.unpack(data[: HEADER.size]))
+        fields[("magic", "start", "stop", "bytes").index(name)] = value
+        header = struct.pack("<8s7q32s", *fields[:-1])
+        return header + google_crc32c.value(header).to_bytes(4, "little") + data[HEADER.size :]
+
+    return change
+
+
+HOSTILE: dict[str, Callable[[bytes], bytes]] = {
+    "start": first_field("start", -5),
+    "far": first_field("start", 10**18),
+    "stop": first_field("stop", 10**15),
+    "bytes": first_field("bytes", 1 << 62),
+    "twice": lambda data: data + data,
+    "in the middle": lambda data: data[: len(data) // 2 - 32] + data[len(data) // 2 :],
+    "second alone": lambda data: data[len(data) // 2 :],
+    "behind": lambda data: data + b"x" * (len(data) // 2),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_journal_that_cannot_be(half: Path, name: str) -> None:
+    """Named, in bounded memory; what is read was written, and nothing is written behind it."""
+    journal(half).write_bytes(HOSTILE[name](journal(half).read_bytes()))
+    run = run_of(half)
+    assert {file for file, _ in journal_damage(run)} == {"journal/00000000.log"}
+    if name == "in the middle":  # as if the last entry had been cut off
+        assert steps_of(run) == list(range(5))
+    else:
+        with pytest.raises(CorruptError, match=r"journal/00000000\.log is damaged"):
+            run.read_committed("score")
+        with pytest.raises(CorruptError, match=r"journal/00000000\.log is damaged"):
+            ghoststore.info(half)
+    with pytest.raises(CorruptError, match=r"journal/00000000\.log is damaged"), RunWriter(run_of(half)):
+        pass
+
+
+def test_a_journal_of_another_run_or_span(half: Path, tmp_path: Path) -> None:
+    train(tmp_path / "other", layout=JOURNALED, stop=20)
+    other = journal(tmp_path / "other", 1)
+    shutil.copy(other, journal(half, 0))
+    assert journal_damage(run_of(half))
+    shutil.copy(other, journal(half, 1))
+    journal(half, 0).unlink()
+    damage = dict(journal_damage(run_of(half)))  # its first span is missing
+    assert "steps 0 to 15 are missing" in damage["commits/00000000.json"]
+    run = make(tmp_path / "third", layout=JOURNALED, training={"seed": 1})
+    shutil.copy(other, journal_path(run.path, 1))
+    assert "is not linked" in journal_damage(run_of(tmp_path / "third"))[0][1]
+    journal(half, 1).rename(journal(half, 2))
+    with pytest.raises(CorruptError, match="a journal of span 2, but there are 2 spans"):
+        run_of(half)
+
+
+def test_a_pipe_for_a_journal(half: Path) -> None:
+    """Nothing waits for it."""
+    journal(half).unlink()
+    os.mkfifo(journal(half))
+    assert "a pipe" in journal_damage(run_of(half))[0][1]
+    with pytest.raises(CorruptError, match="a pipe"):
+        run_of(half).read_committed("score")
+
+
+# Steps that do not come.
+
+
+def test_steps_that_are_given_up(tmp_path: Path) -> None:
+    """A gap inside a span, over a whole one, and up to the end of one: said by the writer, seen by the reader."""
+    layout = replace(JOURNALED, steps=63)
+    store = tmp_path / "store"
+    with RunWriter(train(store, layout=layout, stop=5)) as writer:
+        writer.skip_to(52)
+        for step in range(52, 58):
+            writer.append(step, values(step, layout))
+    run = run_of(store)
+    assert run.ranges == [(0, 5), (50, 55)]
+    assert run.skipped == [(5, 50)]
+    assert (run.spans, sorted(run.journals)) == ([0], [3])
+    assert journal_damage(run) == []
+    assert (run.read("sample", 50, 52) == -1).all()
+    np.testing.assert_array_equal(run.read("score", 52, 55), expected("score", [52, 53, 54], layout))
+    with RunWriter(run_of(store)) as writer:
+        assert writer.next_step == 15
+        for step in range(55):  # from the beginning: what was given up is welcome where its span is open
+            writer.append(step, values(step, layout))
+        for step in range(55, 63):
+            writer.append(step, values(step, layout))
+    run = run_of(store)
+    assert run.ranges == [(0, 5), (15, 63)]
+    assert (run.skipped, run.spans, journal_damage(run)) == ([(5, 15)], [0, 1, 2, 3, 4], [])
+    np.testing.assert_array_equal(run.read("score", 15, 50), expected("score", list(range(15, 50)), layout))
+
+
+def test_pending_steps_of_a_store_that_is_gone(tmp_path: Path) -> None:
+    with RunWriter(make(tmp_path / "lost", layout=JOURNALED)) as writer:
+        for step in range(13):
+            writer.append(step, values(step))
+        pending = writer.pending()
+    assert pending["step"].tolist() == [10, 11, 12]
+    with RunWriter(make(tmp_path / "store", layout=JOURNALED)) as writer:
+        writer.restore(pending)
+        for step in range(13, 23):
+            writer.append(step, values(step))
+    run = run_of(tmp_path / "store")
+    assert steps_of(run) == list(range(10, 23))
+    assert (run.skipped, journal_damage(run), run.complete) == ([(0, 10)], [], False)
+
+
+def test_a_record_that_is_lost_is_named(tmp_path: Path) -> None:
+    """A hole that nobody declared; the writer's own gaps are none."""
+    store = tmp_path / "store"
+    train(store, layout=JOURNALED)
+    (store / "runs/run/commits/00000000.json").unlink()
+    path = store / "runs/run"
+    assert journal_damage(Run(path)) == [("commits/00000000.json", "steps 0 to 15 are missing")]
+    skipped = store / "runs/run/journal/skipped.json"
+    skipped.write_text('{"steps": [[0, 15]]}')  # without its checksum
+    assert [file for file, _ in journal_damage(Run(path))] == ["journal/skipped.json"]
+    with pytest.raises(CorruptError, match=r"skipped\.json"):
+        Run(path).read_committed("score")
+
+
+# How many files.
+
+
+def footprint(folder: Path) -> tuple[int, int]:
+    """(files, their bytes)."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [
+        ({"ranks": 1, "batch": 16}, 200_000),
+        ({"ranks": 8, "batch": 32}, 100_000),
+        ({"ranks": 1, "batch": 16, "blocks": tuple(f"block-{i}" for i in range(48))}, 200_000),
+        ({"ranks": 2, "batch": 8, "dimension": 4096}, 20_000),
+    ],
+)
+@pytest.mark.parametrize("every", [1, 7, 10, 1000])
+def test_files_of_a_long_run(shape: dict[str, int], steps: int, every: int) -> None:
+    """At most one a 4 MiB, a few aside: by the layout."""
+    layout = RunLayout.saving(every, steps=steps, rows=1000, **shape)
+    specs = layout.arrays()
+    size = sum(steps * spec.width * spec.dtype.itemsize for spec in specs)
+    count = sum(len(layout.chunk_keys(spec, span)) for span in range(layout.spans) for spec in specs) + layout.spans
+    assert layout.span_steps % every == 0
+    assert all(spec.chunk_bytes <= 8 << 20 for spec in specs)
+    assert count <= size / (4 << 20) + len(specs) + 4
+    span = sum(min(layout.span_steps, steps) * spec.width * spec.dtype.itemsize for spec in specs)
+    assert span <= 2 * (12 * 8 << 20) * 1.2 or layout.span_steps == every
+
+
+@pytest.mark.slow
+def test_a_long_run_leaves_few_files(tmp_path: Path) -> None:
+    """20,000 steps, saved every ten: what the disk has while it is written, and then."""
+    layout = RunLayout.saving(10, steps=20_000, ranks=1, batch=16, rows=100)
+    store = tmp_path / "store"
+    run = make(store, layout=layout)
+    before = footprint(run.path)[0]
+    rng = np.random.default_rng(0)
+    sample = rng.integers(0, 100, (1, 16))
+    score = rng.standard_normal((1, 16))
+    with RunWriter(run) as writer:
+        for step in range(19_990):
+            writer.append(step, {"sample": sample, "score": score + step, "learning_rate": 0.5})
+        writer.flush()
+        assert footprint(run.path)[0] == before + 1
+        assert run.steps == 19_990
+        for step in range(19_990, 20_000):
+            writer.append(step, {"sample": sample, "score": score + step, "learning_rate": 0.5})
+    assert footprint(run.path)[0] == before + len(layout.arrays()) + 1
+    assert run_of(store).read("score", 12_345, 12_346)[0, 0, 0] == np.float32(score[0, 0] + 12_345)
+
+
+# What is done to a whole run.
+
+
+def harmed(half: Path) -> Path:
+    """Its first save interval is damaged, and one more came."""
+    train(half, layout=JOURNALED, start=10, stop=20)
+    (half / "runs/run/commits/00000000.json").unlink()
+    shutil.rmtree(half / "runs/run")
+    train(half, layout=replace(JOURNALED, span_steps=20), stop=15)
+    data = bytearray(journal(half).read_bytes())
+    data[HEADER.size + 7] ^= 1
+    journal(half).write_bytes(data)
+    return journal(half)
+
+
+def test_verify_and_repair(half: Path) -> None:
+    """Named by `verify`, with what mends it; `repair` takes out what is damaged alone, and training goes on."""
+    harmed(half)
+    report = ghoststore.verify(half)
+    assert [(one.file, one.problem) for one in report.damage] == [
+        ("journal/00000000.log", "steps 0 to 5 are not what was written")
+    ]
+    assert report.unknown == []
+    repaired = ghoststore.repair(store=half)
+    assert [one.file for one in repaired.unmended] == ["journal/00000000.log"]
+    assert "`drop_damaged`" in repaired.unmended[0].why
+    repaired = ghoststore.repair(store=half, drop_damaged=True)
+    assert (len(repaired.mended), repaired.unmended) == (1, [])
+    assert ghoststore.verify(half).sound
+    run = run_of(half)
+    assert (run.ranges, run.skipped) == ([(5, 15)], [(0, 5)])
+    np.testing.assert_array_equal(run.read_committed("score"), expected("score", list(range(5, 15))))
+    train(half, layout=replace(JOURNALED, span_steps=20))
+    assert run_of(half).complete
+    assert ghoststore.verify(half).sound
+
+
+def test_repair_where_nobody_says_what_was_given_up(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    train(store, layout=JOURNALED)
+    shutil.rmtree(store / "runs/run/journal")
+    assert not ghoststore.verify(store).sound
+    assert ghoststore.repair(store=store).unmended == []
+    assert ghoststore.verify(store).sound
+    (store / "runs/run/journal/skipped.json").write_text("[]")
+    assert [one.file for one in ghoststore.verify(store).damage] == ["journal/skipped.json"]
+    assert ghoststore.repair(store=store, drop_damaged=True).unmended == []
+    assert steps_of(run_of(store)) == STEPS
+
+
+def test_a_copy_and_what_is_cleared_away(half: Path, tmp_path: Path) -> None:
+    copied = ghoststore.copy(store=half, run="run", to_store=tmp_path / "copy")
+    assert not copied.complete
+    assert steps_of(run_of(tmp_path / "copy")) == list(range(10))
+    assert ghoststore.verify(tmp_path / "copy").sound
+    data = journal(half).read_bytes()
+    train(tmp_path / "copy", layout=JOURNALED, start=10)
+    journal(tmp_path / "copy").write_bytes(data)
+    assert [one.file for one in ghoststore.verify(tmp_path / "copy").leftovers] == ["journal/00000000.log"]
+    assert [one.file for one in ghoststore.gc(store=tmp_path / "copy").removed] == ["journal/00000000.log"]
+    harmed(half)
+    with pytest.raises(CorruptError, match="steps 0 to 5 are not what was written"):
+        ghoststore.copy(store=half, run="run", to_store=tmp_path / "other")

@@ -1,0 +1,189 @@
+"""Who writes in a folder: seen by every machine, forgotten when dead, and what a living one has begun is left alone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ghoststore.errors import BusyError
+from ghoststore.store.base.disk import create_whole, exclusive, replace, sweep
+from ghoststore.store.base.writers import FOLDER, at_work, living, own_id, unfinished, writers
+from ghoststore.store.spans.writer import writing
+from tests.support.runs import make
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+HOUR = 3600
+
+
+def record(folder: Path, name: str, seconds_ago: float = 0, **fields: Any) -> Path:
+    """The record of a process of another machine, touched so long ago."""
+    path = folder / FOLDER / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    value = {"host": "node7", "boot": "another", "processes": "pid:[1]", "pid": 4711, "start": "1"}
+    path.write_text(json.dumps({**value, "command": "ghoststore build", "since": time.time() - 5 * HOUR, **fields}))
+    touched = time.time() - seconds_ago
+    os.utime(path, (touched, touched))
+    return path
+
+
+def own_record(folder: Path) -> dict[str, Any]:
+    """What this process says of itself."""
+    with at_work(folder, "it"):
+        return json.loads((folder / FOLDER / f"{own_id()}.json").read_text())
+
+
+def test_one_of_another_machine_is_named(tmp_path: Path) -> None:
+    run = make(tmp_path / "store")
+    path = record(run.path, "node7-4711-0123abcd", seconds_ago=60)
+    since = time.strftime("%Y-%m-%d %H:", time.localtime(time.time() - 5 * HOUR))
+    with pytest.raises(BusyError, match="run 'run' is being written by another process") as caught, writing(run):
+        pass
+    assert f"process 4711 on node7, since {since}" in str(caught.value)
+    assert "(ghoststore build)" in str(caught.value)
+    assert "forgotten 10 minutes after" in str(caught.value)
+    (writer,) = living(run.path)
+    assert (writer.host, writer.pid, writer.command) == ("node7", 4711, "ghoststore build")
+    assert path.exists()
+
+
+def test_one_that_was_not_heard_of_for_ten_minutes_is_dead(tmp_path: Path) -> None:
+    run = make(tmp_path / "store")
+    path = record(run.path, "node7-4711-0123abcd", seconds_ago=601)
+    left = run.path / "commits" / ".00000001.loss.c.1.node7-4711-0123abcd.3.tmp"
+    left.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    assert [writer.alive for writer in writers(run.path)] == [False]
+    with writing(run):
+        assert [writer.id for writer in writers(run.path)] == [own_id()]
+    assert not left.exists()
+    assert not path.parent.exists()
+
+
+def test_one_that_was_killed_is_dead_at_once(lab: Lab, tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom pathlib import Path\nfrom ghoststore.store.base.writers import at_work, unfinished\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "with at_work(folder, 'it'):\n    unfinished(folder / 'a').write_text('x')\n    os._exit(7)"
+    )
+    assert lab.run(code=code).code == 7
+    (writer,) = writers(tmp_path)
+    assert not writer.alive
+    assert len(list(tmp_path.glob(".a.*.tmp"))) == 1
+    with exclusive(tmp_path, "it"):
+        sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_with_the_same_number_is_another(tmp_path: Path) -> None:
+    """Numbers of processes are given again, soon in a container."""
+    own = own_record(tmp_path)
+    host, number, _ = own_id().rsplit("-", 2)
+    record(tmp_path, f"{host}-{number}-00000000", **own)
+    assert [writer.alive for writer in writers(tmp_path)] == [True]
+    record(tmp_path, f"{host}-{number}-00000000", **{**own, "start": "1"})
+    assert [writer.alive for writer in writers(tmp_path)] == [False]
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/random/boot_id").exists(), reason="no boot id")
+def test_a_power_cut_ends_every_process(tmp_path: Path) -> None:
+    """One of this machine, touched a minute before the machine was started again."""
+    own = own_record(tmp_path)
+    up = time.clock_gettime(time.CLOCK_BOOTTIME)
+    record(tmp_path, "me-1-0123abcd", up + 60, **{**own, "boot": "before"})
+    assert [writer.alive for writer in writers(tmp_path)] == [False]
+
+
+def test_what_a_living_one_owns_is_left_alone(tmp_path: Path) -> None:
+    record(tmp_path, "node7-4711-0123abcd")
+    names = {
+        ".a.node7-4711-0123abcd.0.tmp": True,  # has a record
+        f".a.{own_id()}.0.tmp": True,
+        f".a.{own_id()[:-8]}00000000.0.tmp": False,  # a process before, with the same number
+        f".a.{own_id().rsplit('-', 2)[0]}-1-00000000.tmp": True,  # process 1 is there
+        ".a.node8-1-0123abcd.tmp": False,  # no record, and old
+        ".a.123.tmp": False,  # of an earlier release
+        ".b.tmp/x": False,
+    }
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+        for old in (path, path.parent):
+            os.utime(old, (0, 0))
+    (tmp_path / ".c.node9-1-0123abcd.tmp").write_bytes(b"")  # no record, and new
+    sweep(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp") if path.is_file()}
+    assert left == {name for name, stays in names.items() if stays} | {".c.node9-1-0123abcd.tmp"}
+
+
+def test_what_is_no_record_is_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    (folder / "notes.txt").write_text("x")
+    os.mkfifo(folder / "node7-1-0123abcd.json")
+    (folder / "node7-2-0123abcd.json").symlink_to("/dev/zero")
+    (folder / "node7-3-0123abcd.json").write_text('{"host": 3, "since": "x"')
+    (writer,) = writers(tmp_path)
+    assert (writer.host, writer.pid, writer.alive) == ("node7", 3, True)  # cut: for ten minutes it may be anybody's
+    assert writers(tmp_path / "absent") == []
+
+
+def test_a_fork_does_not_end_it(tmp_path: Path, lab: Lab) -> None:
+    code = (
+        "import os\nfrom pathlib import Path\nfrom ghoststore.store.base.writers import *\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "with at_work(folder, 'it'):\n    if child := os.fork(): os.waitpid(child, 0)\n"
+        "    print(len(living(folder)), own_id().split('-')[-2] == str(os.getpid()), flush=True)"
+    )
+    outcome = lab.run(code=code)
+    assert outcome.out.splitlines()[0] == "1 True"
+    assert "1 True" in outcome.out
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with exclusive(tmp_path, "it"), pytest.raises(BusyError, match=f"process {os.getpid()} on"):
+        exclusive(tmp_path, "it").__enter__()
+
+
+def test_the_first_to_finish_names_the_folder(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        create_whole(tmp_path / "a", lambda inner: (inner / "x").write_text("other") and None)
+        (folder / "x").write_text("own")
+
+    create_whole(tmp_path / "a", fill)
+    assert (tmp_path / "a/x").read_text() == "other"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_the_dead_had_begun_goes_with_the_next_of_its_name(tmp_path: Path) -> None:
+    host, number, _ = own_id().rsplit("-", 2)
+    dead = tmp_path / f".a[1].json.{host}-{number}-00000000.4.tmp"
+    others = [
+        tmp_path / name for name in (f".a[1].json.{host}-1-00000000.tmp", ".a[1].json.mine.tmp", ".a[1].jsonx.tmp")
+    ]
+    for path in (dead, *others):
+        path.write_text("x")
+        os.utime(path, (0, 0))
+    replace(tmp_path / "a[1].json", b"x")
+    assert not dead.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_long_name_is_cut(tmp_path: Path) -> None:
+    path = unfinished(tmp_path / ("é" * 127))
+    path.write_text("x")
+    assert len(os.fsencode(path.name)) <= 255
