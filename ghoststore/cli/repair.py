@@ -10,7 +10,7 @@ from ghoststore.settings.shared import Printing
 from ghoststore.settings.store import RepairOptions
 
 
-@options.command(RepairOptions, Printing)
+@options.command(RepairOptions, Printing, first="store part run checkpoint data drop_damaged")
 def command(keywords: options.Keywords, printing: Printing) -> None:
     """Verify a store and mend what is damaged. Exit code 4 if anything still is.
 
