@@ -69,24 +69,30 @@ def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
 
     Errors as of `writing`.
     """
+    with writing(path), _aside(path, over=over) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _aside(path: Path, *, over: bool = False) -> Iterator[Path]:
+    """As `new_file`; what the system refuses is raised as it is, FileExistsError among it."""
     temporary = unfinished(path)
-    with writing(path):
-        _sweep(path)
+    _sweep(path)
+    try:
+        yield temporary
+        flush(temporary)
+        if over:
+            os.replace(temporary, path)
+            flush(path.parent)
+            return
+        _move(temporary, path)
         try:
-            yield temporary
-            flush(temporary)
-            if over:
-                os.replace(temporary, path)
-                flush(path.parent)
-                return
-            _move(temporary, path)
-            try:
-                flush(path.parent)
-            except OSError:  # whether it has its name after a crash is not known: what was refused does not stay
-                path.unlink()
-                raise
-        finally:
-            temporary.unlink(missing_ok=True)
+            flush(path.parent)
+        except OSError:  # whether it has its name after a crash is not known: what was refused does not stay
+            path.unlink()
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -137,9 +143,9 @@ def _name(staged: Sequence[Path], paths: Sequence[Path]) -> None:
     with _one_at_a_time(mark.parent):
         _take_back(mark, paths, digests)
         try:
-            with new_file(mark) as file:
+            with _aside(mark) as file:
                 file.write_bytes(seal({"by": this_process(), "files": digests}))
-        except UsageError:  # it is there, though nobody else should be here: flock does nothing
+        except FileExistsError:  # though nobody else should be here: flock does nothing
             raise BusyError(
                 f"{paths[0]} is being written by another process; wait for it, or give another path"
             ) from None
