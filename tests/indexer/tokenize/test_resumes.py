@@ -61,7 +61,8 @@ def test_resumes_to_the_same_bytes(lab: Lab, whole: Path, moment: str, act: str,
         with pytest.raises(CorpusError, match=f"{shards} of 6 shards"):
             TokenShards.open(out)
     # A shard with an intent and no record is committed by whoever writes next, and not tokenized.
-    decided = len(list(out.glob("commits/.*.intent")))
+    intents = list(out.glob("commits/.*.intent"))
+    decided = sum(not intent.with_name(f"{intent.name[1:9]}.json").exists() for intent in intents)
     resumed = lab.run(*order(lab, out, "--json"))
     assert resumed.code == 0, resumed.err
     assert resumed.json["resumed_samples"] == min(((shards or 0) + decided) * 5, 27)
