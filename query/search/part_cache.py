@@ -24,7 +24,7 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
-from ghoststore.store.base.records import FileRecord, read_record, write_record
+from ghoststore.store.base.records import MISSING, FileRecord, read_record, write_record
 
 FORMAT = 1
 FOLDER = "second_moment"
@@ -106,7 +106,11 @@ class PartCache:
             if not re.fullmatch(rf"{re.escape(self.name)}-[0-9a-f]{{16}}\.{form}", value["data"]):
                 raise ValueError(f"it names a file {value['data']!r:.80}")
             data = self.folder / value["data"]
-            FileRecord.from_json(value["file"]).check(data, within=self.part.path)
+            problem = FileRecord.from_json(value["file"]).damage(data, within=self.part.path)
+            if problem == MISSING:
+                return None  # just replaced by another process
+            if problem is not None:
+                raise ValueError(f"{data.name}: {problem}")
             return read(data)
         except FileNotFoundError:
             return None

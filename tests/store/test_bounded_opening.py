@@ -73,7 +73,7 @@ def store(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "a" / "store"))
 
 
-@pytest.mark.thin(9)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("harm", [pipe, endless, folder, plug])
 def test_special_files(lab: Lab, store: Path, file: str, harm: Callable[[Path], None]) -> None:
@@ -150,6 +150,7 @@ def test_json_as_deep_as_it_may_be() -> None:
     assert parse_json(("[" * DEEPEST + "]" * DEEPEST).encode())
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("text", [b"[" * (60 << 20), b'{"attributes": {"manifest": [' + b"[]," * (20 << 20) + b"[]]}}"])
 def test_a_large_metadata_file(lab: Lab, store: Path, text: bytes) -> None:
     (store / "parts/part/zarr.json").write_bytes(text)
@@ -204,7 +205,7 @@ STORAGE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.thin(7)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("place", range(len(STORAGE)))
 @pytest.mark.parametrize("command", ["self-influence", "query", "index"])
 def test_sizes_that_nothing_bears_out(lab: Lab, store: Path, place: int, command: str) -> None:
@@ -231,7 +232,7 @@ SHOWN = {"scores": (8,), "watch": (8,), "info": (4, 8)}
 """Those of which enough is there, or which ask for little."""
 
 
-@pytest.mark.thin(6)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("place", range(len(RUNS)))
 @pytest.mark.parametrize("command", ["scores", "watch", "info"])
 def test_runs_that_nothing_bears_out(lab: Lab, tmp_path: Path, place: int, command: str) -> None:

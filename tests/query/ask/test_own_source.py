@@ -41,14 +41,17 @@ def test_ones_own_store_needs_no_words_wherever_it_is_moved(lab: Lab, store: Pat
     assert all(texts(query(lab, store)))
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("checkpoint", ["org/model", "gpt2", "relative/model", "/etc", "a\0b", "\ud800", "m" * 5000])
 def test_a_checkpoint_that_a_manifest_names(lab: Lab, store: Path, checkpoint: str) -> None:
     name_in(store, checkpoint=checkpoint)
-    refused(query(lab, store), "part 'part' names", "as its checkpoint", "--checkpoint", codes=(2,))
-    assert "hub does not give" not in query(lab, store).err
+    outcome = query(lab, store)
+    refused(outcome, "part 'part' names", "as its checkpoint", "--checkpoint", codes=(2,))
+    assert "hub does not give" not in outcome.err
     assert texts(query(lab, store, "--checkpoint", lab.checkpoint)) == [None] * 10
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("data", ["org/data:train", "data.jsonl", "/etc/hostname"])
 def test_a_corpus_that_a_manifest_names(lab: Lab, store: Path, data: str) -> None:
     name_in(store, data=data)
@@ -59,6 +62,7 @@ def test_a_corpus_that_a_manifest_names(lab: Lab, store: Path, data: str) -> Non
     assert all(texts(query(lab, store, "--checkpoint", lab.checkpoint, "--data", lab.corpus)))
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_a_manifest_names(lab: Lab, store: Path) -> None:
     """It is looked for beside the checkpoint, and compared anyway; or the user names it."""
     name_in(store, tokenizer="org/tokenizer")
@@ -86,6 +90,7 @@ def test_select_names_the_option(lab: Lab, store: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_going_on_with_a_store_from_elsewhere_does_not_make_it_ones_own(lab: Lab, store: Path, tmp_path: Path) -> None:
     name_in(store, checkpoint="/etc/somebody")
     outcome = lab.build(store)
@@ -111,6 +116,7 @@ def test_the_same_command_again_makes_it_ones_own(lab: Lab, store: Path) -> None
             path.write_text(text)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("state", ["/proc/none", "file"])
 def test_where_nothing_can_be_remembered(lab: Lab, tmp_path: Path, state: str) -> None:
     """A home that cannot be written: the build says so, and the query asks for the path."""
