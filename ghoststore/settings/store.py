@@ -50,6 +50,10 @@ class GcOptions(ProgressOption, InfoOptions):
 class OneOptions(InfoOptions):
     """A part or a training run."""
 
+    store: str | Path = field(kw_only=False, metadata=about("The store: a directory.", "Input"))
+    part: str | None = option(None, "The part.", "Input")
+    run: str | None = option(None, "Or the training run.", "Input")
+
     def __post_init__(self) -> None:
         if (self.part is None) == (self.run is None):
             raise UsageError("give `part` or `run`: one of them, and not both")

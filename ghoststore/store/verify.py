@@ -216,7 +216,7 @@ def _check_metadata(source: Spanned[Any]) -> Iterator[Checked]:
         except CorruptError as error:
             yield name, 0, str(error)
         else:
-            yield name, 0, None
+            yield name, size_of(source.path / name), None
 
 
 def _check_spans(source: Spanned[Any], task: Task) -> Iterator[Checked]:
