@@ -17,6 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.software import versions_of
 from ghoststore.store import Part
+from ghoststore.store.base.own import remember_digest
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import begun_path, building, publish_index, seal_files
 from indexer.projection import draws
@@ -109,6 +110,9 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
             software=versions_of("ghoststore", "numpy") | {"faiss": load_faiss().__version__},
             files=files,
         )
+        problem = remember_digest(manifest.digest, folder)  # before it can be used
+        if problem is not None:
+            progress.note(f"that this index is yours cannot be remembered ({problem}): queries will refuse it")
         publish_index(folder, manifest)
     return manifest
 

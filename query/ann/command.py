@@ -15,6 +15,7 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import Dimension, IndexOptions
 from ghoststore.store import Part, Store
 from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.own import is_own_digest
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import (
@@ -127,6 +128,8 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
         check_coverage(part, plan.name, manifest)
         for path, problem in damage_of(index_folder(part, plan.name), manifest):
             raise CorruptError(f"{path}: {problem}")
+        if not is_own_digest(manifest.digest):
+            raise MismatchError(f"index {plan.name!r} of part {part.name!r} was built elsewhere")
     except (MismatchError, CorruptError) as error:
         progress.note(f"{error}: building it again")
         return None

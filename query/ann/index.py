@@ -11,6 +11,7 @@ import numpy as np
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Part
+from ghoststore.store.base.own import is_own_digest
 from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import (
     check_coverage,
@@ -71,6 +72,7 @@ class AnnIndex:
         folder = index_folder(part, name)
         for path, problem in damage_of(folder, manifest):
             raise CorruptError(f"{path} of index {name!r}: {problem}; `ghoststore index` builds it again")
+        refuse_foreign(part, name, manifest)
         engine = Engine.read(manifest.path_of(folder, "faiss"), manifest.factory, device)
         engine.set_effort(manifest.effort)
         rows = CheckedRows(part, _table(manifest.path_of(folder, "rows"), part))
@@ -122,6 +124,16 @@ class AnnIndex:
             )
         if term.metric == "cosine" and term.preconditioner is not None:
             raise UsageError(f"an index by cosine knows no preconditioned lengths{exact}, or `metric=dot`")
+
+
+def refuse_foreign(part: Part, name: str, manifest: IndexManifest) -> None:
+    """UsageError unless this user built the index: FAISS follows the numbers in its file wherever they lead."""
+    if not is_own_digest(manifest.digest):
+        raise UsageError(
+            f"index {name!r} of part {part.name!r} was not built by you on this machine: FAISS reads whatever its file "
+            f"points to, so one from elsewhere is not opened. `ghoststore index --part {part.name} --name {name} "
+            f"--metric {manifest.metric} --factory {manifest.factory} --rebuild` builds it here, or use `index=exact`"
+        )
 
 
 def choose_index(part: Part, metric: Metric | None) -> str:

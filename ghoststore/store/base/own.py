@@ -32,24 +32,37 @@ def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
     """
     if any(manifest["source"].get(name) != source.get(name) for name in PATHS):
         return None  # begun with others, maybe by somebody else
+    problem = remember_digest(json_digest(manifest), where)
+    return problem and (
+        f"that these paths are yours cannot be remembered ({problem}): commands that read the checkpoint or the corpus "
+        "of this part or run will ask for their paths"
+    )
+
+
+def remember_digest(digest: str, where: Path) -> str | None:
+    """Remember that this user wrote what has the SHA-256 ``digest``, lying at ``where``. What is wrong, in words, where
+    that cannot be.
+    """
     try:
         folder = own_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        entry = folder / json_digest(manifest)
+        entry = folder / digest
         if not entry.exists():
             entry.write_text(f"{where.absolute()}\n", errors="replace")
     except (OSError, RuntimeError) as error:
-        return (
-            f"that these paths are yours cannot be remembered ({error}): commands that read the checkpoint or the "
-            "corpus of this part or run will ask for their paths"
-        )
+        return str(error)
     return None
 
 
 def is_own(manifest: Manifest) -> bool:
     """Whether this user wrote ``manifest``, see :func:`remember`."""
+    return is_own_digest(json_digest(manifest))
+
+
+def is_own_digest(digest: str) -> bool:
+    """Whether this user wrote what has the SHA-256 ``digest``, see :func:`remember_digest`."""
     try:
-        status = os.lstat(own_folder() / json_digest(manifest))
+        status = os.lstat(own_folder() / digest)
     except (OSError, RuntimeError):
         return False
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()

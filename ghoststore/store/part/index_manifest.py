@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ghoststore.errors import MismatchError
 from ghoststore.store.base.opening import read_bounded
-from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, reading, seal, unseal
+from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, json_digest, reading, seal, unseal
 
 INDEX_VERSION = 1
 CHECKSUM = "manifest_sha256"
@@ -104,6 +104,11 @@ class IndexManifest:
     def path_of(self, folder: Path, kind: str) -> Path:
         """The file of one kind."""
         return folder / (self.files[kind].sha256[:16] + SUFFIXES[kind])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of it, which covers its files."""
+        return json_digest(asdict(self))
 
     def encode(self) -> bytes:
         """The bytes of ``index.json``, with a checksum of itself."""

@@ -17,7 +17,9 @@ import ghoststore
 from ghoststore.errors import BusyError, CorruptError, GhostStoreError, MismatchError, UsageError
 from ghoststore.store import Part
 from ghoststore.store.base.disk import exclusive
+from ghoststore.store.base.own import remember_digest
 from ghoststore.store.base.records import json_digest
+from ghoststore.store.part.index_manifest import IndexManifest
 from ghoststore.store.part.indexes import MANIFEST
 from query.ann.index import AnnIndex
 from query.search.part_score import Term
@@ -284,6 +286,7 @@ def test_files_of_another_index_with_checksums_that_hold(store: Path) -> None:
         digest = hashlib.sha256(data).hexdigest()
         (folder / f"{digest[:16]}.{kind}").write_bytes(data)
         resealed(manifest, files=value["files"] | {kind: {"bytes": len(data), "sha256": digest}})
+        remember_digest(IndexManifest.read(manifest).digest, folder)  # or it would not be looked at
 
     rows = np.fromfile(folder / f"{value['files']['rows']['sha256'][:16]}.rows", dtype="<i8").reshape(-1, 3)
     for bad in (rows[::-1], rows + np.array([1000, 0, 0]), rows - np.array([10, 0, 0])):
@@ -308,3 +311,14 @@ def test_a_folder_that_is_no_index(store: Path) -> None:
     (store / "parts/part/index/strange name" / MANIFEST).write_text("{}")
     assert AnnIndex.open(part_of(store)).name == "mine"
     assert ghoststore.verify(store).sound
+
+
+def test_an_index_from_elsewhere_is_not_opened(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = part_of(store)
+    right = answer(part)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    with pytest.raises(UsageError, match=r"index 'mine' of part 'part' was not built by you .* builds it here"):
+        answer(part)
+    assert ghoststore.index(store=store, name="mine").built
+    assert answer(part) == right
+    assert not ghoststore.index(store=store, name="mine").built

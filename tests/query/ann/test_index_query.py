@@ -107,11 +107,14 @@ def test_stale(lab: Lab, store: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
-    record = copy / "parts" / "one" / "commits" / "00000001.json"
-    kept = record.read_bytes()
-    record.unlink()
+    part = ghoststore.Store.open(copy).part("one")
+    files = [part.path / key for key in ("commits/00000001.json", *part.layout.span_keys(1))]
+    kept = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
     lab.write(tmp_path / "val.jsonl", lab.sample_rows(5, 3))
     with pytest.raises(MismatchError, match=r"stale: .* `ghoststore index` builds it again"):
         ask(copy, "ann")
-    record.write_bytes(kept)
+    for file, data in zip(files, kept, strict=True):
+        file.write_bytes(data)
     assert ask(copy, "ann").results[0].hits
