@@ -75,7 +75,7 @@ def changed(value: Any, wanted: list[tuple[int, str, int]]) -> Any:
     for place, operation, hostile in wanted:
         nodes = list(places(holder))
         container, key = nodes[place % len(nodes)]
-        here, other = container[key], HOSTILE[hostile]
+        here, other = container[key], copy.deepcopy(HOSTILE[hostile])
         if operation == "delete" and container is not holder:
             del container[key]
         elif operation == "grow" and isinstance(here, list) and here:

@@ -216,6 +216,8 @@ class StoreMachine(RuleBasedStateMachine):
                 (self.folder / name).write_bytes(data)
         else:
             outcome = self.faults.run(ALL["repair"], self.folder)
+            if outcome.code == 4 and "store/parts/part/zarr.json" in self.harmed:
+                return  # nothing else says what the part is made of
             if outcome.code != 0:
                 raise BrokenPromise(5, f"repair of {sorted(self.harmed)}: exit {outcome.code}: {outcome.err[-600:]}")
             now = files_of(self.folder)
