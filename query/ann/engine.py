@@ -5,6 +5,8 @@ Legend: Q queries, R rows, d numbers that FAISS sees.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,8 +148,9 @@ class Engine:
         index = self._index if self.device == "cpu" else faiss.index_gpu_to_cpu(self._index)
         try:
             faiss.write_index(index, str(path))
-        except RuntimeError as error:  # FAISS does not say which errno
-            raise OSError(None, f"FAISS cannot write {path}: {_reason(error)}") from error
+        except RuntimeError as error:  # FAISS says what the system said in words alone
+            number = next((code for code in errno.errorcode if os.strerror(code) in str(error)), errno.EIO)
+            raise OSError(number, os.strerror(number), str(path)) from error
 
     def efforts(self) -> list[int | None]:
         """Settings of ``nprobe`` or ``efSearch`` to try, from the cheapest; ``[None]`` for kinds without one."""

@@ -58,6 +58,8 @@ class GradientFiles:
             folder.mkdir(parents=True, exist_ok=True)
             with exclusive(folder, f"the folder {folder}", "out"):
                 sweep(folder)
+                for other in folder.glob(".tmp??????"):  # what safetensors writes before it has the name we gave
+                    other.unlink(missing_ok=True)
                 files = cls(folder, stored_manifest(folder, manifest) or {**manifest, "files": {}})
                 files._check()
                 files._publish()

@@ -7,12 +7,14 @@ import re
 from ghoststore.errors import UsageError
 
 FORMAT_VERSION = 1
+METADATA = "zarr.json"
+"""Stands beside parts and runs: no name of one."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def is_name(name: str) -> bool:
     """Whether ``name`` can name a part, a run or an index. Never a path."""
-    return _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None and name != METADATA
 
 
 def check_name(name: str, what: str = "part") -> str:
@@ -20,7 +22,7 @@ def check_name(name: str, what: str = "part") -> str:
     if not is_name(name):
         raise UsageError(
             f"{name!r} cannot name a {what}: use 1 to 128 letters, digits, '.', '_' and '-', the first a letter or "
-            "digit"
+            f"digit, and not {METADATA}"
         )
     return name
 

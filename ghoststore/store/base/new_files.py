@@ -227,6 +227,9 @@ def _move(file: Path, path: Path) -> None:
             os.link(file, path)  # at once both: whether something stands there, and the name
             return
         except OSError as error:
+            with suppress(OSError):
+                if os.path.samefile(file, path):
+                    return  # done, though the answer of the file system was lost
             if error.errno not in NO_LINKS:
                 raise
     # Folders have no links, nor do some file systems: a file that appears between these two lines is lost.

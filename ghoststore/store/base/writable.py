@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ghoststore.store.base.disk import storage_errors
-from ghoststore.store.base.writers import unfinished
+from ghoststore.store.base.writers import abandoned, unfinished
 
 
 def check_writable(folder: Path) -> None:
@@ -20,6 +20,8 @@ def check_writable(folder: Path) -> None:
         folder = folder.parent
     path = unfinished(folder / "writable")  # a name that says whose it is, should this process be killed here
     with storage_errors(what):
+        for other in abandoned(folder / "writable"):
+            other.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.close(handle)
         path.unlink()

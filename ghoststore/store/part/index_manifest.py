@@ -76,6 +76,9 @@ class IndexManifest:
         ):
             raise ValueError(f"its front maps {self.dimension} numbers to {self.front_dimension}")
         shares = [share for recall in self.recall.values() for share in (recall.at_10, recall.at_100)]
+        measured = [*shares, self.target_recall, self.seconds, *(recall.queries for recall in self.recall.values())]
+        if not all(isinstance(number, (int, float)) for number in measured):
+            raise TypeError(f"what was measured is no number: {measured}")
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"its recall is out of range: {shares}")
         if set(self.files) != set(SUFFIXES) or self.files["rows"].bytes != self.rows * ROW_BYTES:
