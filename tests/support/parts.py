@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,6 +21,20 @@ def vectors_of(part: Part, start: int = 0, stop: int | None = None) -> NDArray[n
     stop = part.layout.rows if stop is None else stop
     scale = part.read("scale", start, stop) if part.encoding.scaled else None
     return part.encoding.decode(part.read("vectors", start, stop), scale, part.groups)
+
+
+def unbuild(part: Part, *spans: int) -> Callable[[], None]:
+    """Take spans out as if they had never been built; what is returned puts them back."""
+    keys = [key for span in spans for key in (f"commits/{span:08d}.json", *part.layout.span_keys(span))]
+    files = {part.path / key: (part.path / key).read_bytes() for key in keys}
+    for file in files:
+        file.unlink()
+
+    def put_back() -> None:
+        for file, data in files.items():
+            file.write_bytes(data)
+
+    return put_back
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ghoststore.store.base.records import json_digest, read_record, write_record
 from indexer.encode.tokens import Tokenizer
 from indexer.tokenize.tokenize import tokenize_as_of
 from query.ask.encoder import PartEncoder
+from tests.support.parts import unbuild
 from tests.support.tokenizers_of_all_kinds import byte_level
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def test_a_part_keeps_the_date_for_every_question(dated: tuple[Path, Path, Path]
     # Built on: a span without its record comes out as before.
     before = np.asarray(part.read("vectors", 0, part.rows))
     np.testing.assert_allclose(vectors, before, rtol=1e-3, atol=1e-4)
-    (part.path / "commits" / "00000001.json").unlink()
+    unbuild(part, 1)
     built = lab.build(
         store, "--checkpoint", checkpoint, "--data", shards, "--proj-precondition", "none", "--span-rows", "8"
     )
@@ -142,8 +143,7 @@ def test_a_build_goes_on_with_the_date_of_its_first_day(
     group["attributes"]["manifest"]["tokens"]["template_date"] = LONG_AGO
     group["attributes"]["manifest_sha256"] = json_digest(group["attributes"]["manifest"])
     path.write_text(json.dumps(group))
-    for record in (part.path / "commits").glob("*.json"):
-        record.unlink()
+    unbuild(part, *part.spans)
     assert lab.build(store, *words).code == 0
     then = np.asarray(Store.open(store).part().read("vectors", 0, part.rows))
     assert not np.allclose(today, then)

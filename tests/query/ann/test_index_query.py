@@ -10,6 +10,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import GhostStoreError, MismatchError, UsageError
+from tests.support.parts import unbuild
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -107,14 +108,9 @@ def test_stale(lab: Lab, store: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
-    part = ghoststore.Store.open(copy).part("one")
-    files = [part.path / key for key in ("commits/00000001.json", *part.layout.span_keys(1))]
-    kept = [file.read_bytes() for file in files]
-    for file in files:
-        file.unlink()
+    put_back = unbuild(ghoststore.Store.open(copy).part("one"), 1)
     lab.write(tmp_path / "val.jsonl", lab.sample_rows(5, 3))
     with pytest.raises(MismatchError, match=r"stale: .* `ghoststore index` builds it again"):
         ask(copy, "ann")
-    for file, data in zip(files, kept, strict=True):
-        file.write_bytes(data)
+    put_back()
     assert ask(copy, "ann").results[0].hits

@@ -19,7 +19,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import CheckpointError, CorpusError, LayerError, MismatchError, UsageError
 from ghoststore.progress import Silent
 from query.fidelity.sample import SampleSpec
-from tests.support.parts import vectors_of
+from tests.support.parts import unbuild, vectors_of
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -270,13 +270,11 @@ def test_kept_and_shown(lab: Lab, own: Path, store: Path) -> None:
 
 
 def test_stale_is_shown_and_said(lab: Lab, own: Path) -> None:
-    last = own / "parts" / "rank" / "commits" / "00000003.json"
-    kept = last.read_bytes()
-    last.unlink()
+    put_back = unbuild(ghoststore.Store.open(own).part("rank"), 3)
     measure(own, "rank", rows=20)
     (current,) = ghoststore.info(own, part="rank").parts[0].fidelity
     assert current["state"] == "current"
-    last.write_bytes(kept)
+    put_back()
     (stale,) = ghoststore.info(own, part="rank").parts[0].fidelity
     assert (stale["state"], stale["rows_covered"]) == ("stale", 48)
     shown = lab.run("info", "--store", own, "--part", "rank")

@@ -12,6 +12,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError, UsageError
+from tests.support.parts import unbuild
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -124,7 +125,7 @@ def test_only_rows_that_all_parts_have(lab: Lab, store: Path, tmp_path: Path) ->
 
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
-    (copy / "parts" / "two" / "commits" / "00000001.json").unlink()
+    unbuild(ghoststore.Store.open(copy).part("two"), 1)
     lab.write(tmp_path / "val.jsonl", [row | {"task": "a"} for row in lab.sample_rows(5, 3)])
     found = scores(copy, ["one", "two"], each=False)["mean"]
     assert sorted(found) == [row for row in range(ROWS) if row != 5 and not 16 <= row < 32]

@@ -14,6 +14,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig, Store
 from ghoststore.errors import MismatchError, UsageError
+from tests.support.parts import unbuild
 from tests.support.score_runs import Notes, run_on
 from tests.support.selecting import listed, score_of, select, source_rows, top
 
@@ -418,7 +419,7 @@ def test_the_first_rows_of_a_corpus(lab: Lab, val: Path, tmp_path: Path) -> None
 def test_an_incomplete_part(built: Path, val: Path, tmp_path: Path, score: np.ndarray) -> None:
     """Rows of spans that are not committed do not exist."""
     store = Path(shutil.copytree(built, tmp_path / "store"))
-    (store / "parts" / "part" / "commits" / "00000001.json").unlink()
+    unbuild(ghoststore.Store.open(store).part(), 1)
     there = np.where(np.arange(27) // 6 == 1, np.nan, score)
     made = select(store, val, tmp_path / "out.jsonl", count=8)
     assert made.available == 21
