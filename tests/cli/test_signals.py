@@ -70,6 +70,7 @@ def test_a_build(lab: Lab, built: Path, signal: str, tmp_path: Path) -> None:
     assert lab.tree(tmp_path / "store") == lab.tree(built)
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 @pytest.mark.parametrize("signal", CODES)
 def test_tokenizing_side_by_side(lab: Lab, signal: str, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_verify_sees_every_byte_outside_the_spans(store: Path, file: str) -> Non
     assert unseen == []
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("file", ["sample_id/zarr.json", "norm/zarr.json", "domain/zarr.json"])
 def test_a_bit_in_the_metadata_is_never_other_data(lab: Lab, store: Path, file: str) -> None:
@@ -126,7 +127,7 @@ def test_a_bit_in_the_metadata_is_never_other_data(lab: Lab, store: Path, file: 
         path.write_bytes(whole)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("harm", [*CHANGES, delete])
 def test_query_returns_no_damaged_rows(lab: Lab, store: Path, harm: Harm) -> None:
     """Whichever chunk it is, the error names it; and when all is whole again the answer is the old one."""

@@ -41,6 +41,7 @@ class Broken:
         return self.real(*arguments, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(steps, min_size=1, max_size=4))

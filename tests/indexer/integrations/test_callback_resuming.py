@@ -80,6 +80,7 @@ def test_a_checkpoint_that_was_moved(tmp_path: Path) -> None:
     assert run_of(tmp_path / "store", "trainer").complete
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     checkpoint = interrupted(tmp_path)
     (checkpoint / PENDING).write_bytes(b"not safetensors")

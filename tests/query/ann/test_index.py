@@ -261,6 +261,7 @@ def test_a_part_without_usable_rows(tmp_path: Path) -> None:
         build(make_part(tmp_path / "zero", clustered(60) * 0))
 
 
+@pytest.mark.slow
 def test_other_settings_under_the_same_name_need_rebuild(tmp_path: Path) -> None:
     part = make_part(tmp_path / "store", clustered())
     build(part, name="mine", factory="Flat")
@@ -287,6 +288,7 @@ def test_which_index(tmp_path: Path) -> None:
         AnnIndex.open(part, "c").search(questions("dot", part), top_k=1)
 
 
+@pytest.mark.slow
 def test_what_an_index_cannot_rank(tmp_path: Path) -> None:
     part = make_part(tmp_path / "store", clustered())
     other = make_part(tmp_path / "store", clustered(seed=1), name="other")

@@ -121,6 +121,7 @@ def done(folder: Path) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_a_retraining_is_what_train_does(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
     """On all samples, from the same new weights: the same losses as those of a checkpoint of ``ghoststore train``."""
     retrainer = Retrainer(job_of(lab.checkpoint, folder, done, Recipe(max_steps=5, batch_size=4, seed=2)))

@@ -158,6 +158,7 @@ def test_against_a_naive_projection(store: Path, tmp_path: Path) -> None:
         curve_of(store, tmp_path / "other.png", reference="naive_proj_layers=99999999")
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
 def test_files(lab: Lab, store: Path, suffix: str, tmp_path: Path) -> None:
