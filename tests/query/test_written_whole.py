@@ -219,7 +219,7 @@ def test_a_select_that_was_complete_when_it_was_killed(lab: Lab, places: dict[st
 
 @pytest.mark.kill
 @pytest.mark.thin(1)
-@pytest.mark.parametrize("name", ["select", "query-json"])
+@pytest.mark.parametrize("name", ["select", "query-csv"])
 def test_two_at_once(lab: Lab, places: dict[str, str], tmp_path: Path, name: str) -> None:
     """One has all of it, the other is refused in a sentence."""
     words = [word.format(**places) for word in COMMANDS[name][0]]
