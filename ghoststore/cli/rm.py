@@ -21,13 +21,15 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
       ghoststore rm --store ./store --part old
     """
     from ghoststore.cli.terminal import human_bytes, print_json, say
+    from ghoststore.store.manage.held import existing
+    from ghoststore.store.store import Store
 
+    opened, options_given = Store.open(keywords["store"]), RemoveOptions(**keywords)
+    existing(opened, options_given)  # before anybody is asked
     what = " ".join(f"{kind} {keywords[kind]}" for kind in ("part", "run") if kind in keywords)
     if not consent.yes:
         if not sys.stdin.isatty():
-            raise UsageError(
-                f"this removes {what or 'nothing'} for good: give `yes`, for there is no terminal to ask at"
-            )
+            raise UsageError(f"this removes {what} for good: give `yes`, for there is no terminal to ask at")
         if not click.confirm(f"Remove {what} of {keywords['store']} for good?", err=True):
             raise UsageError("nothing was removed")
     report = load("remove")(**keywords)

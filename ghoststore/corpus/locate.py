@@ -17,6 +17,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_SOURCE = re.compile(rf"(?P<name>{HUB_NAME.pattern}):(?P<split>[\w.+%:\[\]-]+)")
 
 
+PIPED = "standard input is `-`: `… | ghoststore … -`"
+
+
 def locate(source: str) -> tuple[Form, list[Path]]:
     """The form and the files that a source names; see `Corpus.open`."""
     if source == "-":
@@ -34,12 +37,12 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
     if path.is_file():
         form = form_of(path)
         if form is None:
-            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}")
+            raise CorpusError(f"{path}: unsupported form {path.suffix!r}; {SUPPORTED}; {PIPED}")
         return form, [path]
     if path.is_dir():
         return _locate_folder(path, split=None)
     if path.exists():
-        raise CorpusError(f"{path}: expected a file or a folder, found a device, pipe or socket")
+        raise CorpusError(f"{path}: expected a file or a folder, found a device, pipe or socket; {PIPED}")
     folder, _, split = source.rpartition(":")
     if folder and Path(folder).exists():
         if Path(folder).is_dir():

@@ -7,6 +7,7 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least, option
 
 ContentKind: TypeAlias = Literal["text", "prompt-completion", "messages", "tokens"]
+MOST_RECORD_BYTES = 1 << 40
 LARGEST_RECORD = 64 << 20
 ROLES = ("text", "prompt", "completion", "messages", "id", "domain")
 CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
@@ -55,6 +56,10 @@ class Fields:
 
     def __post_init__(self) -> None:
         check_at_least(1, **{"fields.max_record_bytes": self.max_record_bytes})
+        if self.max_record_bytes > MOST_RECORD_BYTES:
+            raise UsageError(
+                f"`fields.max_record_bytes` must be at most {MOST_RECORD_BYTES}, not {self.max_record_bytes}"
+            )
         given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
         if len(given) > 1:
             roles = [role for kind in given for role in CONTENT_FIELDS[kind]]

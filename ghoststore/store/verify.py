@@ -15,6 +15,7 @@ from ghoststore.progress import Progress, Silent, Task
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import VerifyOptions
 from ghoststore.store.base.names import is_name
+from ghoststore.store.base.opening import links_below
 from ghoststore.store.base.writers import left_behind, living
 from ghoststore.store.part.caches import cache_damage
 from ghoststore.store.part.part import Part
@@ -170,6 +171,10 @@ class Examination:
                 self._note(owner, record_name(span), LOST)
             if isinstance(source, Run):
                 self._look_at_journals(source, owner)
+            said = {damage.file for damage in self._damage}
+            for link in links_below(source.path):
+                if (name := str(link.relative_to(source.path))) not in said:
+                    self._note(owner, name, "a link, and inside a part or run none is followed")
             self._count(owner, source, {name for name, _, _ in caches})
 
     def _look_at_journals(self, run: Run, owner: Owner) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,10 @@ def _check_array(path: Path, dtype: np.dtype[Any], count: int | None, size: int)
                 raise ValueError(f"it has {there} bytes, {size} were committed")
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("it is another version of .npy")
-            shape, _, own = np.lib.format.read_array_header_1_0(file)
+            try:
+                shape, _, own = np.lib.format.read_array_header_1_0(file)
+            except (SyntaxError, TokenError) as error:  # NumPy tokenizes the header as Python, if it has to
+                raise ValueError(f"its header is none: {error}") from error
             if own != dtype or len(shape) != 1 or shape[0] < 0 or (count is not None and shape[0] != count):
                 raise ValueError(f"expected {count} × {dtype.name}, found {shape!r:.40} × {own!r:.40}")
             if file.tell() + shape[0] * dtype.itemsize != size:

@@ -23,6 +23,7 @@ from ghoststore.settings.store import RepairOptions
 from ghoststore.store import Part, Run
 from ghoststore.store.base.disk import replace as replace_file
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.opening import links_below
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import FileRecord
 from ghoststore.store.base.writable import check_writable
@@ -123,6 +124,8 @@ class _Repair:
         name = self._owner["part" if of_part else "run"]
         path = self._store.part_path(name) if of_part else self._store.run_path(name)
         kind: type[Spanned[Any]] = Part if of_part else Run
+        if any(links_below(path)):
+            return self._left("put the files themselves in place of links: nothing is written where one leads")
         self.mended += restore_opening(kind, path, self._owner)
         try:
             source = kind(path)
@@ -140,7 +143,21 @@ class _Repair:
             elif isinstance(source, Run) and damaged:
                 self._mend_run(source, damaged)
             self._forget(kind(path))
-        return self._left("see `ghoststore verify`") if damaged else []
+        gone = self._still_out(kind(path)) if isinstance(source, Part) else []
+        return [*gone, *(self._left("see `ghoststore verify`") if damaged else [])]
+
+    def _still_out(self, part: Spanned[Any]) -> list[Unmended]:
+        """Spans that were taken out to be computed again, and could not be."""
+        return [
+            Unmended(
+                file=record_name(span),
+                problem="taken out by a repair, and not computed again",
+                why=self._why.get(record_name(span), "see `ghoststore verify`"),
+                **self._owner,
+            )
+            for span in withdrawn_spans(part)
+            if span not in part.spans
+        ]
 
     def _damage(self) -> list[Damage]:
         examination = Examination(self._store, self._progress)
@@ -180,7 +197,7 @@ class _Repair:
             raise
         except GhostStoreError as error:  # no checkpoint, another corpus: the records may still follow from the chunks
             why = f"it cannot be computed again ({error})"
-            self._why.update(dict.fromkeys(damaged, why))
+            self._why.update(dict.fromkeys([*damaged, *map(record_name, spans)], why))
             self._restore_records(part, spans, why)
 
     def _mend_run(self, run: Run, damaged: list[str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.progress import Progress
+from ghoststore.shown import visible
 from ghoststore.store import Part
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
@@ -69,7 +70,11 @@ def write_report(
         "left_out": _left_out(result, layers),
         "settings": [(name, _shown(value)) for name, value in {"store": result.store, **result.settings}.items()],
     }
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value, lines=True) if type(value) is str else value,
+    )
     environment.globals["number"] = number
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
     with new_file(path) as temporary:

@@ -66,5 +66,8 @@ def corpus_behind(source: Part | Run, data: str | Path | None = None) -> Corpus:
         raise UsageError(f"{name} does not say which corpus it was {source.kind.made} on")
     path = source_path(source.manifest, key, name, "data", data)
     if path is None:
-        raise UsageError(f"{name} was {source.kind.made} on standard input, which cannot be read again")
+        raise UsageError(
+            f"{name} was {source.kind.made} on standard input, which cannot be read again: give `data=FILE`, with the "
+            "same samples"
+        )
     return Corpus.open(path, ResolvedFields.from_json(fields))

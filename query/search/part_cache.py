@@ -24,6 +24,7 @@ from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from ghoststore.store.base.disk import flush, publish_group, storage_errors
+from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import MISSING, FileRecord, read_record, write_record
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.part.caches import SECOND_MOMENT as FOLDER
@@ -123,6 +124,7 @@ class PartCache:
 
     def _begun(self, write: Callable[[Path], None]) -> Path:
         """A file that ``write`` wrote under a name that is not final. StorageError if the disk refuses."""
+        refuse_links(self.folder.parent)
         path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
             publish_group(self.folder, {})

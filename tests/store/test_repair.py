@@ -262,3 +262,38 @@ def test_a_part_that_is_being_written_is_busy(lab: Lab, store: Path) -> None:
         assert lab.run("repair", "--store", store).code == 5
     with pytest.raises(CorruptError):
         Store.open(store).part().column("loss")
+
+
+@pytest.mark.parametrize("inside", [".withdrawn", "loss/c", "commits", "index", "second_moment"])
+def test_nothing_is_written_or_removed_where_a_link_leads(lab: Lab, store: Path, tmp_path: Path, inside: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "00000001").mkdir(parents=True)
+    (elsewhere / "00000001" / "mine").write_text("mine")
+    (elsewhere / ".draft.tmp").write_text("mine")
+    (elsewhere / "00000000.json").write_text("{}")
+    place = part(store) / inside
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.symlink_to(elsewhere)
+    before = lab.tree(elsewhere)
+    codes = {command: lab.run(command, "--store", store).code for command in ("verify", "repair", "gc", "index")}
+    assert codes["verify"] == codes["repair"] == codes["index"] == 4
+    assert codes["gc"] == 0, "left alone"
+    moment = ("--precondition", "second-moment", "--damping", "1.0")
+    lab.run("query", "--store", store, "--val-set", lab.corpus, *moment)
+    assert lab.tree(elsewhere) == before
+
+
+def test_what_a_killed_repair_took_out_is_named(lab: Lab, built: Path, store: Path, tmp_path: Path) -> None:
+    truncate(part(store) / "loss/c/1")
+    call, path, when = MOMENTS["chunks-away"]
+    fault = {"call": call, "path": path, "when": when, "act": "kill"}
+    assert lab.run("repair", "--store", store, fault=fault).code == -9
+    assert not (part(store) / "commits/00000001.json").exists()
+    nowhere = ("--data", tmp_path / "nowhere.jsonl")
+    outcome = lab.run("repair", "--store", store, *nowhere, "--json", "--quiet")
+    assert outcome.code == 4, outcome.out
+    assert [one["problem"] for one in outcome.json["unmended"]] == ["taken out by a repair, and not computed again"]
+    assert "nowhere.jsonl" in outcome.json["unmended"][0]["why"]
+    assert lab.run("repair", "--store", store).code == 0
+    assert lab.tree(store) == lab.tree(built)

@@ -22,6 +22,7 @@ from ghoststore.store import Run, RunLayout, RunWriter, Store
 from ghoststore.store.run.journal import HEADER, journal_damage, journal_path
 from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.saver import Saver
+from tests.support.harms import flip
 from tests.support.runs import JOURNALED, expected, files, make, steps_of, train, values
 
 STEPS = list(range(JOURNALED.steps))
@@ -469,3 +470,20 @@ def test_a_copy_and_what_is_cleared_away(half: Path, tmp_path: Path) -> None:
     harmed(half)
     with pytest.raises(CorruptError, match="steps 0 to 5 are not what was written"):
         ghoststore.copy(store=half, run="run", to_store=tmp_path / "other")
+
+
+@pytest.mark.parametrize("where", ["header", "trailer", "array"])
+def test_entries_behind_a_damaged_one_are_kept(tmp_path: Path, where: str) -> None:
+    store = tmp_path / "store"
+    train(store, layout=replace(JOURNALED, steps=100, span_steps=100), stop=32)
+    entries = run_of(store).journals[0].entries
+    damaged = entries[1]
+    at = {"header": damaged.place + 9, "trailer": damaged.place + damaged.size - 3, "array": damaged.place + 120}
+    flip(journal(store), at[where])
+    assert not ghoststore.verify(store).sound
+    repaired = ghoststore.repair(store=store, drop_damaged=True)
+    lost = f"taken out: steps {damaged.start + 1} to {damaged.stop} are lost"
+    assert [mended.how for mended in repaired.mended] == [lost]
+    assert repaired.sound
+    assert run_of(store).ranges == [(0, damaged.start), (damaged.stop, entries[-1].stop)]
+    assert ghoststore.verify(store).sound

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,28 @@ def _refuse_link(names: Sequence[str], within: Path) -> None:
         place /= name
         if place.is_symlink():
             raise CorruptError(f"{place} is a link, and inside {within} none is followed; put the file itself there")
+
+
+def links_below(folder: Path) -> Iterator[Path]:
+    """Links in ``folder`` and all folders inside it. Nothing where it is not there."""
+    pending = [folder]
+    while pending:
+        try:
+            entries = os.scandir(pending.pop())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    yield Path(entry.path)
+                elif entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+
+
+def refuse_links(folder: Path) -> None:
+    """CorruptError naming a link below ``folder``: who writes there, or removes, must not do it elsewhere."""
+    for place in links_below(folder):
+        raise CorruptError(f"{place} is a link, and inside {folder} none is followed; put the file itself there")
 
 
 def size_of(path: Path, within: Path | None = None) -> int:

@@ -14,6 +14,7 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import GcOptions
 from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.base.writers import left_behind
 from ghoststore.store.manage.held import held
@@ -100,6 +101,7 @@ class _Collection:
         with ExitStack() as stack:
             try:
                 source: Spanned[Any] = opened(*owner.values())
+                refuse_links(source.path)
                 refuse_damaged(source)
                 what = f"{source.kind.name} {source.name!r}"
                 stack.enter_context(held(source.path, what))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import publish_group, storage_errors
+from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import json_digest, read_record, write_record
 from ghoststore.store.part.part import Part
 
@@ -39,6 +40,7 @@ class KeptFidelity:
 def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
     """Keep a measurement of all rows that ``part`` has, in place of the one before. StorageError if it cannot be."""
     folder = part.path / FOLDER
+    refuse_links(part.path)
     with storage_errors(str(folder)):
         publish_group(folder, {})
         write_record(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store.base.disk import exclusive, flush, publish, replace, storage_errors, sweep
 from ghoststore.store.base.names import check_name, is_name
+from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import FileRecord
 from ghoststore.store.base.writers import living, own_id
 from ghoststore.store.part.index_manifest import SUFFIXES, IndexManifest
@@ -128,6 +129,7 @@ def building(part: Part, name: str) -> Iterator[Path]:
     StorageError if the disk refuses.
     """
     folder, what = index_folder(part, name), f"index {name!r} of part {part.name!r}"
+    refuse_links(part.path)
     with storage_errors(str(folder)):
         for group in (folder.parent, folder):
             group.mkdir(exist_ok=True)

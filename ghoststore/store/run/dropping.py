@@ -10,6 +10,8 @@ from ghoststore.store.run.journal import (
     SKIPPED,
     Journal,
     append_entry,
+    entries_behind,
+    entry_size,
     intact,
     journal_path,
     opened,
@@ -43,19 +45,28 @@ def drop_damaged_steps(run: Run) -> list[tuple[str, Steps]]:
 
 
 def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
-    """Write a journal anew with the entries that hold; the steps of the others."""
+    """Write a journal anew with the entries that hold, those behind the first damage, too; the steps of the others,
+    and of what may have stood at the end.
+    """
     path = unfinished(journal.path)
-    anew, lost = Journal(path=path, span=journal.span), []
+    anew, lost = Journal(path=path, span=journal.span), list[Steps]()
+    names = {spec.name for spec in run.layout.arrays()}
     with opened(journal.path) as handle:
-        for entry in journal.entries:
+        entries = [*journal.entries, *entries_behind(run, journal, handle)]
+        for entry in sorted(entries, key=lambda entry: entry.start):
             if intact(handle, entry):
-                names = {spec.name for spec in run.layout.arrays()}
                 append_entry(run, anew, entry.start, read_arrays(handle, journal, entry, run.layout, names))
             else:
                 lost.append((entry.start, entry.stop))
+        end = max((entry.place + entry.size for entry in entries), default=0)
+        behind = -(-(os.fstat(handle).st_size - end) // entry_size(run.layout, run.layout.interval))
+    if behind > 0:
+        begin, stop = run.layout.span_of(journal.span)
+        begin = max([begin, *(entry.stop for entry in entries)])
+        lost.append((begin, min(stop, begin + behind * run.layout.interval)))
     if anew.entries:
         os.replace(path, journal_path(run.path, journal.span))
     else:
         journal.path.unlink()
     flush(journal.path.parent)
-    return lost
+    return [steps for steps in lost if steps[0] < steps[1]]

@@ -19,6 +19,7 @@ from zarr.storage import MemoryStore
 
 from ghoststore.errors import BusyError
 from ghoststore.store.base.disk import exclusive, storage_errors, sweep
+from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.spans.commits import Commit
 from ghoststore.store.spans.committing import commit_span, settle
 from ghoststore.store.spans.group import Spanned
@@ -34,6 +35,7 @@ def writing(target: Spanned[Any]) -> Iterator[None]:
     def files(span: int) -> list[str]:
         return target.layout.span_keys(span) if span < target.layout.spans else []
 
+    refuse_links(target.path)
     with exclusive(target.path, f"{target.kind.name} {target.name!r}"):
         with storage_errors(str(target.path)):
             settle(target.path, files)  # before its staged files are taken for nobody's
