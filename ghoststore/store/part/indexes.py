@@ -181,7 +181,10 @@ def _sweep(folder: Path) -> None:
     try:
         manifest = IndexManifest.read(folder / MANIFEST)
         named |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
-    except (FileNotFoundError, CorruptError, MismatchError):
+    except CorruptError as error:
+        if isinstance(error.__cause__, OSError):
+            return  # it could not be read just now: what it names is not known
+    except (FileNotFoundError, MismatchError):
         pass  # nothing is there that could be used
     for path in folder.iterdir():
         if path.name not in named and _OURS.fullmatch(path.name):
