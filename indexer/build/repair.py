@@ -15,7 +15,7 @@ from typing import Any
 
 import zarr
 
-from ghoststore.errors import BusyError, CorruptError, GhostStoreError, StorageError, UsageError
+from ghoststore.errors import BusyError, CorruptError, GhostStoreError, MismatchError, StorageError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.keywords import takes
@@ -133,6 +133,8 @@ class _Repair:
             return self._left(
                 "its own metadata say what it is, and cannot be made again: copy them, or all of it, back"
             )
+        except MismatchError as error:
+            return [Unmended(file="zarr.json", problem=str(error), why="it is left alone", **self._owner)]
         with writing(source):
             damaged = [damage.file for damage in self._damage()]
             if isinstance(source, Part):

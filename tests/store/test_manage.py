@@ -14,7 +14,7 @@ from ghoststore.errors import BusyError, CorruptError, UsageError
 from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive
 from ghoststore.store.base.writers import unfinished
-from tests.support.harms import delete, flip_middle
+from tests.support.harms import delete, flip_middle, truncate
 from tests.support.runs import train
 
 if TYPE_CHECKING:
@@ -310,3 +310,26 @@ def test_stale_caches(lab: Lab, store: Path) -> None:
         "second_moment/self_influence-0.1.json",
     ]
     assert list((part / "second_moment").iterdir()) == [part / "second_moment/zarr.json"]
+
+
+def test_a_part_that_lies_elsewhere_is_removed_from_the_store_alone(lab: Lab, built: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    (store / "parts/part").rename(tmp_path / "elsewhere")
+    (store / "parts/part").symlink_to(tmp_path / "elsewhere")
+    before = lab.tree(tmp_path / "elsewhere")
+    assert lab.run("rm", "--store", store, "--part", "part", "--yes").code == 0
+    assert Store.open(store).part_names() == []
+    assert lab.tree(tmp_path / "elsewhere") == before
+
+
+def test_a_part_of_another_format_stops_nobody(lab: Lab, built: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    shutil.copytree(store / "parts/part", store / "parts/later")
+    group = store / "parts/later/zarr.json"
+    group.write_text(group.read_text().replace('"ghoststore_format": 1', '"ghoststore_format": 99'))
+    truncate(store / "parts/part/loss/c/1")
+    assert lab.run("gc", "--store", store).code == 0
+    outcome = lab.run("repair", "--store", store, "--json", "--quiet")
+    assert outcome.code == 4
+    assert [one["part"] for one in outcome.json["unmended"]] == ["later"]
+    assert [one["how"] for one in outcome.json["mended"]] == ["rebuilt"]

@@ -47,7 +47,8 @@ def remember_digest(digest: str, where: Path) -> str | None:
         folder = own_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         entry = folder / digest
-        if not entry.exists():
+        if not is_own_digest(digest):
+            entry.unlink(missing_ok=True)  # another user's, who worked with this home
             entry.write_text(f"{where.absolute()}\n", errors="replace")
     except (OSError, RuntimeError) as error:
         return str(error)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ghoststore.errors import BusyError, CorruptError
+from ghoststore.errors import BusyError, CorruptError, MismatchError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import GcOptions
@@ -105,7 +105,7 @@ class _Collection:
                 refuse_damaged(source)
                 what = f"{source.kind.name} {source.name!r}"
                 stack.enter_context(held(source.path, what))
-            except (CorruptError, BusyError) as error:
+            except (CorruptError, MismatchError, BusyError) as error:
                 self.skipped.append(Skipped(why=str(error), **owner))
                 return
             if self._stale_caches and isinstance(source, Part):

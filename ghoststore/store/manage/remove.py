@@ -45,5 +45,8 @@ def remove(options: RemoveOptions) -> RemoveReport:
         gone = unfinished(path)
         os.rename(path, gone)
         flush(path.parent)
-        shutil.rmtree(gone)
+        if gone.is_symlink():  # a part may lie elsewhere as a whole: what it points to is not ours to delete
+            gone.unlink()
+        else:
+            shutil.rmtree(gone)
     return RemoveReport(store=str(options.store), part=options.part, run=options.run, bytes=size)
