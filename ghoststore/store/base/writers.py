@@ -102,7 +102,11 @@ def writers(folder: Path) -> list[Writer]:
     except OSError:
         return []
     known = [writer for name in names if (writer := _read(folder / FOLDER / name)) is not None]
-    return sorted(known, key=lambda writer: (writer.since, writer.id))
+    return sorted(known, key=_order)
+
+
+def _order(writer: Writer) -> tuple[float, str]:
+    return writer.since, writer.id
 
 
 def living(folder: Path) -> list[Writer]:
@@ -141,10 +145,13 @@ def at_work(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
     own, process = own_id(), os.getpid()
     record = _write(folder / FOLDER, own, what, parameter)
     try:
-        # Who came at the same time is seen by now. The oldest goes on: the same for all.
+        # Who came at the same time is seen by now. One whose record appeared before ours, by the clock of the file
+        # system, may have looked when ours was not there, and has begun, whatever the clocks of both machines say.
         present = living(folder)
-        ids = [writer.id for writer in present]
-        refuse_second(present[: ids.index(own) if own in ids else 0], what, parameter)
+        ours = next((writer for writer in present if writer.id == own), None)
+        if ours is not None:
+            earlier = [writer for writer in present if writer.touched < ours.touched or _order(writer) < _order(ours)]
+            refuse_second(earlier, what, parameter)
         with touched(record):
             yield
     finally:
