@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ghoststore.cli import options
-from ghoststore.errors import CorruptError
 from ghoststore.lazy import load
 from ghoststore.settings.shared import AsJson
 from ghoststore.settings.store import InfoOptions
@@ -26,12 +25,10 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
         for one in found.runs:
             _print_run(one)
     else:
-        if found.parts or not (found.runs or found.damaged):
+        if found.parts or not found.runs:
             _print_parts(found)
         if found.runs:
             _print_runs(found)
-    if found.damaged:
-        raise CorruptError("; ".join(damaged.problem for damaged in found.damaged))
 
 
 def _print_parts(found: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ghoststore.errors import CorruptError
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import InfoOptions
 from ghoststore.store.part.fidelity import kept_fidelities
@@ -80,23 +79,12 @@ class RunInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DamagedInfo:
-    """A part or a training run, the other is None, that cannot be described."""
-
-    problem: str
-    part: str | None = None
-    run: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
     """What ``ghoststore.info`` returns."""
 
     store: str
     parts: list[PartInfo]
     runs: list[RunInfo]
-    damaged: list[DamagedInfo]
-    """Parts and runs that are not among these, because something of them is not as it was committed."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore info --json`` prints."""
@@ -173,22 +161,14 @@ def _negative(run: Run) -> float | None:
 
 @takes(InfoOptions)
 def info(options: InfoOptions) -> StoreInfo:
-    """Every part and training run of a store, or one of either. Damaged ones are named beside the others.
+    """Every part and training run of a store, or one of either.
 
-    UsageError if there is no such store, part or run, CorruptError if the one that was chosen is damaged.
+    UsageError if there is no such store, part or run.
     """
     opened = Store.open(options.store)
     parts, runs = opened.chosen(options.part, options.run)
-    found = StoreInfo(store=str(options.store), parts=[], runs=[], damaged=[])
-    whole = options.part is None and options.run is None
-    for owner in [*({"part": name} for name in parts), *({"run": name} for name in runs)]:
-        try:
-            if "part" in owner:
-                found.parts.append(describe(opened.part(owner["part"])))
-            else:
-                found.runs.append(describe_run(opened.run(owner["run"])))
-        except CorruptError as error:
-            if not whole:
-                raise
-            found.damaged.append(DamagedInfo(problem=str(error), **owner))
-    return found
+    return StoreInfo(
+        store=str(options.store),
+        parts=[describe(opened.part(name)) for name in parts],
+        runs=[describe_run(opened.run(name)) for name in runs],
+    )

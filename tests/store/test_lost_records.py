@@ -198,18 +198,3 @@ def test_a_training_does_not_go_on_in_a_damaged_run(tmp_path: Path) -> None:
     truncate(tmp_path / "store/runs/run/loss/c/1/0/0")
     with pytest.raises(CorruptError, match=r"loss/c/1/0/0.*ghoststore repair --store .* --run run"):
         plan.open()
-
-
-def test_info_shows_what_is_sound_beside_what_is_damaged(lab: Lab, built: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(built, tmp_path / "store"))
-    shutil.copytree(store / "parts/part", store / "parts/other")
-    (store / "parts/part/commits/00000001.json").unlink()
-    found = ghoststore.info(store)
-    assert [part.name for part in found.parts] == ["other"]
-    assert [(damaged.part, damaged.run) for damaged in found.damaged] == [("part", None)]
-    outcome = lab.run("info", "--store", store)
-    assert outcome.code == 4
-    assert "other" in outcome.out
-    assert "part 'part' of" in outcome.err
-    with pytest.raises(CorruptError, match=r"commits/00000001\.json: missing"):
-        ghoststore.info(store, part="part")
