@@ -50,7 +50,7 @@ class GcOptions(ProgressOption, InfoOptions):
 class OneOptions(InfoOptions):
     """A part or a training run."""
 
-    store: str | Path = field(kw_only=False, metadata=about("The store: a directory.", "Input"))
+    store: str | Path = field(kw_only=False, metadata=about("The store that has it: a directory.", "Input"))
     part: str | None = option(None, "The part.", "Input")
     run: str | None = option(None, "Or the training run.", "Input")
 

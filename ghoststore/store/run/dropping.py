@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import google_crc32c
 
 from ghoststore.store.base.disk import flush
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.run.journal import (
+    CRC_BYTES,
+    HEADER,
+    MAGIC,
     SKIPPED,
+    STATUSES,
+    TRAILER_BYTES,
+    Entry,
     Journal,
     append_entry,
-    entries_behind,
     entry_size,
     intact,
+    is_finished,
     journal_path,
     opened,
     problems_of,
@@ -52,7 +61,7 @@ def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
     anew, lost = Journal(path=path, span=journal.span), list[Steps]()
     names = {spec.name for spec in run.layout.arrays()}
     with opened(journal.path) as handle:
-        entries = [*journal.entries, *entries_behind(run, journal, handle)]
+        entries = [*journal.entries, *_entries_behind(run, journal, handle)]
         for entry in sorted(entries, key=lambda entry: entry.start):
             if intact(handle, entry):
                 append_entry(run, anew, entry.start, read_arrays(handle, journal, entry, run.layout, names))
@@ -70,3 +79,34 @@ def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
         journal.path.unlink()
     flush(journal.path.parent)
     return [steps for steps in lost if steps[0] < steps[1]]
+
+
+def _entries_behind(run: Run, journal: Journal, handle: int) -> Iterator[Entry]:
+    """Entries that stand where entries stand, behind the first damage in ``journal``, and hold by themselves.
+
+    Where one begins follows from the layout: all but that of the run's last interval are of one size. OSError where the
+    disk refuses to read.
+    """
+    layout, size = run.layout, os.fstat(handle).st_size
+    taken = set(journal.starts)
+    for place in range(journal.end, size, entry_size(layout, layout.interval)):
+        header = os.pread(handle, HEADER.size, place)
+        fields = HEADER.unpack(header) if len(header) == HEADER.size else (b"",)
+        if fields[0] != MAGIC or fields[-1] != google_crc32c.value(header[:-CRC_BYTES]):
+            continue
+        _, start, stop, length, tokens, *counts, _, _ = fields
+        of_span = start // layout.span_steps == journal.span and start not in taken
+        if not of_span or start % layout.interval or stop != min(start + layout.interval, layout.steps):
+            continue
+        if length != entry_size(layout, stop - start) or not is_finished(handle, place, length, size):
+            continue
+        taken.add(start)
+        yield Entry(
+            start=start,
+            stop=stop,
+            place=place,
+            size=length,
+            tokens=tokens,
+            statuses=dict(zip(STATUSES, counts, strict=True)),
+            digest=os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES),
+        )

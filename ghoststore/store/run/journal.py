@@ -189,37 +189,6 @@ def _read_on(run: Run, journal: Journal) -> bool:
     return True
 
 
-def entries_behind(run: Run, journal: Journal, handle: int) -> Iterator[Entry]:
-    """Entries that stand where entries stand, behind the first damage in ``journal``, and hold by themselves.
-
-    Where one begins follows from the layout: all but that of the run's last interval are of one size. OSError where the
-    disk refuses to read.
-    """
-    layout, size = run.layout, os.fstat(handle).st_size
-    taken = set(journal.starts)
-    for place in range(journal.end, size, entry_size(layout, layout.interval)):
-        header = os.pread(handle, HEADER.size, place)
-        fields = HEADER.unpack(header) if len(header) == HEADER.size else (b"",)
-        if fields[0] != MAGIC or fields[-1] != google_crc32c.value(header[:-CRC_BYTES]):
-            continue
-        _, start, stop, length, tokens, *counts, _, _ = fields
-        of_span = start // layout.span_steps == journal.span and start not in taken
-        if not of_span or start % layout.interval or stop != min(start + layout.interval, layout.steps):
-            continue
-        if length != entry_size(layout, stop - start) or not _finished(handle, place, length, size):
-            continue
-        taken.add(start)
-        yield Entry(
-            start=start,
-            stop=stop,
-            place=place,
-            size=length,
-            tokens=tokens,
-            statuses=dict(zip(STATUSES, counts, strict=True)),
-            digest=os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES),
-        )
-
-
 def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | None:
     """The entry behind those that were read; None where no more were committed, or with the ``problem`` set."""
     layout, place = run.layout, journal.end
@@ -238,7 +207,7 @@ def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | N
         journal.problem = f"{what}, does not belong there"
     elif length != entry_size(layout, stop - start):
         journal.problem = f"{what}, says that it has {length} bytes"
-    elif not _finished(handle, place, length, size):
+    elif not is_finished(handle, place, length, size):
         return None
     elif previous != (journal.entries[-1].digest if journal.entries else first_link(run, journal.span)):
         journal.problem = f"{what}, is not linked to what stands before it"
@@ -255,7 +224,7 @@ def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | N
     )
 
 
-def _finished(handle: int, place: int, length: int, size: int) -> bool:
+def is_finished(handle: int, place: int, length: int, size: int) -> bool:
     """Whether the entry of ``length`` bytes at ``place`` was committed: its trailer is there, or something behind it.
 
     After a power cut there may be zeros where something was not flushed; no trailer is zeros.
@@ -269,7 +238,7 @@ def _any_finished(layout: RunLayout, span: int, handle: int, place: int, size: i
     first, last = layout.span_of(span)
     whole = entry_size(layout, min(layout.interval, last - first))
     rest = entry_size(layout, (last - 1) % layout.interval + 1)  # of the interval in which the run ends
-    return _finished(handle, place, whole, size) or (size == place + rest and _finished(handle, place, rest, size))
+    return is_finished(handle, place, whole, size) or (size == place + rest and is_finished(handle, place, rest, size))
 
 
 def read_arrays(
