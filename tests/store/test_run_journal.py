@@ -487,3 +487,16 @@ def test_entries_behind_a_damaged_one_are_kept(tmp_path: Path, where: str) -> No
     assert repaired.sound
     assert run_of(store).ranges == [(0, damaged.start), (damaged.stop, entries[-1].stop)]
     assert ghoststore.verify(store).sound
+
+
+def test_a_journal_of_another_run_is_not_taken_in(tmp_path: Path) -> None:
+    """However whole: it is taken out, and none of its numbers become this run's."""
+    layout = replace(JOURNALED, steps=100, span_steps=100)
+    store, other = tmp_path / "store", tmp_path / "other"
+    train(store, layout=layout, stop=32)
+    train(other, layout=replace(layout, steps=200, span_steps=100), stop=32)
+    shutil.copy(journal(other), journal(store))
+    assert not ghoststore.verify(store).sound
+    repaired = ghoststore.repair(store=store, drop_damaged=True)
+    assert repaired.mended
+    assert run_of(store).ranges == []

@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import google_crc32c
-
 from ghoststore.store.base.disk import flush
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.run.journal import (
-    CRC_BYTES,
-    HEADER,
-    MAGIC,
     SKIPPED,
-    STATUSES,
-    TRAILER_BYTES,
     Entry,
     Journal,
     append_entry,
+    entry_of,
     entry_size,
+    first_link,
+    header_at,
     intact,
     is_finished,
     journal_path,
@@ -82,31 +78,35 @@ def _without_damaged(run: Run, journal: Journal) -> list[Steps]:
 
 
 def _entries_behind(run: Run, journal: Journal, handle: int) -> Iterator[Entry]:
-    """Entries that stand where entries stand, behind the first damage in ``journal``, and hold by themselves.
+    """Entries behind the first damage in ``journal`` that hold by themselves.
 
-    Where one begins follows from the layout: all but that of the run's last interval are of one size. OSError where the
-    disk refuses to read.
+    Where one begins follows from the layout: all but that of the run's last interval are of one size. One that is not
+    linked to an intact one before it, or is first and not linked to the run, is of another journal: it and all that
+    follows are left. OSError where the disk refuses to read.
     """
     layout, size = run.layout, os.fstat(handle).st_size
     taken = set(journal.starts)
+    link: bytes | None = first_link(run, journal.span)
+    if journal.entries:
+        link = _link_to(handle, journal.entries[-1])
     for place in range(journal.end, size, entry_size(layout, layout.interval)):
-        header = os.pread(handle, HEADER.size, place)
-        fields = HEADER.unpack(header) if len(header) == HEADER.size else (b"",)
-        if fields[0] != MAGIC or fields[-1] != google_crc32c.value(header[:-CRC_BYTES]):
+        fields, expected, link = header_at(handle, place), link, None
+        if fields is None:
             continue
-        _, start, stop, length, tokens, *counts, _, _ = fields
+        _, start, stop, length, *_, previous, _ = fields
+        if expected not in (None, previous):
+            return
         of_span = start // layout.span_steps == journal.span and start not in taken
         if not of_span or start % layout.interval or stop != min(start + layout.interval, layout.steps):
             continue
         if length != entry_size(layout, stop - start) or not is_finished(handle, place, length, size):
             continue
         taken.add(start)
-        yield Entry(
-            start=start,
-            stop=stop,
-            place=place,
-            size=length,
-            tokens=tokens,
-            statuses=dict(zip(STATUSES, counts, strict=True)),
-            digest=os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES),
-        )
+        entry = entry_of(handle, place, fields)
+        link = _link_to(handle, entry)
+        yield entry
+
+
+def _link_to(handle: int, entry: Entry) -> bytes | None:
+    """What the entry behind ``entry`` must be linked to; None where that is not known, for it is damaged."""
+    return entry.digest if intact(handle, entry) else None

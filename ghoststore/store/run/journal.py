@@ -192,14 +192,13 @@ def _read_on(run: Run, journal: Journal) -> bool:
 def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | None:
     """The entry behind those that were read; None where no more were committed, or with the ``problem`` set."""
     layout, place = run.layout, journal.end
-    header = os.pread(handle, HEADER.size, place)
-    fields = HEADER.unpack(header) if len(header) == HEADER.size else None
-    if fields is None or fields[0] != MAGIC or fields[-1] != google_crc32c.value(header[:-CRC_BYTES]):
+    fields = header_at(handle, place)
+    if fields is None:
         # One that was being written, unless its entry is finished.
         if _any_finished(layout, journal.span, handle, place, size):
             journal.problem = f"the header at byte {place:,} is not what was written"
         return None
-    _, start, stop, length, tokens, *counts, previous, _ = fields
+    _, start, stop, length, *_, previous, _ = fields
     what = f"the entry at byte {place:,}, of steps {start} to {stop}"
     if not 0 <= start < layout.steps or start % layout.interval or stop != min(start + layout.interval, layout.steps):
         journal.problem = f"{what}, is no save interval"
@@ -213,6 +212,21 @@ def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | N
         journal.problem = f"{what}, is not linked to what stands before it"
     if journal.problem is not None:
         return None
+    return entry_of(handle, place, fields)
+
+
+def header_at(handle: int, place: int) -> tuple[Any, ...] | None:
+    """The fields of the header at ``place``; None where none is that holds."""
+    header = os.pread(handle, HEADER.size, place)
+    if len(header) < HEADER.size or google_crc32c.value(header[:-CRC_BYTES]) != HEADER.unpack(header)[-1]:
+        return None
+    fields = HEADER.unpack(header)
+    return fields if fields[0] == MAGIC else None
+
+
+def entry_of(handle: int, place: int, fields: Sequence[Any]) -> Entry:
+    """The entry at ``place`` whose header has these ``fields``."""
+    _, start, stop, length, tokens, *counts, _, _ = fields
     return Entry(
         start=start,
         stop=stop,
