@@ -81,7 +81,9 @@ class _SampleLosses(torch.autograd.Function):
 def _in_cache(
     logits: Tensor, target_N: Tensor, weight_N1: Tensor, losses_N: Tensor, *, overwrite: bool, wanted: bool
 ) -> Tensor | None:
-    """Fill ``losses_N``; the gradient at ``logits`` (N, V), over them if they may be overwritten, where it is wanted."""
+    """Fill ``losses_N``; return the gradient at ``logits`` (N, V) where it is wanted, over them if they may be
+    overwritten.
+    """
     rows, vocabulary = logits.shape
     gradient = (logits if overwrite else torch.empty_like(logits)) if wanted else None
     step = max(1, CHUNK_NUMBERS // vocabulary)
@@ -109,9 +111,10 @@ def _in_cache(
 def _in_few_passes(
     logits: Tensor, target_N: Tensor, weight_N1: Tensor, losses_N: Tensor, *, overwrite: bool, wanted: bool
 ) -> Tensor | None:
-    """As :func:`_in_cache`, in as few passes over memory as there are kernels for, each of which reads or writes all
-    logits. The gradient's rows begin where a GPU's matrix products want them: with a vocabulary of an odd number of words
-    the backward pass of the head takes a third of the time. That is why it does not take the place of the logits.
+    """As :func:`_in_cache`, in few passes over memory: each kernel reads or writes all logits.
+
+    The gradient's rows begin at multiples of ``GPU_ALIGNMENT``: matrix products of other rows are slow (GPT-2 has an odd
+    number of words). For such a vocabulary the gradient does not take the place of the logits.
     """
     rows, vocabulary = logits.shape
     each = GPU_ALIGNMENT // logits.element_size()
