@@ -113,8 +113,8 @@ def _in_few_passes(
 ) -> Tensor | None:
     """As :func:`_in_cache`, in few passes over memory: each kernel reads or writes all logits.
 
-    The gradient's rows begin at multiples of ``GPU_ALIGNMENT``: matrix products of other rows are slow (GPT-2 has an odd
-    number of words). For such a vocabulary the gradient does not take the place of the logits.
+    The gradient's rows begin at multiples of ``GPU_ALIGNMENT``: matrix products of other rows are slow (GPT-2 has an
+    odd number of words). For such a vocabulary the gradient does not take the place of the logits.
     """
     rows, vocabulary = logits.shape
     each = GPU_ALIGNMENT // logits.element_size()
