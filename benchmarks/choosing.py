@@ -57,18 +57,31 @@ class Way:
 
 
 METRICS, UNITS = ("sgd", "adam"), ("dot", "cosine", "tokens", "contrast", "contrast-cosine")
-WAYS = [
-    Way(),
-    *(Way(score=f"{metric}-{unit}") for metric in METRICS for unit in UNITS),
-    *(replace(Way(score="adam-cosine"), **change) for change in (
-        {"begin": 0.0}, {"begin": 0.25}, {"refresh": 1}, {"refresh": 10}, {"val_rows": 32}, {"keep": 4},
-        {"bottom": True}, {"temperature": 1.0},
-    )),
-    Way(score="sgd-cosine", refresh=1),
-    Way(score="sgd-dot", begin=0.0),
-    Way(score="loss"),
-    Way(score="low-loss"),
-]  # fmt: off
+_FRESH = {"refresh": 1, "begin": 0.25}
+SETS: dict[str, list[Way]] = {
+    "scores": [
+        *(Way(score=f"{metric}-{unit}") for metric in METRICS for unit in UNITS),
+        *(Way(score="adam-cosine", begin=begin) for begin in (0.0, 0.25)),
+        *(Way(score="adam-cosine", refresh=refresh) for refresh in (1, 10)),
+        Way(score="adam-cosine", val_rows=32),
+        Way(score="adam-cosine", keep=4),
+        Way(score="adam-cosine", bottom=True),
+        Way(score="adam-cosine", temperature=1.0),
+        Way(score="sgd-cosine", refresh=1),
+        Way(score="sgd-dot", begin=0.0),
+        Way(score="loss"),
+        Way(score="low-loss"),
+    ],
+    "fresh": [
+        *(Way(score=f"{metric}-{unit}", **_FRESH) for metric in METRICS for unit in UNITS if unit != "tokens"),
+        Way(score="sgd-contrast", refresh=1),
+        Way(score="sgd-contrast", refresh=1, begin=0.5),
+        Way(score="sgd-contrast", begin=0.25),
+        Way(score="sgd-contrast", refresh=1, begin=0.25, val_rows=2),
+        Way(score="sgd-contrast", refresh=1, begin=0.25, temperature=1.0),
+    ],
+}
+"""What is compared with random choice; ``fresh`` followed from what ``scores`` gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +406,7 @@ def add_tables(results: Results, found: dict[tuple[str, str], list[list[float]]]
 @click.option("--candidates", type=int, default=16, show_default=True)
 @click.option("--rate", type=float, default=2e-3, show_default=True, help="Peak learning rate.")
 @click.option("--arms", "at_once", type=int, default=128, show_default=True, help="Arms trained side by side.")
-@click.option("--ways", default="", help="Only ways whose name holds one of these words, with commas.")
+@click.option("--ways", type=click.Choice(list(SETS)), default="scores", show_default=True)
 @click.option("--only", default="", help="Only these val domains, with commas.")
 @folders
 def main(
@@ -405,8 +418,7 @@ def main(
     tokenizer = train_tokenizer(texts, VOCABULARY)
     train_rows, val_rows = (Rows.read(path, tokenizer).to(device) for path in (data, val_set))
     domains = [name for name in [*sorted(set(val_rows.domain)), "all"] if not only or name in only.split(",")]
-    chosen = [way for way in WAYS if way.name == "random" or not ways or any(w in way.name for w in ways.split(","))]
-    arms = [Arm(way, domain) for way, domain in itertools.product(chosen, domains)]
+    arms = [Arm(way, domain) for way, domain in itertools.product([Way(), *SETS[ways]], domains)]
     found: dict[tuple[str, str], list[list[float]]] = {(arm.way.name, arm.domain): [] for arm in arms}
     torch.set_float32_matmul_precision("high")  # of small trainings, not of what is stored
     begun = Clock.now(device)
@@ -418,7 +430,7 @@ def main(
                 found[arm.way.name, arm.domain].append(curve)
         click.echo(f"seed {seed}: {Clock.now(device).since(begun).wall:.0f} s", err=True)
         results = Results(
-            name="choosing" + ("" if device == "cpu" else f"-{device}"),
+            name=f"choosing-{ways}" + ("" if device == "cpu" else f"-{device}"),
             title="Ways to choose candidates in the step",
             settings={
                 "steps": steps,

@@ -19,8 +19,6 @@ CHUNK_NUMBERS = 1 << 20
 """Logits worked on at a time, so that a chunk stays in the cache of a core."""
 GPU_CHUNK_NUMBERS = 1 << 27
 """Logits that a GPU works on at a time: enough to fill it, in half a GiB of float32 beside them."""
-GPU_ALIGNMENT = 16
-"""Bytes at whose multiples the rows of a matrix must begin for the fast matrix products of a GPU."""
 
 _MATRIX_PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward", "BmmBackward")
 _RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
@@ -111,19 +109,9 @@ def _in_cache(
 def _in_few_passes(
     logits: Tensor, target_N: Tensor, weight_N1: Tensor, losses_N: Tensor, *, overwrite: bool, wanted: bool
 ) -> Tensor | None:
-    """As :func:`_in_cache`, in few passes over memory: each kernel reads or writes all logits.
-
-    The gradient's rows begin at multiples of ``GPU_ALIGNMENT``: matrix products of other rows are slow (GPT-2 has an
-    odd number of words). For such a vocabulary the gradient does not take the place of the logits.
-    """
+    """As :func:`_in_cache`, in few passes over memory: each kernel of a GPU reads or writes all logits."""
     rows, vocabulary = logits.shape
-    each = GPU_ALIGNMENT // logits.element_size()
-    aligned = -(-vocabulary // each) * each
-    gradient = None
-    if wanted and overwrite and aligned == vocabulary:
-        gradient = logits
-    elif wanted:
-        gradient = logits.new_empty(rows, aligned)[:, :vocabulary]
+    gradient = (logits if overwrite else torch.empty_like(logits)) if wanted else None
     step = max(1, GPU_CHUNK_NUMBERS // vocabulary)
     for start in range(0, rows, step):
         part = slice(start, start + step)
