@@ -236,18 +236,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def open_lab(folder: Path, **environment: str) -> Lab:
     """A lab in an empty ``folder``; ``environment`` is that of its processes, beside ours."""
-    script = Path(__file__).parent / "support" / "zygote.py"
+    rows = sample_rows(27)
+    corpus, model = write_jsonl(folder / "corpus.jsonl", rows), save_model(folder / "model")
     zygote = subprocess.Popen(
-        [sys.executable, script],
+        [sys.executable, Path(__file__).parent / "support" / "zygote.py", model],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
         env={**os.environ, **environment},
     )
-    rows = sample_rows(27)
-    corpus = write_jsonl(folder / "corpus.jsonl", rows)
-    return Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+    return Lab(folder=folder, checkpoint=model, corpus=corpus, rows=rows, _zygote=zygote)
 
 
 @pytest.fixture(scope="session")
