@@ -4,6 +4,7 @@ tiny saved model, small corpora, and real processes that run the command line an
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -215,6 +216,17 @@ def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tupl
         tuple(axis[far if len(axis) == longest else step % len(axis)] for axis in axes)
         for step, far in enumerate(spread)
     }
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """All that is imported for the tests stays: nothing looks for garbage in it, while it comes and ever after."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
@@ -232,6 +233,7 @@ if __name__ == "__main__":
     warm(sys.argv[1])
     for module in os.environ.get("ZYGOTE_IMPORTS", "").split():
         importlib.import_module(module)
+    gc.freeze()  # no child goes through all of this to look for garbage, and so has it all copied
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
         sys.stdout.flush()
