@@ -4,6 +4,7 @@ tiny saved model, small corpora, and real processes that run the command line an
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -217,6 +218,17 @@ def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tupl
     }
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """All that is imported for the tests stays: nothing looks for garbage in it, while it comes and ever after."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark ``slow`` what ``thin`` says: before ``-m`` is looked at."""
@@ -236,18 +248,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def open_lab(folder: Path, **environment: str) -> Lab:
     """A lab in an empty ``folder``; ``environment`` is that of its processes, beside ours."""
-    script = Path(__file__).parent / "support" / "zygote.py"
+    rows = sample_rows(27)
+    corpus, model = write_jsonl(folder / "corpus.jsonl", rows), save_model(folder / "model")
     zygote = subprocess.Popen(
-        [sys.executable, script],
+        [sys.executable, Path(__file__).parent / "support" / "zygote.py", model],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
         env={**os.environ, **environment},
     )
-    rows = sample_rows(27)
-    corpus = write_jsonl(folder / "corpus.jsonl", rows)
-    return Lab(folder=folder, checkpoint=save_model(folder / "model"), corpus=corpus, rows=rows, _zygote=zygote)
+    return Lab(folder=folder, checkpoint=model, corpus=corpus, rows=rows, _zygote=zygote)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ghoststore.progress import Silent
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
 from ghoststore.store.base.own import remember
 
@@ -180,16 +179,6 @@ def first_row(key: int, unit: str) -> int:
 def domain_of(key: int, unit: str) -> str | None:
     place = int(row_table().domain[first_row(key, unit)])
     return DOMAINS[place] if place >= 0 else None
-
-
-class Notes(Silent):
-    """What the user was told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 def run_on(

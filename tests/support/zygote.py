@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
@@ -36,6 +37,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import datasets
+import faiss
+import matplotlib.figure
+import pandas
+import pyarrow.compute
 import torch
 import zarr
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
@@ -65,6 +71,7 @@ import indexer.training.train
 import query.ann.command
 import query.answer.query
 import query.doctor
+import query.evaluate.evaluate
 import query.exact.full_gradients
 import query.fidelity.fidelity
 import query.fidelity.plot_error
@@ -73,6 +80,11 @@ import query.training_scores.scores
 import query.training_scores.watch
 
 IMPORTED = (
+    datasets,
+    faiss,
+    matplotlib.figure,
+    pandas,
+    pyarrow.compute,
     torch,
     zarr,
     AutoModelForCausalLM,
@@ -82,6 +94,7 @@ IMPORTED = (
     indexer.tokenize.tokenize,
     indexer.training.train,
     query.doctor,
+    query.evaluate.evaluate,
     query.fidelity.fidelity,
     query.exact.full_gradients,
     query.ann.command,
@@ -206,9 +219,22 @@ def run(order: dict[str, Any]) -> dict[str, int]:
     return {"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
 
 
+def warm(model: str) -> None:
+    """Open a model once: what transformers makes on the first time, the children have of their parent."""
+    checkpoint = ghoststore.checkpoint.load.find_checkpoint(model)
+    ghoststore.checkpoint.load.load_model(checkpoint)
+    ghoststore.checkpoint.load.load_tokenizer(ghoststore.checkpoint.load.find_tokenizer(model))
+    for thread in threading.enumerate():  # none of those that read the weights is there at a fork
+        if thread is not threading.main_thread():
+            thread.join()
+
+
 if __name__ == "__main__":
+    warm(sys.argv[1])
     for module in os.environ.get("ZYGOTE_IMPORTS", "").split():
         importlib.import_module(module)
+    gc.freeze()  # no child goes through all of this to look for garbage, and so has it all copied
     for line in sys.stdin:
         sys.stdout.write(json.dumps(run(json.loads(line))) + "\n")
         sys.stdout.flush()
+    os._exit(0)  # to take all that was imported down again takes a second

@@ -315,8 +315,8 @@ def test_a_folder_of_something_else(gym: Gym, tmp_path: Path) -> None:
 
 
 def test_other_software_is_noted(gym: Gym, short: Trained, tmp_path: Path) -> None:
-    from ghoststore.progress import Silent
     from ghoststore.store.base.records import json_digest
+    from tests.support.notes import Notes
 
     shutil.copytree(short.output.parent, tmp_path / "copy")
     path = tmp_path / "copy" / "out" / "checkpoint-6" / "training_state" / "state.json"
@@ -325,13 +325,8 @@ def test_other_software_is_noted(gym: Gym, short: Trained, tmp_path: Path) -> No
     del state["sha256"]
     state["sha256"] = json_digest(state)
     path.write_text(json.dumps(state))
-    notes: list[str] = []
-
-    class Listener(Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
-    gym.fresh(tmp_path / "copy", max_steps=6, checkpoint_interval=3, progress=Listener())
-    (note,) = notes
+    notes = Notes()
+    gym.fresh(tmp_path / "copy", max_steps=6, checkpoint_interval=3, progress=notes)
+    (note,) = notes.said
     assert note.startswith("going on with other software than wrote checkpoint-6")
     assert "2.10.0" in note

@@ -13,7 +13,6 @@ import transformers
 import ghoststore
 from ghoststore.corpus import Sample
 from ghoststore.errors import CaptureError
-from ghoststore.progress import Silent
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Status, Store
 from indexer.build.model_check import ModelCheck
@@ -21,6 +20,7 @@ from indexer.encode.batching import plan_batches
 from indexer.encode.tokens import Row
 from indexer.projection.plan import ProjectionPlan
 from tests.support.models import pad
+from tests.support.notes import Notes
 from tests.support.odd_models import odd, save_odd
 from tests.support.oracle import gradients_alone
 from tests.support.parts import vectors_of
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 PLAIN: dict[str, Any] = {"rank_total": "full", "precondition": "none"}
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 def build(
@@ -86,7 +78,7 @@ def test_a_sound_model_is_built(lab: Lab, tmp_path: Path) -> None:
     notes = Notes()
     report = build(lab, tmp_path, "none", notes=notes)
     assert report.manifest["batching"]["padding"] is True
-    assert not any("padding" in note for note in notes.notes)
+    assert not any("padding" in note for note in notes.said)
     assert_exact(lab, tmp_path, "none")
 
 
@@ -120,7 +112,7 @@ def test_a_model_that_padding_changes_is_built_without(lab: Lab, tmp_path: Path,
     notes = Notes()
     report = build(lab, tmp_path, quirk, notes=notes)
     assert report.manifest["batching"]["padding"] is False
-    assert any("rows of one length share a batch" in note for note in notes.notes)
+    assert any("rows of one length share a batch" in note for note in notes.said)
     assert_exact(lab, tmp_path, quirk)
     # What is asked of the part is encoded in the same way: a row is its own nearest.
     asked = lab.write(tmp_path / "val.jsonl", lab.rows[:6])
@@ -253,7 +245,7 @@ def test_gradients_that_are_not_finite_do_not_switch_the_check_off() -> None:
     with torch.no_grad():
         mixes.wte.weight.fill_(float("inf"))
     checked(mixes, ids, note=notes.note).run()
-    assert any("not finite" in note for note in notes.notes)
+    assert any("not finite" in note for note in notes.said)
 
 
 @pytest.mark.parametrize(("batch_tokens", "longest", "tried"), [(2048, 32, 32), (20, 32, 10), (2048, 16384, 1024)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,10 @@ import pyarrow.parquet
 import pytest
 
 import ghoststore
-from ghoststore.progress import Silent
+from tests.support.notes import Notes
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-
-class Notes(Silent):
-    """What the user was told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture
@@ -33,13 +24,22 @@ def val(lab: Lab, tmp_path: Path) -> Path:
     return lab.write(tmp_path / "val.jsonl", [row | {"id": f"v{i}"} for i, row in enumerate(lab.sample_rows(3, 5))])
 
 
-@pytest.fixture
-def own(lab: Lab, tmp_path: Path) -> Path:
-    """A store of a corpus that we may change."""
-    corpus = lab.write(tmp_path / "own.jsonl", lab.rows)
-    outcome = lab.build(tmp_path / "store", "--data", corpus)
+@pytest.fixture(scope="module")
+def own_built(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``own.jsonl`` and the store of it."""
+    folder = tmp_path_factory.mktemp("own")
+    outcome = lab.build(folder / "store", "--data", lab.write(folder / "own.jsonl", lab.rows))
     assert outcome.code == 0, outcome.err
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def own(lab: Lab, own_built: Path) -> Path:
+    """That folder; its corpus, as the store knows it, may be changed."""
+    shutil.rmtree(own_built / "own.jsonl", ignore_errors=True)  # a test may have put something else there
+    (own_built / "own.jsonl").unlink(missing_ok=True)
+    lab.write(own_built / "own.jsonl", lab.rows)
+    return own_built
 
 
 def texts(own: Path, val: Path) -> tuple[dict[str, str | None], list[str]]:

@@ -15,7 +15,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from query.ask.blend import values_of_rows
 from query.evaluate.lds import half, lds
-from tests.support.score_runs import Notes
+from tests.support.notes import Notes
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -19,7 +19,8 @@ from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.store import RowTable
 from indexer.session.samples import Samples
 from query.training_scores.watch import Watcher
-from tests.support.score_runs import DOMAINS, LAYOUT, Notes, append, make, row_table, run_on, values
+from tests.support.notes import Notes
+from tests.support.score_runs import DOMAINS, LAYOUT, append, make, row_table, run_on, values
 from tests.support.selecting import listed, select
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import ghoststore
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store import RowTable, RunLayout, RunWriter, Store
 from query.ask.blend import blended, join
-from tests.support.score_runs import Notes, make, run_on
+from tests.support.notes import Notes
+from tests.support.score_runs import make, run_on
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -19,6 +19,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import CheckpointError, CorpusError, LayerError, MismatchError, UsageError
 from ghoststore.progress import Silent
 from query.fidelity.sample import SampleSpec
+from tests.support.notes import Notes
 from tests.support.parts import unbuild, vectors_of
 
 if TYPE_CHECKING:
@@ -148,14 +149,9 @@ def test_memory_bound_changes_nothing(own: Path, monkeypatch: pytest.MonkeyPatch
     checkpoint = ghoststore.Store.open(own).part("rank").manifest["source"]["checkpoint"]
     numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
     monkeypatch.setattr(query.exact.products, "MEMORY", 2 * 4 * numbers)
-    notes: list[str] = []
-
-    class Notes(Silent):
-        def note(self, message: str) -> None:
-            notes.append(message)
-
-    again = measure(own, "rank", metric="dot", progress=Notes())
-    assert any("computed 4 times" in note for note in notes)
+    notes = Notes()
+    again = measure(own, "rank", metric="dot", progress=notes)
+    assert any("computed 4 times" in note for note in notes.said)
     for mine, theirs in ((again.layers, whole.layers), (again.all, whole.all)):
         assert mine is not None
         assert theirs is not None

@@ -14,8 +14,9 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig, Store
 from ghoststore.errors import MismatchError, UsageError
+from tests.support.notes import Notes
 from tests.support.parts import unbuild
-from tests.support.score_runs import Notes, run_on
+from tests.support.score_runs import run_on
 from tests.support.selecting import listed, score_of, select, source_rows, top
 
 if TYPE_CHECKING:
@@ -40,6 +41,29 @@ def score(built: Path, val: Path) -> np.ndarray:
 def tokens(built: Path) -> np.ndarray:
     """(27,): the tokens of each row."""
     return Store.open(built).part().read("n_tokens", 0, 27).astype(int)
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of plain gradients, which are alike."""
+    store = tmp_path_factory.mktemp("plain") / "store"
+    assert lab.build(store, "--proj-precondition", "none").code == 0
+    return store
+
+
+@pytest.fixture(scope="module")
+def own_built(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``corpus.jsonl`` and the store of it."""
+    folder = tmp_path_factory.mktemp("own")
+    assert lab.build(folder / "store", "--data", lab.write(folder / "corpus.jsonl", lab.rows)).code == 0
+    return folder
+
+
+@pytest.fixture
+def own(lab: Lab, own_built: Path) -> Path:
+    """That folder; its corpus, as the store knows it, may be changed."""
+    lab.write(own_built / "corpus.jsonl", lab.rows)
+    return own_built
 
 
 def test_each_amount(built: Path, val: Path, tmp_path: Path, score: np.ndarray, tokens: np.ndarray) -> None:
@@ -171,12 +195,10 @@ def test_more_than_there_is(built: Path, val: Path, tmp_path: Path) -> None:
 @pytest.mark.thin
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(("diversity", "weight"), [("mmr", 0.9), ("greats", 10.0)])
-def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
+def test_diversity(plain: Path, val: Path, tmp_path: Path, diversity: Any, weight: float, metric: Any) -> None:
     """Chosen among the candidates, and less alike than the top of the ranking: of plain gradients, which are alike."""
-    built = tmp_path / "store"
-    assert lab.build(built, "--proj-precondition", "none").code == 0
     made = select(
-        built,
+        plain,
         val,
         tmp_path / "out.jsonl",
         count=6,
@@ -185,12 +207,12 @@ def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: 
         candidates=20,
         metric=metric,
     )
-    score = score_of(built, val, metric=metric)
-    candidates, plain, chosen = top(score, 20), top(score, 6), source_rows(made)
+    score = score_of(plain, val, metric=metric)
+    candidates, best, chosen = top(score, 20), top(score, 6), source_rows(made)
     assert made.considered == 20
     assert set(chosen) <= set(candidates)
-    assert chosen != plain
-    vectors = Store.open(built).part().read("vectors", 0, 27).astype(np.float64)
+    assert chosen != best
+    vectors = Store.open(plain).part().read("vectors", 0, 27).astype(np.float64)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     given = vectors if (diversity, metric) == ("greats", "dot") else unit
     pairs = given @ given.T
@@ -198,7 +220,7 @@ def test_diversity(lab: Lab, val: Path, tmp_path: Path, diversity: Any, weight: 
     def alike(rows: list[int]) -> float:
         return float(pairs[np.ix_(rows, rows)].sum() - pairs[rows, rows].sum())
 
-    assert alike(chosen) < alike(plain)
+    assert alike(chosen) < alike(best)
     assert sorted(entry["picked"] for entry in listed(made)) == list(range(1, 7))
 
 
@@ -366,11 +388,9 @@ def test_leaks(lab: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("change", ["text", "more", "fewer", "order"])
-def test_a_changed_corpus_is_refused(lab: Lab, val: Path, tmp_path: Path, change: str) -> None:
+def test_a_changed_corpus_is_refused(lab: Lab, own: Path, val: Path, tmp_path: Path, change: str) -> None:
     """Exit code 3, both fingerprints, nothing written."""
     rows = [dict(row) for row in lab.rows]
-    corpus, store = lab.write(tmp_path / "corpus.jsonl", rows), tmp_path / "store"
-    assert lab.build(store, "--data", corpus).code == 0
     if change == "text":
         rows[13]["text"] += " again"
     elif change == "more":
@@ -379,23 +399,25 @@ def test_a_changed_corpus_is_refused(lab: Lab, val: Path, tmp_path: Path, change
         rows.pop()
     else:
         rows.reverse()
-    lab.write(corpus, rows)
-    before = lab.tree(tmp_path)
-    outcome = lab.run("select", "--store", store, "--val-set", val, "--count", "3", "--out", tmp_path / "o.jsonl")
+    lab.write(own / "corpus.jsonl", rows)
+    before = lab.tree(own)
+    outcome = lab.run(
+        "select", "--store", own / "store", "--val-set", val, "--count", "3", "--out", tmp_path / "o.jsonl"
+    )
     assert outcome.code == 3, outcome.err
     assert outcome.err.count("sha256:") == 2
     assert "Nothing was written" in outcome.err
-    assert lab.tree(tmp_path) == before
+    assert lab.tree(own) == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_that_changes_meanwhile_is_refused(
-    lab: Lab, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own: Path, val: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the corpus was read, and before its rows are written."""
     import query.select.files
 
-    corpus, store = lab.write(tmp_path / "corpus.jsonl", lab.rows), tmp_path / "store"
-    assert lab.build(store, "--data", corpus).code == 0
+    corpus = own / "corpus.jsonl"
     real = query.select.files.write_export
 
     def write_export(*given: Any) -> None:
@@ -404,7 +426,7 @@ def test_a_row_that_changes_meanwhile_is_refused(
 
     monkeypatch.setattr("query.select.files.write_export", write_export)
     with pytest.raises(MismatchError, match="is not the one that the part was built from: expected the digest"):
-        select(store, val, tmp_path / "out.jsonl", count=27)
+        select(own / "store", val, tmp_path / "out.jsonl", count=27)
     assert not list(tmp_path.glob("*out.jsonl*"))
 
 
@@ -429,7 +451,7 @@ def test_an_incomplete_part(built: Path, val: Path, tmp_path: Path, score: np.nd
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("form", ["folder", "csv", "parquet", "dataset"])
 def test_other_forms(lab: Lab, val: Path, tmp_path: Path, form: str) -> None:
-    """From the store to the rows, with a field of the user's own; see also tests/corpus/test_copies.py."""
+    """From the store to the rows, with a field of the user's own; see also tests/corpus/test_export.py."""
     rows = [row | {"note": f"n{number}"} for number, row in enumerate(lab.rows)]
     corpus, out, table = tmp_path / f"in.{form}", tmp_path / f"out.{form}", datasets.Dataset.from_list(rows)
     if form == "folder":
