@@ -35,7 +35,7 @@ def slowly(ranking: list[int], pools: Pools) -> list[int]:
 def samples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores, tokens, domains."""
     score = np.array(draw(scores))
-    numbers = st.lists(st.integers(0, 9), min_size=len(score), max_size=len(score))
+    numbers = st.lists(st.integers(1, 9), min_size=len(score), max_size=len(score))  # no usable sample is empty
     return score, np.array(draw(numbers)), np.array([n % 4 - 1 for n in draw(numbers)], dtype=np.int16)
 
 
