@@ -284,16 +284,24 @@ def test_nothing_is_written_or_removed_where_a_link_leads(lab: Lab, store: Path,
     assert lab.tree(elsewhere) == before
 
 
-def test_what_a_killed_repair_took_out_is_named(lab: Lab, built: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.kill
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("moment", ["chunks-away", "record-away", "chunk-away"])
+def test_what_a_killed_repair_took_out_is_put_back(
+    lab: Lab, built: Path, store: Path, tmp_path: Path, moment: str
+) -> None:
+    """Where the corpus is gone by then: the span is as it was, and its damage is named."""
     truncate(part(store) / "loss/c/1")
-    call, path, when = MOMENTS["chunks-away"]
+    harmed = lab.tree(store)
+    call, path, when = MOMENTS[moment]
     fault = {"call": call, "path": path, "when": when, "act": "kill"}
     assert lab.run("repair", "--store", store, fault=fault).code == -9
     assert not (part(store) / "commits/00000001.json").exists()
     nowhere = ("--data", tmp_path / "nowhere.jsonl")
     outcome = lab.run("repair", "--store", store, *nowhere, "--json", "--quiet")
     assert outcome.code == 4, outcome.out
-    assert [one["problem"] for one in outcome.json["unmended"]] == ["taken out by a repair, and not computed again"]
+    assert [one["file"] for one in outcome.json["unmended"]] == ["loss/c/1"]
     assert "nowhere.jsonl" in outcome.json["unmended"][0]["why"]
+    assert lab.tree(store) == harmed
     assert lab.run("repair", "--store", store).code == 0
     assert lab.tree(store) == lab.tree(built)
