@@ -1,4 +1,4 @@
-"""What could mend a span of a run stays until the span was read whole: a journal beside a record, what was withdrawn."""
+"""What could mend a span of a run stays until that was read whole: a journal beside a record, what was withdrawn."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_withdrawn_files_stay_beside_a_damaged_span(store: Path, whole: Path) ->
 
 @pytest.mark.parametrize("moved", [1, 4])
 def test_a_span_that_was_half_taken_out_is_put_back(store: Path, moved: int) -> None:
-    """`repair --drop-damaged` was killed in the middle: without it, the span is what it was, and its damage is named."""
+    """`repair --drop-damaged` was killed in the middle: without it, the span is as before, and its damage named."""
     from ghoststore.store.spans import withdrawn
 
     ghoststore.gc(store)
