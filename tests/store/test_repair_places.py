@@ -111,6 +111,16 @@ def test_nobody_writes_where_the_folder_of_writers_is_a_file(lab: Lab, built: Pa
     assert lab.build(store).code == 0
 
 
+@pytest.mark.parametrize("name", ["zarr.json", "runs/zarr.json", "parts/zarr.json"])
+def test_something_else_in_a_store(store: Path, name: str) -> None:
+    before = files(store)
+    folder_instead(store / name)
+    assert ghoststore.repair(store=store).sound
+    now = files(store)
+    assert now.pop(f"{name}.moved-aside/mine") == b"mine"
+    assert now == before
+
+
 @pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "name", ["commits", "loss", "loss/c", "vectors/c/1", "commits/00000002.json", "span_start/c/0", "projection_in"]

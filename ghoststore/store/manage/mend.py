@@ -56,10 +56,11 @@ class Mended:
 
 def restore_groups(store: Store) -> list[Mended]:
     """The store's own groups, whose metadata say the same in every store."""
-    mended = []
+    mended: list[Mended] = []
     for name, attributes in ((f"parts/{ROOT}", {}), (f"runs/{ROOT}", {}), (ROOT, ROOT_ATTRIBUTES)):
         path = store.path / name
         if group_problem(path.parent, attributes) is not None:
+            mended += make_way(store.path, name, {})
             with storage_errors(str(path)):
                 path.parent.mkdir(exist_ok=True)
                 replace(path, _group(attributes))
