@@ -384,6 +384,26 @@ def test_pending_steps_of_a_store_that_is_gone(tmp_path: Path) -> None:
     assert (run.skipped, journal_damage(run), run.complete) == ([(0, 10)], [], False)
 
 
+def test_steps_that_are_given_up_while_a_reader_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look at what was given up and its look at the records: they are no steps to it."""
+    from ghoststore.store.run import run as module
+
+    store, real, looks = tmp_path / "store", module.read_skipped, []
+    train(store, layout=JOURNALED, stop=12)
+
+    def read(*arguments: object) -> list[tuple[int, int]]:
+        seen = real(*arguments)
+        looks.append(seen)
+        if len(looks) == 1:
+            with RunWriter(run_of(store)) as writer:
+                writer.skip_to(15)
+        return seen
+
+    monkeypatch.setattr(module, "read_skipped", read)
+    run = run_of(store)
+    assert (run.spans, run.ranges, run.skipped) == ([0], [(0, 10)], [(10, 15)])
+
+
 def test_a_record_that_is_lost_is_named(tmp_path: Path) -> None:
     """A hole that nobody declared; the writer's own gaps are none."""
     store = tmp_path / "store"
