@@ -218,6 +218,7 @@ def test_leftovers_are_collected(lab: Lab, store: Path) -> None:
         store / "runs/.run.host-1-00000000.0.tmp/zarr.json",
         part / "vectors/c/1/.0.host-1-ab.staged",
         part / "commits/.00000001.intent",
+        part / "commits/.00000002.recorded",
         part / "commits/.00000001.json.1.tmp",
         part / ".withdrawn/00000002/record.json",
         part / f"loss/c/1.{'0' * 32}.partial",
@@ -291,6 +292,7 @@ def test_what_is_decided_is_not_collected(store: Path) -> None:
     assert tree(store) == before
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_nobody_begins_while_leftovers_are_collected(lab: Lab, store: Path) -> None:
     """Where locks do nothing, too: what a writer has just put there would be taken for a dead one's."""

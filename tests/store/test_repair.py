@@ -297,6 +297,7 @@ def test_metadata_and_the_one_chunk_of_an_array(lab: Lab, built: Path, store: Pa
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_what_a_killed_repair_took_out_is_named(lab: Lab, store: Path) -> None:
     """Until a repair has gone on: its rows would be missing from every answer."""

@@ -65,7 +65,7 @@ PLACES: dict[str, tuple[str, Place, list[int]]] = {
 }
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("place", PLACES)
 def test_something_else_in_a_run(store: Path, place: str) -> None:
     name, put, left = PLACES[place]
@@ -99,6 +99,7 @@ def test_something_else_a_second_time(store: Path) -> None:
     assert texts == {"first", "second"}
 
 
+@pytest.mark.slow
 def test_nobody_writes_where_the_folder_of_writers_is_a_file(lab: Lab, built: Path, tmp_path: Path) -> None:
     """A build says so, and what mends it."""
     store = Path(shutil.copytree(built, tmp_path / "store"))
@@ -111,6 +112,7 @@ def test_nobody_writes_where_the_folder_of_writers_is_a_file(lab: Lab, built: Pa
     assert lab.build(store).code == 0
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["zarr.json", "runs/zarr.json", "parts/zarr.json"])
 def test_something_else_in_a_store(store: Path, name: str) -> None:
     before = files(store)
@@ -121,7 +123,7 @@ def test_something_else_in_a_store(store: Path, name: str) -> None:
     assert now == before
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "name", ["commits", "loss", "loss/c", "vectors/c/1", "commits/00000002.json", "span_start/c/0", "projection_in"]
 )

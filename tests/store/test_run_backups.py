@@ -89,7 +89,7 @@ HARMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_journal_mends_its_span(store: Path, whole: Path, harm: str) -> None:
     """Whatever is damaged of it, in one repair."""
@@ -129,7 +129,8 @@ def test_withdrawn_files_stay_beside_a_damaged_span(store: Path, whole: Path) ->
     assert files(store) == files(whole)
 
 
-@pytest.mark.parametrize("moved", [1, 4])
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("moved", [4, 1])
 def test_a_span_that_was_half_taken_out_is_put_back(store: Path, moved: int) -> None:
     """`repair --drop-damaged` was killed in the middle: without it, the span is as before, and its damage named."""
     from ghoststore.store.spans import withdrawn
