@@ -98,7 +98,6 @@ def repair(options: RepairOptions) -> RepairReport:
     """
     progress = options.progress or Silent()
     store = Store.examined(options.store)
-    check_writable(store.path)
     parts, runs = store.chosen(options.part, options.run)
     mended, unmended = restore_groups(store), list[Unmended]()
     owners: list[Owner] = [*({"part": name} for name in parts), *({"run": name} for name in runs)]
@@ -135,7 +134,13 @@ class _Repair:
             )
         except MismatchError as error:
             return [Unmended(file="zarr.json", problem=str(error), why="it is left alone", **self._owner)]
-        with writing(source):
+        try:
+            check_writable(path)
+        except StorageError:
+            if self._damage() or (isinstance(source, Part) and withdrawn_spans(source)):
+                raise
+            return []  # a disk that is read-only, and nothing to write
+        with writing(source, None):
             damaged = [damage.file for damage in self._damage()]
             if isinstance(source, Part):
                 # Those of a repair that was killed: what it had taken out is not damaged, it is not there.

@@ -16,7 +16,7 @@ from ghoststore.settings.store import GcOptions
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.writers import FOLDER as WRITERS
-from ghoststore.store.base.writers import left_behind
+from ghoststore.store.base.writers import left_behind, remove_dead
 from ghoststore.store.manage.held import held
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.indexes import FOLDER as INDEX
@@ -154,7 +154,9 @@ class _Collection:
         if self._dry_run:
             return
         with storage_errors(str(path)), suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
+            if path.name == WRITERS:  # one by one: a writer may come meanwhile
+                remove_dead(path.parent)
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
