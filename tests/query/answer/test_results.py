@@ -145,7 +145,9 @@ def test_texts_in_the_store_outlive_the_source(lab: Lab, tmp_path: Path, val: Pa
     kept = {row["id"]: row["text"] for row in lab.rows}
     assert texts(tmp_path, val) == (kept, [])
     other = lab.write(tmp_path / "other.jsonl", [{"text": "another corpus"}])
-    outcome = lab.run("query", "--store", tmp_path / "store", "--val-set", val, "--data", other, "--top-k", "27", "--json")
+    outcome = lab.run(
+        "query", "--store", tmp_path / "store", "--val-set", val, "--data", other, "--top-k", "27", "--json"
+    )
     assert {hit["id"]: hit["text"] for hit in outcome.json["results"][0]["hits"]} == kept
     assert f"note: texts are those that part 'part' keeps; --data {other} is not read for them" in outcome.err
 
