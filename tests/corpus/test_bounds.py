@@ -84,6 +84,7 @@ def test_a_row_of_a_table(tmp_path: Path) -> None:
         list(Corpus.open(str(tmp_path / "a.parquet"), Fields(max_record_bytes=1000)).samples())
 
 
+@pytest.mark.slow
 def test_a_dictionary(lab: Lab, tmp_path: Path) -> None:
     """A value that a dictionary has once may be that of all rows: a few are read at a time, however small the file
     is, and a dictionary is refused before it is read.

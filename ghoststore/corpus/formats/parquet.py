@@ -23,7 +23,7 @@ that of every row.
 """
 _FIRST_PAGE = 64
 """Bytes in which the beginning of a page's header lies."""
-_DICTIONARY_PAGE = 2
+_DICTIONARY_PAGE, _NEXT_NUMBER = 2, 0x15
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class ParquetForm:
             size = _dictionary_bytes(path, column)
             if self.largest is not None and size > (largest := max(self.largest, LARGEST_RECORD)):
                 raise CorpusError(
-                    f"{path}, row {first + 1:,}: the dictionary of {column.path_in_schema!r} has {size:,} bytes, at most "
-                    f"{largest:,} are read; if it is one, give `fields.max_record_bytes` a larger number"
+                    f"{path}, row {first + 1:,}: the dictionary of {column.path_in_schema!r} has {size:,} bytes, at "
+                    f"most {largest:,} are read; if it is one, give `fields.max_record_bytes` a larger number"
                 )
             expanded += size * -(-column.num_values // max(described.num_rows, 1))
         most = min(AT_ONCE // max(bytes_of_row, 1), EXPANDED // max(expanded, 1), ROWS_PER_BATCH)
@@ -126,20 +126,25 @@ def _dictionary_bytes(path: Path, column: Any) -> int:
     with open_regular(path) as file:
         file.seek(min(column.dictionary_page_offset, column.data_page_offset))
         data = file.read(_FIRST_PAGE)
-    numbers, place = [], 0
-    for _ in range(2):
-        if data[place : place + 1] != b"\x15":  # the next field, a 32-bit number
-            return 0  # no header of a page: whoever reads it says so
+    kind, size = _thrift_numbers(data, 2) or (0, 0)  # what is no header, whoever reads the page will say
+    return size if kind == _DICTIONARY_PAGE else 0
+
+
+def _thrift_numbers(data: bytes, count: int) -> list[int]:
+    """The first fields of a struct, if they are so many 32-bit numbers, none below 0; else nothing."""
+    numbers: list[int] = []
+    rest = iter(data)
+    while len(numbers) < count:
+        if next(rest, None) != _NEXT_NUMBER:
+            return []
         value = shift = 0
-        for place in range(place + 1, min(place + 6, len(data))):
-            value |= (data[place] & 0x7F) << shift
+        for byte in rest:
+            value |= (byte & 0x7F) << shift
             shift += 7
-            if data[place] < 0x80:
+            if byte < 0x80:
                 break
-        numbers.append(value >> 1 if value % 2 == 0 else -1)
-        place += 1
-    kind, size = numbers
-    return max(size, 0) if kind == _DICTIONARY_PAGE else 0
+        numbers.append(value >> 1)
+    return numbers
 
 
 @contextmanager
