@@ -312,7 +312,7 @@ def test_a_writer_that_comes_while_the_dead_are_collected_stays(store: Path, mon
         return set()
 
     monkeypatch.setattr("ghoststore.store.manage.gc.intents", coming)
-    report = ghoststore.gc(store)
+    report = ghoststore.gc(store, part="part")
     assert [file.file for file in report.removed] == [FOLDER]
     assert not dead.exists()
     assert [writer.host for writer in living(folder)] == ["node8"]
