@@ -4,37 +4,91 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import signal
+import socket
 import sys
 import threading
+import time
+from collections.abc import Mapping
+from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
+HOST_PROCESSES = "pid:[4026531836]"
+"""Linux's name of the first space of process ids, that of no container."""
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others, as JSON: host, number, and when it began."""
-    return {"host": platform.node(), "process": os.getpid(), "begun": _begun(os.getpid())}
+    """What tells this process from all others, as JSON: host, start of the machine, space of process ids, number, and
+    when it began.
+    """
+    return {
+        "host": socket.gethostname(),
+        "boot": boot(),
+        "processes": id_space(),
+        "pid": os.getpid(),
+        "start": _state(os.getpid())[1],
+    }
 
 
-def is_gone(process: dict[str, Any]) -> bool | None:
-    """Whether a process of :func:`this_process` has ended; None for one of another host, which nobody here knows."""
-    if process["host"] != platform.node():
+def is_gone(process: Mapping[str, Any]) -> bool | None:
+    """Whether a process of :func:`this_process` has ended; None for one of another machine, of another container, or of
+    before this machine was started last: its number says nothing here.
+    """
+    if (process["host"], process["boot"], process["processes"]) != (socket.gethostname(), boot(), id_space()):
         return None
-    number = process["process"]
-    if _begun(os.getpid()) is not None:  # else this system does not say when a process began
-        return bool(_begun(number) != process["begun"])
+    return not runs(int(process["pid"]), str(process["start"]))
+
+
+def runs(pid: int, start: str = "") -> bool:
+    """Whether process ``pid`` of this machine is there, and is the one that began at ``start``, where that is known."""
+    state, began = _state(pid)
+    if began:
+        return state not in ("Z", "X") and start in ("", began)
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return False
-    return False
+    except OSError:
+        return True  # another user's
+    return True
+
+
+@cache
+def boot() -> str:
+    """Says which start of which machine this is; empty without /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@cache
+def id_space() -> str:
+    """Says in which space of process ids (which container) this is; empty without /proc."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def uptime() -> float:
+    """Seconds since this machine was started; infinite where that is not known."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return float("inf") if clock is None else time.clock_gettime(clock)
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """State and start, in ticks, of a process; both empty where /proc does not say."""
+    try:
+        # "pid (name) state …": the name may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return fields[0], fields[19]
+    except (OSError, IndexError):
+        return "", ""
 
 
 def end_with(parent: int) -> None:
@@ -65,13 +119,3 @@ def end_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     end_with(parent.pid)
-
-
-def _begun(number: int) -> str | None:
-    """When the process of that number began, in ticks since this boot; None if there is none, or no /proc."""
-    try:
-        # The name of the process, in parentheses, may hold anything; the 22nd field is the start.
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{fields[19]}"
-    except (OSError, IndexError, ValueError):
-        return None

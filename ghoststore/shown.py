@@ -19,6 +19,8 @@ _UNSAFE = re.compile(rf"[\x00-\x1f{_HIDDEN}]")
 _UNSAFE_IN_LINES = re.compile(rf"[\x00-\x08\x0b-\x1f{_HIDDEN}]")
 _HIDDEN_IN_JSON = re.compile(rf"[{_HIDDEN}]")
 _NAMED = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
+_ESCAPE = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}|[tnr])")
+_LONGEST_ESCAPE = len(r"\U0010ffff")
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -36,6 +38,17 @@ def _escape(match: re.Match[str]) -> str:
     return _NAMED.get(match[0], form)
 
 
+def clipped(shown: str, length: int) -> str:
+    r"""The first ``length`` characters of what :func:`visible` gave, less those of an escape that would be cut:
+    ``\x1`` would pass for another text.
+    """
+    begin = max(0, length - _LONGEST_ESCAPE)
+    for escape in _ESCAPE.finditer(shown, begin, length + _LONGEST_ESCAPE):
+        if escape.start() < length < escape.end():
+            return shown[: escape.start()]
+    return shown[:length]
+
+
 def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
     r"""``value`` as JSON that ``encoding`` can hold and a terminal shows as it is.
 
@@ -51,8 +64,12 @@ def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8")
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """``value``, a text that a spreadsheet would compute marked with a leading apostrophe (OWASP, CSV injection)."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULAS) else value
+    """``value`` as a spreadsheet may have it: a text that it would compute is marked with a leading apostrophe (OWASP,
+    CSV injection), and control characters are escapes, but for line ends and tabs, which a quoted cell may hold.
+    """
+    if not isinstance(value, str):
+        return value
+    return ("'" if value.startswith(_FORMULAS) else "") + visible(value, lines=True)
 
 
 def picture_label(text: str) -> str:

@@ -49,9 +49,11 @@ COMMANDS = {
 
 
 STARTS_OVER = "Nothing is left half-written; run again, it starts over."
-RESUMES = "What was committed is intact: the same command resumes."
+RESUMES = "Whatever was committed is intact: the same command resumes."
 LEFT = {
-    **dict.fromkeys(("tokenize", "train", "build", "full-gradients", "evaluate"), RESUMES),
+    **dict.fromkeys(("tokenize", "build", "full-gradients", "evaluate"), RESUMES),
+    # It says itself what it has written, once it may write.
+    "train": "The same command starts again, or goes on from its newest checkpoint.",
     "watch": "",
 }
 """What Ctrl-C and SIGTERM leave of a command, where it does not say so itself and does not start over."""

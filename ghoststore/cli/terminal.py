@@ -6,18 +6,19 @@ Whatever comes from a corpus, a store or an argument goes through `visible`: it 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
-from rich.console import Console
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    TextColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Task as RichTask
@@ -27,33 +28,93 @@ from rich.text import Text
 from ghoststore.cli.events import EventLog, current
 from ghoststore.cli.options import renderer
 from ghoststore.progress import Silent, Task
-from ghoststore.shown import json_text, visible
+from ghoststore.shown import clipped, json_text, visible
 
 WIDE = 240
 """Columns where stdout is no terminal."""
 PREVIEW = 90
 """Characters of a text in a table."""
+BAR = 24
+"""Columns of a progress bar."""
+SHORT = 10
+"""Columns below which words that are cut say nothing."""
 
 
-class _Rates(ProgressColumn):
+class Line:
+    """Text that is safe to show in one line of as many columns as there are: cut with "…", and never in an escape."""
+
+    def __init__(self, text: str, style: str = "") -> None:
+        self._shown, self._style = visible(text), style
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(1, self.width), self.width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(self.within(options.max_width), self._style, no_wrap=True, overflow="crop")
+
+    @property
+    def width(self) -> int:
+        """Columns that it takes whole."""
+        return cell_len(self._shown)
+
+    def within(self, width: int) -> str:
+        """What is shown of it in ``width`` columns."""
+        if self.width <= width:
+            return self._shown
+        return clipped(self._shown, len(set_cell_size(self._shown, max(width - 1, 0)).rstrip())) + "…"
+
+
+class _OneLine(ProgressColumn):
+    """A task in one line of the terminal: how much of it is done stands there whatever the width, the rest by its worth
+    as far as there is room.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._count, self._bar, self._remaining = MofNCompleteColumn(), BarColumn(bar_width=BAR), TimeRemainingColumn()
+
+    def render(self, task: RichTask) -> Table:
+        count, remaining, rates = self._count.render(task), self._remaining.render(task), _rates(task)
+        words = Line(task.fields["words"])
+        left = self._console.width - count.cell_len
+        description = Line(task.description).within(max(left - 1, 0))
+        left -= cell_len(description) + 1
+        cells: dict[str, Any] = {"description": Text(description), "count": count}
+        if remaining.cell_len < left:
+            cells["remaining"] = remaining
+            left -= remaining.cell_len + 1
+        if 0 < min(words.width, SHORT) < left:
+            cells["words"] = Text(words.within(left - 1))
+            left -= cells["words"].cell_len + 1
+        if rates and cell_len(rates) < left:
+            cells["rates"] = Text(rates, style="progress.data.speed")
+            left -= cell_len(rates) + 1
+        if left > BAR:
+            cells["bar"] = self._bar.render(task)
+        order = [name for name in ("description", "bar", "count", "rates", "remaining", "words") if name in cells]
+        grid = Table.grid(*(Column(no_wrap=True) for _ in order), padding=(0, 1))
+        grid.add_row(*(cells[name] for name in order))
+        return grid
+
+
+def _rates(task: RichTask) -> str:
     """Rows and tokens a second since the task began."""
-
-    def render(self, task: RichTask) -> Text:
-        elapsed = task.finished_time if task.finished_time is not None else task.elapsed
-        if not elapsed or elapsed < 0.05:
-            return Text("")
-        rows = (task.completed - task.fields["begun_at"]) / elapsed
-        text = f"{rows:,.0f} {task.fields['unit']}/s"
-        if task.fields["tokens"]:
-            text += f", {task.fields['tokens'] / elapsed:,.0f} tokens/s"
-        return Text(text, style="progress.data.speed")
+    elapsed = task.finished_time if task.finished_time is not None else task.elapsed
+    if not elapsed or elapsed < 0.05:
+        return ""
+    rows = (task.completed - task.fields["begun_at"]) / elapsed
+    text = f"{rows:,.0f} {task.fields['unit']}/s"
+    if task.fields["tokens"]:
+        text += f", {task.fields['tokens'] / elapsed:,.0f} tokens/s"
+    return text
 
 
 class _BarTask:
     def __init__(self, progress: Progress, description: str, total: int | None, done: int, unit: str) -> None:
         self._progress = progress
         self._id = progress.add_task(
-            visible(description), total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
+            description, total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
         )
         progress.start()
 
@@ -62,7 +123,7 @@ class _BarTask:
         self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
 
     def say(self, text: str) -> None:
-        self._progress.update(self._id, words=visible(text))
+        self._progress.update(self._id, words=text)
 
     def close(self) -> None:
         task = self._progress.tasks[self._progress.task_ids.index(self._id)]
@@ -76,21 +137,13 @@ class Bars:
     """Progress bars on stderr; where stderr is no terminal, one line for each finished task."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        console = Console(stderr=True)
+        self.console = console if console.is_terminal else Console(stderr=True, width=WIDE)
         self._render = renderer()
         self._said: set[str] = set()
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
-        progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(table_column=Column(no_wrap=True)),
-            _Rates(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}", markup=False, table_column=Column(no_wrap=True)),
-            console=self.console,
-        )
-        return _BarTask(progress, description, total, done, unit)
+        return _BarTask(Progress(_OneLine(self.console), console=self.console), description, total, done, unit)
 
     def note(self, message: str) -> None:
         message = visible(self._render(message), lines=True)
@@ -158,6 +211,7 @@ def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str
     console = _stdout()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
+    shown = Text if fold else Line
     widths: list[int | None] = [None] * len(columns)
     if not fold:
         cells = zip(*[[heading for heading, _ in columns], *rows], strict=True)
@@ -166,10 +220,9 @@ def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
-        overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
-        table.add_column(Text(heading), justify=align, no_wrap=not fold, overflow=overflow, width=width)
+        table.add_column(shown(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(shown(cell) for cell in row))
     console.print(table)
 
 
@@ -206,7 +259,7 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
 def preview(text: str | None, length: int = PREVIEW) -> str:
     """``text`` in one line, cut, safe to show."""
     flat = visible(" ".join((text or "").split()))
-    return flat if len(flat) <= length else f"{flat[: length - 1]}…"
+    return flat if len(flat) <= length else f"{clipped(flat, length - 1)}…"
 
 
 def _stdout() -> Console:

@@ -213,9 +213,10 @@ def _domains(frame: Any, width: int) -> Any:
     from rich.text import Text
 
     from ghoststore.cli.charts import sparkline
+    from ghoststore.cli.terminal import Line
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
-    table.add_column("domain", no_wrap=True, overflow="ellipsis")
+    table.add_column("domain", no_wrap=True)
     columns = 1 + (width >= 40) + (width >= 46) + (width >= 55)
     for heading in ("η·score", "times", "negative")[:columns]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -229,7 +230,7 @@ def _domains(frame: Any, width: int) -> Any:
             _share(one.negative_share),
             Text(sparkline(one.trend, max(6, width - 50)), style=style),
         ]
-        table.add_row(Text(visible(one.domain or "(none)")), *cells[:columns])
+        table.add_row(Line(one.domain or "(none)"), *cells[:columns])
     more = len(frame.domains) - DOMAINS
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, _middle(frame))
 
@@ -239,7 +240,7 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from ghoststore.cli.terminal import preview
+    from ghoststore.cli.terminal import Line, preview
 
     def longest(cells: list[str], most: int) -> int:
         return min(most, max(map(len, cells), default=0))
@@ -255,17 +256,17 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
         domain = domain if name + domain + 4 <= left else 0
     table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
     table.add_column(justify="right", no_wrap=True, width=value)
-    table.add_column(no_wrap=True, overflow="ellipsis", width=name)
+    table.add_column(no_wrap=True, width=name)
     if row:
         table.add_column(no_wrap=True, width=row)
     if domain or not row:
-        table.add_column(no_wrap=True, overflow="ellipsis", width=domain)
-    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column(no_wrap=True, width=domain)
+    table.add_column(no_wrap=True, ratio=1)
     for one, its_row in zip(extremes, rows, strict=True):
-        cells = [Text(f"{one.value:.3g}", style=style), Text(visible(one.id))]
+        cells: list[Any] = [Text(f"{one.value:.3g}", style=style), Line(one.id)]
         cells += [Text(its_row)] if row else []
-        cells += [Text(visible(one.domain or ""), style="dim")] if domain or not row else []
-        table.add_row(*cells, Text(preview(one.text), style="dim"))
+        cells += [Line(one.domain or "", "dim")] if domain or not row else []
+        table.add_row(*cells, Line(preview(one.text), "dim"))
     return _panel(title, table, width)
 
 

@@ -16,9 +16,11 @@ from typing import BinaryIO
 from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.locate import locate
-from ghoststore.errors import CorpusError, StorageError
+from ghoststore.errors import CorpusError, GhostStoreError, StorageError
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import CONTENT_FIELDS, Fields
+
+STDIN = "standard input"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,14 +226,27 @@ def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress
     the text: those of the first row, and those that other rows have beside them, each where it is first read.
     """
     with ExitStack() as stack:
+        spooled: str | None = None
         if source == "-":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ghoststore-"))
-            source = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
+            source = spooled = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
+            stack.enter_context(_naming_stdin(spooled))
         corpus = Corpus.open(source, fields)
         if progress is not None:
-            corpus.note = progress.note
+            note = progress.note
+            corpus.note = note if spooled is None else lambda words: note(words.replace(source, STDIN))
             _ = corpus.resolved
         yield corpus
+
+
+@contextmanager
+def _naming_stdin(spooled: str) -> Iterator[None]:
+    """Have errors name standard input, and not the temporary file that it lies in, which nobody has seen."""
+    try:
+        yield
+    except GhostStoreError as error:
+        error.args = (str(error).replace(spooled, STDIN), *error.args[1:])
+        raise
 
 
 def _listed(names: Iterable[str]) -> str:

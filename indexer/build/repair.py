@@ -101,7 +101,6 @@ def repair(options: RepairOptions) -> RepairReport:
     """
     progress = options.progress or Silent()
     store = Store.examined(options.store)
-    check_writable(store.path)
     parts, runs = store.chosen(options.part, options.run)
     mended, unmended = restore_groups(store), list[Unmended]()
     owners: list[Owner] = [*({"part": name} for name in parts), *({"run": name} for name in runs)]
@@ -138,8 +137,14 @@ class _Repair:
             )
         except MismatchError as error:
             return [Unmended(file="zarr.json", problem=str(error), why="it is left alone", **self._owner)]
+        try:
+            check_writable(path)
+        except StorageError:
+            if self._damage():
+                raise
+            return []  # a disk that is read-only, and nothing to write
         lost = lost_spans(source)
-        with writing(source):
+        with writing(source, None):
             for span in lost:
                 if commit_path(source.path, span).exists():  # its intent was still there
                     self.mended.append(Mended(file=record_name(span), how="restored from its intent", **self._owner))

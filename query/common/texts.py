@@ -23,6 +23,8 @@ def texts_of(
     if not rows:
         return []
     if isinstance(source, Part) and source.layout.store_text:
+        if data is not None:
+            progress.note(f"texts are those that part {source.name!r} keeps; `data={data}` is not read for them")
         return [str(text) for text in source.read_rows("text", rows)]
     table = source if isinstance(source, Part) else source.rows
     places = [

@@ -43,16 +43,19 @@ WRITER = ("host", "pid", "command", "since", "touched", "alive")
 def watch(options: WatchOptions) -> Iterator[Frame]:
     """Frames of a training run, one every ``interval`` seconds, until its last step is committed.
 
-    With ``once`` a single one, of all that is committed. A store without the run is waited for. Every frame reads only
-    the steps that are new; memory grows with the row table alone.
+    With ``once`` a single one, of all that is committed. A store without the run is waited for, but not with ``once``.
+    Every frame reads only the steps that are new; memory grows with the row table alone.
 
-    Raises UsageError for a store that is none and for several runs without a name, CorruptError for damaged steps.
+    Raises UsageError for a store that is none, for several runs without a name, and with ``once`` for a run that is not
+    there; CorruptError for damaged steps.
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
         raise UsageError(f"`interval` must be above 0, not {options.interval}")
     watcher = Watcher(options.store, options.run, text=options.text, data=options.data)
     while True:
         frame = watcher.look(None if options.once else STEPS_A_FRAME)
+        if options.once and frame.waiting is not None and not watcher.opened:
+            raise UsageError(frame.waiting)
         yield frame
         if options.once or (frame.finished and not frame.unread):
             return
@@ -89,6 +92,11 @@ class Watcher:
         """Of ids that were shown: whether several samples have them."""
         self._last: Frame | None = None
         self._heard = _Heard()
+
+    @property
+    def opened(self) -> bool:
+        """Whether the run is there."""
+        return self._run is not None
 
     def look(self, most_steps: int | None = None) -> Frame:
         """The run as it stands; at most ``most_steps`` steps are read (None: all)."""

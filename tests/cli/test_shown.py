@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 
+from ghoststore.cli import terminal
 from ghoststore.cli.watch import render
-from ghoststore.shown import json_text, picture_label, spreadsheet_cell, visible
+from ghoststore.shown import clipped, json_text, picture_label, spreadsheet_cell, visible
 from query.training_scores.plots import plot_scores
 from query.training_scores.watch import watch
 from tests.support.score_runs import append, make, row_table
@@ -63,14 +67,56 @@ def test_cells_and_labels() -> None:
         "'-1",
         "'@a",
         "'\ta",
-        "'\ra",
+        r"'\ra",
         "a=1",
         "",
         -1,
         1.5,
         None,
     ]
+    assert spreadsheet_cell("a\x1b[2J\x00\x9b\u202e\r\n\tb") == "a\\x1b[2J\\x00\\x9b\\u202e\\r\n\tb"
+    assert spreadsheet_cell("\r\x07=1") == r"'\r\x07=1"
     assert picture_label("_a$b\x1b") == r" _a\$b\x1b"
+
+
+@given(TEXTS, st.integers(0, 60))
+def test_no_escape_is_cut(text: str, length: int) -> None:
+    """What is left of a cut text is the escaped form of its beginning."""
+    text = text.replace("\\", "/")
+    cut = clipped(visible(text), length)
+    assert len(cut) <= length
+    assert cut in {visible(text[:end]) for end in range(len(text) + 1)}
+    assert len(cut) > length - 10 or cut == visible(text)
+
+
+@pytest.mark.parametrize("width", range(40, 60))
+def test_no_escape_is_cut_in_a_cell(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
+    columns = [("rank", True), ("text", False)]
+    terminal.print_table("highest", columns, [["1", "a\x1b\x1b\u202e" + "日\x9b" * 20]], fold=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "a\\" in line)
+    assert cell_len(line) <= width
+    assert re.sub(r"\\x1b|\\x9b|\\u202e|日", "", line).split() == ["1", "a…"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 100, 132, 200])
+def test_how_much_is_done_is_never_cut(width: int) -> None:
+    """In a line of progress the rest gives way: bar and rates first, then words, what is left of the time, the name."""
+    bars = terminal.Bars()
+    bars.console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    task = bars.task("training", 200_000, 123_456, "steps")
+    task.advance(1, 100_000)
+    task.say("loss 3.123, val 3.456, scoring 12% of the time")
+    task.close()
+    assert isinstance(bars.console.file, io.StringIO)
+    lines = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", bars.console.file.getvalue()).splitlines()
+    last = [line for line in lines if line.strip()][-1]
+    assert "123457/200000" in last
+    assert cell_len(last.rstrip()) <= width
+    assert ("scoring 12% of the time" in last) == (width >= 80)
+    assert ("━" in last) == (width >= 132)
 
 
 def test_watch_and_a_plot_of_strange_domains(tmp_path: Path) -> None:

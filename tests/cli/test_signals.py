@@ -27,6 +27,13 @@ ghoststore.store.store.Store.open = staticmethod(opened)
 import ghoststore.cli
 ghoststore.cli.main({words!r})
 """
+AS_IT_STARTS = """
+import signal
+import indexer.training.train
+indexer.training.train.Start.find = lambda *_: signal.raise_signal(signal.{signal})
+import ghoststore.cli
+ghoststore.cli.main({words!r})
+"""
 WORKERS = """
 import os, signal
 import indexer.tokenize.workers
@@ -68,6 +75,19 @@ def test_a_build(lab: Lab, built: Path, signal: str, tmp_path: Path) -> None:
     assert (outcome.code, outcome.err.strip()) == (code, f"{word} {RESUMES}")
     assert lab.build(tmp_path / "store").code == 0
     assert lab.tree(tmp_path / "store") == lab.tree(built)
+
+
+@pytest.mark.parametrize("signal", CODES)
+def test_a_training_that_has_not_begun(lab: Lab, signal: str, tmp_path: Path) -> None:
+    """It does not say that something is committed: nothing is written."""
+    words = ["train", "--architecture", "GPT2-Tiny", "--tokenizer", str(lab.checkpoint), "--data", str(lab.corpus)]
+    words += ["--output-dir", str(tmp_path / "run"), "--max-steps", "1"]
+    words += ["--store", str(tmp_path / "store"), "--val-set", str(lab.corpus)]
+    outcome = lab.run(code=AS_IT_STARTS.format(signal=signal, words=words))
+    code, word = CODES[signal]
+    sentence = "The same command starts again, or goes on from its newest checkpoint."
+    assert (outcome.code, outcome.err.strip()) == (code, f"{word} {sentence}")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

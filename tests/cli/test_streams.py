@@ -92,7 +92,7 @@ def test_csv_computes_nothing(lab: Lab, strange: Path, tmp_path: Path) -> None:
     with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     marked = {row["id"] for row in rows}
-    assert {"'=cmd|' /C calc'!A0", "'-5", "\x1b]0;owned\x07\x1b[2J"} <= marked
+    assert {"'=cmd|' /C calc'!A0", "'-5", r"\x1b]0;owned\x07\x1b[2J"} <= marked
     assert {row["domain"] for row in rows} >= {"'=1+1"}
     assert (spreadsheet_cell(-1.5), spreadsheet_cell("-1.5")) == (-1.5, "'-1.5")
     exact = [json.loads(line)["id"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -84,6 +84,38 @@ def test_a_row_of_a_table(tmp_path: Path) -> None:
         list(Corpus.open(str(tmp_path / "a.parquet"), Fields(max_record_bytes=1000)).samples())
 
 
+@pytest.mark.slow
+def test_a_dictionary(lab: Lab, tmp_path: Path) -> None:
+    """A value that a dictionary has once may be that of all rows: a few are read at a time, however small the file
+    is, and a dictionary is refused before it is read.
+    """
+
+    def write(path: Path, *texts: str) -> Path:
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 100), list(texts))
+        options = {"compression": "zstd", "dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, write_statistics=False, **options)
+        return path
+
+    path = write(tmp_path / "a.parquet", "a" * (32 << 20))
+    assert path.stat().st_size < 100_000
+    code = (
+        "from itertools import islice\nimport pyarrow.parquet\nfrom ghoststore.corpus import Corpus, Position\n"
+        "from tests.support.bounded import bound\nbound(2 << 30)\n"
+        f"corpus = Corpus.open({str(path)!r})\n"
+        "print(sum(len(sample.content) for sample in islice(corpus.samples(), 20)) >> 20)\n"
+        "(sample,) = corpus.fetch([Position(source_row=99, file=0)]).values()\nprint(len(sample.content) >> 20)"
+    )
+    outcome = lab.run(code=code)
+    assert outcome.out.split() == ["640", "32"], outcome.err
+    path = write(tmp_path / "b.parquet", "a" * (40 << 20), "b" * (40 << 20))
+    words = (
+        r"row 1: the dictionary of 'text' has 83,886,088 bytes, at most 67,108,864 are read.*`fields.max_record_bytes`"
+    )
+    with pytest.raises(CorpusError, match=words):
+        next(Corpus.open(str(path)).samples())
+    assert len(next(Corpus.open(str(path), Fields(max_record_bytes=81 << 20)).samples()).texts()[0]) == 40 << 20
+
+
 def test_a_window_of_zstd(tmp_path: Path) -> None:
     """Of `zstd --long=31`, which keeps 2 GiB in memory: the advice works."""
     path = tmp_path / "a.txt.zst"

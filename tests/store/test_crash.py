@@ -135,7 +135,7 @@ def test_interrupted(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: P
     store = tmp_path / "store"
     outcome = lab.build(store, fault=MOMENTS[moment][0] | {"act": "interrupt"})
     assert outcome.code == 130
-    assert outcome.err.strip() == "Interrupted. What was committed is intact: the same command resumes."
+    assert outcome.err.strip() == "Interrupted. Whatever was committed is intact: the same command resumes."
     spans = len(list(store.glob("parts/part/commits/0*.json")))
     committed_only(lab, store, spans if (store / "parts" / "part").exists() else None)
     assert lab.build(store).code == 0

@@ -15,9 +15,11 @@ import ghoststore
 from ghoststore.errors import BusyError, CorruptError, UsageError
 from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive
-from ghoststore.store.base.writers import unfinished
+from ghoststore.store.base.writers import FOLDER, living, unfinished
+from ghoststore.store.part.indexes import building
 from tests.support.harms import delete, flip_middle, truncate
 from tests.support.runs import train
+from tests.support.writers import record
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -90,6 +92,41 @@ def test_not_while_it_is_written(store: Path, act: str) -> None:
     with exclusive(store / "parts/part", "part"), pytest.raises(BusyError, match="part 'part'"):
         getattr(ghoststore, act)(store, part="part", **more)
     assert Store.open(store).part_names() == ["part"]
+
+
+@pytest.mark.parametrize("act", ["remove", "rename"])
+def test_not_while_an_index_of_it_is_built(store: Path, act: str) -> None:
+    """Not by a process of this machine, nor by one of another, which alone its record tells of."""
+    more = {"to_name": "other"} if act == "rename" else {}
+
+    def refused(words: str) -> None:
+        with pytest.raises(BusyError, match=rf"index 'flat' of part 'part' is being written .*{words}.*, since "):
+            getattr(ghoststore, act)(store, part="part", **more)
+
+    with building(Store.open(store).part("part"), "flat"):
+        refused(rf"process {os.getpid()} on ")
+    path = record(store / "parts/part/index/flat", "node7-4711-0123abcd")
+    refused("process 4711 on node7")
+    assert Store.open(store).part_names() == ["part"]
+    old(path)
+    getattr(ghoststore, act)(store, part="part", **more)
+
+
+@pytest.mark.parametrize("command", ["rm", "mv", "repair", "gc", "index --remove flat", "build"])
+def test_advice_of_the_busy_can_be_followed(lab: Lab, store: Path, command: str) -> None:
+    """No option is named that the command does not have, or that would not help."""
+    part = store / "parts/part"
+    if command.startswith("index"):
+        part = write(part / "index/flat/index.json", b"{}").parent
+    words, given = command.split(), {"rm": ["--part", "part", "--yes"], "mv": ["--part", "part", "--to-name", "other"]}
+    with exclusive(part, "it"):
+        outcome = lab.build(store) if command == "build" else lab.run(*words, "--store", store, *given.get(command, []))
+    text = outcome.err + outcome.out
+    assert outcome.code == (0 if command == "gc" else 5), text
+    assert "is being written by another process; wait for it" in " ".join(text.split())
+    assert "`" not in text
+    assert ("or choose another --name" in text) == (command == "build")
+    assert ("choose another" in text) == (command == "build")
 
 
 def test_one_part_or_one_run(store: Path) -> None:
@@ -266,6 +303,22 @@ def test_a_living_writers_files_are_not_collected(lab: Lab, store: Path) -> None
     assert str(os.getpid()) in report.skipped[0].why
     assert [file.file for file in ghoststore.gc(store).removed] == ["commits/.00000001.loss.c.1.tmp"]
     assert (staged.exists(), begun.exists(), young.exists()) == (False, True, True)
+
+
+def test_a_writer_that_comes_while_the_dead_are_collected_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another machine, where no lock holds it back: its record is what keeps others out."""
+    folder = store / "parts/part"
+    dead = record(folder, "node7-1-0123abcd", 3600)
+
+    def coming(*arguments: object) -> set[int]:
+        record(folder, "node8-1-0123abcd")
+        return set()
+
+    monkeypatch.setattr("ghoststore.store.manage.gc.intents", coming)
+    report = ghoststore.gc(store, part="part")
+    assert [file.file for file in report.removed] == [FOLDER]
+    assert not dead.exists()
+    assert [writer.host for writer in living(folder)] == ["node8"]
 
 
 def test_a_damaged_part_is_not_collected(store: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from ghoststore.errors import StorageError
 from ghoststore.store.base.writable import check_writable
+from tests.support.harms import flip_middle
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -24,7 +25,12 @@ def refusing(path, flags, *rest, **options):
     if flags & os.O_CREAT and os.fspath(path).startswith({str(folder)!r}):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
     return real(path, flags, *rest, **options)
-os.open = refusing
+def renaming(path, *rest, **options):
+    if os.fspath(path).startswith({str(folder)!r}):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+    return rename(path, *rest, **options)
+rename = os.rename
+os.open, os.rename = refusing, renaming
 from ghoststore.cli import main
 main({[str(arg) for arg in args]!r})
 """
@@ -65,8 +71,32 @@ def test_index(lab: Lab, built: Path, tmp_path: Path) -> None:
     args = ("index", "--store", store, "--factory", "Flat")
     outcome = lab.run(code=on_a_read_only_disk(store, *args))
     assert outcome.code == 6, outcome.err
-    assert "Read-only file system" in outcome.err
+    assert "Read-only file system; make it writable. Nothing was changed: run the same command again" in outcome.err
     assert not (store / "parts/part/index").exists()
+
+
+@pytest.mark.parametrize("command", ["rm --yes", "mv --to-name other"])
+def test_removing_and_renaming(lab: Lab, built: Path, command: str, tmp_path: Path) -> None:
+    """Neither resumes anything."""
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    args = (*command.split(), "--store", store, "--part", "part")
+    outcome = lab.run(code=on_a_read_only_disk(store, *args))
+    assert outcome.code == 6, outcome.err
+    assert "Read-only file system; make it writable. Nothing was changed: run the same command again" in outcome.err
+    assert lab.tree(store) == lab.tree(built)
+
+
+def test_repair(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """Of what is sound: nothing needs writing. What is damaged needs it."""
+    store = Path(shutil.copytree(built, tmp_path / "store"))
+    args = ("repair", "--store", store, "--json", "--quiet")
+    outcome = lab.run(code=on_a_read_only_disk(store, *args))
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["parts"], outcome.json["mended"]) == (["part"], [])
+    flip_middle(store / "parts/part/loss/c/1")
+    outcome = lab.run(code=on_a_read_only_disk(store, *args))
+    assert outcome.code == 6, outcome.err
+    assert "Read-only file system" in outcome.err
 
 
 def test_a_complete_part_needs_no_writing(lab: Lab, built: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,26 +14,25 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ghoststore.errors import BusyError
-from ghoststore.store.base.disk import create_whole, exclusive, replace, sweep
-from ghoststore.store.base.writers import FOLDER, at_work, living, own_id, unfinished, writers
+from ghoststore.store.base.disk import create_whole, exclusive, publish, replace, sweep
+from ghoststore.store.base.new_files import new_files
+from ghoststore.store.base.records import seal
+from ghoststore.store.base.writers import (
+    FOLDER,
+    at_work,
+    living,
+    own_id,
+    refuse_second,
+    remove_dead,
+    unfinished,
+    writers,
+)
 from ghoststore.store.spans.writer import writing
 from tests.support.runs import make
+from tests.support.writers import HOUR, record
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-
-HOUR = 3600
-
-
-def record(folder: Path, name: str, seconds_ago: float = 0, **fields: Any) -> Path:
-    """The record of a process of another machine, touched so long ago."""
-    path = folder / FOLDER / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    value = {"host": "node7", "boot": "another", "processes": "pid:[1]", "pid": 4711, "start": "1"}
-    path.write_text(json.dumps({**value, "command": "ghoststore build", "since": time.time() - 5 * HOUR, **fields}))
-    touched = time.time() - seconds_ago
-    os.utime(path, (touched, touched))
-    return path
 
 
 def own_record(folder: Path) -> dict[str, Any]:
@@ -123,6 +123,108 @@ def test_what_a_living_one_owns_is_left_alone(tmp_path: Path) -> None:
     sweep(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tmp") if path.is_file()}
     assert left == {name for name, stays in names.items() if stays} | {".c.node9-1-0123abcd.tmp"}
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let this machine's clock differ from that of the file system by ``seconds``."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_living_one_whose_clock_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """It touches its record by the clock of the file server; whether it lives, that clock says, and not ours."""
+    record(tmp_path, "node7-4711-0123abcd", 30)
+    begun = tmp_path / ".a.node7-4711-0123abcd.0.tmp"
+    begun.write_text("x")
+    dead = [record(tmp_path, "node8-1-0123abcd", 700), tmp_path / ".a.node8-1-0123abcd.0.tmp"]
+    dead[1].write_text("x")
+    os.utime(dead[1], (time.time() - 700,) * 2)
+    clock(monkeypatch, hours * HOUR)
+    assert {writer.host: writer.alive for writer in writers(tmp_path)} == {"node7": True, "node8": False}
+    with pytest.raises(BusyError, match=r"process 4711 on node7.*last heard of 3\d s ago"):
+        exclusive(tmp_path, "it").__enter__()
+    sweep(tmp_path)
+    assert begun.exists()
+    assert [path.exists() for path in dead] == [False, False]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [begun.name, FOLDER]  # a clock leaves nothing
+
+
+def test_a_mark_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of the file system says how old it is, too."""
+    elsewhere = {"host": "node7", "boot": "x", "processes": "pid:[1]", "pid": 1, "start": "1"}
+    publish(tmp_path / ".a.unfinished", seal({"by": elsewhere, "files": {str(tmp_path / "a"): "0"}}))
+    clock(monkeypatch, HOUR)
+
+    def write() -> None:
+        with new_files(tmp_path / "a") as (staged,):
+            staged.write_text("x")
+
+    with pytest.raises(BusyError, match="process 1 on node7"):
+        write()
+    stamp = (tmp_path / ".a.unfinished").stat().st_mtime - 601
+    os.utime(tmp_path / ".a.unfinished", (stamp, stamp))
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+class AtOnce:
+    """Another machine's writer, which comes after this one has looked for others and before it looks again."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds_ago: float, since: float) -> None:
+        self._folder, self._seconds_ago, self._since = folder, seconds_ago, since
+        self._refuse, self.looks = refuse_second, 0
+        monkeypatch.setattr("ghoststore.store.base.writers.refuse_second", self)
+
+    def __call__(self, *arguments: Any) -> None:
+        self._refuse(*arguments)
+        if not self.looks:
+            record(self._folder, "node7-4711-0123abcd", self._seconds_ago, since=time.time() + self._since)
+        self.looks += 1
+
+
+@pytest.mark.parametrize("since", [-HOUR, HOUR])
+def test_of_two_at_once_the_first_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: float) -> None:
+    """That whose record appeared first, by the file system's clock, whatever both machines take for now."""
+    others = AtOnce(tmp_path, monkeypatch, seconds_ago=-2, since=since)
+    with at_work(tmp_path, "it"):
+        assert others.looks == 1
+        assert {writer.host for writer in living(tmp_path)} == {"node7", socket.gethostname()}
+
+
+@pytest.mark.parametrize("since", [-HOUR, HOUR])
+def test_of_two_at_once_the_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: float) -> None:
+    others = AtOnce(tmp_path, monkeypatch, seconds_ago=2, since=since)
+    with pytest.raises(BusyError, match="process 4711 on node7"):
+        at_work(tmp_path, "it").__enter__()
+    assert others.looks == 1  # it stepped back, and looked again
+    assert [writer.host for writer in living(tmp_path)] == ["node7"]
+
+
+def test_many_at_once(lab: Lab, tmp_path: Path) -> None:
+    """Where no lock holds them apart: never two, and one at least."""
+    code = (
+        "import os\nfrom pathlib import Path\nfrom ghoststore.errors import BusyError\n"
+        "from ghoststore.store.base.writers import at_work\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "try:\n    with at_work(folder, 'it'):\n        (folder / 'in').touch(exist_ok=False)\n"
+        "        os.system('sleep 0.3')\n        (folder / 'in').unlink()\n        print('done')\n"
+        "except BusyError as error:\n    print('refused')"
+    )
+    outcomes = [lab.wait(pid) for pid in [lab.start(code=code) for _ in range(4)]]
+    assert all(outcome.code == 0 for outcome in outcomes), [outcome.err for outcome in outcomes]
+    assert "done" in {outcome.out.split()[0] for outcome in outcomes}
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_records_of_the_dead_alone_are_removed(tmp_path: Path) -> None:
+    """A writer that came meanwhile keeps its record."""
+    dead, alive = record(tmp_path, "node7-1-0123abcd", HOUR), record(tmp_path, "node7-2-0123abcd")
+    remove_dead(tmp_path)
+    assert [dead.exists(), alive.exists()] == [False, True]
+    os.utime(alive, (0, 0))
+    remove_dead(tmp_path)
+    assert not alive.parent.exists()
 
 
 def test_what_is_no_record_is_nobody(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +19,23 @@ HANGS = 120
 """Seconds after which a process that waits, or computes without end, gets SIGALRM: no test waits that long."""
 
 BOUNDED = """
-import resource, signal
-pages = int(open("/proc/self/statm").read().split()[0])
-most = pages * resource.getpagesize() + {memory}
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
-signal.alarm({seconds})
+from tests.support.bounded import bound
+bound({memory})
 from ghoststore.cli import main
 main({args!r})
 """
 
 
+def bound(memory: int = MEMORY) -> None:
+    """Let this process take so many more bytes of memory than it has, and end when it hangs."""
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    signal.alarm(HANGS)
+
+
 def run_bounded(lab: Lab, *args: str | Path, memory: int = MEMORY, **order: Any) -> Outcome:
     """``ghoststore ARGS…`` within ``memory`` more bytes."""
-    code = BOUNDED.format(memory=memory, seconds=HANGS, args=[str(arg) for arg in args])
+    code = BOUNDED.format(memory=memory, args=[str(arg) for arg in args])
     return lab.run(code=code, **order)
 
 

@@ -11,10 +11,19 @@ from typing import Any
 
 from ghoststore.corpus.formats.arrow import ROWS_PER_BATCH, batch_rows, reading_arrow, row_place, wanted
 from ghoststore.corpus.formats.base import KeyedRow
+from ghoststore.errors import CorpusError
+from ghoststore.settings.fields import LARGEST_RECORD
 from ghoststore.store.base.opening import open_regular
 
 AT_ONCE = 64 << 20
 """Bytes of rows in memory, about."""
+EXPANDED = 128 << 20
+"""And at most what they take where each holds all of its column's dictionary: a value that stands there once may be
+that of every row.
+"""
+_FIRST_PAGE = 64
+"""Bytes in which the beginning of a page's header lies."""
+_DICTIONARY_PAGE, _NEXT_NUMBER = 2, 0x15
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +40,38 @@ class ParquetForm:
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
         with parquet_file(path) as file:
             columns = wanted(columns, file.schema_arrow.names)
-            groups: list[int] = []
             first = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                if groups or start < first + size:
-                    groups.append(group)
+                if start < first + size:
+                    for batch in self._batches(path, file, group, columns, first):
+                        skip = min(max(start - first, 0), batch.num_rows)
+                        yield from batch_rows(batch.slice(skip), first + skip, path, self.largest)
+                        first += batch.num_rows
                 else:
                     first += size
-            for batch in file.iter_batches(self._rows_at_once(file, groups), row_groups=groups, columns=columns):
-                skip = min(max(start - first, 0), batch.num_rows)
-                yield from batch_rows(batch.slice(skip), first + skip, path, self.largest)
-                first += batch.num_rows
 
-    def _rows_at_once(self, file: Any, groups: Sequence[int]) -> int:
-        """As many as are about AT_ONCE bytes, by what the file says of them."""
-        described = [file.metadata.row_group(group) for group in groups]
-        bytes_of_row = max((group.total_byte_size // max(group.num_rows, 1) for group in described), default=1)
-        return max(1, min(ROWS_PER_BATCH, AT_ONCE // max(bytes_of_row, 1)))
+    def _batches(self, path: Path, file: Any, group: int, columns: Sequence[str] | None, first: int) -> Iterator[Any]:
+        """The rows of a row group, from row ``first`` of the file on, some at a time: about AT_ONCE bytes by what the
+        file says of them, and never more than EXPANDED by what its dictionaries may make of them. CorpusError for a
+        dictionary that is too large to be read.
+        """
+        described = file.metadata.row_group(group)
+        bytes_of_row = described.total_byte_size // max(described.num_rows, 1)
+        expanded = 0
+        for place in range(described.num_columns):
+            column = described.column(place)
+            if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
+                continue
+            size = _dictionary_bytes(path, column)
+            if self.largest is not None and size > (largest := max(self.largest, LARGEST_RECORD)):
+                raise CorpusError(
+                    f"{path}, row {first + 1:,}: the dictionary of {column.path_in_schema!r} has {size:,} bytes, at "
+                    f"most {largest:,} are read; if it is one, give `fields.max_record_bytes` a larger number"
+                )
+            expanded += size * -(-column.num_values // max(described.num_rows, 1))
+        most = min(AT_ONCE // max(bytes_of_row, 1), EXPANDED // max(expanded, 1), ROWS_PER_BATCH)
+        yield from file.iter_batches(max(1, most), row_groups=[group], columns=columns)
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
         for first, inside, table in self.groups(path, columns, keys):
@@ -58,15 +81,20 @@ class ParquetForm:
     def groups(
         self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]
     ) -> Iterator[tuple[int, Sequence[int], Any]]:
-        """(first row, those of ``keys`` in it, Arrow table) of each row group with any of ``keys``."""
+        """(first row, those of ``keys`` in it, Arrow table) of each some rows with any of ``keys``."""
+        import pyarrow
+
         with parquet_file(path) as file:
             columns = wanted(columns, file.schema_arrow.names)
             first = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                inside = keys[bisect_left(keys, first) : bisect_left(keys, first + size)]
-                if inside:
-                    yield first, inside, file.read_row_group(group, columns=columns)
+                if _inside(keys, first, size):
+                    start = first
+                    for batch in self._batches(path, file, group, columns, first):
+                        if inside := _inside(keys, start, batch.num_rows):
+                            yield start, inside, pyarrow.Table.from_batches([batch])
+                        start += batch.num_rows
                 first += size
 
     def schema(self, path: Path) -> Any:
@@ -80,6 +108,43 @@ class ParquetForm:
 
     def where(self, path: Path, key: int) -> str:
         return row_place(path, key)
+
+
+def _inside(keys: Sequence[int], first: int, count: int) -> Sequence[int]:
+    """Those of ``keys`` among ``count`` rows from ``first`` on."""
+    return keys[bisect_left(keys, first) : bisect_left(keys, first + count)]
+
+
+def _dictionary_bytes(path: Path, column: Any) -> int:
+    """Bytes that the dictionary of a column chunk takes in memory, by the header of its page; 0 if it has none.
+
+    The footer tells where it begins, not how large it is: the header does, in Thrift's compact protocol, whose first
+    three fields (kind, size, compressed size) are numbers.
+    """
+    if column.dictionary_page_offset is None:
+        return 0
+    with open_regular(path) as file:
+        file.seek(min(column.dictionary_page_offset, column.data_page_offset))
+        data = file.read(_FIRST_PAGE)
+    kind, size = _thrift_numbers(data, 2) or (0, 0)  # what is no header, whoever reads the page will say
+    return size if kind == _DICTIONARY_PAGE else 0
+
+
+def _thrift_numbers(data: bytes, count: int) -> list[int]:
+    """The first fields of a struct, if they are so many 32-bit numbers, none below 0; else nothing."""
+    numbers: list[int] = []
+    rest = iter(data)
+    while len(numbers) < count:
+        if next(rest, None) != _NEXT_NUMBER:
+            return []
+        value = shift = 0
+        for byte in rest:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        numbers.append(value >> 1)
+    return numbers
 
 
 @contextmanager

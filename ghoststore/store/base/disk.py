@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ghoststore.store.base.writers import (
     busy,
     left_behind,
     living,
+    remove_dead,
     touched,
     unfinished,
     writers,
@@ -97,10 +98,10 @@ def left_in(folder: Path) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Remove what :func:`left_in` names, never what a living writer owns."""
     for path in left_in(folder):
-        remove(path)
         if path.parent.name == FOLDER:
-            with suppress(OSError):
-                path.parent.rmdir()  # unless another is in it
+            remove_dead(path.parent.parent)
+        else:
+            remove(path)
 
 
 def remove(path: Path) -> None:
@@ -111,9 +112,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+RESUMES = "What was committed is intact: the same command resumes"
+UNCHANGED = "Nothing was changed: run the same command again"
+
+
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """Turn the operating system's errors into StorageError: what was being written, why, what to do."""
+def storage_errors(what: str, left: str = RESUMES) -> Iterator[None]:
+    """Turn the operating system's errors into StorageError: what was being written, why, what to do. ``left`` says in
+    what state things are.
+    """
     try:
         yield
     except GhostStoreError:
@@ -128,9 +135,7 @@ def storage_errors(what: str) -> Iterator[None]:
             reason = f"{os.strerror(number)}; make it writable"
         else:
             reason = f"{os.strerror(number)} (errno {number})"
-        raise StorageError(
-            f"cannot write {what}: {reason}. What was committed is intact: the same command resumes"
-        ) from error
+        raise StorageError(f"cannot write {what}: {reason}. {left}") from error
 
 
 def _number_of(error: Exception) -> int | None:
@@ -144,12 +149,12 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 
 
 @contextmanager
-def exclusive(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
+def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
     """Hold ``folder`` against other writers: of this machine by its lock (flock), which ends with the process, and of
     all machines by a record in it, see :func:`ghoststore.store.base.writers.at_work`.
 
-    BusyError if another one holds it; ``parameter`` is the one with which to choose another. StorageError if the
-    folder cannot be written.
+    BusyError if another one holds it; ``parameter`` is the one with which to choose another, None where there is none.
+    StorageError if the folder cannot be written.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -164,7 +169,7 @@ def exclusive(folder: Path, what: str, parameter: str = "name") -> Iterator[None
             if error.errno not in NO_LOCKS:
                 raise
         with ExitStack() as stack:
-            with storage_errors(str(folder)):
+            with storage_errors(str(folder), UNCHANGED):
                 stack.enter_context(at_work(folder, what, parameter))
             yield
     finally:

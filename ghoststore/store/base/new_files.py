@@ -23,11 +23,9 @@ from ghoststore.errors import BusyError, GhostStoreError, StorageError, UsageErr
 from ghoststore.processes import is_gone, this_process
 from ghoststore.store.base.disk import NO_LOCKS, flush
 from ghoststore.store.base.records import FileRecord, json_digest, read_record, reading, seal
+from ghoststore.store.base.writers import is_forgotten, own_id, touched, unfinished
 from ghoststore.store.base.writers import left_behind as left_by_dead
-from ghoststore.store.base.writers import own_id, touched, unfinished
 
-ABANDONED = 600
-"""Seconds after which the mark of a process of another host is that of one that died: naming files takes far less."""
 LOOKS, PAUSE = 100, 0.1
 """How often, and after how many seconds, to look whether another process has named its files."""
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -173,9 +171,10 @@ def _take_back(mark: Path, paths: Sequence[Path], digests: Mapping[str, str]) ->
             record = read_record(mark)
             by, files = record["by"], record["files"]
             gone = is_gone(by)
-            if gone is False or (gone is None and time.time() - mark.stat().st_mtime < ABANDONED):
+            # Nobody touches a mark: naming files takes far less than what a writer may be silent.
+            if gone is False or (gone is None and not is_forgotten(mark)):
                 raise BusyError(
-                    f"{paths[0]} is being written by process {by['process']} on {by['host']}; wait for it, or give "
+                    f"{paths[0]} is being written by process {by['pid']} on {by['host']}; wait for it, or give "
                     "another path"
                 )
     except FileNotFoundError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.disk import UNCHANGED, storage_errors
 from ghoststore.store.base.writers import abandoned, unfinished
 
 
@@ -19,7 +19,7 @@ def check_writable(folder: Path) -> None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     path = unfinished(folder / "writable")  # a name that says whose it is, should this process be killed here
-    with storage_errors(what):
+    with storage_errors(what, UNCHANGED):
         for other in abandoned(folder / "writable"):
             other.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

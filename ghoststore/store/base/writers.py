@@ -10,12 +10,14 @@ from __future__ import annotations
 import glob
 import json
 import os
+import random
 import re
 import secrets
 import shlex
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,16 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from ghoststore.errors import BusyError
+from ghoststore.processes import HOST_PROCESSES, boot, id_space, is_gone, runs, this_process, uptime
 
 FOLDER = ".writers"
 TOUCH_SECONDS = 30.0
 FORGOTTEN_SECONDS = 600.0
 """A process that cannot be looked for (another machine's) is dead when its record was not touched for so long."""
 LARGEST = 1 << 14
-HOST_PROCESSES = "4026531836"
-"""Linux's number of the first space of process ids, that of no container."""
+PAUSES = (0.01, 0.1, 0.5, 2.0)
+"""Seconds, at most, that one steps back before it tries again, where several came at once."""
 _ID = re.compile(r"(?P<host>[A-Za-z0-9-]{1,63})-(?P<pid>\d{1,10})-[0-9a-f]{8}")
 _OWNED = re.compile(rf"\..*\.(?P<id>{_ID.pattern})(\.\d+)?\.tmp", re.DOTALL)
+_PROCESS = frozenset(("host", "boot", "processes", "start"))
 _numbers = count()
 
 
@@ -52,7 +56,9 @@ class Writer:
     since: float
     """Seconds since the epoch, by its machine's clock."""
     touched: float
-    """When it last said that it works, as ``since``."""
+    """When it last said that it works, by the clock of the file system."""
+    silent: float
+    """Seconds since then."""
     alive: bool
 
     def __str__(self) -> str:
@@ -65,8 +71,8 @@ def own_id() -> str:
     """``<host>-<pid>-<random>`` of this process: no other has it, and no later one will. Two with the same host may
     look for each other's process: a container with ids of its own counts as a host.
     """
-    container = re.sub(r"\D", "", _processes())
-    names = [socket.gethostname(), *([] if container in ("", HOST_PROCESSES) else [container])]
+    container = [] if id_space() in ("", HOST_PROCESSES) else [re.sub(r"\D", "", id_space())]
+    names = [socket.gethostname(), *container]
     host = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(names))[-63:]
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
@@ -125,74 +131,123 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
         return False
     if owned is not None and owned["host"] == _own_host():
         # Ids of processes are given again: one with ours is of a process before.
-        return int(owned["pid"]) == os.getpid() or not _runs(int(owned["pid"]))
+        return int(owned["pid"]) == os.getpid() or not runs(int(owned["pid"]))
     with suppress(OSError):
-        return abs(time.time() - path.lstat().st_mtime) > FORGOTTEN_SECONDS
+        return is_forgotten(path)
     return False
 
 
+def is_forgotten(path: Path) -> bool:
+    """Whether ``path``, which the process that owns it touches while it lives, was not touched for ten minutes."""
+    return _silent(path.lstat().st_mtime, path.parent) >= FORGOTTEN_SECONDS
+
+
+def _silent(touched: float, folder: Path) -> float:
+    """Seconds, forward or back, since ``touched``, a time of something in ``folder``.
+
+    Clocks of two machines may be hours apart, so where it seems long ago the clock of the file system decides.
+    """
+    seconds = abs(time.time() - touched)
+    return seconds if seconds < FORGOTTEN_SECONDS else abs(_clock_of(folder) - touched)
+
+
+def _clock_of(folder: Path) -> float:
+    """What the file system of ``folder`` takes for now: when a file that is made there was made. Ours, where none can
+    be made: who cannot write there takes nothing from anybody.
+    """
+    try:
+        with tempfile.TemporaryFile(prefix=".clock.", suffix=".tmp", dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
 @contextmanager
-def at_work(folder: Path, what: str, parameter: str = "name") -> Iterator[None]:
+def at_work(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
     """Have a record in ``folder``, touched by a thread, while the block runs. Those of the dead are removed.
 
     BusyError, naming it, if another living process has one; OSError if the folder cannot be written.
     """
-    refuse_second(living(folder), what, parameter)
-    for writer in writers(folder):
-        if not writer.alive:
-            with suppress(OSError):
-                (folder / FOLDER / f"{writer.id}.json").unlink()
-    own, process = own_id(), os.getpid()
-    record = _write(folder / FOLDER, own, what, parameter)
+    process = os.getpid()
+    record = _enter(folder, what, parameter)
     try:
-        # Who came at the same time is seen by now. One whose record appeared before ours, by the clock of the file
-        # system, may have looked when ours was not there, and has begun, whatever the clocks of both machines say.
-        present = living(folder)
-        ours = next((writer for writer in present if writer.id == own), None)
-        if ours is not None:
-            earlier = [writer for writer in present if writer.touched < ours.touched or _order(writer) < _order(ours)]
-            refuse_second(earlier, what, parameter)
         with touched(record):
             yield
     finally:
         if os.getpid() == process:  # a fork that leaves the block is not who is at work
-            with suppress(OSError):
-                record.unlink()
-                record.parent.rmdir()  # unless another is in it
+            _leave(record)
 
 
-def refuse_second(others: list[Writer], what: str, parameter: str) -> None:
+def _enter(folder: Path, what: str, parameter: str | None) -> Path:
+    """Make this process's record in ``folder``; BusyError if another living process has one.
+
+    Who came at the same time is seen once the record is there. Whoever sees nobody goes on, and whoever is the first,
+    by the clock of the file system, whatever the clocks of both machines say; all others see that one. They step back,
+    and so do two of the same moment: the one to try again first is alone.
+    """
+    for pause in (*PAUSES, None):
+        refuse_second(living(folder), what, parameter)
+        with suppress(OSError):
+            remove_dead(folder)
+        record = _write(folder / FOLDER, what, parameter)
+        present = {writer.id: writer for writer in living(folder)}
+        ours = present.pop(own_id(), None)
+        if ours is not None and all(ours.touched < other.touched for other in present.values()):
+            return record
+        _leave(record)
+        if pause is None:
+            break
+        time.sleep(random.uniform(0, pause))
+    raise BusyError(busy(what, parameter, list(present.values())))
+
+
+def _leave(record: Path) -> None:
+    with suppress(OSError):
+        record.unlink()
+        record.parent.rmdir()  # unless another is in it
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove the records of dead writers of ``folder``, each by itself, and what holds them if it is empty then.
+
+    Harmless beside a writer that comes meanwhile: its record has another name, and where the folder of records has gone
+    it makes it again.
+    """
+    for writer in writers(folder):
+        if not writer.alive:
+            (folder / FOLDER / f"{writer.id}.json").unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / FOLDER).rmdir()
+
+
+def refuse_second(others: list[Writer], what: str, parameter: str | None) -> None:
     """BusyError if there are ``others``."""
     if others:
         raise BusyError(busy(what, parameter, others))
 
 
-def busy(what: str, parameter: str, others: list[Writer]) -> str:
-    """The words of a BusyError: ``others`` write ``what``; ``parameter`` is the one with which to choose another."""
-    words = f"{what} is being written by another process; wait for it, or choose another `{parameter}`"
+def busy(what: str, parameter: str | None, others: list[Writer]) -> str:
+    """The words of a BusyError: ``others`` write ``what``; ``parameter`` is the one with which to choose another, None
+    where nothing else will do.
+    """
+    words = f"{what} is being written by another process; wait for it" + (
+        "" if parameter is None else f", or choose another `{parameter}`"
+    )
     if not others:
         return words
     words += f". It is {others[0]}"
     if others[0].host != socket.gethostname():
         words += (
-            f", last heard of {max(time.time() - others[0].touched, 0):.0f} s ago; one that has died is forgotten "
+            f", last heard of {others[0].silent:.0f} s ago; one that has died is forgotten "
             f"{FORGOTTEN_SECONDS / 60:.0f} minutes after that"
         )
     return words
 
 
-def _write(folder: Path, own: str, what: str, parameter: str) -> Path:
+def _write(folder: Path, what: str, parameter: str | None) -> Path:
     """This process's record in ``folder`` (``.writers``), which is made."""
-    record = folder / f"{own}.json"
-    value = {
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "processes": _processes(),
-        "pid": os.getpid(),
-        "start": _state(os.getpid())[1],
-        "command": _command(),
-        "since": time.time(),
-    }
+    record = folder / f"{own_id()}.json"
+    value = {**this_process(), "command": _command(), "since": time.time()}
     while True:
         folder.mkdir(exist_ok=True)
         try:
@@ -240,25 +295,26 @@ def _read(path: Path) -> Writer | None:
             read = json.loads(file.read(LARGEST))
             value = read if isinstance(read, dict) else {}
     since, touched = value.get("since"), facts.st_mtime
-    host, pid = str(value.get("host", named["host"]))[:255], int(named["pid"])
-    if isinstance(value.get("boot"), str):
-        this_machine = (value["boot"], value.get("processes"), host) == (_boot(), _processes(), socket.gethostname())
-    else:
-        this_machine = named["host"] == _own_host()
-    if this_machine:
-        alive = _runs(pid, str(value.get("start", "")))
-    else:
+    pid = int(named["pid"])
+    # What is cut says at least what its name says; a host that is ours in it is this machine.
+    ours = this_process() if named["host"] == _own_host() else {"host": named["host"], "boot": "", "processes": ""}
+    process = {**ours, "start": "", **{name: str(value[name])[:255] for name in _PROCESS & value.keys()}, "pid": pid}
+    folder = path.parent.parent
+    gone = is_gone(process)
+    silent = _silent(touched, folder) if gone is None else max(time.time() - touched, 0.0)
+    if gone is None:
         # This host's, and from before it was started last: a power cut took its process along.
-        ended = host == socket.gethostname() and value.get("boot") != _boot() and touched < _booted()
-        alive = not ended and abs(time.time() - touched) < FORGOTTEN_SECONDS
+        before = process["host"] == socket.gethostname() and process["boot"] != boot()
+        gone = silent >= FORGOTTEN_SECONDS or (before and _clock_of(folder) - touched > uptime())
     return Writer(
         id=named[0],
-        host=host,
+        host=process["host"],
         pid=pid,
         command=str(value.get("command", "unknown"))[:200],
         since=float(since) if isinstance(since, (int, float)) and 0 <= since < 1 << 40 else touched,
         touched=touched,
-        alive=alive,
+        silent=silent,
+        alive=not gone,
     )
 
 
@@ -267,51 +323,3 @@ def _command() -> str:
     program, *arguments = sys.argv or ["python"]
     words = shlex.join([os.path.basename(program) or "python", *arguments])
     return words.encode("utf-8", "backslashreplace").decode()[:200]
-
-
-def _runs(pid: int, start: str = "") -> bool:
-    """Whether process ``pid`` of this machine is there, and is the one that began at ``start``, where that is known."""
-    state, began = _state(pid)
-    if began:
-        return state not in ("Z", "X") and start in ("", began)
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True  # another user's
-    return True
-
-
-def _state(pid: int) -> tuple[str, str]:
-    """State and start, in ticks, of a process; both empty where /proc does not say."""
-    try:
-        # "pid (name) state …": the name may hold anything.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return fields[0], fields[19]
-    except (OSError, IndexError):
-        return "", ""
-
-
-@cache
-def _boot() -> str:
-    """Says which start of which machine this is; empty without /proc."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-@cache
-def _processes() -> str:
-    """Says in which space of process ids (which container) this is; empty without /proc."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _booted() -> float:
-    """When this machine was started, in seconds since the epoch; 0 where that is not known."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return 0.0 if clock is None else time.time() - time.clock_gettime(clock)

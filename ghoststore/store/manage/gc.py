@@ -17,7 +17,7 @@ from ghoststore.settings.store import GcOptions
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.writers import FOLDER as WRITERS
-from ghoststore.store.base.writers import left_behind, writers
+from ghoststore.store.base.writers import left_behind, remove_dead, writers
 from ghoststore.store.manage.held import held
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.indexes import FOLDER as INDEX
@@ -113,7 +113,8 @@ class _Collection:
                 # Who comes next as a writer removes them.
                 dead = [(f"{WRITERS}/{record.name}", size_of(record)) for record in _dead(source.path)]
                 # As a writer, with a record of it: one on another machine, where the lock is not seen, does not begin.
-                stack.enter_context((held if self._dry_run else exclusive)(source.path, what))
+                hold = held(source.path, what) if self._dry_run else exclusive(source.path, what, None)
+                stack.enter_context(hold)
                 source = opened(*owner.values())  # as it stands now that nobody writes
                 refuse_damaged_spans(source, self._mendable(source))
             except (CorruptError, MismatchError, BusyError) as error:
@@ -182,7 +183,9 @@ class _Collection:
         if self._dry_run:
             return
         with storage_errors(str(path)), suppress(FileNotFoundError):
-            if path.is_dir() and not path.is_symlink():
+            if path.name == WRITERS:  # one by one: a writer may come meanwhile
+                remove_dead(path.parent)
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()

@@ -1,16 +1,18 @@
-"""A part or run as a whole, held against its writers while it is renamed or removed."""
+"""A part or run as a whole, held against its writers while it is renamed, removed or collected."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ghoststore.errors import BusyError, UsageError
 from ghoststore.settings.store import OneOptions
-from ghoststore.store.base.writers import busy, living, refuse_second
+from ghoststore.store.base.writers import FOLDER, busy, living, refuse_second
+from ghoststore.store.part.indexes import FOLDER as INDEX
+from ghoststore.store.part.indexes import index_words
 from ghoststore.store.store import Store
 
 
@@ -34,23 +36,35 @@ def existing(store: Store, options: OneOptions) -> Path:
 
 
 @contextmanager
-def held(path: Path, what: str, parameter: str = "name") -> Iterator[None]:
-    """Hold the folder of a part or run, which is about to have another name; BusyError while a writer is at work on it.
+def held_whole(path: Path, what: str) -> Iterator[None]:
+    """Hold a part or run which is about to have another name, and each of its indexes; BusyError while a writer is at
+    work on any.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(held(path, what))
+        for records in sorted(path.glob(f"{INDEX}/*/{FOLDER}")):
+            stack.enter_context(held(records.parent, index_words(path.name, records.parent.name)))
+        yield
+
+
+@contextmanager
+def held(path: Path, what: str) -> Iterator[None]:
+    """Hold the folder of a part, a run or an index against writers; BusyError while one is at work on it.
 
     By its lock, as writers do, and without a record of who writes, which would go along with the folder.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise BusyError(busy(what, parameter, [])) from None
+        raise BusyError(busy(what, None, [])) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(busy(what, parameter, living(path))) from None
+            raise BusyError(busy(what, None, living(path))) from None
         except OSError:  # a file system without locks: the records of who writes are all there is
             pass
-        refuse_second(living(path), what, parameter)
+        refuse_second(living(path), what, None)
         yield
     finally:
         os.close(handle)

@@ -9,11 +9,13 @@ from typing import Any
 
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import RemoveOptions
-from ghoststore.store.base.disk import flush, storage_errors
+from ghoststore.store.base.disk import UNCHANGED, flush, storage_errors
 from ghoststore.store.base.writers import unfinished
-from ghoststore.store.manage.held import existing, held, words_of
+from ghoststore.store.manage.held import existing, held_whole, words_of
 from ghoststore.store.store import Store
 from ghoststore.store.walk import size_of
+
+LEFT_TO_DELETE = "The store has no {} any more: `ghoststore gc` deletes what is left of it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +42,14 @@ def remove(options: RemoveOptions) -> RemoveReport:
     store = Store.open(options.store)
     path = existing(store, options)
     size = size_of(path)
-    with storage_errors(str(path)), held(path, words_of(options), "run" if options.part is None else "part"):
+    with storage_errors(str(path), UNCHANGED), held_whole(path, words_of(options)):
         # Out of everybody's sight first: a part of which half is deleted would be a damaged one.
         gone = unfinished(path)
         os.rename(path, gone)
-        flush(path.parent)
-        if gone.is_symlink():  # a part may lie elsewhere as a whole: what it points to is not ours to delete
-            gone.unlink()
-        else:
-            shutil.rmtree(gone)
+        with storage_errors(str(gone), LEFT_TO_DELETE.format(words_of(options))):
+            flush(path.parent)
+            if gone.is_symlink():  # a part may lie elsewhere as a whole: what it points to is not ours to delete
+                gone.unlink()
+            else:
+                shutil.rmtree(gone)
     return RemoveReport(store=str(options.store), part=options.part, run=options.run, bytes=size)

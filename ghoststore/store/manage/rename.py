@@ -9,8 +9,8 @@ from typing import Any
 from ghoststore.errors import UsageError
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import RenameOptions
-from ghoststore.store.base.disk import flush, storage_errors
-from ghoststore.store.manage.held import existing, folder_of, held, words_of
+from ghoststore.store.base.disk import UNCHANGED, flush, storage_errors
+from ghoststore.store.manage.held import existing, folder_of, held_whole, words_of
 from ghoststore.store.store import Store
 
 
@@ -39,7 +39,7 @@ def rename(options: RenameOptions) -> RenameReport:
     """
     store = Store.open(options.store)
     path, to = existing(store, options), folder_of(store, options, options.to_name)
-    with storage_errors(str(to)), held(path, words_of(options), "run" if options.part is None else "part"):
+    with storage_errors(str(to), UNCHANGED), held_whole(path, words_of(options)):
         if os.path.lexists(to):
             raise UsageError(f"{store.path} has a {words_of(options, options.to_name)} already; nothing was renamed")
         # A folder that appears in between is not replaced either: it has files in it.

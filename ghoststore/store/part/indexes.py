@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
-from ghoststore.store.base.disk import exclusive, flush, publish, replace, storage_errors, sweep
+from ghoststore.store.base.disk import UNCHANGED, exclusive, flush, publish, replace, storage_errors, sweep
 from ghoststore.store.base.names import check_name, is_name
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.records import FileRecord
@@ -57,6 +57,11 @@ def is_index_file(name: str) -> bool:
 def index_folder(part: Part, name: str) -> Path:
     """Where the index called ``name`` is or would be."""
     return part.path / FOLDER / check_name(name, "index")
+
+
+def index_words(part: str, name: str) -> str:
+    """The index ``name`` of the part called ``part`` in a message."""
+    return f"index {name!r} of part {part!r}"
 
 
 def index_names(part: Part) -> list[str]:
@@ -128,9 +133,9 @@ def building(part: Part, name: str) -> Iterator[Path]:
     What is written there is seen by nobody until :func:`publish_index`. BusyError if another process builds it,
     StorageError if the disk refuses.
     """
-    folder, what = index_folder(part, name), f"index {name!r} of part {part.name!r}"
+    folder, what = index_folder(part, name), index_words(part.name, name)
     refuse_links(part.path)
-    with storage_errors(str(folder)):
+    with storage_errors(str(folder), UNCHANGED):
         for group in (folder.parent, folder):
             group.mkdir(exist_ok=True)
             publish(group / "zarr.json", GROUP)
@@ -197,7 +202,7 @@ def remove_index(part: Part, name: str) -> None:
     if name not in index_names(part):
         names = ", ".join(index_names(part)) or "none"
         raise UsageError(f"part {part.name!r} has no index {name!r}; it has: {names}")
-    with storage_errors(str(folder)), exclusive(folder, f"index {name!r} of part {part.name!r}"):
+    with storage_errors(str(folder), UNCHANGED), exclusive(folder, index_words(part.name, name), None):
         (folder / MANIFEST).unlink()
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)

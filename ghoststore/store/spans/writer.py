@@ -26,8 +26,9 @@ from ghoststore.store.spans.group import Spanned
 
 
 @contextmanager
-def writing(target: Spanned[Any]) -> Iterator[None]:
-    """Hold a part or a run against other writers; BusyError if one is at work.
+def writing(target: Spanned[Any], parameter: str | None = "name") -> Iterator[None]:
+    """Hold a part or a run against other writers; BusyError if one is at work. ``parameter`` is the one with which to
+    choose another, None where there is none.
 
     What a writer before had decided is committed, and what else it left is removed: ``target`` was opened before that.
     """
@@ -36,7 +37,7 @@ def writing(target: Spanned[Any]) -> Iterator[None]:
         return target.layout.span_keys(span) if span < target.layout.spans else []
 
     refuse_links(target.path)
-    with exclusive(target.path, f"{target.kind.name} {target.name!r}"):
+    with exclusive(target.path, f"{target.kind.name} {target.name!r}", parameter):
         with storage_errors(str(target.path)):
             settle(target.path, files)  # before its staged files are taken for nobody's
             sweep(target.path)

@@ -142,7 +142,14 @@ def test_texts_in_the_store_outlive_the_source(lab: Lab, tmp_path: Path, val: Pa
     corpus = lab.write(tmp_path / "own.jsonl", lab.rows)
     assert lab.build(tmp_path / "store", "--data", corpus, "--store-text").code == 0
     corpus.unlink()
-    assert texts(tmp_path, val) == ({row["id"]: row["text"] for row in lab.rows}, [])
+    kept = {row["id"]: row["text"] for row in lab.rows}
+    assert texts(tmp_path, val) == (kept, [])
+    other = lab.write(tmp_path / "other.jsonl", [{"text": "another corpus"}])
+    outcome = lab.run(
+        "query", "--store", tmp_path / "store", "--val-set", val, "--data", other, "--top-k", "27", "--json"
+    )
+    assert {hit["id"]: hit["text"] for hit in outcome.json["results"][0]["hits"]} == kept
+    assert f"note: texts are those that part 'part' keeps; --data {other} is not read for them" in outcome.err
 
 
 def test_standard_input(lab: Lab, built: Path, tmp_path: Path, val: Path) -> None:
@@ -164,6 +171,23 @@ def test_a_val_set_from_standard_input(lab: Lab, built: Path, val: Path) -> None
     assert piped.code == 0, piped.err
     plain = lab.run("query", "--store", built, "--val-set", val, "--json")
     assert piped.json["results"] == plain.json["results"]
+
+
+@pytest.mark.parametrize("command", ["query", "build", "tokenize"])
+def test_errors_name_standard_input(lab: Lab, built: Path, tmp_path: Path, command: str) -> None:
+    """And not the temporary file that it lies in; notes, too."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a cat", "answer": "yes"}\n{"text": \n')
+    words = {
+        "query": ["query", "--store", built, "--val-set", "-"],
+        "build": ["build", "--store", tmp_path / "new", "--checkpoint", lab.checkpoint, "--data", "-"],
+        "tokenize": ["tokenize", "--tokenizer", lab.checkpoint, "--out", tmp_path / "out", "--data", "-"],
+    }
+    outcome = lab.run(*words[command], stdin=str(bad))
+    assert outcome.code == 2, outcome.err
+    assert "Error: standard input, line 2" in outcome.err
+    assert "note: standard input: 'answer' of its rows is not read" in outcome.err
+    assert "stdin.jsonl" not in outcome.err
 
 
 def test_no_text(lab: Lab, built: Path, val: Path) -> None:

@@ -143,7 +143,7 @@ def test_waiting(lab: Lab, tmp_path: Path) -> None:
     assert "no training run in" in str(any_run.look().waiting)
     assert "no run 'mine' in" in str(named.look().waiting)
     once = lab.run("watch", "--store", store, "--once")
-    assert (once.code, "no training run in" in once.out.replace("\n", " ")) == (0, True)
+    assert (once.code, once.out, "Error: no training run in" in once.err) == (2, "", True)
     run = make(store, "mine")
     assert any_run.look().waiting == named.look().waiting == "run 'mine' has no committed steps yet"
     append(run, 0, 5)
