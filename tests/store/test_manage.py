@@ -314,9 +314,9 @@ def test_a_writer_that_comes_while_the_dead_are_collected_stays(store: Path, mon
         record(folder, "node8-1-0123abcd")
         return set()
 
-    monkeypatch.setattr("ghoststore.store.manage.gc.intents", coming)
+    monkeypatch.setattr("ghoststore.store.manage.gc.undecided", coming)
     report = ghoststore.gc(store, part="part")
-    assert [file.file for file in report.removed] == [FOLDER]
+    assert [file.file for file in report.removed] == [f"{FOLDER}/{dead.name}"]
     assert not dead.exists()
     assert [writer.host for writer in living(folder)] == ["node8"]
 
