@@ -23,7 +23,13 @@ from ghoststore.store.part.part import Part
 from ghoststore.store.run.journal import journal_damage
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned, group_problem
-from ghoststore.store.spans.soundness import checked_span, missing_records, writers_problem
+from ghoststore.store.spans.soundness import (
+    checked_span,
+    lost_spans,
+    missing_records,
+    unrecorded_damage,
+    writers_problem,
+)
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
 
@@ -167,7 +173,8 @@ class Examination:
             for name, size, problem in chain(_check_metadata(source), _check_spans(source, task), caches):
                 self._files, self._bytes = self._files + 1, self._bytes + size
                 self._note(owner, name, problem)
-            for name, problem in missing_records(source):
+            lost = (damage for span in lost_spans(source) for damage in unrecorded_damage(source, span))
+            for name, problem in chain(missing_records(source), lost):
                 self._note(owner, name, problem)
             self._note(owner, WRITERS, writers_problem(source.path))
             if isinstance(source, Run):

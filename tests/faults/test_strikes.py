@@ -42,6 +42,14 @@ def test_struck(faults: Faults, case: str) -> None:
         faults.strike(case, Fault("ENOSPC", call.number, lasting=True))
 
 
+@pytest.mark.parametrize("case", ["query-parquet", "export-parquet"])
+def test_a_table_that_cannot_be_closed(faults: Faults, case: str) -> None:
+    """Arrow keeps no number of what the system said then."""
+    closing = [call for call in faults.reference(case).calls if call.name == "close" and ".parquet" in call.path]
+    for when in ("before", "after"):
+        faults.strike(case, Fault("ESTALE", closing[-1].number, when))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if WRITING[case].base == "store"])
 def test_a_file_that_cannot_be_read(faults: Faults, case: str) -> None:
     """EIO where the store is read: exit code 4 or 6, no traceback, nothing changed."""

@@ -50,6 +50,23 @@ def test_a_lost_record_is_named(lab: Lab, store: Path, span: int) -> None:
     assert lab.tree(store) == before
 
 
+@pytest.mark.parametrize("record", ["lost", "damaged"])
+def test_chunks_without_a_record_are_held_against_their_own_checksums(store: Path, record: str) -> None:
+    """Damage behind damage is named, too: numbers, texts, and what is missing."""
+    path = commit_path(part(store), 1)
+    delete(path) if record == "lost" else path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    for name in ("norm/c/1/0", "sample_id/c/1"):
+        chunk = part(store) / name
+        data = bytearray(chunk.read_bytes())
+        data[len(data) // 2] ^= 4
+        chunk.write_bytes(data)
+    delete(part(store) / "loss/c/1")
+    found = {damage.file: damage.problem for damage in ghoststore.verify(store).damage}
+    assert found.keys() == {"commits/00000001.json", "norm/c/1/0", "sample_id/c/1", "loss/c/1"}
+    assert "crc32c" in found["norm/c/1/0"]
+    assert "missing" in found["loss/c/1"]
+
+
 def test_all_records_lost(store: Path) -> None:
     for span in range(SPANS):
         delete(commit_path(part(store), span))

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ghoststore.errors import BusyError, GhostStoreError, StorageError, UsageError, reason_of
+from ghoststore.hidden_errors import hidden_error
 from ghoststore.processes import is_gone, this_process
 from ghoststore.store.base.disk import NO_LOCKS, flush
 from ghoststore.store.base.records import FileRecord, json_digest, read_record, reading, seal
@@ -54,10 +55,13 @@ def writing(path: Path) -> Iterator[None]:
         there = error.filename2 or path
         raise UsageError(f"{there} exists by now; nothing was written. Give another path, or remove it") from error
     except OSError as error:
-        if error.errno is None or not _concerns(error, path):  # ours, a library's own words, or of a file that is read
+        system = hidden_error(error) or error
+        if system.errno is None or not _concerns(
+            system, path
+        ):  # ours, a library's own words, or of a file that is read
             raise
         raise StorageError(
-            f"cannot write {path}: {reason_of(error)}. Nothing was written under that name: run the same command again"
+            f"cannot write {path}: {reason_of(system)}. Nothing was written under that name: run the same command again"
         ) from error
 
 

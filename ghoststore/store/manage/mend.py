@@ -13,14 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 
 from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.store.base.disk import flush, publish, replace, storage_errors
 from ghoststore.store.base.manifest import manifest_of
-from ghoststore.store.base.opening import open_regular
 from ghoststore.store.base.records import FileRecord, seal
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.part.caches import FOLDERS, caches, drop
@@ -28,6 +26,7 @@ from ghoststore.store.part.part import Part, create_fixed
 from ghoststore.store.run.journal import FOLDER as JOURNAL
 from ghoststore.store.run.journal import journal_path, journal_spans
 from ghoststore.store.run.run import Run
+from ghoststore.store.spans.checksum import check_crc
 from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.group import Spanned, create_array, group_problem, read_attributes
 from ghoststore.store.spans.layout import CRC_BYTES
@@ -36,7 +35,6 @@ from ghoststore.store.spans.withdrawn import FOREIGN, withdraw_record
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 
 _RECORD = re.compile(r"commits/([0-9]{8})\.json")
-_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +222,7 @@ def restore_record(source: Spanned[Any], span: int) -> None:
     start, stop = layout.span_of(span)
     keys = layout.span_keys(span)
     for key in keys:
-        _check_crc(source.path / key, source.path)
+        check_crc(source.path / key, source.path)
     for spec in layout.arrays():
         for key in [] if spec.dtype is str else layout.chunk_keys(spec, span):
             size = (source.path / key).stat().st_size
@@ -237,23 +235,6 @@ def restore_record(source: Spanned[Any], span: int) -> None:
     with storage_errors(str(commit_path(source.path, span))):
         withdraw_record(source, span)
         publish(commit_path(source.path, span), seal(commit.to_json()))
-
-
-def _check_crc(path: Path, within: Path) -> None:
-    """CorruptError unless the last four bytes of a chunk file are the crc32c of those before."""
-    try:
-        with open_regular(path, within) as file:
-            left = os.fstat(file.fileno()).st_size - CRC_BYTES
-            checksum = 0
-            while left > 0 and (piece := file.read(min(left, _PIECE))):
-                checksum, left = google_crc32c.extend(checksum, piece), left - len(piece)
-            stated = file.read()
-    except CorruptError:
-        raise
-    except OSError as error:
-        raise CorruptError(f"{path} cannot be read: {error}") from error
-    if left or stated != checksum.to_bytes(CRC_BYTES, "little"):
-        raise CorruptError(f"{path} is damaged: its crc32c does not hold")
 
 
 def restore_records(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.records import MISSING
 from ghoststore.store.base.writers import FOLDER as WRITERS
+from ghoststore.store.spans.checksum import check_crc
 from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
 from ghoststore.store.spans.committing import decided_spans
 from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys
@@ -153,13 +154,14 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
 
 def checked_span(source: Spanned[Any], span: int) -> Iterator[tuple[str, int, str | None]]:
     """(file, its bytes, what is wrong with it or None): each file of a committed span, read whole, and its record where
-    that is damaged.
+    that is damaged. Without a record a chunk is held against its own crc32c.
     """
     folder = source.path
     try:
         commit = read_commit(folder, span)
     except CorruptError as error:
         yield record_name(span), 0, str(error)
+        yield from ((file, 0, problem) for file, problem in unrecorded_damage(source, span))
         return
     if problem := record_problem(source.layout, commit):
         yield record_name(span), 0, problem
@@ -168,6 +170,15 @@ def checked_span(source: Spanned[Any], span: int) -> Iterator[tuple[str, int, st
         if (record := commit.files.get(key)) is not None:
             problem = record.damage(folder / key, folder)
             yield key, record.bytes, f"{problem} (span {span})" if problem else None
+
+
+def unrecorded_damage(source: Spanned[Any], span: int) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it): chunks of a span without a readable record that are not whole."""
+    for key in source.layout.span_keys(span):
+        try:
+            check_crc(source.path / key, source.path)
+        except CorruptError as error:
+            yield key, str(error)
 
 
 def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int]) -> None:

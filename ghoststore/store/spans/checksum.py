@@ -1,0 +1,33 @@
+"""Whether a chunk file is whole by what it says of itself, where no record can tell."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import google_crc32c
+
+from ghoststore.errors import CorruptError
+from ghoststore.store.base.opening import open_regular
+from ghoststore.store.spans.layout import CRC_BYTES
+
+_PIECE = 1 << 20
+
+
+def check_crc(path: Path, within: Path) -> None:
+    """CorruptError unless the last four bytes of a chunk file are the crc32c of those before."""
+    try:
+        with open_regular(path, within) as file:
+            left = os.fstat(file.fileno()).st_size - CRC_BYTES
+            checksum = 0
+            while left > 0 and (piece := file.read(min(left, _PIECE))):
+                checksum, left = google_crc32c.extend(checksum, piece), left - len(piece)
+            stated = file.read()
+    except CorruptError:
+        raise
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{path} cannot be read: {error}") from error
+    if left or stated != checksum.to_bytes(CRC_BYTES, "little"):
+        raise CorruptError(f"{path} is damaged: its crc32c does not hold")
