@@ -13,6 +13,8 @@ Metric = Literal["cosine", "dot"]
 METRICS: tuple[Metric, ...] = ("dot", "cosine")
 Overlong = Literal["truncate", "window", "skip", "error"]
 Reduction = Literal["mean", "sum"]
+VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8", "onebit")
+"""Of the vectors in a store."""
 FLOATS = ("float32", "bfloat16", "float16")
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
