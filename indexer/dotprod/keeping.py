@@ -89,8 +89,9 @@ class KeepingMethod:
         """The tap of module ``name`` for val samples from ``first`` on."""
         scored, projected = self._has(name)
         exact = self.exact.see_val(name, first, tokens, interval, batches) if scored else None
-        wanted = projected and self.wanted_val
-        return self._both(name, exact, self.sketched.see_val(name, first, tokens, interval, batches) if wanted else None)
+        if not (projected and self.wanted_val):
+            return self._both(name, exact, None)
+        return self._both(name, exact, self.sketched.see_val(name, first, tokens, interval, batches))
 
     def end_val_batch(self) -> None:
         """The backward pass of one val batch is done."""

@@ -85,8 +85,9 @@ class RunLayout(SpanLayout):
     def saving(cls, every: int, **rest: Any) -> RunLayout:
         """The layout of a run that saves ``every`` so many steps; ``rest`` are its other fields, spans aside.
 
-        Where gradients of every so many steps are kept, the save interval is rounded up to whole times that. A span is as many save intervals as make its files 4 MiB on average, its record among them, or the whole run
-        where that is shorter.
+        Where gradients of every so many steps are kept, the save interval is rounded up to whole times that. A span is
+        as many save intervals as make its files 4 MiB on average, its record among them, or the whole run where that is
+        shorter.
         """
         if (kept := rest.get("gradients")) is not None:
             every = -(-every // kept.every) * kept.every
