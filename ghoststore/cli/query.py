@@ -14,7 +14,7 @@ from ghoststore.settings.shared import Printing, ResultFile
     QueryOptions,
     Printing,
     ResultFile,
-    first="store val_set part top_k each metric group_field with_scores report out",
+    first="store val_set part run top_k each metric group_field with_scores report out",
 )
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """The training samples whose gradients point the same way as those of a val set.
@@ -23,6 +23,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
+      ghoststore query --store ./store --run my-run --last 1000
     """
     options.run("query", keywords, printing, print_hits, file, also="report")
 
@@ -32,7 +33,8 @@ def print_hits(result: Any) -> None:
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
     scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
-    columns = [("rank", True), *scores, ("id", False), ("row", True), ("domain", False), ("text", False)]
+    times_seen = [("times", True)] if "run" in result.settings else []
+    columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
@@ -42,6 +44,7 @@ def print_hits(result: Any) -> None:
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
                 shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                shown += [f"{hit.times:,}"] * bool(times_seen)
                 rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)

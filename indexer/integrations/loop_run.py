@@ -59,6 +59,7 @@ class LoopRun:
                 "proj_rank_total for plain blocks, and val_data"
             )
         every_step = isinstance(method, SketchedMethod) and self.keep_gradients is None
+        projection = method.projection if every_step else None
         layout = RunLayout.saving(
             self.save_interval,
             steps=self.steps,
@@ -66,7 +67,7 @@ class LoopRun:
             batch=self.batch,
             rows=len(samples.ids),
             blocks=tuple(method.blocks) if self.per_layer else (),
-            dimension=method.projection.plan.dimension if every_step else None,
+            dimension=None if projection is None else projection.plan.dimension,
             gradients=gradient_layout(engine, self.keep_gradients, self.proj_dtype),
         )
         config = getattr(engine.model, "config", None)

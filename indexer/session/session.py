@@ -172,7 +172,7 @@ class ScoringSession:
         its forward pass is not given any; ``tokens`` and ``loss_scale`` as in the engine.
         """
         if self.engine is not None:
-            want_vectors(self.engine, self._layout and self._layout.gradients, self.next_step)
+            want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
             self.engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
         self.batch = MicroBatch(size, rows, labels, tokens)
 

@@ -37,6 +37,16 @@ GRADIENT_DTYPES: dict[str, Stored] = {
 }
 
 
+class KeptArrays(NamedTuple):
+    """The arrays of a run in which its gradients are."""
+
+    vectors: str
+    scale: str | None = None
+    val: str | None = None
+    """Of the val gradients; None where those are not kept."""
+    val_scale: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientLayout:
     """What is kept, and of which steps. UsageError if it cannot be."""
@@ -90,6 +100,13 @@ class GradientLayout:
         """Whether there are scales beside."""
         return self.encoding.scaled
 
+    @property
+    def arrays(self) -> KeptArrays:
+        """Where they are in the run."""
+        if self.scaled:
+            return KeptArrays("gradient", "gradient_scale", "val_gradient", "val_gradient_scale")
+        return KeptArrays("gradient", None, "val_gradient")
+
     def holds(self, step: int) -> bool:
         """Whether ``step`` keeps its gradients."""
         return step % self.every == 0
@@ -97,10 +114,10 @@ class GradientLayout:
     def encode(self, vectors_RD: Float32) -> tuple[NDArray[Any], Float32 | None]:
         """(stored, scales) of vectors. One that is not finite, or too large for the encoding, becomes none at all."""
         code = self.encoding
-        finite_R = np.isfinite(vectors_RD).all(1)
+        finite_R: NDArray[np.bool_] = np.isfinite(vectors_RD).all(axis=1)
         encoded = code.encode(np.where(finite_R[:, None], vectors_RD, np.float32(0)), self.groups)
         stored, scale = encoded.stored, encoded.scale
-        finite_R &= np.isfinite(code.decode(stored, scale, self.groups)).all(1)
+        finite_R = finite_R & np.isfinite(code.decode(stored, scale, self.groups)).all(axis=1)
         stored[~finite_R] = GRADIENT_DTYPES[self.dtype].fill
         if scale is not None:
             scale[~finite_R] = np.nan

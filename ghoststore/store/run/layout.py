@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import UsageError
-from ghoststore.store.run.gradients import GRADIENT_DTYPES, GradientLayout
+from ghoststore.store.run.gradients import GRADIENT_DTYPES, GradientLayout, KeptArrays
 from ghoststore.store.spans.layout import (
     CHUNK_BYTES,
     LARGEST_ROW_BYTES,
@@ -199,6 +199,16 @@ class RunLayout(SpanLayout):
             self._spec("seconds", "<f4"),
             self._spec("score_seconds", "<f4"),
         ]
+
+    @property
+    def kept(self) -> tuple[GradientLayout, KeptArrays] | None:
+        """How projected gradients are kept, in either form, and where; None where none are."""
+        if self.gradients is not None:
+            return self.gradients, self.gradients.arrays
+        if self.dimension is None:
+            return None
+        whole = GradientLayout(every=1, dtype="float32", groups=(("all", 0, self.dimension),))
+        return whole, KeptArrays("vector")
 
     def _gradient_arrays(self) -> list[ArraySpec]:
         """Of the steps that keep their gradients alone, one entry each."""
