@@ -9,7 +9,7 @@ from ghoststore.settings.question import QueryOptions
 from query.answer.results import QueryHits, QueryResult, RunHit
 from query.ask.blend import rankings_of
 from query.ask.run_question import RunQuestion
-from query.ask.run_scorer import RunScorer, VisitSums
+from query.ask.run_scorer import RunScorer, VisitSums, opened_val_set
 from query.common.texts import texts_of
 from query.search.search import Ranking
 
@@ -25,7 +25,9 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
     for name, given in of_parts.items():
         if given:
             raise UsageError(f"`{name}` is for parts, and `run={options.run}` asks a training run: leave it out")
-    scorer = RunScorer(part_of(RunQuestion, options), progress)
+    question = part_of(RunQuestion, options)
+    with opened_val_set(question, progress) as val_set:
+        scorer = RunScorer(question, val_set, progress)
     sums = scorer.sums(progress)
     counts = (min(options.top_k, len(scorer.units)), min(options.bottom_k, len(scorer.units)))
     rankings = rankings_of(sums.score, counts[0]), rankings_of(sums.score, counts[1], sign=-1.0)

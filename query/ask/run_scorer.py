@@ -11,14 +11,15 @@ Legend: Q rankings, U samples (units), P samples of some steps, D numbers of a v
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.corpus import open_corpus
+from ghoststore.corpus import Corpus, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
@@ -56,14 +57,24 @@ class VisitSums:
     """Visits without a vector, a val gradient, or a weight."""
 
 
+@contextmanager
+def opened_val_set(question: RunQuestion, progress: Progress) -> Iterator[Corpus | None]:
+    """The val set that ``question`` names; None for each step's own val gradient."""
+    if question.val_set is None:
+        yield None
+        return
+    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
+        yield corpus
+
+
 class RunScorer:
-    """``question`` with its run opened, at this moment, and its val set read.
+    """``question`` with its run opened, at this moment, and its val set read (None: each step's own val gradient).
 
     UsageError for a run that keeps no gradients, or none in the window, and for a val set without a usable row;
     MismatchError for another model or projection; CorruptError for what is damaged.
     """
 
-    def __init__(self, question: RunQuestion, progress: Progress) -> None:
+    def __init__(self, question: RunQuestion, val_set: Corpus | None, progress: Progress) -> None:
         self.question = question
         self.run: Run = Store.open(question.store).run(question.run)
         kept, arrays = kept_of(self.run)
@@ -81,8 +92,8 @@ class RunScorer:
         self._columns = _columns(self.run, question)
         self.val: ValVectors | None = None
         self._query_QD: Float64 | None = None
-        if question.val_set is not None:
-            self.val = self._encoded(progress)
+        if val_set is not None:
+            self.val = self._encoded(val_set, progress)
             self._query_QD = self._prepared(self.val)
         elif arrays.val is None:
             raise UsageError(
@@ -92,7 +103,7 @@ class RunScorer:
         self.units = Units(self.run, "sample")
         self._sums: VisitSums | None = None
 
-    def _encoded(self, progress: Progress) -> ValVectors:
+    def _encoded(self, corpus: Corpus, progress: Progress) -> ValVectors:
         question = self.question
         (checkpoint,) = question.checkpoints(1)
         assert checkpoint is not None
@@ -103,8 +114,7 @@ class RunScorer:
             device=question.device,
             progress=progress,
         )
-        with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
-            val = encoder.encode_val_set(corpus, question.grouping, question.max_samples)
+        val = encoder.encode_val_set(corpus, question.grouping, question.max_samples)
         val.note_left_out(progress)
         if question.group_field is not None and COMBINED in val.ids:
             raise UsageError(
