@@ -89,6 +89,7 @@ class ExportOptions(ProgressOption, StoreOption):
     """Of ``ghoststore export``."""
 
     part: str | None = option(None, "Part to export (default: the only one).", "Input")
+    run: str | None = option(None, "Or the training run, whose gradients are exported.", "Input")
     out: str | Path = field(metadata=about("A new .safetensors, .npy or .parquet file.", "Output", metavar="FILE"))
     dtype: Literal["float32", "stored"] = option(
         "float32", "Numbers of the vectors; stored: as the store has them, with their scales.", "Output"

@@ -25,6 +25,7 @@ from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.run.ranges import count as steps_in
+from ghoststore.store.run.visits import Visits, kept_of, stream_visits
 from indexer.layers import layer_type_by_name
 from indexer.projection.selection import matches
 from query.ask.encoder import ValVectors
@@ -32,7 +33,6 @@ from query.ask.question import COMBINED
 from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
 from query.ask.scorer import fused
-from query.training_scores.gradients import GradientPiece, kept_of, stream_gradients
 from query.training_scores.sums import Units
 from query.training_scores.weights import StepWeights
 
@@ -162,7 +162,7 @@ class RunScorer:
         last_U, left_out = np.full(units, -1, dtype=np.int64), 0
         ranges = inside(self.run.ranges, self.window)
         with closing(progress.task("searching", steps_in(ranges), unit="steps")) as task:
-            for piece in stream_gradients(self.run, ranges, val=self._query_QD is None):
+            for piece in stream_visits(self.run, ranges, val=self._query_QD is None):
                 unit_P = self.units.of(piece.row)
                 for query, score_P in enumerate(self._scores(piece)):
                     weighted_P = weights.of(piece.step, score_P, piece.learning_rate) * score_P
@@ -184,7 +184,7 @@ class RunScorer:
         self._sums = VisitSums(score_QU, times_U, last_U, self.kept_steps, left_out)
         return self._sums
 
-    def _scores(self, piece: GradientPiece) -> list[Float64]:
+    def _scores(self, piece: Visits) -> list[Float64]:
         """(P,) of each query; NaN without a vector, 0 for the cosine of one that is zero."""
         rows_PD = piece.vectors[:, self._columns].astype(np.float64)
         factor_P = np.ones(len(rows_PD))

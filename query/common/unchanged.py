@@ -1,4 +1,4 @@
-"""Whether the corpus behind a part or a run is still the one that it was made on; and where each of its samples stands."""
+"""Whether the corpus behind a part or a run is still the one it was made on; and where each of its samples stands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def read_unchanged(corpus: Corpus, source: Part | Run, progress: Progress) -> It
     scan = scanning.finish()
     if scan.fingerprint != stored["fingerprint"]:
         raise MismatchError(
-            f"{corpus.source} has changed since {source.kind.name} {source.name!r} was {source.kind.made} on it: stored "
-            f"{stored['fingerprint']} ({stored['samples']:,} samples), found {scan.fingerprint} ({scan.rows:,}). Nothing "
-            f"was written; make the {source.kind.name} again on the corpus as it is, or bring the old one back"
+            f"{corpus.source} has changed since {source.kind.name} {source.name!r} was {source.kind.made} on it: "
+            f"stored {stored['fingerprint']} ({stored['samples']:,} samples), found {scan.fingerprint} "
+            f"({scan.rows:,}). Nothing was written; make the {source.kind.name} again on the corpus as it is, or bring "
+            "the old one back"
         )

@@ -61,8 +61,8 @@ class OfRun:
     def __init__(self, options: SelectOptions, strategy: Strategy) -> None:
         if strategy.diversity != "none":
             raise UsageError(
-                f"`diversity={strategy.diversity}` compares samples at one checkpoint, and `run={options.run}` has each at "
-                "another: choose without, or from a part (`ghoststore build`)"
+                f"`diversity={strategy.diversity}` compares samples at one checkpoint, `run={options.run}` has them at "
+                "many: choose without, or from a part (`ghoststore build`)"
             )
         self.question = part_of(RunQuestion, options)
         if self.question.val_set is None and options.leaks == "error":

@@ -114,10 +114,10 @@ class GradientLayout:
     def encode(self, vectors_RD: Float32) -> tuple[NDArray[Any], Float32 | None]:
         """(stored, scales) of vectors. One that is not finite, or too large for the encoding, becomes none at all."""
         code = self.encoding
-        finite_R: NDArray[np.bool_] = np.isfinite(vectors_RD).all(axis=1)
+        finite_R = np.asarray(np.isfinite(vectors_RD).all(axis=1), dtype=bool)
         encoded = code.encode(np.where(finite_R[:, None], vectors_RD, np.float32(0)), self.groups)
         stored, scale = encoded.stored, encoded.scale
-        finite_R = finite_R & np.isfinite(code.decode(stored, scale, self.groups)).all(axis=1)
+        finite_R &= np.asarray(np.isfinite(code.decode(stored, scale, self.groups)).all(axis=1), dtype=bool)
         stored[~finite_R] = GRADIENT_DTYPES[self.dtype].fill
         if scale is not None:
             scale[~finite_R] = np.nan

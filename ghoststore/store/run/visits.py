@@ -1,4 +1,4 @@
-"""The projected gradients that a run keeps, streamed: of whose samples they are, and the val gradients beside.
+"""The projected gradients that a run keeps, streamed: of which samples they are, and the val gradients beside.
 
 Legend: P samples of some steps, one after another; K steps, D numbers of a vector, C as they are stored, G blocks.
 """
@@ -22,7 +22,7 @@ Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class GradientPiece:
+class Visits:
     """The samples of some steps that keep their gradients, in the order of steps, ranks and places."""
 
     step: NDArray[np.int64]
@@ -34,6 +34,10 @@ class GradientPiece:
     learning_rate: NDArray[np.float64]
     vectors: Float32
     """(P, D); NaN where the gradient was not finite, or out of range of the encoding."""
+    stored: NDArray[Any]
+    """(P, C), what they were decoded from."""
+    scale: Float32 | None
+    """(P, G), with codes."""
     val: Float32 | None
     """(K, D), if they were asked for: of each step that keeps gradients. NaN without val samples."""
     of_step: NDArray[np.int64]
@@ -52,9 +56,9 @@ def kept_of(run: Run) -> tuple[GradientLayout, KeptArrays]:
     return run.layout.kept
 
 
-def stream_gradients(
+def stream_visits(
     run: Run, ranges: Sequence[Steps], *, val: bool = False, also: Sequence[str] = ()
-) -> Iterator[GradientPiece]:
+) -> Iterator[Visits]:
     """The steps of ``ranges`` of committed ones that keep gradients, piece by piece. ``also`` are further arrays of the
     samples, as they are stored.
 
@@ -68,7 +72,7 @@ def stream_gradients(
             yield _of_piece(run, piece, steps, val=val, also=also)
 
 
-def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, also: Sequence[str]) -> GradientPiece:
+def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, also: Sequence[str]) -> Visits:
     kept, arrays = kept_of(run)
     data, here = piece.data, steps - piece.start
     sample = data["sample"][here]
@@ -79,17 +83,20 @@ def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, a
         )
     there = sample >= 0
     of_step, rank, place = there.nonzero()
+    stored = data[arrays.vectors][there]
     scale = None if arrays.scale is None else data[arrays.scale][there]
     of_val = None
     if val and arrays.val is not None:
         of_val = kept.decode(data[arrays.val], None if arrays.val_scale is None else data[arrays.val_scale])
-    return GradientPiece(
+    return Visits(
         step=steps[of_step],
         rank=rank,
         place=place,
         row=sample[there],
         learning_rate=data["learning_rate"][here][of_step],
-        vectors=kept.decode(data[arrays.vectors][there], scale),
+        vectors=kept.decode(stored, scale),
+        stored=stored,
+        scale=scale,
         val=of_val,
         of_step=of_step,
         data={name: data[name][here][there] for name in also},
