@@ -199,7 +199,7 @@ def _gradients(kept: dict[str, Any] | None) -> str:
 
     if kept is None:
         return "none kept"
-    which = "every step" if kept["every"] == 1 else f"every {kept['every']:,}th step"
+    which = "every step" if kept["every"] == 1 else f"one step in {kept['every']:,}"
     size = human_bytes(kept["step_bytes"])
     return f"of {which}: {kept['steps']:,} steps, {kept['dimension']:,} numbers as {kept['dtype']}, {size} a step"
 

@@ -86,7 +86,7 @@ class RunScorer:
         self.kept_steps = sum(end - start for start, end in steps)
         if not self.kept_steps:
             raise UsageError(
-                f"run {self.run.name!r} keeps the gradients of every {kept.every}th step, and steps {first:,} to "
+                f"run {self.run.name!r} keeps the gradients of one step in {kept.every}, and steps {first:,} to "
                 f"{stop - 1:,} have none of them; give a longer window"
             )
         self._columns = _columns(self.run, question)
