@@ -28,17 +28,26 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
     options.run("query", keywords, printing, print_hits, file, also="report")
 
 
+SYMBOLS = {"learning-rate": "η", "unit": "unit", "loss-fall": "fall"}
+"""What a step counts with, in few words."""
+
+
 def print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview, print_table, say
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
-    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
-    times_seen = [("times", True)] if "run" in result.settings else []
+    of_run = "run" in result.settings
+    shown_metric = f"Σ {SYMBOLS[result.settings['weight']]}·{metric}" if of_run else metric
+    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(shown_metric, True)]
+    times_seen = [("times", True)] if of_run else []
     columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
-        name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
+        if of_run and result.settings["mode"] == "own":
+            name = "each step's own val gradient"
+        else:
+            name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:

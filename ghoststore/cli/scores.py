@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ghoststore.cli import options
+from ghoststore.cli.query import SYMBOLS
 from ghoststore.settings.shared import Printing, ResultFile
 from ghoststore.settings.store import ScoresOptions
 
@@ -180,7 +181,7 @@ def _title(result: Any) -> str:
 
 def _symbol(result: Any) -> str:
     """What scores are multiplied with."""
-    return {"unit": "unit", "loss-fall": "fall"}.get(result.settings["weight"], "η")
+    return SYMBOLS.get(result.settings["weight"], "η")
 
 
 def _number(value: float | None) -> str:

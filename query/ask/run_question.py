@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least
 from ghoststore.settings.shared import StepWeight
@@ -50,7 +51,7 @@ class RunQuestion(Question):
             "`each`": self.each,
             "`group_field`": self.group_field is not None,
             "`max_samples`": self.max_samples is not None,
-            "`fields`": self.fields is not None,
+            "`fields`": self.fields not in (None, Fields()),
         }
         for name, given in of_val_set.items():
             if given:

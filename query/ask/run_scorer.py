@@ -24,7 +24,6 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
 from ghoststore.store.run.ranges import Steps, inside
-from ghoststore.store.run.ranges import count as steps_in
 from ghoststore.store.run.visits import Visits, kept_of, stream_visits
 from indexer.layers import layer_type_by_name
 from indexer.projection.selection import matches
@@ -161,7 +160,7 @@ class RunScorer:
         total_QU, times_U = np.zeros((queries, units)), np.zeros(units, dtype=np.int32)
         last_U, left_out = np.full(units, -1, dtype=np.int64), 0
         ranges = inside(self.run.ranges, self.window)
-        with closing(progress.task("searching", steps_in(ranges), unit="steps")) as task:
+        with closing(progress.task("searching", self.kept_steps, unit="steps")) as task:
             for piece in stream_visits(self.run, ranges, val=self._query_QD is None):
                 unit_P = self.units.of(piece.row)
                 for query, score_P in enumerate(self._scores(piece)):
@@ -172,7 +171,7 @@ class RunScorer:
                         np.add.at(times_U, unit_P[counts_P], 1)
                         np.maximum.at(last_U, unit_P[counts_P], piece.step[counts_P])
                         left_out += int((~counts_P).sum())
-                task.advance(len(np.unique(piece.step)))
+                task.advance(len(piece.steps))
         if left_out:
             progress.note(
                 f"{left_out:,} visits are left out: their gradient, the val gradient or the learning rate is not finite"

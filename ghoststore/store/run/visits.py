@@ -40,8 +40,10 @@ class Visits:
     """(P, G), with codes."""
     val: Float32 | None
     """(K, D), if they were asked for: of each step that keeps gradients. NaN without val samples."""
+    steps: NDArray[np.int64]
+    """(K,): the steps that keep gradients, with samples or without."""
     of_step: NDArray[np.int64]
-    """(P,): which of the K steps."""
+    """(P,): which of them."""
     data: dict[str, NDArray[Any]]
     """(P, …): the arrays that were asked for, too, as they are stored."""
 
@@ -98,6 +100,7 @@ def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, a
         stored=stored,
         scale=scale,
         val=of_val,
+        steps=steps,
         of_step=of_step,
         data={name: data[name][here][there] for name in also},
     )

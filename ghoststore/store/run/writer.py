@@ -216,7 +216,9 @@ class RunWriter:
         for name, spec in self._specs.items():
             if step % spec.every:
                 if name in checked:
-                    raise UsageError(f"{name!r} is of one step in {spec.every}, from 0, and step {step} is none of them")
+                    raise UsageError(
+                        f"{name!r} is of one step in {spec.every}, from 0, and step {step} is none of them"
+                    )
             elif name not in checked:
                 checked[name] = np.full(spec.columns, spec.fill, dtype=spec.dtype)
         return checked
