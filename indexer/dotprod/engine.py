@@ -20,6 +20,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import ExactMethod, Route
 from indexer.dotprod.held_loss import HeldLoss
+from indexer.dotprod.keeping import KeepingMethod
 from indexer.dotprod.ledger import (
     Ledger,
     batch_norms_of,
@@ -64,6 +65,7 @@ class GradDotProdEngine:
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
+    ``keep`` is a projection, too: scores stay exact, and ``Scores.vectors`` are the projected gradients beside.
     ``exclude_layers`` are patterns of modules whose parameters are left out. ``check=False`` trusts the taps, the axes
     of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them of the logits.
 
@@ -84,6 +86,7 @@ class GradDotProdEngine:
         route: Route = "auto",
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
+        keep: ProjectionConfig | Projection | None = None,
         check: bool = True,
         hold_losses: bool = True,
     ) -> None:
@@ -93,6 +96,8 @@ class GradDotProdEngine:
             raise UsageError(
                 "pairs, route and exclude_layers belong to the exact score; the projection names the layers it sketches"
             )
+        if projection is not None and keep is not None:
+            raise UsageError("projection gives vectors already, and keep is for exact scores: give one of them")
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
@@ -100,13 +105,12 @@ class GradDotProdEngine:
         self._optimizer = optimizer
         self.ledger: Ledger | None = None
         self.method: Method
-        if projection is None:
-            self.ledger = survey(self.model, exclude_layers)
-            self.method = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
+        if projection is not None:
+            self.method = self._sketched(projection, check)
         else:
-            if isinstance(projection, ProjectionConfig):
-                projection = Projection.for_model(self.model, projection)
-            self.method = SketchedMethod(self.model, projection, check=check)
+            self.ledger = survey(self.model, exclude_layers)
+            exact = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
+            self.method = exact if keep is None else KeepingMethod(exact, self._sketched(keep, check))
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
@@ -125,6 +129,11 @@ class GradDotProdEngine:
         """Samples of the train or val batch that is open, and positions of the train batch."""
         self._narrow = False
         self._seconds = 0.0
+
+    def _sketched(self, projection: ProjectionConfig | Projection, check: bool) -> SketchedMethod:
+        if isinstance(projection, ProjectionConfig):
+            projection = Projection.for_model(self.model, projection)
+        return SketchedMethod(self.model, projection, check=check)
 
     # Attaching.
 

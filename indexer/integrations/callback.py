@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, check_kept
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
@@ -46,7 +46,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
-    sketched and keeps each sample's projected gradient. ``note`` is told what is no error (default: a warning).
+    sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
+    ``proj_dtype``; with exact scores, too, projected as ``keep`` says. ``note`` is told what is no error (default: a
+    warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
@@ -72,6 +74,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         exclude_layers: Sequence[str] = (),
         route: Route = "auto",
         projection: ProjectionConfig | None = None,
+        keep_gradients: int | None = None,
+        keep: ProjectionConfig | None = None,
+        proj_dtype: str = KEPT_DTYPE,
         on_store_error: OnStoreError = "stop",
         resume_from_checkpoint: str | Path | None = None,
         note: Callable[[str], None] | None = None,
@@ -80,6 +85,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("scores are against a val set: give val_data")
         if dot_prod_save_interval < 1:
             raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
+        check_kept(keep_gradients, proj_dtype)
+        if keep is not None and keep_gradients is None:
+            raise UsageError("keep says how the gradients of keep_gradients are projected: give that, too")
         self._name, self._field = name, sample_field
         self._samples = Samples.of(samples, domains)
         self._engine_of = partial(
@@ -90,6 +98,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             exclude_layers=tuple(exclude_layers),
             route=route,
             projection=projection,
+            keep=(keep or ProjectionConfig()) if keep_gradients is not None and projection is None else keep,
         )
         self._run_of = partial(
             LoopRun,
@@ -101,6 +110,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             exclude_layers=tuple(exclude_layers),
             per_layer=per_layer,
             on_store_error=on_store_error,
+            keep_gradients=keep_gradients,
+            proj_dtype=proj_dtype,
         )
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self._note = note

@@ -10,11 +10,12 @@ from typing import Any
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
-from ghoststore.settings.train import OnStoreError
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.sketched import SketchedMethod
+from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
 from indexer.session.samples import Samples, val_fingerprint
@@ -38,6 +39,9 @@ class LoopRun:
     exclude_layers: tuple[str, ...]
     per_layer: bool
     on_store_error: OnStoreError
+    keep_gradients: int | None = None
+    """Steps of which one keeps its projected gradients; None: sketched scores keep those of every step, as float32."""
+    proj_dtype: str = KEPT_DTYPE
 
     def session(
         self, engine: GradDotProdEngine, ranks: Ranks, note: Callable[[str], None] | None = None
@@ -54,6 +58,8 @@ class LoopRun:
                 "per_layer: layers have no scores of their own under a global sketch, nor without val data; give "
                 "proj_rank_total for plain blocks, and val_data"
             )
+        every_step = isinstance(method, SketchedMethod) and self.keep_gradients is None
+        projection = method.projection if every_step else None
         layout = RunLayout.saving(
             self.save_interval,
             steps=self.steps,
@@ -61,7 +67,8 @@ class LoopRun:
             batch=self.batch,
             rows=len(samples.ids),
             blocks=tuple(method.blocks) if self.per_layer else (),
-            dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
+            dimension=None if projection is None else projection.plan.dimension,
+            gradients=gradient_layout(engine, self.keep_gradients, self.proj_dtype),
         )
         config = getattr(engine.model, "config", None)
         config = config if hasattr(config, "to_diff_dict") else None  # of transformers, or of a library of its own
@@ -101,6 +108,7 @@ class LoopRun:
                 "projection": projection_hash(engine),
                 "val_refresh_interval": self.val_refresh_interval,
                 "exclude_layers": list(self.exclude_layers),
+                **kept_section(engine, layout),
             },
             "source": {"data": None},
             "compute": {"device": next(model.parameters()).device.type},

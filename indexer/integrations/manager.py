@@ -122,6 +122,7 @@ class GhostEngineManager:
             val_refresh_interval=self.config.val_refresh_interval,
             exclude_layers=() if sketched else self.config.exclude_layers,
             projection=self.config.projection() if sketched else None,
+            keep=self.config.projection() if self.config.keep_gradients is not None and not sketched else None,
         )
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
@@ -152,6 +153,8 @@ class GhostEngineManager:
             exclude_layers=tuple(config.exclude_layers),
             per_layer=config.per_layer,
             on_store_error=config.on_store_error,
+            keep_gradients=config.keep_gradients,
+            proj_dtype=config.proj_dtype,
         )
 
     def is_active(self) -> bool:

@@ -17,13 +17,17 @@ def scoring_engine(model: nn.Module, config: ScoringConfig, projection: Projecti
     """The engine that ``config`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
     scored so.
     """
+    sketched = config.score == "sketched"
+    projects = sketched or config.keep_gradients is not None
+    made = (projection or ProjectionConfig()) if projects else None
     engine = GradDotProdEngine(
         model,
         None,
         val_refresh_interval=config.val_refresh_interval,
         exclude_layers=config.exclude_layers,
         route=config.route,
-        projection=(projection or ProjectionConfig()) if config.score == "sketched" else None,
+        projection=made if sketched else None,
+        keep=None if sketched else made,
         hold_losses=False,  # Trainer computes them from the logits
     )
     if config.per_layer and not engine.method.blocks:

@@ -311,8 +311,9 @@ class _Training:
             return
         if self._scores and (self.store is None or self.val_set is None):
             raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
-        if self.projection is not None and self.config.scoring.score != "sketched":
-            raise UsageError("projection options belong to `score=sketched`")
+        scoring = self.config.scoring
+        if self.projection is not None and scoring.score != "sketched" and scoring.keep_gradients is None:
+            raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
         if self.checkpoint is not None and self.config.dropout:
             raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own")
         if self.name is not None:

@@ -110,8 +110,8 @@ def end_of(run: Run) -> int:
     return run.ranges[-1][1] if run.ranges else 0
 
 
-def window_of(run: Run, steps: str | slice | None) -> Steps:
-    """The window that ``steps`` names: half-open, from 0, ends as in a Python slice.
+def window_of(run: Run, steps: str | slice | None, parameter: str = "steps") -> Steps:
+    """The window that ``steps`` names: half-open, from 0, ends as in a Python slice. ``parameter`` is for messages.
 
     A negative end counts from the end of what is committed. UsageError for anything else, and for a window without
     a committed step.
@@ -124,15 +124,15 @@ def window_of(run: Run, steps: str | slice | None) -> Steps:
     if isinstance(steps, str):
         ends = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
         if ends is None:
-            raise UsageError(f"`steps` {steps!r}: expected first:stop, as 0:100, 500: or -100:")
+            raise UsageError(f"`{parameter}` {steps!r}: expected first:stop, as 0:100, 500: or -100:")
         steps = slice(*(None if piece is None else int(piece) for piece in ends.groups()))
     if steps.step not in (None, 1):
-        raise UsageError(f"`steps` takes every step of a window, not every {steps.step}th")
+        raise UsageError(f"`{parameter}` takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)
     if not inside(run.ranges, (start, stop)):
         shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
         raise UsageError(
-            f"`steps={shown}`: no committed step of run {run.name!r} is there; its steps are "
+            f"`{parameter}={shown}`: no committed step of run {run.name!r} is there; its steps are "
             f"{run.ranges[0][0]:,} to {end - 1:,}"
         )
     return start, stop

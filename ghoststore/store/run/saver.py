@@ -118,12 +118,15 @@ def commit_journal(run: Run, journal: Journal) -> None:
     """Make chunks and a record of a journal, and remove it. Steps that it lacks have no samples."""
     start, stop = run.layout.span_of(journal.span)
     specs = run.layout.arrays()
-    arrays = {spec.name: np.full((stop - start, *spec.columns), spec.fill, dtype=spec.dtype) for spec in specs}
+    arrays = {
+        spec.name: np.full((spec.count(stop - start), *spec.columns), spec.fill, dtype=spec.dtype) for spec in specs
+    }
     with storage_errors(str(journal.path)), opened(journal.path) as handle:
         for entry in journal.entries:
-            place = slice(entry.start - start, entry.stop - start)
-            for name, values in read_arrays(handle, journal, entry, run.layout, arrays.keys()).items():
-                arrays[name][place] = values
+            read = read_arrays(handle, journal, entry, run.layout, arrays.keys())
+            for spec in specs:
+                place = slice(*spec.entries(entry.start - start, entry.stop - start))
+                arrays[spec.name][place] = read[spec.name]
     write_span(run, SpanData(journal.span, arrays))
     # Only now: until the record is there, the journal is what was committed.
     with storage_errors(str(journal.path)):

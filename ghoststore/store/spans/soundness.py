@@ -20,7 +20,7 @@ from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.spans.checksum import check_crc
 from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
 from ghoststore.store.spans.committing import decided_spans
-from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys
+from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys, first_row
 from ghoststore.store.spans.withdrawn import taken_out
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
         except OSError:  # nothing there yet; what cannot be listed, `verify` names
             continue
         for name in names:
-            first = int(name) * spec.chunk_rows if _NUMBER.fullmatch(name) else layout.length
+            first = first_row(spec, int(name)) if _NUMBER.fullmatch(name) else layout.length
             span = first // layout.span_length
             if first >= layout.length or span in present or span in spans:
                 continue
