@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.choosing import ChoosingConfig
 from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
@@ -150,6 +151,30 @@ class TrainConfig(RunConfig):
 
     optimization: OptimizationConfig = OptimizationConfig()
     scoring: ScoringConfig = ScoringConfig()
+    choosing: ChoosingConfig = field(default_factory=ChoosingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.choosing.candidates is None:
+            return
+        if self.scoring.method != "GradDotProd":
+            raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
+        accumulated = self.optimization.gradient_accumulation_steps
+        if accumulated > 1:
+            raise UsageError(
+                f"`gradient_accumulation_steps={accumulated}` does not go with `candidates`: `keep` says how many "
+                "samples a step trains on, at most `batch_size` of them at a time; leave it out"
+            )
+
+    def drawn(self, ranks: int) -> int:
+        """Samples that each of ``ranks`` draws for a step. UsageError for candidates that cannot be dealt out."""
+        choosing, optimization = self.choosing, self.optimization
+        if choosing.candidates is None:
+            return optimization.batch_size * optimization.gradient_accumulation_steps
+        for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):
+            if count is not None and count % ranks and (name == "candidates" or choosing.choose_over == "rank"):
+                raise UsageError(f"`{name}={count}` cannot be dealt out to {ranks} ranks in equal shares")
+        return choosing.candidates // ranks
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -163,15 +188,18 @@ class TrainConfig(RunConfig):
             **part(RunConfig),
             optimization=OptimizationConfig(**part(OptimizationConfig)),
             scoring=ScoringConfig(**part(ScoringConfig)),
+            choosing=ChoosingConfig(**part(ChoosingConfig)),
         )
 
 
-FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig) for spec in fields(kind)]
+FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig, ChoosingConfig) for spec in fields(kind)]
 """The names of :meth:`TrainConfig.of`."""
 
 
 @options
-class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig, DeviceOption, CorpusOptions):
+class TrainOptions(
+    ProgressOption, RunConfig, ScoringConfig, ChoosingConfig, OptimizationConfig, DeviceOption, CorpusOptions
+):
     """Of ``ghoststore train``."""
 
     val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")

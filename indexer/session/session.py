@@ -222,6 +222,20 @@ class ScoringSession:
         self.batch = None
         return scores
 
+    def take(
+        self, rows: NDArray[np.int64], loss_B: NDArray[np.float32], scores: Scores, weights_B: NDArray[Any]
+    ) -> None:
+        """Keep candidates that were scored and are no train batch: how each counts in the step is its weight, 0 for
+        those that were not chosen. What scoring them took is in ``scores.seconds``.
+        """
+        self._seconds += scores.seconds
+        arrays: dict[str, NDArray[Any]] = {}
+        if self._layout is not None:
+            arrays = self._arrays(self._layout, MicroBatch(len(loss_B), rows, None, 0), loss_B, scores)
+            if self._layout.weights:
+                arrays["weight"] = weights_B
+        self._parts.append(arrays)
+
     def _arrays(
         self, layout: RunLayout, batch: MicroBatch, loss_B: NDArray[np.float32] | None, scores: Scores | None
     ) -> dict[str, NDArray[Any]]:

@@ -1,6 +1,6 @@
 """The training loop: one optimizer step, and the run of them. Readable in one sitting.
 
-Legend: B samples of a micro-batch, A micro-batches of a step on one rank, R ranks.
+Legend: B samples of a micro-batch, or candidates of a rank; A micro-batches of a step on one rank, R ranks.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ghoststore.errors import DivergedError
 from ghoststore.settings.train import OptimizationConfig, TrainConfig
-from indexer.encode.losses import IGNORED, training_loss
+from indexer.dotprod import Scores
+from indexer.encode.losses import IGNORED, own_losses, training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
+from indexer.session.chooser import Chooser, Scored
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoredStep, ScoringSession
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.scoring import ValSchedule
+from indexer.training.share import Part, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,7 @@ class StepResult:
     grad_norm: float
     """Before clipping; infinite or NaN where a loss scaler left the step out."""
     tokens: int
-    """Tokens of all ranks, without padding."""
+    """Tokens that all ranks trained on, without padding."""
     seconds: float
     scored: ScoredStep
     """This rank's part of it: sample, loss, score, …, each (A·B, …), and the time that scoring took."""
@@ -104,6 +108,8 @@ class Trainer:
     val_schedule: ValSchedule | None
     """None: samples are not scored."""
     scaler: torch.amp.GradScaler | None
+    chooser: Chooser | None = None
+    """None: a step trains on all that it draws."""
 
     def step(self, step: int) -> StepResult:
         """One optimizer step. The same for the same step number, weights and optimizer state, on every machine run."""
@@ -113,18 +119,19 @@ class Trainer:
         eta = learning_rate(step, self.steps, warmup, config)
         for group in self.optimizer.param_groups:
             group["lr"] = eta
-        rows_of_step = self.order.rows_of(step)
-        # Gradients are averaged over ranks: each rank divides by the targets of all, over the number of ranks.
-        total_targets = self.rows.targets_of(rows_of_step) / self.ranks.count
-        rows_of_rank = np.split(rows_of_step, self.ranks.count)[self.ranks.rank]
-        micro_batches = np.split(rows_of_rank, config.gradient_accumulation_steps)
+        drawn, ranks = self.order.rows_of(step), self.ranks
+        if self.chooser is None:
+            share = Share.drawn(self.rows, drawn, ranks, config.gradient_accumulation_steps)
+        else:
+            weights_RB, anew = self._choose(self.chooser, step, drawn), self.chooser.over == "all"
+            share = Share.chosen(self.rows, drawn, weights_RB, ranks, config.batch_size, anew=anew)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for place, rows in enumerate(micro_batches):
-            last = place == len(micro_batches) - 1
+        for place, part in enumerate(share.parts):
+            last = place == len(share.parts) - 1
             self._seed(step, place)
-            batch = self.rows.batch(rows).to(self.device)
+            batch = self.rows.batch(part.rows).to(self.device)
             with nullcontext() if last else self._no_sync():
-                loss_sum += self._micro_step(batch, total_targets, step)
+                loss_sum += self._micro_step(batch, part, share.targets, step)
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
         if not math.isfinite(train_loss):
             raise DivergedError.at(step + 1, f"the loss is {train_loss}")
@@ -136,29 +143,71 @@ class Trainer:
             learning_rate=eta if math.isfinite(grad_norm) else 0.0,
             train_loss=train_loss,
             grad_norm=grad_norm,
-            tokens=int(self.rows.length[rows_of_step].sum()),
+            tokens=share.tokens,
             seconds=time.perf_counter() - begun,
             scored=self.session.complete_step(),
         )
 
-    def _micro_step(self, batch: Batch, total_targets: float, step: int) -> torch.Tensor:
+    def _choose(self, chooser: Chooser, step: int, drawn: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(R, B): score this rank's candidates; the weights of those of all ranks."""
+        own = np.split(drawn, self.ranks.count)[self.ranks.rank]
+        size = self.config.optimization.batch_size
+        scored = [
+            self._score(own[start : start + size], step, place) for place, start in enumerate(range(0, len(own), size))
+        ]
+        losses_B = np.concatenate([losses for losses, _ in scored])
+        scores_B = torch.cat([scores.total for _, scores in scored]).float().cpu().numpy()
+        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]))
+        place = 0
+        for losses, scores in scored:
+            here = slice(place, place + len(losses))
+            self.session.take(own[here], losses, scores, weights_RB[self.ranks.rank, here])
+            place = here.stop
+        return weights_RB
+
+    def _score(self, rows: NDArray[np.int64], step: int, place: int) -> tuple[NDArray[np.float32], Scores]:
+        """(losses, scores) of some candidates: no weight gradient is formed, and nothing goes to another rank."""
+        assert self.val_schedule is not None
+        begun = time.perf_counter()
+        self._seed(step, place)
+        batch = self.rows.batch(rows).to(self.device)
+        with ExitStack() as stack:
+            with self.autocast():
+                opened = stack.enter_context(self.val_schedule.scoring(batch, step, self._scale()))
+            with self.autocast():  # a block of its own, as below
+                losses_B = own_losses(self._logits(self.inner, batch), batch.labels)
+            scores = opened.scores(losses_B)
+        losses = losses_B.detach().float().cpu().numpy()
+        return losses, replace(scores, seconds=time.perf_counter() - begun)
+
+    @staticmethod
+    def _logits(model: nn.Module, batch: Batch) -> Tensor:
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    def _micro_step(self, batch: Batch, part: Part, total_targets: float, step: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the loss."""
-        session = self.session
-        with self.autocast():
-            if self.val_schedule is not None:
-                self.val_schedule.prepare(session, batch, step, self._scale())
-            else:
-                session.prepare(len(batch.rows), rows=batch.rows)
+        session, weights_B = self.session, None
+        if self.chooser is None:
+            with self.autocast():
+                if self.val_schedule is not None:
+                    self.val_schedule.prepare(session, batch, step, self._scale())
+                else:
+                    session.prepare(len(batch.rows), rows=batch.rows)
+        elif part.weights is not None:
+            weights_B = torch.from_numpy(part.weights).to(self.device)
         with self.autocast():  # a block of its own: autocast caches casts, and the val pass has made some
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            loss, losses_B = training_loss(logits, batch.labels, total_targets)
+            logits = self._logits(self.model, batch)
+            loss, losses_B = training_loss(logits, batch.labels, total_targets, weights_B)
             del logits
-        if session.engine is not None:
+        if self.chooser is None and session.engine is not None:
             # The engine's own watch(): the session's would wait for the loss, which this loop leaves on the device.
             targets_B = (batch.labels[:, 1:] != IGNORED).sum(1)
             session.engine.watch(loss, weights=targets_B / total_targets)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        session.collect(losses_B.float().cpu().numpy())
+        if self.chooser is None:
+            session.collect(losses_B.float().cpu().numpy())
         return loss.detach().double()
 
     def _clip_and_update(self, step: int, max_norm: float) -> float:

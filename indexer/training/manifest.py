@@ -17,7 +17,7 @@ from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
-from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
+from indexer.session.run_plan import choosing_section, parameter_count, projection_hash, run_manifest
 from indexer.training.inputs import Inputs
 
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
@@ -34,16 +34,17 @@ def training_layout(
     """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says
     from which training goes on.
     """
-    optimization, scoring = config.optimization, config.scoring
+    scoring = config.scoring
     groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()
     layout = RunLayout.saving(
         config.dot_prod_save_interval,
         steps=inputs.steps,
         ranks=ranks,
-        batch=optimization.batch_size * optimization.gradient_accumulation_steps,
+        batch=config.drawn(ranks),
         rows=len(inputs.rows),
         groups=tuple(groups),
         blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
+        weights=config.choosing.candidates is not None,
     )
     return layout if stored is None else layout.in_spans_of(stored["storage"])
 
@@ -102,6 +103,7 @@ def training_manifest(
             "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
             "projection": projection_hash(engine),
+            **choosing_section(config.choosing),
         },
         "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},
         "compute": {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import ScoringConfig
 from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.session import ScoringSession
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
@@ -53,12 +57,27 @@ class ValSchedule:
 
         DivergedError if it is not finite any more.
         """
+        with self._at(step):
+            session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+
+    @contextmanager
+    def scoring(self, batch: Batch, step: int, loss_scale: float) -> Iterator[ScoringBatch]:
+        """Open the engine for candidates, which are scored and not trained on; else as :meth:`prepare`."""
+        with ExitStack() as stack:
+            with self._at(step):
+                opening = self.engine.scoring(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+                opened = stack.enter_context(opening)
+            yield opened
+
+    @contextmanager
+    def _at(self, step: int) -> Iterator[None]:
+        """Where the engine is opened at ``step``: with other val samples, if they are due."""
         first, interval = self._step is None, self.config.val_refresh_interval
         if step != self._step and (first or not step % interval or not step % self._checkpoint_interval):
             self._choose(step)
         self._step = step
         try:
-            session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+            yield
         except (UsageError, CaptureError) as error:
             if first:
                 raise  # the model cannot be scored at all

@@ -54,6 +54,8 @@ class RunLayout(SpanLayout):
     """Blocks of parameters that have scores of their own."""
     dimension: int | None = None
     """Numbers of a projected gradient; None: none are kept."""
+    weights: bool = False
+    """Whether samples are candidates, each with the weight that its step trained on it with."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "ranks", "batch", "span_steps", "save_steps", "rows", "dimension"):
@@ -118,6 +120,7 @@ class RunLayout(SpanLayout):
             groups=tuple(map(str, storage["groups"])),
             blocks=tuple(map(str, storage["blocks"])),
             dimension=None if storage["dimension"] is None else int(storage["dimension"]),
+            weights=bool(storage.get("weights", False)),
         )
 
     def in_spans_of(self, stored: Mapping[str, Any]) -> RunLayout:
@@ -133,6 +136,8 @@ class RunLayout(SpanLayout):
         storage = {**asdict(self), "groups": list(self.groups), "blocks": list(self.blocks)}
         if self.save_steps is None:
             del storage["save_steps"]
+        if not self.weights:
+            del storage["weights"]
         return storage
 
     @property
@@ -167,6 +172,8 @@ class RunLayout(SpanLayout):
             self._spec("score", "<f4", place, axes),
             self._spec("loss", "<f4", place, axes),
         ]
+        if self.weights:
+            specs.append(self._spec("weight", "<f4", place, axes))
         if self.groups:
             specs.append(self._spec("group_score", "<f4", (*place, len(self.groups)), (*axes, "group")))
         if self.blocks:
