@@ -74,6 +74,11 @@ class AutogradBlocks:
         self._gradients = BlockGradients(projection, self._blocks)
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients it waits for."""
+        return [self._parameters[name] for name in self._gradients.owners()]
+
     def attach(self) -> None:
         """Before the forward pass of a batch."""
         self.detach()

@@ -6,7 +6,8 @@ Legend: B samples of a batch, V val samples, G val groups, K blocks, D numbers o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from indexer.dotprod.ledger import (
 from indexer.dotprod.method import Method
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
+from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
@@ -133,7 +135,7 @@ class GradDotProdEngine:
         if self._handles:
             raise UsageError("this engine is attached already; call detach() first")
         refuse_unsupported_wrappers(self.model)
-        self.method.attach(next(self.model.parameters()).device)
+        self.method.attach(self._device)
         try:
             self._axes.attach()
             for name, kind in self._kinds.items():
@@ -169,6 +171,10 @@ class GradDotProdEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def attached(self) -> bool:
@@ -248,11 +254,37 @@ class GradDotProdEngine:
         UsageError if the model is no longer the one the engine was made for, or if its weights changed and nobody
         told of a step.
         """
+        self._open(OpenBatch(batch_size), tokens, loss_scale)
+
+    @contextmanager
+    def scoring(self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0) -> Iterator[ScoringBatch]:
+        """Score ``batch_size`` samples without training on them.
+
+        ::
+
+            with engine.scoring(len(x)) as batch:
+                losses_B = losses_of(model(x), y)  # each sample's own
+                scores = batch.scores(losses_B)
+
+        No weight gradient is formed, no ``.grad`` changes and no hook of a parameter runs, but for those of the first
+        pass, which is held against autograd as a train batch is. Inside DistributedDataParallel call
+        :attr:`model`, the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
+        """
+        opened = OpenBatch(batch_size, leaf=torch.zeros((), device=self._device, requires_grad=True))
+        self._open(opened, tokens, loss_scale)
+        try:
+            yield ScoringBatch(opened, loss_scale, self.method, self._scored)
+        finally:
+            if self._train is opened:
+                self.discard()
+
+    def _open(self, opened: OpenBatch, tokens: int, loss_scale: float) -> None:
+        """See :meth:`prepare`."""
         self._require_attached()
         if self._train is not None:
             raise UsageError("the last batch was not collected; call collect() after its backward pass, or discard()")
-        if batch_size < 1:
-            raise UsageError(f"a batch has at least one sample, not {batch_size}")
+        if opened.size < 1:
+            raise UsageError(f"a batch has at least one sample, not {opened.size}")
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
@@ -265,10 +297,11 @@ class GradDotProdEngine:
         due = self._age is None or self._age >= self.val_refresh_interval
         if due and (self.method.needs_val or self._val.batches):
             self.refresh(loss_scale)
-        self._train, self._size = OpenBatch(batch_size), batch_size
+        self._train, self._size = opened, opened.size
         self._axes.begin_train()
-        self.method.begin_train(batch_size)
-        self._held_loss.begin()
+        self.method.begin_train(opened.size)
+        if opened.leaf is None:
+            self._held_loss.begin()
 
     def watch(
         self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
@@ -295,6 +328,7 @@ class GradDotProdEngine:
         except BaseException:
             opened.weights_B = None  # the loss is not watched
             raise
+        opened.forwarded = True
 
         def saw_upstream(gradient: Tensor) -> None:
             if self._train is opened:
@@ -311,6 +345,12 @@ class GradDotProdEngine:
         opened = self._open_train()
         scale_B = opened.scale()
         self._held_loss.check_backward(opened.upstream)
+        return self._scored(opened, scale_B)
+
+    def _scored(self, opened: OpenBatch, scale_B: Tensor) -> Scores:
+        """The scores of the batch that is open, after its backward pass; closes it."""
+        if self._train is not opened:
+            raise UsageError("this scoring pass is closed: call scores() before its with block ends")
         begun = time.perf_counter()
         try:
             self._axes.check_train(opened.size)
@@ -333,6 +373,8 @@ class GradDotProdEngine:
     def _open_train(self) -> OpenBatch:
         if self._train is None:
             raise UsageError("no train batch is open; call prepare() before the forward pass")
+        if self._train.leaf is not None:
+            raise UsageError("a scoring pass is open: its losses go to scores() of the batch that scoring() gives")
         return self._train
 
     # Hooks.
@@ -341,11 +383,14 @@ class GradDotProdEngine:
         """The forward hook of one module; without an open batch it leaves the output alone."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            leaf, train = self._val.leaf, self._train
+            train = self._train
+            leaf = self._val.leaf if train is None else train.leaf
             if train is None and leaf is None:
                 return None
-            if train is not None and train.weights_B is None:
+            if train is not None and not train.forwarded:
                 self.method.called(name)  # not again when checkpointing runs the forward pass a second time
+                if not torch.is_grad_enabled():
+                    train.without_graph.append(name)
             if not torch.is_grad_enabled() or not y.requires_grad:
                 return None
             x, y = by_sample(input_of(args, kwargs), y, self._size, kind, name)

@@ -196,6 +196,10 @@ class ExactMethod:
         elif self._dots is not None:
             self._dots.detach()
 
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Every scored parameter, until a train batch was held against autograd."""
+        return [] if self._dots is None else [scored.parameter for scored in self.ledger.parameters.values()]
+
     def called(self, name: str) -> None:
         """Module ``name`` ran in the forward pass of the train batch."""
         for full in self.ledger.tapped[name].parameters.values():

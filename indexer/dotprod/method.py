@@ -67,6 +67,9 @@ class Method(Protocol):
     def begin_train(self, batch: int) -> None:
         """A train batch of ``batch`` samples begins (0: none is open)."""
 
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradient the open train batch is held against, by hooks on them; none once that is done."""
+
     def called(self, name: str) -> None:
         """Module ``name`` ran in its forward pass."""
 

@@ -125,6 +125,10 @@ class SketchedMethod:
             self._checking = AutogradBlocks(self._model, self.projection)
             self._checking.attach()
 
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of the projected layers, until a train batch was held against autograd."""
+        return [] if self._checking is None else self._checking.parameters
+
     def called(self, name: str) -> None:
         """Nothing to count."""
 

@@ -45,11 +45,14 @@ def train(model: nn.Module, batches: list[Tensor], *, scored: bool) -> dict[str,
     """Scores of each step; weights after the last; gradients of the first."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     engine = GradDotProdEngine(model, data(99, 3), val_losses=sum_of_squares, optimizer=optimizer, pairs=True)
-    found: dict[str, Any] = {"totals": [], "gradients": []}
+    found: dict[str, Any] = {"totals": [], "gradients": [], "scored before": []}
     if scored:
         engine.attach()
     for ids in batches:
         if scored:
+            with engine.scoring(len(ids)) as scoring:
+                found["scored before"].append(scoring.scores(sum_of_squares(engine.model, ids)).total)
+            assert all(p.grad is None for p in model.parameters())
             engine.prepare(len(ids))
         loss = sum_of_squares(model, ids).mean()
         if scored:
@@ -110,6 +113,12 @@ def test_scores_of_the_ranks_are_those_of_one_process(ranks: list[dict[bool, Any
         torch.testing.assert_close(together, whole["totals"][step], rtol=1e-5, atol=0)
     for one, other in zip(ranks[0][True]["weights"], whole["weights"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scoring_pass_of_the_inner_module_has_the_scores_of_the_step(ranks: list[dict[bool, Any]]) -> None:
+    for rank in ranks:
+        for before, in_step in zip(rank[True]["scored before"], rank[True]["totals"], strict=True):
+            torch.testing.assert_close(before, in_step, rtol=1e-5, atol=0)
 
 
 def test_gradients_are_averaged_and_the_ranks_stay_together(ranks: list[dict[bool, Any]]) -> None:
