@@ -47,7 +47,8 @@ def scores(options: ScoresOptions) -> ScoresResult:
     ``cumulative`` (Σ η·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
-    often, ``domains`` keeps some domains alone. ``plot`` draws scores by domain to a new .png, .pdf or .svg file.
+    often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight its
+    sample had in the step, so that what was not trained on counts for nothing; ``candidates`` counts all alike. ``plot`` draws scores by domain to a new .png, .pdf or .svg file.
 
     Reads a run while it is written, too: what is committed at that moment. Scores that are not finite enter nothing;
     they are counted. One pass over the steps; memory grows with the row table alone.
@@ -63,6 +64,11 @@ def scores(options: ScoresOptions) -> ScoresResult:
 
         check_picture(options.plot, "plot")
     opened = Store.open(options.store).run(options.run)
+    if options.candidates and not opened.layout.weights:
+        raise UsageError(
+            f"`candidates`: run {opened.name!r} trained on every sample it scored; `ghoststore train --candidates` "
+            "makes steps choose"
+        )
     column = choose_column(opened, options.group, options.layers, options.exclude_layers)
     window = window_of(opened, options.steps)
     chosen = _domain_places(opened, options.domains)
@@ -72,7 +78,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     if options.sample is not None:
         rows, same_id = _rows_of_id(opened, options.sample, progress)
         history = _History(opened, rows)
-    _read(opened, column, window, units, sums, history, progress)
+    _read(opened, column, window, units, sums, history, progress, candidates=options.candidates)
     if history is not None and not history.entries:
         progress.note(f"sample {options.sample!r} was not trained on in these steps")
     allowed = _allowed(units, sums, chosen, options.min_times)
@@ -88,6 +94,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             group=options.group,
             layers=options.layers,
             exclude_layers=options.exclude_layers,
+            candidates=options.candidates,
             over=False,
         )
     return ScoresResult(
@@ -106,6 +113,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             "unit": options.unit,
             "min_times": options.min_times,
             "domains": list(options.domains),
+            "candidates": options.candidates,
         },
         summary=_summary(opened, window, units, sums),
         hits=hits[0],
@@ -124,12 +132,15 @@ def _read(
     sums: ScoreSums,
     history: _History | None,
     progress: Progress,
+    *,
+    candidates: bool,
 ) -> None:
     """One pass over the steps of ``window``, into ``sums`` and ``history``."""
     ranges = inside(run.ranges, window)
     with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
-        for piece in stream_steps(run, column, ranges, loss=history is not None):
+        for piece in stream_steps(run, column, ranges, loss=history is not None, candidates=candidates):
             counts = sums.add(piece.places, units.of(piece.places.row))
+            sums.tally.not_chosen += piece.not_chosen
             if history is not None:
                 history.extend(piece.places, counts)
             task.advance(piece.stop - piece.start)
@@ -242,6 +253,7 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
         unscored=tally.unscored,
         not_finite=tally.not_finite,
         without_learning_rate=tally.without_learning_rate,
+        not_chosen=tally.not_chosen,
         negative_share=tally.negative_share,
         repeated_ids=run.repeated_ids,
     )

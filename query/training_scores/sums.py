@@ -65,6 +65,8 @@ class Tally:
     """Infinite."""
     without_learning_rate: int = 0
     """Left out because their step has no finite learning rate."""
+    not_chosen: int = 0
+    """Candidates that their step did not train on."""
 
     @property
     def negative_share(self) -> float | None:

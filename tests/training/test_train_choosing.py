@@ -1,0 +1,221 @@
+"""A step that chooses among candidates is a plain step on those it chose, and says in the run which they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import ghoststore
+from ghoststore.errors import MismatchError, UsageError
+from indexer.training.data import Order, TrainingRows
+from tests.support.chosen import chosen_of, trained_plainly
+from tests.support.models import llama
+from tests.support.trainings import same_bits
+
+if TYPE_CHECKING:
+    from tests.support.trainings import Gym, Trained
+
+Options = dict[str, Any]
+STEPS = {"max_steps": 8, "batch_size": 4, "candidates": 12, "eval_interval": 4}
+
+
+@pytest.fixture(scope="module")
+def models(gym: Gym) -> dict[str, Path]:
+    """Beside those of the gym: one whose head is not tied, and one of another family."""
+    folder = gym.folder / "choosing"
+    untied = gym.lab.model(folder / "untied", layers=2, seed=1, tie_word_embeddings=False)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gym.models["tiny"])
+    model = llama(vocab_size=len(tokenizer))
+    model.save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    return {**gym.models, "untied": untied, "llama": folder / "llama"}
+
+
+def choosing(gym: Gym, models: dict[str, Path], model: str = "tiny", **options: Any) -> Trained:
+    return gym.train(model=None, checkpoint=models[model], **{**STEPS, **options})
+
+
+CASES: dict[str, tuple[str, int, Options]] = {
+    # The model, the micro-batches of an update, and options.
+    "tied": ("tiny", 1, {"keep": 4}),
+    "untied": ("untied", 1, {"keep": 4, "policy": "bottom-k"}),
+    "llama": ("llama", 1, {"keep": 4}),
+    "micro-batches": ("two", 4, {"keep": 8, "batch_size": 2, "policy": "random"}),
+    "bfloat16": ("two", 1, {"keep": 4, "model_dtype": "bfloat16"}),
+    "autocast-bfloat16": ("two", 2, {"keep": 4, "batch_size": 2, "train_dtype": "bfloat16"}),
+    "autocast-float16": ("two", 1, {"keep": 4, "train_dtype": "float16"}),
+    "dropout": ("dropout", 2, {"keep": 4, "batch_size": 2, "val_refresh_interval": 3}),
+    "checkpointing": ("dropout", 1, {"keep": 4, "gradient_checkpointing": True}),
+    "threshold": ("two", 1, {"policy": "threshold", "threshold": 0.05, "batch_size": 12}),
+    "sketched": ("two", 1, {"keep": 4, "score": "sketched"}),
+    "from-step-4": ("two", 1, {"keep": 4, "choosing_begins_at": 4}),
+}
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_those_of_plain_steps_on_the_chosen(gym: Gym, models: dict[str, Path], name: str) -> None:
+    """Bit for bit: of the model, and so of the optimizer."""
+    model, micro_batches, options = CASES[name]
+    trained = choosing(gym, models, model, **options)
+    arrays = trained.arrays()
+    rows = chosen_of(arrays)
+    if "keep" in options:
+        assert [len(of_step) for of_step in rows] == [options["keep"]] * 8
+    else:
+        assert len({len(of_step) for of_step in rows}) > 1
+    plain = {k: v for k, v in {**STEPS, **options}.items() if k in ("batch_size", "model_dtype", "train_dtype")}
+    plain |= {"learning_rate": 5e-3}
+    if name == "checkpointing":
+        plain["gradient_checkpointing"] = False  # the same bits without
+    expected = trained_plainly(models[model], trained, rows, micro_batches, **plain)
+    assert same_bits(trained.weights(), expected) == []
+
+
+def test_the_run_says_what_was_chosen(gym: Gym, models: dict[str, Path]) -> None:
+    """Candidates in the seeded order; the highest scores have weight 1; losses and tokens are what they are."""
+    trained = choosing(gym, models, keep=4, val_groups=True, per_layer=True)
+    arrays, run = trained.arrays(), trained.run
+    assert arrays["weight"].shape == arrays["score"].shape == (8, 1, 12)
+    assert run.layout.batch == 12
+    shards = ghoststore.TokenShards.open(trained.output / "tokens")
+    table = TrainingRows.cut(shards, run.manifest["training"]["max_length"], "window")
+    order = Order(table, seed=0, step_rows=12)
+    for step in range(8):
+        score, weight, sample = (arrays[name][step, 0] for name in ("score", "weight", "sample"))
+        np.testing.assert_array_equal(sample, order.rows_of(step))
+        highest = np.sort(np.argsort(-score, kind="stable")[:4])
+        np.testing.assert_array_equal(np.flatnonzero(weight), highest)
+        assert set(weight) == {0.0, 1.0}
+        assert arrays["tokens"][step] == table.length[sample[highest]].sum()
+        counts = table.target_counts(sample[highest])
+        mean = (arrays["loss"][step, 0, highest] * counts).sum() / counts.sum()
+        np.testing.assert_allclose(arrays["train_loss"][step], mean, rtol=1e-5)
+    np.testing.assert_allclose(arrays["block_score"].sum(-1), arrays["score"], rtol=1e-4, atol=1e-5)
+    said = run.manifest["scoring"]["choosing"]
+    assert (said["policy"], said["candidates"], said["keep"], said["choosing_passes"]) == ("top-k", 12, 4, "two")
+
+
+def test_scores_are_those_of_a_training_on_all(gym: Gym, models: dict[str, Path]) -> None:
+    """Of the first step, whose weights are the same: candidates are scored as a train batch is."""
+    chosen = choosing(gym, models, keep=4).arrays()
+    plain = gym.train(model=None, checkpoint=models["tiny"], max_steps=8, batch_size=12, eval_interval=4).arrays()
+    np.testing.assert_array_equal(chosen["sample"], plain["sample"])
+    for name in ("score", "loss"):
+        np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_candidates_a_run_has_no_weights(gym: Gym) -> None:
+    trained = gym.train()
+    assert "weights" not in trained.run.manifest["storage"]
+    assert "choosing" not in trained.run.manifest["scoring"]
+    assert "weight" not in trained.arrays()
+
+
+def test_before_choosing_begins_the_first_are_taken(gym: Gym, models: dict[str, Path]) -> None:
+    arrays = choosing(gym, models, "two", keep=4, choosing_begins_at=4).arrays()
+    assert (np.isfinite(arrays["score"])).all()
+    first = np.array([1.0] * 4 + [0.0] * 8)
+    np.testing.assert_array_equal(arrays["weight"][:4, 0], np.tile(first, (4, 1)))
+    assert (arrays["weight"][4:, 0] != first).any()
+
+
+def test_random_is_another_draw_at_every_step_and_seed(gym: Gym, models: dict[str, Path]) -> None:
+    one, other = (choosing(gym, models, keep=6, policy="random", seed=seed).arrays()["weight"] for seed in (0, 1))
+    assert len({tuple(weight[0]) for weight in one}) > 4
+    assert not np.array_equal(one, other)
+    assert (one.sum((1, 2)) == 6).all()
+
+
+def test_reweighted_steps_are_those_of_the_weighted_loss(gym: Gym, models: dict[str, Path]) -> None:
+    """Weights are 12 times the softmax of the scores over their deviation; train_loss is the weighted mean."""
+    trained = choosing(gym, models, policy="reweight", temperature=2.0, batch_size=5)
+    arrays = trained.arrays()
+    score = arrays["score"].astype(np.float64)[:, 0]
+    powers = np.exp((score - score.max(1, keepdims=True)) / (2 * score.std(1, keepdims=True)))
+    expected = 12 * powers / powers.sum(1, keepdims=True)
+    np.testing.assert_allclose(arrays["weight"][:, 0], expected, rtol=1e-6)
+    counts = arrays_of_targets(trained)
+    mean = (arrays["loss"][:, 0] * counts * expected).sum(1) / (counts * expected).sum(1)
+    np.testing.assert_allclose(arrays["train_loss"], mean, rtol=1e-5)
+
+
+def arrays_of_targets(trained: Trained) -> np.ndarray:
+    """(steps, candidates): targets of each candidate."""
+    shards = ghoststore.TokenShards.open(trained.output / "tokens")
+    table = TrainingRows.cut(shards, trained.run.manifest["training"]["max_length"], "window")
+    return np.stack([table.target_counts(sample[0]) for sample in trained.arrays()["sample"]])
+
+
+def by_loss(candidates: ghoststore.Candidates) -> Any:
+    """A policy of the user's own: twice the weight for the candidate of the highest loss, none for the rest of half."""
+    assert len(candidates) == 12
+    assert candidates.step >= 0
+    assert candidates.generator.random() < 1
+    weights = (candidates.losses >= np.median(candidates.losses)).astype(float)
+    weights[np.argmax(candidates.losses)] = 2.0
+    return weights.tolist()
+
+
+def test_a_policy_of_the_users_own(gym: Gym, models: dict[str, Path]) -> None:
+    trained = choosing(gym, models, policy=by_loss)
+    arrays = trained.arrays()
+    for loss, weight in zip(arrays["loss"][:, 0], arrays["weight"][:, 0], strict=True):
+        assert weight[np.argmax(loss)] == 2.0
+        np.testing.assert_array_equal(weight > 0, loss >= np.median(loss))
+    assert trained.run.manifest["scoring"]["choosing"]["policy"] == f"{__name__}.by_loss"
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1.0], "weights of shape (1,) for 12 candidates of step 0"),
+        ([0.0] * 12, "no candidate of step 0 a weight above 0"),
+        ([1.0] * 11 + [-1.0], "weights below 0, infinite or NaN for step 0"),
+        ([1.0] * 11 + [float("nan")], "weights below 0, infinite or NaN for step 0"),
+        ("all", "expected weights"),
+    ],
+)
+def test_weights_that_cannot_be(gym: Gym, models: dict[str, Path], tmp_path: Path, weights: Any, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        gym.fresh(tmp_path, model=None, checkpoint=models["tiny"], **STEPS, policy=lambda candidates: weights)
+    assert words in str(caught.value)
+
+
+REFUSED: dict[str, tuple[Options, str]] = {
+    "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`"),
+    "policy-without-candidates": ({"policy": "random"}, "give `candidates`"),
+    "no-keep": ({"candidates": 8}, "`policy=top-k` chooses so many of 8 candidates: give `keep`"),
+    "keep-too-large": ({"candidates": 8, "keep": 9}, "`keep=9` is more than `candidates=8`"),
+    "no-threshold": ({"candidates": 8, "policy": "threshold"}, "give both, or neither"),
+    "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "give both, or neither"),
+    "temperature-of-another": ({"candidates": 8, "keep": 4, "temperature": 1.0}, "belongs to `policy=reweight`"),
+    "temperature-0": ({"candidates": 8, "policy": "reweight", "temperature": 0.0}, "must be above 0"),
+    "unknown": ({"candidates": 8, "policy": "best"}, "`policy` 'best' is unknown; known: top-k, "),
+    "regular": ({"candidates": 8, "keep": 4, "method": "Regular"}, "`method=Regular` gives none"),
+    "accumulation": (
+        {"candidates": 8, "keep": 4, "gradient_accumulation_steps": 2},
+        "`gradient_accumulation_steps=2` does not go with `candidates`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_that_do_not_go_together(gym: Gym, tmp_path: Path, name: str) -> None:
+    options, words = REFUSED[name]
+    with pytest.raises(UsageError) as caught:
+        gym.fresh(tmp_path, **options)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_chooses_otherwise_is_refused(gym: Gym, models: dict[str, Path]) -> None:
+    trained = choosing(gym, models, keep=4)
+    where = {"output_dir": trained.output, "store": trained.store}
+    with pytest.raises(MismatchError, match=r"scoring\.choosing\.keep: stored 4, asked for 3"):
+        gym.fresh(trained.output, model=None, checkpoint=models["tiny"], **STEPS, **where, keep=3)
