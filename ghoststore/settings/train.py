@@ -15,6 +15,7 @@ from ghoststore.settings.shared import DOMAINS, FLOATS, OVERLONG, CorpusOptions,
 Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]
 Route = Literal["auto", "direct", "gram"]
+ScoreLayers = Literal["blocks", "all"]
 ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
 

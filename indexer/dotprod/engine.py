@@ -18,23 +18,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import ScoreLayers
 from indexer.dotprod.axes import KnownAxes
-from indexer.dotprod.exact import ExactMethod, Route
+from indexer.dotprod.exact import Route
 from indexer.dotprod.held_loss import HeldLoss
 from indexer.dotprod.ledger import (
-    Ledger,
     batch_norms_of,
     refuse_batch_statistics,
     refuse_unsupported_wrappers,
-    survey,
     unwrapped,
     version_of,
 )
+from indexer.dotprod.making import exact_method, sketched_method
 from indexer.dotprod.method import Method
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
-from indexer.dotprod.sketched import SketchedMethod
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import See, Tap
@@ -66,8 +65,10 @@ class GradDotProdEngine:
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
-    ``exclude_layers`` are patterns of modules whose parameters are left out. ``check=False`` trusts the taps, the axes
-    of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them of the logits.
+    ``exclude_layers`` are patterns of modules whose parameters are left out; ``score_layers="blocks"`` takes only the
+    linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). ``check=False`` trusts
+    the taps, the axes of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them
+    of the logits.
 
     Raises LayerError naming the module for a trainable parameter that cannot be scored, UsageError for a model whose
     samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
@@ -83,6 +84,7 @@ class GradDotProdEngine:
         groups: Sequence[str] | Literal["each"] | None = None,
         val_refresh_interval: int = 1,
         exclude_layers: Sequence[str] = (),
+        score_layers: ScoreLayers | None = None,
         route: Route = "auto",
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
@@ -91,24 +93,28 @@ class GradDotProdEngine:
     ) -> None:
         if val_refresh_interval < 1:
             raise UsageError(f"val_refresh_interval must be at least 1 step, not {val_refresh_interval}")
-        if projection is not None and (pairs or exclude_layers or route != "auto"):
+        if projection is not None and (pairs or exclude_layers or score_layers is not None or route != "auto"):
             raise UsageError(
-                "pairs, route and exclude_layers belong to the exact score; the projection names the layers it sketches"
+                "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
+                "layers it sketches"
             )
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
         losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
         self._optimizer = optimizer
-        self.ledger: Ledger | None = None
         self.method: Method
-        if projection is None:
-            self.ledger = survey(self.model, exclude_layers)
-            self.method = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
+        if projection is not None:
+            self.method = sketched_method(self.model, projection, check=check)
         else:
-            if isinstance(projection, ProjectionConfig):
-                projection = Projection.for_model(self.model, projection)
-            self.method = SketchedMethod(self.model, projection, check=check)
+            self.method = exact_method(
+                self.model,
+                exclude_layers=exclude_layers,
+                score_layers=score_layers,
+                route=route,
+                pairs=pairs,
+                check=check,
+            )
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
