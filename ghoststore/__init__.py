@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
+    from ghoststore.settings.choosing import Choosing as Choosing
     from ghoststore.settings.fields import Fields as Fields
     from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig
     from ghoststore.settings.train import TrainConfig as TrainConfig

@@ -1,7 +1,7 @@
 """Options of choosing in the training step: which of a step's candidates it trains on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, Literal
 
@@ -61,14 +61,9 @@ class ChoosingConfig:
         if self.candidates is None:
             self._refuse_without_candidates()
             return
-        if self.keep is None and self.policy in EXACTLY:
-            raise UsageError(f"`policy={self.policy}` chooses so many of {self.candidates} candidates: give `keep`")
+        _check(self.policy, self.keep, self.threshold)
         if self.keep is not None and self.keep > self.candidates:
-            raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: give `keep` fewer")
-        if (self.policy == "threshold") != (self.threshold is not None):
-            raise UsageError("`policy=threshold` and `threshold` belong together: give both, or neither")
-        if self.threshold is not None and not isfinite(self.threshold):
-            raise UsageError(f"`threshold` must be a finite number, not {self.threshold}")
+            raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: keep fewer")
         if self.temperature is not None:
             if self.policy != "reweight":
                 raise UsageError("`temperature` belongs to `policy=reweight`")
@@ -88,13 +83,67 @@ class ChoosingConfig:
         assert self.candidates is not None
         return self.candidates if self.keep is None else self.keep
 
-    @property
-    def policy_name(self) -> str:
-        """Of the policy, as a run says it: of a function its module and name."""
-        if isinstance(self.policy, str):
-            return self.policy
-        name = getattr(self.policy, "__qualname__", type(self.policy).__qualname__)
-        return f"{self.policy.__module__}.{name}"
+    def to_json(self) -> dict[str, Any]:
+        """What a run says of it."""
+        return {**_values(self), "policy": _named(self.policy), "keep": self.least}
 
 
-_DEFAULTS = {name: spec.default for name, spec in ChoosingConfig.__dataclass_fields__.items() if name != "candidates"}
+_DEFAULTS = {spec.name: spec.default for spec in fields(ChoosingConfig) if spec.name != "candidates"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Which samples of each micro-batch a loop of one's own trains on: of :class:`GhostEngineManager` and
+    :class:`GhostStoreCallback`. Every rank chooses among the samples of its micro-batch.
+    """
+
+    keep: int | None = None
+    """Samples of a micro-batch that are trained on: by top-k, bottom-k and random; by other policies where there is
+    nothing to choose by (None: all)."""
+    policy: str | Callable[[Any], Any] = "top-k"
+    """top-k, bottom-k, threshold, random, or a function of :class:`Candidates` whose weights are 0 or all alike: the
+    loss that the model returns weighs its samples alike."""
+    threshold: float | None = None
+    """Of threshold: the lowest score that is chosen."""
+    begins_at: int = 0
+    """Before this step the first ``keep`` samples of a micro-batch are taken."""
+    seed: int = 0
+    """Of random, and of the generator that a function is given."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.policy, str) and self.policy not in POLICIES:
+            raise UsageError(f"`policy` {self.policy!r} is unknown; known: {', '.join(POLICIES)}, or a function")
+        if self.policy == "reweight":
+            raise UsageError(
+                "`policy=reweight`: the loss that the model returns weighs its samples alike; `ghoststore train` can "
+                "weigh them"
+            )
+        check_at_least(1, keep=self.keep)
+        check_at_least(0, begins_at=self.begins_at)
+        _check(self.policy, self.keep, self.threshold)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run says of it."""
+        return {**_values(self), "policy": _named(self.policy), "choose_over": "micro-batch", "choosing_passes": "two"}
+
+
+def _values(config: ChoosingConfig | Choosing) -> dict[str, Any]:
+    """By field. Not a copy: a policy may be an object of the user's own."""
+    return {spec.name: getattr(config, spec.name) for spec in fields(config)}
+
+
+def _check(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
+    """UsageError for what a policy lacks, or would ignore."""
+    if keep is None and policy in EXACTLY:
+        raise UsageError(f"`policy={policy}` chooses so many candidates: give `keep`")
+    if (policy == "threshold") != (threshold is not None):
+        raise UsageError("`policy=threshold` and `threshold` belong together: give both, or neither")
+    if threshold is not None and not isfinite(threshold):
+        raise UsageError(f"`threshold` must be a finite number, not {threshold}")
+
+
+def _named(policy: str | Callable[[Any], Any]) -> str:
+    """A policy as a run says it: of a function its module and name."""
+    if isinstance(policy, str):
+        return policy
+    return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

@@ -75,12 +75,20 @@ class ScoringConfig:
     )
     per_layer: bool = option(False, "Keep the score of every layer.", "Scoring")
     exclude_layers: tuple[str, ...] = option((), "Layers whose parameters are left out of the score.", "Scoring")
+    score_layers: ScoreLayers | None = option(
+        None,
+        "Score the linears of the transformer blocks alone, or every trainable parameter (default: all; with "
+        "`candidates` blocks).",
+        "Scoring",
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(1, val_batch_size=self.val_batch_size, val_refresh_interval=self.val_refresh_interval)
-        if self.score == "sketched" and (self.exclude_layers or self.route != "auto"):
-            raise UsageError("`exclude_layers` and `route` belong to `score=exact`; give `projection.layers`")
+        if self.score == "sketched" and (self.exclude_layers or self.route != "auto" or self.score_layers is not None):
+            raise UsageError(
+                "`exclude_layers`, `score_layers` and `route` belong to `score=exact`; give `projection.layers`"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +174,13 @@ class TrainConfig(RunConfig):
                 f"`gradient_accumulation_steps={accumulated}` does not go with `candidates`: `keep` says how many "
                 "samples a step trains on, at most `batch_size` of them at a time; leave it out"
             )
+
+    @property
+    def score_layers(self) -> ScoreLayers | None:
+        """Of exact scores; None of sketched ones, whose projection names its layers."""
+        if self.scoring.score == "sketched" or self.scoring.score_layers is not None:
+            return self.scoring.score_layers
+        return "all" if self.choosing.candidates is None else "blocks"
 
     def drawn(self, ranks: int) -> int:
         """Samples that each of ``ranks`` draws for a step. UsageError for candidates that cannot be dealt out."""

@@ -19,12 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
+from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError
+from ghoststore.settings.train import OnStoreError, ScoreLayers
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
+from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
 from indexer.session.ranks import Ranks
 from indexer.session.samples import Samples, places_of
@@ -46,7 +48,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
-    sketched and keeps each sample's projected gradient. ``note`` is told what is no error (default: a warning).
+    sketched and keeps each sample's projected gradient. ``choosing`` trains on those samples of each micro-batch alone
+    that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default. ``note`` is told what is no error (default: a warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
@@ -70,6 +73,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         val_refresh_interval: int = 1,
         per_layer: bool = False,
         exclude_layers: Sequence[str] = (),
+        score_layers: ScoreLayers | None = None,
+        choosing: Choosing | None = None,
         route: Route = "auto",
         projection: ProjectionConfig | None = None,
         on_store_error: OnStoreError = "stop",
@@ -80,7 +85,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("scores are against a val set: give val_data")
         if dot_prod_save_interval < 1:
             raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
-        self._name, self._field = name, sample_field
+        if choosing is not None and score_layers is None and projection is None:
+            score_layers = "blocks"
+        self._name, self._field, self._choosing = name, sample_field, choosing
         self._samples = Samples.of(samples, domains)
         self._engine_of = partial(
             GradDotProdEngine,
@@ -88,6 +95,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             val_losses=val_losses,
             val_refresh_interval=val_refresh_interval,
             exclude_layers=tuple(exclude_layers),
+            score_layers=score_layers,
             route=route,
             projection=projection,
         )
@@ -101,12 +109,15 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             exclude_layers=tuple(exclude_layers),
             per_layer=per_layer,
             on_store_error=on_store_error,
+            score_layers=score_layers,
+            choosing=choosing,
         )
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self._note = note
         self.engine: GradDotProdEngine | None = None
         """The engine, while training."""
         self._session: ScoringSession | None = None
+        self._chooser: LoopChooser | None = None
         self._optimizer: Any = None
         self._fp16 = False
         self._stack = ExitStack()
@@ -140,6 +151,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 folder = self._from or _checkpoint(args, state)
                 session.restore(state.global_step, _pending_in(folder), str(folder))
             stack.enter_context(engine)
+            if self._choosing is not None:
+                self._chooser = LoopChooser(self._choosing, engine, session, session.ranks)
             for handle in self._hooks(model, engine.model):
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
@@ -202,7 +215,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def _leave(self) -> None:
         stack, self._stack = self._stack, ExitStack()
-        self._session, self.engine = None, None
+        self._session, self.engine, self._chooser = None, None, None
         stack.close()
 
     # Hooks on the model.
@@ -218,12 +231,15 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
         return [
             model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            *([] if self._chooser is None else [self._chooser.attach()]),
             inner.register_forward_hook(after, with_kwargs=True),
         ]
 
     def _take_sample(self, kwargs: dict[str, Any], *, scored: bool) -> None:
-        """Before a forward pass: take ``sample`` out; of a training batch, open the engine."""
-        if self._preparing:
+        """Before a forward pass: take ``sample`` out; of a training batch, open the engine, or expect it to be chosen
+        from.
+        """
+        if self._preparing or (self._chooser is not None and self._chooser.scoring):
             return
         places = kwargs.pop(self._field, None)
         session = self._session
@@ -244,12 +260,14 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "compute_loss_func or a compute_loss of its own?"
             )
         rows = places_of(places, len(labels), self._samples)
+        scale, arithmetic = self._loss_scale(), self._arithmetic(labels.device)
+        if self._chooser is not None:
+            self._chooser.expected = Expected(rows, session.next_step, scale, arithmetic)
+            return
         self._preparing = True
         try:
-            with self._arithmetic(labels.device):
-                session.prepare(
-                    len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=self._loss_scale()
-                )
+            with arithmetic:
+                session.prepare(len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale)
         finally:
             self._preparing = False
 

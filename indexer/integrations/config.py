@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError
+from ghoststore.settings.train import OnStoreError, ScoreLayers
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
@@ -61,6 +62,11 @@ class GhostConfig:
     """The same as ``proj_kind="orthonormal"``."""
     proj_seed: int = 0
     include_embeddings: bool = False
+    score_layers: ScoreLayers | None = None
+    """``blocks``: GradDotProd scores the linears of the transformer blocks alone; ``all``: every trainable parameter
+    (None: all; with ``choosing`` blocks)."""
+    choosing: Choosing | None = None
+    """Train on those samples of each micro-batch alone that a policy chooses by their scores; None: on all."""
     on_store_error: OnStoreError = "stop"
     """``continue``: training goes on without scores in the store, after a warning."""
 
@@ -80,9 +86,13 @@ class GhostConfig:
             lacking = [name for name in ("max_steps", "batch_size", "samples") if getattr(self, name) is None]
             if lacking:
                 raise UsageError(f"with a store the configuration needs {', '.join(lacking)}")
+        if self.choosing is not None and not isinstance(self.choosing, Choosing):
+            raise UsageError(f"choosing is a ghoststore.Choosing, not {self.choosing!r:.60}")
         if self.domains is not None and self.samples is None:
             raise UsageError("domains are those of samples: give samples, too")
         if self.method == "GradProjLora":
+            if self.score_layers is not None:
+                raise UsageError("score_layers belongs to method GradDotProd; GradProjLora takes proj_layers")
             if self.proj_row_orthonormal and self.proj_kind not in ("gaussian", "orthonormal"):
                 raise UsageError(f"proj_row_orthonormal contradicts proj_kind {self.proj_kind!r}; give one of them")
             self.projection()  # refuses what cannot be

@@ -10,7 +10,8 @@ from typing import Any
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
-from ghoststore.settings.train import OnStoreError
+from ghoststore.settings.choosing import Choosing
+from ghoststore.settings.train import OnStoreError, ScoreLayers
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
@@ -38,6 +39,8 @@ class LoopRun:
     exclude_layers: tuple[str, ...]
     per_layer: bool
     on_store_error: OnStoreError
+    score_layers: ScoreLayers | None = None
+    choosing: Choosing | None = None
 
     def session(
         self, engine: GradDotProdEngine, ranks: Ranks, note: Callable[[str], None] | None = None
@@ -62,6 +65,7 @@ class LoopRun:
             rows=len(samples.ids),
             blocks=tuple(method.blocks) if self.per_layer else (),
             dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
+            weights=self.choosing is not None,
         )
         config = getattr(engine.model, "config", None)
         config = config if hasattr(config, "to_diff_dict") else None  # of transformers, or of a library of its own
@@ -101,6 +105,8 @@ class LoopRun:
                 "projection": projection_hash(engine),
                 "val_refresh_interval": self.val_refresh_interval,
                 "exclude_layers": list(self.exclude_layers),
+                **({"score_layers": "blocks"} if self.score_layers == "blocks" else {}),
+                **({} if self.choosing is None else {"choosing": self.choosing.to_json()}),
             },
             "source": {"data": None},
             "compute": {"device": next(model.parameters()).device.type},

@@ -11,73 +11,83 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.settings.choosing import ChoosingConfig
+from ghoststore.settings.choosing import Choosing, ChoosingConfig
 from indexer.session.policies import Candidates, Policy, decide, first_k, policy_of, seeded
 from indexer.session.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One rank's candidates; each (B,)."""
+    """Candidates that were scored; each (B,)."""
 
     rows: NDArray[np.int64]
     scores: NDArray[np.float32]
     losses: NDArray[np.float32]
     tokens: NDArray[np.int64]
 
+    def together(self, ranks: Ranks) -> list[Scored]:
+        """Those of every rank, on every rank."""
+        columns = np.stack([self.rows, self.scores, self.losses, self.tokens]).astype(np.float64)
+        return [Scored(*of_rank) for of_rank in ranks.stacked(torch.from_numpy(columns)).numpy()]
+
+    @classmethod
+    def of(cls, several: list[Scored]) -> Scored:
+        """All of ``several``, in their order."""
+        columns = zip(*((one.rows, one.scores, one.losses, one.tokens) for one in several), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """Decides with a policy: the same on every rank, and whenever the step is made with the same weights of the model.
-
-    ``keep`` counts over all ranks.
-    """
+    """Decides with a policy: the same whenever the step is made with the same weights of the model."""
 
     policy: Policy
-    keep: int
-    over: str
+    keep: int | None
+    """Over all ranks, or of what is decided at once; None: all."""
     begins_at: int
     seed: int
     ranks: Ranks
+    over: str = "rank"
 
     @classmethod
     def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks) -> Chooser | None:
-        """What ``config`` asks for; None without candidates."""
+        """Of ``ghoststore train``; None without candidates."""
         if config.candidates is None:
             return None
-        over, begins_at = config.choose_over, config.choosing_begins_at
-        return cls(policy_of(config), config.least, over, begins_at, seed, ranks)
+        policy = policy_of(config.policy, config.threshold, config.temperature)
+        return cls(policy, config.keep, config.choosing_begins_at, seed, ranks, config.choose_over)
+
+    @classmethod
+    def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:
+        """Of a loop of the user's own, where each rank decides for each of its micro-batches."""
+        policy = policy_of(choosing.policy, choosing.threshold)
+        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks)
 
     def weights(self, step: int, own: Scored) -> NDArray[np.float32]:
-        """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen.
+        """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen, on every rank.
 
-        UsageError for weights of a policy that cannot be, on every rank that saw them.
+        UsageError on every rank for weights of a policy that cannot be.
         """
-        columns = np.stack([own.rows, own.scores, own.losses, own.tokens]).astype(np.float64)
-        rows, scores, losses, tokens = self.ranks.stacked(torch.from_numpy(columns)).numpy().swapaxes(0, 1)
+        each = own.together(self.ranks)
         if self.over == "all":
-            weights = self._decided(step, rows.ravel(), scores.ravel(), losses.ravel(), tokens.ravel(), "")
-            return weights.reshape(rows.shape)
-        # Each rank decides for all: a policy that gives what cannot be is then an error of all.
-        each = zip(rows, scores, losses, tokens, strict=True)
-        return np.stack([self._decided(step, *of_rank, f"|rank={rank}") for rank, of_rank in enumerate(each)])
+            return self._decide(step, Scored.of(each), self.keep, "").reshape(len(each), -1)
+        keep = None if self.keep is None else self.keep // len(each)
+        # Each rank decides for all: a policy that fails then fails on all.
+        return np.stack([self._decide(step, some, keep, f"|rank={rank}") for rank, some in enumerate(each)])
 
-    def _decided(
-        self,
-        step: int,
-        rows: NDArray[np.float64],
-        scores: NDArray[np.float64],
-        losses: NDArray[np.float64],
-        tokens: NDArray[np.float64],
-        rank: str,
-    ) -> NDArray[np.float32]:
+    def of_micro_batch(self, step: int, place: int, own: Scored) -> NDArray[np.float32]:
+        """(B,): the weights of the candidates of this rank's micro-batch number ``place`` of ``step``."""
+        return self._decide(step, own, self.keep, f"|rank={self.ranks.rank}|micro={place}")
+
+    def _decide(self, step: int, scored: Scored, keep: int | None, where: str) -> NDArray[np.float32]:
+        count = len(scored.rows)
         candidates = Candidates(
-            scores=scores,
-            losses=losses,
-            tokens=tokens.astype(np.int64),
-            rows=rows.astype(np.int64),
+            scores=scored.scores.astype(np.float64),
+            losses=scored.losses.astype(np.float64),
+            tokens=scored.tokens.astype(np.int64),
+            rows=scored.rows.astype(np.int64),
             step=step,
-            keep=self.keep // (self.ranks.count if rank else 1),
-            generator=seeded(f"ghoststore/1|choice|seed={self.seed}|step={step}{rank}"),
+            keep=count if keep is None else min(keep, count),
+            generator=seeded(f"ghoststore/1|choice|seed={self.seed}|step={step}{where}"),
         )
         return first_k(candidates) if step < self.begins_at else decide(self.policy, candidates)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.choosing import ChoosingConfig
 from indexer.projection import draws
 
 
@@ -82,18 +81,18 @@ def seeded(key: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=draws.bits(key, 2)))
 
 
-def policy_of(config: ChoosingConfig) -> Policy:
-    """The policy that ``config`` names, or the user's own function."""
-    if not isinstance(config.policy, str):
-        return config.policy
+def policy_of(policy: str | Policy, least: float | None = None, temperature: float | None = None) -> Policy:
+    """The policy of that name, or the user's own function."""
+    if not isinstance(policy, str):
+        return policy
     known: Mapping[str, Policy] = {
         "top-k": top_k,
         "bottom-k": bottom_k,
         "random": random_k,
-        "threshold": partial(threshold, least=config.threshold),
-        "reweight": partial(reweight, temperature=1.0 if config.temperature is None else config.temperature),
+        "threshold": partial(threshold, least=0.0 if least is None else least),
+        "reweight": partial(reweight, temperature=1.0 if temperature is None else temperature),
     }
-    return known[config.policy]
+    return known[policy]
 
 
 def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:

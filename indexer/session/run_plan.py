@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ghoststore.checkpoint.config_identity import agreed_config
-from ghoststore.settings.choosing import ChoosingConfig
 from ghoststore.settings.train import OnStoreError
 from ghoststore.software import versions_of
 from ghoststore.store import Store
@@ -75,13 +74,6 @@ def run_manifest(sections: Mapping[str, Any], layout: RunLayout, *packages: str)
     software = versions_of("ghoststore", "torch", *packages, "numpy", "zarr")
     known = {**sections, "storage": layout.to_json(), "software": software}
     return {name: known[name] for name in (*RUN.identity, *RUN.description)}
-
-
-def choosing_section(config: ChoosingConfig) -> dict[str, Any]:
-    """What the section ``scoring`` of a manifest says of how a step chooses; nothing where it does not."""
-    if config.candidates is None:
-        return {}
-    return {"choosing": {**asdict(config), "policy": config.policy_name, "keep": config.least}}
 
 
 def parameter_count(model: torch.nn.Module, *, trainable: bool = False) -> int:

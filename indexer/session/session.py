@@ -60,6 +60,9 @@ class MicroBatch:
     weight: float = 0.0
     reached: bool = False
     """Whether a backward pass came to the model's own loss."""
+    scores: Scores | None = None
+    """Where these are chosen among candidates: those of the candidates, which are kept already. The engine is not open
+    for the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,8 @@ class ScoringSession:
         own = own_loss(output, kwargs.get("labels", opened.labels), kwargs.get("num_items_in_batch"))
         if own is None:
             return False
-        engine.watch(own.loss, weights=own.weights, labels=own.labels)
+        if opened.scores is None:
+            engine.watch(own.loss, weights=own.weights, labels=own.labels)
         opened.own_loss = own.loss
         opened.loss = float(own.loss.detach()) * own.divisor
         opened.weight = float(own.weights.sum()) * own.divisor
@@ -211,12 +215,14 @@ class ScoringSession:
 
     def collect(self, loss_B: NDArray[np.float32] | None = None) -> Scores | None:
         """After the backward pass: keep the batch's scores, and the samples' own losses where they are known."""
-        scores, batch = None, self.batch
+        batch = self.batch
         assert batch is not None, "prepare() comes first"
-        if self.engine is not None:
-            scores = self.engine.collect()
-            self._seconds += scores.seconds
-        self._parts.append({} if self._layout is None else self._arrays(self._layout, batch, loss_B, scores))
+        scores = batch.scores
+        if scores is None:
+            if self.engine is not None:
+                scores = self.engine.collect()
+                self._seconds += scores.seconds
+            self._parts.append({} if self._layout is None else self._arrays(self._layout, batch, loss_B, scores))
         if batch.loss is not None:
             self._sums += (batch.loss, batch.weight, batch.tokens)
         self.batch = None
@@ -235,6 +241,17 @@ class ScoringSession:
             if self._layout.weights:
                 arrays["weight"] = weights_B
         self._parts.append(arrays)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the open step that were collected or taken."""
+        return len(self._parts)
+
+    def open_chosen(self, size: int, *, labels: Any, tokens: int, scores: Scores) -> None:
+        """What was chosen among candidates that :meth:`take` kept is trained on now: its loss is watched for the
+        step's mean alone. ``scores`` are those of the candidates.
+        """
+        self.batch = MicroBatch(size, None, labels, tokens, scores=scores)
 
     def _arrays(
         self, layout: RunLayout, batch: MicroBatch, loss_B: NDArray[np.float32] | None, scores: Scores | None

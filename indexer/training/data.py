@@ -112,7 +112,8 @@ class TrainingRows:
 
     def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The targets of each of these rows."""
-        return np.maximum(self.length[rows] - self.first_target[rows], 0)
+        counts: NDArray[np.int64] = np.maximum(self.length[rows] - self.first_target[rows], 0)
+        return counts
 
     def targets_of(self, rows: NDArray[np.int64]) -> int:
         """Targets of these rows together."""

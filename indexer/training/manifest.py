@@ -17,7 +17,7 @@ from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
-from indexer.session.run_plan import choosing_section, parameter_count, projection_hash, run_manifest
+from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
 from indexer.training.inputs import Inputs
 
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
@@ -99,11 +99,10 @@ def training_manifest(
             "loss": "next-token cross-entropy, mean over all targets of a step",
         },
         "scoring": {
-            **asdict(config.scoring),
+            **_scoring(config),
             "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
             "projection": projection_hash(engine),
-            **choosing_section(config.choosing),
         },
         "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},
         "compute": {
@@ -114,6 +113,17 @@ def training_manifest(
         },
     }
     return run_manifest(sections, layout, "transformers", "tokenizers")
+
+
+def _scoring(config: TrainConfig) -> dict[str, Any]:
+    """The options of scoring, those that are not as they were before they came aside."""
+    section = asdict(config.scoring)
+    del section["score_layers"]
+    if config.score_layers == "blocks":
+        section["score_layers"] = "blocks"
+    if config.choosing.candidates is not None:
+        section["choosing"] = config.choosing.to_json()
+    return section
 
 
 def remember_corpus(run: Run, shards: TokenShards) -> str | None:

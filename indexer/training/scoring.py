@@ -9,7 +9,7 @@ from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import ScoringConfig
+from ghoststore.settings.train import ScoringConfig, TrainConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.session import ScoringSession
@@ -17,15 +17,17 @@ from indexer.training.data import Batch
 from indexer.training.validation import ValSet
 
 
-def scoring_engine(model: nn.Module, config: ScoringConfig, projection: ProjectionConfig | None) -> GradDotProdEngine:
-    """The engine that ``config`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
+def scoring_engine(model: nn.Module, training: TrainConfig, projection: ProjectionConfig | None) -> GradDotProdEngine:
+    """The engine that ``training`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
     scored so.
     """
+    config = training.scoring
     engine = GradDotProdEngine(
         model,
         None,
         val_refresh_interval=config.val_refresh_interval,
         exclude_layers=config.exclude_layers,
+        score_layers=training.score_layers,
         route=config.route,
         projection=(projection or ProjectionConfig()) if config.score == "sketched" else None,
         hold_losses=False,  # Trainer computes them from the logits

@@ -149,7 +149,7 @@ class _Training:
         saved = None if newest is None else read_state(newest)
         inputs = self._inputs(start, newest, saved)
         model = inputs.model
-        engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
+        engine = scoring_engine(model, self.config, self.projection) if self._scores else None
         stored = None if saved is None else saved.identity
         layout = training_layout(self.config, inputs, engine, self.ranks.count, stored)
         manifest = training_manifest(

@@ -47,8 +47,9 @@ def scores(options: ScoresOptions) -> ScoresResult:
     ``cumulative`` (Σ η·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
-    often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight its
-    sample had in the step, so that what was not trained on counts for nothing; ``candidates`` counts all alike. ``plot`` draws scores by domain to a new .png, .pdf or .svg file.
+    often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight that
+    its sample had in the step; ``candidates`` counts those that were not trained on, too, all alike. ``plot`` draws
+    scores by domain to a new .png, .pdf or .svg file.
 
     Reads a run while it is written, too: what is committed at that moment. Scores that are not finite enter nothing;
     they are counted. One pass over the steps; memory grows with the row table alone.

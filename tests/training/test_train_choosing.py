@@ -102,9 +102,12 @@ def test_the_run_says_what_was_chosen(gym: Gym, models: dict[str, Path]) -> None
 
 
 def test_scores_are_those_of_a_training_on_all(gym: Gym, models: dict[str, Path]) -> None:
-    """Of the first step, whose weights are the same: candidates are scored as a train batch is."""
-    chosen = choosing(gym, models, keep=4).arrays()
-    plain = gym.train(model=None, checkpoint=models["tiny"], max_steps=8, batch_size=12, eval_interval=4).arrays()
+    """Of the first step, whose weights are the same: candidates are scored as a train batch is, over the blocks."""
+    trained = choosing(gym, models, keep=4)
+    assert trained.run.manifest["scoring"]["score_layers"] == "blocks"
+    chosen = trained.arrays()
+    options = {"max_steps": 8, "batch_size": 12, "eval_interval": 4, "score_layers": "blocks"}
+    plain = gym.train(model=None, checkpoint=models["tiny"], **options).arrays()
     np.testing.assert_array_equal(chosen["sample"], plain["sample"])
     for name in ("score", "loss"):
         np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
@@ -190,7 +193,7 @@ def test_weights_that_cannot_be(gym: Gym, models: dict[str, Path], tmp_path: Pat
 REFUSED: dict[str, tuple[Options, str]] = {
     "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`"),
     "policy-without-candidates": ({"policy": "random"}, "give `candidates`"),
-    "no-keep": ({"candidates": 8}, "`policy=top-k` chooses so many of 8 candidates: give `keep`"),
+    "no-keep": ({"candidates": 8}, "`policy=top-k` chooses so many candidates: give `keep`"),
     "keep-too-large": ({"candidates": 8, "keep": 9}, "`keep=9` is more than `candidates=8`"),
     "no-threshold": ({"candidates": 8, "policy": "threshold"}, "give both, or neither"),
     "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "give both, or neither"),
