@@ -21,19 +21,19 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import ScoreLayers
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import Route
+from indexer.dotprod.held_factors import FactorHolder
 from indexer.dotprod.held_loss import HeldLoss
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
     refuse_unsupported_wrappers,
     unwrapped,
-    version_of,
 )
-from indexer.dotprod.making import exact_method, sketched_method
-from indexer.dotprod.method import Method
+from indexer.dotprod.making import method_for
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import See, Tap
@@ -93,28 +93,20 @@ class GradDotProdEngine:
     ) -> None:
         if val_refresh_interval < 1:
             raise UsageError(f"val_refresh_interval must be at least 1 step, not {val_refresh_interval}")
-        if projection is not None and (pairs or exclude_layers or score_layers is not None or route != "auto"):
-            raise UsageError(
-                "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
-                "layers it sketches"
-            )
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
         losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
         self._optimizer = optimizer
-        self.method: Method
-        if projection is not None:
-            self.method = sketched_method(self.model, projection, check=check)
-        else:
-            self.method = exact_method(
-                self.model,
-                exclude_layers=exclude_layers,
-                score_layers=score_layers,
-                route=route,
-                pairs=pairs,
-                check=check,
-            )
+        self.method = method_for(
+            self.model,
+            projection,
+            exclude_layers=exclude_layers,
+            score_layers=score_layers,
+            route=route,
+            pairs=pairs,
+            check=check,
+        )
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
@@ -123,11 +115,10 @@ class GradDotProdEngine:
         self._held_loss = HeldLoss(self.model, losses, enabled=check and hold_losses)
         self._flags = [p.requires_grad for p in self.model.parameters()]
         self._batch_norms = batch_norms_of(self.model)
+        self._check = check
+        self._holder: FactorHolder | None = None
         self._handles: list[RemovableHandle] = []
-        self._version_at_refresh = self._version_at_detach = -1
-        self._step_reported = False
-        self._age: int | None = None
-        """Optimizer steps since the val gradient was computed; None: it is not, or not of these weights."""
+        self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
         self._size = self._tokens = 0
         """Samples of the train or val batch that is open, and positions of the train batch."""
@@ -155,8 +146,7 @@ class GradDotProdEngine:
         except BaseException:
             self.detach()
             raise
-        if version_of(self.model) != self._version_at_detach:
-            self._age = None
+        self._age.attached()
         return self
 
     def detach(self) -> None:
@@ -164,10 +154,12 @@ class GradDotProdEngine:
         have changed.
         """
         self._axes.detach()
+        if self._holder is not None:
+            self._holder.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._version_at_detach = version_of(self.model)
+        self._age.detached()
         self.discard()
 
     def __enter__(self) -> GradDotProdEngine:
@@ -213,14 +205,12 @@ class GradDotProdEngine:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
         was given the optimizer.
         """
-        self._step_reported = True
-        if self._age is not None:
-            self._age += 1
+        self._age.stepped()
 
     def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
         """Other val samples; their gradient is computed at the next :meth:`prepare`."""
         self._val.set(val_data, groups)
-        self._age = None
+        self._age.forget()
 
     def refresh(self, loss_scale: float = 1.0) -> None:
         """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
@@ -233,10 +223,10 @@ class GradDotProdEngine:
         if self._train is not None:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
         begun = time.perf_counter()
-        self._age = None  # what an error below leaves behind is never used
+        self._age.forget()  # what an error below leaves behind is never used
         self.examine()
         self._val.compute(loss_scale, self._tolerance, self._opened_val)
-        self._age, self._version_at_refresh = 0, version_of(self.model)
+        self._age.computed()
         self._seconds += time.perf_counter() - begun
 
     def examine(self) -> None:
@@ -263,7 +253,9 @@ class GradDotProdEngine:
         self._open(OpenBatch(batch_size), tokens, loss_scale)
 
     @contextmanager
-    def scoring(self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0) -> Iterator[ScoringBatch]:
+    def scoring(
+        self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0, hold: bool = False
+    ) -> Iterator[ScoringBatch]:
         """Score ``batch_size`` samples without training on them.
 
         ::
@@ -273,35 +265,50 @@ class GradDotProdEngine:
                 scores = batch.scores(losses_B)
 
         No weight gradient is formed, no ``.grad`` changes and no hook of a parameter runs, but for those of the first
-        pass, which is held against autograd as a train batch is. Inside DistributedDataParallel call
-        :attr:`model`, the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
+        pass, which is held against autograd as a train batch is. Inside DistributedDataParallel call :attr:`model`,
+        the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
+
+        With ``hold`` the batch keeps the input of each layer with a trainable parameter, scored or not, and the
+        gradient at its output, until ``batch.add_gradients(weights_B)`` forms the weighted sum of the samples'
+        gradients from them. That is memory for all inputs and outputs of the linears, with or without checkpointing:
+        of GPT-2 about 16 times its width for each token and block, and as many as there are logits. Several batches may
+        be held. LayerError for a trainable parameter that no layer type handles.
         """
         opened = OpenBatch(batch_size, leaf=torch.zeros((), device=self._device, requires_grad=True))
+        self._refuse_to_open()
+        holder = self._attached_holder() if hold else None
         self._open(opened, tokens, loss_scale)
+        if holder is not None:
+            holder.begin(opened)
         try:
-            yield ScoringBatch(opened, loss_scale, self.method, self._scored)
+            yield ScoringBatch(opened, loss_scale, self.method, holder, self._scored, self._tolerance)
         finally:
             if self._train is opened:
                 self.discard()
 
-    def _open(self, opened: OpenBatch, tokens: int, loss_scale: float) -> None:
-        """See :meth:`prepare`."""
+    def _attached_holder(self) -> FactorHolder:
+        if self._holder is None:
+            self._holder = FactorHolder(self.model, check=self._check)
+        self._holder.attach(self._val)
+        return self._holder
+
+    def _refuse_to_open(self) -> None:
+        """UsageError where no batch can be opened."""
         self._require_attached()
         if self._train is not None:
             raise UsageError("the last batch was not collected; call collect() after its backward pass, or discard()")
+
+    def _open(self, opened: OpenBatch, tokens: int, loss_scale: float) -> None:
+        """See :meth:`prepare`."""
+        self._refuse_to_open()
         if opened.size < 1:
             raise UsageError(f"a batch has at least one sample, not {opened.size}")
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
-        if self._age == 0 and not self._step_reported and version_of(self.model) != self._version_at_refresh:
-            raise UsageError(
-                "the weights changed after the val gradient was computed, but no optimizer step was reported: give the "
-                "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
-            )
+        self._age.refuse_unreported()
         self._tokens = tokens
-        due = self._age is None or self._age >= self.val_refresh_interval
-        if due and (self.method.needs_val or self._val.batches):
+        if self._age.due(self.val_refresh_interval) and (self.method.needs_val or self._val.batches):
             self.refresh(loss_scale)
         self._train, self._size = opened, opened.size
         self._axes.begin_train()
@@ -355,8 +362,6 @@ class GradDotProdEngine:
 
     def _scored(self, opened: OpenBatch, scale_B: Tensor) -> Scores:
         """The scores of the batch that is open, after its backward pass; closes it."""
-        if self._train is not opened:
-            raise UsageError("this scoring pass is closed: call scores() before its with block ends")
         begun = time.perf_counter()
         try:
             self._axes.check_train(opened.size)
@@ -365,14 +370,18 @@ class GradDotProdEngine:
             self.discard()
         seconds = self._seconds + time.perf_counter() - begun
         self._seconds = 0.0
-        return replace(scores, seconds=seconds, val_age=self._age or 0)
+        return replace(scores, seconds=seconds, val_age=self._age.steps or 0)
 
     def discard(self) -> None:
         """Forget the open batch, if there is one (after an error in its step). A backward pass of it that still
         comes is not scored.
         """
+        if self._train is not None:
+            self._train.closed = True
         self._train = None
         self.method.begin_train(0)
+        if self._holder is not None:
+            self._holder.end()
         self._axes.end_train()
         self._held_loss.forget()
 

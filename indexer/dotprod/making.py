@@ -12,29 +12,37 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import Route, ScoreLayers
 from indexer.dotprod.exact import ExactMethod
 from indexer.dotprod.ledger import survey
+from indexer.dotprod.method import Method
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.projection.matrices import Projection
 from indexer.projection.selection import block_linears
 
 
-def exact_method(
+def method_for(
     model: nn.Module,
+    projection: ProjectionConfig | Projection | None,
     *,
     exclude_layers: Sequence[str],
     score_layers: ScoreLayers | None,
     route: Route,
     pairs: bool,
     check: bool,
-) -> ExactMethod:
-    """Over the parameters of ``model`` that are to be scored. UsageError or LayerError if they cannot be."""
+) -> Method:
+    """Exact over the parameters of ``model`` that are to be scored, or sketched through ``projection``, which is drawn
+    for the model where it is a configuration.
+
+    UsageError for settings that do not go together, LayerError if ``model`` cannot be scored so.
+    """
     if score_layers not in (None, *get_args(ScoreLayers)):
         raise UsageError(f"score_layers {score_layers!r} is unknown; known: {', '.join(get_args(ScoreLayers))}")
-    only = block_linears(model) if score_layers == "blocks" else None
-    return ExactMethod(survey(model, exclude_layers, only=only), route=route, pairs=pairs, check=check)
-
-
-def sketched_method(model: nn.Module, projection: ProjectionConfig | Projection, *, check: bool) -> SketchedMethod:
-    """Through ``projection``, drawn for ``model`` where it is a configuration."""
+    if projection is None:
+        only = block_linears(model) if score_layers == "blocks" else None
+        return ExactMethod(survey(model, exclude_layers, only=only), route=route, pairs=pairs, check=check)
+    if pairs or exclude_layers or score_layers is not None or route != "auto":
+        raise UsageError(
+            "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
+            "layers it sketches"
+        )
     if isinstance(projection, ProjectionConfig):
         projection = Projection.for_model(model, projection)
     return SketchedMethod(model, projection, check=check)

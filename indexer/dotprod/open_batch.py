@@ -25,6 +25,7 @@ class OpenBatch:
     """(B,) float64: the watched loss is Σ weights·ℓ; None before it is watched."""
     forwarded: bool = False
     """Whether the forward pass is over: what runs from now on is run again by gradient checkpointing."""
+    closed: bool = False
     without_graph: list[str] = field(default_factory=list)
     """Of a scoring pass: modules with taps that ran under no_grad, as in reentrant checkpointing."""
     _upstreams: list[Tensor] = field(default_factory=list)
