@@ -49,7 +49,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
     sketched and keeps each sample's projected gradient. ``choosing`` trains on those samples of each micro-batch alone
-    that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default. ``note`` is told what is no error (default: a warning).
+    that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default. ``note`` is told
+    what is no error (default: a warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.

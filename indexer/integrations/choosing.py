@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.settings.choosing import Choosing
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
-from indexer.encode.losses import own_losses
+from indexer.encode.losses import IGNORED, own_losses
 from indexer.encode.modes import devices_of
 from indexer.session.chooser import Chooser, Scored
 from indexer.session.own_loss import tokens_in
@@ -82,7 +82,8 @@ class LoopChooser:
         UsageError for arguments without labels, for one that cannot be cut by samples, and for a loss of the model's
         that is another one than of next tokens.
         """
-        labels_BT = _labels(args, kwargs)
+        labels_BT = _labels(kwargs)
+        _cut(args, kwargs, labels_BT, torch.arange(len(labels_BT)))  # what cannot be is refused before it is scored
         begun = time.perf_counter()
         self.scoring = True
         try:
@@ -133,8 +134,7 @@ class LoopChooser:
         """The first time: UsageError unless the model's own loss is the mean over next-token targets."""
         if self._held:
             return
-        own = output.loss
-        if not isinstance(own, Tensor):
+        if not isinstance(own := getattr(output, "loss", None), Tensor):
             raise UsageError(f"{type(model).__name__} returned no loss, though it was given labels")
         counts_B = target_counts(labels_BT).to(logits.device)
         with torch.no_grad():
@@ -142,16 +142,17 @@ class LoopChooser:
         items = kwargs.get(ITEMS)
         expected = summed / float(counts_B.sum().clamp_min(1) if items is None else items)
         tolerance = 1e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if not abs(float(own) - expected) <= tolerance * abs(expected):
+        given = float(own.detach())
+        if not abs(given - expected) <= tolerance * abs(expected):
             raise UsageError(
-                f"the loss that {type(model).__name__} returned is {float(own):.6g}; the mean over its next-token "
-                f"targets is {expected:.6g}: samples are chosen by that, so train on that (without label smoothing, without a "
-                "router's loss)"
+                f"the loss that {type(model).__name__} returned is {given:.6g}; the mean over its next-token "
+                f"targets is {expected:.6g}: samples are chosen by that, so train on that (without label "
+                "smoothing, without a router's loss)"
             )
         self._held = True
 
 
-def _labels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def _labels(kwargs: Mapping[str, Any]) -> Tensor:
     labels = kwargs.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         raise UsageError(
@@ -174,8 +175,8 @@ def _refuse_unequal(weights_B: NDArray[np.float32]) -> None:
     chosen = weights_B[weights_B > 0]
     if (chosen != chosen[0]).any():
         raise UsageError(
-            f"`policy` gave weights of {chosen.min():.4g} to {chosen.max():.4g}: the loss that the model returns weighs "
-            "its samples alike; give 0 and 1 (`ghoststore train` can weigh them)"
+            f"`policy` gave weights of {chosen.min():.4g} to {chosen.max():.4g}: the loss that the model returns "
+            "weighs its samples alike; give 0 and 1 (`ghoststore train` can weigh them)"
         )
 
 
@@ -207,12 +208,14 @@ def _cut(args: tuple[Any, ...], kwargs: Mapping[str, Any], labels_BT: Tensor, pl
 
 
 def _items(items: Any, labels_BT: Tensor, chosen_KT: Tensor) -> Any:
-    """``items`` times the share of this micro-batch's targets that was chosen: it counts in the step as all of it
-    would have.
+    """``items`` times the share of this micro-batch's targets that was chosen: it counts in the step as all of it would
+    have. Where it is the whole step, that is what the Trainer had counted of the chosen alone.
     """
     before, after = int(target_counts(labels_BT).sum()), int(target_counts(chosen_KT).sum())
     if not before:
         raise CaptureError("the micro-batch has no target: nothing can be chosen in it")
+    if float(items) == float((labels_BT != IGNORED).sum()):  # some releases count the label that nothing predicts
+        before, after = int((labels_BT != IGNORED).sum()), int((chosen_KT != IGNORED).sum())
     number = float(items) * after / before
     if isinstance(items, Tensor):
         whole = number.is_integer() or items.is_floating_point()

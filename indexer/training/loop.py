@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ghoststore.errors import DivergedError
 from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.dotprod import Scores
+from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.encode.losses import IGNORED, own_losses, training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
@@ -48,6 +49,16 @@ class StepResult:
     seconds: float
     scored: ScoredStep
     """This rank's part of it: sample, loss, score, …, each (A·B, …), and the time that scoring took."""
+
+
+class ScoredBatch(NamedTuple):
+    """A micro-batch of candidates."""
+
+    losses: NDArray[np.float32]
+    """(B,)."""
+    scores: Scores
+    held: ScoringBatch
+    """What gradients are formed from, where one pass is all."""
 
 
 def learning_rate(step: int, steps: int, warmup: int, config: OptimizationConfig) -> float:
@@ -119,19 +130,11 @@ class Trainer:
         eta = learning_rate(step, self.steps, warmup, config)
         for group in self.optimizer.param_groups:
             group["lr"] = eta
-        drawn, ranks = self.order.rows_of(step), self.ranks
         if self.chooser is None:
-            share = Share.drawn(self.rows, drawn, ranks, config.gradient_accumulation_steps)
+            share = Share.drawn(self.rows, self.order.rows_of(step), self.ranks, config.gradient_accumulation_steps)
+            loss_sum = self._passes(share, step)
         else:
-            weights_RB, anew = self._choose(self.chooser, step, drawn), self.chooser.over == "all"
-            share = Share.chosen(self.rows, drawn, weights_RB, ranks, config.batch_size, anew=anew)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for place, part in enumerate(share.parts):
-            last = place == len(share.parts) - 1
-            self._seed(step, place)
-            batch = self.rows.batch(part.rows).to(self.device)
-            with nullcontext() if last else self._no_sync():
-                loss_sum += self._micro_step(batch, part, share.targets, step)
+            share, loss_sum = self._choose_and_pass(self.chooser, step)
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
         if not math.isfinite(train_loss):
             raise DivergedError.at(step + 1, f"the loss is {train_loss}")
@@ -148,37 +151,57 @@ class Trainer:
             scored=self.session.complete_step(),
         )
 
-    def _choose(self, chooser: Chooser, step: int, drawn: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(R, B): score this rank's candidates; the weights of those of all ranks."""
-        own = np.split(drawn, self.ranks.count)[self.ranks.rank]
-        size = self.config.optimization.batch_size
-        scored = [
-            self._score(own[start : start + size], step, place) for place, start in enumerate(range(0, len(own), size))
-        ]
-        losses_B = np.concatenate([losses for losses, _ in scored])
-        scores_B = torch.cat([scores.total for _, scores in scored]).float().cpu().numpy()
-        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]))
-        place = 0
-        for losses, scores in scored:
-            here = slice(place, place + len(losses))
-            self.session.take(own[here], losses, scores, weights_RB[self.ranks.rank, here])
-            place = here.stop
-        return weights_RB
+    def _passes(self, share: Share, step: int) -> Tensor:
+        """Forward and backward of this rank's micro-batches; its share of the loss."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for place, part in enumerate(share.parts):
+            last = place == len(share.parts) - 1
+            self._seed(step, place)
+            batch = self.rows.batch(part.rows).to(self.device)
+            with nullcontext() if last else self._no_sync():
+                loss_sum += self._micro_step(batch, part, share.targets, step)
+        return loss_sum
 
-    def _score(self, rows: NDArray[np.int64], step: int, place: int) -> tuple[NDArray[np.float32], Scores]:
-        """(losses, scores) of some candidates: no weight gradient is formed, and nothing goes to another rank."""
+    def _choose_and_pass(self, chooser: Chooser, step: int) -> tuple[Share, Tensor]:
+        """Score this rank's candidates, choose among those of all, and form the gradients of the chosen."""
+        drawn, ranks, size = self.order.rows_of(step), self.ranks, self.config.optimization.batch_size
+        own = np.split(drawn, ranks.count)[ranks.rank]
+        cuts = [own[start : start + size] for start in range(0, len(own), size)]
+        scored = [self._score(rows, step, place) for place, rows in enumerate(cuts)]
+        losses_B = np.concatenate([batch.losses for batch in scored])
+        scores_B = torch.cat([batch.scores.total for batch in scored]).float().cpu().numpy()
+        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]))
+        ends = np.cumsum([len(rows) for rows in cuts])[:-1]
+        for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
+            self.session.take(rows, batch.losses, batch.scores, weights_B)
+        share = Share.chosen(self.rows, drawn, weights_RB, ranks, size, anew=chooser.over == "all")
+        if self.config.choosing.choosing_passes == "two":
+            return share, self._passes(share, step)
+        counted_B = self.rows.target_counts(own) * weights_RB[ranks.rank].astype(np.float64) / share.targets
+        chosen = counted_B > 0
+        loss_sum = torch.tensor((counted_B * losses_B)[chosen].sum(), dtype=torch.float64, device=self.device)
+        if bool(torch.isfinite(ranks.sum(loss_sum))):
+            for batch, here_B in zip(scored, np.split(counted_B, ends), strict=True):
+                # Summed over ranks, not averaged as by DistributedDataParallel.
+                weights_B = torch.from_numpy(here_B / ranks.count).to(self.device)
+                batch.held.add_gradients(weights_B if self.scaler is None else self.scaler.scale(weights_B))
+            ranks.add_up([p.grad for p in self.inner.parameters() if p.grad is not None])
+        return share, loss_sum
+
+    def _score(self, rows: NDArray[np.int64], step: int, place: int) -> ScoredBatch:
+        """Some candidates, scored: no weight gradient is formed yet, and nothing goes to another rank."""
         assert self.val_schedule is not None
-        begun = time.perf_counter()
+        begun, hold = time.perf_counter(), self.config.choosing.choosing_passes == "one"
         self._seed(step, place)
         batch = self.rows.batch(rows).to(self.device)
         with ExitStack() as stack:
             with self.autocast():
-                opened = stack.enter_context(self.val_schedule.scoring(batch, step, self._scale()))
+                opened = stack.enter_context(self.val_schedule.scoring(batch, step, self._scale(), hold=hold))
             with self.autocast():  # a block of its own, as below
                 losses_B = own_losses(self._logits(self.inner, batch), batch.labels)
             scores = opened.scores(losses_B)
         losses = losses_B.detach().float().cpu().numpy()
-        return losses, replace(scores, seconds=time.perf_counter() - begun)
+        return ScoredBatch(losses, replace(scores, seconds=time.perf_counter() - begun), opened)
 
     @staticmethod
     def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -63,11 +63,15 @@ class ValSchedule:
             session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
 
     @contextmanager
-    def scoring(self, batch: Batch, step: int, loss_scale: float) -> Iterator[ScoringBatch]:
-        """Open the engine for candidates, which are scored and not trained on; else as :meth:`prepare`."""
+    def scoring(self, batch: Batch, step: int, loss_scale: float, *, hold: bool) -> Iterator[ScoringBatch]:
+        """Open the engine for candidates, which are scored and not trained on (or with ``hold`` afterwards); else as
+        :meth:`prepare`.
+        """
         with ExitStack() as stack:
             with self._at(step):
-                opening = self.engine.scoring(len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+                opening = self.engine.scoring(
+                    len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale, hold=hold
+                )
                 opened = stack.enter_context(opening)
             yield opened
 

@@ -24,6 +24,8 @@ OVER_ALL = {
     "uneven": ("--keep", "3", "--policy", "bottom-k"),
     "one-for-two": ("--policy", "threshold", "--threshold", "1e9"),
     "reweight": ("--policy", "reweight"),
+    "one-pass": ("--keep", "4", "--choosing-passes", "one"),
+    "one-pass-reweight": ("--policy", "reweight", "--choosing-passes", "one"),
 }
 
 

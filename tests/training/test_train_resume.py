@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Fault = dict[str, Any]
 OPTIONS = ("--val-groups", "--per-layer", "--train-dtype", "bfloat16")
 CHOOSING = ("--candidates", "8", "--keep", "4", "--batch-size", "3")
+ONE_PASS = (*CHOOSING, "--choosing-passes", "one")
 
 
 def at(call: str, path: str, when: str, number: int = 1) -> Fault:
@@ -293,6 +294,7 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
         (("--score", "sketched"), "interval-committed"),
         (("--checkpoint", "dropout"), "between-interval-and-checkpoint"),
         *((CHOOSING, moment) for moment in ("interval-committed", "pending-checkpoint", "record-unnamed")),
+        (ONE_PASS, "interval-committed"),
         ((*CHOOSING, "--policy", "random", "--checkpoint", "dropout"), "between-interval-and-checkpoint"),
     ],
 )
