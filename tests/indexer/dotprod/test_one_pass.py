@@ -131,7 +131,7 @@ NARROW = {
 }
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["chosen", "weighted"])
 @pytest.mark.parametrize("kind", NARROW)
 @pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
