@@ -150,11 +150,15 @@ def test_the_loops_of_their_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain, own, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
+    plain, own, choosing, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
     exec(plain, Loops().names())
     assert capsys.readouterr().out.count("tensor(") == 3
     exec(own, names := Loops().names())
     assert names["scores"].total.isfinite().all()
+    before = Loops()
+    exec(choosing, names := before.names())
+    assert names["scores"].total.isfinite().all()
+    assert before.optimizer.state
     exec(manager, Loops().names())
     assert ghoststore.Store.open("store").run("mine").complete
     exec(trainer, Loops().names())

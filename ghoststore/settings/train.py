@@ -16,6 +16,7 @@ Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]
 Route = Literal["auto", "direct", "gram"]
 ScoreLayers = Literal["blocks", "all"]
+ScoreMetric = Literal["sgd", "adam"]
 ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
 

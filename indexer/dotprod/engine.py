@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import ScoreLayers
+from ghoststore.settings.train import ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.exact import Route
 from indexer.dotprod.held_factors import FactorHolder
@@ -29,7 +29,7 @@ from indexer.dotprod.ledger import (
     refuse_unsupported_wrappers,
     unwrapped,
 )
-from indexer.dotprod.making import method_for
+from indexer.dotprod.making import method_for, metric_for
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
@@ -66,9 +66,11 @@ class GradDotProdEngine:
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
     ``exclude_layers`` are patterns of modules whose parameters are left out; ``score_layers="blocks"`` takes only the
-    linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). ``check=False`` trusts
-    the taps, the axes of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them
-    of the logits.
+    linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). With
+    ``score_metric="adam"`` a score is ⟨∇ℓ_i, P ∇L_val⟩, P = 1/(√v̂+ε) of ``optimizer``, torch's Adam or AdamW, when the
+    val gradient is computed: to first order what its step along ∇ℓ_i takes off L_val; NaN before its first step.
+    ``check=False`` trusts the taps, the axes of the layers and the losses; ``hold_losses=False`` the losses alone, for
+    a loop that makes them of the logits.
 
     Raises LayerError naming the module for a trainable parameter that cannot be scored, UsageError for a model whose
     samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
@@ -85,6 +87,7 @@ class GradDotProdEngine:
         val_refresh_interval: int = 1,
         exclude_layers: Sequence[str] = (),
         score_layers: ScoreLayers | None = None,
+        score_metric: ScoreMetric = "sgd",
         route: Route = "auto",
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
@@ -103,6 +106,7 @@ class GradDotProdEngine:
             projection,
             exclude_layers=exclude_layers,
             score_layers=score_layers,
+            metric=metric_for(score_metric, optimizer),
             route=route,
             pairs=pairs,
             check=check,
@@ -225,8 +229,7 @@ class GradDotProdEngine:
         begun = time.perf_counter()
         self._age.forget()  # what an error below leaves behind is never used
         self.examine()
-        self._val.compute(loss_scale, self._tolerance, self._opened_val)
-        self._age.computed()
+        self._age.computed(complete=self._val.compute(loss_scale, self._tolerance, self._opened_val))
         self._seconds += time.perf_counter() - begun
 
     def examine(self) -> None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+import torch
 from torch import nn
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import Route, ScoreLayers
+from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.exact import ExactMethod
 from indexer.dotprod.ledger import survey
 from indexer.dotprod.method import Method
+from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.projection.matrices import Projection
 from indexer.projection.selection import block_linears
+
+
+def metric_for(score_metric: ScoreMetric, optimizer: torch.optim.Optimizer | None) -> AdamMetric | None:
+    """None for plain dot products. UsageError for an optimizer that has no such metric."""
+    if score_metric not in get_args(ScoreMetric):
+        raise UsageError(f"score_metric {score_metric!r} is unknown; known: {', '.join(get_args(ScoreMetric))}")
+    return AdamMetric(optimizer) if score_metric == "adam" else None
 
 
 def method_for(
@@ -24,6 +33,7 @@ def method_for(
     *,
     exclude_layers: Sequence[str],
     score_layers: ScoreLayers | None,
+    metric: AdamMetric | None,
     route: Route,
     pairs: bool,
     check: bool,
@@ -37,7 +47,8 @@ def method_for(
         raise UsageError(f"score_layers {score_layers!r} is unknown; known: {', '.join(get_args(ScoreLayers))}")
     if projection is None:
         only = block_linears(model) if score_layers == "blocks" else None
-        return ExactMethod(survey(model, exclude_layers, only=only), route=route, pairs=pairs, check=check)
+        ledger = survey(model, exclude_layers, only=only)
+        return ExactMethod(ledger, route=route, pairs=pairs, metric=metric, check=check)
     if pairs or exclude_layers or score_layers is not None or route != "auto":
         raise UsageError(
             "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
@@ -45,4 +56,4 @@ def method_for(
         )
     if isinstance(projection, ProjectionConfig):
         projection = Projection.for_model(model, projection)
-    return SketchedMethod(model, projection, check=check)
+    return SketchedMethod(model, projection, metric=metric, check=check)

@@ -15,6 +15,7 @@ class ValAge:
         self.steps: int | None = None
         """Optimizer steps since the val gradient was computed; None: it is not, or not of these weights."""
         self._model = model
+        self._complete = True
         self._step_reported = False
         self._version_then = self._version_at_detach = -1
 
@@ -24,8 +25,9 @@ class ValAge:
         if self.steps is not None:
             self.steps += 1
 
-    def computed(self) -> None:
-        """The val gradient is that of the weights as they are."""
+    def computed(self, *, complete: bool) -> None:
+        """The val gradient is that of the weights as they are; not ``complete``: it is NaN until there is a step."""
+        self._complete = complete
         self.steps, self._version_then = 0, version_of(self._model)
 
     def forget(self) -> None:
@@ -34,7 +36,7 @@ class ValAge:
 
     def due(self, interval: int) -> bool:
         """Whether it is to be computed anew."""
-        return self.steps is None or self.steps >= interval
+        return self.steps is None or self.steps >= (interval if self._complete else 1)
 
     def attached(self) -> None:
         """The engine watches again: what happened to the weights meanwhile, nobody told."""

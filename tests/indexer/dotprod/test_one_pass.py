@@ -68,7 +68,7 @@ def near(found: Gradients, expected: Gradients, tolerance: float) -> None:
         assert error <= tolerance * (gradient.double().norm() + 0.01 * whole), name
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -83,6 +83,7 @@ def test_gradients_are_those_of_a_plain_backward_pass(architecture: str, method:
             near(take_gradients(model), expected, 1e-6)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("make", [gpt2, lambda: gpt2(tied=False), llama], ids=["tied", "untied", "llama"])
 def test_several_batches_of_a_step(make: Callable[[], Any]) -> None:
     model = make()
@@ -96,6 +97,7 @@ def test_several_batches_of_a_step(make: Callable[[], Any]) -> None:
     near(take_gradients(model), {name: parts[0][name] + parts[1][name] for name in parts[0]}, 1e-6)
 
 
+@pytest.mark.slow
 def test_they_are_added_to_what_is_there() -> None:
     model = gpt2()
     expected = plain(model, WEIGHTS["chosen"])
@@ -106,6 +108,7 @@ def test_they_are_added_to_what_is_there() -> None:
     near(take_gradients(model), {name: gradient + 0.5 for name, gradient in expected.items()}, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_with_dropout(checkpointing: bool) -> None:
     model = gpt2().train()
@@ -128,7 +131,7 @@ NARROW = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["chosen", "weighted"])
 @pytest.mark.parametrize("kind", NARROW)
 @pytest.mark.parametrize("make", [gpt2, llama], ids=["gpt2", "llama"])
@@ -165,6 +168,7 @@ def test_a_sample_of_weight_zero_takes_no_part() -> None:
     near(take_gradients(model), expected, 1e-6)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_chosen_gradients_are_zeros() -> None:
     model = gpt2()
     with causal_engine(model) as engine:
@@ -193,6 +197,7 @@ def test_what_is_not_scored_is_held_against_autograd_too() -> None:
         assert not engine.training_batch_open
 
 
+@pytest.mark.slow
 def test_a_hook_that_changes_the_gradient_is_found() -> None:
     model = gpt2()
     model.transformer.wpe.weight.register_hook(lambda gradient: gradient * 0.5)
@@ -246,6 +251,7 @@ def test_misuse() -> None:
             batch.add_gradients(torch.ones(4))
 
 
+@pytest.mark.slow
 def test_taps_go_with_the_engine() -> None:
     model = gpt2()
     engine = causal_engine(model).attach()

@@ -34,7 +34,7 @@ def near(found: Scores, expected: Scores, tolerance: float) -> None:
         assert relative_error(one.reshape(1, -1), other.reshape(1, -1)) <= tolerance
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("route", ["direct", "gram", "auto"])
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_scores_are_exact_and_no_gradient_is_formed(architecture: str, route: Any) -> None:
@@ -50,6 +50,7 @@ def test_scores_are_exact_and_no_gradient_is_formed(architecture: str, route: An
     assert all(parameter.grad is None for parameter in model.parameters() if parameter is not first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PROJECTIONS)
 def test_it_may_take_turns_with_training_steps(method: str) -> None:
     model = gpt2()
@@ -70,7 +71,7 @@ NARROW = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PROJECTIONS)
 @pytest.mark.parametrize("kind", NARROW)
 def test_narrow_dtypes(kind: str, method: str) -> None:
@@ -86,6 +87,7 @@ def test_narrow_dtypes(kind: str, method: str) -> None:
         near(score(engine, model, under, loss_scale=scale), expected, 0.05)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_loss_leaves_no_trace() -> None:
     model = gpt2()
     with causal_engine(model, VAL) as engine:
@@ -93,6 +95,7 @@ def test_the_scale_of_the_loss_leaves_no_trace() -> None:
         assert torch.equal(score(engine, model, loss_scale=2.0**20).total, plain.total)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("method", PROJECTIONS)
 def test_gradient_checkpointing(method: str) -> None:
     model = gpt2(embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0).train()
@@ -109,6 +112,7 @@ def test_gradient_checkpointing(method: str) -> None:
         assert not engine.training_batch_open
 
 
+@pytest.mark.slow
 def test_a_sample_without_targets_has_no_score() -> None:
     model, batch = gpt2(), val_batch(BATCH)
     batch["labels"][2] = -100
@@ -120,6 +124,7 @@ def test_a_sample_without_targets_has_no_score() -> None:
     assert relative_error(scores.total[others].unsqueeze(0), expected[others].unsqueeze(0)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_val_gradient_is_refreshed_when_it_is_due() -> None:
     model = gpt2()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -153,6 +158,7 @@ def test_the_first_pass_is_held_against_autograd(projection: Any) -> None:
     assert not engine.training_batch_open
 
 
+@pytest.mark.slow
 def test_the_first_pass_alone_asks_for_gradients_of_the_weights() -> None:
     model, asked = gpt2(), []
     weight = model.transformer.h[0].mlp.c_fc.weight
