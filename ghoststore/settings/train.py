@@ -82,6 +82,9 @@ class ScoringConfig:
         "`candidates` blocks).",
         "Scoring",
     )
+    score_metric: ScoreMetric = option(
+        "sgd", "adam: what a step of the optimizer takes off the val loss, not one along the gradient.", "Scoring"
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

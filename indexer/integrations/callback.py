@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError, ScoreLayers
+from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
@@ -75,6 +75,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         per_layer: bool = False,
         exclude_layers: Sequence[str] = (),
         score_layers: ScoreLayers | None = None,
+        score_metric: ScoreMetric = "sgd",
         choosing: Choosing | None = None,
         route: Route = "auto",
         projection: ProjectionConfig | None = None,
@@ -97,6 +98,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             val_refresh_interval=val_refresh_interval,
             exclude_layers=tuple(exclude_layers),
             score_layers=score_layers,
+            score_metric=score_metric,
             route=route,
             projection=projection,
         )
@@ -111,6 +113,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             per_layer=per_layer,
             on_store_error=on_store_error,
             score_layers=score_layers,
+            score_metric=score_metric,
             choosing=choosing,
         )
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)

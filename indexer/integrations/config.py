@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ghoststore.errors import UsageError
 from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError, ScoreLayers
+from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
@@ -65,6 +65,8 @@ class GhostConfig:
     score_layers: ScoreLayers | None = None
     """``blocks``: GradDotProd scores the linears of the transformer blocks alone; ``all``: every trainable parameter
     (None: all; with ``choosing`` blocks)."""
+    score_metric: ScoreMetric = "sgd"
+    """``adam``: scores of what a step of the optimizer, torch's Adam or AdamW, takes off the val loss."""
     choosing: Choosing | None = None
     """Train on those samples of each micro-batch alone that a policy chooses by their scores; None: on all."""
     on_store_error: OnStoreError = "stop"
@@ -144,6 +146,13 @@ class GhostConfig:
                 f"a configuration of type {type(config).__name__} has none of the fields {', '.join(sorted(names))}"
             )
         return cls(**known)
+
+    @property
+    def scored_layers(self) -> ScoreLayers | None:
+        """Of exact scores; None: all, or those of a projection."""
+        if self.method == "GradDotProd" and self.score_layers is None and self.choosing is not None:
+            return "blocks"
+        return self.score_layers
 
     def projection(self) -> ProjectionConfig:
         """The projection of GradProjLora."""

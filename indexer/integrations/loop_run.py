@@ -11,11 +11,12 @@ from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
 from ghoststore.settings.choosing import Choosing
-from ghoststore.settings.train import OnStoreError, ScoreLayers
+from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.sketched import SketchedMethod
+from indexer.integrations.config import GhostConfig
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
 from indexer.session.samples import Samples, val_fingerprint
@@ -40,7 +41,27 @@ class LoopRun:
     per_layer: bool
     on_store_error: OnStoreError
     score_layers: ScoreLayers | None = None
+    score_metric: ScoreMetric = "sgd"
     choosing: Choosing | None = None
+
+    @classmethod
+    def of(cls, config: GhostConfig, samples: Samples | None) -> LoopRun:
+        """That of a manager."""
+        return cls(
+            store=config.store,
+            name=config.name,
+            samples=samples,
+            steps=config.max_steps or 1,
+            batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
+            save_interval=config.dot_prod_save_interval,
+            val_refresh_interval=config.val_refresh_interval,
+            exclude_layers=tuple(config.exclude_layers),
+            per_layer=config.per_layer,
+            on_store_error=config.on_store_error,
+            score_layers=config.scored_layers,
+            score_metric=config.score_metric,
+            choosing=config.choosing,
+        )
 
     def session(
         self, engine: GradDotProdEngine, ranks: Ranks, note: Callable[[str], None] | None = None
@@ -106,6 +127,7 @@ class LoopRun:
                 "val_refresh_interval": self.val_refresh_interval,
                 "exclude_layers": list(self.exclude_layers),
                 **({"score_layers": "blocks"} if self.score_layers == "blocks" else {}),
+                **({} if self.score_metric == "sgd" else {"score_metric": self.score_metric}),
                 **({} if self.choosing is None else {"choosing": self.choosing.to_json()}),
             },
             "source": {"data": None},

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.train import ScoreLayers
 from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.batches import ranks_of, size_of, tokens_of
@@ -128,24 +127,19 @@ class GhostEngineManager:
             optimizer=optimizer,
             val_refresh_interval=self.config.val_refresh_interval,
             exclude_layers=() if sketched else self.config.exclude_layers,
-            score_layers=self._score_layers,
+            score_layers=self.config.scored_layers,
+            score_metric=self.config.score_metric,
             projection=self.config.projection() if sketched else None,
         )
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
         with ExitStack() as stack:
-            self._session = stack.enter_context(self._run().session(self.engine, self.ranks))
+            self._session = stack.enter_context(LoopRun.of(self.config, self._samples).session(self.engine, self.ranks))
             if self.config.choosing is not None:
                 self._chooser = LoopChooser(self.config.choosing, self.engine, self._session, self.ranks)
             self._attach()
             self._stack = stack.pop_all()
         self._next = 0 if self.config.store is not None else None
-
-    @property
-    def _score_layers(self) -> ScoreLayers | None:
-        if self.config.method == "GradProjLora" or self.config.score_layers is not None:
-            return self.config.score_layers
-        return None if self.config.choosing is None else "blocks"
 
     def _check_val(self, val_data: Any, val_losses: ValLosses | None) -> None:
         if val_data is not None:
@@ -156,23 +150,6 @@ class GhostEngineManager:
             raise UsageError("method GradDotProd scores against a val set: give val_data")
         if val_losses is not None or self.config.val_refresh_interval != 1:
             raise UsageError("val_losses and val_refresh_interval are for val data: give val_data, too")
-
-    def _run(self) -> LoopRun:
-        config = self.config
-        return LoopRun(
-            store=config.store,
-            name=config.name,
-            samples=self._samples,
-            steps=config.max_steps or 1,
-            batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
-            save_interval=config.dot_prod_save_interval,
-            val_refresh_interval=config.val_refresh_interval,
-            exclude_layers=tuple(config.exclude_layers),
-            per_layer=config.per_layer,
-            on_store_error=config.on_store_error,
-            score_layers=self._score_layers,
-            choosing=config.choosing,
-        )
 
     def is_active(self) -> bool:
         """Whether there is an engine."""

@@ -139,8 +139,6 @@ class Trainer:
         if not math.isfinite(train_loss):
             raise DivergedError.at(step + 1, f"the loss is {train_loss}")
         grad_norm = self._clip_and_update(step, config.max_grad_norm)
-        if self.session.engine is not None:
-            self.session.engine.stepped()
         return StepResult(
             step=step,
             learning_rate=eta if math.isfinite(grad_norm) else 0.0,
@@ -183,8 +181,8 @@ class Trainer:
         if bool(torch.isfinite(ranks.sum(loss_sum))):
             for batch, here_B in zip(scored, np.split(counted_B, ends), strict=True):
                 # Summed over ranks, not averaged as by DistributedDataParallel.
-                weights_B = torch.from_numpy(here_B / ranks.count).to(self.device)
-                batch.held.add_gradients(weights_B if self.scaler is None else self.scaler.scale(weights_B))
+                summed_B = torch.from_numpy(here_B / ranks.count).to(self.device)
+                batch.held.add_gradients(summed_B if self.scaler is None else self._scaled(summed_B))
             ranks.add_up([p.grad for p in self.inner.parameters() if p.grad is not None])
         return share, loss_sum
 
@@ -281,6 +279,12 @@ class Trainer:
 
     def _scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        assert self.scaler is not None
+        scaled = self.scaler.scale(values)
+        assert isinstance(scaled, Tensor)
+        return scaled
 
     def _seed(self, step: int, micro_batch: int) -> None:
         """The random state of a micro-batch (dropout, a checkpoint's own too) follows from seed, step, rank and place:

@@ -119,6 +119,8 @@ def _scoring(config: TrainConfig) -> dict[str, Any]:
     """The options of scoring, those that are not as they were before they came aside."""
     section = asdict(config.scoring)
     del section["score_layers"]
+    if config.scoring.score_metric == "sgd":
+        del section["score_metric"]
     if config.score_layers == "blocks":
         section["score_layers"] = "blocks"
     if config.choosing.candidates is not None:

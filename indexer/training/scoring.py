@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
@@ -17,7 +18,9 @@ from indexer.training.data import Batch
 from indexer.training.validation import ValSet
 
 
-def scoring_engine(model: nn.Module, training: TrainConfig, projection: ProjectionConfig | None) -> GradDotProdEngine:
+def scoring_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainConfig, projection: ProjectionConfig | None
+) -> GradDotProdEngine:
     """The engine that ``training`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
     scored so.
     """
@@ -25,9 +28,11 @@ def scoring_engine(model: nn.Module, training: TrainConfig, projection: Projecti
     engine = GradDotProdEngine(
         model,
         None,
+        optimizer=optimizer,
         val_refresh_interval=config.val_refresh_interval,
         exclude_layers=config.exclude_layers,
         score_layers=training.score_layers,
+        score_metric=config.score_metric,
         route=config.route,
         projection=(projection or ProjectionConfig()) if config.score == "sketched" else None,
         hold_losses=False,  # Trainer computes them from the logits

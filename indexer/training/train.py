@@ -149,7 +149,8 @@ class _Training:
         saved = None if newest is None else read_state(newest)
         inputs = self._inputs(start, newest, saved)
         model = inputs.model
-        engine = scoring_engine(model, self.config, self.projection) if self._scores else None
+        optimizer = make_optimizer(model, self.config.optimization)
+        engine = scoring_engine(model, optimizer, self.config, self.projection) if self._scores else None
         stored = None if saved is None else saved.identity
         layout = training_layout(self.config, inputs, engine, self.ranks.count, stored)
         manifest = training_manifest(
@@ -164,7 +165,6 @@ class _Training:
         schedule = None
         if engine is not None and inputs.val is not None:
             schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
-        optimizer = make_optimizer(model, self.config.optimization)
         resumed = self._resumed(saved, manifest, model, optimizer)
         trainer = Trainer(
             model=self._wrapped(model),

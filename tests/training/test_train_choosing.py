@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, int, Options]] = {
     "checkpointing": ("dropout", 1, {"keep": 4, "gradient_checkpointing": True}),
     "threshold": ("two", 1, {"policy": "threshold", "threshold": 0.05, "batch_size": 12}),
     "sketched": ("two", 1, {"keep": 4, "score": "sketched"}),
+    "adam": ("two", 1, {"keep": 4, "score_metric": "adam"}),
     "from-step-4": ("two", 1, {"keep": 4, "choosing_begins_at": 4}),
 }
 
@@ -158,6 +159,19 @@ def test_before_choosing_begins_the_first_are_taken(gym: Gym, models: dict[str, 
     first = np.array([1.0] * 4 + [0.0] * 8)
     np.testing.assert_array_equal(arrays["weight"][:4, 0], np.tile(first, (4, 1)))
     assert (arrays["weight"][4:, 0] != first).any()
+
+
+def test_in_the_metric_of_adam_the_first_step_has_nothing_to_choose_by(gym: Gym, models: dict[str, Path]) -> None:
+    """There is no second moment yet: the first are taken, and scores are NaN. Then they are those of Adam's steps."""
+    trained = choosing(gym, models, "two", keep=4, score_metric="adam")
+    arrays = trained.arrays()
+    assert np.isnan(arrays["score"][0]).all()
+    assert arrays["weight"][0, 0].tolist() == [1.0] * 4 + [0.0] * 8
+    assert np.isfinite(arrays["score"][1:]).all()
+    assert trained.run.manifest["scoring"]["score_metric"] == "adam"
+    plain = choosing(gym, models, "two", keep=4).arrays()
+    assert "score_metric" not in choosing(gym, models, "two", keep=4).run.manifest["scoring"]
+    assert not np.array_equal(arrays["weight"][1:], plain["weight"][1:])
 
 
 def test_random_is_another_draw_at_every_step_and_seed(gym: Gym, models: dict[str, Path]) -> None:

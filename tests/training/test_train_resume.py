@@ -295,6 +295,7 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
         (("--checkpoint", "dropout"), "between-interval-and-checkpoint"),
         *((CHOOSING, moment) for moment in ("interval-committed", "pending-checkpoint", "record-unnamed")),
         (ONE_PASS, "interval-committed"),
+        ((*CHOOSING, "--score-metric", "adam"), "between-interval-and-checkpoint"),
         ((*CHOOSING, "--policy", "random", "--checkpoint", "dropout"), "between-interval-and-checkpoint"),
     ],
 )
