@@ -11,7 +11,7 @@ from ghoststore.settings.store import ExportOptions
 
 @options.command(ExportOptions, Printing)
 def command(keywords: options.Keywords, printing: Printing) -> None:
-    """Write the vectors of a part, with ids and fields, to safetensors, npy or parquet.
+    """Write the vectors of a part, or of a training run, with ids and fields, to safetensors, npy or parquet.
 
     A .parquet file holds all of it; beside a .safetensors or .npy file of vectors lies a .rows.jsonl file with a line a
     row. Memory does not grow with the part.
@@ -19,6 +19,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
     \b
       ghoststore export --store ./store --out vectors.parquet
       ghoststore export --store ./store --part part --out vectors.npy
+      ghoststore export --store ./store --run my-run --out gradients.parquet
     """
     options.run("export", keywords, printing, _print)
 
@@ -32,4 +33,4 @@ def _print(report: Any) -> None:
         ("vectors", f"{report.dimension:,} × {report.dtype}"),
         ("on disk", human_bytes(report.bytes)),
     ]
-    print_facts(f"exported {report.part}", facts)
+    print_facts(f"exported {report.part or report.run}", facts)

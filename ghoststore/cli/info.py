@@ -184,7 +184,7 @@ def _print_run(run: Any) -> None:
         ("negative scores", _share(run.negative)),
         ("val groups", ", ".join(storage["groups"]) or "none"),
         ("blocks", ", ".join(storage["blocks"]) or "none"),
-        ("vectors", f"{storage['dimension']:,} numbers" if storage["dimension"] else "none"),
+        ("gradients", _gradients(run.gradients)),
         ("tokens", f"{run.tokens:,}"),
         ("on disk", human_bytes(run.bytes)),
     ]
@@ -192,6 +192,16 @@ def _print_run(run: Any) -> None:
         facts += [(f"{section}.{name}", _said(value)) for name, value in run.manifest[section].items()]
     facts.append(("made with", ", ".join(f"{name} {version}" for name, version in run.manifest["software"].items())))
     print_facts(run.name, facts)
+
+
+def _gradients(kept: dict[str, Any] | None) -> str:
+    from ghoststore.cli.terminal import human_bytes
+
+    if kept is None:
+        return "none kept"
+    which = "every step" if kept["every"] == 1 else f"one step in {kept['every']:,}"
+    size = human_bytes(kept["step_bytes"])
+    return f"of {which}: {kept['steps']:,} steps, {kept['dimension']:,} numbers as {kept['dtype']}, {size} a step"
 
 
 def _number(value: float | None) -> str:

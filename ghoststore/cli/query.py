@@ -14,7 +14,7 @@ from ghoststore.settings.shared import Printing, ResultFile
     QueryOptions,
     Printing,
     ResultFile,
-    first="store val_set part top_k each metric group_field with_scores report out",
+    first="store val_set part run top_k each metric group_field with_scores report out",
 )
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """The training samples whose gradients point the same way as those of a val set.
@@ -23,25 +23,37 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
       ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
       ghoststore query --store ./store --val-set val.jsonl --with-scores my-run --score-weight 0.3
+      ghoststore query --store ./store --run my-run --last 1000
     """
     options.run("query", keywords, printing, print_hits, file, also="report")
+
+
+SYMBOLS = {"learning-rate": "η", "unit": "unit", "loss-fall": "fall"}
+"""What a step counts with, in few words."""
 
 
 def print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview, print_table, say
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
-    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(metric, True)]
-    columns = [("rank", True), *scores, ("id", False), ("row", True), ("domain", False), ("text", False)]
+    of_run = "run" in result.settings
+    shown_metric = f"Σ {SYMBOLS[result.settings['weight']]}·{metric}" if of_run else metric
+    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(shown_metric, True)]
+    times_seen = [("times", True)] if of_run else []
+    columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
-        name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
+        if of_run and result.settings["mode"] == "own":
+            name = "each step's own val gradient"
+        else:
+            name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
                 shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                shown += [f"{hit.times:,}"] * bool(times_seen)
                 rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ghoststore.cli import options
+from ghoststore.cli.query import SYMBOLS
 from ghoststore.settings.shared import Printing, ResultFile
 from ghoststore.settings.store import ScoresOptions
 
@@ -13,17 +14,18 @@ from ghoststore.settings.store import ScoresOptions
     ScoresOptions,
     Printing,
     ResultFile,
-    first="store run top_k bottom_k sample by steps value domains plot",
+    first="store run top_k bottom_k sample by steps value weight domains plot",
 )
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """Which training samples helped the val set while the model trained, by the scores of a training run.
 
     A score is the inner product of a sample's gradient with that of the val loss, at one step. The value of a sample
-    is the sum over steps of learning rate × score: In-Run Data Shapley of first order. Works while the run trains.
+    is the sum over steps of learning rate × score (In-Run Data Shapley of first order), or of another --weight × score.
+    Works while the run trains.
 
     \b
       ghoststore scores --store ./store --top-k 20 --bottom-k 20
-      ghoststore scores --store ./store --by domain --steps -1000:
+      ghoststore scores --store ./store --by domain --steps -1000: --weight unit
       ghoststore scores --store ./store --sample row-17
     """
     options.run("scores", keywords, printing, _print, file, also="plot")
@@ -77,7 +79,7 @@ def _print_hits(result: Any) -> None:
     windows = result.settings["unit"] == "window"
     columns = [
         ("rank", True),
-        (NAMES[result.settings["value"]], True),
+        (_title(result), True),
         ("times", True),
         ("negative", True),
         ("id", False),
@@ -108,7 +110,7 @@ def _print_hits(result: Any) -> None:
 def _print_domains(result: Any) -> None:
     from ghoststore.cli.terminal import print_table
 
-    value = NAMES[result.settings["value"]]
+    value = _title(result)
     columns = [
         ("domain", False),
         ("rows", True),
@@ -147,7 +149,7 @@ def _print_history(result: Any) -> None:
         ("loss", True),
         ("learning rate", True),
         ("score", True),
-        ("η·score", True),
+        (f"{_symbol(result)}·score", True),
         ("cumulative", True),
     ]
     samples = sorted({one.source_row for one in result.history})
@@ -170,7 +172,17 @@ def _print_history(result: Any) -> None:
         print_table(f"sample {result.settings['sample']}{which}", columns, rows)
 
 
-NAMES = {"cumulative": "Σ η·score", "mean": "mean η·score", "sum": "Σ score", "last": "last score"}
+NAMES = {"cumulative": "Σ {}·score", "mean": "mean {}·score", "sum": "Σ score", "last": "last score"}
+
+
+def _title(result: Any) -> str:
+    """What the value is, in few words."""
+    return NAMES[result.settings["value"]].format(_symbol(result))
+
+
+def _symbol(result: Any) -> str:
+    """What scores are multiplied with."""
+    return SYMBOLS.get(result.settings["weight"], "η")
 
 
 def _number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from ghoststore.settings.shared import Printing
     SelectOptions,
     Printing,
     QuotaOption,
-    first="store val_set out fraction count token_budget metric diversity quotas report",
+    first="store val_set run out fraction count token_budget metric diversity quotas report",
 )
 def command(keywords: options.Keywords, printing: Printing, given: QuotaOption) -> None:
     """Choose the samples whose gradients point the way of a val set, and write their original rows: a training set.
@@ -26,6 +26,7 @@ def command(keywords: options.Keywords, printing: Printing, given: QuotaOption) 
     \b
       ghoststore select --store ./store --val-set val.jsonl --fraction 0.1 --out best.jsonl
       ghoststore select --store ./store --val-set val.jsonl --count 1000 --diversity mmr --out best.jsonl
+      ghoststore select --store ./store --run my-run --fraction 0.1 --out best.jsonl
       ghoststore select --store ./store --val-set val.jsonl --token-budget 1000000 --quotas equal --out best.parquet
     """
     if given.quota:

@@ -23,7 +23,8 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
     """Train a GPT-2; score every training sample of every step against the val set, in the training step itself.
 
     Scores go to a run of the store, live: `ghoststore watch` shows them from another terminal, `ghoststore scores`
-    ranks them. Checkpoints are in transformers' format. Run the same command again and it goes on where it stood.
+    ranks them. With --keep-gradients so do projected gradients, which `ghoststore query --run` searches. Checkpoints
+    are in transformers' format. Run the same command again and it goes on where it stood.
     Several processes: torchrun --nproc-per-node N -m ghoststore train …
     """
     keywords["projection"] = _projection(keywords)
@@ -34,12 +35,16 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
-    """The projection of a sketched score; None for an exact one. UsageError for options that it would ignore."""
+    """The projection of a sketched score, and of gradients that are kept; None without. UsageError for options that
+    would be ignored.
+    """
     projection: ProjectionConfig = keywords["projection"]
     if keywords["score"] == "sketched":
         return replace(projection, exclude_layers=keywords.pop("exclude_layers", ()))
+    if keywords.get("keep_gradients") is not None:
+        return projection
     if projection != ProjectionConfig():
-        raise UsageError("projection options belong to `score=sketched`")
+        raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
     return None
 
 

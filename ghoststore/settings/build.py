@@ -10,6 +10,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import (
     DOMAINS,
     FIRST_SAMPLES,
+    VECTOR_DTYPES,
     CheckpointOptions,
     CorpusOptions,
     LengthOptions,
@@ -30,7 +31,7 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         "float32",
         "Numbers in the store; int8 takes a quarter of float32, onebit (signs) a thirtieth.",
         "Projection",
-        choices=("float32", "float16", "bfloat16", "int8", "onebit"),
+        choices=VECTOR_DTYPES,
     )
     max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
     batch_tokens: int | None = option(

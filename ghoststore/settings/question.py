@@ -15,6 +15,7 @@ from ghoststore.settings.shared import (
     ProgressOption,
     RankingOptions,
     StoreOption,
+    WeightOption,
 )
 
 Combine = Literal["mean", "max", "rank-fusion"]
@@ -59,6 +60,26 @@ class ValSetOption:
 
 
 @options
+class RunGradientsOptions(WeightOption):
+    """The gradients that a training run keeps, in the place of a part."""
+
+    run: str | None = option(
+        None,
+        "In the place of a part: the gradients that this training run keeps (`ghoststore train --keep-gradients`), now "
+        "or while it trains. A sample's score is the sum over the steps that it was in. With `val_set` and a "
+        "`checkpoint` of that training; or, without, against each step's own val gradient.",
+        "Input",
+    )
+    step_window: str | slice | None = option(
+        None,
+        "Of `run`: only steps from A up to, not including, B, as of `ghoststore scores --steps`.",
+        "Scoring",
+        metavar="A:B",
+    )
+    last: int | None = option(None, "Of `run`: only the last N committed steps.", "Scoring", metavar="N")
+
+
+@options
 class PartsOptions:
     """One part, or several that are summed."""
 
@@ -98,8 +119,10 @@ class RebuiltOptions(OpenedAgain):
 
 
 @options
-class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, PartsOptions, ValSetOption, StoreOption):
+class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, PartsOptions, StoreOption):
     """What is asked of a store."""
+
+    val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
 
     checkpoint: str | Path | Sequence[str | Path] | None = option(
         None,
@@ -135,7 +158,7 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, QuestionOptions):
+class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, QuestionOptions):
     """Of ``ghoststore query``."""
 
     each: bool = option(
@@ -172,7 +195,7 @@ class SelfInfluenceOptions(ProgressOption, RankingOptions, BehindOption, DeviceO
 
 
 @options
-class SelectOptions(ProgressOption, QuestionOptions):
+class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     """Of ``ghoststore select``."""
 
     out: str | Path = field(

@@ -13,6 +13,9 @@ Metric = Literal["cosine", "dot"]
 METRICS: tuple[Metric, ...] = ("dot", "cosine")
 Overlong = Literal["truncate", "window", "skip", "error"]
 Reduction = Literal["mean", "sum"]
+StepWeight = Literal["learning-rate", "unit", "loss-fall"]
+VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8", "onebit")
+"""Of the vectors in a store."""
 FLOATS = ("float32", "bfloat16", "float16")
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
@@ -114,6 +117,18 @@ class MetricOption:
     """What a score is."""
 
     metric: Metric = option("cosine", "The score.", "Scoring")
+
+
+@options
+class WeightOption:
+    """What the steps of a run count with."""
+
+    weight: StepWeight = option(
+        "learning-rate",
+        "What a score counts with in a sum over steps. unit: each step is scaled to a mean |score| of 1; loss-fall: "
+        "that, times the fall of the training loss at the step.",
+        "Scoring",
+    )
 
 
 @options

@@ -8,7 +8,7 @@ from typing import Literal
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.question import RebuiltOptions
-from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption
+from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption, WeightOption
 
 Dimension = int | Literal["none", "auto"]
 Value = Literal["cumulative", "mean", "sum", "last"]
@@ -89,6 +89,7 @@ class ExportOptions(ProgressOption, StoreOption):
     """Of ``ghoststore export``."""
 
     part: str | None = option(None, "Part to export (default: the only one).", "Input")
+    run: str | None = option(None, "Or the training run, whose gradients are exported.", "Input")
     out: str | Path = field(metadata=about("A new .safetensors, .npy or .parquet file.", "Output", metavar="FILE"))
     dtype: Literal["float32", "stored"] = option(
         "float32", "Numbers of the vectors; stored: as the store has them, with their scales.", "Output"
@@ -142,7 +143,7 @@ class RunOption(StoreOption):
 
 
 @options
-class ScoresOptions(ProgressOption, BehindOption, RunOption):
+class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
     """Of ``ghoststore scores``."""
 
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
@@ -158,8 +159,7 @@ class ScoresOptions(ProgressOption, BehindOption, RunOption):
     )
     value: Value = option(
         "cumulative",
-        "cumulative: Σ learning rate × score. mean: that ÷ the times it was scored. sum: Σ score. last: the newest "
-        "score.",
+        "cumulative: Σ `weight` × score. mean: that ÷ the times it was scored. sum: Σ score. last: the newest score.",
         "Scoring",
     )
     group: str | None = option(None, "Scores against this val group (`ghoststore train --val-groups`).", "Scoring")

@@ -10,7 +10,16 @@ from ghoststore.settings.choosing import ChoosingConfig
 from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
-from ghoststore.settings.shared import DOMAINS, FLOATS, OVERLONG, CorpusOptions, DeviceOption, Overlong, ProgressOption
+from ghoststore.settings.shared import (
+    DOMAINS,
+    FLOATS,
+    OVERLONG,
+    VECTOR_DTYPES,
+    CorpusOptions,
+    DeviceOption,
+    Overlong,
+    ProgressOption,
+)
 
 Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]
@@ -19,6 +28,16 @@ ScoreLayers = Literal["blocks", "all"]
 ScoreMetric = Literal["sgd", "adam"]
 ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
+KEPT_DTYPE = "int8"
+
+
+def check_kept(keep_gradients: int | None, proj_dtype: str) -> None:
+    """UsageError for options of gradients that are kept which cannot be, or would be ignored."""
+    check_at_least(1, keep_gradients=keep_gradients)
+    if proj_dtype not in VECTOR_DTYPES:
+        raise UsageError(f"`proj_dtype` {proj_dtype!r} is unknown; known: {', '.join(VECTOR_DTYPES)}")
+    if keep_gradients is None and proj_dtype != KEPT_DTYPE:
+        raise UsageError(f"`proj_dtype={proj_dtype}` belongs to `keep_gradients`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +104,23 @@ class ScoringConfig:
     score_metric: ScoreMetric = option(
         "sgd", "adam: what a step of the optimizer takes off the val loss, not one along the gradient.", "Scoring"
     )
+    keep_gradients: int | None = option(
+        None,
+        "Keep the projected gradients of every EVERYth step's samples in the run, for `ghoststore query --run`. Save "
+        "intervals are rounded up to whole times EVERY.",
+        "Projection",
+        metavar="EVERY",
+    )
+    proj_dtype: str = option(
+        KEPT_DTYPE, "Numbers of `keep_gradients` in the store.", "Projection", choices=VECTOR_DTYPES
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_at_least(1, val_batch_size=self.val_batch_size, val_refresh_interval=self.val_refresh_interval)
+        check_kept(self.keep_gradients, self.proj_dtype)
+        if self.keep_gradients is not None and self.method == "Regular":
+            raise UsageError("`keep_gradients` belongs to `method=GradDotProd`: a regular step has no taps")
         if self.score == "sketched" and (self.exclude_layers or self.route != "auto" or self.score_layers is not None):
             raise UsageError(
                 "`exclude_layers`, `score_layers` and `route` belong to `score=exact`; give `projection.layers`"
@@ -238,7 +270,7 @@ class TrainOptions(
     )
     projection: ProjectionConfig | None = option(
         None,
-        "Of `score=sketched`: how gradients are projected.",
+        "Of `score=sketched` and `keep_gradients`: how gradients are projected.",
         "Projection",
         group=ProjectionConfig,
         leave_out=("exclude_layers", *LEARNED_OPTIONS),

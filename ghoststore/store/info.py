@@ -75,6 +75,9 @@ class RunInfo:
     tokens: int
     bytes: int
     """Bytes of the committed files, the row table aside."""
+    gradients: dict[str, Any] | None
+    """What it keeps of gradients: ``every`` so many steps, ``steps`` of them committed, their ``dtype`` and
+    ``dimension``, and the bytes of a step's in ``step_bytes``; None if nothing."""
     manifest: dict[str, Any]
 
 
@@ -135,7 +138,23 @@ def describe_run(run: Run) -> RunInfo:
         train_loss=_last(run, "train_loss"),
         val_loss=_last(run, "val_loss"),
         negative=_negative(run),
+        gradients=_gradients(run),
     )
+
+
+def _gradients(run: Run) -> dict[str, Any] | None:
+    if run.layout.kept is None:
+        return None
+    kept, arrays = run.layout.kept
+    specs = [run.spec(name) for name in arrays if name is not None]
+    entries = (specs[0].entries(start, stop) for start, stop in run.ranges)
+    return {
+        "every": kept.every,
+        "steps": sum(last - first for first, last in entries),
+        "dtype": kept.dtype,
+        "dimension": kept.dimension,
+        "step_bytes": sum(spec.width * int(spec.dtype.itemsize) for spec in specs),
+    }
 
 
 def _last(run: Run, array: str) -> float | None:

@@ -15,6 +15,7 @@ from ghoststore.store.part.indexes import is_index_file
 from ghoststore.store.part.part import Part
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned
+from ghoststore.store.spans.layout import first_row
 from ghoststore.store.spans.soundness import intents
 
 Kind = Literal["data", "leftover", "unknown"]
@@ -86,9 +87,9 @@ class Census:
 
     def _chunk(self, name: str, array: str, number: int) -> Kind:
         spec, layout = self._specs.get(array), self._source.layout
-        if spec is None or number * spec.chunk_rows >= layout.length:
+        if spec is None or first_row(spec, number) >= layout.length:
             return "unknown"
-        span = number * spec.chunk_rows // layout.span_length
+        span = first_row(spec, number) // layout.span_length
         if name not in layout.chunk_keys(spec, span):
             return "unknown"
         # Without a record it is a writer's, whose intent stands; or its record is lost, which is named as that.

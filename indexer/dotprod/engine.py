@@ -65,6 +65,7 @@ class GradDotProdEngine:
 
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
+    ``keep`` is a projection, too: scores stay exact, and ``Scores.vectors`` are the projected gradients beside.
     ``exclude_layers`` are patterns of modules whose parameters are left out; ``score_layers="blocks"`` takes only the
     linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). With
     ``score_metric="adam"`` a score is ⟨∇ℓ_i, P ∇L_val⟩, P = 1/(√v̂+ε) of ``optimizer``, torch's Adam or AdamW, when the
@@ -91,6 +92,7 @@ class GradDotProdEngine:
         route: Route = "auto",
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
+        keep: ProjectionConfig | Projection | None = None,
         check: bool = True,
         hold_losses: bool = True,
     ) -> None:
@@ -104,6 +106,7 @@ class GradDotProdEngine:
         self.method = method_for(
             self.model,
             projection,
+            keep,
             exclude_layers=exclude_layers,
             score_layers=score_layers,
             metric=metric_for(score_metric, optimizer),

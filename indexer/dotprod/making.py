@@ -12,6 +12,7 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.exact import ExactMethod
+from indexer.dotprod.keeping import KeepingMethod
 from indexer.dotprod.ledger import survey
 from indexer.dotprod.method import Method
 from indexer.dotprod.metric import AdamMetric
@@ -30,6 +31,7 @@ def metric_for(score_metric: ScoreMetric, optimizer: torch.optim.Optimizer | Non
 def method_for(
     model: nn.Module,
     projection: ProjectionConfig | Projection | None,
+    keep: ProjectionConfig | Projection | None,
     *,
     exclude_layers: Sequence[str],
     score_layers: ScoreLayers | None,
@@ -38,8 +40,8 @@ def method_for(
     pairs: bool,
     check: bool,
 ) -> Method:
-    """Exact over the parameters of ``model`` that are to be scored, or sketched through ``projection``, which is drawn
-    for the model where it is a configuration.
+    """Exact over the parameters of ``model`` that are to be scored, with vectors through ``keep`` beside where it is
+    given; or sketched through ``projection``. Either is drawn for the model where it is a configuration.
 
     UsageError for settings that do not go together, LayerError if ``model`` cannot be scored so.
     """
@@ -48,12 +50,19 @@ def method_for(
     if projection is None:
         only = block_linears(model) if score_layers == "blocks" else None
         ledger = survey(model, exclude_layers, only=only)
-        return ExactMethod(ledger, route=route, pairs=pairs, metric=metric, check=check)
+        exact = ExactMethod(ledger, route=route, pairs=pairs, metric=metric, check=check)
+        if keep is None:
+            return exact
+        return KeepingMethod(exact, SketchedMethod(model, _drawn(model, keep), check=check))
+    if keep is not None:
+        raise UsageError("projection gives vectors already, and keep is for exact scores: give one of them")
     if pairs or exclude_layers or score_layers is not None or route != "auto":
         raise UsageError(
             "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
             "layers it sketches"
         )
-    if isinstance(projection, ProjectionConfig):
-        projection = Projection.for_model(model, projection)
-    return SketchedMethod(model, projection, metric=metric, check=check)
+    return SketchedMethod(model, _drawn(model, projection), metric=metric, check=check)
+
+
+def _drawn(model: nn.Module, projection: ProjectionConfig | Projection) -> Projection:
+    return Projection.for_model(model, projection) if isinstance(projection, ProjectionConfig) else projection

@@ -21,8 +21,10 @@ class Method(Protocol):
 
     needs_val: bool
     """Whether nothing can be given without val samples."""
-    routes: dict[str, str]
-    """The route of each parameter, where there is a choice; decided in the val pass."""
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """The route of each parameter, where there is a choice; decided in the val pass."""
 
     @property
     def projection(self) -> Projection | None:

@@ -28,7 +28,9 @@ class Scores:
     pairs: Tensor | None = None
     """(B, B): ⟨∇ℓ_i, ∇ℓ_j⟩, where asked for."""
     vectors: Tensor | None = None
-    """(B, D) float32: projected gradients of the samples, in the sketched mode."""
+    """(B, D) float32: projected gradients of the samples, in the sketched mode, and where they are kept."""
+    val_vector: Tensor | None = None
+    """(D,) float64: that of the val gradient, where there are ``vectors`` and val samples."""
     val_age: int = 0
     """Optimizer steps since the val gradient was computed."""
     seconds: float = 0.0

@@ -41,7 +41,8 @@ class SketchedMethod:
         self.routes: dict[str, str] = {}
         self.val_GD: Tensor | None = None
         self._model = model
-        self._uses: dict[str, tuple[BlockPlan, Use, LayerType, Sides]] = {}
+        self.uses: dict[str, tuple[BlockPlan, Use, LayerType, Sides]] = {}
+        """By name of the modules to tap."""
         self._blocks: dict[str, Tensor] = {}
         self._ran: set[str] = set()
         self._val: list[Tensor] = []
@@ -58,7 +59,7 @@ class SketchedMethod:
             for use in layer.block.uses:
                 kind = layer_type_by_name(use.type)
                 sides = self.projection.sides_of(layer.block, use, self._model.get_submodule(use.module))
-                self._uses[use.module] = (layer, use, kind, sides)
+                self.uses[use.module] = (layer, use, kind, sides)
 
     @property
     def modules(self) -> list[str]:
@@ -74,12 +75,12 @@ class SketchedMethod:
         """P_in x, or what the layer's type keeps instead."""
         if self._in_val and self._whole is not None:
             return self._whole.to_keep(name, x, dtype)
-        _, _, kind, sides = self._uses[name]
+        _, _, kind, sides = self.uses[name]
         with torch.no_grad():
             return kind.keep(self._model.get_submodule(name), x, sides, dtype)
 
     def _see(self, name: str, saved: Tensor, dy: Tensor) -> None:
-        layer, use, kind, sides = self._uses[name]
+        layer, use, kind, sides = self.uses[name]
         block_BKJ = kind.block(self._model.get_submodule(name), saved, dy, sides)
         if use.flipped:
             block_BKJ = block_BKJ.transpose(1, 2)
@@ -187,13 +188,14 @@ class SketchedMethod:
         if self.val_GD is None or share_G is None:
             groups, total = vectors_BD.new_zeros(len(scale_B), 0), vectors_BD.new_full((len(scale_B),), torch.nan)
             blocks: dict[str, Tensor] = {}
+            mean_D: Tensor | None = None
         else:
             val_GD = self.val_GD.double()
             mean_D, groups = share_G @ val_GD, vectors_BD @ val_GD.t()
             total = groups @ share_G
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
-        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float())
+        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float(), val_vector=mean_D)
 
 
 def _whole_gradient(model: nn.Module, projection: Projection, metric: AdamMetric, *, check: bool) -> ExactMethod:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
@@ -48,9 +48,10 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ``samples`` the ids of the training samples, or how many there are, ``domains`` the domain of each;
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
-    sketched and keeps each sample's projected gradient. ``choosing`` trains on those samples of each micro-batch alone
-    that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default. ``note`` is told
-    what is no error (default: a warning).
+    sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
+    ``proj_dtype``; with exact scores, too, projected as ``keep`` says. ``choosing`` trains on those samples of each
+    micro-batch alone that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default.
+    ``note`` is told what is no error (default: a warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
@@ -79,6 +80,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         choosing: Choosing | None = None,
         route: Route = "auto",
         projection: ProjectionConfig | None = None,
+        keep_gradients: int | None = None,
+        keep: ProjectionConfig | None = None,
+        proj_dtype: str = KEPT_DTYPE,
         on_store_error: OnStoreError = "stop",
         resume_from_checkpoint: str | Path | None = None,
         note: Callable[[str], None] | None = None,
@@ -87,6 +91,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("scores are against a val set: give val_data")
         if dot_prod_save_interval < 1:
             raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
+        check_kept(keep_gradients, proj_dtype)
+        if keep is not None and keep_gradients is None:
+            raise UsageError("keep says how the gradients of keep_gradients are projected: give that, too")
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
         self._name, self._field, self._choosing = name, sample_field, choosing
@@ -101,6 +108,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             score_metric=score_metric,
             route=route,
             projection=projection,
+            keep=(keep or ProjectionConfig()) if keep_gradients is not None and projection is None else keep,
         )
         self._run_of = partial(
             LoopRun,
@@ -115,6 +123,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             score_layers=score_layers,
             score_metric=score_metric,
             choosing=choosing,
+            keep_gradients=keep_gradients,
+            proj_dtype=proj_dtype,
         )
         self._from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         self._note = note

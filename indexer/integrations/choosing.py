@@ -117,7 +117,7 @@ class LoopChooser:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices_of(model)))
             with expected.arithmetic or nullcontext():
-                opening = self._engine.scoring(size, tokens=labels_BT.numel(), loss_scale=expected.loss_scale)
+                opening = self._session.scoring(size, tokens=labels_BT.numel(), loss_scale=expected.loss_scale)
                 opened = stack.enter_context(opening)
             output = model.forward(*args, **given)  # not its hooks, of which this is one
             logits = getattr(output, "logits", None)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ghoststore.errors import UsageError
 from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
@@ -53,7 +53,7 @@ class GhostConfig:
     exclude_layers: tuple[str, ...] | str = ()
     """Patterns of modules to leave out; commas between them in a string."""
     proj_layers: tuple[str, ...] | str = ("mlp", "attn")
-    """This and the next are of GradProjLora alone, see :class:`ProjectionConfig`."""
+    """This and the next are of GradProjLora and of ``keep_gradients``, see :class:`ProjectionConfig`."""
     proj_rank_total: int | Literal["full"] | None = None
     proj_rank_min: int = 1
     proj_compress: int | Literal["auto", "none"] = "auto"
@@ -69,6 +69,10 @@ class GhostConfig:
     """``adam``: scores of what a step of the optimizer, torch's Adam or AdamW, takes off the val loss."""
     choosing: Choosing | None = None
     """Train on those samples of each micro-batch alone that a policy chooses by their scores; None: on all."""
+    keep_gradients: int | None = None
+    """Keep the projected gradients of every so many steps' samples in the store, as ``proj_dtype``, whatever the
+    method. None: GradProjLora keeps those of every step, as float32."""
+    proj_dtype: str = KEPT_DTYPE
     on_store_error: OnStoreError = "stop"
     """``continue``: training goes on without scores in the store, after a warning."""
 
@@ -102,6 +106,9 @@ class GhostConfig:
             self._refuse_projection()
 
     def _check_numbers(self) -> None:
+        check_kept(self.keep_gradients, self.proj_dtype)
+        if self.keep_gradients is not None and self.store is None:
+            raise UsageError("keep_gradients keeps them in a store: give store, too")
         optional = ("max_steps", "batch_size")
         for name in ("gradient_accumulation_steps", "dot_prod_save_interval", "val_refresh_interval", *optional):
             value = getattr(self, name)
@@ -112,13 +119,16 @@ class GhostConfig:
 
     def _refuse_projection(self) -> None:
         """What only a projection reads is not ignored."""
+        if self.keep_gradients is not None:
+            self.projection()  # refuses what cannot be
+            return
         for field in fields(self):
             if field.name.startswith("proj_") or field.name == "include_embeddings":
                 value = getattr(self, field.name)
                 if value != field.default:
                     raise UsageError(
-                        f"{field.name}={value!r} belongs to method GradProjLora; {self.method} scores every trainable "
-                        "parameter but those of exclude_layers"
+                        f"{field.name}={value!r} belongs to method GradProjLora, or to keep_gradients; {self.method} "
+                        "scores every trainable parameter but those of exclude_layers"
                     )
 
     @classmethod
@@ -155,7 +165,7 @@ class GhostConfig:
         return self.score_layers
 
     def projection(self) -> ProjectionConfig:
-        """The projection of GradProjLora."""
+        """The projection of GradProjLora, and of ``keep_gradients``."""
         return ProjectionConfig(
             layers=_patterns(self.proj_layers),
             exclude_layers=_patterns(self.exclude_layers),

@@ -11,12 +11,13 @@ from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
 from ghoststore.settings.choosing import Choosing
-from ghoststore.settings.train import OnStoreError, ScoreLayers, ScoreMetric
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.integrations.config import GhostConfig
+from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
 from indexer.session.samples import Samples, val_fingerprint
@@ -43,6 +44,9 @@ class LoopRun:
     score_layers: ScoreLayers | None = None
     score_metric: ScoreMetric = "sgd"
     choosing: Choosing | None = None
+    keep_gradients: int | None = None
+    """Steps of which one keeps its projected gradients; None: sketched scores keep those of every step, as float32."""
+    proj_dtype: str = KEPT_DTYPE
 
     @classmethod
     def of(cls, config: GhostConfig, samples: Samples | None) -> LoopRun:
@@ -61,6 +65,8 @@ class LoopRun:
             score_layers=config.scored_layers,
             score_metric=config.score_metric,
             choosing=config.choosing,
+            keep_gradients=config.keep_gradients,
+            proj_dtype=config.proj_dtype,
         )
 
     def session(
@@ -78,6 +84,8 @@ class LoopRun:
                 "per_layer: layers have no scores of their own under a global sketch, nor without val data; give "
                 "proj_rank_total for plain blocks, and val_data"
             )
+        every_step = isinstance(method, SketchedMethod) and self.keep_gradients is None
+        projection = method.projection if every_step else None
         layout = RunLayout.saving(
             self.save_interval,
             steps=self.steps,
@@ -85,7 +93,8 @@ class LoopRun:
             batch=self.batch,
             rows=len(samples.ids),
             blocks=tuple(method.blocks) if self.per_layer else (),
-            dimension=method.projection.plan.dimension if isinstance(method, SketchedMethod) else None,
+            dimension=None if projection is None else projection.plan.dimension,
+            gradients=gradient_layout(engine, self.keep_gradients, self.proj_dtype),
             weights=self.choosing is not None,
         )
         config = getattr(engine.model, "config", None)
@@ -129,6 +138,7 @@ class LoopRun:
                 **({"score_layers": "blocks"} if self.score_layers == "blocks" else {}),
                 **({} if self.score_metric == "sgd" else {"score_metric": self.score_metric}),
                 **({} if self.choosing is None else {"choosing": self.choosing.to_json()}),
+                **kept_section(engine, layout),
             },
             "source": {"data": None},
             "compute": {"device": next(model.parameters()).device.type},

@@ -130,6 +130,7 @@ class GhostEngineManager:
             score_layers=self.config.scored_layers,
             score_metric=self.config.score_metric,
             projection=self.config.projection() if sketched else None,
+            keep=self.config.projection() if self.config.keep_gradients is not None and not sketched else None,
         )
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import MismatchError
 from ghoststore.settings.projection import ProjectionConfig, unsketched
-from ghoststore.store import Part
+from ghoststore.store import Part, Run
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
@@ -43,6 +43,30 @@ def projection_of(part: Part, model: nn.Module) -> Projection:
         raise MismatchError(
             f"part {part.name!r}: its projection matrices have the hash {stored['hash']}, but this release draws "
             f"{projection.hash} from the same seed; query with the release that built it ({part.manifest['software']})"
+        )
+    return projection
+
+
+def projection_of_run(run: Run, model: nn.Module) -> Projection:
+    """The projection of the gradients that ``run`` keeps, drawn for ``model``. Where the run does not describe it, the
+    default one, if it is that.
+
+    MismatchError if its layers or its hash are not those of the manifest.
+    """
+    scoring, config = run.manifest["scoring"], ProjectionConfig()
+    described = scoring.get("gradients")
+    if described is not None:
+        with reading(run.path / "zarr.json", "does not describe a projection"):
+            config = config_of(described["projection"], described["layers"])
+    plan = ProjectionPlan.for_model(model, config)
+    if described is not None and plan.layers_json() != described["layers"]:
+        raise MismatchError(f"run {run.name!r}: the layers of this model are not those whose gradients the run keeps")
+    projection = Projection(plan)
+    if projection.hash != scoring["projection"]:
+        what = "this release draws another one from the same seed" if described else "it is not the default one"
+        raise MismatchError(
+            f"run {run.name!r} keeps gradients projected by matrices with the hash {scoring['projection']}; for this "
+            f"model {what}: {projection.hash}"
         )
     return projection
 

@@ -37,7 +37,7 @@ class ScoreLog:
         self._writer = RunWriter(run) if run is not None else None
         self._failed = False
         self._stack = ExitStack()
-        self._waiting: list[tuple[int, dict[str, NDArray[Any]], dict[str, float]]] = []
+        self._waiting: list[tuple[int, dict[str, NDArray[Any]], dict[str, Any]]] = []
 
     def __enter__(self) -> ScoreLog:
         writer = self._writer
@@ -52,8 +52,10 @@ class ScoreLog:
             self._guard(lambda: self._writer.flush() if self._writer is not None else None)
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, step: int, own: Mapping[str, NDArray[Any]], shared: Mapping[str, float]) -> None:
-        """One finished step (from 0): ``own`` arrays (B, …) of this rank, ``shared`` numbers of the step."""
+    def add(self, step: int, own: Mapping[str, NDArray[Any]], shared: Mapping[str, Any]) -> None:
+        """One finished step (from 0): ``own`` arrays (B, …) of this rank, some of which some steps alone have, and
+        ``shared`` values of the step.
+        """
         if self._failed:
             return
         self._waiting.append((step, dict(own), dict(shared)))
@@ -65,14 +67,18 @@ class ScoreLog:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        names = sorted(waiting[0][1])  # in one order on every rank: each is a collective
-        gathered = {name: self._gathered(np.stack([own[name] for _, own, _ in waiting])) for name in names}
+        names = sorted({name for _, own, _ in waiting for name in own})  # in one order: each is a collective
+        having = {name: [step for step, own, _ in waiting if name in own] for name in names}
+        gathered = {
+            name: self._gathered(np.stack([own[name] for _, own, _ in waiting if name in own])) for name in names
+        }
 
         def write() -> None:
             if self._writer is None:
                 return
-            for place, (step, _, shared) in enumerate(waiting):
-                self._writer.append(step, {**shared, **{name: values[:, place] for name, values in gathered.items()}})
+            for step, own, shared in waiting:
+                arrays = {name: gathered[name][:, having[name].index(step)] for name in own}
+                self._writer.append(step, {**shared, **arrays})
 
         self._guard(write)
 
@@ -108,7 +114,8 @@ class ScoreLog:
         """(R, S, B, …) of every rank."""
         if self._ranks.count == 1:
             return values_SB[None]
-        return self._ranks.stacked(torch.from_numpy(values_SB)).numpy()
+        moved = values_SB.view(np.int16) if values_SB.dtype == np.uint16 else values_SB  # gloo has no uint16
+        return self._ranks.stacked(torch.from_numpy(moved)).numpy().view(values_SB.dtype)
 
     def _guard(self, write: Callable[[], None]) -> None:
         """Write on the rank that leads; every rank hears how it went."""

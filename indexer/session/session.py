@@ -17,9 +17,9 @@ Legend: B samples of one rank's step, K blocks, G val groups.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +33,8 @@ from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import PLACES
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
+from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.session.kept_gradients import OF_SAMPLES, arrays_of_samples, arrays_of_step, want_vectors
 from indexer.session.own_loss import own_loss, tokens_in
 from indexer.session.ranks import Ranks
 from indexer.session.repeats import Repeats
@@ -75,6 +77,8 @@ class ScoredStep:
     """Σ loss, Σ weight, Σ tokens of the micro-batches whose loss the session watched."""
     seconds: float
     """Spent on scoring (host time)."""
+    shared: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """By array of the run: what is of the step as a whole, the same on every rank."""
 
 
 class ScoringSession:
@@ -154,6 +158,7 @@ class ScoringSession:
         self._parts: list[dict[str, NDArray[Any]]] = []
         self._sums = np.zeros(3)
         self._seconds = 0.0
+        self._shared: dict[str, NDArray[Any]] = {}
 
     # Once a micro-batch.
 
@@ -171,6 +176,7 @@ class ScoringSession:
         its forward pass is not given any; ``tokens`` and ``loss_scale`` as in the engine.
         """
         if self.engine is not None:
+            want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
             self.engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
         self.batch = MicroBatch(size, rows, labels, tokens)
 
@@ -228,6 +234,14 @@ class ScoringSession:
         self.batch = None
         return scores
 
+    def scoring(
+        self, size: int, *, tokens: int = 0, loss_scale: float = 1.0, hold: bool = False
+    ) -> AbstractContextManager[ScoringBatch]:
+        """Open the engine for ``size`` candidates, as its own ``scoring``; they are kept by :meth:`take`."""
+        assert self.engine is not None
+        want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
+        return self.engine.scoring(size, tokens=tokens, loss_scale=loss_scale, hold=hold)
+
     def take(
         self, rows: NDArray[np.int64], loss_B: NDArray[np.float32], scores: Scores, weights_B: NDArray[Any]
     ) -> None:
@@ -275,16 +289,20 @@ class ScoringSession:
         if layout.dimension is not None:
             assert scores.vectors is not None
             arrays["vector"] = scores.vectors.cpu().numpy()
+        if layout.gradients is not None and layout.gradients.holds(self.next_step):
+            arrays |= arrays_of_samples(layout.gradients, scores)
+            self._shared = arrays_of_step(layout.gradients, scores, self.next_step)
         return arrays
 
     # Once a step.
 
     def complete_step(self) -> ScoredStep:
         """What was collected since the last step, taken out of the session."""
-        parts, sums, seconds = self._parts, self._sums, self._seconds
+        parts, sums, seconds, shared = self._parts, self._sums, self._seconds, self._shared
         assert parts, "a step has at least one micro-batch"
         self._forget()
-        return ScoredStep({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, sums, seconds)
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return ScoredStep(arrays, sums, seconds, shared)
 
     def record(self, step: ScoredStep, shared: Mapping[str, float]) -> None:
         """Optimizer step ``next_step`` is done: hand it to the store. ``shared`` are numbers that every rank has alike.
@@ -294,7 +312,7 @@ class ScoringSession:
         with other samples.
         """
         if self._layout is not None:
-            own = self._empty_step()
+            own = self._empty_step(OF_SAMPLES if OF_SAMPLES[0] in step.arrays else ())
             count = len(step.arrays["sample"])
             if count > self._layout.batch:
                 raise UsageError(
@@ -306,7 +324,7 @@ class ScoringSession:
             if "train_loss" not in shared:
                 loss, weight, tokens = self.ranks.stacked(torch.from_numpy(step.sums)).sum(0).tolist()
                 shared = {"train_loss": loss / weight if weight else float("nan"), "tokens": int(tokens), **shared}
-            self._add(own, {**shared, "score_seconds": step.seconds})
+            self._add(own, {**step.shared, **shared, "score_seconds": step.seconds})
             if self.next_step + 1 == self._layout.steps:
                 self._log.save()
         self.next_step += 1
@@ -317,14 +335,14 @@ class ScoringSession:
             self._add(self._empty_step(), {})
         self.next_step += 1
 
-    def _add(self, own: dict[str, NDArray[Any]], shared: Mapping[str, float]) -> None:
+    def _add(self, own: dict[str, NDArray[Any]], shared: Mapping[str, Any]) -> None:
         self._repeats.check(self.next_step, own["sample"], own["score"])
         self._log.add(self.next_step, own, shared)
 
-    def _empty_step(self) -> dict[str, NDArray[Any]]:
-        """One rank's arrays of a step without samples."""
+    def _empty_step(self, also: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        """One rank's arrays of a step without samples; ``also`` are those of its gradients, where it keeps them."""
         assert self._layout is not None
-        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *PLACES)]
+        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *PLACES, *also)]
         return {spec.name: np.full(spec.columns[1:], spec.fill, dtype=spec.dtype) for spec in specs}
 
     def save(self) -> None:

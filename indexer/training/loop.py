@@ -194,7 +194,9 @@ class Trainer:
         batch = self.rows.batch(rows).to(self.device)
         with ExitStack() as stack:
             with self.autocast():
-                opened = stack.enter_context(self.val_schedule.scoring(batch, step, self._scale(), hold=hold))
+                opened = stack.enter_context(
+                    self.val_schedule.scoring(self.session, batch, step, self._scale(), hold=hold)
+                )
             with self.autocast():  # a block of its own, as below
                 losses_B = own_losses(self._logits(self.inner, batch), batch.labels)
             scores = opened.scores(losses_B)

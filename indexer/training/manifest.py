@@ -17,6 +17,7 @@ from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
+from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
 from indexer.training.inputs import Inputs
 
@@ -45,6 +46,7 @@ def training_layout(
         groups=tuple(groups),
         blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
         weights=config.choosing.candidates is not None,
+        gradients=None if engine is None else gradient_layout(engine, scoring.keep_gradients, scoring.proj_dtype),
     )
     return layout if stored is None else layout.in_spans_of(stored["storage"])
 
@@ -103,6 +105,7 @@ def training_manifest(
             "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
             "projection": projection_hash(engine),
+            **kept_section(engine, layout),
         },
         "source": {**source, "corpus": shards.source["data"], "form": shards.source["form"]},
         "compute": {

@@ -25,6 +25,9 @@ def scoring_engine(
     scored so.
     """
     config = training.scoring
+    sketched = config.score == "sketched"
+    projects = sketched or config.keep_gradients is not None
+    made = (projection or ProjectionConfig()) if projects else None
     engine = GradDotProdEngine(
         model,
         None,
@@ -34,7 +37,8 @@ def scoring_engine(
         score_layers=training.score_layers,
         score_metric=config.score_metric,
         route=config.route,
-        projection=(projection or ProjectionConfig()) if config.score == "sketched" else None,
+        projection=made if sketched else None,
+        keep=None if sketched else made,
         hold_losses=False,  # Trainer computes them from the logits
     )
     if config.per_layer and not engine.method.blocks:
@@ -68,13 +72,15 @@ class ValSchedule:
             session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
 
     @contextmanager
-    def scoring(self, batch: Batch, step: int, loss_scale: float, *, hold: bool) -> Iterator[ScoringBatch]:
+    def scoring(
+        self, session: ScoringSession, batch: Batch, step: int, loss_scale: float, *, hold: bool
+    ) -> Iterator[ScoringBatch]:
         """Open the engine for candidates, which are scored and not trained on (or with ``hold`` afterwards); else as
         :meth:`prepare`.
         """
         with ExitStack() as stack:
             with self._at(step):
-                opening = self.engine.scoring(
+                opening = session.scoring(
                     len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale, hold=hold
                 )
                 opened = stack.enter_context(opening)

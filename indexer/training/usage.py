@@ -27,8 +27,9 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         return
     if config.scoring.method == "GradDotProd" and (options.store is None or options.val_set is None):
         raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
-    if options.projection is not None and config.scoring.score != "sketched":
-        raise UsageError("projection options belong to `score=sketched`")
+    scoring = config.scoring
+    if options.projection is not None and scoring.score != "sketched" and scoring.keep_gradients is None:
+        raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
     if options.checkpoint is not None and config.dropout:
         raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own")
     if options.name is not None:

@@ -15,8 +15,10 @@ from query.ann.index import AnnIndex
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
+from query.answer.run_query import query_run
 from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
+from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
@@ -55,6 +57,13 @@ def query(options: QueryOptions) -> QueryResult:
     ``rerank`` is a number of candidates: the gradients of the best (and worst) so many rows by the stored vectors are
     computed again by the model, and ranked by their exact scores. For parts whose vectors are codes of few bits.
 
+    ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
+    (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
+    sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
+    ``step_window`` (``"0:100"`` or a slice), or of the ``last`` so many steps. With ``val_set``, ``checkpoint`` is a
+    checkpoint of that training; without, each step's samples are held against the val gradient of that step, and no
+    model is needed. What belongs to parts is refused.
+
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
     Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
@@ -63,6 +72,9 @@ def query(options: QueryOptions) -> QueryResult:
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
+    if options.run is not None:
+        return query_run(options, progress)
+    refuse_options_of_runs(options.step_window, options.last, options.weight)
     page = None if options.report is None else check_output(options.report, "report", (".html",))
     if options.index_name is not None and options.index == "exact":
         raise UsageError("`index_name` belongs to `index=ann`")

@@ -43,14 +43,25 @@ class BlendedHit(Hit):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunHit(Hit):
+    """A sample of a training run: ``score`` is the sum over the steps that it was in."""
+
+    times: int
+    """Of these, those that count."""
+    last_step: int
+    """The newest of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryHits:
     """The rankings of one query: ``"mean"``, or the id of a val sample."""
 
     query: str
+    """Of a run's own val gradients ``"own"``."""
     val_row: int | None = None
     """Place of the val sample in the val set, from 0, which its id need not tell; None for a mean."""
-    hits: list[Hit]
-    bottom: list[Hit]
+    hits: Sequence[Hit]
+    bottom: Sequence[Hit]
     """Lowest scores, lowest first; empty unless asked for."""
 
 

@@ -26,6 +26,8 @@ class Question(QuestionOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.val_set is None:
+            self._refuse_without_val_set()
         check_at_least(1, max_samples=self.max_samples)
         if self.each and self.group_field is not None:
             raise UsageError("`each` asks for a ranking a val sample, `group_field` for one a group: give one of them")
@@ -41,6 +43,9 @@ class Question(QuestionOptions):
         checked_weight(self.score_weight)
         if self.score_weight is not None and self.with_scores is None:
             raise UsageError("`score_weight` belongs to `with_scores`, which names a training run")
+
+    def _refuse_without_val_set(self) -> None:
+        raise UsageError("give `val_set`: what is asked for is near its gradient")
 
     @property
     def grouping(self) -> Grouping:

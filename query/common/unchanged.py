@@ -1,4 +1,4 @@
-"""Whether the corpus behind a part is still the one that it was built from; and where each of its samples stands."""
+"""Whether the corpus behind a part or a run is still the one it was made on; and where each of its samples stands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing
 from ghoststore.corpus import Corpus, Position, Sample, SampleScan
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, counted
-from ghoststore.store import Part
+from ghoststore.store import Part, Run
 
 
 class Places:
@@ -29,20 +29,21 @@ class Places:
         return [Position(source_row=row, file=self._file[row], offset=self._offset[row]) for row in source_rows]
 
 
-def read_unchanged(corpus: Corpus, part: Part, progress: Progress) -> Iterator[Sample]:
-    """Every sample of ``corpus`` that ``part`` was built from, in order.
+def read_unchanged(corpus: Corpus, source: Part | Run, progress: Progress) -> Iterator[Sample]:
+    """Every sample of ``corpus`` that a part was built from, or a run trained on, in order.
 
     MismatchError at the end, both fingerprints shown, if they are no longer the same; CorpusError where the corpus
     cannot be read.
     """
-    stored = part.manifest["corpus"]
-    scanning = SampleScan(corpus.samples(), max_rows=stored["max_samples"])
+    stored = source.manifest["corpus"]
+    scanning = SampleScan(corpus.samples(), max_rows=stored.get("max_samples", stored["samples"]))
     with closing(progress.task("reading the corpus", stored["samples"], unit="samples")) as task:
         yield from counted(scanning, task)
     scan = scanning.finish()
     if scan.fingerprint != stored["fingerprint"]:
         raise MismatchError(
-            f"{corpus.source} has changed since part {part.name!r} was built from it: stored {stored['fingerprint']} "
-            f"({stored['samples']:,} samples), found {scan.fingerprint} ({scan.rows:,}). Nothing was written; build "
-            "the part again on the corpus as it is, or bring the old one back"
+            f"{corpus.source} has changed since {source.kind.name} {source.name!r} was {source.kind.made} on it: "
+            f"stored {stored['fingerprint']} ({stored['samples']:,} samples), found {scan.fingerprint} "
+            f"({scan.rows:,}). Nothing was written; make the {source.kind.name} again on the corpus as it is, or bring "
+            "the old one back"
         )

@@ -187,10 +187,10 @@ def make_pools(
     tokens_M: NDArray[np.int64],
     domain_M: NDArray[np.int16],
     domains: Sequence[str],
-    part: str,
+    source: str,
 ) -> Pools:
     """The pools of a selection among samples with these scores (NaN: unusable), tokens and places in ``domains`` (-1:
-    none). ``part`` is named in errors.
+    none). ``source`` is named in errors.
 
     ``proportional`` shares are those of the domains among the usable samples (with a token budget: of their tokens).
     UsageError for quotas without domains, of a domain that the part lacks, and of more than there is to share.
@@ -201,7 +201,7 @@ def make_pools(
         return Pools(["all"], [size], np.zeros(len(score_M), dtype=np.int64), cost_M)
     if not domains:
         raise UsageError(
-            f"quotas by domain: part {part!r} has no domains. Build it with `fields.domain`, or leave the quotas out"
+            f"quotas by domain: {source} has no domains. Make it with `fields.domain`, or leave the quotas out"
         )
     if isinstance(quotas, str):
         usable = np.isfinite(score_M)
@@ -213,7 +213,7 @@ def make_pools(
     unknown = [domain for domain in quotas if domain not in domains]
     if unknown:
         known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
-        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
+        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: {source} has no such domain; it has {known}")
     pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # the last entry is that of -1
     pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
     return Pools([*quotas, OTHERS], _limits(list(quotas.values()), size), pool_of[domain_M], cost_M)

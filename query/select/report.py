@@ -94,7 +94,7 @@ class SelectReport:
 def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainShare]:
     """By domain, those of the part and, where samples have none, ``(none)``; by name."""
     shares = []
-    for place, name in enumerate([NO_DOMAIN, *samples.part.domains], -1):
+    for place, name in enumerate([NO_DOMAIN, *samples.source.domains], -1):
         members = chosen[samples.domain[chosen] == place]
         available = int((samples.usable & (samples.domain == place)).sum())
         if place < 0 and not available:
@@ -123,11 +123,11 @@ def row_list(samples: Samples, chosen: ChosenSamples, written: NDArray[np.int64]
     """A line of JSON for each of the samples ``written``, in their order."""
     picked = np.zeros(len(samples), dtype=np.int64)
     picked[chosen.places] = np.arange(1, len(chosen.places) + 1)
-    ids = samples.part.read_rows("sample_id", samples.best_row[written].tolist())
-    names = [*samples.part.domains, None]
+    ids = samples.ids(written)
+    names = [*samples.source.domains, None]
     for place, name in zip(written.tolist(), ids, strict=True):
         entry = {
-            "id": str(name),
+            "id": name,
             "source_row": int(samples.source_row[place]),
             "domain": names[samples.domain[place]],
             "tokens": int(samples.tokens[place]),

@@ -1,6 +1,6 @@
-"""The rows of a part as samples of its corpus, with the score of each: what is chosen from.
+"""The rows of a part, or of a training run, as samples of its corpus, with the score of each: what is chosen from.
 
-Legend: N rows of the part, M samples, C candidates, D numbers of a vector.
+Legend: N rows of the part or run, M samples, C candidates, D numbers of a vector.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.store import Part
+from ghoststore.store import Part, Run
 from query.ask.scorer import Scorer
 from query.search.vectors import PartVectors
+from query.training_scores.sums import Units
 
 ROWS_AT_ONCE = 512
 
@@ -26,17 +27,17 @@ class Samples:
     A long sample that was split into windows has the largest score of its windows, and the vector of the first such.
     """
 
-    part: Part
+    source: Part | Run
     source_row: NDArray[np.int64]
     """(M,): place in the corpus."""
     score: NDArray[np.float64]
     """(M,): NaN where no row of the sample can be used."""
     best_row: NDArray[np.int64]
-    """(M,): row of the part with that score."""
+    """(M,): row of the part with that score; of a run the first of the sample's."""
     tokens: NDArray[np.int64]
     """(M,): tokens of all its rows; the one that neighbouring windows share counts once."""
     domain: NDArray[np.int16]
-    """(M,): place in the part's ``domains``, -1 for none."""
+    """(M,): place in the ``domains`` of the source, -1 for none."""
     digest: NDArray[np.uint64]
     """(M,): see `ghoststore.corpus.Sample.digest`."""
 
@@ -54,7 +55,7 @@ class Samples:
         at_best = np.flatnonzero(score == np.repeat(highest, rows_of))
         best_row = row[at_best[np.searchsorted(at_best, first)]]
         return cls(
-            part=part,
+            source=part,
             source_row=source[first],
             score=np.where(np.isfinite(highest), highest, np.nan),
             best_row=best_row,
@@ -62,6 +63,32 @@ class Samples:
             domain=part.column("domain")[first],
             digest=part.column("source_digest")[first],
         )
+
+    @classmethod
+    def of_run(cls, run: Run, units: Units, score_M: NDArray[np.float64]) -> Samples:
+        """The samples of ``units``, each with its score: NaN for one that has none."""
+        count, first = len(run.rows), units.first_row
+        unit, n_tokens = units.of(np.arange(count)), run.rows.read("n_tokens", 0, count).astype(np.float64)
+        windows = np.bincount(unit, minlength=len(first))
+        return cls(
+            source=run,
+            source_row=run.rows.read("source_row", 0, count)[first],
+            score=score_M,
+            best_row=first,
+            tokens=np.bincount(unit, n_tokens, minlength=len(first)).astype(np.int64) - (windows - 1),
+            domain=units.domain,
+            digest=run.rows.read("source_digest", 0, count)[first],
+        )
+
+    @property
+    def name(self) -> str:
+        """The source, for messages."""
+        return f"{self.source.kind.name} {self.source.name!r}"
+
+    def ids(self, places: NDArray[np.int64]) -> list[str]:
+        """Of some of them."""
+        table = self.source if isinstance(self.source, Part) else self.source.rows
+        return [str(name) for name in table.read_rows("sample_id", self.best_row[places].tolist())]
 
     @property
     def usable(self) -> NDArray[np.bool_]:

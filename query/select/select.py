@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import numpy as np
 
-from ghoststore.corpus import open_corpus
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import part_of, takes
+from ghoststore.settings.keywords import takes
 from ghoststore.settings.question import SelectOptions
-from query.ask.question import Question
-from query.ask.scorer import open_scorer
 from query.common.texts import corpus_behind
 from query.common.unchanged import Places, read_unchanged
-from query.search.parts import note_repeated, open_parts
 from query.select.budget import Budget
 from query.select.files import SelectFiles
-from query.select.leaks import LeakCheck, refuse, report_of
+from query.select.leaks import refuse, report_of
 from query.select.report import SelectReport
-from query.select.samples import Samples
 from query.select.strategy import Strategy
+from query.select.subject import OfParts, OfRun
 
 
 @takes(SelectOptions)
 def select(options: SelectOptions) -> SelectReport:
     """Choose samples by their score for a val set, and write their original rows, every field of them, to ``out``.
 
-    What scores are (``store``, ``val_set``, ``part``, ``metric``, …) is as in ``ghoststore.query``. Where there are
-    several rankings, the first counts: that over everything.
+    What scores are (``store``, ``val_set``, ``part`` or ``run``, ``metric``, …) is as in ``ghoststore.query``. Where
+    there are several rankings, the first counts: that over everything.
 
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
     ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
@@ -55,33 +49,27 @@ def select(options: SelectOptions) -> SelectReport:
         candidates=options.candidates,
     )
     files = SelectFiles.of(options.out, options.report, options.order)
-    wanted = part_of(Question, options)
-    parts, weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
-    part = parts[0]
-    corpus = corpus_behind(part, wanted.data)
+    subject = OfParts(options, progress) if options.run is None else OfRun(options, strategy)
+    corpus = corpus_behind(subject.source, options.data)
     files.check(corpus)
-    with open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set:
-        leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
-        scorer = open_scorer(wanted, parts, weights, val_set, progress)
-    note_repeated(part, progress)
-    places = Places()
-    for sample in read_unchanged(corpus, part, progress):
+    leak_check, places = subject.read_val_set(progress), Places()
+    for sample in read_unchanged(corpus, subject.source, progress):
         places.add(sample)
         leak_check.see(sample)
     leaked = list(leak_check.found.values())
     if options.leaks == "error":
-        refuse(leaked, str(wanted.val_set))
-    samples = Samples.of(part, scorer.scores(progress, 1)[0])
+        refuse(leaked, str(options.val_set))
+    samples = subject.samples(progress)
     excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
-    chosen = strategy.choose(scorer, samples, np.where(excluded, np.nan, samples.score), progress)
+    chosen = strategy.choose(subject.scorer, samples, np.where(excluded, np.nan, samples.score), progress)
     made = SelectReport.of(
         samples,
         chosen,
-        store=str(wanted.store),
+        store=str(options.store),
         out=str(files.out),
         report=str(files.report),
         rows_file=str(files.rows),
-        settings={**scorer.settings(), "ranking": scorer.names[0], **strategy.settings(), "order": files.order},
+        settings={**subject.settings(), **strategy.settings(), "order": files.order},
         leaks=report_of(leaked, options.leaks),
     )
     _tell(made, progress)

@@ -75,9 +75,10 @@ class Strategy:
         return {**self.budget.to_json(), "quotas": quotas, "diversity": self.diversity, **diverse}
 
     def choose(
-        self, scorer: Scorer, samples: Samples, score_M: NDArray[np.float64], progress: Progress
+        self, scorer: Scorer | None, samples: Samples, score_M: NDArray[np.float64], progress: Progress
     ) -> ChosenSamples:
-        """Choose among the samples with a score in ``score_M`` (NaN: may not be chosen).
+        """Choose among the samples with a score in ``score_M`` (NaN: may not be chosen). ``scorer`` is needed for
+        ``diversity``.
 
         UsageError if nothing can be chosen, for quotas that do not fit the part, and for more candidates than fit in
         memory.
@@ -88,8 +89,8 @@ class Strategy:
             score_M=score_M,
             tokens_M=samples.tokens,
             domain_M=samples.domain,
-            domains=samples.part.domains,
-            part=samples.part.name,
+            domains=samples.source.domains,
+            source=samples.name,
         )
         ranking = ranked(score_M)
         picked = best = pools.best(ranking)
@@ -97,6 +98,7 @@ class Strategy:
             raise UsageError(_nothing(samples, score_M, ranking))
         considered = len(ranking)
         if self.diversity != "none":
+            assert scorer is not None
             places = self._candidates(scorer, pools, ranking, len(best))
             considered = len(places)
             picked = self._diverse(scorer, samples, score_M, places, Room(pools, places), len(best), progress)
@@ -181,7 +183,7 @@ def _short(pools: Pools, ranking: NDArray[np.int64], picked: NDArray[np.int64]) 
 def _nothing(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64]) -> str:
     if not len(ranking):
         return (
-            f"part {samples.part.name!r} has no sample that can be chosen (usable, and no near-duplicate of the val "
+            f"{samples.name} has no sample that can be chosen (usable, and no near-duplicate of the val "
             "set): nothing was written"
         )
     best = ranking[0]

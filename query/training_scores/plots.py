@@ -17,6 +17,7 @@ from query.common.output import check_picture, save_picture
 from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.steps import choose_column, end_of, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units
+from query.training_scores.weights import StepWeight, StepWeights
 
 BINS = 48
 FEWEST_BINS = 12
@@ -35,6 +36,7 @@ def plot_scores(
     layers: Sequence[str] = (),
     exclude_layers: Sequence[str] = (),
     candidates: bool = False,
+    weight: StepWeight = "learning-rate",
     title: str | None = None,
     over: bool = True,
 ) -> None:
@@ -42,9 +44,9 @@ def plot_scores(
 
     What stands there is replaced, unless ``over`` is False.
 
-    Left: the mean score of each domain in equal bins of steps, with its standard error as a band. Right: Σ η·score of
-    each domain's samples up to each step. The other parameters are those of :func:`ghoststore.scores`. UsageError as
-    there, StorageError if it cannot be written.
+    Left: the mean score of each domain in equal bins of steps, with its standard error as a band. Right: Σ
+    weight·score of each domain's samples up to each step. The other parameters are those of :func:`ghoststore.scores`.
+    UsageError as there, StorageError if it cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -52,9 +54,12 @@ def plot_scores(
     if not over or not target.exists():
         check_picture(target, "path")
     column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
+    weights = StepWeights(run, weight, window)
     curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
     for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS, candidates=candidates):
-        curves.add(piece, sums.add(piece.places, units.of(piece.places.row)))
+        places = piece.places
+        weight_P = places.weight * weights.of(places.step, places.score, places.learning_rate)
+        curves.add(piece, sums.add(places, units.of(places.row), weight_P), weight_P)
     if not sums.tally.scored:
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
     lines = _lines(curves)
@@ -68,7 +73,10 @@ def plot_scores(
         xlabel=f"step (bins of {curves.width:,})" if curves.width > 1 else "step",
         ylabel="⟨∇ℓ sample, ∇L val⟩   in (nats a token)² / weight²",
     )
-    right.set(title="What it adds up to: Σ η · score", xlabel="step", ylabel="Σ η · score   in nats a token")
+    symbol, unit = {"unit": ("unit", "in steps"), "loss-fall": ("fall", "in nats a token")}.get(
+        weight, ("η", "in nats a token")
+    )
+    right.set(title=f"What it adds up to: Σ {symbol} · score", xlabel="step", ylabel=f"Σ {symbol} · score   {unit}")
     for axes in (left, right):
         axes.axhline(0, color="black", linewidth=0.7)
         axes.grid(alpha=0.25, linewidth=0.6)

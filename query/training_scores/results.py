@@ -66,7 +66,7 @@ class HistoryEntry:
     score: float | None
     """None where it was not scored or is not finite: it adds nothing."""
     weighted: float | None
-    """η·score."""
+    """weight·score; by default the weight is η."""
     cumulative: float
     """Sum of the weighted scores of this sample (its ``source_row``) up to here."""
 

@@ -1,6 +1,6 @@
 """``ghoststore.scores``: which samples helped a model while it trained, by the scores of its run.
 
-The value of a sample is Σ over steps of η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024,
+The value of a sample is by default Σ over steps of η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024,
 arXiv:2406.11011, section 4.1). Read ``docs/scores.md`` for what it tells.
 
 Legend: U units (samples, or windows).
@@ -34,6 +34,7 @@ from query.training_scores.steps import (
     window_of,
 )
 from query.training_scores.sums import WEIGHTED, ScoreSums, Units, Value, best, standard_error
+from query.training_scores.weights import StepWeights
 
 DEFAULT_TOP_K = 10
 
@@ -44,7 +45,8 @@ def scores(options: ScoresOptions) -> ScoresResult:
 
     With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
     a running sum of its own, where several have it). ``value`` is
-    ``cumulative`` (Σ η·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``steps`` is a
+    ``cumulative`` (Σ w·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``weight`` says what
+    w is: the step's ``learning-rate``, ``unit`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
     often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight that
@@ -79,7 +81,8 @@ def scores(options: ScoresOptions) -> ScoresResult:
     if options.sample is not None:
         rows, same_id = _rows_of_id(opened, options.sample, progress)
         history = _History(opened, rows)
-    _read(opened, column, window, units, sums, history, progress, candidates=options.candidates)
+    weights = StepWeights(opened, options.weight, window)
+    _read(opened, column, window, units, sums, weights, history, progress, candidates=options.candidates)
     if history is not None and not history.entries:
         progress.note(f"sample {options.sample!r} was not trained on in these steps")
     allowed = _allowed(units, sums, chosen, options.min_times)
@@ -96,6 +99,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             layers=options.layers,
             exclude_layers=options.exclude_layers,
             candidates=options.candidates,
+            weight=options.weight,
             over=False,
         )
     return ScoresResult(
@@ -103,6 +107,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
         settings={
             "run": opened.name,
             "value": options.value,
+            "weight": options.weight if options.value in WEIGHTED else None,
             "top_k": top_k,
             "bottom_k": bottom_k,
             "sample": options.sample,
@@ -131,6 +136,7 @@ def _read(
     window: Steps,
     units: Units,
     sums: ScoreSums,
+    weights: StepWeights,
     history: _History | None,
     progress: Progress,
     *,
@@ -140,10 +146,12 @@ def _read(
     ranges = inside(run.ranges, window)
     with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
         for piece in stream_steps(run, column, ranges, loss=history is not None, candidates=candidates):
-            counts = sums.add(piece.places, units.of(piece.places.row))
+            places = piece.places
+            weight = places.weight * weights.of(places.step, places.score, places.learning_rate)
+            counts = sums.add(places, units.of(places.row), weight)
             sums.tally.not_chosen += piece.not_chosen
             if history is not None:
-                history.extend(piece.places, counts)
+                history.extend(places, counts, weight)
             task.advance(piece.stop - piece.start)
 
 
@@ -158,6 +166,8 @@ def _refuse_usage(options: ScoresOptions) -> None:
         raise UsageError("`top_k=0` without `bottom_k`: ask for at least one sample")
     if options.min_times is not None and options.min_times < 1:
         raise UsageError(f"`min_times` must be at least 1, not {options.min_times}")
+    if options.weight != "learning-rate" and options.value not in WEIGHTED:
+        raise UsageError(f"`weight={options.weight}` belongs to `value=cumulative` and mean, not to {options.value}")
     given = [name for name, count in ranked.items() if count is not None]
     if options.by is not None and given:
         raise UsageError(f"`by=domain` is a table of domains: it does not go with {given[0]}")
@@ -205,8 +215,10 @@ class _History:
         """By source row."""
         self.entries: list[HistoryEntry] = []
 
-    def extend(self, places: Places, counts: NDArray[np.bool_]) -> None:
-        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count."""
+    def extend(self, places: Places, counts: NDArray[np.bool_], weight: NDArray[np.float64]) -> None:
+        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count, ``weight`` with
+        what.
+        """
         here = np.flatnonzero(np.isin(places.row, self._rows))
         if not len(here):
             return
@@ -215,7 +227,7 @@ class _History:
         for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
             assert places.loss is not None
             score, eta = float(places.score[place]), float(places.learning_rate[place])
-            weighted = eta * score if counts[place] else None
+            weighted = float(weight[place]) * score if counts[place] else None
             self._sums[source] = self._sums.get(source, 0.0) + (weighted or 0.0)
             self.entries.append(
                 HistoryEntry(

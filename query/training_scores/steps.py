@@ -48,7 +48,8 @@ class Places:
     score: NDArray[np.float64]
     """NaN: not scored."""
     learning_rate: NDArray[np.float64]
-    """Of the step, times the weight that the sample had in it where the step chose among candidates."""
+    weight: NDArray[np.float64]
+    """That the sample had in its step where that chose among candidates; else 1."""
     loss: NDArray[np.float32] | None
 
 
@@ -113,8 +114,8 @@ def end_of(run: Run) -> int:
     return run.ranges[-1][1] if run.ranges else 0
 
 
-def window_of(run: Run, steps: str | slice | None) -> Steps:
-    """The window that ``steps`` names: half-open, from 0, ends as in a Python slice.
+def window_of(run: Run, steps: str | slice | None, parameter: str = "steps") -> Steps:
+    """The window that ``steps`` names: half-open, from 0, ends as in a Python slice. ``parameter`` is for messages.
 
     A negative end counts from the end of what is committed. UsageError for anything else, and for a window without
     a committed step.
@@ -127,15 +128,15 @@ def window_of(run: Run, steps: str | slice | None) -> Steps:
     if isinstance(steps, str):
         ends = re.fullmatch(r"\s*([+-]?\d+)?\s*:\s*([+-]?\d+)?\s*", steps)
         if ends is None:
-            raise UsageError(f"`steps` {steps!r}: expected first:stop, as 0:100, 500: or -100:")
+            raise UsageError(f"`{parameter}` {steps!r}: expected first:stop, as 0:100, 500: or -100:")
         steps = slice(*(None if piece is None else int(piece) for piece in ends.groups()))
     if steps.step not in (None, 1):
-        raise UsageError(f"`steps` takes every step of a window, not every {steps.step}th")
+        raise UsageError(f"`{parameter}` takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)
     if not inside(run.ranges, (start, stop)):
         shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
         raise UsageError(
-            f"`steps={shown}`: no committed step of run {run.name!r} is there; its steps are "
+            f"`{parameter}={shown}`: no committed step of run {run.name!r} is there; its steps are "
             f"{run.ranges[0][0]:,} to {end - 1:,}"
         )
     return start, stop
@@ -182,7 +183,8 @@ def stream_steps(
             rank=rank,
             row=sample[there],
             score=column.of(data[column.array])[there],
-            learning_rate=data["learning_rate"][step] * (data["weight"][there] if weighs else 1.0),
+            learning_rate=data["learning_rate"][step],
+            weight=data["weight"][there].astype(np.float64) if weighs else np.ones(len(step)),
             loss=data["loss"][there] if loss else None,
         )
         yield StepPiece(start, stop, places, data, absent)

@@ -17,7 +17,7 @@ from ghoststore.store.run.run import Run
 from query.training_scores.steps import Places
 
 WEIGHTED = ("cumulative", "mean")
-"""Values in which a score counts with the learning rate of its step."""
+"""Values in which a score counts with the weight of its step."""
 
 
 class Units:
@@ -64,7 +64,7 @@ class Tally:
     not_finite: int = 0
     """Infinite."""
     without_learning_rate: int = 0
-    """Left out because their step has no finite learning rate."""
+    """Left out because their step has no finite learning rate, or no finite weight of another kind."""
     not_chosen: int = 0
     """Candidates that their step did not train on."""
 
@@ -79,9 +79,9 @@ class ScoreSums:
 
     def __init__(self, units: int, *, weighted: bool = True) -> None:
         self.tally = Tally()
-        self._needs_rate = weighted
+        self._needs_weight = weighted
         self.weighted: NDArray[np.float64] = np.zeros(units)
-        """(U,): Σ η·s."""
+        """(U,): Σ weight·s."""
         self.plain: NDArray[np.float64] = np.zeros(units)
         """(U,): Σ s."""
         self.squares: NDArray[np.float64] = np.zeros(units)
@@ -94,13 +94,17 @@ class ScoreSums:
         self.negative: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
         self.seen: NDArray[np.bool_] = np.zeros(units, dtype=bool)
 
-    def add(self, places: Places, unit: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Count ``places``, of the units ``unit``; (P,): which of them count."""
+    def add(
+        self, places: Places, unit: NDArray[np.int64], weight: NDArray[np.float64] | None = None
+    ) -> NDArray[np.bool_]:
+        """Count ``places``, of the units ``unit``, each with its ``weight`` (default: the learning rate of its step);
+        (P,): which of them count.
+        """
         score = places.score
         with np.errstate(invalid="ignore", over="ignore"):
-            weighted = places.learning_rate * score
+            weighted = (places.weight * places.learning_rate if weight is None else weight) * score
         finite = np.isfinite(score)
-        counts = finite & np.isfinite(weighted) if self._needs_rate else finite
+        counts = finite & np.isfinite(weighted) if self._needs_weight else finite
         self.tally.times += len(score)
         self.tally.scored += int(counts.sum())
         self.tally.negative += int((score[counts] < 0).sum())

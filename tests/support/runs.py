@@ -14,6 +14,7 @@ import numpy as np
 
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
 from ghoststore.store.base.records import json_digest
+from ghoststore.store.run.gradients import GradientLayout
 from ghoststore.store.run.journal import Journal, append_entry, opened, read_arrays
 
 LAYOUT = RunLayout(
@@ -29,6 +30,8 @@ def values(step: int, layout: RunLayout = LAYOUT) -> Values:
     rng = np.random.default_rng([7, step])
     given: Values = {}
     for spec in layout.arrays():
+        if "gradient" in spec.name or spec.name == "val_step":
+            continue
         numbers = rng.standard_normal(spec.columns)
         given[spec.name] = (numbers if spec.columns else float(numbers)) if spec.dtype.kind == "f" else 96 + step
     given["sample"] = rng.integers(0, layout.rows, (layout.ranks, layout.batch))
@@ -39,6 +42,22 @@ def values(step: int, layout: RunLayout = LAYOUT) -> Values:
                 given[name][1, 2] = np.nan
     if step % 4:
         del given["val_loss"]
+    if layout.gradients is not None and layout.gradients.holds(step):
+        given |= gradients(step, layout, layout.gradients)
+    return given
+
+
+def gradients(step: int, layout: RunLayout, kept: GradientLayout) -> Values:
+    """Of a step that keeps them: as its encoding has them, NaN where there is no sample."""
+    rng = np.random.default_rng([8, step])
+    vectors = rng.standard_normal((layout.ranks * layout.batch + 1, kept.dimension)).astype(np.float32)
+    if step % 3 == 0:
+        vectors[5] = np.nan
+    stored, scale = kept.encode(vectors)
+    shape = (layout.ranks, layout.batch, -1)
+    given: Values = {"gradient": stored[:-1].reshape(shape), "val_gradient": stored[-1], "val_step": step - 1}
+    if scale is not None:
+        given |= {"gradient_scale": scale[:-1].reshape(shape), "val_gradient_scale": scale[-1]}
     return given
 
 
@@ -91,6 +110,7 @@ def train(store: Path, name: str = "run", layout: RunLayout = LAYOUT, start: int
 def expected(array: str, steps: list[int], layout: RunLayout = LAYOUT) -> np.ndarray:
     """The stored numbers of ``steps``."""
     (spec,) = [spec for spec in layout.arrays() if spec.name == array]
+    steps = [step for step in steps if step % spec.every == 0]
     rows = [np.asarray(values(step, layout).get(array, np.nan)) for step in steps]
     return np.array(rows).astype(spec.dtype).reshape(len(steps), *spec.columns)
 
@@ -101,6 +121,14 @@ def files(store: Path) -> dict[str, bytes]:
 
 JOURNALED = replace(LAYOUT, save_steps=5, span_steps=15)
 """Two spans: of three save intervals, and of one and the short one in which the run ends."""
+KEEPING = replace(
+    LAYOUT,
+    save_steps=6,
+    span_steps=12,
+    dimension=None,
+    gradients=GradientLayout(every=3, dtype="int8", groups=(("mlp", 0, 3), ("attn", 3, 8))),
+)
+"""Two spans of two save intervals, the last short; of two steps in each the gradients are kept."""
 
 
 def steps_of(run: Run) -> list[int]:

@@ -1,4 +1,4 @@
-"""``ghoststore.export``: the vectors of a part, with ids and fields, as files that other tools read.
+"""``ghoststore.export``: the vectors of a part or a run, with ids and fields, as files that other tools read.
 
 Legend: R exported rows, D numbers of a vector, G blocks of columns.
 """
@@ -22,14 +22,39 @@ from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ExportOptions
 from ghoststore.store.base.new_files import check_new, new_files
+from ghoststore.store.part.encoding import Encoding, Groups
 from ghoststore.store.part.part import Part
 from ghoststore.store.part.status import Status
+from ghoststore.store.run.run import Run
+from ghoststore.store.run.visits import Visits, kept_of, stream_visits
 from ghoststore.store.spans.reader import read_span, stream
 from ghoststore.store.store import Store
 
 FORMS = (".safetensors", ".npy", ".parquet")
 ROWS_SUFFIX = ".rows.jsonl"
 """Of the file beside a .safetensors or .npy file: a line of JSON a row, in the order of the vectors."""
+FIELDS_OF_PART = {
+    "row": "int64",
+    "source_row": "int64",
+    "id": "string",
+    "domain": "string",
+    "loss": "float32",
+    "n_tokens": "int32",
+    "status": "string",
+    "norm": "float32",
+}
+FIELDS_OF_RUN = {
+    "step": "int64",
+    "rank": "int64",
+    "place": "int64",
+    "row": "int64",
+    "source_row": "int64",
+    "id": "string",
+    "domain": "string",
+    "loss": "float32",
+    "score": "float32",
+    "learning_rate": "float64",
+}
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 
 
@@ -38,7 +63,9 @@ class ExportReport:
     """What was exported."""
 
     store: str
-    part: str
+    part: str | None
+    """Or the run, the other is None."""
+    run: str | None
     files: list[str]
     """The one that says that the others are complete is the last."""
     rows: int
@@ -54,14 +81,51 @@ class ExportReport:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of the part, in order."""
+    """Some rows of a part, or samples of the steps of a run, in order."""
 
     vectors: NDArray[Any]
     """(R, D) float32; or as stored, (R, columns)."""
     scale: NDArray[np.float32] | None
     """(R, G), with vectors as they are stored where there is one."""
     fields: dict[str, Any]
-    """One value a row each: row, source_row, id, domain, loss, n_tokens, status; and norm, (R, G)."""
+    """One value a row each, by the names of :class:`Source`."""
+
+
+class Source(Protocol):
+    """What is exported."""
+
+    rows: int
+    stored: bool
+    """Whether vectors are as the store has them."""
+    encoding: Encoding
+    groups: Groups
+    name: dict[str, str]
+    """Of the ``part`` or the ``run``."""
+    storage: dict[str, Any]
+    """That section of its manifest."""
+    fields: dict[str, str]
+    """Names of the fields beside the vectors, in order, and the types that a table has for them; ``norm`` has a number
+    for each of G blocks.
+    """
+
+    def pieces(self) -> Iterator[Rows]:
+        """All of them, some at a time."""
+
+
+def dtype_name(source: Source) -> str:
+    """Of the numbers of a vector."""
+    return "float32" if not source.stored else {"onebit": "uint8"}.get(source.encoding.name, source.encoding.name)
+
+
+def dtype_of(source: Source) -> np.dtype[Any]:
+    """As numpy has them."""
+    return source.encoding.stored if source.stored else np.dtype("<f4")
+
+
+def columns_of(source: Source) -> int:
+    """Numbers of a row of the file."""
+    dimension = source.groups[-1][2]
+    return source.encoding.columns(dimension) if source.stored else dimension
 
 
 class _Sink(Protocol):
@@ -76,11 +140,12 @@ class _Sink(Protocol):
 
 @takes(ExportOptions)
 def export(options: ExportOptions) -> ExportReport:
-    """Write the vectors of a part, decoded to float32, with id, domain, source row, loss, tokens and norms of each row,
-    to a new file: ``.parquet`` (all in one table), ``.safetensors`` or ``.npy`` (the vectors, with a ``.rows.jsonl`` of
-    the rest beside).
+    """Write the vectors of a part, or of a ``run`` that keeps gradients, decoded to float32, with id, domain, source
+    row, loss, tokens and norms of each row, to a new file: ``.parquet`` (all in one table), ``.safetensors`` or
+    ``.npy`` (the vectors, with a ``.rows.jsonl`` of the rest beside).
 
-    Rows without a vector are left out, unless ``unusable``; each row has its ``source_row``. ``dtype="stored"`` writes
+    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Rows
+    without a vector are left out, unless ``unusable``; each row has its ``source_row``. ``dtype="stored"`` writes
     the numbers as the store has them: bfloat16 as such in safetensors and as its bits (uint16) elsewhere, codes of int8
     and onebit with the ``scale`` of each row and block (not to ``.npy``, which has no place for it). Some thousand rows
     are in memory at a time. Files appear whole or not at all.
@@ -89,70 +154,65 @@ def export(options: ExportOptions) -> ExportReport:
     disk refuses.
     """
     out = Path(options.out)
-    part = Store.open(options.store).part(options.part)
     beside = out.with_name(out.name + ROWS_SUFFIX)
     files = [out] if out.suffix == ".parquet" else [beside, out]
-    _refuse(part, options, out, files)
-    exporting = _Export(part, options)
+    source = _source(options)
+    _refuse(source, options, out, files)
     # The vectors last: who finds them finds their rows beside them.
     with new_files(*files) as staged:
         main, lines = staged[-1], staged[0] if len(staged) > 1 else None
         progress = options.progress or Silent()
         with (
-            closing(progress.task(f"exporting {part.name}", exporting.rows)) as task,
-            exporting.sink(main, lines) as sink,
+            closing(progress.task("exporting", source.rows)) as task,
+            _sink(source, main, lines, tensors=out.suffix == ".safetensors") as sink,
         ):
-            for rows in exporting.pieces():
+            for rows in source.pieces():
                 sink.write(rows)
                 task.advance(len(rows.vectors))
     return ExportReport(
         store=str(options.store),
-        part=part.name,
+        part=source.name.get("part"),
+        run=source.name.get("run"),
         files=[str(path) for path in files],
-        rows=exporting.rows,
-        dimension=part.layout.dimension,
-        dtype=exporting.dtype_name,
+        rows=source.rows,
+        dimension=source.groups[-1][2],
+        dtype=dtype_name(source),
         bytes=sum(path.stat().st_size for path in files),
     )
 
 
-def _refuse(part: Part, options: ExportOptions, out: Path, files: Sequence[Path]) -> None:
+def _source(options: ExportOptions) -> Source:
+    store, stored = Store.open(options.store), options.dtype == "stored"
+    if options.run is None:
+        return OfPart(store.part(options.part), stored=stored, unusable=options.unusable)
+    if options.part is not None:
+        raise UsageError("give `part` or `run`: one of them, and not both")
+    return OfRun(store.run(options.run), stored=stored, unusable=options.unusable)
+
+
+def _refuse(source: Source, options: ExportOptions, out: Path, files: Sequence[Path]) -> None:
     if out.suffix not in FORMS:
         raise UsageError(f"`out={out}`: vectors are written as {', '.join(FORMS)}")
     for file in files:
         check_new(f"`out={out}`" if file is out else f"the rows beside `out={out}`, {file},", file, *files)
-    if options.dtype == "stored" and part.encoding.scaled and out.suffix == ".npy":
+    if source.stored and source.encoding.scaled and out.suffix == ".npy":
         raise UsageError(
-            f"`out={out}`: {part.layout.dtype} codes have a scale for each row and block, which a .npy file has no "
+            f"`out={out}`: {source.encoding.name} codes have a scale for each row and block, which a .npy file has no "
             "place for; give a .safetensors or .parquet file, or `dtype=float32`"
         )
 
 
-class _Export:
+class OfPart:
     """The rows of ``part`` that are exported."""
 
-    def __init__(self, part: Part, options: ExportOptions) -> None:
-        self._part, self._stored, self._form = part, options.dtype == "stored", Path(options.out).suffix
+    def __init__(self, part: Part, *, stored: bool, unusable: bool) -> None:
+        self._part, self.stored, self.fields = part, stored, FIELDS_OF_PART
+        self.encoding = part.encoding
+        self.groups: Groups = part.groups
+        self.name, self.storage = {"part": part.name}, part.manifest["storage"]
         part.bear_out()  # before memory for a flag of each row is asked for
-        self._chosen = np.ones(part.rows, dtype=bool) if options.unusable else part.usable()
+        self._chosen = np.ones(part.rows, dtype=bool) if unusable else part.usable()
         self.rows = int(self._chosen.sum())
-
-    @property
-    def dtype_name(self) -> str:
-        """Of the numbers of a vector."""
-        code = self._part.encoding
-        return "float32" if not self._stored else {"onebit": "uint8"}.get(code.name, code.name)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As numpy has them."""
-        return self._part.encoding.stored if self._stored else np.dtype("<f4")
-
-    @property
-    def columns(self) -> int:
-        """Numbers of a row of the file."""
-        layout = self._part.layout
-        return self._part.encoding.columns(layout.dimension) if self._stored else layout.dimension
 
     def pieces(self) -> Iterator[Rows]:
         """All of them, a chunk at a time."""
@@ -168,11 +228,11 @@ class _Export:
             inside = slice(chunk.start - span * part.layout.span_rows, chunk.stop - span * part.layout.span_rows)
             own = None if scale is None else scale[inside][chosen]
             stored = chunk.data[chosen]
-            if not self._stored:
-                vectors = part.encoding.decode(stored, own, part.groups)
-                yield Rows(vectors, None, {name: values[inside][chosen] for name, values in fields.items()})
+            of_rows = {name: values[inside][chosen] for name, values in fields.items()}
+            if self.stored:
+                yield Rows(stored, own, of_rows)
             else:
-                yield Rows(stored, own, {name: values[inside][chosen] for name, values in fields.items()})
+                yield Rows(part.encoding.decode(stored, own, part.groups), None, of_rows)
 
     def _fields(self, span: int) -> dict[str, Any]:
         part = self._part
@@ -189,21 +249,60 @@ class _Export:
             "norm": read_span(part, "norm", span).copy(),
         }
 
-    @contextmanager
-    def sink(self, path: Path, lines: Path | None) -> Iterator[_Sink]:
-        """What writes to ``path`` in the form that was asked for: a table, or vectors with ``lines`` beside."""
-        with ExitStack() as stack:
-            sink: _Sink
-            if lines is None:
-                sink = _Parquet(path, self, self._part)
+
+class OfRun:
+    """The samples of the steps of ``run`` that keep their gradients."""
+
+    def __init__(self, run: Run, *, stored: bool, unusable: bool) -> None:
+        kept, _ = kept_of(run)
+        self._run, self.stored, self.fields, self._all = run, stored, FIELDS_OF_RUN, unusable
+        self.encoding = kept.encoding
+        self.groups: Groups = kept.groups
+        self.name, self.storage = {"run": run.name}, run.manifest["storage"]
+        self.rows = sum(int(self._chosen(visits).sum()) for visits in stream_visits(run, run.ranges))
+
+    def _chosen(self, visits: Visits) -> NDArray[np.bool_]:
+        return np.asarray(np.isfinite(visits.vectors).all(axis=1) | self._all, dtype=bool)
+
+    def pieces(self) -> Iterator[Rows]:
+        """All of them, some steps at a time."""
+        run, names = self._run, np.array([*self._run.domains, None], dtype=object)
+        for visits in stream_visits(run, run.ranges, also=("loss", "score")):
+            chosen = self._chosen(visits)
+            row = visits.row[chosen]
+            fields = {
+                "step": visits.step[chosen],
+                "rank": visits.rank[chosen],
+                "place": visits.place[chosen],
+                "row": row,
+                "source_row": run.rows.read_rows("source_row", row),
+                "id": run.rows.read_rows("sample_id", row),
+                "domain": names[run.rows.read_rows("domain", row)],
+                "loss": visits.data["loss"][chosen],
+                "score": visits.data["score"][chosen],
+                "learning_rate": visits.learning_rate[chosen],
+            }
+            if self.stored:
+                yield Rows(visits.stored[chosen], None if visits.scale is None else visits.scale[chosen], fields)
             else:
-                vectors = stack.enter_context(open(path, "wb"))
-                beside = stack.enter_context(open(lines, "w", encoding="utf-8"))
-                scaled = self._stored and self._part.encoding.scaled
-                scales = stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) if scaled else None
-                sink = _Vectors(self, self._part, vectors, beside, scales, tensors=self._form == ".safetensors")
-            yield sink
-            sink.close()
+                yield Rows(visits.vectors[chosen], None, fields)
+
+
+@contextmanager
+def _sink(source: Source, path: Path, lines: Path | None, *, tensors: bool) -> Iterator[_Sink]:
+    """What writes to ``path`` in the form that was asked for: a table, or vectors with ``lines`` beside."""
+    with ExitStack() as stack:
+        sink: _Sink
+        if lines is None:
+            sink = _Parquet(path, source)
+        else:
+            vectors = stack.enter_context(open(path, "wb"))
+            beside = stack.enter_context(open(lines, "w", encoding="utf-8"))
+            scaled = source.stored and source.encoding.scaled
+            scales = stack.enter_context(tempfile.TemporaryFile(dir=path.parent)) if scaled else None
+            sink = _Vectors(source, vectors, beside, scales, tensors=tensors)
+        yield sink
+        sink.close()
 
 
 class _Vectors:
@@ -212,17 +311,17 @@ class _Vectors:
     """
 
     def __init__(
-        self, of: _Export, part: Part, file: IO[bytes], lines: IO[str], scales: IO[bytes] | None, *, tensors: bool
+        self, source: Source, file: IO[bytes], lines: IO[str], scales: IO[bytes] | None, *, tensors: bool
     ) -> None:
         self._file, self._lines, self._scales = file, lines, scales
         if tensors:
-            file.write(_tensors_header(of, part, scaled=scales is not None))
+            file.write(_tensors_header(source, scaled=scales is not None))
         else:
             header = BytesIO()
             shape = {
-                "descr": np.lib.format.dtype_to_descr(of.dtype),
+                "descr": np.lib.format.dtype_to_descr(dtype_of(source)),
                 "fortran_order": False,
-                "shape": (of.rows, of.columns),
+                "shape": (source.rows, columns_of(source)),
             }
             np.lib.format.write_array_header_1_0(header, shape)
             file.write(header.getvalue())
@@ -242,24 +341,21 @@ class _Vectors:
                 self._file.write(piece)
 
 
-def _tensors_header(of: _Export, part: Part, *, scaled: bool) -> bytes:
+def _tensors_header(source: Source, *, scaled: bool) -> bytes:
     """The length, and what the tensors of a safetensors file are: ``vectors``, and ``scale`` where there is one."""
-    size = of.rows * of.columns * of.dtype.itemsize
+    size = source.rows * columns_of(source) * dtype_of(source).itemsize
+    encoding = source.encoding.name if dtype_name(source) != "float32" else "float32"
     header: dict[str, Any] = {
-        "__metadata__": {
-            "part": part.name,
-            "encoding": part.layout.dtype if of.dtype_name != "float32" else "float32",
-            "manifest": json.dumps(part.manifest["storage"]),
-        },
+        "__metadata__": {**source.name, "encoding": encoding, "manifest": json.dumps(source.storage)},
         "vectors": {
-            "dtype": SAFETENSORS[of.dtype_name],
-            "shape": [of.rows, of.columns],
+            "dtype": SAFETENSORS[dtype_name(source)],
+            "shape": [source.rows, columns_of(source)],
             "data_offsets": [0, size],
         },
     }
     if scaled:
-        end = size + of.rows * part.layout.groups * 4
-        header["scale"] = {"dtype": "F32", "shape": [of.rows, part.layout.groups], "data_offsets": [size, end]}
+        end, groups = size + source.rows * len(source.groups) * 4, len(source.groups)
+        header["scale"] = {"dtype": "F32", "shape": [source.rows, groups], "data_offsets": [size, end]}
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
@@ -268,26 +364,18 @@ def _tensors_header(of: _Export, part: Part, *, scaled: bool) -> bytes:
 class _Parquet:
     """One table."""
 
-    def __init__(self, path: Path, of: _Export, part: Part) -> None:
+    def __init__(self, path: Path, source: Source) -> None:
         import pyarrow
         import pyarrow.parquet
 
         self._arrow = pyarrow
-        self._columns, self._groups = of.columns, part.layout.groups
-        number = pyarrow.from_numpy_dtype(of.dtype)
-        fields = {
-            "row": pyarrow.int64(),
-            "source_row": pyarrow.int64(),
-            "id": pyarrow.string(),
-            "domain": pyarrow.string(),
-            "loss": pyarrow.float32(),
-            "n_tokens": pyarrow.int32(),
-            "status": pyarrow.string(),
-            "norm": pyarrow.list_(pyarrow.float32(), self._groups),
-            "vector": pyarrow.list_(number, self._columns),
-        }
-        if of.dtype_name != "float32" and part.encoding.scaled:
-            fields["scale"] = pyarrow.list_(pyarrow.float32(), self._groups)
+        groups = len(source.groups)
+        fields = {name: getattr(pyarrow, kind)() for name, kind in source.fields.items()}
+        if "norm" in fields:
+            fields["norm"] = pyarrow.list_(pyarrow.float32(), groups)
+        fields["vector"] = pyarrow.list_(pyarrow.from_numpy_dtype(dtype_of(source)), columns_of(source))
+        if source.stored and source.encoding.scaled:
+            fields["scale"] = pyarrow.list_(pyarrow.float32(), groups)
         self._schema = pyarrow.schema(fields)
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
 

@@ -27,7 +27,7 @@ from ghoststore.store.run.journal import FOLDER as JOURNAL
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.group import Spanned, create_array, group_problem, read_attributes
-from ghoststore.store.spans.layout import CRC_BYTES
+from ghoststore.store.spans.layout import CRC_BYTES, first_row
 from ghoststore.store.spans.soundness import record_name
 from ghoststore.store.spans.withdrawn import FOLDER, withdraw_record
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
@@ -123,7 +123,7 @@ def _make_metadata(source: Spanned[Any], folder: Path) -> None:
     if isinstance(source, Run) and source.layout.save_steps is not None:
         group.create_group(JOURNAL)
     for spec in source.layout.arrays():
-        create_array(group, spec, source.layout.length)
+        create_array(group, spec, spec.count(source.layout.length))
     if isinstance(source, Run):
         for spec in source.layout.row_arrays():
             create_array(group, spec, source.layout.rows)
@@ -178,7 +178,7 @@ def damaged_spans(source: Spanned[Any], names: Iterable[str]) -> set[int]:
     for spec in source.layout.arrays():
         chunk = re.compile(rf"{re.escape(spec.name)}/c/([0-9]{{1,12}})(?:/0)*")
         numbers = (int(match[1]) for name in names if (match := chunk.fullmatch(name)))
-        wanted |= {number * spec.chunk_rows // source.layout.span_length for number in numbers}
+        wanted |= {first_row(spec, number) // source.layout.span_length for number in numbers}
     return {span for span in wanted if span < source.layout.spans}
 
 
@@ -198,7 +198,9 @@ def restore_record(source: Spanned[Any], span: int) -> None:
             size = (source.path / key).stat().st_size
             if size != spec.chunk_bytes + CRC_BYTES:
                 raise CorruptError(f"{source.path / key} has {size} bytes; a chunk has {spec.chunk_bytes + CRC_BYTES}")
-    arrays = {spec.name: source.slice(spec, layout.length, start, stop) for spec in layout.arrays()}
+    arrays = {
+        spec.name: source.slice(spec, spec.count(layout.length), *spec.entries(start, stop)) for spec in layout.arrays()
+    }
     statuses, tokens = source.summarize(arrays)
     files = {key: FileRecord.of(source.path / key) for key in keys}
     commit = Commit(span=span, start=start, stop=stop, statuses=statuses, tokens=tokens, files=files)

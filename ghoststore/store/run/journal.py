@@ -120,7 +120,7 @@ def first_link(run: Run, span: int) -> bytes:
 
 def entry_size(layout: RunLayout, steps: int) -> int:
     """Bytes of an entry of so many steps."""
-    arrays = sum(steps * spec.width * int(spec.dtype.itemsize) + CRC_BYTES for spec in layout.arrays())
+    arrays = sum(spec.count(steps) * spec.width * int(spec.dtype.itemsize) + CRC_BYTES for spec in layout.arrays())
     return HEADER.size + arrays + TRAILER_BYTES
 
 
@@ -262,7 +262,7 @@ def read_arrays(
     arrays: dict[str, NDArray[Any]] = {}
     place, steps = entry.place + HEADER.size, entry.stop - entry.start
     for spec in layout.arrays():
-        size = steps * spec.width * spec.dtype.itemsize
+        size = spec.count(steps) * spec.width * spec.dtype.itemsize
         if spec.name in names:
             data = _read(handle, size + CRC_BYTES, place)
             numbers = data[:size]
@@ -271,7 +271,7 @@ def read_arrays(
                     f"{journal.path} is damaged: {spec.name!r} of steps {entry.start} to {entry.stop} is not what was "
                     f"written; {ADVICE}"
                 )
-            arrays[spec.name] = np.frombuffer(numbers, dtype=spec.dtype).reshape(steps, *spec.columns)
+            arrays[spec.name] = np.frombuffer(numbers, dtype=spec.dtype).reshape(spec.count(steps), *spec.columns)
         place += size + CRC_BYTES
     return arrays
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ghoststore.errors import UsageError
+from ghoststore.store.run.gradients import GRADIENT_DTYPES, GradientLayout, KeptArrays
 from ghoststore.store.spans.layout import (
     CHUNK_BYTES,
     LARGEST_ROW_BYTES,
@@ -53,7 +54,9 @@ class RunLayout(SpanLayout):
     blocks: tuple[str, ...] = ()
     """Blocks of parameters that have scores of their own."""
     dimension: int | None = None
-    """Numbers of a projected gradient; None: none are kept."""
+    """Numbers of a projected gradient of each step's samples, kept as float32; None: none are kept so."""
+    gradients: GradientLayout | None = None
+    """The projected gradients of some steps' samples, kept in an encoding of parts; None: none are kept so."""
     weights: bool = False
     """Whether samples are candidates, each with the weight that its step trained on it with."""
 
@@ -64,6 +67,11 @@ class RunLayout(SpanLayout):
                 raise UsageError(f"a run needs {name} of at least 1, not {value}")
         if self.span_steps % self.interval:
             raise UsageError(f"a span of {self.span_steps} steps is not whole save intervals of {self.interval}")
+        if self.gradients is not None and self.interval % self.gradients.every:
+            raise UsageError(
+                f"a save interval of {self.interval} steps is not whole times {self.gradients.every} steps, of which "
+                "one keeps its gradients"
+            )
         for name in ("groups", "blocks"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise UsageError(f"a run needs different names of {name}; found {', '.join(getattr(self, name)[:20])}")
@@ -79,9 +87,12 @@ class RunLayout(SpanLayout):
     def saving(cls, every: int, **rest: Any) -> RunLayout:
         """The layout of a run that saves ``every`` so many steps; ``rest`` are its other fields, spans aside.
 
-        A span is as many save intervals as make its files 4 MiB on average, its record among them, or the whole run
-        where that is shorter.
+        Where gradients of every so many steps are kept, the save interval is rounded up to whole times that. A span is
+        as many save intervals as make its files 4 MiB on average, its record among them, or the whole run where that is
+        shorter.
         """
+        if (kept := rest.get("gradients")) is not None:
+            every = -(-every // kept.every) * kept.every
         least = cls(span_steps=every, save_steps=every, **rest)
         intervals = -(-least.steps // every)
         size = 1
@@ -102,7 +113,7 @@ class RunLayout(SpanLayout):
         start, stop = self.span_of(0)
         specs = self.arrays()
         files = 1 + sum(len(self.chunk_keys(spec, 0)) for spec in specs)
-        return (stop - start) * sum(spec.width * int(spec.dtype.itemsize) for spec in specs) / files
+        return sum(spec.count(stop - start) * spec.width * int(spec.dtype.itemsize) for spec in specs) / files
 
     @classmethod
     def of(cls, storage: Mapping[str, Any]) -> RunLayout:
@@ -121,6 +132,7 @@ class RunLayout(SpanLayout):
             blocks=tuple(map(str, storage["blocks"])),
             dimension=None if storage["dimension"] is None else int(storage["dimension"]),
             weights=bool(storage.get("weights", False)),
+            gradients=GradientLayout.of(storage["gradients"]) if "gradients" in storage else None,
         )
 
     def in_spans_of(self, stored: Mapping[str, Any]) -> RunLayout:
@@ -138,6 +150,9 @@ class RunLayout(SpanLayout):
             del storage["save_steps"]
         if not self.weights:
             del storage["weights"]
+        del storage["gradients"]
+        if self.gradients is not None:
+            storage["gradients"] = self.gradients.to_json()
         return storage
 
     @property
@@ -182,6 +197,7 @@ class RunLayout(SpanLayout):
             specs.append(self._spec("vector", "<f4", (*place, self.dimension), (*axes, "column")))
         return [
             *specs,
+            *self._gradient_arrays(),
             self._spec("learning_rate", "<f8"),
             self._spec("train_loss", "<f4"),
             self._spec("val_loss", "<f4"),
@@ -191,6 +207,36 @@ class RunLayout(SpanLayout):
             self._spec("score_seconds", "<f4"),
         ]
 
+    @property
+    def kept(self) -> tuple[GradientLayout, KeptArrays] | None:
+        """How projected gradients are kept, in either form, and where; None where none are."""
+        if self.gradients is not None:
+            return self.gradients, self.gradients.arrays
+        if self.dimension is None:
+            return None
+        whole = GradientLayout(every=1, dtype="float32", groups=(("all", 0, self.dimension),))
+        return whole, KeptArrays("vector")
+
+    def _gradient_arrays(self) -> list[ArraySpec]:
+        """Of the steps that keep their gradients alone, one entry each."""
+        kept = self.gradients
+        if kept is None:
+            return []
+        place, axes, every = (self.ranks, self.batch), ("kept_step", "rank", "place"), kept.every
+        code, numbers = GRADIENT_DTYPES[kept.dtype], (kept.columns,)
+        specs = [
+            self._spec("gradient", code.stored, (*place, *numbers), (*axes, "column"), code.fill, every),
+            self._spec("val_gradient", code.stored, numbers, ("kept_step", "column"), code.fill, every),
+            self._spec("val_step", "<i8", (), ("kept_step",), -1, every),
+        ]
+        if kept.scaled:
+            groups = (len(kept.groups),)
+            specs += [
+                self._spec("gradient_scale", "<f4", (*place, *groups), (*axes, "block"), every=every),
+                self._spec("val_gradient_scale", "<f4", groups, ("kept_step", "block"), every=every),
+            ]
+        return specs
+
     def _spec(
         self,
         name: str,
@@ -198,16 +244,19 @@ class RunLayout(SpanLayout):
         columns: tuple[int, ...] = (),
         axes: tuple[str, ...] = ("step",),
         fill: float = _NAN,
+        every: int = 1,
     ) -> ArraySpec:
         """Chunks of whole steps, at most about 8 MiB, that divide the span (or are those of the only one)."""
-        whole = ArraySpec(name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill)
-        span, most = min(self.span_steps, self.steps), max(1, CHUNK_BYTES // whole.chunk_bytes)
+        whole = ArraySpec(
+            name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill, every=every
+        )
+        span, most = whole.count(min(self.span_steps, self.steps)), max(1, CHUNK_BYTES // whole.chunk_bytes)
         if self.save_steps is not None and self.span_steps >= self.steps:
             # Of the only span: of about one size, whether or not they divide it.
             chunk = -(-span // -(-span // min(span, most)))
         else:
             chunk = _dividing(span, most)
-        return ArraySpec(name=name, dtype=whole.dtype, chunk_rows=chunk, columns=columns, axes=axes, fill=fill)
+        return replace(whole, chunk_rows=chunk)
 
     def row_arrays(self) -> list[ArraySpec]:
         """The arrays of the row table, (N) each, below ``rows/``."""

@@ -25,7 +25,9 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Steps ``start`` to ``stop`` of several arrays, by name. Valid until the next are asked for."""
+    """Steps ``start`` to ``stop`` of several arrays, by name: of those that keep every so many steps, the kept ones
+    among them. Valid until the next are asked for.
+    """
 
     start: int
     stop: int
@@ -35,7 +37,8 @@ class Pieces:
 def side_by_side(run: Run, names: Sequence[str], ranges: Sequence[Steps]) -> Iterator[Pieces]:
     """Several arrays over ``ranges`` of committed steps, in order. Every checksum is checked.
 
-    Memory: one chunk of each array, or one save interval, whatever the length of the run.
+    Memory: one chunk of each array, or one save interval, whatever the length of the run. Where an array keeps every
+    so many steps, ``ranges`` may begin and end anywhere.
     """
     specs = [run.spec(name) for name in dict.fromkeys(names)]
     committed = set(run.spans)
@@ -58,17 +61,23 @@ def _of_chunks(run: Run, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[P
     most = _steps_of_a_piece(specs)
     while start < stop:
         for spec in specs:
-            first, data = held.get(spec.name, (start, ()))
-            if first + len(data) > start:
+            covered = spec.chunk_rows * spec.every
+            if spec.name in held and held[spec.name][0] + covered > start:
                 continue
-            first = start - start % spec.chunk_rows
+            first = start - start % covered
             path = run.path / chunk_keys(spec, first, first + 1)[0]
             buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffers[spec.name], run.path)
             buffers[spec.name] = buffer
-            held[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, stop - first)))
-        end = min(start + most, *(first + len(data) for first, data in held.values()))
-        yield Pieces(start, end, {name: data[start - first : end - first] for name, (first, data) in held.items()})
+            held[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, spec.count(stop - first))))
+        ends = (held[spec.name][0] + spec.chunk_rows * spec.every for spec in specs)
+        end = min(start + most, stop, *ends)
+        yield Pieces(start, end, {spec.name: _cut(spec, *held[spec.name], start, end) for spec in specs})
         start = end
+
+
+def _cut(spec: ArraySpec, first: int, data: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
+    """Steps ``start`` to ``stop`` of ``data``, which begins with step ``first``."""
+    return data[slice(*spec.entries(start - first, stop - first))]
 
 
 def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
@@ -83,8 +92,8 @@ def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: S
                 read = [read_arrays(handle, journal, entry, run.layout, names) for entry in some]
                 data = {name: np.concatenate([arrays[name] for arrays in read]) for name in names}
                 start, stop = max(some[0].start, steps[0]), min(some[-1].stop, steps[1])
-                cut = slice(start - some[0].start, stop - some[0].start)
-                yield Pieces(start, stop, {name: values[cut] for name, values in data.items()})
+                cut = {spec.name: _cut(spec, some[0].start, data[spec.name], start, stop) for spec in specs}
+                yield Pieces(start, stop, cut)
     except FileNotFoundError:
         # The journal goes when its span is committed: the same steps are in chunks now.
         if not commit_path(run.path, journal.span).exists():
@@ -105,4 +114,4 @@ def _batches(entries: Sequence[Any], most: int) -> Iterator[list[Any]]:
 
 
 def _steps_of_a_piece(specs: Sequence[ArraySpec]) -> int:
-    return max(1, PIECE_BYTES // max(spec.width * int(spec.dtype.itemsize) for spec in specs))
+    return max(1, min(PIECE_BYTES * spec.every // (spec.width * int(spec.dtype.itemsize)) for spec in specs))

@@ -148,7 +148,7 @@ class Run(Spanned[RunLayout]):
         return self._together(array, self._of_spans(spans))
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Steps ``start`` to ``stop`` of one array, all of them committed.
+        """Steps ``start`` to ``stop`` of one array, all of them committed; of one that keeps some steps alone, those.
 
         CorruptError naming the file that is not what was committed; UsageError where a step is not committed.
         """
@@ -177,7 +177,8 @@ class Run(Spanned[RunLayout]):
         """One array over ``ranges``, end to end."""
         spec = self.spec(array)
         self.check_sizes(spec, self._recorded(ranges))
-        numbers = np.empty((count(ranges), *spec.columns), dtype=spec.dtype)
+        entries = sum(last - first for first, last in (spec.entries(*steps) for steps in ranges))
+        numbers = np.empty((entries, *spec.columns), dtype=spec.dtype)
         place = 0
         for piece in side_by_side(self, [array], ranges):
             data = piece.data[array]
@@ -224,7 +225,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
         if layout.save_steps is not None:
             group.create_group(FOLDER)
         for spec in layout.arrays():
-            create_array(group, spec, layout.length)
+            create_array(group, spec, spec.count(layout.length))
 
     create(path, wanted, fill)
     run = Run(path)

@@ -106,14 +106,15 @@ class Saver:
         if not passed and not any(entry.stop == steps[1] for entry in journal.entries[-1:]):
             return  # steps that were given up may be coming after all, one interval after the other
         arrays = {
-            spec.name: np.full((steps[1] - steps[0], *spec.columns), spec.fill, dtype=spec.dtype)
+            spec.name: np.full((spec.count(steps[1] - steps[0]), *spec.columns), spec.fill, dtype=spec.dtype)
             for spec in self._layout.arrays()
         }
         with storage_errors(str(journal.path)), opened(journal.path) as handle:
             for entry in journal.entries:
-                place = slice(entry.start - steps[0], entry.stop - steps[0])
-                for name, values in read_arrays(handle, journal, entry, self._layout, arrays.keys()).items():
-                    arrays[name][place] = values
+                read = read_arrays(handle, journal, entry, self._layout, arrays.keys())
+                for spec in self._layout.arrays():
+                    place = slice(*spec.entries(entry.start - steps[0], entry.stop - steps[0]))
+                    arrays[spec.name][place] = read[spec.name]
         write_span(run, SpanData(span, arrays))
         # Only now: until the record is there, the journal is what was committed.
         with storage_errors(str(journal.path)):

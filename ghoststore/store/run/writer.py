@@ -76,7 +76,8 @@ class RunWriter:
     def append(self, step: int, values: Mapping[str, ArrayLike]) -> None:
         """Keep one step, from 0: ``values`` by array, each of the array's shape without its first axis.
 
-        ``sample`` is required; ``tokens`` is 0 and every array of floats NaN where it is not given. Steps come in
+        ``sample`` is required; what is not given has the array's fill value: ``tokens`` 0, floats NaN. Arrays of some
+        steps alone are not given for the others. Steps come in
         order, from the first that is not committed or the one after what was restored; those of committed save
         intervals are accepted and dropped. UsageError (a ValueError) naming the array or the step that does not fit.
         """
@@ -95,9 +96,9 @@ class RunWriter:
         """
         self.flush()
         start = self._next - self._next % self._layout.interval if self._gathered is not None else self._next
-        count = self._next - start
         arrays = self._gathered if self._gathered is not None else self._empty(0)
-        return {"step": np.arange(start, self._next), **{name: a[:count].copy() for name, a in arrays.items()}}
+        pending = {name: array[: self._specs[name].count(self._next - start)].copy() for name, array in arrays.items()}
+        return {"step": np.arange(start, self._next), **pending}
 
     def restore(self, pending: Mapping[str, NDArray[Any]]) -> None:
         """Take up what :meth:`pending` gave, before any step is appended; dropped if its interval is committed by now.
@@ -119,7 +120,17 @@ class RunWriter:
             raise UsageError(f"pending steps {steps[:3]}… are not the beginning of a save interval")
         if len(steps) >= self._layout.interval:
             raise UsageError(f"{len(steps)} pending steps are more than a save interval leaves pending")
-        each = [self._checked(step, {name: pending[name][i] for name in self._specs}) for i, step in enumerate(steps)]
+        each = [
+            self._checked(
+                step,
+                {
+                    name: pending[name][place // spec.every]
+                    for name, spec in self._specs.items()
+                    if not place % spec.every
+                },
+            )
+            for place, step in enumerate(steps)
+        ]
         if self._is_done(begin // self._layout.interval):
             return
         self._give_up(begin // self._layout.interval)
@@ -164,7 +175,9 @@ class RunWriter:
         self._saver.skip(lost)
 
     def _empty(self, count: int) -> dict[str, NDArray[Any]]:
-        return {name: np.empty((count, *spec.columns), dtype=spec.dtype) for name, spec in self._specs.items()}
+        return {
+            name: np.empty((spec.count(count), *spec.columns), dtype=spec.dtype) for name, spec in self._specs.items()
+        }
 
     def _keep(self, checked: Mapping[str, NDArray[Any]]) -> None:
         """Put one step into its place; hand the save interval over when it is full."""
@@ -172,8 +185,8 @@ class RunWriter:
         start, stop = self._layout.interval_of(interval)
         if self._gathered is None:
             self._gathered = self._empty(stop - start)
-        for name, array in self._gathered.items():
-            array[self._next - start] = checked[name]
+        for name, value in checked.items():
+            self._gathered[name][(self._next - start) // self._specs[name].every] = value
         self._next += 1
         if self._next == stop:
             full, self._gathered = self._gathered, None
@@ -201,8 +214,13 @@ class RunWriter:
             if name in checked and not np.isnan(checked[name][sample < 0]).all():
                 raise UsageError(f"{name!r} of step {step} has numbers where 'sample' is -1: NaN is expected there")
         for name, spec in self._specs.items():
-            if name not in checked:
-                checked[name] = np.full(spec.columns, 0 if spec.dtype.kind == "i" else np.nan, dtype=spec.dtype)
+            if step % spec.every:
+                if name in checked:
+                    raise UsageError(
+                        f"{name!r} is of one step in {spec.every}, from 0, and step {step} is none of them"
+                    )
+            elif name not in checked:
+                checked[name] = np.full(spec.columns, spec.fill, dtype=spec.dtype)
         return checked
 
 
@@ -211,7 +229,7 @@ def _stored(spec: ArraySpec, value: ArrayLike) -> NDArray[Any]:
     given = np.asarray(value)
     if given.shape != spec.columns:
         raise UsageError(f"{spec.name!r} of a step has shape {given.shape}; expected {spec.columns}")
-    if given.dtype.kind not in ("iu" if spec.dtype.kind == "i" else "iuf"):
+    if given.dtype.kind not in ("iu" if spec.dtype.kind in "iu" else "iuf"):
         raise UsageError(f"{spec.name!r} of a step is of {given.dtype}; expected {spec.dtype}")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         return given.astype(spec.dtype)

@@ -183,7 +183,8 @@ class Spanned(ABC, Generic[L]):
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array, checked against the layout; CorruptError if it is not as described."""
-        return self.open_array(self.spec(name), self.layout.length)
+        spec = self.spec(name)
+        return self.open_array(spec, spec.count(self.layout.length))
 
     def open_array(self, spec: ArraySpec, length: int) -> zarr.Array[Any]:
         """The Zarr array of ``spec``, once its metadata are those that were written and describe it."""
@@ -245,7 +246,7 @@ class Spanned(ABC, Generic[L]):
         """
         if self._borne_out:
             return
-        numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str]
+        numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str and spec.every == 1]
         smallest = min(numeric, key=lambda spec: spec.width * spec.dtype.itemsize)
         self.check_sizes(smallest, self.spans if spans is None else spans)
         self._borne_out = spans is None
@@ -276,7 +277,7 @@ class Spanned(ABC, Generic[L]):
                 )
             for key in self.layout.chunk_keys(spec, span):
                 self.check_chunk(spec, key)
-        return self.slice(spec, self.layout.length, start, stop)
+        return self.slice(spec, spec.count(self.layout.length), *spec.entries(start, stop))
 
     def slice(self, spec: ArraySpec, length: int, start: int, stop: int) -> NDArray[Any]:
         """Read through Zarr, its complaints as CorruptError. Its chunks have passed :meth:`check_chunk`."""

@@ -34,6 +34,16 @@ class ArraySpec:
     """Names of the axes, for readers of the metadata; as many as there are axes are used."""
     fill: Any = 0
     """What a plain Zarr reader sees where nothing was written."""
+    every: int = 1
+    """The rows (or steps) that one entry of the first axis stands for: it is of the first of them."""
+
+    def entries(self, start: int, stop: int) -> tuple[int, int]:
+        """First entry and one past the last of rows (or steps) ``start`` to ``stop``; there may be none."""
+        return -(-start // self.every), -(-stop // self.every)
+
+    def count(self, length: int) -> int:
+        """Entries of so many rows (or steps) from one that has an entry."""
+        return -(-length // self.every)
 
     @property
     def width(self) -> int:
@@ -102,7 +112,7 @@ class SpanLayout(ABC):
     def most_chunks(self) -> int:
         """Chunks of a span, of the array that has most."""
         length = min(self.span_length, self.length)
-        return max(-(-length // spec.chunk_rows) for spec in self.arrays())
+        return max(-(-spec.count(length) // spec.chunk_rows) for spec in self.arrays())
 
     def chunk_keys(self, spec: ArraySpec, span: int) -> list[str]:
         """Paths, relative to the part or run, of the chunks of one array that ``span`` writes."""
@@ -114,7 +124,13 @@ class SpanLayout(ABC):
 
 
 def chunk_keys(spec: ArraySpec, start: int, stop: int) -> list[str]:
-    """Paths of the chunks of one array that hold ``start`` to ``stop`` (not empty)."""
-    first, last = start // spec.chunk_rows, (stop - 1) // spec.chunk_rows
+    """Paths of the chunks of one array that hold rows (or steps) ``start`` to ``stop``."""
+    first, last = spec.entries(start, stop)
     tail = "/0" * len(spec.columns)
-    return [f"{spec.name}/c/{chunk}{tail}" for chunk in range(first, last + 1)]
+    chunks = range(first // spec.chunk_rows, (last - 1) // spec.chunk_rows + 1) if first < last else ()
+    return [f"{spec.name}/c/{chunk}{tail}" for chunk in chunks]
+
+
+def first_row(spec: ArraySpec, chunk: int) -> int:
+    """The first row (or step) of a chunk."""
+    return chunk * spec.chunk_rows * spec.every

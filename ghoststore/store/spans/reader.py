@@ -33,7 +33,7 @@ NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows (or steps) ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next is asked for."""
+    """Entries ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next is asked for."""
 
     start: int
     stop: int
@@ -75,7 +75,7 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
 def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
     """(file, first row, one past the last) of each chunk of the spans."""
     for span in spans:
-        start, stop = source.layout.span_of(span)
+        start, stop = spec.entries(*source.layout.span_of(span))
         for key in source.layout.chunk_keys(spec, span):
             first = int(key.split("/")[2]) * spec.chunk_rows
             yield source.path / key, max(first, start), min(first + spec.chunk_rows, stop)
@@ -90,7 +90,7 @@ def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDA
 def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
     """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
     spec = source.spec(name)
-    start, stop = source.layout.span_of(span)
+    start, stop = spec.entries(*source.layout.span_of(span))
     (key,) = source.layout.chunk_keys(spec, span)
     buffer = read_chunk(source.path / key, spec.chunk_bytes + CRC_BYTES, within=source.path)
     return chunk_numbers(buffer, spec, stop - start)

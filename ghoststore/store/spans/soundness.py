@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.records import MISSING
 from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
-from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys
+from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys, first_row
 
 if TYPE_CHECKING:
     from ghoststore.store.spans.group import Spanned
@@ -88,7 +88,7 @@ def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
         except OSError:  # nothing there yet; what cannot be listed, `verify` names
             continue
         for name in names:
-            first = int(name) * spec.chunk_rows if _NUMBER.fullmatch(name) else layout.length
+            first = first_row(spec, int(name)) if _NUMBER.fullmatch(name) else layout.length
             span = first // layout.span_length
             if first >= layout.length or span in present or span in spans:
                 continue

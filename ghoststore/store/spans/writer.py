@@ -68,8 +68,8 @@ def write_span(target: Spanned[Any], data: SpanData) -> None:
 
 def _encoded(target: Spanned[Any], data: SpanData) -> Iterator[tuple[str, memoryview]]:
     """(path, bytes) of each chunk of a span, as Zarr encodes them: one in memory at a time."""
-    start, stop = target.layout.span_of(data.span)
     for spec in target.layout.arrays():
+        start, stop = spec.entries(*target.layout.span_of(data.span))
         values = data.arrays[spec.name]
         assert len(values) == stop - start, spec.name
         held = {"zarr.json": _buffer((target.path / spec.name / "zarr.json").read_bytes())}

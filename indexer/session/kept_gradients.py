@@ -1,0 +1,65 @@
+"""The projected gradients that a run keeps: what of an engine's results becomes its arrays, at which steps.
+
+Legend: B samples of a micro-batch, D numbers of a vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghoststore.store.run.gradients import GradientLayout
+from ghoststore.store.run.layout import RunLayout
+from indexer.dotprod import GradDotProdEngine, Scores
+from indexer.dotprod.keeping import KeepingMethod
+
+OF_SAMPLES = ("gradient", "gradient_scale")
+"""Arrays with a vector for each sample."""
+
+
+def gradient_layout(engine: GradDotProdEngine, every: int | None, dtype: str) -> GradientLayout | None:
+    """That of the vectors of ``engine``, of every ``every``-th step; None where none are kept."""
+    projection = engine.method.projection
+    if every is None or projection is None:
+        return None
+    return GradientLayout(every=every, dtype=dtype, groups=tuple(projection.plan.groups))
+
+
+def kept_section(engine: GradDotProdEngine | None, layout: RunLayout) -> dict[str, Any]:
+    """What a run's ``scoring`` says of the projection of its vectors, as a part's manifest does; empty where it keeps
+    none.
+    """
+    projection = None if engine is None else engine.method.projection
+    if projection is None or (layout.gradients is None and layout.dimension is None):
+        return {}
+    described = {**projection.plan.to_json(), "hash": projection.hash}
+    return {"gradients": {"projection": described, "layers": projection.plan.layers_json()}}
+
+
+def want_vectors(engine: GradDotProdEngine, kept: GradientLayout | None, step: int) -> None:
+    """Before a batch of ``step``: have ``engine`` make vectors beside exact scores where its step keeps them, and of a
+    val gradient that a step that keeps them may use.
+    """
+    if isinstance(engine.method, KeepingMethod):
+        engine.method.wanted = kept is not None and kept.holds(step)
+        engine.method.wanted_val = kept is not None and -step % kept.every < engine.val_refresh_interval
+
+
+def arrays_of_samples(kept: GradientLayout, scores: Scores) -> dict[str, NDArray[Any]]:
+    """(B, …) by array: the vectors of a batch as they are stored."""
+    assert scores.vectors is not None
+    stored, scale = kept.encode(scores.vectors.cpu().numpy())
+    return {"gradient": stored} if scale is None else {"gradient": stored, "gradient_scale": scale}
+
+
+def arrays_of_step(kept: GradientLayout, scores: Scores, step: int) -> dict[str, NDArray[Any]]:
+    """By array: the vector of the val gradient that ``step`` was scored against, and the step it was computed at. Empty
+    without val samples.
+    """
+    if scores.val_vector is None:
+        return {}
+    stored, scale = kept.encode(scores.val_vector.float().cpu().numpy()[None])
+    arrays: dict[str, NDArray[Any]] = {"val_gradient": stored[0], "val_step": np.asarray(step - scores.val_age)}
+    return arrays if scale is None else {**arrays, "val_gradient_scale": scale[0]}

@@ -1,0 +1,82 @@
+"""A checkpoint of a training, with the projection of the gradients that its run keeps: what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from torch import Tensor
+
+from ghoststore.checkpoint.config_identity import config_differences
+from ghoststore.checkpoint.load import find_checkpoint, find_tokenizer, load_model, load_tokenizer, resolve_device
+from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
+from ghoststore.corpus import Sample
+from ghoststore.errors import MismatchError
+from ghoststore.progress import Progress, Task
+from ghoststore.store import Run
+from ghoststore.store.base.manifest import difference_lines, differences
+from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
+from indexer.projection.stored import projection_of_run
+from query.ask.encoder import PartEncoder
+
+BATCH_TOKENS = 4096
+
+
+class RunEncoder(PartEncoder):
+    """Val sets to the vectors that ``run`` keeps, at the weights of ``checkpoint``. Rows are cut as val rows of a
+    training are.
+
+    MismatchError for a model of another configuration, another tokenizer or other layers than the run's. Which of the
+    weights of that training they are, nothing tells: that is the choice of who asks.
+    """
+
+    def __init__(
+        self, run: Run, *, checkpoint: str | Path, tokenizer: str | Path | None, device: str, progress: Progress
+    ) -> None:
+        self._progress = progress
+        manifest, found = run.manifest, find_checkpoint(checkpoint)
+        folder = found.folder if tokenizer is None else find_tokenizer(tokenizer)
+        loaded = load_tokenizer(folder)
+        self.model = load_model(
+            found,
+            dtype=manifest["training"].get("model_dtype", "float32"),
+            device=resolve_device(device),
+            attn_implementation=manifest["compute"].get("attn_implementation"),
+        )
+        stored_config, stored_tokenizer = manifest["model"].get("config"), dict(manifest["tokenizer"])
+        date = stored_tokenizer.pop("template_date", None)
+        different = []
+        if stored_config is not None:
+            different += config_differences(stored_config, self.model.config, training=True)
+        if stored_tokenizer.get("fingerprint") is not None:
+            different += differences(stored_tokenizer, tokenizer_identity(loaded), "tokenizer")
+        if different:
+            raise MismatchError(
+                f"run {run.name!r} is of another model or tokenizer than {found.folder} and {folder}:\n"
+                f"{difference_lines(different, 'found')}\n"
+                "Give `checkpoint` a checkpoint of that training"
+            )
+        self._tokenizer = Tokenizer(
+            loaded, vocabulary=embedding_rows(self.model), of_part=True, template_date=date, note=progress.note
+        )
+        self._settings = TokenSettings(
+            max_length=manifest["training"].get("max_length") or longest_row(self.model, None),
+            template_date=self._tokenizer.template_date,
+        )
+        projection = projection_of_run(run, self.model)
+        self.plan, self._encoder = projection.plan, RowEncoder(self.model, projection)
+
+    def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
+        """The rows of ``samples``, in order; see :meth:`PartEncoder.rows`."""
+        rows = rows_of(samples, self._tokenizer, self._settings)
+        return iter(list(rows)) if self._tokenizer.exceeds else rows
+
+    def vectors(self, rows: Sequence[Row], task: Task | None = None) -> Tensor:
+        """(rows, D) float32 on the CPU; zeros without a usable status."""
+        if task is None:
+            with closing(self._progress.task("gradients", len(rows))) as task:
+                return self.vectors(rows, task)
+        with self._encoder:
+            return encode_rows(self._encoder, rows, BATCH_TOKENS, task).vectors

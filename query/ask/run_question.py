@@ -1,0 +1,78 @@
+"""What is asked of the gradients that a training run keeps, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghoststore.corpus import Fields
+from ghoststore.errors import UsageError
+from ghoststore.settings.option import check_at_least
+from ghoststore.settings.shared import StepWeight
+from ghoststore.store import Run
+from ghoststore.store.run.ranges import Steps
+from query.ask.question import Question
+from query.training_scores.steps import window_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunQuestion(Question):
+    """The options of a question to a run. UsageError where they clash, or belong to parts."""
+
+    run: str = ""
+    step_window: str | slice | None = None
+    last: int | None = None
+    weight: StepWeight = "learning-rate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, last=self.last)
+        if self.last is not None and self.step_window is not None:
+            raise UsageError("`last` is a window of steps, and so is `step_window`: give one of them")
+        of_parts = {
+            "`part`": self.part is not None,
+            "`part_weights`": self.part_weights is not None,
+            f"`precondition={self.precondition}`": self.precondition != "none",
+            "`with_scores`": self.with_scores is not None,
+        }
+        for name, given in of_parts.items():
+            if given:
+                raise UsageError(f"{name} is for parts, and `run={self.run}` asks a training run: give one of the two")
+        if self.val_set is not None and self.checkpoint is None:
+            raise UsageError(
+                "give `checkpoint`, a checkpoint of that training: the gradient of `val_set` is taken there. Or leave "
+                "`val_set` out, for each step's own val gradient"
+            )
+        self.checkpoints(1)  # refuses several
+
+    def _refuse_without_val_set(self) -> None:
+        of_val_set = {
+            "`checkpoint`": self.checkpoint is not None,
+            "`tokenizer`": self.tokenizer is not None,
+            "`each`": self.each,
+            "`group_field`": self.group_field is not None,
+            "`max_samples`": self.max_samples is not None,
+            "`fields`": self.fields not in (None, Fields()),
+        }
+        for name, given in of_val_set.items():
+            if given:
+                raise UsageError(
+                    f"{name} is for a val set: give `val_set`, or leave it out for each step's own val gradient"
+                )
+
+    def window(self, run: Run) -> Steps:
+        """The steps that count. UsageError if none of them is committed."""
+        if self.last is not None:
+            return window_of(run, slice(-self.last, None), "last")
+        return window_of(run, self.step_window, "step_window")
+
+
+def refuse_options_of_runs(step_window: str | slice | None, last: int | None, weight: StepWeight) -> None:
+    """UsageError for options that only ``run`` reads, where there is none."""
+    given = {
+        "step_window": step_window is not None,
+        "last": last is not None,
+        f"weight={weight}": weight != "learning-rate",
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"`{name}` belongs to `run`, the gradients that a training run keeps")

@@ -1,0 +1,359 @@
+"""``ghoststore query --run``: the gradients that a training keeps, against slow sums, against a part and exact
+gradients at the same weights, and while the training is at work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import ghoststore
+from ghoststore import ProjectionConfig
+from ghoststore.errors import CorruptError, MismatchError, UsageError
+from ghoststore.store import Run, Store
+from query.common.rank_correlation import spearman
+from tests.support.harms import flip
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+PLAIN = ProjectionConfig(rank_total=256, precondition="none")
+STILL: dict[str, Any] = {
+    "learning_rate": 1e-9,
+    "min_learning_rate_ratio": 1.0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_steps": 9,
+    "batch_size": 3,
+    "keep_gradients": 1,
+}
+"""A training that sees each of 27 rows once, at the same weights (to six digits)."""
+K = 30
+
+
+@pytest.fixture(scope="module")
+def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``store`` with two runs: ``moving``, which keeps every other step, and ``still``."""
+    folder = tmp_path_factory.mktemp("asked")
+    lab.write(folder / "val.jsonl", [row | {"id": f"v{i}"} for i, row in enumerate(lab.sample_rows(5, 5))])
+    train(lab, folder, "moving", max_steps=12, learning_rate=5e-3, keep_gradients=2, eval_interval=6)
+    train(lab, folder, "still", **STILL)
+    return folder
+
+
+def train(lab: Lab, folder: Path, name: str, **options: Any) -> None:
+    given = {"batch_size": 4, "val_batch_size": 3, "dot_prod_save_interval": 4, "projection": PLAIN, **options}
+    ghoststore.train(
+        data=lab.corpus,
+        val_set=folder / "val.jsonl",
+        store=folder / "store",
+        output_dir=folder / name,
+        name=name,
+        checkpoint=lab.checkpoint,
+        device="cpu",
+        **given,
+    )
+
+
+def ask(folder: Path, run: str = "moving", **options: Any) -> Any:
+    given = {"top_k": K, "text": False, "device": "cpu", **options}
+    return ghoststore.query(store=folder / "store", run=run, **given)
+
+
+def scores(result: Any, place: int = 0) -> dict[int, float]:
+    """By source row."""
+    return {hit.source_row: hit.score for hit in result.results[place].hits}
+
+
+def at_checkpoint(folder: Path, run: str = "moving", step: int = 6) -> dict[str, Any]:
+    return {"val_set": folder / "val.jsonl", "checkpoint": folder / run / f"checkpoint-{step}"}
+
+
+def run_of(folder: Path, name: str = "moving") -> Run:
+    return Store.open(folder / "store").run(name)
+
+
+def kept(run: Run, array: str) -> np.ndarray:
+    """(K, …, D) float64: codes times the scales of their blocks."""
+    codes, scale = (run.read_committed(name).astype(np.float64) for name in (array, f"{array}_scale"))
+    layout = run.layout.gradients
+    assert layout is not None
+    for group, (_, start, stop) in enumerate(layout.groups):
+        codes[..., start:stop] *= scale[..., group, None]
+    return codes
+
+
+def by_hand(run: Run, metric: str, weight: str, steps: range, query: np.ndarray | None) -> dict[int, float]:
+    """Sums over visits, with each step's own val gradient where there is no ``query``."""
+    gradient, val = kept(run, "gradient"), kept(run, "val_gradient")
+    sums: dict[int, float] = defaultdict(float)
+    every = run.layout.gradients.every  # type: ignore[union-attr]
+    source = run.rows.read("source_row", 0, run.layout.rows)
+    for step in steps:
+        if step % every:
+            continue
+        q = val[step // every] if query is None else query
+        rows = gradient[step // every][0]
+        dots = rows @ q
+        if metric == "cosine":
+            dots /= np.linalg.norm(rows, axis=1) * np.linalg.norm(q)
+        factor = run.read_committed("learning_rate")[step] if weight == "learning-rate" else 1 / np.abs(dots).mean()
+        for place, row in enumerate(run.read_committed("sample")[step, 0]):
+            sums[int(source[row])] += factor * dots[place]
+    return dict(sums)
+
+
+@pytest.mark.parametrize("weight", ["learning-rate", "unit"])
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_each_steps_own_val_gradient(folder: Path, metric: str, weight: str) -> None:
+    for options, steps in (({}, range(12)), ({"last": 5}, range(7, 12)), ({"step_window": "3:9"}, range(3, 9))):
+        result = ask(folder, metric=metric, weight=weight, **options)
+        assert scores(result) == pytest.approx(by_hand(run_of(folder), metric, weight, steps, None), rel=1e-9)
+        assert [one.query for one in result.results] == ["own"]
+        assert result.settings["kept_steps"] == len([step for step in steps if step % 2 == 0])
+        assert result.settings["steps"] == [steps.start, steps.stop]
+    seen = np.unique(run_of(folder).read_committed("sample")[::2], return_counts=True)
+    assert {hit.source_row: hit.times for hit in ask(folder).results[0].hits} == dict(
+        zip(*map(list, seen), strict=True)
+    )
+
+
+def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    """The query is the vector of a build at that checkpoint, with the run's projection."""
+    checkpoint = folder / "moving" / "checkpoint-6"
+    ghoststore.build(
+        checkpoint=checkpoint,
+        data=folder / "val.jsonl",
+        store=tmp_path / "s",
+        name="val",
+        projection=PLAIN,
+        device="cpu",
+    )
+    vectors = Store.open(tmp_path / "s").part().column("vectors").astype(np.float64)
+    whole = ask(folder, metric="dot", **at_checkpoint(folder))
+    wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors.mean(0))
+    assert scores(whole) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
+    each = ask(folder, metric="dot", each=True, **at_checkpoint(folder))
+    assert [(one.query, one.val_row) for one in each.results] == [(f"v{i}", i) for i in range(5)]
+    for place in range(5):
+        wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors[place])
+        assert scores(each, place) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
+    groups = ask(folder, group_field="domain", combine="max", **at_checkpoint(folder))
+    assert [one.query for one in groups.results] == ["combined", "earth", "sky"]
+    largest = {row: max(scores(groups, 1)[row], scores(groups, 2)[row]) for row in scores(groups)}
+    assert scores(groups) == pytest.approx(largest)
+    layers = ask(folder, metric="dot", layers=("mlp",), **at_checkpoint(folder))
+    others = ask(folder, metric="dot", exclude_layers=("mlp",), **at_checkpoint(folder))
+    for row, score in scores(whole).items():
+        assert scores(layers)[row] + scores(others)[row] == pytest.approx(score, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path, lab: Lab) -> tuple[np.ndarray, np.ndarray]:
+    """(27, N) and (5, N): the gradients themselves, of the rows and of the val samples."""
+    whole = ProjectionConfig(rank_total="full", precondition="none")
+    vectors = []
+    for name, data in (("rows", lab.corpus), ("val", folder / "val.jsonl")):
+        store = folder / "exact"
+        ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, name=name, projection=whole, device="cpu")
+        vectors.append(Store.open(store).part(name).column("vectors").astype(np.float64))
+    return vectors[0], vectors[1]
+
+
+def test_as_faithful_as_a_part(folder: Path, lab: Lab, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    """Where the weights stand still, each row's gradient is that of a part at these weights: the run ranks them as such
+    a part does, and both as exact gradients do, as far as the projection lets them.
+    """
+    ghoststore.build(
+        checkpoint=lab.checkpoint,
+        data=lab.corpus,
+        store=tmp_path / "s",
+        name="part",
+        projection=PLAIN,
+        proj_dtype="int8",
+        device="cpu",
+    )
+    for metric in ("dot", "cosine"):
+        result = ask(folder, "still", metric=metric, each=True, **at_checkpoint(folder, "still", 9))
+        part = ghoststore.query(
+            store=tmp_path / "s", val_set=folder / "val.jsonl", metric=metric, each=True, top_k=K, text=False
+        )
+        run_QR, part_QR = (
+            np.array([[scores(r, q)[row] for row in range(27)] for q in range(5)]) for r in (result, part)
+        )
+        assert np.abs(run_QR / 1e-9 - part_QR).max() < 0.01 * np.abs(part_QR).max()
+        rows, val = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in exact) if metric == "cosine" else exact
+        exact_QR = val @ rows.T
+        faithful = [spearman(scores_QR, exact_QR).mean() for scores_QR in (run_QR, part_QR)]
+        assert faithful[0] > faithful[1] - 0.01
+        assert faithful[1] > 0.5
+
+
+def test_while_the_training_is_at_work(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    """What is committed answers at once, out of journal and chunks alike; and the answer is the same in the end."""
+    words = ["train", "--data", lab.corpus, "--val-set", folder / "val.jsonl", "--checkpoint", lab.checkpoint]
+    words += ["--store", tmp_path / "store", "--output-dir", tmp_path / "out", "--name", "live", "--device", "cpu"]
+    words += ["--batch-size", 4, "--max-steps", 12, "--dot-prod-save-interval", 2, "--keep-gradients", 2]
+    words += ["--proj-rank-total", 16, "--checkpoint-interval", 6, "--learning-rate", 5e-3, "--quiet"]
+    fault = {"call": "fsync", "path": r"journal/00000000\.log$", "number": 6, "when": "before", "act": "stop"}
+    pid = lab.start(*map(str, words), fault=fault)
+    lab.stopped(pid)
+    questions: list[dict[str, Any]] = [
+        {"weight": "learning-rate"},
+        {"weight": "unit", "metric": "dot"},
+        {"weight": "loss-fall"},
+        {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "each": True},
+    ]
+    live = [ask(tmp_path, "live", **question) for question in questions]
+    stop = live[0].settings["steps"][1]
+    assert 4 <= stop < 12
+    os.kill(pid, signal.SIGCONT)
+    outcome = lab.wait(pid)
+    assert outcome.code == 0, outcome.err
+    assert run_of(tmp_path, "live").complete
+    for question, before in zip(questions, live, strict=True):
+        after = ask(tmp_path, "live", step_window=f"0:{stop}", **question)
+        assert [one.hits for one in after.results] == [one.hits for one in before.results]
+        assert len(scores(ask(tmp_path, "live", **question))) > 0
+
+
+def test_a_run_that_keeps_every_step_as_float32(lab: Lab, folder: Path, tmp_path: Path) -> None:
+    """GhostEngineManager(method="GradProjLora") without ``keep_gradients``: no val gradients, and no tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(lab.checkpoint)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    config = {"method": "GradProjLora", "store": tmp_path / "store", "name": "loop", "max_steps": 9, "batch_size": 3}
+    config |= {"samples": [row["id"] for row in lab.rows], "proj_rank_total": 256}
+    with ghoststore.GhostEngineManager(config, model, optimizer) as manager:
+        for step in range(9):
+            texts = [tokenizer(row["text"])["input_ids"] for row in lab.rows[3 * step : 3 * step + 3]]
+            width = max(map(len, texts))
+            ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+            labels = torch.tensor([text + [-100] * (width - len(text)) for text in texts])
+            manager.attach_train_batch(ids, labels, step, torch.arange(3 * step, 3 * step + 3))
+            X, Y = manager.prepare_forward_input(ids, labels)
+            model(input_ids=X, labels=Y, attention_mask=(Y != -100).long()).loss.backward()
+            manager.prepare_gradients()
+            optimizer.step()
+            manager.aggregate_and_log()
+            optimizer.zero_grad()
+    asked = {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "metric": "dot"}
+    found, still = (scores(ask(at, name, **asked)) for at, name in ((tmp_path, "loop"), (folder, "still")))
+    assert found == pytest.approx(still, rel=0.02, abs=0.02 * max(map(abs, still.values())))
+    with pytest.raises(UsageError, match="keeps no val gradients beside its samples'"):
+        ask(tmp_path, "loop")
+    assert ghoststore.info(tmp_path / "store").runs[0].gradients["dtype"] == "float32"  # type: ignore[index]
+
+
+def test_hits_have_texts_and_files(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    result = ask(folder, text=True, top_k=3, bottom_k=2)
+    for hit in result.results[0].hits:
+        assert (hit.id, hit.text, hit.domain) == tuple(
+            lab.rows[hit.source_row][name] for name in ("id", "text", "domain")
+        )
+    assert len(result.results[0].bottom) == 2
+    said = lab.run("query", "--store", folder / "store", "--run", "moving", "--top-k", "3", "--json")
+    assert said.json["results"][0]["hits"] == json.loads(json.dumps(result.to_json()))["results"][0]["hits"]
+    shown = lab.run("query", "--store", folder / "store", "--run", "moving", "--last", "4", "--quiet")
+    assert shown.code == 0, shown.err
+    assert "times" in shown.out
+    result.write(tmp_path / "hits.csv")
+    assert (tmp_path / "hits.csv").read_text().splitlines()[0].endswith("window_start,times,last_step")
+
+
+def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    ranking = list(scores(ask(folder, weight="unit", last=8)))
+    made = ghoststore.select(
+        store=folder / "store", run="moving", weight="unit", last=8, count=5, order="score", out=tmp_path / "best.jsonl"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
+    assert rows == [lab.rows[row] for row in ranking[:5]]
+    assert (made.settings["run"], made.settings["ranking"], made.available) == ("moving", "own", len(ranking))
+    ghoststore.select(
+        store=folder / "store", run="moving", count=3, out=tmp_path / "two.jsonl", **at_checkpoint(folder)
+    )
+    assert len((tmp_path / "two.jsonl").read_text().splitlines()) == 3
+    for options, words in (
+        ({"diversity": "mmr"}, "compares samples at one checkpoint"),
+        ({"leaks": "error"}, "looks for near-duplicates of the val set"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            ghoststore.select(store=folder / "store", run="moving", count=3, out=tmp_path / "no.jsonl", **options)
+
+
+@pytest.mark.parametrize("form", [".parquet", ".npy", ".safetensors"])
+def test_export_writes_the_gradients(folder: Path, form: str, tmp_path: Path) -> None:
+    run, out = run_of(folder), tmp_path / f"gradients{form}"
+    report = ghoststore.export(store=folder / "store", run="moving", out=out)
+    wanted = kept(run, "gradient").reshape(24, -1).astype(np.float32)
+    assert (report.run, report.part, report.rows) == ("moving", None, 24)
+    if form == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(out)
+        found = np.array(table["vector"].to_pylist(), dtype=np.float32)
+        steps, samples = table["step"].to_pylist(), table["row"].to_pylist()
+    else:
+        from safetensors.numpy import load_file
+
+        found = np.load(out) if form == ".npy" else load_file(out)["vectors"]
+        lines = [json.loads(line) for line in (tmp_path / f"{out.name}.rows.jsonl").read_text().splitlines()]
+        steps, samples = [line["step"] for line in lines], [line["row"] for line in lines]
+    np.testing.assert_array_equal(found, wanted)
+    assert steps == [step for step in range(0, 12, 2) for _ in range(4)]
+    assert samples == run.read_committed("sample")[::2].ravel().tolist()
+
+
+def test_damage_is_never_an_answer(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "store", tmp_path / "store")
+    (chunk,) = (tmp_path / "store/runs/moving/gradient/c").rglob("0/0/0/0")
+    flip(chunk, chunk.stat().st_size // 2)
+    with pytest.raises(CorruptError, match=r"gradient/c/0/0/0/0 is damaged"):
+        ask(tmp_path)
+    assert [damage.file for damage in ghoststore.verify(tmp_path / "store").damage] == ["gradient/c/0/0/0/0"]
+
+
+def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> None:
+    checkpoint = {"checkpoint": folder / "moving" / "checkpoint-6"}
+    val = {"val_set": folder / "val.jsonl"}
+    for options, words in (
+        (val, "give `checkpoint`, a checkpoint of that training"),
+        (checkpoint, "`checkpoint` is for a val set: give `val_set`"),
+        ({"each": True}, "`each` is for a val set"),
+        ({"part": "part"}, "`part` is for parts"),
+        ({"precondition": "second-moment"}, "`precondition=second-moment` is for parts"),
+        ({"index": "ann"}, "`index=ann` is for parts"),
+        ({"rerank": 5}, "`rerank` is for parts"),
+        ({"report": tmp_path / "r.html"}, "`report` is for parts"),
+        ({"last": 0}, "`last` must be at least 1"),
+        ({"last": 3, "step_window": "0:3"}, "`last` is a window of steps, and so is `step_window`"),
+        ({"step_window": "3:4"}, "keeps the gradients of one step in 2, and steps 3 to 3 have none"),
+        ({"step_window": "x"}, "`step_window` 'x': expected first:stop"),
+        ({"layers": ("attn.nothing",)}, "matches no layer of run 'moving'"),
+        ({**val, **checkpoint, "layers": ("head",)}, "matches no layer of run 'moving'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            ask(folder, **options)
+    with pytest.raises(UsageError, match="give `val_set`: what is asked for is near its gradient"):
+        ghoststore.query(store=folder / "store")
+    for name, value in (("last", 3), ("step_window", "0:3"), ("weight", "unit")):
+        with pytest.raises(UsageError, match=f"`{name}.*` belongs to `run`"):
+            ghoststore.query(store=folder / "store", **val, **{name: value})
+    other = lab.model(tmp_path / "other", layers=2)
+    with pytest.raises(MismatchError, match=r"run 'moving' is of another model"):
+        ask(folder, **val, checkpoint=other)
+    train(lab, folder, "plain", max_steps=2, projection=None)
+    with pytest.raises(UsageError, match="run 'plain' keeps no gradients"):
+        ask(folder, "plain")
+    assert lab.run("query", "--store", folder / "store", "--run", "plain").code == 2
