@@ -14,7 +14,7 @@ from ghoststore.settings.shared import Printing, ResultFile
     QueryOptions,
     Printing,
     ResultFile,
-    first="store val_set part run top_k each metric group_field with_scores report out",
+    first="store val_set part run top_k each metric group_field report out",
 )
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """The training samples whose gradients point the same way as those of a val set.
@@ -53,7 +53,7 @@ def print_hits(result: Any) -> None:
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
                 shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
-                shown += [f"{hit.times:,}"] * bool(times_seen)
+                shown += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)

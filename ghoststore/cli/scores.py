@@ -14,7 +14,7 @@ from ghoststore.settings.store import ScoresOptions
     ScoresOptions,
     Printing,
     ResultFile,
-    first="store run top_k bottom_k sample by steps value weight domains plot",
+    first="store run top_k bottom_k sample by steps value domains plot",
 )
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """Which training samples helped the val set while the model trained, by the scores of a training run.

@@ -15,7 +15,7 @@ from ghoststore.settings.shared import Printing
     SelectOptions,
     Printing,
     QuotaOption,
-    first="store val_set run out fraction count token_budget metric diversity quotas report",
+    first="store val_set run out fraction count token_budget metric diversity quotas",
 )
 def command(keywords: options.Keywords, printing: Printing, given: QuotaOption) -> None:
     """Choose the samples whose gradients point the way of a val set, and write their original rows: a training set.

@@ -35,7 +35,7 @@ def check_kept(keep_gradients: int | None, proj_dtype: str) -> None:
     """UsageError for options of gradients that are kept which cannot be, or would be ignored."""
     check_at_least(1, keep_gradients=keep_gradients)
     if proj_dtype not in VECTOR_DTYPES:
-        raise UsageError(f"`proj_dtype` {proj_dtype!r} is unknown; known: {', '.join(VECTOR_DTYPES)}")
+        raise UsageError(f"`proj_dtype={proj_dtype}` is no encoding of vectors; give {', '.join(VECTOR_DTYPES)}")
     if keep_gradients is None and proj_dtype != KEPT_DTYPE:
         raise UsageError(f"`proj_dtype={proj_dtype}` belongs to `keep_gradients`")
 

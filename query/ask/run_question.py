@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least
+from ghoststore.settings.question import RunGradientsOptions
 from ghoststore.settings.shared import StepWeight
 from ghoststore.store import Run
 from ghoststore.store.run.ranges import Steps
@@ -15,13 +16,8 @@ from query.training_scores.steps import window_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunQuestion(Question):
+class RunQuestion(RunGradientsOptions, Question):
     """The options of a question to a run. UsageError where they clash, or belong to parts."""
-
-    run: str = ""
-    step_window: str | slice | None = None
-    last: int | None = None
-    weight: StepWeight = "learning-rate"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +67,7 @@ def refuse_options_of_runs(step_window: str | slice | None, last: int | None, we
     given = {
         "step_window": step_window is not None,
         "last": last is not None,
-        f"weight={weight}": weight != "learning-rate",
+        f"weight={weight}": weight != RunGradientsOptions.weight,
     }
     for name, is_given in given.items():
         if is_given:

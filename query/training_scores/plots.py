@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.shared import WeightOption
 from ghoststore.shown import picture_label
 from ghoststore.store import Run
 from ghoststore.store.run.ranges import inside
@@ -36,7 +37,7 @@ def plot_scores(
     layers: Sequence[str] = (),
     exclude_layers: Sequence[str] = (),
     candidates: bool = False,
-    weight: StepWeight = "learning-rate",
+    weight: StepWeight = WeightOption.weight,
     title: str | None = None,
     over: bool = True,
 ) -> None:

@@ -166,7 +166,7 @@ def _refuse_usage(options: ScoresOptions) -> None:
         raise UsageError("`top_k=0` without `bottom_k`: ask for at least one sample")
     if options.min_times is not None and options.min_times < 1:
         raise UsageError(f"`min_times` must be at least 1, not {options.min_times}")
-    if options.weight != "learning-rate" and options.value not in WEIGHTED:
+    if options.weight != ScoresOptions.weight and options.value not in WEIGHTED:
         raise UsageError(f"`weight={options.weight}` belongs to `value=cumulative` and mean, not to {options.value}")
     given = [name for name, count in ranked.items() if count is not None]
     if options.by is not None and given:

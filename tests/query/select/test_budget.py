@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ghoststore.errors import UsageError
 from query.select.budget import Budget, Pools, Room, apportion, check_quotas, make_pools, ranked
 
+PART = "part 'part'"
 DOMAINS = ["code", "math", "prose"]
 scores = st.lists(st.one_of(st.just(math.nan), st.integers(-3, 3).map(float)), min_size=1, max_size=20)
 
@@ -54,7 +55,7 @@ quotas = st.one_of(
 @given(samples(), budgets, quotas)
 def test_every_way_is_the_obvious_loop(given: Any, budget: Budget, quotas: Any) -> None:
     score, tokens, domain = given
-    pools = make_pools(budget, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, part="part")
+    pools = make_pools(budget, quotas, score_M=score, tokens_M=tokens, domain_M=domain, domains=DOMAINS, source=PART)
     ranking = ranked(score)
     by_hand = sorted((i for i, s in enumerate(score) if not math.isnan(s)), key=lambda i: (-score[i], i))
     assert ranking.tolist() == by_hand
@@ -74,7 +75,13 @@ def test_every_way_is_the_obvious_loop(given: Any, budget: Budget, quotas: Any) 
 def test_a_threshold_takes_all_above_it(given: Any, threshold: int) -> None:
     score, tokens, domain = given
     pools = make_pools(
-        Budget(threshold=threshold), None, score_M=score, tokens_M=tokens, domain_M=domain, domains=[], part="part"
+        Budget(threshold=threshold),
+        None,
+        score_M=score,
+        tokens_M=tokens,
+        domain_M=domain,
+        domains=[],
+        source=PART,
     )
     assert sorted(pools.best(ranked(score)).tolist()) == [i for i, s in enumerate(score) if s >= threshold]
 
@@ -96,7 +103,7 @@ def pools_of(quotas: Any, budget: Budget, domains: list[int]) -> dict[str, int]:
         quotas,
         score_M=np.zeros(count),
         tokens_M=np.full(count, 7),
-        part="part",
+        source=PART,
         domain_M=np.array(domains, dtype=np.int16),
         domains=DOMAINS,
     )
@@ -167,5 +174,5 @@ def test_quotas_that_do_not_fit_the_part() -> None:
             tokens_M=np.ones(1, dtype=np.int64),
             domain_M=np.array([-1], dtype=np.int16),
             domains=[],
-            part="part",
+            source=PART,
         )
