@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ghoststore.corpus import Corpus as Corpus
-    from ghoststore.settings.choosing import Choosing as Choosing
     from ghoststore.settings.fields import Fields as Fields
     from ghoststore.settings.projection import ProjectionConfig as ProjectionConfig
     from ghoststore.settings.train import TrainConfig as TrainConfig
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from indexer.integrations.callback import GhostStoreCallback as GhostStoreCallback
     from indexer.integrations.config import GhostConfig as GhostConfig
     from indexer.integrations.manager import GhostEngineManager as GhostEngineManager
+    from indexer.session.choosing import Choosing as Choosing
     from indexer.session.policies import Candidates as Candidates
     from indexer.tokenize.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize.tokenize import tokenize as tokenize

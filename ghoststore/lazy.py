@@ -31,7 +31,7 @@ FACE = {
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",
     "Candidates": "indexer.session.policies",
-    "Choosing": "ghoststore.settings.choosing",
+    "Choosing": "indexer.session.choosing",
     "GhostConfig": "indexer.integrations.config",
     "GhostEngineManager": "indexer.integrations.manager",
     "GhostStoreCallback": "indexer.integrations.callback",

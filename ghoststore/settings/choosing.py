@@ -61,7 +61,7 @@ class ChoosingConfig:
         if self.candidates is None:
             self._refuse_without_candidates()
             return
-        _check(self.policy, self.keep, self.threshold)
+        check_policy(self.policy, self.keep, self.threshold)
         if self.keep is not None and self.keep > self.candidates:
             raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: keep fewer")
         if self.temperature is not None:
@@ -84,55 +84,19 @@ class ChoosingConfig:
         return self.candidates if self.keep is None else self.keep
 
     def to_json(self) -> dict[str, Any]:
-        """What a run says of it."""
-        return {**_values(self), "policy": _named(self.policy), "keep": self.least}
+        """What a run says of how its steps choose."""
+        return {**values_of(self), "policy": policy_name(self.policy), "keep": self.least}
 
 
 _DEFAULTS = {spec.name: spec.default for spec in fields(ChoosingConfig) if spec.name != "candidates"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choosing:
-    """Which samples of each micro-batch a loop of one's own trains on: of :class:`GhostEngineManager` and
-    :class:`GhostStoreCallback`. Every rank chooses among the samples of its micro-batch.
-    """
-
-    keep: int | None = None
-    """Samples of a micro-batch that are trained on: by top-k, bottom-k and random; by other policies where there is
-    nothing to choose by (None: all)."""
-    policy: str | Callable[[Any], Any] = "top-k"
-    """top-k, bottom-k, threshold, random, or a function of :class:`Candidates` whose weights are 0 or all alike: the
-    loss that the model returns weighs its samples alike."""
-    threshold: float | None = None
-    """Of threshold: the lowest score that is chosen."""
-    begins_at: int = 0
-    """Before this step the first ``keep`` samples of a micro-batch are taken."""
-    seed: int = 0
-    """Of random, and of the generator that a function is given."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.policy, str) and self.policy not in POLICIES:
-            raise UsageError(f"`policy` {self.policy!r} is unknown; known: {', '.join(POLICIES)}, or a function")
-        if self.policy == "reweight":
-            raise UsageError(
-                "`policy=reweight`: the loss that the model returns weighs its samples alike; `ghoststore train` can "
-                "weigh them"
-            )
-        check_at_least(1, keep=self.keep)
-        check_at_least(0, begins_at=self.begins_at)
-        _check(self.policy, self.keep, self.threshold)
-
-    def to_json(self) -> dict[str, Any]:
-        """What a run says of it."""
-        return {**_values(self), "policy": _named(self.policy), "choose_over": "micro-batch", "choosing_passes": "two"}
-
-
-def _values(config: ChoosingConfig | Choosing) -> dict[str, Any]:
+def values_of(config: Any) -> dict[str, Any]:
     """By field. Not a copy: a policy may be an object of the user's own."""
     return {spec.name: getattr(config, spec.name) for spec in fields(config)}
 
 
-def _check(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
+def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
     """UsageError for what a policy lacks, or would ignore."""
     if keep is None and policy in EXACTLY:
         raise UsageError(f"`policy={policy}` chooses so many candidates: give `keep`")
@@ -142,7 +106,7 @@ def _check(policy: str | Callable[[Any], Any], keep: int | None, threshold: floa
         raise UsageError(f"`threshold` must be a finite number, not {threshold}")
 
 
-def _named(policy: str | Callable[[Any], Any]) -> str:
+def policy_name(policy: str | Callable[[Any], Any]) -> str:
     """A policy as a run says it: of a function its module and name."""
     if isinstance(policy, str):
         return policy

@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
-from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from ghoststore.store.base.disk import storage_errors
@@ -28,6 +27,7 @@ from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
+from indexer.session.choosing import Choosing
 from indexer.session.ranks import Ranks
 from indexer.session.samples import Samples, places_of
 from indexer.session.session import ScoringSession

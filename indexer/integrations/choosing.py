@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, UsageError
-from ghoststore.settings.choosing import Choosing
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.encode.losses import IGNORED, own_losses
 from indexer.encode.modes import devices_of
 from indexer.session.chooser import Chooser, Scored
+from indexer.session.choosing import Choosing
 from indexer.session.own_loss import tokens_in
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoringSession

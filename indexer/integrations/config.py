@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
+from indexer.session.choosing import Choosing
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 

@@ -10,13 +10,13 @@ from typing import Any
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
-from ghoststore.settings.choosing import Choosing
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.sketched import SketchedMethod
 from indexer.integrations.config import GhostConfig
+from indexer.session.choosing import Choosing
 from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
@@ -41,8 +41,8 @@ class LoopRun:
     exclude_layers: tuple[str, ...]
     per_layer: bool
     on_store_error: OnStoreError
+    score_metric: ScoreMetric
     score_layers: ScoreLayers | None = None
-    score_metric: ScoreMetric = "sgd"
     choosing: Choosing | None = None
     keep_gradients: int | None = None
     """Steps of which one keeps its projected gradients; None: sketched scores keep those of every step, as float32."""

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.settings.choosing import Choosing, ChoosingConfig
+from ghoststore.settings.choosing import ChoosingConfig
+from indexer.session.choosing import Choosing
 from indexer.session.policies import Candidates, Policy, decide, first_k, policy_of, seeded
 from indexer.session.ranks import Ranks
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 import ghoststore
 from ghoststore.errors import MismatchError, UsageError
@@ -22,22 +23,22 @@ Options = dict[str, Any]
 STEPS = {"max_steps": 8, "batch_size": 4, "candidates": 12, "eval_interval": 4}
 
 
-@pytest.fixture(scope="module")
-def models(gym: Gym) -> dict[str, Path]:
-    """Beside those of the gym: one whose head is not tied, and one of another family."""
-    folder = gym.folder / "choosing"
-    untied = gym.lab.model(folder / "untied", layers=2, seed=1, tie_word_embeddings=False)
-    import transformers
+def checkpoint_of(gym: Gym, name: str) -> Path:
+    """Beside those of the gym: one whose head is not tied, and one of another family; made once."""
+    if name in gym.models:
+        return gym.models[name]
+    folder = gym.folder / "choosing" / name
+    if name == "untied" and not folder.exists():
+        gym.lab.model(folder, layers=2, seed=1, tie_word_embeddings=False)
+    if name == "llama" and not folder.exists():
+        tokenizer = AutoTokenizer.from_pretrained(gym.models["tiny"])
+        llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gym.models["tiny"])
-    model = llama(vocab_size=len(tokenizer))
-    model.save_pretrained(folder / "llama")
-    tokenizer.save_pretrained(folder / "llama")
-    return {**gym.models, "untied": untied, "llama": folder / "llama"}
 
-
-def choosing(gym: Gym, models: dict[str, Path], model: str = "tiny", **options: Any) -> Trained:
-    return gym.train(model=None, checkpoint=models[model], **{**STEPS, **options})
+def choosing(gym: Gym, model: str = "tiny", **options: Any) -> Trained:
+    return gym.train(model=None, checkpoint=checkpoint_of(gym, model), **{**STEPS, **options})
 
 
 CASES: dict[str, tuple[str, int, Options]] = {
@@ -58,12 +59,12 @@ CASES: dict[str, tuple[str, int, Options]] = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_of_plain_steps_on_the_chosen(gym: Gym, models: dict[str, Path], name: str) -> None:
+def test_weights_are_those_of_plain_steps_on_the_chosen(gym: Gym, name: str) -> None:
     """Bit for bit: of the model, and so of the optimizer."""
     model, micro_batches, options = CASES[name]
-    trained = choosing(gym, models, model, **options)
+    trained = choosing(gym, model, **options)
     arrays = trained.arrays()
     rows = chosen_of(arrays)
     if "keep" in options:
@@ -74,7 +75,7 @@ def test_weights_are_those_of_plain_steps_on_the_chosen(gym: Gym, models: dict[s
     plain |= {"learning_rate": 5e-3}
     if name == "checkpointing":
         plain["gradient_checkpointing"] = False  # the same bits without
-    expected = trained_plainly(models[model], trained, rows, micro_batches, **plain)
+    expected = trained_plainly(checkpoint_of(gym, model), trained, rows, micro_batches, **plain)
     assert same_bits(trained.weights(), expected) == []
 
 
@@ -90,13 +91,13 @@ ONE_PASS: dict[str, tuple[str, float, Options]] = {
 }
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_is_two_up_to_rounding(gym: Gym, models: dict[str, Path], name: str) -> None:
+def test_one_pass_is_two_up_to_rounding(gym: Gym, name: str) -> None:
     """The same choices, and weights that differ as rounding makes them, the biases of keys aside."""
     model, near, options = ONE_PASS[name]
     one, two = (
-        choosing(gym, models, model, choosing_passes=passes, learning_rate=1e-3, max_steps=6, **options)
+        choosing(gym, model, choosing_passes=passes, learning_rate=1e-3, max_steps=6, **options)
         for passes in ("one", "two")
     )
     arrays, expected = one.arrays(), two.arrays()
@@ -110,9 +111,9 @@ def test_one_pass_is_two_up_to_rounding(gym: Gym, models: dict[str, Path], name:
             assert float((weights - two.weights()[parameter]).abs().max()) < near, parameter
 
 
-def test_the_run_says_what_was_chosen(gym: Gym, models: dict[str, Path]) -> None:
+def test_the_run_says_what_was_chosen(gym: Gym) -> None:
     """Candidates in the seeded order; the highest scores have weight 1; losses and tokens are what they are."""
-    trained = choosing(gym, models, keep=4, val_groups=True, per_layer=True)
+    trained = choosing(gym, keep=4, val_groups=True, per_layer=True)
     arrays, run = trained.arrays(), trained.run
     assert arrays["weight"].shape == arrays["score"].shape == (8, 1, 12)
     assert run.layout.batch == 12
@@ -134,13 +135,14 @@ def test_the_run_says_what_was_chosen(gym: Gym, models: dict[str, Path]) -> None
     assert (said["policy"], said["candidates"], said["keep"], said["choosing_passes"]) == ("top-k", 12, 4, "two")
 
 
-def test_scores_are_those_of_a_training_on_all(gym: Gym, models: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_scores_are_those_of_a_training_on_all(gym: Gym) -> None:
     """Of the first step, whose weights are the same: candidates are scored as a train batch is, over the blocks."""
-    trained = choosing(gym, models, keep=4)
+    trained = choosing(gym, keep=4)
     assert trained.run.manifest["scoring"]["score_layers"] == "blocks"
     chosen = trained.arrays()
     options = {"max_steps": 8, "batch_size": 12, "eval_interval": 4, "score_layers": "blocks"}
-    plain = gym.train(model=None, checkpoint=models["tiny"], **options).arrays()
+    plain = gym.train(model=None, checkpoint=gym.models["tiny"], **options).arrays()
     np.testing.assert_array_equal(chosen["sample"], plain["sample"])
     for name in ("score", "loss"):
         np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
@@ -153,37 +155,41 @@ def test_without_candidates_a_run_has_no_weights(gym: Gym) -> None:
     assert "weight" not in trained.arrays()
 
 
-def test_before_choosing_begins_the_first_are_taken(gym: Gym, models: dict[str, Path]) -> None:
-    arrays = choosing(gym, models, "two", keep=4, choosing_begins_at=4).arrays()
+@pytest.mark.slow
+def test_before_choosing_begins_the_first_are_taken(gym: Gym) -> None:
+    arrays = choosing(gym, "two", keep=4, choosing_begins_at=4).arrays()
     assert (np.isfinite(arrays["score"])).all()
     first = np.array([1.0] * 4 + [0.0] * 8)
     np.testing.assert_array_equal(arrays["weight"][:4, 0], np.tile(first, (4, 1)))
     assert (arrays["weight"][4:, 0] != first).any()
 
 
-def test_in_the_metric_of_adam_the_first_step_has_nothing_to_choose_by(gym: Gym, models: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_in_the_metric_of_adam_the_first_step_has_nothing_to_choose_by(gym: Gym) -> None:
     """There is no second moment yet: the first are taken, and scores are NaN. Then they are those of Adam's steps."""
-    trained = choosing(gym, models, "two", keep=4, score_metric="adam")
+    trained = choosing(gym, "two", keep=4, score_metric="adam")
     arrays = trained.arrays()
     assert np.isnan(arrays["score"][0]).all()
     assert arrays["weight"][0, 0].tolist() == [1.0] * 4 + [0.0] * 8
     assert np.isfinite(arrays["score"][1:]).all()
     assert trained.run.manifest["scoring"]["score_metric"] == "adam"
-    plain = choosing(gym, models, "two", keep=4).arrays()
-    assert "score_metric" not in choosing(gym, models, "two", keep=4).run.manifest["scoring"]
+    plain = choosing(gym, "two", keep=4).arrays()
+    assert "score_metric" not in choosing(gym, "two", keep=4).run.manifest["scoring"]
     assert not np.array_equal(arrays["weight"][1:], plain["weight"][1:])
 
 
-def test_random_is_another_draw_at_every_step_and_seed(gym: Gym, models: dict[str, Path]) -> None:
-    one, other = (choosing(gym, models, keep=6, policy="random", seed=seed).arrays()["weight"] for seed in (0, 1))
+@pytest.mark.slow
+def test_random_is_another_draw_at_every_step_and_seed(gym: Gym) -> None:
+    one, other = (choosing(gym, keep=6, policy="random", seed=seed).arrays()["weight"] for seed in (0, 1))
     assert len({tuple(weight[0]) for weight in one}) > 4
     assert not np.array_equal(one, other)
     assert (one.sum((1, 2)) == 6).all()
 
 
-def test_reweighted_steps_are_those_of_the_weighted_loss(gym: Gym, models: dict[str, Path]) -> None:
+@pytest.mark.slow
+def test_reweighted_steps_are_those_of_the_weighted_loss(gym: Gym) -> None:
     """Weights are 12 times the softmax of the scores over their deviation; train_loss is the weighted mean."""
-    trained = choosing(gym, models, policy="reweight", temperature=2.0, batch_size=5)
+    trained = choosing(gym, policy="reweight", temperature=2.0, batch_size=5)
     arrays = trained.arrays()
     score = arrays["score"].astype(np.float64)[:, 0]
     powers = np.exp((score - score.max(1, keepdims=True)) / (2 * score.std(1, keepdims=True)))
@@ -211,8 +217,8 @@ def by_loss(candidates: ghoststore.Candidates) -> Any:
     return weights.tolist()
 
 
-def test_a_policy_of_the_users_own(gym: Gym, models: dict[str, Path]) -> None:
-    trained = choosing(gym, models, policy=by_loss)
+def test_a_policy_of_the_users_own(gym: Gym) -> None:
+    trained = choosing(gym, policy=by_loss)
     arrays = trained.arrays()
     for loss, weight in zip(arrays["loss"][:, 0], arrays["weight"][:, 0], strict=True):
         assert weight[np.argmax(loss)] == 2.0
@@ -220,6 +226,7 @@ def test_a_policy_of_the_users_own(gym: Gym, models: dict[str, Path]) -> None:
     assert trained.run.manifest["scoring"]["choosing"]["policy"] == f"{__name__}.by_loss"
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
@@ -230,9 +237,9 @@ def test_a_policy_of_the_users_own(gym: Gym, models: dict[str, Path]) -> None:
         ("all", "expected weights"),
     ],
 )
-def test_weights_that_cannot_be(gym: Gym, models: dict[str, Path], tmp_path: Path, weights: Any, words: str) -> None:
+def test_weights_that_cannot_be(gym: Gym, tmp_path: Path, weights: Any, words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        gym.fresh(tmp_path, model=None, checkpoint=models["tiny"], **STEPS, policy=lambda candidates: weights)
+        gym.fresh(tmp_path, model=None, checkpoint=gym.models["tiny"], **STEPS, policy=lambda candidates: weights)
     assert words in str(caught.value)
 
 
@@ -263,8 +270,9 @@ def test_options_that_do_not_go_together(gym: Gym, tmp_path: Path, name: str) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_chooses_otherwise_is_refused(gym: Gym, models: dict[str, Path]) -> None:
-    trained = choosing(gym, models, keep=4)
+@pytest.mark.slow
+def test_a_run_that_chooses_otherwise_is_refused(gym: Gym) -> None:
+    trained = choosing(gym, keep=4)
     where = {"output_dir": trained.output, "store": trained.store}
     with pytest.raises(MismatchError, match=r"scoring\.choosing\.keep: stored 4, asked for 3"):
-        gym.fresh(trained.output, model=None, checkpoint=models["tiny"], **STEPS, **where, keep=3)
+        gym.fresh(trained.output, model=None, checkpoint=gym.models["tiny"], **STEPS, **where, keep=3)

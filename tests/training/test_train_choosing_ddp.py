@@ -15,7 +15,7 @@ from tests.support.trainings import arrays_of, ranks, same_bits
 if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 OPTIONS = ("--candidates", "8", "--batch-size", "2", "--val-groups", "--json", "--learning-rate", "1e-3")
 OVER_ALL = {
@@ -47,7 +47,6 @@ def differing(folder: Path, other: Path, step: int = 12) -> float:
     return worst
 
 
-@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", OVER_ALL)
 def test_over_all_ranks(gym: Gym, name: str, tmp_path: Path) -> None:
     by_two(gym, tmp_path / "two", *OVER_ALL[name])

@@ -52,6 +52,7 @@ def plainly(model: Any, steps: Places, chosen: Places) -> dict[str, torch.Tensor
 MODELS = {"tied": gpt2, "untied": lambda: gpt2(tied=False), "llama": llama, "dropout": lambda: gpt2(resid_pdrop=0.2)}
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_manager_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
     steps = plan(5, accumulation=2)
@@ -87,6 +88,7 @@ def test_the_manager_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
     assert run.manifest["scoring"]["score_layers"] == "blocks"
 
 
+@pytest.mark.slow
 def test_policies_in_a_loop() -> None:
     """Without a store, too: what was chosen is in last_weights, the candidates' scores in last_scores."""
     steps = plan(3)
@@ -202,6 +204,7 @@ class Cut:
         return {name: values[here] for name, values in batch.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp32", "bf16", "checkpointing"])
 def test_the_callback_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
     """A Trainer that is given the chosen rows alone ends with the same bits, and logs the same losses."""
@@ -221,6 +224,7 @@ def test_the_callback_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
     assert not hooks_of(scored.model)
 
 
+@pytest.mark.slow
 def test_the_callback_with_accumulation_resumes(tmp_path: Path) -> None:
     """Each micro-batch chooses by itself; a training that stops and goes on chooses as one that did not."""
     settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3}

@@ -36,7 +36,7 @@ def step_of(step: int) -> dict[str, np.ndarray]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is not at its end: some steps in chunks, some in a journal."""
     folder = tmp_path_factory.mktemp("chosen") / "store"
-    run = make(folder, layout=LAYOUT)
+    run = make(folder, layout=LAYOUT, scoring={"choosing": {"policy": "top-k", "keep": 3}})
     with RunWriter(run) as writer:
         for step in range(8):
             given = step_of(step)
@@ -88,9 +88,17 @@ def test_history_and_domains(store: Path) -> None:
     assert sum(one.value_sum for one in domains) == pytest.approx(sum(expected(candidates=False).values()), rel=1e-5)
 
 
-def test_watch_info_and_verify(store: Path, tmp_path: Path) -> None:
+def main_of(*words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    assert ended.value.code == 0
+
+
+def test_watch_info_and_verify(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (frame,) = ghoststore.watch(store=store, once=True, text=False)
     assert frame.scored == sum(int((step_of(step)["weight"] > 0).sum()) for step in range(8))
+    main_of("info", "--store", str(store), "--run", "run")
+    assert "candidates, top-k, 3 kept" in capsys.readouterr().out
     (described,) = ghoststore.info(store, run="run").runs
     assert described.manifest["storage"]["weights"] is True
     assert ghoststore.verify(store).sound
@@ -119,7 +127,5 @@ def test_only_of_a_run_that_chose(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_was_left_out(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["scores", "--store", str(store), "--no-text"])
-    assert ended.value.code == 0
+    main_of("scores", "--store", str(store), "--no-text")
     assert "candidates that were not trained on" in capsys.readouterr().out
