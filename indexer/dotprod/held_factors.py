@@ -17,15 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError, LayerError, UsageError
 from indexer.dotprod.axes import KnownAxes
+from indexer.dotprod.exact import NEGLIGIBLE
 from indexer.dotprod.ledger import Ledger, Tapped, survey
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import Tap
 from indexer.layers.base import at_least_float, by_sample, input_of
 from indexer.layers.factors import Factors, Vector
-
-NEGLIGIBLE = 1e-2
-"""Share of the whole gradient below which a parameter's own may be rounding noise (a key's bias: exactly zero)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +72,14 @@ class HeldFactors:
             _add(use if weighted.places_K is None else use.of(weighted.places_K), weighted, into)
 
     def refuse_changed(self) -> None:
-        """UsageError if a factor was changed in place since it was held."""
+        """UsageError if a factor was changed in place since it was held; to be asked once, right before their use."""
         for part, version, name in self.versions:
             if part._version != version:
                 raise UsageError(
                     f"what the gradient of {name!r} is formed of was changed in place after the scoring pass (a batch "
                     "that is filled anew?): give the model a copy of it, or call add_gradients() before"
                 )
+        self.versions = []  # which would keep every factor to the end
 
 
 def _add(factors: Factors, weighted: Weighted, into: Tensor) -> None:
@@ -128,10 +127,6 @@ class FactorHolder:
         self._handles: list[RemovableHandle] = []
         self._opened: OpenBatch | None = None
         self._held = HeldFactors()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FactorHolder:
-        """Itself: a deep copy of the model has these hooks, too, and they are not meant for it."""
-        return self
 
     def attach(self, val: ValGradient) -> None:
         """Put the taps in place, once, and have the axes of the layers examined with the first of the val samples."""
