@@ -16,14 +16,14 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import VerifyOptions
 from ghoststore.store.base.names import is_name
 from ghoststore.store.base.opening import links_below
+from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.base.writers import left_behind, living
 from ghoststore.store.part.caches import cache_damage
 from ghoststore.store.part.part import Part
 from ghoststore.store.run.journal import journal_damage
 from ghoststore.store.run.run import Run
-from ghoststore.store.spans.commits import read_commit
 from ghoststore.store.spans.group import Spanned, group_problem
-from ghoststore.store.spans.soundness import LOST, lost_spans, record_name, record_problem
+from ghoststore.store.spans.soundness import checked_span, missing_records, writers_problem
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
 
@@ -167,8 +167,9 @@ class Examination:
             for name, size, problem in chain(_check_metadata(source), _check_spans(source, task), caches):
                 self._files, self._bytes = self._files + 1, self._bytes + size
                 self._note(owner, name, problem)
-            for span in lost_spans(source):
-                self._note(owner, record_name(span), LOST)
+            for name, problem in missing_records(source):
+                self._note(owner, name, problem)
+            self._note(owner, WRITERS, writers_problem(source.path))
             if isinstance(source, Run):
                 self._look_at_journals(source, owner)
             said = {damage.file for damage in self._damage}
@@ -225,25 +226,8 @@ def _check_metadata(source: Spanned[Any]) -> Iterator[Checked]:
 
 
 def _check_spans(source: Spanned[Any], task: Task) -> Iterator[Checked]:
-    """What :func:`_check_span` says of every committed span."""
+    """What :func:`checked_span` says of every committed span."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for checked in pool.map(lambda span: list(_check_span(source, span)), source.spans):
+        for checked in pool.map(lambda span: list(checked_span(source, span)), source.spans):
             task.advance(1)
             yield from checked
-
-
-def _check_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
-    """The record of ``span``, if it is damaged, and each file it names."""
-    folder = source.path
-    try:
-        commit = read_commit(folder, span)
-    except CorruptError as error:
-        yield record_name(span), 0, str(error)
-        return
-    if problem := record_problem(source.layout, commit):
-        yield record_name(span), 0, problem
-    # A record may come from anywhere: what it names beside the files of its span is not read.
-    for key in source.layout.span_keys(span):
-        if (record := commit.files.get(key)) is not None:
-            problem = record.damage(folder / key, folder)
-            yield key, record.bytes, f"{problem} (span {span})" if problem else None

@@ -16,7 +16,7 @@ from ghoststore.store.part.part import Part
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.layout import first_row
-from ghoststore.store.spans.soundness import intents
+from ghoststore.store.spans.soundness import undecided
 
 Kind = Literal["data", "leftover", "unknown"]
 _RECORD = re.compile(r"commits/[0-9]{8}\.json")
@@ -66,7 +66,7 @@ class Census:
     def __init__(self, source: Spanned[Any], caches: set[str]) -> None:
         self._source = source
         self._specs = {spec.name: spec for spec in source.layout.arrays()}
-        self._spans, self._intents = set(source.spans), intents(source.path)
+        self._spans, self._undecided = set(source.spans), undecided(source.path)
         groups = cache_groups(source) if isinstance(source, Part) else []
         self._caches = {*caches, *(f"{group}/zarr.json" for group in groups)}
 
@@ -93,7 +93,7 @@ class Census:
         if name not in layout.chunk_keys(spec, span):
             return "unknown"
         # Without a record it is a writer's, whose intent stands; or its record is lost, which is named as that.
-        return "leftover" if span not in self._spans and span in self._intents else "data"
+        return "leftover" if span not in self._spans and span in self._undecided else "data"
 
     def _of_dead_cache(self, name: str) -> bool:
         """Whether a file among the caches, which no record names, is one that a process had begun."""

@@ -31,6 +31,7 @@ from ghoststore.store.manage.mend import (
     Mended,
     damaged_spans,
     drop_caches,
+    make_way,
     restore_groups,
     restore_metadata,
     restore_opening,
@@ -38,10 +39,12 @@ from ghoststore.store.manage.mend import (
 )
 from ghoststore.store.part.part import SPAN_TABLE, create_fixed
 from ghoststore.store.run.dropping import drop_damaged_steps
+from ghoststore.store.run.ranges import inside, without
+from ghoststore.store.run.saver import rebuild_from_journals
 from ghoststore.store.spans.commits import Commit, commit_path, read_commit
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.soundness import record_name
-from ghoststore.store.spans.withdrawn import forget, withdraw, withdrawn_spans
+from ghoststore.store.spans.soundness import lost_spans, record_name
+from ghoststore.store.spans.withdrawn import forget, put_back, withdraw, withdrawn_spans
 from ghoststore.store.spans.writer import writing
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Damage, Examination, Owner
@@ -135,31 +138,22 @@ class _Repair:
             )
         except MismatchError as error:
             return [Unmended(file="zarr.json", problem=str(error), why="it is left alone", **self._owner)]
+        lost = lost_spans(source)
         with writing(source):
+            for span in lost:
+                if commit_path(source.path, span).exists():  # its intent was still there
+                    self.mended.append(Mended(file=record_name(span), how="restored from its intent", **self._owner))
             damaged = [damage.file for damage in self._damage()]
-            if isinstance(source, Part):
-                # Those of a repair that was killed: what it had taken out is not damaged, it is not there.
-                unbuilt = set(withdrawn_spans(source)).difference(source.spans)
-                if damaged or unbuilt:
-                    self._mend_part(source, damaged, unbuilt)
+            self.mended += [made for name in damaged for made in make_way(path, name, self._owner)]
+            source = kind(path)
+            if isinstance(source, Part) and damaged:
+                self._mend_part(source, damaged)
             elif isinstance(source, Run) and damaged:
                 self._mend_run(source, damaged)
-            self._forget(kind(path))
-        gone = self._still_out(kind(path)) if isinstance(source, Part) else []
-        return [*gone, *(self._left("see `ghoststore verify`") if damaged else [])]
-
-    def _still_out(self, part: Spanned[Any]) -> list[Unmended]:
-        """Spans that were taken out to be computed again, and could not be."""
-        return [
-            Unmended(
-                file=record_name(span),
-                problem="taken out by a repair, and not computed again",
-                why=self._why.get(record_name(span), "see `ghoststore verify`"),
-                **self._owner,
-            )
-            for span in withdrawn_spans(part)
-            if span not in part.spans
-        ]
+            left = self._left("see `ghoststore verify`") if damaged else []
+            source = kind(path)
+            self._forget(source, damaged_spans(source, [unmended.file for unmended in left]))
+        return left
 
     def _damage(self) -> list[Damage]:
         examination = Examination(self._store, self._progress)
@@ -179,18 +173,19 @@ class _Repair:
             for damage in self._damage()
         ]
 
-    def _forget(self, source: Spanned[Any]) -> None:
-        """Remove the files of withdrawn spans that are committed again."""
-        committed = set(source.spans)
-        for span in withdrawn_spans(source):
-            if span in committed:
-                forget(source, span)
+    def _forget(self, source: Spanned[Any], damaged: set[int]) -> None:
+        """Remove the files of withdrawn spans that are committed again, and sound."""
+        for span in set(withdrawn_spans(source)).intersection(source.spans) - damaged:
+            forget(source, span)
 
-    def _mend_part(self, part: Part, damaged: list[str], unbuilt: set[int]) -> None:
-        self.mended += restore_metadata(part, damaged, self._owner)
-        self.mended += drop_caches(part, damaged, self._owner)
-        spans = damaged_spans(part, damaged) | unbuilt
-        fixed = [name for name in damaged if name in part.files and "/c/" in name]
+    def _mend_part(self, part: Part, damaged: list[str]) -> None:
+        restored = restore_metadata(part, damaged, self._owner)
+        self.mended += [*restored, *drop_caches(part, damaged, self._owner)]
+        spans = damaged_spans(part, damaged)
+        of_layout = {"commits", *(spec.name for spec in part.layout.arrays())}
+        left = [name for name in damaged if name in part.files and name not in {made.file for made in restored}]
+        # Metadata among them: of an array whose one chunk is gone, they follow from the numbers alone.
+        fixed = [name for name in left if name.partition("/")[0] not in of_layout]
         if not spans and not fixed:
             return
         try:
@@ -199,51 +194,65 @@ class _Repair:
             raise
         except GhostStoreError as error:  # no checkpoint, another corpus: the records may still follow from the chunks
             why = f"it cannot be computed again ({error})"
-            self._why.update(dict.fromkeys([*damaged, *map(record_name, spans)], why))
+            keys = [key for span in spans for key in (record_name(span), *part.layout.span_keys(span))]
+            self._why.update(dict.fromkeys([*damaged, *keys], why))
             self._restore_records(part, spans, why)
 
     def _mend_run(self, run: Run, damaged: list[str]) -> None:
         self.mended += restore_metadata(run, damaged, self._owner)
         spans = damaged_spans(run, damaged)
+        for span in rebuild_from_journals(run, spans):
+            self.mended.append(Mended(file=record_name(span), how="rebuilt from its journal", **self._owner))
+            spans.discard(span)
+        lost = "cannot be computed again; `drop_damaged` takes"
         for span in sorted(spans):
             start, stop = run.layout.span_of(span)
-            steps = f"steps {start + 1} to {stop} of run {run.name!r} cannot be computed again"
-            self._why.update(
-                dict.fromkeys(
-                    (name for name in damaged if damaged_spans(run, [name]) == {span}),
-                    f"{steps}; `drop_damaged` takes them out, so that the others open",
-                )
-            )
+            why = f"steps {start + 1} to {stop} of run {run.name!r} {lost} them out, so that the others open"
+            self._why.update(dict.fromkeys([record_name(span), *run.layout.span_keys(span)], why))
         self._restore_records(run, spans, None)
         for name in damaged:
             if name.startswith("journal/"):
                 self._why[name] = (
-                    f"steps of run {run.name!r} cannot be computed again; `drop_damaged` takes those that are damaged "
-                    "out, so that the others open"
+                    f"steps of run {run.name!r} {lost} those that are damaged out, so that the others open"
                 )
         if self._options.drop_damaged:
-            for span in sorted(damaged_spans(run, [damage.file for damage in self._damage()])):
-                with storage_errors(str(run.path)):
-                    withdraw(run, span)
-                start, stop = run.layout.span_of(span)
-                self.mended.append(
-                    Mended(
-                        file=record_name(span), how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner
-                    )
-                )
-            with storage_errors(str(run.path)):
-                lost = drop_damaged_steps(Run(run.path))
-            for file, (start, stop) in lost:
-                self.mended.append(
-                    Mended(file=file, how=f"taken out: steps {start + 1} to {stop} are lost", **self._owner)
-                )
+            self._drop_damaged(run)
         for name in damaged:
             if name in run.files and not name.endswith("zarr.json"):
                 self._why[name] = "the table of rows was written when the run was made, and cannot be made again"
 
+    def _drop_damaged(self, run: Run) -> None:
+        """Take the spans out that are still damaged, and of the journals what is."""
+        dropped = sorted(damaged_spans(run, [damage.file for damage in self._damage()]))
+        with storage_errors(str(run.path)):
+            for span in dropped:
+                withdraw(run, span)
+            lost = drop_damaged_steps(Run(run.path))
+        # A journal may have been beside the record, with some of the steps.
+        rest, spans = Run(run.path).ranges, list(map(run.layout.span_of, dropped))
+        gone = [(record_name(s), steps) for s in dropped for steps in without([run.layout.span_of(s)], rest)]
+        gone += [(file, steps) for file, steps in lost if not inside(spans, steps)]
+        for file, (start, stop) in gone:
+            how = f"taken out: steps {start + 1} to {stop} are lost"
+            self.mended.append(Mended(file=file, how=how, **self._owner))
+
     def _restore_records(self, source: Spanned[Any], spans: Iterable[int], why: str | None) -> None:
-        """Records that are damaged or lost, of spans whose chunks all hold."""
-        sound = set()
+        """Records that are damaged or lost, of spans whose chunks all hold. Where they do not, what a repair that was
+        killed had taken out of the span is put back: it is as it was then.
+        """
+        back = []
+        for span in self._without_records(source, spans, why):
+            with storage_errors(str(source.path)):
+                if put_back(source, span):
+                    back.append(span)
+        for span in back:
+            how = "put back: a repair that was cut short had taken it out"
+            self.mended.append(Mended(file=record_name(span), how=how, **self._owner))
+        self._without_records(source, back, why)
+
+    def _without_records(self, source: Spanned[Any], spans: Iterable[int], why: str | None) -> list[int]:
+        """Restore the records that are damaged or lost of ``spans``; those for which that cannot be done."""
+        sound, left = set(), []
         for span in spans:
             try:
                 read_commit(source.path, span)
@@ -253,8 +262,11 @@ class _Repair:
         for span, outcome in restore_records(source, sorted(set(spans) - sound), self._owner):
             if isinstance(outcome, Mended):
                 self.mended.append(outcome)
-            elif why is not None:
+                continue
+            left.append(span)
+            if why is not None:
                 self._why[record_name(span)] = f"{why}; and {outcome}"
+        return left
 
     def _compute(self, part: Part, spans: set[int], fixed: list[str]) -> None:
         """Compute ``spans`` and the files of ``fixed`` arrays again, as the build of ``part`` did."""

@@ -62,11 +62,11 @@ def projection_of_run(run: Run, model: nn.Module) -> Projection:
     if described is not None and plan.layers_json() != described["layers"]:
         raise MismatchError(f"run {run.name!r}: the layers of this model are not those whose gradients the run keeps")
     projection = Projection(plan)
-    if projection.hash != scoring["projection"]:
+    if projection.hash != scoring.get("projection"):
         what = "this release draws another one from the same seed" if described else "it is not the default one"
         raise MismatchError(
-            f"run {run.name!r} keeps gradients projected by matrices with the hash {scoring['projection']}; for this "
-            f"model {what}: {projection.hash}"
+            f"run {run.name!r} keeps gradients projected by matrices with the hash {scoring.get('projection')}; for "
+            f"this model {what}: {projection.hash}"
         )
     return projection
 

@@ -114,7 +114,7 @@ class ScoreLog:
         """(R, S, B, …) of every rank."""
         if self._ranks.count == 1:
             return values_SB[None]
-        moved = values_SB.view(np.int16) if values_SB.dtype == np.uint16 else values_SB  # gloo has no uint16
+        moved = values_SB.view(np.uint8) if values_SB.dtype == np.uint16 else values_SB  # gloo has no such numbers
         return self._ranks.stacked(torch.from_numpy(moved)).numpy().view(values_SB.dtype)
 
     def _guard(self, write: Callable[[], None]) -> None:

@@ -14,8 +14,10 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, Task
+from ghoststore.settings.shared import FLOATS
 from ghoststore.store import Run
 from ghoststore.store.base.manifest import difference_lines, differences
+from ghoststore.store.base.records import reading
 from indexer.encode.encoder import RowEncoder, encode_rows
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
 from indexer.projection.stored import projection_of_run
@@ -39,9 +41,16 @@ class RunEncoder(PartEncoder):
         manifest, found = run.manifest, find_checkpoint(checkpoint)
         folder = found.folder if tokenizer is None else find_tokenizer(tokenizer)
         loaded = load_tokenizer(folder)
+        with reading(run.path / "zarr.json", "does not say how its model was trained"):
+            dtype, max_length = (
+                manifest["training"].get("model_dtype", "float32"),
+                manifest["training"].get("max_length"),
+            )
+            if dtype not in FLOATS or not isinstance(max_length, int | None):
+                raise ValueError(f"model_dtype {dtype!r:.40}, max_length {max_length!r:.40}")
         self.model = load_model(
             found,
-            dtype=manifest["training"].get("model_dtype", "float32"),
+            dtype=dtype,
             device=resolve_device(device),
             attn_implementation=manifest["compute"].get("attn_implementation"),
         )
@@ -62,7 +71,7 @@ class RunEncoder(PartEncoder):
             loaded, vocabulary=embedding_rows(self.model), of_part=True, template_date=date, note=progress.note
         )
         self._settings = TokenSettings(
-            max_length=manifest["training"].get("max_length") or longest_row(self.model, None),
+            max_length=max_length or longest_row(self.model, None),
             template_date=self._tokenizer.template_date,
         )
         projection = projection_of_run(run, self.model)

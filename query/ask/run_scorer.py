@@ -23,9 +23,10 @@ from ghoststore.corpus import Corpus, open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
+from ghoststore.store.base.records import reading
 from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.run.visits import Visits, kept_of, stream_visits
-from indexer.layers import layer_type_by_name
+from indexer.layers import LayerType, layer_type_by_name
 from indexer.projection.selection import matches
 from query.ask.encoder import ValVectors
 from query.ask.question import COMBINED
@@ -236,21 +237,18 @@ def _columns(run: Run, question: RunQuestion) -> slice | NDArray[np.int64]:
     """
     if not question.layers and not question.exclude_layers:
         return slice(None)
-    described = run.manifest["scoring"].get("gradients")
-    if described is None or described["projection"]["compress"] is not None:
+    layers = _layers(run)
+    if not layers:
         raise UsageError(
             f"run {run.name!r} keeps one sketch of all layers together: it has no scores by layer. A training with "
             "`ghoststore train --keep-gradients EVERY --proj-rank-total N` keeps plain blocks"
         )
-    layers = [
-        (str(layer["name"]), layer_type_by_name(layer["type"]), layer["columns"]) for layer in described["layers"]
-    ]
     for pattern in (*question.layers, *question.exclude_layers):
         if not any(matches(pattern, name, kind) for name, kind, _ in layers):
             names = ", ".join(name for name, _, _ in layers[:12])
             raise UsageError(f"layer pattern {pattern!r} matches no layer of run {run.name!r}: {names} …")
     chosen = [
-        np.arange(int(first), int(stop))
+        np.arange(first, stop)
         for name, kind, (first, stop) in layers
         if (not question.layers or any(matches(pattern, name, kind) for pattern in question.layers))
         and not any(matches(pattern, name, kind) for pattern in question.exclude_layers)
@@ -260,3 +258,27 @@ def _columns(run: Run, question: RunQuestion) -> slice | NDArray[np.int64]:
             f"no layer of run {run.name!r} is left: {list(question.layers)} without {list(question.exclude_layers)}"
         )
     return np.concatenate(chosen)
+
+
+def _layers(run: Run) -> list[tuple[str, LayerType, tuple[int, int]]]:
+    """(name, type, columns) of each layer of the vectors that ``run`` keeps; empty where one sketch holds them all, or
+    the run does not say.
+    """
+    described = run.manifest["scoring"].get("gradients")
+    if described is None:
+        return []
+    dimension = kept_of(run)[0].dimension
+    with reading(run.path / "zarr.json", "does not describe its gradients"):
+        if described["projection"]["compress"] is not None:
+            return []
+        layers = [
+            (
+                str(layer["name"]),
+                layer_type_by_name(layer["type"]),
+                (int(layer["columns"][0]), int(layer["columns"][1])),
+            )
+            for layer in described["layers"]
+        ]
+        if not all(0 <= first < stop <= dimension for _, _, (first, stop) in layers):
+            raise ValueError(f"columns of its layers are not among the {dimension} that there are")
+    return layers

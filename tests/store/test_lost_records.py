@@ -90,6 +90,52 @@ def test_chunks_under_an_intent_are_a_writers(store: Path) -> None:
     assert "vectors/c/3/0" in {file.file for file in report.leftovers}
 
 
+@pytest.mark.kill
+def test_a_record_that_is_lost_beside_its_intent(lab: Lab, built: Path, tmp_path: Path) -> None:
+    """The writer was killed when the record stood and its intent did, too: without the record, it is named; before it
+    stood, nothing was lost.
+    """
+    store = tmp_path / "store"
+    fault = {"call": "unlink", "path": r"\.00000003\.intent$", "when": "before", "act": "kill"}
+    assert lab.build(store, fault=fault).code == -9
+    assert ghoststore.verify(store).sound
+    delete(commit_path(part(store), 3))
+    assert [damage.file for damage in ghoststore.verify(store).damage] == ["commits/00000003.json"]
+    before = lab.tree(store)
+    for outcome in (
+        lab.build(store),
+        lab.run("query", "--store", store, "--val-set", lab.corpus),
+        lab.run("info", "--store", store),
+    ):
+        assert (outcome.code, outcome.out) == (4, ""), outcome.err
+        assert "commits/00000003.json" in outcome.err
+        assert f"ghoststore repair --store {store} --part part" in outcome.err
+    assert ghoststore.gc(store).removed == []
+    assert lab.tree(store) == before
+    outcome = lab.run("repair", "--store", store, "--json", "--quiet")
+    assert outcome.code == 0, outcome.out
+    assert [(one["file"], one["how"]) for one in outcome.json["mended"]] == [
+        ("commits/00000003.json", "restored from its intent")
+    ]
+    assert lab.build(store).code == 0
+    assert lab.tree(store) == lab.tree(built)
+
+
+def test_an_intent_beyond_a_gap(tmp_path: Path) -> None:
+    """A slow writer made it when others had committed the span: the next writer removes it."""
+    from ghoststore.store import RunWriter
+    from tests.support.runs import files, train
+
+    run = train(tmp_path / "store", stop=10)
+    before = files(tmp_path / "store")
+    record = commit_path(run.path, 1)
+    shutil.copy(record, record.with_name(".00000001.1.intent"))
+    shutil.copy(record, record.with_name(".00000000.recorded"))
+    with RunWriter(run):
+        pass
+    assert files(tmp_path / "store") == before
+
+
 def rewritten(store: Path, span: int, **changes: object) -> None:
     """The record of ``span``, sealed again with other entries."""
     commit = read_commit(part(store), span).to_json()

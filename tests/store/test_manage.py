@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,6 +218,7 @@ def test_leftovers_are_collected(lab: Lab, store: Path) -> None:
         store / "runs/.run.host-1-00000000.0.tmp/zarr.json",
         part / "vectors/c/1/.0.host-1-ab.staged",
         part / "commits/.00000001.intent",
+        part / "commits/.00000002.recorded",
         part / "commits/.00000001.json.1.tmp",
         part / ".withdrawn/00000002/record.json",
         part / f"loss/c/1.{'0' * 32}.partial",
@@ -287,6 +290,44 @@ def test_what_is_decided_is_not_collected(store: Path) -> None:
     assert report.removed == []
     assert "span 1 is decided" in report.skipped[0].why
     assert tree(store) == before
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_nobody_begins_while_leftovers_are_collected(lab: Lab, store: Path) -> None:
+    """Where locks do nothing, too: what a writer has just put there would be taken for a dead one's."""
+    no_lock = "import fcntl\nfcntl.flock = lambda *_: None\n"
+    old(write(store / "runs/run/score/c/.0.tmp"))
+    words = ["gc", "--store", str(store), "--run", "run"]
+    stop = {"call": "unlink", "path": r"score/c/\.0\.tmp$", "when": "before", "act": "stop"}
+    gc = lab.start(code=f"{no_lock}import ghoststore.cli\nghoststore.cli.main({words!r})", fault=stop)
+    lab.stopped(gc)
+    train = "import pathlib, runs\nruns.train(pathlib.Path({!r}))"
+    outcome = lab.run(code=no_lock + train.format(str(store)))
+    assert "BusyError" in outcome.err, outcome.err
+    os.kill(gc, signal.SIGCONT)
+    assert lab.wait(gc).code == 0
+    assert not (store / "runs/run/.writers").exists()
+
+
+def test_a_run_that_is_committed_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal is gone when the copy begins: the copy has the span."""
+    from ghoststore.store.manage import copy as copying
+    from tests.support.runs import JOURNALED, steps_of, train
+
+    store = tmp_path / "store"
+    train(store, layout=JOURNALED, stop=12)
+    real = copying.create_whole
+
+    def later(path: Path, fill: Callable[[Path], None]) -> None:
+        train(store, layout=JOURNALED, start=10, stop=20)
+        real(path, fill)
+
+    monkeypatch.setattr(copying, "create_whole", later)
+    copied = ghoststore.copy(store=store, run="run", to_name="copy")
+    assert copied.spans == 1
+    assert steps_of(Store.open(store).run("copy")) == list(range(20))
+    assert ghoststore.verify(store).sound
 
 
 @pytest.mark.slow

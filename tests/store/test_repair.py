@@ -284,16 +284,59 @@ def test_nothing_is_written_or_removed_where_a_link_leads(lab: Lab, store: Path,
     assert lab.tree(elsewhere) == before
 
 
-def test_what_a_killed_repair_took_out_is_named(lab: Lab, built: Path, store: Path, tmp_path: Path) -> None:
+def test_metadata_and_the_one_chunk_of_an_array(lab: Lab, built: Path, store: Path) -> None:
+    """Whose shape nothing else tells: both follow from checkpoint and corpus, in one repair."""
+    for name in ("projection_in/zarr.json", "projection_in/c/0", "span_start/zarr.json", "span_start/c/0/0"):
+        delete(part(store) / name)
+    mended = repaired(lab, built, store)
+    assert sorted(file for file, _ in mended) == [
+        "projection_in/c/0",
+        "projection_in/zarr.json",
+        "span_start/c/0/0",
+        "span_start/zarr.json",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.kill
+def test_what_a_killed_repair_took_out_is_named(lab: Lab, store: Path) -> None:
+    """Until a repair has gone on: its rows would be missing from every answer."""
+    flip_middle(part(store) / "loss/c/1")
+    code = (
+        "import os\nimport indexer.build.repair as module\nmodule.compute_spans = lambda *_: os.kill(os.getpid(), 9)\n"
+    )
+    words = ["repair", "--store", str(store), "--quiet"]
+    outcome = lab.run(code=f"{code}import ghoststore.cli\nghoststore.cli.main({words!r})")
+    assert outcome.code == -9, outcome.err
+    damage = ghoststore.verify(store).damage
+    assert [(one.file, one.problem) for one in damage] == [
+        ("commits/00000001.json", "taken out by a repair that was cut short, and not computed again")
+    ]
+    for outcome in (lab.build(store), lab.run("query", "--store", store, "--val-set", lab.corpus)):
+        assert (outcome.code, outcome.out) == (4, "")
+        assert "commits/00000001.json: taken out by a repair" in outcome.err
+    assert lab.run(*words).code == 0
+    assert ghoststore.verify(store).sound
+
+
+@pytest.mark.kill
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("moment", ["chunks-away", "record-away", "chunk-away"])
+def test_what_a_killed_repair_took_out_is_put_back(
+    lab: Lab, built: Path, store: Path, tmp_path: Path, moment: str
+) -> None:
+    """Where the corpus is gone by then: the span is as it was, and its damage is named."""
     truncate(part(store) / "loss/c/1")
-    call, path, when = MOMENTS["chunks-away"]
+    harmed = lab.tree(store)
+    call, path, when = MOMENTS[moment]
     fault = {"call": call, "path": path, "when": when, "act": "kill"}
     assert lab.run("repair", "--store", store, fault=fault).code == -9
     assert not (part(store) / "commits/00000001.json").exists()
     nowhere = ("--data", tmp_path / "nowhere.jsonl")
     outcome = lab.run("repair", "--store", store, *nowhere, "--json", "--quiet")
     assert outcome.code == 4, outcome.out
-    assert [one["problem"] for one in outcome.json["unmended"]] == ["taken out by a repair, and not computed again"]
+    assert [one["file"] for one in outcome.json["unmended"]] == ["loss/c/1"]
     assert "nowhere.jsonl" in outcome.json["unmended"][0]["why"]
+    assert lab.tree(store) == harmed
     assert lab.run("repair", "--store", store).code == 0
     assert lab.tree(store) == lab.tree(built)

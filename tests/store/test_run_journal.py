@@ -164,6 +164,51 @@ def test_zeros_where_nothing_was_flushed(half: Path, whole: dict[str, bytes], ke
     assert files(half) == whole
 
 
+def bits_between(a: bytes, b: bytes) -> int:
+    return sum((x ^ y).bit_count() for x, y in zip(a, b, strict=True))
+
+
+def half_trailers(right: bytes) -> list[bytes]:
+    """What may be on the disk of a trailer that lies over the end of a block."""
+    length = len(right)
+    ends = [right[:k] + bytes(length - k) for k in range(1, length)]
+    beginnings = [bytes(k) + right[k:] for k in range(1, length)]
+    # One bit that is gone is a flipped bit.
+    return [trailer for trailer in [*ends, *beginnings] if bits_between(trailer, right) > 1]
+
+
+def test_half_a_trailer(half: Path, whole: dict[str, bytes]) -> None:
+    """The power went while it was being flushed: its entry was not committed yet, and is written again."""
+    data = journal(half).read_bytes()
+    torn = half_trailers(data[-32:])
+    assert len(torn) >= 60
+    for trailer in torn:
+        journal(half).write_bytes(data[:-32] + trailer)
+        run = run_of(half)
+        assert run.ranges == [(0, 5)]
+        assert journal_damage(run) == []
+    train(half, layout=JOURNALED, start=5)
+    assert files(half) == whole
+
+
+def test_a_trailer_that_is_no_half(half: Path) -> None:
+    """Beside zeros, only the right bytes; over an entry that is whole; and nothing behind it."""
+    data = journal(half).read_bytes()
+    torn = data[:-32] + data[-32:-16] + bytes(16)
+    wrong = bytearray(torn)
+    wrong[-30] ^= 1
+    middle = data[:-20] + bytes(8) + data[-12:]
+    other = bytearray(torn)
+    other[len(data) // 2 + HEADER.size + 9] ^= 1
+    behind = torn + data[len(data) // 2 :]
+    for changed in (bytes(wrong), middle, bytes(other), behind, data[:-32] + bytes(31) + b"x"):
+        journal(half).write_bytes(changed)
+        damage = journal_damage(run_of(half))
+        assert {file for file, _ in damage} == {"journal/00000000.log"}
+        with pytest.raises(CorruptError, match=r"journal/00000000\.log"), RunWriter(run_of(half)):
+            pass
+
+
 def test_a_journal_whose_span_is_committed(half: Path, whole: dict[str, bytes]) -> None:
     """The writer died between the record and the journal's end: the record holds, the journal goes."""
     data = journal(half).read_bytes()
@@ -337,6 +382,26 @@ def test_pending_steps_of_a_store_that_is_gone(tmp_path: Path) -> None:
     run = run_of(tmp_path / "store")
     assert steps_of(run) == list(range(10, 23))
     assert (run.skipped, journal_damage(run), run.complete) == ([(0, 10)], [], False)
+
+
+def test_steps_that_are_given_up_while_a_reader_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look at what was given up and its look at the records: they are no steps to it."""
+    from ghoststore.store.run import run as module
+
+    store, real, looks = tmp_path / "store", module.read_skipped, []
+    train(store, layout=JOURNALED, stop=12)
+
+    def read(*arguments: object) -> list[tuple[int, int]]:
+        seen = real(*arguments)
+        looks.append(seen)
+        if len(looks) == 1:
+            with RunWriter(run_of(store)) as writer:
+                writer.skip_to(15)
+        return seen
+
+    monkeypatch.setattr(module, "read_skipped", read)
+    run = run_of(store)
+    assert (run.spans, run.ranges, run.skipped) == ([0], [(0, 10)], [(10, 15)])
 
 
 def test_a_record_that_is_lost_is_named(tmp_path: Path) -> None:

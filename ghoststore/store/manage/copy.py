@@ -19,8 +19,10 @@ from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
 from ghoststore.store.base.records import reading, unseal
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.manage.held import existing, folder_of, words_of
-from ghoststore.store.run.journal import entries_of, journal_path, problems_of, write_skipped_in
+from ghoststore.store.run.journal import FOLDER as JOURNAL
+from ghoststore.store.run.journal import Journal, entries_of, journal_path
 from ghoststore.store.run.run import Run
+from ghoststore.store.run.skipped import write_skipped
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path
 from ghoststore.store.spans.group import LARGEST_METADATA, Spanned
 from ghoststore.store.spans.soundness import damaged, record_name, record_problem
@@ -54,8 +56,8 @@ class CopyReport:
 def copy(options: CopyOptions) -> CopyReport:
     """Copy a part or a training run, every file checked against its record on the way: what is damaged is not copied.
 
-    The copy appears whole or not at all. Spans that are committed when it begins are in it, and no others; a process
-    may go on writing the original, and ``name`` continues either. Caches and indexes are left behind: they are made
+    The copy appears whole or not at all. What is committed when it begins is in it, and little else: a process may go
+    on writing the original, and ``name`` continues either. Caches and indexes are left behind: they are made
     again when they are asked for. ``to_store`` is made if it is not there.
 
     UsageError if there is none, or one of that name there; CorruptError naming the file that is not what was written;
@@ -99,6 +101,8 @@ class _Copying:
     def fill(self, folder: Path) -> None:
         """Write everything of the copy into the empty ``folder``."""
         source = self._source
+        if isinstance(source, Run) and source.layout.save_steps is not None:
+            self._copy_journals(source, folder)  # before the spans, which stay
         self._write(folder / ROOT, self._metadata())
         for name, sha256 in source.files.items():
             self._copy(name, folder, sha256, None)
@@ -109,30 +113,33 @@ class _Copying:
                 for key, sha256, size in self._record(span, folder):
                     self._copy(key, folder, sha256, size)
                 task.advance(1)
-        if isinstance(source, Run):
-            self._copy_journals(source, folder)
 
     def _copy_journals(self, run: Run, folder: Path) -> None:
-        """What is committed of spans that are not full, and which steps will not come."""
-        for journal in run.journals.values():
-            problems = problems_of(journal)
-            if problems:
-                raise journal.damaged(problems[0])
-            to = journal_path(folder, journal.span)
-            try:
-                with open(to, "xb") as copied:
-                    for data in entries_of(journal):
-                        copied.write(data)
-            except FileNotFoundError:
-                to.unlink()  # its span was committed meanwhile: the copy has what was there when it began
-                raise BusyError(
-                    f"span {journal.span} of run {run.name!r} was committed while it was copied; nothing was copied. "
-                    "Copy it again"
-                ) from None
-            self.files, self.bytes = self.files + 1, self.bytes + journal.end
+        """What is committed of spans that are not full, and which steps will not come.
+
+        A journal goes when its span is committed: the run is looked at again then, at most once for each of its spans.
+        """
+        (folder / JOURNAL).mkdir()
+        while not all(self._copy_journal(journal, folder) for journal in run.journals.values()):
+            for begun in (folder / JOURNAL).iterdir():
+                begun.unlink()
+            run.reload()
+        for path in (folder / JOURNAL).iterdir():
+            self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
         if run.skipped:
-            write_skipped_in(folder, run.skipped)
+            write_skipped(folder, run.skipped)
             self.files += 1
+
+    def _copy_journal(self, journal: Journal, folder: Path) -> bool:
+        """False if it is gone; CorruptError if it is damaged."""
+        journal.check()
+        with open(journal_path(folder, journal.span), "xb") as copied:
+            try:
+                for data in entries_of(journal):
+                    copied.write(data)
+            except FileNotFoundError:
+                return False
+        return True
 
     def _metadata(self) -> bytes:
         """The bytes of the manifest that was opened, and no later ones."""

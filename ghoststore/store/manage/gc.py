@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -13,21 +14,26 @@ from ghoststore.errors import BusyError, CorruptError, MismatchError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import GcOptions
-from ghoststore.store.base.disk import storage_errors
+from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.opening import refuse_links
 from ghoststore.store.base.writers import FOLDER as WRITERS
-from ghoststore.store.base.writers import left_behind
+from ghoststore.store.base.writers import left_behind, writers
 from ghoststore.store.manage.held import held
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.indexes import FOLDER as INDEX
 from ghoststore.store.part.part import Part
+from ghoststore.store.run.journal import journal_spans
+from ghoststore.store.run.run import Run
+from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.group import Spanned
-from ghoststore.store.spans.soundness import intents, refuse_damaged
+from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans, undecided
 from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
-from ghoststore.store.spans.withdrawn import aside, withdrawn_spans
+from ghoststore.store.spans.withdrawn import FOREIGN, aside, withdrawn_spans
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Owner, StoredFile
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
+
+_DECIDED = re.compile(r"commits/\.([0-9]{8})(?:\.[0-9]+)?\.(?:intent|recorded)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,21 +110,32 @@ class _Collection:
                 refuse_links(source.path)
                 refuse_damaged(source)
                 what = f"{source.kind.name} {source.name!r}"
-                stack.enter_context(held(source.path, what))
+                # Who comes next as a writer removes them.
+                dead = [(f"{WRITERS}/{record.name}", size_of(record)) for record in _dead(source.path)]
+                # As a writer, with a record of it: one on another machine, where the lock is not seen, does not begin.
+                stack.enter_context((held if self._dry_run else exclusive)(source.path, what))
+                source = opened(*owner.values())  # as it stands now that nobody writes
+                refuse_damaged_spans(source, self._mendable(source))
             except (CorruptError, MismatchError, BusyError) as error:
                 self.skipped.append(Skipped(why=str(error), **owner))
                 return
+            self.removed += [StoredFile(file=name, bytes=size, living=False, **owner) for name, size in dead]
             if self._stale_caches and isinstance(source, Part):
                 self._drop_stale(source, owner)
             for name, path in self._leftovers(source, owner):
                 self._remove(owner, name, path)
+
+    def _mendable(self, source: Spanned[Any]) -> set[int]:
+        """Committed spans that a leftover could mend: they are read whole before that goes."""
+        journals = journal_spans(source.path) if isinstance(source, Run) and source.layout.save_steps else []
+        return {*journals, *withdrawn_spans(source)}.intersection(source.spans)
 
     def _leftovers(self, source: Spanned[Any], owner: Owner) -> Iterator[tuple[str, Path]]:
         """(path in ``source``, path) of what may go. Nobody writes ``source``."""
         of_part = isinstance(source, Part)
         named = caches(source) if isinstance(source, Part) else []
         census = Census(source, {name for cache in named for name in (cache.record, *cache.files)})
-        decided = sorted(intents(source.path).difference(source.spans))
+        decided = sorted(undecided(source.path).intersection(range(source.layout.spans)).difference(source.spans))
         if decided:
             why = f"span {decided[0]} is decided and not committed: whoever writes next finishes it with what is there"
             self.skipped.append(Skipped(why=why, **owner))
@@ -128,14 +145,25 @@ class _Collection:
                     # Without a record the span of a part is still to be built, by a repair that goes on.
                     if span in source.spans or not of_part:
                         yield f"{WITHDRAWN}/{span:08d}", aside(source, span)
-            elif census.kind_of(name) != "leftover" or (decided and name.partition("/")[0] not in (*FOLDERS, WRITERS)):
+                if (path / FOREIGN).is_dir():
+                    yield f"{WITHDRAWN}/{FOREIGN}", path / FOREIGN
+            elif (
+                name == WRITERS
+                or census.kind_of(name) != "leftover"
+                or (decided and name.partition("/")[0] not in FOLDERS)
+            ):
                 continue
+            elif path.name == WRITERS:
+                yield from ((f"{name}/{record.name}", record) for record in _dead(path.parent))
             elif name.startswith(f"{INDEX}/"):
                 if _is_free(path.parent):
                     yield name, path
-            # Records of who writes and intents beside their records are void now that nobody writes.
+            elif match := _DECIDED.fullmatch(name):
+                # Void beside a record, which is looked for after it was seen.
+                if int(match[1]) >= source.layout.spans or commit_path(source.path, int(match[1])).exists():
+                    yield name, path
             # So is the journal of a span that has a record.
-            elif name == WRITERS or name.endswith((".intent", ".log")) or left_behind(path, set()):
+            elif name.endswith(".log") or left_behind(path, set()):
                 yield name, path
 
     def _drop_stale(self, part: Part, owner: Owner) -> None:
@@ -159,8 +187,13 @@ class _Collection:
             else:
                 path.unlink()
         with suppress(OSError):  # what it lay in may be empty now, and only then goes
-            if path.parent.name == WITHDRAWN or path.parent.parent.name == INDEX:
+            if path.parent.name in (WITHDRAWN, WRITERS) or path.parent.parent.name == INDEX:
                 path.parent.rmdir()
+
+
+def _dead(folder: Path) -> list[Path]:
+    """Records of who writes in ``folder`` whose writers are dead."""
+    return [folder / WRITERS / f"{writer.id}.json" for writer in writers(folder) if not writer.alive]
 
 
 def _is_free(folder: Path) -> bool:

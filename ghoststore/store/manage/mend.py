@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,15 +22,17 @@ from ghoststore.store.base.disk import flush, publish, replace, storage_errors
 from ghoststore.store.base.manifest import manifest_of
 from ghoststore.store.base.opening import open_regular
 from ghoststore.store.base.records import FileRecord, seal
+from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.part.caches import FOLDERS, caches, drop
 from ghoststore.store.part.part import Part, create_fixed
 from ghoststore.store.run.journal import FOLDER as JOURNAL
+from ghoststore.store.run.journal import journal_path, journal_spans
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.commits import Commit, commit_path, committed
 from ghoststore.store.spans.group import Spanned, create_array, group_problem, read_attributes
 from ghoststore.store.spans.layout import CRC_BYTES, first_row
-from ghoststore.store.spans.soundness import record_name
-from ghoststore.store.spans.withdrawn import FOLDER, withdraw_record
+from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
+from ghoststore.store.spans.withdrawn import FOREIGN, withdraw_record
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 
 _RECORD = re.compile(r"commits/([0-9]{8})\.json")
@@ -53,10 +56,11 @@ class Mended:
 
 def restore_groups(store: Store) -> list[Mended]:
     """The store's own groups, whose metadata say the same in every store."""
-    mended = []
+    mended: list[Mended] = []
     for name, attributes in ((f"parts/{ROOT}", {}), (f"runs/{ROOT}", {}), (ROOT, ROOT_ATTRIBUTES)):
         path = store.path / name
         if group_problem(path.parent, attributes) is not None:
+            mended += make_way(store.path, name, {})
             with storage_errors(str(path)):
                 path.parent.mkdir(exist_ok=True)
                 replace(path, _group(attributes))
@@ -65,31 +69,59 @@ def restore_groups(store: Store) -> list[Mended]:
 
 
 def restore_opening(kind: type[Spanned[Any]], folder: Path, owner: dict[str, str]) -> list[Mended]:
-    """What a part or run needs to be opened at all, beside its own ``zarr.json``: its folder of records, with records
-    of its own spans alone.
+    """What a part or run needs to be opened and written at all, beside its own ``zarr.json``: the folders of its
+    records and journals, with those of its own spans alone, and nothing else in the place of a folder.
     """
     try:
         manifest, _ = manifest_of(read_attributes(folder, kind.kind.name), str(folder), kind.kind)
         spans = kind.layout_of(manifest["storage"]).spans
     except (GhostStoreError, KeyError, TypeError, ValueError, OverflowError):
         return []  # whoever opens it says so
-    commits, mended = folder / "commits", []
-    with storage_errors(str(commits)):
-        if not commits.is_dir():
-            commits.mkdir()
-            flush(folder)
-            mended.append(Mended(file="commits", how="restored", **owner))
-        if kind is Run and "save_steps" in manifest["storage"] and not (folder / JOURNAL).is_dir():
-            (folder / JOURNAL).mkdir()
-            flush(folder)
-            mended.append(Mended(file=JOURNAL, how="restored", **owner))
-        for span in committed(folder):
-            if span >= spans:
-                aside = folder / FOLDER / "foreign"
-                aside.mkdir(parents=True, exist_ok=True)
-                os.replace(commit_path(folder, span), aside / commit_path(folder, span).name)
-                mended.append(Mended(file=record_name(span), how=f"moved aside: there are {spans} spans", **owner))
+    journaled = kind is Run and "save_steps" in manifest["storage"]
+    wanted = ["commits", *([JOURNAL] if journaled else [])]
+    mended = [made for name in (*wanted, WRITERS, WITHDRAWN) for made in make_way(folder, f"{name}/", owner)]
+    with storage_errors(str(folder)):
+        for name in wanted:
+            if not (folder / name).is_dir():
+                (folder / name).mkdir()
+                flush(folder)
+                mended.append(Mended(file=name, how="restored", **owner))
+        foreign = [commit_path(folder, span) for span in committed(folder) if span >= spans]
+        if journaled:
+            foreign += [journal_path(folder, span) for span in journal_spans(folder) if span >= spans]
+        for path in foreign:
+            aside = folder / WITHDRAWN / FOREIGN
+            aside.mkdir(parents=True, exist_ok=True)
+            os.replace(path, aside / path.name)
+            flush(path.parent)
+            how = f"moved aside: there are {spans} spans"
+            mended.append(Mended(file=path.relative_to(folder).as_posix(), how=how, **owner))
     return mended
+
+
+def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
+    """Rename what is no folder on the way to the file ``name``, a path in ``folder``, and what is no file in its place:
+    nothing could be written there. It is not ours, and not removed. A name that ends in a slash is a folder's.
+    """
+    place, last = folder, folder / name
+    for inside in Path(name).parts:
+        place /= inside
+        if place == last and not name.endswith("/"):
+            fits = place.is_file()
+        else:
+            fits = place.is_dir()
+        if not fits and os.path.lexists(place):
+            with storage_errors(str(place)):
+                to = next(path for n in count() if not os.path.lexists(path := _aside(place, n)))
+                os.rename(place, to)
+                flush(place.parent)
+            how = f"something else stood there, and is called {to.name} now"
+            return [Mended(file=place.relative_to(folder).as_posix(), how=how, **owner)]
+    return []
+
+
+def _aside(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name.lstrip('.')}.moved-aside{f'-{number}' if number else ''}")
 
 
 def restore_metadata(source: Spanned[Any], names: Iterable[str], owner: dict[str, str]) -> list[Mended]:

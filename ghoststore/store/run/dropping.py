@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from ghoststore.store.base.disk import flush
 from ghoststore.store.base.writers import unfinished
 from ghoststore.store.run.journal import (
-    SKIPPED,
     Entry,
     Journal,
     append_entry,
@@ -22,10 +21,10 @@ from ghoststore.store.run.journal import (
     opened,
     problems_of,
     read_arrays,
-    write_skipped,
 )
 from ghoststore.store.run.ranges import Steps, inside, merged, without
 from ghoststore.store.run.run import Run
+from ghoststore.store.run.skipped import SKIPPED, write_skipped
 
 
 def drop_damaged_steps(run: Run) -> list[tuple[str, Steps]]:
@@ -44,9 +43,9 @@ def drop_damaged_steps(run: Run) -> list[tuple[str, Steps]]:
         return lost
     # Given up inside spans that are committed, where that is still known.
     known = [steps for span in now.spans for steps in inside(now.skipped, now.layout.span_of(span))]
-    write_skipped(now, merged([*missing, *known]))
+    write_skipped(now.path, merged([*missing, *known]))
     others = without(without(missing, now.skipped), merged(steps for _, steps in lost))
-    return [*lost, *((f"journal/{SKIPPED}", steps) for steps in others)]
+    return [*lost, *((SKIPPED, steps) for steps in others)]
 
 
 def _without_damaged(run: Run, journal: Journal) -> list[Steps]:

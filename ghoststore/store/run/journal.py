@@ -24,20 +24,19 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import flush
 from ghoststore.store.base.opening import open_regular
-from ghoststore.store.base.records import json_digest, read_record, write_record
+from ghoststore.store.base.records import json_digest
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.ranges import Steps, merged, without
+from ghoststore.store.run.skipped import SKIPPED
 from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.layout import ArraySpec
+from ghoststore.store.spans.soundness import damaged
 
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
 
 FOLDER = "journal"
 _NAME = re.compile(r"(\d{8})\.log", re.ASCII)
-SKIPPED = "skipped.json"
-"""In the folder: steps that will not come."""
-LARGEST_SKIPPED = 16 << 20
 MAGIC = b"gs-steps"
 HEADER = struct.Struct("<8s7q32sI")
 """MAGIC; first step, one past the last, bytes of the entry, tokens, and the samples that are scored, unscored, not
@@ -161,16 +160,20 @@ def read_journals(run: Run, known: Mapping[int, Journal] | None = None) -> dict[
 
 
 def _journal_spans(run: Run) -> list[int]:
-    """The spans that have a journal at this moment, in order; CorruptError for one that cannot be."""
-    folder = run.path / FOLDER
+    """Those of :func:`journal_spans`; CorruptError for one that cannot be."""
     try:
-        names = [entry.name for entry in folder.iterdir()]
+        spans = journal_spans(run.path)
     except (FileNotFoundError, NotADirectoryError):
-        raise CorruptError(f"{run.path} has no {FOLDER} folder") from None
-    spans = sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+        raise damaged(run, [(FOLDER, f"there is no {FOLDER} folder")]) from None
     if spans and spans[-1] >= run.layout.spans:
-        raise CorruptError(f"{folder} has a journal of span {spans[-1]}, but there are {run.layout.spans} spans")
+        file = journal_path(Path(), spans[-1]).as_posix()
+        raise damaged(run, [(file, f"a journal of span {spans[-1]}, but there are {run.layout.spans} spans")])
     return spans
+
+
+def journal_spans(folder: Path) -> list[int]:
+    """The spans that have a journal in the run at ``folder`` at this moment, in order."""
+    return sorted(int(match[1]) for name in os.listdir(folder / FOLDER) if (match := _NAME.fullmatch(name)))
 
 
 def _read_on(run: Run, journal: Journal) -> bool:
@@ -243,8 +246,23 @@ def is_finished(handle: int, place: int, length: int, size: int) -> bool:
 
     After a power cut there may be zeros where something was not flushed; no trailer is zeros.
     """
+    if size > place + length:
+        return True  # whoever wrote that had flushed this
     trailer = os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES)
-    return size > place + length or (len(trailer) == TRAILER_BYTES and any(trailer))
+    return len(trailer) == TRAILER_BYTES and any(trailer) and not _is_half(handle, place, length, trailer)
+
+
+def _is_half(handle: int, place: int, length: int, trailer: bytes) -> bool:
+    """Whether ``trailer`` is the beginning or the end of the right one, and zeros else: it lay over the end of a block,
+    and the power went when one block was on the disk. Its entry was flushed before, and is whole.
+
+    One bit that differs is a flipped bit, which may leave such a trailer, too.
+    """
+    if trailer[0] and trailer[-1]:
+        return False
+    right = hashlib.sha256(_read(handle, length - TRAILER_BYTES, place)).digest()
+    half = right.startswith(trailer.rstrip(b"\0")) or right.endswith(trailer.lstrip(b"\0"))
+    return half and sum((a ^ b).bit_count() for a, b in zip(trailer, right, strict=True)) > 1
 
 
 def _any_finished(layout: RunLayout, span: int, handle: int, place: int, size: int) -> bool:
@@ -277,10 +295,13 @@ def read_arrays(
 
 
 def entries_of(journal: Journal) -> Iterator[bytes]:
-    """The bytes of each entry, as they are. FileNotFoundError if the journal is gone."""
+    """The bytes of each entry, checked. FileNotFoundError if the journal is gone, CorruptError if one is damaged."""
     with opened(journal.path) as handle:
         for entry in journal.entries:
-            yield _read(handle, entry.size, entry.place)
+            data = _read(handle, entry.size, entry.place)
+            if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != entry.digest:
+                raise journal.damaged(f"steps {entry.start} to {entry.stop} are not what was written")
+            yield data
 
 
 def _read(handle: int, size: int, place: int) -> bytes:
@@ -356,37 +377,6 @@ def remove(journal: Journal) -> None:
     flush(journal.path.parent)
 
 
-# Steps that will not come.
-
-
-def read_skipped(run: Run) -> list[Steps]:
-    """Ranges of steps of which the writer has said that they will not come. CorruptError if the file is damaged."""
-    path = run.path / FOLDER / SKIPPED
-    if run.layout.save_steps is None:
-        return []
-    try:
-        value = read_record(path, LARGEST_SKIPPED, advice=ADVICE)
-    except FileNotFoundError:
-        return []
-    try:
-        ranges = merged((int(start), int(stop)) for start, stop in value["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{path} is not a list of steps ({error!r}); {ADVICE}") from error
-    if ranges and not 0 <= ranges[0][0] <= ranges[-1][1] <= run.layout.steps:
-        raise CorruptError(f"{path} names steps beyond the {run.layout.steps} of the run; {ADVICE}")
-    return ranges
-
-
-def write_skipped(run: Run, skipped: Sequence[Steps]) -> None:
-    """Say which steps will not come, in place of what was said before."""
-    write_skipped_in(run.path, skipped)
-
-
-def write_skipped_in(folder: Path, skipped: Sequence[Steps]) -> None:
-    """The same, of the run in ``folder``."""
-    write_record(folder / FOLDER / SKIPPED, {"steps": [list(steps) for steps in skipped]})
-
-
 # Checking.
 
 
@@ -401,7 +391,7 @@ def journal_damage(run: Run) -> list[tuple[str, str]]:
         file = str(journal.path.relative_to(run.path))
         damage += [(file, problem) for problem in problems_of(journal)]
     if run.skipped_problem is not None:
-        damage.append((f"{FOLDER}/{SKIPPED}", run.skipped_problem))
+        damage.append((SKIPPED, run.skipped_problem))
     if run.layout.save_steps is not None and not damage:
         damage += [(file, f"steps {start} to {stop} are missing") for file, start, stop in _holes(run)]
     return damage
@@ -412,8 +402,11 @@ def problems_of(journal: Journal) -> list[str]:
     problems = []
     try:
         with opened(journal.path) as handle:
-            damaged = [entry for entry in journal.entries if not intact(handle, entry)]
-            problems += [f"steps {entry.start} to {entry.stop} are not what was written" for entry in damaged]
+            problems += [
+                f"steps {entry.start} to {entry.stop} are not what was written"
+                for entry in journal.entries
+                if not intact(handle, entry)
+            ]
     except FileNotFoundError:
         return []
     except OSError as error:

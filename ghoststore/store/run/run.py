@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.base.manifest import RUN, Manifest, refuse_differences
 from ghoststore.store.base.records import FileRecord
-from ghoststore.store.run.journal import FOLDER, Journal, read_journals, read_skipped
+from ghoststore.store.run.journal import FOLDER, Journal, read_journals
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.ranges import Steps, count, inside, merged, without
 from ghoststore.store.run.rows import RowTable, RunRows, write_rows
+from ghoststore.store.run.skipped import read_skipped
 from ghoststore.store.run.writer import RunWriter
 from ghoststore.store.spans.commits import Commit
 from ghoststore.store.spans.group import Spanned, create, create_array
@@ -57,18 +58,25 @@ class Run(Spanned[RunLayout]):
         return RunLayout.of(storage)
 
     def _committed(self) -> list[int]:
-        # Before the records: a span that is committed in between has a record then, where its journal is gone.
-        journals = read_journals(self, self.journals)
-        self.skipped, self.skipped_problem = [], None
-        try:
-            self.skipped = read_skipped(self)
-        except CorruptError as error:
-            self.skipped_problem = str(error)
-        spans = super()._committed()
+        while True:
+            skipped = self._read_skipped()
+            # Before the records: a span that is committed in between has a record then, where its journal is gone.
+            journals = read_journals(self, self.journals)
+            spans = super()._committed()
+            if skipped == self._read_skipped():
+                break  # else a record may hold steps that were given up meanwhile, or that came after all
+        self.skipped, self.skipped_problem = skipped
         recorded = set(spans)
         self.journals = {span: journal for span, journal in journals.items() if span not in recorded}
         self._ranges = None
         return spans
+
+    def _read_skipped(self) -> tuple[list[Steps], str | None]:
+        """Steps that will not come, and what is wrong with the file that says so."""
+        try:
+            return read_skipped(self.path, self.layout), None
+        except CorruptError as error:
+            return [], str(error)
 
     @property
     def ranges(self) -> list[Steps]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ghoststore.errors import CorruptError
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.run.journal import (
     Journal,
@@ -20,10 +21,12 @@ from ghoststore.store.run.journal import (
     read_arrays,
     read_journals,
     remove,
-    write_skipped,
 )
 from ghoststore.store.run.ranges import Steps, count, inside, merged, without
+from ghoststore.store.run.skipped import write_skipped
 from ghoststore.store.spans.commits import commit_path
+from ghoststore.store.spans.soundness import refuse_damaged_spans
+from ghoststore.store.spans.withdrawn import withdraw
 from ghoststore.store.spans.writer import SpanData, write_span
 
 if TYPE_CHECKING:
@@ -44,12 +47,14 @@ class Saver:
 
     def begin(self) -> None:
         """Take up what is there: the unfinished end of a journal is removed, one that is full becomes chunks, and one
-        whose span is committed goes. CorruptError if one is damaged, StorageError if the disk refuses.
+        whose span is committed, and sound, goes. CorruptError if one is damaged, or its span is; StorageError if the
+        disk refuses.
         """
         run, self._journals = self._run, {}
         with storage_errors(str(run.path)):
             for span, journal in read_journals(run).items():
                 if commit_path(run.path, span).exists():
+                    refuse_damaged_spans(run, [span])  # the journal would mend it
                     remove(journal)
                     continue
                 for problem in problems_of(journal):  # whole: nothing is linked to an entry that is damaged
@@ -93,7 +98,7 @@ class Saver:
 
     def _say(self, skipped: list[Steps]) -> None:
         with storage_errors(str(self._run.path)):
-            write_skipped(self._run, skipped)
+            write_skipped(self._run.path, skipped)
         self._skipped = skipped
 
     def _commit_if_full(self, span: int, *, passed: bool = False) -> None:
@@ -105,18 +110,45 @@ class Saver:
             return
         if not passed and not any(entry.stop == steps[1] for entry in journal.entries[-1:]):
             return  # steps that were given up may be coming after all, one interval after the other
-        arrays = {
-            spec.name: np.full((spec.count(steps[1] - steps[0]), *spec.columns), spec.fill, dtype=spec.dtype)
-            for spec in self._layout.arrays()
-        }
-        with storage_errors(str(journal.path)), opened(journal.path) as handle:
-            for entry in journal.entries:
-                read = read_arrays(handle, journal, entry, self._layout, arrays.keys())
-                for spec in self._layout.arrays():
-                    place = slice(*spec.entries(entry.start - steps[0], entry.stop - steps[0]))
-                    arrays[spec.name][place] = read[spec.name]
-        write_span(run, SpanData(span, arrays))
-        # Only now: until the record is there, the journal is what was committed.
-        with storage_errors(str(journal.path)):
-            remove(journal)
+        commit_journal(run, journal)
         del self._journals[span]
+
+
+def commit_journal(run: Run, journal: Journal) -> None:
+    """Make chunks and a record of a journal, and remove it. Steps that it lacks have no samples."""
+    start, stop = run.layout.span_of(journal.span)
+    specs = run.layout.arrays()
+    arrays = {
+        spec.name: np.full((spec.count(stop - start), *spec.columns), spec.fill, dtype=spec.dtype) for spec in specs
+    }
+    with storage_errors(str(journal.path)), opened(journal.path) as handle:
+        for entry in journal.entries:
+            read = read_arrays(handle, journal, entry, run.layout, arrays.keys())
+            for spec in specs:
+                place = slice(*spec.entries(entry.start - start, entry.stop - start))
+                arrays[spec.name][place] = read[spec.name]
+    write_span(run, SpanData(journal.span, arrays))
+    # Only now: until the record is there, the journal is what was committed.
+    with storage_errors(str(journal.path)):
+        remove(journal)
+
+
+def rebuild_from_journals(run: Run, spans: set[int]) -> list[int]:
+    """Those of the damaged ``spans`` that were written again, from their journals: each was still there, and has every
+    step of its span that was not given up. The caller is the run's one writer.
+    """
+    try:
+        for spec in run.layout.arrays():
+            run.check_file(f"{spec.name}/zarr.json")
+    except CorruptError:
+        return []  # nothing can be written
+    journals, rebuilt = read_journals(run), list[int]()
+    for span in sorted(spans & journals.keys()):
+        journal = journals[span]
+        lacking = without([run.layout.span_of(span)], merged([*journal.steps, *run.skipped]))
+        if not lacking and not problems_of(journal):
+            with storage_errors(str(run.path)):
+                withdraw(run, span)  # a kill after this leaves a full journal: nothing is lost
+            commit_journal(run, journal)
+            rebuilt.append(span)
+    return rebuilt

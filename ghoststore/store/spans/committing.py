@@ -3,12 +3,13 @@ the files of one of them, and nothing that a record names is written again.
 
 A writer **stages** its files under names in ``commits/`` that nobody else has. Then the span is **decided**: an intent
 appears by a hard link, which fails where one stands. It holds what the record will say, and where each file is staged.
-Whoever finds an intent **moves** its files to their places, flushes, links the **record**, and removes the intent. A
-staged file can be moved only once: who comes late has nothing left to move.
+Whoever finds an intent **moves** its files to their places, flushes, links the **record**, marks that it did, and
+removes the intent and then the mark. A staged file can be moved only once: who comes late has nothing left to move.
 
 An intent is void once its span has a record: a writer looks for intents first and for the record after them, and
 intents are removed only after the record stands. Intents of a span are numbered: one whose files are neither staged nor
 in place (a disk lost them) is followed by the next, whose maker first removes what is still staged for the one before.
+An intent with a mark beside it tells that the span had its record: where that is not there, it was lost.
 Specified in ``docs/format.md``.
 """
 
@@ -28,7 +29,8 @@ from ghoststore.store.base.writers import unfinished
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, read_commit
 
 _STAGED = re.compile(r"\.[^/\0]+\.tmp")
-_INTENT = re.compile(r"\.(\d{8})(\.\d+)?\.intent")
+_INTENT = re.compile(r"\.([0-9]{8})(?:\.([0-9]{1,9}))?\.intent")
+_MARK = re.compile(r"\.([0-9]{8})\.recorded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
     """
     records: dict[str, FileRecord] = {}
     staged: dict[str, str] = {}
-    decided = False
+    decided, made = False, 0
     try:
         for key, data in files:
             path = unfinished(folder / "commits" / f"{commit.span:08d}.{key.replace('/', '.')}")
@@ -54,7 +56,8 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
             records[key] = _stage(path, data)
         own = _Intent(replace(commit, files=records), staged)
         while True:
-            number, intent = _standing(folder, commit.span, list(records))
+            number = _intents_of(folder, commit.span)
+            intent = _read_intent(folder, commit.span, number - 1, list(records))
             # After the intents: they go only when the record is there.
             if commit_path(folder, commit.span).exists():
                 break
@@ -67,12 +70,14 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
                 )
             # Not flushed: an intent holds writers together, and a power cut leaves none. One that is cut is void.
             intended = seal({"commit": own.commit.to_json(), "staged": staged})
-            decided = _link(_intent_path(folder, commit.span, number), intended, flushed=False)
+            decided = _link(_intent_path(folder, commit.span, number), intended)
+            made = number + 1
         decided = False
     finally:
         if not decided:  # else they are the span, and whoever comes next moves them
             _drop(folder, staged)
-    _clear(folder, commit.span)
+    # One of ours may stand beyond a gap: others were cleared away before it appeared.
+    _clear(folder, commit.span, range(max(made, _intents_of(folder, commit.span))))
     return read_commit(folder, commit.span) == own.commit
 
 
@@ -81,11 +86,28 @@ def settle(folder: Path, files: Callable[[int], Sequence[str]]) -> None:
 
     ``files`` are the paths that a span has, none for a number that is no span: an intent of others is not followed.
     """
-    matches = (_INTENT.fullmatch(name) for name in os.listdir(folder / "commits"))
-    for span in sorted({int(match[1]) for match in matches if match}):
-        _, intent = _standing(folder, span, files(span))
-        if commit_path(folder, span).exists() or (intent is not None and _finish(folder, intent)):
-            _clear(folder, span)
+    intents, marks = decided_spans(folder)
+    for span in sorted(intents.keys() | marks):
+        numbers = intents.get(span, [])
+        # After the intents: they go only when the record is there.
+        recorded = commit_path(folder, span).exists()
+        if not recorded and numbers:
+            intent = _read_intent(folder, span, max(numbers), files(span))
+            recorded = intent is not None and _finish(folder, intent)
+        if recorded:
+            _clear(folder, span, numbers)
+
+
+def decided_spans(folder: Path) -> tuple[dict[int, list[int]], set[int]]:
+    """Numbers of the intents that stand, by span; and the spans with a mark, which had a record when it was made."""
+    intents: dict[int, list[int]] = {}
+    marks: set[int] = set()
+    for name in os.listdir(folder / "commits"):
+        if match := _INTENT.fullmatch(name):
+            intents.setdefault(int(match[1]), []).append(int(match[2] or 0))
+        elif match := _MARK.fullmatch(name):
+            marks.add(int(match[1]))
+    return intents, marks
 
 
 def _stage(path: Path, data: bytes | memoryview) -> FileRecord:
@@ -101,16 +123,22 @@ def _intent_path(folder: Path, span: int, number: int) -> Path:
     return folder / "commits" / f".{span:08d}{f'.{number}' if number else ''}.intent"
 
 
-def _link(path: Path, data: bytes, *, flushed: bool) -> bool:
+def _mark_path(folder: Path, span: int) -> Path:
+    return folder / "commits" / f".{span:08d}.recorded"
+
+
+def _link(path: Path, data: bytes, mark: Path | None = None) -> bool:
     """Make ``path`` appear whole with ``data``; False if it is there. (:func:`publish` would list ``commits/`` for what
-    the dead left of it, at every span.)
+    the dead left of it, at every span.) With a ``mark``, which appears after it, its bytes are flushed.
     """
     begun = unfinished(path)
     try:
         begun.write_bytes(data)
-        if flushed:
+        if mark is not None:
             flush(begun)
         os.link(begun, path)
+        if mark is not None:
+            os.rename(begun, mark)
     except FileExistsError:
         return False
     finally:
@@ -118,24 +146,29 @@ def _link(path: Path, data: bytes, *, flushed: bool) -> bool:
     return True
 
 
-def _standing(folder: Path, span: int, files: Sequence[str]) -> tuple[int, _Intent | None]:
-    """How many intents ``span`` has, and the last of them; None if there is none, or it is damaged.
-
-    ``files`` are the paths that the span has: an intent that names others could move anything.
-    """
+def _intents_of(folder: Path, span: int) -> int:
+    """How many intents ``span`` has, up to a gap."""
     number = 0
     while _intent_path(folder, span, number).exists():
         number += 1
+    return number
+
+
+def _read_intent(folder: Path, span: int, number: int, files: Sequence[str]) -> _Intent | None:
+    """Intent ``number`` of ``span``; None if there is none, or it is damaged.
+
+    ``files`` are the paths that the span has: an intent that names others could move anything.
+    """
     try:
-        value = unseal(read_bounded(_intent_path(folder, span, number - 1), LARGEST_COMMIT)) if number else {}
+        value = unseal(read_bounded(_intent_path(folder, span, number), LARGEST_COMMIT)) if number >= 0 else {}
         intent = _Intent(Commit.from_json(value["commit"]), dict(value["staged"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return number, None
+        return None
     names = intent.staged.values()
     fits = set(intent.staged) == set(intent.commit.files) == set(files) and intent.commit.span == span
     if not fits or not all(isinstance(name, str) and _STAGED.fullmatch(name) for name in names):
-        return number, None
-    return number, intent
+        return None
+    return intent
 
 
 def _finish(folder: Path, intent: _Intent) -> bool:
@@ -164,7 +197,7 @@ def _finish(folder: Path, intent: _Intent) -> bool:
     for parent in folders:
         flush(parent)
     path = commit_path(folder, intent.commit.span)
-    _link(path, seal(intent.commit.to_json()), flushed=True)
+    _link(path, seal(intent.commit.to_json()), _mark_path(folder, intent.commit.span))
     flush(path.parent)
     return True
 
@@ -174,10 +207,10 @@ def _drop(folder: Path, staged: dict[str, str]) -> None:
         (folder / "commits" / name).unlink(missing_ok=True)
 
 
-def _clear(folder: Path, span: int) -> None:
-    """Remove the intents of a span that has its record, the last first: none is left beyond a gap."""
-    number = 0
-    while _intent_path(folder, span, number).exists():
-        number += 1
-    for place in reversed(range(number)):
-        _intent_path(folder, span, place).unlink(missing_ok=True)
+def _clear(folder: Path, span: int, numbers: Iterable[int]) -> None:
+    """Remove the intents of a span that has its record, the last first: none is left beyond a gap. Then the mark, which
+    tells of the record while there is an intent.
+    """
+    for number in sorted(numbers, reverse=True):
+        _intent_path(folder, span, number).unlink(missing_ok=True)
+    _mark_path(folder, span).unlink(missing_ok=True)

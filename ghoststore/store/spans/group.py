@@ -21,7 +21,7 @@ from ghoststore.store.base.opening import open_regular, parse_json, read_bounded
 from ghoststore.store.base.records import MISSING, check_file, digests, json_digest, reading
 from ghoststore.store.spans.commits import LARGEST_COMMIT, Commit, commit_path, committed
 from ghoststore.store.spans.layout import CRC_BYTES, ArraySpec, SpanLayout
-from ghoststore.store.spans.soundness import exact_commit
+from ghoststore.store.spans.soundness import damaged, exact_commit, record_name
 
 LARGEST_METADATA = 64 << 20
 MOST_CHUNKS = 1 << 17
@@ -114,12 +114,13 @@ class Spanned(ABC, Generic[L]):
         try:
             spans = committed(self.path)
         except (FileNotFoundError, NotADirectoryError):
-            raise CorruptError(f"{self.path} has no commits folder") from None
+            raise damaged(self, [("commits", "there is no commits folder")]) from None
         except OSError as error:
             raise CorruptError(f"{self.path / 'commits'} cannot be read: {error.strerror}") from error
         beyond = [span for span in spans if span >= self.layout.spans]
         if beyond:
-            raise CorruptError(f"{self.path} has records of spans {beyond[:5]}, but only {self.layout.spans} spans")
+            problem = f"there are records of spans {beyond[:5]}, but only {self.layout.spans} spans"
+            raise damaged(self, [(record_name(beyond[0]), problem)])
         return spans
 
     @property

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.records import MISSING
+from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.spans.commits import Commit, commit_path, committed, read_commit
+from ghoststore.store.spans.committing import decided_spans
 from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys, first_row
+from ghoststore.store.spans.withdrawn import taken_out
 
 if TYPE_CHECKING:
     from ghoststore.store.spans.group import Spanned
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 NAMED = 3
 """Damaged files that a message names; `ghoststore verify` lists them all."""
 LOST = "missing, though the chunks of its span are in place"
-_INTENT = re.compile(r"\.([0-9]{8})(\.[0-9]+)?\.intent")
+TAKEN_OUT = "taken out by a repair that was cut short, and not computed again"
 _NUMBER = re.compile(r"[0-9]{1,12}")
 
 
@@ -58,7 +61,7 @@ def exact_commit(folder: Path, layout: SpanLayout, span: int) -> Commit:
 
 
 def lost_spans(source: Spanned[Any]) -> list[int]:
-    """Spans whose chunks are in place without a record or an intent, in order.
+    """Spans whose chunks are in place without a record, and without an intent or with a mark that the record stood.
 
     Cost: one listing of each array, and none if every span has its record.
     """
@@ -68,14 +71,21 @@ def lost_spans(source: Spanned[Any]) -> list[int]:
     if not suspects:
         return []
     # In this order: a writer makes the intent before it moves a chunk, and removes it after the record stands.
-    suspects -= intents(source.path)
+    suspects -= undecided(source.path)
     return sorted(suspects.difference(committed(source.path)))
 
 
-def intents(folder: Path) -> set[int]:
-    """Spans that have an intent at this moment."""
-    names = (entry.name for entry in (folder / "commits").iterdir())
-    return {int(match[1]) for name in names if (match := _INTENT.fullmatch(name))}
+def missing_records(source: Spanned[Any]) -> list[tuple[str, str]]:
+    """(path, why it should be there) of each record that is missing, of rows or steps that were committed."""
+    lost = [(record_name(span), LOST) for span in lost_spans(source)]
+    named = {name for name, _ in lost}
+    return [*lost, *((name, TAKEN_OUT) for name in map(record_name, taken_out(source)) if name not in named)]
+
+
+def undecided(folder: Path) -> set[int]:
+    """Spans that are decided, and of which nothing tells that they had a record: they have an intent and no mark."""
+    intents, marks = decided_spans(folder)
+    return intents.keys() - marks
 
 
 def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
@@ -100,9 +110,9 @@ def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
 
 def refuse_lost(source: Spanned[Any]) -> None:
     """CorruptError if records of ``source`` went missing: what is left would pass for all there is."""
-    lost = lost_spans(source)
-    if lost:
-        raise damaged(source, [(record_name(span), LOST) for span in lost])
+    missing = missing_records(source)
+    if missing:
+        raise damaged(source, missing)
 
 
 def record_name(span: int) -> str:
@@ -122,8 +132,9 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
                 yield name, str(error)
         elif not (source.path / name).is_file():
             yield name, MISSING
-    for span in lost_spans(source):
-        yield record_name(span), LOST
+    if (problem := writers_problem(source.path)) is not None:
+        yield WRITERS, problem
+    yield from missing_records(source)
     for span in source.spans:
         try:
             commit = exact_commit(source.path, source.layout, span)
@@ -138,6 +149,39 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
                 continue
             if size != record.bytes:
                 yield key, f"{size} bytes; {record.bytes} were written"
+
+
+def checked_span(source: Spanned[Any], span: int) -> Iterator[tuple[str, int, str | None]]:
+    """(file, its bytes, what is wrong with it or None): each file of a committed span, read whole, and its record where
+    that is damaged.
+    """
+    folder = source.path
+    try:
+        commit = read_commit(folder, span)
+    except CorruptError as error:
+        yield record_name(span), 0, str(error)
+        return
+    if problem := record_problem(source.layout, commit):
+        yield record_name(span), 0, problem
+    # A record may come from anywhere: what it names beside the files of its span is not read.
+    for key in source.layout.span_keys(span):
+        if (record := commit.files.get(key)) is not None:
+            problem = record.damage(folder / key, folder)
+            yield key, record.bytes, f"{problem} (span {span})" if problem else None
+
+
+def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int]) -> None:
+    """CorruptError naming what :func:`checked_span` finds: what could mend ``spans`` is not removed."""
+    checked = (entry for span in spans for entry in checked_span(source, span))
+    damage = [(file, problem) for file, _, problem in checked if problem is not None]
+    if damage:
+        raise damaged(source, damage)
+
+
+def writers_problem(folder: Path) -> str | None:
+    """Why nobody can write in a part or run: something else is where the records of who writes belong."""
+    path = folder / WRITERS
+    return "no folder; that of the records of who writes belongs there" if path.exists() and not path.is_dir() else None
 
 
 def refuse_damaged(source: Spanned[Any]) -> None:

@@ -1,0 +1,123 @@
+"""``keep_gradients`` of the manager and of the Trainer callback: one step in so many, whatever the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from ghoststore import GhostConfig, GhostEngineManager, ProjectionConfig
+from ghoststore.errors import UsageError
+from ghoststore.store.run.visits import stream_visits
+from tests.support.loops import VAL_BATCH, batch_of, identical, in_ranks, plan, run_of, same_arrays, weights_of
+from tests.support.managed_loops import Loop, config_of, plain, sgd, train
+from tests.support.models import gpt2
+from tests.support.trainers import callback_of, trainer_of
+
+KEPT = ("gradient", "gradient_scale", "val_gradient", "val_gradient_scale", "val_step")
+SETTINGS: dict[str, Any] = {"keep_gradients": 2, "proj_rank_total": 16}
+
+
+def kept(store: Path, name: str = "run") -> dict[str, np.ndarray]:
+    run = run_of(store, name)
+    return {array: run.read_committed(array) for array in KEPT}
+
+
+def test_beside_exact_scores_as_beside_sketched_ones(tmp_path: Path) -> None:
+    """The same vectors; of every other step; and the weights are those of a loop without a manager."""
+    steps = plan(7)
+    for method in ("GradDotProd", "GradProjLora"):
+        model, _ = train(steps, config_of(tmp_path / method, 7, method=method, **SETTINGS))
+        assert identical(weights_of(model), weights_of(plain(steps)))
+    exact, sketched = (kept(tmp_path / method) for method in ("GradDotProd", "GradProjLora"))
+    for array in KEPT:
+        np.testing.assert_array_equal(exact[array], sketched[array], err_msg=array)
+    assert exact["val_step"].tolist() == [0, 2, 4, 6]
+    run = run_of(tmp_path / "GradProjLora")
+    assert run.layout.dimension is None
+    assert run.layout.interval == 4  # 3, rounded up
+    # Scores of the sketched method are products of what is kept, up to its codes.
+    for visits in stream_visits(run, run.ranges, val=True, also=("score",)):
+        assert visits.val is not None
+        products = (visits.vectors * visits.val[visits.of_step]).sum(1)
+        assert np.abs(products - visits.data["score"]).max() < 0.02 * np.abs(visits.data["score"]).max()
+
+
+def test_a_resumed_loop_keeps_the_same(tmp_path: Path) -> None:
+    steps, settings = plan(9), {**SETTINGS, "dot_prod_save_interval": 4, "proj_dtype": "bfloat16"}
+    for store, interrupted in (("whole", False), ("store", True)):
+        model = gpt2()
+        optimizer = sgd(model)
+        manager = GhostEngineManager(config_of(tmp_path / store, 9, **settings), model, optimizer, VAL_BATCH)
+        Loop(steps, manager).run(model, optimizer, 0, 5)
+        state = manager.state_dict()
+        if interrupted:
+            manager.cleanup()
+            manager = GhostEngineManager(config_of(tmp_path / store, 9, **settings), model, optimizer, VAL_BATCH)
+            manager.load_state_dict(state)
+        Loop(steps, manager).run(model, optimizer, 5)
+        manager.cleanup()
+    same_arrays(run_of(tmp_path / "store"), run_of(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_two_ranks(dtype: str, tmp_path: Path) -> None:
+    """The samples of both are there, each with the vector that it has on one rank."""
+    steps = plan(8, 3)
+    config = config_of(tmp_path / "store", 4, batch_size=3, proj_dtype=dtype, **SETTINGS)
+
+    def work(rank: int) -> None:
+        model = gpt2()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = sgd(model)
+        with GhostEngineManager(config, wrapped, optimizer, VAL_BATCH) as manager:
+            for iteration in range(4):
+                X, Y, batch_idx = batch_of(steps[2 * iteration + rank][0])
+                manager.attach_train_batch(X, Y, iteration, batch_idx)
+                manager.prepare_forward_input(X, Y)
+                wrapped(input_ids=X, labels=Y).loss.backward()
+                manager.prepare_gradients()
+                optimizer.step()
+                manager.aggregate_and_log()
+                optimizer.zero_grad(set_to_none=True)
+
+    in_ranks(2, work, tmp_path)
+    first = next(iter(stream_visits(run_of(tmp_path / "store"), [(0, 1)])))
+    assert sorted(set(first.rank.tolist())) == [0, 1]
+    alone = plan(1, 14)
+    train(alone, config_of(tmp_path / "alone", 1, batch_size=14, proj_dtype="float32", **SETTINGS))
+    whole = next(iter(stream_visits(run_of(tmp_path / "alone"), [(0, 1)])))
+    of_row = dict(zip(whole.row.tolist(), whole.vectors, strict=True))
+    for row, vector in zip(first.row.tolist(), first.vectors, strict=True):
+        assert np.linalg.norm(vector - of_row[row]) < 0.02 * np.linalg.norm(vector)
+
+
+@pytest.mark.slow
+def test_the_callback(tmp_path: Path) -> None:
+    """With exact scores by ``keep``, with sketched ones by ``projection``: the same vectors."""
+    projection = ProjectionConfig(rank_total=16)
+    for name, settings in (("exact", {"keep": projection}), ("sketched", {"projection": projection})):
+        callback = callback_of(tmp_path / name, keep_gradients=2, **settings)
+        trainer_of(tmp_path / f"out-{name}", [callback]).train()
+    exact, sketched = (kept(tmp_path / name, "trainer") for name in ("exact", "sketched"))
+    assert len(exact["gradient"]) > 1
+    for array in KEPT:
+        np.testing.assert_array_equal(exact[array], sketched[array], err_msg=array)
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    for settings, words in (
+        ({"keep_gradients": 2}, "keep_gradients keeps them in a store"),
+        ({"keep_gradients": 0}, "`keep_gradients` must be at least 1"),
+        ({"proj_dtype": "float16"}, "`proj_dtype=float16` belongs to `keep_gradients`"),
+        ({"proj_rank_total": 16}, "belongs to method GradProjLora, or to keep_gradients"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            GhostConfig(**settings)
+    with pytest.raises(UsageError, match="keep says how the gradients of keep_gradients are projected"):
+        callback_of(tmp_path, keep=ProjectionConfig())
