@@ -8,8 +8,8 @@ from typing import Any, Literal
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least, check_choices, option
 
-POLICIES = ("top-k", "bottom-k", "threshold", "random", "reweight")
-EXACTLY = ("top-k", "bottom-k", "random")
+POLICIES = ("top-k", "bottom-k", "threshold", "random", "reweight", "greats")
+EXACTLY = ("top-k", "bottom-k", "random", "greats")
 """Policies that choose `keep` candidates."""
 Over = Literal["all", "rank"]
 Passes = Literal["two", "one"]
@@ -24,13 +24,14 @@ class ChoosingConfig:
     )
     keep: int | None = option(
         None,
-        "Samples of a step that are trained on: so many by top-k, bottom-k and random; by other policies where there "
-        "is nothing to choose by (default: all candidates).",
+        "Samples of a step that are trained on: so many by top-k, bottom-k, random and greats; by other policies "
+        "where there is nothing to choose by (default: all candidates).",
         "Choosing",
     )
     policy: str | Callable[[Any], Any] = option(
         "top-k",
-        "Highest scores, lowest, all from `threshold` on, any, or all weighted by a softmax of their scores.",
+        "Highest scores, lowest, all from `threshold` on, any, all weighted by a softmax of their scores, or greedily "
+        "those that are unlike one another.",
         "Choosing",
         choices=POLICIES,
     )

@@ -204,11 +204,23 @@ class TrainConfig(RunConfig):
             return
         if self.scoring.method != "GradDotProd":
             raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
+        if self.choosing.policy == "greats":
+            self._refuse_greats()
         accumulated = self.optimization.gradient_accumulation_steps
         if accumulated > 1:
             raise UsageError(
                 f"`gradient_accumulation_steps={accumulated}` does not go with `candidates`: `keep` says how many "
                 "samples a step trains on, at most `batch_size` of them at a time; leave it out"
+            )
+
+    def _refuse_greats(self) -> None:
+        """UsageError where products within a step's candidates are not to be had."""
+        if self.scoring.score != "exact" or self.scoring.score_metric != "sgd":
+            raise UsageError("`policy=greats` takes products of whole gradients: leave out `score` and `score_metric`")
+        if (self.choosing.candidates or 0) > self.optimization.batch_size:
+            raise UsageError(
+                f"`policy=greats` takes products of all {self.choosing.candidates} candidates, scored together: give "
+                f"`batch_size={self.choosing.candidates}`, not {self.optimization.batch_size}"
             )
 
     @property
@@ -221,6 +233,8 @@ class TrainConfig(RunConfig):
     def drawn(self, ranks: int) -> int:
         """Samples that each of ``ranks`` draws for a step. UsageError for candidates that cannot be dealt out."""
         choosing, optimization = self.choosing, self.optimization
+        if choosing.policy == "greats" and ranks > 1:
+            raise UsageError(f"`policy=greats` takes products of all candidates: run one process, not {ranks}")
         if choosing.candidates is None:
             return optimization.batch_size * optimization.gradient_accumulation_steps
         for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):

@@ -60,15 +60,15 @@ class LoopChooser:
         """(B,): of the candidates of the newest micro-batch."""
 
     def attach(self) -> RemovableHandle:
-        """Before each forward pass in training, its arguments become those of the chosen samples, once it was said what
+        """Before a forward pass with gradients, its arguments become those of the chosen samples, once it was said what
         is :attr:`expected`.
         """
         model = self._engine.model
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
             expected = self.expected
-            # Not a deep copy of the model, which has this hook, too; not the val pass.
-            if module is not model or expected is None or not (model.training and torch.is_grad_enabled()):
+            # Not a deep copy of the model, which has this hook, too.
+            if module is not model or expected is None or not torch.is_grad_enabled():
                 return None
             self.expected = None
             return self._choose(args, kwargs, expected)

@@ -433,7 +433,7 @@ class GhostEngineManager:
             raise UsageError(
                 "call prepare_forward_input() before the forward pass"
                 if self._expected is None
-                else "no forward pass of the model came (in training mode, with gradients) to choose samples in"
+                else "no forward pass of the model with gradients came to choose samples in"
             )
         return self._session.batch
 

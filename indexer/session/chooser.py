@@ -64,23 +64,31 @@ class Chooser:
         policy = policy_of(choosing.policy, choosing.threshold)
         return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks)
 
-    def weights(self, step: int, own: Scored) -> NDArray[np.float32]:
+    def weights(self, step: int, own: Scored, interactions: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen, on every rank.
+        ``interactions`` are those of :class:`Candidates`, of one rank that is alone.
 
         UsageError on every rank for weights of a policy that cannot be.
         """
         each = own.together(self.ranks)
         if self.over == "all":
-            return self._decide(step, Scored.of(each), self.keep, "").reshape(len(each), -1)
+            return self._decide(step, Scored.of(each), self.keep, "", interactions).reshape(len(each), -1)
         keep = None if self.keep is None else self.keep // len(each)
         # Each rank decides for all: a policy that fails then fails on all.
-        return np.stack([self._decide(step, some, keep, f"|rank={rank}") for rank, some in enumerate(each)])
+        return np.stack([self._decide(step, some, keep, f"|rank={i}", interactions) for i, some in enumerate(each)])
 
     def of_micro_batch(self, step: int, place: int, own: Scored) -> NDArray[np.float32]:
         """(B,): the weights of the candidates of this rank's micro-batch number ``place`` of ``step``."""
         return self._decide(step, own, self.keep, f"|rank={self.ranks.rank}|micro={place}")
 
-    def _decide(self, step: int, scored: Scored, keep: int | None, where: str) -> NDArray[np.float32]:
+    def _decide(
+        self,
+        step: int,
+        scored: Scored,
+        keep: int | None,
+        where: str,
+        interactions: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float32]:
         count = len(scored.rows)
         candidates = Candidates(
             scores=scored.scores.astype(np.float64),
@@ -90,5 +98,6 @@ class Chooser:
             step=step,
             keep=count if keep is None else min(keep, count),
             generator=seeded(f"ghoststore/1|choice|seed={self.seed}|step={step}{where}"),
+            interactions=interactions,
         )
         return first_k(candidates) if step < self.begins_at else decide(self.policy, candidates)

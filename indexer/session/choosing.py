@@ -33,6 +33,8 @@ class Choosing:
     def __post_init__(self) -> None:
         if isinstance(self.policy, str) and self.policy not in POLICIES:
             raise UsageError(f"`policy` {self.policy!r} is unknown; known: {', '.join(POLICIES)}, or a function")
+        if self.policy == "greats":
+            raise UsageError("`policy=greats` takes products of the candidates; `ghoststore train` can form them")
         if self.policy == "reweight":
             raise UsageError(
                 "`policy=reweight`: the loss that the model returns weighs its samples alike; `ghoststore train` can "

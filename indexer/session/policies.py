@@ -36,6 +36,9 @@ class Candidates:
     generator: np.random.Generator
     """Seeded by seed, step and, where ranks choose by themselves, rank: the same numbers whenever the step is made."""
 
+    interactions: NDArray[np.float64] | None = None
+    """(N, N), for `policy=greats` alone: η⟨∇ℓ_i, ∇ℓ_j⟩, what the score of i loses where j is trained on beside it."""
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -76,6 +79,19 @@ def reweight(candidates: Candidates, *, temperature: float) -> NDArray[np.float6
     return np.asarray(len(scores) * powers / powers.sum())
 
 
+def greats(candidates: Candidates) -> NDArray[np.float64]:
+    """1 for ``keep`` candidates that are taken one after the other: each time that of the highest score, less what it
+    loses to those that were taken before (Wang et al. 2024, "GREATS", with the identity for the Hessian).
+    """
+    assert candidates.interactions is not None
+    scores, taken = candidates.scores.copy(), []
+    for _ in range(candidates.keep):
+        taken.append(int(np.argmax(scores)))
+        scores -= candidates.interactions[:, taken[-1]]
+        scores[taken[-1]] = -np.inf
+    return _ones(np.array(taken), candidates)
+
+
 def seeded(key: str) -> np.random.Generator:
     """A generator whose stream follows from ``key`` alone."""
     return np.random.Generator(np.random.Philox(key=draws.bits(key, 2)))
@@ -89,6 +105,7 @@ def policy_of(policy: str | Policy, least: float | None = None, temperature: flo
         "top-k": top_k,
         "bottom-k": bottom_k,
         "random": random_k,
+        "greats": greats,
         "threshold": partial(threshold, least=0.0 if least is None else least),
         "reweight": partial(reweight, temperature=1.0 if temperature is None else temperature),
     }
@@ -104,7 +121,8 @@ def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:
     if not len(finite):
         return first_k(candidates)
     columns = {name: getattr(candidates, name)[finite] for name in ("scores", "losses", "tokens", "rows")}
-    given = policy(replace(candidates, **columns, keep=min(candidates.keep, len(finite))))
+    within = None if candidates.interactions is None else candidates.interactions[np.ix_(finite, finite)]
+    given = policy(replace(candidates, **columns, keep=min(candidates.keep, len(finite)), interactions=within))
     weights = np.zeros(len(candidates), dtype=np.float32)
     weights[finite] = _checked(given, len(finite), candidates.step)
     return weights

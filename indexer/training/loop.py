@@ -168,7 +168,9 @@ class Trainer:
         scored = [self._score(rows, step, place) for place, rows in enumerate(cuts)]
         losses_B = np.concatenate([batch.losses for batch in scored])
         scores_B = torch.cat([batch.scores.total for batch in scored]).float().cpu().numpy()
-        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]))
+        pairs, eta = scored[0].scores.pairs, float(self.optimizer.param_groups[0]["lr"])
+        interactions = None if pairs is None else eta * pairs.cpu().numpy()
+        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]), interactions)
         ends = np.cumsum([len(rows) for rows in cuts])[:-1]
         for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
             self.session.take(rows, batch.losses, batch.scores, weights_B)

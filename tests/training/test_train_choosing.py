@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, int, Options]] = {
     "threshold": ("two", 1, {"policy": "threshold", "threshold": 0.05, "batch_size": 12}),
     "sketched": ("two", 1, {"keep": 4, "score": "sketched"}),
     "adam": ("two", 1, {"keep": 4, "score_metric": "adam"}),
+    "greats": ("two", 1, {"keep": 4, "batch_size": 12, "policy": "greats"}),
     "from-step-4": ("two", 1, {"keep": 4, "choosing_begins_at": 4}),
 }
 
@@ -252,6 +253,11 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "give both, or neither"),
     "temperature-of-another": ({"candidates": 8, "keep": 4, "temperature": 1.0}, "belongs to `policy=reweight`"),
     "temperature-0": ({"candidates": 8, "policy": "reweight", "temperature": 0.0}, "must be above 0"),
+    "greats-in-parts": ({"candidates": 8, "keep": 4, "policy": "greats"}, "give `batch_size=8`, not 3"),
+    "greats-sketched": (
+        {"candidates": 8, "keep": 4, "batch_size": 8, "policy": "greats", "score": "sketched"},
+        "`policy=greats` takes products of whole gradients",
+    ),
     "unknown": ({"candidates": 8, "policy": "best"}, "`policy` 'best' is unknown; known: top-k, "),
     "regular": ({"candidates": 8, "keep": 4, "method": "Regular"}, "`method=Regular` gives none"),
     "accumulation": (
