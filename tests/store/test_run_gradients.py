@@ -49,6 +49,7 @@ def test_steps_come_back_from_journal_and_chunks(tmp_path: Path) -> None:
     assert said == {"every": 3, "steps": 8, "dtype": "int8", "dimension": 8, "step_bytes": 7 * (8 + 2 * 4)}
 
 
+@pytest.mark.slow
 def test_other_steps_take_no_space(tmp_path: Path) -> None:
     """A run that keeps a tenth has a tenth of the bytes."""
     sizes = {}
@@ -114,6 +115,7 @@ def test_visits_are_decoded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(vector, wanted[0])
 
 
+@pytest.mark.slow
 def test_pending_steps_are_restored(tmp_path: Path) -> None:
     """A training that goes on from a checkpoint in the middle of a save interval writes the same bytes."""
     whole = tmp_path / "whole"
@@ -131,6 +133,7 @@ def test_pending_steps_are_restored(tmp_path: Path) -> None:
         assert files(store) == files(whole)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("array", ["gradient", "gradient_scale", "val_gradient", "val_step"])
 def test_a_flipped_byte_is_named(array: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -165,6 +168,7 @@ def test_every_flip_in_a_journal_is_named(tmp_path: Path) -> None:
     assert ghoststore.verify(store).sound
 
 
+@pytest.mark.slow
 def test_a_lost_record_is_restored_and_a_copy_is_whole(tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(_shared_run().path.parent.parent, store)

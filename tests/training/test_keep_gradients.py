@@ -15,6 +15,7 @@ from ghoststore import ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.store import Store
 from ghoststore.store.run.visits import stream_visits
+from tests.support.parts import vectors_of
 from tests.support.trainings import arrays_of, same_bits
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def built(gym: Gym, trained: Trained, folder: Path, step: int = 0) -> Any:
             projection=PLAIN,
             device="cpu",
         )
-        part = Store.open(folder / "store").part(name)
-        vectors.append(part.column("vectors").astype(np.float64))
+        vectors.append(vectors_of(Store.open(folder / "store").part(name)).astype(np.float64))
     return vectors
 
 

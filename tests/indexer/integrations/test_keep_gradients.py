@@ -46,6 +46,7 @@ def test_beside_exact_scores_as_beside_sketched_ones(tmp_path: Path) -> None:
         assert np.abs(products - visits.data["score"]).max() < 0.02 * np.abs(visits.data["score"]).max()
 
 
+@pytest.mark.slow
 def test_a_resumed_loop_keeps_the_same(tmp_path: Path) -> None:
     steps, settings = plan(9), {**SETTINGS, "dot_prod_save_interval": 4, "proj_dtype": "bfloat16"}
     for store, interrupted in (("whole", False), ("store", True)):

@@ -21,6 +21,8 @@ from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Run, Store
 from query.common.rank_correlation import spearman
 from tests.support.harms import flip
+from tests.support.parts import vectors_of
+from tests.support.runs import rewrite_manifest
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -126,6 +128,7 @@ def test_each_steps_own_val_gradient(folder: Path, metric: str, weight: str) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """The query is the vector of a build at that checkpoint, with the run's projection."""
     checkpoint = folder / "moving" / "checkpoint-6"
@@ -137,7 +140,7 @@ def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> No
         projection=PLAIN,
         device="cpu",
     )
-    vectors = Store.open(tmp_path / "s").part().column("vectors").astype(np.float64)
+    vectors = vectors_of(Store.open(tmp_path / "s").part()).astype(np.float64)
     whole = ask(folder, metric="dot", **at_checkpoint(folder))
     wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors.mean(0))
     assert scores(whole) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
@@ -164,10 +167,11 @@ def exact(folder: Path, lab: Lab) -> tuple[np.ndarray, np.ndarray]:
     for name, data in (("rows", lab.corpus), ("val", folder / "val.jsonl")):
         store = folder / "exact"
         ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, name=name, projection=whole, device="cpu")
-        vectors.append(Store.open(store).part(name).column("vectors").astype(np.float64))
+        vectors.append(vectors_of(Store.open(store).part(name)).astype(np.float64))
     return vectors[0], vectors[1]
 
 
+@pytest.mark.slow
 def test_as_faithful_as_a_part(folder: Path, lab: Lab, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     """Where the weights stand still, each row's gradient is that of a part at these weights: the run ranks them as such
     a part does, and both as exact gradients do, as far as the projection lets them.
@@ -197,6 +201,7 @@ def test_as_faithful_as_a_part(folder: Path, lab: Lab, exact: tuple[np.ndarray, 
         assert faithful[1] > 0.5
 
 
+@pytest.mark.slow
 def test_while_the_training_is_at_work(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """What is committed answers at once, out of journal and chunks alike; and the answer is the same in the end."""
     words = ["train", "--data", lab.corpus, "--val-set", folder / "val.jsonl", "--checkpoint", lab.checkpoint]
@@ -225,6 +230,7 @@ def test_while_the_training_is_at_work(folder: Path, lab: Lab, tmp_path: Path) -
         assert len(scores(ask(tmp_path, "live", **question))) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_keeps_every_step_as_float32(lab: Lab, folder: Path, tmp_path: Path) -> None:
     """GhostEngineManager(method="GradProjLora") without ``keep_gradients``: no val gradients, and no tokenizer."""
     import torch
@@ -292,6 +298,7 @@ def test_select_takes_the_best_of_a_run(folder: Path, lab: Lab, tmp_path: Path) 
             ghoststore.select(store=folder / "store", run="moving", count=3, out=tmp_path / "no.jsonl", **options)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("form", [".parquet", ".npy", ".safetensors"])
 def test_export_writes_the_gradients(folder: Path, form: str, tmp_path: Path) -> None:
     run, out = run_of(folder), tmp_path / f"gradients{form}"
@@ -322,6 +329,30 @@ def test_damage_is_never_an_answer(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=r"gradient/c/0/0/0/0 is damaged"):
         ask(tmp_path)
     assert [damage.file for damage in ghoststore.verify(tmp_path / "store").damage] == ["gradient/c/0/0/0/0"]
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gradients": {"projection": {"compress": None}, "layers": [{"name": "a"}]}},
+        {"gradients": {"projection": 5, "layers": []}},
+        {
+            "gradients": {
+                "projection": {"compress": None},
+                "layers": [{"name": "a", "type": "linear", "columns": [0, 9**9]}],
+            }
+        },
+    ],
+)
+def test_a_manifest_may_say_anything(folder: Path, wrong: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(folder / "store", tmp_path / "store")
+    rewrite_manifest(tmp_path / "store/runs/moving", lambda manifest: manifest["scoring"].update(wrong))
+    with pytest.raises(CorruptError, match="does not describe"):
+        ask(tmp_path, layers=("a",))
+    with pytest.raises(CorruptError, match="does not describe a projection"):
+        ask(tmp_path, **at_checkpoint(folder))
+    assert len(scores(ask(tmp_path))) > 0  # its own val gradients need neither
 
 
 def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def reference(kind: str, steps: list[int]) -> dict[int, float]:
     return sums
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["unit", "loss-fall"])
 @pytest.mark.parametrize("window", [None, "3:9"])
 def test_sums_are_those_of_the_reference(store: Path, kind: str, window: str | None) -> None:
