@@ -282,3 +282,18 @@ def test_a_run_that_chooses_otherwise_is_refused(gym: Gym) -> None:
     where = {"output_dir": trained.output, "store": trained.store}
     with pytest.raises(MismatchError, match=r"scoring\.choosing\.keep: stored 4, asked for 3"):
         gym.fresh(trained.output, model=None, checkpoint=gym.models["tiny"], **STEPS, **where, keep=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", ["two", "one"])
+def test_candidates_keep_their_gradients(gym: Gym, passes: str) -> None:
+    """Those that were not chosen, too: what is searched is what there was to choose from. Nothing else changes."""
+    options = {"keep": 4, "choosing_passes": passes}
+    kept, plain = choosing(gym, "two", keep_gradients=2, **options), choosing(gym, "two", **options)
+    assert same_bits(kept.weights(), plain.weights()) == []
+    arrays = kept.arrays()
+    for name, values in plain.arrays().items():
+        np.testing.assert_array_equal(arrays[name], values, err_msg=name)
+    gradient = kept.run.read_committed("gradient")
+    assert gradient.shape[:3] == (4, 1, 12)
+    assert (gradient != 0).any(-1).all()
