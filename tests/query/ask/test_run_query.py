@@ -355,6 +355,16 @@ def test_a_manifest_may_say_anything(folder: Path, wrong: dict[str, Any], tmp_pa
     assert len(scores(ask(tmp_path))) > 0  # its own val gradients need neither
 
 
+def test_a_run_that_does_not_describe_its_projection(folder: Path, tmp_path: Path) -> None:
+    """It is taken for the default one, and refused where its hash says that it is not."""
+    shutil.copytree(folder / "store", tmp_path / "store")
+    rewrite_manifest(tmp_path / "store/runs/moving", lambda manifest: manifest["scoring"].pop("gradients"))
+    with pytest.raises(MismatchError, match="it is not the default one"):
+        ask(tmp_path, **at_checkpoint(folder))
+    with pytest.raises(UsageError, match="it has no scores by layer"):
+        ask(tmp_path, layers=("mlp",))
+
+
 def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> None:
     checkpoint = {"checkpoint": folder / "moving" / "checkpoint-6"}
     val = {"val_set": folder / "val.jsonl"}
