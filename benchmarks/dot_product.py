@@ -80,10 +80,10 @@ class Bench:
         self.ids = torch.randint(0, VOCABULARY, (setting.batch, setting.length), device=setting.device)
         self.val = torch.randint(0, VOCABULARY, (setting.val, setting.length), device=setting.device)
 
-    def engine(self, options: dict[str, Any]) -> GradDotProdEngine:
+    def engine(self, options: dict[str, Any], interval: int) -> GradDotProdEngine:
         batch = {"input_ids": self.val, "labels": self.val}
         return GradDotProdEngine(
-            self.model, batch, optimizer=self.optimizer, val_refresh_interval=REFRESH, check=False, **options
+            self.model, batch, optimizer=self.optimizer, val_refresh_interval=interval, check=False, **options
         )
 
     def step(self, engine: GradDotProdEngine | None) -> Clock:
@@ -106,25 +106,36 @@ class Bench:
 
 
 def measure(setting: Setting, modes: Sequence[str]) -> dict[str, Any]:
-    """Seconds of regular steps and, for each mode, of steps that compute the val gradient and of those that do not."""
+    """Seconds of regular steps and, for each mode, of steps with a val gradient of their own (``every``, routes chosen
+    for R=1), and of steps that compute one for ten and that use it (``fresh``, ``cached``, routes chosen for R=10).
+
+    In turns, forwards and backwards, so that no mode always has the same place.
+    """
     bench = Bench(setting)
-    engines = {mode: bench.engine(MODES[mode]) for mode in modes}
-    found: dict[str, Any] = {"regular": [], "modes": {mode: {"fresh": [], "cached": []} for mode in modes}}
+    engines = {mode: {interval: bench.engine(MODES[mode], interval) for interval in (1, REFRESH)} for mode in modes}
+    kinds = {"every": 1, "fresh": REFRESH, "cached": REFRESH}
+    found: dict[str, Any] = {"regular": [], "modes": {mode: {kind: [] for kind in kinds} for mode in modes}}
     for mode in modes:  # each once, unmeasured
-        with engines[mode] as engine:
-            bench.step(engine)
-    for _ in range(setting.repeats):
-        found["regular"].append([*bench.step(None)])
-        for mode in modes:
-            engine = engines[mode]
+        for engine in engines[mode].values():
             with engine:
-                engine.set_validation(engine.val_batches)
-                found["modes"][mode]["fresh"].append([*bench.step(engine)])
-                found["modes"][mode]["cached"].append([*bench.step(engine)])
+                bench.step(engine)
+    for repeat in range(setting.repeats):
+        found["regular"].append([*bench.step(None)])
+        for mode in modes if repeat % 2 == 0 else modes[::-1]:
+            for kind, interval in kinds.items():
+                with engines[mode][interval] as engine:
+                    if kind != "cached":
+                        engine.set_validation(engine.val_batches)
+                    found["modes"][mode][kind].append([*bench.step(engine)])
     for mode in modes:
-        method = engines[mode].method
-        found["modes"][mode]["routes"] = dict(Counter(method.routes.values()))
-        found["modes"][mode]["predicted"] = predict(bench, engines[mode])
+        of_mode = engines[mode]
+        found["modes"][mode]["routes"] = {
+            interval: dict(Counter(engine.method.routes.values())) for interval, engine in of_mode.items()
+        }
+        found["modes"][mode]["predicted"] = {
+            "every": predict(bench, of_mode[1])["fresh"],
+            **predict(bench, of_mode[REFRESH]),
+        }
     return found
 
 
@@ -132,7 +143,7 @@ def memory(setting: Setting, mode: str | None) -> int:
     """Peak bytes of two steps beyond model and optimizer state."""
     bench = Bench(setting)
     bench.step(None)
-    engine = None if mode is None else bench.engine(MODES[mode]).attach()
+    engine = None if mode is None else bench.engine(MODES[mode], REFRESH).attach()
     peak = PeakMemory(setting.device)
     peak.start()
     for _ in range(2):
@@ -189,22 +200,27 @@ def rows_of(setting: Setting, found: dict[str, Any], clock: int) -> list[dict[st
         }
     ]
     for mode, times in found["modes"].items():
-        fresh, cached = ([seconds[clock] for seconds in times[kind]] for kind in ("fresh", "cached"))
+        every, fresh, cached = ([seconds[clock] for seconds in times[kind]] for kind in ("every", "fresh", "cached"))
         tenth = [(f + (REFRESH - 1) * c) / REFRESH for f, c in zip(fresh, cached, strict=True)]
         predicted = times["predicted"]
         rows.append(
             {
                 "setting": "",
                 "mode": mode,
-                "routes": ", ".join(f"{count} {name}" for name, count in sorted(times["routes"].items())),
-                "÷ regular, R=1": ratios(fresh, regular).show(),
+                "routes": "; ".join(dict.fromkeys(shown(routes) for routes in times["routes"].values())),
+                "÷ regular, R=1": ratios(every, regular).show(),
                 "÷ regular, R=10": ratios(tenth, regular).show(),
-                "predicted R=1": f"{predicted['fresh']:.3f}",
+                "predicted R=1": f"{predicted['every']:.3f}",
                 "predicted R=10": f"{(predicted['fresh'] + (REFRESH - 1) * predicted['cached']) / REFRESH:.3f}",
                 "s a step": "",
             }
         )
     return rows
+
+
+def shown(routes: dict[str, int]) -> str:
+    """``49 direct, 99 gram``."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(routes.items()))
 
 
 def parse(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
@@ -281,7 +297,8 @@ def main(
         Table(
             f"Time ({'CPU' if clock == 0 else 'wall'} seconds of a whole step, optimizer included)",
             rows,
-            "R: steps between val gradients; R=10 is one fresh and nine cached steps. Predicted: multiply-adds of "
+            "R: steps between val gradients; R=10 is one fresh and nine cached steps. Routes: for R=1; for R=10, where "
+            "they differ. Predicted: multiply-adds of "
             "matrix products alone (a regular step also has an optimizer, softmax, norms and GELU; scoring has not).",
         ),
         measured=numbers,

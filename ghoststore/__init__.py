@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from indexer.integrations.callback import GhostStoreCallback as GhostStoreCallback
     from indexer.integrations.config import GhostConfig as GhostConfig
     from indexer.integrations.manager import GhostEngineManager as GhostEngineManager
+    from indexer.session.choosing import Choosing as Choosing
+    from indexer.session.policies import Candidates as Candidates
     from indexer.tokenize.tokenize import TokenizeReport as TokenizeReport
     from indexer.tokenize.tokenize import tokenize as tokenize
     from indexer.training.train import TrainReport as TrainReport

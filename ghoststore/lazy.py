@@ -30,6 +30,8 @@ FACE = {
     "TrainConfig": "ghoststore.settings.train",
     "TrainReport": "indexer.training.train",
     "train": "indexer.training.train",
+    "Candidates": "indexer.session.policies",
+    "Choosing": "indexer.session.choosing",
     "GhostConfig": "indexer.integrations.config",
     "GhostEngineManager": "indexer.integrations.manager",
     "GhostStoreCallback": "indexer.integrations.callback",

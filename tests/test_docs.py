@@ -150,11 +150,15 @@ def test_the_loops_of_their_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain, own, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
+    plain, own, choosing, manager, trainer, save, resume = blocks(ROOT / "docs/loops.md", "python")
     exec(plain, Loops().names())
     assert capsys.readouterr().out.count("tensor(") == 3
     exec(own, names := Loops().names())
     assert names["scores"].total.isfinite().all()
+    before = Loops()
+    exec(choosing, names := before.names())
+    assert names["scores"].total.isfinite().all()
+    assert before.optimizer.state
     exec(manager, Loops().names())
     assert ghoststore.Store.open("store").run("mine").complete
     exec(trainer, Loops().names())
@@ -173,8 +177,20 @@ def test_the_loops_of_their_page_run(
     assert ghoststore.Store.open("store").run("resumed").complete
 
 
+def test_the_policy_of_the_page_of_choosing_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lab.checkpoint, "my-model")
+    for name in ("train.jsonl", "val.jsonl"):
+        shutil.copy(lab.corpus, name)
+    policy, _ = blocks(ROOT / "docs/choosing.md", "python")
+    exec(policy, {"__name__": "page"})
+    run = ghoststore.Store.open("store").run()
+    assert (run.read_committed("weight") > 0).sum((1, 2)).tolist() == [8] * 4
+    assert run.manifest["scoring"]["choosing"]["policy"] == "page.surprising"
+
+
 def test_python_in_the_docs_uses_public_names() -> None:
-    names = ("loops", "select", "doctor", "fidelity", "query", "evaluate")
+    names = ("choosing", "loops", "select", "doctor", "fidelity", "query", "evaluate")
     pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {
@@ -190,7 +206,8 @@ def test_the_format_page_lists_every_array_and_status() -> None:
     assert f"format version {FORMAT_VERSION}" in page
     for name in [*(spec.name for spec in layout.arrays()), *ENCODINGS]:
         assert f"| `{name}` |" in page
-    run = RunLayout(steps=1, ranks=1, batch=1, span_steps=1, rows=1, groups=("g",), blocks=("b",), dimension=1)
+    several = {"groups": ("g",), "blocks": ("b",), "dimension": 1, "weights": True}
+    run = RunLayout(steps=1, ranks=1, batch=1, span_steps=1, rows=1, **several)
     for spec in run.arrays():
         assert re.search(rf"^\| `{spec.name}` \| .* \| {spec.dtype.name} \|", page, flags=re.MULTILINE)
     for spec in run.row_arrays():

@@ -174,7 +174,7 @@ def _print_run(run: Any) -> None:
     saved = storage.get("save_steps", storage["span_steps"])
     facts = [
         ("steps", f"{run.committed:,} of {run.steps:,} committed, {saved:,} at a time"),
-        ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch)"),
+        ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch){_chosen(run)}"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
         ("rows", f"{run.rows:,}"),
         *_repeated(run),
@@ -202,6 +202,15 @@ def _gradients(kept: dict[str, Any] | None) -> str:
     which = "every step" if kept["every"] == 1 else f"one step in {kept['every']:,}"
     size = human_bytes(kept["step_bytes"])
     return f"of {which}: {kept['steps']:,} steps, {kept['dimension']:,} numbers as {kept['dtype']}, {size} a step"
+
+
+def _chosen(run: Any) -> str:
+    """How a step chooses among its samples, where it does."""
+    choosing = run.manifest["scoring"].get("choosing")
+    if choosing is None:
+        return ""
+    kept = "" if choosing["keep"] is None else f", {choosing['keep']} kept"
+    return f": candidates, {choosing['policy']}{kept}"
 
 
 def _number(value: float | None) -> str:

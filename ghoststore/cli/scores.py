@@ -52,6 +52,7 @@ def _print_summary(result: Any) -> None:
             (summary.unscored, "not scored (NaN)"),
             (summary.not_finite, "not finite"),
             (summary.without_learning_rate, "at steps without a learning rate"),
+            (summary.not_chosen, "candidates that were not trained on"),
         )
         if count
     ]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, dataclass_transform
 from ghoststore.errors import UsageError
 
 T = TypeVar("T")
-Section = Literal["Input", "Model", "Projection", "Scoring", "Output", "Advanced"]
+Section = Literal["Input", "Model", "Projection", "Scoring", "Choosing", "Output", "Advanced"]
 KEY = "option"
 
 

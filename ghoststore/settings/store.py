@@ -171,6 +171,9 @@ class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
         "sample", "Rank samples, the windows of a long one summed, or each window by itself.", "Scoring"
     )
     min_times: int | None = option(None, "Leave out what was scored less often.", "Scoring", metavar="N")
+    candidates: bool = option(
+        False, "Of a run that chose: count candidates that were not trained on, too, all alike.", "Scoring"
+    )
     domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
     text: bool = option(True, "Look up texts in the corpus, if unchanged.", "Output")
     plot: str | Path | None = option(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.choosing import ChoosingConfig
 from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
@@ -23,6 +24,8 @@ from ghoststore.settings.shared import (
 Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]
 Route = Literal["auto", "direct", "gram"]
+ScoreLayers = Literal["blocks", "all"]
+ScoreMetric = Literal["sgd", "adam"]
 ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
 KEPT_DTYPE = "int8"
@@ -92,6 +95,15 @@ class ScoringConfig:
     )
     per_layer: bool = option(False, "Keep the score of every layer.", "Scoring")
     exclude_layers: tuple[str, ...] = option((), "Layers whose parameters are left out of the score.", "Scoring")
+    score_layers: ScoreLayers | None = option(
+        None,
+        "Score the linears of the transformer blocks alone, or every trainable parameter (default: all; with "
+        "`candidates` blocks).",
+        "Scoring",
+    )
+    score_metric: ScoreMetric = option(
+        "sgd", "adam: what a step of the optimizer takes off the val loss, not one along the gradient.", "Scoring"
+    )
     keep_gradients: int | None = option(
         None,
         "Keep the projected gradients of every EVERYth step's samples in the run, for `ghoststore query --run`. Save "
@@ -109,8 +121,10 @@ class ScoringConfig:
         check_kept(self.keep_gradients, self.proj_dtype)
         if self.keep_gradients is not None and self.method == "Regular":
             raise UsageError("`keep_gradients` belongs to `method=GradDotProd`: a regular step has no taps")
-        if self.score == "sketched" and (self.exclude_layers or self.route != "auto"):
-            raise UsageError("`exclude_layers` and `route` belong to `score=exact`; give `projection.layers`")
+        if self.score == "sketched" and (self.exclude_layers or self.route != "auto" or self.score_layers is not None):
+            raise UsageError(
+                "`exclude_layers`, `score_layers` and `route` belong to `score=exact`; give `projection.layers`"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +196,51 @@ class TrainConfig(RunConfig):
 
     optimization: OptimizationConfig = OptimizationConfig()
     scoring: ScoringConfig = ScoringConfig()
+    choosing: ChoosingConfig = field(default_factory=ChoosingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.choosing.candidates is None:
+            return
+        if self.scoring.method != "GradDotProd":
+            raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
+        if self.choosing.policy == "greats":
+            self._refuse_greats()
+        accumulated = self.optimization.gradient_accumulation_steps
+        if accumulated > 1:
+            raise UsageError(
+                f"`gradient_accumulation_steps={accumulated}` does not go with `candidates`: `keep` says how many "
+                "samples a step trains on, at most `batch_size` of them at a time; leave it out"
+            )
+
+    def _refuse_greats(self) -> None:
+        """UsageError where products within a step's candidates are not to be had."""
+        if self.scoring.score != "exact" or self.scoring.score_metric != "sgd":
+            raise UsageError("`policy=greats` takes products of whole gradients: leave out `score` and `score_metric`")
+        if (self.choosing.candidates or 0) > self.optimization.batch_size:
+            raise UsageError(
+                f"`policy=greats` takes products of all {self.choosing.candidates} candidates, scored together: give "
+                f"`batch_size={self.choosing.candidates}`, not {self.optimization.batch_size}"
+            )
+
+    @property
+    def score_layers(self) -> ScoreLayers | None:
+        """Of exact scores; None of sketched ones, whose projection names its layers."""
+        if self.scoring.score == "sketched" or self.scoring.score_layers is not None:
+            return self.scoring.score_layers
+        return "all" if self.choosing.candidates is None else "blocks"
+
+    def drawn(self, ranks: int) -> int:
+        """Samples that each of ``ranks`` draws for a step. UsageError for candidates that cannot be dealt out."""
+        choosing, optimization = self.choosing, self.optimization
+        if choosing.policy == "greats" and ranks > 1:
+            raise UsageError(f"`policy=greats` takes products of all candidates: run one process, not {ranks}")
+        if choosing.candidates is None:
+            return optimization.batch_size * optimization.gradient_accumulation_steps
+        for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):
+            if count is not None and count % ranks and (name == "candidates" or choosing.choose_over == "rank"):
+                raise UsageError(f"`{name}={count}` cannot be dealt out to {ranks} ranks in equal shares")
+        return choosing.candidates // ranks
 
     @classmethod
     def of(cls, **options: Any) -> Self:
@@ -195,15 +254,18 @@ class TrainConfig(RunConfig):
             **part(RunConfig),
             optimization=OptimizationConfig(**part(OptimizationConfig)),
             scoring=ScoringConfig(**part(ScoringConfig)),
+            choosing=ChoosingConfig(**part(ChoosingConfig)),
         )
 
 
-FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig) for spec in fields(kind)]
+FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig, ChoosingConfig) for spec in fields(kind)]
 """The names of :meth:`TrainConfig.of`."""
 
 
 @options
-class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig, DeviceOption, CorpusOptions):
+class TrainOptions(
+    ProgressOption, RunConfig, ScoringConfig, ChoosingConfig, OptimizationConfig, DeviceOption, CorpusOptions
+):
     """Of ``ghoststore train``."""
 
     val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")

@@ -22,7 +22,8 @@ class AutogradDots:
     """⟨gradient, val gradient⟩ of every parameter, by autograd alone: hooks on the parameters for one backward."""
 
     def __init__(self, expected: dict[str, Tensor]) -> None:
-        self._expected = expected
+        self.expected = expected
+        """The val gradient of each parameter, in the metric of the score."""
         self._dots: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -36,9 +37,9 @@ class AutogradDots:
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach()
-            wide = gradient.to(self._expected[name].dtype)
-            dot = (wide * self._expected[name]).sum(dtype=torch.float64)
-            size = wide.norm().double() * self._expected[name].norm().double()
+            wide = gradient.to(self.expected[name].dtype)
+            dot = (wide * self.expected[name]).sum(dtype=torch.float64)
+            size = wide.norm().double() * self.expected[name].norm().double()
             self._dots[name] = self._dots[name] + dot if name in self._dots else dot
             self._sums[name] = self._sums[name] + size if name in self._sums else size
 
@@ -73,6 +74,11 @@ class AutogradBlocks:
         self._projection = projection
         self._gradients = BlockGradients(projection, self._blocks)
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients it waits for."""
+        return [self._parameters[name] for name in self._gradients.owners()]
 
     def attach(self) -> None:
         """Before the forward pass of a batch."""

@@ -6,7 +6,8 @@ Legend: B samples of a batch, V val samples, G val groups, K blocks, D numbers o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -17,23 +18,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.train import ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
-from indexer.dotprod.exact import ExactMethod, Route
+from indexer.dotprod.exact import Route
+from indexer.dotprod.held_factors import FactorHolder
 from indexer.dotprod.held_loss import HeldLoss
-from indexer.dotprod.keeping import KeepingMethod
 from indexer.dotprod.ledger import (
-    Ledger,
     batch_norms_of,
     refuse_batch_statistics,
     refuse_unsupported_wrappers,
-    survey,
     unwrapped,
-    version_of,
 )
-from indexer.dotprod.method import Method
+from indexer.dotprod.making import method_for, metric_for
 from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.scores import Scores
-from indexer.dotprod.sketched import SketchedMethod
+from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import See, Tap
@@ -66,8 +66,12 @@ class GradDotProdEngine:
     ``groups`` names the group of each val sample (domains), or is ``"each"``: every val sample is one. ``pairs``
     adds all products within a batch. ``projection`` makes the score sketched: approximate, over the projected layers.
     ``keep`` is a projection, too: scores stay exact, and ``Scores.vectors`` are the projected gradients beside.
-    ``exclude_layers`` are patterns of modules whose parameters are left out. ``check=False`` trusts the taps, the axes
-    of the layers and the losses; ``hold_losses=False`` the losses alone, for a loop that makes them of the logits.
+    ``exclude_layers`` are patterns of modules whose parameters are left out; ``score_layers="blocks"`` takes only the
+    linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). With
+    ``score_metric="adam"`` a score is ⟨∇ℓ_i, P ∇L_val⟩, P = 1/(√v̂+ε) of ``optimizer``, torch's Adam or AdamW, when the
+    val gradient is computed: to first order what its step along ∇ℓ_i takes off L_val; NaN before its first step.
+    ``check=False`` trusts the taps, the axes of the layers and the losses; ``hold_losses=False`` the losses alone, for
+    a loop that makes them of the logits.
 
     Raises LayerError naming the module for a trainable parameter that cannot be scored, UsageError for a model whose
     samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
@@ -83,6 +87,8 @@ class GradDotProdEngine:
         groups: Sequence[str] | Literal["each"] | None = None,
         val_refresh_interval: int = 1,
         exclude_layers: Sequence[str] = (),
+        score_layers: ScoreLayers | None = None,
+        score_metric: ScoreMetric = "sgd",
         route: Route = "auto",
         pairs: bool = False,
         projection: ProjectionConfig | Projection | None = None,
@@ -92,25 +98,22 @@ class GradDotProdEngine:
     ) -> None:
         if val_refresh_interval < 1:
             raise UsageError(f"val_refresh_interval must be at least 1 step, not {val_refresh_interval}")
-        if projection is not None and (pairs or exclude_layers or route != "auto"):
-            raise UsageError(
-                "pairs, route and exclude_layers belong to the exact score; the projection names the layers it sketches"
-            )
-        if projection is not None and keep is not None:
-            raise UsageError("projection gives vectors already, and keep is for exact scores: give one of them")
         self.model = unwrapped(model)
         refuse_unsupported_wrappers(self.model)
         self.val_refresh_interval = val_refresh_interval
         losses = val_losses or (language_model_losses if val_data is None else default_losses(self.model))
         self._optimizer = optimizer
-        self.ledger: Ledger | None = None
-        self.method: Method
-        if projection is not None:
-            self.method = self._sketched(projection, check)
-        else:
-            self.ledger = survey(self.model, exclude_layers)
-            exact = ExactMethod(self.ledger, route=route, pairs=pairs, check=check)
-            self.method = exact if keep is None else KeepingMethod(exact, self._sketched(keep, check))
+        self.method = method_for(
+            self.model,
+            projection,
+            keep,
+            exclude_layers=exclude_layers,
+            score_layers=score_layers,
+            metric=metric_for(score_metric, optimizer),
+            route=route,
+            pairs=pairs,
+            check=check,
+        )
         self._val = ValGradient(self.model, self.method, losses)
         self._val.set(val_data, groups)
         kinds = {name: layer_type_of(self.model.get_submodule(name)) for name in self.method.modules}
@@ -119,21 +122,15 @@ class GradDotProdEngine:
         self._held_loss = HeldLoss(self.model, losses, enabled=check and hold_losses)
         self._flags = [p.requires_grad for p in self.model.parameters()]
         self._batch_norms = batch_norms_of(self.model)
+        self._check = check
+        self._holder: FactorHolder | None = None
         self._handles: list[RemovableHandle] = []
-        self._version_at_refresh = self._version_at_detach = -1
-        self._step_reported = False
-        self._age: int | None = None
-        """Optimizer steps since the val gradient was computed; None: it is not, or not of these weights."""
+        self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
         self._size = self._tokens = 0
         """Samples of the train or val batch that is open, and positions of the train batch."""
         self._narrow = False
         self._seconds = 0.0
-
-    def _sketched(self, projection: ProjectionConfig | Projection, check: bool) -> SketchedMethod:
-        if isinstance(projection, ProjectionConfig):
-            projection = Projection.for_model(self.model, projection)
-        return SketchedMethod(self.model, projection, check=check)
 
     # Attaching.
 
@@ -142,7 +139,7 @@ class GradDotProdEngine:
         if self._handles:
             raise UsageError("this engine is attached already; call detach() first")
         refuse_unsupported_wrappers(self.model)
-        self.method.attach(next(self.model.parameters()).device)
+        self.method.attach(self._device)
         try:
             self._axes.attach()
             for name, kind in self._kinds.items():
@@ -156,8 +153,7 @@ class GradDotProdEngine:
         except BaseException:
             self.detach()
             raise
-        if version_of(self.model) != self._version_at_detach:
-            self._age = None
+        self._age.attached()
         return self
 
     def detach(self) -> None:
@@ -165,10 +161,12 @@ class GradDotProdEngine:
         have changed.
         """
         self._axes.detach()
+        if self._holder is not None:
+            self._holder.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._version_at_detach = version_of(self.model)
+        self._age.detached()
         self.discard()
 
     def __enter__(self) -> GradDotProdEngine:
@@ -178,6 +176,10 @@ class GradDotProdEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def attached(self) -> bool:
@@ -210,14 +212,12 @@ class GradDotProdEngine:
         """The optimizer has made a step: the val gradient is one step older. Called by the engine itself where it
         was given the optimizer.
         """
-        self._step_reported = True
-        if self._age is not None:
-            self._age += 1
+        self._age.stepped()
 
     def set_validation(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None = None) -> None:
         """Other val samples; their gradient is computed at the next :meth:`prepare`."""
         self._val.set(val_data, groups)
-        self._age = None
+        self._age.forget()
 
     def refresh(self, loss_scale: float = 1.0) -> None:
         """Compute the val gradient now. ``loss_scale`` multiplies the val losses before their gradient is taken, which
@@ -230,10 +230,9 @@ class GradDotProdEngine:
         if self._train is not None:
             raise UsageError("a train batch is open; call collect() or discard() before refresh()")
         begun = time.perf_counter()
-        self._age = None  # what an error below leaves behind is never used
+        self._age.forget()  # what an error below leaves behind is never used
         self.examine()
-        self._val.compute(loss_scale, self._tolerance, self._opened_val)
-        self._age, self._version_at_refresh = 0, version_of(self.model)
+        self._age.computed(complete=self._val.compute(loss_scale, self._tolerance, self._opened_val))
         self._seconds += time.perf_counter() - begun
 
     def examine(self) -> None:
@@ -257,27 +256,71 @@ class GradDotProdEngine:
         UsageError if the model is no longer the one the engine was made for, or if its weights changed and nobody
         told of a step.
         """
+        self._open(OpenBatch(batch_size), tokens, loss_scale)
+
+    @contextmanager
+    def scoring(
+        self, batch_size: int, *, tokens: int = 0, loss_scale: float = 1.0, hold: bool = False
+    ) -> Iterator[ScoringBatch]:
+        """Score ``batch_size`` samples without training on them.
+
+        ::
+
+            with engine.scoring(len(x)) as batch:
+                losses_B = losses_of(model(x), y)  # each sample's own
+                scores = batch.scores(losses_B)
+
+        No weight gradient is formed, no ``.grad`` changes and no hook of a parameter runs, but for those of the first
+        pass, which is held against autograd as a train batch is. Inside DistributedDataParallel call :attr:`model`,
+        the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
+
+        With ``hold`` the batch keeps the input of each layer with a trainable parameter, scored or not, and the
+        gradient at its output, until ``batch.add_gradients(weights_B)`` forms the weighted sum of the samples'
+        gradients from them. That is memory for all inputs and outputs of the linears, with or without checkpointing:
+        of GPT-2 about 16 times its width for each token and block, and as many as there are logits. Several batches may
+        be held. LayerError for a trainable parameter that no layer type handles.
+        """
+        opened = OpenBatch(batch_size, leaf=torch.zeros((), device=self._device, requires_grad=True))
+        self._refuse_to_open()
+        holder = self._attached_holder() if hold else None
+        self._open(opened, tokens, loss_scale)
+        if holder is not None:
+            holder.begin(opened)
+        try:
+            yield ScoringBatch(opened, loss_scale, self.method, holder, self._scored, self._tolerance)
+        finally:
+            if self._train is opened:
+                self.discard()
+
+    def _attached_holder(self) -> FactorHolder:
+        if self._holder is None:
+            self._holder = FactorHolder(self.model, check=self._check)
+        self._holder.attach(self._val)
+        return self._holder
+
+    def _refuse_to_open(self) -> None:
+        """UsageError where no batch can be opened."""
         self._require_attached()
         if self._train is not None:
             raise UsageError("the last batch was not collected; call collect() after its backward pass, or discard()")
-        if batch_size < 1:
-            raise UsageError(f"a batch has at least one sample, not {batch_size}")
+
+    def _open(self, opened: OpenBatch, tokens: int, loss_scale: float) -> None:
+        """See :meth:`prepare`."""
+        self._refuse_to_open()
+        if opened.size < 1:
+            raise UsageError(f"a batch has at least one sample, not {opened.size}")
         if [p.requires_grad for p in self.model.parameters()] != self._flags:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
-        if self._age == 0 and not self._step_reported and version_of(self.model) != self._version_at_refresh:
-            raise UsageError(
-                "the weights changed after the val gradient was computed, but no optimizer step was reported: give the "
-                "engine the optimizer, or call stepped() after each of its steps; after loading weights, refresh()"
-            )
+        self._age.refuse_unreported()
         self._tokens = tokens
-        due = self._age is None or self._age >= self.val_refresh_interval
-        if due and (self.method.needs_val or self._val.batches):
+        if self._age.due(self.val_refresh_interval) and (self.method.needs_val or self._val.batches):
             self.refresh(loss_scale)
-        self._train, self._size = OpenBatch(batch_size), batch_size
+        self._train, self._size = opened, opened.size
         self._axes.begin_train()
-        self.method.begin_train(batch_size)
-        self._held_loss.begin()
+        self.method.begin_train(opened.size)
+        if opened.leaf is None:
+            self._held_loss.begin()
 
     def watch(
         self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None
@@ -304,6 +347,7 @@ class GradDotProdEngine:
         except BaseException:
             opened.weights_B = None  # the loss is not watched
             raise
+        opened.forwarded = True
 
         def saw_upstream(gradient: Tensor) -> None:
             if self._train is opened:
@@ -320,6 +364,10 @@ class GradDotProdEngine:
         opened = self._open_train()
         scale_B = opened.scale()
         self._held_loss.check_backward(opened.upstream)
+        return self._scored(opened, scale_B)
+
+    def _scored(self, opened: OpenBatch, scale_B: Tensor) -> Scores:
+        """The scores of the batch that is open, after its backward pass; closes it."""
         begun = time.perf_counter()
         try:
             self._axes.check_train(opened.size)
@@ -328,20 +376,26 @@ class GradDotProdEngine:
             self.discard()
         seconds = self._seconds + time.perf_counter() - begun
         self._seconds = 0.0
-        return replace(scores, seconds=seconds, val_age=self._age or 0)
+        return replace(scores, seconds=seconds, val_age=self._age.steps or 0)
 
     def discard(self) -> None:
         """Forget the open batch, if there is one (after an error in its step). A backward pass of it that still
         comes is not scored.
         """
+        if self._train is not None:
+            self._train.closed = True
         self._train = None
         self.method.begin_train(0)
+        if self._holder is not None:
+            self._holder.end()
         self._axes.end_train()
         self._held_loss.forget()
 
     def _open_train(self) -> OpenBatch:
         if self._train is None:
             raise UsageError("no train batch is open; call prepare() before the forward pass")
+        if self._train.leaf is not None:
+            raise UsageError("a scoring pass is open: its losses go to scores() of the batch that scoring() gives")
         return self._train
 
     # Hooks.
@@ -350,11 +404,14 @@ class GradDotProdEngine:
         """The forward hook of one module; without an open batch it leaves the output alone."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            leaf, train = self._val.leaf, self._train
+            train = self._train
+            leaf = self._val.leaf if train is None else train.leaf
             if train is None and leaf is None:
                 return None
-            if train is not None and train.weights_B is None:
+            if train is not None and not train.forwarded:
                 self.method.called(name)  # not again when checkpointing runs the forward pass a second time
+                if not torch.is_grad_enabled():
+                    train.without_graph.append(name)
             if not torch.is_grad_enabled() or not y.requires_grad:
                 return None
             x, y = by_sample(input_of(args, kwargs), y, self._size, kind, name)

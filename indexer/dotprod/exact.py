@@ -17,6 +17,7 @@ from ghoststore.settings.train import Route as Route
 from indexer.dotprod import routes
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.ledger import Ledger, Scored, Tapped
+from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
 from indexer.layers.factors import Factors, Vector
@@ -58,12 +59,26 @@ class ExactMethod:
     needs_val = True
     projection = None
 
-    def __init__(self, ledger: Ledger, *, route: Route = "auto", pairs: bool = False, check: bool = True) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        route: Route = "auto",
+        pairs: bool = False,
+        metric: AdamMetric | None = None,
+        check: bool = True,
+    ) -> None:
         if route not in get_args(Route):
             raise UsageError(f"route {route!r} is unknown; known: {', '.join(get_args(Route))}")
+        if metric is not None and (route == "gram" or pairs):
+            raise UsageError(
+                'score_metric="adam" multiplies the val gradient: route="gram", which forms none, and pairs, which are '
+                "plain products, do not go with it. Leave them out"
+            )
         self.ledger = ledger
         self.route: Route = route
         self.wants_pairs = pairs
+        self._metric = metric
         self.val: ValSide | None = None
         self.routes: dict[str, str] = {}
         """The route of each parameter, decided in the val pass."""
@@ -74,6 +89,11 @@ class ExactMethod:
         self._calls: dict[str, int] = {}
         self._unchecked = check
         self._dots: AutogradDots | None = None
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is scored, by name."""
+        return {name: scored.parameter for name, scored in self.ledger.parameters.items()}
 
     def attach(self, device: torch.device) -> None:
         """Nothing to make ready."""
@@ -99,6 +119,15 @@ class ExactMethod:
         """A val pass begins; what the last one left is dropped first."""
         self.val, self._cast, self.routes = None, {}, {}
         self.val = ValSide(group_V.to(device), groups)
+        if self._metric is None:
+            return
+        for name, scored in self.ledger.parameters.items():
+            if groups * scored.parameter.numel() > LARGEST_VAL_GRADIENTS:
+                raise UsageError(
+                    f"{groups} val groups are too many for parameter {name!r} of {scored.parameter.numel()} numbers: "
+                    'score_metric="adam" forms the val gradient of each group. Give fewer groups, or leave it out with '
+                    "exclude_layers"
+                )
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
         """The tap of module ``name`` for val samples from ``first`` on; ``tokens`` is that of a train batch."""
@@ -118,7 +147,7 @@ class ExactMethod:
         assert self.val is not None
         if self.route != "auto":
             return self.route
-        if isinstance(factors, Vector):
+        if isinstance(factors, Vector) or self._metric is not None:
             return "direct"
         shape, groups = scored.parameter.shape, self.val.groups
         if groups * shape.numel() > LARGEST_VAL_GRADIENTS:
@@ -166,7 +195,7 @@ class ExactMethod:
 
     def checked_parameters(self) -> dict[str, nn.Parameter]:
         """Every scored parameter, until a train batch was held against autograd."""
-        return {name: scored.parameter for name, scored in self.ledger.parameters.items()} if self._unchecked else {}
+        return self.parameters if self._unchecked else {}
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
         """CaptureError naming the first parameter whose val gradient is not what autograd says."""
@@ -185,6 +214,26 @@ class ExactMethod:
             if not error <= tolerance * (size + floor):
                 raise CaptureError(_behind_the_back(name, error / size if size else float("inf"), "val gradient"))
 
+    def trust_val(self) -> None:
+        """No val gradient is held against autograd any more."""
+        self._dots, self._unchecked = None, False
+
+    def put_in_metric(self) -> bool:
+        """See :class:`indexer.dotprod.method.Method`."""
+        if self._metric is None:
+            return True
+        assert self.val is not None
+        parameters = self.parameters
+        ready = self._metric.ready(parameters)
+        for name, gradient_G in self.val.gradients.items():
+            gradients = [gradient_G] if self._dots is None else [gradient_G, self._dots.expected[name]]
+            if ready:
+                self._metric.multiply(name, parameters[name], gradients)
+            else:
+                for gradient in gradients:
+                    gradient.fill_(torch.nan)
+        return ready
+
     # A train batch.
 
     def begin_train(self, batch: int) -> None:
@@ -195,6 +244,10 @@ class ExactMethod:
             self._dots.attach(self.ledger)
         elif self._dots is not None:
             self._dots.detach()
+
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Every scored parameter, until a train batch was held against autograd."""
+        return [] if self._dots is None else list(self.parameters.values())
 
     def called(self, name: str) -> None:
         """Module ``name`` ran in the forward pass of the train batch."""

@@ -112,7 +112,15 @@ class KeepingMethod:
         """CaptureError where the exact val gradient is not what autograd says."""
         self.exact.check_val(expected, tolerance)
 
+    def put_in_metric(self) -> bool:
+        """Of the exact val gradient; the vectors are those of plain gradients."""
+        return self.exact.put_in_metric()
+
     # A train batch.
+
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Those that either waits for."""
+        return [*self.exact.awaiting_parameters(), *self.sketched.awaiting_parameters()]
 
     def begin_train(self, batch: int) -> None:
         """A train batch begins (0: none is open)."""

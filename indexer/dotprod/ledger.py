@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -91,9 +91,9 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
             )
 
 
-def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
+def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[str] | None = None) -> Ledger:
     """Every trainable parameter of ``model`` outside ``exclude``: patterns as for ``exclude_layers``, or of the
-    names of parameters.
+    names of parameters. With ``only``, those alone that one of these modules uses, wherever else they are used.
 
     Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that
     matches nothing, UsageError for a model without a trainable parameter.
@@ -106,6 +106,8 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
         raise UsageError(f"{type(model).__name__} has no trainable parameter: nothing can be scored")
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     excluded: set[int] = set()
+    if only is not None:
+        excluded = set(names) - {id(p) for name in only for p in model.get_submodule(name)._parameters.values()}
     used = set()
     kinds = {name: layer_type_of(module) for name, module in model.named_modules()}
     for name, module in model.named_modules():
@@ -156,7 +158,11 @@ def survey(model: nn.Module, exclude: Sequence[str] = ()) -> Ledger:
                 is_lookup=kind.is_lookup and (before.is_lookup if before else True),
             )
     if not scored:
-        raise LayerError(f"every trainable parameter is excluded by {patterns}")
+        raise LayerError(
+            f"every trainable parameter is excluded by {patterns}"
+            if patterns or only is None
+            else f"no parameter of {', '.join(list(only)[:3])}, … is trainable"
+        )
     return Ledger(
         parameters=scored,
         tapped=tapped,

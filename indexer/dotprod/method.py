@@ -64,10 +64,18 @@ class Method(Protocol):
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
         """CaptureError where the val gradient is not what autograd says; ``expected`` as asked for."""
 
+    def put_in_metric(self) -> bool:
+        """Multiply the val gradient, which was checked, by the metric of the score; False where there is none to be had
+        yet: the scores are NaN.
+        """
+
     # A train batch.
 
     def begin_train(self, batch: int) -> None:
         """A train batch of ``batch`` samples begins (0: none is open)."""
+
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradient the open train batch is held against, by hooks on them; none once that is done."""
 
     def called(self, name: str) -> None:
         """Module ``name`` ran in its forward pass."""

@@ -16,11 +16,18 @@ from indexer.dotprod.val_data import target_counts
 
 @dataclass(slots=True, eq=False)
 class OpenBatch:
-    """From ``prepare`` to ``collect`` or ``discard``."""
+    """From ``prepare`` to ``collect`` or ``discard``; or of one ``scoring`` pass."""
 
     size: int
+    leaf: Tensor | None = None
+    """Of a scoring pass: what makes autograd reach its taps, and nothing else."""
     weights_B: Tensor | None = None
     """(B,) float64: the watched loss is Σ weights·ℓ; None before it is watched."""
+    forwarded: bool = False
+    """Whether the forward pass is over: what runs from now on is run again by gradient checkpointing."""
+    closed: bool = False
+    without_graph: list[str] = field(default_factory=list)
+    """Of a scoring pass: modules with taps that ran under no_grad, as in reentrant checkpointing."""
     _upstreams: list[Tensor] = field(default_factory=list)
 
     def saw_upstream(self, gradient: Tensor) -> None:

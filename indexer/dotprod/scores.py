@@ -16,8 +16,8 @@ class Scores:
     """What :meth:`GradDotProdEngine.collect` gives for one batch; float64 on the model's device."""
 
     total: Tensor
-    """(B,): ⟨∇ℓ_i, ∇L_val⟩, L_val the mean over all val samples. NaN where a sample has no share in the loss, not
-    finite where the batch's gradients were out of float16's range.
+    """(B,): ⟨∇ℓ_i, ∇L_val⟩ in the metric asked for, L_val the mean over all val samples. NaN where a sample has no
+    share in the loss, or the optimizer no metric yet; not finite where the batch's gradients left float16's range.
     """
     groups: Tensor
     """(B, G): against the mean of each val group; one column without groups."""

@@ -10,9 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ghoststore.errors import CaptureError
+from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.autograd_check import AutogradBlocks
+from indexer.dotprod.exact import ExactMethod
+from indexer.dotprod.ledger import survey
+from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
+from indexer.encode.plain import plain_block
 from indexer.encode.tap import See
 from indexer.layers import LayerType, Sides, layer_type_by_name
 from indexer.projection.matrices import Projection
@@ -28,8 +32,12 @@ class SketchedMethod:
     needs_val = False
     """Vectors need none."""
 
-    def __init__(self, model: nn.Module, projection: Projection, *, check: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, projection: Projection, *, metric: AdamMetric | None = None, check: bool = True
+    ) -> None:
+        """With a ``metric`` the val gradient is formed whole, multiplied and then projected."""
         self.projection = projection
+        self._whole = None if metric is None else _whole_gradient(model, projection, metric, check=check)
         self.routes: dict[str, str] = {}
         self.val_GD: Tensor | None = None
         self._model = model
@@ -38,6 +46,7 @@ class SketchedMethod:
         self._blocks: dict[str, Tensor] = {}
         self._ran: set[str] = set()
         self._val: list[Tensor] = []
+        self._in_val = False
         self._group_V = torch.zeros(0)
         self._groups = 1
         self._unchecked = check
@@ -64,6 +73,8 @@ class SketchedMethod:
 
     def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """P_in x, or what the layer's type keeps instead."""
+        if self._in_val and self._whole is not None:
+            return self._whole.to_keep(name, x, dtype)
         _, _, kind, sides = self.uses[name]
         with torch.no_grad():
             return kind.keep(self._model.get_submodule(name), x, sides, dtype)
@@ -92,24 +103,54 @@ class SketchedMethod:
         """A val pass begins."""
         self._val, self.val_GD, self._blocks, self._ran = [], None, {}, set()
         self._group_V, self._groups = group_V.to(device), groups
+        self._in_val = True
+        if self._whole is not None:
+            self._whole.begin_val(group_V, groups, device)
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
         """The tap of module ``name`` for val samples from ``first`` on."""
+        if self._whole is not None:
+            return self._whole.see_val(name, first, tokens, interval, batches)
         return partial(self._see, name)
 
     def end_val_batch(self) -> None:
         """The backward pass of one val batch is done."""
-        self._val.append(self._vectors())
+        if self._whole is None:
+            self._val.append(self._vectors())
 
     def checked_parameters(self) -> dict[str, nn.Parameter]:
-        """Nothing: the val pass goes through the same taps as a train batch."""
-        return {}
+        """Nothing where the val pass goes through the same taps as a train batch; else all, once."""
+        return {} if self._whole is None else self._whole.checked_parameters()
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
-        """Nothing was asked."""
+        """See :class:`indexer.dotprod.method.Method`."""
+        if self._whole is not None:
+            self._whole.check_val(expected, tolerance)
+            self._whole.trust_val()
+
+    def put_in_metric(self) -> bool:
+        """Multiply the whole val gradient, and project it."""
+        if self._whole is None:
+            return True
+        ready = self._whole.put_in_metric()
+        assert self._whole.val is not None
+        gradients = self._whole.val.gradients
+        rows = []
+        for group in range(self._groups):
+            of_group = {
+                name: gradients[name][group] if name in gradients else torch.zeros_like(parameter, dtype=torch.float32)
+                for name, parameter in self._whole.parameters.items()
+            }
+            blocks = [plain_block(self.projection, layer.block, of_group) for layer in self.projection.plan.layers]
+            rows.append(self.projection.assemble([block.unsqueeze(0).float() for block in blocks]))
+        self.val_GD, self._whole.val = torch.cat(rows), None
+        return ready
 
     def end_val(self, scale: float) -> bool:
         """Mean vectors of the groups, divided by the ``scale`` of the loss; whether they are finite."""
+        self._in_val = False
+        if self._whole is not None:
+            return self._whole.end_val(scale)
         vectors_VD = torch.cat(self._val) / scale
         member = torch.nn.functional.one_hot(self._group_V, self._groups).to(vectors_VD.dtype)
         self.val_GD = (member / member.sum(0)).t() @ vectors_VD
@@ -118,6 +159,7 @@ class SketchedMethod:
 
     def begin_train(self, batch: int) -> None:
         """A train batch begins."""
+        self._in_val = False  # where the val pass ended with an error
         self._blocks, self._ran = {}, set()
         if self._checking is not None:
             self._checking.detach()
@@ -125,6 +167,10 @@ class SketchedMethod:
         if batch and self._unchecked:
             self._checking = AutogradBlocks(self._model, self.projection)
             self._checking.attach()
+
+    def awaiting_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of the projected layers, until a train batch was held against autograd."""
+        return [] if self._checking is None else self._checking.parameters
 
     def called(self, name: str) -> None:
         """Nothing to count."""
@@ -150,3 +196,16 @@ class SketchedMethod:
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
         return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float(), val_vector=mean_D)
+
+
+def _whole_gradient(model: nn.Module, projection: Projection, metric: AdamMetric, *, check: bool) -> ExactMethod:
+    """Forms the val gradient of the projected parameters. UsageError for a frozen one, which no optimizer moves."""
+    names = {name for layer in projection.plan.layers for name in layer.block.parameters}
+    for name in sorted(names):
+        if not model.get_parameter(name).requires_grad:
+            raise UsageError(
+                f'parameter {name!r} is projected but frozen, so score_metric="adam" has no second moment of it: leave '
+                "its layer out of the projection with exclude_layers"
+            )
+    ledger = survey(model, only=[use.module for layer in projection.plan.layers for use in layer.block.uses])
+    return ExactMethod(ledger, route="direct", metric=metric, check=check)

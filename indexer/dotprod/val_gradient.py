@@ -56,9 +56,9 @@ class ValGradient:
         """The tap of module ``name`` in the batch that is open."""
         return self._method.see_val(name, self._first, tokens, interval, len(self.batches))
 
-    def compute(self, loss_scale: float, tolerance: Callable[[], float], opened: Callable[[int], None]) -> None:
+    def compute(self, loss_scale: float, tolerance: Callable[[], float], opened: Callable[[int], None]) -> bool:
         """One pass, or more with smaller scales of the loss until everything is finite. ``opened`` is told the size of
-        each val batch before its forward pass.
+        each val batch before its forward pass. Whether scores can be had with it: the optimizer may have no metric yet.
 
         UsageError if a val sample's loss is not finite; CaptureError if the gradient is not, or is not autograd's.
         """
@@ -71,6 +71,7 @@ class ValGradient:
             loss_scale = max(1.0, loss_scale / 16)
         if checked:
             self._method.check_val(expected, tolerance())
+        return self._method.put_in_metric()
 
     def _pass(
         self, scale: float, checked: dict[str, nn.Parameter], opened: Callable[[int], None]

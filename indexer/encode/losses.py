@@ -162,20 +162,33 @@ def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduc
     return _sample_losses(logits_BTV, target_BT, weight_B.unsqueeze(1) * is_target), targets_B
 
 
-def training_loss(logits_BTV: Tensor, labels_BT: Tensor, total_targets: float) -> tuple[Tensor, Tensor]:
-    """The loss that training minimises: Σ over all targets of the batch, divided by ``total_targets``.
+def own_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """(B,): each sample's mean loss, whose gradients a loss scaler reaches where the logits are of float16."""
+    form = next_token_losses_plainly if logits_BTV.dtype == torch.float16 else next_token_losses
+    return form(logits_BTV, labels_BT)[0]
+
+
+def training_loss(
+    logits_BTV: Tensor, labels_BT: Tensor, total_targets: float, weights_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss that training minimises: Σ over all targets of the batch, each times the weight of its sample (None: 1),
+    divided by ``total_targets``.
 
     ``total_targets`` counts the targets of the whole step (all micro-batches; over ranks, divided by their number, for
-    gradients are averaged). Returns the scalar and each sample's own mean loss (B,), detached, NaN where it has no
-    target. Logits of float16 go through float32 operations whose gradients a loss scaler reaches.
+    gradients are averaged), each times its weight. Returns the scalar and each sample's own mean loss (B,), detached,
+    NaN where it has no target or weighs nothing. Logits of float16 go through float32 operations whose gradients a loss
+    scaler reaches.
     """
     if logits_BTV.dtype == torch.float16:
         sums_B, targets_B = next_token_losses_plainly(logits_BTV, labels_BT, reduction="sum")
-        return sums_B.sum() / total_targets, (sums_B / targets_B).detach()
+        weighted_B = sums_B if weights_B is None else sums_B * weights_B
+        return weighted_B.sum() / total_targets, (sums_B / targets_B).detach()
     target_BT = _next_tokens(labels_BT)
     is_target = target_BT != IGNORED
-    shares_B = _sample_losses(logits_BTV, target_BT, is_target.float() / total_targets)
-    return shares_B.sum(), (shares_B * (total_targets / is_target.sum(1))).detach().nan_to_num(posinf=torch.nan)
+    divisor_B = is_target.sum(1) if weights_B is None else is_target.sum(1) * weights_B
+    share_BT = is_target.float() / total_targets
+    shares_B = _sample_losses(logits_BTV, target_BT, share_BT if weights_B is None else share_BT * weights_B[:, None])
+    return shares_B.sum(), (shares_B * (total_targets / divisor_B)).detach().nan_to_num(posinf=torch.nan)
 
 
 def next_token_losses_plainly(

@@ -20,12 +20,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, check_kept
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
+from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
+from indexer.session.choosing import Choosing
 from indexer.session.ranks import Ranks
 from indexer.session.samples import Samples, places_of
 from indexer.session.session import ScoringSession
@@ -47,8 +49,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     ``sample_field`` the name of the column, ``dot_prod_save_interval`` the steps that are committed together. The other
     parameters are those of :class:`GradDotProdEngine` and of ``ghoststore train``; ``projection`` makes the scores
     sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
-    ``proj_dtype``; with exact scores, too, projected as ``keep`` says. ``note`` is told what is no error (default: a
-    warning).
+    ``proj_dtype``; with exact scores, too, projected as ``keep`` says. ``choosing`` trains on those samples of each
+    micro-batch alone that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default.
+    ``note`` is told what is no error (default: a warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
@@ -72,6 +75,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         val_refresh_interval: int = 1,
         per_layer: bool = False,
         exclude_layers: Sequence[str] = (),
+        score_layers: ScoreLayers | None = None,
+        score_metric: ScoreMetric = "sgd",
+        choosing: Choosing | None = None,
         route: Route = "auto",
         projection: ProjectionConfig | None = None,
         keep_gradients: int | None = None,
@@ -88,7 +94,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         check_kept(keep_gradients, proj_dtype)
         if keep is not None and keep_gradients is None:
             raise UsageError("keep says how the gradients of keep_gradients are projected: give that, too")
-        self._name, self._field = name, sample_field
+        if choosing is not None and score_layers is None and projection is None:
+            score_layers = "blocks"
+        self._name, self._field, self._choosing = name, sample_field, choosing
         self._samples = Samples.of(samples, domains)
         self._engine_of = partial(
             GradDotProdEngine,
@@ -96,6 +104,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             val_losses=val_losses,
             val_refresh_interval=val_refresh_interval,
             exclude_layers=tuple(exclude_layers),
+            score_layers=score_layers,
+            score_metric=score_metric,
             route=route,
             projection=projection,
             keep=(keep or ProjectionConfig()) if keep_gradients is not None and projection is None else keep,
@@ -110,6 +120,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             exclude_layers=tuple(exclude_layers),
             per_layer=per_layer,
             on_store_error=on_store_error,
+            score_layers=score_layers,
+            score_metric=score_metric,
+            choosing=choosing,
             keep_gradients=keep_gradients,
             proj_dtype=proj_dtype,
         )
@@ -118,6 +131,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self.engine: GradDotProdEngine | None = None
         """The engine, while training."""
         self._session: ScoringSession | None = None
+        self._chooser: LoopChooser | None = None
         self._optimizer: Any = None
         self._fp16 = False
         self._stack = ExitStack()
@@ -151,6 +165,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 folder = self._from or _checkpoint(args, state)
                 session.restore(state.global_step, _pending_in(folder), str(folder))
             stack.enter_context(engine)
+            if self._choosing is not None:
+                self._chooser = LoopChooser(self._choosing, engine, session, session.ranks)
             for handle in self._hooks(model, engine.model):
                 stack.callback(handle.remove)
             self._stack = stack.pop_all()
@@ -213,7 +229,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def _leave(self) -> None:
         stack, self._stack = self._stack, ExitStack()
-        self._session, self.engine = None, None
+        self._session, self.engine, self._chooser = None, None, None
         stack.close()
 
     # Hooks on the model.
@@ -229,12 +245,15 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
         return [
             model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            *([] if self._chooser is None else [self._chooser.attach()]),
             inner.register_forward_hook(after, with_kwargs=True),
         ]
 
     def _take_sample(self, kwargs: dict[str, Any], *, scored: bool) -> None:
-        """Before a forward pass: take ``sample`` out; of a training batch, open the engine."""
-        if self._preparing:
+        """Before a forward pass: take ``sample`` out; of a training batch, open the engine, or expect it to be chosen
+        from.
+        """
+        if self._preparing or (self._chooser is not None and self._chooser.scoring):
             return
         places = kwargs.pop(self._field, None)
         session = self._session
@@ -255,12 +274,14 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "compute_loss_func or a compute_loss of its own?"
             )
         rows = places_of(places, len(labels), self._samples)
+        scale, arithmetic = self._loss_scale(), self._arithmetic(labels.device)
+        if self._chooser is not None:
+            self._chooser.expected = Expected(rows, session.next_step, scale, arithmetic)
+            return
         self._preparing = True
         try:
-            with self._arithmetic(labels.device):
-                session.prepare(
-                    len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=self._loss_scale()
-                )
+            with arithmetic:
+                session.prepare(len(labels), rows=rows, labels=labels, tokens=labels.numel(), loss_scale=scale)
         finally:
             self._preparing = False
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, check_kept
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
+from indexer.session.choosing import Choosing
 
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
@@ -61,6 +62,13 @@ class GhostConfig:
     """The same as ``proj_kind="orthonormal"``."""
     proj_seed: int = 0
     include_embeddings: bool = False
+    score_layers: ScoreLayers | None = None
+    """``blocks``: GradDotProd scores the linears of the transformer blocks alone; ``all``: every trainable parameter
+    (None: all; with ``choosing`` blocks)."""
+    score_metric: ScoreMetric = "sgd"
+    """``adam``: scores of what a step of the optimizer, torch's Adam or AdamW, takes off the val loss."""
+    choosing: Choosing | None = None
+    """Train on those samples of each micro-batch alone that a policy chooses by their scores; None: on all."""
     keep_gradients: int | None = None
     """Keep the projected gradients of every so many steps' samples in the store, as ``proj_dtype``, whatever the
     method. None: GradProjLora keeps those of every step, as float32."""
@@ -84,9 +92,13 @@ class GhostConfig:
             lacking = [name for name in ("max_steps", "batch_size", "samples") if getattr(self, name) is None]
             if lacking:
                 raise UsageError(f"with a store the configuration needs {', '.join(lacking)}")
+        if self.choosing is not None and not isinstance(self.choosing, Choosing):
+            raise UsageError(f"choosing is a ghoststore.Choosing, not {self.choosing!r:.60}")
         if self.domains is not None and self.samples is None:
             raise UsageError("domains are those of samples: give samples, too")
         if self.method == "GradProjLora":
+            if self.score_layers is not None:
+                raise UsageError("score_layers belongs to method GradDotProd; GradProjLora takes proj_layers")
             if self.proj_row_orthonormal and self.proj_kind not in ("gaussian", "orthonormal"):
                 raise UsageError(f"proj_row_orthonormal contradicts proj_kind {self.proj_kind!r}; give one of them")
             self.projection()  # refuses what cannot be
@@ -144,6 +156,13 @@ class GhostConfig:
                 f"a configuration of type {type(config).__name__} has none of the fields {', '.join(sorted(names))}"
             )
         return cls(**known)
+
+    @property
+    def scored_layers(self) -> ScoreLayers | None:
+        """Of exact scores; None: all, or those of a projection."""
+        if self.method == "GradDotProd" and self.score_layers is None and self.choosing is not None:
+            return "blocks"
+        return self.score_layers
 
     def projection(self) -> ProjectionConfig:
         """The projection of GradProjLora, and of ``keep_gradients``."""

@@ -10,11 +10,13 @@ from typing import Any
 from ghoststore.checkpoint.config_identity import config_identity
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.errors import UsageError
-from ghoststore.settings.train import KEPT_DTYPE, OnStoreError
+from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric
 from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.sketched import SketchedMethod
+from indexer.integrations.config import GhostConfig
+from indexer.session.choosing import Choosing
 from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.ranks import Ranks
 from indexer.session.run_plan import RunPlan, parameter_count, projection_hash, run_manifest
@@ -39,9 +41,33 @@ class LoopRun:
     exclude_layers: tuple[str, ...]
     per_layer: bool
     on_store_error: OnStoreError
+    score_metric: ScoreMetric
+    score_layers: ScoreLayers | None = None
+    choosing: Choosing | None = None
     keep_gradients: int | None = None
     """Steps of which one keeps its projected gradients; None: sketched scores keep those of every step, as float32."""
     proj_dtype: str = KEPT_DTYPE
+
+    @classmethod
+    def of(cls, config: GhostConfig, samples: Samples | None) -> LoopRun:
+        """That of a manager."""
+        return cls(
+            store=config.store,
+            name=config.name,
+            samples=samples,
+            steps=config.max_steps or 1,
+            batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
+            save_interval=config.dot_prod_save_interval,
+            val_refresh_interval=config.val_refresh_interval,
+            exclude_layers=tuple(config.exclude_layers),
+            per_layer=config.per_layer,
+            on_store_error=config.on_store_error,
+            score_layers=config.scored_layers,
+            score_metric=config.score_metric,
+            choosing=config.choosing,
+            keep_gradients=config.keep_gradients,
+            proj_dtype=config.proj_dtype,
+        )
 
     def session(
         self, engine: GradDotProdEngine, ranks: Ranks, note: Callable[[str], None] | None = None
@@ -69,6 +95,7 @@ class LoopRun:
             blocks=tuple(method.blocks) if self.per_layer else (),
             dimension=None if projection is None else projection.plan.dimension,
             gradients=gradient_layout(engine, self.keep_gradients, self.proj_dtype),
+            weights=self.choosing is not None,
         )
         config = getattr(engine.model, "config", None)
         config = config if hasattr(config, "to_diff_dict") else None  # of transformers, or of a library of its own
@@ -108,6 +135,9 @@ class LoopRun:
                 "projection": projection_hash(engine),
                 "val_refresh_interval": self.val_refresh_interval,
                 "exclude_layers": list(self.exclude_layers),
+                **({"score_layers": "blocks"} if self.score_layers == "blocks" else {}),
+                **({} if self.score_metric == "sgd" else {"score_metric": self.score_metric}),
+                **({} if self.choosing is None else {"choosing": self.choosing.to_json()}),
                 **kept_section(engine, layout),
             },
             "source": {"data": None},

@@ -22,6 +22,7 @@ from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.val_data import ValLosses
 from indexer.integrations.batches import ranks_of, size_of, tokens_of
+from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.config import GhostConfig, Method
 from indexer.integrations.loop_run import LoopRun
 from indexer.session.samples import Samples, places_of
@@ -91,12 +92,15 @@ class GhostEngineManager:
         self.optimizer = optimizer
         self.ranks = ranks_of(ddp_info)
         self.last_scores: list[Scores] = []
-        """Of the micro-batches of the newest finished step."""
+        """Of the micro-batches of the newest finished step; where samples are chosen, of all their candidates."""
+        self.last_weights: list[Tensor] = []
+        """(B,) each: how the candidates of these micro-batches counted, 0 for those that were not chosen; empty without
+        ``choosing``."""
         self.engine: GradDotProdEngine | None = None
         """None for Regular."""
         self._scaler = scaler
         self._stack = ExitStack()
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._samples: Samples | None = None
         self._session: ScoringSession
         self._closed = False
@@ -108,6 +112,8 @@ class GhostEngineManager:
         """The micro-batch that is open: it is not scored yet."""
         self._skipping = False
         self._scores: list[Scores] = []
+        self._weights: list[Tensor] = []
+        self._chooser: LoopChooser | None = None
         self._learning_rate = float("nan")
         self._begun = 0.0
         if self.config.method == "Regular":
@@ -121,13 +127,17 @@ class GhostEngineManager:
             optimizer=optimizer,
             val_refresh_interval=self.config.val_refresh_interval,
             exclude_layers=() if sketched else self.config.exclude_layers,
+            score_layers=self.config.scored_layers,
+            score_metric=self.config.score_metric,
             projection=self.config.projection() if sketched else None,
             keep=self.config.projection() if self.config.keep_gradients is not None and not sketched else None,
         )
         if self.config.samples is not None:
             self._samples = Samples.of(self.config.samples, self.config.domains)
         with ExitStack() as stack:
-            self._session = stack.enter_context(self._run().session(self.engine, self.ranks))
+            self._session = stack.enter_context(LoopRun.of(self.config, self._samples).session(self.engine, self.ranks))
+            if self.config.choosing is not None:
+                self._chooser = LoopChooser(self.config.choosing, self.engine, self._session, self.ranks)
             self._attach()
             self._stack = stack.pop_all()
         self._next = 0 if self.config.store is not None else None
@@ -135,27 +145,12 @@ class GhostEngineManager:
     def _check_val(self, val_data: Any, val_losses: ValLosses | None) -> None:
         if val_data is not None:
             return
+        if self.config.choosing is not None:
+            raise UsageError("samples are chosen by their scores against a val set: give val_data")
         if self.config.method == "GradDotProd":
             raise UsageError("method GradDotProd scores against a val set: give val_data")
         if val_losses is not None or self.config.val_refresh_interval != 1:
             raise UsageError("val_losses and val_refresh_interval are for val data: give val_data, too")
-
-    def _run(self) -> LoopRun:
-        config = self.config
-        return LoopRun(
-            store=config.store,
-            name=config.name,
-            samples=self._samples,
-            steps=config.max_steps or 1,
-            batch=(config.batch_size or 1) * config.gradient_accumulation_steps,
-            save_interval=config.dot_prod_save_interval,
-            val_refresh_interval=config.val_refresh_interval,
-            exclude_layers=tuple(config.exclude_layers),
-            per_layer=config.per_layer,
-            on_store_error=config.on_store_error,
-            keep_gradients=config.keep_gradients,
-            proj_dtype=config.proj_dtype,
-        )
 
     def is_active(self) -> bool:
         """Whether there is an engine."""
@@ -230,7 +225,7 @@ class GhostEngineManager:
         """
         if self.engine is not None:
             attached = self._opened("attach_train_batch() before prepare_forward_input()")
-            if self._session.batch is not None:
+            if self._session.batch is not None or self._expected is not None:
                 raise UsageError("prepare_forward_input() was called for this batch already")
             if not self.engine.attached:
                 raise UsageError("the engine is off the model: call reattach_after_evaluation() before training on")
@@ -238,7 +233,13 @@ class GhostEngineManager:
             if size != attached.size:
                 raise UsageError(f"the batch that was attached has {attached.size} samples, this one {size}")
             scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-            self._session.prepare(size, rows=attached.rows, labels=Y_train, tokens=attached.tokens, loss_scale=scale)
+            if self._chooser is not None:
+                assert self._step is not None
+                self._chooser.expected = Expected(attached.rows, self._step, scale)
+            else:
+                self._session.prepare(
+                    size, rows=attached.rows, labels=Y_train, tokens=attached.tokens, loss_scale=scale
+                )
         return X_train, Y_train
 
     def watch(
@@ -274,6 +275,8 @@ class GhostEngineManager:
         scores = self._session.collect()
         assert scores is not None
         self._scores.append(scores)
+        if self._chooser is not None:
+            self._weights.append(self._chooser.weights)
         self._attached = None
         self._learning_rate = float(self.optimizer.param_groups[0]["lr"])
 
@@ -289,6 +292,7 @@ class GhostEngineManager:
         shared = {"learning_rate": self._learning_rate, "seconds": time.perf_counter() - self._begun}
         self._session.record(self._session.complete_step(), shared)
         self.last_scores, self._scores = self._scores, []
+        self.last_weights, self._weights = self._weights, []
         self._next, self._step = self._step + 1, None
 
     def clear_gradients(self) -> None:
@@ -299,7 +303,9 @@ class GhostEngineManager:
             return
         self._skipping |= self._step is not None
         self._session.discard()
-        self._step, self._attached, self._scores = None, None, []
+        self._step, self._attached, self._scores, self._weights = None, None, [], []
+        if self._chooser is not None:
+            self._chooser.expected = None
 
     def should_save_metrics(self, iteration: int) -> bool:
         """Whether a save interval ends with step ``iteration`` (from 0)."""
@@ -400,14 +406,16 @@ class GhostEngineManager:
             if module is model and batch is not None and batch.loss is None:
                 self._session.watch_own_loss(kwargs, output)
 
-        self._hook = model.register_forward_hook(hook, with_kwargs=True)
+        self._hooks = [model.register_forward_hook(hook, with_kwargs=True)]
+        if self._chooser is not None:
+            self._hooks.append(self._chooser.attach())
 
     def _detach(self) -> None:
         if self.engine is not None and self.engine.attached:
             self.engine.detach()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def _opened(self, wanted: str) -> _Attached:
         self._refuse_closed()
@@ -415,10 +423,18 @@ class GhostEngineManager:
             raise UsageError(f"no batch is open: call {wanted}")
         return self._attached
 
+    @property
+    def _expected(self) -> Expected | None:
+        return None if self._chooser is None else self._chooser.expected
+
     def _prepared(self, wanted: str) -> MicroBatch:
         self._opened(wanted)
         if self._session.batch is None:
-            raise UsageError("call prepare_forward_input() before the forward pass")
+            raise UsageError(
+                "call prepare_forward_input() before the forward pass"
+                if self._expected is None
+                else "no forward pass of the model with gradients came to choose samples in"
+            )
         return self._session.batch
 
     def _refuse_closed(self) -> None:

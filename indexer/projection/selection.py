@@ -21,6 +21,8 @@ ATTENTION = frozenset(
     {"attn", "attention", "self_attn", "self_attention", "cross_attn", "crossattention", "encoder_attn"}
 )
 FEED_FORWARD = frozenset({"mlp", "ffn", "ff", "feed_forward", "feedforward", "intermediate", "fc1", "fc2"})
+BLOCK_LINEARS = ("mlp", "attn")
+"""Aliases of the linears inside the transformer blocks: embeddings, head and norms are left out."""
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "decoder"})
 
 
@@ -161,6 +163,23 @@ def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], 
     return chosen
 
 
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the linears inside the transformer blocks, by the rule of ``mlp`` and ``attn``, and of modules there
+    that no layer type handles. LayerError if there are none.
+    """
+    layers = _supported_layers(model)
+    names = [name for name, kind in layers.items() if any(matches(pattern, name, kind) for pattern in BLOCK_LINEARS)]
+    if not names:
+        raise LayerError(
+            f"{type(model).__name__} has no linears inside transformer blocks; its layers are: {_examples(layers)}"
+        )
+    unsupported = _unsupported_modules(model, layers)
+    return [
+        *names,
+        *(name for name in unsupported if any(_selects_unsupported(pattern, name) for pattern in BLOCK_LINEARS)),
+    ]
+
+
 def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
     """Modules that no layer type handles, with the names of the parameters that no handled layer owns too."""
     handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
@@ -195,7 +214,7 @@ def _refuse_unsupported(
 
 def select_blocks(
     model: nn.Module,
-    include: Iterable[str] = ("mlp", "attn"),
+    include: Iterable[str] = BLOCK_LINEARS,
     exclude: Iterable[str] = (),
     *,
     include_embeddings: bool = False,

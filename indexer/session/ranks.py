@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +52,12 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Each of ``tensors`` becomes its sum over ranks; they come in one order on every rank."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def led(self, work: Callable[[], T]) -> T | None:
         """What ``work`` gives on the rank that leads, None on the others, which wait for it. If it fails, every rank

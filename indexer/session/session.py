@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,7 @@ from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import PLACES
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
+from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.kept_gradients import OF_SAMPLES, arrays_of_samples, arrays_of_step, want_vectors
 from indexer.session.own_loss import own_loss, tokens_in
 from indexer.session.ranks import Ranks
@@ -61,6 +62,9 @@ class MicroBatch:
     weight: float = 0.0
     reached: bool = False
     """Whether a backward pass came to the model's own loss."""
+    scores: Scores | None = None
+    """Where these are chosen among candidates: those of the candidates, which are kept already. The engine is not open
+    for the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +202,8 @@ class ScoringSession:
         own = own_loss(output, kwargs.get("labels", opened.labels), kwargs.get("num_items_in_batch"))
         if own is None:
             return False
-        engine.watch(own.loss, weights=own.weights, labels=own.labels)
+        if opened.scores is None:
+            engine.watch(own.loss, weights=own.weights, labels=own.labels)
         opened.own_loss = own.loss
         opened.loss = float(own.loss.detach()) * own.divisor
         opened.weight = float(own.weights.sum()) * own.divisor
@@ -216,16 +221,51 @@ class ScoringSession:
 
     def collect(self, loss_B: NDArray[np.float32] | None = None) -> Scores | None:
         """After the backward pass: keep the batch's scores, and the samples' own losses where they are known."""
-        scores, batch = None, self.batch
+        batch = self.batch
         assert batch is not None, "prepare() comes first"
-        if self.engine is not None:
-            scores = self.engine.collect()
-            self._seconds += scores.seconds
-        self._parts.append({} if self._layout is None else self._arrays(self._layout, batch, loss_B, scores))
+        scores = batch.scores
+        if scores is None:
+            if self.engine is not None:
+                scores = self.engine.collect()
+                self._seconds += scores.seconds
+            self._parts.append({} if self._layout is None else self._arrays(self._layout, batch, loss_B, scores))
         if batch.loss is not None:
             self._sums += (batch.loss, batch.weight, batch.tokens)
         self.batch = None
         return scores
+
+    def scoring(
+        self, size: int, *, tokens: int = 0, loss_scale: float = 1.0, hold: bool = False
+    ) -> AbstractContextManager[ScoringBatch]:
+        """Open the engine for ``size`` candidates, as its own ``scoring``; they are kept by :meth:`take`."""
+        assert self.engine is not None
+        want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
+        return self.engine.scoring(size, tokens=tokens, loss_scale=loss_scale, hold=hold)
+
+    def take(
+        self, rows: NDArray[np.int64], loss_B: NDArray[np.float32], scores: Scores, weights_B: NDArray[Any]
+    ) -> None:
+        """Keep candidates that were scored and are no train batch: how each counts in the step is its weight, 0 for
+        those that were not chosen. What scoring them took is in ``scores.seconds``.
+        """
+        self._seconds += scores.seconds
+        arrays: dict[str, NDArray[Any]] = {}
+        if self._layout is not None:
+            arrays = self._arrays(self._layout, MicroBatch(len(loss_B), rows, None, 0), loss_B, scores)
+            if self._layout.weights:
+                arrays["weight"] = weights_B
+        self._parts.append(arrays)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the open step that were collected or taken."""
+        return len(self._parts)
+
+    def open_chosen(self, size: int, *, labels: Any, tokens: int, scores: Scores) -> None:
+        """What was chosen among candidates that :meth:`take` kept is trained on now: its loss is watched for the
+        step's mean alone. ``scores`` are those of the candidates.
+        """
+        self.batch = MicroBatch(size, None, labels, tokens, scores=scores)
 
     def _arrays(
         self, layout: RunLayout, batch: MicroBatch, loss_B: NDArray[np.float32] | None, scores: Scores | None

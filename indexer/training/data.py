@@ -110,9 +110,14 @@ class TrainingRows:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def target_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The targets of each of these rows."""
+        counts: NDArray[np.int64] = np.maximum(self.length[rows] - self.first_target[rows], 0)
+        return counts
+
     def targets_of(self, rows: NDArray[np.int64]) -> int:
         """Targets of these rows together."""
-        return int(np.maximum(self.length[rows] - self.first_target[rows], 0).sum())
+        return int(self.target_counts(rows).sum())
 
     def repeated_ids(self) -> Repeated | None:
         """Ids that several samples of these rows have; None where every id is unique."""

@@ -1,6 +1,6 @@
 """The training loop: one optimizer step, and the run of them. Readable in one sitting.
 
-Legend: B samples of a micro-batch, A micro-batches of a step on one rank, R ranks.
+Legend: B samples of a micro-batch, or candidates of a rank; A micro-batches of a step on one rank, R ranks.
 """
 
 from __future__ import annotations
@@ -8,23 +8,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from ghoststore.errors import DivergedError
 from ghoststore.settings.train import OptimizationConfig, TrainConfig
-from indexer.encode.losses import IGNORED, training_loss
+from indexer.dotprod import Scores
+from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.encode.losses import IGNORED, own_losses, training_loss
 from indexer.encode.modes import devices_of
 from indexer.projection import draws
+from indexer.session.chooser import Chooser, Scored
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoredStep, ScoringSession
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.scoring import ValSchedule
+from indexer.training.share import Part, Share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +45,20 @@ class StepResult:
     grad_norm: float
     """Before clipping; infinite or NaN where a loss scaler left the step out."""
     tokens: int
-    """Tokens of all ranks, without padding."""
+    """Tokens that all ranks trained on, without padding."""
     seconds: float
     scored: ScoredStep
     """This rank's part of it: sample, loss, score, …, each (A·B, …), and the time that scoring took."""
+
+
+class ScoredBatch(NamedTuple):
+    """A micro-batch of candidates."""
+
+    losses: NDArray[np.float32]
+    """(B,)."""
+    scores: Scores
+    held: ScoringBatch
+    """What gradients are formed from, where one pass is all."""
 
 
 def learning_rate(step: int, steps: int, warmup: int, config: OptimizationConfig) -> float:
@@ -104,6 +119,8 @@ class Trainer:
     val_schedule: ValSchedule | None
     """None: samples are not scored."""
     scaler: torch.amp.GradScaler | None
+    chooser: Chooser | None = None
+    """None: a step trains on all that it draws."""
 
     def step(self, step: int) -> StepResult:
         """One optimizer step. The same for the same step number, weights and optimizer state, on every machine run."""
@@ -113,52 +130,109 @@ class Trainer:
         eta = learning_rate(step, self.steps, warmup, config)
         for group in self.optimizer.param_groups:
             group["lr"] = eta
-        rows_of_step = self.order.rows_of(step)
-        # Gradients are averaged over ranks: each rank divides by the targets of all, over the number of ranks.
-        total_targets = self.rows.targets_of(rows_of_step) / self.ranks.count
-        rows_of_rank = np.split(rows_of_step, self.ranks.count)[self.ranks.rank]
-        micro_batches = np.split(rows_of_rank, config.gradient_accumulation_steps)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for place, rows in enumerate(micro_batches):
-            last = place == len(micro_batches) - 1
-            self._seed(step, place)
-            batch = self.rows.batch(rows).to(self.device)
-            with nullcontext() if last else self._no_sync():
-                loss_sum += self._micro_step(batch, total_targets, step)
+        if self.chooser is None:
+            share = Share.drawn(self.rows, self.order.rows_of(step), self.ranks, config.gradient_accumulation_steps)
+            loss_sum = self._passes(share, step)
+        else:
+            share, loss_sum = self._choose_and_pass(self.chooser, step)
         train_loss = float(self.ranks.sum(loss_sum)) / self.ranks.count
         if not math.isfinite(train_loss):
             raise DivergedError.at(step + 1, f"the loss is {train_loss}")
         grad_norm = self._clip_and_update(step, config.max_grad_norm)
-        if self.session.engine is not None:
-            self.session.engine.stepped()
         return StepResult(
             step=step,
             learning_rate=eta if math.isfinite(grad_norm) else 0.0,
             train_loss=train_loss,
             grad_norm=grad_norm,
-            tokens=int(self.rows.length[rows_of_step].sum()),
+            tokens=share.tokens,
             seconds=time.perf_counter() - begun,
             scored=self.session.complete_step(),
         )
 
-    def _micro_step(self, batch: Batch, total_targets: float, step: int) -> torch.Tensor:
+    def _passes(self, share: Share, step: int) -> Tensor:
+        """Forward and backward of this rank's micro-batches; its share of the loss."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for place, part in enumerate(share.parts):
+            last = place == len(share.parts) - 1
+            self._seed(step, place)
+            batch = self.rows.batch(part.rows).to(self.device)
+            with nullcontext() if last else self._no_sync():
+                loss_sum += self._micro_step(batch, part, share.targets, step)
+        return loss_sum
+
+    def _choose_and_pass(self, chooser: Chooser, step: int) -> tuple[Share, Tensor]:
+        """Score this rank's candidates, choose among those of all, and form the gradients of the chosen."""
+        drawn, ranks, size = self.order.rows_of(step), self.ranks, self.config.optimization.batch_size
+        own = np.split(drawn, ranks.count)[ranks.rank]
+        cuts = [own[start : start + size] for start in range(0, len(own), size)]
+        scored = [self._score(rows, step, place) for place, rows in enumerate(cuts)]
+        losses_B = np.concatenate([batch.losses for batch in scored])
+        scores_B = torch.cat([batch.scores.total for batch in scored]).float().cpu().numpy()
+        pairs, eta = scored[0].scores.pairs, float(self.optimizer.param_groups[0]["lr"])
+        interactions = None if pairs is None else eta * pairs.cpu().numpy()
+        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]), interactions)
+        ends = np.cumsum([len(rows) for rows in cuts])[:-1]
+        for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
+            self.session.take(rows, batch.losses, batch.scores, weights_B)
+        share = Share.chosen(self.rows, drawn, weights_RB, ranks, size, anew=chooser.over == "all")
+        if self.config.choosing.choosing_passes == "two":
+            return share, self._passes(share, step)
+        counted_B = self.rows.target_counts(own) * weights_RB[ranks.rank].astype(np.float64) / share.targets
+        chosen = counted_B > 0
+        loss_sum = torch.tensor((counted_B * losses_B)[chosen].sum(), dtype=torch.float64, device=self.device)
+        if bool(torch.isfinite(ranks.sum(loss_sum))):
+            for batch, here_B in zip(scored, np.split(counted_B, ends), strict=True):
+                # Summed over ranks, not averaged as by DistributedDataParallel.
+                summed_B = torch.from_numpy(here_B / ranks.count).to(self.device)
+                batch.held.add_gradients(summed_B if self.scaler is None else self._scaled(summed_B))
+            ranks.add_up([p.grad for p in self.inner.parameters() if p.grad is not None])
+        return share, loss_sum
+
+    def _score(self, rows: NDArray[np.int64], step: int, place: int) -> ScoredBatch:
+        """Some candidates, scored: no weight gradient is formed yet, and nothing goes to another rank."""
+        assert self.val_schedule is not None
+        begun, hold = time.perf_counter(), self.config.choosing.choosing_passes == "one"
+        self._seed(step, place)
+        batch = self.rows.batch(rows).to(self.device)
+        with ExitStack() as stack:
+            with self.autocast():
+                opened = stack.enter_context(
+                    self.val_schedule.scoring(self.session, batch, step, self._scale(), hold=hold)
+                )
+            with self.autocast():  # a block of its own, as below
+                losses_B = own_losses(self._logits(self.inner, batch), batch.labels)
+            scores = opened.scores(losses_B)
+        losses = losses_B.detach().float().cpu().numpy()
+        return ScoredBatch(losses, replace(scores, seconds=time.perf_counter() - begun), opened)
+
+    @staticmethod
+    def _logits(model: nn.Module, batch: Batch) -> Tensor:
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    def _micro_step(self, batch: Batch, part: Part, total_targets: float, step: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; its share of the loss."""
-        session = self.session
-        with self.autocast():
-            if self.val_schedule is not None:
-                self.val_schedule.prepare(session, batch, step, self._scale())
-            else:
-                session.prepare(len(batch.rows), rows=batch.rows)
+        session, weights_B = self.session, None
+        if self.chooser is None:
+            with self.autocast():
+                if self.val_schedule is not None:
+                    self.val_schedule.prepare(session, batch, step, self._scale())
+                else:
+                    session.prepare(len(batch.rows), rows=batch.rows)
+        elif part.weights is not None:
+            weights_B = torch.from_numpy(part.weights).to(self.device)
         with self.autocast():  # a block of its own: autocast caches casts, and the val pass has made some
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            loss, losses_B = training_loss(logits, batch.labels, total_targets)
+            logits = self._logits(self.model, batch)
+            loss, losses_B = training_loss(logits, batch.labels, total_targets, weights_B)
             del logits
-        if session.engine is not None:
+        if self.chooser is None and session.engine is not None:
             # The engine's own watch(): the session's would wait for the loss, which this loop leaves on the device.
             targets_B = (batch.labels[:, 1:] != IGNORED).sum(1)
             session.engine.watch(loss, weights=targets_B / total_targets)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
-        session.collect(losses_B.float().cpu().numpy())
+        if self.chooser is None:
+            session.collect(losses_B.float().cpu().numpy())
         return loss.detach().double()
 
     def _clip_and_update(self, step: int, max_norm: float) -> float:
@@ -209,6 +283,12 @@ class Trainer:
 
     def _scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        assert self.scaler is not None
+        scaled = self.scaler.scale(values)
+        assert isinstance(scaled, Tensor)
+        return scaled
 
     def _seed(self, step: int, micro_batch: int) -> None:
         """The random state of a micro-batch (dropout, a checkpoint's own too) follows from seed, step, rank and place:

@@ -35,16 +35,17 @@ def training_layout(
     """The arrays of the run. ``engine`` is None where samples are not scored; ``stored`` is what the checkpoint says
     from which training goes on.
     """
-    optimization, scoring = config.optimization, config.scoring
+    scoring = config.scoring
     groups = inputs.val.domains if inputs.val is not None and engine is not None and scoring.val_groups else ()
     layout = RunLayout.saving(
         config.dot_prod_save_interval,
         steps=inputs.steps,
         ranks=ranks,
-        batch=optimization.batch_size * optimization.gradient_accumulation_steps,
+        batch=config.drawn(ranks),
         rows=len(inputs.rows),
         groups=tuple(groups),
         blocks=tuple(engine.method.blocks) if engine is not None and scoring.per_layer else (),
+        weights=config.choosing.candidates is not None,
         gradients=None if engine is None else gradient_layout(engine, scoring.keep_gradients, scoring.proj_dtype),
     )
     return layout if stored is None else layout.in_spans_of(stored["storage"])
@@ -100,7 +101,7 @@ def training_manifest(
             "loss": "next-token cross-entropy, mean over all targets of a step",
         },
         "scoring": {
-            **asdict(config.scoring),
+            **_scoring(config),
             "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
             "projection": projection_hash(engine),
@@ -115,6 +116,19 @@ def training_manifest(
         },
     }
     return run_manifest(sections, layout, "transformers", "tokenizers")
+
+
+def _scoring(config: TrainConfig) -> dict[str, Any]:
+    """The options of scoring, those that are not as they were before they came aside."""
+    section = asdict(config.scoring)
+    del section["score_layers"]
+    if config.scoring.score_metric == "sgd":
+        del section["score_metric"]
+    if config.score_layers == "blocks":
+        section["score_layers"] = "blocks"
+    if config.choosing.candidates is not None:
+        section["choosing"] = config.choosing.to_json()
+    return section
 
 
 def remember_corpus(run: Run, shards: TokenShards) -> str | None:

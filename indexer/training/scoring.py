@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
 from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import ScoringConfig
+from ghoststore.settings.train import ScoringConfig, TrainConfig
 from indexer.dotprod import GradDotProdEngine
+from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.session import ScoringSession
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
 
 
-def scoring_engine(model: nn.Module, config: ScoringConfig, projection: ProjectionConfig | None) -> GradDotProdEngine:
-    """The engine that ``config`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
+def scoring_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainConfig, projection: ProjectionConfig | None
+) -> GradDotProdEngine:
+    """The engine that ``training`` asks for, without val samples yet. LayerError or UsageError if this model cannot be
     scored so.
     """
+    config = training.scoring
     sketched = config.score == "sketched"
     projects = sketched or config.keep_gradients is not None
     made = (projection or ProjectionConfig()) if projects else None
     engine = GradDotProdEngine(
         model,
         None,
+        optimizer=optimizer,
         val_refresh_interval=config.val_refresh_interval,
         exclude_layers=config.exclude_layers,
+        score_layers=training.score_layers,
+        score_metric=config.score_metric,
         route=config.route,
+        pairs=training.choosing.policy == "greats",
         projection=made if sketched else None,
         keep=None if sketched else made,
         hold_losses=False,  # Trainer computes them from the logits
@@ -57,12 +69,33 @@ class ValSchedule:
 
         DivergedError if it is not finite any more.
         """
+        with self._at(step):
+            session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+
+    @contextmanager
+    def scoring(
+        self, session: ScoringSession, batch: Batch, step: int, loss_scale: float, *, hold: bool
+    ) -> Iterator[ScoringBatch]:
+        """Open the engine for candidates, which are scored and not trained on (or with ``hold`` afterwards); else as
+        :meth:`prepare`.
+        """
+        with ExitStack() as stack:
+            with self._at(step):
+                opening = session.scoring(
+                    len(batch.rows), tokens=batch.input_ids.numel(), loss_scale=loss_scale, hold=hold
+                )
+                opened = stack.enter_context(opening)
+            yield opened
+
+    @contextmanager
+    def _at(self, step: int) -> Iterator[None]:
+        """Where the engine is opened at ``step``: with other val samples, if they are due."""
         first, interval = self._step is None, self.config.val_refresh_interval
         if step != self._step and (first or not step % interval or not step % self._checkpoint_interval):
             self._choose(step)
         self._step = step
         try:
-            session.prepare(len(batch.rows), rows=batch.rows, tokens=batch.input_ids.numel(), loss_scale=loss_scale)
+            yield
         except (UsageError, CaptureError) as error:
             if first:
                 raise  # the model cannot be scored at all

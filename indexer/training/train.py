@@ -16,21 +16,20 @@ from torch import nn
 from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
 from ghoststore.corpus.locate import corpus_name
-from ghoststore.errors import UsageError
 from ghoststore.interrupts import Stopping
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import TrainConfig, TrainOptions
-from ghoststore.store import Store
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
-from ghoststore.store.base.names import check_name, safe_name
+from ghoststore.store.base.names import safe_name
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
 from indexer.dotprod import GradDotProdEngine
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
+from indexer.session.chooser import Chooser
 from indexer.session.ranks import Ranks, joined, refuse_drift
 from indexer.session.run_plan import RunPlan, parameter_count
 from indexer.session.session import ScoringSession
@@ -53,6 +52,7 @@ from indexer.training.state import (
 )
 from indexer.training.stopping import saved_at, saying_what_is_left, stop_after
 from indexer.training.trackers import Trackers
+from indexer.training.usage import refuse_usage
 from indexer.training.validation import ValLoss, ValSet
 
 
@@ -75,6 +75,7 @@ def train(options: TrainOptions) -> TrainReport:
     """
     config = options.configuration()
     with joined(resolve_device(options.device)) as (ranks, own_device):
+        refuse_usage(options, config, ranks)
         training = _Training(
             data=str(options.data),
             val_set=None if options.val_set is None else str(options.val_set),
@@ -123,7 +124,6 @@ class _Training:
     def evaluate(self) -> TrainReport:
         """The val loss of the checkpoint, and nothing else."""
         begun = time.perf_counter()
-        self._refuse_usage()
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         model = start.model(self.config, self.device, None)
         val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
@@ -139,7 +139,6 @@ class _Training:
     def run(self, trackers: Trackers) -> TrainReport:
         """All of it."""
         begun = time.perf_counter()
-        self._refuse_usage()
         self.ranks.led(self._refuse_unwritable)
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
@@ -150,7 +149,8 @@ class _Training:
         saved = None if newest is None else read_state(newest)
         inputs = self._inputs(start, newest, saved)
         model = inputs.model
-        engine = scoring_engine(model, self.config.scoring, self.projection) if self._scores else None
+        optimizer = make_optimizer(model, self.config.optimization)
+        engine = scoring_engine(model, optimizer, self.config, self.projection) if self._scores else None
         stored = None if saved is None else saved.identity
         layout = training_layout(self.config, inputs, engine, self.ranks.count, stored)
         manifest = training_manifest(
@@ -165,7 +165,6 @@ class _Training:
         schedule = None
         if engine is not None and inputs.val is not None:
             schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
-        optimizer = make_optimizer(model, self.config.optimization)
         resumed = self._resumed(saved, manifest, model, optimizer)
         trainer = Trainer(
             model=self._wrapped(model),
@@ -179,6 +178,7 @@ class _Training:
             session=self._session(engine, manifest, layout, inputs.rows),
             val_schedule=schedule,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
+            chooser=Chooser.of(self.config.choosing, self.config.seed, self.ranks),
         )
         if schedule is not None:
             with trainer.autocast():
@@ -257,9 +257,8 @@ class _Training:
             self.progress.note(
                 f"{len(rows) - len(rows.usable):,} of {len(rows):,} rows have no target and are left out"
             )
-        config = self.config.optimization
-        step_rows = config.batch_size * config.gradient_accumulation_steps * self.ranks.count
-        order = Order(rows, seed=self.config.seed, step_rows=step_rows)
+        config, count = self.config.optimization, self.ranks.count
+        order = Order(rows, seed=self.config.seed, step_rows=self.config.drawn(count) * count)
         return Inputs(
             start=start,
             model=model,
@@ -295,39 +294,6 @@ class _Training:
     @property
     def _scores(self) -> bool:
         return self.config.scoring.method == "GradDotProd"
-
-    def _refuse_usage(self) -> None:
-        """UsageError for options that do not go together."""
-        if (self.config.architecture is None) == (self.checkpoint is None):
-            raise UsageError("give `architecture` to train from scratch, or `checkpoint` to go on from one")
-        if self.eval_only and (self.val_set is None or self.checkpoint is None):
-            raise UsageError("`eval_only` needs `checkpoint` and `val_set`")
-        if self.val_set == "-" and self.ranks.count > 1:
-            raise UsageError("`val_set=-` cannot be read by several ranks; save it to a file first")
-        for name, value in (("max_samples", self.max_samples), ("max_val_samples", self.max_val_samples)):
-            if value is not None and value < 1:
-                raise UsageError(f"`{name}` must be at least 1, not {value}")
-        if self.eval_only:
-            return
-        if self._scores and (self.store is None or self.val_set is None):
-            raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
-        scoring = self.config.scoring
-        if self.projection is not None and scoring.score != "sketched" and scoring.keep_gradients is None:
-            raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
-        if self.checkpoint is not None and self.config.dropout:
-            raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own")
-        if self.name is not None:
-            if self.store is None:
-                raise UsageError("`name` is the name of a run: it needs `store`")
-            check_name(self.name)
-        if self.store is not None:
-            Store.refuse_others(Path(self.store))
-        if self.data == "-" and self.ranks.count > 1:
-            raise UsageError("`data=-` cannot be read by several ranks; tokenize it first")
-        if self.data == "-" and self.val_set == "-":
-            raise UsageError("`data` and `val_set` cannot both be standard input")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UsageError(f"`output_dir={self.output_dir}` is a file; give a folder")
 
     def _refuse_unwritable(self) -> None:
         """StorageError for folders that must be written and cannot be."""

@@ -47,7 +47,7 @@ class Curves:
             "times": np.ones_like(score),
             "plain": score,
             "squares": score * score,
-            "weighted": (places.learning_rate if weight is None else weight)[counts] * score,
+            "weighted": (places.weight * places.learning_rate if weight is None else weight)[counts] * score,
             "negative": (score < 0).astype(np.float64),
         }.items():
             np.add.at(self._by_domain[name], at, numbers)

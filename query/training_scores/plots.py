@@ -36,6 +36,7 @@ def plot_scores(
     group: str | None = None,
     layers: Sequence[str] = (),
     exclude_layers: Sequence[str] = (),
+    candidates: bool = False,
     weight: StepWeight = WeightOption.weight,
     title: str | None = None,
     over: bool = True,
@@ -56,9 +57,9 @@ def plot_scores(
     column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
     weights = StepWeights(run, weight, window)
     curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
-    for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS):
+    for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS, candidates=candidates):
         places = piece.places
-        weight_P = weights.of(places.step, places.score, places.learning_rate)
+        weight_P = places.weight * weights.of(places.step, places.score, places.learning_rate)
         curves.add(piece, sums.add(places, units.of(places.row), weight_P), weight_P)
     if not sums.tally.scored:
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
@@ -69,7 +70,7 @@ def plot_scores(
     _draw_means(left, curves, lines)
     _draw_sums(right, curves, lines, window)
     left.set(
-        title="Mean score of a sample when it is trained on",
+        title=f"Mean score of a sample when it is {'a candidate' if candidates else 'trained on'}",
         xlabel=f"step (bins of {curves.width:,})" if curves.width > 1 else "step",
         ylabel="⟨∇ℓ sample, ∇L val⟩   in (nats a token)² / weight²",
     )

@@ -95,6 +95,8 @@ class ScoreSummary:
     unscored: int
     not_finite: int
     without_learning_rate: int
+    not_chosen: int
+    """Candidates that their step did not train on; none of them are counted above."""
     negative_share: float | None
     """Among the scores that count; None without any."""
     repeated_ids: dict[str, int] | None

@@ -49,7 +49,9 @@ def scores(options: ScoresOptions) -> ScoresResult:
     w is: the step's ``learning-rate``, ``unit`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
-    often, ``domains`` keeps some domains alone. ``plot`` draws scores by domain to a new .png, .pdf or .svg file.
+    often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight that
+    its sample had in the step; ``candidates`` counts those that were not trained on, too, all alike. ``plot`` draws
+    scores by domain to a new .png, .pdf or .svg file.
 
     Reads a run while it is written, too: what is committed at that moment. Scores that are not finite enter nothing;
     they are counted. One pass over the steps; memory grows with the row table alone.
@@ -65,6 +67,11 @@ def scores(options: ScoresOptions) -> ScoresResult:
 
         check_picture(options.plot, "plot")
     opened = Store.open(options.store).run(options.run)
+    if options.candidates and not opened.layout.weights:
+        raise UsageError(
+            f"`candidates`: run {opened.name!r} trained on every sample it scored; `ghoststore train --candidates` "
+            "makes steps choose"
+        )
     column = choose_column(opened, options.group, options.layers, options.exclude_layers)
     window = window_of(opened, options.steps)
     chosen = _domain_places(opened, options.domains)
@@ -75,7 +82,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
         rows, same_id = _rows_of_id(opened, options.sample, progress)
         history = _History(opened, rows)
     weights = StepWeights(opened, options.weight, window)
-    _read(opened, column, window, units, sums, weights, history, progress)
+    _read(opened, column, window, units, sums, weights, history, progress, candidates=options.candidates)
     if history is not None and not history.entries:
         progress.note(f"sample {options.sample!r} was not trained on in these steps")
     allowed = _allowed(units, sums, chosen, options.min_times)
@@ -91,6 +98,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             group=options.group,
             layers=options.layers,
             exclude_layers=options.exclude_layers,
+            candidates=options.candidates,
             weight=options.weight,
             over=False,
         )
@@ -111,6 +119,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
             "unit": options.unit,
             "min_times": options.min_times,
             "domains": list(options.domains),
+            "candidates": options.candidates,
         },
         summary=_summary(opened, window, units, sums),
         hits=hits[0],
@@ -130,14 +139,17 @@ def _read(
     weights: StepWeights,
     history: _History | None,
     progress: Progress,
+    *,
+    candidates: bool,
 ) -> None:
     """One pass over the steps of ``window``, into ``sums`` and ``history``."""
     ranges = inside(run.ranges, window)
     with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
-        for piece in stream_steps(run, column, ranges, loss=history is not None):
+        for piece in stream_steps(run, column, ranges, loss=history is not None, candidates=candidates):
             places = piece.places
-            weight = weights.of(places.step, places.score, places.learning_rate)
+            weight = places.weight * weights.of(places.step, places.score, places.learning_rate)
             counts = sums.add(places, units.of(places.row), weight)
+            sums.tally.not_chosen += piece.not_chosen
             if history is not None:
                 history.extend(places, counts, weight)
             task.advance(piece.stop - piece.start)
@@ -254,6 +266,7 @@ def _summary(run: Run, window: Steps, units: Units, sums: ScoreSums) -> ScoreSum
         unscored=tally.unscored,
         not_finite=tally.not_finite,
         without_learning_rate=tally.without_learning_rate,
+        not_chosen=tally.not_chosen,
         negative_share=tally.negative_share,
         repeated_ids=run.repeated_ids,
     )

@@ -48,6 +48,8 @@ class Places:
     score: NDArray[np.float64]
     """NaN: not scored."""
     learning_rate: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    """That the sample had in its step where that chose among candidates; else 1."""
     loss: NDArray[np.float32] | None
 
 
@@ -60,6 +62,8 @@ class StepPiece:
     places: Places
     data: dict[str, NDArray[Any]]
     """The arrays that were asked for, as they are stored."""
+    not_chosen: int = 0
+    """Candidates that were not trained on, and are not among the places."""
 
 
 def choose_column(
@@ -144,13 +148,23 @@ def gaps_of(run: Run, window: Steps) -> list[Steps]:
 
 
 def stream_steps(
-    run: Run, column: ScoreColumn, ranges: Sequence[Steps], *, also: Sequence[str] = (), loss: bool = False
+    run: Run,
+    column: ScoreColumn,
+    ranges: Sequence[Steps],
+    *,
+    also: Sequence[str] = (),
+    loss: bool = False,
+    candidates: bool = False,
 ) -> Iterator[StepPiece]:
     """The steps of ``ranges`` of committed ones, piece by piece; ``also`` are further arrays of one number a step.
 
+    Where steps chose among candidates, the places are of those that were trained on, each with its weight; with
+    ``candidates`` of all, each with weight 1.
+
     Memory: one chunk of each array. CorruptError naming what is damaged.
     """
-    names = ["sample", column.array, "learning_rate", *also, *(["loss"] if loss else [])]
+    weighs = run.layout.weights and not candidates
+    names = ["sample", column.array, "learning_rate", *also, *(["loss"] * loss), *(["weight"] * weighs)]
     for piece in side_by_side(run, names, ranges):
         start, stop, data = piece.start, piece.stop, piece.data
         sample = data["sample"]
@@ -159,7 +173,10 @@ def stream_steps(
                 f"{run.path / 'sample'}: step {start} to {stop} name row {int(sample.max())}; the row table has "
                 f"{run.layout.rows}"
             )
-        there = sample >= 0
+        there, absent = sample >= 0, 0
+        if weighs:
+            chosen = there & (data["weight"] > 0)
+            there, absent = chosen, int(there.sum() - chosen.sum())
         step, rank, _ = there.nonzero()
         places = Places(
             step=step + start,
@@ -167,6 +184,7 @@ def stream_steps(
             row=sample[there],
             score=column.of(data[column.array])[there],
             learning_rate=data["learning_rate"][step],
+            weight=data["weight"][there].astype(np.float64) if weighs else np.ones(len(step)),
             loss=data["loss"][there] if loss else None,
         )
-        yield StepPiece(start, stop, places, data)
+        yield StepPiece(start, stop, places, data, absent)

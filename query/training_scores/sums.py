@@ -65,6 +65,8 @@ class Tally:
     """Infinite."""
     without_learning_rate: int = 0
     """Left out because their step has no finite learning rate, or no finite weight of another kind."""
+    not_chosen: int = 0
+    """Candidates that their step did not train on."""
 
     @property
     def negative_share(self) -> float | None:
@@ -100,7 +102,7 @@ class ScoreSums:
         """
         score = places.score
         with np.errstate(invalid="ignore", over="ignore"):
-            weighted = (places.learning_rate if weight is None else weight) * score
+            weighted = (places.weight * places.learning_rate if weight is None else weight) * score
         finite = np.isfinite(score)
         counts = finite & np.isfinite(weighted) if self._needs_weight else finite
         self.tally.times += len(score)

@@ -65,7 +65,7 @@ def gpt2(*, tied: bool = True, layers: int = 2, **settings: Any) -> Any:
 def llama(*, layers: int = 2, **settings: Any) -> Any:
     """RMSNorm, grouped queries, gated feed-forward, no biases, an untied head."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=settings.pop("vocab_size", VOCABULARY),
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=layers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,26 @@ def as_bytes(values: Any) -> tuple[Any, bytes]:
     if isinstance(values, torch.Tensor):
         return (values.shape, values.dtype), values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return (values.shape, values.dtype), values.tobytes()
+
+
+def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
+    """Two forked processes of one process group, each of which runs ``code`` and then the command line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in (0, 1):
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        set_up = "\n".join(f"os.environ[{name!r}] = {str(value)!r}" for name, value in variables.items())
+        whole = f"import os\n{set_up}\n{code}\nimport ghoststore.cli\nghoststore.cli.main({['train', *words]!r})"
+        started.append(lab.start(code=whole))
+    return [lab.wait(pid) for pid in started]
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,9 @@ from safetensors.torch import load_file
 
 from ghoststore.store import Store
 from indexer.training.state import checkpoints
-from tests.support.trainings import arrays_of, same_bits
+from tests.support.trainings import arrays_of, ranks, same_bits
 
 if TYPE_CHECKING:
-    from tests.conftest import Lab, Outcome
     from tests.support.trainings import Gym
 
 pytestmark = pytest.mark.ddp
@@ -36,26 +34,6 @@ OPTIONS = (
     "--learning-rate",
     "1e-3",
 )
-
-
-def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
-    """Two forked processes of one process group, each of which runs ``code`` and then the command line."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in (0, 1):
-        variables = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        set_up = "\n".join(f"os.environ[{name!r}] = {str(value)!r}" for name, value in variables.items())
-        whole = f"import os\n{set_up}\n{code}\nimport ghoststore.cli\nghoststore.cli.main({['train', *words]!r})"
-        started.append(lab.start(code=whole))
-    return [lab.wait(pid) for pid in started]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Fault = dict[str, Any]
 OPTIONS = ("--val-groups", "--per-layer", "--train-dtype", "bfloat16")
+CHOOSING = ("--candidates", "8", "--keep", "4", "--batch-size", "3")
+ONE_PASS = (*CHOOSING, "--choosing-passes", "one")
 
 
 def at(call: str, path: str, when: str, number: int = 1) -> Fault:
@@ -291,13 +293,17 @@ def test_another_store(gym: Gym, whole: Path, tmp_path: Path) -> None:
         (("--train-dtype", "float16"), "last-checkpoint-unnamed"),
         (("--score", "sketched"), "interval-committed"),
         (("--checkpoint", "dropout"), "between-interval-and-checkpoint"),
+        *((CHOOSING, moment) for moment in ("interval-committed", "pending-checkpoint", "record-unnamed")),
+        (ONE_PASS, "interval-committed"),
+        ((*CHOOSING, "--score-metric", "adam"), "between-interval-and-checkpoint"),
+        ((*CHOOSING, "--policy", "random", "--checkpoint", "dropout"), "between-interval-and-checkpoint"),
     ],
 )
-def test_other_trainings_resume_too(gym: Gym, options: tuple[str, str], moment: str, tmp_path: Path) -> None:
-    """With a loss scaler, a sketch, the dropout of a checkpoint."""
-    if options[0] == "--checkpoint":
-        options = ("--checkpoint", str(gym.models[options[1]]))
-    uninterrupted = gym.folder / "whole-others" / Path(options[1]).name
+def test_other_trainings_resume_too(gym: Gym, options: tuple[str, ...], moment: str, tmp_path: Path) -> None:
+    """With a loss scaler, a sketch, the dropout of a checkpoint, candidates."""
+    if "--checkpoint" in options:
+        options = (*options[:-1], str(gym.models[options[-1]]))
+    uninterrupted = gym.folder / "whole-others" / "-".join(options).replace("/", "")
     if not uninterrupted.exists():
         assert gym.run(uninterrupted, *options).code == 0
     assert gym.run(tmp_path, *options, fault=MOMENTS[moment][0] | {"act": "kill"}).code == -9

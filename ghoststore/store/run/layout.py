@@ -57,6 +57,8 @@ class RunLayout(SpanLayout):
     """Numbers of a projected gradient of each step's samples, kept as float32; None: none are kept so."""
     gradients: GradientLayout | None = None
     """The projected gradients of some steps' samples, kept in an encoding of parts; None: none are kept so."""
+    weights: bool = False
+    """Whether samples are candidates, each with the weight that its step trained on it with."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "ranks", "batch", "span_steps", "save_steps", "rows", "dimension"):
@@ -129,6 +131,7 @@ class RunLayout(SpanLayout):
             groups=tuple(map(str, storage["groups"])),
             blocks=tuple(map(str, storage["blocks"])),
             dimension=None if storage["dimension"] is None else int(storage["dimension"]),
+            weights=bool(storage.get("weights", False)),
             gradients=GradientLayout.of(storage["gradients"]) if "gradients" in storage else None,
         )
 
@@ -145,6 +148,8 @@ class RunLayout(SpanLayout):
         storage = {**asdict(self), "groups": list(self.groups), "blocks": list(self.blocks)}
         if self.save_steps is None:
             del storage["save_steps"]
+        if not self.weights:
+            del storage["weights"]
         del storage["gradients"]
         if self.gradients is not None:
             storage["gradients"] = self.gradients.to_json()
@@ -182,6 +187,8 @@ class RunLayout(SpanLayout):
             self._spec("score", "<f4", place, axes),
             self._spec("loss", "<f4", place, axes),
         ]
+        if self.weights:
+            specs.append(self._spec("weight", "<f4", place, axes))
         if self.groups:
             specs.append(self._spec("group_score", "<f4", (*place, len(self.groups)), (*axes, "group")))
         if self.blocks:

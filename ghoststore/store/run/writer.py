@@ -18,7 +18,7 @@ from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
 
-PLACES = ("score", "loss", "group_score", "block_score", "vector")
+PLACES = ("score", "loss", "weight", "group_score", "block_score", "vector")
 """Arrays with a number or more for each sample: NaN where there is no sample."""
 
 

@@ -18,6 +18,7 @@ from tests.support.scoring import agree, exact_plain, sum_of_squares
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 STEPS, RANKS = 3, 2
+ALL_OF_ONE_RANK = torch.tensor([0.0, 0.0, 0.25, 0.75])
 
 
 class Tied(nn.Module):
@@ -45,11 +46,14 @@ def train(model: nn.Module, batches: list[Tensor], *, scored: bool) -> dict[str,
     """Scores of each step; weights after the last; gradients of the first."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     engine = GradDotProdEngine(model, data(99, 3), val_losses=sum_of_squares, optimizer=optimizer, pairs=True)
-    found: dict[str, Any] = {"totals": [], "gradients": []}
+    found: dict[str, Any] = {"totals": [], "gradients": [], "scored before": []}
     if scored:
         engine.attach()
     for ids in batches:
         if scored:
+            with engine.scoring(len(ids)) as scoring:
+                found["scored before"].append(scoring.scores(sum_of_squares(engine.model, ids)).total)
+            assert all(p.grad is None for p in model.parameters())
             engine.prepare(len(ids))
         loss = sum_of_squares(model, ids).mean()
         if scored:
@@ -63,6 +67,18 @@ def train(model: nn.Module, batches: list[Tensor], *, scored: bool) -> dict[str,
     engine.detach()
     found["weights"] = [p.detach() for p in model.parameters()]
     return found
+
+
+def in_one_pass(model: nn.Module, ids: Tensor, weights: Tensor) -> list[Tensor]:
+    """Gradients of Σ w_i ℓ_i from a scoring pass, summed over ranks where there are several."""
+    with GradDotProdEngine(model, data(99, 3), val_losses=sum_of_squares) as engine:
+        with engine.scoring(len(ids), hold=True) as scoring:
+            scoring.scores(sum_of_squares(engine.model, ids))
+        scoring.add_gradients(weights)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for gradient in gradients if torch.distributed.is_initialized() else []:
+        torch.distributed.all_reduce(gradient)
+    return gradients
 
 
 MAIN = """
@@ -88,6 +104,9 @@ def rank_main(rank: int, folder: str) -> None:
     for scored in (True, False):
         model = torch.nn.parallel.DistributedDataParallel(settle(Tied()))
         found[scored] = train(model, batches, scored=scored)
+    model = torch.nn.parallel.DistributedDataParallel(settle(Tied()))
+    own = slice(2 * rank, 2 * rank + 2)
+    found[True]["in one pass"] = in_one_pass(model, data(0, 2 * RANKS)[own], ALL_OF_ONE_RANK[own])
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -110,6 +129,20 @@ def test_scores_of_the_ranks_are_those_of_one_process(ranks: list[dict[bool, Any
         torch.testing.assert_close(together, whole["totals"][step], rtol=1e-5, atol=0)
     for one, other in zip(ranks[0][True]["weights"], whole["weights"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scoring_pass_of_the_inner_module_has_the_scores_of_the_step(ranks: list[dict[bool, Any]]) -> None:
+    for rank in ranks:
+        for before, in_step in zip(rank[True]["scored before"], rank[True]["totals"], strict=True):
+            torch.testing.assert_close(before, in_step, rtol=1e-5, atol=0)
+
+
+def test_one_pass_gives_the_gradients_of_one_process_though_a_rank_chose_nothing(ranks: list[dict[bool, Any]]) -> None:
+    model = settle(Tied())
+    (sum_of_squares(model, data(0, 2 * RANKS)) @ ALL_OF_ONE_RANK).backward()
+    for rank in ranks:
+        for found, parameter in zip(rank[True]["in one pass"], model.parameters(), strict=True):
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_averaged_and_the_ranks_stay_together(ranks: list[dict[bool, Any]]) -> None:

@@ -15,7 +15,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from tests.indexer.encode.test_non_interference import hooks_of
-from tests.support.models import bert_causal, gpt2, settle
+from tests.support.models import bert_causal, gpt2, perceptron, settle
 from tests.support.scoring import (
     BATCH,
     VAL,
@@ -128,6 +128,21 @@ def test_the_advice_of_a_refusal_works() -> None:
         exclude = ["token"] if way == "excluded" else []
         with GradDotProdEngine(model, X, val_losses=sum_of_squares, exclude_layers=exclude) as engine:
             check(plain_step(engine, model, X), exact)
+
+
+def test_blocks_where_there_are_none_or_none_can_be_scored() -> None:
+    with pytest.raises(LayerError, match="Sequential has no linears inside transformer blocks"):
+        GradDotProdEngine(perceptron(), X, val_losses=sum_of_squares, score_layers="blocks")
+    model = gpt2()
+    model.transformer.h.requires_grad_(False)
+    with pytest.raises(LayerError, match=r"no parameter of transformer\.h\.0\..*is trainable"):
+        causal_engine(model, score_layers="blocks")
+    model = gpt2()
+    model.transformer.h[0].mlp.gate = nn.Parameter(torch.ones(3))
+    with pytest.raises(
+        LayerError, match=r"mlp.*no layer type handles it.*exclude_layers=\['transformer.h.0.mlp.gate'\]"
+    ):
+        causal_engine(model, score_layers="blocks")
 
 
 def test_a_batch_norm_that_wakes_up_after_attaching() -> None:
@@ -304,6 +319,8 @@ def test_a_compiled_wrapper_of_the_model(compiled: str) -> None:
         ({"projection": ProjectionConfig(), "pairs": True}, "belong to the exact score"),
         ({"projection": ProjectionConfig(), "route": "gram"}, "belong to the exact score"),
         ({"projection": ProjectionConfig(), "exclude_layers": ["ln_f"]}, "belong to the exact score"),
+        ({"projection": ProjectionConfig(), "score_layers": "blocks"}, "belong to the exact score"),
+        ({"score_layers": "heads"}, "score_layers 'heads' is unknown; known: blocks, all"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:

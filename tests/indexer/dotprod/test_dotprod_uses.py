@@ -277,6 +277,21 @@ def test_excluded_layers_are_left_out(kind: str) -> None:
     check(scores, exact_causal(model, val=VAL[:3]).only(lambda name: not hit(name)))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_linears_of_the_blocks_alone(tied: bool) -> None:
+    model = gpt2(tied=tied)
+    with causal_engine(model, score_layers="blocks") as engine:
+        scores = causal_step(engine, model)
+    check(scores, exact_causal(model, val=VAL[:3]).only(lambda name: ".attn." in name or ".mlp." in name))
+
+
+def test_blocks_without_some_of_their_layers() -> None:
+    model = llama()
+    with causal_engine(model, score_layers="blocks", exclude_layers=["self_attn"]) as engine:
+        scores = causal_step(engine, model)
+    check(scores, exact_causal(model, val=VAL[:3]).only(lambda name: ".mlp." in name))
+
+
 class Adapted(nn.Module):
     """A frozen Linear with a trainable low-rank path beside it."""
 

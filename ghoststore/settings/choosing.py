@@ -1,0 +1,114 @@
+"""Options of choosing in the training step: which of a step's candidates it trains on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import isfinite
+from typing import Any, Literal
+
+from ghoststore.errors import UsageError
+from ghoststore.settings.option import check_at_least, check_choices, option
+
+POLICIES = ("top-k", "bottom-k", "threshold", "random", "reweight", "greats")
+EXACTLY = ("top-k", "bottom-k", "random", "greats")
+"""Policies that choose `keep` candidates."""
+Over = Literal["all", "rank"]
+Passes = Literal["two", "one"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoosingConfig:
+    """Which of a step's candidates it trains on. Without ``candidates`` a step trains on all it draws."""
+
+    candidates: int | None = option(
+        None, "Samples that a step draws and scores, over all ranks; `policy` chooses those it trains on.", "Choosing"
+    )
+    keep: int | None = option(
+        None,
+        "Samples of a step that are trained on: so many by top-k, bottom-k, random and greats; by other policies "
+        "where there is nothing to choose by (default: all candidates).",
+        "Choosing",
+    )
+    policy: str | Callable[[Any], Any] = option(
+        "top-k",
+        "Highest scores, lowest, all from `threshold` on, any, all weighted by a softmax of their scores, or greedily "
+        "those that are unlike one another.",
+        "Choosing",
+        choices=POLICIES,
+    )
+    threshold: float | None = option(None, "Of `policy=threshold`: the lowest score that is chosen.", "Choosing")
+    temperature: float | None = option(
+        None, "Of `policy=reweight`, in standard deviations of the step's scores (default: 1).", "Choosing"
+    )
+    choose_over: Over = option(
+        "all", "Choose among the candidates of all ranks, or an equal share on each rank among its own.", "Choosing"
+    )
+    choosing_passes: Passes = option(
+        "two",
+        "two: the chosen are run again, and the weights are those of a plain step on them, bit for bit; one: their "
+        "gradients are formed from the scoring pass, which is cheaper and equal up to rounding.",
+        "Choosing",
+    )
+    choosing_begins_at: int = option(
+        0,
+        "Before this step the first `keep` candidates are taken, which are random ones.",
+        "Choosing",
+        metavar="STEP",
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_at_least(1, candidates=self.candidates, keep=self.keep)
+        check_at_least(0, choosing_begins_at=self.choosing_begins_at)
+        if self.candidates is None:
+            self._refuse_without_candidates()
+            return
+        check_policy(self.policy, self.keep, self.threshold)
+        if self.keep is not None and self.keep > self.candidates:
+            raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: keep fewer")
+        if self.temperature is not None:
+            if self.policy != "reweight":
+                raise UsageError("`temperature` belongs to `policy=reweight`")
+            if not 0 < self.temperature < float("inf"):
+                raise UsageError(f"`temperature` must be above 0, not {self.temperature}")
+
+    def _refuse_without_candidates(self) -> None:
+        """UsageError for an option that would be ignored."""
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                raise UsageError(f"`{name}={value}` is about choosing among candidates: give `candidates`, too")
+
+    @property
+    def least(self) -> int:
+        """How many candidates a step takes that has nothing to choose by."""
+        assert self.candidates is not None
+        return self.candidates if self.keep is None else self.keep
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run says of how its steps choose."""
+        return {**values_of(self), "policy": policy_name(self.policy), "keep": self.least}
+
+
+_DEFAULTS = {spec.name: spec.default for spec in fields(ChoosingConfig) if spec.name != "candidates"}
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """By field. Not a copy: a policy may be an object of the user's own."""
+    return {spec.name: getattr(config, spec.name) for spec in fields(config)}
+
+
+def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
+    """UsageError for what a policy lacks, or would ignore."""
+    if keep is None and policy in EXACTLY:
+        raise UsageError(f"`policy={policy}` chooses so many candidates: give `keep`")
+    if (policy == "threshold") != (threshold is not None):
+        raise UsageError("`policy=threshold` and `threshold` belong together: give both, or neither")
+    if threshold is not None and not isfinite(threshold):
+        raise UsageError(f"`threshold` must be a finite number, not {threshold}")
+
+
+def policy_name(policy: str | Callable[[Any], Any]) -> str:
+    """A policy as a run says it: of a function its module and name."""
+    if isinstance(policy, str):
+        return policy
+    return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

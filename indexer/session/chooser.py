@@ -1,0 +1,103 @@
+"""Choosing in the step: what every rank knows of a step's candidates, and what follows from it.
+
+Legend: R ranks, B candidates of one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.settings.choosing import ChoosingConfig
+from indexer.session.choosing import Choosing
+from indexer.session.policies import Candidates, Policy, decide, first_k, policy_of, seeded
+from indexer.session.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Candidates that were scored; each (B,)."""
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    losses: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+
+    def together(self, ranks: Ranks) -> list[Scored]:
+        """Those of every rank, on every rank."""
+        columns = np.stack([self.rows, self.scores, self.losses, self.tokens]).astype(np.float64)
+        return [Scored(*of_rank) for of_rank in ranks.stacked(torch.from_numpy(columns)).numpy()]
+
+    @classmethod
+    def of(cls, several: list[Scored]) -> Scored:
+        """All of ``several``, in their order."""
+        columns = zip(*((one.rows, one.scores, one.losses, one.tokens) for one in several), strict=True)
+        return cls(*(np.concatenate(column) for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Decides with a policy: the same whenever the step is made with the same weights of the model."""
+
+    policy: Policy
+    keep: int | None
+    """Over all ranks, or of what is decided at once; None: all."""
+    begins_at: int
+    seed: int
+    ranks: Ranks
+    over: str = "rank"
+
+    @classmethod
+    def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks) -> Chooser | None:
+        """Of ``ghoststore train``; None without candidates."""
+        if config.candidates is None:
+            return None
+        policy = policy_of(config.policy, config.threshold, config.temperature)
+        return cls(policy, config.keep, config.choosing_begins_at, seed, ranks, config.choose_over)
+
+    @classmethod
+    def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:
+        """Of a loop of the user's own, where each rank decides for each of its micro-batches."""
+        policy = policy_of(choosing.policy, choosing.threshold)
+        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks)
+
+    def weights(self, step: int, own: Scored, interactions: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+        """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen, on every rank.
+        ``interactions`` are those of :class:`Candidates`, of one rank that is alone.
+
+        UsageError on every rank for weights of a policy that cannot be.
+        """
+        each = own.together(self.ranks)
+        if self.over == "all":
+            return self._decide(step, Scored.of(each), self.keep, "", interactions).reshape(len(each), -1)
+        keep = None if self.keep is None else self.keep // len(each)
+        # Each rank decides for all: a policy that fails then fails on all.
+        return np.stack([self._decide(step, some, keep, f"|rank={i}", interactions) for i, some in enumerate(each)])
+
+    def of_micro_batch(self, step: int, place: int, own: Scored) -> NDArray[np.float32]:
+        """(B,): the weights of the candidates of this rank's micro-batch number ``place`` of ``step``."""
+        return self._decide(step, own, self.keep, f"|rank={self.ranks.rank}|micro={place}")
+
+    def _decide(
+        self,
+        step: int,
+        scored: Scored,
+        keep: int | None,
+        where: str,
+        interactions: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float32]:
+        count = len(scored.rows)
+        candidates = Candidates(
+            scores=scored.scores.astype(np.float64),
+            losses=scored.losses.astype(np.float64),
+            tokens=scored.tokens.astype(np.int64),
+            rows=scored.rows.astype(np.int64),
+            step=step,
+            keep=count if keep is None else min(keep, count),
+            generator=seeded(f"ghoststore/1|choice|seed={self.seed}|step={step}{where}"),
+            interactions=interactions,
+        )
+        return first_k(candidates) if step < self.begins_at else decide(self.policy, candidates)

@@ -1,0 +1,246 @@
+"""Loops whose samples are chosen by the manager or the callback: plain loops on those samples, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ghoststore import Choosing, GhostConfig, GhostEngineManager
+from ghoststore.errors import UsageError
+from tests.support.loops import VAL_BATCH, batch_of, plan, run_of, weights_of
+from tests.support.managed_loops import config_of, sgd
+from tests.support.models import gpt2, llama
+from tests.support.trainers import SETTINGS, StopAt, callback_of, collate, hooks_of, trainer_of
+
+Places = list[list[list[int]]]
+"""By step and micro-batch."""
+
+
+def managed(model: Any, steps: Places, manager: GhostEngineManager, optimizer: Any, **extra: Any) -> None:
+    """The reference loop."""
+    for iteration, micro_batches in enumerate(steps):
+        for places in micro_batches:
+            X, Y, batch_idx = batch_of(places)
+            manager.attach_train_batch(X, Y, iteration, batch_idx)
+            X_forward, Y_forward = manager.prepare_forward_input(X, Y)
+            loss = model(input_ids=X_forward, labels=Y_forward, **extra).loss
+            (loss / len(micro_batches)).backward()
+            manager.prepare_gradients()
+        optimizer.step()
+        manager.aggregate_and_log()
+        manager.clear_gradients()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def plainly(model: Any, steps: Places, chosen: Places) -> dict[str, torch.Tensor]:
+    """Plain steps on ``chosen``, padded as their candidates are; the model's weights afterwards."""
+    optimizer = sgd(model)
+    for micro_batches, taken in zip(steps, chosen, strict=True):
+        for places, wanted in zip(micro_batches, taken, strict=True):
+            X, Y, _ = batch_of(places)
+            here = [places.index(place) for place in wanted]
+            (model(input_ids=X[here], labels=Y[here]).loss / len(micro_batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return weights_of(model)
+
+
+MODELS = {"tied": gpt2, "untied": lambda: gpt2(tied=False), "llama": llama, "dropout": lambda: gpt2(resid_pdrop=0.2)}
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_manager_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
+    steps = plan(5, accumulation=2)
+    model = MODELS[name]().train()
+    optimizer = sgd(model)
+    config = config_of(tmp_path, steps=5, gradient_accumulation_steps=2, choosing=Choosing(keep=2))
+    torch.manual_seed(3)
+    weights: list[list[torch.Tensor]] = []
+    with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+        record = manager.aggregate_and_log
+        manager.aggregate_and_log = lambda: (record(), weights.append(manager.last_weights))  # type: ignore[method-assign]
+        managed(model, steps, manager, optimizer)
+    run = run_of(tmp_path, "run")
+    sample, weight, score = (run.read_committed(array)[:, 0] for array in ("sample", "weight", "score"))
+    chosen: Places = []
+    for step, micro_batches in enumerate(steps):
+        end = 0
+        chosen.append([])
+        for place, places in enumerate(micro_batches):
+            here = slice(end, end + len(places))  # the last batch of an epoch is smaller
+            end = here.stop
+            assert sample[step, here].tolist() == places
+            taken = np.sort(np.argsort(-score[step, here], kind="stable")[:2])
+            np.testing.assert_array_equal(np.flatnonzero(weight[step, here]), taken)
+            np.testing.assert_array_equal(weights[step][place], weight[step, here])
+            chosen[-1].append([places[index] for index in taken])
+    fresh = MODELS[name]().train()
+    torch.manual_seed(3)
+    expected = plainly(fresh, steps, chosen)
+    for parameter, given in weights_of(model).items():
+        assert torch.equal(given, expected[parameter]), parameter
+    assert run.manifest["scoring"]["choosing"]["keep"] == 2
+    assert run.manifest["scoring"]["score_layers"] == "blocks"
+
+
+@pytest.mark.slow
+def test_policies_in_a_loop() -> None:
+    """Without a store, too: what was chosen is in last_weights, the candidates' scores in last_scores."""
+    steps = plan(3)
+    for choosing, check in (
+        (Choosing(keep=1, policy="bottom-k"), lambda scores, weights: int(weights.argmax()) == int(scores.argmin())),
+        (
+            Choosing(policy="threshold", threshold=0.0),
+            lambda scores, weights: bool(((scores >= 0) == (weights > 0)).all()),
+        ),
+        (Choosing(policy=lambda candidates: candidates.losses > 0), lambda scores, weights: bool((weights == 1).all())),
+        (Choosing(keep=2, begins_at=9), lambda scores, weights: weights.tolist() == [1, 1, 0, 0]),
+    ):
+        model = gpt2().train()
+        optimizer = sgd(model)
+        config = GhostConfig(choosing=choosing)
+        with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+            for iteration in range(3):
+                managed_step(model, manager, optimizer, steps[iteration][0], iteration)
+                (scores,), (weights,) = manager.last_scores, manager.last_weights
+                assert len(weights) == len(scores.total) == 4
+                assert check(scores.total, weights) or bool((scores.total < 0).all())
+
+
+def managed_step(model: Any, manager: GhostEngineManager, optimizer: Any, places: list[int], iteration: int) -> None:
+    X, Y, batch_idx = batch_of(places)
+    manager.attach_train_batch(X, Y, iteration, batch_idx)
+    manager.prepare_forward_input(X, Y)
+    model(input_ids=X, labels=Y).loss.backward()
+    manager.prepare_gradients()
+    optimizer.step()
+    manager.aggregate_and_log()
+    optimizer.zero_grad(set_to_none=True)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no-labels": ({"labels": None}, "gets no `labels` of tokens by name"),
+    "past": ({"past_key_values": [1]}, "argument 'past_key_values' of the model's forward pass (list) cannot be cut"),
+    "odd": ({"position_ids": torch.zeros(3, 24, dtype=torch.long)}, "argument 'position_ids'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cut(name: str) -> None:
+    extra, words = REFUSED[name]
+    model = gpt2().train()
+    X, Y, batch_idx = batch_of(plan(1)[0][0])
+    with GhostEngineManager(GhostConfig(choosing=Choosing(keep=2)), model, sgd(model), val_data=VAL_BATCH) as manager:
+        manager.attach_train_batch(X, Y, 0, batch_idx)
+        manager.prepare_forward_input(X, Y)
+        with pytest.raises(UsageError) as caught:
+            model(**{"input_ids": X, "labels": Y, **extra})
+        assert words in str(caught.value)
+
+
+def test_another_loss_is_refused() -> None:
+    """What the model returns must be what is scored."""
+    model = gpt2().train()
+    model.loss_function = lambda logits, labels, vocab_size, **rest: 2 * logits.float().square().mean()
+    X, Y, batch_idx = batch_of(plan(1)[0][0])
+    with GhostEngineManager(GhostConfig(choosing=Choosing(keep=2)), model, sgd(model), val_data=VAL_BATCH) as manager:
+        manager.attach_train_batch(X, Y, 0, batch_idx)
+        manager.prepare_forward_input(X, Y)
+        with pytest.raises(UsageError, match="samples are chosen by that, so train on that"):
+            model(input_ids=X, labels=Y)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "`policy=top-k` chooses so many candidates: give `keep`"),
+        ({"keep": 2, "policy": "reweight"}, "weighs its samples alike"),
+        ({"keep": 2, "policy": "best"}, "`policy` 'best' is unknown"),
+        ({"keep": 0}, "`keep` must be at least 1"),
+        ({"keep": 2, "threshold": 1.0}, "belong together"),
+    ],
+)
+def test_what_choosing_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Choosing(**settings)
+    assert words in str(caught.value)
+
+
+def test_unequal_weights_are_refused() -> None:
+    model = gpt2().train()
+    choosing = Choosing(policy=lambda candidates: np.arange(len(candidates)) + 1.0)
+    X, Y, batch_idx = batch_of(plan(1)[0][0])
+    with GhostEngineManager(GhostConfig(choosing=choosing), model, sgd(model), val_data=VAL_BATCH) as manager:
+        manager.attach_train_batch(X, Y, 0, batch_idx)
+        manager.prepare_forward_input(X, Y)
+        with pytest.raises(UsageError, match="weighs its samples alike; give 0 and 1"):
+            model(input_ids=X, labels=Y)
+
+
+def test_choosing_needs_val_data() -> None:
+    model = gpt2()
+    with pytest.raises(UsageError, match="give val_data"):
+        GhostEngineManager(GhostConfig(method="GradProjLora", choosing=Choosing(keep=2)), model, sgd(model))
+
+
+class Cut:
+    """A collator that leaves what a run says was chosen, padded as all candidates are."""
+
+    def __init__(self, run: Any) -> None:
+        weight, sample = run.read_committed("weight"), run.read_committed("sample")
+        self.chosen = [set(of_step[counts > 0].tolist()) for of_step, counts in zip(sample, weight, strict=True)]
+        self.batches = 0
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(features)
+        places = batch.pop("sample").tolist()
+        here = [index for index, place in enumerate(places) if place in self.chosen[min(self.batches, 5)]]
+        self.batches += 1
+        return {name: values[here] for name, values in batch.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp32", "bf16", "checkpointing"])
+def test_the_callback_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
+    """A Trainer that is given the chosen rows alone ends with the same bits, and logs the same losses."""
+    settings = {**SETTINGS[name], "max_steps": 6, "logging_steps": 1}
+    callback = callback_of(tmp_path / "store", choosing=Choosing(keep=2), name="run")
+    scored = trainer_of(tmp_path, [callback], **settings)
+    scored.train()
+    run = run_of(tmp_path / "store", "run")
+    assert (run.read_committed("weight") > 0).sum((1, 2)).tolist() == [2] * 6
+    plain = trainer_of(tmp_path, [], data_collator=Cut(run), **settings)
+    plain.train()
+    for parameter, given in weights_of(scored.model).items():
+        assert torch.equal(given, weights_of(plain.model)[parameter]), parameter
+    losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (scored, plain)]
+    assert losses[0] == losses[1]
+    assert np.isfinite(run.read_committed("train_loss")).all()
+    assert not hooks_of(scored.model)
+
+
+@pytest.mark.slow
+def test_the_callback_with_accumulation_resumes(tmp_path: Path) -> None:
+    """Each micro-batch chooses by itself; a training that stops and goes on chooses as one that did not."""
+    settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    for name in ("whole", "stopped"):
+        folder = tmp_path / name
+        choosing = Choosing(keep=2, policy="random", seed=5)
+        callback = callback_of(folder / "store", choosing=choosing, name="run")
+        stops = [StopAt(3)] if name == "stopped" else []
+        trainer_of(folder, [callback, *stops], **settings).train()
+        if stops:
+            callback = callback_of(folder / "store", choosing=choosing, name="run")
+            trainer_of(folder, [callback], **settings).train(
+                resume_from_checkpoint=str(folder / "out" / "checkpoint-3")
+            )
+    runs = [run_of(tmp_path / name / "store", "run") for name in ("whole", "stopped")]
+    for array in ("sample", "weight", "score", "loss"):
+        one, other = (run.read_committed(array) for run in runs)
+        np.testing.assert_array_equal(one, other)
+    assert runs[0].read_committed("weight").shape == (6, 1, 8)
