@@ -18,9 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import ScoreLayers, ScoreMetric
+from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
-from indexer.dotprod.exact import Route
 from indexer.dotprod.held_factors import FactorHolder
 from indexer.dotprod.held_loss import HeldLoss
 from indexer.dotprod.ledger import (
@@ -36,6 +35,7 @@ from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
+from indexer.encode.modes import without_autocast
 from indexer.encode.tap import See, Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
@@ -417,7 +417,7 @@ class GradDotProdEngine:
             x, y = by_sample(input_of(args, kwargs), y, self._size, kind, name)
             self._narrow |= y.dtype in (torch.float16, torch.bfloat16)
             begun = time.perf_counter()
-            with torch.autocast(device_type=y.device.type, enabled=False):
+            with without_autocast(y.device.type):
                 saved = self.method.to_keep(name, x, y.dtype)
             if train is None:
                 see = self._val.see(name, self._tokens, self.val_refresh_interval)

@@ -312,15 +312,15 @@ class ExactMethod:
             self.check_train(self._raw, self._dots.dots(), tolerance)
             self._dots.detach()
             self._dots, self._unchecked = None, False
-        groups = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
-        nothing_BG = divide(torch.zeros_like(groups), scale_B)
-        blocks = {name: groups.new_zeros(len(scale_B)) for name in self.ledger.blocks}
-        parameters: dict[str, Tensor] = {}
+        nothing_BG = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
+        # All parameters at once: on a GPU each small operation costs as much as a layer's product.
+        scores_PBG = divide(torch.stack([self._raw.get(name, nothing_BG) for name in self.ledger.parameters]), scale_B)
+        groups = scores_PBG.sum(0)
+        parameters = dict(zip(self.ledger.parameters, (scores_PBG @ share_G).unbind(), strict=True))
+        blocks: dict[str, Tensor] = {}
         for name, scored in self.ledger.parameters.items():
-            found_BG = divide(self._raw[name], scale_B) if name in self._raw else nothing_BG
-            groups = groups + found_BG
-            parameters[name] = found_BG @ share_G
-            blocks[scored.block] = blocks[scored.block] + parameters[name]
+            block = scored.block
+            blocks[block] = blocks[block] + parameters[name] if block in blocks else parameters[name]
         pairs = None if self._pairs is None else divide(divide(self._pairs, scale_B).t(), scale_B).t()
         return Scores(total=groups @ share_G, groups=groups, parameters=parameters, blocks=blocks, pairs=pairs)
 

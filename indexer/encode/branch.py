@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from indexer.encode.modes import without_autocast
 from indexer.layers import LayerType, Sides
 
 
@@ -45,7 +46,7 @@ class SideBranch(torch.autograd.Function):
         (dy,) = gradients
         (saved,) = ctx.saved_tensors
         module, layer_type, sides, flipped = ctx.use
-        with torch.autocast(device_type=dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             block_BKJ = layer_type.block(module, saved, dy, sides)
         if flipped:
             block_BKJ = block_BKJ.transpose(1, 2)

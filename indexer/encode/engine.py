@@ -19,6 +19,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.activations import lean_activations
 from indexer.encode.branch import SideBranch
 from indexer.encode.forward_probe import ABSENT, CallKeeper, CannotRun, strangers
+from indexer.encode.modes import without_autocast
 from indexer.encode.sample_axis import Witness, refuse_mixed
 from indexer.layers import layer_type_by_name
 from indexer.layers.base import by_sample, input_of, output_problem
@@ -286,7 +287,7 @@ class GradProjLoraEngine:
                 problem = output_problem(layer_type, module, x, y)
                 refuse_mixed({} if problem is None else {use.module: problem}, len(self._handles))
             x, y = by_sample(x, y, self._batch, layer_type, use.module)
-            with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(y.device.type):
                 saved = layer_type.keep(module, x, sides, y.dtype)
             self._ran.add(use.module)
             output: Tensor = SideBranch.apply(  # type: ignore[no-untyped-call]

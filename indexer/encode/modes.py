@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,11 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(values)
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """No autocast on devices of ``kind``. Where none is open this costs nothing: it is entered for each layer."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def autocast_dtype(model: nn.Module) -> torch.dtype | None:

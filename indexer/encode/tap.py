@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from indexer.encode.modes import without_autocast
+
 See = Callable[[Tensor, Tensor], None]
 """(what was saved of the layer's input, gradient at its output)."""
 
@@ -33,6 +35,6 @@ class Tap(torch.autograd.Function):
         if dy is None:
             return None, None, None, None
         (saved,) = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(device_type=dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device.type):
             ctx.see(saved, dy.detach())
         return dy, None, None, dy.new_zeros(()) if ctx.needs_input_grad[3] else None
