@@ -49,3 +49,25 @@ def test_resumed_to_the_same_bits(gym: Gym, tmp_path: Path, dtype: str | None) -
     resumed = gym.fresh(tmp_path / "halved", **given, keep_checkpoints=None)
     assert same_bits(resumed.weights(8), whole.weights(8)) == []
     assert same_bits(resumed.arrays(), whole.arrays()) == []
+
+
+@pytest.mark.parametrize("passes", ["two", "one"])
+@pytest.mark.parametrize("policy", ["top-k", "reweight"])
+def test_choosing_as_on_a_cpu(gym: Gym, passes: str, policy: str) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-4, "dot_prod_save_interval": 2}
+    options |= {"candidates": 6, "policy": policy, "choosing_passes": passes}
+    options |= {"keep": 3} if policy == "top-k" else {}
+    runs = [gym.train(**options, device=device) for device in ("cpu", "cuda")]
+    ours, theirs = (run.arrays() for run in runs)
+    np.testing.assert_allclose(theirs["weight"], ours["weight"], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(theirs["loss"], ours["loss"], rtol=1e-3)
+    for name, weight in runs[0].weights().items():
+        torch.testing.assert_close(runs[1].weights()[name], weight, rtol=1e-3, atol=5e-4)
+
+
+def test_gradients_that_are_kept(gym: Gym) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-4, "dot_prod_save_interval": 2}
+    options |= {"keep_gradients": 2, "proj_dtype": "float32"}
+    ours, theirs = (gym.train(**options, device=device).arrays() for device in ("cpu", "cuda"))
+    for name in ("gradient", "val_gradient"):
+        assert np.linalg.norm(theirs[name] - ours[name]) <= 1e-3 * np.linalg.norm(ours[name])
