@@ -149,6 +149,7 @@ def test_scores_are_those_of_a_training_on_all(gym: Gym) -> None:
         np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_candidates_a_run_has_no_weights(gym: Gym) -> None:
     trained = gym.train()
     assert "weights" not in trained.run.manifest["storage"]
@@ -218,6 +219,7 @@ def by_loss(candidates: ghoststore.Candidates) -> Any:
     return weights.tolist()
 
 
+@pytest.mark.slow
 def test_a_policy_of_the_users_own(gym: Gym) -> None:
     trained = choosing(gym, policy=by_loss)
     arrays = trained.arrays()
