@@ -8,19 +8,25 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_NUMBER = re.compile(r"\(os error (\d+)\)")
-_CLOSING = "error closing file"
-"""All that Arrow says where the system refuses to close a file: its number is lost."""
+_NUMBER = re.compile(r"\(os error (\d+)\)|^unable to \w+ file <.*\((\d+)\)", re.DOTALL)
+"""Of libraries written in Rust, and of torch."""
+_LOST = re.compile(r"error closing file|\d+ requested and \d+ written")
+"""All that Arrow says where the system refuses to close a file, and NumPy where it refuses to write: the number is
+lost."""
 
 
 def hidden_error(error: BaseException) -> OSError | None:
-    """The error of the system in one of a library (safetensors, tokenizers, Arrow); None if there is none."""
-    if isinstance(error, OSError) and error.errno is None and str(error).startswith(_CLOSING):
-        return OSError(errno.EIO, os.strerror(errno.EIO))
+    """The error of the system in one of a library (safetensors, tokenizers, torch, Arrow, NumPy); None if there is
+    none.
+    """
+    if isinstance(error, OSError):
+        lost = error.errno is None and _LOST.match(str(error))
+        return OSError(errno.EIO, os.strerror(errno.EIO)) if lost else None
     number = _NUMBER.search(str(error))
-    if number is None or isinstance(error, OSError):
+    if number is None:
         return None
-    return OSError(int(number[1]), os.strerror(int(number[1])))
+    code = int(number[1] or number[2])
+    return OSError(code, os.strerror(code))
 
 
 @contextmanager

@@ -41,10 +41,10 @@ def told(error: BaseException) -> int | None:
         return say_error(error, str(error), error.exit_code)
     if isinstance(error, ImportError):
         return say_error(error, str(error), 1)
-    if isinstance(error, OSError):
-        return say_error(error, *_of_the_system(error))
     if (hidden := hidden_error(error)) is not None:
         return say_error(error, *_of_the_system(hidden))
+    if isinstance(error, OSError):
+        return say_error(error, *_of_the_system(error))
     if (words := _memory(error)) is not None:
         return say_error(error, words, 1)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":

@@ -48,9 +48,10 @@ class ChoosingConfig:
         "gradients are formed from the scoring pass, which is cheaper and equal up to rounding.",
         "Choosing",
     )
-    choosing_begins_at: int = option(
-        0,
-        "Before this step the first `keep` candidates are taken, which are random ones.",
+    choosing_begins_at: int | None = option(
+        None,
+        "Before this step the first `keep` candidates are taken, which are random ones (default: a quarter of the "
+        "steps).",
         "Choosing",
         metavar="STEP",
     )
@@ -77,6 +78,13 @@ class ChoosingConfig:
             value = getattr(self, name)
             if value != default:
                 raise UsageError(f"`{name}={value}` is about choosing among candidates: give `candidates`, too")
+
+    def begins_at(self, steps: int) -> int:
+        """The step from which candidates are chosen, of ``steps`` in all.
+
+        Scores of early steps say little: ``benchmarks/results/choosing-ways-scores-cuda.md``.
+        """
+        return steps // 4 if self.choosing_begins_at is None else self.choosing_begins_at
 
     @property
     def least(self) -> int:

@@ -349,6 +349,6 @@ def _pending_in(folder: Path) -> Mapping[str, NDArray[Any]]:
         return {}
     try:
         pending: dict[str, NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's, of a file it cannot open
         raise CheckpointError(f"{path} is damaged: {error}; resume from an earlier checkpoint") from error
     return pending

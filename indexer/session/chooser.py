@@ -51,12 +51,12 @@ class Chooser:
     over: str = "rank"
 
     @classmethod
-    def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks) -> Chooser | None:
-        """Of ``ghoststore train``; None without candidates."""
+    def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks, steps: int) -> Chooser | None:
+        """Of ``ghoststore train`` over so many ``steps``; None without candidates."""
         if config.candidates is None:
             return None
         policy = policy_of(config.policy, config.threshold, config.temperature)
-        return cls(policy, config.keep, config.choosing_begins_at, seed, ranks, config.choose_over)
+        return cls(policy, config.keep, config.begins_at(steps), seed, ranks, config.choose_over)
 
     @classmethod
     def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:

@@ -176,7 +176,7 @@ def restore(saved: SavedState, model: nn.Module, optimizer: torch.optim.Optimize
     try:
         tensors = load_file(state / "optimizer.safetensors")
         pending = {key: tensor.numpy() for key, tensor in load_file(state / "pending.safetensors").items()}
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's, of a file it cannot open
         raise CorruptError(f"{state} cannot be read: {error}; {_earlier(saved.path)}") from error
     parameters = named_parameters(model)
     for key, tensor in tensors.items():

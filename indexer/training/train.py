@@ -178,7 +178,7 @@ class _Training:
             session=self._session(engine, manifest, layout, inputs.rows),
             val_schedule=schedule,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
-            chooser=Chooser.of(self.config.choosing, self.config.seed, self.ranks),
+            chooser=Chooser.of(self.config.choosing, self.config.seed, self.ranks, inputs.steps),
         )
         if schedule is not None:
             with trainer.autocast():

@@ -118,7 +118,7 @@ class PartCache:
             return None
         except CorruptError as error:
             self.progress.note(f"{error}: it is a cache, and is computed anew")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             self.progress.note(f"{path} is damaged ({error}): it is a cache, and is computed anew")
         return None
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.support.trainings import Gym, Trained
 
 Options = dict[str, Any]
-STEPS = {"max_steps": 8, "batch_size": 4, "candidates": 12, "eval_interval": 4}
+STEPS = {"max_steps": 8, "batch_size": 4, "candidates": 12, "eval_interval": 4, "choosing_begins_at": 0}
 
 
 def checkpoint_of(gym: Gym, name: str) -> Path:
@@ -157,13 +157,16 @@ def test_without_candidates_a_run_has_no_weights(gym: Gym) -> None:
     assert "weight" not in trained.arrays()
 
 
-@pytest.mark.slow
-def test_before_choosing_begins_the_first_are_taken(gym: Gym) -> None:
-    arrays = choosing(gym, "two", keep=4, choosing_begins_at=4).arrays()
+@pytest.mark.parametrize(
+    ("given", "begins"), [pytest.param(4, 4, marks=pytest.mark.slow), (None, 2)], ids=["at a step", "by default"]
+)
+def test_before_choosing_begins_the_first_are_taken(gym: Gym, given: int | None, begins: int) -> None:
+    """By default that is a quarter of the steps."""
+    arrays = choosing(gym, "two", keep=4, choosing_begins_at=given).arrays()
     assert (np.isfinite(arrays["score"])).all()
     first = np.array([1.0] * 4 + [0.0] * 8)
-    np.testing.assert_array_equal(arrays["weight"][:4, 0], np.tile(first, (4, 1)))
-    assert (arrays["weight"][4:, 0] != first).any()
+    np.testing.assert_array_equal(arrays["weight"][:begins, 0], np.tile(first, (begins, 1)))
+    assert (arrays["weight"][begins:, 0] != first).any()
 
 
 @pytest.mark.slow

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
-OPTIONS = ("--candidates", "8", "--batch-size", "2", "--val-groups", "--json", "--learning-rate", "1e-3")
+OPTIONS = (
+    "--candidates",
+    "8",
+    "--batch-size",
+    "2",
+    "--val-groups",
+    "--json",
+    "--learning-rate",
+    "1e-3",
+    "--choosing-begins-at",
+    "0",
+)
 OVER_ALL = {
     "top-k": ("--keep", "4"),
     # Shares of one and two samples; and of one and none.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Fault = dict[str, Any]
 OPTIONS = ("--val-groups", "--per-layer", "--train-dtype", "bfloat16")
-CHOOSING = ("--candidates", "8", "--keep", "4", "--batch-size", "3")
+CHOOSING = ("--candidates", "8", "--keep", "4", "--batch-size", "3", "--choosing-begins-at", "0")
 ONE_PASS = (*CHOOSING, "--choosing-passes", "one")
 
 

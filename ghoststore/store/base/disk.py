@@ -140,7 +140,7 @@ def storage_errors(what: str, left: str = RESUMES) -> Iterator[None]:
 
 def _number_of(error: Exception) -> int | None:
     """The operating system's number of an error, hidden in the words of a library or not."""
-    system = error if isinstance(error, OSError) else hidden_error(error)
+    system = hidden_error(error) or (error if isinstance(error, OSError) else None)
     return None if system is None else system.errno
 
 
