@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import click
@@ -72,8 +73,16 @@ def manifest_of(rows: int, dimension: int, dtype: str) -> dict[str, Any]:
         "chunk_rows": layout.chunk_rows,
         "store_text": False,
     }
-    empty: dict[str, Any] = {section: {} for section in (*PART.identity, *PART.description)}
-    return {**empty, "corpus": {"domains": None}, "storage": storage}
+    empty: dict[str, Any] = {
+        section: {name: _least(types) for name, types in PART.entries.get(section, {}).items() if "." not in name}
+        for section in (*PART.identity, *PART.description)
+    }
+    return {**empty, "layers": [], "storage": storage}
+
+
+def _least(types: tuple[type, ...]) -> Any:
+    """Nothing, where an entry may be that; else an empty one."""
+    return None if NoneType in types else types[0]()
 
 
 def normal(rng: np.random.Generator, count: int, dimension: int) -> NDArray[np.float32]:
