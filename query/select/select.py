@@ -1,4 +1,4 @@
-"""``ghoststore.select``: a val set to a training set, the original rows of the samples that point its way."""
+"""``ghoststore.select``: the training set for a val set: original rows of the corpus, chosen by their scores."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from query.select.strategy import Strategy
 
 @takes(SelectOptions)
 def select(options: SelectOptions) -> SelectReport:
-    """Choose samples by their score for a val set, and write their original rows, every field of them, to ``out``.
+    """Choose samples by their score for a val set, and write their original rows, with all fields, to ``out``.
 
-    What scores are (``store``, ``val_set``, ``part``, ``metric``, …) is as in ``ghoststore.query``. Where there are
-    several rankings, the first counts: that over everything.
+    The options of the scores (``store``, ``val_set``, ``part``, ``metric``, …) are those of ``ghoststore.query``. If
+    these give several rankings, the first one counts: the combined one.
 
-    How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
-    ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
-    ``equal``. ``diversity``: ``mmr``, ``facility-location`` or ``greats``, see `query.select.diversity`, among the best
-    ``candidates`` (default: 4 for each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of
-    near-duplicates of the val set, see `query.select.leaks`. The same call writes the same bytes.
+    Exactly one option says how much to choose: ``fraction`` (of the samples that can be chosen), ``count``,
+    ``threshold`` (the lowest score) or ``token_budget``. ``quotas`` divide it by domain: {domain: share or number of
+    samples}, ``proportional`` or ``equal``. ``diversity`` is ``mmr``, ``facility-location`` or ``greats`` (see
+    `query.select.diversity`), weighted by ``diversity_weight``, among the best ``candidates`` (default: 4 for each
+    sample to choose). ``leaks`` says what to do with near-duplicates of the val set (see `query.select.leaks`). The
+    same call writes the same bytes.
 
-    ``out`` is a new path: the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of its
-    rows is that of the corpus, or falling ``score``. ``report`` is a new .json file (default: ``out`` and
-    ``.report.json``), and a list of the rows lies beside it. All of them appear whole or not at all.
+    ``out`` is a new path: in the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of
+    the rows is that of the corpus, or by falling ``score``. ``report`` is a new .json file (default: the name of
+    ``out`` with ``.report.json`` added), and a list of the rows is written beside it. All files appear whole, or none
+    does.
 
-    Raises UsageError for what cannot be used or chosen, MismatchError for a corpus that is not the one of the part,
-    CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
+    Raises UsageError for options that do not fit or if nothing can be chosen, MismatchError if the corpus is no longer
+    that of the part, CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query``
+    raises.
     """
     progress = options.progress or Silent()
     budget = Budget(
@@ -55,14 +58,14 @@ def select(options: SelectOptions) -> SelectReport:
         candidates=options.candidates,
     )
     files = SelectFiles.of(options.out, options.report, options.order)
-    wanted = part_of(Question, options)
-    parts, weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
+    question = part_of(Question, options)
+    parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     part = parts[0]
-    corpus = corpus_behind(part, wanted.data)
+    corpus = corpus_behind(part, question.data)
     files.check(corpus)
-    with open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set:
-        leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
-        scorer = open_scorer(wanted, parts, weights, val_set, progress)
+    with open_corpus(str(question.val_set), question.val_fields(), progress) as val_set:
+        leak_check = LeakCheck(islice(val_set.samples(), question.max_samples))
+        scorer = open_scorer(question, parts, weights, val_set, progress)
     note_repeated(part, progress)
     places = Places()
     for sample in read_unchanged(corpus, part, progress):
@@ -70,32 +73,32 @@ def select(options: SelectOptions) -> SelectReport:
         leak_check.see(sample)
     leaked = list(leak_check.found.values())
     if options.leaks == "error":
-        refuse(leaked, str(wanted.val_set))
+        refuse(leaked, str(question.val_set))
     samples = Samples.of(part, scorer.scores(progress, 1)[0])
     excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
     chosen = strategy.choose(scorer, samples, np.where(excluded, np.nan, samples.score), progress)
-    made = SelectReport.of(
+    report = SelectReport.of(
         samples,
         chosen,
-        store=str(wanted.store),
+        store=str(question.store),
         out=str(files.out),
         report=str(files.report),
         rows_file=str(files.rows),
         settings={**scorer.settings(), "ranking": scorer.names[0], **strategy.settings(), "order": files.order},
         leaks=report_of(leaked, options.leaks),
     )
-    _tell(made, progress)
-    files.write(made, corpus, places, samples, chosen)
-    return made
+    _note_shortfalls(report, progress)
+    files.write(report, corpus, places, samples, chosen)
+    return report
 
 
-def _tell(made: SelectReport, progress: Progress) -> None:
-    """What the user should know of a choice that was made."""
-    if made.leaks["found"]:
-        fate = "left out" if made.leaks["policy"] == "exclude" else "kept where they were chosen"
-        progress.note(f"{made.leaks['found']:,} near-duplicate(s) of the val set are in the corpus: {fate}")
-    for pool in made.short:
-        unit = "tokens" if "token_budget" in made.settings else "samples"
+def _note_shortfalls(report: SelectReport, progress: Progress) -> None:
+    """Notes on near-duplicates and on quotas that could not be filled."""
+    if report.leaks["found"]:
+        fate = "left out" if report.leaks["policy"] == "exclude" else "kept where they were chosen"
+        progress.note(f"{report.leaks['found']:,} near-duplicate(s) of the val set are in the corpus: {fate}")
+    for pool in report.short:
+        unit = "tokens" if "token_budget" in report.settings else "samples"
         progress.note(
             f"{pool['domain']}: {pool['asked']:,} {unit} were asked for, there are {pool['chosen']:,}; all are chosen"
         )

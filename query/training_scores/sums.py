@@ -1,4 +1,4 @@
-"""Running sums of scores, by sample: one pass, in the order of the steps, whatever the number of steps.
+"""Running sums of scores for each sample, in one pass over the steps. Memory does not grow with the number of steps.
 
 Legend: N rows of the row table, U units (samples, or windows), P places of some steps.
 """
@@ -17,18 +17,18 @@ from ghoststore.store.run.run import Run
 from query.training_scores.steps import Places
 
 WEIGHTED = ("cumulative", "mean")
-"""Values in which a score counts with the learning rate of its step."""
+"""The kinds of value that weight a score with the learning rate of its step."""
 
 
 class Units:
-    """What is ranked: samples, or the windows that long ones were cut into."""
+    """The units that are ranked: samples, or the windows that long samples were cut into."""
 
     def __init__(self, run: Run, unit: Unit) -> None:
         self._run = run
         rows = len(run.rows)
         run.rows.bear_out()
         self.of_row: NDArray[np.int64] | None = None
-        """(N,): the unit of each row; None where they are the same."""
+        """(N,): the unit of each row; None if every row is a unit of its own."""
         self.first_row: NDArray[np.int64] = np.arange(rows)
         """(U,): the first row of each unit."""
         if unit == "sample":
@@ -51,29 +51,29 @@ class Units:
 
 @dataclass(slots=True)
 class Tally:
-    """How often samples were seen, and what became of their scores."""
+    """How often samples were trained on, and how many of their scores count."""
 
     times: int = 0
-    """Places with a sample."""
+    """Number of places that hold a sample."""
     scored: int = 0
-    """Scores that count: finite, and with a learning rate where the value needs one."""
+    """Number of scores that count: finite ones, with a finite learning rate if the value needs one."""
     negative: int = 0
-    """Of these, below 0."""
+    """Number of scores that count and are below 0."""
     unscored: int = 0
-    """NaN: not scored, or not a number."""
+    """Number of places without a score (NaN)."""
     not_finite: int = 0
-    """Infinite."""
+    """Number of infinite scores."""
     without_learning_rate: int = 0
-    """Left out because their step has no finite learning rate."""
+    """Number of finite scores that do not count because their step has no finite learning rate."""
 
     @property
     def negative_share(self) -> float | None:
-        """Share of negative scores; None without any score."""
+        """Share of negative scores among those that count; None without any."""
         return self.negative / self.scored if self.scored else None
 
 
 class ScoreSums:
-    """Sums over the scores of each unit. Only finite numbers enter. Memory: some 45 bytes a unit."""
+    """Sums over the scores of each unit. Only finite numbers enter. Memory: about 45 bytes a unit."""
 
     def __init__(self, units: int, *, weighted: bool = True) -> None:
         self.tally = Tally()
@@ -88,12 +88,12 @@ class ScoreSums:
         """(U,): the newest score."""
         self.last_step: NDArray[np.int64] = np.full(units, -1)
         self.times: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
-        """(U,): scores that count."""
+        """(U,): number of scores that count."""
         self.negative: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
         self.seen: NDArray[np.bool_] = np.zeros(units, dtype=bool)
 
     def add(self, places: Places, unit: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Count ``places``, of the units ``unit``; (P,): which of them count."""
+        """Add ``places``, whose units are ``unit``. Returns (P,): true for the scores that count."""
         score = places.score
         with np.errstate(invalid="ignore", over="ignore"):
             weighted = places.learning_rate * score
@@ -112,7 +112,7 @@ class ScoreSums:
         np.add.at(self.squares, unit, score * score)
         np.add.at(self.times, unit, 1)
         np.add.at(self.negative, unit, score < 0)
-        newer = step >= self.last_step[unit]  # not so where a gap was filled later
+        newer = step >= self.last_step[unit]  # an older step may come later, when a gap is filled
         self.last[unit[newer]], self.last_step[unit[newer]] = score[newer], step[newer]
         return counts
 
@@ -126,7 +126,7 @@ class ScoreSums:
 
 
 def best(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Places of the ``k`` largest finite values, largest first, equal ones by place."""
+    """The places of the ``k`` largest finite values, largest first; equal values by lower place."""
     places = np.flatnonzero(np.isfinite(values))
     if 0 < k < len(places):
         least = np.partition(values[places], -k)[-k]
@@ -135,7 +135,9 @@ def best(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
 
 
 def standard_error(count: Any, total: Any, squares: Any) -> NDArray[np.float64]:
-    """Standard error of the mean of ``count`` numbers with these sums; NaN for fewer than two."""
+    """Standard error of the mean of ``count`` numbers, from their sum and the sum of their squares; NaN for fewer than
+    two.
+    """
     n = np.asarray(count, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.maximum(squares - np.square(total) / n, 0.0) / (n - 1)
