@@ -47,11 +47,8 @@ def select(options: SelectOptions) -> SelectReport:
     raises.
     """
     progress = options.progress or Silent()
-    budget = Budget(
-        fraction=options.fraction, count=options.count, threshold=options.threshold, token_budget=options.token_budget
-    )
     strategy = Strategy(
-        budget=budget,
+        budget=part_of(Budget, options),
         quotas=options.quotas,
         diversity=options.diversity,
         diversity_weight=options.diversity_weight,

@@ -37,13 +37,12 @@ def plot_scores(
     title: str | None = None,
     over: bool = True,
 ) -> None:
-    """Two panels for ``run``, written to ``path``: .png, .pdf or .svg.
+    """Draw the scores of ``run`` in two panels and save them to ``path``: .png, .pdf or .svg.
 
-    What stands there is replaced, unless ``over`` is False.
-
-    Left: the mean score of each domain in equal bins of steps, with its standard error as a band. Right: Σ η·score of
-    each domain's samples up to each step. The other parameters are those of :func:`ghoststore.scores`. UsageError as
-    there, StorageError if it cannot be written.
+    The left panel shows the mean score of each domain in equal bins of steps, with its standard error as a band. The
+    right panel shows Σ η·score of each domain's samples up to each step. A file that exists is replaced, unless
+    ``over`` is False. The other parameters are those of :func:`ghoststore.scores`, and so are the errors; StorageError
+    if the picture cannot be written.
     """
     from matplotlib.figure import Figure
 
