@@ -1,4 +1,4 @@
-"""What a build reads, each opened once: the checkpoint, the corpus, and the part where it is there already."""
+"""The inputs of a build, each opened once: the checkpoint, the corpus, and the part if it exists already."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True, kw_only=True)
 class BuildInputs:
-    """Made by :func:`open_inputs`."""
+    """The open inputs of a build. :func:`open_inputs` makes them."""
 
     options: BuildOptions
     checkpoint: Checkpoint
@@ -39,16 +39,16 @@ class BuildInputs:
     corpus: Corpus
     part_name: str
     there: Part | None
-    """The part, if it is there already."""
+    """The part, if it exists already."""
     device: str
     batch_tokens: int
     tokens: TokenSettings
     repairing: bool = False
-    """Whether ``there`` is repaired: what it was made of is then taken from it, whatever it has lost."""
+    """Whether ``there`` is being repaired: its own scales are then used, whatever else it has lost."""
 
     @cached_property
     def identity(self) -> Manifest:
-        """Sections of the manifest that say which model it is."""
+        """The sections of the manifest that identify the model and the tokenizer."""
         stored = None if self.there is None else self.there.manifest
         return {
             "checkpoint": checkpoint_section(self.checkpoint.fingerprint(), self.model, stored),
@@ -56,7 +56,7 @@ class BuildInputs:
         }
 
     def description(self) -> Manifest:
-        """Sections of the manifest that say where everything came from, and what computes."""
+        """The sections of the manifest that say where the inputs are, and which hardware and software compute."""
         options, folder = self.options, self.checkpoint.folder
         return {
             "source": {
@@ -83,14 +83,14 @@ def _resolved(path: str | Path | None) -> str | None:
 
 @contextmanager
 def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None = None) -> Iterator[BuildInputs]:
-    """Open everything; what cannot be used is refused before a model is loaded: a damaged part, too, unless it is the
-    one that is ``repaired``.
+    """Open all inputs. Those that cannot be used are refused before the model is loaded, and so is a damaged part,
+    unless it is ``repaired``.
     """
     device = resolve_device(options.device)
     checkpoint = find_checkpoint(options.checkpoint)
     text_tokenizer = load_tokenizer(checkpoint.folder if options.tokenizer is None else Path(options.tokenizer))
-    by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
-    part_name = check_name(options.name) if options.name else by_default
+    default_name = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
+    part_name = check_name(options.name) if options.name else default_name
     Store.refuse_others(Path(options.store))
     there = repaired or _existing(options.store, part_name)
     if there is not None:
@@ -105,7 +105,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             text_tokenizer,
             vocabulary=embedding_rows(model),
             note=progress.note,
-            # That of the rows that are there, so that a build goes on to the same tokens on another day.
+            # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
             template_date=corpus.template_date if there is None else there.manifest["tokens"]["template_date"],
         )
         yield BuildInputs(
@@ -134,12 +134,12 @@ def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFi
 
 
 def _existing(store: str | Path, name: str) -> Part | None:
-    """The part, if it is there already. CorruptError if it is damaged, as far as a look at each file tells."""
+    """The part called ``name``, or None. CorruptError if records or file sizes show that it is damaged."""
     if not (Path(store) / "zarr.json").exists():
         return None
-    opened = Store.open(store)
-    if name not in opened.part_names():
+    opened_store = Store.open(store)
+    if name not in opened_store.part_names():
         return None
-    part = opened.damaged_part(name)
+    part = opened_store.damaged_part(name)
     refuse_damaged(part)
     return part

@@ -1,8 +1,8 @@
-"""A chat template is a program: how long it may run, and what it may not compute in one step.
+"""Limits for chat templates, which are programs: how long they may run, and how much they may compute in one step.
 
-The sandbox of jinja2 keeps a template from the machine, not from running without end: nested loops, and macros that
-call themselves twice, take as long as they like. So the Python that jinja2 makes of a template counts its turns of
-loops and its calls: a template is refused on every machine, or on none.
+The sandbox of jinja2 protects the machine, but it does not stop a template that runs forever: nested loops, and macros
+that call themselves twice, take any time. So the Python code that jinja2 makes of a template is changed to count loop
+iterations and calls. The limit is a number of steps, not a time, so that all machines refuse the same templates.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 MOST_STEPS = 10_000_000
-"""Turns of loops, and calls of macros, for one conversation; common templates take some for each message."""
+"""Most loop iterations and macro calls for one conversation. Common templates take a few for each message."""
 LONGEST_REPEAT = 1 << 20
-"""Of what `*` makes of a text or a list."""
+"""Longest text or list that `*` may make."""
 MOST_BITS = 4096
-"""Of a product or a power."""
+"""Most bits of a product or a power."""
 _OPERATORS = frozenset({"*", "**"})
 _compiling = Lock()
 
 
 @contextmanager
 def bounded(tokenizer: Any, tools: Any) -> Iterator[None]:
-    """The chat template that ``tokenizer`` takes for ``tools`` is rendered inside in at most MOST_STEPS steps, none of
-    which makes much of little: jinja2.TemplateError otherwise.
+    """While open, the chat template that ``tokenizer`` uses for ``tools`` raises jinja2.TemplateError if it takes more
+    than MOST_STEPS steps, or makes a large value in one step.
     """
-    environment: Any = _guarded(tokenizer.get_chat_template(tools=tools)).environment
+    environment: Any = _counting_template(tokenizer.get_chat_template(tools=tools)).environment
     environment.step = _Counter().step
     yield
 
@@ -47,14 +47,14 @@ class _Counter:
             raise jinja2.TemplateRuntimeError(f"it takes more than {MOST_STEPS:,} steps")
 
 
-def _guarded(source: str) -> jinja2.Template:
-    """The template that transformers compiles of ``source`` and keeps for the next time, compiled anew in its place: it
-    counts its steps, and its operators are :func:`_computed`.
+def _counting_template(source: str) -> jinja2.Template:
+    """The template that transformers compiles from ``source`` and caches, changed in place: it counts its steps, and
+    its operators are :func:`_computed`.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     with _compiling:
-        # Constants are computed while a template is compiled, and its environment is made by the same function.
+        # Set on the class, because compiling computes constants, in an environment that the same function makes.
         SandboxedEnvironment.intercepted_binops = _OPERATORS
         try:
             template: jinja2.Template = _compile_jinja_template(source)
@@ -64,13 +64,13 @@ def _guarded(source: str) -> jinja2.Template:
         if not hasattr(environment, "step"):
             environment.intercepted_binops, environment.call_binop = _OPERATORS, _computed
             environment._compile, environment.step = _with_steps, _Counter().step
-            ours = environment.from_string(source)
-            template.root_render_func, template.blocks = ours.root_render_func, ours.blocks
+            counting = environment.from_string(source)
+            template.root_render_func, template.blocks = counting.root_render_func, counting.blocks
     return template
 
 
 class _Steps(ast.NodeTransformer):
-    """Has every turn of a loop, and every function, begin with a step."""
+    """Inserts a call of ``environment.step`` at the beginning of every loop body and every function."""
 
     def _counted(self, node: Any) -> Any:
         self.generic_visit(node)
@@ -81,16 +81,16 @@ class _Steps(ast.NodeTransformer):
 
 
 def _with_steps(source: str, filename: str) -> CodeType:
-    """In place of jinja2's own: the code of the Python ``source`` that it made of a template."""
+    """Replaces jinja2's ``_compile``: compiles the Python ``source`` of a template, with steps inserted."""
     tree = ast.fix_missing_locations(_Steps().visit(ast.parse(source, filename)))
     return compile(tree, filename, "exec")
 
 
 def _computed(context: Any, operator: str, left: Any, right: Any) -> Any:
-    """``left`` operator ``right``; jinja2.TemplateError where that is a large number, or a long text or list."""
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, Sized) and isinstance(other, int) and len(one) * other > LONGEST_REPEAT:
-            raise jinja2.TemplateRuntimeError(f"it repeats something {other:,} times")
+    """``left`` operator ``right``. jinja2.TemplateError if the result is a large number, or a long text or list."""
+    for sequence, times in ((left, right), (right, left)):
+        if isinstance(sequence, Sized) and isinstance(times, int) and len(sequence) * times > LONGEST_REPEAT:
+            raise jinja2.TemplateRuntimeError(f"it repeats something {times:,} times")
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > MOST_BITS:
