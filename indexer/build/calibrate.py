@@ -200,8 +200,8 @@ class _Passes:
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
             most = _eigenvectors(self.plan, n, k)
             sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
-            other = self._drawn(layer, "in" if axis == "out" else "out")
-            sides[block.name] = (other, None) if axis == "out" else (None, other)
+            other_side = self._drawn(layer, "in" if axis == "out" else "out")
+            sides[block.name] = (other_side, None) if axis == "out" else (None, other_side)
         for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
             for layer, total, block_BKJ in zip(layers, sums, blocks, strict=True):
                 total.add(self._unfolded(layer, axis, block_BKJ), len(block_BKJ))
@@ -294,9 +294,9 @@ def learning_bytes(plan: ProjectionPlan) -> int:
     return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
 
 
-def _key(layer: BlockPlan, what: str) -> str:
+def _key(layer: BlockPlan, purpose: str) -> str:
     """The key of random numbers. It has no seed, because what is learned should depend only on the corpus."""
-    return f"ghoststore/1|calibration|layer={layer.block.name}|{what}"
+    return f"ghoststore/1|calibration|layer={layer.block.name}|{purpose}"
 
 
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:

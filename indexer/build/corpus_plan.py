@@ -95,6 +95,7 @@ class _TableBuilder:
             self.entries[-1][4] = self._digest.value()
 
     def table(self) -> NDArray[np.int64]:
+        """(spans, 5) int64: the table of spans, see COLUMNS."""
         self._close()
         return np.array(self.entries, dtype=np.int64).reshape(-1, len(COLUMNS))
 

@@ -38,18 +38,18 @@ class BuildInputs:
     tokenizer: Tokenizer
     corpus: Corpus
     part_name: str
-    there: Part | None
+    existing: Part | None
     """The part, if it exists already."""
     device: str
     batch_tokens: int
     tokens: TokenSettings
     repairing: bool = False
-    """Whether ``there`` is being repaired: its own scales are then used, whatever else it has lost."""
+    """Whether ``existing`` is being repaired: its own scales are then used, whatever else it has lost."""
 
     @cached_property
     def identity(self) -> Manifest:
         """The sections of the manifest that identify the model and the tokenizer."""
-        stored = None if self.there is None else self.there.manifest
+        stored = None if self.existing is None else self.existing.manifest
         return {
             "checkpoint": checkpoint_section(self.checkpoint.fingerprint(), self.model, stored),
             "tokenizer": self.tokenizer.identity,
@@ -92,11 +92,11 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     default_name = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
     part_name = check_name(options.name) if options.name else default_name
     Store.refuse_others(Path(options.store))
-    there = repaired or _existing(options.store, part_name)
-    if there is not None:
-        refuse_incomplete(there)
-    if not options.dry_run and not (there is not None and there.complete):
-        check_writable(Path(options.store) / "parts" if there is None else there.path)
+    existing = repaired or _existing(options.store, part_name)
+    if existing is not None:
+        refuse_incomplete(existing)
+    if not options.dry_run and not (existing is not None and existing.complete):
+        check_writable(Path(options.store) / "parts" if existing is None else existing.path)
     with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
@@ -106,7 +106,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             vocabulary=embedding_rows(model),
             note=progress.note,
             # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
-            template_date=corpus.template_date if there is None else there.manifest["tokens"]["template_date"],
+            template_date=corpus.template_date if existing is None else existing.manifest["tokens"]["template_date"],
         )
         yield BuildInputs(
             options=options,
@@ -115,7 +115,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             tokenizer=tokenizer,
             corpus=corpus,
             part_name=part_name,
-            there=there,
+            existing=existing,
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
             tokens=TokenSettings(

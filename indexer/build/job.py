@@ -88,7 +88,7 @@ class BuildJob:
 
 def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     """Choose the layers, check the model, scan the corpus, and draw or learn the matrices."""
-    options, model, there = inputs.options, inputs.model, inputs.there
+    options, model, existing = inputs.options, inputs.model, inputs.existing
     config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
     if options.optimizer_state is not None and config.preconditioned:
         raise UsageError(
@@ -96,8 +96,8 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             "own: choose one (`precondition=none`)"
         )
     plan = ProjectionPlan.for_model(model, config)
-    if there is not None:  # refused before the corpus is read, which takes longer
-        _refuse_other(there, plan, inputs.identity)
+    if existing is not None:  # refused before the corpus is read, which takes longer
+        _refuse_other(existing, plan, inputs.identity)
     padding = _may_pad(inputs, plan, progress)
     learning = LearningSample(config.calibration_samples) if config.calibrated else None
     corpus_plan = plan_corpus(
@@ -113,12 +113,12 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     )
     layout = _layout(inputs, plan, corpus_plan.rows)
     scales: Mapping[str, SideScales] | None = None
-    if inputs.repairing and there is not None:
-        scales = scales_of(there, plan)
+    if inputs.repairing and existing is not None:
+        scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
-    if learning is not None and there is not None:
-        plan = calibrated_as(there, plan)
+    if learning is not None and existing is not None:
+        plan = calibrated_as(existing, plan)
     elif learning is not None and not options.dry_run:
         plan = _learned(inputs, plan, learning, scales, padding, progress)
     drawable = plan.calibration is not None or learning is None
@@ -145,9 +145,9 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
 
 def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
     """Whether rows of different lengths may share a batch. CaptureError for a model that no part can be built from."""
-    options, tokens, there = inputs.options, inputs.tokens, inputs.there
-    if there is not None and there.complete:  # nothing will be computed
-        return bool(there.manifest["batching"]["padding"])
+    options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
+    if existing is not None and existing.complete:  # nothing will be computed
+        return bool(existing.manifest["batching"]["padding"])
     rows = rows_of(islice(inputs.corpus.samples(), options.max_samples), inputs.tokenizer, tokens)
     # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))

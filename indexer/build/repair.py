@@ -187,6 +187,7 @@ class _Repair:
                 forget(source, span)
 
     def _mend_part(self, part: Part, damaged: list[str], unbuilt: set[int]) -> None:
+        """Mend a part: its metadata and caches, and its damaged and ``unbuilt`` spans by computing them."""
         self.mended += restore_metadata(part, damaged, self._owner)
         self.mended += drop_caches(part, damaged, self._owner)
         spans = damaged_spans(part, damaged) | unbuilt
@@ -205,6 +206,7 @@ class _Repair:
             self._restore_records(part, spans, why)
 
     def _mend_run(self, run: Run, damaged: list[str]) -> None:
+        """Mend a run: its metadata and records. Damaged steps are lost; with ``drop_damaged`` they are removed."""
         self.mended += restore_metadata(run, damaged, self._owner)
         spans = damaged_spans(run, damaged)
         for span in sorted(spans):
@@ -263,7 +265,7 @@ class _Repair:
         options = self._build_options(part, learn=bool(fixed))
         with open_inputs(options, self._progress, repaired=part) as inputs:
             learned = [name for name in fixed if name.partition("/")[0] != SPAN_TABLE]
-            job = plan_job(replace(inputs, there=None, repairing=False) if learned else inputs, self._progress)
+            job = plan_job(replace(inputs, existing=None, repairing=False) if learned else inputs, self._progress)
             if fixed:
                 self._restore_fixed(part, job, fixed)
             refuse_other_build(part, job, self._progress)
@@ -281,12 +283,12 @@ class _Repair:
     def _restore_fixed(self, part: Part, job: BuildJob, names: list[str]) -> None:
         """Restore files of arrays that are written when a part is made, if ``job`` has the same numbers."""
         values = {SPAN_TABLE: job.plan.table, **job.fixed()}
-        with TemporaryDirectory(prefix="ghoststore-") as made:
-            group = zarr.create_group(made)
+        with TemporaryDirectory(prefix="ghoststore-") as folder:
+            group = zarr.create_group(folder)
             for name, array in values.items():
                 create_fixed(group, name, array)[...] = array
             for name in names:
-                path = Path(made) / name
+                path = Path(folder) / name
                 if path.is_file() and FileRecord.of(path).sha256 == part.files[name]:
                     with storage_errors(str(part.path / name)):
                         (part.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -295,10 +297,10 @@ class _Repair:
 
     def _build_options(self, part: Part, *, learn: bool) -> BuildOptions:
         """The options that the part was built with, and the paths that the user gave."""
-        manifest, given, whose = part.manifest, self._options, f"part {part.name!r}"
+        manifest, user_options, whose = part.manifest, self._options, f"part {part.name!r}"
         storage, compute = manifest["storage"], manifest["compute"]
-        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", given.checkpoint)
-        data = source_path(manifest, "data", whose, "data", given.data)
+        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", user_options.checkpoint)
+        data = source_path(manifest, "data", whose, "data", user_options.data)
         if checkpoint is None or data is None:
             raise UsageError(
                 f"{whose} was built on standard input, which cannot be read again: give `data`, a file with the same "
@@ -306,7 +308,7 @@ class _Repair:
             )
         return BuildOptions(
             checkpoint=checkpoint,
-            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", given.tokenizer),
+            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", user_options.tokenizer),
             data=data,
             store=part.path.parent.parent,
             name=part.name,
@@ -323,7 +325,7 @@ class _Repair:
             proj_dtype=storage["dtype"],
             projection=config_of(manifest["projection"], manifest["layers"]),
             optimizer_state=manifest["source"]["optimizer_state"] if learn and is_own(manifest) else None,
-            device=given.device,
+            device=user_options.device,
         )
 
 

@@ -173,14 +173,14 @@ class _Probe:
         """
         last = self.batch - 1
         alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
-        whole, output = self._rows(range(self.batch))
-        self._whole = whole
+        whole_rows, output = self._rows(range(self.batch))
+        self._whole = whole_rows
         self._refuse_other_output(output)
         of_layer, of_output = self._allowed(last)
         for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
             layer_rows, output_part = self._rows(places)
             for name in self.names - set(self.problems):
-                expected, rows = whole.get(name, []), layer_rows.get(name, [])
+                expected, rows = whole_rows.get(name, []), layer_rows.get(name, [])
                 if not expected and absent is not None:
                     self.problems[name] = absent
                 elif len(expected) != len(rows):
@@ -218,20 +218,21 @@ class _Probe:
 
     def _rows(self, places: Sequence[int], seed: int | None = None) -> tuple[dict[str, list[Tensor]], Sums]:
         """(random sums of the rows of each layer's input for each call, those of the model's output)."""
-        seen: dict[str, list[Tensor]] = {}
+        rows_by_layer: dict[str, list[Tensor]] = {}
         handles = [
             self.model.get_submodule(name).register_forward_hook(
-                self._hook(name, len(places), seen), with_kwargs=True, prepend=True
+                self._hook(name, len(places), rows_by_layer), with_kwargs=True, prepend=True
             )
             for name in self.names
         ]
         try:
-            return seen, self._run(places, seed)
+            return rows_by_layer, self._run(places, seed)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _run(self, places: Sequence[int], seed: int | None = None) -> Sums:
+        """The random sums of the model's output for the samples at ``places``. CannotRun if the model fails on them."""
         arguments = (self.call.args, self.call.kwargs)
         if len(places) != self.batch and not can_be_cut(arguments, self.batch):
             raise CannotRun(
@@ -251,7 +252,9 @@ class _Probe:
                 ) from error
         return dict(_output_sums(output))
 
-    def _hook(self, name: str, batch: int, seen: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, batch: int, rows_by_layer: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+        """A forward hook that records the rows of a layer's input, and what is wrong with its shape."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             x = input_of(args, kwargs)
             kind = layer_type_of(module)
@@ -263,7 +266,7 @@ class _Probe:
             if len(x) != batch:
                 self._expanded.add(name)
             x_B, y_B = by_sample(x, y, batch, kind, name)
-            seen.setdefault(name, []).append(row_sums(x_B))
+            rows_by_layer.setdefault(name, []).append(row_sums(x_B))
             return y_B  # expanded to one row a sample, as the engines do
 
         return hook

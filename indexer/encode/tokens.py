@@ -239,6 +239,7 @@ class Tokenizer:
                     )
 
     def _chat(self, sample: Sample) -> str:
+        """The text that the chat template makes of the messages of ``sample``. CorpusError if it refuses them."""
         if not isinstance(sample.content, Messages):
             return ""
         if getattr(self.tokenizer, "chat_template", None) is None:

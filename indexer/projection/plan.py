@@ -159,6 +159,7 @@ class ProjectionPlan:
 
     @staticmethod
     def _resolve_compress(config: ProjectionConfig, dimension: int, layers: int) -> int | None:
+        """K of the sketch for Kronecker vectors of ``dimension`` numbers; None for no sketch."""
         if not config.sketched:
             return None
         if isinstance(config.compress, int):

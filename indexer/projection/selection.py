@@ -142,6 +142,7 @@ def _examples(names: Iterable[str]) -> str:
 def _selected_names(
     model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]
 ) -> list[str]:
+    """The names of the layers that the patterns select. LayerError for a pattern without a layer, and for none left."""
     unsupported = _unsupported_modules(model, layers)
     for pattern in [*include, *exclude]:
         if pattern in exclude and any(_selects_unsupported(pattern, name) for name in unsupported):
@@ -230,13 +231,13 @@ def select_blocks(
             unhandled.update({id(p): name for p in module._parameters.values() if p is not None})
     blocks, covered = [], 0
     owner: dict[int, str] = {}
-    seen: set[int] = set()
+    selected: set[int] = set()
     counted: set[int] = set()
     for name in chosen:
         weight = model.get_submodule(name)._parameters["weight"]
-        if id(weight) in seen:
+        if id(weight) in selected:
             continue
-        seen.add(id(weight))
+        selected.add(id(weight))
         if id(weight) in unhandled:
             raise LayerError(
                 f"layer {name!r} shares its weight with {unhandled[id(weight)]!r}, which no layer type handles: its "

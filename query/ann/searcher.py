@@ -82,6 +82,7 @@ class Searcher:
         return self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
 
     def _best(self, term: Term, k: int, sign: float) -> Ranking:
+        """The ``k`` candidates of each query with the highest ``sign`` × score."""
         queries = len(term.queries_QD)
         rows_Qk, scores_Qk = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), -sign * np.inf)
         if k == 0 or queries == 0:

@@ -54,15 +54,15 @@ class Question(QuestionOptions):
         """
         if self.checkpoint is None:
             return [None] * parts
-        given: list[str | Path | None] = (
+        paths: list[str | Path | None] = (
             [self.checkpoint] if isinstance(self.checkpoint, str | Path) else list(self.checkpoint)
         )
-        if len(given) != parts:
+        if len(paths) != parts:
             raise UsageError(
-                f"`checkpoint` is given {len(given)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
+                f"`checkpoint` is given {len(paths)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
                 "another's; give one for each, in their order"
             )
-        return given
+        return paths
 
     def val_fields(self) -> Fields:
         """The fields of the val set; ``group_field`` takes the place of the domain."""

@@ -40,8 +40,8 @@ def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int
         "`with_scores`": question.with_scores is not None,
         f"`combine={question.combine}`": question.combine != "mean",
     }
-    for option, given in unfit.items():
-        if given:
+    for option, is_given in unfit.items():
+        if is_given:
             raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
 
 

@@ -19,8 +19,8 @@ PICTURES = (".png", ".pdf", ".svg")
 
 def columns_of(kind: Any) -> dict[str, type]:
     """Name and type of each field of a dataclass whose fields are strings, numbers, or None."""
-    known = {"str": str, "int": int, "float": float}
-    return {field.name: known[str(field.type).removesuffix(" | None")] for field in fields(kind)}
+    types = {"str": str, "int": int, "float": float}
+    return {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(kind)}
 
 
 def write_result(

@@ -34,10 +34,12 @@ class Invariance(NamedTuple):
 
     @property
     def largest(self) -> float:
+        """The largest of all differences."""
         return max(*self.vectors.values(), self.losses)
 
     @property
     def sound(self) -> bool:
+        """Whether all differences can be rounding."""
         return self.largest <= self.tolerance
 
 

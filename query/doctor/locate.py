@@ -18,20 +18,21 @@ Traces = list[tuple[str, Tensor]]
 
 
 def first_difference(
-    model: nn.Module, one: Callable[[], Any], other: Callable[[], Any], length: int | None = None
+    model: nn.Module, first_pass: Callable[[], Any], second_pass: Callable[[], Any], length: int | None = None
 ) -> str | None:
     """The name of the first module whose output for the first sample differs between two forward passes.
 
     With ``length`` only the first ``length`` positions of outputs (B, T, …) count. None if no module's output differs.
     """
-    traces = (_traces(model, forward, length) for forward in (one, other))
-    for (name, first), (other_name, second) in zip(*traces, strict=False):
-        if name != other_name or not torch.allclose(first, second, rtol=TOLERANCE, atol=0, equal_nan=True):
+    traces = (_traces(model, forward, length) for forward in (first_pass, second_pass))
+    for (name, sums), (other_name, other_sums) in zip(*traces, strict=False):
+        if name != other_name or not torch.allclose(sums, other_sums, rtol=TOLERANCE, atol=0, equal_nan=True):
             return name or type(model).__name__
     return None
 
 
 def _traces(model: nn.Module, forward: Callable[[], Any], length: int | None) -> Traces:
+    """The traces of one forward pass, of the first sample."""
     traces: Traces = []
 
     def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -213,6 +213,7 @@ def _lds_of(
 
 
 def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, repeats: int) -> list[Removal]:
+    """The removal test of each method, with one training each and ``repeats`` random ones."""
     task = trainings.task
     count = max(1, round(drop * task.samples))
     rng = np.random.default_rng(task.retrainer.job.recipe.seed)
@@ -229,6 +230,7 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
 
 
 def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:
+    """The tail patch of each method, from the checkpoint of the part."""
     retrainer = task.retrainer
     model = load_model(find_checkpoint(retrainer.job.model_folder), device=retrainer.job.device)
     patch = Patch(model, retrainer.rows, retrainer.val)

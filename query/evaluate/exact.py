@@ -161,8 +161,8 @@ def _over(shares: Sequence[Share], products: Mapping[Share, Products]) -> Produc
 def _finite_products(products: Products) -> Products:
     """The products with NaN for rows and pairs that are not finite."""
     row_R = np.where(np.isfinite(products.row_R), products.row_R, np.nan)
-    known = np.isfinite(products.dots_QR) & np.isfinite(row_R)
-    return Products(np.where(known, products.dots_QR, np.nan), products.val_Q, row_R)
+    finite = np.isfinite(products.dots_QR) & np.isfinite(row_R)
+    return Products(np.where(finite, products.dots_QR, np.nan), products.val_Q, row_R)
 
 
 def _refuse_useless(ids: Sequence[str], squares_V: NDArray[np.float64]) -> None:

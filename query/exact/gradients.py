@@ -64,11 +64,11 @@ class ExactGradients:
         self.model = model
         self._reduction: Reduction = reduction
         self._options = forward_options(model)
-        known = dict(model.named_parameters())
-        unknown = sorted(set(names or ()) - set(known))
+        by_name = dict(model.named_parameters())
+        unknown = sorted(set(names or ()) - set(by_name))
         if unknown:
             raise UsageError(f"{type(model).__name__} has no parameter {unknown[0]!r}")
-        self.parameters = {name: p for name, p in known.items() if names is None or name in names}
+        self.parameters = {name: p for name, p in by_name.items() if names is None or name in names}
         """The parameters by name, in the order of the model."""
         model.requires_grad_(False)
         for parameter in self.parameters.values():

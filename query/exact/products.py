@@ -169,16 +169,16 @@ def vals_at_once(numbers: int) -> int:
 
 def _stacked(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:
     """(Q, n) for each piece: the gradients of ``vals``."""
-    held: dict[Share, list[Tensor]] = {}
+    stacked: dict[Share, list[Tensor]] = {}
     for place, row in enumerate(vals):
         of_row = pieces.of(exact(row))
-        if not held:
-            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in of_row[share]] for share in SHARES}
+        if not stacked:
+            stacked = {share: [piece.new_empty(len(vals), len(piece)) for piece in of_row[share]] for share in SHARES}
         for share in SHARES:
-            for rows_Qn, piece in zip(held[share], of_row[share], strict=True):
+            for rows_Qn, piece in zip(stacked[share], of_row[share], strict=True):
                 rows_Qn[place] = piece
         task.advance(1, len(row.tokens))
-    return held
+    return stacked
 
 
 def _squares(rows_Qn: Tensor) -> NDArray[np.float64]:

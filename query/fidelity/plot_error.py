@@ -226,6 +226,7 @@ def _point(
     reference_numbers: int | None,
     pairs: Sequence[PairMoments],
 ) -> ErrorPoint:
+    """The point of one part: its products compared with those of the reference."""
     lengths = np.where(truth.lengths > 0, truth.lengths, 1.0)
     errors_QR = np.abs(approximate.dots_QR - truth.dots_QR) / lengths
     resample = Resampler(len(errors_QR), seed)

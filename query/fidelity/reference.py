@@ -59,9 +59,9 @@ def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
     """
     of_rank = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
     if len(of_rank) != 1:
-        known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
+        totals = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
         problem = "no part was" if not of_rank else f"{len(of_rank)} parts were"
-        raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {known}")
+        raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {totals}")
     if len(parts) == 1:
         raise UsageError(f"`reference=rank={rank}`: no other part is there to be compared with it")
     return of_rank[0]

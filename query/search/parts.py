@@ -38,9 +38,9 @@ def open_parts(
     the same rows.
     """
     opened_store, wanted = Store.open(store), part_names(names)
-    twice = sorted({str(name) for name in wanted if wanted.count(name) > 1})
-    if twice:
-        raise UsageError(f"part {twice[0]!r} is given twice")
+    repeated = sorted({str(name) for name in wanted if wanted.count(name) > 1})
+    if repeated:
+        raise UsageError(f"part {repeated[0]!r} is given twice")
     parts = [opened_store.part(name) for name in wanted]
     for part in parts:
         if not part.spans:
@@ -67,6 +67,7 @@ def part_names(names: str | Sequence[str] | None) -> list[str | None]:
 
 
 def _refuse_other_rows(parts: Sequence[Part]) -> None:
+    """MismatchError unless all parts have the rows, the projection and the spans of the first one."""
     first = parts[0]
     for part in parts[1:]:
         unequal = [
@@ -88,6 +89,7 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
 
 
 def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
+    """One weight for each part, from the option ``part_weights``. UsageError for weights that do not fit."""
     if len(parts) == 1:
         if weights is not None:
             raise UsageError("`part_weights` belongs to several parts: one part has nothing to be weighed against")

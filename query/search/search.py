@@ -254,6 +254,7 @@ class _PieceScores:
         return scores
 
     def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(pairs,) float64: the scores of pairs of a row of the piece and a query, summed over parts."""
         scores = np.zeros(len(places))
         for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
             scores += pair_scores(rows_RD, factor_R, unit_QD, places, queries)

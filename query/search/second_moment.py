@@ -122,10 +122,10 @@ class DampedInverse:
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
             sketched = part.sketched_together
             by_layer = "`ghoststore build --proj-compress-by layer`"
-            other = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
+            alternative = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with `damping` "
-                f"{self.damping:g} noise may decide; try `damping=1`{other}"
+                f"{self.damping:g} noise may decide; try `damping=1`{alternative}"
             )
 
     def _factor(self, block_KK: Tensor, name: str) -> Tensor:

@@ -217,8 +217,10 @@ def make_pools(
         return Pools([NO_DOMAIN, *domains], apportion(size, sums.tolist()), domain_M.astype(np.int64) + 1, cost_M)
     unknown = [domain for domain in quotas if domain not in domains]
     if unknown:
-        known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
-        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {known}")
+        available = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
+        raise UsageError(
+            f"quota {unknown[0]}={quotas[unknown[0]]}: part {part!r} has no such domain; it has {available}"
+        )
     pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # index -1, no domain, is the last entry
     pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
     return Pools([*quotas, OTHERS], _limits(list(quotas.values()), size), pool_of[domain_M], cost_M)
@@ -228,8 +230,8 @@ def _limits(quotas: list[float], size: int) -> list[int]:
     """The limit of each quota for a budget of ``size``, and last what remains for the other domains."""
     counts = sum(quota for quota in quotas if isinstance(quota, int))
     shares = [quota * size for quota in quotas if isinstance(quota, float)]
-    left = size - counts - sum(shares)
-    if left < -1e-6 * size:
+    remaining = size - counts - sum(shares)
+    if remaining < -1e-6 * size:
         raise UsageError(f"quotas: {counts} samples and shares of {sum(shares):g} are more than the {size} to choose")
-    divided = iter(apportion(size - counts, [*shares, max(left, 0.0)]))
+    divided = iter(apportion(size - counts, [*shares, max(remaining, 0.0)]))
     return [quota if isinstance(quota, int) else next(divided) for quota in quotas] + [next(divided)]

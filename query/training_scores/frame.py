@@ -101,7 +101,7 @@ class Frame:
     best: list[Extreme] = field(default_factory=list)
     worst: list[Extreme] = field(default_factory=list)
     domains: list[DomainTrend] = field(default_factory=list)
-    """By falling value per time."""
+    """The domains, highest value per time first."""
     curve: Curve | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def _lines(curves: Curves) -> Lines:
 
 
 def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
+    """Draw the mean score of each line, with its standard error as a band."""
     highest, lowest = [], []
     for color, (label, columns) in zip(COLORS, lines, strict=False):
         mean, error = curves.mean_scores(columns)
@@ -153,6 +154,7 @@ def _limit(axes: Any, lowest: NDArray[np.float64], highest: NDArray[np.float64])
 
 
 def _draw_sums(axes: Any, curves: Curves, lines: Lines, window: tuple[int, int]) -> None:
+    """Draw the cumulative Σ η·score of each line, and write its label beside its end."""
     weighted = curves.domain_sums("weighted")
     inside = (curves.ends > window[0]) & (curves.ends - curves.width < window[1])
     ends = np.concatenate([[window[0]], np.minimum(curves.ends[inside], window[1])])

@@ -84,6 +84,7 @@ def choose_column(
 
 
 def _blocks(run: Run, layers: Sequence[str], exclude_layers: Sequence[str]) -> tuple[int, ...]:
+    """Places of the layers that the patterns select in the array of scores by layer. UsageError if there are none."""
     from indexer.projection.selection import matches_path  # imports torch, which nothing else here needs
 
     names = run.layout.blocks

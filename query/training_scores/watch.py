@@ -148,6 +148,7 @@ class Watcher:
                 self._recent_steps.append(step)
 
     def _frame(self, run: Run) -> Frame:
+        """The frame of everything read so far."""
         end, sums, tally = end_of(run), self._sums, self._sums.tally
         unread = count(self._pending)
         shared: dict[str, Any] = {
@@ -165,14 +166,14 @@ class Watcher:
         values = sums.values("cumulative")
         ranked = (best(values, EXTREMES), best(-values, EXTREMES))
         self._look_up([int(place) for places in ranked for place in places], run)
-        left = run.layout.steps - end
+        remaining = run.layout.steps - end
         return Frame(
             **shared,
             unread=unread,
             finished=end == run.layout.steps,
             gaps=gaps_of(run, (0, end)),
             notes=list(self._notes.notes),
-            seconds_left=left * seconds / len(self._recent_steps) if seconds and left else None,
+            seconds_left=remaining * seconds / len(self._recent_steps) if seconds and remaining else None,
             train_loss=self._latest["train_loss"],
             val_loss=self._latest["val_loss"],
             learning_rate=self._latest["learning_rate"],
@@ -230,6 +231,7 @@ class Watcher:
         return recorded is not None if path is None else Path(path).exists()
 
     def _trends(self) -> list[DomainTrend]:
+        """The trend of each domain, highest value per time first."""
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))
         filled = int(np.flatnonzero(times.any(1))[-1]) + 1 if times.any() else 0
         total = times.sum(0)
@@ -298,11 +300,11 @@ def _repeated_among(run: Run, names: Collection[str]) -> set[str]:
 def _first(ranges: list[Steps], most: int | None) -> tuple[list[Steps], list[Steps]]:
     """Split ``ranges`` into (the first ``most`` steps, the remaining ones)."""
     chosen: list[Steps] = []
-    left = count(ranges) if most is None else most
+    remaining = count(ranges) if most is None else most
     for start, stop in ranges:
-        if left > 0:
-            chosen.append((start, min(stop, start + left)))
-            left -= chosen[-1][1] - start
+        if remaining > 0:
+            chosen.append((start, min(stop, start + remaining)))
+            remaining -= chosen[-1][1] - start
     return chosen, without(ranges, chosen)
 
 

@@ -14,11 +14,13 @@ from ghoststore.corpus.formats.base import KeyedRow
 from ghoststore.store.base.opening import open_regular
 
 AT_ONCE = 64 << 20
-"""Bytes of rows in memory, about."""
+"""Approximate bytes of rows in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetForm:
+    """Parquet files. The key of a row is its number in the file."""
+
     name: str = "parquet"
     has_offsets: bool = False
     adds_nulls: bool = True
@@ -45,7 +47,7 @@ class ParquetForm:
                 first += batch.num_rows
 
     def _rows_at_once(self, file: Any, groups: Sequence[int]) -> int:
-        """As many as are about AT_ONCE bytes, by what the file says of them."""
+        """How many rows have about AT_ONCE bytes, from the metadata of the file."""
         described = [file.metadata.row_group(group) for group in groups]
         bytes_of_row = max((group.total_byte_size // max(group.num_rows, 1) for group in described), default=1)
         return max(1, min(ROWS_PER_BATCH, AT_ONCE // max(bytes_of_row, 1)))
@@ -58,7 +60,7 @@ class ParquetForm:
     def groups(
         self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]
     ) -> Iterator[tuple[int, Sequence[int], Any]]:
-        """(first row, those of ``keys`` in it, Arrow table) of each row group with any of ``keys``."""
+        """(first row, the ``keys`` in it, Arrow table) of each row group that holds any of ``keys``."""
         with parquet_file(path) as file:
             columns = wanted(columns, file.schema_arrow.names)
             first = 0
@@ -70,7 +72,7 @@ class ParquetForm:
                 first += size
 
     def schema(self, path: Path) -> Any:
-        """Its Arrow schema, with metadata."""
+        """The Arrow schema of the file, with metadata."""
         with parquet_file(path) as file:
             return file.schema_arrow
 
@@ -84,9 +86,10 @@ class ParquetForm:
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[Any]:
+    """The open parquet file ``path``. CorpusError if it cannot be read."""
     import pyarrow.parquet
 
-    # Pages are read as they are needed, and not a row group at once, which may be the whole file.
+    # Pages are read when needed. A row group at once could be the whole file.
     with (
         reading_arrow(path),
         open_regular(path) as source,
