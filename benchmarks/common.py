@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import click
 
+import ghoststore
 from ghoststore.machine import CORES, computes_bfloat16, processor, total_memory
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -269,7 +270,8 @@ def machine_facts(device: str = "cpu") -> dict[str, Any]:
         **{name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: version(name) for name in ("ghoststore", "torch", "transformers", "numpy", "zarr")},
+        "ghoststore": ghoststore.__version__,
+        **{name: version(name) for name in ("torch", "transformers", "numpy", "zarr")},
     }
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -16,7 +16,11 @@ IGNORED = -100
 """The label of a token that is not a target, as usual in the field."""
 
 CHUNK_NUMBERS = 1 << 20
-"""Number of logits to process at a time, so that they stay in the cache of a core."""
+"""Number of logits to process at a time on a CPU, so that they stay in the cache of a core."""
+GPU_CHUNK_NUMBERS = 1 << 27
+"""Number of logits to process at a time on a GPU: enough to fill it, with half a GiB of float32 beside them."""
+GPU_ALIGNMENT = 16
+"""The fast matrix products of a GPU need rows that begin at multiples of this number of bytes."""
 
 _MATRIX_PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward", "BmmBackward")
 _RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
@@ -43,30 +47,16 @@ class _SampleLosses(torch.autograd.Function):
         batch, length, vocabulary = logits_BTV.shape
         rows = batch * length
         logits, target_N = logits_BTV.view(rows, vocabulary), target_BT.reshape(rows)
-        gradient = None
-        if logits_BTV.requires_grad:
-            gradient = logits if overwrite else torch.empty_like(logits)
         losses_N = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        weight_N1 = weight_BT.reshape(rows, 1)
-        step = rows if logits.is_cuda else max(1, CHUNK_NUMBERS // vocabulary)
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            index_N1 = target_N[part].clamp_min(0).unsqueeze(1)
-            z = logits[part].float()
-            picked, top = z.gather(1, index_N1), z.amax(1, keepdim=True)
-            spare = logits.dtype != torch.float32 or gradient is logits
-            p = z.sub_(top).exp_() if spare else (z - top).exp_()
-            total = p.sum(1, keepdim=True)
-            # A position without a target has weight 0, even if its logits are not finite.
-            absent = target_N[part].unsqueeze(1) == IGNORED
-            loss = (total.log() + top - picked) * weight_N1[part]
-            losses_N[part] = loss.masked_fill(absent, 0.0).squeeze(1)
-            if gradient is not None:
-                p.mul_(weight_N1[part] / total)
-                p.scatter_add_(1, index_N1, -weight_N1[part])
-                p.masked_fill_(absent, 0.0)
-                if p.data_ptr() != gradient[part].data_ptr():
-                    gradient[part] = p
+        work = _in_few_passes if logits.is_cuda else _in_cache
+        gradient = work(
+            logits,
+            target_N,
+            weight_BT.reshape(rows, 1),
+            losses_N,
+            overwrite=overwrite,
+            wanted=logits_BTV.requires_grad,
+        )
         ctx.factor_B = None
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(logits_BTV))
@@ -86,6 +76,69 @@ class _SampleLosses(torch.autograd.Function):
             return (gradient * factor_B11).to(gradient.dtype), None, None, None
         ctx.factor_B = upstream_B
         return gradient.data.mul_(factor_B11), None, None, None
+
+
+def _in_cache(
+    logits: Tensor, target_N: Tensor, weight_N1: Tensor, losses_N: Tensor, *, overwrite: bool, wanted: bool
+) -> Tensor | None:
+    """Fill ``losses_N``, and return the gradient at ``logits`` (N, V) if it is ``wanted``, else None.
+
+    With ``overwrite`` the gradient takes the place of the logits. Works in chunks that fit into the cache of a core.
+    """
+    rows, vocabulary = logits.shape
+    gradient = (logits if overwrite else torch.empty_like(logits)) if wanted else None
+    step = max(1, CHUNK_NUMBERS // vocabulary)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        index_N1 = target_N[part].clamp_min(0).unsqueeze(1)
+        z = logits[part].float()
+        picked, top = z.gather(1, index_N1), z.amax(1, keepdim=True)
+        spare = logits.dtype != torch.float32 or gradient is logits
+        p = z.sub_(top).exp_() if spare else (z - top).exp_()
+        total = p.sum(1, keepdim=True)
+        # A position without a target has weight 0, even if its logits are not finite.
+        absent = target_N[part].unsqueeze(1) == IGNORED
+        loss = (total.log() + top - picked) * weight_N1[part]
+        losses_N[part] = loss.masked_fill(absent, 0.0).squeeze(1)
+        if gradient is not None:
+            p.mul_(weight_N1[part] / total)
+            p.scatter_add_(1, index_N1, -weight_N1[part])
+            p.masked_fill_(absent, 0.0)
+            if p.data_ptr() != gradient[part].data_ptr():
+                gradient[part] = p
+    return gradient
+
+
+def _in_few_passes(
+    logits: Tensor, target_N: Tensor, weight_N1: Tensor, losses_N: Tensor, *, overwrite: bool, wanted: bool
+) -> Tensor | None:
+    """The same as :func:`_in_cache`, in few passes over memory, because each kernel reads or writes all logits.
+
+    The rows of the gradient begin at multiples of ``GPU_ALIGNMENT``, because matrix products with other rows are slow.
+    If the vocabulary does not fit (GPT-2 has an odd number of words), the gradient cannot take the place of the logits.
+    """
+    rows, vocabulary = logits.shape
+    each = GPU_ALIGNMENT // logits.element_size()
+    aligned = -(-vocabulary // each) * each
+    gradient = None
+    if wanted and overwrite and aligned == vocabulary:
+        gradient = logits
+    elif wanted:
+        gradient = logits.new_empty(rows, aligned)[:, :vocabulary]
+    step = max(1, GPU_CHUNK_NUMBERS // vocabulary)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        index_N1 = target_N[part].clamp_min(0).unsqueeze(1)
+        absent = target_N[part].unsqueeze(1) == IGNORED
+        log_p = torch.log_softmax(logits[part], dim=1, dtype=torch.float32)
+        picked = log_p.gather(1, index_N1)
+        losses_N[part] = (-picked * weight_N1[part]).masked_fill(absent, 0.0).squeeze(1)
+        if gradient is not None:
+            torch.mul(log_p.exp_(), weight_N1[part], out=gradient[part])
+            gradient[part].scatter_(1, index_N1, (torch.expm1(picked) * weight_N1[part]).to(gradient.dtype))
+            # A position without a target has weight 0, even if its logits are not finite.
+            gradient[part].masked_fill_(absent, 0.0)
+    return gradient
 
 
 def _sample_losses(logits_BTV: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Legend: B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,18 @@ from torch import Tensor
 
 from indexer.encode import losses as module
 from indexer.encode.losses import IGNORED, next_token_losses, next_token_losses_plainly
+
+
+@pytest.fixture(params=["in the cache of a core", "in few passes, as on a GPU"], scope="module", autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to work, whatever the device."""
+    patch = pytest.MonkeyPatch()
+    if request.param != "in the cache of a core":
+        patch.setattr(module, "_in_cache", module._in_few_passes)
+        patch.setattr(module, "GPU_CHUNK_NUMBERS", 170)
+    yield
+    patch.undo()
+
 
 reductions = st.sampled_from(["mean", "sum"])
 
