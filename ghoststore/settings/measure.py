@@ -10,7 +10,9 @@ from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
 from ghoststore.settings.question import PartsOptions, RebuiltOptions, ValSetOption
 from ghoststore.settings.shared import (
     FIRST_SAMPLES,
+    FIRST_VAL_SAMPLES,
     FLOATS,
+    LOSS_REDUCTION,
     CheckpointOptions,
     CorpusOptions,
     DeviceOption,
@@ -116,7 +118,7 @@ class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions
     learning_rate: float = option(3e-3, "Peak learning rate.", "Model")
     seed: int = option(0, "Seed of halves, weights and order.", "Advanced")
     damping: float | None = option(None, "Damping of the preconditioned methods (default: 0.1).", "Scoring")
-    max_val_samples: int | None = option(None, "Only the first val samples.", "Input")
+    max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     workers: int | None = option(
         None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"
     )
@@ -137,7 +139,7 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     projection: ProjectionConfig | None = option(
         None, "How a build would project gradients.", "Projection", group=ProjectionConfig, leave_out=LEARNED_OPTIONS
     )
-    loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
+    loss_reduction: Reduction = option("mean", LOSS_REDUCTION, "Scoring")
     model_dtype: str | None = option(
         None, "Numbers a build would compute with (default: float32).", "Model", choices=FLOATS
     )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
+    FIRST_VAL_SAMPLES,
     BehindOption,
     DeviceOption,
     FieldsOption,
@@ -127,7 +128,7 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
     damping: float | None = option(
         None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
-    max_samples: int | None = option(None, "Only the first samples of the val set.", "Input")
+    max_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
@@ -222,7 +223,7 @@ class SelectOptions(ProgressOption, QuestionOptions):
 
 @options
 class QuotaOption:
-    """The option of the command line for ``quotas`` as a mapping."""
+    """Of the command line alone: the option for ``quotas`` as a mapping."""
 
     quota: Sequence[tuple[str, float]] = option(
         (),

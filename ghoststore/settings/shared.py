@@ -16,6 +16,8 @@ Reduction = Literal["mean", "sum"]
 FLOATS = ("float32", "bfloat16", "float16")
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
+FIRST_VAL_SAMPLES = "Only the first samples of the val set."
+LOSS_REDUCTION = "A sample's loss over its own targets."
 OVERLONG = "What to do with longer samples; window: one row for each window."
 
 
@@ -89,7 +91,7 @@ class CheckpointOptions(DeviceOption):
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"
     )
-    loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
+    loss_reduction: Reduction = option("mean", LOSS_REDUCTION, "Scoring")
 
 
 @options
@@ -118,7 +120,7 @@ class MetricOption:
 
 @options
 class AsJson:
-    """Options of the command line for output as JSON."""
+    """Of the command line alone: options for output as JSON."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
     log_json: bool = option(False, "Tell progress, notes and errors on stderr as one JSON object a line.", "Output")
@@ -126,14 +128,14 @@ class AsJson:
 
 @options
 class Printing(AsJson):
-    """Options of the command line for commands that show progress."""
+    """Of the command line alone: options of commands that show progress."""
 
     quiet: bool = option(False, "No progress bars; errors and notes only.", "Output", flag="--quiet -q")
 
 
 @options
 class ResultFile:
-    """The option of the command line for the file that a result is written to."""
+    """Of the command line alone: the option for the file that a result is written to."""
 
     out: str | None = option(
         None, "Write results to a new .json, .jsonl, .csv or .parquet file.", "Output", metavar="FILE"

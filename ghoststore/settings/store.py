@@ -98,7 +98,7 @@ class ExportOptions(ProgressOption, StoreOption):
 
 @options
 class Yes:
-    """The option of the command line that answers a question with yes."""
+    """Of the command line alone: the option that answers a question with yes."""
 
     yes: bool = option(False, "Do not ask.", "Output", flag="--yes -y")
 
@@ -128,7 +128,7 @@ class IndexOptions(ProgressOption, MetricOption, StoreOption):
 
 @options
 class ManageIndexes:
-    """Options of the command line for other work than building an index."""
+    """Of the command line alone: options for other work than building an index."""
 
     list_them: bool = option(False, "Show the existing indexes, build nothing.", "Output", flag="--list")
     remove: str | None = option(None, "Delete an index, build nothing.", "Output")

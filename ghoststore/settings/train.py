@@ -9,7 +9,17 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
-from ghoststore.settings.shared import DOMAINS, FLOATS, OVERLONG, CorpusOptions, DeviceOption, Overlong, ProgressOption
+from ghoststore.settings.shared import (
+    DOMAINS,
+    FIRST_SAMPLES,
+    FIRST_VAL_SAMPLES,
+    FLOATS,
+    OVERLONG,
+    CorpusOptions,
+    DeviceOption,
+    Overlong,
+    ProgressOption,
+)
 
 Method = Literal["GradDotProd", "Regular"]
 Score = Literal["exact", "sketched"]
@@ -185,8 +195,8 @@ class TrainOptions(ProgressOption, RunConfig, ScoringConfig, OptimizationConfig,
         None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model"
     )
     domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
-    max_samples: int | None = option(None, "Only the first samples of the corpus.", "Input")
-    max_val_samples: int | None = option(None, "Only the first samples of the val set.", "Input")
+    max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
+    max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     config: TrainConfig | None = option(
         None, "All options of training in one, instead of single ones.", "Advanced", python_only=True
     )

@@ -156,15 +156,15 @@ class Witness:
             name = self._names[place]
             tolerance = most
             for rows in even:
-                rounding = _foreign(plain_BS, rows[place], self._weights.min().expand_as(self._weights))
+                rounding = _foreign_share(plain_BS, rows[place], self._weights.min().expand_as(self._weights))
                 tolerance = min(most, max(LEAST_TOLERANCE, ROUNDING * rounding))
-            error = _foreign(plain_BS, weighted[place], self._weights)
+            error = _foreign_share(plain_BS, weighted[place], self._weights)
             if error > tolerance:
                 shares[name] = max(error, shares.get(name, 0.0))
         return shares
 
 
-def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
+def _foreign_share(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     plain_BS, scaled_BS = plain_BS.double(), weighted_BS.double() / weights_B.double().unsqueeze(1)
     error_B = (scaled_BS - plain_BS).norm(dim=1)
     size_B = torch.maximum(plain_BS.norm(dim=1), scaled_BS.norm(dim=1))

@@ -28,7 +28,7 @@ from query.ask.encoder import PartEncoder
 from query.evaluate.exact_blocks import Block, BlockFiles, grid
 from query.evaluate.predictors import EXACT, by_sample
 from query.exact.products import HeldVals, Products, Share, vals_at_once
-from query.fidelity.fidelity import exactly, metric_words, passes_over_rows, pieces_of, scaled
+from query.fidelity.fidelity import exact_gradients, has_own_metric, own_metric, passes_over_rows, pieces_of
 from query.fidelity.reference import exact_identity
 
 ROWS_AT_ONCE = 512
@@ -65,10 +65,10 @@ class ExactScores:
 
     def refuse(self, method: str) -> None:
         """UsageError if ``method`` is impossible for the part."""
-        if scaled(self.part) and "rest" in EXACT[method][0]:
+        if has_own_metric(self.part) and "rest" in EXACT[method][0]:
             raise UsageError(
                 f"`methods={method}`: the vectors of part {self.part.name!r} are in the metric of its layers "
-                f"({metric_words(self.part)}), which is not known of all parameters; give exact-layers-dot or "
+                f"({own_metric(self.part)}), which is not known of all parameters; give exact-layers-dot or "
                 "exact-layers-cosine, or `part` one of plain gradients"
             )
 
@@ -105,18 +105,18 @@ class ExactScores:
             if done is None:
                 missing.append(block)
             else:
-                products.put(block.vals, block.rows, _over(shares, done))
+                products.put(block.vals, block.rows, _summed(shares, done))
         if missing:
             with files.writing():
                 for block, computed in self._compute(blocks, missing, places_R, shares):
                     files.write(block, computed)
-                    products.put(block.vals, block.rows, _over(shares, computed))
+                    products.put(block.vals, block.rows, _summed(shares, computed))
         return products
 
     @property
     def _numbers(self) -> int:
         """Numbers of a gradient: over all parameters, or over the layers if the part has a metric of its layers."""
-        return int(self.part.manifest["coverage"]["covered" if scaled(self.part) else "total"])
+        return int(self.part.manifest["coverage"]["covered" if has_own_metric(self.part) else "total"])
 
     def _files(self, places_R: NDArray[np.int64], at_once: int) -> BlockFiles:
         identity = json_digest(
@@ -140,7 +140,7 @@ class ExactScores:
         ``shares``.
         """
         pieces = pieces_of(self.encoder)
-        exact = exactly(self.encoder, pieces)
+        exact = exact_gradients(self.encoder, pieces)
         passes_over_rows(self._numbers, len(self.vals), self.progress)
         total, todo = _gradients(blocks), _gradients(missing)
         with closing(self.progress.task("exact gradients", total, total - todo)) as task:
@@ -152,7 +152,7 @@ class ExactScores:
                 del held_vals  # frees the memory for the next val gradients
 
 
-def _over(shares: Sequence[Share], products: Mapping[Share, Products]) -> Products:
+def _summed(shares: Sequence[Share], products: Mapping[Share, Products]) -> Products:
     """The products over the parameters of all ``shares`` together."""
     first, *others = (products[share] for share in shares)
     return sum(others, first)

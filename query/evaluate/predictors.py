@@ -61,7 +61,7 @@ def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArr
     return scores_VN
 
 
-def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:
+def tf_idf_scores(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:
     """(V, N): cosines of the TF-IDF vectors of texts. UsageError for a corpus too large for dense vectors."""
     texts = [sample.preview() for sample in corpus.samples()][:samples]
     words = len({word for text in texts for word in text.lower().split()})
@@ -71,7 +71,7 @@ def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.f
     return np.asarray(index.vectors(val_texts) @ index.rows.T, dtype=np.float64)
 
 
-def of_chance(val: int, samples: int, seed: int) -> NDArray[np.float64]:
+def random_scores(val: int, samples: int, seed: int) -> NDArray[np.float64]:
     """(V, N): standard normal random numbers, a baseline."""
     return np.random.default_rng(seed).standard_normal((val, samples))
 

@@ -40,9 +40,9 @@ from query.evaluate.predictors import (
     GRADIENTS,
     by_sample,
     grouped,
-    of_chance,
-    of_words,
+    random_scores,
     refuse_other_val,
+    tf_idf_scores,
 )
 from query.evaluate.trainings import Plan
 
@@ -239,7 +239,7 @@ class Task:
             score_of[method] = partial(self._of_exact, scores, method)
         for method in BASELINES:
             if method in methods:
-                score_of[method] = self._of_words if method == "tf-idf" else self._of_chance
+                score_of[method] = self._of_tf_idf if method == "tf-idf" else self._of_random
         return score_of if run is None else {**score_of, f"training-time ({run.name})": partial(self._of_run, run)}
 
     def _encode(self, part: Part, base: Question, val_set: Corpus) -> ValVectors:
@@ -263,12 +263,14 @@ class Task:
     def _of_exact(self, scores: ExactScores, method: str) -> Scored:
         return self._of_samples(scores.of(method))
 
-    def _of_words(self) -> Scored:
+    def _of_tf_idf(self) -> Scored:
         texts = [row.sample.preview() for row in self.retrainer.val.rows]
-        return self._of_samples(of_words(self.corpus, texts, self.samples))
+        return self._of_samples(tf_idf_scores(self.corpus, texts, self.samples))
 
-    def _of_chance(self) -> Scored:
-        return self._of_samples(of_chance(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed))
+    def _of_random(self) -> Scored:
+        return self._of_samples(
+            random_scores(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed)
+        )
 
     def _of_samples(self, scores_VN: NDArray[np.float64]) -> Scored:
         by_group = grouped(scores_VN, self.groups)

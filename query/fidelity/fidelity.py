@@ -89,11 +89,11 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     sample = take_sample(encoder, spec, progress)
     approximate = vector_products(part, sample, groups)
     pieces = pieces_of(encoder, groups)
-    exact = measure_exactly(exactly(encoder, pieces), pieces, sample, progress)
+    exact = measure_exactly(exact_gradients(encoder, pieces), pieces, sample, progress)
     queries, finite_rows = finite_pairs(exact.values(), progress)
     score_QR = approximate.only(queries, finite_rows).scores(options.metric)
     references = {share: products.only(queries, finite_rows) for share, products in exact.items()}
-    all_parameters = None if scaled(part) else references["layers"] + references["rest"]
+    all_parameters = None if has_own_metric(part) else references["layers"] + references["rest"]
     report = FidelityReport(
         store=str(options.store),
         part=part.name,
@@ -106,7 +106,7 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
         all=None
         if all_parameters is None
         else agreement(score_QR, all_parameters.scores(options.metric), seed=options.seed),
-        own_metric=metric_words(part),
+        own_metric=own_metric(part),
         coverage=float(part.manifest["coverage"]["share"]),
         only_layers=list(options.layers),
         without_layers=list(options.exclude_layers),
@@ -116,12 +116,12 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     return report if groups is not None else _keep(part, report, progress)
 
 
-def scaled(part: Part) -> bool:
+def has_own_metric(part: Part) -> bool:
     """Whether the vectors of ``part`` are not plain gradients, but scaled by an optimizer state or preconditioned."""
-    return metric_words(part) is not None
+    return own_metric(part) is not None
 
 
-def metric_words(part: Part) -> str | None:
+def own_metric(part: Part) -> str | None:
     """A phrase for the metric of the vectors of ``part``; None for plain gradients."""
     projection = part.manifest["projection"]
     if projection["optimizer_state"] is not None:
@@ -144,7 +144,7 @@ def pieces_of(encoder: PartEncoder, groups: Sequence[int] | None = None) -> Piec
     return Pieces(blocks, metric_of(encoder.part, plan), chosen)
 
 
-def exactly(encoder: PartEncoder, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:
+def exact_gradients(encoder: PartEncoder, pieces: Pieces, *, layers_alone: bool = False) -> ExactGradients:
     """Exact gradients by the model of ``encoder``, whose model they change; with ``layers_alone`` only of
     the layers.
     """

@@ -31,12 +31,12 @@ from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
 from query.fidelity.dense import DenseProjection
 from query.fidelity.fidelity import (
-    exactly,
+    exact_gradients,
     finite_pairs,
+    has_own_metric,
     measure_exactly,
-    metric_words,
+    own_metric,
     pieces_of,
-    scaled,
     vector_products,
 )
 from query.fidelity.plot import draw_errors
@@ -115,9 +115,9 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     parts = fitting_parts(
         Store.open(options.store), [options.part] if isinstance(options.part, str) else list(options.part or ())
     )
-    if mode == "full" and scaled(parts[0]):
+    if mode == "full" and has_own_metric(parts[0]):
         raise UsageError(
-            f"`reference=full`: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
+            f"`reference=full`: the vectors of these parts are in a metric of their layers ({own_metric(parts[0])}), "
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
@@ -179,13 +179,13 @@ class _Measure:
         """The products by exact gradients. ``number`` is N of the naive projection."""
         if mode == "naive_proj_layers":
             return self._naive(number)
-        exact = exactly(self._encoder, self._pieces, layers_alone=mode == "full_layers")
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=mode == "full_layers")
         products = measure_exactly(exact, self._pieces, self._sample, self._progress)
         return products["layers"] if mode == "full_layers" else products["layers"] + products["rest"]
 
     def pairs(self) -> list[PairMoments]:
         """The moments of random pairs of a val sample and a row, for the theory."""
-        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=True)
         rng = np.random.default_rng(self._seed)
         moments = []
         with closing(self._progress.task("theory", PAIRS)) as task:
@@ -198,7 +198,7 @@ class _Measure:
         return moments
 
     def _naive(self, number: int) -> Products:
-        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=True)
         project = DenseProjection(number, exact.numbers, self._seed)
         both = [self._projected(exact, project, rows) for rows in (self._sample.vals, self._sample.rows)]
         return Products.of(*both)

@@ -57,14 +57,14 @@ class Term:
         finite = torch.isfinite(queries).all(1)
         if not bool(finite.all()):
             raise UsageError(
-                f"{_which(~finite, names)} is not finite: the val set's gradient has NaN or infinite numbers"
+                f"{_label_of(~finite, names)} is not finite: the val set's gradient has NaN or infinite numbers"
             )
         applied = preconditioner.apply(queries) if preconditioner is not None else queries
         lengths = (queries * applied).sum(1).clamp_min(0).sqrt()
         if bool((lengths == 0).any()):
             where = "" if groups is None else " in these layers"
             raise UsageError(
-                f"{_which(lengths == 0, names)} is zero{where}: every row would score the same. Leave it out of the "
+                f"{_label_of(lengths == 0, names)} is zero{where}: every row would score the same. Leave it out of the "
                 "val set" + ("" if groups is None else ", or choose other layers")
             )
         if metric == "cosine":
@@ -86,7 +86,7 @@ class Term:
         return Term(self.part, queries_QD, self.metric, self.weight, self.groups, self.preconditioner)
 
 
-def _which(wrong_Q: Tensor, names: Sequence[str] | None) -> str:
+def _label_of(wrong_Q: Tensor, names: Sequence[str] | None) -> str:
     """How an error calls the first query of which ``wrong_Q`` is true."""
     place = int(wrong_Q.nonzero()[0])
     return "a query vector" if names is None else f"the query {names[place]!r}"

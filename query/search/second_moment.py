@@ -150,7 +150,7 @@ class DampedInverse:
         ]
         return torch.cat(pieces, dim=1)
 
-    def halved(self, rows_RD: Tensor) -> Tensor:
+    def whitened(self, rows_RD: Tensor) -> Tensor:
         """(R, D) float64: L⁻¹ g of each row, block by block. The inner product of two of them is gᵀ (H + λI)⁻¹ g'."""
         wide_RD = rows_RD.double()
         pieces = [
@@ -161,7 +161,7 @@ class DampedInverse:
 
     def squares_of(self, rows_RD: Tensor) -> Tensor:
         """(R, G): gᵀ (H + λI)⁻¹ g of each row, block by block, float64."""
-        square_RD = self.halved(rows_RD).square_()
+        square_RD = self.whitened(rows_RD).square_()
         return torch.stack([square_RD[:, start:stop].sum(1) for _, start, stop in self.part.groups], dim=1)
 
     def squares(self, span: int) -> NDArray[np.float64]:

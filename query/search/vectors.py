@@ -31,7 +31,7 @@ class VectorChunk:
     """(R, D) float32, on the device."""
 
 
-def _themselves(stored: Tensor) -> Tensor:
+def _as_stored(stored: Tensor) -> Tensor:
     return stored
 
 
@@ -48,10 +48,10 @@ def _signs(bits: Tensor) -> Tensor:
 
 
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": _themselves,
-    "float16": _themselves,
+    "float32": _as_stored,
+    "float16": _as_stored,
     "bfloat16": _bfloat16,
-    "int8": _themselves,
+    "int8": _as_stored,
     "onebit": _signs,
 }
 """For each encoding, what ``Encoding.numbers`` does, on the device: stored numbers to (R, D or more) in a dtype that
@@ -189,13 +189,13 @@ def on_device(chunks: Iterable[Chunk], device: torch.device) -> Iterator[tuple[C
             numbers = slot.device[: len(data)].copy_(slot.host[: len(data)], non_blocking=True)
             slot.copied.record(copies)
         if waiting is not None:
-            yield from _in_use(*waiting, device)
+            yield from _while_in_use(*waiting, device)
         waiting = (chunk, numbers, slot)
     if waiting is not None:
-        yield from _in_use(*waiting, device)
+        yield from _while_in_use(*waiting, device)
 
 
-def _in_use(chunk: Chunk, numbers: Tensor, slot: _Slot, device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
+def _while_in_use(chunk: Chunk, numbers: Tensor, slot: _Slot, device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
     current = torch.cuda.current_stream(device)
     current.wait_event(slot.copied)
     yield chunk, numbers

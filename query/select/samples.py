@@ -84,7 +84,7 @@ def vectors_of(scorer: Scorer, rows: NDArray[np.int64], *, unit: bool) -> Tensor
         if term.preconditioner is not None:
             for first in range(0, len(rows), ROWS_AT_ONCE):
                 batch_RD = vectors_CD[first : first + ROWS_AT_ONCE]
-                batch_RD.copy_(term.preconditioner.halved(batch_RD))
+                batch_RD.copy_(term.preconditioner.whitened(batch_RD))
         if term.groups is not None:
             spans = [term.part.groups[group][1:] for group in term.groups]
             vectors_CD = torch.cat([vectors_CD[:, start:stop] for start, stop in spans], dim=1)

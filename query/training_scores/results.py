@@ -91,13 +91,13 @@ class ScoreSummary:
     times: int
     """How often samples were trained on in the window."""
     scored: int
-    """Number of scores that count. All others are left out of every sum:"""
+    """Number of scores that count. All others are left out of every sum."""
     unscored: int
-    """samples that were trained on without a score,"""
+    """Number of times that a sample was trained on without a score."""
     not_finite: int
-    """infinite scores,"""
+    """Number of infinite scores."""
     without_learning_rate: int
-    """and scores of steps without a finite learning rate, where the value needs one."""
+    """Number of finite scores of steps without a finite learning rate, if the value needs one."""
     negative_share: float | None
     """Share of negative scores among those that count; None without any."""
     repeated_ids: dict[str, int] | None
