@@ -45,7 +45,14 @@ from indexer.training.architectures import ARCHITECTURES
 from query.ask.encoder import PartEncoder
 from query.exact.products import Products, Share
 from query.fidelity.agreement import Agreement, Estimate, agreement
-from query.fidelity.fidelity import exactly, finite_pairs, measure_exactly, pieces_of, scaled, vector_products
+from query.fidelity.fidelity import (
+    exact_gradients,
+    finite_pairs,
+    has_own_metric,
+    measure_exactly,
+    pieces_of,
+    vector_products,
+)
 from query.fidelity.sample import RowSample, SampleSpec
 
 SHAPE = ARCHITECTURES["GPT2-Tiny"]
@@ -244,7 +251,7 @@ class References:
 
     def of(self, part: Part) -> dict[str, Products]:
         """Those that ``part`` is compared with: of its layers and, where it has no metric of its own, of all."""
-        if not scaled(part):
+        if not has_own_metric(part):
             return {"layers": self.plain["layers"], "all": self.plain["layers"] + self.plain["rest"]}
         assert preconditioner_of(part) == self.preconditioner, f"{part.name} is in another metric"
         return {"layers": self.preconditioned["layers"]}
@@ -265,7 +272,7 @@ def exact_of(part: Part, sample: RowSample) -> dict[Share, Products]:
     """Exact products of the sampled rows in the metric of ``part``, each gradient by plain autograd."""
     encoder = PartEncoder(part, device="cpu")
     pieces = pieces_of(encoder)
-    found = measure_exactly(exactly(encoder, pieces), pieces, sample, Silent())
+    found = measure_exactly(exact_gradients(encoder, pieces), pieces, sample, Silent())
     assert all(one.all() for one in finite_pairs(found.values(), Silent())), "a gradient is not finite"
     return found
 

@@ -1,1 +1,1 @@
-"""Checkpoints: found, loaded, and told apart."""
+"""Checkpoints: finding, loading and identifying models and tokenizers."""

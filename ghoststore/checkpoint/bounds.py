@@ -1,7 +1,7 @@
-"""What a checkpoint says of its sizes, held against the tensors that it has, before anything is made of it.
+"""Limits for checkpoints: the sizes in a configuration are compared with the tensors before a model is made of it.
 
-A configuration of a few bytes may ask for a billion layers: a class of transformers makes lists, modules and numbers of
-whatever it reads there.
+A configuration of a few bytes may ask for a billion layers, and a class of transformers makes lists, modules and
+numbers for whatever it reads there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ghoststore.errors import CheckpointError
 from ghoststore.store.base.opening import parse_json, read_bounded
 
 LARGEST_FILE = 512 << 20
-"""Of the files beside the weights: the largest is the vocabulary."""
+"""Most bytes of a file beside the weights. The largest such file is the vocabulary."""
 LARGEST_CONFIG = 16 << 20
 CONFIG = "config.json"
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
@@ -31,25 +31,26 @@ _SMALL = (
     "special_tokens_map.json",
     "tokenizer_config.json",
 )
-"""Files that hold one JSON object, and that transformers reads by itself."""
+"""Files with one JSON object that transformers reads by itself."""
 
 MOST_COUNT = 1 << 16
-"""Of layers, heads, experts or labels, where a checkpoint has fewer tensors and smaller ones."""
+"""Largest number of layers, heads, experts or labels, unless a checkpoint has more tensors or longer ones."""
 _COUNTS = ("depth", "expert", "head", "label", "layer", "stage")
-"""Words in the names of fields that configurations make lists of, as long as the number says."""
+"""Words in the names of fields whose value is the length of a list that a configuration makes."""
 _CODE = "implementation"
-"""In the names of fields that say which kernel computes attention, or experts."""
+"""Word in the names of fields that say which kernel computes attention or experts."""
 
-# A model may have several parameters for a tensor (tied, or cut when it is loaded), never this many.
+# A model may have several parameters for one tensor (tied, or split when it is loaded), but never this many.
 PARAMETERS_PER_TENSOR, SPARE_PARAMETERS = 64, 10_000
 NUMBERS_PER_NUMBER, SPARE_NUMBERS = 8, 1 << 24
 LARGEST_BUFFER, MOST_IN_BUFFERS = 1 << 28, 1 << 30
-"""Numbers of a mask or a table of positions, and of all of them."""
+"""Most numbers in one mask or table of positions, and in all of them together."""
 
 
 def check_files(folder: Path, what: str = "checkpoint") -> None:
-    """CheckpointError for a file of a checkpoint or a tokenizer that is none (a pipe, a device), that is too large, or
-    that should hold a JSON object and does not. Links lead where they may: the cache of the hub is made of them.
+    """CheckpointError for a file of a checkpoint or a tokenizer that is no regular file (a pipe, a device), that is too
+    large, or that should hold a JSON object and does not. Links are followed, because the cache of the hub consists of
+    them.
     """
     for entry in [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*")]:
         if not entry.name.endswith(_SUFFIXES):
@@ -72,7 +73,9 @@ def check_files(folder: Path, what: str = "checkpoint") -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint. CheckpointError for anything else, and for too much of it."""
+    """The object in a JSON file of a checkpoint. CheckpointError for anything else, and for a file that is
+    too large.
+    """
     try:
         value = parse_json(read_bounded(path, LARGEST_CONFIG))
     except (OSError, ValueError) as error:
@@ -83,7 +86,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_config(path: Path, shapes: Sequence[Sequence[int]]) -> None:
-    """CheckpointError for a configuration that asks for more than tensors of these ``shapes`` can be, or for code."""
+    """CheckpointError for a configuration that does not fit weights of these ``shapes``, or that asks for code."""
     largest = max((size for shape in shapes for size in shape), default=0)
     most = max(MOST_COUNT, len(shapes), largest)
     for name, value in _fields(read_object(path)):
@@ -93,7 +96,7 @@ def check_config(path: Path, shapes: Sequence[Sequence[int]]) -> None:
                 f"{path}: {name} is {value!r:.40}, and the weights have {len(shapes):,} tensors, none longer than "
                 f"{largest:,}: it is not the configuration of these weights"
             )
-        # transformers fetches a kernel from the hub, and runs it, where a name has a slash.
+        # If a name has a slash, transformers fetches a kernel from the hub and runs it.
         if _CODE in name and isinstance(value, str) and "/" in value:
             raise CheckpointError(
                 f"{path}: {name} is {value!r:.80}, code that would be fetched from the hub and run; remove the entry, "
@@ -102,7 +105,7 @@ def check_config(path: Path, shapes: Sequence[Sequence[int]]) -> None:
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in a JSON value that is neither an object nor a list."""
+    """(dotted name, value) of every leaf of a JSON value: everything that is neither an object nor a list."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _fields(inner, f"{name}.{key}" if name else str(key))
@@ -115,8 +118,10 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def bounded_making(folder: Path, shapes: Sequence[Sequence[int]]) -> Iterator[None]:
-    """A model that is made inside, without memory yet (on torch's ``meta`` device), has no more parameters and numbers
-    than tensors of these ``shapes`` can fill, and masks and tables of bounded size: CheckpointError as soon as it has.
+    """While open, CheckpointError as soon as a model that is being made has more parameters or numbers than tensors of
+    these ``shapes`` can fill, or too large masks and tables.
+
+    Only what is on torch's ``meta`` device is counted, where transformers makes a model before it has memory.
     """
     from torch.nn.modules.module import (
         register_module_buffer_registration_hook,
@@ -126,7 +131,7 @@ def bounded_making(folder: Path, shapes: Sequence[Sequence[int]]) -> Iterator[No
     numbers = sum(math.prod(shape) for shape in shapes)
     most = PARAMETERS_PER_TENSOR * len(shapes) + SPARE_PARAMETERS
     most_numbers = NUMBERS_PER_NUMBER * numbers + SPARE_NUMBERS
-    made = {"parameters": 0, "numbers": 0, "buffers": 0}
+    counts = {"parameters": 0, "numbers": 0, "buffers": 0}
 
     def refuse(what: str) -> None:
         raise CheckpointError(
@@ -134,26 +139,26 @@ def bounded_making(folder: Path, shapes: Sequence[Sequence[int]]) -> Iterator[No
             f"{len(shapes):,} tensors of {numbers:,} numbers"
         )
 
-    def see(module: Any, name: str, parameter: Any) -> None:
+    def check_parameter(module: Any, name: str, parameter: Any) -> None:
         if parameter is None or not parameter.is_meta:
-            return  # the weights themselves, put in their places
-        made["parameters"] += 1
-        made["numbers"] += parameter.numel()
-        if made["parameters"] > most:
+            return  # a loaded weight, which replaces a parameter
+        counts["parameters"] += 1
+        counts["numbers"] += parameter.numel()
+        if counts["parameters"] > most:
             refuse(f"{most:,} parameters")
-        if made["numbers"] > most_numbers:
+        if counts["numbers"] > most_numbers:
             refuse(f"{most_numbers:,} numbers")
 
-    def see_buffer(module: Any, name: str, buffer: Any) -> None:
+    def check_buffer(module: Any, name: str, buffer: Any) -> None:
         if buffer is None or not buffer.is_meta:
             return
-        made["buffers"] += buffer.numel()
-        if buffer.numel() > LARGEST_BUFFER or made["buffers"] > MOST_IN_BUFFERS:
+        counts["buffers"] += buffer.numel()
+        if buffer.numel() > LARGEST_BUFFER or counts["buffers"] > MOST_IN_BUFFERS:
             refuse(f"{LARGEST_BUFFER:,} numbers in one mask or table, or {MOST_IN_BUFFERS:,} in all")
 
     hooks = [
-        register_module_parameter_registration_hook(see),
-        register_module_buffer_registration_hook(see_buffer),
+        register_module_parameter_registration_hook(check_parameter),
+        register_module_buffer_registration_hook(check_buffer),
     ]
     try:
         yield

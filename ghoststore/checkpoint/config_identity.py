@@ -1,8 +1,8 @@
-"""Which model it is, beside its weights: every field of its configuration that can change what it computes.
+"""The identity of a model beside its weights: every field of its configuration that can change what it computes.
 
-The identity is the whole configuration of the loaded model, less a stated list of fields of which it is known (and
-tested, by loading the same weights with another value) that they change no output. What is not on the list is in, so a
-field that is new, or that nobody thought of, is compared.
+It is the whole configuration of the loaded model, without a list of fields that are known to change no output (a test
+loads the same weights with another value). Fields that are not on the list are compared, so new or forgotten fields are
+compared, too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ghoststore.store.base.manifest import Difference, differences
 
 INERT = frozenset(
     {
-        # Where it comes from and which program wrote it.
+        # Where the checkpoint comes from, and which program wrote it.
         "_name_or_path",
         "architectures",  # the class of the loaded model is compared by its name
         "transformers_version",
-        # Which numbers it computes with: asked for where it is loaded, and kept in the manifest's `dtype`.
+        # The dtype, which is an option of loading and recorded in the manifest's `dtype`.
         "dtype",
         "torch_dtype",
-        # What a forward pass gives beside the logits. Caches are off where gradients are taken.
+        # What a forward pass returns beside the logits. Caches are off when gradients are computed.
         "output_attentions",
         "output_hidden_states",
         "use_cache",
-        # How weights are drawn that no checkpoint holds; a checkpoint with missing weights is refused.
+        # How missing weights are initialised; a checkpoint with missing weights is refused.
         "init_std",
         "initializer_factor",
         "initializer_range",
@@ -42,10 +42,10 @@ INERT = frozenset(
         "task_specific_params",
     }
 )
-"""Fields that change no output of a causal language model, in training neither.
+"""Fields that change no output of a causal language model, also not in training.
 
-Ids of special tokens are not among them: `pad_token_id` becomes the embedding's `padding_idx`, whose row has no
-gradient, and there are models whose forward pass asks for `eos_token_id` (Qwen4-exp hashes n-grams up to it).
+The ids of special tokens are not among them: `pad_token_id` becomes the embedding's `padding_idx`, whose row has no
+gradient, and some models use `eos_token_id` in the forward pass (Qwen4-exp hashes n-grams up to it).
 """
 
 DROPOUT = frozenset(
@@ -65,19 +65,21 @@ DROPOUT = frozenset(
         "resid_pdrop",
     }
 )
-"""Fields that change outputs in training mode alone: gradients are taken in eval mode, training runs keep them."""
+"""Fields that change outputs only in training mode. Gradients are computed in eval mode; training runs
+compare these.
+"""
 
 LARGEST_NUMBER = 1 << 20
-"""Of a stored field that the configuration at hand does not have."""
+"""Largest number in a stored field that the present configuration does not have."""
 
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _FLOAT = "__float__"
 
 
 def config_identity(config: Any, *, training: bool = False) -> dict[str, Any]:
-    """Every field of a transformers configuration that can change outputs, nested ones included, as JSON values.
+    """Every field of a transformers configuration that can change outputs, with nested ones, as JSON values.
 
-    With ``training`` those of dropout, too. Numbers that JSON does not know are written as transformers writes them:
+    With ``training``, also the fields of dropout. Numbers that JSON lacks are written as transformers does:
     ``{"__float__": "Infinity"}``.
     """
     from transformers import PretrainedConfig
@@ -93,11 +95,12 @@ def config_identity(config: Any, *, training: bool = False) -> dict[str, Any]:
 
 
 def config_differences(stored: dict[str, Any], config: Any, *, training: bool = False) -> list[Difference]:
-    """(path, stored, found) wherever the identity ``stored`` is not that of ``config``.
+    """(path, stored, found) for each difference between the identity ``stored`` and that of ``config``.
 
-    A release of transformers may know fields that the one before did not. Both must then mean the same: ``stored`` is
-    read into the present class, as its config.json would be, and what comes out is compared. So a field that only
-    ``config`` has is equal where it is what the class makes of the others; a field that only ``stored`` has differs.
+    A newer release of transformers may have new fields. To see whether both still mean the same, ``stored`` is read
+    into the present class, as a config.json would be, and the result is compared. So a field that only ``config`` has
+    is equal if it has the value that the class derives from the other fields; a field that only ``stored`` has is a
+    difference.
     """
     own = config_identity(config, training=training)
     if stored == own:
@@ -107,8 +110,10 @@ def config_differences(stored: dict[str, Any], config: Any, *, training: bool = 
 
 
 def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool = False) -> dict[str, Any]:
-    """``stored`` where it says the same as ``config`` in the words of another release, else the identity of ``config``:
-    what a manifest is asked for that is compared entry by entry.
+    """``stored`` if it means the same as ``config`` in another release of transformers, else the identity of
+    ``config``.
+
+    Use it for a manifest that will be compared entry by entry.
     """
     if stored is not None and not config_differences(stored, config, training=training):
         return stored
@@ -116,32 +121,40 @@ def agreed_config(stored: dict[str, Any] | None, config: Any, *, training: bool 
 
 
 def _is_worth_reading(stored: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether ``stored`` may still mean the same as ``found``. Two whole numbers that differ never do; and a manifest
-    may come from anywhere: a class makes lists as long as the numbers that it reads, so others are read up to a limit.
+    """Whether ``stored`` could mean the same as ``own``, and is safe to read into a class of transformers.
+
+    If two integers differ, it cannot. A manifest may come from anywhere, and a class makes lists as long as the numbers
+    that it reads, so other numbers are limited.
     """
     for name, value in stored.items():
-        other = own.get(name)
+        own_value = own.get(name)
         if isinstance(value, dict):
-            if not _is_worth_reading(value, other if isinstance(other, dict) else {}):
+            if not _is_worth_reading(value, own_value if isinstance(own_value, dict) else {}):
                 return False
-        elif isinstance(value, int) and value != other and (isinstance(other, int) or abs(value) > LARGEST_NUMBER):
+        elif (
+            isinstance(value, int)
+            and value != own_value
+            and (isinstance(own_value, int) or abs(value) > LARGEST_NUMBER)
+        ):
             return False
     return True
 
 
 def _read_by(config: Any, stored: dict[str, Any], training: bool) -> dict[str, Any]:
-    """What the class of ``config`` makes of ``stored``; ``stored`` itself where it is of another class, or of none."""
+    """The identity of ``stored`` after it is read by the class of ``config``; ``stored`` itself if that is
+    impossible.
+    """
     if stored.get("model_type") != type(config).model_type:
         return stored
     try:
         read = type(config).from_dict(_python(stored))
-    except Exception:  # noqa: BLE001 - a class may refuse other values in any way: then they are no longer the same
+    except Exception:  # noqa: BLE001 - a class may raise anything for values of another release, which then differ
         return stored
     return config_identity(read, training=training)
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON knows it."""
+    """``value`` as JSON values; see :func:`config_identity` for numbers that JSON lacks."""
     if isinstance(value, dict):
         return {str(name): _plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

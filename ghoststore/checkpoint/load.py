@@ -1,5 +1,6 @@
-"""Checkpoints in transformers' format: found, checked, fingerprinted, loaded. Weights come from safetensors
-only; no code of a checkpoint is ever run.
+"""Finding, checking, fingerprinting and loading checkpoints in transformers' format.
+
+Weights are read only from safetensors files, and code from a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -30,30 +31,32 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder that holds a model: ``config.json`` and safetensors. Made by :func:`find_checkpoint`."""
+    """A folder with a model: ``config.json`` and safetensors files. :func:`find_checkpoint` makes it."""
 
     folder: Path
     weights: tuple[Path, ...]
     """The safetensors files, sorted by name."""
 
     def fingerprint(self) -> str:
-        """``sha256:…`` of every tensor's name, dtype, shape and bytes: the same however the files are cut."""
+        """The SHA-256 (``sha256:…``) of the name, dtype, shape and bytes of every tensor. How tensors are divided among
+        files does not change it.
+        """
         return fingerprint_weights(self.weights)
 
     def numbers(self) -> int:
-        """Numbers in all tensors, by the headers of the files."""
+        """The number of numbers in all tensors, from the headers of the files."""
         return sum(math.prod(shape) for shape in self.shapes())
 
     def shapes(self) -> list[list[int]]:
-        """Of every tensor, by the headers of the files. CheckpointError for a file that is damaged."""
+        """The shape of every tensor, from the headers of the files. CheckpointError for a damaged file."""
         return [entry["shape"] for path in self.weights for entry in _tensors(path)[1].values()]
 
 
 def find_checkpoint(source: str | Path) -> Checkpoint:
-    """The checkpoint at a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
+    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
 
-    Raises CheckpointError that says what is missing: the folder, its config.json, its safetensors; or what in them
-    cannot be: no JSON object, a damaged header, a configuration that asks for more than the tensors there are.
+    Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
+    no JSON object, a damaged header, or a configuration that asks for more than the tensors.
     """
     folder = Path(source)
     if not _exists(folder, "checkpoint"):
@@ -84,11 +87,12 @@ def find_checkpoint(source: str | Path) -> Checkpoint:
 def _exists(folder: Path, what: str) -> bool:
     try:
         return folder.exists()
-    except OSError as error:  # a name that is too long, a folder above that cannot be read
+    except OSError as error:  # such as a name that is too long, or a parent folder without access
         raise CheckpointError(f"{what} {folder!s:.1000} cannot be read: {error.strerror}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sorted by name; empty without any. CheckpointError for a damaged index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         single = folder / "model.safetensors"
@@ -123,7 +127,7 @@ def _from_hub(name: str, patterns: Sequence[str] = CHECKPOINT_PATTERNS, what: st
 
 
 def _tensors(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """(where the numbers begin, header by tensor name) of a safetensors file."""
+    """(offset of the first number, header by tensor name) of a safetensors file. CheckpointError if it is damaged."""
     try:
         with BufferedReader(open_regular(path)) as file:
             size = os.fstat(file.fileno()).st_size
@@ -146,7 +150,9 @@ def _tensors(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def fingerprint_weights(files: tuple[Path, ...]) -> str:
-    """See :meth:`Checkpoint.fingerprint`. Reads every byte once, on several threads."""
+    """The fingerprint of safetensors files: see :meth:`Checkpoint.fingerprint`. Reads every byte once, in several
+    threads.
+    """
     pieces: list[tuple[str, Path, int, int, str]] = []
     for path in files:
         base, header = _tensors(path)
@@ -169,24 +175,25 @@ def fingerprint_weights(files: tuple[Path, ...]) -> str:
 
     pieces.sort(key=lambda piece: piece[0])
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        whole = hashlib.sha256(b"".join(pool.map(digest, pieces)))
-    return f"sha256:{whole.hexdigest()}"
+        total = hashlib.sha256(b"".join(pool.map(digest, pieces)))
+    return f"sha256:{total.hexdigest()}"
 
 
 def find_tokenizer(source: str | Path) -> Path:
-    """The folder of a saved tokenizer, or of that of a hub id (downloaded without weights unless it is cached).
+    """The folder of a saved tokenizer, or of the tokenizer of a hub id (downloaded without weights unless it is
+    cached).
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if there is no such folder.
     """
     folder = Path(source)
-    there = _exists(folder, "tokenizer")
+    exists = _exists(folder, "tokenizer")
     if folder.is_file():
         raise CheckpointError(f"tokenizer {folder} is a file; give the folder that holds it")
-    return folder if there else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
+    return folder if exists else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved in ``folder``. CheckpointError if there is none."""
+    """The tokenizer saved in ``folder``. CheckpointError if there is none, or if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -205,7 +212,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` to cuda where there is one, else cpu. UsageError for a device that is not there."""
+    """The torch name of ``device``; for ``auto`` cuda if there is a GPU, else cpu. UsageError for a missing device."""
     import torch
 
     if device == "auto":
@@ -228,7 +235,7 @@ def resolve_device(device: str) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers: what matters of them is checked and raised here."""
+    """While open, transformers shows no progress bars and no warnings. What matters in these is checked here."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -249,10 +256,10 @@ def load_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> Any:
-    """The causal language model of a checkpoint, in eval mode.
+    """The causal language model of a checkpoint, in eval mode, in ``dtype`` on ``device``.
 
-    Raises CheckpointError where the architecture is not a causal language model, where weights are missing
-    (transformers would draw them at random), of another shape, or not finite.
+    Raises CheckpointError if the architecture is not a causal language model, and if weights are missing (transformers
+    would initialise them at random), have another shape, or are not finite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -264,7 +271,7 @@ def load_model(
             f"`attn_implementation` {attn_implementation!r:.80} is code of the hub, which is not fetched and run; give "
             "sdpa, eager, or a kernel that is installed"
         )
-    shapes = checkpoint.shapes()  # a damaged file is named before transformers reads it
+    shapes = checkpoint.shapes()  # reports a damaged file before transformers reads it
     check_config(checkpoint.folder / CONFIG, shapes)
     try:
         with quiet_transformers(), bounded_making(checkpoint.folder, shapes):
@@ -301,44 +308,46 @@ def load_model(
         refuse_lookahead(model, checkpoint.folder)
     except CheckpointError:
         raise
-    except Exception as error:  # as above: a configuration may be found out when the model runs
+    except Exception as error:  # as above: a wrong configuration may fail only when the model runs
         reason = str(error) or type(error).__name__
         raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be run: {reason:.1000}") from error
     return model
 
 
 def refuse_lookahead(model: Any, where: Path) -> None:
-    """CheckpointError unless the logits at a place are independent of later tokens: the loss needs that."""
+    """CheckpointError unless the logits at each position are independent of later tokens, which the loss requires."""
     import torch
 
     size = model.get_input_embeddings().num_embeddings
     length = min(8, size, max_positions(model) or 8)
     if length < 2:
-        return  # nothing stands before the last token
+        return  # there is no position before the last token
     ids = torch.arange(length, device=model.device).unsqueeze(0)
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + size // 2) % size
-    if bool((other == ids).all()):
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + size // 2) % size
+    if bool((changed == ids).all()):
         return
-    if sees_ahead(model, ids, other):
+    if sees_ahead(model, ids, changed):
         raise CheckpointError(
             f"checkpoint {where} ({type(model).__name__}) is not causal: changing a later token changed the logits "
             "before it. Next-token gradients need a causal language model (for BERT-style configs, is_decoder=true)"
         )
 
 
-def sees_ahead(model: Any, ids: Any, other: Any) -> bool:
-    """Whether the logits before the last token differ between (1, tokens) ``ids`` and ``other``, which differ there."""
+def sees_ahead(model: Any, ids: Any, changed: Any) -> bool:
+    """Whether the logits before the last token differ between ``ids`` and ``changed``, both (1, tokens), which differ
+    only in the last token.
+    """
     import torch
 
     with torch.no_grad():
-        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, other))
-    moved = (first - second).abs().amax(dim=(0, 2))
-    return float(moved[:-1].max()) > 1e-3 * float(moved[-1]) + 1e-6 * float(first.abs().max())
+        first, second = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits.float() for x in (ids, changed))
+    change_T = (first - second).abs().amax(dim=(0, 2))
+    return float(change_T[:-1].max()) > 1e-3 * float(change_T[-1]) + 1e-6 * float(first.abs().max())
 
 
 def max_positions(model: Any) -> int | None:
-    """The most tokens the model takes, by its config; None where it sets no limit."""
+    """The largest number of tokens that the model accepts, from its config; None if that sets no limit."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx", "max_sequence_length"):
         value = getattr(getattr(model, "config", None), name, None)
         if isinstance(value, int) and value > 0:
@@ -347,7 +356,7 @@ def max_positions(model: Any) -> int | None:
 
 
 def choose_max_length(wanted: int | None, model: Any, default: int) -> int:
-    """``wanted``, or ``default`` but not more than the model takes. UsageError if more was asked for."""
+    """``wanted``; or by default ``default``, limited to what the model accepts. UsageError if ``wanted`` is more."""
     limit = max_positions(model)
     if wanted is None:
         return min(limit or default, default)

@@ -1,4 +1,4 @@
-"""Whether a model and a tokenizer are those that a part was built from; what is not is refused with both values."""
+"""Checking that a model and a tokenizer are those that a part was built from. Errors show both values."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ IDENTIFYING: dict[str, dict[str, type]] = {
     "checkpoint": {"fingerprint": str, "architecture": str, "config": dict},
     "tokenizer": {"fingerprint": str, "class": str, "special_tokens": dict},
 }
-"""Fields of a manifest without which a model or a tokenizer cannot be told from another, and their types."""
+"""The fields of a manifest that identify a model and a tokenizer, with their types."""
 
 
 def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = None) -> dict[str, Any]:
-    """The manifest's ``checkpoint``: the fingerprint of the weights, the class of the model, its configuration.
+    """The manifest's ``checkpoint``: the fingerprint of the weights, the class of the model, and its configuration.
 
-    ``stored`` is the manifest that this one is going to be compared with: where both configurations say the same, in
-    the words of different releases of transformers, those of ``stored`` are taken.
+    ``stored`` is the manifest that this one will be compared with. If both configurations mean the same in different
+    releases of transformers, that of ``stored`` is used.
     """
-    said = None if stored is None else stored["checkpoint"]["config"]
+    stored_config = None if stored is None else stored["checkpoint"]["config"]
     return {
         "fingerprint": fingerprint,
         "architecture": type(model).__name__,
-        "config": agreed_config(said, model.config),
+        "config": agreed_config(stored_config, model.config),
     }
 
 
 def refuse_other_model(
     part: Part, checkpoint: Checkpoint, fingerprint: str, model: Any, tokenizer: Any, tokenizer_folder: Path
 ) -> None:
-    """MismatchError naming every field in which the model in the folder of ``checkpoint``, whose weights have this
-    ``fingerprint``, or the tokenizer in its folder, are not those that ``part`` was built from.
+    """MismatchError unless ``model`` and ``tokenizer`` are those that ``part`` was built from. It shows every
+    difference.
+
+    ``fingerprint`` is that of the weights of ``checkpoint``, from which ``model`` was loaded.
     """
     stored = part.manifest["checkpoint"]
     own = {"fingerprint": fingerprint, "architecture": type(model).__name__}
@@ -62,8 +64,9 @@ def refuse_other_model(
 
 
 def refuse_incomplete(part: Part) -> None:
-    """MismatchError for a part whose manifest does not identify its model and its tokenizer: nothing tells whether a
-    model is the one. Says which fields are missing, and the command that builds the part again.
+    """MismatchError for a part whose manifest does not identify its model and its tokenizer.
+
+    The message has the missing fields, and the command that builds the part again.
     """
     manifest = part.manifest
     lacking = [
@@ -85,18 +88,20 @@ def refuse_incomplete(part: Part) -> None:
 
 
 def start_section(checkpoint: Checkpoint | None, stored: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """What a training run says of the checkpoint that it began with: its weights, and its configuration as its
-    config.json has it. None for a new model. ``stored`` is the section that this one is going to be compared with.
+    """The section of a training run's manifest about the checkpoint that it started from: the fingerprint of its
+    weights, and the configuration in its config.json. None for a new model.
+
+    ``stored`` is the section that this one will be compared with.
     """
     if checkpoint is None:
         return None
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    said = None if stored is None else stored["config"]
-    return {"fingerprint": checkpoint.fingerprint(), "config": agreed_config(said, config, training=True)}
+    stored_config = None if stored is None else stored["config"]
+    return {"fingerprint": checkpoint.fingerprint(), "config": agreed_config(stored_config, config, training=True)}
 
 
-def tokenizer_lines(stored: dict[str, Any], found: dict[str, Any]) -> str:
-    """A line for each section in which two tokenizers differ, for the message of an error."""
-    return difference_lines(differences(stored, found, "tokenizer"), "found")
+def tokenizer_lines(stored: dict[str, Any], identity: dict[str, Any]) -> str:
+    """For an error message: one line for each section in which two tokenizers differ."""
+    return difference_lines(differences(stored, identity, "tokenizer"), "found")

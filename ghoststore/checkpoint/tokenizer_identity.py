@@ -1,7 +1,7 @@
-"""Which tokenizer it is: everything that changes which ids a text, or a chat, becomes.
+"""The identity of a tokenizer: everything that can change the ids of a text or a chat.
 
-Small sections are kept as they are, so that a refusal can show both values; large ones (a vocabulary, merges) as
-SHA-256.
+Small sections are kept as they are, so that an error can show both values. Large ones (a vocabulary, merges) are kept
+as SHA-256.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_SECTION = 2000
-"""Characters of JSON up to which a section is kept as it is."""
+"""Most characters of JSON of a section that is kept as it is."""
 
 RUNTIME = ("version", "truncation", "padding")
-"""Entries of tokenizer.json that say nothing of ids: each call sets truncation and padding anew."""
+"""Entries of tokenizer.json that do not change ids: each call sets truncation and padding itself."""
 
 PADDING = "pad_token"
 
 NOISE = frozenset(
     {
-        # Where it comes from and how it was loaded.
+        # Where the tokenizer comes from, and how it was loaded.
         "_commit_hash",
         "auto_map",
         "backend",
@@ -42,7 +42,7 @@ NOISE = frozenset(
         "vocab_file",
         "merges",
         "merges_file",
-        # Of padding, truncation, decoding and the names of inputs: rows are cut and padded by ghoststore.
+        # Padding, truncation, decoding and the names of inputs: ghoststore cuts and pads rows itself.
         "clean_up_tokenization_spaces",
         "max_length",
         "model_input_names",
@@ -53,7 +53,7 @@ NOISE = frozenset(
         "stride",
         "truncation_side",
         "truncation_strategy",
-        # In sections of their own.
+        # Settings that are in other sections.
         "add_bos_token",  # the post-processor
         "add_eos_token",
         "added_tokens_decoder",
@@ -63,17 +63,18 @@ NOISE = frozenset(
         "split_special_tokens",
     }
 )
-"""Settings of a tokenizer that are no section of their own in its identity. All others are in."""
+"""Settings of a tokenizer that are not among the ``settings`` of its identity. All others are."""
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """The sections of a transformers tokenizer, as JSON values, and ``fingerprint``: ``sha256:…`` of them all.
+    """The sections of a transformers tokenizer, as JSON values, and ``fingerprint``: the SHA-256 (``sha256:…``) of all.
 
-    Of one with a Rust backend: ``normalizer``, ``pre_tokenizer``, ``post_processor``, ``decoder``, ``model`` and
-    ``added_tokens`` (by id) of its tokenizer.json, complete. Of another: ``files``, the SHA-256 of each that it saves.
-    Of both: ``class``, ``special_tokens``, ``chat_template`` and ``settings``, those of tokenizer_config.json.
+    With a Rust backend these are ``normalizer``, ``pre_tokenizer``, ``post_processor``, ``decoder``, ``model`` and
+    ``added_tokens`` (by id) from its tokenizer.json. For others it is ``files``: the SHA-256 of each file that the
+    tokenizer saves. Both have ``class``, ``special_tokens``, ``chat_template`` and ``settings`` (those of
+    tokenizer_config.json).
 
-    The padding token is in where the chat template names it, and nowhere else: rows are padded by ghoststore.
+    The padding token is included only if the chat template names it, because ghoststore pads rows itself.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = _files(tokenizer) if backend is None else _backend(backend)
@@ -108,11 +109,13 @@ def _backend(backend: Any) -> dict[str, Any]:
         sections.pop(name, None)
     added = {str(token.pop("id")): token for token in sections.pop("added_tokens", [])}
     condensed = {name: _condensed(section) for name, section in sections.items()}
-    return {**condensed, "added_tokens": _kept(added, _text(added))}
+    return {**condensed, "added_tokens": _value_or_digest(added, _text(added))}
 
 
 def _files(tokenizer: Any) -> dict[str, Any]:
-    """Of a tokenizer that is Python: the files that it saves, its settings aside, which hold paths and versions."""
+    """The sections of a tokenizer in Python: the files that it saves, without its settings, which have paths and
+    versions.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {
@@ -121,25 +124,25 @@ def _files(tokenizer: Any) -> dict[str, Any]:
             if path.is_file() and path.name not in ("tokenizer_config.json", "special_tokens_map.json")
         }
     added = {str(index): repr(token) for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    return {"files": files, "added_tokens": _kept(added, _text(added))}
+    return {"files": files, "added_tokens": _value_or_digest(added, _text(added))}
 
 
 def _settings(tokenizer: Any, special: dict[str, str], *, rust: bool) -> dict[str, Any]:
-    given, defaults = getattr(tokenizer, "init_kwargs", {}), _defaults(type(tokenizer))
+    init_kwargs, defaults = getattr(tokenizer, "init_kwargs", {}), _defaults(type(tokenizer))
     tokens = {*special, PADDING, *getattr(tokenizer, "SPECIAL_TOKENS_ATTRIBUTES", ())}
-    names = sorted(given.keys() - NOISE - tokens)
+    names = sorted(init_kwargs.keys() - NOISE - tokens)
     return {
-        name: _condensed(json.loads(json.dumps(given[name], default=str)))
+        name: _condensed(json.loads(json.dumps(init_kwargs[name], default=str)))
         for name in names
-        if not _as_absent(name, given[name], defaults, rust=rust)
+        if not _as_absent(name, init_kwargs[name], defaults, rust=rust)
     }
 
 
 def _as_absent(name: str, value: Any, defaults: dict[str, Any], *, rust: bool) -> bool:
-    """Whether the class makes the same of ``value`` as of no value: it is off, and off by default.
+    """Whether ``value`` means the same as no value: it is None or False, and so is the default.
 
-    What a Rust backend makes of settings is in its own sections: no default is off, there. A tokenizer in Python may
-    take ``legacy`` without naming it, and switch it on where it is absent.
+    With a Rust backend a setting without a default counts as off, because its effects are in the other sections. A
+    tokenizer in Python may accept ``legacy`` without naming it as a parameter, and switch it on if it is absent.
     """
     if value is not None and value is not False:
         return False
@@ -148,24 +151,26 @@ def _as_absent(name: str, value: Any, defaults: dict[str, Any], *, rust: bool) -
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Defaults of what the ``__init__`` of a class and of its bases name."""
-    made = [vars(base)["__init__"] for base in reversed(kind.__mro__[:-1]) if "__init__" in vars(base)]
-    named = [item for init in made for item in inspect.signature(init).parameters.items()]
+    """The defaults of the parameters of the ``__init__`` of a class and of its bases, by name."""
+    inits = [vars(base)["__init__"] for base in reversed(kind.__mro__[:-1]) if "__init__" in vars(base)]
+    named = [item for init in inits for item in inspect.signature(init).parameters.items()]
     return {name: parameter.default for name, parameter in named if parameter.default is not inspect.Parameter.empty}
 
 
 def _condensed(section: Any) -> Any:
-    """``section`` if it is small, else its digest; of one with entries, the digests of those that are large."""
+    """``section`` if it is small, else its digest. A large dictionary keeps its small entries, and digests of the
+    others.
+    """
     if not isinstance(section, dict):
-        return _kept(section, _text(section))
+        return _value_or_digest(section, _text(section))
     texts = {name: _text(entry) for name, entry in section.items()}
     if sum(map(len, texts.values())) <= LARGEST_SECTION:
         return section
-    return {name: _kept(entry, texts[name]) for name, entry in section.items()}
+    return {name: _value_or_digest(entry, texts[name]) for name, entry in section.items()}
 
 
-def _kept(value: Any, text: str) -> Any:
-    """``value`` if its JSON ``text`` is short, else the digest."""
+def _value_or_digest(value: Any, text: str) -> Any:
+    """``value`` if its JSON ``text`` is short, else the digest of that."""
     return value if len(text) <= LARGEST_SECTION else _digest(text)
 
 

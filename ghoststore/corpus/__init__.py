@@ -1,7 +1,7 @@
-"""Corpora: where training and validation samples come from, whatever form they are stored in.
+"""Corpora: the sources of training and validation samples, in any form of file.
 
-A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`) and scanned once for its
-fingerprint (`SampleScan`). Importing this package loads neither torch nor pyarrow nor datasets.
+A corpus is streamed (`Corpus.samples`), read at random (`Corpus.fetch`), and scanned once for its fingerprint
+(`SampleScan`). Importing this package loads neither torch nor pyarrow nor datasets.
 """
 
 from ghoststore.corpus.corpus import Corpus, Position, open_corpus, spool_stdin

@@ -1,4 +1,4 @@
-"""A corpus: what a source names, streamed in order or read at random, never held in memory."""
+"""A corpus: the samples of a source, streamed in order or read at random, and never all in memory."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ STDIN = "standard input"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """Where a sample stands; the three fields are those of the `Sample`.
+    """The place of a sample in its corpus. The three fields are those of the `Sample`.
 
-    An offset of -1 is always allowed: the row is then found by its number, in text forms by streaming.
+    An offset of -1 is always allowed. The row is then found by its number; text forms must stream the file for that.
     """
 
     source_row: int
@@ -36,7 +36,7 @@ class Position:
 
 
 class Corpus:
-    """The samples of one source. ``files`` are sorted by name; a dataset counts as one file, its folder."""
+    """The samples of one source. ``files`` are sorted by name. A dataset counts as one file, which is its folder."""
 
     def __init__(self, source: str, form: Form, files: Sequence[Path], fields: Fields | ResolvedFields):
         self.source = source
@@ -46,49 +46,53 @@ class Corpus:
         self._fields = fields
         self._counts: list[int] = []
         self.domains: frozenset[str] | None = None
-        """The domains whose samples `samples` gives; None for all. See `only`."""
+        """The domains of the samples that `samples` gives; None for all. See `only`."""
         self.note: Callable[[str], None] | None = None
-        """Told, each once, of fields that are not read and may belong to the text, where a row first has them."""
+        """Gets a message when a row first has a field that is not read and may belong to the text, once a field."""
         self.unread: list[str] = []
-        """These fields: of the first row once `resolved` was decided, of the others as `samples` comes to them."""
+        """Names of these fields so far: of the first row once `resolved` is decided, of others as `samples`
+        reads them.
+        """
         self._left_out: set[str] = set()
-        """Fields that no row has had so far, and that would be such."""
+        """Names of fields that would be among them, and that no row has had so far."""
 
     @classmethod
     def open(cls, source: str, fields: Fields | ResolvedFields | None = None) -> Corpus:
-        """Find what ``source`` names; rows are read later.
+        """Find the files of ``source``: a path, ``folder:split`` of a saved DatasetDict, or ``org/name:split`` of the
+        Hugging Face hub. Rows are read later.
 
-        A path; ``folder:split`` of a saved DatasetDict; or ``org/name:split`` of the Hugging Face hub.
-        Raises CorpusError for a source that is missing, of an unknown or mixed form, or without a split;
-        UsageError for "-", which the caller spools with `spool_stdin`.
+        Raises CorpusError for a source that is missing, has an unknown or mixed form, or lacks a split; UsageError for
+        "-", which the caller must copy to a file with `spool_stdin`.
         """
         form, files = locate(source)
         fields = Fields() if fields is None else fields
-        # Fields that were resolved are those of a corpus that was read before.
+        # Resolved fields come from an earlier reading of the corpus, which had a limit for records.
         largest = fields.max_record_bytes if isinstance(fields, Fields) else None
         return cls(source, replace(form, largest=largest), files, fields)  # type: ignore[type-var]
 
     def only(self, domains: Iterable[str]) -> Corpus:
-        """The same corpus without the samples of other domains, or of none. All keep their ``source_row``."""
-        narrowed = copy(self)  # what was noted once is not noted again
+        """A copy of this corpus with only the samples of these ``domains``. They keep their ``source_row``."""
+        narrowed = copy(self)  # shares _left_out, so that no field is noted twice
         narrowed.domains = frozenset(domains)
         return narrowed
 
     @property
     def resolved(self) -> ResolvedFields:
-        """The fields in use, decided on the first row; CorpusError for a corpus without rows."""
+        """The fields to read, decided on the first row. CorpusError for a corpus without rows."""
         if isinstance(self._fields, Fields):
             self._fields = self._resolve(self._fields)
         return self._fields
 
     @property
     def template_date(self) -> str | None:
-        """Of token shards: the date that the chat template wrote into them, if it asked for one."""
+        """For token shards: the date that the chat template has written into them. None without a date, and for other
+        forms.
+        """
         date: str | None = getattr(getattr(self._form, "shards", None), "template_date", None)
         return date
 
     def samples(self, start: Position | None = None) -> Iterator[Sample]:
-        """All samples in order, or those from the one at ``start`` on."""
+        """All samples in order, or those from ``start`` on. CorpusError for a row that is no sample."""
         start = Position(source_row=0, file=0, offset=-1) if start is None else start
         resolved = self.resolved
         columns = resolved.columns()
@@ -114,11 +118,11 @@ class Corpus:
             first = 0
 
     def fetch(self, places: Sequence[Position]) -> dict[int, Sample]:
-        """The samples at ``places`` (any order, repeated or not) by their source_row.
+        """The samples at ``places`` by their source_row. Places may be in any order and may repeat.
 
-        Plain text forms seek to the offset; compressed ones are streamed once, up to the last place;
-        parquet reads the row groups concerned; a dataset is indexed. A place where no sample stands any
-        more is left out: whether it is the same sample, its digest tells.
+        Plain text forms seek to the offset; compressed ones are streamed once, up to the last place; parquet reads the
+        row groups that hold places; a dataset is indexed. A place without a sample is left out. Compare digests to see
+        whether a sample has changed.
         """
         fetched: dict[int, Sample] = {}
         keyed, others = ([place for place in places if self._has_key(place) == has_key] for has_key in (True, False))
@@ -133,15 +137,16 @@ class Corpus:
         return fetched
 
     def at(self, places: Sequence[Position]) -> Iterator[tuple[Form, Path, dict[int, Position]]]:
-        """Where ``places`` with known offsets are: for each file its form, its path, and the places by their
-        key in it, ascending.
+        """For each file with ``places``: its form, its path, and the places by their key in the file, ascending.
+
+        In text forms, the offset of each place must be known.
         """
         for file in sorted({place.file for place in places}):
             keyed = {self._key(place): place for place in places if place.file == file}
             yield self._form, self.files[self._checked(file)], {key: keyed[key] for key in sorted(keyed)}
 
     def sample_of(self, row: object, source_row: int, file: int, offset: int) -> Sample:
-        """The sample of a row of ours; RowError for a missing field or a value of a wrong type."""
+        """The sample of a row of this corpus. RowError for a missing field or a value of a wrong type."""
         return self.resolved.sample(
             row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls
         )
@@ -161,7 +166,9 @@ class Corpus:
         raise CorpusError(f"{self.source}: has no rows")
 
     def _see_unread(self, fields: Iterable[str], where: str | None) -> None:
-        """Note what is not read of ``fields``: those of the first row, or of the row ``where``, which are new there."""
+        """Note which of ``fields`` are not read and may belong to the text. They are those of the first row (``where``
+        is None), or of the row ``where``, the first to have some of them.
+        """
         names = [name for name in WELL_KNOWN if name in self._left_out and name in fields]
         self._left_out.difference_update(names)
         self.unread += names
@@ -178,7 +185,7 @@ class Corpus:
         )
 
     def _streamed(self, file: int, source_rows: set[int]) -> dict[int, Sample]:
-        """The slow way to rows of one file without a known offset: from its beginning to the last."""
+        """Rows of one file without known offsets, by the slow way: streaming the file up to the last of them."""
         fetched: dict[int, Sample] = {}
         if source_rows:
             for sample in self.samples(Position(source_row=min(source_rows), file=file)):
@@ -198,7 +205,7 @@ class Corpus:
         return place.offset if self._form.has_offsets else place.source_row - self._first_row(place.file)
 
     def _entry(self, start: Position) -> tuple[int, int]:
-        """Where to begin reading for ``start``: the source_row and the key of the first row read."""
+        """(source_row, key) of the row at which to begin reading in order to reach ``start``."""
         self._checked(start.file)
         if self._has_key(start):
             key = self._key(start)
@@ -220,10 +227,11 @@ class Corpus:
 
 @contextmanager
 def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
-    """`Corpus.open`, and standard input (``-``, jsonl) as well: it lies in a temporary file (TMPDIR) until the end.
+    """`Corpus.open`, and also for standard input (``-``, jsonl), which is copied to a temporary file (in TMPDIR) until
+    the block ends.
 
-    With ``progress`` the first row is read at once. Notes name the fields that are not read, where they may belong to
-    the text: those of the first row, and those that other rows have beside them, each where it is first read.
+    With ``progress`` the first row is read at once. Notes then name fields that are not read and may belong to the
+    text: those of the first row, and others at the first row that has them.
     """
     with ExitStack() as stack:
         spooled: str | None = None
@@ -256,7 +264,7 @@ def _listed(names: Iterable[str]) -> str:
 def spool_stdin(stream: BinaryIO, to: Path) -> Path:
     """Copy a stream of jsonl to the file ``to`` (named \\*.jsonl), which appears whole or not at all.
 
-    Returns ``to``. Raises StorageError where it cannot be written.
+    Returns ``to``. Raises StorageError if it cannot be written.
     """
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{to.name}.", dir=to.parent)

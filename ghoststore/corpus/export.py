@@ -1,4 +1,4 @@
-"""Rows of a corpus written to a new file or folder: in the form that they have, or as jsonl, parquet or a dataset."""
+"""Writing rows of a corpus to a new file or folder: in their own form, or as jsonl, parquet or a dataset."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ COMMON = ("jsonl", "parquet", "dataset")
 """Forms that hold the rows of any corpus."""
 TABLES = ("parquet", "dataset")
 GROUP_BYTES = 64 << 20
-"""Of a parquet row group, about, before it is encoded."""
+"""Approximate bytes of a parquet row group, before encoding."""
 
 
 def form_wanted(out: Path) -> str:
-    """The form that ``out`` asks for, by its suffix: without one, a folder of ``save_to_disk``. UsageError for another
-    suffix.
+    """The form that the suffix of ``out`` means; without a suffix, a folder of ``save_to_disk``. UsageError for an
+    unknown suffix.
     """
     if not out.suffix:
         return "dataset"
@@ -40,7 +40,7 @@ def form_wanted(out: Path) -> str:
 
 
 def check_export(source: str, form: str, out: Path) -> None:
-    """UsageError unless rows of the corpus ``source``, of ``form``, can be written to ``out``."""
+    """UsageError unless rows of the corpus ``source``, which has the form ``form``, can be written to ``out``."""
     have, wanted = form.partition(".")[0], form_wanted(out)
     if have == "token-shards":
         raise UsageError(
@@ -53,11 +53,11 @@ def check_export(source: str, form: str, out: Path) -> None:
 
 
 def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> None:
-    """Write ``source`` to ``out``, which appears whole or not at all: see `check_export`.
+    """Write ``source`` to ``out``, which appears whole or not at all. Call `check_export` first.
 
-    In the order of the corpus, streamed; or with ``order`` (place in the corpus's order of the first to be written, of
-    the second, …), which holds all rows in memory, as does every change of form to parquet or a dataset. Lines of a
-    text form keep their bytes; parquet keeps schema and metadata, a dataset its features.
+    Rows are streamed in the order of the corpus. With ``order`` (the places, in that order, of the rows to write) all
+    rows are held in memory, and so they are for a change of form to parquet or a dataset. Lines of a text form keep
+    their bytes, parquet keeps its schema and metadata, and a dataset its features.
 
     Raises MismatchError for a row that has changed, UsageError for values that the form cannot hold, StorageError if
     the disk refuses.
@@ -83,8 +83,8 @@ def write_export(source: SourceRows, out: Path, order: Sequence[int] | None) -> 
 def _ordered(items: Iterable[T], order: Sequence[int] | None) -> Iterable[T]:
     if order is None:
         return items
-    held = list(items)
-    return [held[place] for place in order]
+    in_order = list(items)
+    return [in_order[place] for place in order]
 
 
 def _as_json(row: dict[str, Any]) -> bytes:
@@ -96,7 +96,7 @@ def _as_json(row: dict[str, Any]) -> bytes:
 
 @contextmanager
 def _packed(path: Path, suffix: str) -> Iterator[IO[bytes]]:
-    """A new file, compressed where ``suffix`` says so; the same bytes for the same content."""
+    """A new file, compressed if ``suffix`` says so. Equal content gives equal bytes."""
     with open(path, "wb") as file:
         if suffix == ".gz":
             with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
@@ -120,17 +120,19 @@ def _write_parquet(source: SourceRows, path: Path, order: Sequence[int] | None) 
 
 
 def _gathered(tables: Iterable[Any]) -> Iterator[Any]:
-    """Small tables joined to row groups of a common size: few rows are chosen out of each group of the source."""
+    """Joins small tables to row groups of a usual size, because only few rows may come from each group of
+    the source.
+    """
     import pyarrow
 
-    held: list[Any] = []
+    pending: list[Any] = []
     for table in tables:
-        held.append(table)
-        if sum(piece.nbytes for piece in held) >= GROUP_BYTES:
-            yield pyarrow.concat_tables(held)
-            held = []
-    if held:
-        yield pyarrow.concat_tables(held)
+        pending.append(table)
+        if sum(piece.nbytes for piece in pending) >= GROUP_BYTES:
+            yield pyarrow.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pyarrow.concat_tables(pending)
 
 
 def _table(source: SourceRows, order: Sequence[int] | None) -> Any:
@@ -165,7 +167,7 @@ def _save_dataset(source: SourceRows, folder: Path, order: Sequence[int] | None)
 
 @contextmanager
 def _quietly(datasets: Any) -> Iterator[None]:
-    """Without the progress bars of ``datasets``."""
+    """While open, ``datasets`` shows no progress bars."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,7 +1,7 @@
-"""What a row means: the names of its fields, and the sample that it becomes.
+"""From a row to a sample: the fields of a row, and their meaning.
 
-A row is a mapping from field names to values, as any form of file gives it. Which field is which is
-decided once, on the first row (`resolve`), and kept; every later row must fit that decision.
+A row is a mapping from field names to values; every form of file gives such rows. The meaning of fields is decided
+once, on the first row (`resolve`). Every later row must fit that decision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ghoststore.errors import CorpusError, UsageError
 from ghoststore.settings.fields import CONTENT_FIELDS, ROLES, ContentKind, Fields
 
 BESIDE_MESSAGES = ("tools", "documents")
-"""Fields that go to the chat template with the messages. A row need not have them; without one is null."""
+"""Fields that go to the chat template with the messages. A row may lack them, which is the same as null."""
 WELL_KNOWN = (
     "text",
     "prompt",
@@ -62,43 +62,45 @@ WELL_KNOWN = (
     "chosen",
     "rejected",
 )
-"""Fields in which the common layouts keep a part of a sample's text."""
+"""Fields in which common layouts keep a part of a sample's text."""
 
 CANONICAL = orjson.OPT_SERIALIZE_NUMPY
 
 
 class RowError(ValueError):
-    """What is wrong with one row; `Corpus` adds the file and the line and raises `CorpusError`."""
+    """An error in one row. `Corpus` adds the file and the line, and raises `CorpusError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion:
+    """A prompt, whose tokens are not targets, and its completion."""
+
     prompt: str
     completion: str
 
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """A conversation as the chat template gets it: non-empty; every message has a "role" (str) and a "content".
+    """A conversation for the chat template, with at least one message. Every message has a "role" (str) and a
+    "content".
 
-    Other keys of a message are left out where their value is null, as transformers does. Inside their values, in tools
-    and in documents a null stands where the row has it, but for forms of file that give every object every key of a
-    schema: there it is left out.
+    Other keys of a message are left out if their value is null, as transformers does. A null inside a value, in tools
+    or in documents stays, except in forms of file whose schema gives every object every key: there it is left out.
     """
 
     messages: list[dict[str, object]]
     tools: list[dict[str, object]] | None = None
-    """JSON schemas of the tools that the model may call; None where the row has none."""
+    """JSON schemas of the tools that the model may call; None if the row has none."""
     documents: list[dict[str, object]] | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Messages, and what stands beside them where there is any."""
+        """``messages``, and ``tools`` and ``documents`` if there are any."""
         beside = {"tools": self.tools, "documents": self.documents}
         return {"messages": self.messages, **{name: value for name, value in beside.items() if value is not None}}
 
 
 class Vocabulary(Protocol):
-    """Whose tokens they are, and the way back to text."""
+    """The tokenizer that made tokens: its identity, and decoding."""
 
     @property
     def tokenizer_identity(self) -> dict[str, Any]: ...
@@ -108,8 +110,8 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A sample that was tokenized before. ``data`` are the ids as little-endian int32; tokens before
-    ``first_target`` (at least 1) are no targets.
+    """The tokens of a sample from token shards. ``data`` are the ids as little-endian int32. Tokens before
+    ``first_target`` (at least 1) are not targets.
     """
 
     data: bytes
@@ -118,7 +120,7 @@ class Tokenized:
 
     @property
     def ids(self) -> NDArray[np.int32]:
-        """The ids, (tokens,), a copy."""
+        """(tokens,) int32: a copy of the ids."""
         return np.frombuffer(self.data, dtype="<i4").astype(np.int32)
 
 
@@ -129,10 +131,10 @@ Content: TypeAlias = str | PromptCompletion | Messages | Tokenized
 class Sample:
     """One row of a corpus.
 
-    ``source_row`` is its place in the corpus, from 0; ``id`` the id field, or that place in decimal.
-    ``content`` is None where the field is null: such a sample is unusable and keeps its row.
-    ``file`` indexes `Corpus.files`; ``offset`` is the byte at which the record begins in that file
-    (in its decompressed bytes for .gz and .zst), or -1 in forms without offsets.
+    ``source_row`` is its place in the corpus, counted from 0. ``id`` is the id field, or that place in decimal.
+    ``content`` is None if the field is null: such a sample is not usable, but keeps its row. ``file`` is an index into
+    `Corpus.files`. ``offset`` is the byte at which the record begins in that file (after decompression of .gz and
+    .zst), or -1 in forms without offsets.
     """
 
     source_row: int
@@ -143,12 +145,11 @@ class Sample:
     file: int
 
     def canonical(self) -> bytes:
-        """The bytes that fingerprints cover: JSON of content, domain and id.
+        """The bytes that fingerprints cover: JSON of content, domain and id, without the sample's place.
 
-        Keys are sorted where they are looked up by name: the row's, the content's, a message's. Within what a message
-        holds, in tools and in documents they keep their order, for a chat template prints these in the order it gets.
-        Nulls there are in, as in the text. The same row has the same bytes in every form of file that keeps the order
-        and the nulls; its place does not enter.
+        The keys of the row, the content and each message are sorted, because they are looked up by name. Keys inside
+        the values of a message, in tools and in documents keep their order, because a chat template prints them in that
+        order; nulls there stay, too. So a row has the same bytes in every form of file that keeps order and nulls.
         """
         plain: object = self.content
         if isinstance(plain, PromptCompletion):
@@ -160,12 +161,12 @@ class Sample:
         return orjson.dumps({"content": plain, "domain": self.domain, "id": self.id}, option=CANONICAL)
 
     def digest(self) -> int:
-        """xxh3_64 of `canonical`, in [0, 2**64)."""
+        """The xxh3_64 hash of `canonical`, in [0, 2**64)."""
         return xxhash.xxh3_64_intdigest(self.canonical())
 
     def texts(self) -> list[str]:
-        """The texts of the content, in order. Tokens have none. What is no string in a message (parts, tool calls) is
-        shown as JSON; tools and documents beside the messages are not among them.
+        """The texts of the content, in order; none for tokens. Values of a message that are not strings (parts, tool
+        calls) are shown as JSON. Tools and documents beside the messages are left out.
         """
         match self.content:
             case None | Tokenized():
@@ -178,14 +179,14 @@ class Sample:
                 return [text]
 
     def preview(self) -> str:
-        """The whole content for a person to read (tokens are decoded); "" for an unusable sample."""
+        """The whole content as readable text. Tokens are decoded. "" for a sample without content."""
         if not isinstance(self.content, Messages):
             return self.own_text()
         beside = {name: value for name, value in self.content.to_json().items() if name != "messages"}
         return "\n".join([*(f"{name}: {_json(value)}" for name, value in beside.items()), self.own_text()])
 
     def own_text(self) -> str:
-        """As `preview`, without the tools and documents beside messages: they are often the same for many samples."""
+        """The text of `preview` without tools and documents, which are often the same for many samples."""
         if isinstance(self.content, Tokenized):
             return self.content.vocabulary.decode(self.content.ids)
         if isinstance(self.content, Messages):
@@ -196,9 +197,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedFields:
-    """The fields of a corpus as decided; exactly those of its kind of content are set.
+    """The fields of a corpus after the decision. Of the content fields exactly those of its ``kind`` are set.
 
-    Raises UsageError where names and kind do not fit (a manifest changed by hand).
+    Raises UsageError if names do not fit the kind, as in a manifest that was changed by hand.
     """
 
     kind: ContentKind
@@ -222,29 +223,30 @@ class ResolvedFields:
                 raise UsageError(f"{role} field of {self.kind} content: expected {expected}, found {name!r}")
 
     def to_json(self) -> dict[str, str | None]:
-        """A dictionary of JSON values that `from_json` turns back into the same fields."""
+        """A dictionary of JSON values, from which `from_json` makes the same fields."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, object]) -> ResolvedFields:
-        """The inverse of `to_json`; raises UsageError for anything else."""
+        """The inverse of `to_json`. UsageError for any other value."""
         names = [field.name for field in fields(cls)]
         if not isinstance(value, Mapping) or sorted(value) != sorted(names):
             raise UsageError(f"resolved fields: expected an object of {names}, found {value!r:.200}")
         return cls(**value)  # type: ignore[arg-type]
 
     def columns(self) -> list[str]:
-        """The names of all fields that are read, each once. A row need not have those of BESIDE_MESSAGES."""
+        """The names of all fields to read, each once. A row may lack those of BESIDE_MESSAGES."""
         beside = BESIDE_MESSAGES if self.kind == "messages" else ()
         return list(dict.fromkeys([*(n for role in ROLES if (n := getattr(self, role)) is not None), *beside]))
 
     def left_out(self) -> set[str]:
-        """Fields that are not read, and that hold a part of a sample's text in the common layouts."""
+        """The names of fields that are not read, although they hold a part of a sample's text in common layouts."""
         return set() if self.kind == "tokens" else set(WELL_KNOWN) - set(self.columns())
 
     def sample(self, row: object, *, source_row: int, file: int, offset: int, adds_nulls: bool = False) -> Sample:
-        """The sample of a row; raises RowError for a missing field or a value of a wrong type. ``adds_nulls``: the form
-        of file gives every object all keys of a schema, null where the data had none.
+        """The sample of a row. RowError for a missing field or a value of a wrong type.
+
+        ``adds_nulls`` says that the form of file gives every object all keys of a schema, with null for missing ones.
         """
         row = check_object(row)
         try:
@@ -261,7 +263,7 @@ class ResolvedFields:
         if self.kind == "tokens":
             tokens = row["tokens"]
             if not isinstance(tokens, Tokenized):
-                raise RowError(f"field 'tokens': expected a sample of token shards, found {_found(tokens)}")
+                raise RowError(f"field 'tokens': expected a sample of token shards, found {_shown(tokens)}")
             return tokens
         if self.messages is not None:
             return _conversation(row, self.messages, adds_nulls)
@@ -274,22 +276,22 @@ class ResolvedFields:
 
 
 def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> ResolvedFields:
-    """Decide which fields are used, on the first row, which ``where`` names in errors.
+    """Decide which fields to read, from the options ``fields`` and the first row. ``where`` names that row in errors.
 
-    Content: the names given; else "text"; else "prompt" with "completion"; else "messages".
-    Raises CorpusError for a given name that the row lacks, and when no content is found.
+    The content is in the given fields; otherwise in "text", in "prompt" and "completion", or in "messages", whichever
+    comes first. Raises CorpusError for a given name that the row lacks, and if there is no content field.
     """
     if isinstance(first_row.get("tokens"), Tokenized):
-        given = [f"`fields.{role}`" for role in ROLES if getattr(fields, role) is not None]
-        if given:
-            raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(given)}")
+        named_fields = [f"`fields.{role}`" for role in ROLES if getattr(fields, role) is not None]
+        if named_fields:
+            raise UsageError(f"{where}: token shards have no fields to name; leave out {', '.join(named_fields)}")
         return ResolvedFields(kind="tokens", id="id", domain="domain")
-    found = f"fields found: {_quoted(first_row)}"
+    found_fields = f"fields found: {_quoted(first_row)}"
     for role in ROLES:
         name = getattr(fields, role)
         if name is not None and name not in first_row:
             parameter = fields.domain_parameter if role == "domain" else f"fields.{role}"
-            raise CorpusError(f"{where}: no field {name!r} (from `{parameter}`); {found}")
+            raise CorpusError(f"{where}: no field {name!r} (from `{parameter}`); {found_fields}")
     labels = {
         label: label if name is None and label in first_row else name
         for label, name in (("id", fields.id), ("domain", fields.domain))
@@ -302,14 +304,15 @@ def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> Reso
         if all(role in first_row for role in roles):
             return ResolvedFields(kind=kind, **{role: role for role in roles}, **labels)
     raise CorpusError(
-        f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found}. "
+        f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found_fields}. "
         "Name the fields with `fields.text`, `fields.prompt` and `fields.completion`, or `fields.messages`"
     )
 
 
 def check_object(row: object) -> dict[str, object]:
+    """``row``, if it is a JSON object; else RowError."""
     if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object, found {_found(row)}")
+        raise RowError(f"expected a JSON object, found {_shown(row)}")
     return row
 
 
@@ -317,7 +320,7 @@ def _text(row: dict[str, object], field: str) -> str | None:
     value = row[field]
     if value is None or isinstance(value, str):
         return value
-    raise RowError(f"field {field!r}: expected a string or null, found {_found(value)}")
+    raise RowError(f"field {field!r}: expected a string or null, found {_shown(value)}")
 
 
 def _label(row: dict[str, object], field: str) -> str:
@@ -326,58 +329,63 @@ def _label(row: dict[str, object], field: str) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise RowError(f"field {field!r}: expected a string or an integer, found {_found(value)}")
+    raise RowError(f"field {field!r}: expected a string or an integer, found {_shown(value)}")
 
 
 def _conversation(row: dict[str, object], field: str, adds_nulls: bool) -> Messages | None:
+    """The messages in ``field`` of a row, with tools and documents; None if the field is null. RowError for other
+    values.
+    """
     value = row[field]
     if value is None:
         return None
     if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r}: expected a non-empty list of messages, found {_found(value)}")
+        raise RowError(f"field {field!r}: expected a non-empty list of messages, found {_shown(value)}")
     for number, message in enumerate(value, start=1):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and _may_stand(message)):
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and _is_complete(message)):
             raise RowError(
                 f"field {field!r}, message {number}: expected an object with a 'role' and a 'content', "
-                f"found {_found(message)}"
+                f"found {_shown(message)}"
             )
     _check_json(value, field, "a message")
     tools, documents = (_objects(row, name, adds_nulls) for name in BESIDE_MESSAGES)
     return Messages([_normal_message(message, adds_nulls) for message in value], tools, documents)
 
 
-def _may_stand(message: dict[str, object]) -> bool:
-    """Whether a message says something: a model that only calls tools often leaves the content out."""
+def _is_complete(message: dict[str, object]) -> bool:
+    """Whether a message has content, or calls tools: a message of a model that only calls tools may lack
+    the content.
+    """
     return "content" in message or message.get("tool_calls") is not None
 
 
 def _normal_message(message: dict[str, object], adds_nulls: bool) -> dict[str, object]:
-    given = {key: value for key, value in message.items() if value is not None or key == "content"}
+    kept_keys = {key: value for key, value in message.items() if value is not None or key == "content"}
     if adds_nulls:
-        given = {key: _without_nulls(value) for key, value in given.items()}
-    return given if "content" in given else {"role": given.pop("role"), "content": None, **given}
+        kept_keys = {key: _without_nulls(value) for key, value in kept_keys.items()}
+    return kept_keys if "content" in kept_keys else {"role": kept_keys.pop("role"), "content": None, **kept_keys}
 
 
 def _objects(row: dict[str, object], field: str, adds_nulls: bool) -> list[dict[str, object]] | None:
-    """The value of ``tools`` or ``documents``; None where the row has none."""
+    """The value of ``tools`` or ``documents``; None if the row has none."""
     value = row.get(field)
     if isinstance(value, str):
-        adds_nulls = False  # those in a string are its own
-        with suppress(orjson.JSONDecodeError):  # what is no JSON stays a string, and is refused
+        adds_nulls = False  # nulls in a JSON string are part of the data
+        with suppress(orjson.JSONDecodeError):  # other strings are refused below
             value = orjson.loads(value) if value.strip() else None
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowError(
             f"field {field!r}: expected a list of objects for the chat template, a JSON string of one, or null, found "
-            f"{_found(value)}; rename the field if it is something else"
+            f"{_shown(value)}; rename the field if it is something else"
         )
     _check_json(value, field, "it")
     return [_without_nulls(item) for item in value] if adds_nulls else value
 
 
 def _check_json(value: object, field: str, what: str) -> None:
-    """RowError for values that JSON lacks, and for nesting so deep that no template means it."""
+    """RowError for values that JSON lacks, and for very deep nesting, which no template needs."""
     try:
         orjson.dumps(value)
     except orjson.JSONEncodeError as error:
@@ -385,7 +393,7 @@ def _check_json(value: object, field: str, what: str) -> None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """``value`` without the keys of its objects, at any depth, whose value is null."""
+    """``value`` without those keys of objects, at any depth, whose value is null."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -394,23 +402,23 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _sorted(value: dict[str, object]) -> dict[str, object]:
-    """``value`` with its own keys sorted, and those within its values as they are."""
+    """``value`` with its own keys sorted. Keys inside its values keep their order."""
     return dict(sorted(value.items()))
 
 
 def _message_text(message: dict[str, object]) -> str:
-    """The content, and after it what else the message holds (tool calls, names) as JSON."""
+    """The content of a message, and after it its other keys (tool calls, names) as JSON."""
     content = message["content"]
-    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    other_keys = {key: value for key, value in message.items() if key not in ("role", "content")}
     texts = [content if isinstance(content, str) else "" if content is None else _json(content)]
-    return " ".join(filter(None, [*texts, _json(rest) if rest else ""]))
+    return " ".join(filter(None, [*texts, _json(other_keys) if other_keys else ""]))
 
 
 def _json(value: object) -> str:
     return orjson.dumps(value).decode()
 
 
-def _found(value: object) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "null"
     try:

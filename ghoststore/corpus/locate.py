@@ -1,4 +1,4 @@
-"""What a source names: a file, a folder of files, a saved dataset, token shards, or a dataset of the hub."""
+"""Finding the files of a source: a file, a folder of files, a saved dataset, token shards, or a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PIPED = "standard input is `-`: `… | ghoststore … -`"
 
 
 def locate(source: str) -> tuple[Form, list[Path]]:
-    """The form and the files that a source names; see `Corpus.open`."""
+    """(form, files) of a source: see `Corpus.open`."""
     if source == "-":
         raise UsageError("standard input can be read only once: spool it to a file first (spool_stdin)")
     try:
         return _locate(source)
     except GhostStoreError:
         raise
-    except OSError as error:  # of a folder that cannot be read, a name that is too long
+    except OSError as error:  # such as a folder without access, or a name that is too long
         raise CorpusError(f"{source:.1000}: cannot be read: {error.strerror or error}") from error
 
 
@@ -56,7 +56,7 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
 
 
 def absolute(source: str) -> str:
-    """``source`` as an absolute path where it is one (a split of a saved dataset keeps its ``:split``)."""
+    """``source`` with its path made absolute, if it is a path. A split of a saved dataset keeps its ``:split``."""
     path, _, split = source.rpartition(":")
     if Path(source).exists():
         return str(Path(source).resolve())
@@ -64,7 +64,7 @@ def absolute(source: str) -> str:
 
 
 def corpus_name(source: str) -> str:
-    """A short name for the corpus at ``source``, for what is made of it."""
+    """A short name for the corpus ``source``, used in default names of parts and runs."""
     if source == "-":
         return "stdin"
     name = Path(source.rstrip("/")).name
@@ -74,6 +74,7 @@ def corpus_name(source: str) -> str:
 
 
 def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
+    """The form and the files of a folder: token shards, a saved dataset, or data files of one form."""
     if (folder / "shards.json").is_file():
         from ghoststore.tokens.form import ShardsForm
         from ghoststore.tokens.shards import TokenShards
@@ -101,6 +102,7 @@ def _locate_folder(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
 
 
 def _locate_saved(folder: Path, split: str | None) -> tuple[Form, list[Path]]:
+    """A dataset that ``save_to_disk`` wrote, or one ``split`` of it."""
     import datasets
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""One pass over samples: how many, which domains, how much text, and the fingerprint of it all."""
+"""One pass over the samples of a corpus: their number, domains, bytes of text, and fingerprint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_DOMAINS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What a pass found.
+    """The result of a pass.
 
-    ``fingerprint`` is "sha256:" and the hex digest over the canonical bytes of all samples, in order,
-    each preceded by its length (8 bytes, little endian): equal for equal samples in any form of file.
-    ``domains`` are distinct and sorted; None where no sample has one. ``text_bytes`` counts UTF-8.
+    ``fingerprint`` is "sha256:" and the hex digest of the canonical bytes of all samples in order, each after its
+    length (8 bytes, little endian). Equal samples in any form of file have equal fingerprints. ``domains`` are distinct
+    and sorted; None if no sample has a domain. ``text_bytes`` counts bytes of UTF-8.
     """
 
     rows: int
@@ -30,7 +30,8 @@ class Scan:
 
 
 class SampleScan:
-    """A pass over the first ``max_rows`` samples (None: all): iterate it for the samples, then :meth:`finish` it.
+    """A pass over the first ``max_rows`` samples (None: all). Iterate over it for the samples, then call
+    :meth:`finish`.
 
     Raises CorpusError for more than MAX_DOMAINS distinct domains.
     """
@@ -45,7 +46,7 @@ class SampleScan:
         return self._pass
 
     def finish(self) -> Scan:
-        """Read what is left, and say what the pass found."""
+        """Read the remaining samples, and return the result of the pass."""
         deque(self._pass, maxlen=0)
         return Scan(
             rows=self._rows,
@@ -63,7 +64,7 @@ class SampleScan:
             self._rows += 1
             if sample.domain is not None:
                 self._domains.add(sample.domain)
-                # An id taken for a domain would fill memory, and the manifest, with one name a sample.
+                # With an id field as the domain, memory and manifest would hold one name for each sample.
                 if len(self._domains) > MAX_DOMAINS:
                     raise CorpusError(
                         f"more than {MAX_DOMAINS:,} distinct domains in the first {self._rows:,} rows "

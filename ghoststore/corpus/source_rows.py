@@ -1,4 +1,4 @@
-"""Rows of a corpus as they stand there, with every field, each checked against the digest that it had."""
+"""The original rows of a corpus, with all fields, each checked against a recorded digest."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ ONE_FILE = "one file cannot hold both: give `out` a .jsonl file"
 
 
 class SourceRows:
-    """Different rows of ``corpus`` in the order of the corpus, each time anew.
+    """The rows at ``places`` of ``corpus``, which are distinct, in the order of the corpus. Each method reads them
+    anew.
 
-    Every method raises MismatchError for a row whose digest is not that in ``digests``, or that is gone.
+    Every method raises MismatchError for a row that is gone, or whose digest differs from that in ``digests``.
     """
 
     def __init__(self, corpus: Corpus, places: Sequence[Position], digests: Sequence[int]) -> None:
@@ -32,11 +33,11 @@ class SourceRows:
 
     @property
     def form(self) -> str:
-        """jsonl, csv, txt, parquet, dataset or token-shards, whatever the packing."""
+        """The form of the corpus, without the compression: jsonl, csv, txt, parquet, dataset or token-shards."""
         return self.corpus.form.partition(".")[0]
 
     def header(self) -> bytes:
-        """Of a text form: what stands before the first row. CorpusError if files of the corpus differ in it."""
+        """For text forms: the bytes before the first row. CorpusError if they differ between files of the corpus."""
         first: bytes | None = None
         for form, path, _ in self.corpus.at(self.places):
             assert isinstance(form, TextForm)
@@ -47,7 +48,7 @@ class SourceRows:
         return first or b""
 
     def lines(self) -> Iterator[bytes]:
-        """Of a text form: the bytes of every row, a line ending added where there is none."""
+        """For text forms: the bytes of every row. A missing line ending is added."""
         for form, path, keyed in self.corpus.at(self.places):
             assert isinstance(form, TextForm)
             for key, row, record in form.records(path, list(keyed)):
@@ -62,7 +63,7 @@ class SourceRows:
         return self._picked(None)
 
     def schema(self) -> Any:
-        """The Arrow schema of a corpus of parquet files or a dataset. CorpusError if its files have different ones."""
+        """For parquet files and datasets: the Arrow schema. CorpusError if it differs between files of the corpus."""
         first: Any = None
         for form, path, _ in self.corpus.at(self.places):
             assert isinstance(form, ParquetForm | DatasetForm)
@@ -73,7 +74,7 @@ class SourceRows:
         return first
 
     def tables(self) -> Iterator[Any]:
-        """Of parquet files or a dataset: Arrow tables of all columns."""
+        """For parquet files and datasets: the rows as Arrow tables with all columns."""
         for form, path, keyed in self.corpus.at(self.places):
             if isinstance(form, DatasetForm):
                 self.check()
@@ -89,25 +90,25 @@ class SourceRows:
             self._refuse_missing(path, keyed)
 
     def dataset(self) -> Any:
-        """Of a dataset: the rows as one. They are its own, with features and format."""
+        """For datasets: the rows as a dataset, with the features and the format of the source."""
         self.check()
         ((form, _, keyed),) = self.corpus.at(self.places)
         assert isinstance(form, DatasetForm)
         return form.dataset.select(list(keyed))
 
     def check(self) -> None:
-        """Read every row, only to compare its digest."""
+        """Read every row to compare its digest."""
         deque(self._picked(self.corpus.resolved.columns()), maxlen=0)
 
     def _picked(self, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-        """Every row, with these fields (None: all), checked."""
+        """Every row as a dictionary of ``columns`` (None: all fields), after its digest is compared."""
         for form, path, keyed in self.corpus.at(self.places):
             for key, row in form.pick(path, columns, list(keyed)):
                 yield self._check(path, keyed.pop(key), row)
             self._refuse_missing(path, keyed)
 
     def _check(self, path: Path, place: Position, row: object) -> dict[str, Any]:
-        """``row``, a dictionary, if it is the sample that belongs at ``place``."""
+        """``row``, after its digest is compared with that recorded for ``place``."""
         expected = self._digest[place.source_row]
         try:
             sample = self.corpus.sample_of(row, place.source_row, place.file, place.offset)
@@ -131,7 +132,7 @@ class SourceRows:
 
 
 def _exact(line: bytes) -> dict[str, Any]:
-    """The row of a line, its numbers exact: orjson makes floats of integers beyond 64 bits."""
+    """The row in a line of jsonl, with exact numbers: orjson would make floats of integers beyond 64 bits."""
     try:
         row: dict[str, Any] = json.loads(line)
     except RecursionError:

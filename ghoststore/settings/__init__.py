@@ -1,1 +1,1 @@
-"""What commands can be told: types, defaults and help of their options. Nothing here imports torch."""
+"""The options of all commands, with their types, defaults and help. Nothing here imports torch."""

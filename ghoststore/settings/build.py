@@ -21,7 +21,7 @@ from ghoststore.settings.shared import (
 
 @options
 class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, CheckpointOptions):
-    """Of ``ghoststore build``."""
+    """Options of ``ghoststore build``."""
 
     name: str | None = option(None, "Name of the part (default: checkpoint and corpus).", "Output")
     projection: ProjectionConfig | None = option(
@@ -55,13 +55,13 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
 
     @property
     def stdin(self) -> bool:
-        """Whether the corpus comes on standard input, which cannot be read again."""
+        """Whether the corpus comes from standard input, which can be read only once."""
         return str(self.data) == "-"
 
 
 @options
 class TokenizeOptions(ProgressOption, CorpusOptions):
-    """Of ``ghoststore tokenize``."""
+    """Options of ``ghoststore tokenize``."""
 
     tokenizer: str | Path = field(metadata=about("Folder with a saved tokenizer, or a hub id.", "Model"))
     out: str | Path = field(metadata=about("Folder of the shards: a new one, or one to continue.", "Output"))

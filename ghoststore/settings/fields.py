@@ -1,4 +1,4 @@
-"""Which fields of a row hold what: the options that name them."""
+"""The options that name the fields of a row."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -15,12 +15,12 @@ CONTENT_FIELDS: dict[ContentKind, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
-"""Fields that a user may name; "tokens" has none."""
+"""For each kind of content the fields that a user may name. "tokens" has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """Names of the fields of a row; None is found on the first row by its conventional name.
+    """Names of the fields of a row. A field that is None is looked for under its conventional name, in the first row.
 
     Raises UsageError for a prompt without a completion, and for more than one kind of content.
     """
@@ -60,9 +60,9 @@ class Fields:
             raise UsageError(
                 f"`fields.max_record_bytes` must be at most {MOST_RECORD_BYTES}, not {self.max_record_bytes}"
             )
-        given = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
-        if len(given) > 1:
-            roles = [role for kind in given for role in CONTENT_FIELDS[kind]]
+        kinds = [kind for kind, names in CONTENT_FIELDS.items() if any(getattr(self, n) is not None for n in names)]
+        if len(kinds) > 1:
+            roles = [role for kind in kinds for role in CONTENT_FIELDS[kind]]
             named = [f"`fields.{role}`" for role in roles if getattr(self, role) is not None]
             raise UsageError(
                 f"{', '.join(named)} name different kinds of content: give `fields.text` alone, or `fields.prompt` and "

@@ -1,4 +1,4 @@
-"""Parameters as the command line writes them: `` `top_k=5` `` of a message becomes ``--top-k 5``."""
+"""Rendering parameters as flags of the command line: `` `top_k=5` `` in a message becomes ``--top-k 5``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ class Entry(NamedTuple):
     """A field that is an option of the command line."""
 
     path: tuple[str, ...]
-    """Its name, after that of the field that holds its object."""
+    """The name of the field, after the name of the field that holds its object."""
     spec: Field[Any]
     option: Option
 
     @property
     def flag(self) -> str:
-        """What is written for it (and for True, where it is a switch)."""
+        """The flag of the option (of a switch: the flag for True)."""
         return self._words()[0].split()[0]
 
     @property
     def off(self) -> str | None:
-        """What is written for False; None where that is to leave it out."""
+        """The flag for False; None if False means to leave the flag out."""
         words = self._words()
         return words[1] if len(words) > 1 else None
 
     @property
     def declarations(self) -> str:
-        """All its flags, as click takes them."""
+        """All flags of the option, in the form that click expects."""
         return "/".join(self._words())
 
     def _words(self) -> list[str]:
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
         return self.option.flag.split("/")
 
     def render(self, value: str | None) -> str | None:
-        """The flag, with ``value`` where one is given; None where no flag says that."""
+        """The flag, with ``value`` if that is not None. None if no flag can express the value."""
         if value is None:
             return self.flag
         if self.spec.type is bool:
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 def entries_of(kind: type) -> Iterator[Entry]:
-    """The options of the command line of a dataclass, with those of the objects in it."""
+    """The command-line options of a dataclass, with those of the objects that it holds."""
     for spec, option in options_of(kind):
         if option.python_only:
             continue
@@ -67,10 +67,10 @@ def entries_of(kind: type) -> Iterator[Entry]:
 
 
 class Flags:
-    """The flags of a command by the names of its parameters.
+    """The flags of a command, by the names of its parameters.
 
-    A field of an object goes by its own name and by ``object.name``; where a parameter of the command has that name,
-    by the latter alone.
+    A field of an object is known by its own name and as ``object.name``; only as the latter if a parameter of the
+    command has the same name.
     """
 
     def __init__(self, entries: list[Entry]) -> None:
@@ -78,7 +78,7 @@ class Flags:
         self._by_name |= {".".join(entry.path): entry for entry in entries}
 
     def render(self, text: str) -> str:
-        """``text`` with every parameter in backticks that is one of this command's as its flag."""
+        """``text`` with every parameter of this command that is in backticks replaced by its flag."""
         return NAMED.sub(self._rendered, text)
 
     def _rendered(self, match: re.Match[str]) -> str:

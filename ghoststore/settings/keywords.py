@@ -1,4 +1,4 @@
-"""Functions whose keywords are the fields of a dataclass of options."""
+"""Functions that take the fields of a dataclass of options as keywords."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ R = TypeVar("R")
 
 
 def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Callable[P, R]]:
-    """Make a function of options one of their keywords: ``f(seed=1)`` calls ``f(kind(seed=1))``.
+    """Decorator: a function of one options object takes their fields as keywords. ``f(seed=1)`` calls
+    ``f(kind(seed=1))``.
 
-    Type checkers see the keywords of ``kind``, `help` their names, types and defaults. TypeError for a keyword that
-    there is not, naming the nearest, and for one that is missing; UsageError for a value that is none of the choices.
+    Type checkers see the keywords of ``kind``, and `help` shows their names, types and defaults. TypeError for an
+    unknown keyword, with the most similar one, and for a missing one; UsageError for a value that is not one of the
+    choices.
     """
 
     def decorate(function: Callable[[Options], R]) -> Callable[P, R]:
@@ -33,11 +35,11 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
         def call(*args: P.args, **keywords: P.kwargs) -> R:
             refuse_unknown(function.__name__, keywords, signature.parameters)
             try:
-                given = signature.bind(*args, **keywords).arguments
+                values = signature.bind(*args, **keywords).arguments
             except TypeError as error:
                 raise TypeError(f"{function.__name__}(): {error}") from None
-            refuse(given)
-            options: Options = kind(**given)
+            refuse(values)
+            options: Options = kind(**values)
             check_choices(options)
             check_local(options)
             return function(options)
@@ -50,7 +52,7 @@ def takes(kind: Callable[P, Options]) -> Callable[[Callable[[Options], R]], Call
 
 
 def refuse_unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """TypeError for a name that is none of ``known``, with the nearest that is."""
+    """TypeError for a name that is not in ``known``, with the most similar one that is."""
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 1, 0.0)
@@ -58,6 +60,6 @@ def refuse_unknown(function: str, names: Iterable[str], known: Iterable[str]) ->
 
 
 def part_of(kind: type[R], options: object) -> R:
-    """The ``kind`` of options that has the values of ``options`` in all fields of the same names."""
+    """An object of class ``kind`` that takes its fields from those of ``options`` with the same names."""
     names = [parameter.name for parameter in parameters_of(kind) if hasattr(options, parameter.name)]
     return kind(**{name: getattr(options, name) for name in names})

@@ -10,7 +10,9 @@ from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
 from ghoststore.settings.question import PartsOptions, RebuiltOptions, ValSetOption
 from ghoststore.settings.shared import (
     FIRST_SAMPLES,
+    FIRST_VAL_SAMPLES,
     FLOATS,
+    LOSS_REDUCTION,
     CheckpointOptions,
     CorpusOptions,
     DeviceOption,
@@ -28,31 +30,31 @@ if TYPE_CHECKING:
 
 Parameters = Literal["all", "projected"]
 METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-idf", "random")
-"""Those that are evaluated where none is named."""
+"""The methods that are evaluated by default."""
 
 
 @options
 class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
-    """Rows and val samples that are drawn."""
+    """Options of commands that draw rows and val samples at random."""
 
     val_set: str | Path | None = option(
         None, "Draw the val samples here (default: among the part's own rows).", "Input"
     )
     rows: int = option(200, "Rows that are ranked, drawn at random.", "Scoring")
     val_samples: int = option(20, "Val samples they are ranked for.", "Scoring")
-    seed: int = option(0, "Of the draws.", "Advanced")
+    seed: int = option(0, "Seed of the draws.", "Advanced")
 
 
 @options
 class FidelityOptions(ProgressOption, LayersOptions, DrawOptions):
-    """Of ``ghoststore fidelity``."""
+    """Options of ``ghoststore fidelity``."""
 
     part: str | None = option(None, "Part to measure (default: the only one).", "Input")
 
 
 @options
 class PlotErrorOptions(ProgressOption, DrawOptions):
-    """Of ``ghoststore plot-error``."""
+    """Options of ``ghoststore plot-error``."""
 
     out: str | Path = field(
         metadata=about("New .png, .pdf or .svg; numbers go to a .json beside it.", "Output", metavar="FILE")
@@ -74,9 +76,9 @@ class PlotErrorOptions(ProgressOption, DrawOptions):
 
 @options
 class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, CheckpointOptions):
-    """Of ``ghoststore full-gradients``."""
+    """Options of ``ghoststore full-gradients``."""
 
-    out: str | Path = field(metadata=about("New folder, or one to go on with.", "Output", metavar="FOLDER"))
+    out: str | Path = field(metadata=about("New folder, or one to continue.", "Output", metavar="FOLDER"))
     parameters: Parameters = option("all", "Of the whole model, or of the layers that a build projects.", "Projection")
     proj_layers: Sequence[str] = option(
         (), "Layers of `parameters=projected` (default: mlp,attn), as of build.", "Projection"
@@ -90,10 +92,10 @@ class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, Checkpo
 
 @options
 class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions, ValSetOption, StoreOption):
-    """Of ``ghoststore evaluate``."""
+    """Options of ``ghoststore evaluate``."""
 
     out: str | Path = field(
-        metadata=about("Folder for what the trainings find; resumes there.", "Output", metavar="FOLDER")
+        metadata=about("Folder for the results of the trainings; resumes there.", "Output", metavar="FOLDER")
     )
     run: str | None = option(None, "Evaluate the values of this training run as well.", "Input")
     methods: Sequence[str] = option(
@@ -109,14 +111,14 @@ class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions
     )
     drop: float = option(0.1, "removal: share of samples left out.", "Advanced")
     top_k: int = option(16, "tail-patch: samples of a step.", "Advanced")
-    repeats: int = option(3, "removal, tail-patch: random sets beside it.", "Advanced")
+    repeats: int = option(3, "removal, tail-patch: random sets to compare with.", "Advanced")
     halves: int = option(20, "Models to train, each on a random half.", "Model")
     max_steps: int = option(200, "Steps of each training.", "Model")
     batch_size: int = option(16, "Samples of a step.", "Model")
-    learning_rate: float = option(3e-3, "Its peak.", "Model")
-    seed: int = option(0, "Of halves, weights and order.", "Advanced")
-    damping: float | None = option(None, "Of the preconditioned methods (default: 0.1).", "Scoring")
-    max_val_samples: int | None = option(None, "Only the first val samples.", "Input")
+    learning_rate: float = option(3e-3, "Peak learning rate.", "Model")
+    seed: int = option(0, "Seed of halves, weights and order.", "Advanced")
+    damping: float | None = option(None, "Damping of the preconditioned methods (default: 0.1).", "Scoring")
+    max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     workers: int | None = option(
         None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"
     )
@@ -124,7 +126,7 @@ class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions
 
 @options
 class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
-    """Of ``ghoststore doctor``."""
+    """Options of ``ghoststore doctor``."""
 
     checkpoint: str | Path | None = option(
         None, "The model to examine: a folder in transformers' format, or a hub id.", "Model", required=True
@@ -137,13 +139,13 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     projection: ProjectionConfig | None = option(
         None, "How a build would project gradients.", "Projection", group=ProjectionConfig, leave_out=LEARNED_OPTIONS
     )
-    loss_reduction: Reduction = option("mean", "What the loss of a sample is: of its own targets.", "Scoring")
+    loss_reduction: Reduction = option("mean", LOSS_REDUCTION, "Scoring")
     model_dtype: str | None = option(
         None, "Numbers a build would compute with (default: float32).", "Model", choices=FLOATS
     )
     attn_implementation: str | None = option(
         None,
-        "The attention kernel to examine (default: eager, sdpa and, on CUDA, flash_attention_2 where it is there).",
+        "The attention kernel to examine (default: eager, sdpa and, on CUDA, flash_attention_2 if it is installed).",
         "Model",
     )
     max_length: int | None = option(
@@ -155,10 +157,10 @@ class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
 
 @options
 class DemoOptions(ProgressOption):
-    """Of ``ghoststore demo``."""
+    """Options of ``ghoststore demo``."""
 
     out: str | Path = option("ghoststore-demo", "A new folder for its files.", "Output")
     seed: int = option(0, "Seed of the training.", "Advanced")
-    rows: int = option(2400, "Rows used, planted facts aside; at most 2400.", "Input")
+    rows: int = option(2400, "Rows used, without the planted facts; at most 2400.", "Input")
     steps: int = option(700, "Training steps.", "Model")
     overwrite: bool = option(False, "Replace the folder if a demo made it.", "Output")

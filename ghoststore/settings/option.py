@@ -1,6 +1,6 @@
-"""What an option is: a field of a dataclass, with its help, its section and its words on the command line.
+"""An option is a field of a dataclass, with a help text, a section, and its form on the command line.
 
-Help names other options by their parameter, in backticks; the command line shows these as its flags.
+Help texts name other options by their parameter, in backticks; the command line shows these as its flags.
 """
 
 import inspect
@@ -20,99 +20,101 @@ KEY = "option"
 
 
 class Option(NamedTuple):
-    """What is said of a field beside its name, type and default."""
+    """What a field has as an option, beside its name, type and default."""
 
     help: str
     section: Section
     flag: str | None = None
-    """Where it is not the field's name: ``--seed``, or ``--each/--mean`` for True and False."""
+    """The flag, if it is not made of the field's name: ``--seed``, or ``--each/--mean`` for True and False."""
     metavar: str | None = None
     choices: tuple[str, ...] = ()
-    """Where the type is not a Literal."""
+    """The allowed words, if the type is not a Literal."""
     parse: Callable[[str], Any] | None = None
-    """The value of a word; ValueError if it has none."""
+    """Function from a word of the command line to the value; ValueError for a wrong word."""
     repeated: bool = False
-    """Whether each value has a flag of its own; else several are a list with commas."""
+    """Whether each value has a flag of its own; otherwise several values are one list with commas."""
     none: str | None = None
-    """The word for None."""
+    """The word for None on the command line."""
     required: bool = False
-    """On the command line; a field without a default is required anyway."""
+    """Whether the command line requires it. A field without a default is always required."""
     python_only: bool = False
-    """No option of the command line."""
+    """Whether the command line lacks this option."""
     group: type | None = None
-    """The field is an object: its options are those of this dataclass …"""
+    """If the field is an object: the dataclass whose options become options of the command …"""
     leave_out: tuple[str, ...] = ()
-    """… but for these."""
+    """… and the names of those that do not."""
     shortcut: tuple[str, str] | None = None
-    """A flag of its own for one of the values."""
+    """(flag, value): one more flag, which stands for one of the values."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def options(kind: type[T]) -> type[T]:
-    """A dataclass of options: frozen, keywords only.
+    """Class decorator: a dataclass of options, frozen, with keyword parameters only.
 
-    Its methods are not generated one by one, as `dataclass` does it: ``--help`` waits for a dozen of these classes.
+    `dataclass` would generate code for the methods of each class. That is left out, because ``--help`` loads a dozen of
+    these classes and should be fast.
     """
-    made = dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)(kind)
-    made.__init__ = _init  # type: ignore[method-assign]
-    return made
+    options_class = dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)(kind)
+    options_class.__init__ = _init  # type: ignore[method-assign]
+    return options_class
 
 
 def _init(self: Any, **values: Any) -> None:
-    vars(self).update(values)  # defaults are attributes of the class
+    vars(self).update(values)  # values not given are the defaults, which are attributes of the class
     if hasattr(self, "__post_init__"):
         self.__post_init__()
 
 
 def about(help: str, section: Section, **words: Any) -> Mapping[str, Option]:
-    """The metadata of a field without a default."""
+    """The metadata of an option without a default, for `dataclasses.field`. ``words`` are fields of :class:`Option`."""
     return {KEY: Option(help, section, **words)}
 
 
 def option(default: T, help: str, section: Section, **words: Any) -> T:
-    """A field with a default. ``words`` are those of an :class:`Option`."""
-    made: T = field(default=default, metadata=about(help, section, **words))
-    return made
+    """A field that is an option with a default. ``words`` are fields of :class:`Option`."""
+    spec: T = field(default=default, metadata=about(help, section, **words))
+    return spec
 
 
 def options_of(kind: type) -> Iterator[tuple[Field[Any], Option]]:
-    """Every field of a dataclass that is an option, with what is said of it."""
+    """(field, its :class:`Option`) for every field of a dataclass that is an option."""
     for spec in fields(kind):
         if KEY in spec.metadata:
             yield spec, spec.metadata[KEY]
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one that it is, None aside."""
+    """The types in a union, without None; or ``kind`` itself if it is not a union."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    return tuple(one for one in kinds if one is not type(None))
+    return tuple(member for member in kinds if member is not type(None))
 
 
 def words_of(kind: Any) -> tuple[str, ...]:
-    """The words that a type allows, alone or beside other types."""
-    return tuple(word for one in members_of(kind) if get_origin(one) is Literal for word in get_args(one))
+    """The words of the Literals in a type, which may allow other values, too."""
+    literals = (member for member in members_of(kind) if get_origin(member) is Literal)
+    return tuple(word for literal in literals for word in get_args(literal))
 
 
 def choices_of(spec: Field[Any]) -> tuple[str, ...]:
-    """The words that are all that an option takes (None aside); () for any other option."""
-    said: Option = spec.metadata[KEY]
-    return said.choices or (words_of(spec.type) if len(members_of(spec.type)) == 1 else ())
+    """The words of an option that accepts nothing but these words (and None); () for any other option."""
+    option: Option = spec.metadata[KEY]
+    return option.choices or (words_of(spec.type) if len(members_of(spec.type)) == 1 else ())
 
 
 def check_choices(options: Any) -> None:
-    """UsageError for a value that is none of its option's choices."""
+    """UsageError for a value that is not one of the choices of its option."""
     for spec, _ in options_of(type(options)):
-        known, value = choices_of(spec), getattr(options, spec.name)
-        if known and isinstance(value, str) and value not in known:
-            raise UsageError(f"`{spec.name}` {value!r} is unknown; known: {', '.join(known)}")
+        choices, value = choices_of(spec), getattr(options, spec.name)
+        if choices and isinstance(value, str) and value not in choices:
+            raise UsageError(f"`{spec.name}` {value!r} is unknown; known: {', '.join(choices)}")
 
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an address begins; a Path has lost the second slash."""
+"""The beginning of an address. There is only one slash, because a Path drops the second."""
 
 
 def refuse_remote(name: str, value: Any) -> None:
-    """UsageError for a ``value`` that is an address (s3://, gs://, https://, …): it would become a local folder."""
+    """UsageError for an address (s3://, gs://, https://, …), which would be taken for a local folder."""
     if isinstance(value, str | Path) and _REMOTE.match(str(value)):
         raise UsageError(
             f"`{name}={value}` is no local path: stores, corpora, checkpoints and results live in local folders and "
@@ -122,26 +124,31 @@ def refuse_remote(name: str, value: Any) -> None:
 
 def check_local(options: Any) -> None:
     """UsageError for an address where a path is expected."""
-    for spec, said in options_of(type(options)):
+    for spec, option in options_of(type(options)):
         value = getattr(options, spec.name)
-        if said.group is not None and isinstance(value, said.group):
+        if option.group is not None and isinstance(value, option.group):
             check_local(value)
         elif Path in members_of(spec.type):
             refuse_remote(spec.name, value)
 
 
 def check_at_least(least: float, **values: float | None) -> None:
-    """UsageError for a value below ``least``, infinite or NaN; None is not given."""
+    """UsageError for a value that is below ``least``, infinite or NaN. None is allowed: it means not given."""
     for name, value in values.items():
         if value is not None and not least <= value < inf:
             raise UsageError(f"`{name}` must be at least {least}, not {value}")
 
 
 def parameters_of(kind: type) -> list[inspect.Parameter]:
-    """The parameters of a function that takes the fields of ``kind``: required ones first, ``progress`` last."""
+    """The parameters of a function that takes the fields of ``kind`` as keywords: required ones first, ``progress``
+    last.
+    """
     parameters = []
     for spec in fields(kind):
         default = inspect.Parameter.empty if spec.default is MISSING else spec.default
         way = inspect.Parameter.KEYWORD_ONLY if spec.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters.append(inspect.Parameter(spec.name, way, default=default, annotation=spec.type))
-    return sorted(parameters, key=lambda one: (one.kind, one.default is not one.empty, one.name == "progress"))
+    return sorted(
+        parameters,
+        key=lambda parameter: (parameter.kind, parameter.default is not parameter.empty, parameter.name == "progress"),
+    )

@@ -1,4 +1,4 @@
-"""How gradients are projected: the options of a projection."""
+"""The options that say how gradients are projected."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,41 +13,44 @@ CompressBy = Literal["auto", "layer", "all"]
 RankTotal = int | Literal["full"]
 DRAWN_KINDS = ("gaussian", "rademacher", "orthonormal")
 LEARNED = "pca"
-"""The kind of projection whose sides are principal directions of the gradients."""
+"""The kind of projection whose sides are learned: the principal directions of the gradients."""
 KINDS = (*DRAWN_KINDS, LEARNED)
 PRECONDITIONS = ("auto", "none", "kronecker")
 PLAIN_RANK_TOTAL = 256
-"""Numbers of a block that is not sketched, unless a rank is asked for."""
+"""Default numbers of a block that is not sketched."""
 
 
 def unsketched(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Literal["auto", "none"]:
-    """What ``compress`` was for a manifest's ``projection`` and ``layers`` without a sketch: ``auto`` where the model
-    was too small for one, which only the size of its blocks tells; where they are small, both are the same.
+    """The option ``compress`` behind a manifest without a sketch, from its sections ``projection`` and ``layers``.
+
+    It was ``auto`` if blocks are larger than those of ``none``: the model was then too small for a sketch. If all
+    blocks are small, both give the same.
     """
     large = any(layer["ranks"][0] * layer["ranks"][1] > PLAIN_RANK_TOTAL for layer in layers)
     return "auto" if stored["rank_total"] is None and large else "none"
 
 
 LEARNED_OPTIONS = ("compress_by", "precondition", "damping", "calibration_samples")
-"""Those of a projection that learns from a sample of the corpus."""
+"""Names of the options of a projection that learns from a sample of the corpus."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionConfig:
-    """What the user asks for. ``None`` and ``"auto"`` are decided by the other fields, see :meth:`plan`.
+    """How to project gradients. ``None`` and ``"auto"`` are resolved from the other fields by
+    :class:`indexer.projection.plan.ProjectionPlan`.
 
-    By default blocks of up to 64 × 64 are sketched to 64 numbers a layer. Giving ``rank_total`` without
-    ``compress`` means plain Kronecker blocks, whose scores can be taken layer by layer; ``"full"`` keeps every
-    axis at its own length: the vectors are then the gradients themselves.
+    By default blocks of up to 64 × 64 numbers are sketched to 64 numbers a layer. ``rank_total`` without ``compress``
+    gives plain Kronecker blocks, which can be scored layer by layer. ``rank_total="full"`` keeps every axis at its own
+    length: the vectors are then the gradients themselves.
 
-    ``compress_by`` says whether one sketch is made of all layers together (``"all"``; the default of drawn kinds) or
-    one of each, with sizes in proportion to the layers' share of the squared norm of gradients (``"layer"``; the
-    default of the kind ``"pca"``): scores can then be taken layer by layer. The kind ``"pca"`` and the sizes are
-    learned from ``calibration_samples`` of the corpus, so only a build can have them.
+    ``compress_by`` is ``"all"`` (the default of drawn kinds) for one sketch of all layers together, or ``"layer"`` (the
+    default of learned sides) for one sketch of each layer, with sizes in proportion to the layers' shares of the
+    squared norm of gradients. Scores can then be taken layer by layer. The kind ``"pca"`` and the sizes are learned
+    from ``calibration_samples`` samples of the corpus, so only a build can have them.
 
-    ``precondition="kronecker"`` puts the inverse root of the layers' second moment, as two factors, into the sides: see
-    :mod:`indexer.projection.kfac`. It is learned, too; ``damping`` is relative to the mean eigenvalue of each factor.
-    ``"auto"`` is ``"kronecker"`` for a build (:meth:`for_build`), else ``"none"``.
+    ``precondition="kronecker"`` multiplies the sides with the inverse root of the layers' second moment, as two
+    factors: see :mod:`indexer.projection.kfac`. It is learned, too. ``damping`` is relative to the mean eigenvalue of
+    each factor. ``"auto"`` means ``"kronecker"`` in a build (:meth:`for_build`), otherwise ``"none"``.
     """
 
     layers: tuple[str, ...] = option(
@@ -100,7 +103,10 @@ class ProjectionConfig:
         choices=PRECONDITIONS,
     )
     damping: float = option(
-        0.1, "Of `precondition`, relative to the mean eigenvalue of each factor.", "Projection", flag="--proj-damping"
+        0.1,
+        "Damping of `precondition`, relative to the mean eigenvalue of each factor.",
+        "Projection",
+        flag="--proj-damping",
     )
 
     def __post_init__(self) -> None:
@@ -119,18 +125,20 @@ class ProjectionConfig:
 
     @property
     def sketched(self) -> bool:
-        """Whether the second step follows."""
+        """Whether the Kronecker blocks are sketched."""
         return self.compress != "none" and not (self.compress == "auto" and self.rank_total is not None)
 
     @property
     def by_layer(self) -> bool:
-        """Whether each layer is sketched by itself."""
+        """Whether each layer has a sketch of its own."""
         by_default = self.compress_by == "auto" and self.learns_sides
         return self.sketched and (by_default or self.compress_by == "layer")
 
     def for_build(self, *, optimizer_state: bool) -> Self:
-        """With ``precondition`` decided: by default Kronecker, unless the vectors have another metric already, or are
-        to be the gradients themselves, or as near to these as can be (``"pca"``).
+        """This configuration with ``precondition`` resolved for a build.
+
+        The default is ``"kronecker"``, except with an ``optimizer_state``, which is a metric of its own, and where
+        vectors should be the gradients themselves (full blocks) or their best approximation (``"pca"``).
         """
         if self.precondition != "auto":
             return self
@@ -139,15 +147,15 @@ class ProjectionConfig:
 
     @property
     def preconditioned(self) -> bool:
-        """Whether the sides hold a preconditioner."""
+        """Whether the sides are multiplied with a preconditioner."""
         return self.precondition == "kronecker"
 
     @property
     def learns_sides(self) -> bool:
-        """Whether the sides depend on the corpus."""
+        """Whether the sides are learned from the corpus."""
         return self.kind == LEARNED or self.preconditioned
 
     @property
     def calibrated(self) -> bool:
-        """Whether a sample of the corpus is needed."""
+        """Whether anything is learned from a sample of the corpus."""
         return self.learns_sides or self.by_layer

@@ -1,4 +1,4 @@
-"""Options of ``ghoststore query`` and ``ghoststore select``: a val set, and how the samples are scored for it."""
+"""Options of ``ghoststore query`` and ``ghoststore select``: the val set, and how samples are scored for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -7,6 +7,7 @@ from typing import Literal
 
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
+    FIRST_VAL_SAMPLES,
     BehindOption,
     DeviceOption,
     FieldsOption,
@@ -25,14 +26,18 @@ PartWeights = str | Sequence[float]
 Index = Literal["exact", "ann"]
 Spread = Literal["proportional", "equal"]
 Quotas = Mapping[str, float] | Spread
-"""What each domain gets: a float is a share of the budget, an int a number of samples; or one rule for all."""
+"""The quota of each domain: a float is a share of the budget, an int a number of samples. Or one rule for
+all domains.
+"""
 Diversity = Literal["none", "mmr", "facility-location", "greats"]
 Leaks = Literal["exclude", "keep", "error"]
 Order = Literal["corpus", "score"]
 
 
 def parse_weights(word: str) -> PartWeights:
-    """``learning-rate``, ``equal``, or comma-separated numbers."""
+    """The weights in ``word``: ``learning-rate``, ``equal``, or comma-separated numbers. ValueError for
+    another word.
+    """
     if word in ("learning-rate", "equal"):
         return word
     try:
@@ -42,7 +47,10 @@ def parse_weights(word: str) -> PartWeights:
 
 
 def parse_quota(word: str) -> tuple[str, float]:
-    """``DOMAIN=0.3`` (a share) or ``DOMAIN=100`` (a number of samples); the last ``=`` counts."""
+    """(domain, quota) in ``word``: ``DOMAIN=0.3`` (a share) or ``DOMAIN=100`` (samples). The last ``=`` separates them.
+
+    ValueError for another word.
+    """
     domain, _, number = word.rpartition("=")
     if not domain:
         raise ValueError(f"{word!r}: expected DOMAIN=SHARE or DOMAIN=SAMPLES")
@@ -54,7 +62,7 @@ def parse_quota(word: str) -> tuple[str, float]:
 
 @options
 class ValSetOption:
-    """A val set."""
+    """The option for a val set."""
 
     val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input"))
 
@@ -81,7 +89,7 @@ class RunGradientsOptions(WeightOption):
 
 @options
 class PartsOptions:
-    """One part, or several that are summed."""
+    """The options for one part, or for several whose scores are summed."""
 
     part: str | Sequence[str] | None = option(
         None,
@@ -92,7 +100,7 @@ class PartsOptions:
     )
     part_weights: PartWeights | None = option(
         None,
-        "Of several `part`: learning-rate (of their checkpoints, the default), equal, or a number each, "
+        "Weights of several `part`: learning-rate (of their checkpoints, the default), equal, or a number each, "
         "comma-separated.",
         "Scoring",
         metavar="W",
@@ -102,7 +110,7 @@ class PartsOptions:
 
 @options
 class OpenedAgain(BehindOption, DeviceOption):
-    """What a part that is there was built with, its checkpoint aside."""
+    """The options for the inputs that an existing part was built from, without the checkpoint."""
 
     tokenizer: str | Path | None = option(
         None, "The tokenizer the part was built with (default: where your own build read it).", "Model"
@@ -111,7 +119,7 @@ class OpenedAgain(BehindOption, DeviceOption):
 
 @options
 class RebuiltOptions(OpenedAgain):
-    """What a part that is there was built with."""
+    """The options for the inputs that an existing part was built from."""
 
     checkpoint: str | Path | None = option(
         None, "The checkpoint the part was built from (default: where your own build read it).", "Model"
@@ -120,7 +128,7 @@ class RebuiltOptions(OpenedAgain):
 
 @options
 class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, PartsOptions, StoreOption):
-    """What is asked of a store."""
+    """The options that say what is scored against what."""
 
     val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
 
@@ -130,7 +138,7 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
         "Model",
         repeated=True,
     )
-    group_field: str | None = option(None, "Field of the val set by which it is cut into groups.", "Input")
+    group_field: str | None = option(None, "Field of the val set that divides it into groups.", "Input")
     combine: Combine = option(
         "mean",
         "The ranking over all groups: by the mean or the largest of a row's scores, or by the sum of 1 / (60 + its "
@@ -141,9 +149,9 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
         "none", "Score with the damped inverse of the second moment of the part's rows, block by block.", "Scoring"
     )
     damping: float | None = option(
-        None, "Of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
+        None, "Damping of `precondition`, relative to the mean eigenvalue (default: 0.1).", "Scoring"
     )
-    max_samples: int | None = option(None, "Only the first samples of the val set.", "Input")
+    max_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
@@ -159,7 +167,7 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
 
 @options
 class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, QuestionOptions):
-    """Of ``ghoststore query``."""
+    """Options of ``ghoststore query``."""
 
     each: bool = option(
         False,
@@ -175,7 +183,7 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
     index_name: str | None = option(None, "Index of `index=ann` (default: the only one for the metric).", "Advanced")
     rerank: int | None = option(
         None,
-        "Compute the gradients of the N best rows again and rank these by exact scores: for parts of int8 or onebit.",
+        "Recompute the gradients of the N best rows and rank these by exact scores: for parts of int8 or onebit.",
         "Scoring",
         metavar="N",
     )
@@ -186,17 +194,17 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
 
 @options
 class SelfInfluenceOptions(ProgressOption, RankingOptions, BehindOption, DeviceOption, LayersOptions, StoreOption):
-    """Of ``ghoststore self-influence``."""
+    """Options of ``ghoststore self-influence``."""
 
     part: str | None = option(None, "Part to rank (default: the only one).", "Input")
     damping: float | None = option(
-        None, "Relative to the mean eigenvalue of the second moment (default: 0.1).", "Scoring"
+        None, "Damping, relative to the mean eigenvalue of the second moment (default: 0.1).", "Scoring"
     )
 
 
 @options
 class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
-    """Of ``ghoststore select``."""
+    """Options of ``ghoststore select``."""
 
     out: str | Path = field(
         metadata=about(
@@ -217,7 +225,7 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     )
     diversity: Diversity = option(
         "none",
-        "Choose what is good together: maximal marginal relevance, facility location, or the GREATS greedy.",
+        "Also make the chosen samples differ: maximal marginal relevance, facility location, or the greedy GREATS.",
         "Scoring",
     )
     diversity_weight: float | None = option(
@@ -227,9 +235,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
         metavar="W",
     )
     candidates: int | None = option(
-        None, "With `diversity`, consider the N best (default: 4 for each asked for).", "Scoring", metavar="N"
+        None, "With `diversity`, choose among the N best (default: 4 for each to choose).", "Scoring", metavar="N"
     )
-    leaks: Leaks = option("exclude", "What becomes of near-duplicates of the val set in the corpus.", "Scoring")
+    leaks: Leaks = option("exclude", "What to do with near-duplicates of the val set in the corpus.", "Scoring")
     order: Order = option("corpus", "Order of the rows in `out`.", "Output")
     report: str | Path | None = option(
         None, "New .json file for the report (default: `out` and .report.json).", "Output", metavar="FILE"
@@ -238,11 +246,11 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
 
 @options
 class QuotaOption:
-    """Of the command line alone: ``quotas`` as a mapping."""
+    """Of the command line alone: the option for ``quotas`` as a mapping."""
 
     quota: Sequence[tuple[str, float]] = option(
         (),
-        "What a domain gets: a share of what is chosen (0.3), or a number of samples (100); repeatable. The other "
+        "Quota of a domain: a share of what is chosen (0.3), or a number of samples (100); repeatable. The other "
         "domains share the rest.",
         "Scoring",
         metavar="DOMAIN=Q",

@@ -19,42 +19,44 @@ VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8", "onebit")
 FLOATS = ("float32", "bfloat16", "float16")
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
-OVERLONG = "What becomes of longer samples; window: one row a window."
+FIRST_VAL_SAMPLES = "Only the first samples of the val set."
+LOSS_REDUCTION = "A sample's loss over its own targets."
+OVERLONG = "What to do with longer samples; window: one row for each window."
 
 
 @options
 class ProgressOption:
-    """Who is told of progress."""
+    """The option for the object that receives progress."""
 
     progress: Progress | None = option(
-        None, "Is told of the work, see `ghoststore.progress`.", "Output", python_only=True
+        None, "Receives the progress of the work, see `ghoststore.progress`.", "Output", python_only=True
     )
 
 
 @options
 class StoreOption:
-    """The store."""
+    """The option for the store."""
 
     store: str | Path = field(metadata=about("The store: a directory.", "Input"))
 
 
 @options
 class DeviceOption:
-    """Where it computes."""
+    """The option for the device to compute on."""
 
     device: str = option("auto", "cpu, cuda, cuda:N, or auto.", "Advanced")
 
 
 @options
 class FieldsOption:
-    """How rows are read."""
+    """The options that name the fields of rows."""
 
     fields: Fields | None = option(None, "How rows are read: names of their fields.", "Input", group=Fields)
 
 
 @options
 class CorpusOptions(FieldsOption):
-    """A corpus."""
+    """The options for a corpus."""
 
     data: str | Path = field(
         metadata=about("Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input")
@@ -63,7 +65,7 @@ class CorpusOptions(FieldsOption):
 
 @options
 class BehindOption:
-    """The corpus behind what is stored."""
+    """The option for the corpus that stored rows were made of."""
 
     data: str | Path | None = option(
         None,
@@ -74,7 +76,7 @@ class BehindOption:
 
 @options
 class LengthOptions:
-    """How long rows may be."""
+    """The options for the length of rows."""
 
     max_length: int | None = option(
         None, "Longest row (default: the model's positions, at most 1024).", "Input", metavar="TOKENS"
@@ -84,7 +86,7 @@ class LengthOptions:
 
 @options
 class CheckpointOptions(DeviceOption):
-    """A checkpoint that gradients are taken at."""
+    """The options for a checkpoint at which gradients are computed."""
 
     checkpoint: str | Path = field(metadata=about("Folder in transformers' format, or a hub id.", "Model"))
     tokenizer: str | Path | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
@@ -92,12 +94,12 @@ class CheckpointOptions(DeviceOption):
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"
     )
-    loss_reduction: Reduction = option("mean", "A sample's loss over its own targets.", "Scoring")
+    loss_reduction: Reduction = option("mean", LOSS_REDUCTION, "Scoring")
 
 
 @options
 class RankingOptions:
-    """What is shown of a ranking."""
+    """The options that say what of a ranking to show."""
 
     top_k: int = option(10, "Rows with the highest scores.", "Output")
     bottom_k: int = option(0, "Rows with the lowest scores.", "Output")
@@ -106,7 +108,7 @@ class RankingOptions:
 
 @options
 class LayersOptions:
-    """Which layers a score is of."""
+    """The options that restrict scores to some layers."""
 
     layers: Sequence[str] = option((), "Score these layers only (parts of plain blocks).", "Scoring")
     exclude_layers: Sequence[str] = option((), "Score without these layers.", "Scoring")
@@ -114,7 +116,7 @@ class LayersOptions:
 
 @options
 class MetricOption:
-    """What a score is."""
+    """The option for the metric of scores."""
 
     metric: Metric = option("cosine", "The score.", "Scoring")
 
@@ -133,7 +135,7 @@ class WeightOption:
 
 @options
 class AsJson:
-    """Of the command line alone."""
+    """Of the command line alone: options for output as JSON."""
 
     as_json: bool = option(False, "Print one JSON document instead of a table.", "Output", flag="--json")
     log_json: bool = option(False, "Tell progress, notes and errors on stderr as one JSON object a line.", "Output")
@@ -141,14 +143,14 @@ class AsJson:
 
 @options
 class Printing(AsJson):
-    """Of the command line alone, for what tells its progress."""
+    """Of the command line alone: options of commands that show progress."""
 
     quiet: bool = option(False, "No progress bars; errors and notes only.", "Output", flag="--quiet -q")
 
 
 @options
 class ResultFile:
-    """Of the command line alone: where what a function returns is written."""
+    """Of the command line alone: the option for the file that a result is written to."""
 
     out: str | None = option(
         None, "Write results to a new .json, .jsonl, .csv or .parquet file.", "Output", metavar="FILE"

@@ -1,4 +1,4 @@
-"""Options of the commands that look at a store, or keep it in order: info, verify, repair, index, scores and others."""
+"""Options of the commands that show or maintain a store: info, verify, repair, index, scores and others."""
 
 from collections.abc import Sequence
 from dataclasses import field
@@ -17,7 +17,7 @@ Unit = Literal["sample", "window"]
 
 @options
 class InfoOptions:
-    """Of ``ghoststore info``."""
+    """Options of ``ghoststore info``."""
 
     store: str | Path = field(kw_only=False, metadata=about("The store to look at: a directory.", "Input"))
     part: str | None = option(None, "Only this part.", "Input")
@@ -26,12 +26,12 @@ class InfoOptions:
 
 @options
 class VerifyOptions(ProgressOption, InfoOptions):
-    """Of ``ghoststore verify``."""
+    """Options of ``ghoststore verify``."""
 
 
 @options
 class RepairOptions(ProgressOption, RebuiltOptions, InfoOptions):
-    """Of ``ghoststore repair``."""
+    """Options of ``ghoststore repair``."""
 
     drop_damaged: bool = option(
         False, "Take damaged steps out of a training run, so that the others open: they are lost.", "Output"
@@ -40,7 +40,7 @@ class RepairOptions(ProgressOption, RebuiltOptions, InfoOptions):
 
 @options
 class GcOptions(ProgressOption, InfoOptions):
-    """Of ``ghoststore gc``."""
+    """Options of ``ghoststore gc``."""
 
     caches: bool = option(False, "Also remove caches of a part that rows committed later made stale.", "Output")
     dry_run: bool = option(False, "List what would be removed; remove nothing.", "Output")
@@ -48,7 +48,7 @@ class GcOptions(ProgressOption, InfoOptions):
 
 @options
 class OneOptions(InfoOptions):
-    """A part or a training run."""
+    """The options that name one part or one training run."""
 
     store: str | Path = field(kw_only=False, metadata=about("The store that has it: a directory.", "Input"))
     part: str | None = option(None, "The part.", "Input")
@@ -60,25 +60,25 @@ class OneOptions(InfoOptions):
 
     @property
     def name(self) -> str:
-        """Of the part or run."""
+        """The name of the part or of the run."""
         return str(self.run if self.part is None else self.part)
 
 
 @options
 class RemoveOptions(OneOptions):
-    """Of ``ghoststore rm``."""
+    """Options of ``ghoststore rm``."""
 
 
 @options
 class RenameOptions(OneOptions):
-    """Of ``ghoststore mv``."""
+    """Options of ``ghoststore mv``."""
 
     to_name: str = field(metadata=about("Its new name.", "Output"))
 
 
 @options
 class CopyOptions(ProgressOption, OneOptions):
-    """Of ``ghoststore cp``."""
+    """Options of ``ghoststore cp``."""
 
     to_store: str | Path | None = option(None, "The store to copy it to (default: the same one).", "Output")
     to_name: str | None = option(None, "Name of the copy (default: the same name).", "Output")
@@ -86,7 +86,7 @@ class CopyOptions(ProgressOption, OneOptions):
 
 @options
 class ExportOptions(ProgressOption, StoreOption):
-    """Of ``ghoststore export``."""
+    """Options of ``ghoststore export``."""
 
     part: str | None = option(None, "Part to export (default: the only one).", "Input")
     run: str | None = option(None, "Or the training run, whose gradients are exported.", "Input")
@@ -99,14 +99,14 @@ class ExportOptions(ProgressOption, StoreOption):
 
 @options
 class Yes:
-    """Of the command line alone: consent."""
+    """Of the command line alone: the option that answers a question with yes."""
 
     yes: bool = option(False, "Do not ask.", "Output", flag="--yes -y")
 
 
 @options
 class IndexOptions(ProgressOption, MetricOption, StoreOption):
-    """Of ``ghoststore index``."""
+    """Options of ``ghoststore index``."""
 
     part: str | None = option(None, "Part to index (default: the only one).", "Input")
     factory: str | None = option(
@@ -115,36 +115,36 @@ class IndexOptions(ProgressOption, MetricOption, StoreOption):
     name: str | None = option(None, "Name of the index (default: metric and factory string).", "Output")
     dimension: Dimension = option(
         "auto",
-        "Sketch vectors to D numbers before FAISS sees them; auto: 1,024 for vectors of more than 2,048.",
+        "Sketch vectors to D numbers for FAISS; auto: 1,024 for vectors of more than 2,048.",
         "Projection",
         metavar="D|none|auto",
     )
-    # At 10, of the worse kind of sample query: a little above 0.95, which other queries then reach.
+    # Recall at 10 of the worse kind of sample query. It is a little above 0.95, so that other queries reach 0.95.
     target_recall: float = option(
         0.97, "Tune the search until it finds this share of the exact ten best of sample queries.", "Scoring"
     )
     device: str = option("cpu", "cpu, cuda or cuda:N (with a faiss for GPUs).", "Advanced")
-    rebuild: bool = option(False, "Build again what is there already.", "Output")
+    rebuild: bool = option(False, "Build again even if a current index exists.", "Output")
 
 
 @options
 class ManageIndexes:
-    """Of the command line alone: what is done instead of building."""
+    """Of the command line alone: options for other work than building an index."""
 
-    list_them: bool = option(False, "Show the indexes that there are, build nothing.", "Output", flag="--list")
+    list_them: bool = option(False, "Show the existing indexes, build nothing.", "Output", flag="--list")
     remove: str | None = option(None, "Delete an index, build nothing.", "Output")
 
 
 @options
 class RunOption(StoreOption):
-    """A training run."""
+    """The option for a training run."""
 
     run: str | None = option(None, "Training run (default: the only one).", "Input")
 
 
 @options
 class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
-    """Of ``ghoststore scores``."""
+    """Options of ``ghoststore scores``."""
 
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")
     bottom_k: int | None = option(None, "Samples with the lowest values (default: 0).", "Output")
@@ -166,11 +166,11 @@ class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
     layers: Sequence[str] = option(
         (), "Scores of these layers alone (`ghoststore train --per-layer`): module paths or globs.", "Scoring"
     )
-    exclude_layers: Sequence[str] = option((), "Scores but for these layers.", "Scoring")
+    exclude_layers: Sequence[str] = option((), "Scores without these layers.", "Scoring")
     unit: Unit = option(
         "sample", "Rank samples, the windows of a long one summed, or each window by itself.", "Scoring"
     )
-    min_times: int | None = option(None, "Leave out what was scored less often.", "Scoring", metavar="N")
+    min_times: int | None = option(None, "Leave out samples that were scored less often.", "Scoring", metavar="N")
     candidates: bool = option(
         False, "Of a run that chose: count candidates that were not trained on, too, all alike.", "Scoring"
     )
@@ -183,7 +183,7 @@ class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
 
 @options
 class WatchOptions(BehindOption, RunOption):
-    """Of ``ghoststore watch``."""
+    """Options of ``ghoststore watch``."""
 
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")
     once: bool = option(False, "Print one frame and end.", "Output")

@@ -1,4 +1,4 @@
-"""Options of ``ghoststore train``: how it optimizes, how it scores, and the rest."""
+"""Options of ``ghoststore train``: optimization, scoring, and all others."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -12,6 +12,8 @@ from ghoststore.settings.option import about, check_at_least, check_choices, opt
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
 from ghoststore.settings.shared import (
     DOMAINS,
+    FIRST_SAMPLES,
+    FIRST_VAL_SAMPLES,
     FLOATS,
     OVERLONG,
     VECTOR_DTYPES,
@@ -42,7 +44,7 @@ def check_kept(keep_gradients: int | None, proj_dtype: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """AdamW, linear warm-up, half a cosine, and the batches."""
+    """The options of AdamW, of its schedule (linear warm-up, then half a cosine), and of the batches."""
 
     batch_size: int = option(8, "Samples of one rank's micro-batch.", "Model")
     gradient_accumulation_steps: int = option(1, "Micro-batches of a step.", "Model")
@@ -52,9 +54,9 @@ class OptimizationConfig:
     warmup_steps: int | None = option(
         None, "Linear warm-up (default: a twentieth of the steps, at most 2,000).", "Model"
     )
-    weight_decay: float = option(0.1, "Of matrices; vectors (biases, norms) do not decay.", "Model")
-    adam_beta1: float = option(0.9, "Decay of AdamW's mean.", "Model")
-    adam_beta2: float = option(0.95, "Decay of its squares.", "Model")
+    weight_decay: float = option(0.1, "Weight decay of matrices; vectors (biases, norms) do not decay.", "Model")
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.", "Model")
+    adam_beta2: float = option(0.95, "Decay of AdamW's mean of squares.", "Model")
     max_grad_norm: float = option(1.0, "Gradient clipping; 0 for none.", "Model")
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How training samples are scored."""
+    """The options that say how training samples are scored."""
 
     method: Method = option("GradDotProd", "Regular trains without scores: the same weights, bit for bit.", "Scoring")
     val_batch_size: int = option(8, "Val samples of one val gradient.", "Scoring")
@@ -129,14 +131,14 @@ class ScoringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Model, data, and how often what is written."""
+    """The options for model and data, and for how often things are written."""
 
     architecture: str | None = option(None, "GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.", "Model")
     max_length: int | None = option(
         None, "Longest row in tokens (default: the model's positions, at most 1024).", "Input"
     )
     overlong: Overlong = option("window", OVERLONG, "Input")
-    dropout: float = option(0.0, "Of a new model.", "Model")
+    dropout: float = option(0.0, "Dropout of a new model.", "Model")
     seed: int = option(0, "Seed of weights, data order and dropout.", "Advanced")
     model_dtype: str = option("float32", "dtype of the parameters.", "Model", choices=FLOATS)
     train_dtype: str | None = option(
@@ -149,7 +151,9 @@ class RunConfig:
     eval_interval: int = option(100, "Steps between val losses.", "Output")
     dot_prod_save_interval: int = option(10, "Steps committed to the store together.", "Output")
     checkpoint_interval: int | None = option(None, "Steps between checkpoints (default: `eval_interval`).", "Output")
-    keep_checkpoints: int | None = option(2, "How many of the newest stay.", "Output", metavar="N|all", none="all")
+    keep_checkpoints: int | None = option(
+        2, "How many of the newest checkpoints to keep.", "Output", metavar="N|all", none="all"
+    )
     on_store_error: OnStoreError = option(
         "stop", "If the store cannot be written: stop, or train on without scores.", "Output"
     )
@@ -181,18 +185,18 @@ class RunConfig:
 
     @property
     def arithmetic(self) -> str:
-        """dtype of the forward and backward pass."""
+        """The dtype of the forward and backward pass."""
         return self.train_dtype or self.model_dtype
 
     @property
     def autocast(self) -> bool:
-        """Whether the arithmetic is not that of the parameters."""
+        """Whether the arithmetic has another dtype than the parameters."""
         return self.arithmetic != self.model_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """Everything that a training run is asked to do, but for where its inputs and outputs lie."""
+    """All options of a training run, except the paths of its inputs and outputs."""
 
     optimization: OptimizationConfig = OptimizationConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -244,7 +248,7 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """The configuration of flat ``options``. TypeError for a name that no part has."""
+        """The configuration from flat ``options``. TypeError for an unknown name."""
         refuse_unknown("TrainConfig.of", options, FLAT)
 
         def part(kind: type) -> dict[str, Any]:
@@ -259,26 +263,26 @@ class TrainConfig(RunConfig):
 
 
 FLAT = [spec.name for kind in (RunConfig, OptimizationConfig, ScoringConfig, ChoosingConfig) for spec in fields(kind)]
-"""The names of :meth:`TrainConfig.of`."""
+"""The names that :meth:`TrainConfig.of` accepts."""
 
 
 @options
 class TrainOptions(
     ProgressOption, RunConfig, ScoringConfig, ChoosingConfig, OptimizationConfig, DeviceOption, CorpusOptions
 ):
-    """Of ``ghoststore train``."""
+    """Options of ``ghoststore train``."""
 
     val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")
     store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output")
     output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output"))
     name: str | None = option(None, "Name of the run (default: after architecture and data).", "Output")
-    checkpoint: str | Path | None = option(None, "Go on from this checkpoint instead.", "Model")
+    checkpoint: str | Path | None = option(None, "Continue from this checkpoint instead.", "Model")
     tokenizer: str | Path | None = option(
         None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model"
     )
     domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
-    max_samples: int | None = option(None, "The first so many samples of the corpus.", "Input")
-    max_val_samples: int | None = option(None, "The first so many samples of the val set.", "Input")
+    max_samples: int | None = option(None, FIRST_SAMPLES, "Input")
+    max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     config: TrainConfig | None = option(
         None, "All options of training in one, instead of single ones.", "Advanced", python_only=True
     )
@@ -297,11 +301,11 @@ class TrainOptions(
 
     @classmethod
     def refuse_together(cls, names: Iterable[str]) -> None:
-        """UsageError for a ``config`` beside options that it holds."""
+        """UsageError if ``config`` is given together with an option that it contains."""
         single = sorted(set(names) & set(FLAT))
         if "config" in names and single:
             raise UsageError(f"give config or single options, not both: {single}")
 
     def configuration(self) -> TrainConfig:
-        """``config``, or that of the single options."""
+        """``config`` if it is given, else the configuration from the single options."""
         return self.config or TrainConfig.of(**{name: getattr(self, name) for name in FLAT})

@@ -1,1 +1,1 @@
-"""Token shards: a corpus as tokens."""
+"""Token shards: a corpus that is stored as tokens."""

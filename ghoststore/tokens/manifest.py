@@ -1,4 +1,6 @@
-"""The manifest of a folder of token shards, ``shards.json``, and the files that it tells of. See ``docs/shards.md``."""
+"""The manifest of a folder of token shards, ``shards.json``, and the files that it describes. See
+``docs/shards.md``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ SHARDS_VERSION = 1
 MANIFEST = "shards.json"
 TOKENIZER = "tokenizer"
 CHECKSUM = "sha256"
-"""The key of the manifest's checksum of itself."""
+"""The key, in the manifest, of its own checksum."""
 LARGEST_MANIFEST = 64 << 20
 SHARDS = Kind(
     name="folder",
@@ -49,7 +51,7 @@ SAMPLE = np.dtype(
         ("domain", "<i2"),
     ]
 )
-"""One sample in ``samples-*.npy``."""
+"""The entry of one sample in ``samples-*.npy``."""
 
 ENTRIES = {
     "tokenizer": ("fingerprint", "template_date", "vocabulary"),
@@ -57,18 +59,18 @@ ENTRIES = {
     "storage": ("shard_samples", "shards", "token_dtype"),
     "source": ("data", "form"),
 }
-"""By section: what every manifest has."""
+"""The entries that every manifest has, by section."""
 _TOKENIZER_FILE = re.compile(rf"{TOKENIZER}(/[A-Za-z0-9_-][A-Za-z0-9._-]*){{1,3}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardLayout:
-    """What fixes the files of a folder. Raises MismatchError for numbers that fit no folder."""
+    """The numbers that determine the files of a folder. Raises MismatchError for numbers out of range."""
 
     samples: int
     shard_samples: int
     vocabulary: int
-    """Every id is below it."""
+    """One more than the largest token id."""
     domains: int
 
     def __post_init__(self) -> None:
@@ -85,21 +87,21 @@ class ShardLayout:
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
-        """uint16 where the vocabulary fits, else uint32."""
+        """uint16 if the vocabulary fits, else uint32; little endian."""
         return np.dtype("<u2" if self.vocabulary <= 1 << 16 else "<u4")
 
     def span_of(self, shard: int) -> tuple[int, int]:
-        """First sample and one past the last of ``shard``."""
+        """(first sample, one past the last) of ``shard``."""
         return shard * self.shard_samples, min((shard + 1) * self.shard_samples, self.samples)
 
 
 def shard_files(shard: int) -> list[str]:
-    """The files of a shard: tokens, samples, ids."""
+    """The names of the files of a shard: tokens, samples, ids."""
     return [f"{kind}-{shard:08d}.npy" for kind in ("tokens", "samples", "ids")]
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
-    """``array`` as an .npy file."""
+    """The bytes of an .npy file of ``array``."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -112,9 +114,9 @@ def seal_shards(manifest: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The manifest of a folder and the SHA-256 of its tokenizer's files; see :func:`seal_shards`.
+    """(manifest of a folder, SHA-256 of its tokenizer's files by name): see :func:`seal_shards`.
 
-    Raises CorpusError if there is none, MismatchError for another version, CorruptError if it is damaged.
+    Raises CorpusError if there is no manifest, MismatchError for another version, CorruptError if it is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -129,8 +131,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def date_in(folder: Path) -> str | None:
-    """The date that the chat template wrote into the shards in ``folder``; None where it asked for none, and where
-    there are no shards.
+    """The date that the chat template has written into the shards in ``folder``; None if it used no date, or if there
+    are no shards.
     """
     if not (folder / MANIFEST).is_file():
         return None
@@ -139,7 +141,7 @@ def date_in(folder: Path) -> str | None:
 
 
 def _check_version(path: Path, data: bytes) -> None:
-    """MismatchError for another version of the format, whose seal may be another, too."""
+    """MismatchError for another version of the format. It is checked before the seal, which may have changed, too."""
     value = parse_json(data)
     if not isinstance(value, dict) or "ghoststore_shards" not in value:
         raise ValueError("it has no 'ghoststore_shards'")
@@ -151,7 +153,7 @@ def _check_version(path: Path, data: bytes) -> None:
 
 
 def _check(manifest: dict[str, Any], files: dict[str, str]) -> None:
-    """ValueError, KeyError or TypeError for a manifest that no folder has."""
+    """ValueError, KeyError or TypeError for a manifest that lacks entries, or has entries of a wrong type."""
     lacking = [name for name in (*SHARDS.identity, *SHARDS.description) if not isinstance(manifest[name], dict)]
     if lacking or not isinstance(files, dict):
         raise ValueError(f"its sections {lacking or 'files'} are no objects")
@@ -172,7 +174,9 @@ def _check(manifest: dict[str, Any], files: dict[str, str]) -> None:
 
 
 def layout_of(manifest: Mapping[str, Any], where: Path) -> ShardLayout:
-    """The files that a manifest describes; CorruptError if it describes none."""
+    """The layout of the files that a manifest describes. CorruptError for an impossible one. ``where`` is
+    the folder.
+    """
     try:
         corpus, storage = manifest["corpus"], manifest["storage"]
         layout = ShardLayout(
@@ -190,7 +194,7 @@ def layout_of(manifest: Mapping[str, Any], where: Path) -> ShardLayout:
 
 
 def remedy(path: Path) -> str:
-    """How a damaged file of a folder is made again."""
+    """Advice for an error: how to make a damaged file of a folder again."""
     if path.parent.name == "commits":
         record = path
     else:
@@ -202,7 +206,7 @@ def remedy(path: Path) -> str:
 
 
 def committed_shards(folder: Path, layout: ShardLayout) -> list[int]:
-    """Shards that have a record, in order; CorruptError for records that no shard can have."""
+    """The shards with a commit record, in order. CorruptError for a record beyond the last shard."""
     try:
         shards = committed(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -215,7 +219,9 @@ def committed_shards(folder: Path, layout: ShardLayout) -> list[int]:
 
 
 def read_shard_commit(folder: Path, layout: ShardLayout, shard: int) -> Commit:
-    """The record of a shard, its files' sizes and headers checked. CorruptError naming the file that is wrong."""
+    """The commit record of a shard, after the sizes and headers of its files are checked. CorruptError names the wrong
+    file.
+    """
     commit = read_commit(folder, shard)
     path = commit_path(folder, shard)
     names = shard_files(shard)
@@ -229,21 +235,23 @@ def read_shard_commit(folder: Path, layout: ShardLayout, shard: int) -> Commit:
 
 
 def _check_array(path: Path, dtype: np.dtype[Any], count: int | None, size: int) -> None:
-    """CorruptError unless ``path`` is an .npy file of ``size`` bytes with ``count`` (None: any number of) ``dtype``."""
+    """CorruptError unless ``path`` is an .npy file of ``size`` bytes with ``count`` numbers (None: any number) of
+    ``dtype``.
+    """
     with reading(path, advice=remedy(path)):
         try:
             opened = open_regular(path, path.parent)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError("it is missing") from None
         with BufferedReader(opened) as file:
-            there = os.fstat(file.fileno()).st_size
-            if there != size:
-                raise ValueError(f"it has {there} bytes, {size} were committed")
+            found_size = os.fstat(file.fileno()).st_size
+            if found_size != size:
+                raise ValueError(f"it has {found_size} bytes, {size} were committed")
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("it is another version of .npy")
             try:
                 shape, _, own = np.lib.format.read_array_header_1_0(file)
-            except (SyntaxError, TokenError) as error:  # NumPy tokenizes the header as Python, if it has to
+            except (SyntaxError, TokenError) as error:  # NumPy may parse the header as Python tokens
                 raise ValueError(f"its header is none: {error}") from error
             if own != dtype or len(shape) != 1 or shape[0] < 0 or (count is not None and shape[0] != count):
                 raise ValueError(f"expected {count} × {dtype.name}, found {shape!r:.40} × {own!r:.40}")

@@ -1,4 +1,4 @@
-"""Token shards: a corpus as tokens, one shard a span of samples. The format is specified in ``docs/shards.md``.
+"""Token shards: a corpus as tokens. Each shard holds a range of samples. ``docs/shards.md`` specifies the format.
 
 Legend: M samples of the folder, S tokens of a shard.
 """
@@ -31,22 +31,23 @@ from ghoststore.tokens.manifest import (
 )
 
 SHARDS_OPEN = 4096
-"""Shards that stay mapped at once, three files each: Linux gives a process 65,530 maps."""
+"""Most shards that are mapped at once, with three files each. Linux allows a process 65,530 maps."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
     tokens: NDArray[Any]
-    """(S,) uint16 or uint32, mapped."""
+    """(S,) uint16 or uint32, memory-mapped."""
     samples: NDArray[Any]
-    """SAMPLE, mapped."""
+    """(samples,) of dtype SAMPLE, memory-mapped."""
     ids: NDArray[np.uint8]
-    """UTF-8 of the sample ids, one after another, mapped."""
+    """The sample ids in UTF-8, one after another, memory-mapped."""
 
 
 class TokenShards:
-    """A complete folder of token shards, memory-mapped. Opened with :meth:`open`; read by any number of threads, and by
-    other processes, where it is opened again.
+    """A complete folder of token shards, memory-mapped. :meth:`open` opens it.
+
+    Any number of threads may read it. It can be pickled for other processes, which open it again.
     """
 
     def __init__(
@@ -61,20 +62,20 @@ class TokenShards:
         self.manifest = manifest
         self.layout = layout_of(manifest, folder)
         self.samples = self.layout.samples
-        """M."""
+        """M, the number of samples."""
         self.tokens = sum(commit.tokens for commit in commits)
         """Tokens in all shards."""
         self.domains: list[str] = list(manifest["corpus"]["domains"] or [])
-        """Names that ``domain`` indexes."""
+        """The names of the domains. :attr:`domain` holds places in this list."""
         self.tokenizer_identity: dict[str, Any] = {
             name: value for name, value in manifest["tokenizer"].items() if name not in ("vocabulary", "template_date")
         }
-        """See :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
+        """The identity of the tokenizer: see :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
         self.template_date: str | None = manifest["tokenizer"]["template_date"]
-        """The date (ISO 8601) that the chat template wrote; None where it asks for none."""
+        """The date (ISO 8601) that the chat template has written; None if it writes no date."""
         self.corpus_fingerprint: str = manifest["corpus"]["fingerprint"]
         self.repeated_ids: Repeated | None = manifest["corpus"]["repeated_ids"]
-        """None where every id is unique."""
+        """None if every id is unique."""
         self._files = files
         self._commits = commits
         self._verify_on_read = verify_on_read
@@ -84,22 +85,23 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False, verify_on_read: bool = False) -> TokenShards:
-        """The shards in ``folder``: manifest, records, sizes and headers of all files are checked.
+        """The shards in ``folder``, after the manifest, the records, and the sizes and headers of all files are
+        checked.
 
-        With ``verify`` the SHA-256 of every file, too; with ``verify_on_read`` that of a shard when it is first
-        read. Raises CorpusError for a folder without shards or with some still missing, CorruptError naming a
-        file that is not what was written, MismatchError for another format version.
+        With ``verify`` the SHA-256 of every file is checked, too; with ``verify_on_read`` those of a shard when it is
+        first read. Raises CorpusError for a folder without shards or with missing ones, CorruptError, with the name of
+        the file, for a damaged file, MismatchError for another format version.
         """
         folder = Path(folder)
         manifest, files = read_manifest(folder)
         layout = layout_of(manifest, folder)
-        spans = committed_shards(folder, layout)
-        if len(spans) != layout.shards:
+        committed = committed_shards(folder, layout)
+        if len(committed) != layout.shards:
             raise CorpusError(
-                f"{folder} is incomplete: {len(spans):,} of {layout.shards:,} shards are there; run `ghoststore "
+                f"{folder} is incomplete: {len(committed):,} of {layout.shards:,} shards are there; run `ghoststore "
                 "tokenize` again with the same options to continue"
             )
-        commits = [read_shard_commit(folder, layout, shard) for shard in spans]
+        commits = [read_shard_commit(folder, layout, shard) for shard in committed]
         for name in files:
             if not (folder / name).is_file():
                 raise CorruptError(f"{folder / name} is missing: {remedy(folder / name)}")
@@ -109,7 +111,7 @@ class TokenShards:
         return opened
 
     def verify(self) -> None:
-        """Check the SHA-256 of every file; CorruptError naming the first that is not what was written."""
+        """Check the SHA-256 of every file. CorruptError names the first damaged file."""
         for name, sha256 in self._files.items():
             check_file(self.folder / name, sha256, advice=remedy(self.folder / name), within=self.folder)
         with ThreadPoolExecutor(4) as pool:
@@ -117,12 +119,12 @@ class TokenShards:
                 pass
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as the folder, which is opened again."""
+        """Pickle only the path of the folder, which is opened again."""
         return _reopen, (self.folder.absolute(), self._verify_on_read)
 
     @property
     def source(self) -> dict[str, Any]:
-        """The corpus that the tokens come from: ``data`` (path, or "-"), ``form``, ``tokenizer``, ``fields``,
+        """The corpus that the tokens were made from: ``data`` (path, or "-"), ``form``, ``tokenizer``, ``fields``,
         ``max_samples`` and ``only_domains``.
         """
         corpus = self.manifest["corpus"]
@@ -133,49 +135,49 @@ class TokenShards:
 
     @property
     def domain(self) -> NDArray[np.int16]:
-        """(M,) place in ``domains``; -1 for none."""
+        """(M,): place in :attr:`domains`; -1 for a sample without a domain."""
         return self._column("domain")
 
     @property
     def source_row(self) -> NDArray[np.int64]:
-        """(M,) row of the corpus."""
+        """(M,): the sample's row in the corpus."""
         return self._column("source_row")
 
     @property
     def source_file(self) -> NDArray[np.int32]:
-        """(M,) place of the row's file among the files of the corpus, by name."""
+        """(M,): place of the sample's file among the files of the corpus, which are sorted by name."""
         return self._column("source_file")
 
     @property
     def source_offset(self) -> NDArray[np.int64]:
-        """(M,) byte of that file (decompressed) at which the row begins; -1 in forms without offsets."""
+        """(M,): the byte at which the row begins in that file, after decompression; -1 in forms without offsets."""
         return self._column("source_offset")
 
     @property
     def source_digest(self) -> NDArray[np.uint64]:
-        """(M,) hash of the row, see `Sample.digest`."""
+        """(M,): hash of the row, see `Sample.digest`."""
         return self._column("source_digest")
 
     @property
     def length(self) -> NDArray[np.int32]:
-        """(M,) tokens of each sample."""
+        """(M,): number of tokens of each sample."""
         return self._column("length")
 
     @property
     def first_target(self) -> NDArray[np.int32]:
-        """(M,) tokens before it are no targets; at least 1, and past the end where there is no target."""
+        """(M,): the first token that is a target, at least 1; past the end if there is no target."""
         return self._column("first_target")
 
     @cached_property
     def sample_id(self) -> NDArray[np.object_]:
-        """(M,) ids as strings."""
+        """(M,): the ids of the samples, as strings."""
         ids = [name for shard in range(self.layout.shards) for name in self._ids_of(shard)]
         return np.array(ids, dtype=object)
 
     def tokens_of(self, sample: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
-        """(length,) ids of one sample, or of its tokens ``start`` to ``stop``; a copy. Only these are read.
+        """(length,) int32: the token ids of one sample, or only those from ``start`` to ``stop``. Only these are read.
 
-        IndexError beyond the last sample, CorruptError for ids that no vocabulary has.
+        IndexError for a sample that does not exist, CorruptError for ids beyond the vocabulary.
         """
         shard, row = self._place(sample)
         begin, length = int(shard.samples["start"][row]), int(shard.samples["length"][row])
@@ -183,7 +185,7 @@ class TokenShards:
         return self._checked(sample, shard.tokens[begin + start : begin + stop].astype(np.int32))
 
     def row(self, sample: int) -> dict[str, object]:
-        """One sample as a row of a corpus: "id", "domain", "tokens"."""
+        """One sample as a row of a corpus with the fields "id", "domain" and "tokens"."""
         shard, row = self._place(sample)
         entry = shard.samples[row]
         start, domain = int(entry["start"]), int(entry["domain"])
@@ -197,11 +199,11 @@ class TokenShards:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the folder. CorruptError if it is not the one that was saved there."""
+        """The tokenizer that is saved in the folder. CorruptError if its files have changed."""
         return load_own_tokenizer(self.folder)
 
     def decode(self, ids: NDArray[np.int32]) -> str:
-        """The text of ``ids``, by the tokenizer in the folder."""
+        """The text of ``ids``, decoded by the tokenizer in the folder."""
         return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
     def _column(self, name: str) -> NDArray[Any]:
@@ -217,13 +219,13 @@ class TokenShards:
         return self._shard(shard), row
 
     def _map(self, shard: int) -> _Shard:
-        """The files of a shard, mapped, and the places in them checked: nothing points outside."""
+        """The files of a shard, memory-mapped, after all places in them are checked. CorruptError if one is outside."""
         if self._verify_on_read and shard not in self._verified:
             self._verify_shard(shard)
             self._verified.add(shard)
         paths = [self.folder / name for name in shard_files(shard)]
         try:
-            # Plain arrays over the maps: indexing a np.memmap is slow.
+            # Plain arrays over the maps, because indexing an np.memmap is slow.
             tokens, samples, ids = (np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in paths)
         except (OSError, ValueError) as error:
             raise CorruptError(f"a file of shard {shard} of {self.folder} cannot be mapped: {error}") from error
@@ -278,7 +280,9 @@ def _reopen(folder: Path, verify_on_read: bool) -> TokenShards:
 
 
 def load_own_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder of shards, complete or not. CorruptError if it is not the one that was saved there."""
+    """The tokenizer that is saved in a folder of shards, which may be incomplete. CorruptError if its files have
+    changed.
+    """
     from ghoststore.checkpoint.load import load_tokenizer
     from ghoststore.checkpoint.tokenizer_identity import fingerprint_tokenizer
 

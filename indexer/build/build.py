@@ -1,4 +1,4 @@
-"""``ghoststore.build``: a checkpoint and a corpus to a part of a store."""
+"""``ghoststore.build``: make a part of a store from a checkpoint and a corpus."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from indexer.build.spans import compute_spans
 
 @takes(BuildOptions)
 def build(options: BuildOptions) -> BuildReport:
-    """Each sample's projected gradient at ``checkpoint``, for every sample of ``data``, into ``store``.
+    """Compute the projected gradient of every sample of ``data`` at ``checkpoint``, and write it to a part of
+    ``store``.
 
-    Parameters have the names of the command's options. ``checkpoint`` is a folder in transformers' format
-    or a hub id; ``data`` any form of corpus, see ``docs/corpus.md``. ``max_length`` is in tokens (default: the
-    model's positions, at most 1024), ``batch_tokens`` the padded tokens of a batch (default 2,048 on a CPU,
-    16,384 on CUDA). Texts of standard input (``data="-"``) are kept in the store. The part is called ``name``,
-    by default after the checkpoint and the corpus.
+    ``checkpoint`` is a folder in transformers' format or a hub id. ``data`` is any form of corpus, see
+    ``docs/corpus.md``. ``max_length`` is in tokens (default: the model's positions, at most 1024). ``batch_tokens`` is
+    the number of padded tokens of a batch (default: 2,048 on a CPU, 16,384 on CUDA). Texts from standard input
+    (``data="-"``) are kept in the store. ``name`` is the name of the part (default: made of the names of checkpoint and
+    corpus).
 
-    ``optimizer_state`` names a training checkpoint (of ``ghoststore train`` or transformers' Trainer) whose second
-    moment of Adam, factored to row and column, scales both sides of the projection: products of two vectors are then
-    ⟨g, V^-½ g'⟩, what a step of Adam on one sample does to the loss of the other.
+    ``optimizer_state`` names a training checkpoint of ``ghoststore train`` or transformers' Trainer. Adam's second
+    moment from it, factored into a row and a column, scales both sides of the projection. The inner product of two
+    vectors is then ⟨g, V^-½ g'⟩: the effect of an Adam step on one sample on the loss of the other.
 
-    A part that exists already and is of the same build is continued: only spans without a commit record
-    are computed, and the result is byte-identical to an uninterrupted build's.
+    If the part exists and is of the same build, it is continued: only spans without a commit record are computed. The
+    result is byte-identical to that of an uninterrupted build.
 
-    Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used,
-    MismatchError if the part that exists was built otherwise, CorruptError (before anything is computed) if it is
-    damaged as far as records and sizes of files tell, BusyError if another process is building it,
-    StorageError if the disk refuses. What was committed stays committed.
+    Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used, MismatchError if the
+    part exists and is of another build, CorruptError (before anything is computed) if records or file sizes show that
+    the part is damaged, BusyError if another process builds it, StorageError if the disk refuses. Committed spans stay
+    committed.
     """
     progress = options.progress or Silent()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with open_inputs(options, progress) as inputs:
         job = plan_job(inputs, progress)
         report = BuildReport.of(job)
@@ -57,9 +58,9 @@ def build(options: BuildOptions) -> BuildReport:
         part = _open_part(Store.create(options.store), job, progress)
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
-        # A complete part that cannot be written is read alone: nothing is to be written.
+        # A complete part in a folder without write access is only read: there is nothing to write.
         with writing(part) if not part.complete or os.access(part.path, os.W_OK) else nullcontext():
-            part = Part(part.path)  # as it stands now that nobody else writes it
+            part = Part(part.path)  # opened again: another process may have written until the lock was ours
             seconds = compute_spans(part, job, progress)
         built = describe(Part(part.path))
         return replace(
@@ -67,12 +68,12 @@ def build(options: BuildOptions) -> BuildReport:
             tokens=built.tokens,
             resumed_rows=part.rows,
             statuses=built.statuses,
-            seconds={"total": time.perf_counter() - begun, **seconds},
+            seconds={"total": time.perf_counter() - started, **seconds},
         )
 
 
 def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:
-    """The part, new or there already. MismatchError if it is of another build."""
+    """The part of ``job``, created if it does not exist. MismatchError if it is of another build."""
     path = store.part_path(job.inputs.part_name)
     part = create_part(path, job.manifest, job.plan.table, job.fixed())
     refuse_other_build(part, job, progress)
@@ -80,7 +81,7 @@ def _open_part(store: Store, job: BuildJob, progress: Progress) -> Part:
 
 
 def refuse_other_build(part: Part, job: BuildJob, progress: Progress) -> None:
-    """MismatchError if ``job`` would not compute the rows of ``part``; a note where it may compute other last bits."""
+    """MismatchError if ``job`` would not compute the rows of ``part``. A note says so if their last bits may differ."""
     store = part.path.parent.parent
     refuse_differences(part.manifest, job.manifest, f"part {part.name!r} of {store}")
     if not np.array_equal(span_table(part), job.plan.table):

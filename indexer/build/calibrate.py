@@ -1,10 +1,10 @@
-"""Learning from a sample of the corpus: passes of the model over it, of which only small sums are kept.
+"""Learning the projection from a sample of the corpus, in up to three passes of the model that keep only small sums.
 
-Two passes for the second moments of the sides of gradients: with P_in drawn and the output axis as it is, each sample
-gives Y = G P_inᵀ, and E[Y Yᵀ] is E[G Gᵀ] but for noise; the other way round for E[Gᵀ G]. Neither is ever formed: a
-Nyström approximation from its products with a few random directions has the leading eigenvectors (Tropp et al. 2017,
-"Fixed-rank approximation of a positive-semidefinite matrix from streaming data"). A third pass measures the energy of
-the numbers of each block.
+Two passes estimate the second moments of the sides of gradients. In the first, P_in is drawn and the output axis is not
+projected: each sample gives Y = G P_inᵀ, and E[Y Yᵀ] equals E[G Gᵀ] up to noise. The second does the same for E[Gᵀ G]
+with the axes swapped. Neither matrix is ever formed: a Nyström approximation gives its leading eigenvectors from its
+products with a few random directions (Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix
+from streaming data"). The third pass measures the energy of each number of each block.
 
 Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient matrix, m its random directions.
 """
@@ -36,19 +36,19 @@ from indexer.projection.matrices import Projection, drawn_sides
 from indexer.projection.plan import BlockPlan, ProjectionPlan
 
 OVERSAMPLING = 3
-"""Random directions for each eigenvector that is wanted."""
+"""Number of random directions for each wanted eigenvector."""
 LEAST_DIRECTIONS = 64
-"""In all: few eigenvectors of a slowly falling spectrum need more than that."""
+"""Least number of random directions, for the case of few eigenvectors and a slowly falling spectrum."""
 DRAWN_RANK = 64
-"""Of the side that is drawn while the other is learned."""
+"""Rank of the side that is drawn while the other one is learned."""
 ROUNDING = 2.0**-20
-"""Eigenvalues below this share of the largest are rounding of float32 sums."""
+"""Eigenvalues below this share of the largest are rounding errors of float32 sums."""
 BYTES_AT_ONCE = 64 << 20
-"""Of the blocks of a batch."""
+"""Most bytes of the blocks of a batch."""
 
 
 class Leading:
-    """The leading eigenvectors of a mean of Y Yᵀ whose terms go by: memory n × m."""
+    """The ``k`` leading eigenvectors of the mean of terms Y Yᵀ that are added one by one. Memory: n × m numbers."""
 
     def __init__(self, key: str, n: int, k: int, device: torch.device) -> None:
         self.k = k
@@ -60,14 +60,15 @@ class Leading:
         self._terms = 0
 
     def add(self, y_NC: Tensor, terms: int) -> None:
-        """The sum of so many more terms, (n, columns)."""
+        """Add ``terms`` terms at once: the columns of their Y side by side, (n, columns)."""
         self._products += y_NC @ (y_NC.t() @ self._directions)
         self._trace += y_NC.double().square().sum()
         self._terms += terms
 
     def factor(self) -> MomentFactor:
-        """Its k largest eigenvalues and their vectors, each with a positive sign at its largest number. ValueError if
-        the mean is zero or not finite.
+        """The k largest eigenvalues and their eigenvectors. The sign of a vector makes its largest number positive.
+
+        ValueError if the mean is zero or not finite.
         """
         products, directions = self._products.double().cpu() / self._terms, self._directions.double().cpu()
         trace, size = float(self._trace) / self._terms, float(products.norm())
@@ -98,11 +99,11 @@ def calibrate(
     checkpointing: bool = False,
     padding: bool = True,
 ) -> Calibration:
-    """Learn from ``rows`` what ``plan`` needs: sides, a preconditioner, the sizes of sketches of layers.
+    """Learn from ``rows`` what ``plan`` needs: sides, a preconditioner, the sizes of the sketches of layers.
 
-    Rows without a usable status are left out, and so are those whose loss or gradient is not finite, as in a build.
+    Rows that are not usable are left out, as in a build, and so are rows whose loss or gradient is not finite.
     ``scales`` multiply both sides, as in :class:`Projection`. CorpusError if no row is usable, LayerError for a layer
-    whose gradients are zero, or not finite for any row.
+    whose gradients are zero, or are not finite for any row.
     """
     usable = [row for row in rows if row.status.usable]
     if not usable:
@@ -148,7 +149,7 @@ class _Passes:
     padding: bool
     task: Task
     finite: int = 0
-    """Rows of the last pass whose loss and gradient were finite: those that count."""
+    """Number of rows with finite loss and gradient in the last pass, which are the rows that count."""
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +157,7 @@ class _Passes:
         return device
 
     def sides(self) -> dict[str, Any]:
-        """``sides`` and ``preconditioner`` of a calibration. Scales are not in them."""
+        """The ``sides`` and the ``preconditioner`` of a calibration, without the scales."""
         config = self.plan.config
         f_out, f_in = self._factors("out"), self._factors("in")
         preconditioner = None
@@ -174,7 +175,9 @@ class _Passes:
         return {"sides": sides, "preconditioner": preconditioner}
 
     def energies(self, learned: Calibration, *, alike: bool) -> list[Tensor]:
-        """(k_out · k_in,) float64: the mean square of each number of each block, or, where ``alike``, their mean."""
+        """For each block (k_out · k_in,) float64: the mean square of each number or, if ``alike``, the mean
+        of these.
+        """
         sides = {}
         for layer in self.plan.layers:
             name = layer.block.name
@@ -190,18 +193,18 @@ class _Passes:
         return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
 
     def _factors(self, axis: str) -> dict[str, MomentFactor]:
-        """By block name: of E[G Gᵀ] for the axis ``"out"``, of E[Gᵀ G] for ``"in"``."""
+        """The factor of E[G Gᵀ] (axis ``"out"``) or of E[Gᵀ G] (axis ``"in"``), by block name."""
         layers, sums, sides = self.plan.layers, [], {}
         for layer in layers:
             block = layer.block
             n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
             most = _eigenvectors(self.plan, n, k)
             sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
-            other = self._drawn(layer, "in" if axis == "out" else "out")
-            sides[block.name] = (other, None) if axis == "out" else (None, other)
+            other_side = self._drawn(layer, "in" if axis == "out" else "out")
+            sides[block.name] = (other_side, None) if axis == "out" else (None, other_side)
         for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
             for layer, total, block_BKJ in zip(layers, sums, blocks, strict=True):
-                total.add(self._laid(layer, axis, block_BKJ), len(block_BKJ))
+                total.add(self._unfolded(layer, axis, block_BKJ), len(block_BKJ))
         factors = {}
         for layer, total in zip(layers, sums, strict=True):
             try:
@@ -211,7 +214,7 @@ class _Passes:
         return factors
 
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
-        """The side that the other axis is learned with, scaled; None: the axis as it is."""
+        """The scaled random side for ``axis`` while the other one is learned; None leaves the axis as it is."""
         n = layer.block.n_in if axis == "in" else layer.block.n_out
         if n <= DRAWN_RANK and self.scales is None:
             return None
@@ -223,38 +226,42 @@ class _Passes:
         pair = self.scales[layer.block.name]
         return side * (pair.scale_in if axis == "in" else pair.scale_out)
 
-    def _laid(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
-        """(n, columns): the axis that is learned first, its scales multiplied, all samples' numbers behind it."""
-        laid = (block_BKJ.permute(1, 0, 2) if axis == "out" else block_BKJ.permute(2, 0, 1)).flatten(1)
+    def _unfolded(self, layer: BlockPlan, axis: str, block_BKJ: Tensor) -> Tensor:
+        """(n, columns): the blocks with the axis to learn first, multiplied by its scales, and all other axes as
+        columns.
+        """
+        matrix = (block_BKJ.permute(1, 0, 2) if axis == "out" else block_BKJ.permute(2, 0, 1)).flatten(1)
         if self.scales is None:
-            return laid
+            return matrix
         pair = self.scales[layer.block.name]
         scale = pair.scale_out if axis == "out" else pair.scale_in
-        return laid * scale.to(laid.device).unsqueeze(1)
+        return matrix * scale.to(matrix.device).unsqueeze(1)
 
     def _blocks(self, projection: Projection) -> Iterator[list[Tensor]]:
-        """Blocks (B, K, J) of all layers, batch by batch, of the rows that are finite."""
+        """Blocks (B, K, J) of all layers for each batch, without rows that are not finite."""
         layers = projection.plan.layers
         most = max(1, BYTES_AT_ONCE // (4 * projection.plan.kronecker_dimension))
-        self.finite, broken = 0, ""
+        self.finite, not_finite_layer = 0, ""
         with RowEncoder(self.model, projection, reduction=self.reduction, checkpointing=self.checkpointing) as encoder:
             lengths = [len(row.tokens) for row in self.rows]
             for batch in plan_batches(lengths, self.batch_tokens, padding=self.padding):
                 for start in range(0, len(batch), most):
-                    some = [self.rows[place] for place in batch[start : start + most]]
-                    vectors, losses = encoder(some)
+                    batch_rows = [self.rows[place] for place in batch[start : start + most]]
+                    vectors, losses = encoder(batch_rows)
                     finite = vectors.isfinite().all(1) & losses.isfinite()
                     if not bool(finite.all()):
-                        broken = next((layer.block.name for layer in layers if not _finite(vectors, layer)), broken)
+                        not_finite_layer = next(
+                            (layer.block.name for layer in layers if not _finite(vectors, layer)), not_finite_layer
+                        )
                         vectors = vectors[finite]
                     self.finite += len(vectors)
                     yield [
                         vectors[:, layer.start : layer.stop].view(len(vectors), layer.k_out, layer.k_in)
                         for layer in layers
                     ]
-                    self.task.advance(len(some), sum(len(row.tokens) for row in some))
+                    self.task.advance(len(batch_rows), sum(len(row.tokens) for row in batch_rows))
         if not self.finite:
-            raise _nothing_to_learn(broken or layers[0].block.name, "the gradients are not finite")
+            raise _nothing_to_learn(not_finite_layer or layers[0].block.name, "the gradients are not finite")
 
 
 def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
@@ -262,18 +269,18 @@ def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
 
 
 def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
-    """Those wanted of an axis of n whose rank is k."""
+    """How many eigenvectors to compute for an axis of length n and rank k."""
     return max(k if plan.config.kind == LEARNED else 1, directions(n) if plan.config.preconditioned else 1)
 
 
 def _random_directions(n: int, k: int) -> int:
-    """m, for k eigenvectors of an axis of n."""
+    """m for k eigenvectors of an axis of length n."""
     return min(n, max(OVERSAMPLING * k, LEAST_DIRECTIONS))
 
 
 def learning_bytes(plan: ProjectionPlan) -> int:
-    """Estimate of the memory that learning takes beside the model: random directions and their products for the larger
-    side of the layers, and the blocks of a batch, three times over.
+    """Estimate of the bytes that learning takes beside the model: random directions and their products, for the larger
+    of the two sides, and three times the blocks of a batch.
     """
     if not plan.config.calibrated:
         return 0
@@ -287,9 +294,9 @@ def learning_bytes(plan: ProjectionPlan) -> int:
     return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
 
 
-def _key(layer: BlockPlan, what: str) -> str:
-    """Without the projection's seed: what is learned is of the corpus."""
-    return f"ghoststore/1|calibration|layer={layer.block.name}|{what}"
+def _key(layer: BlockPlan, purpose: str) -> str:
+    """The key of random numbers. It has no seed, because what is learned should depend only on the corpus."""
+    return f"ghoststore/1|calibration|layer={layer.block.name}|{purpose}"
 
 
 def _nothing_to_learn(layer: str, problem: str) -> LayerError:

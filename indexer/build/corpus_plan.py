@@ -1,7 +1,7 @@
-"""The plan of a build: which rows each span holds and which rows share a batch. Fixed by the manifest.
+"""The plan of a build: which rows of the corpus each span holds.
 
-The scan reads the corpus once: it counts rows, fingerprints them, and notes for every span where in the
-corpus it begins and what it must contain, so that any span can be built alone, later, or elsewhere.
+One scan of the corpus counts the rows, computes the fingerprint, and records for every span where it begins in the
+corpus and the digest of its samples. So any span can be built alone, later, or on another machine.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ COLUMNS = ("source_row", "window", "file", "offset", "digest")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusPlan:
-    """What the scan found."""
+    """The result of the scan: the size of the part, and the table of its spans."""
 
     scan: Scan
     rows: int
     """Rows of the part: samples, or windows of samples."""
     tokens: int | None
-    """Tokens in all rows, where the scan had to tokenize."""
+    """Tokens in all rows; None if the scan did not have to tokenize."""
     table: NDArray[np.int64]
     """(spans, 5), see COLUMNS."""
     before: NDArray[np.int64]
-    """(spans,): planned samples before the one that each span begins with."""
+    """(spans,): number of planned samples before the first sample of each span."""
     repeated_ids: Repeated | None
-    """None where every sample has an id of its own."""
+    """None if no two samples have the same id."""
 
 
 class SpanDigest:
@@ -57,7 +57,7 @@ class SpanDigest:
         self._last = -1
 
     def add(self, sample: Sample) -> None:
-        """Count ``sample`` if it is not the one counted last."""
+        """Add ``sample``, unless it is the one added last."""
         if sample.source_row != self._last:
             self._last = sample.source_row
             self._hash.update(sample.digest().to_bytes(8, "little"))
@@ -68,7 +68,7 @@ class SpanDigest:
 
 
 class _TableBuilder:
-    """Notes the first row of every span and the digest of its samples, as rows go by."""
+    """Collects the table of spans, sample by sample."""
 
     def __init__(self, span_rows: int) -> None:
         self.span_rows = span_rows
@@ -79,7 +79,7 @@ class _TableBuilder:
         self._digest = SpanDigest()
 
     def add(self, sample: Sample, rows: int) -> None:
-        """``rows`` rows of ``sample`` follow."""
+        """Add ``sample``, which gives ``rows`` rows."""
         for window in range(rows):
             if self.rows % self.span_rows == 0:
                 self._close()
@@ -95,19 +95,22 @@ class _TableBuilder:
             self.entries[-1][4] = self._digest.value()
 
     def table(self) -> NDArray[np.int64]:
+        """(spans, 5) int64: the table of spans, see COLUMNS."""
         self._close()
         return np.array(self.entries, dtype=np.int64).reshape(-1, len(COLUMNS))
 
 
 class LearningSample:
-    """A random choice of ``count`` samples out of those it sees, by their rows alone: the same for every projection."""
+    """A random sample of ``count`` of the corpus's samples. It depends only on their places, so it is the same for
+    every projection.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._heap: list[tuple[int, int, Sample]] = []
 
     def see(self, sample: Sample) -> None:
-        """One more."""
+        """Consider one more sample."""
         lot = xxhash.xxh3_64_intdigest(f"ghoststore/1|calibration|{sample.source_row}".encode())
         entry = (-lot, sample.source_row, sample)
         if len(self._heap) < self._count:
@@ -117,7 +120,7 @@ class LearningSample:
 
     @property
     def samples(self) -> list[Sample]:
-        """Those chosen, in the order of the corpus."""
+        """The chosen samples, in the order of the corpus."""
         return sorted((sample for _, _, sample in self._heap), key=lambda sample: sample.source_row)
 
 
@@ -134,20 +137,21 @@ def plan_corpus(
 ) -> CorpusPlan:
     """Scan ``corpus`` (its first ``max_samples`` samples) for spans of ``span_rows`` rows.
 
-    Tokenizes only where the number of rows depends on it (``window``, ``error``), where the tokenizer has tokens that
-    the model's embedding lacks, or ``tokenize`` asks. ``learning`` sees every sample. Ids that samples share are
-    counted, and noted.
+    The scan tokenizes only if the number of rows depends on it (``overlong`` is ``window`` or ``error``), if the
+    tokenizer has tokens that the model's embedding lacks, or with ``tokenize``. ``learning`` sees every sample. A note
+    counts ids that several samples share.
+
     Raises CorpusError for a malformed row, an overlong sample under ``error``, and a corpus without rows;
     MismatchError for tokens of another tokenizer; UsageError for a row with a token that the embedding lacks.
     """
     progress = progress or Silent()
     lengths_needed = tokenize or settings.needs_lengths or tokenizer.exceeds
-    # Without a field, ids are places: no two are the same.
+    # Without an id field, ids are places in the corpus, which do not repeat.
     ids = None if corpus.resolved.id is None else RepeatedIds()
-    scanning = SampleScan(corpus.samples(), max_rows=max_samples)
+    sample_scan = SampleScan(corpus.samples(), max_rows=max_samples)
     table, tokens = _TableBuilder(span_rows), 0
     with closing(progress.task("scanning corpus", None)) as task:
-        samples = _checked(counted(scanning, task), tokenizer, ids, learning)
+        samples = _checked(counted(sample_scan, task), tokenizer, ids, learning)
         if lengths_needed:
             for sample, rows in _tokenized(samples, tokenizer, settings):
                 table.add(sample, len(rows))
@@ -155,7 +159,7 @@ def plan_corpus(
         else:
             for sample in samples:
                 table.add(sample, 1)
-    scan = scanning.finish()
+    scan = sample_scan.finish()
     if not scan.rows:
         of = "" if corpus.domains is None else f" of {', '.join(map(repr, sorted(corpus.domains)))}"
         raise CorpusError(f"{corpus.source}: has no rows{of}")
@@ -175,7 +179,7 @@ def plan_corpus(
 def _checked(
     samples: Iterable[Sample], tokenizer: Tokenizer, ids: RepeatedIds | None, learning: LearningSample | None
 ) -> Iterator[Sample]:
-    """``samples`` as they come, each shown to whoever needs to see all of them."""
+    """``samples``, unchanged, after each was passed to ``tokenizer``, ``ids`` and ``learning``."""
     for sample in samples:
         tokenizer.check(sample)
         if ids is not None:
@@ -202,10 +206,10 @@ def rows_of_spans(
     sizes: Sequence[int],
     spans: Sequence[int],
 ) -> Iterator[tuple[int, list[Row]]]:
-    """(span, its rows) for each of ``spans``, ascending. Neighbouring spans are read in one go.
+    """(span, its rows) for each of ``spans``, which are ascending. Neighbouring spans are read together.
 
-    ``sizes[span]`` is its number of rows. Nothing is read beyond the samples that were planned.
-    MismatchError where the corpus is not the one that was planned.
+    ``sizes[span]`` is the number of rows of a span. Nothing is read beyond the planned samples. MismatchError if the
+    corpus has changed since it was planned.
     """
     table = plan.table
     for run in _neighbours(spans):
@@ -230,7 +234,7 @@ def rows_of_spans(
 
 
 def sample_columns(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """The columns of a store that say which sample, or which window of one, each row is: see SAMPLE_COLUMNS."""
+    """The columns that say which sample, or which window of a sample, each row is: see SAMPLE_COLUMNS."""
     codes: dict[str | None, int] = {domain: code for code, domain in enumerate(domains)}
     codes[None] = -1
     values: dict[str, list[Any]] = {
@@ -248,7 +252,7 @@ def sample_columns(rows: Sequence[Row], domains: Sequence[str]) -> dict[str, NDA
 
 
 class _Unreadable(MismatchError):
-    """The corpus could be read when it was planned, and cannot be now."""
+    """The corpus cannot be read any more, although it could be when it was planned."""
 
 
 def _unless_unreadable(corpus: Corpus, start: Position) -> Iterator[Sample]:
@@ -259,14 +263,13 @@ def _unless_unreadable(corpus: Corpus, start: Position) -> Iterator[Sample]:
 
 
 def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any], store: Path) -> MismatchError:
-    """What to raise where the samples of ``part`` lie elsewhere in the corpus ``source`` of a manifest, by its span
-    ``table``: rows lead back to their samples by these places.
+    """The error for a corpus with the samples of ``part`` at other places. Rows refer to their samples by place.
+
+    ``table`` is the span table of that corpus, and ``source`` the manifest section that names it.
     """
-    stored, begun_with = span_table(part), part.manifest["source"]
+    stored, recorded = span_table(part), part.manifest["source"]
     different = [
-        (f"source.{name}", begun_with[name], source[name])
-        for name in ("form", "data")
-        if begun_with[name] != source[name]
+        (f"source.{name}", recorded[name], source[name]) for name in ("form", "data") if recorded[name] != source[name]
     ]
     if stored.shape == table.shape:
         span = int(np.flatnonzero((stored != table).any(axis=1))[0])
@@ -275,7 +278,7 @@ def other_places(part: Part, table: NDArray[np.int64], source: Mapping[str, Any]
     return MismatchError(
         f"part {part.name!r} of {store} was built from the same samples in another form or file, in which they lie at "
         f"other places; nothing was changed:\n{difference_lines(different)}\n"
-        f"Give the corpus it was begun with to continue it, `data={begun_with['data']}`, or another `name` for a new "
+        f"Give the corpus it was begun with to continue it, `data={recorded['data']}`, or another `name` for a new "
         "one"
     )
 

@@ -1,4 +1,4 @@
-"""What a build reads, each opened once: the checkpoint, the corpus, and the part where it is there already."""
+"""The inputs of a build, each opened once: the checkpoint, the corpus, and the part if it exists already."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True, kw_only=True)
 class BuildInputs:
-    """Made by :func:`open_inputs`."""
+    """The open inputs of a build. :func:`open_inputs` makes them."""
 
     options: BuildOptions
     checkpoint: Checkpoint
@@ -38,25 +38,25 @@ class BuildInputs:
     tokenizer: Tokenizer
     corpus: Corpus
     part_name: str
-    there: Part | None
-    """The part, if it is there already."""
+    existing: Part | None
+    """The part, if it exists already."""
     device: str
     batch_tokens: int
     tokens: TokenSettings
     repairing: bool = False
-    """Whether ``there`` is repaired: what it was made of is then taken from it, whatever it has lost."""
+    """Whether ``existing`` is being repaired: its own scales are then used, whatever else it has lost."""
 
     @cached_property
     def identity(self) -> Manifest:
-        """Sections of the manifest that say which model it is."""
-        stored = None if self.there is None else self.there.manifest
+        """The sections of the manifest that identify the model and the tokenizer."""
+        stored = None if self.existing is None else self.existing.manifest
         return {
             "checkpoint": checkpoint_section(self.checkpoint.fingerprint(), self.model, stored),
             "tokenizer": self.tokenizer.identity,
         }
 
     def description(self) -> Manifest:
-        """Sections of the manifest that say where everything came from, and what computes."""
+        """The sections of the manifest that say where the inputs are, and which hardware and software compute."""
         options, folder = self.options, self.checkpoint.folder
         return {
             "source": {
@@ -83,20 +83,20 @@ def _resolved(path: str | Path | None) -> str | None:
 
 @contextmanager
 def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None = None) -> Iterator[BuildInputs]:
-    """Open everything; what cannot be used is refused before a model is loaded: a damaged part, too, unless it is the
-    one that is ``repaired``.
+    """Open all inputs. Those that cannot be used are refused before the model is loaded, and so is a damaged part,
+    unless it is ``repaired``.
     """
     device = resolve_device(options.device)
     checkpoint = find_checkpoint(options.checkpoint)
     text_tokenizer = load_tokenizer(checkpoint.folder if options.tokenizer is None else Path(options.tokenizer))
-    by_default = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
-    part_name = check_name(options.name) if options.name else by_default
+    default_name = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
+    part_name = check_name(options.name) if options.name else default_name
     Store.refuse_others(Path(options.store))
-    there = repaired or _existing(options.store, part_name)
-    if there is not None:
-        refuse_incomplete(there)
-    if not options.dry_run and not (there is not None and there.complete):
-        check_writable(Path(options.store) / "parts" if there is None else there.path)
+    existing = repaired or _existing(options.store, part_name)
+    if existing is not None:
+        refuse_incomplete(existing)
+    if not options.dry_run and not (existing is not None and existing.complete):
+        check_writable(Path(options.store) / "parts" if existing is None else existing.path)
     with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
@@ -105,8 +105,8 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             text_tokenizer,
             vocabulary=embedding_rows(model),
             note=progress.note,
-            # That of the rows that are there, so that a build goes on to the same tokens on another day.
-            template_date=corpus.template_date if there is None else there.manifest["tokens"]["template_date"],
+            # The date in the rows that exist, so that a build that continues on another day makes the same tokens.
+            template_date=corpus.template_date if existing is None else existing.manifest["tokens"]["template_date"],
         )
         yield BuildInputs(
             options=options,
@@ -115,7 +115,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
             tokenizer=tokenizer,
             corpus=corpus,
             part_name=part_name,
-            there=there,
+            existing=existing,
             device=device,
             batch_tokens=options.batch_tokens or DEFAULT_BATCH_TOKENS[torch.device(device).type],
             tokens=TokenSettings(
@@ -134,12 +134,12 @@ def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFi
 
 
 def _existing(store: str | Path, name: str) -> Part | None:
-    """The part, if it is there already. CorruptError if it is damaged, as far as a look at each file tells."""
+    """The part called ``name``, or None. CorruptError if records or file sizes show that it is damaged."""
     if not (Path(store) / "zarr.json").exists():
         return None
-    opened = Store.open(store)
-    if name not in opened.part_names():
+    opened_store = Store.open(store)
+    if name not in opened_store.part_names():
         return None
-    part = opened.damaged_part(name)
+    part = opened_store.damaged_part(name)
     refuse_damaged(part)
     return part

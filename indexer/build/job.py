@@ -1,4 +1,4 @@
-"""A build, resolved: everything that is decided before the first gradient, and the manifest that says it."""
+"""A resolved build: everything that is decided before the first gradient, and the manifest that records it."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from indexer.projection.stored import calibrated_as, scales_of
 
 @dataclass(frozen=True, kw_only=True)
 class BuildJob:
-    """Made by :func:`plan_job`."""
+    """A resolved build. :func:`plan_job` makes it."""
 
     inputs: BuildInputs
     projected: ProjectionPlan
     projection: Projection | None
-    """None in a dry run of one that is learned."""
+    """None in a dry run, if the projection must be learned."""
     scales: Mapping[str, SideScales] | None
-    """What ``optimizer_state`` multiplies both sides with."""
+    """The scales of both sides from ``optimizer_state``; None without one."""
     plan: CorpusPlan
     layout: PartLayout
     padding: bool
     """Whether rows of different lengths share a batch."""
 
     def fixed(self) -> dict[str, NDArray[Any]]:
-        """Arrays that the part keeps beside its rows."""
+        """The arrays that the part keeps beside its rows: scales, and what the projection learned."""
         scales = {} if self.scales is None else flat(self.scales)
-        learned = self.projected.calibration
-        return scales if learned is None else scales | learned.arrays(self.projected.shapes)
+        calibration = self.projected.calibration
+        return scales if calibration is None else scales | calibration.arrays(self.projected.shapes)
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The part's manifest."""
+        """The manifest of the part."""
         options, scan, plan = self.inputs.options, self.plan.scan, self.projected
         hashed = self.projection is not None
         return {
@@ -87,8 +87,8 @@ class BuildJob:
 
 
 def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
-    """Choose layers, look at the model, scan the corpus, draw or learn matrices."""
-    options, model, there = inputs.options, inputs.model, inputs.there
+    """Choose the layers, check the model, scan the corpus, and draw or learn the matrices."""
+    options, model, existing = inputs.options, inputs.model, inputs.existing
     config = (options.projection or ProjectionConfig()).for_build(optimizer_state=options.optimizer_state is not None)
     if options.optimizer_state is not None and config.preconditioned:
         raise UsageError(
@@ -96,15 +96,15 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             "own: choose one (`precondition=none`)"
         )
     plan = ProjectionPlan.for_model(model, config)
-    if there is not None:  # before the corpus is read for a part that cannot be continued
-        _refuse_other(there, plan, inputs.identity)
+    if existing is not None:  # refused before the corpus is read, which takes longer
+        _refuse_other(existing, plan, inputs.identity)
     padding = _may_pad(inputs, plan, progress)
     learning = LearningSample(config.calibration_samples) if config.calibrated else None
     corpus_plan = plan_corpus(
         inputs.corpus,
         inputs.tokenizer,
         inputs.tokens,
-        # The span of a part of any length: how many rows there are is known after the scan alone.
+        # The size of spans does not depend on the number of rows, which only the scan will tell.
         span_rows=_layout(inputs, plan, sys.maxsize).span_rows,
         max_samples=options.max_samples,
         tokenize=options.dry_run,
@@ -113,19 +113,19 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     )
     layout = _layout(inputs, plan, corpus_plan.rows)
     scales: Mapping[str, SideScales] | None = None
-    if inputs.repairing and there is not None:
-        scales = scales_of(there, plan)
+    if inputs.repairing and existing is not None:
+        scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
-    if learning is not None and there is not None:
-        plan = calibrated_as(there, plan)
+    if learning is not None and existing is not None:
+        plan = calibrated_as(existing, plan)
     elif learning is not None and not options.dry_run:
         plan = _learned(inputs, plan, learning, scales, padding, progress)
-    known = plan.calibration is not None or learning is None
+    drawable = plan.calibration is not None or learning is None
     return BuildJob(
         inputs=inputs,
         projected=plan,
-        projection=Projection(plan, scales) if known else None,
+        projection=Projection(plan, scales) if drawable else None,
         scales=scales,
         plan=corpus_plan,
         layout=layout,
@@ -134,9 +134,9 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
 
 
 def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
-    """MismatchError if ``part`` was begun with another model or projection. What it learned comes later."""
-    later = ("calibration", "hash", "optimizer_state")
-    stored = {name: value for name, value in part.manifest["projection"].items() if name not in later}
+    """MismatchError if ``part`` is of another model or projection. What it has learned is compared later."""
+    compared_later = ("calibration", "hash", "optimizer_state")
+    stored = {name: value for name, value in part.manifest["projection"].items() if name not in compared_later}
     wanted = {**part.manifest, "projection": plan.to_json(), "layers": plan.layers_json(), **identity}
     refuse_differences(
         {**part.manifest, "projection": stored}, wanted, f"part {part.name!r} of {part.path.parent.parent}"
@@ -144,12 +144,12 @@ def _refuse_other(part: Part, plan: ProjectionPlan, identity: Manifest) -> None:
 
 
 def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> bool:
-    """Whether rows of different lengths may share a batch; CaptureError for a model that cannot be built at all."""
-    options, tokens, there = inputs.options, inputs.tokens, inputs.there
-    if there is not None and there.complete:  # nothing will be computed
-        return bool(there.manifest["batching"]["padding"])
+    """Whether rows of different lengths may share a batch. CaptureError for a model that no part can be built from."""
+    options, tokens, existing = inputs.options, inputs.tokens, inputs.existing
+    if existing is not None and existing.complete:  # nothing will be computed
+        return bool(existing.manifest["batching"]["padding"])
     rows = rows_of(islice(inputs.corpus.samples(), options.max_samples), inputs.tokenizer, tokens)
-    # The first rows that will have a vector, however far they are from the beginning.
+    # The first usable rows, however far they are from the beginning of the corpus.
     usable = list(islice((row for row in rows if row.status.usable), ROWS_LOOKED_AT))
     padding = ModelCheck(
         inputs.model,
@@ -188,7 +188,7 @@ def _learned(
     padding: bool,
     progress: Progress,
 ) -> ProjectionPlan:
-    """``plan`` with what the sample of the corpus teaches."""
+    """``plan`` with what it learns from the sample of the corpus."""
     options = inputs.options
     rows = list(rows_of(learning.samples, inputs.tokenizer, inputs.tokens))
     calibration = calibrate(
@@ -206,5 +206,5 @@ def _learned(
 
 
 def _evenly(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most ``count`` of ``rows``: long samples may have many windows."""
+    """At most ``count`` of ``rows``, evenly spaced, because long samples may have many windows."""
     return [rows[place * len(rows) // count] for place in range(count)] if len(rows) > count else list(rows)

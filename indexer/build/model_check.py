@@ -1,8 +1,8 @@
-"""What a build finds out about a model before its first row: whether its vectors would be the samples' own gradients.
+"""The check of a model before a build: would its vectors be the samples' own gradients?
 
-On a few tokens of the corpus: the samples are the first axis of every layer, each block is the one that autograd gives
-for a sample alone, and neither batch mates nor padding change it. What fails is refused by name; a model that padding
-changes is built in batches of rows of one length.
+With a few tokens of the corpus it checks that the samples are the first axis of every layer, that each block is the one
+that autograd gives for a sample alone, and that neither batch mates nor padding change it. A failure is an error that
+names the layers. If only padding changes vectors, the build uses batches of rows of one length.
 
 Legend: B samples, K and J the ranks of a block.
 """
@@ -30,24 +30,25 @@ from indexer.projection.matrices import Projection
 from indexer.projection.plan import ProjectionPlan
 
 LENGTHS = (7, 5, 3)
-"""Tokens of the samples that are compared with autograd, or fewer where rows are shorter."""
+"""Lengths, in tokens, of the samples that are compared with autograd. They are shorter if no row may be as long."""
 TRIED = 6
-"""Samples that are tried for those: of some the gradient may be out of range."""
+"""Most samples to try for the comparison, because the gradient of some may be out of range."""
 SHORTEST_PAIR = 4
-"""Tokens of two rows of two tokens: with less for a batch, every row has one of its own."""
+"""Tokens of the smallest batch of two rows (two tokens each). With less, every row has a batch of its own."""
 SIDE = 4
-"""Ranks of the blocks that are compared: no layer's gradient passes sixteen random sums unseen."""
+"""Ranks of the blocks that are compared. Sixteen random sums show any wrong gradient."""
 ROWS_LOOKED_AT = 16
-"""Usable rows of the corpus whose tokens are tried."""
+"""Number of usable rows of the corpus whose tokens are used."""
 MANY_IDS = 32
-"""Different tokens that the samples are made of, where the model knows as many."""
+"""Number of different tokens in the samples, if the model has as many."""
 TOLERANCE, NARROW_TOLERANCE = 1e-2, 0.2
-"""Relative difference of a block that is more than rounding, in float32 and in 16 bits. Large random weights bring
-float32 itself to 2e-3; what is wrong is wrong by far more.
+"""Largest relative difference of a block that can be rounding, in float32 and in 16 bits. With large random weights
+float32 reaches 2e-3; wrong gradients differ by far more.
 """
 STATES_TOLERANCE, NARROW_STATES_TOLERANCE = 1e-2, 0.1
 FAINT = 1e-3
-"""A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
+"""A block with a smaller share of the vector's length is compared relative to that share, because its own digits are
+rounding errors."""
 NAMED = 12
 _ALONE = (
     "Where it is all layers, the model itself mixes the samples of a batch (a statistic over it, routing with a "
@@ -58,10 +59,11 @@ _ALONE = (
 class ModelCheck:
     """``ModelCheck(model, plan, rows, …).run()`` says whether rows of different lengths may share a batch.
 
-    ``rows`` are some of the corpus, ``longest`` the most tokens that a row may have, ``batch_tokens`` those of a batch;
-    ``note`` is told what could not be looked at. The model is left as it was. Takes about the time of fifty tokens,
-    forward and backward, and of one and a half rows that are as long as two in a batch may be, forward; memory for
-    the largest layer's gradient.
+    ``rows`` are some rows of the corpus. ``longest`` is the largest number of tokens of a row, and ``batch_tokens``
+    that of a batch. ``note`` gets a message about what could not be checked. The model is left as it was.
+
+    Time: forward and backward passes of about fifty tokens, and forward passes of at most ¾ · ``batch_tokens`` tokens.
+    Memory: that of the largest layer's gradient.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class ModelCheck:
     ) -> None:
         self._model, self._plan, self._reduction = model, plan, reduction
         self._alone, self._longest = batch_tokens < SHORTEST_PAIR, longest
-        # A longer row has a batch of its own, without padding; what is asked of the part has the same batches.
+        # A longer row has a batch of its own, without padding, in builds and in queries.
         self._longest_shared = min(longest, batch_tokens // 2)
         self._checkpointing, self._note = checkpointing, note
         self._tokens = [row.tokens for row in rows if row.status.usable]
@@ -86,9 +88,9 @@ class ModelCheck:
         self._options = forward_options(model)
 
     def run(self) -> bool:
-        """False if padding changes what the model makes of a row.
+        """Whether rows of different lengths may share a batch: False if padding changes the vectors.
 
-        CaptureError that names every layer whose vectors would not be those of single samples.
+        CaptureError, with the names of the layers, if vectors would not be the gradients of single samples.
         """
         if not self._tokens:
             return True  # no row will have a vector
@@ -97,19 +99,22 @@ class ModelCheck:
         return self._alone or (pads and self._pads_at_length())
 
     def _row(self, place: int, length: int) -> Row:
-        """A row of ``length`` tokens (fewer where no row may be as long), another at every token for each ``place``."""
+        """A row of ``length`` tokens, or fewer if no row may be as long. Rows of different ``place`` differ at every
+        token.
+        """
         tokens: Tokens = self._ids(min(length, self._longest), place).int().numpy()
         return Row(Sample(place, "", None, "", -1, 0), 0, 0, tokens, 1, Status.OK)
 
     def _ids(self, length: int, place: int = 0) -> Tensor:
-        """(length,): tokens of the corpus, and of the vocabulary where the corpus has few: rows that are alike would
-        not show that one is mixed with the other.
+        """(length,): tokens of the corpus, filled up from the vocabulary if the corpus has few different ones.
+
+        Equal rows would not show that the model mixes them.
         """
         different = self._different_ids
         ids = different.roll(-place * max(1, len(different) // ROWS_LOOKED_AT)).repeat(-(-length // len(different)))
         ids = ids[:length].clone()
         if length > 3:
-            ids[-2] = ids[0]  # a token comes twice
+            ids[-2] = ids[0]  # one token occurs twice, for the embedding's gradient
         return ids
 
     @cached_property
@@ -126,7 +131,7 @@ class ModelCheck:
         return next_token_losses_plainly(logits, labels, reduction=self._reduction)[0]
 
     def _refuse_mixed_axes(self) -> None:
-        """CaptureError that names every layer whose rows are not the samples'."""
+        """CaptureError, with the names of the layers, if the first axis of a layer is not that of the samples."""
         uses = [use for layer in self._plan.layers for use in layer.block.uses]
         probe = AxisProbe(self._model, {use.module: layer_type_by_name(use.type) for use in uses})
         for size, length in [(1, 5)] if self._alone else zip(PROBE_SIZES, (5, 7), strict=True):
@@ -135,7 +140,7 @@ class ModelCheck:
         probe.refuse(_ALONE)
 
     def _probing(self) -> Projection:
-        """Small random sides, whatever the plan's projection is and learns."""
+        """A projection to small random blocks, whatever the projection of the plan is."""
         sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for layer in self._plan.layers:
             block = layer.block
@@ -155,9 +160,9 @@ class ModelCheck:
             return torch.cat([encoder(rows).vectors for rows in batches])
 
     def _pads_in_small(self, projection: Projection) -> bool:
-        """Whether blocks of rows padded in one batch are those of plain autograd of each alone.
+        """Whether the blocks of rows in one padded batch equal those by plain autograd of each row alone.
 
-        CaptureError if they are not for another reason than padding.
+        CaptureError if they differ for another reason than padding.
         """
         rows, expected_BD = self._plain(projection)
         if len(rows) < (1 if self._alone else 2):
@@ -168,20 +173,20 @@ class ModelCheck:
             return True
         if not self._alone and not self._wrong(projection, self._vectors(projection, [rows]), expected_BD):
             return True
-        alone = self._wrong(projection, self._vectors(projection, [[row] for row in rows]), expected_BD)
-        if alone:
+        wrong = self._wrong(projection, self._vectors(projection, [[row] for row in rows]), expected_BD)
+        if wrong:
             raise CaptureError(
-                f"the vectors of {len(alone)} layer(s) would not be autograd's gradients: {_named(alone)}. A weight is "
+                f"the vectors of {len(wrong)} layer(s) would not be autograd's gradients: {_named(wrong)}. A weight is "
                 "used where the engine does not see it (other than by calling its layer), or a layer computes "
                 "something else than its class says. Call the layer itself, or leave it out: `exclude_layers` "
-                f"'{','.join(alone)}'"
+                f"'{','.join(wrong)}'"
             )
         if not self._alone:
             self._refuse_mixing(projection, [self._row(row.sample.source_row, LENGTHS[0]) for row in rows])
         return self._alone
 
     def _plain(self, projection: Projection) -> tuple[list[Row], Tensor]:
-        """Rows of other lengths and their blocks (B, D) by plain autograd of each alone: those that are finite."""
+        """(rows of different lengths, their vectors (B, D) by plain autograd of each row alone), finite ones only."""
         projection.to(next(self._model.parameters()).device)
         rows: list[Row] = []
         plain: list[Tensor] = []
@@ -192,50 +197,54 @@ class ModelCheck:
                     (loss,) = self._losses([row])
                     loss.backward()
                     vector_1D = projection.assemble([block.unsqueeze(0) for block in arriving.blocks()])
-                if bool(vector_1D.isfinite().all()):  # others get a status of their own
+                if bool(vector_1D.isfinite().all()):  # a build gives other rows the status NOT_FINITE
                     rows.append(row)
                     plain.append(vector_1D)
         return rows, torch.cat(plain) if plain else torch.zeros(0, projection.plan.dimension)
 
     def _refuse_mixing(self, projection: Projection, rows: Sequence[Row]) -> None:
-        """CaptureError if rows of one length, without padding, have other blocks together than alone."""
+        """CaptureError if rows of one length, without padding, have other blocks in one batch than alone."""
         alone_BD = self._vectors(projection, [[row] for row in rows])
-        together = self._wrong(projection, self._vectors(projection, [rows]), alone_BD)
-        if together:
+        mixed = self._wrong(projection, self._vectors(projection, [rows]), alone_BD)
+        if mixed:
             raise CaptureError(
                 f"{type(self._model).__name__} gives a sample another gradient beside others than alone, in "
-                f"{len(together)} layer(s): {_named(together)}. Something mixes the samples of a batch, such as a "
+                f"{len(mixed)} layer(s): {_named(mixed)}. Something mixes the samples of a batch, such as a "
                 "statistic over it or routing with a capacity: such a model cannot be built in batches; give "
                 "`batch_tokens=1`"
             )
 
-    def _wrong(self, projection: Projection, found_BD: Tensor, expected_BD: Tensor) -> dict[str, float]:
-        """Relative errors by layer, of those that are more than rounding, or not numbers."""
+    def _wrong(self, projection: Projection, measured_BD: Tensor, expected_BD: Tensor) -> dict[str, float]:
+        """The relative error of each layer whose error is more than rounding, or NaN."""
         floor_B = FAINT * expected_BD.norm(dim=1)
         wrong = {}
         for layer in projection.plan.layers:
-            expected, found = (x[:, layer.start : layer.stop] for x in (expected_BD, found_BD))
-            gap_B, size_B = (found - expected).norm(dim=1), torch.maximum(expected.norm(dim=1), floor_B)
-            error = float(torch.where(gap_B == 0, 0.0, gap_B / size_B).max())  # 0 ÷ 0: without a gradient
+            expected, measured = (x[:, layer.start : layer.stop] for x in (expected_BD, measured_BD))
+            gap_B, size_B = (measured - expected).norm(dim=1), torch.maximum(expected.norm(dim=1), floor_B)
+            error = float(torch.where(gap_B == 0, 0.0, gap_B / size_B).max())  # 0 ÷ 0 for a layer without a gradient
             if not error <= (NARROW_TOLERANCE if self._narrow else TOLERANCE):
                 wrong[layer.block.name] = error
         return wrong
 
     def _pads_at_length(self) -> bool:
-        """Half of the longest row that may share a batch, alone and padded to the whole: some attention leaves out
-        tokens beyond a length. Not the longest row of the corpus: what is asked of the part may be longer.
+        """Whether padding is harmless at full length: some attention ignores tokens beyond a certain distance.
+
+        Compares a row of half the longest length that may share a batch with the same row padded to that length. The
+        length does not come from the corpus, because val samples of later queries may be longer.
         """
         real = max(1, self._longest_shared // 2)
         ids = self._ids(real)
         padded = torch.cat([ids, torch.zeros(self._longest_shared - real, dtype=torch.long)])
-        alone, beside = (self._states(x, real) for x in (ids, padded))
+        alone, padded_states = (self._states(x, real) for x in (ids, padded))
         spread = float((alone - alone.mean(-1, keepdim=True)).norm())
-        moved = float((beside - alone).norm())
-        return moved <= (NARROW_STATES_TOLERANCE if self._narrow else STATES_TOLERANCE) * spread
+        change = float((padded_states - alone).norm())
+        return change <= (NARROW_STATES_TOLERANCE if self._narrow else STATES_TOLERANCE) * spread
 
     def _states(self, ids: Tensor, real: int) -> Tensor:
-        """(real, width) float32: what the model makes of the first ``real`` of ``ids``, the others being padding.
-        Before the head, where there is a model below it: the head is no part of the question, and a third of the work.
+        """(real, width) float32: the hidden states of the first ``real`` of ``ids``; the others are padding.
+
+        They are taken before the head, if there is a base model, because the head does not matter here and takes a
+        third of the time.
         """
         device = next(self._model.parameters()).device
         mask = (torch.arange(len(ids)) < real).long()

@@ -1,8 +1,8 @@
-"""``ghoststore.repair``: what is damaged in a store, made again from what is sound.
+"""``ghoststore.repair``: restore what is damaged in a store from what is sound.
 
-Metadata are functions of the layout, caches are dropped, and the damaged spans of a part are computed once more from
-the checkpoint and the corpus, as the build computes them. What a training run lost cannot be computed again: it is
-named.
+Metadata follow from the layout and are written again, damaged caches are removed, and the damaged spans of a part are
+recomputed from the checkpoint and the corpus, as in the build. Steps that a training run has lost cannot be recomputed;
+the report names them.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ from indexer.projection.stored import config_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmended(Damage):
-    """Damage that is still there."""
+    """Damage that the repair could not mend."""
 
     why: str
-    """Why it could not be mended, and what can be done."""
+    """Why not, and what the user can do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairReport:
-    """What a repair did, and what it could not do."""
+    """What ``ghoststore.repair`` returns: the damage that it mended, and the damage that it could not mend."""
 
     store: str
     parts: list[str]
@@ -75,29 +75,29 @@ class RepairReport:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is damaged any more."""
+        """Whether no damage is left."""
         return not self.unmended
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore repair --json`` prints."""
+        """The document that ``ghoststore repair --json`` prints."""
         return {**asdict(self), "sound": self.sound}
 
 
 @takes(RepairOptions)
 def repair(options: RepairOptions) -> RepairReport:
-    """Find what `ghoststore.verify` finds in a store, or in one part or run of it, and mend it.
+    """Mend the damage that `ghoststore.verify` finds in a store, or in one part or run of it.
 
-    Metadata of groups and arrays are written again, damaged caches (indexes, second moments, measured fidelity)
-    removed. Damaged spans of a part, and those whose record was lost, are computed again, from the checkpoint and the
-    corpus that it was built from: the bytes are the same (on the same machine and software). ``checkpoint``,
-    ``tokenizer`` and ``data`` say where these are now. Damaged files are moved aside until the new ones are committed.
-    Killed at any moment, run it again.
+    Metadata of groups and arrays are written again, and damaged caches (indexes, second moments, measured fidelity) are
+    removed. Damaged spans of a part, and spans without a record, are recomputed from the checkpoint and the corpus that
+    it was built from; on the same machine and software the bytes are the same. ``checkpoint``, ``tokenizer`` and
+    ``data`` say where these are now. Damaged files are moved aside until the new ones are committed. A repair that was
+    killed at any moment can be run again.
 
-    Steps that a training run lost cannot be computed again: they are named. ``drop_damaged`` takes the spans out that
-    hold them, so that the others open; a training that resumes may fill them.
+    Steps that a training run has lost cannot be recomputed; the report names them. ``drop_damaged`` removes the spans
+    that hold them, so that the others can be opened. A training that resumes may fill them again.
 
-    Raises UsageError if there is no such store, part or run, BusyError if a process is writing what is to be repaired,
-    StorageError if the disk refuses. What cannot be mended is in the report.
+    Raises UsageError if there is no such store, part or run, BusyError if a process writes what is to be repaired,
+    StorageError if the disk refuses. The report lists damage that could not be mended.
     """
     progress = options.progress or Silent()
     store = Store.examined(options.store)
@@ -112,16 +112,16 @@ def repair(options: RepairOptions) -> RepairReport:
 
 
 class _Repair:
-    """Of one part or run."""
+    """The repair of one part or run."""
 
     def __init__(self, store: Store, owner: Owner, options: RepairOptions, progress: Progress) -> None:
         self._store, self._owner, self._options, self._progress = store, owner, options, progress
         self.mended: list[Mended] = []
         self._why: dict[str, str] = {}
-        """By file: why it cannot be mended."""
+        """For each file the reason why it cannot be mended."""
 
     def run(self) -> list[Unmended]:
-        """Mend what can be mended; the damage that is left."""
+        """Mend what can be mended, and return the damage that is left."""
         of_part = "part" in self._owner
         name = self._owner["part" if of_part else "run"]
         path = self._store.part_path(name) if of_part else self._store.run_path(name)
@@ -166,7 +166,7 @@ class _Repair:
         return examination.report([], []).damage
 
     def _left(self, otherwise: str) -> list[Unmended]:
-        """What is damaged now, each with the reason that was given for it."""
+        """The damage that there is now, each with the reason why it is not mended (default: ``otherwise``)."""
         return [
             Unmended(
                 file=damage.file,
@@ -197,7 +197,9 @@ class _Repair:
             self._compute(part, spans, fixed)
         except (BusyError, StorageError):
             raise
-        except GhostStoreError as error:  # no checkpoint, another corpus: the records may still follow from the chunks
+        except (
+            GhostStoreError
+        ) as error:  # such as a missing checkpoint: records may still be restored from sound chunks
             why = f"it cannot be computed again ({error})"
             keys = [key for span in spans for key in (record_name(span), *part.layout.span_keys(span))]
             self._why.update(dict.fromkeys([*damaged, *keys], why))
@@ -263,7 +265,7 @@ class _Repair:
                 read_commit(source.path, span)
             except CorruptError:
                 continue
-            sound.add(span)  # its record is: a chunk is damaged
+            sound.add(span)  # the record is sound, so a chunk is damaged
         for span, outcome in restore_records(source, sorted(set(spans) - sound), self._owner):
             if isinstance(outcome, Mended):
                 self.mended.append(outcome)
@@ -274,11 +276,11 @@ class _Repair:
         return left
 
     def _compute(self, part: Part, spans: set[int], fixed: list[str]) -> None:
-        """Compute ``spans`` and the files of ``fixed`` arrays again, as the build of ``part`` did."""
+        """Recompute ``spans`` and the files of ``fixed`` arrays, as the build of ``part`` did."""
         options = self._build_options(part, learn=bool(fixed))
         with open_inputs(options, self._progress, repaired=part) as inputs:
             learned = [name for name in fixed if name.partition("/")[0] != SPAN_TABLE]
-            job = plan_job(replace(inputs, there=None, repairing=False) if learned else inputs, self._progress)
+            job = plan_job(replace(inputs, existing=None, repairing=False) if learned else inputs, self._progress)
             if fixed:
                 self._restore_fixed(part, job, fixed)
             refuse_other_build(part, job, self._progress)
@@ -289,19 +291,19 @@ class _Repair:
             compute_spans(Part(part.path), job, self._progress, spans)
         for span in sorted(spans):
             stored = before[span]
-            other = stored is not None and read_commit(part.path, span).files != stored.files
-            how = "rebuilt, with other last bits than before: on other hardware or software" if other else "rebuilt"
+            changed = stored is not None and read_commit(part.path, span).files != stored.files
+            how = "rebuilt, with other last bits than before: on other hardware or software" if changed else "rebuilt"
             self.mended.append(Mended(file=record_name(span), how=how, **self._owner))
 
     def _restore_fixed(self, part: Part, job: BuildJob, names: list[str]) -> None:
-        """Chunks of the arrays that were written when the part was made, where the job has the same numbers."""
+        """Restore files of arrays that are written when a part is made, if ``job`` has the same numbers."""
         values = {SPAN_TABLE: job.plan.table, **job.fixed()}
-        with TemporaryDirectory(prefix="ghoststore-") as made:
-            group = zarr.create_group(made)
+        with TemporaryDirectory(prefix="ghoststore-") as folder:
+            group = zarr.create_group(folder)
             for name, array in values.items():
                 create_fixed(group, name, array)[...] = array
             for name in names:
-                path = Path(made) / name
+                path = Path(folder) / name
                 if path.is_file() and FileRecord.of(path).sha256 == part.files[name]:
                     with storage_errors(str(part.path / name)):
                         (part.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -309,11 +311,11 @@ class _Repair:
                     self.mended.append(Mended(file=name, how="restored", **self._owner))
 
     def _build_options(self, part: Part, *, learn: bool) -> BuildOptions:
-        """Those that the part was built with, with the places that the user gave."""
-        manifest, given, whose = part.manifest, self._options, f"part {part.name!r}"
+        """The options that the part was built with, and the paths that the user gave."""
+        manifest, user_options, whose = part.manifest, self._options, f"part {part.name!r}"
         storage, compute = manifest["storage"], manifest["compute"]
-        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", given.checkpoint)
-        data = source_path(manifest, "data", whose, "data", given.data)
+        checkpoint = source_path(manifest, "checkpoint", whose, "checkpoint", user_options.checkpoint)
+        data = source_path(manifest, "data", whose, "data", user_options.data)
         if checkpoint is None or data is None:
             raise UsageError(
                 f"{whose} was built on standard input, which cannot be read again: give `data`, a file with the same "
@@ -321,7 +323,7 @@ class _Repair:
             )
         return BuildOptions(
             checkpoint=checkpoint,
-            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", given.tokenizer),
+            tokenizer=source_path(manifest, "tokenizer", whose, "tokenizer", user_options.tokenizer),
             data=data,
             store=part.path.parent.parent,
             name=part.name,
@@ -338,12 +340,12 @@ class _Repair:
             proj_dtype=storage["dtype"],
             projection=config_of(manifest["projection"], manifest["layers"]),
             optimizer_state=manifest["source"]["optimizer_state"] if learn and is_own(manifest) else None,
-            device=given.device,
+            device=user_options.device,
         )
 
 
 def _read(part: Part, span: int) -> Commit | None:
-    """The record of a span; None if it is damaged or lost."""
+    """The commit record of a span; None if it is damaged or lost."""
     try:
         return read_commit(part.path, span) if commit_path(part.path, span).exists() else None
     except CorruptError:

@@ -1,4 +1,4 @@
-"""What a build did, or would do."""
+"""The report of a build, and estimates of its disk space and memory."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from indexer.build.job import BuildJob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
-    """What a build did, or, after a dry run, would do."""
+    """What ``ghoststore.build`` returns: what the build has done or, after a dry run, would do."""
 
     store: str
     part: str
     rows: int
     """Rows of the part."""
     tokens: int | None
-    """Tokens in all of them; None where they were not counted."""
+    """Tokens in all rows; None if they were not counted."""
     layers: int
     coverage: float
-    """Share of the model's parameters that the projected layers hold."""
+    """Share of the model's parameters that are in the projected layers, 0 to 1."""
     dimension: int
     bytes_on_disk: int
-    """Bytes of the part's chunks, texts and ids aside."""
+    """Bytes of the part's chunks, without texts and ids."""
     memory_bytes: int
-    """Estimate of the build's own memory beside the model: matrices, span buffers or what learning takes, logits of a
-    batch."""
+    """Estimate of the build's memory beside the model: matrices, span buffers (or what learning takes, if that is
+    more), and the logits of a batch."""
     dry_run: bool
     resumed_rows: int = 0
     """Rows that were committed before this call."""
     statuses: dict[str, int] = field(default_factory=dict)
     """Rows of the part by status."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time: total, compute, waiting for the corpus, writing (in the background)."""
+    """Wall time in seconds: ``total``, ``compute``, ``corpus`` (waiting for it) and ``write`` (in the background)."""
     manifest: Manifest = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, job: BuildJob) -> BuildReport:
-        """Of a build that has not begun."""
+        """The report of a build that has not begun."""
         options, layout = job.inputs.options, job.layout
         return cls(
             store=str(options.store),
@@ -58,7 +58,7 @@ class BuildReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore build --json`` prints."""
+        """The document that ``ghoststore build --json`` prints."""
         return asdict(self)
 
 

@@ -1,5 +1,5 @@
-"""The spans of a part, computed: a thread reads and tokenizes the next one, the main thread computes, a thread writes
-and commits the last one.
+"""Computing the spans of a part in a pipeline: one thread reads and tokenizes the next span, the main thread computes,
+and another thread writes and commits the last one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from indexer.encode.tokens import Row
 def compute_spans(
     part: Part, job: BuildJob, progress: Progress, only: Collection[int] | None = None
 ) -> dict[str, float]:
-    """Build every span that has no record yet, or ``only`` those of them. Returns seconds by kind of work."""
+    """Compute and commit every span without a record; with ``only``, only those of them. Returns seconds by kind of
+    work.
+    """
     missing = sorted(set(range(part.layout.spans) if only is None else only) - set(part.spans))
     seconds = {"compute": 0.0, "corpus": 0.0, "write": 0.0}
     if not missing:
@@ -48,14 +50,14 @@ def compute_spans(
     with closing(task), encoder, BackgroundWriter(part) as writer:
         waited = time.perf_counter()
         for span, rows in _read_ahead(job, part, missing):
-            begun = time.perf_counter()
-            seconds["corpus"] += begun - waited
+            started = time.perf_counter()
+            seconds["corpus"] += started - waited
             arrays = span_arrays(rows, part)
             encoded = encode_rows(encoder, rows, job.inputs.batch_tokens, task)
             arrays["loss"] = encoded.losses.numpy()
             seal_vectors(arrays, encoded.vectors.numpy(), part)
             waited = time.perf_counter()
-            seconds["compute"] += waited - begun
+            seconds["compute"] += waited - started
             writer.put(SpanData(span, arrays))
     return {**seconds, "write": writer.seconds}
 
@@ -64,7 +66,7 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
     """(span, its rows) for each of ``spans``, read and tokenized by a thread while the caller computes."""
     inputs, layout = job.inputs, part.layout
     sizes = [stop - start for start, stop in map(layout.span_of, range(layout.spans))]
-    # One span waits: more would only take memory, for reading is faster than computing.
+    # One span in the queue is enough, because reading is faster than computing; more would only take memory.
     ready: queue.Queue[tuple[int, list[Row]] | BaseException | None] = queue.Queue(maxsize=1)
     stop = threading.Event()
 
@@ -83,7 +85,7 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
                 if stop.is_set():
                     return
             put(None)
-        except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
+        except BaseException as error:  # noqa: BLE001 - passed to the caller, which raises it
             put(error)
 
     thread = threading.Thread(target=read, name="ghoststore-tokenizer", daemon=True)
@@ -99,7 +101,7 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
 
 
 def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
-    """Every array of a span but ``loss`` and those of its vectors."""
+    """The arrays of a span, except ``loss`` and those of its vectors."""
     status = np.array([row.status for row in rows], dtype=np.uint8)
     arrays = {**sample_columns(rows, part.domains), "status": status}
     if part.layout.store_text:

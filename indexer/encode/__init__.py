@@ -1,1 +1,1 @@
-"""From samples to vectors: tokens, losses, side branches, and what holds them against autograd."""
+"""From samples to vectors: tokens, losses, side branches, and checks of these against autograd."""

@@ -1,8 +1,8 @@
 """Activation functions that keep only their input for backward.
 
-transformers' ``NewGELUActivation`` (GPT-2, GPT-J, …) is written out in six operations, and autograd keeps an array as
-large as the widest layer for four of them: most of what a forward pass of GPT-2 holds when no weight gradient is
-wanted. Here the same operations run, without a graph, and backward uses the derivative in one piece.
+transformers' ``NewGELUActivation`` (GPT-2, GPT-J, …) consists of six operations, and autograd keeps an array as large
+as the widest layer for four of them. Without weight gradients that is most of the memory of a forward pass of GPT-2.
+Here the same operations run without a graph, and backward computes the derivative in one operation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.activations import NewGELUActivation
 
 
 class LeanGELU(torch.autograd.Function):
-    """``LeanGELU.apply(x, function)``: ``function(x)``, which must be the tanh form of GELU, element by element."""
+    """``LeanGELU.apply(x, function)`` is ``function(x)``, which must be the elementwise tanh form of GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -40,7 +40,7 @@ def _lean_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
-    """While open, every ``NewGELUActivation`` of ``model`` keeps its input alone; its outputs stay the same bits."""
+    """While open, every ``NewGELUActivation`` of ``model`` keeps only its input. Outputs stay bit-identical."""
     changed = [
         module for module in model.modules() if type(module) is NewGELUActivation and "forward" not in vars(module)
     ]

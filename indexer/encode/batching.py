@@ -1,4 +1,6 @@
-"""Which rows share a batch: fixed by their lengths and the budget, so that a span built again has the same batches."""
+"""Dividing rows into batches. It depends only on their lengths and the budget, so a rebuilt span has the
+same batches.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from collections.abc import Sequence
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, *, padding: bool = True) -> list[list[int]]:
-    """Batches of places in ``lengths``: longest first, equal lengths by place, as many as fit the budget.
+    """Batches of places in ``lengths``: longest rows first, equal lengths by place, as many as fit into the budget.
 
-    A batch of b samples whose longest has t tokens costs b·t ≤ ``batch_tokens``, except that a sample that is
-    longer than the budget has a batch of its own. Without ``padding``, the samples of a batch have one length.
+    A batch of b rows whose longest has t tokens satisfies b·t ≤ ``batch_tokens``, except that a row longer than the
+    budget has a batch of its own. Without ``padding``, all rows of a batch have the same length.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     batches, start = [], 0

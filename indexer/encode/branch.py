@@ -1,10 +1,10 @@
 """The side branch y = W x + P_outᵀ G P_in x at G = 0, as an autograd function.
 
-Its forward adds nothing: the output shares the memory of y. Its backward passes dy on untouched and
-returns, as the gradient of the per-sample matrices G (B, K, J), the block Σ_m (P_out δ_m)(P_in x_m)ᵀ:
-what autograd would give for ∂ℓ/∂G of the branch written out (Hu et al. 2021; Choe et al.,
-arXiv 2405.13954, section 3). G is a leaf that requires a gradient, so autograd reaches every branch
-although all parameters are frozen, and no weight gradient is ever computed.
+Its forward adds nothing: the output shares the memory of y. Its backward passes dy on unchanged and returns, as the
+gradient of the per-sample matrices G (B, K, J), the block Σ_m (P_out δ_m)(P_in x_m)ᵀ. That is what autograd would give
+for ∂ℓ/∂G if the branch were computed (Hu et al. 2021; Choe et al., arXiv 2405.13954, section 3). G is a leaf that
+requires a gradient, so autograd reaches every branch although all parameters are frozen, and computes no weight
+gradient.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from indexer.layers import LayerType, Sides
 
 
 class SideBranch(torch.autograd.Function):
-    """``SideBranch.apply(y, G, saved, module, layer_type, sides, flipped) -> y``, see the module's docstring.
+    """``SideBranch.apply(y, G, saved, module, layer_type, sides, flipped) -> y``; see the docstring of this module.
 
-    ``flipped``: this use sees the block's sides swapped (an lm_head tied to an embedding); its block is
-    transposed before it is returned.
+    With ``flipped`` the sides of the block are swapped for this use of it (an lm_head tied to an embedding), and the
+    block is transposed before it is returned.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class SideBranch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(saved)
         ctx.use = (module, layer_type, sides, flipped)
-        # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
+        # detach, not a view: the next module may modify y in place (ReLU(inplace=True)), as it may without the branch.
         return y.detach()
 
     @staticmethod

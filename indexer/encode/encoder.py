@@ -1,4 +1,4 @@
-"""From rows of tokens to vectors: a causal language model, its engine, and each row's own loss.
+"""Encoding rows of tokens as vectors, with a causal language model, the engine, and each row's own loss.
 
 Legend: B rows of a batch, T tokens of the longest, D numbers of a vector.
 """
@@ -27,7 +27,7 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class Encoded(NamedTuple):
-    """Some rows: on the model's device, nothing waited for, or on the CPU."""
+    """The vectors and losses of B rows: on the model's device, where they may still be computing, or on the CPU."""
 
     vectors: Tensor
     """(B, D) float32."""
@@ -36,7 +36,9 @@ class Encoded(NamedTuple):
 
 
 class RowEncoder:
-    """``with RowEncoder(model, projection) as encoder: encoder(rows)``; the model is restored at the end."""
+    """``with RowEncoder(model, projection) as encoder: encoder(rows)``. The model is restored at the end of
+    the block.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class RowEncoder:
         self.padding = padding
         """Whether rows of different lengths share a batch of :func:`encode_rows`."""
         self.reduction: Reduction = reduction
-        # A build examines the model before its first row (indexer.build.model_check); what follows runs the same model.
+        # No check here: a build checks the model before its first row (indexer.build.model_check).
         self.engine = GradProjLoraEngine(model, projection=projection, check=False)
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)
@@ -80,9 +82,10 @@ class RowEncoder:
         self._changed = []
 
     def _enable_checkpointing(self) -> None:
-        """Recompute activations in backward. transformers does so in training mode only: the layers that
-        checkpoint, and nothing below them, are put in that mode, so no dropout comes alive. Set by hand:
-        ``gradient_checkpointing_enable`` leaves a hook on the embeddings behind.
+        """Recompute activations in backward. transformers does so only in training mode, so the layers that checkpoint
+        are put into that mode; the modules below them are not, so that dropout stays off.
+
+        The attributes are set directly, because ``gradient_checkpointing_enable`` leaves a hook on the embeddings.
         """
         module: Any
         for module in self.engine.model.modules():
@@ -97,7 +100,7 @@ class RowEncoder:
         refuse_randomness(self.engine.model)
 
     def __call__(self, rows: Sequence[Row]) -> Encoded:
-        """Vectors and losses of ``rows``, which must all have a usable status. Padded on the right."""
+        """Vectors and losses of ``rows``, which must all be usable, in one batch padded on the right."""
         ids, labels, mask = pad(rows)
         ids, labels, mask = (x.to(self.device, non_blocking=True) for x in (ids, labels, mask))
         self.engine.prepare(len(rows))
@@ -109,15 +112,14 @@ class RowEncoder:
 
 
 def forward_options(model: Any) -> dict[str, Any]:
-    """What the model's forward is called with beside its inputs."""
+    """The keywords for the model's forward beside its inputs: no cache of keys and values, if it has one."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, task: Task) -> Encoded:
-    """Vectors and losses of many ``rows``, on the CPU; zeros for rows without a usable status.
+    """Vectors and losses of ``rows``, on the CPU, computed in batches of at most ``batch_tokens`` padded tokens.
 
-    In batches of at most ``batch_tokens`` padded tokens. The device computes on while results wait on it; they come
-    back once.
+    Rows that are not usable have zeros. Results are copied from the device once, at the end, so that it never waits.
     """
     usable = [place for place, row in enumerate(rows) if row.status.usable]
     vectors = torch.zeros(len(rows), encoder.engine.dimension, device=encoder.device)
@@ -127,9 +129,9 @@ def encode_rows(encoder: RowEncoder, rows: Sequence[Row], batch_tokens: int, tas
     for batch in plan_batches(lengths, batch_tokens, padding=encoder.padding):
         places = [usable[index] for index in batch]
         encoded = encoder([rows[place] for place in places])
-        where = torch.tensor(places, device=encoder.device)
-        vectors.index_copy_(0, where, encoded.vectors)
-        losses.index_copy_(0, where, encoded.losses)
+        rows_of_batch = torch.tensor(places, device=encoder.device)
+        vectors.index_copy_(0, rows_of_batch, encoded.vectors)
+        losses.index_copy_(0, rows_of_batch, encoded.losses)
         task.advance(len(places), sum(len(rows[place].tokens) for place in places))
     return Encoded(vectors.cpu(), losses.cpu())
 

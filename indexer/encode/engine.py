@@ -28,11 +28,12 @@ from indexer.projection.plan import BlockPlan
 from indexer.projection.selection import Use
 
 TESTED_BATCHES = 2
-"""Batches of two samples or more whose losses are reweighted: a layer that routes tokens may look right in one."""
+"""Number of batches of at least two samples that are checked. One would not do: a layer that routes tokens may look
+right in it."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module under ``torch.compile``'s wrapper: the one whose names and layers count."""
+    """The module inside the wrapper of ``torch.compile``, which has the names of the layers; else ``model`` itself."""
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
@@ -41,8 +42,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def refuse_randomness(model: nn.Module) -> None:
     """UsageError if a forward pass of ``model`` is random or mixes the samples of a batch.
 
-    Seen: dropout modules in training mode, modules in training mode with a positive attribute whose name
-    contains "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
+    It finds dropout modules in training mode, modules in training mode with a positive attribute whose name contains
+    "dropout" (the attention of transformers), and batch norms that use the batch's statistics.
     """
     for name, module in model.named_modules():
         where = name or type(model).__name__
@@ -63,7 +64,7 @@ def refuse_randomness(model: nn.Module) -> None:
 
 
 class GradProjLoraEngine:
-    """Side branches on the selected layers of ``model``; nothing in the model changes.
+    """Per-sample projected gradients of ``model``, by side branches on the selected layers.
 
     ::
 
@@ -73,15 +74,15 @@ class GradProjLoraEngine:
                 losses_B = loss_of_each_sample(model(x), y)
                 vectors_BD = engine.collect(losses_B)
 
-    While attached, every parameter is frozen; on exit, also after an exception, each gets back the
-    ``requires_grad`` it had and every hook is gone. Outputs are bit-identical with and without the engine.
+    While it is attached, every parameter is frozen. On exit, also after an exception, each has its own
+    ``requires_grad`` again and all hooks are removed. Outputs are bit-identical with and without the engine.
 
-    That the samples are the first axis of every layer is tested in the first two batches of more than one sample: by a
-    second backward pass of reweighted losses (:mod:`indexer.encode.sample_axis`; not of a compiled model) and forward
-    passes of some samples (:mod:`indexer.encode.forward_probe`; where the model itself is called). ``check=False``
-    trusts that they are.
+    The first two batches of more than one sample are checked: the samples must be the first axis of every layer. The
+    checks are a second backward pass of reweighted losses (:mod:`indexer.encode.sample_axis`; not for a compiled model)
+    and forward passes of some of the samples (:mod:`indexer.encode.forward_probe`; only if the model itself is called).
+    ``check=False`` leaves them out.
 
-    Raises LayerError for layers that cannot be projected, UsageError for a model whose forward is random.
+    Raises LayerError for layers that cannot be projected, UsageError for a model whose forward pass is random.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class GradProjLoraEngine:
         self.detach()
 
     def attach(self) -> None:
-        """Freeze the parameters and put the branches in place. UsageError if attached already."""
+        """Freeze the parameters and add the side branches. UsageError if the engine is attached already."""
         if self._handles:
             raise UsageError("this engine is attached already; call detach() first")
         refuse_randomness(self.model)
@@ -138,14 +139,14 @@ class GradProjLoraEngine:
                 for use in layer.block.uses:
                     module = self.model.get_submodule(use.module)
                     hook = self._hook(layer, use, module)
-                    # First of all hooks: another may change what the layer puts out.
+                    # Before all other hooks, which may change the output of the layer.
                     self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Take every branch away and give every parameter its own ``requires_grad`` back."""
+        """Remove every branch and restore the ``requires_grad`` of every parameter."""
         self._lean.close()
         if self._keeper is not None:
             self._keeper.remove()
@@ -157,7 +158,10 @@ class GradProjLoraEngine:
         self._handles, self._flags, self._leaves = [], [], {}
 
     def prepare(self, batch_size: int) -> None:
-        """Open the branches for one forward pass of ``batch_size`` samples (first axis of every layer)."""
+        """Prepare the branches for one forward pass of ``batch_size`` samples, the first axis of every layer.
+
+        UsageError if the engine is not attached.
+        """
         if not self._handles:
             raise UsageError("the engine is not attached; use it as a context manager or call attach()")
         if batch_size < 1:
@@ -171,7 +175,7 @@ class GradProjLoraEngine:
         if self._keeper is not None:
             self._keeper.begin(wanted=tested)
         self._leaves = {
-            # One number seen as (B, k_out, k_in): the leaf costs nothing.
+            # One number expanded to (B, k_out, k_in): the leaf takes no memory.
             layer.block.name: torch.zeros((), device=device)
             .expand(batch_size, layer.k_out, layer.k_in)
             .requires_grad_(True)
@@ -179,12 +183,12 @@ class GradProjLoraEngine:
         }
 
     def collect(self, losses_B: Tensor) -> Tensor:
-        """The vectors (B, D), float32, of the prepared batch, from each sample's own loss.
+        """(B, D) float32: the vectors of the prepared batch, from each sample's own loss.
 
-        ``losses_B[i]`` must depend on sample i alone. One call to each :meth:`prepare`.
+        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`.
 
-        Raises CaptureError if a branch was not reached, or (first batches) if a layer mixes samples: nothing of the
-        batch may be used then.
+        Raises CaptureError if the backward pass did not reach a branch, or if a check finds that a layer mixes samples;
+        no result of the batch may be used then. UsageError if the batch was collected already.
         """
         if losses_B.shape != (self._batch,):
             raise CaptureError(
@@ -215,7 +219,7 @@ class GradProjLoraEngine:
                 ) from error
             raise
         finally:
-            # Not earlier: checkpointing runs the forward, and so the branches, once more.
+            # Not earlier: with checkpointing the forward pass, and so the branches, run again in backward.
             self._leaves, self._witness = {}, None
             if self._keeper is not None:
                 self._keeper.forget()
@@ -229,7 +233,7 @@ class GradProjLoraEngine:
         return self.projection.assemble([block for block in blocks if block is not None])
 
     def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """The blocks of the leaves' layers; in the first batches held against those of reweighted losses."""
+        """The blocks of the leaves' layers. In the first batches they are compared with those of reweighted losses."""
         witness = self._witness
         if witness is not None:
             try:
@@ -239,41 +243,41 @@ class GradProjLoraEngine:
             except RuntimeError as error:
                 if "donated buffer" not in str(error):
                     raise
-                witness = None  # compiled in place: its graph is used up by one backward pass
+                witness = None  # compiled in place: its graph allows only one backward pass
         if witness is None:
             blocks = torch.autograd.grad(losses_B.sum(), leaves, allow_unused=True)
         if self._tests_left and self._batch > 1:
-            self._leaves = {}  # the branches leave what follows alone
+            self._leaves = {}  # without leaves the branches do nothing in the checks' forward passes
             self._check(witness)
         return blocks
 
     def _check(self, witness: Witness | None) -> None:
-        """Refuse what mixes samples, by reweighted losses and by forward passes of some samples of the batch.
+        """CaptureError if a layer mixes samples, by reweighted losses and by forward passes of some of the samples.
 
-        Without a ``witness`` (a compiled model, whose graph one backward pass uses up) by the latter alone; and so for
-        layers that got no gradient: a branch that begins at zero says nothing of what is before it. Where neither can
-        tell of a layer, the next batch is tested.
+        Without a ``witness`` (a compiled model, whose graph allows only one backward pass) only forward passes are
+        used. They also serve for layers whose gradient is zero, about which reweighted losses say nothing. If neither
+        check covers a layer, the next batch is checked.
         """
-        known: set[str] = set()
+        covered: set[str] = set()
         if witness is not None and witness.finite:
             refuse_mixed(witness.problems(), len(self._ran))
-            known = witness.seen
+            covered = witness.seen
         call = None if self._keeper is None else self._keeper.call
         if call is not None:
             try:
-                problems = strangers(self.model, call, self._batch, self._ran, outputs=not known)
+                problems = strangers(self.model, call, self._batch, self._ran, outputs=not covered)
             except CannotRun:
-                if not known:
+                if not covered:
                     raise
                 call, problems = None, {}
-            # Without a graph a fused kernel may stand in for layers: these have shown themselves.
-            left = {name: words for name, words in problems.items() if words != ABSENT or name not in known}
-            refuse_mixed(left, len(self._ran))
-        if call is not None or known == self._ran:
+            # Without a graph, a fused kernel may replace layers that ran in the backward check.
+            remaining = {name: words for name, words in problems.items() if words != ABSENT or name not in covered}
+            refuse_mixed(remaining, len(self._ran))
+        if call is not None or covered == self._ran:
             self._tests_left -= 1
 
     def _hook(self, layer: BlockPlan, use: Use, module: nn.Module) -> Callable[..., Any]:
-        """The forward hook of one use; without a prepared batch it leaves the output alone."""
+        """The forward hook of one use. Without a prepared batch it does not change the output."""
         name = layer.block.name
         layer_type = layer_type_by_name(use.type)
         sides = self.projection.sides_of(layer.block, use, module)

@@ -1,12 +1,14 @@
-"""Do the rows of a layer's input follow the samples of the batch, whatever their company?
+"""Check by forward passes that the rows of each layer's input belong to the samples of the batch, whatever their batch
+mates.
 
-The model runs again, without a graph, on the whole batch, on two and three samples of it and on single ones: a layer's
-input must have as many rows, and each row must be the one that its sample has in the whole. That the gradients at a
-layer's output belong to the samples is what :mod:`indexer.encode.sample_axis` shows; this shows that nothing before the
-layer mixes them, and stands in where there is one training loss alone, which cannot be reweighted.
+The model runs again, without a graph, on the whole batch, on two and three samples of it, and on single samples. The
+input of a layer must have one row for each sample, and that row must equal the sample's row in the whole batch.
+:mod:`indexer.encode.sample_axis` shows that the gradients at a layer's output belong to the samples. This check shows
+that nothing before the layer mixes them. It is the only check if there is a single training loss, which cannot be
+reweighted.
 
-Kernels that are chosen by the size of a batch round otherwise in another company. How much is measured, layer by layer:
-copies of one sample are company that mixes nothing into it. What is allowed is a few times that.
+Kernels that depend on the size of the batch round differently with other batch mates. How much is measured for each
+layer, with batches of copies of one sample, which cannot mix anything into it. A few times that is allowed.
 """
 
 from __future__ import annotations
@@ -36,26 +38,26 @@ ABSENT = "does not run in eval mode"
 _MIXED = "its input does not follow the samples: they are mixed, routed or in another order"
 _UNKNOWN = "so it cannot be told which axis of each layer carries the samples; check=False trusts that it is the first"
 ALONE = 16
-"""Samples that run alone: all of a small batch."""
+"""Most samples that run alone."""
 COMPANIES = (2, 3)
-"""Sizes of the batches in which samples are compared, beside the whole one and single ones."""
+"""Sizes of the smaller batches in which samples are compared."""
 ROUNDING = 4.0
-"""Times what copies of one sample differ by: others may round a little worse."""
+"""Largest allowed difference, in multiples of the difference between copies of one sample."""
 LEAST, LEAST_STEPS = 1e-4, 2.0
-"""What is allowed where copies do not differ at all: so much of a row, or so many steps of its numbers."""
+"""Allowed difference even if copies do not differ: as a share of a row's length, and in steps of 16-bit numbers."""
 FAINT = 1e-3
-"""Of the largest place of an output: what is smaller is measured against it."""
+"""Positions of an output with a smaller share of the largest position are compared relative to that share."""
 
 Sums = dict[str, Tensor]
-"""Random sums at each place (B, M, SKETCH) of the tensors in a model's output, by where they are in it."""
+"""Random sums (B, M, SKETCH) of each tensor in a model's output, by its path in the output."""
 
 
 class CannotRun(CaptureError):
-    """The model does not run on some of the samples of a batch alone."""
+    """The model cannot run on some of the samples of a batch, or is random."""
 
 
 class Call(NamedTuple):
-    """What the model was called with, and under which autocast."""
+    """The arguments of a call of the model, and the dtype of the open autocast."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -63,7 +65,7 @@ class Call(NamedTuple):
 
 
 class CallKeeper:
-    """Keeps what the model was called with last, while it is asked to."""
+    """Keeps the last call of the model, between :meth:`begin` with ``wanted`` and :meth:`forget`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.call: Call | None = None
@@ -71,15 +73,15 @@ class CallKeeper:
         self._handle: RemovableHandle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallKeeper:
-        """Itself: a deep copy of the model has this hook, too, and its calls are none of ours."""
+        """The keeper itself: a deep copy of the model has this hook, too, and must not get a keeper of its own."""
         return self
 
     def begin(self, *, wanted: bool) -> None:
-        """A batch begins, whose call is ``wanted`` or not."""
+        """Begin a batch. Its call is kept if ``wanted``."""
         self.call, self._wanted = None, wanted
 
     def forget(self) -> None:
-        """Nothing of the batch is kept any more."""
+        """Drop the call of the batch."""
         self.begin(wanted=False)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,7 +89,7 @@ class CallKeeper:
             self.call = Call(args, dict(kwargs), autocast_dtype(module))
 
     def remove(self) -> None:
-        """Take the hook away and let go of the call."""
+        """Remove the hook and drop the call."""
         self._handle.remove()
         self.forget()
 
@@ -95,13 +97,15 @@ class CallKeeper:
 def strangers(
     model: nn.Module, call: Call, batch: int, layers: Iterable[str], *, outputs: bool = False
 ) -> dict[str, str]:
-    """Of ``layers``, those whose input does not follow the ``batch`` samples of ``call``, and what is wrong, in words.
+    """The ``layers`` whose input rows do not belong to the ``batch`` samples of ``call``, each with a phrase that says
+    what is wrong.
 
-    The model runs in eval mode and, if it is in training mode and nothing in it is random, in that, too; its mode, its
-    buffers and the random state are put back. A layer that does not run in eval mode is one of them: nothing is known
-    of it. With ``outputs`` the model's own rows must follow the samples, too (else CaptureError).
+    The model runs in eval mode. If it is in training mode and not random, it runs in that mode, too. Its mode, its
+    buffers and the random state are restored. A layer that does not run in eval mode is among the results, because
+    nothing can be said about it. With ``outputs`` the rows of the model's output must belong to the samples, too (else
+    CaptureError).
 
-    CannotRun where the model takes no other batch than the whole one, or is another function each time.
+    CannotRun if the model accepts no other batch than the whole one, or is random.
     """
     probe = _Probe(model, call, batch, set(layers))
     autocast = torch.autocast(device_type(model), dtype=call.autocast, enabled=call.autocast is not None)
@@ -114,7 +118,7 @@ def strangers(
 
 
 class _Probe:
-    """Runs of a model on some of the samples of a batch, compared with its run on all."""
+    """Runs a model on some of the samples of a batch and compares the rows with those of the whole batch."""
 
     def __init__(self, model: nn.Module, call: Call, batch: int, names: set[str]) -> None:
         self.model, self.call, self.batch, self.names = model, call, batch, names
@@ -127,11 +131,11 @@ class _Probe:
         self._least = max([LEAST, *(LEAST_STEPS * torch.finfo(dtype).eps for dtype in narrow if dtype is not None)])
 
     def differs(self) -> bool:
-        """Whether layers see something else in the model's mode now than in the one that was followed before."""
+        """Whether the inputs of layers differ between the model's mode now and the mode of the last :meth:`follow`."""
         return self._differ(self._whole, self._rows(range(self.batch))[0])
 
     def random(self) -> bool:
-        """Whether two runs draw numbers that matter."""
+        """Whether the inputs of layers differ between two runs with different random seeds."""
         return self._differ(*(self._rows(range(self.batch), seed)[0] for seed in (1, 2)))
 
     def _differ(self, first: dict[str, list[Tensor]], second: dict[str, list[Tensor]]) -> bool:
@@ -142,8 +146,9 @@ class _Probe:
         )
 
     def _allowed(self, place: int) -> tuple[dict[str, float], dict[str, float]]:
-        """What rounding may change in the rows of each layer, and of each tensor of the output, of their length:
-        measured with copies of the sample at ``place``, at the sizes of batches that are compared.
+        """(for each layer, for each tensor of the output) the relative difference of rows that rounding may cause.
+
+        It is measured with copies of the sample at ``place``, in batches of the sizes that are compared.
         """
         layers, outputs = dict.fromkeys(self.names, 0.0), dict[str, float]()
         alone, output_alone = self._rows([place])
@@ -162,33 +167,36 @@ class _Probe:
         return {name: min(self._most, max(self._least, ROUNDING * gap)) for name, gap in gaps.items()}
 
     def follow(self, *, outputs: bool, absent: str | None) -> None:
-        """Compare the rows of single samples, of two and of three with those of all. ``absent`` is the problem of a
-        layer that does not run.
+        """Compare the rows of single samples, and of two and three samples, with those of the whole batch.
+
+        ``absent`` is the problem to record for a layer that does not run; None: none.
         """
         last = self.batch - 1
         alone = sorted({place * last // (ALONE - 1) for place in range(ALONE)})
-        whole, output = self._rows(range(self.batch))
-        self._whole = whole
+        whole_rows, output = self._rows(range(self.batch))
+        self._whole = whole_rows
         self._refuse_other_output(output)
         of_layer, of_output = self._allowed(last)
         for places in ([last, 0], [self.batch // 2, 0, last], *([place] for place in alone)):
-            seen, part = self._rows(places)
+            layer_rows, output_part = self._rows(places)
             for name in self.names - set(self.problems):
-                expected, of_part = whole.get(name, []), seen.get(name, [])
+                expected, rows = whole_rows.get(name, []), layer_rows.get(name, [])
                 if not expected and absent is not None:
                     self.problems[name] = absent
-                elif len(expected) != len(of_part):
+                elif len(expected) != len(rows):
                     self.problems[name] = "runs more often for some samples of a batch than for all of them"
-                elif any(_gap(a[list(places)], b) > of_layer[name] for a, b in zip(expected, of_part, strict=True)):
+                elif any(_gap(a[list(places)], b) > of_layer[name] for a, b in zip(expected, rows, strict=True)):
                     self.problems[name] = _MIXED
-            if outputs and not self._rows_follow(output, part, places, of_output):
+            if outputs and not self._rows_follow(output, output_part, places, of_output):
                 raise CaptureError(
                     f"a row of what {type(self.model).__name__} puts out changes with the batch mates of its sample: "
                     "something mixes the samples of a batch, so none has a gradient of its own"
                 )
 
     def _rows_follow(self, whole: Sums, part: Sums, places: Sequence[int], allowed: Mapping[str, float]) -> bool:
-        """Whether every tensor of ``whole`` whose first axis is the samples has the rows of ``part``."""
+        """Whether the rows of ``part`` equal those at ``places`` of ``whole``, in every tensor whose first axis is the
+        samples.
+        """
         of_samples = [
             (whole[name][list(places)], sums, allowed.get(name, self._least))
             for name, sums in part.items()
@@ -197,8 +205,9 @@ class _Probe:
         return all(expected.shape == sums.shape and _gap(expected, sums) <= most for expected, sums, most in of_samples)
 
     def _refuse_other_output(self, watched: Sums) -> None:
-        """Positions are seen once a sample in the run that is watched: that must change nothing. CannotRun where the
-        model is another function each time.
+        """Check that the hooks, which expand positions to one row a sample, do not change the output ``watched``.
+
+        CannotRun if the model is random.
         """
         if _same_output(watched, self._run(range(self.batch), seed=1)):
             return
@@ -208,28 +217,29 @@ class _Probe:
         raise CannotRun(f"{type(self.model).__name__} gives another output each time it runs, {_UNKNOWN}")
 
     def _rows(self, places: Sequence[int], seed: int | None = None) -> tuple[dict[str, list[Tensor]], Sums]:
-        """Random sums of the rows of each layer's input, call by call, and of the model's output."""
-        seen: dict[str, list[Tensor]] = {}
+        """(random sums of the rows of each layer's input for each call, those of the model's output)."""
+        rows_by_layer: dict[str, list[Tensor]] = {}
         handles = [
             self.model.get_submodule(name).register_forward_hook(
-                self._hook(name, len(places), seen), with_kwargs=True, prepend=True
+                self._hook(name, len(places), rows_by_layer), with_kwargs=True, prepend=True
             )
             for name in self.names
         ]
         try:
-            return seen, self._run(places, seed)
+            return rows_by_layer, self._run(places, seed)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _run(self, places: Sequence[int], seed: int | None = None) -> Sums:
-        given = (self.call.args, self.call.kwargs)
-        if len(places) != self.batch and not can_be_cut(given, self.batch):
+        """The random sums of the model's output for the samples at ``places``. CannotRun if the model fails on them."""
+        arguments = (self.call.args, self.call.kwargs)
+        if len(places) != self.batch and not can_be_cut(arguments, self.batch):
             raise CannotRun(
                 f"{type(self.model).__name__} is called with nothing whose first axis is the {self.batch} samples of "
                 f"the batch, {_UNKNOWN}"
             )
-        args, kwargs = taken(given, places, self.batch)
+        args, kwargs = taken(arguments, places, self.batch)
         with torch.random.fork_rng(devices=devices_of(self.model)):  # the same numbers in every run
             if seed is not None:
                 torch.manual_seed(seed)
@@ -242,7 +252,9 @@ class _Probe:
                 ) from error
         return dict(_output_sums(output))
 
-    def _hook(self, name: str, batch: int, seen: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, batch: int, rows_by_layer: dict[str, list[Tensor]]) -> Callable[..., Tensor | None]:
+        """A forward hook that records the rows of a layer's input, and what is wrong with its shape."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
             x = input_of(args, kwargs)
             kind = layer_type_of(module)
@@ -254,23 +266,25 @@ class _Probe:
             if len(x) != batch:
                 self._expanded.add(name)
             x_B, y_B = by_sample(x, y, batch, kind, name)
-            seen.setdefault(name, []).append(row_sums(x_B))
-            return y_B  # as the engines give it back: positions, once a sample
+            rows_by_layer.setdefault(name, []).append(row_sums(x_B))
+            return y_B  # expanded to one row a sample, as the engines do
 
         return hook
 
 
-def _gap(expected: Tensor, found: Tensor) -> float:
-    """How far ``found`` is from ``expected``, of its length; infinite where numbers are not finite."""
-    gap, length = float((found - expected).norm()), float(expected.norm())
+def _gap(expected: Tensor, measured: Tensor) -> float:
+    """‖measured - expected‖ ÷ ‖expected‖; infinite if a number is not finite."""
+    gap, length = float((measured - expected).norm()), float(expected.norm())
     if not isfinite(gap + length):
         return inf
     return gap / length if length else float(gap > 0.0)
 
 
 def _output_sums(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(B, M, SKETCH) of each tensor in ``output`` (B, …), by its place in it. Logits are not kept, let alone in
-    float64: the check must not need more memory than the training step. What is not finite counts as zero.
+    """(path in ``output``, random sums (B, M, SKETCH)) of each tensor (B, …) in it. Numbers that are not finite count
+    as 0.
+
+    Only sums are kept, not the logits, so that the check needs no more memory than a training step.
     """
     if isinstance(output, Tensor):
         if output.dim() > 0:
@@ -288,13 +302,13 @@ def _output_sums(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _output_sums(value, f"{name}[{place}]")
 
 
-def _same_output(found: Sums, expected: Sums) -> bool:
-    """Whether two runs put out the same at every place, up to rounding."""
-    return found.keys() == expected.keys() and all(
-        found[name].shape == sums.shape and _same_places(found[name], sums) for name, sums in expected.items()
+def _same_output(measured: Sums, expected: Sums) -> bool:
+    """Whether the outputs of two runs are equal at every position, up to rounding."""
+    return measured.keys() == expected.keys() and all(
+        measured[name].shape == sums.shape and _same_places(measured[name], sums) for name, sums in expected.items()
     )
 
 
-def _same_places(found_BMS: Tensor, expected_BMS: Tensor) -> bool:
-    gap_BM, size_BM = (found_BMS - expected_BMS).norm(dim=2), expected_BMS.norm(dim=2)
+def _same_places(measured_BMS: Tensor, expected_BMS: Tensor) -> bool:
+    gap_BM, size_BM = (measured_BMS - expected_BMS).norm(dim=2), expected_BMS.norm(dim=2)
     return bool((gap_BM <= NARROW_COMPANY_TOLERANCE * size_BM + FAINT * size_BM.max()).all())

@@ -13,21 +13,21 @@ from torch import Tensor
 from ghoststore.settings.shared import Reduction as Reduction
 
 IGNORED = -100
-"""The label of a token that is no target, as everywhere in the field."""
+"""The label of a token that is not a target, as usual in the field."""
 
 CHUNK_NUMBERS = 1 << 20
-"""Logits worked on at a time, so that a chunk stays in the cache of a core."""
+"""Number of logits to process at a time, so that they stay in the cache of a core."""
 GPU_CHUNK_NUMBERS = 1 << 27
 """Logits that a GPU works on at a time: enough to fill it, in half a GiB of float32 beside them."""
 
 _MATRIX_PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward", "BmmBackward")
 _RESHAPES = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward")
 _ENGINES = ("TapBackward", "SideBranchBackward")
-"""Our own functions: they pass the output on and keep nothing of it."""
+"""Our own functions, which pass the output on and keep nothing of it."""
 
 
 def _may_overwrite(logits: Tensor) -> bool:
-    """Whether nothing keeps ``logits`` for its own backward: they come straight out of a matrix product."""
+    """Whether ``logits`` come directly from a matrix product, so that no backward needs their values."""
     node = logits.grad_fn
     while node is not None and type(node).__name__.startswith((*_RESHAPES, *_ENGINES)):
         node = node.next_functions[0][0] if node.next_functions else None
@@ -35,9 +35,9 @@ def _may_overwrite(logits: Tensor) -> bool:
 
 
 class _SampleLosses(torch.autograd.Function):
-    """Weighted next-token losses whose gradient is formed in the forward pass, over the logits themselves.
+    """Weighted next-token losses. The forward pass computes the gradient and writes it over the logits, if it may.
 
-    The obvious form keeps three arrays of B·T·V numbers (logits, log-softmax, gradient); this keeps one.
+    The obvious form keeps three arrays of B·T·V numbers (logits, log-softmax, gradient); this one keeps one array.
     """
 
     @staticmethod
@@ -64,13 +64,13 @@ class _SampleLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (upstream_B,) = gradients
         (gradient,) = ctx.saved_tensors
-        # What was multiplied in for an earlier backward pass of a retained graph is divided out again: the array is
-        # the one of its size, and a copy would double the peak.
+        # The array was multiplied in place by the factor of an earlier backward pass (of a retained graph), which is
+        # divided out here. A copy would double the peak memory.
         factor_B = upstream_B if ctx.factor_B is None else upstream_B / ctx.factor_B
         if bool((factor_B == 1.0).all()):
             return gradient, None, None, None
         factor_B11 = factor_B.view(-1, 1, 1)
-        if bool((upstream_B == 0.0).any()):  # could not be divided out again
+        if bool((upstream_B == 0.0).any()):  # multiplied in place, it could not be divided out later
             return (gradient * factor_B11).to(gradient.dtype), None, None, None
         ctx.factor_B = upstream_B
         return gradient.data.mul_(factor_B11), None, None, None
@@ -123,35 +123,34 @@ def _in_few_passes(
         if gradient is not None:
             torch.mul(log_p.exp_(), weight_N1[part], out=gradient[part])
             gradient[part].scatter_(1, index_N1, (torch.expm1(picked) * weight_N1[part]).to(gradient.dtype))
-            # A place without a target has weight 0 even where its logits are not finite.
+            # A position without a target has weight 0, even if its logits are not finite.
             gradient[part].masked_fill_(absent, 0.0)
     return gradient
 
 
 def _sample_losses(logits_BTV: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:
-    """(B,): Σ_t weight · cross-entropy."""
+    """(B,) float32: Σ_t weight · cross-entropy, for each sample."""
     logits_BTV = logits_BTV.contiguous()
     losses_B: Tensor = _SampleLosses.apply(logits_BTV, target_BT, weight_BT, _may_overwrite(logits_BTV))  # type: ignore[no-untyped-call]
     return losses_B
 
 
 def _next_tokens(labels_BT: Tensor) -> Tensor:
-    """(B, T): the label after each place, -100 at the last."""
+    """(B, T): the label after each position, and -100 at the last one."""
     target_BT = torch.full_like(labels_BT, IGNORED)
     target_BT[:, :-1] = labels_BT[:, 1:]
     return target_BT
 
 
 def next_token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean") -> tuple[Tensor, Tensor]:
-    """Each sample's next-token cross-entropy over its own targets.
+    """The next-token cross-entropy of each sample over its own targets, in nats.
 
-    The logits at place t predict the label at t+1: the shift happens here, once, and ``labels_BT`` are
-    the input ids with -100 where a token is no target (padding, prompts).
+    The logits at position t predict the label at t+1: the shift happens here, once. ``labels_BT`` are the input ids,
+    with -100 for tokens that are not targets (padding, prompts).
 
-    Returns ``(losses_B, targets_B)``: float32 losses, the mean (or sum) over the sample's own targets, 0
-    where it has none; and the number of targets, int64. Gradients of first order of any function of the losses can be
-    asked for. The logits are used up: where the model does not need them for its own backward, the gradient takes
-    their place in memory.
+    Returns ``(losses_B, targets_B)``. Losses are float32: the mean (or sum) over the sample's own targets, 0 without
+    any. ``targets_B`` is the number of targets, int64. First-order gradients of any function of the losses are
+    supported. Do not use the logits afterwards: if no backward needs them, the gradient is written over them.
     """
     target_BT = _next_tokens(labels_BT)
     is_target = target_BT != IGNORED
@@ -194,7 +193,7 @@ def training_loss(
 def next_token_losses_plainly(
     logits_BTV: Tensor, labels_BT: Tensor, *, reduction: Reduction = "mean"
 ) -> tuple[Tensor, Tensor]:
-    """The slow, obvious version that :func:`next_token_losses` must equal."""
+    """The slow, obvious version of :func:`next_token_losses`, whose results must be the same."""
     flat = torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].float().transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED, reduction="none"
     )

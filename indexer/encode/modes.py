@@ -1,4 +1,4 @@
-"""A model in another mode for a while, and its random state."""
+"""Running a model temporarily in another mode, and restoring its mode, buffers and random state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 
 def devices_of(model: nn.Module) -> list[int]:
-    """Indices of the CUDA devices that ``model`` lies on."""
+    """Indices of the CUDA devices that hold parameters of ``model``."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the random state and every module's own mode are put back at the end."""
+    """``model`` in eval mode. The random state and the mode of every module are restored at the end of the block."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=devices_of(model)):
         for module, _ in modes:
@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Every buffer is at the end what it was: a forward pass may count, or keep statistics."""
+    """Restores every buffer at the end of the block, because a forward pass may count or update statistics."""
     buffers = [
         (module, name, buffer, buffer.clone(), buffer._version)
         for module in model.modules()
@@ -54,11 +54,11 @@ def without_autocast(kind: str) -> AbstractContextManager[Any]:
 
 
 def autocast_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the autocast that is open for the device of ``model``; None without one."""
+    """The dtype of autocast, if it is enabled for the device of ``model``; else None."""
     kind = device_type(model)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def device_type(model: nn.Module) -> str:
-    """``cpu`` or ``cuda``."""
+    """The type of the device of ``model``: ``cpu`` or ``cuda``."""
     return str(next(model.parameters()).device.type)

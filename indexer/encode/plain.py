@@ -1,6 +1,8 @@
-"""The slow, obvious vector that the engine must equal: plain autograd of one sample, then the projection's matrices.
+"""The slow, obvious way to a vector: plain autograd of one sample, then the projection's matrices. The engine must give
+the same.
 
-No hook, no side branch, no layer type's formula. Needs a gradient of every parameter: as much memory as the weights.
+It uses no hooks, side branches or formulas of layer types. It needs a gradient of every parameter, as much memory as
+the weights.
 
 Legend: K and J the ranks of a block, O and I the axes of a gradient matrix.
 """
@@ -22,7 +24,7 @@ from indexer.projection.selection import Block
 
 @contextmanager
 def all_trainable(model: nn.Module) -> Iterator[None]:
-    """Every parameter of ``model`` requires a gradient until the block ends; then each has its own flag back."""
+    """Every parameter of ``model`` requires a gradient until the block ends. Then each has its own flag again."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
@@ -34,7 +36,8 @@ def all_trainable(model: nn.Module) -> Iterator[None]:
 
 
 def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients of a scalar loss by name, in the parameters' dtype, zeros where it does not depend on one.
+    """The gradient of a scalar ``loss`` for each parameter by name, in its dtype; zeros if the loss does not depend on
+    it.
 
     Tied parameters appear once, under their first name.
     """
@@ -47,21 +50,21 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def plain_blocks(projection: Projection, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """P_out G P_inᵀ of every block by name, (K, J) in the gradients' dtype."""
+    """P_out G P_inᵀ of every block by name, (K, J) in the dtype of ``gradients``."""
     return {layer.block.name: plain_block(projection, layer.block, gradients) for layer in projection.plan.layers}
 
 
 def plain_block(projection: Projection, block: Block, gradients: dict[str, Tensor]) -> Tensor:
-    """P_out G P_inᵀ of one block, (K, J) in the gradients' dtype."""
+    """P_out G P_inᵀ of one block, (K, J) in the dtype of ``gradients``."""
     matrix = block.lay_out(gradients)
     p_in, p_out = (torch.as_tensor(side).to(matrix) for side in projection.sides[block.name])
     return p_out @ matrix @ p_in.t()
 
 
 class BlockGradients:
-    """The blocks of a projection from gradients that arrive one parameter at a time, in any order, each once.
+    """Computes the blocks of a projection from gradients that arrive parameter by parameter, in any order, each once.
 
-    A gradient is dropped when its block is done: those of one block at a time are held, or of a few.
+    The gradients of a block are dropped as soon as it is computed, so only those of one or a few blocks are in memory.
     """
 
     def __init__(self, projection: Projection, blocks: Iterable[Block]) -> None:
@@ -71,11 +74,11 @@ class BlockGradients:
         self._done: dict[str, Tensor] = {}
 
     def owners(self) -> dict[str, Block]:
-        """The block of each parameter by name."""
+        """The block of each parameter, by the parameter's name."""
         return {name: block for block in self._blocks.values() for name in block.parameters}
 
     def arrived(self, block: Block, name: str, gradient: Tensor) -> None:
-        """The gradient of parameter ``name`` of ``block``."""
+        """Add the ``gradient`` of parameter ``name`` of ``block``."""
         pending = self._pending[block.name]
         pending[name] = gradient.detach().to_dense().float()
         if len(pending) == len(set(block.parameters)):
@@ -83,20 +86,24 @@ class BlockGradients:
             self._done[block.name] = plain_block(self._projection, block, pending)
 
     def finished(self, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(K, J) float32 by block; the gradient of a parameter that did not arrive is zeros, like ``shapes`` of it."""
+        """(K, J) float32 for each block by name. A gradient that did not arrive counts as zeros like
+        ``shapes[name]``.
+        """
         for name, pending in self._pending.items():
             block = self._blocks[name]
-            for own in block.parameters:  # the loss does not depend on it
-                pending.setdefault(own, torch.zeros_like(shapes[own], dtype=torch.float32))
+            for parameter in block.parameters:  # the loss does not depend on it
+                pending.setdefault(parameter, torch.zeros_like(shapes[parameter], dtype=torch.float32))
             self._done[name] = plain_block(self._projection, block, pending)
         self._pending = {}
         return self._done
 
 
 class ArrivingBlocks:
-    """The blocks of a projection from one ``loss.backward()`` inside, see :class:`BlockGradients`.
+    """Computes the blocks of a projection from one ``loss.backward()`` in its ``with`` block: see
+    :class:`BlockGradients`.
 
-    Only the blocks' parameters are trainable inside; at the end each has its own flag and ``.grad`` again.
+    Inside, only the parameters of the blocks are trainable. At the end each parameter has its own flag and ``.grad``
+    again.
     """
 
     def __init__(self, model: nn.Module, projection: Projection) -> None:
@@ -132,6 +139,6 @@ class ArrivingBlocks:
         self._gradients.arrived(block, name, gradient)
 
     def blocks(self) -> list[Tensor]:
-        """(K, J) float32 of every block in the order of the projection, zeros where the loss does not depend on it."""
+        """(K, J) float32 for each block, in the order of the projection; zeros if the loss does not depend on it."""
         blocks = self._gradients.finished(self._parameters)
         return [blocks[name] for name in self._names]

@@ -1,11 +1,11 @@
-"""Which axis of a layer carries the samples: shown by gradients, not guessed from a length.
+"""Check by gradients that the first axis of a layer is that of the samples. Its length alone proves nothing.
 
-A layer's gradient can be taken sample by sample only if the rows of what it puts out belong to the samples of the
-batch: ∂ℓ_i/∂y[b] = 0 for i ≠ b. A layer that sees (positions, samples, width), a table (positions, positions) or tokens
-that a router picked has a first axis as well, and its length may be that of the batch by chance.
+A gradient for each sample exists only if the rows of a layer's output belong to the samples of the batch:
+∂ℓ_i/∂y[b] = 0 for i ≠ b. A layer may also see (positions, samples, width), a table (positions, positions), or tokens
+that a router picked, and the first axis may still have the length of the batch by chance.
 
-The test reweights: rows of the gradient of Σ_i w_i ℓ_i must be w_b times those of Σ_i ℓ_i. Weights are powers of two,
-so rows that belong together scale without rounding; any other row holds Σ_{i≠b} (w_i - w_b) ∂ℓ_i/∂y[b] too much.
+The check reweights the losses: row b of the gradient of Σ_i w_i ℓ_i must be w_b times row b of that of Σ_i ℓ_i. Weights
+are powers of two, so a correct row scales without rounding; a wrong one differs by Σ_{i≠b} (w_i - w_b) ∂ℓ_i/∂y[b].
 
 Legend: B samples, M positions of one sample, O outputs of a layer.
 """
@@ -28,23 +28,25 @@ from indexer.layers import LayerType
 from indexer.layers.base import axis_problem, by_sample, input_of, output_problem
 
 SKETCH = 4
-"""Random sums of a row: all of them vanish for rows that differ with probability zero."""
+"""Number of random sums that represent a row. Rows that differ have equal sums with probability zero."""
 PROBE_SIZES = (2, 3)
-"""Batches of two sizes: an axis that is not the samples' cannot have the length of both."""
+"""Sizes of the batches of a probe. An axis that is not that of the samples cannot have both lengths."""
 TOLERANCE, NARROW_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.05, 0.3
-"""The largest foreign share of a row: of float32; of 16-bit gradients, whose sums a GPU may round in another order the
-second time; of float16, where small numbers lose their last bits.
+"""Largest share of a row that may come from other samples: in float32; in 16 bits, because a GPU may round sums in
+another order the second time; in float16, where small numbers lose their last bits.
 """
 LEAST_TOLERANCE, ROUNDING = 1e-2, 4.0
-"""In 16 bits less is allowed: so many times what rows change by where all weights are the least, at least so much."""
+"""In 16 bits the tolerance is lowered to ROUNDING times the change of rows when all weights are equal, but not below
+LEAST_TOLERANCE.
+"""
 COMPANY_TOLERANCE, NARROW_COMPANY_TOLERANCE = 1e-2, 0.2
-"""Relative difference between a sample beside others and in other company that is more than the rounding of kernels
-which a GPU chooses by the size of the batch: in float32 (TF32), and where 16-bit numbers take part. Mixing is larger.
+"""Largest relative difference of a sample with other batch mates that can be the rounding of kernels that a GPU chooses
+by the size of the batch: in float32 (TF32), and with 16-bit numbers. Mixing samples causes larger differences.
 """
 HALF_SCALE = 4096.0
-"""A loss is multiplied with this before float16 gradients of it are taken, or with as much as stays in range."""
+"""Factor of the loss before float16 gradients are computed, lowered if they overflow."""
 FAINT = 1e-6
-"""Of the largest row: a row smaller than this is measured against it."""
+"""Rows with a smaller share of the largest row are compared relative to that share."""
 
 _REACHES = "the loss of one sample reaches the rows of others"
 _NO_POSITIONS = (
@@ -54,7 +56,7 @@ _NO_POSITIONS = (
 
 
 class Witness:
-    """Sees the gradients at the outputs of layers in two backward passes, and says which layers mix samples.
+    """Records the gradients at the outputs of layers in two backward passes, and tells which layers mix samples.
 
     ::
 
@@ -66,33 +68,33 @@ class Witness:
 
     def __init__(self, device: torch.device) -> None:
         self.leaf = torch.zeros((), device=device, requires_grad=True)
-        """Makes autograd reach the taps, whatever is frozen."""
+        """A leaf that makes autograd reach the taps even if all parameters are frozen."""
         self._names: list[str] = []
         self._seen: list[dict[int, Tensor]] = []
         self._weights = torch.ones(0)
         self._dtypes: set[torch.dtype] = set()
 
     def tap(self, name: str, y: Tensor) -> Tensor:
-        """``y``, whose first axis should be the samples, watched."""
+        """``y`` with a tap on its gradient. Its first axis should be that of the samples."""
         self._names.append(name)
         self._dtypes.add(y.dtype)
-        seen: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
-        return seen
+        tapped: Tensor = Tap.apply(y, y.new_empty(0), partial(self._see, len(self._names) - 1), self.leaf)  # type: ignore[no-untyped-call]
+        return tapped
 
     def _see(self, place: int, saved: Tensor, dy: Tensor) -> None:
-        if self._seen:  # not in a backward pass of anybody else's
+        if self._seen:  # ignore backward passes of the caller before plain()
             self._seen[-1][place] = row_sums(dy)
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """What is seen inside is the backward pass of Σ ℓ_i."""
+        """Record the backward pass of Σ ℓ_i, which must run in the ``with`` block."""
         self._seen = [{}]
         yield
 
     def weighted(self, losses_B: Tensor, sources: Sequence[Tensor], scale: float = 1.0) -> None:
-        """The backward pass of Σ w_i ℓ_i, times ``scale``; the graph is used up. After :meth:`plain`.
+        """Run and record the backward pass of ``scale`` · Σ w_i ℓ_i, after :meth:`plain`. The graph is freed.
 
-        In 16 bits one of w Σ ℓ_i goes before it, w the least of the weights: what rounding does to rows.
+        In 16 bits a pass of w Σ ℓ_i runs before it, with the smallest weight w, to measure the effect of rounding.
         """
         self._weights = sample_weights(len(losses_B), 4 if self.half else 8).to(losses_B.device)
         even = [torch.full_like(self._weights, float(self._weights.min()))] if self.narrow else []
@@ -107,7 +109,7 @@ class Witness:
             )
 
     def run(self, losses_B: Tensor) -> None:
-        """Both backward passes, for the taps alone."""
+        """Run both backward passes for the taps only, without gradients of parameters."""
         scale = HALF_SCALE if self.half else 1.0
         while True:
             with self.plain():
@@ -130,20 +132,22 @@ class Witness:
 
     @property
     def seen(self) -> set[str]:
-        """Layers that a gradient came to which is not all zero (samples without targets say nothing)."""
+        """Names of the layers that got a gradient other than zero. A zero gradient proves nothing."""
         return {self._names[place] for place, rows in self._seen[0].items() if bool(rows.any())}
 
     @property
     def finite(self) -> bool:
-        """Whether both passes stayed within the range of their numbers; if not, nothing can be said."""
+        """Whether all recorded gradients are finite. If not, the check proves nothing."""
         return all(bool(rows.isfinite().all()) for seen in self._seen for rows in seen.values())
 
     def problems(self) -> dict[str, str]:
-        """Layers in which one sample's loss reaches the rows of another, in words."""
+        """For each layer in which one sample's loss reaches the rows of another, a phrase that says so."""
         return {name: f"{_REACHES} ({share:.2g} of a row)" for name, share in self.mixed().items()}
 
     def mixed(self) -> dict[str, float]:
-        """Layers in which one sample's loss reaches the rows of another: how much of a row is not its own."""
+        """For each layer in which one sample's loss reaches the rows of another, the largest share of a row that is not
+        the sample's own.
+        """
         most = NARROW_TOLERANCE if torch.bfloat16 in self._dtypes else TOLERANCE
         most = HALF_TOLERANCE if self.half else most
         shares: dict[str, float] = {}
@@ -152,15 +156,15 @@ class Witness:
             name = self._names[place]
             tolerance = most
             for rows in even:
-                rounding = _foreign(plain_BS, rows[place], self._weights.min().expand_as(self._weights))
+                rounding = _foreign_share(plain_BS, rows[place], self._weights.min().expand_as(self._weights))
                 tolerance = min(most, max(LEAST_TOLERANCE, ROUNDING * rounding))
-            error = _foreign(plain_BS, weighted[place], self._weights)
+            error = _foreign_share(plain_BS, weighted[place], self._weights)
             if error > tolerance:
                 shares[name] = max(error, shares.get(name, 0.0))
         return shares
 
 
-def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
+def _foreign_share(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     plain_BS, scaled_BS = plain_BS.double(), weighted_BS.double() / weights_B.double().unsqueeze(1)
     error_B = (scaled_BS - plain_BS).norm(dim=1)
     size_B = torch.maximum(plain_BS.norm(dim=1), scaled_BS.norm(dim=1))
@@ -168,22 +172,22 @@ def _foreign(plain_BS: Tensor, weighted_BS: Tensor, weights_B: Tensor) -> float:
     return 0.0 if largest == 0.0 else float((error_B / (size_B + FAINT * largest)).max())
 
 
-def _same(found_B: Tensor, expected_B: Tensor) -> bool:
-    narrow = found_B.dtype in (torch.float16, torch.bfloat16)
+def _same(measured_B: Tensor, expected_B: Tensor) -> bool:
+    narrow = measured_B.dtype in (torch.float16, torch.bfloat16)
     tolerance = NARROW_TOLERANCE if narrow else TOLERANCE
-    found_B, expected_B = found_B.detach().double(), expected_B.double()
-    return torch.allclose(found_B, expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+    measured_B, expected_B = measured_B.detach().double(), expected_B.double()
+    return torch.allclose(measured_B, expected_B, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """(B, SKETCH): random sums of the rows of ``x`` (B, …); the same sums for rows of the same shape."""
+    """(B, SKETCH): random sums of the rows of ``x`` (B, …). Rows of the same shape are summed with the same weights."""
     places_BMS = place_sums(x)
     left_MS = torch.randn(places_BMS.shape[1:], generator=torch.Generator().manual_seed(places_BMS.shape[1]))
     return (places_BMS * left_MS.to(x.device, places_BMS.dtype)).sum(1)
 
 
 def place_sums(x: Tensor) -> Tensor:
-    """(B, M, SKETCH), at least float32: random sums of the numbers at each place of ``x`` (B, …, O)."""
+    """(B, M, SKETCH), float32 or wider: random sums of the numbers at each position of ``x`` (B, …, O)."""
     x_BMO = x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() > 1 else x.reshape(-1, 1, 1)
     right_OS = torch.randn(x_BMO.shape[2], SKETCH, generator=torch.Generator().manual_seed(-1 - x_BMO.shape[2]))
     if not x.is_floating_point():
@@ -191,43 +195,46 @@ def place_sums(x: Tensor) -> Tensor:
     if x.dtype != torch.float16:
         sums_BMS = x_BMO @ right_OS.to(x.device, x.dtype)
         return sums_BMS.to(torch.promote_types(x.dtype, torch.float32))
-    right_OS = right_OS.to(x.device)  # sums would leave the range of float16; logits are not copied whole
+    right_OS = right_OS.to(x.device)  # sums overflow in float16; sample by sample, not to copy all logits
     return torch.cat([sample_MO.float() @ right_OS for sample_MO in torch.split(x_BMO, 1)])
 
 
 def sample_weights(count: int, classes: int) -> Tensor:
-    """(count,): powers of two in a random order, all different where ``classes`` are enough."""
+    """(count,): powers of two in a random order, with ``classes`` different values; all differ if ``count`` ≤
+    ``classes``.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(count))
     exponents = torch.arange(count) % classes - min(count, classes) // 2
     return torch.ldexp(torch.ones(count), exponents[order])
 
 
 class AxisProbe:
-    """Forward passes of small batches with layers watched: which of them see the samples, which do not.
+    """Runs small batches and checks which layers have the samples as their first axis.
 
-    ``kinds`` are the layers by name. Every pass that says something adds to :attr:`problems`, so that all are named at
-    once.
+    ``kinds`` are the types of the layers by name. All passes add to :attr:`problems`, so that one error names them all.
     """
 
     def __init__(self, model: nn.Module, kinds: Mapping[str, LayerType]) -> None:
         self.model = model
         self.problems: dict[str, str] = {}
-        """By layer: what is wrong with it, in words."""
+        """For each layer with a problem a phrase that says what is wrong."""
         self.seen: set[str] = set()
-        """Layers that took part in a loss."""
+        """Names of the layers that a loss depends on."""
         self._kinds = kinds
         self._losses_B = torch.zeros(0)
         self._expanded = False
-        """Whether an index that ran once for the whole batch was seen once a sample."""
+        """Whether the output for an index of positions, which has no axis of samples, was expanded to one
+        row a sample.
+        """
 
     def run(self, losses: Callable[[], Tensor], batch: int, *, more_of_the_same: bool = False) -> bool:
-        """One probe: ``losses()`` runs the model on ``batch`` samples and gives the loss of each, (batch,).
+        """Check one batch. ``losses()`` runs the model on ``batch`` samples and returns the loss of each, (batch,).
 
-        False if it says nothing: the losses have another shape, gradients are out of the range of their numbers, or the
-        graph of a compiled model is used up by one backward pass. ``more_of_the_same``: samples were in the probe
-        before, too, the first of one being those of the other, and must have the losses that they had, but for a common
-        factor. The model's mode is the caller's. CaptureError if the taps change what the model computes, or losses
-        change with the company.
+        Returns False if the batch proves nothing: the losses have another shape, gradients are not finite, or the model
+        is compiled and its graph allows only one backward pass. With ``more_of_the_same`` the batch begins with the
+        samples of the last one, or that one with these; their losses must be the same, up to a common factor. The mode
+        of the model is up to the caller. CaptureError if the taps change what the model computes, or if losses depend
+        on batch mates.
         """
         unwatched_B = self._unwatched(losses, seed=1)
         self._expanded = False
@@ -236,14 +243,14 @@ class AxisProbe:
         with torch.enable_grad(), self._same_numbers(), self._watched(witness, batch, problems):
             try:
                 losses_B = losses()
-            except (RuntimeError, ValueError, IndexError) as error:  # without the taps it ran
+            except (RuntimeError, ValueError, IndexError) as error:  # it ran without the taps
                 if self._expanded:
                     raise CaptureError(f"{_NO_POSITIONS} ({error})") from error
                 return False
         if losses_B.shape != (batch,):
-            return False  # the function may have samples of its own: then layers saw those, not the batch
+            return False  # the function may use samples of its own, and not the batch
         self.problems |= problems
-        same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or counts
+        same = _same(losses_B, unwatched_B)  # if not, the forward pass is random, or has a state
         if self._expanded and not same and not _same(losses_B, self._unwatched(losses)):
             raise CaptureError(_NO_POSITIONS)
         if not losses_B.requires_grad:
@@ -264,26 +271,27 @@ class AxisProbe:
         return True
 
     def _unwatched(self, losses: Callable[[], Tensor], seed: int | None = None) -> Tensor:
-        """(B,): without taps and without a graph, with other random numbers where there is a ``seed``."""
+        """(B,): the losses without taps and without a graph. A ``seed`` changes the random numbers."""
         with torch.no_grad(), self._same_numbers():
             if seed is not None:
                 torch.manual_seed(seed)
             return losses()
 
     def _same_numbers(self) -> AbstractContextManager[None]:
-        """Each pass draws the same random numbers, and leaves the caller's state alone."""
+        """A block with the caller's random state, which is restored at the end: each pass draws the same numbers."""
         return torch.random.fork_rng(devices=devices_of(self.model))
 
     def _refuse_company(self, losses_B: Tensor, tolerance: float) -> None:
-        """CaptureError if samples of the probe before have other losses in this one. A common factor is none of its
-        business: the losses may share a divisor of the batch.
+        """CaptureError if samples of the last batch have other losses in this one.
+
+        A common factor is allowed, because all losses may be divided by a number that depends on the batch.
         """
         count = min(len(self._losses_B), len(losses_B))
         if count < 2:
             return
         now_B, before_B = losses_B[:count].detach().double(), self._losses_B[:count].double()
         if not bool((now_B + before_B).isfinite().all()):
-            return  # the val pass names the sample
+            return  # the val pass raises the error, with the name of the sample
         factor = float(now_B @ before_B) / max(float(before_B @ before_B), 1e-300)
         if not torch.allclose(now_B, before_B * factor, rtol=tolerance, atol=tolerance * 1e-3):
             raise CaptureError(
@@ -294,7 +302,7 @@ class AxisProbe:
 
     @contextmanager
     def _watched(self, witness: Witness, batch: int, problems: dict[str, str]) -> Iterator[None]:
-        """Every layer watched by ``witness``; what is wrong with a layer's input or output goes to ``problems``."""
+        """Taps of ``witness`` on every layer. What is wrong with a layer's input or output is added to ``problems``."""
         handles = [
             self.model.get_submodule(name).register_forward_hook(
                 self._hook(witness, name, kind, batch, problems), with_kwargs=True, prepend=True
@@ -322,14 +330,17 @@ class AxisProbe:
         return hook
 
     def refuse(self, if_all_mix: str = "") -> None:
-        """CaptureError that names every layer with a problem. ``if_all_mix``: see :func:`refuse_mixed`."""
+        """CaptureError, with the names of the layers, if there are problems. ``if_all_mix``: see
+        :func:`refuse_mixed`.
+        """
         problems = {name: self.problems[name] for name in self._kinds if name in self.problems}
         refuse_mixed(problems, len(self._kinds), if_all_mix)
 
 
 def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "") -> None:
-    """CaptureError that names every layer of ``problems``, if there is one. ``if_all_mix`` is what else to do where all
-    ``layers`` mix samples; that is not known of one whose input has another shape.
+    """CaptureError, with every layer of ``problems``, if there is one. ``layers`` is the number of all layers.
+
+    ``if_all_mix`` is more advice for the case that the loss of a sample reaches other rows in all layers.
     """
     if not problems:
         return
@@ -343,14 +354,16 @@ def refuse_mixed(problems: Mapping[str, str], layers: int, if_all_mix: str = "")
 
 
 def taken(batch: Any, places: Sequence[int], size: int) -> Any:
-    """The samples of ``batch`` at ``places``: of every tensor in it whose first axis has the length ``size``."""
+    """``batch`` with only the samples at ``places``: every tensor in it whose first axis has the length ``size`` is
+    cut.
+    """
     if isinstance(batch, Tensor):
         return batch[torch.tensor(places, device=batch.device)] if can_be_cut(batch, size) else batch
     if isinstance(batch, Mapping):
         cut = {key: taken(value, places, size) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return cut
-        same_kind = copy(batch)  # with what else it is: a BatchEncoding is used by its attributes
+        same_kind = copy(batch)  # a copy keeps other attributes, which a BatchEncoding has
         same_kind.update(cut)
         return same_kind
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -1,4 +1,4 @@
-"""An autograd function that changes nothing and sees the gradient that passes."""
+"""An autograd function that changes nothing, and passes each gradient to a callback."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from indexer.encode.modes import without_autocast
 
 See = Callable[[Tensor, Tensor], None]
-"""(what was saved of the layer's input, gradient at its output)."""
+"""The callback: (what was saved of the layer's input, gradient at its output)."""
 
 
 class Tap(torch.autograd.Function):
-    """``Tap.apply(y, saved, see, leaf) -> y``: backward calls ``see(saved, dy)`` and passes dy on untouched.
+    """``Tap.apply(y, saved, see, leaf) -> y``: backward calls ``see(saved, dy)`` and passes dy on unchanged.
 
-    ``saved`` is saved by autograd: gradient checkpointing drops and recomputes it, and a change in place is
-    noticed. ``leaf``, where given, makes ``torch.autograd.grad`` reach the tap without any weight gradient.
+    Autograd saves ``saved``: so gradient checkpointing drops and recomputes it, and a change in place is an error.
+    ``leaf`` makes ``torch.autograd.grad`` reach the tap without any weight gradient; None if that is not needed.
     """
 
     @staticmethod
@@ -26,7 +26,7 @@ class Tap(torch.autograd.Function):
         ctx.save_for_backward(saved)
         ctx.see = see
         ctx.set_materialize_grads(False)
-        # detach, not a view: what follows may modify y in place (ReLU(inplace=True)), as it may without us.
+        # detach, not a view: the next module may modify y in place (ReLU(inplace=True)), as it may without the tap.
         return y.detach()
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The date that a chat template writes: fixed once for everything that is made of a corpus, never the clock's.
+"""The date that a chat template writes. It is fixed for all rows of a part, and does not follow the clock.
 
-Templates such as those of Llama 3 print ``strftime_now("%d %b %Y")``. Rows of two days would differ, and a query from
-the rows that it is compared with.
+Templates such as those of Llama 3 print ``strftime_now("%d %b %Y")``. With the real clock, rows built on two days would
+differ, and a query would differ from the rows that it is compared with.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from datetime import date, datetime, time
 from typing import Any
 
 CLOCK = "strftime_now"
-"""What transformers calls the clock of its templates."""
+"""The name of the clock function in templates of transformers."""
 
 
 def date_for(tokenizer: Any, fixed: str | None) -> str | None:
-    """The date (ISO 8601) for the chat template of ``tokenizer``: ``fixed``, by default today's; None where the
-    template asks for none.
+    """The date (ISO 8601) for the chat template of ``tokenizer``: ``fixed``, or today's; None if the template uses no
+    date.
     """
     template = getattr(tokenizer, "chat_template", None)
     if template is None or CLOCK not in json.dumps(template):
@@ -28,11 +28,11 @@ def date_for(tokenizer: Any, fixed: str | None) -> str | None:
 
 @contextmanager
 def clock_at(tokenizer: Any, day: str | None, tools: Any) -> Iterator[None]:
-    """The clock of the template that ``tokenizer`` takes for ``tools`` stands at midnight of ``day``; None: it is left
-    alone.
+    """While open, the clock of the chat template (the one that ``tokenizer`` uses for ``tools``) shows midnight of
+    ``day``. With None it does not change.
 
-    The clock is a global of the environment in which transformers compiled the template. A variable of its name would
-    not do: transformers makes plain data of all variables.
+    The clock is a global of the environment in which transformers compiled the template. A variable with its name would
+    not work, because transformers accepts only plain data as variables.
     """
     if day is None:
         yield
@@ -46,4 +46,4 @@ def clock_at(tokenizer: Any, day: str | None, tools: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        names[CLOCK] = clock  # the compiled template is the user's, too
+        names[CLOCK] = clock  # the user shares the compiled template

@@ -1,8 +1,8 @@
-"""A chat template is a program: how long it may run, and what it may not compute in one step.
+"""Limits for chat templates, which are programs: how long they may run, and how much they may compute in one step.
 
-The sandbox of jinja2 keeps a template from the machine, not from running without end: nested loops, and macros that
-call themselves twice, take as long as they like. So the Python that jinja2 makes of a template counts its turns of
-loops and its calls: a template is refused on every machine, or on none.
+The sandbox of jinja2 protects the machine, but it does not stop a template that runs forever: nested loops, and macros
+that call themselves twice, take any time. So the Python code that jinja2 makes of a template is changed to count loop
+iterations and calls. The limit is a number of steps, not a time, so that all machines refuse the same templates.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def bounded(tokenizer: Any, tools: Any) -> Iterator[None]:
     """The chat template that ``tokenizer`` takes for ``tools`` is rendered inside in at most MOST_STEPS steps, none of
     which makes much of little, and makes at most MOST_TEXT characters: jinja2.TemplateError otherwise.
     """
-    environment: Any = _guarded(tokenizer.get_chat_template(tools=tools)).environment
+    environment: Any = _counting_template(tokenizer.get_chat_template(tools=tools)).environment
     environment.step = _Counter().step
     environment.room = Room(environment.step)
     yield
@@ -51,14 +51,14 @@ class _Counter:
             raise jinja2.TemplateRuntimeError(f"it takes more than {MOST_STEPS:,} steps")
 
 
-def _guarded(source: str) -> jinja2.Template:
-    """The template that transformers compiles of ``source`` and keeps for the next time, compiled anew in its place: it
-    counts its steps, and its operators are :func:`_computed`.
+def _counting_template(source: str) -> jinja2.Template:
+    """The template that transformers compiles from ``source`` and caches, changed in place: it counts its steps, and
+    its operators are :func:`_computed`.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     with _compiling:
-        # Constants are computed while a template is compiled, and its environment is made by the same function.
+        # Set on the class, because compiling computes constants, in an environment that the same function makes.
         SandboxedEnvironment.intercepted_binops = _OPERATORS
         computed, Filter.as_const = Filter.as_const, _not_yet  # type: ignore[method-assign,assignment]
         try:
@@ -74,8 +74,8 @@ def _guarded(source: str) -> jinja2.Template:
             environment.optimized, environment.call = False, _calling(environment, environment.call)
             for name, function in environment.filters.items():
                 environment.filters[name] = guarded(name, function, lambda: environment.room)
-            ours = environment.from_string(source)
-            template.root_render_func, template.blocks = ours.root_render_func, ours.blocks
+            counting = environment.from_string(source)
+            template.root_render_func, template.blocks = counting.root_render_func, counting.blocks
     return template
 
 
@@ -126,7 +126,7 @@ class _Steps(ast.NodeTransformer):
 
 
 def _with_steps(source: str, filename: str) -> CodeType:
-    """In place of jinja2's own: the code of the Python ``source`` that it made of a template."""
+    """Replaces jinja2's ``_compile``: compiles the Python ``source`` of a template, with steps inserted."""
     tree = ast.fix_missing_locations(_Steps().visit(ast.parse(source, filename)))
     return compile(tree, filename, "exec")
 

@@ -1,6 +1,6 @@
-"""From samples to rows: tokens, targets, and what becomes of samples that are too long or too short.
+"""From samples to rows: tokens, targets, and the treatment of samples that are too long or too short.
 
-A row is what gets one vector: a sample, or one window of a long one.
+Each row gets one vector. A row is a sample, or one window of a long sample.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TokenSettings:
     max_length: int
     overlong: Overlong = "truncate"
     template_date: str | None = None
-    """The date that the chat template writes, see :attr:`Tokenizer.template_date`."""
+    """The date that the chat template writes: see :attr:`Tokenizer.template_date`."""
 
     def __post_init__(self) -> None:
         if self.overlong not in get_args(Overlong):
@@ -50,42 +50,47 @@ class TokenSettings:
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the number of rows, or the refusal of the corpus, depends on the lengths of its samples."""
+        """Whether the number of rows, or an error, depends on the lengths of the samples."""
         return self.overlong in ("window", "error")
 
 
 def longest_row(model: Any, wanted: int | None) -> int:
-    """``max_length``, by default the model's positions, at most 1024; UsageError for more than the model takes."""
+    """``wanted``, or by default the number of the model's positions, at most 1024. UsageError if the model
+    has fewer.
+    """
     return choose_max_length(wanted, model, DEFAULT_MAX_LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its sample, the first token of its window in that sample, its tokens and its fate."""
+    """One row: its sample, its window in that sample, its tokens and its status."""
 
     sample: Sample
     window: int
-    """0 unless the sample was split."""
+    """Number of the window in the sample; 0 unless the sample was split."""
     window_start: int
+    """First token of the window in the sample."""
     tokens: Tokens
     first_target: int
-    """Tokens before this one are no targets (the prompt); the first token never is."""
+    """The first token that is a target, at least 1. Those before it are the prompt."""
     status: Status
 
 
 def embedding_rows(model: Any) -> int | None:
-    """How many token ids the input embedding of ``model`` has rows for; None for a module that names no embedding."""
+    """Number of token ids that the input embedding of ``model`` has rows for; None for a model without such
+    a method.
+    """
     weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
 class Tokenizer:
-    """Samples to tokens through the checkpoint's own tokenizer.
+    """Tokenizes samples with the checkpoint's own tokenizer.
 
-    ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None where no model
-    gets the tokens. ``note`` is told, once, of tools or documents that the chat template leaves out. ``of_part``: it is
-    that of a part, and no other can be given. ``template_date`` is the date for a chat template that asks for it
-    (default: today's).
+    ``vocabulary`` is the number of ids that the model's embedding has rows for (`embedding_rows`); None if the tokens
+    are not for a model. ``note`` gets one message if the chat template leaves out tools or documents. ``of_part`` says
+    that the tokenizer is fixed by a part, which changes the advice in errors. ``template_date`` is the date for a chat
+    template that writes one (default: today).
     """
 
     def __init__(
@@ -101,50 +106,52 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.of_part = of_part
         self.template_date = date_for(tokenizer, template_date)
-        """The date (ISO 8601) that the chat template writes; None where it asks for none."""
+        """The date (ISO 8601) that the chat template writes; None if it writes none."""
         self.note = note
         self._tried: set[str] = set()
         self._whole_texts = WholeTexts(tokenizer)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """See :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
+        """The identity of the tokenizer: see :func:`ghoststore.checkpoint.tokenizer_identity.tokenizer_identity`."""
         return tokenizer_identity(self.tokenizer)
 
     @cached_property
     def size(self) -> int:
-        """One more than its largest id."""
+        """The largest token id plus one."""
         return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     @property
     def exceeds(self) -> bool:
-        """Whether it has ids that the model's embedding lacks: then every row is looked at before any work."""
+        """Whether the tokenizer has ids that the model's embedding lacks. If so, all rows are checked
+        before any work.
+        """
         return self.vocabulary is not None and self.size > self.vocabulary
 
     def at(self, template_date: str | None) -> Tokenizer:
-        """The same tokenizer, whose chat template writes another date."""
-        other = copy(self)
-        other.template_date = date_for(self.tokenizer, template_date)
-        return other
+        """A copy of this tokenizer whose chat template writes ``template_date``."""
+        tokenizer = copy(self)
+        tokenizer.template_date = date_for(self.tokenizer, template_date)
+        return tokenizer
 
     def check(self, sample: Sample) -> None:
-        """MismatchError for a sample that another tokenizer made tokens of, UsageError for a prompt with a completion
-        where the tokenizer does not tell them apart. Notes tools that the chat template leaves out.
+        """MismatchError for a sample with tokens of another tokenizer, UsageError for a prompt with a completion if the
+        tokenizer has no offsets. Notes tools and documents that the chat template leaves out.
         """
         self._note_left_out(sample)
         if isinstance(sample.content, PromptCompletion):
             self._whole_texts.refuse_without_offsets()
         if isinstance(sample.content, Tokenized):
-            theirs = sample.content.vocabulary.tokenizer_identity
-            if theirs["fingerprint"] != self.identity["fingerprint"]:
+            identity = sample.content.vocabulary.tokenizer_identity
+            if identity["fingerprint"] != self.identity["fingerprint"]:
                 raise MismatchError(
                     f"sample {sample.id!r} comes from token shards of another tokenizer than the checkpoint's:\n"
-                    f"{tokenizer_lines(theirs, self.identity)}\n"
+                    f"{tokenizer_lines(identity, self.identity)}\n"
                     "Tokenize the corpus again with the tokenizer of this checkpoint"
                 )
 
     def refuse_beyond(self, tokens: Tokens, sample_id: str, source_row: int) -> None:
-        """UsageError for the first of ``tokens`` that the model's embedding has no row for."""
+        """UsageError if one of ``tokens`` has no row in the model's embedding."""
         if self.vocabulary is None or not len(tokens) or int(tokens.max()) < self.vocabulary:
             return
         token = int(tokens[tokens >= self.vocabulary][0])
@@ -162,8 +169,10 @@ class Tokenizer:
         )
 
     def rows(self, samples: list[Sample], settings: TokenSettings) -> list[list[Row]]:
-        """The rows of each of ``samples``. Raises as :meth:`encode` and :func:`rows_of_sample`, and UsageError for a
-        usable row with a token that the model's embedding lacks.
+        """The rows of each of ``samples``.
+
+        Raises what :meth:`encode` and :func:`rows_of_sample` raise, and UsageError for a usable row with a token that
+        the model's embedding lacks.
         """
         rows = [
             rows_of_sample(sample, tokens, first_target, settings)
@@ -175,20 +184,22 @@ class Tokenizer:
         return rows
 
     def encode(self, samples: list[Sample]) -> list[tuple[Tokens, int]]:
-        """(tokens, first target) of each sample, whose whole text is tokenized once. Text, and a prompt with its
-        completion, get the special tokens that the tokenizer adds by default; messages go through the chat template,
-        which writes its own. What was tokenized before is taken as it is.
+        """(tokens, first target) of each sample. The whole text of a sample is tokenized at once.
 
-        Raises CorpusError for messages without a chat template, and for messages the template refuses;
-        MismatchError for tokens of another tokenizer; UsageError for a prompt with a completion where the tokenizer
-        has no offsets.
+        Texts, and prompts with completions, get the special tokens that the tokenizer adds by default. Messages go
+        through the chat template, which writes its own special tokens. Samples that are tokenized already stay as they
+        are.
+
+        Raises CorpusError for messages without a chat template, and for messages that the template refuses;
+        MismatchError for tokens of another tokenizer; UsageError for prompts with completions if the tokenizer has no
+        offsets.
         """
         kinds = {type(sample.content) for sample in samples}
         if Tokenized in kinds:
             return [self._given(sample) for sample in samples]
         if PromptCompletion in kinds:
-            nothing = PromptCompletion("", "")
-            pairs = [sample.content if isinstance(sample.content, PromptCompletion) else nothing for sample in samples]
+            empty = PromptCompletion("", "")
+            pairs = [sample.content if isinstance(sample.content, PromptCompletion) else empty for sample in samples]
             encoded = [(ids, max(1, first)) for ids, first in self._whole_texts.encode(pairs)]
         elif Messages in kinds:
             for sample in samples:
@@ -212,14 +223,14 @@ class Tokenizer:
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
     def _note_left_out(self, sample: Sample) -> None:
-        """A note where tools or documents change nothing in the text: tried on the first sample that has any."""
+        """Note if tools or documents change nothing in the text. Only the first sample that has any is tried."""
         content = sample.content
         if self.note is None or not isinstance(content, Messages):
             return
         for name in BESIDE_MESSAGES:
             if name not in self._tried and getattr(content, name):
                 self._tried.add(name)
-                others = (None if other == name else getattr(content, other) for other in BESIDE_MESSAGES)
+                others = (None if field == name else getattr(content, field) for field in BESIDE_MESSAGES)
                 without = replace(sample, content=Messages(content.messages, *others))
                 if self._chat(without) == self._chat(sample):
                     self.note(
@@ -228,6 +239,7 @@ class Tokenizer:
                     )
 
     def _chat(self, sample: Sample) -> str:
+        """The text that the chat template makes of the messages of ``sample``. CorpusError if it refuses them."""
         if not isinstance(sample.content, Messages):
             return ""
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -237,11 +249,11 @@ class Tokenizer:
             )
         import jinja2
 
-        given = sample.content.to_json()
+        fields = sample.content.to_json()
         try:
-            tools = given.get("tools")
+            tools = fields.get("tools")
             with bounded(self.tokenizer, tools), clock_at(self.tokenizer, self.template_date, tools):
-                return str(self.tokenizer.apply_chat_template(given.pop("messages"), tokenize=False, **given))
+                return str(self.tokenizer.apply_chat_template(fields.pop("messages"), tokenize=False, **fields))
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise CorpusError(f"sample {sample.id!r}: the chat template refuses its messages: {error}") from error
         except (RecursionError, MemoryError) as error:
@@ -249,9 +261,9 @@ class Tokenizer:
 
 
 def windows(length: int, max_length: int) -> list[tuple[int, int]]:
-    """(start, stop) of the windows of a sample of ``length`` tokens.
+    """(start, stop) of each window of a sample of ``length`` tokens.
 
-    Neighbours share one token, so that every token but the first is a target exactly once.
+    Neighbouring windows share one token, so that every token except the first is a target exactly once.
     """
     if length <= max_length:
         return [(0, length)]
@@ -259,7 +271,9 @@ def windows(length: int, max_length: int) -> list[tuple[int, int]]:
 
 
 def rows_of_sample(sample: Sample, tokens: Tokens, first_target: int, settings: TokenSettings) -> list[Row]:
-    """The rows of one sample: one, or one a window. CorpusError under ``overlong="error"``."""
+    """The rows of one sample: one, or one for each window. CorpusError for a long sample if ``overlong`` is
+    ``error``.
+    """
     length, limit = len(tokens), settings.max_length
     if length > limit and settings.overlong == "error":
         raise CorpusError(
@@ -296,7 +310,7 @@ def rows_of(samples: Iterable[Sample], tokenizer: Tokenizer, settings: TokenSett
         try:
             batch.extend(islice(samples, SAMPLES_AT_ONCE))
         except (CorpusError, MismatchError) as error:
-            damage = error  # raised in its place, after the rows before it
+            damage = error  # raised later, after the rows before it
         yield from chain.from_iterable(tokenizer.rows(batch, settings) if batch else ())
         if damage is not None:
             raise damage

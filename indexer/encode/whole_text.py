@@ -1,7 +1,7 @@
-"""A prompt and its completion as tokens: the whole text is tokenized once, and offsets tell where the latter begins.
+"""Tokenizing a prompt with its completion: the whole text at once, with offsets to find where the completion begins.
 
-Tokenizing the two apart and joining the tokens would put an end-of-text token, a begin-of-text token or a dummy space
-between them, and cut words in two that the model sees as one.
+Tokenizing the two separately and joining the tokens would put an end-of-text token, a begin-of-text token or a dummy
+space between them, and would split words that cross the boundary.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from ghoststore.corpus import PromptCompletion
 from ghoststore.errors import UsageError
 
 COMPOSED = 16
-"""Characters before the boundary that may become one with the first after it; more than any script stacks."""
+"""Number of characters before the boundary that a normalizer may compose with the first character after it. No script
+combines more."""
 
 
 class WholeTexts:
-    """Tokenizes prompts with their completions by one tokenizer of transformers."""
+    """Tokenizes prompts with their completions, with one tokenizer of transformers."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def refuse_without_offsets(self) -> None:
-        """UsageError for a tokenizer that does not tell which characters a token stands for."""
+        """UsageError for a tokenizer without offsets: the characters that each token stands for."""
         if not getattr(self._tokenizer, "is_fast", False):
             raise UsageError(
                 f"the corpus has prompts with completions, and this tokenizer ({type(self._tokenizer).__name__}) does "
@@ -38,8 +39,10 @@ class WholeTexts:
             )
 
     def encode(self, pairs: Sequence[PromptCompletion]) -> list[tuple[NDArray[np.int32], int]]:
-        """(tokens of prompt + completion with the special tokens that the tokenizer adds, first target) of each pair;
-        see `first_target`. UsageError for a tokenizer without offsets.
+        """(tokens of prompt + completion, `first_target`) of each pair, with the special tokens that the tokenizer
+        adds.
+
+        UsageError for a tokenizer without offsets.
         """
         self.refuse_without_offsets()
         texts = [pair.prompt + pair.completion for pair in pairs]
@@ -54,7 +57,8 @@ class WholeTexts:
         added = [np.asarray(mask, dtype=bool) for mask in encoded["special_tokens_mask"]]
         offsets = [_offsets(offsets_of)[~of] for offsets_of, of in zip(encoded["offset_mapping"], added, strict=True)]
         if self._untrimmed is not None:
-            offsets = [_offsets(one.offsets) for one in self._untrimmed.encode_batch(texts, add_special_tokens=False)]
+            untrimmed = self._untrimmed.encode_batch(texts, add_special_tokens=False)
+            offsets = [_offsets(encoding.offsets) for encoding in untrimmed]
         return [
             (np.asarray(ids, dtype=np.int32), first_target(offsets_of, of, pair.prompt, pair.completion))
             for ids, offsets_of, of, pair in zip(encoded["input_ids"], offsets, added, pairs, strict=True)
@@ -62,10 +66,10 @@ class WholeTexts:
 
     @cached_property
     def _untrimmed(self) -> Any:
-        """A copy of the tokenizer whose offsets cover every character of a token; None where they do anyway.
+        """A copy of the tokenizer whose offsets cover every character of a token; None if its own offsets do so.
 
-        A post-processor with ``trim_offsets`` leaves the spaces of a token out: it would hide that a token that ends
-        in spaces spans the boundary.
+        A post-processor with ``trim_offsets`` leaves out the spaces of a token. So it would hide that a token with
+        spaces at its end crosses the boundary.
         """
         from tokenizers import Tokenizer
 
@@ -79,11 +83,11 @@ class WholeTexts:
 
 
 def first_target(offsets_T2: NDArray[np.int64], added: NDArray[np.bool_], prompt: str, completion: str) -> int:
-    """The first token of the completion among the tokens of ``prompt + completion``; their number where it has none.
+    """The place of the completion's first token among those of ``prompt + completion``; their number if it has none.
 
-    ``added`` marks the special tokens that the template adds to the text; ``offsets_T2`` are (first character, one past
-    the last) of each of the others. A token that spans the boundary counts to the completion, so that all of it is
-    learnt. Special tokens after the text are targets with it; those before it never are.
+    ``added`` is true for the special tokens that the tokenizer adds. ``offsets_T2`` are (first character, one past the
+    last) of each of the other tokens. A token that crosses the boundary belongs to the completion, so that the whole
+    completion is a target. Special tokens after the completion are targets, too; those before it are not.
     """
     if not completion:
         return len(added)
@@ -92,8 +96,10 @@ def first_target(offsets_T2: NDArray[np.int64], added: NDArray[np.bool_], prompt
 
 
 def _boundary(offsets_T2: NDArray[np.int64], prompt: str, completion: str) -> int:
-    """The length of the prompt; where a normalizer composed its last character with the first of the completion (an e
-    and an accent), the place where that character begins: its offsets cover its first part alone.
+    """The character at which the completion begins: the length of the prompt, in most cases.
+
+    If a normalizer composed the prompt's last character with the completion's first (an e and an accent), it is where
+    the composed character begins, because the offsets of that cover only its first part.
     """
     end = len(prompt)
     if completion[0].isascii() or not _composes(prompt[-COMPOSED:], completion[0]):
@@ -116,7 +122,7 @@ def _offsets(pairs: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
 
 
 def _trims(processor: Any) -> bool:
-    """Whether a post-processor of tokenizer.json, or one inside it, trims offsets."""
+    """Whether a post-processor of a tokenizer.json, or one inside it, trims offsets."""
     if processor is None:
         return False
     return bool(processor.get("trim_offsets")) or any(map(_trims, processor.get("processors", ())))

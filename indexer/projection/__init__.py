@@ -1,1 +1,1 @@
-"""Which layers are projected, and through which matrices: drawn, learned, sketched."""
+"""Which layers are projected, and with which matrices: drawn, learned, sketched."""

@@ -1,10 +1,10 @@
-"""Adam's second moment of a training checkpoint, as scales of the two sides of the projection.
+"""Scales of the projection's two sides from the optimizer state of a training checkpoint (Adam's second moment).
 
-Adam moves a weight by about -η g/√v. The sample whose step by Adam lowers the val loss most is the one with the
-highest ⟨∇L_val, V^-½ ∇ℓ⟩ (LESS, Xia et al. 2024, section 3.2, without momentum). V is as large as the model; Adafactor
-(Shazeer, Stern 2018, section 3) keeps a row r and a column c of it, V ≈ r cᵀ / mean(r). Then V^-½ has factors of its
-own, and scaling both vectors of a product by V^-¼ = (r/√m)^-¼ ⊗ (c/√m)^-¼, m = mean(r), gives the product above: so
-P_out is multiplied by (r/√m)^-¼ and P_in by (c/√m)^-¼, column by column.
+Adam moves a weight by about -η g/√v. So the sample whose Adam step lowers the val loss most has the highest ⟨∇L_val,
+V^-½ ∇ℓ⟩ (LESS, Xia et al. 2024, section 3.2, without momentum). V is as large as the model; Adafactor (Shazeer, Stern
+2018, section 3) approximates it by a row r and a column c: V ≈ r cᵀ / mean(r). Then V^-¼ = (r/√m)^-¼ ⊗ (c/√m)^-¼ with m
+= mean(r), and the inner product of two vectors that are both scaled by V^-¼ is the product above. So the columns of
+P_out are multiplied by (r/√m)^-¼ and those of P_in by (c/√m)^-¼.
 
 Legend: O, I axes of a gradient matrix.
 """
@@ -35,7 +35,7 @@ OURS = Path("training_state") / "optimizer.safetensors"
 TORCH = "optimizer.pt"
 QUANTITY = "exp_avg_sq"
 LARGEST_STATE = 64 << 20
-"""Of a file that says where a training stood."""
+"""Most bytes of a file with the state of a training (step, learning rate)."""
 DAMAGE = (
     OSError,
     EOFError,
@@ -47,24 +47,24 @@ DAMAGE = (
     SafetensorError,
     pickle.UnpicklingError,
 )
-"""How a file of tensors fails to be read."""
+"""The errors that reading a damaged file of tensors raises."""
 SCALES = ("optimizer_scale_in", "optimizer_scale_out")
-"""Arrays of a part: the scales of all blocks side by side, in the order of the layers."""
+"""Names of the arrays of a part that hold the scales of all blocks, one after the other, in the order of the layers."""
 LEAST = 1e-6
-"""A row or column has at least this share of the mean second moment: what was never trained is scaled up about
-32-fold at most."""
+"""Least second moment of a row or column, as a share of the mean: so weights that were never trained are scaled up by a
+factor of about 32 at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class SideScales:
-    """What the columns of P_in (I,) and P_out (O,) of one block are multiplied with; float32."""
+    """The factors of the columns of P_in (I,) and of P_out (O,) of one block; float32."""
 
     scale_in: Tensor
     scale_out: Tensor
 
 
 def factored(v_OI: Tensor) -> SideScales:
-    """V^-¼ by its row and column, see the head of this file. ``v_OI`` is at least 0 and not all 0."""
+    """The scales V^-¼ of a second moment ``v_OI`` (all at least 0, and not all 0); see the head of this file."""
     v_OI = v_OI.double()
     row_O, column_I = v_OI.mean(1), v_OI.mean(0)
     mean = row_O.mean()
@@ -76,10 +76,10 @@ def factored(v_OI: Tensor) -> SideScales:
 
 
 def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -> dict[str, SideScales]:
-    """Scales by block name from the optimizer state in ``source``: a checkpoint of ``ghoststore train``, one of
-    transformers' Trainer (``optimizer.pt``), or such a file. Read as data alone, never as code.
+    """Scales by block name from the optimizer state in ``source``: a checkpoint folder of ``ghoststore train`` or of
+    transformers' Trainer (``optimizer.pt``), or such a file. No code from the file is run.
 
-    CheckpointError if there is none, if it is not Adam's, or if it does not fit the parameters of ``model``.
+    CheckpointError if there is no state, if it is not that of Adam, or if it does not fit the parameters of ``model``.
     """
     where, v = _second_moments(Path(source), model)
     lacking = sorted({name for block in blocks for name in block.parameters} - set(v))
@@ -101,7 +101,7 @@ def read_scales(source: str | Path, model: nn.Module, blocks: Sequence[Block]) -
 
 
 def scales_digest(scales: Mapping[str, SideScales]) -> str:
-    """``sha256:…`` of all scales."""
+    """The SHA-256 of all scales, as ``sha256:…``."""
     digest = hashlib.sha256()
     for name, pair in scales.items():
         digest.update(json.dumps([name, len(pair.scale_in), len(pair.scale_out)]).encode())
@@ -117,7 +117,7 @@ def flat(scales: Mapping[str, SideScales]) -> dict[str, NDArray[np.float32]]:
 
 
 def unflat(arrays: Mapping[str, NDArray[np.float32]], blocks: Sequence[Block]) -> dict[str, SideScales]:
-    """The inverse of :func:`flat`; ValueError where the arrays do not fit the blocks."""
+    """The inverse of :func:`flat`. ValueError if the arrays do not fit the blocks."""
     sides = []
     for name, lengths in zip(SCALES, ([b.n_in for b in blocks], [b.n_out for b in blocks]), strict=True):
         if len(arrays[name]) != sum(lengths):
@@ -127,7 +127,7 @@ def unflat(arrays: Mapping[str, NDArray[np.float32]], blocks: Sequence[Block]) -
 
 
 def _second_moments(source: Path, model: nn.Module) -> tuple[Path, dict[str, Tensor]]:
-    """(the file, Adam's second moment by parameter name, shapes checked)."""
+    """(path of the file, Adam's second moment by parameter name). The shapes are checked."""
     candidates = [source] if source.is_file() else [source / OURS, source / TORCH]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
@@ -157,12 +157,11 @@ def _by_name(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 
 def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A ``state_dict`` of torch's Adam numbers its parameters; names follow from the order, the groups and the shapes.
+    """The second moments by parameter name from a ``state_dict`` of torch's Adam, which numbers its parameters.
 
-    Shapes alone would not do: the layers of a model have the same ones, and an optimizer with a group a layer, say from
-    the last to the first, would pass for one in the order of the model.
-
-    CheckpointError where no known order fits, or two fit that name the parameters differently.
+    Names follow from the order, the groups and the shapes. Shapes alone are not enough, because the layers of a model
+    have equal shapes: an optimizer with one group for each layer, from the last to the first, would pass for one in the
+    order of the model. CheckpointError if no known order fits, or if several fit and give different names.
     """
     value = torch.load(path, map_location="cpu", weights_only=True)
     groups, states = value["param_groups"], value["state"]
@@ -171,11 +170,11 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
     if not shapes:
         raise CheckpointError(f"`optimizer_state={path}` holds no {QUANTITY}: it is not the state of Adam or AdamW")
     if all("param_names" in group for group in groups):
-        likely = [[[str(name) for name in group["param_names"]] for group in groups]]
+        likely_groups = [[[str(name) for name in group["param_names"]] for group in groups]]
     else:
-        likely = _likely_groups(parameters)
+        likely_groups = _likely_groups(parameters)
     sizes = [len(group["params"]) for group in groups if group["params"]]
-    orders = [list(chain(*named)) for named in likely if [len(names) for names in named if names] == sizes]
+    orders = [list(chain(*named)) for named in likely_groups if [len(names) for names in named if names] == sizes]
     fitting = [
         order
         for order in orders
@@ -198,8 +197,8 @@ def _by_number(path: Path, parameters: Mapping[str, tuple[int, ...]]) -> dict[st
 
 
 def _likely_groups(parameters: Mapping[str, tuple[int, ...]]) -> list[list[list[str]]]:
-    """The groups of an optimizer, by its maker: one as the model has them; or two, decayed ones first: transformers'
-    rule (no biases, no norms), or nanoGPT's.
+    """The known ways to group parameters: one group in the order of the model; or two, those with weight decay first,
+    by the rule of transformers (no biases, no norms) or of nanoGPT (no vectors).
     """
     names = list(parameters)
 
@@ -213,18 +212,19 @@ def _likely_groups(parameters: Mapping[str, tuple[int, ...]]) -> list[list[list[
 
 
 def learning_rate_of(folder: Path) -> float | None:
-    """The learning rate of the last step before a training checkpoint, as ``ghoststore train`` (``state.json``) or
-    transformers' Trainer (``trainer_state.json``) wrote it beside it; None where neither says, or where the Trainer
-    logged it at another step.
+    """The learning rate of the last step before a training checkpoint; None if it is not recorded.
+
+    ``ghoststore train`` writes it to ``state.json``, transformers' Trainer to ``trainer_state.json``. The Trainer logs
+    only every few steps; a rate that it logged at an earlier step than the checkpoint's is not used.
     """
     try:
-        ours = folder / OURS.parent / "state.json"
-        if ours.is_file():
-            return _rate(parse_json(read_bounded(ours, LARGEST_STATE)).get("learning_rate"))
-        theirs = folder / "trainer_state.json"
-        if theirs.is_file():
-            state = parse_json(read_bounded(theirs, LARGEST_STATE))
-            # It logs every so many steps: what it logged last may be of a step long before the checkpoint.
+        own_state = folder / OURS.parent / "state.json"
+        if own_state.is_file():
+            return _rate(parse_json(read_bounded(own_state, LARGEST_STATE)).get("learning_rate"))
+        trainer_state = folder / "trainer_state.json"
+        if trainer_state.is_file():
+            state = parse_json(read_bounded(trainer_state, LARGEST_STATE))
+            # The Trainer logs every few steps: its last entry may be from long before the checkpoint.
             logged = [
                 entry["learning_rate"]
                 for entry in state["log_history"]
@@ -232,7 +232,7 @@ def learning_rate_of(folder: Path) -> float | None:
             ]
             return _rate(logged[-1]) if logged else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # only weights of several parts need it, and asking for them says what is missing
+        return None  # only a query of several parts needs the rate, and says so if it is missing
     return None
 
 

@@ -1,13 +1,14 @@
-"""What a build learns from a sample of its corpus before it begins, and keeps in the part.
+"""What a build learns from a sample of its corpus before it encodes rows, and keeps in the part:
 
-- The sides of blocks, where they are not drawn: the principal directions of the gradients hold most of their energy
-  (the PCA start of LogIX, Choe et al., arXiv 2405.13954, section 4.1, there of activations). With the gradient matrices
-  G of the sample, P_out has as rows the eigenvectors of Σ G Gᵀ of the largest eigenvalues, P_in those of Σ Gᵀ G (De
-  Lathauwer et al. 2000, "A multilinear singular value decomposition").
-- The factors of a preconditioner, and the sides with it: see :mod:`indexer.projection.kfac`.
+- The sides of blocks, if they are not drawn. The principal directions of gradients hold most of their energy (the PCA
+  initialisation of LogIX, Choe et al., arXiv 2405.13954, section 4.1, uses those of activations). With the gradient
+  matrices G of the sample, the rows of P_out are the eigenvectors of Σ G Gᵀ with the largest eigenvalues, and the rows
+  of P_in those of Σ Gᵀ G (De Lathauwer et al. 2000, "A multilinear singular value decomposition").
+- The factors of a preconditioner, which the sides are multiplied with: see :mod:`indexer.projection.kfac`.
 - How many numbers each layer has, and which are kept as they are: see :mod:`indexer.projection.allocation`.
 
-Eigenvectors differ in the last bits from machine to machine, and every query must use those of the build.
+All of it is stored, because eigenvectors differ in the last bits from machine to machine, and every query must use
+those of the build.
 
 Legend: O, I axes of a gradient matrix; K, J the ranks of its block.
 """
@@ -29,11 +30,11 @@ from indexer.projection.allocation import Shares
 from indexer.projection.kfac import KroneckerPreconditioner, MomentFactor, flat_length
 
 SIDES = ("projection_in", "projection_out")
-"""Arrays of a part: the sides of all layers one behind the other, row by row."""
+"""Names of the arrays of a part that hold the sides of all layers, one after the other, row by row."""
 FACTORS = ("preconditioner_in", "preconditioner_out")
-"""Arrays of a part: the factors of all layers one behind the other."""
+"""Names of the arrays of a part that hold the factors of all layers, one after the other."""
 KEPT = "kept_numbers"
-"""Array of a part: the places, in the Kronecker vector, of the numbers that are kept as they are."""
+"""Name of the array of a part with the places, in the Kronecker vector, of the numbers that are kept as they are."""
 ARRAYS = (*SIDES, *FACTORS, KEPT)
 
 Sides = Mapping[str, tuple[Tensor, Tensor]]
@@ -42,7 +43,7 @@ Sides = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One layer, as far as what is learned depends on it."""
+    """The name, ranks and axes of one layer, which are all that a calibration depends on."""
 
     name: str
     k_out: int
@@ -53,19 +54,19 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Learned from a sample, or read from a part."""
+    """What was learned from a sample, or read from a part."""
 
     samples: int
-    """Rows that it was learned from."""
+    """Number of rows that it was learned from."""
     sides: Sides | None
-    """float32 on the CPU; None where they are drawn."""
+    """float32 on the CPU; None if the sides are drawn."""
     preconditioner: KroneckerPreconditioner | None
-    """What the sides are multiplied with already."""
+    """The preconditioner, with which ``sides`` are multiplied already; None without one."""
     shares: Shares | None
-    """None where blocks are not sketched one by one."""
+    """None unless each block has a sketch of its own."""
 
     def digest(self) -> str:
-        """``sha256:…`` of everything learned."""
+        """The SHA-256 of everything learned, as ``sha256:…``."""
         digest = hashlib.sha256()
         sizes = None if self.shares is None else self.shares.sizes
         names = None if self.sides is None else list(self.sides)
@@ -86,7 +87,7 @@ class Calibration:
         return {"samples": self.samples, "kept": kept, "preconditioner": preconditioner, "digest": self.digest()}
 
     def arrays(self, layers: Sequence[LayerShape]) -> dict[str, NDArray[Any]]:
-        """What the part keeps, by the names in ARRAYS; those that are empty are left out."""
+        """The arrays that the part keeps, by the names in ARRAYS, without empty ones."""
         arrays: dict[str, NDArray[Any]] = {}
         if self.sides is not None:
             for side, name in enumerate(SIDES):
@@ -112,9 +113,9 @@ class Calibration:
         damping: float,
         sizes: Sequence[int] | None,
     ) -> Calibration:
-        """The inverse of :meth:`arrays`; ``sizes`` are the stored numbers of each layer, None for one sketch or none.
+        """The inverse of :meth:`arrays`. ``sizes`` are the stored numbers of each layer; None unless each has a sketch.
 
-        ValueError where the arrays do not fit the layers.
+        ValueError if the arrays do not fit the layers.
         """
         sides = preconditioner = shares = None
         if SIDES[0] in arrays:
@@ -133,16 +134,16 @@ class Calibration:
             }
             preconditioner = KroneckerPreconditioner(factors, damping)
         if sizes is not None:
-            shares = Shares(list(sizes), _kept(arrays.get(KEPT), layers, sizes))
+            shares = Shares(list(sizes), _kept_by_layer(arrays.get(KEPT), layers, sizes))
         return cls(samples=samples, sides=sides, preconditioner=preconditioner, shares=shares)
 
 
 def _borders(layers: Sequence[LayerShape]) -> NDArray[np.int64]:
-    """(layers + 1,): where blocks begin in the Kronecker vector, and its end."""
+    """(layers + 1,): the first column of each block in the Kronecker vector, and the length of that."""
     return np.cumsum([0, *(layer.k_out * layer.k_in for layer in layers)], dtype=np.int64)
 
 
-def _kept(places: NDArray[Any] | None, layers: Sequence[LayerShape], sizes: Sequence[int]) -> list[Tensor]:
+def _kept_by_layer(places: NDArray[Any] | None, layers: Sequence[LayerShape], sizes: Sequence[int]) -> list[Tensor]:
     places, borders = np.asarray([] if places is None else places, dtype=np.int64), _borders(layers)
     if len(places) and (np.any(np.diff(places) <= 0) or places[0] < 0 or places[-1] >= borders[-1]):
         raise ValueError(f"{KEPT} are no ascending places in a vector of {borders[-1]} numbers")

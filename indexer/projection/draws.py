@@ -1,10 +1,9 @@
-"""Random matrices that are the same on every machine, for ever.
+"""Random matrices that are bit-identical on every machine and in every release.
 
-A draw is a function of its key alone. The bits come from Philox4x64, a counter-based generator
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), whose stream NumPy guarantees.
-Everything after the bits uses only operations that IEEE 754 rounds exactly (add, multiply, divide,
-square root) in a fixed order, never a BLAS or a maths library: so a matrix drawn on one processor
-equals the one drawn on another, bit for bit, and its hash can be written into a manifest.
+A draw depends only on its key. The bits come from Philox4x64, a counter-based generator (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011), whose stream NumPy guarantees. All later operations are those that
+IEEE 754 rounds exactly (add, multiply, divide, square root), in a fixed order, and never those of a BLAS or a maths
+library. So the hash of a matrix can be written into a manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def bits(key: str, words: int) -> NDArray[np.uint64]:
 
 
 def log_exactly(x: Float64) -> Float64:
-    """Natural logarithm of positive ``x`` to about 1e-15, by exactly rounded operations only.
+    """Natural logarithm of positive ``x`` with an error of about 1e-15, by exactly rounded operations only.
 
     x = m · 2^e with m in [√½, √2); log m = 2 artanh((m-1)/(m+1)) by its series.
     """
@@ -88,8 +87,8 @@ def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], r: Float64
 def gaussian_table() -> Float32:
     """The ``LEVELS`` quantiles of the standard normal at (i + ½)/LEVELS, scaled to variance 1. float32.
 
-    Mean 0 and variance 1 are exact to rounding, the fourth moment is 2.999: a projection needs no more,
-    and four numbers come from one 64-bit word. Extremes are ±4.3.
+    Mean 0 and variance 1 are exact up to rounding, and the fourth moment is 2.999, which is enough for a projection.
+    Four numbers come from one 64-bit word. The largest number is 4.3.
     """
     p = (np.arange(LEVELS // 2, LEVELS, dtype=np.float64) + 0.5) / LEVELS
     q = p - 0.5
@@ -105,7 +104,7 @@ def gaussian_table() -> Float32:
 
 
 def tree_sum(x: Float64) -> Float64:
-    """Sum over the last axis by halving, in an order that no library or vector width changes."""
+    """Sum over the last axis by repeated halving: an order that does not depend on a library or a vector width."""
     size = 1 << max(0, x.shape[-1] - 1).bit_length()
     if size != x.shape[-1]:
         x = np.concatenate([x, np.zeros((*x.shape[:-1], size - x.shape[-1]))], axis=-1)
@@ -116,7 +115,7 @@ def tree_sum(x: Float64) -> Float64:
 
 
 def gaussian(key: str, k: int, n: int) -> Float32:
-    """(k, n) standard normal numbers over √k: E[PᵀP] = I."""
+    """(k, n) float32: standard normal numbers divided by √k, so that E[PᵀP] = I."""
     words = -(-k * n // 4)
     index = bits(key, words).astype("<u8", copy=False).view("<u2")[: k * n]
     scaled: Float32 = gaussian_table()[index] * np.float32(1.0 / math.sqrt(k))
@@ -124,22 +123,22 @@ def gaussian(key: str, k: int, n: int) -> Float32:
 
 
 def signs(key: str, count: int) -> Float32:
-    """``count`` independent signs, +1 or -1."""
+    """(count,) float32: independent random signs, +1 or -1."""
     packed = bits(key, -(-count // 64)).astype("<u8", copy=False).view(np.uint8)
     ones = np.unpackbits(packed, count=count, bitorder="little")
     return ones.astype(np.float32) * np.float32(2) - np.float32(1)
 
 
 def rademacher(key: str, k: int, n: int) -> Float32:
-    """(k, n) signs over √k: E[PᵀP] = I."""
+    """(k, n) float32: random signs divided by √k, so that E[PᵀP] = I."""
     return (signs(key, k * n) * np.float32(1.0 / math.sqrt(k))).reshape(k, n)
 
 
 def orthonormal(key: str, k: int, n: int) -> Float32:
-    """(k, n), k ≤ n, orthonormal rows times √(n/k): E[PᵀP] = I, and PPᵀ = (n/k) I.
+    """(k, n) float32, k ≤ n: orthonormal rows times √(n/k), so that E[PᵀP] = I and PPᵀ = (n/k) I.
 
-    Gram-Schmidt of gaussian rows in float64, each row cleaned twice ("twice is enough", Giraud et al.,
-    2005). Cost 4·k²·n elementwise operations: the price of not depending on a LAPACK.
+    Gram-Schmidt of gaussian rows in float64, with each row orthogonalised twice ("twice is enough", Giraud et al.,
+    2005). It costs 4·k²·n elementwise operations, more than a LAPACK would, whose results differ between machines.
     """
     rows = gaussian(key, k, n).astype(np.float64)
     for j in range(k):
@@ -161,5 +160,5 @@ KINDS: dict[str, Callable[[str, int, int], Float32]] = {
 
 
 def permutation(key: str, count: int) -> NDArray[np.int64]:
-    """A permutation of 0 … count-1: the order of ``count`` random 64-bit words (ties by place)."""
+    """(count,) int64: a random permutation of 0 … count-1, the order of random 64-bit words (equal ones by place)."""
     return np.argsort(bits(key, count), kind="stable").astype(np.int64)

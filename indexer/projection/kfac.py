@@ -1,12 +1,12 @@
-"""The Kronecker preconditioner of a build: gradients in a metric in which common directions weigh less.
+"""The Kronecker preconditioner of a build: a metric of gradients in which common directions weigh less.
 
-Most of a gradient's length lies in a few directions that all samples share; what tells one sample from another is the
-rest. With H the second moment of a layer's gradients, influence functions score with gᵀ (H + λ)⁻¹ g' (Koh, Liang 2017).
-H is as large as the layer squared; K-FAC keeps a factor for each side (Martens, Grosse 2015; George et al. 2018): with
-gradient matrices G, H ≈ E[G Gᵀ] ⊗ E[Gᵀ G] / E|G|². A build multiplies its two sides with the inverse roots of the
-damped factors, so that plain products of two vectors are those scores, with nothing to be inverted over what is stored.
+Most of a gradient's length lies in a few directions that all samples share; the other directions distinguish samples.
+With H the second moment of a layer's gradients, influence functions score with gᵀ (H + λ)⁻¹ g' (Koh, Liang 2017). H is
+as large as the layer squared; K-FAC keeps one factor for each side (Martens, Grosse 2015; George et al. 2018): with
+gradient matrices G, H ≈ E[G Gᵀ] ⊗ E[Gᵀ G] / E|G|². A build multiplies the two sides of the projection with the inverse
+square roots of the damped factors. Then plain inner products of vectors are these scores, and a query inverts nothing.
 
-Of a factor only the leading eigenvectors are kept; all others count with their mean eigenvalue.
+Of each factor only the leading eigenvectors are kept; all others count with their mean eigenvalue.
 
 Legend: O, I axes of a gradient matrix, n either of them, m eigenvectors.
 """
@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 MOST_DIRECTIONS = 128
-"""m, where an axis is longer."""
+"""Most eigenvectors m that are kept for an axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class MomentFactor:
-    """A symmetric (n, n) matrix, positive, by its leading eigenvectors."""
+    """A symmetric positive (n, n) matrix F, represented by its leading eigenvectors."""
 
     vectors: Tensor
     """(m, n) float32, orthonormal rows, the largest eigenvalue first."""
     values: Tensor
     """(m,) float32 eigenvalues, at least 0."""
     rest: float
-    """The mean of the other n - m eigenvalues; 0 where there are none."""
+    """The mean of the other n - m eigenvalues; 0 if there are none."""
 
     @property
     def mean(self) -> float:
@@ -43,7 +43,7 @@ class MomentFactor:
         return (float(self.values.double().sum()) + self.rest * (n - m)) / n
 
     def root_times(self, rows_RN: Tensor, damping: float) -> Tensor:
-        """(R, n): each row times (F / mean + damping)^-½, in float64, then in the dtype of ``rows_RN``."""
+        """(R, n): each row times (F / mean + damping)^-½, computed in float64, in the dtype of ``rows_RN``."""
         mean = self.mean
         inner = (self.values.double() / mean + damping).rsqrt()
         outer = (self.rest / mean + damping) ** -0.5
@@ -52,7 +52,7 @@ class MomentFactor:
         return torch.as_tensor(scaled.to(rows_RN.dtype))
 
     def leading(self) -> MomentFactor:
-        """With as many eigenvectors as a part keeps, see :func:`directions`."""
+        """This factor with only as many eigenvectors as a part keeps: see :func:`directions`."""
         m, n = self.vectors.shape
         most = directions(n)
         if m <= most:
@@ -61,7 +61,7 @@ class MomentFactor:
         return MomentFactor(self.vectors[:most], self.values[:most], others / (n - most))
 
     def flat(self) -> Tensor:
-        """Values, rest and vectors in one."""
+        """(:func:`flat_length`,): values, rest and vectors, one after the other."""
         return torch.cat([self.values, torch.tensor([self.rest]), self.vectors.flatten()])
 
     @classmethod
@@ -73,41 +73,43 @@ class MomentFactor:
 
 
 def directions(n: int) -> int:
-    """m of an axis of ``n``."""
+    """m, the number of eigenvectors that are kept for an axis of length ``n``."""
     return min(n, MOST_DIRECTIONS)
 
 
 def flat_length(n: int) -> int:
-    """Numbers of :meth:`MomentFactor.flat`."""
+    """The length of :meth:`MomentFactor.flat` for an axis of length ``n``."""
     return directions(n) * (n + 1) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class KroneckerPreconditioner:
-    """Of all layers of a projection."""
+    """The factors of all layers of a projection, and the damping."""
 
     factors: Mapping[str, tuple[MomentFactor, MomentFactor]]
-    """(of the input side (I), of the output side (O)) by block name. E|G|² is the trace of either."""
+    """(factor of the input side (I), of the output side (O)) by block name. The trace of each is E|G|²."""
     damping: float
 
     def scale(self, name: str) -> float:
-        """What remains of the inverse root of H beside those of the factors: (mean squared number of G)^-½."""
+        """The scalar part of H^-½, beside the inverse roots of the normalised factors: (mean square of G's
+        numbers)^-½.
+        """
         f_in, f_out = self.factors[name]
         return float((f_out.mean / f_in.vectors.shape[1]) ** -0.5)
 
     def sides(self, name: str, p_in: Tensor, p_out: Tensor) -> tuple[Tensor, Tensor]:
-        """P_in (J, I) and P_out (K, O) of gradients in the metric."""
+        """``p_in`` (J, I) and ``p_out`` (K, O), multiplied so that they project gradients in the metric."""
         f_in, f_out = self.factors[name]
         return f_in.root_times(p_in, self.damping), f_out.root_times(p_out, self.damping) * self.scale(name)
 
     def matrix(self, name: str, g_OI: Tensor) -> Tensor:
-        """The gradient matrix of one sample, in the metric: products of two of these are the scores."""
+        """(O, I): the gradient matrix ``g_OI`` in the metric. Inner products of two such matrices are the scores."""
         f_in, f_out = self.factors[name]
         half_OI = f_in.root_times(g_OI, self.damping)
         return f_out.root_times(half_OI.t(), self.damping).t() * self.scale(name)
 
     def digest(self) -> str:
-        """``sha256:…`` of the damping and all factors."""
+        """The SHA-256 of the damping and all factors, as ``sha256:…``."""
         digest = hashlib.sha256(json.dumps([self.damping, list(self.factors)]).encode())
         for pair in self.factors.values():
             for factor in pair:

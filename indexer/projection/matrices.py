@@ -1,4 +1,4 @@
-"""The projection P = S · diag(P_in ⊗ P_out): its matrices and their hash."""
+"""The projection P = S · diag(P_in ⊗ P_out): its matrices and their hash. S is the sketch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from indexer.projection.sketch import BlockSketches, Sketch
 
 
 def draw_side(config: ProjectionConfig, layer: str, side: Literal["in", "out"], k: int, n: int) -> Tensor:
-    """The (k, n) float32 matrix of one side of one layer. An axis that keeps its length is left as it is."""
+    """The (k, n) float32 matrix of one side of one layer; the identity if k = n."""
     if k == n:
         return torch.eye(n)
     key = f"ghoststore/1|seed={config.seed}|layer={layer}|side={side}|kind={config.kind}|shape={k}x{n}"
@@ -30,17 +30,17 @@ def draw_side(config: ProjectionConfig, layer: str, side: Literal["in", "out"], 
 
 
 def drawn_sides(config: ProjectionConfig, layer: BlockPlan) -> tuple[Tensor, Tensor]:
-    """(P_in, P_out) of a layer, see :func:`draw_side`."""
+    """(P_in, P_out) of a layer, drawn by :func:`draw_side`."""
     block = layer.block
     p_in = draw_side(config, block.name, "in", layer.k_in, block.n_in)
     return p_in, draw_side(config, block.name, "out", layer.k_out, block.n_out)
 
 
 class Projection:
-    """The matrices of a plan: float32 on the CPU until :meth:`to`.
+    """The matrices of a plan, float32, on the CPU until :meth:`to` moves them.
 
     ``scales``, by block name, multiply the columns of P_in and P_out: see :mod:`indexer.projection.adam`. UsageError
-    for a plan that lacks what it must learn from a sample of a corpus.
+    for a plan that must learn from a sample of a corpus and has not done so.
     """
 
     def __init__(self, plan: ProjectionPlan, scales: Mapping[str, SideScales] | None = None) -> None:
@@ -52,7 +52,7 @@ class Projection:
             )
         self.plan = plan
         self.sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        """(P_in, P_out) by block name; None, of :meth:`with_sides` alone: the axis as it is."""
+        """(P_in, P_out) by block name. None, which only :meth:`with_sides` gives, leaves the axis as it is."""
         digest = hashlib.sha256()
         for layer in plan.layers:
             block = layer.block
@@ -73,12 +73,17 @@ class Projection:
 
     @classmethod
     def for_model(cls, model: nn.Module, config: ProjectionConfig) -> Projection:
-        """Drawn for the layers of ``model`` that ``config`` selects; errors as of :meth:`ProjectionPlan.for_model`."""
+        """The projection of the layers of ``model`` that ``config`` selects. Raises what
+        :meth:`ProjectionPlan.for_model` raises.
+        """
         return cls(ProjectionPlan.for_model(model, config))
 
     @classmethod
     def with_sides(cls, plan: ProjectionPlan, sides: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> Projection:
-        """Blocks of the layers of ``plan`` by other (P_in, P_out); None: the axis as it is. Without sketch and hash."""
+        """A projection of the layers of ``plan`` with other (P_in, P_out), without sketch and hash.
+
+        None leaves an axis as it is.
+        """
         projection = cls.__new__(cls)
         projection.sides = dict(sides)
         layers, start = [], 0
@@ -115,14 +120,15 @@ class Projection:
         return self
 
     def unsketched(self) -> Projection:
-        """The same matrices without the second step: vectors are the Kronecker blocks of the layers."""
-        other = copy.copy(self)
-        other.plan, other.sketch = replace(self.plan, compress=None), None
-        return other
+        """The same projection without the sketch: its vectors are the Kronecker blocks of the layers."""
+        projection = copy.copy(self)
+        projection.plan, projection.sketch = replace(self.plan, compress=None), None
+        return projection
 
     def sides_of(self, block: Block, use: Use, module: nn.Module) -> Sides:
-        """The matrices of ``block`` as ``use`` by ``module`` sees them, in the dtype of its weight. UsageError where
-        they are too large for it.
+        """The matrices of ``block`` for its ``use`` in ``module``, in the dtype of the module's weight.
+
+        UsageError if they overflow in that dtype.
         """
         (p_in, p_out), (size_in, size_out) = self.sides[block.name], (block.n_in, block.n_out)
         if use.flipped:
@@ -143,6 +149,6 @@ class Projection:
         )
 
     def assemble(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Blocks (B, k_out, k_in) in the order of the layers to vectors (B, D) float32."""
+        """(B, D) float32: the vectors made of blocks (B, k_out, k_in) in the order of the layers."""
         vector_BN = torch.cat([block.flatten(1) for block in blocks], dim=1)
         return self.sketch(vector_BN) if self.sketch else vector_BN

@@ -1,4 +1,4 @@
-"""The plan of a projection: ranks and columns of every layer, before anything is drawn."""
+"""The plan of a projection: the ranks and columns of every layer, before any matrix is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS_PER_LAYER = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlan:
-    """One layer of the manifest: its block and the ranks it is projected to."""
+    """One layer of the manifest: its block, and the ranks to which it is projected."""
 
     block: Block
     k_out: int
@@ -35,9 +35,9 @@ class BlockPlan:
 
 
 def ranks(n_out: int, n_in: int, rank_total: RankTotal) -> tuple[int, int]:
-    """(k_out, k_in): ⌊√rank_total⌋ each, unless an axis is shorter; then the other takes what is left.
+    """(k_out, k_in): ⌊√rank_total⌋ each. If an axis is shorter than that, the other one gets ⌊rank_total ÷ its length⌋.
 
-    The product never exceeds ``rank_total``; ``"full"`` is the lengths of the axes.
+    The product never exceeds ``rank_total``. With ``"full"`` the ranks are the lengths of the axes.
     """
     if rank_total == "full":
         return n_out, n_in
@@ -51,17 +51,19 @@ def ranks(n_out: int, n_in: int, rank_total: RankTotal) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionPlan:
-    """The projection of one model, resolved: nothing is left to decide and nothing is drawn yet."""
+    """The resolved projection of one model: all choices are made, and no matrix is drawn yet."""
 
     config: ProjectionConfig
     layers: tuple[BlockPlan, ...]
     compress: int | None
-    """K of the sketch, or of the sketches of all layers together; None for plain Kronecker blocks."""
+    """K, the numbers after the sketch (of all sketches together, if each layer has one); None for plain Kronecker
+    blocks.
+    """
     covered: int
     total: int
     """Numbers in the parameters of the layers, and in all parameters of the model (tied ones once)."""
     calibration: Calibration | None = None
-    """What was learned, where that is needed."""
+    """What was learned from the corpus; None if nothing must be learned, or has been yet."""
 
     @property
     def coverage(self) -> float:
@@ -70,12 +72,12 @@ class ProjectionPlan:
 
     @property
     def shared_out(self) -> bool:
-        """Whether each layer has a sketch of its own, of a size that is learned."""
+        """Whether each layer has a sketch of its own, with a size that is learned."""
         return self.compress is not None and self.config.by_layer
 
     @property
     def shapes(self) -> list[LayerShape]:
-        """What a calibration must know of each layer."""
+        """The shape of each layer, for a calibration."""
         return [
             LayerShape(layer.block.name, layer.k_out, layer.k_in, layer.block.n_out, layer.block.n_in)
             for layer in self.layers
@@ -83,7 +85,7 @@ class ProjectionPlan:
 
     @property
     def group_count(self) -> int:
-        """Of :attr:`groups`, known before anything is learned."""
+        """The number of :attr:`groups`, which is known before anything is learned."""
         return 1 if self.compress and not self.shared_out else len(self.layers)
 
     @property
@@ -98,7 +100,7 @@ class ProjectionPlan:
 
     @property
     def groups(self) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of the stored columns that can be scored by themselves."""
+        """(name, start, stop) of each group of stored columns that has a score of its own."""
         if self.shared_out:
             assert self.calibration is not None
             assert self.calibration.shares is not None
@@ -113,8 +115,8 @@ class ProjectionPlan:
     def for_model(cls, model: nn.Module, config: ProjectionConfig) -> ProjectionPlan:
         """Ranks and columns of every layer of ``model`` that ``config`` selects.
 
-        Raises LayerError as :func:`select_blocks` does and where a rank that was asked for is larger than a layer,
-        UsageError where ``compress`` is not smaller than the vector.
+        Raises LayerError as :func:`select_blocks` does, and for a rank larger than a layer; UsageError if ``compress``
+        is not smaller than the vector.
         """
         selection = select_blocks(
             model, config.layers, config.exclude_layers, include_embeddings=config.include_embeddings
@@ -157,6 +159,7 @@ class ProjectionPlan:
 
     @staticmethod
     def _resolve_compress(config: ProjectionConfig, dimension: int, layers: int) -> int | None:
+        """K of the sketch for Kronecker vectors of ``dimension`` numbers; None for no sketch."""
         if not config.sketched:
             return None
         if isinstance(config.compress, int):
@@ -171,12 +174,14 @@ class ProjectionPlan:
                     "or `compress_by=all`"
                 )
             return config.compress
-        wanted = NUMBERS_PER_LAYER * layers
-        return wanted if wanted < dimension else None
+        default = NUMBERS_PER_LAYER * layers
+        return default if default < dimension else None
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest's ``projection``, but for the digests of what is drawn and scaled. Settings are decided; null
-        where one is not used: what changes no vector must not keep a build from going on.
+        """The manifest's ``projection``, without the digests of matrices and scales.
+
+        Settings are resolved, and None if they are not used, so that a setting without effect on the vectors cannot
+        stop a build from being continued.
         """
         config = self.config
         return {

@@ -1,8 +1,8 @@
-"""Which layers are projected: patterns, tied parameters, and the blocks that come of them.
+"""Selecting the layers to project by patterns, and joining tied parameters into blocks.
 
-A pattern is a module path or glob whose components match whole components, anywhere in a module's path:
-``mlp.c_fc`` matches ``transformer.h.0.mlp.c_fc``, ``transformer.h.1`` matches all of block 1 and nothing of
-block 10, ``h.*.attn`` each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``embeddings``, ``head``, ``all``.
+A pattern is a module path or a glob. Its components match whole, consecutive components anywhere in a module's path:
+``mlp.c_fc`` matches ``transformer.h.0.mlp.c_fc``; ``transformer.h.1`` matches everything in block 1 and nothing in
+block 10; ``h.*.attn`` matches each attention. Aliases: ``mlp``, ``attn``, ``norm``, ``embeddings``, ``head``, ``all``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Use:
     flipped: bool
     """Whether this module's input axis is the block's output axis."""
     bias: str | None
-    """The use's bias parameter, or None."""
+    """Name of this module's bias parameter; None without one."""
     bias_column: int | None
-    """Index of the bias on the use's input axis, or None."""
+    """Index of the bias on this module's input axis; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Block:
     type: str
     parameters: tuple[str, ...]
     numel: int
-    """Number of trainable numbers covered."""
+    """Numbers in these parameters."""
     n_out: int
     n_in: int
     """Axes of the gradient matrix, biases included."""
@@ -56,7 +56,9 @@ class Block:
     uses: tuple[Use, ...]
 
     def lay_out(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(n_out, n_in): one tensor a parameter, as its gradient is laid out; see :mod:`indexer.layers.base`."""
+        """(n_out, n_in): ``tensors`` (one for each parameter, by name) in the layout of the gradient matrix; see
+        :mod:`indexer.layers.base`.
+        """
         if not self.is_matrix:
             return torch.cat([tensors[name] for name in self.parameters]).unsqueeze(1)
         weight = tensors[self.parameters[0]]
@@ -110,10 +112,10 @@ ALIASES: dict[str, Callable[[list[str], LayerType], bool]] = {
 
 def matches_path(pattern: str, path: str) -> bool:
     """Whether the components of ``pattern`` match consecutive whole components of ``path``."""
-    wanted, parts = pattern.split("."), path.split(".")
+    components, parts = pattern.split("."), path.split(".")
     return any(
-        all(fnmatchcase(part, want) for want, part in zip(wanted, parts[start:], strict=False))
-        for start in range(len(parts) - len(wanted) + 1)
+        all(fnmatchcase(part, component) for component, part in zip(components, parts[start:], strict=False))
+        for start in range(len(parts) - len(components) + 1)
     )
 
 
@@ -124,7 +126,7 @@ def matches(pattern: str, path: str, kind: LayerType) -> bool:
 
 
 def _supported_layers(model: nn.Module) -> dict[str, LayerType]:
-    """Every module that a registered type handles and that has parameters, by name."""
+    """The layer type of each module that a registered type handles, by name."""
     layers = {}
     for name, module in model.named_modules():
         kind = layer_type_of(module)
@@ -139,7 +141,10 @@ def _examples(names: Iterable[str]) -> str:
     return shown + (f", … ({len(names)} in all)" if len(names) > 12 else "")
 
 
-def _chosen(model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]) -> list[str]:
+def _selected_names(
+    model: nn.Module, layers: dict[str, LayerType], include: list[str], exclude: list[str]
+) -> list[str]:
+    """The names of the layers that the patterns select. LayerError for a pattern without a layer, and for none left."""
     unsupported = _unsupported_modules(model, layers)
     for pattern in [*include, *exclude]:
         if pattern in exclude and any(_selects_unsupported(pattern, name) for name in unsupported):
@@ -181,7 +186,9 @@ def block_linears(model: nn.Module) -> list[str]:
 
 
 def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict[str, list[str]]:
-    """Modules that no layer type handles, with the names of the parameters that no handled layer owns too."""
+    """For each module that no layer type handles the names of its parameters, without those that a handled layer
+    shares.
+    """
     handled = {id(p) for name in layers for p in model.get_submodule(name)._parameters.values()}
     unsupported = {}
     for name, module in model.named_modules():
@@ -192,7 +199,7 @@ def _unsupported_modules(model: nn.Module, layers: dict[str, LayerType]) -> dict
 
 
 def _selects_unsupported(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` selects a module at ``name`` that no layer type handles."""
+    """Whether ``pattern`` would select the module ``name``, which no layer type handles."""
     parts = name.split(".")
     if pattern in ALIASES:
         return {"all": True, "mlp": _in_feed_forward(parts), "attn": _in_attention(parts)}.get(pattern, False)
@@ -221,15 +228,15 @@ def select_blocks(
 ) -> Selection:
     """The blocks of the layers of ``model`` that the patterns select.
 
-    A parameter that several modules share (a tied lm_head) is one block with all of those modules as
-    uses, whichever of them was selected: its gradient is the sum over its uses.
+    A parameter that several modules share (a tied lm_head) is one block, whichever of them is selected. All these
+    modules are its uses, because its gradient is the sum over them.
 
-    Raises LayerError for a pattern without a layer, a selected module whose type is not supported,
-    and a setting of a layer under which its gradient depends on the batch.
+    Raises LayerError for a pattern that matches no layer, for a selected module whose type is not supported, and for a
+    layer whose settings make its gradient depend on the batch.
     """
     layers = _supported_layers(model)
-    wanted = [*include, *(["embeddings"] if include_embeddings else [])]
-    chosen = _chosen(model, layers, wanted, list(exclude))
+    patterns = [*include, *(["embeddings"] if include_embeddings else [])]
+    chosen = _selected_names(model, layers, patterns, list(exclude))
     names_of: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         names_of.setdefault(id(parameter), name)
@@ -237,22 +244,22 @@ def select_blocks(
     for name in layers:
         users.setdefault(id(model.get_submodule(name)._parameters["weight"]), []).append(name)
 
-    strangers: dict[int, str] = {}
+    unhandled: dict[int, str] = {}
     for name, module in model.named_modules():
         if name not in layers:
-            strangers.update({id(p): name for p in module._parameters.values() if p is not None})
+            unhandled.update({id(p): name for p in module._parameters.values() if p is not None})
     blocks, covered = [], 0
     owner: dict[int, str] = {}
-    seen: set[int] = set()
+    selected: set[int] = set()
     counted: set[int] = set()
     for name in chosen:
         weight = model.get_submodule(name)._parameters["weight"]
-        if id(weight) in seen:
+        if id(weight) in selected:
             continue
-        seen.add(id(weight))
-        if id(weight) in strangers:
+        selected.add(id(weight))
+        if id(weight) in unhandled:
             raise LayerError(
-                f"layer {name!r} shares its weight with {strangers[id(weight)]!r}, which no layer type handles: its "
+                f"layer {name!r} shares its weight with {unhandled[id(weight)]!r}, which no layer type handles: its "
                 f"gradient would be incomplete. Leave it out with `exclude_layers` {name!r}"
             )
         block, parameters = _block(model, users[id(weight)], layers, names_of)
@@ -272,7 +279,7 @@ def select_blocks(
 def _block(
     model: nn.Module, users: list[str], layers: dict[str, LayerType], names_of: dict[int, str]
 ) -> tuple[Block, list[nn.Parameter]]:
-    """The block of the parameter that ``users`` share; the first of them names it and gives its axes."""
+    """(block, its parameters) of the weight that ``users`` share. The first of them gives the name and the axes."""
     first = users[0]
     kind = layers[first]
     n_out, n_in = kind.axes(model.get_submodule(first))

@@ -1,9 +1,9 @@
-"""The second step of the projection: a sparse JL sketch of the whole vector to K numbers.
+"""The second step of the projection: a sparse Johnson-Lindenstrauss (JL) sketch of the vector to K numbers.
 
-A balanced count sketch (Charikar, Chen, Farach-Colton 2002): a seeded permutation deals the D coordinates
-to K buckets in equal numbers, each with a random sign, and a bucket is the signed sum of its coordinates.
-E[⟨Sx, Sy⟩] = ⟨x, y⟩ exactly, since signs are independent; one non-zero a column is the least variance a
-sparse sketch can have for inner products. Sums run in a fixed order: no atomics, the same on every run.
+It is a balanced count sketch (Charikar, Chen, Farach-Colton 2002). A seeded permutation assigns the n numbers of the
+vector to K buckets of equal size, each number with a random sign; a bucket is the signed sum of its numbers.
+E[⟨Sx, Sy⟩] = ⟨x, y⟩ exactly, because the signs are independent. Sums have a fixed order, without atomics, so every run
+gives the same bits.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from indexer.projection import draws
 
 
 class Sketch:
-    """Maps (B, n) to (B, k), k ≤ n. Drawn from ``key``, n and k alone."""
+    """Maps (B, n) to (B, k), k ≤ n. It depends only on ``key``, n and k."""
 
     def __init__(self, key: str, n: int, k: int) -> None:
         if not 0 < k <= n:
             raise ValueError(f"a sketch of {n} numbers can have 1 to {n} numbers, not {k}")
         self.n, self.k = n, k
         self.read = n
-        """Numbers that it is given; of these it reads n."""
+        """Numbers of the input vectors, of which it reads n."""
         self.width = -(-n // k)
         key = f"{key}|sketch={k}x{n}"
-        # The permutation is dealt like cards, bucket after bucket: the last row of places may be short.
-        dealt = torch.full((self.width * k,), n)
-        dealt[:n] = torch.from_numpy(draws.permutation(f"{key}|places", n))
-        source = dealt.view(self.width, k).t().reshape(-1)
+        # The permutation is assigned to the buckets in turn, so the last row of places may not fill all buckets.
+        places = torch.full((self.width * k,), n)
+        places[:n] = torch.from_numpy(draws.permutation(f"{key}|places", n))
+        source = places.view(self.width, k).t().reshape(-1)
         sign = torch.from_numpy(draws.signs(f"{key}|signs", self.width * k))
-        # Places past the end of the vector read its first number with weight zero.
-        past = source >= n
-        self.source = torch.where(past, 0, source)
-        self.weight = torch.where(past, torch.zeros(()), sign)
+        # Empty places read the first number of the vector with weight zero.
+        empty = source >= n
+        self.source = torch.where(empty, 0, source)
+        self.weight = torch.where(empty, torch.zeros(()), sign)
 
     def of(self, places: Tensor, read: int) -> Sketch:
-        """This sketch, reading the n ``places`` (n,) out of ``read`` numbers; in place."""
+        """Change this sketch to read the n numbers at ``places`` out of vectors of ``read`` numbers, and return it."""
         self.source, self.read = places[self.source], read
         return self
 
@@ -49,23 +49,23 @@ class Sketch:
         return self
 
     def digest(self) -> bytes:
-        """SHA-256 of the places and weights."""
+        """SHA-256 of the places and weights of the sketch."""
         return hashlib.sha256(
             self.source.cpu().numpy().astype("<i8").tobytes() + self.weight.cpu().numpy().astype("<f4").tobytes()
         ).digest()
 
     def __call__(self, x_BN: Tensor) -> Tensor:
-        """(B, read) to (B, k) float32."""
-        dealt = x_BN.float().index_select(1, self.source) * self.weight
-        return dealt.view(x_BN.shape[0], self.k, self.width).sum(-1)
+        """(B, k) float32: the sketches of vectors (B, read)."""
+        signed = x_BN.float().index_select(1, self.source) * self.weight
+        return signed.view(x_BN.shape[0], self.k, self.width).sum(-1)
 
 
 class BlockSketches:
-    """Maps (B, n) to (B, K), block by block: of each block some numbers as they are, then a sketch of the others.
+    """Maps (B, n) to (B, K), block by block: some numbers of each block as they are, then a sketch of the others.
 
-    ``columns`` are the (start, stop) of the blocks in the vector, together all n; ``sizes`` their numbers afterwards;
-    ``kept`` the places, in each block, of the numbers that stay as they are, ascending. Drawn from ``key``, the names
-    and these alone.
+    ``columns`` are the (start, stop) of the blocks, which together cover the n numbers. ``sizes`` are the numbers of
+    each block afterwards. ``kept`` are the places, in each block, of the numbers that stay as they are, ascending. The
+    sketches depend only on these, on ``key`` and on ``names``.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class BlockSketches:
             width = stop - start
             others = torch.ones(width, dtype=torch.bool)
             others[places] = False
-            rest = others.nonzero().flatten() + start
+            sketched = others.nonzero().flatten() + start
             self.kept.append(places + start)
             if size == len(places):
                 self.sketches.append(None)
             else:
-                sketch = Sketch(f"{key}|layer={name}", len(rest), size - len(places))
-                self.sketches.append(sketch.of(rest, self.n))
+                sketch = Sketch(f"{key}|layer={name}", len(sketched), size - len(places))
+                self.sketches.append(sketch.of(sketched, self.n))
 
     @property
     def k(self) -> int:
-        """K."""
+        """K, the numbers after the sketch."""
         return sum(self.sizes)
 
     def to(self, device: torch.device) -> BlockSketches:
@@ -106,7 +106,7 @@ class BlockSketches:
         return self
 
     def digest(self) -> bytes:
-        """SHA-256 of what is kept and of the sketches."""
+        """SHA-256 of the kept places and of the sketches."""
         digest = hashlib.sha256()
         for places, sketch in zip(self.kept, self.sketches, strict=True):
             digest.update(places.cpu().numpy().astype("<i8").tobytes())
@@ -114,7 +114,7 @@ class BlockSketches:
         return digest.digest()
 
     def __call__(self, x_BN: Tensor) -> Tensor:
-        """(B, n) to (B, K) float32."""
+        """(B, K) float32: the sketches of vectors (B, n)."""
         pieces = []
         for places, sketch in zip(self.kept, self.sketches, strict=True):
             pieces.append(x_BN.float().index_select(1, places))

@@ -1,4 +1,4 @@
-"""The projection of a part: its manifest's settings, the scales of an optimizer state, and what the build learned."""
+"""The projection of a part, from its manifest, its scales of an optimizer state, and what its build learned."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from indexer.projection.selection import Block
 
 
 def config_of(stored: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> ProjectionConfig:
-    """The configuration behind ``projection`` and ``layers`` of a manifest: `ProjectionPlan.to_json` read back."""
-    given = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
+    """The configuration from ``projection`` and ``layers`` of a manifest, which `ProjectionPlan.to_json` wrote."""
+    settings = {field.name: stored[field.name] for field in fields(ProjectionConfig) if stored[field.name] is not None}
     patterns = {name: tuple(stored[name]) for name in ("layers", "exclude_layers")}
-    return ProjectionConfig(**{**given, **patterns, "compress": stored["compress"] or unsketched(stored, layers)})
+    return ProjectionConfig(**{**settings, **patterns, "compress": stored["compress"] or unsketched(stored, layers)})
 
 
 def projection_of(part: Part, model: nn.Module) -> Projection:
@@ -72,7 +72,9 @@ def projection_of_run(run: Run, model: nn.Module) -> Projection:
 
 
 def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
-    """Those that ``optimizer_state`` gave the part."""
+    """The scales of the part from its ``optimizer_state``; None without one. MismatchError if they are of
+    other layers.
+    """
     if part.manifest["projection"]["optimizer_state"] is None:
         return None
     arrays = {name: fixed_array(part, name) for name in SCALES}
@@ -83,8 +85,10 @@ def scales_of(part: Part, plan: ProjectionPlan) -> dict[str, SideScales] | None:
 
 
 def metric_of(part: Part, plan: ProjectionPlan) -> Callable[[Block, Tensor], Tensor] | None:
-    """What makes of a gradient matrix (n_out, n_in) of a block that which the vectors of ``part`` are projections of;
-    None where it is the gradient itself. ``plan`` is that of the part, with what it learned.
+    """A function from the gradient matrix (n_out, n_in) of a block to the matrix in the metric of ``part``, which its
+    vectors are projections of; None if they are projections of the gradient itself.
+
+    ``plan`` is that of the part, with what its build learned.
     """
     scales = scales_of(part, plan)
     if scales is not None:
@@ -99,8 +103,9 @@ def metric_of(part: Part, plan: ProjectionPlan) -> Callable[[Block, Tensor], Ten
 
 
 def calibrated_as(part: Part, plan: ProjectionPlan) -> ProjectionPlan:
-    """``plan`` with what the build of ``part`` learned. MismatchError if that is not of these layers, CorruptError if
-    it is damaged.
+    """``plan`` with what the build of ``part`` learned.
+
+    MismatchError if that does not fit these layers or the manifest, CorruptError if it is damaged.
     """
     entry = part.manifest["projection"]["calibration"]
     if entry is None:

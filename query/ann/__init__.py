@@ -1,1 +1,1 @@
-"""The approximate index: FAISS finds candidates, the stored vectors give their exact scores."""
+"""The approximate index: FAISS finds candidates, and the stored vectors give their exact scores."""

@@ -1,6 +1,6 @@
-"""Building an index: the committed rows streamed through FAISS, settings tuned, the recall measured.
+"""Building an index: stream the committed rows into FAISS, tune its settings, and measure the recall.
 
-Legend: N rows of the index, T rows to train on, D numbers of a vector, d numbers that FAISS sees.
+Legend: N rows of the index, T rows to train on, D numbers of a vector, d numbers of a vector in FAISS.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from query.search.vectors import PartVectors
 
 TRAIN_ROWS = 16_384
 TRAIN_ROWS_PER_LIST = 40
-"""FAISS asks for at least 39."""
+"""Rows to train on for each inverted list. FAISS wants at least 39."""
 TRAIN_BYTES = 512 << 20
 KEY = "ghoststore/1|index|training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What index to build; see :class:`IndexManifest`."""
+    """The settings of an index to build; see :class:`IndexManifest`."""
 
     name: str
     factory: str
@@ -49,7 +49,9 @@ class Plan:
 
 
 def row_table(part: Part) -> tuple[NDArray[np.void], NDArray[np.int16]]:
-    """The table of the rows that have a vector, digests still zero, and their domains."""
+    """The table (:data:`ROW`) of the rows that have a vector, with digests still zero, and the domains of
+    these rows.
+    """
     usable, facts = part.usable(), RowFacts(part)
     lengths = [np.zeros(0), *(facts.of(*part.layout.span_of(span))[1] for span in part.spans)]
     table = np.zeros(int(usable.sum()), dtype=ROW)
@@ -58,13 +60,13 @@ def row_table(part: Part) -> tuple[NDArray[np.void], NDArray[np.int16]]:
 
 
 def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
-    """Build the index, measure it, and put it in place of the one of that name, if there is one, in one step.
+    """Build the index and measure it. It then replaces any index of that name, atomically.
 
-    Memory: the index itself, 24 bytes a row, at most 512 MiB of rows to train on, and a chunk. The same part gives the
-    same index on one thread and one version of FAISS.
+    Memory: the index itself, 24 bytes a row, at most 512 MiB of rows to train on, and one chunk. The same part gives
+    the same index with one thread and the same version of FAISS.
 
-    UsageError for a factory string that FAISS rejects and a part without a usable row that is not zero, CorruptError
-    for damaged rows, BusyError while another process builds it.
+    UsageError for a factory string that FAISS rejects and for a part without a usable row other than zero, CorruptError
+    for damaged rows, BusyError while another process builds an index of that name.
     """
     began = time.perf_counter()
     engine = Engine.create(plan.factory, plan.front_dimension, plan.device)
@@ -110,7 +112,7 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
             software=versions_of("ghoststore", "numpy") | {"faiss": load_faiss().__version__},
             files=files,
         )
-        problem = remember_digest(manifest.digest, folder)  # before it can be used
+        problem = remember_digest(manifest.digest, folder)  # before any query can open it
         if problem is not None:
             progress.note(f"that this index is yours cannot be remembered ({problem}): queries will refuse it")
         publish_index(folder, manifest)
@@ -120,7 +122,7 @@ def build_index(part: Part, plan: Plan, progress: Progress) -> IndexManifest:
 def training_rows(
     part: Part, front: Front, table: NDArray[np.void], engine: Engine, progress: Progress
 ) -> NDArray[np.float32]:
-    """(T, d): a fixed random choice of the rows, as FAISS sees them."""
+    """(T, d) float32: rows to train FAISS on, drawn at random from a fixed seed."""
     wanted = max(TRAIN_ROWS, TRAIN_ROWS_PER_LIST * (engine.lists or 1))
     wanted = min(len(table), wanted, max(TRAIN_BYTES // (4 * engine.dimension), engine.lists or 1))
     chosen = table["row"][np.sort(draws.permutation(KEY, len(table))[:wanted])]

@@ -1,6 +1,6 @@
-"""``ghoststore.index``: a FAISS index of a part, with its recall measured.
+"""``ghoststore.index``: build a FAISS index of a part and measure its recall.
 
-Which index suits a part was measured in ``benchmarks/index.py``, see ``docs/index.md``.
+The defaults for each size of part come from ``benchmarks/index.py``; see ``docs/index.md``.
 """
 
 from __future__ import annotations
@@ -31,65 +31,65 @@ from query.search.part_score import Metric
 
 FRONT_DIMENSION = 1024
 FRONT_FROM = 2 * FRONT_DIMENSION
-"""Longer vectors are sketched before FAISS sees them."""
+"""Vectors with more numbers than this are sketched to ``FRONT_DIMENSION`` before they go into FAISS."""
 ONE_BIT_FROM = 256
-"""Numbers from which one bit each tells rows apart; shorter vectors take eight."""
+"""Numbers of a vector from which one bit for each is enough to rank rows; shorter vectors take eight bits."""
 LISTS_FROM = 250_000
-"""Rows from which inverted lists pay: fewer are scanned in a few milliseconds."""
+"""Rows from which inverted lists pay off. Fewer rows are scanned whole in a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexReport:
-    """What ``index`` did."""
+    """What ``ghoststore.index`` returns."""
 
     store: str
     part: str
     name: str
     built: bool
-    """False: an index of these settings was there, whole and current."""
+    """False if an intact, current index with these settings existed already."""
     manifest: IndexManifest
-    """What the index is, its settings and its recall."""
+    """The settings, the size and the measured recall of the index."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore index --json`` prints."""
+        """The document that ``ghoststore index --json`` prints."""
         head = {"store": self.store, "part": self.part, "name": self.name, "built": self.built}
         return head | self.manifest.to_json()
 
 
 @takes(IndexOptions)
 def index(options: IndexOptions) -> IndexReport:
-    """Build a FAISS index of the committed rows of a part, or find that it is there already.
+    """Build a FAISS index of the committed rows of a part, unless a current one with these settings exists.
 
-    ``factory`` is a factory string of FAISS; by default it is chosen by rows and dimension. Vectors of more than 2,048
-    numbers are sketched to 1,024 first; ``dimension`` gives another number, or ``none``. How far a search goes is
-    tuned until the recall at 10, measured against exact search, is ``target_recall``; where that cannot be reached, the
-    best is kept and said. A stale or damaged index of that name is built again; ``rebuild`` builds any again. Queries
-    that have the old one open keep it.
+    ``factory`` is a FAISS factory string; the default depends on the number of rows and on the dimension. Vectors of
+    more than 2,048 numbers are first sketched to 1,024; ``dimension`` gives another number, or ``none`` for no sketch.
+    The search is tuned until its recall at 10, measured against exact search, reaches ``target_recall``. If no setting
+    reaches it, the best one is kept and a note says so. A stale or damaged index of that name is built again;
+    ``rebuild`` builds any index again. Queries that have the old index open go on with it.
 
-    Raises UsageError for a factory string that FAISS rejects, a dimension that cannot be, a part without usable rows,
-    where FAISS, or one for that ``device``, is not installed, and if an index of that name has other settings;
-    CorruptError for damaged rows; BusyError while another process builds it; StorageError if the disk refuses.
+    Raises UsageError for a factory string that FAISS rejects, an impossible dimension, a part without usable rows, if
+    FAISS (or a FAISS for that ``device``) is not installed, and if an index of that name has other settings;
+    CorruptError for damaged rows; BusyError while another process builds the index; StorageError if the disk refuses.
     """
     progress = options.progress or Silent()
     if not 0 < options.target_recall <= 1:
         raise UsageError(f"`target_recall` must be above 0 and at most 1, not {options.target_recall}")
     load_faiss()
     check_device(options.device)
-    opened = Store.open(options.store).part(options.part)
+    part = Store.open(options.store).part(options.part)
     plan = _plan(
-        opened, options.factory, options.metric, options.name, options.dimension, options.target_recall, options.device
+        part, options.factory, options.metric, options.name, options.dimension, options.target_recall, options.device
     )
-    manifest = None if options.rebuild else existing(opened, plan, progress)
+    manifest = None if options.rebuild else existing(part, plan, progress)
     built = manifest is None
     if manifest is None:
-        check_writable(opened.path)
-        manifest = build_index(opened, plan, progress)
+        check_writable(part.path)
+        manifest = build_index(part, plan, progress)
     if not manifest.reached:
         progress.note(
             f"index {plan.name!r} finds {manifest.recall_at_10:.3f} of the exact ten best; {options.target_recall} "
             "were asked for. Try a larger code (SQ8, SQfp16), or `dimension=none`"
         )
-    return IndexReport(store=str(options.store), part=opened.name, name=plan.name, built=built, manifest=manifest)
+    return IndexReport(store=str(options.store), part=part.name, name=plan.name, built=built, manifest=manifest)
 
 
 def _plan(
@@ -98,9 +98,9 @@ def _plan(
     front_dimension = choose_dimension(dimension, part.layout.dimension)
     if factory is None:
         factory = choose_factory(int(part.usable().sum()), front_dimension, device)
-    given = [] if dimension == "auto" else [str(dimension)]
+    dimension_label = [] if dimension == "auto" else [str(dimension)]
     return Plan(
-        name=safe_name(metric, factory, *given) if name is None else check_name(name, "index"),
+        name=safe_name(metric, factory, *dimension_label) if name is None else check_name(name, "index"),
         factory=factory,
         metric=metric,
         front_dimension=front_dimension,
@@ -110,9 +110,9 @@ def _plan(
 
 
 def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None:
-    """The index that ``plan`` asks for, if it is there, whole and current; None with a note if it must be built again.
+    """The manifest of the index that ``plan`` describes, if that exists, is intact and is current; else None.
 
-    UsageError if it is there with other settings.
+    A note says why an index must be built again. UsageError if one of that name has other settings.
     """
     if plan.name not in index_names(part):
         return None
@@ -138,7 +138,7 @@ def existing(part: Part, plan: Plan, progress: Progress) -> IndexManifest | None
 
 
 def choose_dimension(wanted: Dimension, dimension: int) -> int:
-    """Numbers that FAISS sees of a vector of ``dimension`` numbers. UsageError for one that cannot be."""
+    """How many numbers a vector of ``dimension`` numbers has in FAISS. UsageError for an impossible ``wanted``."""
     if wanted == "none":
         return dimension
     if wanted == "auto":
@@ -149,7 +149,7 @@ def choose_dimension(wanted: Dimension, dimension: int) -> int:
 
 
 def choose_factory(rows: int, dimension: int, device: str) -> str:
-    """The factory string for ``rows`` rows of ``dimension`` numbers."""
+    """The default FAISS factory string for ``rows`` rows of ``dimension`` numbers."""
     lists = 1 << round(math.log2(4 * math.sqrt(max(rows, 1))))
     if device != "cpu":  # the GPU has no one-bit index
         return f"IVF{lists},SQ8" if rows >= LISTS_FROM else "Flat"

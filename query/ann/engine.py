@@ -1,6 +1,6 @@
-"""What is asked of FAISS, and its complaints in words. FAISS is imported when the first index is used.
+"""The only module that calls FAISS, and turns its errors into ours. FAISS is imported when an index is first used.
 
-Legend: Q queries, R rows, d numbers that FAISS sees.
+Legend: Q queries, R rows, d numbers of a vector in FAISS.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ghoststore.store.base.opening import size_of
 Float32 = NDArray[np.float32]
 
 CANDIDATE_BATCH = 256
-"""Queries that are searched at once: bounds the memory of their candidates."""
+"""Queries searched in one call, which bounds the memory of their candidates."""
 MOST_ON_GPU = 2048
-"""Candidates that FAISS finds for a query on a GPU."""
+"""Most candidates that FAISS returns for a query on a GPU."""
 
 
 def load_faiss() -> Any:
-    """The module ``faiss``; UsageError that says what to install where it is missing or too old."""
+    """The module ``faiss``. UsageError if it is missing or too old; the message says what to install."""
     try:
         import faiss
     except ImportError as error:
@@ -41,7 +41,7 @@ def load_faiss() -> Any:
 
 
 def check_device(device: str) -> str:
-    """``device`` itself, if FAISS can use it; UsageError that says what to install for ``cuda`` otherwise."""
+    """``device``, if FAISS can use it; else UsageError, which says what to install for ``cuda``."""
     name, _, number = device.partition(":")
     if name not in ("cpu", "cuda") or (number and not (name == "cuda" and number.isdecimal())):
         raise UsageError(f"`device` {device!r}: an index knows cpu, cuda and cuda:N")
@@ -60,7 +60,7 @@ def check_device(device: str) -> str:
 
 
 class Engine:
-    """One FAISS index by inner product, whose ids are places 0, 1, 2, … in the order of adding."""
+    """One FAISS index by inner product. The id of a row is its place: 0, 1, 2, … in the order of adding."""
 
     def __init__(self, index: Any, factory: str, device: str = "cpu") -> None:
         self.factory, self.device = factory, device
@@ -69,24 +69,27 @@ class Engine:
 
     @classmethod
     def create(cls, factory: str, dimension: int, device: str = "cpu") -> Engine:
-        """An empty index. UsageError with FAISS's own words for a factory string that it rejects."""
+        """An empty index. UsageError, with the words of FAISS, for a factory string that it rejects."""
         faiss = load_faiss()
         try:
             index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
             raise UsageError(f"`factory` {factory!r} is not one that FAISS makes: {_reason(error)}") from error
-        made = cls(index, factory)
-        if made.lists == 0:
+        engine = cls(index, factory)
+        if engine.lists == 0:
             raise UsageError(f"`factory` {factory!r} has no inverted list: give at least one, such as IVF1024")
-        return made._on(check_device(device))
+        return engine._on(check_device(device))
 
     @classmethod
     def read(cls, path: Path, factory: str, device: str = "cpu") -> Engine:
-        """The index in a file whose checksum holds, memory-mapped on the CPU."""
+        """Read the index in the file ``path``, whose checksum the caller has compared. On the CPU it is memory-mapped.
+
+        CorruptError if FAISS cannot read it.
+        """
         faiss = load_faiss()
         flags = faiss.IO_FLAG_MMAP_IFC if device == "cpu" else 0
         try:
-            with _asking_for_no_more_than(size_of(path)):
+            with _read_limit(size_of(path)):
                 index = faiss.read_index(str(path), flags)
         except (RuntimeError, MemoryError) as error:
             raise CorruptError(
@@ -98,14 +101,14 @@ class Engine:
         if device != "cpu":
             faiss = load_faiss()
             self._resources = faiss.StandardGpuResources()
-            with self._words(f"on {device}"):
+            with self._usage_errors(f"on {device}"):
                 number = int(device.partition(":")[2] or 0)
                 self._index = faiss.index_cpu_to_gpu(self._resources, number, self._index)
             self.device = device
         return self
 
     @contextmanager
-    def _words(self, doing: str) -> Iterator[None]:
+    def _usage_errors(self, doing: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -113,12 +116,12 @@ class Engine:
 
     @property
     def rows(self) -> int:
-        """Rows that were added."""
+        """Number of rows added."""
         return int(self._index.ntotal)
 
     @property
     def dimension(self) -> int:
-        """d."""
+        """d, the numbers of a vector in FAISS."""
         return int(self._index.d)
 
     @property
@@ -128,32 +131,34 @@ class Engine:
 
     @property
     def lists(self) -> int | None:
-        """Inverted lists; None for kinds without."""
+        """Number of inverted lists; None for an index without them."""
         inverted = self._inverted
         return None if inverted is None else int(inverted.nlist)
 
     def train(self, rows_Rd: Float32) -> None:
         """Learn lists and codes. The same rows on one thread give the same bits."""
-        with self._words(f"with {len(rows_Rd):,} rows to train on"):
+        with self._usage_errors(f"with {len(rows_Rd):,} rows to train on"):
             self._index.train(rows_Rd)
 
     def add(self, rows_Rd: Float32) -> None:
         """Append rows."""
-        with self._words("for rows numbered from 0"):
+        with self._usage_errors("for rows numbered from 0"):
             self._index.add(rows_Rd)
 
     def write(self, path: Path) -> None:
-        """Write to ``path``, as an index of the CPU."""
+        """Write the index to ``path``, in the form for the CPU. OSError if the disk refuses."""
         faiss = load_faiss()
         index = self._index if self.device == "cpu" else faiss.index_gpu_to_cpu(self._index)
         try:
             faiss.write_index(index, str(path))
-        except RuntimeError as error:  # FAISS says what the system said in words alone
+        except RuntimeError as error:  # FAISS gives the system's error as text, without its number
             number = next((code for code in errno.errorcode if os.strerror(code) in str(error)), errno.EIO)
             raise OSError(number, os.strerror(number), str(path)) from error
 
     def efforts(self) -> list[int | None]:
-        """Settings of ``nprobe`` or ``efSearch`` to try, from the cheapest; ``[None]`` for kinds without one."""
+        """Settings of ``nprobe`` or ``efSearch`` to try, cheapest first; ``[None]`` for an index without such a
+        setting.
+        """
         if self.lists is not None:
             return [*(1 << power for power in range((self.lists - 1).bit_length())), self.lists]
         if self._graph is not None:
@@ -161,7 +166,7 @@ class Engine:
         return [None]
 
     def set_effort(self, effort: int | None) -> None:
-        """Use a setting of :meth:`efforts` from here on."""
+        """Search with this setting, one of :meth:`efforts`, from now on."""
         if effort is None:
             return
         if self._inverted is not None:
@@ -170,14 +175,15 @@ class Engine:
             self._graph.hnsw.efSearch = effort
 
     def share(self, effort: int | None) -> float:
-        """About what share of the rows a search with ``effort`` looks at."""
+        """Approximate share of the rows that a search with ``effort`` looks at, 0 to 1."""
         if self.lists is not None:
             return (effort or 1) / self.lists
         return 1.0 if effort is None else min(1.0, 32 * effort / max(1, self.rows))
 
     def search(self, queries_Qd: Float32, count: int) -> NDArray[np.int64]:
-        """(Q, count) places of candidates, best first by the coded vectors; -1 where there are no more. Never more than
-        there are rows; on a GPU at most 2,048.
+        """(Q, count) places of candidates, best first by the coded vectors; -1 where there are no more.
+
+        ``count`` is lowered to the number of rows, and on a GPU to 2,048.
         """
         count = min(count, self.rows) if self.device == "cpu" else min(count, self.rows, MOST_ON_GPU)
         places = [
@@ -196,7 +202,7 @@ class Engine:
 
 
 def _find(index: Any, attribute: str) -> Any:
-    """The index with ``attribute`` inside transforms and refinements; None if there is none."""
+    """The index with ``attribute``, also inside transforms and refinements; None if there is none."""
     faiss = load_faiss()
     while index is not None:
         index = faiss.downcast_index(index)
@@ -207,9 +213,10 @@ def _find(index: Any, attribute: str) -> Any:
 
 
 @contextmanager
-def _asking_for_no_more_than(size: int) -> Iterator[None]:
-    """FAISS believes a file of ``size`` bytes no longer list, and no more turns of a loop, than so many bytes can hold.
-    Releases before 1.14 have no such limit.
+def _read_limit(size: int) -> Iterator[None]:
+    """While this is open, FAISS refuses a file that claims longer vectors, or more loops, than ``size`` bytes can hold.
+
+    Else a damaged file could make it ask for any amount of memory. Releases before 1.14 have no such limit.
     """
     faiss = load_faiss()
     names = [f"deserialization_{kind}_limit" for kind in ("vector_byte", "loop")]
@@ -224,5 +231,5 @@ def _asking_for_no_more_than(size: int) -> Iterator[None]:
 
 
 def _reason(error: RuntimeError | MemoryError) -> str:
-    """FAISS's own words, without the place in its source."""
+    """The message of FAISS, without the place in its source code."""
     return " ".join(str(error).split()).rpartition(".cpp:")[2].partition(": ")[2] or str(error)

@@ -1,4 +1,4 @@
-"""An index of a part, opened: checked first, refused if it is damaged or does not fit what is committed."""
+"""Opening an index of a part. It is checked first, and refused if it is damaged or does not cover what is committed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from query.search.part_score import Metric, Term
 from query.search.search import Ranking
 
 ATTEMPTS = 5
-"""An index that is replaced while it is opened is opened again."""
+"""How often to try to open an index that is replaced while it is being opened."""
 
 
 class AnnIndex:
-    """Made by :meth:`open`. It stays what it is while another one takes its name."""
+    """An open index; :meth:`open` makes it. It stays usable when another index takes its name."""
 
     def __init__(self, part: Part, name: str, manifest: IndexManifest, searcher: Searcher) -> None:
         self.part, self.name, self.manifest = part, name, manifest
@@ -41,24 +41,25 @@ class AnnIndex:
     def open(
         cls, part: Part, name: str | None = None, *, metric: Metric | None = None, device: str = "cpu"
     ) -> AnnIndex:
-        """The index called ``name``; without a name the only one, or the only one for ``metric``.
+        """The index called ``name``; without a name the only one of the part, or the only one for ``metric``.
 
-        Its files are memory-mapped, once their SHA-256 hold. UsageError if there is no such index or several,
-        MismatchError if it is stale (rows were committed since, or it is of other vectors) or of another metric,
-        CorruptError naming the file if one is damaged. Whatever it is, ``ghoststore index`` builds it again.
+        Its files are memory-mapped after their SHA-256 is compared. UsageError if there is no such index or if there
+        are several, or if somebody else built it; MismatchError if it is stale (rows were committed since, or it is of
+        other vectors) or of another metric; CorruptError, with the name of the file, if one is damaged. In each case
+        ``ghoststore index`` builds it again.
         """
         check_device(device)
         name = choose_index(part, metric) if name is None else name
         for _ in range(ATTEMPTS):
             manifest = read_manifest(part, name)
             try:
-                opened = cls._load(part, name, manifest, metric, device)
+                index = cls._load(part, name, manifest, metric, device)
             except CorruptError:
                 if manifest == read_manifest(part, name):
                     raise
                 continue
             if manifest == read_manifest(part, name):
-                return opened
+                return index
         raise MismatchError(f"index {name!r} of part {part.name!r} is being replaced again and again; try later")
 
     @classmethod
@@ -87,14 +88,14 @@ class AnnIndex:
     def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
         """The best and the worst rows of the part for each query of ``term``, with the scores of exact search.
 
-        Rows may be missing from a ranking (see the manifest's ``recall``), none has a score that is not its own.
-        UsageError for what :meth:`refuse` refuses, CorruptError for a damaged row.
+        Some rows may be missing from a ranking (see ``recall`` of the manifest), but the scores of the others are
+        exact. UsageError for what :meth:`refuse` refuses, CorruptError for a damaged row.
         """
         self.refuse([term])
         return self._searcher.search(term, top_k=top_k, bottom_k=bottom_k)
 
     def settings(self) -> dict[str, Any]:
-        """What results say of the index that they came from: which it is, and its measured recall."""
+        """What the settings of a result say about the index: its name, how it searches, and its measured recall."""
         manifest = self.manifest
         return {
             "index": "ann",
@@ -127,7 +128,9 @@ class AnnIndex:
 
 
 def refuse_foreign(part: Part, name: str, manifest: IndexManifest) -> None:
-    """UsageError unless this user built the index: FAISS follows the numbers in its file wherever they lead."""
+    """UsageError unless this user built the index: FAISS trusts the offsets in an index file, and a crafted file could
+    make it read any memory.
+    """
     if not is_own_digest(manifest.digest):
         raise UsageError(
             f"index {name!r} of part {part.name!r} was not built by you on this machine: FAISS reads whatever its file "
@@ -141,17 +144,17 @@ def choose_index(part: Part, metric: Metric | None) -> str:
     names = [name for name in index_names(part) if metric is None or read_manifest(part, name).metric == metric]
     if len(names) == 1:
         return names[0]
-    what = "index" if metric is None else f"index for `metric={metric}`"
+    wanted = "index" if metric is None else f"index for `metric={metric}`"
     if not names:
         command = f"ghoststore index --part {part.name}"
         if metric is not None:
             command = f"ghoststore index --part {part.name} --metric {metric}"
-        raise UsageError(f"part {part.name!r} has no {what}; `{command}` makes one")
-    raise UsageError(f"part {part.name!r} has more than one {what}; choose with `index_name`: {', '.join(names)}")
+        raise UsageError(f"part {part.name!r} has no {wanted}; `{command}` makes one")
+    raise UsageError(f"part {part.name!r} has more than one {wanted}; choose with `index_name`: {', '.join(names)}")
 
 
 def _table(path: Path, part: Part) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """The rows file, memory-mapped; CorruptError if it names rows that the part cannot have."""
+    """The table of rows (:data:`ROW`), memory-mapped; CorruptError if it names rows that the part cannot have."""
     table: np.ndarray[tuple[int], np.dtype[np.void]] = np.memmap(path, dtype=ROW, mode="r")
     rows = table["row"]
     if rows[0] < 0 or rows[-1] >= part.layout.rows or bool((rows[1:] <= rows[:-1]).any()):

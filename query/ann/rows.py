@@ -1,7 +1,7 @@
-"""Single rows of a part at random, each checked against a digest that the index keeps.
+"""Random access to single rows of a part, each checked against a digest in the index.
 
-A chunk's own checksum covers the whole chunk: reading a few hundred rows of a large part through it would read nearly
-all of it.
+The checksum of a chunk covers the whole chunk. With that check alone, a few hundred rows of a large part would take
+reading nearly all of the part.
 
 Legend: R rows, D numbers of a vector.
 """
@@ -25,25 +25,25 @@ from ghoststore.store.part.index_manifest import ROW_BYTES
 from ghoststore.store.spans.layout import chunk_keys
 
 ROW = np.dtype([("row", "<i8"), ("digest", "<u8"), ("length", "<f8")])
-"""One row of an index: its row in the part, :func:`digest_of` its numbers, its Euclidean length as stored."""
+"""One row of an index: its row in the part, the :func:`digest_of` its numbers, and its Euclidean length."""
 assert ROW.itemsize == ROW_BYTES
 
 
 def digest_of(row_D: NDArray[np.float32]) -> int:
-    """xxh3-64 of a row's numbers as little-endian float32, whatever they are stored as."""
+    """xxh3-64 of a row's numbers as little-endian float32, whatever their stored encoding."""
     return xxhash.xxh3_64_intdigest(row_D.astype("<f4", copy=False).data)
 
 
 class CheckedRows:
-    """Reads rows of ``part`` that are in the table of an index."""
+    """Reads and checks rows of ``part`` that are in ``table``, the :data:`ROW` table of an index."""
 
     def __init__(self, part: Part, table: NDArray[np.void]) -> None:
         self.part, self.table = part, table
 
     def read(self, places: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """(R, D) float32 of the rows at ``places`` of the table, in their order; ascending is fastest.
+        """(R, D) float32: the rows at ``places`` of the table, in this order. Ascending places are fastest.
 
-        CorruptError naming the chunk for a row that is not what was indexed.
+        CorruptError, with the name of the chunk, for a row that differs from what was indexed.
         """
         entries = self.table[np.asarray(places, dtype=np.int64)]
         rows, digests = entries["row"].tolist(), entries["digest"].tolist()
@@ -63,7 +63,7 @@ class CheckedRows:
         return self.part.path / key
 
     def _stored(self, array: str, rows: list[int]) -> NDArray[Any]:
-        """(R, columns) of an array of numbers, as stored, read row by row."""
+        """(R, columns): rows of the array called ``array``, as stored, read row by row."""
         spec = self.part.spec(array)
         size = spec.width * spec.dtype.itemsize
         stored = np.empty((len(rows), spec.width), dtype=spec.dtype)

@@ -1,6 +1,6 @@
-"""What FAISS sees of vectors and queries, its candidates, and their exact scores by the vectors.
+"""Searching with an index: vectors as they go into FAISS, the candidates it finds, and their exact scores.
 
-Legend: Q queries, R rows (or queries), D numbers of a vector, d numbers that FAISS sees, C candidates of a query.
+Legend: Q queries, R rows (or queries), D numbers of a vector, d numbers of a vector in FAISS, C candidates of a query.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from query.search.part_score import Metric, Term
 from query.search.search import Ranking, pair_scores
 
 OVERSAMPLE = 4
-"""At least so many candidates are scored for each row that is asked for."""
+"""Least number of candidates for each row of the ranking."""
 BATCH_BYTES = 32 << 20
-"""Of the float32 rows that are in memory at once."""
+"""Bytes of float32 rows in memory at once."""
 
 
 def front_key(dimension: int) -> str:
-    """What the sketch of vectors of ``dimension`` numbers is drawn from."""
+    """The seed text of the sketch of vectors of ``dimension`` numbers."""
     return f"ghoststore/1|index|front|n={dimension}"
 
 
 class Front:
-    """Scales rows (to length 1 for the cosine) and, where ``key`` is given, sketches them to d numbers.
+    """Turns vectors into what goes into FAISS: scaled (to length 1 for the cosine) and, with a ``key``, sketched to d
+    numbers.
 
-    The sketch keeps inner products in the mean, with a standard error of about ‖x‖‖y‖/√d.
+    The sketch keeps inner products in expectation, with a standard error of about ‖x‖‖y‖/√d.
     """
 
     def __init__(self, dimension: int, front_dimension: int, key: str | None, metric: Metric, scale: float) -> None:
@@ -41,18 +42,18 @@ class Front:
         self._sketch = None if key is None else Sketch(key, dimension, front_dimension)
 
     def rows(self, rows_RD: Tensor) -> NDArray[np.float32]:
-        """(R, d) of rows, float32, contiguous."""
+        """(R, d) float32, contiguous: rows to add to FAISS."""
         if self.metric == "cosine":
             return self._sketched(_unit(rows_RD))
         return self._sketched(rows_RD * self.scale)
 
     def queries(self, queries_RD: Tensor) -> NDArray[np.float32]:
-        """(R, d) of queries, whose length does not matter: each is scaled to 1."""
+        """(R, d) float32: queries for FAISS, each scaled to length 1, because lengths do not change a ranking."""
         return self._sketched(_unit(queries_RD).float())
 
     def _sketched(self, rows_RD: Tensor) -> NDArray[np.float32]:
-        seen = rows_RD if self._sketch is None else self._sketch(rows_RD)
-        return np.ascontiguousarray(seen.numpy(), dtype=np.float32)
+        numbers_Rd = rows_RD if self._sketch is None else self._sketch(rows_RD)
+        return np.ascontiguousarray(numbers_Rd.numpy(), dtype=np.float32)
 
 
 def _unit(rows_RD: Tensor) -> Tensor:
@@ -61,26 +62,27 @@ def _unit(rows_RD: Tensor) -> Tensor:
 
 
 def power_of_two(length: float) -> float:
-    """The power of two by which a vector of that ``length`` comes to a length of about 1; 1 for length zero."""
+    """The power of two that scales a vector of that ``length`` to about 1; 1 for length zero."""
     return 2.0 ** -round(math.log2(length)) if length > 0 else 1.0
 
 
 class Searcher:
-    """Ranks rows as ``query.search.search.search`` does, of the candidates alone: equal scores, bit for bit."""
+    """Ranks the candidates of an index as ``query.search.search.search`` ranks all rows, with bit-identical scores."""
 
     def __init__(self, engine: Engine, front: Front, rows: CheckedRows, candidates: int) -> None:
         self.engine, self.front, self.rows = engine, front, rows
         self.candidates = candidates
 
     def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
-        """The best ``top_k`` and the worst ``bottom_k`` candidates for each query of ``term``, equal scores by lower
-        row. Where there are fewer rows, ``rows`` ends in -1.
+        """The best ``top_k`` and the worst ``bottom_k`` candidates for each query of ``term``; equal scores by lower
+        row.
 
-        Raises CorruptError for a damaged row.
+        If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged row.
         """
         return self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
 
     def _best(self, term: Term, k: int, sign: float) -> Ranking:
+        """The ``k`` candidates of each query with the highest ``sign`` × score."""
         queries = len(term.queries_QD)
         rows_Qk, scores_Qk = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), -sign * np.inf)
         if k == 0 or queries == 0:
@@ -94,15 +96,15 @@ class Searcher:
         scores_QC = self._scores(term, places_QC)
         rows_QC = np.where(places_QC >= 0, self.rows.table["row"][places_QC], -1)
         count = min(k, places_QC.shape[1])
-        # Places without a candidate come last, whatever the sign.
+        # Entries without a candidate come last, whatever the sign.
         order_QC = np.lexsort((rows_QC, -sign * scores_QC, places_QC < 0), axis=1)[:, :count]
         rows_Qk[:, :count] = np.take_along_axis(rows_QC, order_QC, axis=1)
-        kept_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
-        scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, kept_QC, -sign * np.inf)
+        best_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
+        scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, best_QC, -sign * np.inf)
         return Ranking(rows_Qk, scores_Qk)
 
     def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(Q, C): exact scores; each row is read once."""
+        """(Q, C) float64: the exact scores of the candidates. Each row is read once."""
         units_Q = term.lengths
         unit_QD = term.queries_QD / torch.from_numpy(units_Q).unsqueeze(1)
         query, column = np.nonzero(places_QC >= 0)
@@ -111,17 +113,21 @@ class Searcher:
         scores_QC = np.zeros(places_QC.shape)
         batch = max(1, BATCH_BYTES // (4 * unit_QD.shape[1]))
         for first in range(0, len(places), batch):
-            some = places[first : first + batch]
-            begin, end = np.searchsorted(place_of_pair[pairs], (first, first + len(some)))
-            some_pairs = pairs[begin:end]
-            queries = query[some_pairs]
-            scores_QC[queries, column[some_pairs]] = pair_scores(
-                self.rows.read(some), self._factors(term, some), unit_QD, place_of_pair[some_pairs] - first, queries
+            batch_places = places[first : first + batch]
+            begin, end = np.searchsorted(place_of_pair[pairs], (first, first + len(batch_places)))
+            batch_pairs = pairs[begin:end]
+            queries = query[batch_pairs]
+            scores_QC[queries, column[batch_pairs]] = pair_scores(
+                self.rows.read(batch_places),
+                self._factors(term, batch_places),
+                unit_QD,
+                place_of_pair[batch_pairs] - first,
+                queries,
             )
         return np.asarray(scores_QC * units_Q[:, None])
 
     def _factors(self, term: Term, places: NDArray[np.int64]) -> Tensor:
-        """What the products of rows are multiplied with, as ``query.search.search.RowFacts`` has it."""
+        """The factors of rows, equal to those of ``query.search.search.RowFacts``."""
         length = self.rows.table["length"][places]
         scaled = term.weight / np.where(length > 0, length, 1.0)
         return torch.from_numpy(scaled if term.metric == "cosine" else np.full(len(places), term.weight))

@@ -1,1 +1,1 @@
-"""What an answer holds, and the forms it is written in."""
+"""The results of a query, and the files and pages that they are written to."""

@@ -1,7 +1,7 @@
-"""What each layer adds to a score: ⟨query, row⟩ cut at the borders of the blocks.
+"""What each layer adds to a score: ⟨query, row⟩ as a sum over the blocks of the layers.
 
-Where a part keeps one sketch of all layers together, the model recomputes the blocks before the sketch, of the val set
-and of the rows concerned.
+Some parts keep one sketch of all layers together. Then the model recomputes the blocks before the sketch, for the val
+set and for the rows shown.
 
 Legend: Q queries, R rows, D numbers of a vector, G layers.
 """
@@ -25,29 +25,30 @@ from query.search.search import RowFacts
 from query.search.vectors import PartVectors
 
 MOST_VAL_VECTORS = 256
-"""Of blocks before the sketch, which are large."""
+"""Most val vectors to recompute before the sketch, where they are large."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contributions:
-    """What layers add to scores."""
+    """What each layer adds to the scores of the rows shown."""
 
     layers: list[str]
     of: list[dict[int, NDArray[np.float64]]]
-    """For each ranking: row to (G,); empty for a combined ranking that is no sum over layers."""
+    """For each ranking a dictionary of row to (G,). It is empty for a combined ranking that is no sum over layers."""
     note: str
-    """How they came about, for a reader."""
+    """A sentence for the reader: how the contributions were computed."""
 
 
 def contributions(scorer: Scorer, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions | str:
-    """For ``rows`` of each of the rankings of ``scorer``. Where that is not possible, as without the corpus behind a
-    sketched part: the reason, in words.
+    """The contributions to the scores of ``rows[i]`` in ranking i of ``scorer``.
+
+    Where they cannot be computed (a sketched part whose corpus is gone, for example), the reason as a phrase.
     """
     extra = len(scorer.names) - len(scorer.terms[0].queries_QD)
     queries = [place - extra if place >= extra else None for place in range(len(rows))]
     if not scorer.part.sketched_together:
         layers = [scorer.part.groups[place][0] for place in _layers(scorer.terms[0])]
-        of = [_by_vectors(scorer.terms, query, some) for query, some in zip(queries, rows, strict=True)]
+        of = [_by_vectors(scorer.terms, query, ranking_rows) for query, ranking_rows in zip(queries, rows, strict=True)]
         return Contributions(layers, of, "To the similarity: they sum to it.")
     if not recomputable(scorer.question, len(scorer.terms)):
         return "the part keeps one sketch of all layers, and scores are of several parts or preconditioned"
@@ -55,12 +56,14 @@ def contributions(scorer: Scorer, rows: Sequence[Sequence[int]], progress: Progr
         return f"there are more than {MOST_VAL_VECTORS} val vectors, and the part keeps one sketch of all layers"
     try:
         return _by_blocks(scorer, queries, rows, progress)
-    except (UsageError, MismatchError) as error:  # model and val set are those of a moment ago: it is the corpus
+    except (UsageError, MismatchError) as error:  # model and val set have just been used: only the corpus can fail
         return f"the part keeps one sketch of all layers, and its rows cannot be computed again ({error})"
 
 
 def recomputable(question: Question, parts: int) -> bool:
-    """Whether scores are inner products, or cosines, of the gradients of one part."""
+    """Whether scores are plain inner products or cosines of one part's gradients, so that recomputed blocks
+    give them.
+    """
     return parts == 1 and question.precondition == "none"
 
 
@@ -69,7 +72,7 @@ def _layers(term: Term) -> Sequence[int]:
 
 
 def _by_vectors(terms: Sequence[Term], query: int | None, rows: Sequence[int]) -> dict[int, NDArray[np.float64]]:
-    """Row to (G,) for one query, from the blocks of the part's vectors."""
+    """Dictionary of row to (G,) for one query, from the blocks of the stored vectors."""
     if query is None or not rows:
         return {}
     ascending = sorted(rows)
@@ -78,14 +81,14 @@ def _by_vectors(terms: Sequence[Term], query: int | None, rows: Sequence[int]) -
         facts = RowFacts.for_term(term)
         factor = np.array([facts.of(row, row + 1)[2][0] for row in ascending])
         columns = [term.part.groups[place][1:] for place in _layers(term)]
-        total += _cut(PartVectors(term.part).gather(ascending), term.queries_QD[query], columns) * factor[:, None]
+        total += _by_layer(PartVectors(term.part).gather(ascending), term.queries_QD[query], columns) * factor[:, None]
     return dict(zip(ascending, total, strict=True))
 
 
 def _by_blocks(
     scorer: Scorer, queries: Sequence[int | None], rows: Sequence[Sequence[int]], progress: Progress
 ) -> Contributions:
-    """From blocks before the sketch, which the model computes of the val set and of the rows."""
+    """Contributions from blocks before the sketch, which the model recomputes for the val set and the rows."""
     assert scorer.encoder is not None
     assert scorer.val_set is not None
     encoder, question = scorer.encoder.unsketched(), scorer.question
@@ -98,19 +101,19 @@ def _by_blocks(
         queries_QD = with_mean(queries_QD)
     columns = [(start, stop) for _, start, stop in encoder.groups]
     of: list[dict[int, NDArray[np.float64]]] = []
-    for query, some in zip(queries, rows, strict=True):
-        if query is None or not some:
+    for query, ranking_rows in zip(queries, rows, strict=True):
+        if query is None or not ranking_rows:
             of.append({})
             continue
-        rows_RD = encoder.recompute(some).double()
+        rows_RD = encoder.recompute(ranking_rows).double()
         if cosine:
             rows_RD = rows_RD / rows_RD.norm(dim=1, keepdim=True).clamp_min(np.finfo(np.float64).tiny)
-        of.append(dict(zip(some, _cut(rows_RD, queries_QD[query], columns), strict=True)))
+        of.append(dict(zip(ranking_rows, _by_layer(rows_RD, queries_QD[query], columns), strict=True)))
     note = "To the similarity, computed again before the sketch, which moves it a little: they sum to what it was."
     return Contributions([name for name, _, _ in encoder.groups], of, note)
 
 
-def _cut(rows_RD: Tensor, query_D: Tensor, columns: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
-    """(R, G): the product of each row with the query, layer by layer."""
+def _by_layer(rows_RD: Tensor, query_D: Tensor, columns: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    """(R, G): the product of each row with the query in each layer."""
     product_RD = rows_RD.double() * query_D.double()
     return np.asarray(torch.stack([product_RD[:, start:stop].sum(1) for start, stop in columns], dim=1).numpy())

@@ -1,4 +1,4 @@
-"""``ghoststore.query``: a val set to the samples whose gradients point the same way."""
+"""``ghoststore.query``: the training samples whose gradients point the same way as those of a val set."""
 
 from __future__ import annotations
 
@@ -26,36 +26,38 @@ from query.search.parts import note_repeated, open_parts, part_names
 
 @takes(QueryOptions)
 def query(options: QueryOptions) -> QueryResult:
-    """The training samples most (``top_k``) and least (``bottom_k``) similar to ``val_set``.
+    """The training samples most similar (``top_k``) and least similar (``bottom_k``) to ``val_set``.
 
-    With ``each`` one ranking for every val sample, else one for their mean gradient. ``metric`` is ``dot`` or
-    ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers of a part
-    of plain Kronecker blocks. The val set goes through the model, tokenization and projection that the part's
-    manifest names. Checkpoint, tokenizer and corpus (for texts) are read from ``checkpoint``, ``tokenizer`` and
-    ``data``; by default where this user's own build read them, for a store from elsewhere may name anything.
+    There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. ``metric`` is
+    ``dot`` or ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the
+    part must then keep plain Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization
+    and projection that the part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the
+    checkpoint, the tokenizer and the corpus (for texts). The default is where the user's own build read them; paths in
+    a store that somebody else made are not followed.
 
-    ``group_field`` names a field of the val set: one ranking for the mean gradient of each group, and before them one
-    called ``combined``: by the ``mean`` or the ``max`` of a row's scores over the groups, or by ``rank-fusion``
-    (reciprocal ranks).
+    ``group_field`` names a field of the val set. There is one ranking for the mean gradient of each group. The first
+    ranking is then ``combined``, over all groups: by the ``mean`` or the ``max`` of a row's scores over the groups, or
+    by ``rank-fusion`` (reciprocal ranks). ``combine`` says which.
 
-    Several names as ``part`` are builds of the same rows at successive checkpoints: the score is the sum of theirs
-    (TracIn, LESS), weighted by ``part_weights``: ``learning-rate`` (of the checkpoints, the default), ``equal``, or a
-    number each.
+    ``part`` may name several parts: builds of the same rows at successive checkpoints. The score is the weighted sum of
+    their scores (TracIn, LESS). ``part_weights`` is ``learning-rate`` (of each checkpoint, the default), ``equal``, or
+    one number for each part.
 
-    ``precondition="second-moment"`` scores with qᵀ (H + λI)⁻¹ g, H the second moment of the part's rows by block and λ
-    = ``damping`` (default 0.1) × the mean eigenvalue of H; the cosine is then that of this metric. H is computed by one
-    scan and cached.
+    ``precondition="second-moment"`` scores with qᵀ (H + λI)⁻¹ g. H is the second moment of the part's rows in each
+    block, and λ = ``damping`` (default 0.1) × the mean eigenvalue of H. The cosine is then that of this metric. H is
+    computed by one scan and cached.
 
-    ``with_scores`` names a training run of the store whose values (Σ η·score of a sample) are blended with the
-    similarities: (1 - W)·z(similarity) + W·z(value), W = ``score_weight`` (default 0.5), z standardised over the rows
-    that have both. At W = 0 rows are ranked by similarity alone, at 1 by value alone; rows without a value are left out
-    unless W is 0.
+    ``with_scores`` names a training run of the store. Its values (Σ η·score of a sample) are blended with the
+    similarities: (1 - W)·z(similarity) + W·z(value), where W is ``score_weight`` (default 0.5) and z standardises over
+    the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are left
+    out unless W is 0.
 
-    ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made (called ``index_name``; default:
-    the only one for the metric) and scores them exactly; its measured recall is among the settings.
+    ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
+    ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
+    the result.
 
-    ``rerank`` is a number of candidates: the gradients of the best (and worst) so many rows by the stored vectors are
-    computed again by the model, and ranked by their exact scores. For parts whose vectors are codes of few bits.
+    ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
+    anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
@@ -66,8 +68,8 @@ def query(options: QueryOptions) -> QueryResult:
 
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
-    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for
-    another checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+    Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
+    another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
@@ -95,7 +97,7 @@ def _answer(
     page: Path | None,
     progress: Progress,
 ) -> QueryResult:
-    """The answer to ``question``; ``settings`` are how rows are ranked: index, rerank, top_k, bottom_k."""
+    """The answer to ``question``. ``settings`` say how rows are ranked: index, rerank, top_k, bottom_k."""
     rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
@@ -125,7 +127,9 @@ def _answer(
 
 
 def _refuse_index(question: Question) -> None:
-    """UsageError for scores that no index has: before any work, and before one is built that would not help."""
+    """UsageError for scores that no index can give. It comes before any work, so that nobody builds an
+    index in vain.
+    """
     parts = len(part_names(question.part))
     if parts > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
@@ -135,8 +139,10 @@ def _refuse_index(question: Question) -> None:
 
 
 def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | None:
-    """What `ghoststore.fidelity` measured of rankings like this one; None where it has not, or where the score is
-    another: of some layers, several parts, preconditioned or blended.
+    """What `ghoststore.fidelity` measured for rankings like this one.
+
+    None where nothing was measured, and where the score is of another kind than measured: of some layers, of several
+    parts, preconditioned or blended.
     """
     question = scorer.question
     plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None

@@ -27,17 +27,20 @@ from query.search.search import Ranking
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_RANKINGS = 30
 MOST_CHARACTERS = 4000
-"""Of a sample's text."""
+"""Characters shown of a sample's text."""
 STRONGEST = 3
-"""Layers that are named beside a sample."""
+"""Layers named beside a sample: those that add most to its score."""
 WIDTH, HEIGHT, TOP, BINS = 480, 150, 10, 60
-"""Of a histogram, in units of its picture."""
+"""Size of a histogram and the margin above it, in units of the SVG picture; and its number of bins."""
 
 
 def write_report(
     path: Path, scorer: Scorer, result: QueryResult, rankings: Sequence[Ranking], progress: Progress
 ) -> None:
-    """Write the page. Reads every row's score once more; for a sketched part ``scorer`` must keep its model."""
+    """Write ``result`` as a page to the new file ``path``.
+
+    Computes the score of every row, for the histograms. For a sketched part ``scorer`` must keep its model.
+    """
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
@@ -58,13 +61,13 @@ def write_report(
             {
                 "name": ranking.query,
                 "title": titles.get(ranking.query, ranking.query),
-                "hits": _hits(ranking.hits, some, layers, place),
+                "hits": _hits(ranking.hits, hit_rows, layers, place),
                 "bottom": _hits(ranking.bottom, [], layers, place),
                 "histogram": histogram(scores[place], ranking.hits),
-                "domains": _domains(scorer.part, some, domains),
+                "domains": _domains(scorer.part, hit_rows, domains),
                 "layers": _mean_layers(layers, place),
             }
-            for place, (ranking, some) in enumerate(zip(shown, rows, strict=True))
+            for place, (ranking, hit_rows) in enumerate(zip(shown, rows, strict=True))
         ],
         "layers_note": layers.note if isinstance(layers, Contributions) else "",
         "left_out": _left_out(result, layers),
@@ -82,17 +85,20 @@ def write_report(
 
 
 def number(value: float) -> str:
-    """Four digits."""
+    """``value`` with four significant digits."""
     return f"{value:.4g}"
 
 
 def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, Any] | None:
-    """Bins as rectangles, the place of zero, and that of the lowest of ``hits``; None without a finite score."""
+    """A histogram's bins as rectangles (x, y, width, height), and x of zero and of the lowest score of ``hits``.
+
+    None without a finite score.
+    """
     finite = scores_N[np.isfinite(scores_N)]
     if not len(finite):
         return None
     low, high = float(finite.min()), float(finite.max())
-    spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # else bins are as fine as rounding
+    spread = high - low if high - low > 1e-12 * max(abs(low), abs(high)) else 0.0  # less is rounding
     shares = (finite - low) / spread if spread else np.full(len(finite), 0.5)
     counts, _ = np.histogram(shares, BINS, (0.0, 1.0))
     tall = HEIGHT * np.log1p(counts) / np.log1p(counts.max())
@@ -118,7 +124,10 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
 
 
 def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Each domain's share of ``rows`` and of ``all_rows``, as counts, the largest first; empty without domains."""
+    """Each domain's share of ``rows`` and of all rows, the largest first; empty without domains.
+
+    ``all_rows`` counts the rows of each domain; the first count is of rows without one.
+    """
     names = part.domains
     if not names or not rows:
         return []
@@ -152,7 +161,7 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
 
 
 def _mean_layers(layers: Contributions | str, ranking: int) -> list[dict[str, Any]]:
-    """One bar a layer, in the order of the model: the mean over the rows listed."""
+    """One bar for each layer, in the order of the model: the mean contribution over the rows shown."""
     if isinstance(layers, str) or not layers.of[ranking]:
         return []
     mean = np.mean(list(layers.of[ranking].values()), axis=0)
@@ -170,7 +179,7 @@ def _mean_layers(layers: Contributions | str, ranking: int) -> list[dict[str, An
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Paths without the components that all of them begin with."""
+    """The names without the components that all of them begin with."""
     paths = [name.split(".") for name in names]
     shared = 0
     while all(len(path) > shared + 1 for path in paths) and len({path[shared] for path in paths}) == 1:

@@ -1,4 +1,4 @@
-"""Results of a query: what they hold, how rows of rankings become them, and the forms they are written in."""
+"""The results of a query: their fields, how they are made from rankings, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Hit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendedHit(Hit):
-    """A row of a ranking by ``with_scores``: ``score`` is the blend of these two."""
+    """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
 
     similarity: float
     """The cosine or dot product."""
     value: float | None
-    """Σ η·score in the training run; None without one."""
+    """Σ η·score of the sample in the training run; None where the run has no score of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +54,27 @@ class RunHit(Hit):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryHits:
-    """The rankings of one query: ``"mean"``, or the id of a val sample."""
+    """The best and the worst rows for one query. ``query`` is ``"mean"``, a val sample's id, or a group's name."""
 
     query: str
     """Of a run's own val gradients ``"own"``."""
     val_row: int | None = None
-    """Place of the val sample in the val set, from 0, which its id need not tell; None for a mean."""
+    """Place of the val sample in the val set, counted from 0, because ids may repeat; None for a mean."""
     hits: Sequence[Hit]
     bottom: Sequence[Hit]
-    """Lowest scores, lowest first; empty unless asked for."""
+    """The rows with the lowest scores, lowest first; empty without ``bottom_k``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryResult:
-    """What ``ghoststore.query`` returns."""
+    """What ``ghoststore.query`` returns: one :class:`QueryHits` for each query, and the settings they came from."""
 
     store: str
     settings: dict[str, Any]
     results: list[QueryHits]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore query --json`` prints; ``bottom`` only where it was asked for."""
+        """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
         results = [asdict(result) for result in self.results]
         for result in results:
             if not self.settings.get("bottom_k"):
@@ -82,20 +82,23 @@ class QueryResult:
         return {"store": self.store, "settings": self.settings, "results": results}
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Flat rows: query, its val row, list (top or bottom) and the fields of a hit."""
+        """One flat row for each hit: query, val_row, list (``top`` or ``bottom``) and the fields of the hit."""
         for result in self.results:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
                     yield {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
 
     def write(self, path: str | Path) -> None:
-        """Write to a new file: ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``."""
+        """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
+
+        UsageError for another suffix, or if the file exists.
+        """
         columns = {"query": str, "val_row": int, "list": str, **columns_of(self._hit)}
         write_result(path, self.to_json, columns, self.rows())
 
     @property
     def _hit(self) -> type[Hit]:
-        """What the hits are."""
+        """The class of the hits."""
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
 
 
@@ -107,10 +110,10 @@ def hits_of(
     blend: Blend | None = None,
     data: str | Path | None = None,
 ) -> list[list[list[Hit]]]:
-    """For each of ``rankings``, for each of its queries, the hits. Every row's data are read once.
+    """The hits as ``[ranking][query][rank]``. The data of each row are read once.
 
-    Without ``text`` texts are not looked up; ``data`` is where the user says the corpus is. With ``blend`` a hit shows
-    similarity and value too.
+    ``text`` says whether to look up texts, in the corpus that the user gives as ``data`` or in the recorded one. With
+    ``blend`` a hit has similarity and value too.
     """
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}

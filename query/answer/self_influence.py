@@ -19,40 +19,41 @@ from query.search.second_moment import DampedInverse, checked_damping
 def self_influence(options: SelfInfluenceOptions) -> QueryResult:
     """The rows with the highest (``top_k``) and lowest (``bottom_k``) self-influence gᵀ (H + λI)⁻¹ g.
 
-    H is the second moment of the part's rows by block, λ = ``damping`` (default 0.1) × its mean eigenvalue. High are
-    samples unlike the rest that the model has not learned: rare, noisy or mislabelled ones (Koh, Liang 2017; TracIn,
-    Pruthi et al. 2020). Cosines are not offered: each sample's with itself is 1. No model is loaded.
+    H is the second moment of the part's rows in each block, and λ = ``damping`` (default 0.1) × its mean eigenvalue.
+    Samples score high that are unlike the rest and that the model has not learned: rare, noisy or mislabelled ones
+    (Koh, Liang 2017; TracIn, Pruthi et al. 2020). There is no cosine: that of a sample with itself is 1. No model is
+    loaded.
 
-    Raises UsageError for a part without a usable row, patterns that fit nothing, and a damping under which H + λI is
-    singular; CorruptError for damaged rows.
+    Raises UsageError for a part without a usable row, for patterns that match no layer, and for a damping that leaves
+    H + λI singular; CorruptError for damaged rows.
     """
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
-    (opened,), _ = open_parts(options.store, options.part, None, progress)
-    note_repeated(opened, progress)
-    groups = choose_groups(opened, options.layers, options.exclude_layers)
-    inverse = DampedInverse(opened, checked_damping(options.damping), progress, resolve_device(options.device))
+    (part,), _ = open_parts(options.store, options.part, None, progress)
+    note_repeated(part, progress)
+    groups = choose_groups(part, options.layers, options.exclude_layers)
+    inverse = DampedInverse(part, checked_damping(options.damping), progress, resolve_device(options.device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
-    opened.refuse_hollow()
-    scores_QN = np.full((1, opened.layout.rows), np.nan)
-    usable = opened.row_numbers[opened.usable()]
+    part.refuse_hollow()
+    scores_QN = np.full((1, part.layout.rows), np.nan)
+    usable = part.row_numbers[part.usable()]
     scores_QN[0, usable] = scores[usable]
-    counts = (min(options.top_k, opened.rows), min(options.bottom_k, opened.rows))
+    counts = (min(options.top_k, part.rows), min(options.bottom_k, part.rows))
     rankings = (rankings_of(scores_QN, counts[0]), rankings_of(scores_QN, counts[1], sign=-1.0))
-    best, worst = hits_of(opened, rankings, options.text, progress, data=options.data)
+    best, worst = hits_of(part, rankings, options.text, progress, data=options.data)
     return QueryResult(
         store=str(options.store),
         settings={
-            "part": opened.name,
+            "part": part.name,
             "metric": "self-influence",
             "precondition": "second-moment",
             "damping": inverse.damping,
             "mean_eigenvalue": inverse.moment.mean_eigenvalue,
             "layers": list(options.layers),
             "exclude_layers": list(options.exclude_layers),
-            "rows": opened.rows,
-            "repeated_ids": opened.repeated_ids,
+            "rows": part.rows,
+            "repeated_ids": part.repeated_ids,
             "top_k": options.top_k,
             "bottom_k": options.bottom_k,
         },

@@ -1,1 +1,1 @@
-"""A question: its val set, its parts, and the scores that answer it."""
+"""From a question (a val set and parts of a store) to the scores that answer it."""

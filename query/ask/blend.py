@@ -1,4 +1,4 @@
-"""Similarity blended with what samples were worth while the model trained: ``ghoststore query --with-scores``.
+"""Similarity blended with the training-time value of samples: ``ghoststore query --with-scores``.
 
 score = (1 − W)·z(similarity) + W·z(value), with z(x) = (x − mean) ÷ standard deviation over the rows that have both.
 The value is Σ η·score of the row's sample in a training run.
@@ -34,7 +34,7 @@ JoinedBy = Literal["sample", "window"]
 
 
 def checked_weight(weight: float | None) -> float:
-    """``score_weight``; UsageError outside 0 to 1."""
+    """``weight``, by default 0.5; UsageError unless it lies between 0 and 1."""
     if weight is None:
         return DEFAULT_WEIGHT
     if not 0 <= weight <= 1:
@@ -44,10 +44,10 @@ def checked_weight(weight: float | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RowValues:
-    """The value of every row of a part in a run."""
+    """The training-time value of every row of a part in one run."""
 
     value: NDArray[np.float64]
-    """(N,): NaN without a score."""
+    """(N,): Σ η·score; NaN for a row without a score."""
     joined_by: JoinedBy
     steps: int
     """Committed steps of the run."""
@@ -68,7 +68,7 @@ class Blend:
 
     @classmethod
     def of(cls, similarity_QN: NDArray[np.float64], values: RowValues, score_weight: float | None) -> Blend:
-        """UsageError where no row has both, or for a weight outside 0 to 1."""
+        """Blend them. UsageError if no row has both, and for a weight outside 0 to 1."""
         weight = checked_weight(score_weight)
         scores, rows = blended(similarity_QN, values.value, weight)
         return cls(similarity_QN, values, scores, rows, weight)
@@ -79,7 +79,7 @@ class Blend:
         return int(np.isfinite(self.similarity[0]).sum()) - self.rows
 
     def settings(self, run: str | None) -> dict[str, Any]:
-        """What the result says of it."""
+        """What the settings of a result say about the blend."""
         return {
             "with_scores": run,
             "score_weight": self.weight,
@@ -92,7 +92,7 @@ class Blend:
         }
 
     def note_left_out(self, run: str | None, progress: Progress) -> None:
-        """Say how many rows ``run`` has no score of."""
+        """Say how many usable rows have no score in ``run``."""
         if self.without_score:
             fate = "left out" if self.weight > 0 else "ranked by similarity, as all are"
             progress.note(
@@ -103,7 +103,7 @@ class Blend:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Which samples rows are. One entry each."""
+    """Which sample, and which window of it, each row is: three arrays with one entry a row."""
 
     source_row: NDArray[np.int64]
     window_start: NDArray[np.int64]
@@ -113,10 +113,11 @@ class _Rows:
 def values_of_rows(
     part: Part, run: Run, progress: Progress, group: str | None = None, data: str | Path | None = None
 ) -> RowValues:
-    """The value of each committed row of ``part`` in ``run``, joined by the sample's place in the corpus: for the whole
-    val set, or one val ``group``.
+    """The value of each committed row of ``part`` in ``run``: for the whole val set, or for one val ``group``.
 
-    By window where both cut long samples into the same windows; otherwise each row has the value of its whole sample.
+    Rows of part and run are joined by the sample's place in the corpus. Where both cut long samples into the same
+    windows they are joined by window; otherwise each row has the value of its whole sample.
+
     MismatchError if part and run are not of the same samples, UsageError for a run without steps.
     """
     window = window_of(run, None)
@@ -132,12 +133,12 @@ def values_of_rows(
             task.advance(piece.stop - piece.start)
     part.refuse_hollow()
     value = np.full(part.layout.rows, np.nan)
-    value[part.row_numbers] = join(*_keys(rows, _taken(table, units.first_row), joined_by), sums.values("cumulative"))
+    value[part.row_numbers] = join(*_keys(rows, _rows_at(table, units.first_row), joined_by), sums.values("cumulative"))
     return RowValues(value, joined_by, run.steps)
 
 
 def windowed_alike(part: Part, run: Run) -> bool:
-    """Whether both cut long samples into windows, and into the same ones."""
+    """Whether part and run cut long samples into the same windows."""
     tokens, training = part.manifest["tokens"], run.manifest["training"]
     same = bool(
         part.manifest["tokenizer"]["fingerprint"] == run.manifest["tokenizer"]["fingerprint"]
@@ -148,7 +149,7 @@ def windowed_alike(part: Part, run: Run) -> bool:
 
 
 def join(wanted: NDArray[Any], keys: NDArray[Any], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The value of each of the ``wanted`` keys; NaN where it is not among ``keys``, which are all different."""
+    """The value of each of the ``wanted`` keys; NaN for a key that is not among ``keys``. No two ``keys`` are equal."""
     if not len(keys):
         return np.full(len(wanted), np.nan)
     order = np.argsort(keys, kind="stable")
@@ -159,9 +160,9 @@ def join(wanted: NDArray[Any], keys: NDArray[Any], values: NDArray[np.float64]) 
 def blended(
     similarity_QN: NDArray[np.float64], value_N: NDArray[np.float64], weight: float
 ) -> tuple[NDArray[np.float64], int]:
-    """((Q, N) blended scores, rows that have both). NaN where a row does not take part.
+    """(Q, N) blended scores, and the number of rows with both similarity and value.
 
-    Rows without a value take part where ``weight`` is 0. UsageError if no row has both.
+    A row without a value has the score NaN, unless ``weight`` is 0. UsageError if no row has both.
     """
     scores = np.full_like(similarity_QN, np.nan)
     both_QN = np.isfinite(similarity_QN) & np.isfinite(value_N)
@@ -178,7 +179,7 @@ def blended(
 
 
 def rankings_of(scores_QN: NDArray[np.float64], k: int, sign: float = 1.0) -> Ranking:
-    """The ``k`` highest of ``sign`` × ``scores_QN``; rows are -1 past the last."""
+    """The ``k`` rows with the highest ``sign`` × ``scores_QN`` for each query; NaN never ranks, and rows end in -1."""
     rows = np.full((len(scores_QN), k), -1, dtype=np.int64)
     scores = np.full((len(scores_QN), k), np.nan)
     for query, scores_N in enumerate(scores_QN):
@@ -188,7 +189,7 @@ def rankings_of(scores_QN: NDArray[np.float64], k: int, sign: float = 1.0) -> Ra
 
 
 def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """z of ``numbers`` by mean and standard deviation of those in ``over``; 0 where these are all equal."""
+    """``numbers`` standardised by the mean and standard deviation of those in ``over``; 0 if those are all equal."""
     mean, deviation = numbers[over].mean(), numbers[over].std()
     if numbers[over].max() == numbers[over].min() or not deviation > 0:
         return np.zeros_like(numbers)
@@ -196,16 +197,17 @@ def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDAr
 
 
 def _rows_of_part(part: Part, progress: Progress, run: Run, data: str | Path | None) -> _Rows:
-    """The committed rows of ``part``, by their place in the corpus behind the run."""
+    """The committed rows of ``part``, with places in the corpus of ``run``."""
     rows = _Rows(*(part.column(name) for name in ("source_row", "window_start", "source_digest")))
     kinds = [(source.manifest["corpus"].get("fields") or {}).get("kind") for source in (part, run)]
     return _behind_shards(part, run, rows, progress, data) if kinds[0] == "tokens" != kinds[1] else rows
 
 
 def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress, data: str | Path | None) -> _Rows:
-    """The rows of a part that was built from token shards, as rows of the corpus that was tokenized.
+    """The rows of a part that was built from token shards, with places in the corpus that was tokenized.
 
-    Proven by the digest of every sample of the shards. MismatchError where that is not possible.
+    The digest of every sample of the shards is compared with the part's. MismatchError if the shards are gone or
+    differ.
     """
     try:
         folder = source_path(part.manifest, "data", f"part {part.name!r}", "data", data) or "-"
@@ -232,43 +234,46 @@ def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress, data: 
 
 
 def _refuse_other_samples(part: Part, run: Run, rows: _Rows, table: _Rows) -> None:
-    """MismatchError unless every place of the corpus that both know holds the same sample in both, by its digest.
+    """MismatchError unless the samples that part and run both have are equal, place by place, by their digests.
 
-    So a run on a few domains, or on the first samples, goes with a part of the whole corpus, whose fingerprint is
-    another; and equal fingerprints of samples that stand at other places do not.
+    Fingerprints of whole corpora would not do: a run on a few domains, or on the first samples, fits a part of the
+    whole corpus; and samples in another order do not fit, although each of them is there.
     """
     source, first = np.unique(table.source_row, return_index=True)
     place = np.minimum(np.searchsorted(source, rows.source_row), len(source) - 1)
     common = source[place] == rows.source_row
-    other = common & (table.digest[first[place]] != rows.digest)
-    if common.any() and not other.any():
+    differ = common & (table.digest[first[place]] != rows.digest)
+    if common.any() and not differ.any():
         return
-    what = (
-        f"{len(np.unique(rows.source_row[other])):,} of {len(np.unique(rows.source_row[common])):,} samples that both "
-        f"have are not the same, the first at place {int(rows.source_row[other].min())} of the corpus"
+    problem = (
+        f"{len(np.unique(rows.source_row[differ])):,} of {len(np.unique(rows.source_row[common])):,} samples that both "
+        f"have are not the same, the first at place {int(rows.source_row[differ].min())} of the corpus"
         if common.any()
         else "they have no sample in common"
     )
     raise MismatchError(
-        f"part {part.name!r} and run {run.name!r} are of different corpora: {what}. {_fingerprints(part, run)}"
+        f"part {part.name!r} and run {run.name!r} are of different corpora: {problem}. {_fingerprints(part, run)}"
     )
 
 
 def _fingerprints(part: Part, run: Run) -> str:
-    ours, theirs = (one.manifest["corpus"].get("fingerprint") for one in (part, run))
-    return f"Corpus of the part: {ours}, of the run: {theirs}"
+    of_part, of_run = (source.manifest["corpus"].get("fingerprint") for source in (part, run))
+    return f"Corpus of the part: {of_part}, of the run: {of_run}"
 
 
-def _taken(rows: _Rows, places: NDArray[np.int64]) -> _Rows:
+def _rows_at(rows: _Rows, places: NDArray[np.int64]) -> _Rows:
     return _Rows(rows.source_row[places], rows.window_start[places], rows.digest[places])
 
 
 def _keys(rows: _Rows, others: _Rows, joined_by: JoinedBy) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What both are joined by: the place of the sample, or its rank and the window's first token (below 2**31)."""
+    """The keys that two tables are joined by: the sample's place, or its rank and the window's first token
+    (< 2**31).
+    """
     if joined_by == "sample":
         return rows.source_row, others.source_row
     rank = np.unique(np.concatenate([rows.source_row, others.source_row]))
-    ours, theirs = (
-        (np.searchsorted(rank, one.source_row) << 31) + one.window_start.astype(np.int64) for one in (rows, others)
+    keys, other_keys = (
+        (np.searchsorted(rank, table.source_row) << 31) + table.window_start.astype(np.int64)
+        for table in (rows, others)
     )
-    return ours, theirs
+    return keys, other_keys

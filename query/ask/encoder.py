@@ -1,4 +1,4 @@
-"""The model, tokens and projection of a part once more: what its rows are compared with, and its rows recomputed.
+"""The model, tokenizer and projection of a part, opened to encode a val set and to recompute rows of the part.
 
 Legend: D numbers of a vector.
 """
@@ -46,25 +46,25 @@ from query.common.texts import corpus_behind
 
 ROWS_AT_ONCE = 1024
 BYTES_AT_ONCE = 128 << 20
-"""Vectors in memory beside those that are returned."""
+"""Bytes of vectors in memory beside those that are returned."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ValVectors:
-    """What a val set became: one vector a val sample, a domain, or for all."""
+    """The vectors of a val set: one for each val sample, for each domain, or one for all."""
 
     vectors: Tensor
     """(M, D) float32 on the CPU."""
     ids: list[str]
-    """One each for a vector: the sample's id, the domain, or ``mean``."""
+    """M names of the vectors: the sample's id, the domain, or ``mean``."""
     used: int
     """Val rows that have a vector."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Val rows without one, by status."""
+    """Number of val rows without a vector, by status."""
     rows_of: dict[str, int] = field(default_factory=dict)
-    """Val rows of each mean."""
+    """Number of val rows in each mean, by its name."""
     places: list[int] = field(default_factory=list)
-    """With ``each``: the place in the val set, from 0, of the sample that each vector is of. Ids may repeat."""
+    """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -76,12 +76,12 @@ class ValVectors:
 
 
 class PartEncoder:
-    """The model, tokenizer and projection of ``part``, opened once: samples, and rows of the part, to vectors as the
-    build makes them. Between two calls the model is free for other uses.
+    """The model, tokenizer and projection of ``part``, opened once. Encodes samples, and rows of the part, as the build
+    did. Between two calls the model is free for other uses.
 
-    ``checkpoint``, ``tokenizer`` and ``data`` are where the user says that these are (default: where this user's own
-    build read them); ``corpus`` is the corpus of the part, where it is open already. MismatchError if checkpoint,
-    tokenizer or projection are not the part's.
+    ``checkpoint``, ``tokenizer`` and ``data`` say where to read these (default: where the user's own build read them);
+    ``corpus`` is the corpus of the part if it is open already. MismatchError if checkpoint, tokenizer or projection are
+    not those of the part.
     """
 
     def __init__(
@@ -111,18 +111,18 @@ class PartEncoder:
         )
 
     def unsketched(self) -> PartEncoder:
-        """The same model; vectors are the Kronecker blocks of the layers, before the sketch."""
-        other = copy(self)
-        other._project(self.part, self._encoder.engine.projection.unsketched())
-        return other
+        """An encoder with the same model whose vectors are the Kronecker blocks of the layers, before the sketch."""
+        encoder = copy(self)
+        encoder._project(self.part, self._encoder.engine.projection.unsketched())
+        return encoder
 
     def for_part(self, part: Part) -> PartEncoder:
-        """The same model, with the projection of another ``part`` of it. MismatchError if the part is of another."""
-        other = copy(self)
-        other._corpus = None
-        other._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
-        other._project(part, projection_of(part, self.model))
-        return other
+        """An encoder with the same model for another ``part``. MismatchError if that part is of another model."""
+        encoder = copy(self)
+        encoder._corpus = None
+        encoder._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
+        encoder._project(part, projection_of(part, self.model))
+        return encoder
 
     @property
     def groups(self) -> list[tuple[str, int, int]]:
@@ -135,8 +135,10 @@ class PartEncoder:
         return self.plan.dimension
 
     def rows(self, samples: Iterable[Sample]) -> Iterator[Row]:
-        """The rows of ``samples``, in order, tokenized some hundred at a time; all of them at once where the tokenizer
-        has tokens that the model's embedding lacks, so that a row with one is refused (UsageError) before any work.
+        """The rows of ``samples``, in order, tokenized some hundred at a time.
+
+        Where the tokenizer has tokens that the model's embedding lacks, all samples are tokenized first: a row with
+        such a token is then refused (UsageError) before any work.
         """
         with reading(self.part.path / "zarr.json", "does not say how rows are tokenized"):
             settings = TokenSettings(**self.part.manifest["tokens"])
@@ -149,14 +151,15 @@ class PartEncoder:
         return self._tokenizer.exceeds
 
     def refuse_beyond(self, samples: Iterable[Sample]) -> None:
-        """UsageError for a row of ``samples`` with a token that the model's embedding lacks. Reads them only where the
-        tokenizer has such tokens.
+        """UsageError for a row of ``samples`` with a token that the model's embedding lacks.
+
+        Reads ``samples`` only if the tokenizer has such tokens.
         """
         if self.exceeds:
             deque(self.rows(samples), maxlen=0)
 
     def vectors(self, rows: Sequence[Row], task: Task | None = None) -> Tensor:
-        """(rows, D) float32 on the CPU; zeros without a usable status. ``task``, or one of its own, advances."""
+        """(rows, D) float32 on the CPU; zeros for rows that are not usable. Advances ``task``, or a task of its own."""
         if task is None:
             with closing(self._progress.task("gradients", len(rows))) as task:
                 return self.vectors(rows, task)
@@ -164,38 +167,39 @@ class PartEncoder:
             return encode_rows(self._encoder, rows, int(self.part.manifest["batching"]["batch_tokens"]), task).vectors
 
     def encode_val_set(self, corpus: Corpus, grouping: Grouping, max_samples: int | None) -> ValVectors:
-        """Vectors of every usable row of ``corpus``, or their mean (over rows, in float64): of all, or of each domain.
+        """The vectors of a val set: of each usable row of ``corpus``, or their mean over all rows or over each domain.
 
-        Rows that cannot be used (too short, masked, not finite) are left out and counted. UsageError if none is left,
-        or one has no domain where domains are asked for.
+        Means are summed in float64. Rows that cannot be used (too short, masked, not finite) are left out and counted.
+        ``max_samples`` limits how many samples are read. UsageError if no row is usable, and with grouping ``domain``
+        for a sample without a domain.
         """
         sums: dict[str, NDArray[np.float64]] = {}
         counts: Counter[str] = Counter()
         ids: list[str] = []
         places: list[int] = []
-        used_rows, which = 0, xxhash.xxh3_64()
+        used_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
         with closing(self._progress.task("val set", None)) as task:
-            while some := list(islice(rows, ROWS_AT_ONCE)):
-                vectors = self.vectors(some, task)
+            while batch := list(islice(rows, ROWS_AT_ONCE)):
+                vectors = self.vectors(batch, task)
                 finite = torch.isfinite(vectors).all(1)
                 fates = [
                     row.status if finite[place] or not row.status.usable else Status.NOT_FINITE
-                    for place, row in enumerate(some)
+                    for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
                 used_rows += len(used)
                 for place in used:
-                    which.update(f"{some[place].sample.source_row} {some[place].window_start};".encode())
+                    digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
                 if grouping == "each":
-                    ids += [some[place].sample.id for place in used]
-                    places += [some[place].sample.source_row for place in used]
+                    ids += [batch[place].sample.id for place in used]
+                    places += [batch[place].sample.source_row for place in used]
                     pieces.append(vectors[used])
                     continue
-                for label, members in _by_label([some[place] for place in used], used, grouping).items():
+                for label, members in _by_label([batch[place] for place in used], used, grouping).items():
                     sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
                     counts[label] += len(members)
         if not ids and not counts:
@@ -210,31 +214,31 @@ class PartEncoder:
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
-            digest=which.intdigest(),
+            digest=digest.intdigest(),
         )
 
     def recompute(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """(rows, D) float32 on the CPU: the vectors of ``rows`` of the part, before they were encoded, in their order;
-        they may repeat. Zeros where the part has no vector.
+        """(rows, D) float32 on the CPU: the exact vectors of ``rows`` of the part, not rounded as the stored ones are.
 
-        Beside the result, some hundred samples and their vectors are in memory. Reads a compressed corpus from its
-        beginning for every 1,024 rows. Raises as :meth:`source_rows`.
+        ``rows`` may be in any order and may repeat. The vector is zero where the part has none. Beside the result, some
+        hundred samples and their vectors are in memory. A compressed corpus is read from its beginning for every 1,024
+        rows. Raises what :meth:`source_rows` raises.
         """
         wanted, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
         vectors = torch.zeros(len(wanted), self.dimension)
         at_once = max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * self.dimension)))
         with closing(self._progress.task("recomputing gradients", len(wanted))) as task:
             for start in range(0, len(wanted), at_once):
-                some = wanted[start : start + at_once]
-                (usable,) = np.nonzero(np.asarray(self.part.read_rows("status", some)) < FIRST_UNUSABLE)
-                task.advance(len(some) - len(usable))
-                vectors[start + usable] = self.vectors(self.source_rows(some[usable]), task)
+                batch = wanted[start : start + at_once]
+                (usable,) = np.nonzero(np.asarray(self.part.read_rows("status", batch)) < FIRST_UNUSABLE)
+                task.advance(len(batch) - len(usable))
+                vectors[start + usable] = self.vectors(self.source_rows(batch[usable]), task)
         return vectors[place]
 
     def source_rows(self, rows: NDArray[np.int64]) -> list[Row]:
-        """The tokens of ``rows`` of the part as they were built, read from its corpus.
+        """``rows`` of the part with their tokens, read from its corpus.
 
-        UsageError if the corpus is gone, MismatchError for a sample that has changed.
+        UsageError if the corpus is gone, MismatchError for a sample that has changed since the build.
         """
         if self._corpus is None:
             self._corpus = corpus_behind(self.part, self._data)
@@ -263,7 +267,7 @@ class PartEncoder:
 
 
 def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[str, list[int]]:
-    """``places`` by the domain of their rows, or all under ``mean``."""
+    """``places``, one for each of ``rows``, by the domain of the row; or all under ``mean``."""
     by_label: dict[str, list[int]] = {}
     for row, place in zip(rows, places, strict=True):
         label = "mean" if grouping == "mean" else row.sample.domain
@@ -279,28 +283,28 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
 def load_for(
     part: Part, checkpoint: str | Path | None, tokenizer: str | Path | None, device: str
 ) -> tuple[Any, Tokenizer]:
-    """The model and tokenizer of ``part``, from where the user says they are, or this user's own build read them.
+    """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
-    MismatchError naming every field that is not the same, with both values, and for a part of an unreleased version,
-    which does not say what it is of.
+    MismatchError if they are not those of the part (it shows every field that differs, with both values), and for a
+    part of an unreleased version, whose manifest lacks what is compared.
     """
     refuse_incomplete(part)
     name = f"part {part.name!r}"
     path = source_path(part.manifest, "checkpoint", name, "checkpoint", checkpoint)
     assert path is not None  # every part names one
-    found = find_checkpoint(path)
-    folder = tokenizer_folder(part, tokenizer, found)
+    files = find_checkpoint(path)
+    folder = tokenizer_folder(part, tokenizer, files)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
-        fingerprint = pool.submit(found.fingerprint)
+        fingerprint = pool.submit(files.fingerprint)
         loaded = load_tokenizer(folder)
         model = load_model(
-            found,
+            files,
             dtype=part.manifest["dtype"]["model"],
             device=device,
             attn_implementation=part.manifest["compute"]["attn_implementation"],
         )
         weights = fingerprint.result()
-    refuse_other_model(part, found, weights, model, loaded, folder)
+    refuse_other_model(part, files, weights, model, loaded, folder)
     return model, Tokenizer(
         loaded,
         vocabulary=embedding_rows(model),
@@ -309,13 +313,13 @@ def load_for(
     )
 
 
-def tokenizer_folder(part: Part, tokenizer: str | Path | None, found: Checkpoint) -> Path:
-    """Where the tokenizer of ``part`` is: as the user says, or this user's own build read it. Where neither is known it
-    is looked for beside the checkpoint; it is compared with that of the part anyway.
+def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Checkpoint) -> Path:
+    """The folder of the tokenizer of ``part``: the one the user gives, else the one that the user's own build read,
+    else that of the checkpoint. The caller compares the tokenizer with the part's in any case.
     """
     if tokenizer is not None:
         return find_tokenizer(tokenizer)
     recorded = part.manifest["source"]["tokenizer"]
     if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
-        return found.folder
+        return checkpoint.folder
     return Path(recorded)

@@ -1,4 +1,4 @@
-"""What is asked of a store, checked."""
+"""The options of a query, checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMBINED = "combined"
 
 @dataclass(frozen=True, kw_only=True)
 class Question(QuestionOptions):
-    """The options of a question, checked. UsageError where they clash."""
+    """The options that say what is scored against what. UsageError for options that exclude each other."""
 
     each: bool = False
 
@@ -49,25 +49,28 @@ class Question(QuestionOptions):
 
     @property
     def grouping(self) -> Grouping:
-        """What val samples become one query."""
+        """Which val samples make one query: ``each`` alone, ``domain`` by group, or ``mean`` over all."""
         return "each" if self.each else "mean" if self.group_field is None else "domain"
 
     def checkpoints(self, parts: int) -> list[str | Path | None]:
-        """Where the checkpoint of each part is; None: where this user's own build read it."""
+        """The path of each part's checkpoint; None for the path that the user's own build read.
+
+        UsageError unless ``checkpoint`` names one for each part, or none.
+        """
         if self.checkpoint is None:
             return [None] * parts
-        given: list[str | Path | None] = (
+        paths: list[str | Path | None] = (
             [self.checkpoint] if isinstance(self.checkpoint, str | Path) else list(self.checkpoint)
         )
-        if len(given) != parts:
+        if len(paths) != parts:
             raise UsageError(
-                f"`checkpoint` is given {len(given)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
+                f"`checkpoint` is given {len(paths)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
                 "another's; give one for each, in their order"
             )
-        return given
+        return paths
 
     def val_fields(self) -> Fields:
-        """How rows of the val set are read: ``group_field`` takes the place of the domain."""
+        """The fields of the val set; ``group_field`` takes the place of the domain."""
         fields = self.fields or Fields()
         if self.group_field is None:
             return fields

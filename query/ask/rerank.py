@@ -1,7 +1,7 @@
-"""A ranking by exact scores, out of the candidates of a cheaper one: ``ghoststore query --rerank``.
+"""Two-stage ranking, ``ghoststore query --rerank``: candidates by the stored vectors, ranked by exact scores.
 
-Codes of few bits bring the best rows near the top, not into their order: so more are found than are wanted, and these
-are scored by vectors that the model recomputes.
+Vectors stored in few bits bring the best rows near the top, but not in the right order. So the first stage takes more
+candidates than rows are wanted, and the second scores them by vectors that the model recomputes.
 
 Legend: Q queries, M candidates of a query, D numbers of a vector.
 """
@@ -25,11 +25,13 @@ from query.search.parts import part_names
 from query.search.search import Ranking
 
 BYTES_AT_ONCE = 64 << 20
-"""Exact vectors in memory."""
+"""Bytes of recomputed vectors in memory."""
 
 
 def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int) -> None:
-    """UsageError for fewer ``candidates`` than rows asked for, and for scores that are no product with one vector."""
+    """UsageError for fewer ``candidates`` than rows to return, and for scores that are not the product with
+    one vector.
+    """
     if candidates < max(top_k, bottom_k):
         raise UsageError(f"`rerank={candidates}` is fewer than the rows asked for, {max(top_k, bottom_k)}")
     unfit = {
@@ -38,20 +40,22 @@ def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int
         "`with_scores`": question.with_scores is not None,
         f"`combine={question.combine}`": question.combine != "mean",
     }
-    for option, given in unfit.items():
-        if given:
+    for option, is_given in unfit.items():
+        if is_given:
             raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
 
 
 def rank_recomputed(
     scorer: Scorer, candidates: int, top_k: int, bottom_k: int, progress: Progress, index: AnnIndex | None = None
 ) -> tuple[Ranking, Ranking]:
-    """The best and the worst rows of each ranking of ``scorer``, which keeps its model: out of so many ``candidates``
-    by the stored vectors, ranked by gradients that the model recomputes.
+    """The best and the worst rows of each ranking of ``scorer``, by exact scores.
+
+    The stored vectors, or ``index``, give ``candidates`` rows for each; the model recomputes their gradients.
+    ``scorer`` must keep its model.
     """
     (term,), encoder = scorer.terms, scorer.encoder
     assert encoder is not None
-    cheap = scorer.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
+    first_stage = scorer.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
     best, worst = (
         rerank(
             ranking,
@@ -61,11 +65,11 @@ def rank_recomputed(
             recompute=lambda rows: encoder.recompute(rows) * term.mask,
             sign=sign,
         )
-        for ranking, count, sign in zip(cheap, (top_k, bottom_k), (1.0, -1.0), strict=True)
+        for ranking, count, sign in zip(first_stage, (top_k, bottom_k), (1.0, -1.0), strict=True)
     )
     if term.metric == "dot":
         return best, worst
-    lengths = term.lengths[:, None]  # of a mean of queries of length 1, less than 1
+    lengths = term.lengths[:, None]  # below 1 for a mean of several queries of length 1
     return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
 
 
@@ -78,11 +82,11 @@ def rerank(
     recompute: Callable[[NDArray[np.int64]], Tensor],
     sign: float = 1.0,
 ) -> Ranking:
-    """The ``top_k`` of each query's candidates by the exact score of the row, times ``sign``; equal ones by lower row.
+    """The ``top_k`` candidates of each query with the highest exact score × ``sign``; equal scores by lower row.
 
-    ``candidates`` are in any order, -1 for none. ``recompute(rows)`` gives their exact vectors, (rows, D) float32, as
-    :meth:`query.ask.encoder.PartEncoder.recompute` does; each row that is a candidate of any query is asked for once.
-    Scores are float64; the cosine of a row of length zero is 0.
+    ``candidates`` are in any order; -1 stands for none. ``recompute(rows)`` returns exact vectors, (rows, D) float32,
+    as :meth:`query.ask.encoder.PartEncoder.recompute` does. It is called once for each row, even if several queries
+    share a candidate. Scores are float64; the cosine of a row of length zero is 0.
     """
     rows_QM = np.sort(candidates.rows, axis=1)
     union = np.unique(rows_QM[rows_QM >= 0])
@@ -92,13 +96,13 @@ def rerank(
         queries = queries / queries.norm(dim=1, keepdim=True)
     at_once = max(1, BYTES_AT_ONCE // (4 * queries.shape[1]))
     for start in range(0, len(union), at_once):
-        some = union[start : start + at_once]
-        vectors = recompute(some).double()
+        batch = union[start : start + at_once]
+        vectors = recompute(batch).double()
         scores = queries @ vectors.T
         if metric == "cosine":
             scores /= vectors.norm(dim=1).clamp_min(np.finfo(np.float64).tiny)
-        query, place = np.nonzero((rows_QM >= some[0]) & (rows_QM <= some[-1]))
-        scores_QM[query, place] = scores.numpy()[query, np.searchsorted(some, rows_QM[query, place])]
+        query, place = np.nonzero((rows_QM >= batch[0]) & (rows_QM <= batch[-1]))
+        scores_QM[query, place] = scores.numpy()[query, np.searchsorted(batch, rows_QM[query, place])]
     best = rankings_of(scores_QM, top_k, sign)
     rows = np.where(best.rows >= 0, np.take_along_axis(rows_QM, np.maximum(best.rows, 0), axis=1), -1)
     return Ranking(rows, best.scores)

@@ -1,7 +1,7 @@
-"""A question with its val set and parts read: the scores that answer it.
+"""The scores that answer a question.
 
-:func:`open_scorer` turns a :class:`Question` into a :class:`Scorer`, which ranks rows or gives every row's score.
-``query``, ``select`` and ``evaluate`` are ways to use it.
+:func:`open_scorer` reads the val set and the parts of a :class:`Question` and returns a :class:`Scorer`, which ranks
+rows or gives every row's score. ``query``, ``select`` and ``evaluate`` use it.
 
 Legend: Q rankings, N rows of the part.
 """
@@ -33,7 +33,9 @@ from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
 
 FUSION_CONSTANT = 60.0
-"""Of reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): a row scores Σ over groups of 1 / (60 + its rank)."""
+"""Reciprocal rank fusion (Cormack, Clarke, Büttcher 2009): the score of a row is Σ over groups of 1 / (60 +
+its rank).
+"""
 
 
 def open_scorer(
@@ -45,16 +47,16 @@ def open_scorer(
     *,
     keep_model: bool = False,
 ) -> Scorer:
-    """Encode ``val_set`` as ``question`` groups it, for each of its ``parts``, and prepare the rankings.
+    """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
-    With ``keep_model`` the scorer keeps the encoder of a single part, and the val set, which must stay open.
+    With ``keep_model``, and for a single part, the scorer keeps the encoder and the val set, which must stay open.
 
-    Raises UsageError for a val set without a usable row and patterns that fit nothing, MismatchError for another
-    checkpoint, tokenizer or projection, or a run on other samples, CorruptError for damaged rows.
+    Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
+    checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
     device = resolve_device(question.device)
     checkpoints = question.checkpoints(len(parts))
-    # Refused before a model is loaded, which takes longest.
+    # Patterns and runs that do not fit are refused before a model is loaded, which takes longest.
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     run = None
     if question.with_scores is not None:
@@ -84,27 +86,29 @@ def open_scorer(
 
 @dataclass(slots=True, kw_only=True)
 class Scorer:
-    """A question with its val set and parts read. The first ranking of ``names`` is the one over everything."""
+    """The rankings of a question, after its val set and parts are read. Where rankings are combined, the first is
+    theirs.
+    """
 
     question: Question
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
     weights: Sequence[float]
-    """Of the parts."""
+    """One weight for each part."""
     terms: list[Term]
-    """With ``combine="mean"`` their first query is the mean of the groups'."""
+    """One for each part. With groups and ``combine="mean"`` the first query is the mean over the groups."""
     names: list[str]
-    """Q names of rankings."""
+    """The names of the Q rankings."""
     rows: int
-    """Rows that are searched."""
+    """Number of rows searched: those committed in every part."""
     run: RowValues | None
     device: str
     encoder: PartEncoder | None = None
     val_set: Corpus | None = None
-    """Both where vectors are to be recomputed, see :func:`open_scorer`."""
+    """Encoder and val set, kept where vectors are to be recomputed: see :func:`open_scorer`."""
     blend: Blend | None = None
-    """After :meth:`scores` or :meth:`rank` with ``with_scores``."""
+    """Set by :meth:`scores` and :meth:`rank` if the question has ``with_scores``."""
     _scores: NDArray[np.float64] | None = None
 
     @classmethod
@@ -119,7 +123,9 @@ class Scorer:
         groups: Sequence[int] | None = None,
         run: RowValues | None = None,
     ) -> Scorer:
-        """For a val set that is encoded already, once for each of the ``parts``; see :func:`open_scorer`."""
+        """A scorer for a val set that is encoded already: one of ``vals`` for each of ``parts``. See
+        :func:`open_scorer`.
+        """
         _refuse_other_queries(parts, vals)
         device = resolve_device(question.device)
         terms = []
@@ -156,9 +162,7 @@ class Scorer:
     def rank(
         self, top_k: int, bottom_k: int, progress: Progress, *, index: AnnIndex | None = None
     ) -> tuple[Ranking, Ranking]:
-        """For each of ``names`` the best and the worst rows, by exact search or, with ``index``, out of its
-        candidates.
-        """
+        """The best and the worst rows of each ranking: by exact search or, with ``index``, among its candidates."""
         counts = (min(top_k, self.rows), min(bottom_k, self.rows))
         if index is not None:
             index.refuse(self.terms)
@@ -176,17 +180,19 @@ class Scorer:
         return (_last_first(best), _last_first(worst)) if combine else (best, worst)
 
     def scores(self, progress: Progress, first: int | None = None) -> NDArray[np.float64]:
-        """(Q, N): every row's score in every ranking, or in the ``first`` ones; NaN where a row does not take part. 8
-        bytes a number.
+        """(Q, N) float64: the score of every row in every ranking, or in the ``first`` rankings only.
+
+        NaN for a row that has no score. Memory: 8 bytes for each of the Q·N numbers.
         """
         if self._scores is not None:
             return self._scores[:first]
-        terms, alone = self.terms, first is not None and self.run is None and not self._by_rows
-        if alone:
+        # Combined and blended rankings need the scores of all queries.
+        terms, independent = self.terms, first is not None and self.run is None and not self._by_rows
+        if independent:
             terms = [term.with_queries(term.queries_QD[:first]) for term in terms]
         with closing(progress.task("scoring", self.rows)) as task:
             scores = similarities(terms, device=self.device, task=task)
-        if alone:
+        if independent:
             return scores
         if self._fused:
             scores = np.concatenate([fused(scores), scores])
@@ -201,7 +207,7 @@ class Scorer:
 
     @property
     def val_rows(self) -> Sequence[int | None]:
-        """For each of ``names`` the place of its val sample in the val set; None for a mean."""
+        """For each ranking the place of its val sample in the val set; None for a mean."""
         return self.val.places if self.question.each else [None] * len(self.names)
 
     @property
@@ -210,7 +216,7 @@ class Scorer:
 
     @property
     def _by_rows(self) -> bool:
-        """Whether the combined score of a row is no product with one vector."""
+        """Whether the combined score comes from the row's own scores, and is not the product with one vector."""
         return self._grouped and self.question.combine != "mean"
 
     @property
@@ -218,7 +224,7 @@ class Scorer:
         return self._grouped and self.question.combine == "rank-fusion"
 
     def settings(self) -> dict[str, Any]:
-        """What results say of how they came about."""
+        """The settings that a result records."""
         question = self.question
         mode = "groups" if self._grouped else "each" if question.each else "mean"
         parts = [term.part for term in self.terms]
@@ -245,8 +251,9 @@ class Scorer:
 
 
 def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[list[Term], list[str]]:
-    """``terms`` and ``names`` of the groups with the ranking over all of them before: of ``combine="mean"`` the mean of
-    the queries, whose score is the mean of theirs.
+    """``terms`` and ``names`` of the groups, with the combined ranking put first.
+
+    With ``combine="mean"`` it is one more query, the mean of all: its score is the mean of their scores.
     """
     if COMBINED in names:
         raise UsageError(
@@ -264,14 +271,14 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
 
 
 def with_mean(queries_QD: Tensor) -> Tensor:
-    """(1 + Q, D): the mean of the queries before them."""
+    """(1 + Q, D): the mean of the queries, followed by the queries."""
     return torch.cat([queries_QD.mean(0, keepdim=True), queries_QD])
 
 
 def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> None:
-    """UsageError where val samples have a gradient at one checkpoint and none at another."""
+    """UsageError if a val sample has a gradient at one checkpoint and none at another."""
     for part, val in zip(parts, vals, strict=True):
-        if val.digest != vals[0].digest:  # ids may repeat, and as many may be others
+        if val.digest != vals[0].digest:  # neither ids, which may repeat, nor counts would tell
             raise UsageError(
                 f"{val.used} val samples have a gradient at the checkpoint of part {part.name!r}, and {vals[0].used} "
                 f"(or others) at that of part {parts[0].name!r} (left out: {val.left_out}, {vals[0].left_out}): scores "
@@ -280,6 +287,7 @@ def _refuse_other_queries(parts: Sequence[Part], vals: Sequence[ValVectors]) -> 
 
 
 def _last_first(ranking: Ranking) -> Ranking:
+    """The ranking with its last query moved to the front: ``search`` puts the combined one last."""
     return Ranking(np.roll(ranking.rows, 1, axis=0), np.roll(ranking.scores, 1, axis=0))
 
 

@@ -1,4 +1,4 @@
-"""The forms that results are written in: a document as JSON, or flat rows as jsonl, csv or parquet; and pictures."""
+"""Writing results: a document as JSON, or flat rows as jsonl, csv or parquet; and pictures."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 def columns_of(kind: Any) -> dict[str, type]:
-    """The fields of a dataclass of strings and numbers (or None), with their types."""
-    known = {"str": str, "int": int, "float": float}
-    return {field.name: known[str(field.type).removesuffix(" | None")] for field in fields(kind)}
+    """Name and type of each field of a dataclass whose fields are strings, numbers, or None."""
+    types = {"str": str, "int": int, "float": float}
+    return {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(kind)}
 
 
 def write_result(
@@ -31,7 +31,8 @@ def write_result(
 ) -> None:
     """Write a new file: the ``document`` as ``.json``, or flat ``rows`` as ``.jsonl``, ``.csv`` or ``.parquet``.
 
-    It appears whole or not at all. In csv a text that a spreadsheet would compute begins with an apostrophe.
+    It appears whole or not at all. In csv a text that a spreadsheet would take for a formula begins with an apostrophe.
+    UsageError for another suffix, or if the file exists.
     """
     target = check_output(path)
     with new_file(target) as temporary:
@@ -62,9 +63,10 @@ def check_output(
     beside: Sequence[Path] = (),
     what: str = "results",
 ) -> Path:
-    """``path`` if results can be written there; UsageError for an unknown form or a file that exists.
+    """``path`` as a Path, if a new file with one of the suffixes ``forms`` can be written there; else UsageError.
 
-    ``beside``: files that are written together with it, see `check_new`.
+    ``parameter`` is what the error calls the path, and ``what`` the things that are written. ``beside`` are files that
+    are written together with it, see `check_new`.
     """
     refuse_remote(parameter, path)
     target = Path(path)
@@ -80,9 +82,9 @@ def check_picture(path: str | Path, parameter: str, *, beside: Sequence[Path] = 
 
 
 def save_picture(figure: Any, path: Path, *, dpi: int, over: bool = False) -> None:
-    """A figure of matplotlib in the form of the suffix of ``path``, whole or not at all.
+    """Save a matplotlib figure in the format that the suffix of ``path`` names. It appears whole or not at all.
 
-    What stands there is replaced with ``over``, and else refused.
+    A file that exists is replaced with ``over``, and is an error without.
     """
     with new_file(path, over=over) as temporary:
         figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 
 def spearman(x_QM: NDArray[np.floating[Any]], y_QM: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """(Q,): of each row of one with that of the other; 0 where all numbers of a row are equal."""
+    """(Q,): the correlation of each row of ``x_QM`` with the same row of ``y_QM``; 0 if all numbers of a
+    row are equal.
+    """
     x, y = (values - values.mean(1, keepdims=True) for values in (mean_ranks(x_QM), mean_ranks(y_QM)))
     lengths = np.sqrt(np.square(x).sum(1) * np.square(y).sum(1))
     return np.asarray(np.where(lengths > 0, (x * y).sum(1) / np.where(lengths > 0, lengths, 1.0), 0.0))
@@ -25,7 +27,7 @@ def mean_ranks(values_QM: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     place = np.arange(values_QM.shape[1])
     edge = np.ones((len(values_QM), 1), dtype=bool)
     steps = ordered[:, 1:] != ordered[:, :-1]
-    # First and last place of the run of equal numbers that each is in.
+    # For each number, the first and the last place of the equal numbers around it.
     first = np.maximum.accumulate(np.where(np.hstack([edge, steps]), place, 0), axis=1)
     last = np.where(np.hstack([steps, edge]), place, len(place))[:, ::-1]
     last = np.minimum.accumulate(last, axis=1)[:, ::-1]

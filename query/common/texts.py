@@ -1,4 +1,4 @@
-"""The texts of rows: from the store if it keeps them, else from the source, row by row checked."""
+"""The texts of rows: from the store if it keeps them, else from the corpus, after each sample's digest is compared."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ghoststore.store.base.own import source_path
 def texts_of(
     source: Part | Run, rows: Sequence[int], progress: Progress, data: str | Path | None = None
 ) -> list[str | None]:
-    """One text for each of ``rows`` of a part, or of a run's row table. ``data`` is where the user says its corpus is.
+    """One text for each of ``rows`` of a part, or of a run's row table. ``data`` is the corpus if the user names one.
 
-    None where the corpus is gone or the row is no longer the one that was built from or trained on. Tokens of token
-    shards are decoded by the tokenizer that lies with them. What could not be shown is said once, through ``progress``.
+    The text is None where the corpus is gone, or where the sample has changed since the build or the training. Token
+    shards are decoded by the tokenizer beside them. One note to ``progress`` says what could not be shown.
     """
     if not rows:
         return []
@@ -43,7 +43,7 @@ def texts_of(
             sample = samples.get(place.source_row)
             same = sample is not None and sample.digest() == int(digest)
             texts.append(sample.preview() if sample is not None and same else None)
-    except (UsageError, CorruptError, MismatchError) as error:  # of the corpus: the store is read by now
+    except (UsageError, CorruptError, MismatchError) as error:  # only the corpus can fail here: the store has been read
         progress.note(f"texts are not shown: {error}")
         return [None] * len(rows)
     changed = sum(text is None for text in texts)
@@ -56,10 +56,10 @@ def texts_of(
 
 
 def corpus_behind(source: Part | Run, data: str | Path | None = None) -> Corpus:
-    """The corpus that a part was built from, or a run's tokens were made of: ``data``, where the user gives it, else
-    where this user's own command read it.
+    """The corpus that a part was built from, or that the tokens of a run were made of.
 
-    UsageError (CorpusError) if it is gone, or cannot be found again; and where somebody else may have written the path.
+    Read from ``data`` if the user gives it, else from where the user's own command read it. UsageError (CorpusError) if
+    it is gone, was standard input, or if somebody else may have written the recorded path.
     """
     name = f"{source.kind.name} {source.name!r}"
     key = "data" if isinstance(source, Part) else "corpus"

@@ -13,33 +13,33 @@ from ghoststore.store import Part, Run
 
 
 class Places:
-    """Where the samples of a corpus stand, as a pass over it found them: 12 bytes a sample."""
+    """Where each sample of a corpus lies (file and offset), collected in a pass over it. 12 bytes a sample."""
 
     def __init__(self) -> None:
         self._file = array("i")
         self._offset = array("q")
 
     def add(self, sample: Sample) -> None:
-        """The next sample."""
+        """Add the next sample."""
         self._file.append(sample.file)
         self._offset.append(sample.offset)
 
     def of(self, source_rows: Iterable[int]) -> list[Position]:
-        """Of these samples."""
+        """The positions of these samples."""
         return [Position(source_row=row, file=self._file[row], offset=self._offset[row]) for row in source_rows]
 
 
 def read_unchanged(corpus: Corpus, source: Part | Run, progress: Progress) -> Iterator[Sample]:
     """Every sample of ``corpus`` that a part was built from, or a run trained on, in order.
 
-    MismatchError at the end, both fingerprints shown, if they are no longer the same; CorpusError where the corpus
+    At the end, MismatchError with both fingerprints if the samples are no longer the same. CorpusError if the corpus
     cannot be read.
     """
     stored = source.manifest["corpus"]
-    scanning = SampleScan(corpus.samples(), max_rows=stored.get("max_samples", stored["samples"]))
+    sample_scan = SampleScan(corpus.samples(), max_rows=stored.get("max_samples", stored["samples"]))
     with closing(progress.task("reading the corpus", stored["samples"], unit="samples")) as task:
-        yield from counted(scanning, task)
-    scan = scanning.finish()
+        yield from counted(sample_scan, task)
+    scan = sample_scan.finish()
     if scan.fingerprint != stored["fingerprint"]:
         raise MismatchError(
             f"{corpus.source} has changed since {source.kind.name} {source.name!r} was {source.kind.made} on it: "

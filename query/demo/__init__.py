@@ -1,1 +1,1 @@
-"""The whole story on a corpus that is made here."""
+"""``ghoststore demo``: training, building and querying on a small corpus whose answers are known."""

@@ -1,6 +1,6 @@
-"""The demo's corpus: four learnable domains, with planted facts and questions that ask for them.
+"""The demo's corpus: four learnable domains, planted facts, and questions about these facts.
 
-It is the file beside this one, written by ``benchmarks/demo_corpus.py``.
+It is read from the file beside this module, which ``benchmarks/demo_corpus.py`` wrote.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ghoststore.errors import UsageError
 from ghoststore.store.base.disk import replace
 
 DOMAINS = ("recipe", "arithmetic", "python", "shiplog")
-"""The ordinary ones; ``facts`` is the fifth."""
+"""The domains of ordinary rows. Planted facts are in a fifth domain, ``facts``."""
 MOST_ROWS = 2400
-"""Ordinary rows in the file, as many of each domain."""
+"""Number of ordinary rows in the file, the same for each domain."""
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoCorpus:
-    """Training rows and four validation sets; every ``id`` is unique in all five.
+    """Training rows and four validation sets. An ``id`` is unique in all five together.
 
     ``train`` and ``val_domains`` hold ``{"id", "text", "domain"}``. The three sets of questions hold
     ``{"id", "prompt", "completion", "domain", "source_id"}``: ``prompt + completion`` is the text (the
@@ -36,19 +36,19 @@ class DemoCorpus:
     val_facts: list[Row]
     val_facts_paraphrased: list[Row]
     val_facts_inflected: list[Row]
-    """As the paraphrased ones, each invented name with an ending: no word of content stands in the source."""
+    """The paraphrased questions with inflected names, so that they share no content word with the source row."""
 
 
 def read_corpus(rows: int = MOST_ROWS) -> DemoCorpus:
-    """The corpus with the first ``rows`` ordinary training rows, as many of each domain (the first domains have one
-    more where that does not divide), and all planted facts, in the order of the file.
+    """The corpus with ``rows`` ordinary training rows and all planted facts, in the order of the file.
 
-    Raises UsageError if ``rows`` is negative or more than the file has.
+    Each domain has the same number of ordinary rows; if ``rows`` does not divide evenly, the first domains have one
+    more. Raises UsageError if ``rows`` is negative or more than the file has.
     """
     if not 0 <= rows <= MOST_ROWS:
         raise UsageError(f"`rows` must be at least 0 and at most {MOST_ROWS}, not {rows}")
-    share, more = divmod(rows, len(DOMAINS))
-    room = {domain: share + (place < more) for place, domain in enumerate(DOMAINS)}
+    share, remainder = divmod(rows, len(DOMAINS))
+    room = {domain: share + (place < remainder) for place, domain in enumerate(DOMAINS)}
     sets: dict[str, list[Row]] = {}
     with gzip.open(Path(__file__).with_name("corpus.jsonl.gz"), "rt", encoding="utf-8") as file:
         for line in file:
@@ -60,6 +60,6 @@ def read_corpus(rows: int = MOST_ROWS) -> DemoCorpus:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line (UTF-8), replacing the file in one step."""
+    """Write one JSON object a line (UTF-8). The file is replaced atomically."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace(Path(path), "".join(lines).encode())

@@ -1,9 +1,9 @@
-"""``ghoststore.demo``: the whole story on a corpus whose answers are known.
+"""``ghoststore.demo``: training, building and querying on a corpus whose answers are known.
 
-A small multi-domain corpus with planted facts; a small GPT-2 trained on it, each sample scored live against held-out
-samples of every domain; a store built; and three questions asked of it: which training samples helped each domain
-most, does the mean gradient of held-out samples of a domain point at that domain, and does the gradient of a question
-about a fact point at the one training row that states it?
+The corpus is small, has several domains and planted facts. A small GPT-2 is trained on it, and each sample is scored
+live against held-out samples of every domain. Then a store is built, and three questions are answered: Which training
+samples helped each domain most? Are the rows nearest to the mean gradient of a domain's held-out samples of that
+domain? Is the row nearest to the gradient of a question about a fact the one training row that states the fact?
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from query.training_scores.scores import scores
 
 MARKER = "demo.json"
 UNFINISHED = b"{}\n"
-"""What the marker holds until the demo has its report."""
+"""Content of the marker until the demo is finished; then it holds the report."""
 MAX_LENGTH = 128
 RUN, PART = "training", "demo"
 VAL_REFRESH = 20
-"""Steps for which a val gradient is used."""
+"""Number of steps that use the same val gradient."""
 QUESTIONS = {
     "facts": "in nearly the source's words",
     "facts_paraphrased": "in other words",
@@ -56,12 +56,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 WORDS = "TF-IDF, words alone"
 PROJECTION = ProjectionConfig(compress=4096)
-"""256 numbers a layer, four times the default: single facts are told apart better, and the corpus is small."""
+"""256 numbers a layer, four times the default, to distinguish single facts. The corpus is small enough for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """Share of questions whose one true source row is among the k nearest rows."""
+    """Share of the questions whose source row is the nearest row (``at_1``) or among the ten nearest (``at_10``)."""
 
     questions: int
     at_1: float
@@ -70,7 +70,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """What the demo measured. Every file it made is under ``folder``."""
+    """What ``ghoststore.demo`` returns. All its files are in ``folder``."""
 
     folder: str
     rows: int
@@ -79,34 +79,36 @@ class DemoReport:
     """Mean training loss of the last 20 steps, nats a token."""
     val_loss: float
     scored: dict[str, Any]
-    """Of the training-time scores: ``negative_share``, ``share_of_time``, ``val_refresh_interval``, ``run``."""
+    """About the training-time scores: ``negative_share``, ``share_of_time``, ``val_refresh_interval``, ``run``."""
     values: dict[str, dict[str, float]]
     """For each val domain, the mean cumulative score Σ η·s of a training sample of each domain."""
     domains: dict[str, dict[str, int]]
     """For each val domain, how many of the ten nearest rows are of each domain."""
     recall: dict[str, Recall]
-    """By ``<question set>/<method>``, see QUESTIONS and METHODS; the last method is TF-IDF."""
+    """Recall by ``<question set>/<method>``: see QUESTIONS and METHODS. The last method is TF-IDF."""
     chance_at_10: float
     """Recall at 10 of a random ranking."""
     examples: list[dict[str, Any]]
-    """A few questions with the row that came first."""
+    """A few questions, each with its nearest row."""
     seconds: dict[str, float]
     plot: str
     scores_plot: str
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore demo --json`` prints."""
+        """The document that ``ghoststore demo --json`` prints."""
         return asdict(self)
 
 
 @takes(DemoOptions)
 def demo(options: DemoOptions) -> DemoReport:
-    """Write the corpus, train a model and build a store under ``out``, ask the questions, plot the answers.
+    """Write the corpus, train a model and build a store in the folder ``out``; then answer the questions and plot them.
 
-    Nothing is downloaded. Under three minutes on two cores with the default ``rows`` and ``steps``. ``rows`` is how
-    many of the corpus's 2400 ordinary rows are used; its 40 planted facts always are. ``seed`` is the training's.
-    Raises UsageError if ``out`` exists, unless ``overwrite`` is given and a demo made it, and for ``rows`` that the
-    corpus does not have.
+    Nothing is downloaded. It takes less than three minutes on two cores with the default ``rows`` and ``steps``.
+    ``rows`` is how many of the 2,400 ordinary rows of the corpus to use; the 40 planted facts are always used. ``seed``
+    is that of the training.
+
+    Raises UsageError if ``out`` exists (with ``overwrite``, only if it is not a demo's folder), and for more ``rows``
+    than the corpus has.
     """
     progress = options.progress or Silent()
     folder = Path(options.out)
@@ -115,11 +117,11 @@ def demo(options: DemoOptions) -> DemoReport:
         _claim(folder, options.overwrite)
     with exclusive(folder, f"the demo in {folder}", "out"):
         _clear(folder)
-        return _tell_story(folder, corpus, options, progress)
+        return _run(folder, corpus, options, progress)
 
 
-def _tell_story(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress: Progress) -> DemoReport:
-    """Everything, into the ``folder``, which is empty."""
+def _run(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress: Progress) -> DemoReport:
+    """Run the demo in the empty ``folder``."""
     with storage_errors(str(folder)):
         files = _write_corpus(folder, corpus)
     clock = time.perf_counter()
@@ -151,7 +153,9 @@ def _tell_story(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress
         questions = getattr(corpus, f"val_{name}")
         for method, settings in METHODS.items():
             result = query(store=store, part=PART, val_set=files[name], each=True, top_k=10, **settings)
-            recall[f"{name}/{method}"] = _recall(questions, [[hit.id for hit in one.hits] for one in result.results])
+            recall[f"{name}/{method}"] = _recall(
+                questions, [[hit.id for hit in ranking.hits] for ranking in result.results]
+            )
         by_words = words.nearest(words.vectors(q["prompt"] + q["completion"] for q in questions), 10)
         recall[f"{name}/{WORDS}"] = _recall(questions, [[corpus.train[row]["id"] for row in rows] for rows in by_words])
         examples += _examples(questions, result.results) if name == "facts_paraphrased" else []
@@ -184,8 +188,8 @@ def _tell_story(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress
 
 
 def _claim(folder: Path, overwrite: bool) -> None:
-    """Make ``folder``, new and marked as a demo's, or take that of a demo: one that was interrupted, or any with
-    ``overwrite``. UsageError if that would touch anything else.
+    """Make ``folder`` with the marker of a demo, or use the existing folder of a demo: an unfinished one, or any with
+    ``overwrite``. UsageError for any other folder.
     """
     if folder.exists():
         marker = folder / MARKER
@@ -199,7 +203,7 @@ def _claim(folder: Path, overwrite: bool) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Remove all but the marker, which says from now on that the demo is not finished."""
+    """Remove all files but the marker, after setting it to unfinished."""
     with storage_errors(str(folder)):
         replace(folder / MARKER, UNFINISHED)
         for entry in folder.iterdir():
@@ -212,7 +216,7 @@ def _clear(folder: Path) -> None:
 
 
 def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
-    """The corpus as jsonl files, by name; each val domain has one of its own."""
+    """Write the corpus as jsonl files, one for each set and one for each val domain. Returns their paths by name."""
     sets = {"train": corpus.train, **{name: getattr(corpus, f"val_{name}") for name in QUESTIONS}}
     sets["val"] = corpus.val_domains
     for row in corpus.val_domains:
@@ -226,7 +230,7 @@ def _write_corpus(folder: Path, corpus: DemoCorpus) -> dict[str, Path]:
 def _train(
     folder: Path, files: Mapping[str, Path], corpus: DemoCorpus, steps: int, seed: int, progress: Progress
 ) -> TrainReport:
-    """A tokenizer, and a small GPT-2 whose samples are scored against every val domain while it trains."""
+    """Train a tokenizer and a small GPT-2. Each training sample is scored against every val domain."""
     with storage_errors(str(folder)), own_errors():
         train_tokenizer(row["text"] for row in corpus.train).save_pretrained(folder / "tokenizer")
     return train(
@@ -254,28 +258,28 @@ def _train(
 
 
 def _values(store: Path, corpus: DemoCorpus) -> dict[str, dict[str, float]]:
-    """For each val domain, the mean Σ η·s of the training samples of each domain."""
-    found = {}
+    """For each val domain the mean Σ η·s of the training samples of each domain."""
+    means = {}
     for group in sorted({row["domain"] for row in corpus.val_domains}):
         result = scores(store=store, run=RUN, by="domain", group=group)
-        found[group] = {str(entry.domain): float(entry.value_per_row or 0.0) for entry in result.domains or []}
-    return found
+        means[group] = {str(entry.domain): float(entry.value_per_row or 0.0) for entry in result.domains or []}
+    return means
 
 
 def _ask_domains(store: Path, files: Mapping[str, Path], corpus: DemoCorpus) -> dict[str, dict[str, int]]:
-    """For each val domain, the domains of the ten rows nearest to its mean gradient."""
+    """For each val domain, how many of the ten rows nearest to its mean gradient are of each domain."""
     counts: dict[str, dict[str, int]] = {}
     for domain in sorted({row["domain"] for row in corpus.val_domains}):
         result = query(store=store, part=PART, val_set=files[f"val_{domain}"], top_k=10, text=False)
-        found = [str(hit.domain) for hit in result.results[0].hits]
-        counts[domain] = {name: found.count(name) for name in sorted({row["domain"] for row in corpus.train})}
+        nearest = [str(hit.domain) for hit in result.results[0].hits]
+        counts[domain] = {name: nearest.count(name) for name in sorted({row["domain"] for row in corpus.train})}
     return counts
 
 
-def _recall(questions: Sequence[Mapping[str, str]], found: Sequence[Sequence[str]]) -> Recall:
+def _recall(questions: Sequence[Mapping[str, str]], nearest_ids: Sequence[Sequence[str]]) -> Recall:
     hits = [
         (ids[0] == question["source_id"], question["source_id"] in ids[:10])
-        for question, ids in zip(questions, found, strict=True)
+        for question, ids in zip(questions, nearest_ids, strict=True)
     ]
     first, ten = np.mean(np.array(hits, dtype=np.float64), axis=0)
     return Recall(questions=len(hits), at_1=float(first), at_10=float(ten))
@@ -294,18 +298,18 @@ def _examples(questions: Sequence[Mapping[str, str]], results: Sequence[Any], co
 
 
 def _plot(report: DemoReport, path: Path) -> None:
-    """Three panels: what training samples did for each val domain, domains of the ten nearest rows, and recall of the
-    planted facts beside words and chance.
+    """Draw three panels: the values of training samples for each val domain, the domains of the ten nearest rows, and
+    the recall of the planted facts beside that of TF-IDF and of chance.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(18, 4.6), layout="constrained")
     first, second, third = figure.subplots(1, 3, width_ratios=(1, 1, 1.6))
     shares = {val: _shares(values) for val, values in report.values.items()}
-    _heat(first, shares, "{:.2f}", (0.0, 1.0))
+    _draw_heat_map(first, shares, "{:.2f}", (0.0, 1.0))
     first.set_title("While training: cumulative score of a sample,\nas a share of the highest")
     first.set(xlabel="domain of the sample", ylabel="scored against the val domain")
-    _heat(second, report.domains, "{:.0f}", (0, 10))
+    _draw_heat_map(second, report.domains, "{:.0f}", (0, 10))
     second.set_title("After training: the ten rows nearest to\na val domain's mean gradient")
     second.set(xlabel="domain of the row", ylabel="val domain")
     labels = [f"{words}\nat {k}" for words in ("same words,", "other words,", "no shared words,") for k in (1, 10)]
@@ -324,13 +328,13 @@ def _plot(report: DemoReport, path: Path) -> None:
 
 
 def _shares(values: Mapping[str, float]) -> dict[str, float]:
-    """Each value divided by the largest."""
+    """``values`` divided by the largest; all 0 if no value is positive."""
     largest = max(values.values())
     return {name: value / largest if largest > 0 else 0.0 for name, value in values.items()}
 
 
-def _heat(axes: Any, grid: Mapping[str, Mapping[str, float]], form: str, limits: tuple[float, float]) -> None:
-    """Numbers of ``grid``, rows by its keys, on shades of blue."""
+def _draw_heat_map(axes: Any, grid: Mapping[str, Mapping[str, float]], form: str, limits: tuple[float, float]) -> None:
+    """Draw ``grid`` as a heat map in shades of blue, with its numbers. Its keys are the rows."""
     names = sorted({name for row in grid.values() for name in row})
     numbers = np.array([[row[name] for name in names] for row in grid.values()])
     axes.imshow(numbers, cmap="Blues", vmin=limits[0], vmax=limits[1])

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer learned from the corpus at hand."""
+"""A byte-level BPE tokenizer, trained on given texts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SMALLEST_VOCABULARY = 257  # every byte, and END_OF_TEXT
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most ``vocab_size`` tokens that can write every text, and adds no token to it.
+    """A tokenizer of at most ``vocab_size`` tokens that can encode any text and adds no special tokens to it.
 
-    ``<|endoftext|>`` is id 0 and serves as end, begin, padding and unknown token. The result survives
-    ``save_pretrained`` and ``AutoTokenizer.from_pretrained`` unchanged. Few texts give fewer tokens.
+    ``<|endoftext|>`` is id 0 and serves as end, begin, padding and unknown token. ``save_pretrained`` and
+    ``AutoTokenizer.from_pretrained`` give the same tokenizer back. Few texts give fewer tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"vocab_size must be at least {SMALLEST_VOCABULARY}; found {vocab_size}")

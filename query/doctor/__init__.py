@@ -1,4 +1,4 @@
-"""Would a store be right? One file a check; :mod:`query.doctor.examination` does them in order."""
+"""Checks of whether a store would be right, one file for each; :mod:`query.doctor.examination` runs them in order."""
 
 from query.doctor.examination import DoctorReport, doctor
 

@@ -1,4 +1,4 @@
-"""Do the logits at a place depend on later tokens? Then they know what they must predict."""
+"""Check: are the logits at a position independent of later tokens? If not, they contain what they must predict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from query.doctor.subject import Subject
 
 
 def examine(subject: Subject) -> Finding:
-    """The last token of the longest row is replaced by another token of the rows."""
+    """Replace the last token of the longest row, and compare the logits before it."""
     tokens = max((row.tokens for row in subject.rows), key=len)
     ids = torch.from_numpy(tokens).long().unsqueeze(0).to(subject.models.device)
     others = [int(token) for row in subject.rows for token in row.tokens if token != tokens[-1]]

@@ -1,4 +1,6 @@
-"""How much of the model do the chosen layers see: of its parameters, and of the squared norm of its gradient?"""
+"""Check: what share of the model do the chosen layers cover, of its parameters and of the squared norm of
+its gradient?
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ from query.doctor.finding import GRADIENTS, Check, Finding, right, skipped
 from query.doctor.subject import Subject
 
 LOW = 0.5
-"""Share of the squared gradient norm below which more layers are advised."""
+"""Share of the squared gradient norm below which the check advises more layers."""
 DOMINANT = 0.5
-"""Share of the covered squared norm from which one layer decides every score."""
+"""Share of the covered squared norm from which one layer dominates every score."""
 TOP = 5
 
 
 def types_of_parameters(model: nn.Module) -> dict[str, str]:
-    """The layer type that owns each parameter, or the class of a module that no type handles; tied ones once."""
+    """For each parameter the layer type that owns it, or the class of a module that no type handles. Tied ones once."""
     types: dict[str, str] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
@@ -38,7 +40,7 @@ def shares(squares: Mapping[str, float]) -> dict[str, float]:
 
 
 def examine(subject: Subject) -> Finding:
-    """Exact squared norms by plain autograd, as shares of each sample's own, the mean over a few samples."""
+    """Measure the shares of the squared norm by plain autograd, averaged over a few samples."""
     of_parameters = subject.plan.coverage
     reason = subject.lacks_memory(4, EVERY_GRADIENT)
     if reason is not None:
@@ -54,18 +56,18 @@ def examine(subject: Subject) -> Finding:
     left_out = {name: share for name, share in mean.items() if name not in covered_names}
     covered = sum(share for name, share in mean.items() if name in covered_names)
     top, share = next(iter(shares(blocks).items()))
-    elsewhere = sorted(left_out, key=lambda name: -left_out[name])[:TOP]
+    largest_left_out = sorted(left_out, key=lambda name: -left_out[name])[:TOP]
     details = {
         "parameters": of_parameters,
         "squared_norm": covered,
         "by_type": dict(sorted(by_type.items(), key=lambda item: -item[1])),
         "largest_layers": dict(sorted(blocks.items(), key=lambda item: -item[1])[:TOP]),
-        "largest_left_out": {name: left_out[name] for name in elsewhere},
+        "largest_left_out": {name: left_out[name] for name in largest_left_out},
     }
     advice = []
     if covered < LOW:
         advice.append(
-            f"Most of the gradient lies elsewhere, above all in {', '.join(elsewhere[:3])}: "
+            f"Most of the gradient lies elsewhere, above all in {', '.join(largest_left_out[:3])}: "
             "add layers to `projection.layers` (norm, embeddings, head, all) where you need it."
         )
     if share > DOMINANT and len(blocks) > 1:
@@ -73,8 +75,8 @@ def examine(subject: Subject) -> Finding:
             f"{top} holds {share:.0%} of the covered squared norm and so decides every score: consider "
             f"`exclude_layers` '{top}', or plain blocks (`rank_total`) that are scored by layer."
         )
-    seen = f"{of_parameters:.1%} of the parameters, {covered:.1%} of the squared norm of their gradient"
-    return right(f"{len(blocks)} layers: {seen}", *advice, **details)
+    coverage = f"{of_parameters:.1%} of the parameters, {covered:.1%} of the squared norm of their gradient"
+    return right(f"{len(blocks)} layers: {coverage}", *advice, **details)
 
 
 CHECK = Check(name="coverage", asks="How much of the gradient do the layers see?", run=examine, needs=GRADIENTS)

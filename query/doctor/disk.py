@@ -1,4 +1,4 @@
-"""How fast is the disk of the store? A file is written through to it, read back and removed."""
+"""Check: how fast is the disk of the store? A file is written and flushed to the disk, read back and removed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from query.doctor.subject import Subject
 FILE = 256 << 20
 PIECE = 4 << 20
 SECONDS = 5.0
-"""A slow disk is measured for so long, each way."""
+"""Longest time for writing, and for reading, on a slow disk."""
 FREE = 4
-"""The file takes at most one part in so many of the free space."""
+"""The file takes at most 1/FREE of the free space."""
 SLOW = 100e6
 """Bytes a second below which an exact query waits for the disk."""
 
 
 def examine(subject: Subject) -> Finding:
-    """Bytes a second, one way after the other, of the folder that is or will hold the store."""
+    """Measure writing and then reading, in bytes a second, in the folder that holds or will hold the store."""
     folder = subject.store.resolve()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -55,16 +55,16 @@ def examine(subject: Subject) -> Finding:
 
 
 def _write(handle: int, limit: int) -> tuple[int, float]:
-    """(bytes, bytes a second) of writing random bytes in turn and forcing them to the disk."""
-    piece, size, begun = os.urandom(PIECE), 0, time.perf_counter()
-    while size + PIECE <= limit and time.perf_counter() - begun < SECONDS:
+    """(bytes written, bytes a second) of writing random bytes and flushing them to the disk."""
+    piece, size, started = os.urandom(PIECE), 0, time.perf_counter()
+    while size + PIECE <= limit and time.perf_counter() - started < SECONDS:
         size += os.write(handle, piece)
     os.fsync(handle)
-    return size, size / (time.perf_counter() - begun)
+    return size, size / (time.perf_counter() - started)
 
 
 def _evict(handle: int) -> bool:
-    """Whether the file's pages could be dropped from memory, so that reading reads the disk."""
+    """Drop the file's pages from memory, so that reading reads the disk. Returns whether that is possible here."""
     if not hasattr(os, "posix_fadvise"):
         return False
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -72,12 +72,12 @@ def _evict(handle: int) -> bool:
 
 
 def _read(handle: int, size: int) -> float:
-    """Bytes a second of reading from the beginning."""
+    """Bytes a second of reading the file from its beginning."""
     os.lseek(handle, 0, os.SEEK_SET)
-    done, begun = 0, time.perf_counter()
-    while done < size and time.perf_counter() - begun < SECONDS:
+    done, started = 0, time.perf_counter()
+    while done < size and time.perf_counter() - started < SECONDS:
         done += len(os.read(handle, PIECE))
-    return done / (time.perf_counter() - begun)
+    return done / (time.perf_counter() - started)
 
 
 CHECK = Check(name="disk", asks="How fast is the disk of the store?", run=examine)

@@ -1,7 +1,7 @@
-"""Are the engine's vectors the gradients? Each block against plain autograd of one sample at a time.
+"""Check: are the engine's vectors the gradients? Each block is compared with plain autograd of one sample at a time.
 
-The engine sees the calls of modules. Where a weight is used in another way too (``F.linear(x, module.weight)``, an
-assembled weight, a compiled call), autograd's gradient has more in it than the vectors.
+The engine sees calls of modules. If a weight is used in another way, too (``F.linear(x, module.weight)``, a weight made
+of several, a compiled call), the gradient by autograd has a share that the vectors lack.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from query.doctor.subject import Subject
 
 EVERY_GRADIENT = "a gradient of every parameter"
 NAMED = 5
-"""Layers that a sentence names."""
+"""Most layers that a sentence names."""
 FAINT = 1e-3
-"""A block this small beside the whole vector is measured against the whole: its own digits are rounding."""
+"""A block with a smaller share of the vector's length is compared relative to that share, because its own digits are
+rounding errors."""
 
 
 def examine(subject: Subject) -> Finding:
-    """Blocks first, then the vectors that a store would hold."""
+    """Compare the blocks, and the vectors that a store would hold."""
     reason = subject.lacks_memory(4, EVERY_GRADIENT)
     if reason is not None:
         return skipped(reason)
@@ -51,8 +52,8 @@ def examine(subject: Subject) -> Finding:
     return right(f"the vectors of {count} samples are autograd's, to {error:.1g} ({len(layers)} layers)", **details)
 
 
-def _error(found: Tensor, expected: Tensor, floor: Tensor) -> float:
-    error = (found - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), floor)
+def _error(measured: Tensor, expected: Tensor, floor: Tensor) -> float:
+    error = (measured - expected).norm(dim=1) / torch.maximum(expected.norm(dim=1), floor)
     return float(error.nan_to_num(nan=0.0).max())  # 0 ÷ 0: a layer without a gradient
 
 

@@ -1,4 +1,4 @@
-"""``ghoststore.doctor``: would a store of this model, built on this machine, be right?"""
+"""``ghoststore.doctor``: would a store that is built from this model on this machine be right?"""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ CHECKS = tuple(
     module.CHECK
     for module in (randomness, causality, gradients, exactness, invariance, precision, coverage, faiss, disk, machine)
 )
-"""In the order in which they are done and shown."""
+"""In the order in which they run and are shown."""
 
 MAX_LENGTH = 128
-"""Tokens of the longest sample, unless asked otherwise: enough for all that is checked."""
+"""Default for the tokens of the longest sample, enough for all checks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
-    """What was found, check by check."""
+    """What ``ghoststore.doctor`` returns: the finding of each check."""
 
     model: str
-    """The checkpoint's folder, or the class of a model in memory."""
+    """The folder of the checkpoint, or the class of a model in memory."""
     settings: dict[str, Any]
     findings: Mapping[str, Finding]
-    """By name of the check, in the order of CHECKS."""
+    """The findings by the name of the check, in the order of CHECKS."""
 
     @property
     def wrong(self) -> list[str]:
-        """The checks that found what would make a store wrong."""
+        """The names of the checks with which a store would be wrong."""
         return [name for name, finding in self.findings.items() if finding.status is Verdict.WRONG]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore doctor --json`` prints."""
+        """The document that ``ghoststore doctor --json`` prints."""
         asks = {check.name: check.asks for check in CHECKS}
         return {
             "model": self.model,
@@ -74,18 +74,18 @@ class DoctorReport:
 
 @takes(DoctorOptions)
 def doctor(options: DoctorOptions) -> DoctorReport:
-    """Examine a ``checkpoint``, or a ``model`` in memory with its tokenizer, before anything is built of it.
+    """Examine a ``checkpoint``, or a ``model`` in memory with its ``tokenizer``, before a store is built from it.
 
-    Parameters have the names of the command's options. ``tokenizer`` is a folder, or the object itself. ``samples``
-    samples (at least 3) of ``data`` (default: built-in sentences) are cut to ``max_length`` tokens (default: 128, or
-    the model's positions if fewer). ``attn_implementation`` None examines eager, sdpa and, on CUDA, flash attention
-    where it is installed. ``store`` is the folder whose disk is measured; nothing of it is changed. A model in memory
-    is examined in the mode it is in and left as it was, flags and kernel too.
+    ``tokenizer`` is a folder, or the object itself. ``samples`` samples (at least 3) of ``data`` (default: built-in
+    sentences) are cut to ``max_length`` tokens (default: 128, or the model's positions if these are fewer). Without
+    ``attn_implementation`` the checks use eager, sdpa and, on CUDA, flash attention if it is installed. ``store`` is
+    the folder whose disk is measured; nothing in it is changed. A model in memory is examined in its current mode, and
+    left as it was, with its flags and its attention kernel.
 
-    Needs memory for the model in float32, a second copy in 16 bits, and a gradient of every parameter. What does not
-    fit is skipped, and the finding says so.
+    Needs memory for the model in float32, a second copy in 16 bits, and a gradient of every parameter. A check that
+    does not fit into memory is skipped, and its finding says so.
 
-    Raises UsageError, CheckpointError, LayerError or CorpusError for inputs of which no store could be built at all.
+    Raises UsageError, CheckpointError, LayerError or CorpusError for inputs from which no store could be built at all.
     """
     progress = options.progress or Silent()
     if options.samples < 3:
@@ -94,7 +94,7 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         raise UsageError(
             f"{options.attn_implementation} has no float32: give `model_dtype=bfloat16`, or another kernel"
         )
-    models, text_tokenizer = _patient(
+    models, text_tokenizer = _open_models(
         options.checkpoint,
         options.model,
         options.tokenizer,
@@ -110,8 +110,8 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         )
         reference = models.reference()
         length = choose_max_length(options.max_length, reference, MAX_LENGTH)
-        own = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
-        rows = choose_rows(corpus, own, max_length=length, count=options.samples)
+        tokenizer = Tokenizer(text_tokenizer, vocabulary=embedding_rows(reference), note=progress.note)
+        rows = choose_rows(corpus, tokenizer, max_length=length, count=options.samples)
     subject = Subject(
         models=models,
         model=reference,
@@ -139,14 +139,14 @@ def _examine(subject: Subject, progress: Progress) -> dict[str, Finding]:
     with closing(progress.task("examining", len(CHECKS), unit="checks")) as task:
         for check in CHECKS:
             task.say(check.name)
-            findings[check.name] = _one(check, subject, findings)
+            findings[check.name] = _run_check(check, subject, findings)
             task.advance(1)
         task.say("")
     return findings
 
 
-def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Finding:
-    """The finding of one check. It is skipped where an earlier one tells that it could not be answered."""
+def _run_check(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Finding:
+    """The finding of one check. The check is skipped if one that it needs has found something wrong."""
     reasons = [name for name in check.needs if before[name].status is Verdict.WRONG]
     if reasons:
         return skipped(f"cannot be told: see {reasons[0]}")
@@ -158,7 +158,7 @@ def _one(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Findi
         return skipped(f"{subject.models.device} has not enough memory: {str(error).splitlines()[0]}")
 
 
-def _patient(
+def _open_models(
     checkpoint: str | Path | None,
     model: torch.nn.Module | None,
     tokenizer: Any,
@@ -166,7 +166,7 @@ def _patient(
     device: str,
     kernel: str | None,
 ) -> tuple[Models, Any]:
-    """The model's source, and its tokenizer."""
+    """(source of the model in its dtypes and kernels, its tokenizer). UsageError unless exactly one model is given."""
     if (checkpoint is None) == (model is None):
         raise UsageError("give either a checkpoint or a model in memory")
     models: Models

@@ -1,4 +1,4 @@
-"""Is FAISS there, and on which device? Only ``ghoststore index`` needs it."""
+"""Check: is FAISS installed, and for which device? Only ``ghoststore index`` needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from query.doctor.subject import Subject
 
 
 def examine(subject: Subject) -> Finding:
-    """Never wrong: exact search needs no FAISS."""
+    """Import FAISS. The finding is never wrong, because exact search needs no FAISS."""
     try:
         faiss = load_faiss()
     except UsageError as error:

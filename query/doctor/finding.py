@@ -1,4 +1,4 @@
-"""What a check is, and what it says: a status, one sentence, numbers, and advice."""
+"""Checks and their findings. A finding has a status, one sentence, numbers, and advice."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 
 class Verdict(StrEnum):
-    """How a check came out, from harmless to harmful."""
+    """The result of a check, from harmless to harmful."""
 
     OK = "ok"
     SKIPPED = "skipped"
     ADVICE = "advice"
     """A store would be right, but could be better or cheaper."""
     WRONG = "wrong"
-    """A store would hold vectors that are not the samples' gradients, or none at all."""
+    """A store would hold vectors that are not the gradients of the samples, or would hold no vectors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one check found."""
+    """The result of one check, with a sentence, advice and numbers."""
 
     status: Verdict
     summary: str
     """One sentence."""
     advice: tuple[str, ...] = ()
-    """What to do, a sentence or two each."""
+    """What to do: each entry is one or two sentences."""
     details: dict[str, Any] = field(default_factory=dict)
-    """The measured numbers: JSON, but that numbers may be NaN or infinite."""
+    """The measured numbers, as JSON values except that numbers may be NaN or infinite."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON without NaN or infinity: null in their place."""
+        """The finding as JSON values, with None for NaN and infinity."""
         return {
             "status": str(self.status),
             "summary": self.summary,
@@ -53,26 +53,26 @@ class Check:
     asks: str
     run: Callable[[Subject], Finding]
     needs: tuple[str, ...] = ()
-    """Checks before this one that must not have found anything wrong: without them its answer means nothing."""
+    """Earlier checks that must not be wrong. If one is, this check would tell nothing."""
 
 
 GRADIENTS = ("randomness", "gradients")
-"""What a check of gradients needs: that they are the same each time, and finite."""
+"""What a check of gradients needs: they must be the same each time, and finite."""
 
 
 def skipped(reason: str) -> Finding:
-    """The check could not be done."""
+    """The finding of a check that could not run."""
     return Finding(status=Verdict.SKIPPED, summary=reason)
 
 
 def right(summary: str, *advice: str, **details: Any) -> Finding:
-    """A store would be right; with ``advice`` it could be better or cheaper."""
+    """The finding that a store would be right. If there is ``advice``, it could be better or cheaper."""
     status = Verdict.ADVICE if advice else Verdict.OK
     return Finding(status=status, summary=summary, advice=advice, details=details)
 
 
 def wrong(summary: str, *advice: str, **details: Any) -> Finding:
-    """A store would be wrong, unless the ``advice`` is followed."""
+    """The finding that a store would be wrong unless the ``advice`` is followed."""
     return Finding(status=Verdict.WRONG, summary=summary, advice=advice, details=details)
 
 

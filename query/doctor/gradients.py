@@ -1,4 +1,4 @@
-"""Does every sample get a vector at all, and a finite one? In float32: what fails here fails in every dtype."""
+"""Check: does every sample get a finite vector? In float32, because what fails there fails in every dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from query.doctor.subject import Subject
 
 
 def examine(subject: Subject) -> Finding:
-    """All samples through the engine, each alone. CaptureError: the engine does not see what it must see."""
+    """Encode all samples, each in a batch of its own. CaptureError if the engine misses a call of a layer."""
     rows, bad = len(subject.rows), subject.exact.not_finite
     if bad:
         return wrong(

@@ -1,4 +1,4 @@
-"""Is a sample's vector its own, whatever it is batched with and however it is padded? With each attention kernel."""
+"""Check: is a sample's vector independent of its batch mates and its padding, with each attention kernel?"""
 
 from __future__ import annotations
 
@@ -18,36 +18,40 @@ from query.doctor.rows import cut
 from query.doctor.subject import Subject
 
 ROUGH = 0.2
-"""Relative difference of vectors in a 16-bit dtype that is more than its rounding."""
+"""Largest relative difference of vectors in a 16-bit dtype that can be rounding."""
 
 
 class Invariance(NamedTuple):
-    """One kernel: largest relative differences of vectors and losses from those of each sample alone."""
+    """The largest relative differences with one kernel, between samples in batches and the same samples alone."""
 
     vectors: dict[str, float]
-    """By what was changed: batch mates of one length (no padding), padding, order."""
+    """Differences of vectors, by what was changed: ``batch_mates`` (of one length, without padding), ``padding``,
+    ``order``.
+    """
     losses: float
     worst_row: int
     tolerance: float
 
     @property
     def largest(self) -> float:
+        """The largest of all differences."""
         return max(*self.vectors.values(), self.losses)
 
     @property
     def sound(self) -> bool:
+        """Whether all differences can be rounding."""
         return self.largest <= self.tolerance
 
 
 def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invariance:
-    """Each of a few samples alone, beside others of its length, padded beside others, and in reverse order."""
+    """Encode a few samples alone, in a batch of one length, in a padded batch, and in reverse order; and compare."""
     rows = subject.few
-    everyone = list(range(len(rows)))
+    all_places = list(range(len(rows)))
     even = [cut(row, min(len(row.tokens) for row in rows)) for row in rows]
     even = [row for row in even if len(row.tokens) == len(even[0].tokens)]
     alone, even_alone = subject.alone(model, rows), subject.alone(model, even)
-    together = subject.encode(model, rows, [everyone])
-    reversed_ = subject.encode(model, rows, [everyone[::-1]])
+    together = subject.encode(model, rows, [all_places])
+    reversed_ = subject.encode(model, rows, [all_places[::-1]])
     mates = subject.encode(model, even, [list(range(len(even)))])
     losses = max(
         worst(vectors.losses.unsqueeze(1), expected.losses.unsqueeze(1))
@@ -62,11 +66,11 @@ def measure(subject: Subject, model: Any, tolerance: float = EXACT) -> Invarianc
 
 
 def examine(subject: Subject) -> Finding:
-    """Every kernel that there is, in float32, flash attention in 16 bits."""
+    """Measure every available kernel in float32, and flash attention in 16 bits."""
     measured: dict[str, Invariance] = {}
     missing: dict[str, str] = {}
     problems: list[str] = []
-    culprits: dict[str, str | None] = {}
+    first_modules: dict[str, str | None] = {}
     for kernel in _kernels(subject):
         name = kernel or "its own attention"
         try:
@@ -77,7 +81,7 @@ def examine(subject: Subject) -> Finding:
                 with attending(subject.model, kernel) as model:
                     invariance = measure(subject, model)
                     if not invariance.sound:
-                        culprits[name] = _culprit(subject, subject.few[invariance.worst_row])
+                        first_modules[name] = _first_module(subject, subject.few[invariance.worst_row])
         except UsageError as error:
             missing[name] = str(error)
             if subject.kernels is not None:
@@ -85,11 +89,11 @@ def examine(subject: Subject) -> Finding:
             continue
         measured[name] = invariance
         if not invariance.sound:
-            problems.append(_sentence(name, invariance, culprits.get(name)))
+            problems.append(_sentence(name, invariance, first_modules.get(name)))
     details = {
         "kernels": {name: {**invariance.vectors, "losses": invariance.losses} for name, invariance in measured.items()},
         "unavailable": missing,
-        "first": culprits,
+        "first": first_modules,
         "tolerance": EXACT,
     }
     if problems:
@@ -110,17 +114,17 @@ def _kernels(subject: Subject) -> Sequence[str | None]:
     return list(dict.fromkeys([own, "eager", "sdpa", *(["flash_attention_2"] if flash else [])]))
 
 
-def _culprit(subject: Subject, row: Row) -> str | None:
-    """The first module whose output for ``row`` is another beside the longest row than alone."""
+def _first_module(subject: Subject, row: Row) -> str | None:
+    """The first module whose output for ``row`` changes when the row is padded to the longest row."""
     longest = max(subject.few, key=lambda row: len(row.tokens))
     alone, padded = (partial(subject.logits, rows) for rows in ([row], [row, longest]))
     return first_difference(subject.model, alone, padded, len(row.tokens))
 
 
-def _sentence(kernel: str, invariance: Invariance, culprit: str | None) -> str:
-    causes = {name: error for name, error in invariance.vectors.items() if not error <= invariance.tolerance}
-    changed = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in causes.items())
-    where = f", first in the output of {culprit}" if culprit else ""
+def _sentence(kernel: str, invariance: Invariance, module: str | None) -> str:
+    changes = {name: error for name, error in invariance.vectors.items() if not error <= invariance.tolerance}
+    changed = ", ".join(f"{name.replace('_', ' ')} ({error:.2g})" for name, error in changes.items())
+    where = f", first in the output of {module}" if module else ""
     return f"with {kernel}, a sample's vector changes with {changed or 'its batch, or its loss does'}{where}"
 
 

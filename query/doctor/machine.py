@@ -1,4 +1,4 @@
-"""What computes here, and does it suit what was asked for?"""
+"""Check: which hardware computes here, and does it suit the device and dtype options?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from query.doctor.subject import Subject
 
 
 def examine(subject: Subject) -> Finding:
-    """Facts; advice where the device or the dtype is not what this machine is good at."""
+    """Describe the machine. Advises another device or dtype if this machine would be faster with it."""
     device, dtype = subject.models.device, subject.models.dtype
     cuda = device.startswith("cuda")
     bfloat16, total = computes_bfloat16(device), total_memory(device)

@@ -1,6 +1,6 @@
-"""The model that is looked at: in float32 as the reference, in other dtypes, and with each attention kernel.
+"""The model to examine: in float32 as the reference, in other dtypes, and with each attention kernel.
 
-A saved one is loaded exactly as a build loads it. A loaded one is the caller's own: it is never changed for good.
+A saved model is loaded exactly as in a build. A model in memory belongs to the caller: changes to it are undone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from indexer.encode.engine import unwrap
 
 
 class Models(Protocol):
-    """Where models of one checkpoint come from."""
+    """A source of one model in several dtypes and with several attention kernels."""
 
     name: str
     dtype: str
@@ -28,14 +28,14 @@ class Models(Protocol):
     device: str
 
     def reference(self) -> Any:
-        """The model in float32; the caller's own where that is what it is."""
+        """The model in float32; the caller's own if it is in float32 already."""
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
-        """A model in ``dtype`` with an attention ``kernel`` (None: the one asked for, or its default)."""
+        """A copy of the model in ``dtype`` with an attention ``kernel`` (None: that of the options, or its default)."""
 
 
 class SavedModels:
-    """Of a checkpoint."""
+    """The models of a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str, kernel: str | None) -> None:
         self.name, self.dtype, self.device = str(checkpoint.folder), dtype, device
@@ -50,7 +50,7 @@ class SavedModels:
 
 
 class LoadedModels:
-    """Of a model in memory. Its parameters are cast and its buffers are not, as transformers does when it loads."""
+    """The models of a model in memory. Parameters are cast and buffers are not, as transformers does when it loads."""
 
     def __init__(self, model: nn.Module, dtype: str | None, device: str, kernel: str | None) -> None:
         self._model = unwrap(model)
@@ -73,7 +73,7 @@ class LoadedModels:
         return self.in_dtype("float32", None if half_only(self._kernel) else self._kernel)
 
     def in_dtype(self, dtype: str, kernel: str | None = None) -> Any:
-        cast: dict[int, Any] = {  # what deepcopy finds there it does not copy
+        cast: dict[int, Any] = {  # deepcopy takes these instead of copying the parameters
             id(p): nn.Parameter(p.detach().to(getattr(torch, dtype), copy=True), p.requires_grad)
             for p in self._model.parameters()
         }
@@ -85,7 +85,7 @@ class LoadedModels:
 
 
 def half_only(kernel: str | None) -> bool:
-    """Whether an attention kernel has 16-bit dtypes alone."""
+    """Whether an attention kernel works only in 16-bit dtypes."""
     return (kernel or "").startswith("flash_attention")
 
 
@@ -99,13 +99,13 @@ def _refuse_too_large(numbers: int, device: str, name: str) -> None:
 
 
 def kernel_of(model: Any) -> str | None:
-    """The name of a model's attention kernel; None for a model that is not of transformers."""
+    """The name of the attention kernel of ``model``; None for a model that is not from transformers."""
     name = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return name if isinstance(name, str) and hasattr(model, "set_attn_implementation") else None
 
 
 def set_kernel(model: Any, kernel: str) -> None:
-    """Switch the attention of ``model`` to ``kernel``. UsageError if it cannot be had."""
+    """Switch the attention of ``model`` to ``kernel``. UsageError if it is not available."""
     if kernel_of(model) is None:
         raise UsageError(f"{type(model).__name__} is not of transformers: it has no attention kernels to choose from")
     try:
@@ -119,7 +119,9 @@ def set_kernel(model: Any, kernel: str) -> None:
 
 @contextmanager
 def attending(model: Any, kernel: str | None) -> Iterator[Any]:
-    """``model`` with another attention kernel until the block ends; None: as it is. UsageError as `set_kernel`."""
+    """``model`` with another attention ``kernel`` (None: its own) until the block ends. UsageError if it is not
+    available.
+    """
     before = kernel_of(model)
     if kernel is None or kernel == before:
         yield model

@@ -1,4 +1,4 @@
-"""Does a 16-bit model give the ranking that a float32 one gives, and does it stay within the range of its numbers?"""
+"""Check: does the model in 16 bits give the ranking that it gives in float32, without overflow?"""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from query.doctor.invariance import ROUGH
 from query.doctor.subject import Subject
 
 FAITHFUL = 0.95
-"""Mean Spearman above which a ranking is called the same."""
+"""Mean Spearman correlation from which rankings count as the same."""
 UNFAITHFUL = 0.8
-"""Mean Spearman below which a store in this dtype would be wrong."""
+"""Mean Spearman correlation below which a store in this dtype would be wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """One dtype against float32."""
+    """One dtype compared with float32."""
 
     not_finite: int
-    """Samples whose vector or loss is NaN or infinite."""
+    """Number of samples whose vector or loss is NaN or infinite."""
     spearman: float = float("nan")
-    """Mean over samples as queries of the correlation of the rankings of all others by cosine."""
+    """Spearman's correlation of the rankings of all other samples by cosine, averaged over samples as queries."""
     least_spearman: float = float("nan")
+    """The lowest of these correlations."""
     vectors: float = float("nan")
     """Mean relative error of the vectors."""
     batch: float = float("nan")
-    """Largest relative difference of a few vectors, in a padded batch against alone."""
+    """Largest relative difference of a few vectors between a padded batch and each sample alone."""
 
 
 def measure(subject: Subject, model: Any) -> Precision:
-    """``model`` in its dtype against the reference."""
+    """Compare ``model``, in its dtype, with the reference."""
     vectors = subject.alone(model, subject.rows)
     if vectors.not_finite:
         return Precision(not_finite=vectors.not_finite)
@@ -50,21 +51,21 @@ def measure(subject: Subject, model: Any) -> Precision:
 
 
 def drift(subject: Subject, model: Any) -> float:
-    """Largest relative difference of a few vectors in one padded batch from those alone."""
+    """Largest relative difference of a few vectors between one padded batch and each sample alone."""
     few = subject.few
     together = subject.encode(model, few, [list(range(len(few)))])
     return worst(together.vectors, subject.alone(model, few).vectors)
 
 
 def examine(subject: Subject) -> Finding:
-    """bfloat16, and the dtype of the builds. What is wrong in another dtype is advice."""
+    """Measure bfloat16 and ``model_dtype``. A problem in a dtype other than ``model_dtype`` is only advice."""
     reason = subject.lacks_memory(2, "a second copy in 16 bits")
     if reason is not None:
         return skipped(reason)
-    wanted = subject.models.dtype
+    build_dtype = subject.models.dtype
     status, sentences, advised, details = Verdict.OK, list[str](), list[str](), dict[str, Any]()
     rows, tolerance = len(subject.rows), ROUGH + drift(subject, subject.model)
-    for dtype in dict.fromkeys(["bfloat16", *([wanted] if wanted != "float32" else [])]):
+    for dtype in dict.fromkeys(["bfloat16", *([build_dtype] if build_dtype != "float32" else [])]):
         try:
             precision = measure(subject, subject.models.in_dtype(dtype))
         except UsageError as error:
@@ -72,7 +73,7 @@ def examine(subject: Subject) -> Finding:
         else:
             details[dtype] = asdict(precision)
             verdict, sentence, advice = _judge(dtype, precision, rows, tolerance)
-        if verdict is Verdict.WRONG and dtype != wanted:
+        if verdict is Verdict.WRONG and dtype != build_dtype:
             verdict = Verdict.ADVICE
         status = max(status, verdict, key=[Verdict.OK, Verdict.ADVICE, Verdict.WRONG].index)
         sentences.append(sentence)
@@ -81,7 +82,9 @@ def examine(subject: Subject) -> Finding:
 
 
 def _judge(dtype: str, precision: Precision, rows: int, tolerance: float) -> tuple[Verdict, str, str]:
-    """(verdict, sentence, advice) on one dtype, as if builds used it. ``tolerance``: of ``batch``."""
+    """(verdict, sentence, advice) for a build in ``dtype``. ``tolerance`` is the largest
+    ``precision.batch`` to accept.
+    """
     if precision.not_finite:
         return (
             Verdict.WRONG,

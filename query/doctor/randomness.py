@@ -1,4 +1,4 @@
-"""Is the forward pass the same each time? Dropout that was left on makes every gradient a draw."""
+"""Check: is the forward pass the same each time? With dropout left on, every gradient would be random."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from query.doctor.locate import first_difference
 from query.doctor.subject import Subject
 
 TOLERANCE = 1e-5
-"""Relative difference of the logits of two passes: no kernel's atomics come near it."""
+"""Largest relative difference of the logits of two passes that can be rounding. Kernels with atomics stay far below."""
 
 
 def examine(subject: Subject) -> Finding:
-    """What the modules say of themselves, and two forward passes of one batch in the model's own mode."""
+    """Look for modules that draw random numbers, and compare two forward passes of one batch in the model's mode."""
     devices = [subject.models.device] if subject.models.device.startswith("cuda") else []
     with torch.random.fork_rng(devices):
         first, second = (subject.logits(subject.few).double() for _ in range(2))

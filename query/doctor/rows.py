@@ -1,4 +1,4 @@
-"""The few samples that the doctor looks at, of lengths so different that padding and batch mates would tell."""
+"""The few samples that the doctor uses. Their lengths differ enough to show effects of padding and of batch mates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ghoststore.errors import UsageError
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 
 POOL = 256
-"""Samples of a corpus that are looked at to choose from."""
+"""Number of samples of a corpus to choose from."""
 
 _SHORT = (
     "The river froze early that year.",
@@ -36,17 +36,17 @@ _LONG = (
 
 
 def built_in() -> list[Sample]:
-    """Short sentences, long ones, and longer ones, eight of each."""
+    """24 samples: eight short texts, eight longer ones, and eight still longer ones."""
     texts = [*_SHORT, *_LONG, *(f"{long} {short}" * 2 for long, short in zip(_LONG, _SHORT, strict=True))]
     return [Sample(i, f"built-in-{i}", None, text, -1, 0) for i, text in enumerate(texts)]
 
 
 def choose_rows(corpus: Corpus | None, tokenizer: Tokenizer, *, max_length: int, count: int) -> list[Row]:
-    """``count`` rows (fewer if there are not as many), at most ``max_length`` tokens each, of different lengths.
+    """``count`` rows of different lengths, at most ``max_length`` tokens each; fewer if there are not enough.
 
-    Of the first 256 samples of ``corpus`` (None: built-in sentences), spread evenly from the shortest to the longest.
-    Where all are about as long, every other one is cut. UsageError if fewer than three have tokens to predict, or one a
-    token that the model's embedding lacks.
+    They are chosen from the first 256 samples of ``corpus`` (None: built-in sentences), spread evenly from the shortest
+    to the longest. If all have about the same length, every second one is cut. UsageError if fewer than three samples
+    have tokens to predict, and for a token that the model's embedding lacks.
     """
     samples = built_in() if corpus is None else islice(corpus.samples(), POOL)
     settings = TokenSettings(max_length=max_length, overlong="truncate")
@@ -66,5 +66,5 @@ def _varied(rows: Sequence[Row]) -> list[Row]:
 
 
 def cut(row: Row, length: int) -> Row:
-    """The first ``length`` tokens of ``row``, but so many that one is a target."""
+    """The first ``length`` tokens of ``row``, or more if needed to include a target."""
     return replace(row, tokens=row.tokens[: max(length, row.first_target + 1)])

@@ -1,4 +1,4 @@
-"""What every check is given: the model, its rows and projection, and vectors of them in any company.
+"""The subject of the checks: the model, its rows and projection, and the vectors of rows in any batches.
 
 Legend: B samples, D numbers of a vector, K and J the ranks of a block.
 """
@@ -25,14 +25,14 @@ from indexer.projection.plan import ProjectionPlan
 from query.doctor.models import Models
 
 PLAIN_ROWS = 8
-"""Rows whose gradient is taken by plain autograd, and which are tried in other company."""
+"""Most rows whose gradient is computed by plain autograd, and which are encoded in different batches."""
 HEADROOM = 1.2
-"""Free memory wanted for what takes 1."""
+"""Free memory that a check wants, in multiples of what it needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainGradient:
-    """One row by batch-of-one autograd, with a gradient of every parameter."""
+    """The gradient of one row by plain autograd, in a batch of one."""
 
     blocks: dict[str, Tensor]
     """(K, J) float32 by block name, on the model's device."""
@@ -41,7 +41,7 @@ class PlainGradient:
 
 
 class Vectors(NamedTuple):
-    """Some rows, on the CPU."""
+    """The vectors and losses of B rows, on the CPU."""
 
     vectors: Tensor
     """(B, D) float32."""
@@ -50,7 +50,7 @@ class Vectors(NamedTuple):
 
     @property
     def not_finite(self) -> int:
-        """Rows whose vector or loss is NaN or infinite."""
+        """Number of rows whose vector or loss is NaN or infinite."""
         return int((~(torch.isfinite(self.vectors).all(1) & torch.isfinite(self.losses))).sum())
 
 
@@ -60,11 +60,11 @@ class Subject:
 
     models: Models
     model: Any
-    """The reference: float32."""
+    """The reference, in float32."""
     rows: Sequence[Row]
     projection: Projection
     kernels: tuple[str, ...] | None
-    """Attention kernels that were asked for; None: those that there are."""
+    """The attention kernels to examine; None for all that are available."""
     reduction: Reduction
     store: Path
 
@@ -80,12 +80,14 @@ class Subject:
 
     @property
     def few_places(self) -> list[int]:
-        """Where :attr:`few` stand among the rows."""
+        """The places of :attr:`few` in :attr:`rows`."""
         step = max(1.0, (len(self.rows) - 1) / (PLAIN_ROWS - 1))
         return [round(place * step) for place in range(min(PLAIN_ROWS, len(self.rows)))]
 
     def lacks_memory(self, bytes_a_number: int, what: str) -> str | None:
-        """Why there is no room for ``what``, so many bytes for each number of the model; None where there is."""
+        """A phrase that says that ``what``, with ``bytes_a_number`` for each number of the model, does not fit into
+        memory; None if it does.
+        """
         needed, free = bytes_a_number * self.plan.total, available_memory(self.models.device)
         if free is None or needed * HEADROOM < free:
             return None
@@ -98,7 +100,9 @@ class Subject:
         batches: Sequence[Sequence[int]],
         projection: Projection | None = None,
     ) -> Vectors:
-        """Vectors and losses of ``rows``, in their order, computed in ``batches`` of places, on the CPU."""
+        """Vectors and losses of ``rows``, in their order. ``batches`` are the places of the rows that are computed
+        together.
+        """
         by_place: dict[int, tuple[Tensor, Tensor]] = {}
         with RowEncoder(model, projection or self.projection, reduction=self.reduction) as encoder:
             for batch in batches:
@@ -108,23 +112,23 @@ class Subject:
         return Vectors(torch.stack(vectors_B), torch.stack(losses_B))
 
     def alone(self, model: Any, rows: Sequence[Row], projection: Projection | None = None) -> Vectors:
-        """As :meth:`encode`, each row in a batch of its own."""
+        """Vectors and losses of ``rows``, each computed in a batch of its own."""
         return self.encode(model, rows, [[place] for place in range(len(rows))], projection)
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
-        """(B, T, V) of the reference for a padded batch, without a graph."""
+        """(B, T, V): the logits of the reference for ``rows`` in one padded batch, without a graph."""
         with torch.no_grad():
             logits: Tensor = self._forward(rows)[0]
         return logits
 
     @cached_property
     def exact(self) -> Vectors:
-        """Of all rows by the reference, each alone."""
+        """The vectors of all rows by the reference, each in a batch of its own."""
         return self.alone(self.model, self.rows)
 
     @cached_property
     def plain(self) -> list[PlainGradient]:
-        """Of :attr:`few`. Needs as much memory as the weights beside them."""
+        """The gradients of :attr:`few` by plain autograd. Needs as much memory as the weights, beside these."""
         plain = []
         with all_trainable(self.model):
             for row in self.few:

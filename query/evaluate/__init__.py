@@ -1,1 +1,1 @@
-"""Counterfactual evaluation: do scores predict what training without some samples does?"""
+"""Counterfactual evaluation: do scores predict the effect of training without some of the samples?"""

@@ -1,4 +1,4 @@
-"""``ghoststore.evaluate``: do a store's scores predict what training with or without some of the samples does?"""
+"""``ghoststore.evaluate``: do the scores of a store predict the effect of training with or without some samples?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghoststore.checkpoint.load import find_checkpoint, load_model, resolve_devi
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import takes
+from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import METHODS, EvaluateOptions
 from ghoststore.settings.option import check_at_least
 from ghoststore.store import Part, Store
@@ -39,14 +39,14 @@ class Evaluated:
 
     method: str
     samples: Lds | None
-    """None for scores that are kept for the val set, or its groups, alone."""
+    """None for a method that scores only the whole val set, or only its groups."""
     groups: Lds
-    """By domain of the val set, or the whole of it where it has none."""
+    """Over the domains of the val set, or over the whole val set if it has no domains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateReport:
-    """What ``ghoststore.evaluate`` found: one entry a method in each test that was asked for."""
+    """What ``ghoststore.evaluate`` returns: for each of ``tests`` one entry for each method."""
 
     store: str
     out: str
@@ -56,34 +56,34 @@ class EvaluateReport:
     tail_patch: list[TailPatch]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore evaluate --json`` prints."""
+        """The document that ``ghoststore evaluate --json`` prints."""
         return asdict(self)
 
 
 @takes(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> EvaluateReport:
-    """Test the scores of each of ``methods`` by training: see `docs/evaluate.md`.
+    """Test the scores of each of ``methods`` by training models. `docs/evaluate.md` explains the tests.
 
-    ``tests``: ``lds`` trains ``halves`` models on random halves and correlates sums of scores with losses; ``removal``
-    trains without the ``drop`` share of samples that each method ranks highest, and ``repeats`` times without as many
-    random ones; ``tail-patch`` takes one step from the part's checkpoint on the ``top_k`` best samples of each val
-    group, and ``repeats`` times on random ones.
+    ``tests`` are any of three. ``lds`` trains ``halves`` models on random halves of the corpus and correlates sums of
+    scores with their losses. ``removal`` trains without the share ``drop`` of the samples, those that each method ranks
+    highest, and ``repeats`` times without as many random ones. ``tail-patch`` takes one step from the part's checkpoint
+    on the ``top_k`` best samples of each val group, and ``repeats`` times on random ones.
 
-    Models are of the architecture of the part's checkpoint, from new weights, trained on the corpus that the part was
-    built from for ``max_steps`` steps of ``batch_size`` samples, by ``workers`` processes at once (default: as many as
-    processors, at most 4; 1 on a GPU). Results are kept in ``out``: the same call goes on where it was interrupted, and
-    asks other methods of the same trainings.
+    The models have the architecture of the part's checkpoint and new weights. They are trained on the part's corpus for
+    ``max_steps`` steps of ``batch_size`` samples, by ``workers`` processes at once (default: one for each processor, at
+    most 4; 1 on a GPU). Results are kept in ``out``: an interrupted call continues there, and a call with other methods
+    uses the same trainings.
 
-    ``exact-dot`` and ``exact-cosine`` are scores of the exact gradients of all parameters, ``exact-layers-dot`` and
-    ``exact-layers-cosine`` of the part's layers: computed once for all four, one backward pass a sample, and only if
-    ``methods`` names them.
+    ``exact-dot`` and ``exact-cosine`` score by the exact gradients of all parameters; ``exact-layers-dot`` and
+    ``exact-layers-cosine`` by those of the part's layers. They take one backward pass a sample, together for all four,
+    and are computed only if ``methods`` names one of them.
 
-    With several names as ``part``, methods are those of the first, and ``checkpoints-dot`` and ``checkpoints-cosine``
-    of all together, weighted by ``part_weights`` as in ``ghoststore.query``. ``run`` is a training run of the store,
-    whose values (Σ η·score) are evaluated, too.
+    If ``part`` names several parts, the methods are those of the first one. ``checkpoints-dot`` and
+    ``checkpoints-cosine`` then are the sums over all, weighted by ``part_weights`` as in ``ghoststore.query``. ``run``
+    names a training run of the store, whose values (Σ η·score) are evaluated, too.
 
-    Raises UsageError for unknown words and counts that make no sense, MismatchError if the corpus has changed or
-    ``out`` is of another evaluation, and what ``ghoststore.query`` raises.
+    Raises UsageError for unknown names and numbers out of range, MismatchError if the corpus has changed or ``out``
+    holds another evaluation, and what ``ghoststore.query`` raises.
     """
     progress = options.progress or Silent()
     _refuse(options)
@@ -94,7 +94,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     if workers is None:
         workers = 1 if device.startswith("cuda") else min(4, os.cpu_count() or 1)
     note_repeated(task.part, progress)
-    of = task.methods(
+    score_of = task.methods(
         _question(options, task, device),
         parts,
         weights,
@@ -107,7 +107,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     halved = trainings.losses(masks) if "lds" in options.tests else {}
     scored: dict[str, Scored] = {}
     correlations = []
-    for method, compute in of.items():
+    for method, compute in score_of.items():
         scores = compute()
         if "lds" in options.tests:
             correlations.append(_lds_of(task, method, scores, np.stack(list(masks.values())), halved))
@@ -130,20 +130,14 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
 
 
 def _task(options: EvaluateOptions, part: Part, device: str, progress: Progress) -> Task:
-    """The trainings that test the scores of ``part``."""
-    recipe = Recipe(
-        max_steps=options.max_steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
+    """The task with which the scores of ``part`` are tested."""
     return Task.of(
         part,
         str(options.val_set),
         Path(options.out),
         fields=options.fields or Fields(),
         max_val_samples=options.max_val_samples,
-        recipe=recipe,
+        recipe=part_of(Recipe, options),
         behind=options,
         device=device,
         progress=progress,
@@ -151,7 +145,7 @@ def _task(options: EvaluateOptions, part: Part, device: str, progress: Progress)
 
 
 def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
-    """What each method scores by."""
+    """The question that the methods vary: a score for each val sample."""
     return Question(
         store=options.store,
         val_set=options.val_set,
@@ -164,7 +158,7 @@ def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
 
 
 def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
-    """What is evaluated, for the report."""
+    """The settings of the report that describe the part and the val set."""
     return {
         "part": task.part.name,
         "repeated_ids": task.part.repeated_ids,
@@ -176,14 +170,14 @@ def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
 
 
 def _refuse(options: EvaluateOptions) -> None:
-    """UsageError for words and numbers that make no sense."""
-    for parameter, given, known in (
+    """UsageError for unknown names and for numbers out of range."""
+    for parameter, names, choices in (
         ("tests", options.tests, TESTS),
         ("methods", options.methods, (*METHODS, *EXACT)),
     ):
-        unknown = [name for name in given if name not in known]
+        unknown = [name for name in names if name not in choices]
         if unknown:
-            raise UsageError(f"`{parameter}` {unknown[0]!r} is unknown; known: {', '.join(known)}")
+            raise UsageError(f"`{parameter}` {unknown[0]!r} is unknown; known: {', '.join(choices)}")
     if not options.tests:
         raise UsageError(f"`tests` is empty: give at least one of {', '.join(TESTS)}")
     if not 0 < options.drop < 1:
@@ -196,14 +190,14 @@ def _refuse(options: EvaluateOptions) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Trainings:
-    """Trains, or finds what was trained."""
+    """Trains models, or reads the losses of earlier trainings from ``folder``."""
 
     task: Task
     folder: Path
     workers: int
 
     def losses(self, kept: Mapping[str, NDArray[np.bool_]]) -> dict[str, NDArray[np.float64]]:
-        """(V,) by name."""
+        """(V,) for each name: the val losses after training on the samples ``kept[name]``."""
         return losses_of(self.task.plan(kept), self.folder, self.workers, self.task.progress)
 
 
@@ -219,6 +213,7 @@ def _lds_of(
 
 
 def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, repeats: int) -> list[Removal]:
+    """The removal test of each method, with one training each and ``repeats`` random ones."""
     task = trainings.task
     count = max(1, round(drop * task.samples))
     rng = np.random.default_rng(task.retrainer.job.recipe.seed)
@@ -226,7 +221,7 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
         f"without-random-{count}-{repeat}": without_best(rng.standard_normal(task.samples), count)
         for repeat in range(repeats)
     }
-    best = {method: without_best(one.whole_N, count) for method, one in scored.items() if method != "random"}
+    best = {method: without_best(scores.whole_N, count) for method, scores in scored.items() if method != "random"}
     names = {method: f"without-{_file_name(method)}-{count}" for method in best}
     losses = trainings.losses({**random, **{names[method]: mask for method, mask in best.items()}})
     return [
@@ -235,20 +230,21 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
 
 
 def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:
+    """The tail patch of each method, from the checkpoint of the part."""
     retrainer = task.retrainer
     model = load_model(find_checkpoint(retrainer.job.model_folder), device=retrainer.job.device)
     patch = Patch(model, retrainer.rows, retrainer.val)
     seed = retrainer.job.recipe.seed
     patches = {}
     results = []
-    for method, one in scored.items():
+    for method, scores in scored.items():
         if method == "random":
             continue
-        places = task.places(one)
+        places = task.places(scores)
         key = tuple(places)
         if key not in patches:
             patches[key] = TailPatches(patch, places, count=top_k, repeats=repeats, seed=seed)
-        results.append(patches[key].of(method, np.stack(list(one.groups.values()))))
+        results.append(patches[key].of(method, np.stack(list(scores.groups.values()))))
     return results
 
 

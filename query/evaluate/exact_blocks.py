@@ -1,7 +1,7 @@
-"""Inner products of exact gradients in a folder, block by block: what is interrupted goes on.
+"""A folder of inner products of exact gradients, block by block, so that an interrupted computation can continue.
 
-A block is some val samples × some rows: a .npz file, and beside it a .json with its checksum, written last. A block
-without its record does not exist.
+A block covers a range of val samples and a range of rows. It is a .npz file, and a .json record with its checksum,
+which is written last: a block without its record does not exist.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ ARRAYS = ("dots_QR", "val_Q", "row_R")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Val samples ``vals`` × rows ``rows``, both without gaps."""
+    """The pairs of the val samples ``vals`` and the rows ``rows``."""
 
     vals: slice
     rows: slice
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         return f"vals-{self.vals.start:05d}-rows-{self.rows.start:08d}.npz"
 
 
 def grid(vals: int, vals_at_once: int, rows: int, rows_at_once: int) -> list[Block]:
-    """All blocks, those of the same val samples together."""
+    """All blocks. Those of the same val samples follow each other."""
     return [
         Block(slice(val, min(val + vals_at_once, vals)), slice(row, min(row + rows_at_once, rows)))
         for val in range(0, vals, vals_at_once)
@@ -57,9 +57,10 @@ def grid(vals: int, vals_at_once: int, rows: int, rows_at_once: int) -> list[Blo
 
 
 class BlockFiles:
-    """The blocks in ``folder``, made if it is not there. ``identity``: sections of `KIND`, what the numbers depend on.
+    """The blocks in ``folder``, which is made if it does not exist. ``identity`` is everything that the numbers depend
+    on, in the sections of `KIND`.
 
-    MismatchError if the folder is of another identity, CorruptError if its manifest is damaged.
+    MismatchError if the folder has another identity, CorruptError if its manifest is damaged.
     """
 
     def __init__(self, folder: Path, identity: Manifest) -> None:
@@ -76,13 +77,13 @@ class BlockFiles:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While blocks are written. BusyError if another process does."""
+        """Hold the lock of the folder while blocks are written. BusyError if another process writes."""
         with exclusive(self.folder, f"the folder {self.folder}", "out"):
             sweep(self.folder)
             yield
 
     def write(self, block: Block, products: dict[Share, Products]) -> None:
-        """Keep ``products``: the same bytes for the same numbers."""
+        """Write ``products``. Equal numbers give equal bytes."""
         file = io.BytesIO()
         arrays = {_key(share, name): getattr(products[share], name) for share in SHARES for name in ARRAYS}
         np.savez(file, allow_pickle=False, **arrays)
@@ -93,7 +94,10 @@ class BlockFiles:
             write_record(path.with_suffix(".json"), {"of": self._digest, "sha256": hashlib.sha256(data).hexdigest()})
 
     def read(self, block: Block) -> dict[Share, Products] | None:
-        """What was kept, or None. CorruptError if it is damaged, MismatchError if it is of another identity."""
+        """The products of ``block``, or None if it was not written.
+
+        CorruptError if the file is damaged, MismatchError if it belongs to another identity.
+        """
         path = self.folder / block.name
         try:
             record, data = _record(path.with_suffix(".json")), path.read_bytes()

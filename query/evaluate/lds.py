@@ -1,8 +1,9 @@
-"""The linear datamodeling score: do scores add up to what training on some of the samples does?
+"""The linear datamodeling score (LDS): do sums of scores predict the losses of models trained on subsets of the corpus?
 
-For random halves S_m of the corpus a model is trained on each; its loss on val sample q is ℓ_q(m). The prediction is
--Σ_{i∈S_m} score_qi. LDS = the mean over q of Spearman's rank correlation between both, over m (Park et al. 2023, "TRAK:
-attributing model behavior at scale", section 2; Ilyas et al. 2022). 1 is perfect, 0 is noise.
+One model is trained on each of M random halves S_m of the corpus; its loss on val sample q is ℓ_q(m). The scores
+predict -Σ_{i∈S_m} score_qi for it. LDS is Spearman's rank correlation over m between predictions and losses, averaged
+over q (Park et al. 2023, "TRAK: attributing model behavior at scale", section 2; Ilyas et al. 2022). 1 is perfect, 0 is
+noise.
 
 Legend: Q val samples (or groups of them), M halves, N samples of the corpus.
 """
@@ -23,26 +24,27 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lds:
-    """One score's LDS, with the interval that resampling the halves gives."""
+    """The LDS of one method, with a 95 % interval from resampling the halves."""
 
     value: float
     low: float
     high: float
     targets: int
-    """Val samples, or groups, that it is a mean over."""
+    """Number of val samples, or of groups, that it is the mean over."""
 
 
 def half(seed: int, number: int, samples: int) -> NDArray[np.bool_]:
-    """(N,): half ``number`` of ``samples``: ⌊N/2⌋ at random, the same on every machine."""
+    """(N,): true for the ⌊N/2⌋ random samples of half ``number``. The same on every machine."""
     mask = np.zeros(samples, dtype=bool)
     mask[draws.permutation(f"ghoststore/1|half|seed={seed}|number={number}", samples)[: samples // 2]] = True
     return mask
 
 
 def lds(scores_QN: NDArray[np.float64], kept_MN: NDArray[np.bool_], losses_QM: NDArray[np.float64]) -> Lds:
-    """See the head of this file. Resamples halves with replacement, seeded, for the interval (percentiles).
+    """The LDS of ``scores_QN``, defined at the head of this file. ``kept_MN`` are the halves, ``losses_QM`` the losses.
 
-    ValueError for fewer than 3 halves. A val sample whose losses, or predictions, are all equal counts as 0.
+    The interval is between percentiles of 1,000 resamples of the halves, with replacement and a fixed seed. A val
+    sample whose losses or predictions are all equal counts as 0. ValueError for fewer than 3 halves.
     """
     if len(kept_MN) < 3:
         raise ValueError(f"a rank correlation needs at least 3 halves, not {len(kept_MN)}")

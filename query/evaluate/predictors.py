@@ -1,4 +1,4 @@
-"""What is evaluated: one score for each val sample and each sample of the corpus, by method.
+"""The methods that are evaluated. Each gives one score for each val sample and each sample of the corpus.
 
 Legend: V val samples, N samples of the corpus, R rows of a part (samples, or windows of long ones).
 """
@@ -24,7 +24,7 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "preconditioned-dot": {"metric": "dot", "precondition": "second-moment"},
     "preconditioned-cosine": {"metric": "cosine", "precondition": "second-moment"},
 }
-"""Scores of a store, as settings of a question."""
+"""Methods that use the vectors of a store, with the options of their question."""
 BASELINES = ("tf-idf", "random")
 EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {
     "exact-dot": (SHARES, "dot"),
@@ -32,14 +32,16 @@ EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {
     "exact-layers-dot": (("layers",), "dot"),
     "exact-layers-cosine": (("layers",), "cosine"),
 }
-"""Scores of exact gradients, of all parameters or of the projected layers: slow, so only where they are asked for."""
+"""Methods that use exact gradients, of all parameters or of the projected layers, with their metric. They are slow, and
+so not among the defaults."""
 MOST_NUMBERS = 1 << 28
-"""Of the dense TF-IDF vectors: 1 GiB."""
+"""Most numbers in the dense TF-IDF vectors: 1 GiB."""
 
 
 def refuse_other_val(usable: list[int], places: list[int]) -> None:
-    """UsageError where the val samples that a part finds ``usable`` are not those at ``places`` of the val set. Ids
-    would not tell: two samples may have the same.
+    """UsageError unless the val samples that are ``usable`` for a part are those at ``places`` of the val set.
+
+    Both are places, not ids, because ids may repeat.
     """
     if usable != places:
         first = min(set(usable) ^ set(places), default=None)
@@ -51,7 +53,7 @@ def refuse_other_val(usable: list[int], places: list[int]) -> None:
 
 
 def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArray[np.float64]:
-    """(V, N): scores of rows summed over the windows of a sample; 0 for what has none (NaN)."""
+    """(V, N): the scores of rows, summed over the windows of each sample. A row without a score (NaN) adds 0."""
     source, rows = part.column("source_row"), part.row_numbers
     scores_VN = np.zeros((len(scores_VR), samples))
     for score_N, score_R in zip(scores_VN, scores_VR, strict=True):
@@ -59,8 +61,8 @@ def by_sample(scores_VR: NDArray[np.float64], part: Part, samples: int) -> NDArr
     return scores_VN
 
 
-def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:
-    """(V, N): cosines of TF-IDF vectors. UsageError for a corpus too large for dense vectors."""
+def tf_idf_scores(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.float64]:
+    """(V, N): cosines of the TF-IDF vectors of texts. UsageError for a corpus too large for dense vectors."""
     texts = [sample.preview() for sample in corpus.samples()][:samples]
     words = len({word for text in texts for word in text.lower().split()})
     if len(texts) * words > MOST_NUMBERS:
@@ -69,11 +71,11 @@ def of_words(corpus: Corpus, val_texts: list[str], samples: int) -> NDArray[np.f
     return np.asarray(index.vectors(val_texts) @ index.rows.T, dtype=np.float64)
 
 
-def of_chance(val: int, samples: int, seed: int) -> NDArray[np.float64]:
-    """(V, N): random numbers."""
+def random_scores(val: int, samples: int, seed: int) -> NDArray[np.float64]:
+    """(V, N): standard normal random numbers, a baseline."""
     return np.random.default_rng(seed).standard_normal((val, samples))
 
 
 def grouped(scores_VN: NDArray[np.float64], groups: Mapping[str, list[int]]) -> NDArray[np.float64]:
-    """(groups, N): the mean over the val samples of each group."""
+    """(groups, N): the mean of ``scores_VN`` over the val samples of each group."""
     return np.stack([scores_VN[places].mean(0) for places in groups.values()])

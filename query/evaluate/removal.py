@@ -1,6 +1,6 @@
-"""Removal: is the model worse at the val set when the samples that rank highest are left out of training?
+"""Removal: does the val loss rise if training leaves out the samples that a method ranks highest?
 
-Legend: V val samples, N samples of the corpus.
+Legend: V val samples, N samples of the corpus, R random removals.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ class Removal:
     method: str
     loss: float
     change: float
-    """Against the mean of trainings without as many random samples: above 0, the method names samples that help."""
+    """``loss`` minus the mean loss of trainings without as many random samples. Above 0, the method found samples that
+    help.
+    """
     deviation: float | None
-    """Of the random trainings; None for one."""
+    """Standard deviation of the losses of the random trainings; None if there is only one."""
     groups: dict[str, float]
     """``change`` of each val group."""
 
 
 def without_best(scores_N: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """(N,): False for the ``count`` highest scores; equal ones by lower sample."""
+    """(N,): false for the ``count`` samples with the highest scores; of equal ones the first."""
     mask = np.ones(len(scores_N), dtype=bool)
     mask[np.argsort(-scores_N, kind="stable")[:count]] = False
     return mask
@@ -36,7 +38,7 @@ def without_best(scores_N: NDArray[np.float64], count: int) -> NDArray[np.bool_]
 def removal_of(
     method: str, losses_V: NDArray[np.float64], random: Sequence[NDArray[np.float64]], groups: Mapping[str, list[int]]
 ) -> Removal:
-    """One method's result beside those of random removals, (V,) each."""
+    """The result of one method, from its val losses and those of the ``random`` removals, (V,) each."""
     random_RV = np.stack(random)
     means_R = random_RV.mean(1)
     return Removal(

@@ -1,8 +1,9 @@
-"""Tail patch: does one step on the samples that rank highest for a val group lower its loss more than on random ones?
+"""Tail patch: does one training step on the highest-ranked samples lower the loss of a val group more than on random
+samples?
 
 After Chang et al. 2024, "Scalable influence and fact tracing for large language model pretraining", section 4.
 
-Legend: G val groups, N samples of the corpus.
+Legend: G val groups, N samples of the corpus, R random steps.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from indexer.training.patch import Patch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailPatch:
-    """How much one step on the best samples of a method lowers the loss, in nats a token: mean over val groups."""
+    """How much one step on the best samples of a method lowers the loss, in nats a token."""
 
     method: str
     gain: float
+    """Mean over val groups."""
     random: float
-    """The same for random samples."""
+    """The gain of random samples."""
     deviation: float | None
-    """Of the random steps, over repeats: of their mean over groups; None for one."""
+    """Standard deviation of ``random`` over repeats; None if there is only one."""
     groups: dict[str, float]
-    """``gain`` of each val group."""
+    """The gain of each val group."""
 
 
 class TailPatches:
-    """Steps on random samples are taken once, and serve all methods."""
+    """Tail patches for one set of val groups. The steps on random samples are taken once, for all methods."""
 
     def __init__(self, patch: Patch, groups: Mapping[str, list[int]], *, count: int, repeats: int, seed: int) -> None:
         self._patch, self._groups, self._count = patch, groups, count
@@ -47,7 +49,7 @@ class TailPatches:
         self._deviation = float(means_R.std(ddof=1)) if repeats > 1 else None
 
     def of(self, method: str, scores_GN: NDArray[np.float64]) -> TailPatch:
-        """The result of the ``count`` best samples of each group."""
+        """The result of a method with these scores: one step for each group on its ``count`` best samples."""
         gains = {}
         for name, scores_N in zip(self._groups, scores_GN, strict=True):
             order = np.argsort(-scores_N, kind="stable")

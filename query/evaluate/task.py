@@ -1,4 +1,4 @@
-"""What scores are evaluated on: the corpus of a part, a val set, and the scores themselves.
+"""What an evaluation works on: the corpus of a part, a val set, and the scores of each method.
 
 Legend: V val samples, G val groups, N samples of the corpus.
 """
@@ -40,41 +40,41 @@ from query.evaluate.predictors import (
     GRADIENTS,
     by_sample,
     grouped,
-    of_chance,
-    of_words,
+    random_scores,
     refuse_other_val,
+    tf_idf_scores,
 )
 from query.evaluate.trainings import Plan
 
 WHOLE = "all"
-"""The group of a whole val set."""
+"""Name of the group that is the whole val set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """What one method says of every sample of the corpus."""
+    """The scores of every sample of the corpus by one method."""
 
     whole_N: NDArray[np.float64]
-    """For the whole val set."""
+    """(N,): scores for the whole val set."""
     groups: dict[str, NDArray[np.float64]]
-    """(N,) for each val group, or for ``WHOLE`` alone where scores are not kept by our groups."""
+    """(N,) for each val group; or only for ``WHOLE``, if there are no scores for the groups of this val set."""
     samples_VN: NDArray[np.float64] | None
-    """For each val sample, where there is such a score."""
+    """(V, N): scores for each val sample; None if there are none."""
     by_group: bool = True
-    """Whether ``groups`` are the val set's own; else the one there stands for the whole."""
+    """Whether ``groups`` are the groups of the val set; if not, its only entry is for the whole val set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Made by :meth:`of`."""
+    """The corpus, the val set and the trainings of an evaluation. :meth:`of` makes it."""
 
     encoder: PartEncoder
-    """Of the part: its model is that of its checkpoint."""
+    """The encoder of the part, with the model of its checkpoint."""
     corpus: Corpus
-    """That of the part."""
+    """The corpus of the part."""
     retrainer: Retrainer
     groups: dict[str, list[int]]
-    """Places of val samples, by domain."""
+    """Places of the val samples of each domain."""
     out: Path
     progress: Progress
 
@@ -92,13 +92,13 @@ class Task:
         device: str,
         progress: Progress,
     ) -> Task:
-        """Check the model and the corpus behind ``part`` (where ``behind`` says, or this user's own build read them),
-        tokenize it once (into ``out``), read the val set.
+        """Check the model and the corpus of ``part``, tokenize the corpus into ``out``, and read the val set.
 
-        MismatchError if one of them is not the one that the part was built from any more.
+        ``behind`` says where checkpoint, tokenizer and corpus are, if not where the user's own build read them.
+        MismatchError if one of them is no longer the one that the part was built from.
         """
         corpus = corpus_behind(part, behind.data)
-        # Trainings take its configuration, its weights and its tokenizer from the folder, once they are checked here.
+        # The encoder checks the folders; the trainings below read configuration, weights and tokenizer from them.
         encoder = PartEncoder(
             part,
             checkpoint=behind.checkpoint,
@@ -108,7 +108,7 @@ class Task:
             progress=progress,
         )
         if encoder.exceeds:
-            with open_corpus(val_set, fields) as val_corpus:  # before the corpus, which takes longer
+            with open_corpus(val_set, fields) as val_corpus:  # refused before the corpus is read, which takes longer
                 encoder.refuse_beyond(islice(val_corpus.samples(), max_val_samples))
         deque(read_unchanged(corpus, part, progress), maxlen=0)
         scanned = part.manifest["corpus"]
@@ -161,21 +161,21 @@ class Task:
 
     @property
     def samples(self) -> int:
-        """N."""
+        """N, the number of samples of the corpus."""
         return len(self.retrainer.shards.length)
 
     @property
     def ids(self) -> list[str]:
-        """Of the val samples."""
+        """The ids of the val samples."""
         return [row.sample.id for row in self.retrainer.val.rows]
 
     @property
     def places_in_val(self) -> list[int]:
-        """Of the val samples: their places in the val set, from 0."""
+        """The places of the val samples in the val set, counted from 0."""
         return [row.sample.source_row for row in self.retrainer.val.rows]
 
     def plan(self, kept: Mapping[str, NDArray[np.bool_]]) -> Plan:
-        """Trainings on the samples ``kept``, by name, and what their results are of."""
+        """The trainings on the samples ``kept``, by name, with the identity of their results."""
         manifest, job = self.part.manifest, self.retrainer.job
         identity = {
             "corpus": manifest["corpus"]["fingerprint"],
@@ -194,10 +194,13 @@ class Task:
         damping: float | None,
         run: Run | None,
     ) -> dict[str, Callable[[], Scored]]:
-        """By method, what computes its scores. The first of ``parts`` is ours; scores of all of them, summed by their
-        ``weights``, are ``checkpoints-…``. ``base`` asks for each val sample; the val set is encoded here.
+        """For each method a function that computes its scores.
 
-        UsageError for a method that the part cannot have, and where it can use other val samples than the trainings.
+        The first of ``parts`` is the part of this task. The methods ``checkpoints-…`` sum over all ``parts`` with
+        ``weights``. ``base`` is the question that the methods vary; its val set is encoded here, once.
+
+        UsageError for a method that is impossible for the part, and if the usable val samples are not those of the
+        trainings.
         """
         exact = [method for method in methods if method in EXACT]
         gradients = [method for method in methods if method in GRADIENTS]
@@ -212,15 +215,15 @@ class Task:
                     samples = islice(val_set.samples(), base.max_samples)
                     rows = [row for row in self.encoder.rows(samples) if row.status.usable]
                     refuse_other_val([row.sample.source_row for row in rows], self.places_in_val)
-        of: dict[str, Callable[[], Scored]] = {}
+        score_of: dict[str, Callable[[], Scored]] = {}
         for method in gradients:
             question = replace(base, **GRADIENTS[method])
             if question.precondition != "none":
                 question = replace(question, damping=damping)
-            of[method] = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
+            score_of[method] = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
         if several:
             for metric in METRICS:
-                of[f"checkpoints-{metric}"] = partial(
+                score_of[f"checkpoints-{metric}"] = partial(
                     self._of_gradients, replace(base, metric=metric), parts, weights, vals
                 )
         scores = ExactScores(
@@ -233,14 +236,16 @@ class Task:
         )
         for method in exact:
             scores.refuse(method)
-            of[method] = partial(self._of_exact, scores, method)
+            score_of[method] = partial(self._of_exact, scores, method)
         for method in BASELINES:
             if method in methods:
-                of[method] = self._of_words if method == "tf-idf" else self._of_chance
-        return of if run is None else {**of, f"training-time ({run.name})": partial(self._of_run, run)}
+                score_of[method] = self._of_tf_idf if method == "tf-idf" else self._of_random
+        return score_of if run is None else {**score_of, f"training-time ({run.name})": partial(self._of_run, run)}
 
     def _encode(self, part: Part, base: Question, val_set: Corpus) -> ValVectors:
-        """The val samples' vectors as a query of ``part`` has them. UsageError if they are not the trainings'."""
+        """The vectors of the val samples, as in a query of ``part``. UsageError if they are not those of
+        the trainings.
+        """
         encoder = self.encoder
         if part is not self.part:
             encoder = PartEncoder(part, device=base.device, progress=self.progress)
@@ -258,12 +263,14 @@ class Task:
     def _of_exact(self, scores: ExactScores, method: str) -> Scored:
         return self._of_samples(scores.of(method))
 
-    def _of_words(self) -> Scored:
+    def _of_tf_idf(self) -> Scored:
         texts = [row.sample.preview() for row in self.retrainer.val.rows]
-        return self._of_samples(of_words(self.corpus, texts, self.samples))
+        return self._of_samples(tf_idf_scores(self.corpus, texts, self.samples))
 
-    def _of_chance(self) -> Scored:
-        return self._of_samples(of_chance(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed))
+    def _of_random(self) -> Scored:
+        return self._of_samples(
+            random_scores(len(self.retrainer.val.rows), self.samples, self.retrainer.job.recipe.seed)
+        )
 
     def _of_samples(self, scores_VN: NDArray[np.float64]) -> Scored:
         by_group = grouped(scores_VN, self.groups)
@@ -272,14 +279,16 @@ class Task:
         )
 
     def _of_run(self, run: Run) -> Scored:
-        """Σ η·score of a training run: by val group where it keeps them for ours, else for the whole val set.
+        """Σ η·score of a training run: for each val group if the run has scores for these groups, else for the whole
+        val set.
 
-        Groups of the same names are ours only where the run's val set is; one of another is evaluated whole, and noted.
+        Groups with equal names are the same groups only if the run has the same val set. If it has another, its scores
+        for the whole val set are taken, and a note says so.
         """
 
         def values(group: str | None) -> NDArray[np.float64]:
-            of_rows = values_of_rows(self.part, run, self.progress, group, self.corpus.source).value
-            return np.asarray(by_sample(of_rows[None], self.part, self.samples)[0])
+            values_N = values_of_rows(self.part, run, self.progress, group, self.corpus.source).value
+            return np.asarray(by_sample(values_N[None], self.part, self.samples)[0])
 
         whole_N = values(None)
         same_val = run.manifest["val"].get("fingerprint") == self.retrainer.val.fingerprint
@@ -296,5 +305,5 @@ class Task:
         """The val samples of each group of ``scored``."""
         if scored.by_group:
             return self.groups
-        (name,) = scored.groups  # it may be called as one of the groups is
+        (name,) = scored.groups  # its name may be that of a group, too
         return {name: list(range(len(self.retrainer.val.rows)))}

@@ -1,4 +1,6 @@
-"""Trainings on parts of a corpus, several at once, each kept the moment it is there: what is interrupted goes on."""
+"""Trainings on subsets of a corpus, several at once. Each result is kept at once, so an interrupted call
+can continue.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,21 @@ from ghoststore.store.base.records import json_digest, reading, seal, unseal
 from indexer.training.retrain import Retrainer, Retraining
 
 CHECKSUM = "sha256"
-"""The key of a result's checksum of itself."""
+"""The key, in the file of a result, of its checksum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which trainings there are."""
+    """A set of trainings."""
 
     job: Retraining
     identity: dict[str, Any]
-    """What the results are of: fingerprints and settings."""
+    """The fingerprints and settings that all results depend on."""
     kept: Mapping[str, NDArray[np.bool_]]
-    """(N,) by name: the samples of each training."""
+    """(N,) for each name: true for the samples of that training."""
 
     def digest(self, name: str) -> str:
-        """Of everything that the result of one training depends on."""
+        """The digest of everything that the result of the training ``name`` depends on."""
         samples = hashlib.sha256(np.packbits(self.kept[name]).tobytes()).hexdigest()
         return json_digest(
             {
@@ -51,24 +53,24 @@ class Plan:
 
 
 def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dict[str, NDArray[np.float64]]:
-    """(V,) by name: the loss of each val sample after each training, from ``folder`` or made now.
+    """(V,) for each name: the losses of the val samples after that training, read from ``folder`` or computed now.
 
-    MismatchError if a result in ``folder`` is of another plan, CorruptError if one is damaged, WorkerError if a
-    process ends before its work.
+    MismatchError if a result in ``folder`` is of another plan, CorruptError if one is damaged, WorkerError if a worker
+    process dies.
     """
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    there = {name: _read(_path(folder, name), plan.digest(name)) for name in plan.kept}
-    found = {name: losses for name, losses in there.items() if losses is not None}
-    missing = [name for name in plan.kept if name not in found]
-    with closing(progress.task("training", len(plan.kept), len(found), "trainings")) as task:
+    stored = {name: _read(_path(folder, name), plan.digest(name)) for name in plan.kept}
+    results = {name: losses for name, losses in stored.items() if losses is not None}
+    missing = [name for name in plan.kept if name not in results]
+    with closing(progress.task("training", len(plan.kept), len(results), "trainings")) as task:
         for name, losses in _train(plan, missing, workers):
             value = {"plan": plan.digest(name), "val_loss": losses.tolist()}
             with storage_errors(str(folder)):
                 publish(_path(folder, name), seal(value, CHECKSUM, indent=None))
-            found[name] = losses
+            results[name] = losses
             task.advance(1)
-    return {name: found[name] for name in plan.kept}
+    return {name: results[name] for name in plan.kept}
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -76,7 +78,7 @@ def _path(folder: Path, name: str) -> Path:
 
 
 def _read(path: Path, digest: str) -> NDArray[np.float64] | None:
-    """The losses that were kept, or None."""
+    """The losses in the file ``path``, or None if it does not exist."""
     try:
         with reading(path, advice="remove it, and it is made anew"):
             value = unseal(path.read_bytes(), CHECKSUM)
@@ -99,9 +101,11 @@ def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(plan.job, threads)
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(plan.job, threads)
     ) as pool:
-        futures: dict[Future[NDArray[np.float64]], str] = {pool.submit(_one, plan.kept[name]): name for name in names}
+        futures: dict[Future[NDArray[np.float64]], str] = {
+            pool.submit(_train_in_worker, plan.kept[name]): name for name in names
+        }
         try:
             while futures:
                 done, _ = wait(futures, return_when=FIRST_COMPLETED)
@@ -118,8 +122,8 @@ def _train(plan: Plan, names: Sequence[str], workers: int) -> Iterator[tuple[str
 _retrainer: Retrainer | None = None
 
 
-def _begin(job: Retraining, threads: int) -> None:
-    """In each worker process: what all its trainings share."""
+def _start_worker(job: Retraining, threads: int) -> None:
+    """Set up a worker process: load what all its trainings share."""
     global _retrainer
     import torch
 
@@ -128,6 +132,6 @@ def _begin(job: Retraining, threads: int) -> None:
     _retrainer = Retrainer(job)
 
 
-def _one(kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _train_in_worker(kept: NDArray[np.bool_]) -> NDArray[np.float64]:
     assert _retrainer is not None
     return _retrainer.val_losses(kept)

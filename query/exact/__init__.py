@@ -1,1 +1,1 @@
-"""Exact gradients, not projected."""
+"""Exact gradients, which are not projected."""

@@ -1,7 +1,7 @@
-"""A folder of exact gradients: safetensors files of some rows each, and a manifest that names and checks them.
+"""A folder of exact gradients: safetensors files with several rows each, and a manifest with their names and checksums.
 
-What the manifest does not name does not exist. A file appears whole, then the manifest that names it replaces the one
-before; so a writer that is killed leaves rows that are finished, and resuming is writing the others.
+A file that is not in the manifest does not exist. Each file first appears whole, and then a new manifest that names it
+replaces the old one. So a killed writer leaves finished files, and a resumed one writes only the missing ones.
 
 Legend: B rows of a file, P numbers of a gradient.
 """
@@ -37,46 +37,46 @@ KIND = Kind(
 
 
 class GradientFiles:
-    """Writes a folder of gradients. Made by :meth:`writing`."""
+    """A folder of gradients, open for writing. :meth:`writing` makes it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        """As `MANIFEST` holds it: the sections of `KIND`, and ``files`` by name: ``rows`` (first, one past the last),
-        ``bytes``, ``sha256``, ``losses`` and ``statuses``, one a row."""
+        """The manifest: the sections of `KIND`, and ``files`` by name, each with ``rows`` (first, one past the last),
+        ``bytes``, ``sha256``, and ``losses`` and ``statuses`` (one for each row)."""
 
     @classmethod
     @contextmanager
     def writing(cls, folder: Path, manifest: Manifest) -> Iterator[GradientFiles]:
-        """The folder, made or gone on with, locked against other processes.
+        """Make the folder or open it to continue, and lock it against other processes.
 
-        UsageError if something else stands there, MismatchError if it holds the gradients of another request,
-        CorruptError for a file that is not what was written, BusyError while another process writes.
+        UsageError if there is something else at this path, MismatchError if it holds the gradients of another request,
+        CorruptError for a damaged file, BusyError while another process writes.
         """
         with storage_errors(str(folder)):
             _refuse_others(folder)
             folder.mkdir(parents=True, exist_ok=True)
             with exclusive(folder, f"the folder {folder}", "out"):
                 sweep(folder)
-                for other in folder.glob(".tmp??????"):  # what safetensors writes before it has the name we gave
-                    other.unlink(missing_ok=True)
+                for leftover in folder.glob(".tmp??????"):  # temporary files of safetensors, left by a killed writer
+                    leftover.unlink(missing_ok=True)
                 files = cls(folder, stored_manifest(folder, manifest) or {**manifest, "files": {}})
                 files._check()
                 files._publish()
                 yield files
 
     @property
-    def there(self) -> list[str]:
-        """Names of the files that are finished."""
+    def finished(self) -> list[str]:
+        """Names of the finished files."""
         return list(self.manifest["files"])
 
     def write(
         self, rows: tuple[int, int], gradients_BP: Tensor, losses: list[float | None], statuses: list[str]
     ) -> None:
-        """The file of these rows: one tensor ``gradients`` (B, P)."""
+        """Write the file of the rows ``rows[0]`` to ``rows[1]``: one tensor ``gradients`` (B, P)."""
         path = self.folder / file_name(rows[0], self.manifest["rows_per_file"])
         with storage_errors(str(path)):
-            path.unlink(missing_ok=True)  # of a writer that died before the manifest named it
+            path.unlink(missing_ok=True)  # left by a writer that was killed before the manifest named it
             with appearing(path) as temporary, own_errors():
                 save_file({"gradients": gradients_BP}, temporary)
             entry = {
@@ -93,8 +93,10 @@ class GradientFiles:
         write_record(self.folder / MANIFEST, {"ghoststore_gradients": VERSION, **self.manifest})
 
     def _check(self) -> None:
-        """Forget files that are gone, so that they are written again; CorruptError for one that is damaged."""
-        whole = {}
+        """Drop files that are gone from the manifest, so that they are written again. CorruptError for a
+        damaged one.
+        """
+        intact = {}
         for name, entry in self.manifest["files"].items():
             path = self.folder / name
             if not path.exists():
@@ -106,12 +108,14 @@ class GradientFiles:
                     f"written were {entry['bytes']}, {entry['sha256'][:16]}…). Remove it: the same command "
                     "writes it again"
                 )
-            whole[name] = entry
-        self.manifest = {**self.manifest, "files": whole}
+            intact[name] = entry
+        self.manifest = {**self.manifest, "files": intact}
 
 
 def stored_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
-    """The manifest of ``folder`` if there is one and it is of the same request; raises as `GradientFiles.writing`."""
+    """The manifest of ``folder``, or None without one. MismatchError unless it is of the request ``wanted``,
+    CorruptError if it is damaged.
+    """
     try:
         stored = read_record(folder / MANIFEST, LARGEST_MANIFEST)
     except FileNotFoundError:
@@ -126,15 +130,15 @@ def stored_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
 
 
 def date_in(folder: Path) -> str | None:
-    """The date that the chat template wrote into the rows of ``folder``; None where it asked for none, and where there
-    is nothing to go on with.
+    """The date that the chat template has written into the rows of ``folder``; None if it used no date, or if there is
+    nothing to continue.
     """
     if not (folder / MANIFEST).is_file():
         return None
     try:
         stored: Manifest = read_record(folder / MANIFEST, LARGEST_MANIFEST)
         date: str | None = stored["tokens"]["template_date"]
-    except (CorruptError, KeyError):  # what is damaged is refused where it is opened
+    except (CorruptError, KeyError):  # a damaged manifest is refused when the folder is opened
         return None
     return date
 
@@ -148,7 +152,7 @@ def _refuse_others(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"`out={folder}` is a file; give a folder")
     if folder.is_dir() and not (folder / MANIFEST).exists():
-        ours = (f".{MANIFEST}.", WRITERS)
-        strange = [entry.name for entry in folder.iterdir() if not entry.name.startswith(ours)]
-        if strange:
-            raise UsageError(f"`out={folder}` holds other files ({strange[0]}, …); give a new or empty folder")
+        own_names = (f".{MANIFEST}.", WRITERS)
+        foreign = [entry.name for entry in folder.iterdir() if not entry.name.startswith(own_names)]
+        if foreign:
+            raise UsageError(f"`out={folder}` holds other files ({foreign[0]}, …); give a new or empty folder")

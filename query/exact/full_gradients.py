@@ -1,4 +1,4 @@
-"""``ghoststore.full_gradients``: exact gradients of a few samples, in full, as safetensors."""
+"""``ghoststore.full_gradients``: the exact, unprojected gradients of a few samples, as safetensors files."""
 
 from __future__ import annotations
 
@@ -34,39 +34,41 @@ from query.exact.job import FullGradientsReport as FullGradientsReport
 from query.exact.job import GradientsJob, RowsRead
 
 FILE_BYTES = 256 << 20
-"""Of a file's gradients, where a single one is not larger."""
+"""Bytes of gradients in a file, unless a single gradient is larger."""
 
 
 @takes(FullGradientsOptions)
 def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
-    """The gradient of each of the first ``max_samples`` samples' own loss, not projected, into the folder ``out``.
+    """Write the gradient of the own loss of each of the first ``max_samples`` samples, unprojected, to the folder
+    ``out``.
 
-    Each row goes through the model alone, by plain autograd. ``parameters``: ``all``, or ``projected``, those of the
-    layers that ``proj_layers`` (default: mlp, attn), ``exclude_layers`` and ``include_embeddings`` select, as
-    ``ghoststore build`` does; tied ones count once. ``dtype`` is that of the written numbers. Files hold about 256 MiB
-    of gradients; ``manifest.json`` says which row and which parameter stands where. The same call goes on where a
-    killed one ended, to the same bytes, and checks what is there.
+    Each row goes through the model alone, and plain autograd gives its gradient. ``parameters`` is ``all``, or
+    ``projected``: the parameters of the layers that ``proj_layers`` (default: mlp, attn), ``exclude_layers`` and
+    ``include_embeddings`` select, as in ``ghoststore build``. Tied parameters count once. ``dtype`` is that of the
+    numbers in the files. A file holds about 256 MiB of gradients; ``manifest.json`` says where each row and each
+    parameter is. After an interruption, the same call checks the files that exist and writes the missing ones, with the
+    same bytes.
 
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used or need more memory
     than the machine has, MismatchError if ``out`` holds the gradients of another request, CorruptError if one of its
-    files is damaged, StorageError where the disk is too small or refuses.
+    files is damaged, StorageError if the disk is too small or refuses.
     """
-    progress, begun, out = options.progress or Silent(), time.perf_counter(), Path(options.out)
+    progress, started, out = options.progress or Silent(), time.perf_counter(), Path(options.out)
     _refuse(
         options.parameters, options.proj_layers, options.exclude_layers, options.include_embeddings, options.max_samples
     )
     if options.dry_run and str(options.data) == "-":
         raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
-    found, device = find_checkpoint(options.checkpoint), resolve_device(options.device)
-    folder = Path(options.tokenizer) if options.tokenizer is not None else found.folder
+    checkpoint, device = find_checkpoint(options.checkpoint), resolve_device(options.device)
+    folder = Path(options.tokenizer) if options.tokenizer is not None else checkpoint.folder
     text_tokenizer = load_tokenizer(folder)
     with open_corpus(
         str(options.data), options.fields or Fields(), progress
     ) as corpus:  # refused before a model is loaded
         model = load_model(
-            found, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
+            checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
-        own = Tokenizer(
+        tokenizer = Tokenizer(
             text_tokenizer,
             vocabulary=embedding_rows(model),
             note=progress.note,
@@ -75,9 +77,9 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         settings = TokenSettings(
             max_length=longest_row(model, options.max_length),
             overlong=options.overlong,
-            template_date=own.template_date,
+            template_date=tokenizer.template_date,
         )
-        read = _read(corpus, own, settings, options.max_samples)
+        read = _read(corpus, tokenizer, settings, options.max_samples)
         names = None
         if options.parameters == "projected":
             layers = tuple(options.proj_layers) or ProjectionConfig().layers
@@ -85,19 +87,19 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             names = {name for block in chosen.blocks for name in block.parameters}
         exact = ExactGradients(model, names, reduction=options.loss_reduction)
         manifest: Manifest = {
-            "checkpoint": checkpoint_section(found.fingerprint(), model),
-            "tokenizer": own.identity,
+            "checkpoint": checkpoint_section(checkpoint.fingerprint(), model),
+            "tokenizer": tokenizer.identity,
             "corpus": {"fingerprint": read.fingerprint, "samples": read.samples, "fields": corpus.resolved.to_json()},
             "tokens": asdict(settings),
             "loss": {
                 "definition": "next-token cross-entropy of each sample's own targets",
                 "reduction": options.loss_reduction,
             },
-            "parameters": [one.to_json() for one in exact.slices],
+            "parameters": [parameter_slice.to_json() for parameter_slice in exact.slices],
             "dtype": {"model": options.model_dtype, "stored": options.dtype},
             "rows": [_row_entry(row) for row in read.rows],
             "rows_per_file": max(1, FILE_BYTES // (exact.numbers * getattr(torch, options.dtype).itemsize)),
-            "source": _source(found, options.tokenizer, corpus, str(options.data)),
+            "source": _source(checkpoint, options.tokenizer, corpus, str(options.data)),
             "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "safetensors"),
             "compute": {
                 "device": torch.device(device).type,
@@ -109,14 +111,14 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
         if options.dry_run:
             stored = stored_manifest(out, manifest)
             return job.report(out, dry_run=True, resumed=0 if stored is None else len(stored["files"]))
-        return job.write(out, progress, begun)
+        return job.write(out, progress, started)
 
 
 def _refuse(
     parameters: str, proj_layers: Sequence[str], exclude: Sequence[str], embeddings: bool, max_samples: int
 ) -> None:
-    given = {"proj_layers": proj_layers, "exclude_layers": exclude, "include_embeddings": embeddings}
-    for name, value in given.items():
+    projection_options = {"proj_layers": proj_layers, "exclude_layers": exclude, "include_embeddings": embeddings}
+    for name, value in projection_options.items():
         if parameters == "all" and value:
             raise UsageError(f"`{name}` belongs to `parameters=projected`")
     if max_samples < 1:
@@ -124,12 +126,12 @@ def _refuse(
 
 
 def _read(corpus: Corpus, tokenizer: Tokenizer, settings: TokenSettings, max_samples: int) -> RowsRead:
-    scanning = SampleScan(corpus.samples(), max_rows=max_samples)
+    sample_scan = SampleScan(corpus.samples(), max_rows=max_samples)
     samples: list[Sample] = []
-    for sample in scanning:
+    for sample in sample_scan:
         tokenizer.check(sample)
         samples.append(sample)
-    scan = scanning.finish()
+    scan = sample_scan.finish()
     if not samples:
         raise CorpusError(f"{corpus.source}: has no rows")
     return RowsRead(list(rows_of(samples, tokenizer, settings)), scan.rows, scan.fingerprint)

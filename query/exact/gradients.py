@@ -1,6 +1,6 @@
-"""Exact gradients, not projected: each row alone through the model, and plain autograd of its own loss.
+"""Exact, unprojected gradients: each row goes through the model alone, and plain autograd differentiates its own loss.
 
-The slow way that everything projected is measured against. Nothing here knows of hooks, layers' formulas or batches.
+This is the slow reference for all projected gradients. It uses no hooks, no formulas of layers, and no batches.
 
 Legend: P numbers of a gradient.
 """
@@ -23,7 +23,7 @@ from indexer.encode.tokens import Row
 
 @dataclass(frozen=True, slots=True)
 class ParameterSlice:
-    """Where one parameter's gradient stands in the flat vector, row by row as the parameter is stored."""
+    """The place of one parameter's gradient in the flat vector, in the row-major order of the parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,15 +31,15 @@ class ParameterSlice:
     stop: int
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest's entry."""
+        """The entry in a manifest."""
         return {**asdict(self), "shape": list(self.shape)}
 
 
 class Gradient(NamedTuple):
-    """The gradient of one row's loss, on the model's device, in its dtype."""
+    """The gradient of one row's loss, on the device and in the dtype of the model."""
 
     parts: dict[str, Tensor]
-    """By parameter, in the shape of the parameter; zeros where the loss does not depend on it."""
+    """For each parameter its gradient, in its shape; zeros if the loss does not depend on it."""
     loss: float
 
     @property
@@ -50,10 +50,11 @@ class Gradient(NamedTuple):
 
 
 class ExactGradients:
-    """``ExactGradients(model)(row)``: ∂ℓ/∂θ of one row, for the parameters ``names`` (default: all), tied ones once.
+    """``ExactGradients(model)(row)`` is ∂ℓ/∂θ of one row, for the parameters ``names`` (default: all). Tied parameters
+    count once.
 
-    The model is taken over: of its parameters only those stay trainable. UsageError for a name that is no parameter's,
-    and for a model whose forward pass is random.
+    It changes the model: only these parameters stay trainable. UsageError for a name that is not a parameter, and for a
+    model whose forward pass is random.
     """
 
     def __init__(
@@ -63,19 +64,19 @@ class ExactGradients:
         self.model = model
         self._reduction: Reduction = reduction
         self._options = forward_options(model)
-        known = dict(model.named_parameters())
-        unknown = sorted(set(names or ()) - set(known))
+        by_name = dict(model.named_parameters())
+        unknown = sorted(set(names or ()) - set(by_name))
         if unknown:
             raise UsageError(f"{type(model).__name__} has no parameter {unknown[0]!r}")
-        self.parameters = {name: p for name, p in known.items() if names is None or name in names}
-        """In the order of the model."""
+        self.parameters = {name: p for name, p in by_name.items() if names is None or name in names}
+        """The parameters by name, in the order of the model."""
         model.requires_grad_(False)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
     @property
     def slices(self) -> list[ParameterSlice]:
-        """Of the flat vector, in the order of the model."""
+        """The slices of the flat vector, in the order of the model."""
         slices, start = [], 0
         for name, parameter in self.parameters.items():
             slices.append(ParameterSlice(name, tuple(parameter.shape), start, start + parameter.numel()))
@@ -84,11 +85,11 @@ class ExactGradients:
 
     @property
     def numbers(self) -> int:
-        """P."""
+        """P, the numbers of a gradient."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     def __call__(self, row: Row) -> Gradient:
-        """The gradient of ``row``, which must have a usable status. It is neither padded nor batched."""
+        """The gradient of ``row``, which must be usable. The row is neither padded nor batched."""
         assert row.status.usable
         device = next(iter(self.parameters.values())).device
         ids, labels, mask = (x.to(device) for x in pad([row]))

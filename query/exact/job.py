@@ -1,4 +1,4 @@
-"""The exact gradients of some rows into a folder: what it takes, what is missing there, and the files.
+"""Writing the exact gradients of rows to a folder: the space they need, the files that are missing, and the report.
 
 Legend: B rows of a file, P numbers of a gradient.
 """
@@ -29,7 +29,7 @@ from query.exact.gradients import ExactGradients
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FullGradientsReport:
-    """What was written, or, after a dry run, would be."""
+    """What ``ghoststore.full_gradients`` has written or, after a dry run, would write."""
 
     out: str
     samples: int
@@ -38,29 +38,31 @@ class FullGradientsReport:
     numbers: int
     """Numbers of one gradient."""
     parameters: int
-    """Parameters (tensors) they belong to."""
+    """Number of parameters (tensors) in one gradient."""
     dtype: str
     files: int
     resumed_files: int
-    """Files that were there before this call."""
+    """Number of files that existed before this call."""
     bytes_on_disk: int
-    """Of all gradients."""
+    """Bytes of all gradients together."""
     memory_bytes: int
-    """Beside the model and its activations: one file's gradients twice, and one gradient in the model's dtype."""
+    """Memory beside the model and its activations: the gradients of a file twice, and one gradient in the model's
+    dtype.
+    """
     dry_run: bool
     statuses: dict[str, int] = field(default_factory=dict)
-    """Rows by status. A row that cannot be used has a gradient of zeros."""
+    """Number of rows by status. A row that is not usable has a gradient of zeros."""
     seconds: float = 0.0
     manifest: Manifest = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore full-gradients --json`` prints."""
+        """The document that ``ghoststore full-gradients --json`` prints."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """The rows in question."""
+    """The rows to write, and the number and the fingerprint of their samples."""
 
     rows: list[Row]
     samples: int
@@ -69,7 +71,7 @@ class RowsRead:
 
 @dataclass(frozen=True, slots=True)
 class GradientsJob:
-    """A request, resolved: nothing is left to decide."""
+    """A resolved request: the rows, the parameters, and the manifest of the folder."""
 
     exact: ExactGradients
     read: RowsRead
@@ -78,7 +80,7 @@ class GradientsJob:
 
     @property
     def row_bytes(self) -> int:
-        """Of one stored gradient."""
+        """Bytes of one stored gradient."""
         return self.exact.numbers * self.dtype.itemsize
 
     @property
@@ -88,9 +90,9 @@ class GradientsJob:
         return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
     def report(self, out: Path, *, dry_run: bool, resumed: int, seconds: float = 0.0) -> FullGradientsReport:
-        """What is known without the files."""
+        """The report, as far as it is known without the files."""
         widest = max(stop - start for start, stop in self.blocks)
-        one = self.exact.numbers * next(iter(self.exact.parameters.values())).dtype.itemsize
+        gradient_bytes = self.exact.numbers * next(iter(self.exact.parameters.values())).dtype.itemsize
         return FullGradientsReport(
             out=str(out),
             samples=self.read.samples,
@@ -102,7 +104,7 @@ class GradientsJob:
             files=len(self.blocks),
             resumed_files=resumed,
             bytes_on_disk=len(self.read.rows) * self.row_bytes,
-            memory_bytes=2 * widest * self.row_bytes + one,
+            memory_bytes=2 * widest * self.row_bytes + gradient_bytes,
             dry_run=dry_run,
             statuses=dict(Counter(row.status.name.lower() for row in self.read.rows)),
             seconds=seconds,
@@ -110,50 +112,50 @@ class GradientsJob:
         )
 
     def write(self, out: Path, progress: Progress, begun: float) -> FullGradientsReport:
-        """Every file that is missing."""
+        """Write every missing file to the folder ``out``. ``begun`` is the time of the start, for the report."""
         self._refuse_too_large(self.report(out, dry_run=False, resumed=0).memory_bytes)
         size = self.manifest["rows_per_file"]
         with GradientFiles.writing(out, self.manifest) as files:
-            there = set(files.there)
-            missing = [(start, stop) for start, stop in self.blocks if file_name(start, size) not in there]
+            finished = set(files.finished)
+            missing = [(start, stop) for start, stop in self.blocks if file_name(start, size) not in finished]
             self._refuse_full_disk(out, sum(stop - start for start, stop in missing))
             rows = len(self.read.rows)
             todo = sum(stop - start for start, stop in missing)
             with closing(progress.task("exact gradients", rows, done=rows - todo)) as task:
                 for start, stop in missing:
-                    some = self.read.rows[start:stop]
-                    files.write((start, stop), *self._gradients(some))
-                    task.advance(stop - start, sum(len(row.tokens) for row in some))
+                    batch = self.read.rows[start:stop]
+                    files.write((start, stop), *self._gradients(batch))
+                    task.advance(stop - start, sum(len(row.tokens) for row in batch))
             statuses = Counter(status for entry in files.manifest["files"].values() for status in entry["statuses"])
-            report = self.report(out, dry_run=False, resumed=len(there), seconds=time.perf_counter() - begun)
+            report = self.report(out, dry_run=False, resumed=len(finished), seconds=time.perf_counter() - begun)
             return replace(report, statuses=dict(statuses), manifest=files.manifest)
 
     def _gradients(self, rows: Sequence[Row]) -> tuple[Tensor, list[float | None], list[str]]:
-        """(B, P) in the stored dtype, zeros for a row that cannot be used; losses (None without one) and statuses."""
+        """((B, P) gradients in the stored dtype, losses, statuses). An unusable row has zeros and no loss (None)."""
         gradients = torch.zeros(len(rows), self.exact.numbers, dtype=self.dtype)
         losses: list[float | None] = [None] * len(rows)
-        fates = [row.status for row in rows]
+        statuses = [row.status for row in rows]
         for place, row in enumerate(rows):
             if not row.status.usable:
                 continue
             gradient = self.exact(row)
             if not gradient.finite:
-                fates[place] = Status.NOT_FINITE
+                statuses[place] = Status.NOT_FINITE
                 continue
             losses[place] = gradient.loss
-            for one in self.exact.slices:
-                gradients[place, one.start : one.stop] = gradient.parts[one.name].flatten()
+            for part in self.exact.slices:
+                gradients[place, part.start : part.stop] = gradient.parts[part.name].flatten()
             if not bool(torch.isfinite(gradients[place]).all()):
-                fates[place] = Status.OUT_OF_RANGE
+                statuses[place] = Status.OUT_OF_RANGE
                 gradients[place] = 0
-        return gradients, losses, [fate.name.lower() for fate in fates]
+        return gradients, losses, [fate.name.lower() for fate in statuses]
 
     def _refuse_too_large(self, needed: int) -> None:
-        there = physical_memory()
-        if there is not None and needed > there:
+        available = physical_memory()
+        if available is not None and needed > available:
             raise UsageError(
                 f"gradients of {self.exact.numbers:,} numbers need {needed:,} bytes of memory beside the model; this "
-                f"machine has {there:,}. Give `parameters=projected` with fewer `proj_layers`, or `dtype=bfloat16`"
+                f"machine has {available:,}. Give `parameters=projected` with fewer `proj_layers`, or `dtype=bfloat16`"
             )
 
     def _refuse_full_disk(self, out: Path, rows: int) -> None:
@@ -166,7 +168,7 @@ class GradientsJob:
 
 
 def physical_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Bytes of memory of this machine; None if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

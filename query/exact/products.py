@@ -1,6 +1,7 @@
-"""Exact inner products of val samples' gradients with rows' gradients, in bounded memory.
+"""Exact inner products of the gradients of val samples with those of rows, in bounded memory.
 
-Only as many val gradients as fit are held; rows go by one at a time, and all again for the next val samples.
+As many val gradients as fit stay in memory while the rows go through the model one at a time. If not all fit, the rows
+go through the model once more for the next val samples.
 
 Legend: Q val samples, R rows, n numbers of a piece of a gradient.
 """
@@ -25,12 +26,14 @@ from query.search.part_score import Metric
 Share = Literal["layers", "rest"]
 SHARES: tuple[Share, ...] = ("layers", "rest")
 MEMORY = 2 << 30
-"""Bytes of val gradients that are held, where a single one is not larger."""
+"""Bytes of val gradients in memory at once, unless a single gradient is larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Inner products of val samples with rows, and squared lengths; float64."""
+    """Inner products of the gradients of val samples and rows, and their squared lengths ``val_Q`` and ``row_R``; all
+    float64.
+    """
 
     dots_QR: NDArray[np.float64]
     val_Q: NDArray[np.float64]
@@ -38,46 +41,47 @@ class Products:
 
     @classmethod
     def of(cls, vals_QD: Tensor, rows_RD: Tensor) -> Products:
-        """Of float64 vectors that are all in memory."""
+        """The products of float64 vectors that are all in memory."""
         dots = (vals_QD @ rows_RD.t(), vals_QD.square().sum(1), rows_RD.square().sum(1))
         return cls(*(np.asarray(numbers.numpy()) for numbers in dots))
 
     @classmethod
     def empty(cls, queries: int, rows: int) -> Products:
-        """NaN, to be filled by :meth:`put`."""
+        """Products of NaN, to be filled by :meth:`put`."""
         return cls(np.full((queries, rows), np.nan), np.full(queries, np.nan), np.full(rows, np.nan))
 
     def put(self, queries: slice, rows: slice, products: Products) -> None:
-        """Fill in those of some val samples and rows."""
+        """Fill in the products of the val samples ``queries`` and the rows ``rows``."""
         self.dots_QR[queries, rows] = products.dots_QR
         self.val_Q[queries], self.row_R[rows] = products.val_Q, products.row_R
 
     def __add__(self, other: Products) -> Products:
-        """Of vectors that are these and those side by side."""
+        """The products of concatenated vectors: each of these, followed by the one of ``other``."""
         return Products(self.dots_QR + other.dots_QR, self.val_Q + other.val_Q, self.row_R + other.row_R)
 
     @property
     def lengths(self) -> NDArray[np.float64]:
-        """|g| |h| of each pair."""
+        """(Q, R): |g||h| of each pair."""
         return np.asarray(np.sqrt(self.val_Q)[:, None] * np.sqrt(self.row_R))
 
     def scores(self, metric: Metric) -> NDArray[np.float64]:
-        """(Q, R); the cosine with a vector of length zero is 0."""
+        """(Q, R): the scores. The cosine with a vector of length zero is 0."""
         if metric == "dot":
             return self.dots_QR
         lengths = self.lengths
         return np.asarray(self.dots_QR / np.where(lengths > 0, lengths, 1.0))
 
     def only(self, queries: NDArray[np.bool_], rows: NDArray[np.bool_]) -> Products:
-        """Of some val samples and rows."""
+        """The products of the val samples and rows for which the masks are true."""
         return Products(self.dots_QR[queries][:, rows], self.val_Q[queries], self.row_R[rows])
 
 
 class Pieces:
-    """Cuts a gradient into flat vectors: those of ``chosen`` blocks (default: all of ``blocks``), and the rest.
+    """Cuts a gradient into flat vectors: one for each of the ``chosen`` blocks (default: all ``blocks``), and the rest.
 
-    A block is its gradient matrix as the build lays it out, in the ``metric`` of the part, see
-    :func:`indexer.projection.stored.metric_of`; there is no rest then, for the metric is known of the layers alone.
+    The vector of a block is its gradient matrix, laid out as in the build. If the part has a ``metric`` (see
+    :func:`indexer.projection.stored.metric_of`), the matrix is in that metric; there is no rest then, because the
+    metric is known only for the layers.
     """
 
     def __init__(
@@ -93,11 +97,11 @@ class Pieces:
 
     @property
     def parameters(self) -> set[str] | None:
-        """Those that a gradient must have; None: all."""
+        """The parameters that a gradient must have; None for all."""
         return None if self._metric is None else self.covered
 
     def matrices(self, gradient: Gradient) -> list[Tensor]:
-        """(n_out, n_in) float32 of each chosen block."""
+        """(n_out, n_in) float32: the gradient matrix of each chosen block."""
         return [self._matrix(block, gradient) for block in self.chosen]
 
     def _matrix(self, block: Block, gradient: Gradient) -> Tensor:
@@ -105,25 +109,27 @@ class Pieces:
         return matrix if self._metric is None else self._metric(block, matrix)
 
     def of(self, gradient: Gradient) -> dict[Share, list[Tensor]]:
-        """Flat float32 vectors (n,)."""
+        """Flat float32 vectors (n,), for the layers and for the rest."""
         layers = [matrix.flatten() for matrix in self.matrices(gradient)]
         rest = [part.float().flatten() for name, part in gradient.parts.items() if name not in self.covered]
         return {"layers": layers, "rest": [] if self._metric is not None else rest}
 
 
 class HeldVals:
-    """The gradients of ``vals``, held in memory; rows go by one at a time. ``task`` advances by what is computed."""
+    """The gradients of ``vals``, kept in memory for products with rows. ``task`` advances by one for each gradient."""
 
     def __init__(self, exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> None:
         self._exact, self._pieces = exact, pieces
-        self._held = _hold(exact, pieces, vals, task)
+        self._held = _stacked(exact, pieces, vals, task)
         self.squares = {
             share: sum((_squares(piece) for piece in self._held[share]), np.zeros(len(vals))) for share in SHARES
         }
-        """(Q,) each: squared lengths, over the layers and over the rest."""
+        """(Q,) for each share: squared lengths over the layers, and over the rest."""
 
     def products(self, rows: Sequence[Row], task: Task) -> dict[Share, Products]:
-        """Products with ``rows``, over the layers and over the rest."""
+        """The products with ``rows``, over the layers and over the rest. One gradient of a row is in memory
+        at a time.
+        """
         products = {
             share: Products(np.zeros((len(squares), len(rows))), squares, np.zeros(len(rows)))
             for share, squares in self.squares.items()
@@ -142,37 +148,37 @@ class HeldVals:
 def exact_products(
     exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], rows: Sequence[Row], task: Task
 ) -> dict[Share, Products]:
-    """Products over the layers, and over the rest: their sum is that over all parameters.
+    """The products over the layers, and those over the rest. Their sum is over all parameters.
 
-    NaN where a gradient is not finite. Products are float32 matrix products of one parameter's numbers, summed over
-    parameters in float64. ``task`` advances by the gradients that are computed.
+    NaN where a gradient is not finite. The products of each parameter are float32; their sum is float64. ``task``
+    advances by one for each gradient.
     """
     sums = {share: Products.empty(len(vals), len(rows)) for share in SHARES}
     at_once = vals_at_once(exact.numbers)
     for first in range(0, len(vals), at_once):
-        some = slice(first, min(first + at_once, len(vals)))
-        for share, products in HeldVals(exact, pieces, vals[some], task).products(rows, task).items():
-            sums[share].put(some, slice(None), products)
+        batch = slice(first, min(first + at_once, len(vals)))
+        for share, products in HeldVals(exact, pieces, vals[batch], task).products(rows, task).items():
+            sums[share].put(batch, slice(None), products)
     return sums
 
 
 def vals_at_once(numbers: int) -> int:
-    """Val gradients of so many numbers that are held together."""
+    """How many val gradients of ``numbers`` numbers to keep in memory at once."""
     return max(1, MEMORY // (4 * numbers))
 
 
-def _hold(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:
-    """(Q, n) a piece."""
-    held: dict[Share, list[Tensor]] = {}
+def _stacked(exact: ExactGradients, pieces: Pieces, vals: Sequence[Row], task: Task) -> dict[Share, list[Tensor]]:
+    """(Q, n) for each piece: the gradients of ``vals``."""
+    stacked: dict[Share, list[Tensor]] = {}
     for place, row in enumerate(vals):
         of_row = pieces.of(exact(row))
-        if not held:
-            held = {share: [piece.new_empty(len(vals), len(piece)) for piece in of_row[share]] for share in SHARES}
+        if not stacked:
+            stacked = {share: [piece.new_empty(len(vals), len(piece)) for piece in of_row[share]] for share in SHARES}
         for share in SHARES:
-            for rows_Qn, piece in zip(held[share], of_row[share], strict=True):
+            for rows_Qn, piece in zip(stacked[share], of_row[share], strict=True):
                 rows_Qn[place] = piece
         task.advance(1, len(row.tokens))
-    return held
+    return stacked
 
 
 def _squares(rows_Qn: Tensor) -> NDArray[np.float64]:

@@ -1,1 +1,1 @@
-"""How far a part's rankings are from those of exact gradients."""
+"""How far the rankings of a part are from those of exact gradients."""

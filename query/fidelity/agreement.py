@@ -1,6 +1,6 @@
-"""How far scores are from those that they stand for, each with an interval.
+"""Measures of how well approximate scores agree with exact ones, with confidence intervals.
 
-Legend: Q queries, R rows, both of a few dozen to a few hundred; S resamples.
+Legend: Q queries, R rows (a few dozen to a few hundred of each); S resamples.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from query.common.rank_correlation import spearman
 Scores = NDArray[np.float64]
 RESAMPLES = 1000
 AT = 10
-"""Of recall@10."""
+"""The number of rows in recall@10."""
 LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over queries, and the bootstrap interval of 95 % over queries (Efron 1979, percentiles)."""
+    """A mean over queries with its 95 % bootstrap interval over queries (Efron 1979, percentiles)."""
 
     value: float
     low: float
@@ -32,25 +32,28 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Of scores with exact ones, over the same queries and rows."""
+    """How well scores agree with exact scores of the same queries and rows."""
 
     spearman: Estimate
-    """Mean over queries of the rank correlation, equal scores sharing their mean rank."""
+    """Mean over queries of Spearman's rank correlation; equal scores share their mean rank."""
     sign: Estimate
-    """Share of pairs of a query and a row whose scores have the same sign."""
+    """Share of the pairs of a query and a row whose two scores have the same sign."""
     recall: Estimate
-    """Mean share of a query's exact best ``at`` rows that are among its best ``at``."""
+    """Mean over queries of the share of the exactly best ``at`` rows that are among the best ``at`` rows."""
     at: int
+    """The number of rows in ``recall``."""
     relative_error: Estimate
-    """Root of the mean squared error, divided by the root of the mean squared exact score."""
+    """Root mean square error, divided by the root mean square of the exact scores."""
 
     def to_json(self) -> dict[str, Any]:
-        """As results and kept records hold it."""
+        """The entry in results and in the record that the part keeps."""
         return asdict(self)
 
 
 def agreement(score_QR: Scores, exact_QR: Scores, *, seed: int = 0) -> Agreement:
-    """Of ``score_QR`` with ``exact_QR``; all are finite. Recall is that of 10 rows, or of all if they are fewer."""
+    """The agreement of ``score_QR`` with ``exact_QR``, all finite. Recall is for 10 rows, or for all if there are
+    fewer.
+    """
     at = min(AT, exact_QR.shape[1])
     pairs = list(zip(score_QR, exact_QR, strict=True))
     same = np.sign(score_QR) == np.sign(exact_QR)
@@ -66,20 +69,20 @@ def agreement(score_QR: Scores, exact_QR: Scores, *, seed: int = 0) -> Agreement
 
 
 class Resampler:
-    """The same draws of queries, with replacement, for every number that is estimated."""
+    """Bootstrap over queries. Every estimate uses the same draws of queries, with replacement."""
 
     def __init__(self, queries: int, seed: int) -> None:
         self._sample_SQ = np.random.default_rng(seed).integers(0, queries, (RESAMPLES, queries))
 
     def __call__(self, of_queries: Scores, statistic: Callable[[Scores], Scores]) -> Estimate:
-        """``statistic`` reduces axis 1 of (…, Q) or (…, Q, columns)."""
+        """The estimate of ``statistic``, which reduces axis 1 of arrays (S, Q) or (S, Q, columns)."""
         value = float(statistic(of_queries[None])[0])
         edges = np.quantile(statistic(of_queries[self._sample_SQ]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Estimate(value, float(edges[0]), float(edges[1]))
 
 
 def best(scores: Scores, at: int) -> NDArray[np.int64]:
-    """Places of the ``at`` largest; equal ones by place."""
+    """The places of the ``at`` largest scores; of equal ones the first."""
     return np.argsort(-scores, kind="stable")[:at]
 
 

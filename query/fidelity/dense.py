@@ -1,6 +1,6 @@
-"""The naive projection: one dense gaussian matrix for the whole gradient. Far too dear to build with; a yardstick.
+"""The naive projection: one dense gaussian matrix for the whole gradient. Too slow for a build; used as a reference.
 
-Legend: B gradients, N numbers that are left, n numbers of a piece of a gradient.
+Legend: B gradients, N numbers after the projection, n numbers of a piece of a gradient.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from ghoststore.errors import UsageError
 from indexer.projection import draws
 
 MATRIX_NUMBERS = 1 << 24
-"""Of the matrix, in memory at once."""
+"""Numbers of the matrix in memory at once."""
 MOST_NUMBERS = 1 << 36
-"""Of the whole matrix: some minutes of drawing."""
+"""Most numbers of the whole matrix. Drawing them takes some minutes."""
 
 
 class DenseProjection:
-    """P with E[PᵀP] = I, (N, all numbers of a gradient), drawn column by column again whenever it is used.
+    """P with E[PᵀP] = I, of shape (N, all numbers of a gradient). It is drawn anew, some columns at a time, on each
+    use.
 
     UsageError for a matrix that would take too long to draw.
     """
@@ -37,7 +38,9 @@ class DenseProjection:
         self.dimension, self._seed = dimension, seed
 
     def __call__(self, gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(B, N) float64 of B gradients, each a list of flat pieces of the same lengths."""
+        """(B, N) float64: the projections of B gradients, each a list of flat pieces. Pieces have the same lengths in
+        all gradients.
+        """
         projected_BN = torch.zeros(len(gradients), self.dimension, dtype=torch.float64)
         width = max(1, MATRIX_NUMBERS // self.dimension)
         for place, piece in enumerate(gradients[0]):
@@ -45,6 +48,6 @@ class DenseProjection:
                 columns = slice(start, min(start + width, len(piece)))
                 key = f"ghoststore/1|dense|seed={self._seed}|piece={place}|start={start}|numbers={self.dimension}"
                 matrix_Nn = torch.from_numpy(draws.gaussian(key, self.dimension, columns.stop - start))
-                some_Bn = torch.stack([gradient[place][columns].cpu() for gradient in gradients])
-                projected_BN += (some_Bn @ matrix_Nn.t()).double()
+                columns_Bn = torch.stack([gradient[place][columns].cpu() for gradient in gradients])
+                projected_BN += (columns_Bn @ matrix_Nn.t()).double()
         return projected_BN

@@ -1,4 +1,4 @@
-"""The picture of `ghoststore.plot_error`: error, rank correlation and recall against the numbers of a vector."""
+"""The picture of `ghoststore.plot_error`: error, rank correlation and recall over the numbers of a vector."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TITLES = {
 
 
 def draw_errors(curve: dict[str, Any], path: Path, reference_numbers: int | None) -> None:
-    """Three panels of the JSON of an `ErrorCurve`, written to ``path`` in the form of its suffix."""
+    """Draw the JSON of an `ErrorCurve` in three panels and save them to ``path``, in the format of its suffix."""
     from matplotlib.figure import Figure
 
     points = curve["points"]
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     error, spearman, recall = figure.subplots(1, 3)
-    for color, (label, some) in zip(cycle(COLORS), series(points).items(), strict=False):
-        _draw_measured(error, some, "mean_error", color, label)
-        _draw_measured(spearman, some, "spearman", color, label)
-        _draw_measured(recall, some, "recall", color, label)
+    for color, (label, line_points) in zip(cycle(COLORS), series(points).items(), strict=False):
+        _draw_measured(error, line_points, "mean_error", color, label)
+        _draw_measured(spearman, line_points, "spearman", color, label)
+        _draw_measured(recall, line_points, "recall", color, label)
     _draw_theory(error, points, reference_numbers)
     at = points[0]["agreement"]["at"] if points else 0
     error.set(ylabel="mean |error| ÷ (|g||h|)", title="Error of inner products", yscale="log")
@@ -53,7 +53,7 @@ def draw_errors(curve: dict[str, Any], path: Path, reference_numbers: int | None
 
 
 def series(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Points that share a line: of one kind of matrices, plain or sketched, of one dtype."""
+    """The points of each line, by its label. A line has one kind of matrices, plain or sketched, and one dtype."""
     by_label: dict[str, list[dict[str, Any]]] = {}
     for point in points:
         label = f"{point['kind']} blocks{', sketched' if point['compress'] else ''}, {point['dtype']}"
@@ -62,18 +62,18 @@ def series(points: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _draw_theory(axes: Any, points: list[dict[str, Any]], reference_numbers: int | None) -> None:
-    """The dense curve, and a dash for the ranks of each part."""
+    """Draw the theoretical error of a dense projection as a curve, and that of each part's ranks as a dash."""
     shown = [point for point in points if _has_error(point)]
     if not shown:
         return
     numbers = np.geomspace(shown[0]["numbers"] * 0.8, shown[-1]["numbers"] * 1.25, 50)
     dense = [dense_error(k, reference_numbers) for k in numbers]
     axes.plot(numbers, dense, color=THEORY, linestyle="--", linewidth=1.4, label="theory: dense, √(2 / πk)")
-    known = [point for point in shown if point["theory_rms"] is not None]
-    if known:
-        heights = [MEAN_OF_NORMAL * point["theory_rms"] for point in known]
+    with_ranks = [point for point in shown if point["theory_rms"] is not None]
+    if with_ranks:
+        heights = [MEAN_OF_NORMAL * point["theory_rms"] for point in with_ranks]
         axes.plot(
-            [point["numbers"] for point in known],
+            [point["numbers"] for point in with_ranks],
             heights,
             color=THEORY,
             linestyle="none",
@@ -85,14 +85,14 @@ def _draw_theory(axes: Any, points: list[dict[str, Any]], reference_numbers: int
 
 
 def _has_error(point: dict[str, Any]) -> bool:
-    """Whether there is one to draw on a logarithmic axis: full rank has none but rounding."""
+    """Whether the error can be drawn on a logarithmic axis. At full rank there is only rounding."""
     return bool(point["mean_error"]["value"] > 1e-6)
 
 
-def _draw_measured(axes: Any, points: list[dict[str, Any]], what: str, color: str, label: str) -> None:
-    """``what`` of ``points``, with intervals."""
-    points = [point for point in points if what != "mean_error" or _has_error(point)]
-    values = [point[what] if what in point else point["agreement"][what] for point in points]
+def _draw_measured(axes: Any, points: list[dict[str, Any]], measure: str, color: str, label: str) -> None:
+    """Draw ``measure`` of ``points`` with its intervals."""
+    points = [point for point in points if measure != "mean_error" or _has_error(point)]
+    values = [point[measure] if measure in point else point["agreement"][measure] for point in points]
     middle = np.array([value["value"] for value in values])
     spread = [
         np.maximum(0, middle - np.array([value["low"] for value in values])),

@@ -1,4 +1,4 @@
-"""``ghoststore.plot_error``: the error of inner products against the numbers of a vector, over parts of one corpus.
+"""``ghoststore.plot_error``: the error of inner products over the numbers of a vector, for several parts of one corpus.
 
 Legend: Q val samples, R rows, N numbers of the naive projection.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import takes
+from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import PlotErrorOptions
 from ghoststore.settings.question import RebuiltOptions
 from ghoststore.shown import json_text
@@ -31,12 +31,12 @@ from query.exact.products import MEMORY, Pieces, Products
 from query.fidelity.agreement import Agreement, Estimate, Resampler, agreement
 from query.fidelity.dense import DenseProjection
 from query.fidelity.fidelity import (
-    exactly,
+    exact_gradients,
     finite_pairs,
+    has_own_metric,
     measure_exactly,
-    metric_words,
+    own_metric,
     pieces_of,
-    scaled,
     vector_products,
 )
 from query.fidelity.plot import draw_errors
@@ -46,16 +46,16 @@ from query.fidelity.theory import PairMoments, dense_error, kronecker_error
 from query.search.part_score import Metric
 
 PAIRS = 16
-"""Pairs of gradients that the Kronecker theory is averaged over."""
+"""Number of pairs of gradients that the theoretical Kronecker error is averaged over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorPoint:
-    """One part against the reference. Errors are those of inner products, divided by |g||h| of the reference."""
+    """One part compared with the reference. Errors are those of inner products, divided by |g||h| of the reference."""
 
     part: str
     numbers: int
-    """Of a vector."""
+    """Numbers of a vector."""
     rank_total: int | str | None
     compress: int | None
     kind: str
@@ -63,17 +63,17 @@ class ErrorPoint:
     mean_error: Estimate
     rms_error: Estimate
     agreement: Agreement
-    """Of scores by the metric."""
+    """Agreement of the scores by ``metric``."""
     theory_dense: float
-    """Mean error of a dense gaussian projection to as many numbers."""
+    """Theoretical mean error of a dense gaussian projection to as many numbers."""
     theory_rms: float | None
-    """Root mean square error of gaussian Kronecker blocks (and a sketch) of this part's ranks, for pairs of these
-    gradients; None for other kinds of matrices and other references than ``full_layers``."""
+    """Theoretical root mean square error of gaussian Kronecker blocks (and a sketch) of this part's ranks, for pairs of
+    these gradients. None for other kinds of matrices, and for references other than ``full_layers``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorCurve:
-    """What was measured, by rising numbers of a vector."""
+    """What ``ghoststore.plot_error`` returns. ``points`` are in the order of the numbers of a vector."""
 
     store: str
     reference: str
@@ -87,7 +87,7 @@ class ErrorCurve:
     numbers_file: str
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON beside the picture, and what ``ghoststore plot-error --json`` prints."""
+        """The document in the .json file beside the picture, which ``ghoststore plot-error --json`` prints, too."""
         return asdict(self)
 
 
@@ -95,50 +95,45 @@ class ErrorCurve:
 def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     """Compare the inner products of several parts of one corpus, checkpoint and choice of layers with a reference.
 
-    Parts are found by their manifests: all of the store that fit each other, or those named. ``reference``:
-    ``full_layers`` (exact gradients of the projected layers), ``full`` (of all parameters), ``rank=N`` (the part built
-    with a rank total of N), ``naive_proj_layers=N`` (one dense gaussian projection of the layers' exact gradients to N
-    numbers). Rows and val samples are drawn as by :func:`ghoststore.fidelity`; Spearman and recall@10 are those of
-    scores by ``metric``, errors always those of inner products ÷ (|g||h|).
+    ``part`` names the parts (default: all of the store). ``reference`` is ``full_layers`` (exact gradients of the
+    projected layers), ``full`` (of all parameters), ``rank=N`` (the part that was built with a rank total of N) or
+    ``naive_proj_layers=N`` (one dense gaussian projection of the layers' exact gradients to N numbers). Rows and val
+    samples are drawn as in :func:`ghoststore.fidelity`. Spearman's correlation and recall@10 are those of scores by
+    ``metric``; errors are always those of inner products ÷ (|g||h|).
 
-    ``out`` is a new .png, .pdf or .svg; the numbers are written beside it as .json.
+    ``out`` is a new .png, .pdf or .svg file; the numbers are written beside it as .json.
 
-    Raises MismatchError for parts that do not belong together, UsageError where no part fits, and as ``fidelity``.
+    Raises MismatchError for parts that do not fit together, UsageError if there is no part to compare, and what
+    ``ghoststore.fidelity`` raises.
     """
     progress, path = options.progress or Silent(), Path(options.out)
     numbers = path.with_suffix(".json")
     check_picture(path, "out", beside=[numbers])
     check_new(f"the file of numbers beside `out={path}`, {numbers},", numbers, path)
     mode, number = parse_reference(options.reference)
-    spec = SampleSpec(
-        rows=options.rows,
-        val_samples=options.val_samples,
-        seed=options.seed,
-        val_set=options.val_set,
-        fields=options.fields,
-    )
+    spec = part_of(SampleSpec, options)
     parts = fitting_parts(
         Store.open(options.store), [options.part] if isinstance(options.part, str) else list(options.part or ())
     )
-    if mode == "full" and scaled(parts[0]):
+    if mode == "full" and has_own_metric(parts[0]):
         raise UsageError(
-            f"`reference=full`: the vectors of these parts are in a metric of their layers ({metric_words(parts[0])}), "
+            f"`reference=full`: the vectors of these parts are in a metric of their layers ({own_metric(parts[0])}), "
             "which is not known of all parameters; give full_layers"
         )
     target = part_of_rank(parts, number) if mode == "rank" else None
     measure = _Measure(parts, spec, options, progress)
-    by_vectors = {one.name: measure.by_vectors(one) for one in parts}
+    by_vectors = {part.name: measure.by_vectors(part) for part in parts}
     if target is not None:
-        truth, parts = by_vectors[target.name], [one for one in parts if one is not target]
+        truth, parts = by_vectors[target.name], [part for part in parts if part is not target]
     else:
         truth = measure.reference(mode, number)
     pairs = measure.pairs() if mode == "full_layers" else []
-    other = target.layout.dimension if target is not None else number if mode == "naive_proj_layers" else None
+    reference_numbers = target.layout.dimension if target else number if mode == "naive_proj_layers" else None
     finite = finite_pairs([truth], progress)
     truth = truth.only(*finite)
     points = [
-        _point(one, by_vectors[one.name].only(*finite), truth, options.metric, options.seed, other, pairs)
-        for one in sorted(parts, key=lambda one: (one.layout.dimension, one.name))
+        _point(part, by_vectors[part.name].only(*finite), truth, options.metric, options.seed, reference_numbers, pairs)
+        for part in sorted(parts, key=lambda part: (part.layout.dimension, part.name))
     ]
     curve = ErrorCurve(
         store=str(options.store),
@@ -152,12 +147,15 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
         plot=str(path),
         numbers_file=str(numbers),
     )
-    _write(curve, path, other)
+    _write(curve, path, reference_numbers)
     return curve
 
 
 class _Measure:
-    """The same rows and val samples, as each part and as the model has them. Parts of one model share it."""
+    """The inner products of one sample of rows and val samples: by the vectors of each part, and by exact gradients.
+
+    The model is loaded once for all parts with the same dtype and compute settings.
+    """
 
     def __init__(self, parts: Sequence[Part], spec: SampleSpec, options: RebuiltOptions, progress: Progress) -> None:
         self._seed, self._options, self._progress = spec.seed, options, progress
@@ -169,7 +167,7 @@ class _Measure:
         return open_encoder(part, "the error", self._options, self._progress)
 
     def by_vectors(self, part: Part) -> Products:
-        """By the vectors of ``part``."""
+        """The products by the vectors of ``part``."""
         sample, first = self._sample, self._encoder.part
         if part is not first:
             same = all(part.manifest[name] == first.manifest[name] for name in ("dtype", "compute"))
@@ -178,42 +176,44 @@ class _Measure:
         return vector_products(part, sample)
 
     def reference(self, mode: str, number: int) -> Products:
-        """By exact gradients; ``number`` is that of the naive projection."""
+        """The products by exact gradients. ``number`` is N of the naive projection."""
         if mode == "naive_proj_layers":
             return self._naive(number)
-        exact = exactly(self._encoder, self._pieces, layers_alone=mode == "full_layers")
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=mode == "full_layers")
         products = measure_exactly(exact, self._pieces, self._sample, self._progress)
         return products["layers"] if mode == "full_layers" else products["layers"] + products["rest"]
 
     def pairs(self) -> list[PairMoments]:
-        """Of random pairs of a val sample and a row."""
-        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        """The moments of random pairs of a val sample and a row, for the theory."""
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=True)
         rng = np.random.default_rng(self._seed)
         moments = []
         with closing(self._progress.task("theory", PAIRS)) as task:
             for _ in range(PAIRS):
-                some = [rows[int(rng.integers(len(rows)))] for rows in (self._sample.vals, self._sample.rows)]
-                first, second = (exact(row) for row in some)
+                pair = [rows[int(rng.integers(len(rows)))] for rows in (self._sample.vals, self._sample.rows)]
+                first, second = (exact(row) for row in pair)
                 if first.finite and second.finite:
                     moments.append(PairMoments.of(self._pieces.matrices(first), self._pieces.matrices(second)))
                 task.advance(1)
         return moments
 
     def _naive(self, number: int) -> Products:
-        exact = exactly(self._encoder, self._pieces, layers_alone=True)
+        exact = exact_gradients(self._encoder, self._pieces, layers_alone=True)
         project = DenseProjection(number, exact.numbers, self._seed)
         both = [self._projected(exact, project, rows) for rows in (self._sample.vals, self._sample.rows)]
         return Products.of(*both)
 
     def _projected(self, exact: ExactGradients, project: DenseProjection, rows: Sequence[Row]) -> Tensor:
-        """(rows, N) float64; as many gradients are held as fit, for the matrix is drawn again for each lot."""
+        """(rows, N) float64. Gradients are projected in large batches, because the matrix is drawn anew for
+        each batch.
+        """
         at_once = max(1, MEMORY // (4 * exact.numbers))
         projected = []
         with closing(self._progress.task("naive projection", len(rows))) as task:
             for start in range(0, len(rows), at_once):
-                some = rows[start : start + at_once]
-                projected.append(project([self._pieces.of(exact(row))["layers"] for row in some]))
-                task.advance(len(some), sum(len(row.tokens) for row in some))
+                batch = rows[start : start + at_once]
+                projected.append(project([self._pieces.of(exact(row))["layers"] for row in batch]))
+                task.advance(len(batch), sum(len(row.tokens) for row in batch))
         return torch.cat(projected)
 
 
@@ -226,12 +226,13 @@ def _point(
     reference_numbers: int | None,
     pairs: Sequence[PairMoments],
 ) -> ErrorPoint:
+    """The point of one part: its products compared with those of the reference."""
     lengths = np.where(truth.lengths > 0, truth.lengths, 1.0)
     errors_QR = np.abs(approximate.dots_QR - truth.dots_QR) / lengths
     resample = Resampler(len(errors_QR), seed)
     projection = part.manifest["projection"]
     ranks = [(int(layer["ranks"][0]), int(layer["ranks"][1])) for layer in part.manifest["layers"]]
-    known = pairs and projection["kind"] == "gaussian" and projection["compress_by"] == "all"
+    has_theory = pairs and projection["kind"] == "gaussian" and projection["compress_by"] == "all"
     return ErrorPoint(
         part=part.name,
         numbers=part.layout.dimension,
@@ -243,12 +244,12 @@ def _point(
         rms_error=resample(np.square(errors_QR).mean(1), lambda of_queries: np.sqrt(of_queries.mean(1))),
         agreement=agreement(approximate.scores(metric), truth.scores(metric), seed=seed),
         theory_dense=dense_error(part.layout.dimension, reference_numbers),
-        theory_rms=kronecker_error(pairs, ranks, projection["compress"]) if known else None,
+        theory_rms=kronecker_error(pairs, ranks, projection["compress"]) if has_theory else None,
     )
 
 
 def _write(curve: ErrorCurve, path: Path, reference_numbers: int | None) -> None:
-    """The picture, then the numbers: both or neither."""
+    """Write the picture and the numbers. Both files appear, or neither."""
     with new_files(path, Path(curve.numbers_file)) as (picture, numbers):
         draw_errors(curve.to_json(), picture, reference_numbers)
         numbers.write_text(json_text(curve.to_json(), indent=1) + "\n", encoding="utf-8")

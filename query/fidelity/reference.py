@@ -1,4 +1,4 @@
-"""What the error of inner products is measured against, and which parts of a store are points of one curve."""
+"""The reference of `ghoststore.plot_error`, and the parts of a store that can be points of one curve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFERENCE = re.compile(r"full|full_layers|(rank|naive_proj_layers)=(\d{1,12})")
 
 
 def parse_reference(reference: str) -> tuple[str, int]:
-    """(mode, N or 0); UsageError for anything else."""
+    """(mode, N or 0) of the option ``reference``; UsageError for an unknown one."""
     matched = REFERENCE.fullmatch(reference)
     if matched is None:
         raise UsageError(f"`reference` {reference!r}: give full, full_layers, rank=N or naive_proj_layers=N")
@@ -23,9 +23,9 @@ def parse_reference(reference: str) -> tuple[str, int]:
 
 
 def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
-    """The parts called ``names``, or all with rows, that share checkpoint, corpus, tokens, loss and layers.
+    """The parts called ``names``, or all parts with rows.
 
-    MismatchError where they do not.
+    MismatchError unless they share checkpoint, corpus, tokens, loss and layers; UsageError if there are none.
     """
     parts = [store.part(name) for name in names or store.part_names()]
     parts = [part for part in parts if names or part.spans]
@@ -35,31 +35,33 @@ def fitting_parts(store: Store, names: Sequence[str]) -> list[Part]:
     for part in parts[1:]:
         unequal = differences(exact_identity(first), exact_identity(part))
         if unequal:
-            path, ours, theirs = unequal[0]
+            path, value, other_value = unequal[0]
             raise MismatchError(
-                f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {ours!r:.90} in the "
-                f"first and {theirs!r:.90} in the second. Name those that are with `part`"
+                f"parts {first.name!r} and {part.name!r} are no points of one curve: {path} is {value!r:.90} in the "
+                f"first and {other_value!r:.90} in the second. Name those that are with `part`"
             )
     return parts
 
 
 def exact_identity(part: Part) -> dict[str, Any]:
-    """What the exact gradients of a part's rows are of, and parts of one curve share."""
+    """Everything that the exact gradients of the rows of ``part`` depend on. Parts of one curve share it."""
     layers = {layer["name"]: layer["parameters"] for layer in part.manifest["layers"]}
     projection = part.manifest["projection"]
     metric: dict[str, Any] = {"optimizer_state": projection["optimizer_state"]}
-    if projection["precondition"] != "none":  # by these, but for the last bits
+    if projection["precondition"] != "none":  # it follows from these, except for its last bits
         metric["precondition"] = {name: projection[name] for name in ("precondition", "damping", "calibration_samples")}
     return {**{name: part.manifest[name] for name in SHARED}, "layers": layers, **metric}
 
 
 def part_of_rank(parts: Sequence[Part], rank: int) -> Part:
-    """The part built with a rank total of ``rank``; UsageError if none or several are."""
+    """The part that was built with a rank total of ``rank``; UsageError unless there is exactly one, and
+    another part.
+    """
     of_rank = [part for part in parts if part.manifest["projection"]["rank_total"] == rank]
     if len(of_rank) != 1:
-        known = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
+        totals = ", ".join(f"{part.name} {part.manifest['projection']['rank_total'] or 'by default'}" for part in parts)
         problem = "no part was" if not of_rank else f"{len(of_rank)} parts were"
-        raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {known}")
+        raise UsageError(f"`reference=rank={rank}`: {problem} built with a rank total of {rank}; there are: {totals}")
     if len(parts) == 1:
         raise UsageError(f"`reference=rank={rank}`: no other part is there to be compared with it")
     return of_rank[0]

@@ -1,4 +1,4 @@
-"""The few rows and val samples of a part that are measured: drawn by a seed, tokenized as the build did.
+"""The random sample of rows and val samples that ``fidelity`` and ``plot_error`` measure, tokenized as in the build.
 
 Legend: Q val samples, R rows, D numbers of a stored vector.
 """
@@ -24,20 +24,23 @@ from query.ask.encoder import PartEncoder
 from query.common.texts import corpus_behind
 
 LEAST_ROWS = 11
-"""Of recall@10 to say anything."""
+"""Least number of rows: with fewer, recall@10 would say nothing."""
 VAL_SHARE = 5
-"""Where the part has fewer rows than are asked for, one in five is a val sample."""
+"""If the part has too few rows, one row in five serves as a val sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSpec:
-    """Which rows and val samples; fields have the names of the options. UsageError where they cannot be."""
+    """How many rows and val samples to draw, and from where. The fields are options of ``ghoststore.fidelity``.
+
+    UsageError for numbers out of range.
+    """
 
     rows: int
     val_samples: int
     seed: int = 0
     val_set: str | Path | None = None
-    """Default: rows of the part, which are not ranked then."""
+    """Where to draw val samples from. Default: rows of the part, which then are not ranked."""
     fields: Fields | None = None
 
     def __post_init__(self) -> None:
@@ -51,8 +54,10 @@ class SampleSpec:
             raise UsageError("fields of a val set belong to `val_set`: without it rows of the part are val samples")
 
     def choose(self, part: Part, progress: Progress, *others: Part) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows to rank, rows that are val samples), different, usable in ``part`` and ``others``, ascending."""
-        usable = reduce(np.intersect1d, (one.row_numbers[one.usable()] for one in (part, *others)))
+        """(rows to rank, rows that serve as val samples), ascending and without overlap. All are usable in ``part`` and
+        in ``others``. UsageError if the part has too few.
+        """
+        usable = reduce(np.intersect1d, (source.row_numbers[source.usable()] for source in (part, *others)))
         vals = 0 if self.val_set is not None else self.val_samples
         if len(usable) < self.rows + vals:
             vals = min(vals, len(usable) // VAL_SHARE)
@@ -68,13 +73,13 @@ class SampleSpec:
         return np.sort(sample[vals:]), np.sort(sample[:vals])
 
     def read_vals(self, encoder: PartEncoder, places: NDArray[np.int64], progress: Progress) -> list[Row]:
-        """The val samples: the rows ``places``, or as many of ``val_set``, sampled; those that cannot be used are left
-        out.
+        """The usable val samples: the rows ``places`` of the part or, with ``val_set``, ``val_samples`` samples of
+        that.
         """
         if self.val_set is None:
             return encoder.source_rows(places)
         with open_corpus(str(self.val_set), self.fields or Fields(), progress) as corpus:
-            encoder.refuse_beyond(corpus.samples())  # whichever rows are drawn
+            encoder.refuse_beyond(corpus.samples())  # checks all samples, so that the draw does not matter
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
         usable = [row for row in encoder.rows(samples) if row.status.usable]
         if not usable:
@@ -84,10 +89,10 @@ class SampleSpec:
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """Rows and val samples, read; and how a part sees them."""
+    """The rows and val samples that were drawn, with their tokens."""
 
     places: NDArray[np.int64]
-    """(R,): the rows in the part."""
+    """(R,): the numbers of the rows in the part."""
     rows: list[Row]
     vals: list[Row]
     queries_QD: Tensor
@@ -95,18 +100,18 @@ class RowSample:
 
 
 def take_sample(encoder: PartEncoder, spec: SampleSpec, progress: Progress, *others: Part) -> RowSample:
-    """Of the part of ``encoder``, rows that ``others`` have, too."""
+    """Draw and read rows and val samples of the part of ``encoder``. The rows are usable in ``others``, too."""
     places, held_out = spec.choose(encoder.part, progress, *others)
     vals = spec.read_vals(encoder, held_out, progress)
     return RowSample(places, encoder.source_rows(places), vals, encoder.vectors(vals))
 
 
 def open_encoder(part: Part, what: str, options: RebuiltOptions, progress: Progress) -> PartEncoder:
-    """The encoder of ``part``, its corpus open, too. Where the checkpoint or the corpus is gone, the error says that
-    ``what`` cannot be done for that.
+    """The encoder of ``part`` with its corpus open. If checkpoint or corpus are gone, the error says that ``what``
+    cannot be measured without them.
     """
     try:
-        corpus = corpus_behind(part, options.data)  # before the model, which takes longer
+        corpus = corpus_behind(part, options.data)  # opened before the model is loaded, which takes longer
         return PartEncoder(
             part,
             checkpoint=options.checkpoint,
@@ -126,12 +131,12 @@ def open_encoder(part: Part, what: str, options: RebuiltOptions, progress: Progr
 
 
 def reservoir(samples: Iterable[Sample], count: int, seed: int) -> list[Sample]:
-    """``count`` of ``samples``, each as likely as any, in their order (Vitter 1985, algorithm R)."""
+    """``count`` random ``samples`` in their order, each with the same probability (Vitter 1985, algorithm R)."""
     rng = np.random.default_rng(seed)
-    held: list[Sample] = []
+    drawn: list[Sample] = []
     for place, sample in enumerate(samples):
         if place < count:
-            held.append(sample)
+            drawn.append(sample)
         elif (slot := int(rng.integers(0, place + 1))) < count:
-            held[slot] = sample
-    return sorted(held, key=lambda sample: sample.source_row)
+            drawn[slot] = sample
+    return sorted(drawn, key=lambda sample: sample.source_row)

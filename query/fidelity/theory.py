@@ -1,4 +1,4 @@
-"""What error a random projection should make in an inner product, by theory: the curve beside the measured one.
+"""The theoretical error of inner products after a random projection, to draw beside the measured one.
 
 Dense gaussian projection to k numbers: Var⟨Pg, Ph⟩ = (|g|²|h|² + ⟨g,h⟩²) / k, so the mean error of nearly orthogonal
 vectors is √(2 / (πk)) |g||h|.
@@ -30,14 +30,15 @@ MEAN_OF_NORMAL = math.sqrt(2 / math.pi)
 def dense_error(k: int, reference: int | None = None) -> float:
     """Mean |error| ÷ (|g||h|) of a dense gaussian projection to ``k`` numbers, for nearly orthogonal vectors.
 
-    ``reference``: the error is taken from another such projection, to that many numbers, instead of the exact product.
+    With ``reference`` the error is measured against another such projection, to that many numbers, instead of against
+    the exact product.
     """
     return MEAN_OF_NORMAL * math.sqrt(1 / k + (0 if reference is None else 1 / reference))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockMoments:
-    """What the variance needs of one block of a pair of gradients."""
+    """The numbers of one block of a pair of gradients G, H that the variance depends on."""
 
     dot: float
     """⟨G,H⟩."""
@@ -54,7 +55,7 @@ class BlockMoments:
 
     @classmethod
     def of(cls, first_OI: Tensor, second_OI: Tensor) -> BlockMoments:
-        """In float64; memory: the square of the shorter axis, three times."""
+        """The moments in float64. Memory: three matrices whose sides are the shorter axis."""
         g, h = first_OI.double(), second_OI.double()
         flip = g.shape[0] > g.shape[1]
         if flip:
@@ -72,16 +73,16 @@ class BlockMoments:
         )
 
     def variance(self, k_out: int, k_in: int) -> float:
-        """Of the block's inner product after a gaussian Kronecker projection."""
+        """The variance of the block's inner product after a gaussian Kronecker projection to (k_out, k_in)."""
         a = 0.0 if k_in == self.shape[1] else 1 / k_in
         b = 0.0 if k_out == self.shape[0] else 1 / k_out
-        both = self.inner + self.outer + self.squares + self.dot**2
-        return (a + b) * self.trace + a * self.inner + b * self.outer + a * b * both
+        cross_terms = self.inner + self.outer + self.squares + self.dot**2
+        return (a + b) * self.trace + a * self.inner + b * self.outer + a * b * cross_terms
 
 
 @dataclass(frozen=True, slots=True)
 class PairMoments:
-    """Of one pair of gradients, block by block."""
+    """The moments of one pair of gradients, block by block."""
 
     blocks: list[BlockMoments]
     lengths: float
@@ -90,7 +91,7 @@ class PairMoments:
     @classmethod
     def of(cls, first: Sequence[Tensor], second: Sequence[Tensor]) -> PairMoments:
         """``first`` and ``second``: the gradient matrices of two samples, block by block."""
-        squares = [sum(float(matrix.square().sum(dtype=torch.float64)) for matrix in one) for one in (first, second)]
+        squares = [sum(float(m.square().sum(dtype=torch.float64)) for m in matrices) for matrices in (first, second)]
         blocks = [BlockMoments.of(g, h) for g, h in zip(first, second, strict=True)]
         return cls(blocks, math.sqrt(squares[0] * squares[1]))
 
@@ -104,5 +105,7 @@ class PairMoments:
 
 
 def kronecker_error(pairs: Sequence[PairMoments], ranks: Sequence[tuple[int, int]], compress: int | None) -> float:
-    """Root of the mean squared error ÷ (|g||h|), over pairs."""
+    """Theoretical root mean square error ÷ (|g||h|) over ``pairs``, for blocks of ``ranks`` (k_out, k_in) and a sketch
+    to ``compress`` numbers (None: no sketch).
+    """
     return math.sqrt(sum(pair.root_variance(ranks, compress) ** 2 for pair in pairs) / len(pairs))

@@ -1,8 +1,8 @@
-"""What was computed from all committed rows of a part, kept in ``second_moment/`` beside its arrays.
+"""Numbers computed from all committed rows of a part, cached in ``second_moment/`` beside its arrays.
 
-A cache: checked before it is read, computed anew where it does not cover what is committed or is damaged, and deleting
-it loses nothing. ``<name>.json`` says what it covers and names the file that holds the numbers, with its checksum; that
-file is called after its own SHA-256, so that two processes that compute the same at once cannot mix.
+An entry is checked before it is read. It is computed anew if it is damaged or does not cover what is committed now, so
+deleting it loses nothing. ``<name>.json`` says what it covers and names the file of numbers, with its checksum. That
+file is named after its own SHA-256: two processes that compute the same entry at once cannot mix their files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMAT = 1
 
 
 class PartCache:
-    """One name of the cache of ``part``."""
+    """The entry ``name`` of the cache of ``part``."""
 
     def __init__(self, part: Part, name: str, progress: Progress) -> None:
         self.part, self.name, self.progress = part, name, progress
@@ -41,7 +41,7 @@ class PartCache:
         self.covers = part.fingerprint()
 
     def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-        """What :meth:`keep` kept, or None. Nothing of another shape is read into memory."""
+        """The tensors that :meth:`keep` wrote, or None. Shapes are compared before anything is read into memory."""
 
         def read(data: Path) -> dict[str, Tensor]:
             with safe_open(data, framework="pt") as file:
@@ -49,24 +49,24 @@ class PartCache:
                     raise ValueError(f"{data.name} has other tensors than this part")
                 return {key: file.get_tensor(key) for key in shapes}
 
-        held: dict[str, Tensor] | None = self._checked("safetensors", read)
-        return held
+        cached: dict[str, Tensor] | None = self._checked("safetensors", read)
+        return cached
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        """Keep ``tensors``. Where the store cannot be written, that is noted and nothing is kept."""
+        """Write ``tensors`` to the cache. If the store cannot be written, a note says so and nothing is kept."""
 
         def write(path: Path) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
         try:
-            self._publish(self._begun(write), "safetensors")
+            self._publish(self._written_aside(write), "safetensors")
         except GhostStoreError as error:
             self._not_kept(error)
 
     def rows(self, shape: tuple[int, ...], fill: Callable[[NDArray[np.float64]], None]) -> NDArray[np.float64]:
-        """An array of ``shape``, memory-mapped: what is held, or what ``fill`` now writes into one of zeros.
+        """An array of ``shape``, memory-mapped: the cached one, or else one of zeros that ``fill`` fills now.
 
-        Where the store cannot be written, that is noted, and the array is in memory.
+        If the store cannot be written, a note says so and the array is in memory.
         """
 
         def read(data: Path) -> NDArray[np.float64]:
@@ -75,11 +75,11 @@ class PartCache:
                 raise ValueError(f"{data.name} holds {array.dtype} of shape {array.shape}")
             return np.asanyarray(array)
 
-        held: NDArray[np.float64] | None = self._checked("npy", read)
-        if held is not None:
-            return held
+        cached: NDArray[np.float64] | None = self._checked("npy", read)
+        if cached is not None:
+            return cached
         try:
-            begun = self._begun(lambda path: np.lib.format.open_memmap(path, "w+", np.float64, shape).flush())
+            begun = self._written_aside(lambda path: np.lib.format.open_memmap(path, "w+", np.float64, shape).flush())
         except GhostStoreError as error:
             self._not_kept(error)
             array = np.zeros(shape)
@@ -99,12 +99,12 @@ class PartCache:
         return np.asanyarray(mapped)
 
     def _checked(self, form: str, read: Callable[[Path], Any]) -> Any:
-        """What ``read`` gives of the file that is held, once it is what was written; None if there is none."""
+        """``read`` applied to the cached file, after its checksum is compared; None without a usable one."""
         path = self.folder / f"{self.name}.json"
         try:
             value = read_record(path, within=self.part.path)
             if value["format"] != FORMAT or value["covers"] != self.covers:
-                return None  # of other rows: computed anew
+                return None  # rows were committed since: computed anew
             if not re.fullmatch(rf"{re.escape(self.name)}-[0-9a-f]{{16}}\.{form}", value["data"]):
                 raise ValueError(f"it names a file {value['data']!r:.80}")
             data = self.folder / value["data"]
@@ -122,8 +122,8 @@ class PartCache:
             self.progress.note(f"{path} is damaged ({error}): it is a cache, and is computed anew")
         return None
 
-    def _begun(self, write: Callable[[Path], None]) -> Path:
-        """A file that ``write`` wrote under a name that is not final. StorageError if the disk refuses."""
+    def _written_aside(self, write: Callable[[Path], None]) -> Path:
+        """The path of a new file with a temporary name, written by ``write``. StorageError if the disk refuses."""
         refuse_links(self.folder.parent)
         path = unfinished(self.folder / self.name)
         with storage_errors(str(self.folder)):
@@ -136,7 +136,7 @@ class PartCache:
         return path
 
     def _publish(self, begun: Path, form: str) -> None:
-        """Give a finished file its name, and write the record that names it."""
+        """Rename a finished file to its final name, and write the record that names it."""
         with storage_errors(str(self.folder)):
             flush(begun)
             record = FileRecord.of(begun)
@@ -147,16 +147,16 @@ class PartCache:
                 self.folder / f"{self.name}.json",
                 {"format": FORMAT, "covers": self.covers, "data": data.name, "file": asdict(record)},
             )
-            for other in self.folder.glob(f"{self.name}-*.{form}"):
-                if other != data and len(other.stem) == len(data.stem):
-                    other.unlink(missing_ok=True)
+            for old in self.folder.glob(f"{self.name}-*.{form}"):
+                if old != data and len(old.stem) == len(data.stem):
+                    old.unlink(missing_ok=True)
 
     def _not_kept(self, error: GhostStoreError) -> None:
         self.progress.note(f"what was computed is not kept for the next query: {error}")
 
 
 def keep_newest(part: Part, pattern: str, count: int) -> None:
-    """Remove all but the newest ``count`` records that fit ``pattern``, and their files."""
+    """Remove all but the ``count`` newest records that match ``pattern``, and their files."""
     folder = part.path / FOLDER
     records = sorted(folder.glob(f"{pattern}.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for record in records[count:]:

@@ -1,7 +1,7 @@
-"""What a question is asked of: the layers of one part, or of several that hold the same rows at successive checkpoints.
+"""The parts and layers that a query searches: one part, or several of the same rows at successive checkpoints.
 
-The sum over checkpoints, weighted by their learning rates, of the products (TracInCP, Pruthi et al. 2020, eq. 1) or of
-the cosines (LESS, Xia et al. 2024, eq. 5) of gradients.
+With several parts the score is a sum over checkpoints, weighted by their learning rates: of inner products (TracInCP,
+Pruthi et al. 2020, eq. 1) or of cosines (LESS, Xia et al. 2024, eq. 5) of gradients.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ from indexer.layers import layer_type_by_name
 from indexer.projection.selection import matches
 
 SHARED = ("corpus", "tokenizer", "tokens", "loss", "projection", "layers")
-"""Sections of the manifest that parts must share to be summed: the same rows, projected alike."""
+"""Sections of the manifest that must be equal for scores of parts to be summed: the same rows, the same projection."""
 OWN = ("projection.hash", "projection.optimizer_state", "projection.calibration")
-"""And what is in them: each checkpoint may have the scales of its own optimizer state, and has learned from its own
-gradients."""
+"""Fields of these sections that may differ: scales from the checkpoint's own optimizer state, and what the projection
+learned from the checkpoint's own gradients."""
 
 
 def open_parts(
     store: str | Path, names: str | Sequence[str] | None, weights: PartWeights | None, progress: Progress
 ) -> tuple[list[Part], list[float]]:
-    """The parts called ``names`` (the only one without a name) and their weights: 1 for a single part; for several the
-    learning rates of their checkpoints (the default), 1 each (``equal``), or the numbers given.
+    """The parts called ``names`` (None: the only part of the store) and one weight for each.
 
-    UsageError for a part named twice, without rows, or without a learning rate; MismatchError for parts of other rows.
+    The weight of a single part is 1. Several have the learning rates of their checkpoints (the default), 1 each
+    (``equal``), or the numbers given.
+
+    UsageError for a part named twice, without rows, or without a learning rate; MismatchError if the parts do not have
+    the same rows.
     """
-    opened, wanted = Store.open(store), part_names(names)
-    twice = sorted({str(name) for name in wanted if wanted.count(name) > 1})
-    if twice:
-        raise UsageError(f"part {twice[0]!r} is given twice")
-    parts = [opened.part(name) for name in wanted]
+    opened_store, wanted = Store.open(store), part_names(names)
+    repeated = sorted({str(name) for name in wanted if wanted.count(name) > 1})
+    if repeated:
+        raise UsageError(f"part {repeated[0]!r} is given twice")
+    parts = [opened_store.part(name) for name in wanted]
     for part in parts:
         if not part.spans:
             raise UsageError(
@@ -53,17 +56,18 @@ def open_parts(
 
 
 def note_repeated(part: Part, progress: Progress) -> None:
-    """Say that ids of ``part`` do not tell its samples apart, if that is so."""
+    """Say so if ids repeat in ``part`` and do not tell its samples apart."""
     if words := repeated_words(part.repeated_ids):
         progress.note(f"part {part.name!r}: {words} (source_row)")
 
 
 def part_names(names: str | Sequence[str] | None) -> list[str | None]:
-    """One name or several as a list; [None] for the only part of a store."""
+    """``names`` as a list; [None], which stands for the only part of the store, if there is no name."""
     return [names] if names is None or isinstance(names, str) else list(names) or [None]
 
 
 def _refuse_other_rows(parts: Sequence[Part]) -> None:
+    """MismatchError unless all parts have the rows, the projection and the spans of the first one."""
     first = parts[0]
     for part in parts[1:]:
         unequal = [
@@ -75,16 +79,17 @@ def _refuse_other_rows(parts: Sequence[Part]) -> None:
         if first.layout.span_rows != part.layout.span_rows:
             unequal.append(("storage.span_rows", first.layout.span_rows, part.layout.span_rows))
         if unequal:
-            path, ours, theirs = unequal[0]
+            path, value, other_value = unequal[0]
             raise MismatchError(
-                f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {ours!r:.90} in the first and "
-                f"{theirs!r:.90} in the second. Build both from the same corpus with the same projection"
+                f"parts {first.name!r} and {part.name!r} cannot be summed: {path} is {value!r:.90} in the first and "
+                f"{other_value!r:.90} in the second. Build both from the same corpus with the same projection"
             )
         if not set(first.spans) & set(part.spans):
             raise UsageError(f"parts {first.name!r} and {part.name!r} have no committed row in common yet")
 
 
 def _weights(parts: Sequence[Part], weights: PartWeights | None) -> list[float]:
+    """One weight for each part, from the option ``part_weights``. UsageError for weights that do not fit."""
     if len(parts) == 1:
         if weights is not None:
             raise UsageError("`part_weights` belongs to several parts: one part has nothing to be weighed against")
@@ -113,9 +118,9 @@ def _learning_rate(part: Part) -> float:
 
 
 def choose_groups(part: Part, layers: Sequence[str], exclude_layers: Sequence[str]) -> list[int] | None:
-    """Places in ``part.groups`` of the layers that the patterns select; None for all.
+    """The layers that the patterns select, as places in ``part.groups``; None for all.
 
-    UsageError for a pattern without a layer, and for a part whose blocks were sketched together.
+    UsageError for a pattern that matches no layer, and for a part with one sketch of all layers.
     """
     if not layers and not exclude_layers:
         return None

@@ -27,12 +27,14 @@ Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 PAIRS_AT_ONCE = 1024
 SAFE = 2.0**90
-"""Rows whose length or factor is beyond this, or below its inverse, may leave the range of float32."""
+"""Largest length and factor of a row whose products certainly stay in the range of float32; its inverse is
+the least.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The best rows of each query, best first. Where fewer rows exist, ``rows`` ends in -1."""
+    """The best rows of each query, best first. With fewer than k rows, ``rows`` ends in -1."""
 
     rows: NDArray[np.int64]
     """(Q, k)."""
@@ -41,10 +43,10 @@ class Ranking:
 
 
 class RunningTopK:
-    """The k largest scores seen so far of each of Q queries; equal scores by lower row.
+    """The k largest scores so far, for each of Q queries; equal scores by lower row.
 
-    Candidates are screened by cheap scores and their error bound, and scored again in float64: so the result is that
-    of the exact scores, and equal rows have equal scores wherever they stand.
+    Cheap scores and their error bound rule out most rows; the remaining ones are scored in float64. So the result is
+    that of exact scores, and equal rows have equal scores wherever they stand.
     """
 
     def __init__(self, queries: int, k: int) -> None:
@@ -55,9 +57,10 @@ class RunningTopK:
     def add(
         self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
     ) -> None:
-        """Rows ``first_row`` … with scores that lie within ``slack_RQ`` of ``cheap_RQ``; in ascending order of rows.
+        """Add the rows from ``first_row`` on, whose scores lie within ``slack_RQ`` of ``cheap_RQ``.
 
-        ``exact(places, queries)`` times ``sign`` gives the scores of pairs, float64.
+        Calls must come in ascending order of rows. ``exact(places, queries)`` times ``sign`` gives the scores of pairs,
+        float64.
         """
         if self.k == 0:
             return
@@ -65,7 +68,7 @@ class RunningTopK:
         highest_RQ = cheap_RQ + slack_RQ
         candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
         if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
-            # Many: ask for no less than what k rows of this chunk reach for sure.
+            # Too many, as in a first chunk: leave out rows that stay below what k rows of this chunk surely reach.
             lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
             reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
             if self.k <= len(lowest_RQ):
@@ -75,7 +78,7 @@ class RunningTopK:
             self._merge(place + first_row, query, exact(place, query) * sign)
 
     def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
-        """Keep the k best of what is kept and these rows, by query, falling score, rising row."""
+        """Merge these rows into the k best of each query: higher score first, then lower row."""
         touched, column = np.unique(query, return_inverse=True)
         all_query = np.concatenate([np.repeat(np.arange(len(touched)), self.k), column])
         all_score = np.concatenate([self.scores[touched].ravel(), score])
@@ -87,7 +90,7 @@ class RunningTopK:
 
 
 class RowFacts:
-    """Whether rows can be used, how long they are and how they are scaled, one span at a time."""
+    """Whether rows are usable, their lengths and their scale factors. Holds one span at a time."""
 
     def __init__(
         self,
@@ -106,13 +109,13 @@ class RowFacts:
 
     @classmethod
     def for_term(cls, term: Term) -> RowFacts:
-        """Those that scores of ``term`` need."""
+        """The facts that the scores of ``term`` need."""
         return cls(term.part, term.groups, term.metric, term.weight, term.preconditioner)
 
     def of(self, start: int, stop: int) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-        """(usable, Euclidean length, factor) of rows of one span: a row's score is its product times the factor.
+        """(usable, Euclidean length, factor) of the rows ``start`` to ``stop``, which must lie in one span.
 
-        The cosine of a row of length zero is 0.
+        A row's score is its product with the query, times the factor. The cosine of a row of length zero is 0.
         """
         part = self._part
         span = start // part.layout.span_rows
@@ -142,16 +145,16 @@ def shared_spans(terms: Sequence[Term]) -> list[int]:
 
 
 def product_error(dimension: int) -> float:
-    """Bound of the error of a float32 product of two vectors of length 1, in any order of summation.
+    """Largest error of a float32 inner product of two vectors of length 1, in any order of summation.
 
-    n·u with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and a few u for the
-    roundings of query, scale and bound.
+    It is n·u with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and a few u more for
+    the roundings of query, scale and bound.
     """
     return (dimension + 8) * 2.0**-24
 
 
 def _out_of_range(numbers_R: Tensor) -> Tensor:
-    """(R,): whether a number (not zero) is so large or small that float32 products with it overflow or lose digits."""
+    """(R,): whether a number other than zero is so large or small that float32 products overflow or lose digits."""
     size_R = numbers_R.abs()
     return (size_R != 0) & ~((size_R >= 1 / SAFE) & (size_R <= SAFE))
 
@@ -159,18 +162,21 @@ def _out_of_range(numbers_R: Tensor) -> Tensor:
 def pair_scores(
     rows_RD: Tensor, factor_R: Tensor, unit_QD: Tensor, places: NDArray[np.int64], queries: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """For each pair of a row and a query their product times the row's factor, float64. It depends on the two alone."""
+    """For each pair of a row and a query their product times the row's factor, float64.
+
+    Computed pair by pair, so that a score does not depend on the other rows of the chunk.
+    """
     scores = np.empty(len(places))
     for first in range(0, len(places), PAIRS_AT_ONCE):
-        some = slice(first, first + PAIRS_AT_ONCE)
-        row, query = torch.from_numpy(places[some]), torch.from_numpy(queries[some])
+        batch = slice(first, first + PAIRS_AT_ONCE)
+        row, query = torch.from_numpy(places[batch]), torch.from_numpy(queries[batch])
         products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
-        scores[some] = products.cpu().numpy()
+        scores[batch] = products.cpu().numpy()
     return scores
 
 
 class _PieceScores:
-    """Scores of the rows of ``terms``, piece by piece, in units in which no query is longer than 1.
+    """Scores of the rows of ``terms``, piece by piece. They are scaled so that no query is longer than 1.
 
     With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
     """
@@ -180,9 +186,9 @@ class _PieceScores:
         self.device = torch.device(device)
         lengths_Q = np.max([term.lengths for term in terms], axis=0)
         if combine:
-            lengths_Q = np.full_like(lengths_Q, lengths_Q.max())  # a maximum compares scores of one unit
+            lengths_Q = np.full_like(lengths_Q, lengths_Q.max())  # to compare scores, all must have one scale
         self.units_Q = np.append(lengths_Q, lengths_Q[0]) if combine else lengths_Q
-        """What scores are multiplied with in the end."""
+        """(columns,): factors that undo the scaling at the end."""
         self.queries = len(lengths_Q)
         self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
         self._query_DQ = [unit.float().t().contiguous() for unit in self._unit_QD]
@@ -191,19 +197,19 @@ class _PieceScores:
 
     @property
     def columns(self) -> int:
-        """Rankings that come out: one a query, and the combined one."""
+        """Number of rankings: one for each query, and the combined one."""
         return len(self.units_Q)
 
     def pieces(self) -> Iterator[_Piece]:
-        """Every row that is committed in all parts."""
+        """All rows that are committed in every part, in order."""
         sources = [PartVectors(term.part, self.device) for term in self.terms]
         for vectors in side_by_side(sources, shared_spans(self.terms)):
             start, stop = vectors[0].start, vectors[0].stop
             facts = [fact.of(start, stop) for fact in self._facts]
             usable = np.logical_and.reduce([usable for usable, _, _ in facts])
             rows, factors, lengths = [], [], []
-            for one, (_, length, factor) in zip(vectors, facts, strict=True):
-                rows.append(one.rows_RD)
+            for chunk, (_, length, factor) in zip(vectors, facts, strict=True):
+                rows.append(chunk.rows_RD)
                 factors.append(torch.from_numpy(factor).to(self.device))
                 lengths.append(torch.from_numpy(length).to(self.device))
             yield _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
@@ -217,12 +223,13 @@ class _PieceScores:
             error_R = self._product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
             error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
             wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
-            if bool(wild_R.any()):  # the bound does not hold: only the exact score tells
+            if bool(wild_R.any()):  # the bound does not hold for them: score them exactly
                 product_RQ[wild_R], error_RQ[wild_R] = 0.0, torch.inf
             cheap_RQ = product_RQ if place == 0 else cheap_RQ + product_RQ
             slack_RQ = error_RQ if place == 0 else slack_RQ + error_RQ
         if len(piece.rows) > 1:
-            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.rows) * 2.0**-23  # the sums' rounding
+            # The sum over parts is rounded, too.
+            slack_RQ = slack_RQ * (1 + 2.0**-20) + cheap_RQ.abs() * len(piece.rows) * 2.0**-23
         if not self.combine:
             return cheap_RQ, slack_RQ
         return (
@@ -231,7 +238,7 @@ class _PieceScores:
         )
 
     def _product_error(self, dimension: int) -> float:
-        """That of :func:`product_error`, and of inputs cut to TF32 where the user lets a GPU do that."""
+        """:func:`product_error`, plus the error of inputs rounded to TF32 where the user allows that on a GPU."""
         tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         return product_error(dimension) + (2.0**-9 if tf32 else 0.0)
 
@@ -247,13 +254,14 @@ class _PieceScores:
         return scores
 
     def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(pairs,) float64: the scores of pairs of a row of the piece and a query, summed over parts."""
         scores = np.zeros(len(places))
         for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
             scores += pair_scores(rows_RD, factor_R, unit_QD, places, queries)
         return scores
 
     def all_of(self, piece: _Piece) -> NDArray[np.float64]:
-        """(Q, R) scores. Row by row in the order of summation of :meth:`exact`: equal rows have equal scores."""
+        """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
         scores = np.zeros((self.queries, piece.stop - piece.start))
         for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
             wide_RD = rows_RD.double()
@@ -264,7 +272,7 @@ class _PieceScores:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows ``start`` to ``stop`` of all terms: vectors, factors and lengths by term."""
+    """Rows ``start`` to ``stop`` of all terms: one entry for each term in ``rows``, ``factors`` and ``lengths``."""
 
     scores: _PieceScores
     start: int
@@ -288,12 +296,14 @@ def search(
     device: str = "cpu",
     task: Task | None = None,
 ) -> tuple[Ranking, Ranking]:
-    """The ``top_k`` rows with the highest and the ``bottom_k`` with the lowest scores, for each query of ``terms``, and
-    after these, with ``combine="max"``, by the largest score that a row has for any query.
+    """The ``top_k`` rows with the highest and the ``bottom_k`` rows with the lowest scores, for each query of
+    ``terms``.
 
-    Rows that cannot be used in every part are never returned; the cosine of a zero row is 0. Reads each committed chunk
-    once; memory does not depend on the number of rows. Scores are float64 products of the stored numbers; the many that
-    cannot matter are told apart by products in float32 and their error bound.
+    With ``combine="max"`` one more ranking follows: by the largest score that a row has for any query. Rows that are
+    not usable in every part are never returned; the cosine of a zero row is 0.
+
+    Reads each committed chunk once; memory does not depend on the number of rows. Scores are float64 products of the
+    stored numbers. Rows that cannot rank are ruled out first, by float32 products and their error bound.
 
     Raises CorruptError for a damaged chunk.
     """
@@ -310,9 +320,9 @@ def search(
 
 
 def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | None = None) -> NDArray[np.float64]:
-    """(Q, N): the score of every row for each query, as :func:`search` has it; NaN where a row cannot be used.
+    """(Q, N) float64: the score of every row for each query, equal to that of :func:`search`; NaN for unusable rows.
 
-    Memory: 8 bytes a row and query, and one chunk. Raises as :func:`search`.
+    Memory: 8 bytes for each row and query, and one chunk. Raises CorruptError for a damaged chunk.
     """
     scores = _PieceScores(terms, None, device)
     terms[0].part.refuse_hollow()

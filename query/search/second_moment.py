@@ -1,8 +1,9 @@
 """Preconditioning by the second moment of the stored rows: scores qᵀ (H + λI)⁻¹ g in place of qᵀ g.
 
-H = E[g gᵀ] over the usable rows of a part, one matrix a block, computed by one scan and cached beside the part. The
-empirical Fisher in the projected space (LogIX, Choe et al. 2024, section 3; TRAK, Park et al. 2023, eq. 15). λ is
-``damping`` times the mean eigenvalue of H over all blocks: so λ → ∞ gives the plain scores back, up to 1/λ.
+H = E[g gᵀ] over the usable rows of a part, one matrix for each block. One scan computes it, and it is cached beside the
+part. It is the empirical Fisher in the projected space (LogIX, Choe et al. 2024, section 3; TRAK, Park et al. 2023,
+eq. 15). λ is ``damping`` times the mean eigenvalue of H over all blocks. As λ → ∞ the ranking becomes that of the plain
+scores, which are then scaled by 1/λ.
 
 Legend: Q queries, R rows of a chunk, N rows of the part, D numbers of a vector, K numbers of a block, G blocks.
 """
@@ -26,21 +27,21 @@ from query.search.vectors import PartVectors
 
 DEFAULT_DAMPING = 0.1
 ENOUGH_ROWS = 5
-"""Rows for each number of a block, for a second moment that needs little damping."""
+"""Rows for each number of a block that make a second moment good enough for little damping."""
 LARGEST_BLOCK = 16_384
-"""Numbers of the widest block: its matrix is 2 GiB."""
+"""Most numbers of a block: its matrix then takes 2 GiB."""
 DAMPINGS_KEPT = 3
-"""Dampings whose self-influences stay on the disk."""
+"""Number of dampings whose self-influences stay in the cache, the newest ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class SecondMoment:
-    """H of one part."""
+    """H of one part, block by block."""
 
     blocks: list[Tensor]
     """G matrices (K, K), float64 on the CPU."""
     rows: int
-    """Usable rows behind it."""
+    """Number of usable rows that it is the mean of."""
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -49,9 +50,10 @@ class SecondMoment:
 
     @classmethod
     def of(cls, part: Part, progress: Progress, device: str = "cpu") -> SecondMoment:
-        """From the cache if it covers what is committed, else by a scan of the part, and then cached.
+        """The second moment of ``part``: from the cache if that covers what is committed, else by a scan, then cached.
 
-        UsageError for a block too wide for a matrix, and for a part without a usable row that is not zero.
+        UsageError for a block with more than ``LARGEST_BLOCK`` numbers, and for a part without a usable row other than
+        zero.
         """
         widest = max(stop - start for _, start, stop in part.groups)
         if widest > LARGEST_BLOCK:
@@ -62,9 +64,9 @@ class SecondMoment:
             )
         cache = PartCache(part, "second_moment", progress)
         sizes = [stop - start for _, start, stop in part.groups]
-        held = cache.tensors({f"{place}": (size, size) for place, size in enumerate(sizes)} | {"rows": ()})
-        if held is not None:
-            return cls([held[f"{place}"] for place in range(len(part.groups))], int(held["rows"]))
+        cached = cache.tensors({f"{place}": (size, size) for place, size in enumerate(sizes)} | {"rows": ()})
+        if cached is not None:
+            return cls([cached[f"{place}"] for place in range(len(part.groups))], int(cached["rows"]))
         moment = cls.scan(part, progress, device)
         tensors = {f"{place}": block for place, block in enumerate(moment.blocks)}
         cache.keep({**tensors, "rows": torch.tensor(moment.rows)})
@@ -72,7 +74,10 @@ class SecondMoment:
 
     @classmethod
     def scan(cls, part: Part, progress: Progress, device: str = "cpu") -> SecondMoment:
-        """By one pass over the usable rows, in float64. Cost: R·ΣK² a chunk; memory: the matrices and one chunk."""
+        """The second moment by one pass over the usable rows, in float64.
+
+        Cost: R·ΣK² multiplications a chunk. Memory: the matrices and one chunk.
+        """
         target = torch.device(device)
         groups = part.groups
         sums = [
@@ -99,8 +104,8 @@ class SecondMoment:
 class DampedInverse:
     """(H + λI)⁻¹ of a part, block by block: scores are qᵀ (H + λI)⁻¹ g instead of qᵀ g.
 
-    UsageError for a damping that is negative or not finite, and where H + λI is singular: ``damping`` 0 with fewer rows
-    than numbers in a block, say.
+    UsageError for a damping that is negative or not finite, and where H + λI is singular (for example ``damping`` 0 and
+    fewer rows than a block has numbers).
     """
 
     def __init__(self, part: Part, damping: float, progress: Progress, device: str = "cpu") -> None:
@@ -117,18 +122,18 @@ class DampedInverse:
         if self.moment.rows < ENOUGH_ROWS * widest and self.damping < 1:
             sketched = part.sketched_together
             by_layer = "`ghoststore build --proj-compress-by layer`"
-            other = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
+            alternative = f", or a part with a sketch for each layer ({by_layer})" if sketched else ""
             progress.note(
                 f"the second moment of {widest:,} numbers is estimated from {self.moment.rows:,} rows: with `damping` "
-                f"{self.damping:g} noise may decide; try `damping=1`{other}"
+                f"{self.damping:g} noise may decide; try `damping=1`{alternative}"
             )
 
     def _factor(self, block_KK: Tensor, name: str) -> Tensor:
-        """L of H + λI = L Lᵀ, float64."""
+        """The Cholesky factor L of H + λI = L Lᵀ, (K, K) float64. UsageError if H + λI is singular."""
         damped = block_KK + self.strength * torch.eye(len(block_KK), dtype=torch.float64)
         factor, failed = torch.linalg.cholesky_ex(damped)
         pivots = factor.diagonal().square()
-        # A pivot that rounding alone could have made is no pivot.
+        # A pivot as small as rounding errors counts as zero: H + λI is singular.
         if int(failed) or not float(pivots.min()) > len(damped) * 2.0**-52 * float(damped.diagonal().max()):
             raise UsageError(
                 f"`damping={self.damping:g}`: the second moment of block {name!r} ({len(block_KK):,} numbers, "
@@ -138,15 +143,15 @@ class DampedInverse:
         return torch.as_tensor(factor)
 
     def apply(self, vectors_QD: Tensor) -> Tensor:
-        """(H + λI)⁻¹ of each row, (Q, D) float64."""
+        """(Q, D) float64: (H + λI)⁻¹ q for each q of ``vectors_QD``."""
         pieces = [
             torch.cholesky_solve(vectors_QD[:, start:stop].double().t(), factor).t()
             for factor, (_, start, stop) in zip(self._factors, self.part.groups, strict=True)
         ]
         return torch.cat(pieces, dim=1)
 
-    def halved(self, rows_RD: Tensor) -> Tensor:
-        """(R, D) float64: L⁻¹ g of each row, block by block. Products of these are gᵀ (H + λI)⁻¹ g'."""
+    def whitened(self, rows_RD: Tensor) -> Tensor:
+        """(R, D) float64: L⁻¹ g of each row, block by block. The inner product of two of them is gᵀ (H + λI)⁻¹ g'."""
         wide_RD = rows_RD.double()
         pieces = [
             torch.linalg.solve_triangular(factor.to(wide_RD.device), wide_RD[:, start:stop].t(), upper=False).t()
@@ -156,42 +161,45 @@ class DampedInverse:
 
     def squares_of(self, rows_RD: Tensor) -> Tensor:
         """(R, G): gᵀ (H + λI)⁻¹ g of each row, block by block, float64."""
-        square_RD = self.halved(rows_RD).square_()
+        square_RD = self.whitened(rows_RD).square_()
         return torch.stack([square_RD[:, start:stop].sum(1) for _, start, stop in self.part.groups], dim=1)
 
     def squares(self, span: int) -> NDArray[np.float64]:
-        """(R, G): :meth:`squares_of` the rows of a committed span, from the cache."""
+        """(R, G): :meth:`squares_of` for the rows of a committed span, from the cache."""
         start, stop = self.part.layout.span_of(span)
         return self.self_influence()[start:stop]
 
     def self_influence(self) -> NDArray[np.float64]:
-        """(N, G): gᵀ (H + λI)⁻¹ g of every row, block by block; 0 where nothing is committed.
+        """(N, G): gᵀ (H + λI)⁻¹ g of every row, block by block; 0 for rows that are not committed.
 
-        The self-influence of a row (its own effect on its own loss). By one scan, cached for this damping.
+        This is the self-influence of a row: its effect on its own loss. One scan computes it, and it is cached for this
+        damping.
         """
         if self._squares is None:
             self.part.refuse_hollow()
             cache = PartCache(self.part, f"self_influence-{self.damping!r}", self._progress)
             self._squares = cache.rows((self.part.layout.rows, len(self.part.groups)), self._scan)
-            with suppress(OSError):  # of a store that cannot be written
+            with suppress(OSError):  # the store cannot be written
                 keep_newest(self.part, "self_influence-*", DAMPINGS_KEPT)
         return self._squares
 
-    def _scan(self, found_NG: NDArray[np.float64]) -> None:
+    def _scan(self, squares_NG: NDArray[np.float64]) -> None:
         with closing(self._progress.task("self-influence", self.part.rows)) as task:
             for chunk in PartVectors(self.part, self._device).stream():
-                found_NG[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
+                squares_NG[chunk.start : chunk.stop] = _rounded(self.squares_of(chunk.rows_RD).cpu().numpy())
                 task.advance(chunk.stop - chunk.start)
 
 
 def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
-    """To 26 bits: the last ones depend on the place of a row in its chunk, and equal rows should have equal scores."""
+    """``numbers`` rounded to 26 bits, so that equal rows have equal scores: the last bits depend on a row's place in
+    its chunk.
+    """
     mantissa, exponent = np.frexp(numbers)
     return np.asarray(np.ldexp(np.rint(mantissa * 2.0**26) / 2.0**26, exponent))
 
 
 def checked_damping(damping: float | None) -> float:
-    """``damping``, by default 0.1; UsageError for a negative or infinite one."""
+    """``damping``, by default 0.1; UsageError unless it is finite and 0 or more."""
     if damping is None:
         return DEFAULT_DAMPING
     if not (damping >= 0 and math.isfinite(damping)):

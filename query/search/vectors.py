@@ -1,4 +1,4 @@
-"""The vectors of a part as tensors on a device, whatever they are stored as.
+"""The vectors of a part as float32 tensors on a device, whatever their stored encoding.
 
 Legend: R rows of a chunk, D numbers of a vector.
 """
@@ -21,7 +21,9 @@ from ghoststore.store.spans.reader import Chunk, read_span, stream
 
 @dataclass(frozen=True, slots=True)
 class VectorChunk:
-    """Rows ``start`` to ``stop`` of a part. Valid until the next are asked for."""
+    """Rows ``start`` to ``stop`` of a part. Valid only until the stream gives the next chunk, which reuses
+    the memory.
+    """
 
     start: int
     stop: int
@@ -29,7 +31,7 @@ class VectorChunk:
     """(R, D) float32, on the device."""
 
 
-def _themselves(stored: Tensor) -> Tensor:
+def _as_stored(stored: Tensor) -> Tensor:
     return stored
 
 
@@ -46,24 +48,28 @@ def _signs(bits: Tensor) -> Tensor:
 
 
 NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": _themselves,
-    "float16": _themselves,
+    "float32": _as_stored,
+    "float16": _as_stored,
     "bfloat16": _bfloat16,
-    "int8": _themselves,
+    "int8": _as_stored,
     "onebit": _signs,
 }
-"""``Encoding.numbers`` on the device: D columns or more, in any dtype that float32 holds exactly."""
+"""For each encoding, what ``Encoding.numbers`` does, on the device: stored numbers to (R, D or more) in a dtype that
+float32 holds exactly."""
 
 
 class PartVectors:
-    """Reads the vectors of ``part`` as float32 tensors on ``device``, every checksum checked."""
+    """Reads the vectors of ``part`` as float32 tensors on ``device``, and checks every checksum."""
 
     def __init__(self, part: Part, device: str | torch.device = "cpu") -> None:
         self.part = part
         self.device = torch.device(device)
 
     def stream(self, spans: list[int] | None = None) -> Iterator[VectorChunk]:
-        """Chunks of ``spans`` (default: every committed one), in order; memory does not depend on the part's size."""
+        """The chunks of ``spans`` (default: all committed ones), in order. Memory does not depend on the part's size.
+
+        CorruptError for a damaged chunk.
+        """
         layout = self.part.layout
         numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
         spare = torch.empty(0)
@@ -85,7 +91,7 @@ class PartVectors:
         return ((chunk, torch.from_numpy(chunk.data)) for chunk in chunks)
 
     def gather(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """(rows, D) float32 on the device, in the order of ``rows``, which may repeat. Reads the spans they lie in.
+        """(rows, D) float32 on the device, in the order of ``rows``, which may repeat. Reads whole spans.
 
         UsageError for a row that is not committed, CorruptError for a damaged chunk.
         """
@@ -97,14 +103,14 @@ class PartVectors:
         if missing:
             raise UsageError(f"rows of span {missing[0]} of part {self.part.name!r} are not committed")
         for chunk in self.stream(spans):
-            (here,) = np.nonzero((wanted >= chunk.start) & (wanted < chunk.stop))
-            if len(here):
-                vectors_RD[torch.from_numpy(here)] = chunk.rows_RD[torch.from_numpy(wanted[here] - chunk.start)]
+            (places,) = np.nonzero((wanted >= chunk.start) & (wanted < chunk.stop))
+            if len(places):
+                vectors_RD[torch.from_numpy(places)] = chunk.rows_RD[torch.from_numpy(wanted[places] - chunk.start)]
         return vectors_RD
 
 
 class _Scales:
-    """The scales of rows, one span at a time."""
+    """The scales of rows. Holds one span at a time."""
 
     def __init__(self, part: Part) -> None:
         self._part = part
@@ -112,7 +118,7 @@ class _Scales:
         self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        """(R, G) of the rows of ``chunk``."""
+        """(R, G): the scales of the rows of ``chunk``."""
         span = chunk.start // self._part.layout.span_rows
         if span != self._span:
             self._span, self._scale = span, read_span(self._part, "scale", span)
@@ -121,21 +127,24 @@ class _Scales:
 
 
 def side_by_side(sources: Sequence[PartVectors], spans: list[int]) -> Iterator[list[VectorChunk]]:
-    """Chunks of several parts of the same rows, cut so that each piece has the same rows of all of them."""
+    """Chunks of several parts that have the same rows, cut so that the chunks of one step cover the same rows."""
     streams = [source.stream(spans) for source in sources]
-    held: list[VectorChunk] = []
+    current: list[VectorChunk] = []
     try:
         for first in streams[0]:
-            held[:1] = [first]
+            current[:1] = [first]
             start = first.start
             while start < first.stop:
-                for place, other in enumerate(streams[1:], 1):
-                    if place >= len(held):
-                        held.append(next(other))
-                    elif held[place].stop <= start:
-                        held[place] = next(other)
-                stop = min(one.stop for one in held)
-                yield [VectorChunk(start, stop, one.rows_RD[start - one.start : stop - one.start]) for one in held]
+                for place, chunks in enumerate(streams[1:], 1):
+                    if place >= len(current):
+                        current.append(next(chunks))
+                    elif current[place].stop <= start:
+                        current[place] = next(chunks)
+                stop = min(chunk.stop for chunk in current)
+                yield [
+                    VectorChunk(start, stop, chunk.rows_RD[start - chunk.start : stop - chunk.start])
+                    for chunk in current
+                ]
                 start = stop
     finally:
         for stream_of_part in streams:
@@ -149,22 +158,22 @@ class _Slot:
     host: Tensor = field(default_factory=lambda: torch.empty(0))
     device: Tensor = field(default_factory=lambda: torch.empty(0))
     copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    """The copy has ended: the host buffer is free, the device buffer is filled."""
+    """Fires when the copy has ended: the host buffer is free, the device buffer is filled."""
     used: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    """What was computed from the device buffer has ended."""
+    """Fires when the computation that reads the device buffer has ended."""
 
     def fit(self, data: Tensor, device: torch.device) -> None:
-        """Buffers for chunks like ``data``; the first is the largest."""
+        """Allocate buffers for chunks like ``data``, unless those that exist fit. The first chunk is the largest."""
         if self.host.dtype != data.dtype or self.host.shape[1:] != data.shape[1:] or len(self.host) < len(data):
             self.host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
             self.device = torch.empty(data.shape, dtype=data.dtype, device=device)
 
 
 def on_device(chunks: Iterable[Chunk], device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
-    """Each chunk with its numbers on a CUDA ``device``, valid until the next is asked for. The chunk's own are not.
+    """Each chunk with its numbers on a CUDA ``device``. They are valid until the next chunk is taken.
 
-    Each is copied there while the one before is in use: the copy costs no time of its own, and a part may be larger
-    than the card.
+    A chunk is copied while the one before it is in use, so copying costs no extra time, and a part may be larger than
+    the memory of the GPU. ``chunk.data``, on the host, must not be used any more.
     """
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots = (_Slot(), _Slot())
@@ -177,17 +186,17 @@ def on_device(chunks: Iterable[Chunk], device: torch.device) -> Iterator[tuple[C
         slot.host[: len(data)].copy_(data)
         copies.wait_event(slot.used)
         with torch.cuda.stream(copies):
-            there = slot.device[: len(data)].copy_(slot.host[: len(data)], non_blocking=True)
+            numbers = slot.device[: len(data)].copy_(slot.host[: len(data)], non_blocking=True)
             slot.copied.record(copies)
         if waiting is not None:
-            yield from _in_use(*waiting, device)
-        waiting = (chunk, there, slot)
+            yield from _while_in_use(*waiting, device)
+        waiting = (chunk, numbers, slot)
     if waiting is not None:
-        yield from _in_use(*waiting, device)
+        yield from _while_in_use(*waiting, device)
 
 
-def _in_use(chunk: Chunk, there: Tensor, slot: _Slot, device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
+def _while_in_use(chunk: Chunk, numbers: Tensor, slot: _Slot, device: torch.device) -> Iterator[tuple[Chunk, Tensor]]:
     current = torch.cuda.current_stream(device)
     current.wait_event(slot.copied)
-    yield chunk, there
+    yield chunk, numbers
     slot.used.record(current)

@@ -1,1 +1,1 @@
-"""From scores to a training set."""
+"""Choosing a training set by scores, and writing it."""

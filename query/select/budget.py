@@ -1,7 +1,7 @@
-"""How much to choose, and of what: a budget, quotas by domain, and the plain selection, best first.
+"""The budget of a selection, its quotas by domain, and the plain selection (best scores first).
 
-A selection spends a budget, in samples or in tokens, that is dealt to *pools*: one for each domain with a quota, and
-one for all others. Each pool is served from the top of the ranking and closes at the first sample that does not fit.
+A budget, in samples or in tokens, is divided among *pools*: one for each domain with a quota, and one for all others.
+Each pool takes samples from the top of the ranking, and closes at the first sample that does not fit.
 
 Legend: M samples of the part, C candidates.
 """
@@ -28,21 +28,23 @@ NO_DOMAIN = "(none)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How much to choose: exactly one is given, else UsageError."""
+    """How much to choose. UsageError unless exactly one of the fields is given."""
 
     fraction: float | None = None
-    """Of the usable samples: in (0, 1]."""
+    """Share of the usable samples, above 0 and at most 1."""
     count: int | None = None
-    """Samples: at least 1."""
+    """Number of samples, at least 1."""
     threshold: float | None = None
-    """Lowest score."""
+    """Lowest score to choose."""
     token_budget: int | None = None
-    """Most tokens in all: at least 1."""
+    """Most tokens of all chosen samples together, at least 1."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None]
-        if len(given) != 1:
-            named = " and ".join(f"`{name}`" for name in given) or "none of them"
+        set_fields = [
+            name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None
+        ]
+        if len(set_fields) != 1:
+            named = " and ".join(f"`{name}`" for name in set_fields) or "none of them"
             raise UsageError(
                 f"how much to choose: give one of `fraction`, `count`, `threshold` and `token_budget`, not {named}"
             )
@@ -56,9 +58,9 @@ class Budget:
             raise UsageError(f"`token_budget` must be at least 1, not {self.token_budget}")
 
     def size(self, score_M: NDArray[np.float64]) -> int:
-        """Samples (or tokens, see ``in_tokens``) to choose, out of samples with these scores (NaN: unusable).
+        """How many samples (or tokens, see ``in_tokens``) to choose among samples with these scores (NaN: unusable).
 
-        A fraction is rounded to the nearest whole number, half up, and at least 1.
+        A fraction of the samples is rounded to the nearest whole number, half up, and is at least 1.
         """
         if self.token_budget is not None:
             return self.token_budget
@@ -71,17 +73,17 @@ class Budget:
 
     @property
     def in_tokens(self) -> bool:
-        """Whether the budget is one of tokens."""
+        """Whether the budget is in tokens, and not in samples."""
         return self.token_budget is not None
 
     def to_json(self) -> dict[str, Any]:
-        """The one that is given."""
-        names = ("fraction", "count", "threshold", "token_budget")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """The field that is given, by its name."""
+        limits = ("fraction", "count", "threshold", "token_budget")
+        return {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
 
 
 def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
-    """UsageError for quotas that no part could have, or that do not go with the budget."""
+    """UsageError for quotas that are impossible for any part, or that do not fit the kind of budget."""
     if quotas is None:
         return
     if budget.threshold is not None:
@@ -106,27 +108,27 @@ def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Who may be chosen, and how many."""
+    """The pools of a selection: their limits, and for each sample its pool and its cost."""
 
     names: list[str]
-    """One each for a pool."""
+    """One name for each pool."""
     limits: list[int]
-    """Samples or tokens of each."""
+    """The most samples or tokens of each pool."""
     pool_M: NDArray[np.int64]
     """(M,): the pool of each sample."""
     cost_M: NDArray[np.int64]
-    """(M,): what each sample takes of the limit: 1, or its tokens."""
+    """(M,): the cost of each sample in its pool: 1, or its number of tokens."""
 
     def scaled(self, factor: int) -> Pools:
-        """With ``factor`` times the limits."""
+        """The same pools with ``factor`` times the limits."""
         return Pools(self.names, [limit * factor for limit in self.limits], self.pool_M, self.cost_M)
 
     def in_samples(self, count: int) -> Pools:
-        """``count`` samples, dealt to the pools in proportion to their limits."""
+        """The same pools for ``count`` samples, divided in proportion to the limits."""
         return Pools(self.names, apportion(count, self.limits), self.pool_M, np.ones_like(self.cost_M))
 
     def best(self, ranked: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of the samples ``ranked``, best first, that fit, in their order."""
+        """The samples of ``ranked`` (best first) that fit into the pools, in the same order."""
         fits = np.zeros(len(ranked), dtype=bool)
         for pool, limit in enumerate(self.limits):
             (members,) = np.nonzero(self.pool_M[ranked] == pool)
@@ -134,23 +136,23 @@ class Pools:
         return ranked[fits]
 
     def spent(self, chosen: NDArray[np.int64]) -> list[int]:
-        """What ``chosen`` samples take of each limit."""
+        """How much of each limit the ``chosen`` samples use."""
         sums = np.bincount(self.pool_M[chosen], weights=self.cost_M[chosen], minlength=len(self.limits))
         return [int(spent) for spent in sums]
 
 
 class Room:
-    """What is left of the limits while a greedy algorithm goes on among candidates, the samples ``places``."""
+    """What is left of the limits while a greedy algorithm chooses among candidates: the samples at ``places``."""
 
     def __init__(self, pools: Pools, places: NDArray[np.int64]) -> None:
         self._left = list(pools.limits)
         self._pool_C = pools.pool_M[places]
         self._cost_C = pools.cost_M[places]
         self.open_C: NDArray[np.bool_] = np.ones(len(places), dtype=bool)
-        """(C,): not chosen yet, and of a pool that is not closed."""
+        """(C,): true for a candidate that is not chosen yet and whose pool is open."""
 
     def take(self, candidate: int) -> bool:
-        """Choose it if it fits; else its pool closes."""
+        """Choose ``candidate`` if it fits; otherwise close its pool. Returns whether it was chosen."""
         pool, cost = self._pool_C[candidate], int(self._cost_C[candidate])
         if cost > self._left[pool]:
             self.open_C &= self._pool_C != pool
@@ -161,22 +163,25 @@ class Room:
 
 
 def ranked(score_M: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Samples with a score, best first; equal scores by lower place."""
+    """The samples with a score, best first; equal scores by lower place."""
     order = np.argsort(-score_M, kind="stable")  # NaN last
     return order[: int((~np.isnan(score_M)).sum())]
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """``total`` in whole numbers in proportion to ``weights``, by largest remainder, the first of equal ones."""
-    whole = sum(weights)
-    if whole <= 0:
+    """Divide ``total`` into whole numbers in proportion to ``weights``, by the method of largest remainders.
+
+    Of equal remainders the first one comes first.
+    """
+    weight_sum = sum(weights)
+    if weight_sum <= 0:
         return [0] * len(weights)
-    exact = [total * weight / whole for weight in weights]
-    dealt = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: (dealt[place] - exact[place], place))
-    for place in by_remainder[: total - sum(dealt)]:
-        dealt[place] += 1
-    return dealt
+    exact = [total * weight / weight_sum for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: (counts[place] - exact[place], place))
+    for place in by_remainder[: total - sum(counts)]:
+        counts[place] += 1
+    return counts
 
 
 def make_pools(
@@ -212,19 +217,19 @@ def make_pools(
         return Pools([NO_DOMAIN, *domains], apportion(size, sums.tolist()), domain_M.astype(np.int64) + 1, cost_M)
     unknown = [domain for domain in quotas if domain not in domains]
     if unknown:
-        known = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
-        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: {source} has no such domain; it has {known}")
-    pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # the last entry is that of -1
+        available = ", ".join(domains[:20]) + (" …" if len(domains) > 20 else "")
+        raise UsageError(f"quota {unknown[0]}={quotas[unknown[0]]}: {source} has no such domain; it has {available}")
+    pool_of = np.full(len(domains) + 1, len(quotas), dtype=np.int64)  # index -1, no domain, is the last entry
     pool_of[[domains.index(domain) for domain in quotas]] = np.arange(len(quotas))
     return Pools([*quotas, OTHERS], _limits(list(quotas.values()), size), pool_of[domain_M], cost_M)
 
 
 def _limits(quotas: list[float], size: int) -> list[int]:
-    """What each quota is of the budget's ``size``, and at the end what is left for the others."""
+    """The limit of each quota for a budget of ``size``, and last what remains for the other domains."""
     counts = sum(quota for quota in quotas if isinstance(quota, int))
     shares = [quota * size for quota in quotas if isinstance(quota, float)]
-    left = size - counts - sum(shares)
-    if left < -1e-6 * size:
+    remaining = size - counts - sum(shares)
+    if remaining < -1e-6 * size:
         raise UsageError(f"quotas: {counts} samples and shares of {sum(shares):g} are more than the {size} to choose")
-    dealt = iter(apportion(size - counts, [*shares, max(left, 0.0)]))
-    return [quota if isinstance(quota, int) else next(dealt) for quota in quotas] + [next(dealt)]
+    divided = iter(apportion(size - counts, [*shares, max(remaining, 0.0)]))
+    return [quota if isinstance(quota, int) else next(divided) for quota in quotas] + [next(divided)]

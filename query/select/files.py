@@ -1,4 +1,4 @@
-"""The files of ``ghoststore select``: the rows, the report, and the list of rows; all of them or none."""
+"""The files that ``ghoststore select`` writes: the rows, the report, and the list of rows. All appear, or none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from query.select.strategy import ChosenSamples
 
 @dataclass(frozen=True, slots=True)
 class SelectFiles:
-    """Where everything is written, and in which order."""
+    """The paths of these files, and the order of the rows in them."""
 
     out: Path
     report: Path
@@ -30,24 +30,26 @@ class SelectFiles:
 
     @classmethod
     def of(cls, out: str | Path, report: str | Path | None, order: Order) -> SelectFiles:
-        """UsageError for a report that is no .json file, and paths that exist."""
+        """The paths for ``out`` and ``report``. UsageError for a report that is not a .json file, and if a
+        path exists.
+        """
         out = Path(out)
-        said = out.with_name(f"{out.name}.report.json") if report is None else Path(report)
-        if said.suffix != ".json":
-            raise UsageError(f"`report={said}`: expected a name that ends in .json")
-        files = cls(out, said, said.with_suffix(".rows.jsonl"), order)
+        report_path = out.with_name(f"{out.name}.report.json") if report is None else Path(report)
+        if report_path.suffix != ".json":
+            raise UsageError(f"`report={report_path}`: expected a name that ends in .json")
+        files = cls(out, report_path, report_path.with_suffix(".rows.jsonl"), order)
         check_new(f"`out={files.out}`", *files.all)
         check_new(f"`report={files.report}`", files.report, *files.all)
         check_new(f"the list of rows, {files.rows}", files.rows, *files.all)
         if files.rows.resolve() == files.out.resolve():
             raise UsageError(
-                f"`out={out}`: the list of rows of `report={said}` is written there; give either another name"
+                f"`out={out}`: the list of rows of `report={report_path}` is written there; give either another name"
             )
         return files
 
     @property
     def all(self) -> tuple[Path, Path, Path]:
-        """In the order in which they get their names: the report says that the others are there."""
+        """In the order in which they appear. The report is last: if it is there, so are the others."""
         return self.out, self.rows, self.report
 
     def check(self, corpus: Corpus) -> None:
@@ -55,11 +57,11 @@ class SelectFiles:
         check_export(corpus.source, corpus.form, self.out)
 
     def write(
-        self, made: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: ChosenSamples
+        self, select_report: SelectReport, corpus: Corpus, places: Places, samples: Samples, chosen: ChosenSamples
     ) -> None:
-        """Write all; where a killed call had named some of them, those are replaced.
+        """Write all files. Those that a killed call has left are replaced.
 
-        MismatchError for a row that is no longer what it was, UsageError if one of the files came to exist meanwhile,
+        MismatchError for a row that has changed since the build, UsageError if one of the files has appeared meanwhile,
         StorageError if the disk refuses.
         """
         in_corpus = np.sort(chosen.places)
@@ -72,4 +74,4 @@ class SelectFiles:
             write_export(source_rows, out, None if by_score is None else by_score.tolist())
             with open(rows, "w", encoding="utf-8") as file:
                 file.writelines(row_list(samples, chosen, written))
-            made.write(report)
+            select_report.write(report)

@@ -1,9 +1,9 @@
-"""Near-duplicates of the val set in a corpus: what would make a val loss look better than it is.
+"""Near-duplicates of the val set in a corpus. Training on them would make the val loss look better than it is.
 
-Two texts are compared by their words: runs of letters, digits and underscores, case folded. A row is a near-duplicate
-of a val sample if it holds at least half of its runs of 8 words; for val samples of fewer words, if the words are
-equal. The text of a sample is the whole of it: prompt and completion, all messages; not the tools and documents beside
-them, which samples share that have nothing else in common.
+Texts are compared by their words: runs of letters, digits and underscores, case folded. A row is a near-duplicate of a
+val sample if it holds at least half of the val sample's runs of 8 words. A val sample with fewer words must have equal
+words. The text of a sample is all of it: prompt and completion, or all messages. Tools and documents are left out,
+because samples that have nothing else in common may share them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ghoststore.settings.question import Leaks as Leaks
 SHINGLE_WORDS = 8
 OVERLAP = 0.5
 SHOWN = 1000
-"""Leaks that a report lists."""
+"""Most leaks that a report lists."""
 
 WORD = re.compile(r"\w+")
 Shingle: TypeAlias = tuple[str, ...]
@@ -30,21 +30,21 @@ Shingle: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """A row of the corpus and the val sample that it is most like."""
+    """A row of the corpus that is a near-duplicate, and the val sample that is most similar to it."""
 
     id: str
     source_row: int
     val_id: str
     val_row: int
-    """Place of the val sample in the val set, from 0."""
+    """Place of the val sample in the val set, counted from 0."""
     overlap: float
-    """Share of the val sample's shingles that the row holds; 1 where their words are equal."""
+    """Share of the val sample's shingles that the row holds, 0.5 to 1."""
 
 
 def shingles(text: str) -> Iterable[Shingle]:
-    """Every run of 8 words of ``text``, or all its words as one where it has fewer; none without any.
+    """Every run of 8 words of ``text``; with fewer words one run of them all, and without words none.
 
-    Letters are compared in Unicode's NFKC form, case folded: é is é however it is written.
+    Words are in the Unicode form NFKC and case folded, so that the two encodings of é are equal.
     """
     words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if len(words) < SHINGLE_WORDS:
@@ -53,36 +53,36 @@ def shingles(text: str) -> Iterable[Shingle]:
 
 
 class LeakCheck:
-    """Holds an index of the val set; rows of the corpus pass by, each once."""
+    """Compares the samples of a corpus with a val set, whose shingles are in memory."""
 
     def __init__(self, val_samples: Iterable[Sample]) -> None:
         self._vals: list[tuple[str, int]] = []
-        """(id, source row)."""
+        """(id, source row) of each val sample."""
         self._sizes: list[int] = []
         self._holders: dict[Shingle, list[int]] = {}
-        """Shingles to the val samples that hold them."""
+        """For each shingle the places of the val samples that hold it."""
         self.found: dict[int, Leak] = {}
         """Leaks by source row."""
         for place, sample in enumerate(val_samples):
-            held = set(shingles(sample.own_text()))
+            shingle_set = set(shingles(sample.own_text()))
             self._vals.append((sample.id, sample.source_row))
-            self._sizes.append(len(held))
-            for shingle in held:
+            self._sizes.append(len(shingle_set))
+            for shingle in shingle_set:
                 self._holders.setdefault(shingle, []).append(place)
 
     def see(self, sample: Sample) -> None:
-        """Compare one sample of the corpus with the val set. Of val samples that overlap alike, the first is named."""
-        known = set(filter(self._holders.__contains__, shingles(sample.own_text())))
-        if not known:
+        """Compare one sample of the corpus with the val set. Of val samples with equal overlap the first counts."""
+        shared = set(filter(self._holders.__contains__, shingles(sample.own_text())))
+        if not shared:
             return
-        counts = Counter(place for shingle in known for place in self._holders[shingle])
+        counts = Counter(place for shingle in shared for place in self._holders[shingle])
         overlap, place = max((count / self._sizes[place], -place) for place, count in counts.items())
         if overlap >= OVERLAP:
             self.found[sample.source_row] = Leak(sample.id, sample.source_row, *self._vals[-place], overlap)
 
 
 def refuse(leaks: list[Leak], val_set: str) -> None:
-    """UsageError if there are any leaks: ``leaks=error``."""
+    """UsageError if there are any leaks, for ``leaks=error``."""
     if leaks:
         first = leaks[0]
         raise UsageError(
@@ -93,7 +93,7 @@ def refuse(leaks: list[Leak], val_set: str) -> None:
 
 
 def report_of(leaks: list[Leak], policy: Leaks) -> dict[str, Any]:
-    """What the report says: how many, and the first of them."""
+    """What the report says about leaks: how many, and the first 1,000 of them."""
     return {
         "policy": policy,
         "shingle_words": SHINGLE_WORDS,

@@ -1,4 +1,4 @@
-"""What was chosen: the report of ``ghoststore select``.
+"""The report of ``ghoststore select``: which samples were chosen, and out of which.
 
 Legend: M samples of the part.
 """
@@ -23,16 +23,16 @@ QUANTILES = {"lowest": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainShare:
-    """One domain among the chosen and in the part."""
+    """One domain: its samples among the chosen ones and in the part."""
 
     domain: str
     chosen: int
     available: int
-    """Usable samples."""
+    """Usable samples of the part."""
     tokens: int
-    """Of the chosen."""
+    """Tokens of the chosen samples."""
     mean_score: float | None
-    """Of the chosen; None without any."""
+    """Mean score of the chosen samples; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +42,35 @@ class SelectReport:
     store: str
     out: str
     report: str
-    """File with this report."""
+    """Path of the file with this report."""
     rows_file: str
-    """jsonl with an entry for each row of ``out``, in its order."""
+    """Path of a jsonl file with one entry for each row of ``out``, in the same order."""
     settings: dict[str, Any]
     samples: int
-    """Chosen."""
+    """Number of samples chosen."""
     tokens: int
-    """Of the chosen, as the part counts them: of a truncated sample, those that were read."""
+    """Tokens of the chosen samples. A truncated sample counts the tokens that were kept."""
     available: int
     """Usable samples of the part."""
     considered: int
-    """Samples among which was chosen: candidates, with ``diversity``."""
+    """Number of samples that could be chosen; with ``diversity``, the number of candidates."""
     domains: list[DomainShare]
     lengths: dict[str, dict[str, float]]
-    """Quantiles of the tokens of a sample: ``chosen`` and ``all`` usable ones."""
+    """Quantiles of the tokens of a sample, over the ``chosen`` samples and over ``all`` usable ones."""
     scores: dict[str, dict[str, float]]
-    """Quantiles of the scores, of the same."""
+    """Quantiles of the scores, over the same samples."""
     leaks: dict[str, Any]
-    """Near-duplicates of the val set in the corpus: the policy, how many were ``found``, the first 1,000 ``rows``."""
+    """Near-duplicates of the val set in the corpus: the ``policy``, how many were ``found``, the first
+    1,000 ``rows``.
+    """
     short: list[dict[str, Any]]
-    """Quotas (or the whole, as ``all``) that could not be filled: ``domain``, ``asked``, ``chosen``, in samples or
+    """Quotas that could not be filled (``all`` without quotas): ``domain``, ``asked`` and ``chosen``, in samples or
     tokens.
     """
 
     @classmethod
     def of(cls, samples: Samples, chosen: ChosenSamples, **given: Any) -> SelectReport:
-        """With the fields that follow from what was chosen; the others are ``given``."""
+        """The report on ``chosen``. ``given`` are the fields that do not follow from it."""
         places = chosen.places
         return cls(
             samples=len(places),
@@ -83,16 +85,16 @@ class SelectReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON of the report's file, which ``ghoststore select --json`` prints."""
+        """The document in the report's file, which ``ghoststore select --json`` prints, too."""
         return asdict(self)
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the report to ``path`` as JSON."""
         path.write_text(json_text(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainShare]:
-    """By domain, those of the part and, where samples have none, ``(none)``; by name."""
+    """One entry for each domain of the part, after ``(none)`` if some samples have no domain."""
     shares = []
     for place, name in enumerate([NO_DOMAIN, *samples.source.domains], -1):
         members = chosen[samples.domain[chosen] == place]
@@ -112,7 +114,9 @@ def domain_shares(samples: Samples, chosen: NDArray[np.int64]) -> list[DomainSha
 
 
 def quantiles(samples: Samples, chosen: NDArray[np.int64], numbers_M: NDArray[Any]) -> dict[str, dict[str, float]]:
-    """Quantiles of the chosen and of all usable samples, without interpolation: each is one of the numbers."""
+    """Quantiles of ``numbers_M`` over the chosen and over all usable samples. Each is one of the numbers, not a value
+    between two.
+    """
     return {
         name: {label: float(np.quantile(numbers, share, method="inverted_cdf")) for label, share in QUANTILES.items()}
         for name, numbers in (("chosen", numbers_M[chosen]), ("all", numbers_M[samples.usable]))
@@ -120,7 +124,7 @@ def quantiles(samples: Samples, chosen: NDArray[np.int64], numbers_M: NDArray[An
 
 
 def row_list(samples: Samples, chosen: ChosenSamples, written: NDArray[np.int64]) -> Iterator[str]:
-    """A line of JSON for each of the samples ``written``, in their order."""
+    """One line of JSON for each of the samples ``written``, in this order."""
     picked = np.zeros(len(samples), dtype=np.int64)
     picked[chosen.places] = np.arange(1, len(chosen.places) + 1)
     ids = samples.ids(written)

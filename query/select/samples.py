@@ -24,18 +24,19 @@ ROWS_AT_ONCE = 512
 class Samples:
     """One entry for each sample with a committed row, in the order of the corpus.
 
-    A long sample that was split into windows has the largest score of its windows, and the vector of the first such.
+    A long sample that was split into windows has the largest score of its windows, and the vector of that window (of
+    equal ones the first).
     """
 
     source: Part | Run
     source_row: NDArray[np.int64]
     """(M,): place in the corpus."""
     score: NDArray[np.float64]
-    """(M,): NaN where no row of the sample can be used."""
+    """(M,): NaN if no row of the sample is usable."""
     best_row: NDArray[np.int64]
     """(M,): row of the part with that score; of a run the first of the sample's."""
     tokens: NDArray[np.int64]
-    """(M,): tokens of all its rows; the one that neighbouring windows share counts once."""
+    """(M,): tokens of all rows of the sample. The token that two neighbouring windows share counts once."""
     domain: NDArray[np.int16]
     """(M,): place in the ``domains`` of the source, -1 for none."""
     digest: NDArray[np.uint64]
@@ -46,7 +47,7 @@ class Samples:
 
     @classmethod
     def of(cls, part: Part, score_N: NDArray[np.float64]) -> Samples:
-        """Rows of one sample stand side by side. ``score_N`` is NaN for rows that cannot be used."""
+        """The samples of ``part``, whose rows have the scores ``score_N`` (NaN: unusable)."""
         source, row = part.column("source_row"), part.row_numbers
         first = np.flatnonzero(np.diff(source, prepend=-1))
         rows_of = np.diff(first, append=len(source))
@@ -92,29 +93,29 @@ class Samples:
 
     @property
     def usable(self) -> NDArray[np.bool_]:
-        """(M,): whether it has a score."""
+        """(M,): whether the sample has a score."""
         return np.isfinite(self.score)
 
 
 def vectors_of(scorer: Scorer, rows: NDArray[np.int64], *, unit: bool) -> Tensor:
-    """(C, D) float32 on the question's device: vectors whose inner products are the similarities of ``rows`` over the
-    layers in question, Σ over its parts of weight · ⟨g, g'⟩ ÷ Σ weights; with ``unit`` those of the cosines. Both in
-    the metric of the scores: preconditioned where these are.
+    """(C, D) float32 on the device of ``scorer``: vectors whose inner products are the similarities of ``rows``.
 
-    CorruptError for damaged rows. A row of zeros stays one.
+    The similarity of two rows is Σ over parts of weight · ⟨g, g'⟩ ÷ Σ weights, over the chosen layers, and
+    preconditioned if the scores are. With ``unit`` it is the cosine instead of ⟨g, g'⟩; a row of zeros stays zero.
+    CorruptError for damaged rows.
     """
-    whole = sum(abs(term.weight) for term in scorer.terms)
+    weight_sum = sum(abs(term.weight) for term in scorer.terms)
     pieces = []
     for term in scorer.terms:
         vectors_CD = PartVectors(term.part, scorer.device).gather(rows)
         if term.preconditioner is not None:
             for first in range(0, len(rows), ROWS_AT_ONCE):
-                some_RD = vectors_CD[first : first + ROWS_AT_ONCE]
-                some_RD.copy_(term.preconditioner.halved(some_RD))
+                batch_RD = vectors_CD[first : first + ROWS_AT_ONCE]
+                batch_RD.copy_(term.preconditioner.whitened(batch_RD))
         if term.groups is not None:
             spans = [term.part.groups[group][1:] for group in term.groups]
             vectors_CD = torch.cat([vectors_CD[:, start:stop] for start, stop in spans], dim=1)
         if unit:
             vectors_CD /= vectors_CD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        pieces.append(vectors_CD.mul_((abs(term.weight) / whole) ** 0.5))
+        pieces.append(vectors_CD.mul_((abs(term.weight) / weight_sum) ** 0.5))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -1,11 +1,11 @@
-"""``ghoststore.select``: a val set to a training set, the original rows of the samples that point its way."""
+"""``ghoststore.select``: the training set for a val set: original rows of the corpus, chosen by their scores."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ghoststore.progress import Progress, Silent
-from ghoststore.settings.keywords import takes
+from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import SelectOptions
 from query.common.texts import corpus_behind
 from query.common.unchanged import Places, read_unchanged
@@ -38,11 +38,8 @@ def select(options: SelectOptions) -> SelectReport:
     CorruptError for damaged rows, StorageError if the disk refuses, and what ``ghoststore.query`` raises.
     """
     progress = options.progress or Silent()
-    budget = Budget(
-        fraction=options.fraction, count=options.count, threshold=options.threshold, token_budget=options.token_budget
-    )
     strategy = Strategy(
-        budget=budget,
+        budget=part_of(Budget, options),
         quotas=options.quotas,
         diversity=options.diversity,
         diversity_weight=options.diversity_weight,
@@ -62,7 +59,7 @@ def select(options: SelectOptions) -> SelectReport:
     samples = subject.samples(progress)
     excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
     chosen = strategy.choose(subject.scorer, samples, np.where(excluded, np.nan, samples.score), progress)
-    made = SelectReport.of(
+    report = SelectReport.of(
         samples,
         chosen,
         store=str(options.store),
@@ -72,18 +69,18 @@ def select(options: SelectOptions) -> SelectReport:
         settings={**subject.settings(), **strategy.settings(), "order": files.order},
         leaks=report_of(leaked, options.leaks),
     )
-    _tell(made, progress)
-    files.write(made, corpus, places, samples, chosen)
-    return made
+    _note_shortfalls(report, progress)
+    files.write(report, corpus, places, samples, chosen)
+    return report
 
 
-def _tell(made: SelectReport, progress: Progress) -> None:
-    """What the user should know of a choice that was made."""
-    if made.leaks["found"]:
-        fate = "left out" if made.leaks["policy"] == "exclude" else "kept where they were chosen"
-        progress.note(f"{made.leaks['found']:,} near-duplicate(s) of the val set are in the corpus: {fate}")
-    for pool in made.short:
-        unit = "tokens" if "token_budget" in made.settings else "samples"
+def _note_shortfalls(report: SelectReport, progress: Progress) -> None:
+    """Notes on near-duplicates and on quotas that could not be filled."""
+    if report.leaks["found"]:
+        fate = "left out" if report.leaks["policy"] == "exclude" else "kept where they were chosen"
+        progress.note(f"{report.leaks['found']:,} near-duplicate(s) of the val set are in the corpus: {fate}")
+    for pool in report.short:
+        unit = "tokens" if "token_budget" in report.settings else "samples"
         progress.note(
             f"{pool['domain']}: {pool['asked']:,} {unit} were asked for, there are {pool['chosen']:,}; all are chosen"
         )

@@ -1,4 +1,4 @@
-"""How ``ghoststore select`` chooses, checked; and the samples, chosen.
+"""How ``ghoststore select`` chooses: the options, checked, and the choice itself.
 
 Legend: M samples of the part, C candidates, D numbers of a vector.
 """
@@ -22,14 +22,16 @@ from query.select.samples import Samples, vectors_of
 
 DEFAULT_WEIGHTS = {"mmr": 0.5, "greats": 1.0}
 CANDIDATES = 4
-"""Candidates for each sample that is asked for."""
+"""Default number of candidates for each sample to choose."""
 MEMORY = 4 << 30
-"""Most bytes of what is held of the candidates: their vectors and, for facility location, all pairs."""
+"""Most bytes in memory for the candidates: their vectors and, for facility location, the cosines of all pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
-    """How to choose; fields have the names of the options of ``ghoststore select``. UsageError where they clash."""
+    """How to choose. The fields are options of ``ghoststore select``. UsageError for options that exclude
+    each other.
+    """
 
     budget: Budget
     quotas: Quotas | None = None
@@ -65,11 +67,11 @@ class Strategy:
 
     @property
     def weight(self) -> float | None:
-        """``diversity_weight`` or its default; None where there is none."""
+        """``diversity_weight`` or its default; None if the kind of diversity has no weight."""
         return DEFAULT_WEIGHTS.get(self.diversity) if self.diversity_weight is None else self.diversity_weight
 
     def settings(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """What the settings in the report say about the choice."""
         quotas = self.quotas if self.quotas is None or isinstance(self.quotas, str) else dict(self.quotas)
         diverse = {} if self.diversity == "none" else {"diversity_weight": self.weight, "candidates": self.candidates}
         return {**self.budget.to_json(), "quotas": quotas, "diversity": self.diversity, **diverse}
@@ -95,7 +97,7 @@ class Strategy:
         ranking = ranked(score_M)
         picked = best = pools.best(ranking)
         if not len(best):
-            raise UsageError(_nothing(samples, score_M, ranking))
+            raise UsageError(_nothing_chosen(samples, score_M, ranking))
         considered = len(ranking)
         if self.diversity != "none":
             assert scorer is not None
@@ -107,7 +109,7 @@ class Strategy:
         return ChosenSamples(picked, rank, considered, _short(pools, ranking, picked))
 
     def _candidates(self, scorer: Scorer, pools: Pools, ranking: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-        """The best samples of each pool, several times as many as are asked for, but no more than fit in memory."""
+        """The best samples of each pool, several times as many as to choose, but no more than fit into memory."""
         most = self._most_candidates(sum(term.part.layout.dimension for term in scorer.terms))
         wanted = count if self.candidates is None else min(self.candidates, len(ranking))
         if wanted > most:
@@ -125,7 +127,7 @@ class Strategy:
         return ranking[np.isin(ranking, np.concatenate([dealt.best(ranking), pools.best(ranking)]))]
 
     def _most_candidates(self, dimension: int) -> int:
-        """The largest C for which 4·C·D bytes, or 4·C·(C + D) with all pairs, are within ``MEMORY``."""
+        """The largest C for which 4·C·D bytes, or 4·C·(C + D) with the cosines of all pairs, fit into ``MEMORY``."""
         numbers = MEMORY // 4
         if self.diversity != "facility-location":
             return numbers // dimension
@@ -141,7 +143,9 @@ class Strategy:
         count: int,
         progress: Progress,
     ) -> NDArray[np.int64]:
-        """Those of the candidates ``places`` that the algorithm chooses, in its order; ``count`` is about how many."""
+        """The candidates that the algorithm chooses, in its order, out of ``places``. ``count`` is an estimate of how
+        many, for the progress bar and the step size of GREATS.
+        """
         score_C = score_M[places]
         unit = self.diversity != "greats" or scorer.question.metric == "cosine"
         vectors_CD = vectors_of(scorer, samples.best_row[places], unit=unit)
@@ -159,28 +163,28 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True)
 class ChosenSamples:
-    """The samples that were chosen, out of those of the part."""
+    """The samples that were chosen."""
 
     places: NDArray[np.int64]
     """Places in `Samples`, in the order in which they were chosen."""
     rank: NDArray[np.int64]
-    """(M,): place in the ranking by score, from 1; 0 where the sample could not be chosen."""
+    """(M,): place in the ranking by score, counted from 1; 0 for a sample that could not be chosen."""
     considered: int
-    """Samples among which was chosen."""
+    """Number of samples that could be chosen; with ``diversity``, the number of candidates."""
     short: list[dict[str, Any]]
-    """Pools that had too little: ``domain``, what was ``asked`` for and what there was, in samples or tokens."""
+    """Pools with too few samples: ``domain``, and ``asked`` (the limit) and ``chosen`` in samples or tokens."""
 
 
 def _short(pools: Pools, ranking: NDArray[np.int64], picked: NDArray[np.int64]) -> list[dict[str, Any]]:
-    there = pools.spent(ranking)
+    available = pools.spent(ranking)
     return [
         {"domain": name, "asked": limit, "chosen": spent}
-        for name, limit, all_there, spent in zip(pools.names, pools.limits, there, pools.spent(picked), strict=True)
-        if all_there < limit
+        for name, limit, total, spent in zip(pools.names, pools.limits, available, pools.spent(picked), strict=True)
+        if total < limit
     ]
 
 
-def _nothing(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64]) -> str:
+def _nothing_chosen(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64]) -> str:
     if not len(ranking):
         return (
             f"{samples.name} has no sample that can be chosen (usable, and no near-duplicate of the val "

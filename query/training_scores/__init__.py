@@ -1,1 +1,1 @@
-"""The scores of a training run: sums, tables, plots, and a live view."""
+"""The training-time scores of a run: rankings, tables, plots, and a live view."""

@@ -1,6 +1,6 @@
-"""How a run went, along its steps: sums in at most a fixed number of bins, whatever the number of steps.
+"""Curves of a run over its steps: sums in a fixed number of bins, whatever the number of steps.
 
-Legend: K bins, E domains (the last is that of samples without one).
+Legend: K bins, E domains (the last entry is for samples without a domain).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from query.training_scores.steps import StepPiece
 from query.training_scores.sums import standard_error
 
 STEP_ARRAYS = ("train_loss", "val_loss", "tokens", "seconds", "score_seconds")
-"""Arrays of one number a step that a bin sums, beside the scores and the learning rate."""
+"""Arrays with one number a step whose means the bins give, beside scores and learning rate."""
 
 
 class Curves:
-    """Bins of 1, 2, 4, … steps: as many steps a bin as make ``bins`` bins enough for the steps that were added."""
+    """``bins`` bins of equal width. The width doubles (1, 2, 4, … steps) whenever the steps no longer fit."""
 
     def __init__(self, run: Run, bins: int) -> None:
         assert bins % 2 == 0, bins
         self.bins = bins
         self.width = 1
-        """Steps of a bin."""
+        """Number of steps in a bin."""
         self.names: list[str | None] = [*run.domains, None]
-        """(E,)."""
+        """E names of the domains."""
         domain = run.rows.read("domain", 0, len(run.rows)).astype(np.int64)
         self._domain_of_row = np.where(domain < 0, len(run.domains), domain)
         shape = (bins, len(self.names))
@@ -58,7 +58,7 @@ class Curves:
             np.add.at(sums, bins[finite], np.stack([values[finite], np.ones(int(finite.sum()))], axis=1))
 
     def fold(self) -> None:
-        """Two bins become one."""
+        """Merge each pair of neighbouring bins into one, which doubles their width."""
         half = self.bins // 2
         for sums in (*self._by_domain.values(), *self._by_step.values()):
             sums[:half] = sums[0::2] + sums[1::2]
@@ -70,13 +70,13 @@ class Curves:
         return self._by_domain[name]
 
     def mean_scores(self, domains: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(mean score, its standard error) of the ``domains`` together, each (K,); NaN where there is none."""
+        """(mean score, its standard error) over the ``domains`` together, each (K,); NaN for a bin without scores."""
         times, plain, squares = (self._by_domain[name][:, domains].sum(1) for name in ("times", "plain", "squares"))
         with np.errstate(invalid="ignore", divide="ignore"):
             return plain / times, standard_error(times, plain, squares)
 
     def mean(self, name: str) -> NDArray[np.float64]:
-        """(K,): the mean of a number of the steps in each bin; NaN where none is finite."""
+        """(K,): the mean over the steps of each bin of the array ``name``; NaN for a bin without a finite number."""
         total, count = self._by_step[name].T
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(total / count)

@@ -1,4 +1,4 @@
-"""What a frame of ``ghoststore watch`` holds."""
+"""The data of one frame of ``ghoststore watch``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Extreme:
 
     id: str
     id_repeats: bool
-    """Whether other samples of the run have this id, too: then ``source_row`` tells which one it is."""
+    """Whether other samples of the run have the same id. ``source_row`` then tells which one this is."""
     source_row: int
     domain: str | None
     value: float
     times: int
     text: str | None
-    """None where the corpus is not at hand."""
+    """The sample's text; None if the corpus cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainTrend:
-    """One domain so far; None are the samples without one."""
+    """The scores of one domain so far. The ``domain`` None stands for samples without one."""
 
     domain: str | None
     times: int
@@ -33,15 +33,15 @@ class DomainTrend:
     """Σ η·score ÷ times."""
     negative_share: float
     trend: list[float | None]
-    """The same, bin by bin of the steps."""
+    """``value_per_time`` in each bin of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Means in equal bins of steps; None where a bin has no finite number."""
+    """Means in equal bins of steps; None for a bin without a finite number."""
 
     steps: list[float]
-    """The middle of each bin."""
+    """The middle of each bin, in steps."""
     train_loss: list[float | None]
     val_loss: list[float | None]
     learning_rate: list[float | None]
@@ -49,41 +49,46 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """A run at one moment. Losses are nats a token; None where there is no number yet."""
+    """A run at one moment. Losses are in nats a token. A number that does not exist yet is None."""
 
     store: str
     run: str | None
     waiting: str | None = None
-    """What is waited for; None once there are steps."""
+    """What ``watch`` waits for; None once there are steps."""
     notes: list[str] = field(default_factory=list)
     repeated_ids: dict[str, int] | None = None
-    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+    """Number of ``ids`` that occur more than once, and of ``samples`` that have them; None if every id is unique."""
     planned: int = 0
+    """Steps of the whole run."""
     steps: int = 0
     """Committed steps."""
     unread: int = 0
-    """Of these, not in this frame yet."""
+    """Committed steps that this frame does not contain yet."""
     finished: bool = False
     """Whether the last step is committed."""
     gaps: list[tuple[int, int]] = field(default_factory=list)
-    """Ranges of steps that are missing among the committed ones."""
+    """Ranges of missing steps between committed ones, half-open."""
     state: RunState | None = None
-    """``running`` while a process writes it, ``stopped`` where none does and steps are missing; None without a run."""
+    """``running`` while a process writes the run, ``stopped`` if none does and steps are missing, else ``finished``;
+    None without a run.
+    """
     writer: dict[str, Any] | None = None
-    """The process that writes it, or wrote it last: host, pid, command, since, touched (seconds since 1970), alive."""
+    """The process that writes the run, or wrote it last: host, pid, command, since, touched (both in seconds since
+    1970), alive.
+    """
     silent: float | None = None
-    """Seconds without a writer; None unless it is stopped."""
+    """Seconds since the last sign of a writer; None unless the run is stopped."""
     commit_age: float | None = None
     """Seconds since the last commit."""
     seconds_left: float | None = None
-    """Steps to come × seconds of a recent step: evaluations and checkpoints aside. None where nobody writes."""
+    """Remaining steps × mean seconds of a recent step, without evaluations and checkpoints. None if nobody writes."""
     train_loss: float | None = None
     val_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float | None = None
-    """Of the recent steps."""
+    """Tokens a second in the recent steps."""
     score_share: float | None = None
-    """Share of the recent steps' time that scoring took."""
+    """Share of the time of the recent steps that scoring took, 0 to 1."""
     scored: int = 0
     left_out: int = 0
     """Scores that are NaN, infinite, or of a step without a learning rate."""
@@ -91,14 +96,14 @@ class Frame:
     recent_scores: int = 0
     recent_negative_share: float | None = None
     histogram: list[int] = field(default_factory=list)
-    """Of the recent scores; those beyond the edges are in the first and last bin."""
+    """Counts of the recent scores; those beyond the edges are in the first and the last bin."""
     histogram_edges: list[float] = field(default_factory=list)
     best: list[Extreme] = field(default_factory=list)
     worst: list[Extreme] = field(default_factory=list)
     domains: list[DomainTrend] = field(default_factory=list)
-    """By falling value per time."""
+    """The domains, highest value per time first."""
     curve: Curve | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore watch --once --json`` prints."""
+        """The document that ``ghoststore watch --once --json`` prints."""
         return asdict(self)

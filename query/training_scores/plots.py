@@ -1,4 +1,4 @@
-"""Pictures of a run's scores: mean score by domain along the steps, and what has come together by domain."""
+"""Pictures of the scores of a run: over its steps, the mean score and the sum Σ η·score of each domain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BINS = 48
 FEWEST_BINS = 12
 SMOOTH = 16
 LINES = 8
-"""Domains with a line of their own; the rest share one."""
+"""Most domains with a line of their own; the others share one line."""
 COLORS = ("#1f5fa8", "#d1662b", "#2f8f5b", "#8a4fa3", "#b8912f", "#c43d5e", "#4aa3b5", "#6b6b6b", "#a8a8a8")
 
 
@@ -101,26 +101,27 @@ def plot_scores(
 
 
 def _smooth(curves: Curves, lines: int) -> None:
-    """Widen the bins until they hold SMOOTH scores of each line, on average, or few are left."""
+    """Merge bins until they hold SMOOTH scores of each line on average, or only FEWEST_BINS bins are filled."""
     times = curves.domain_sums("times")
     while (filled := int(times.any(1).sum())) > FEWEST_BINS and times.sum() < SMOOTH * filled * lines:
         curves.fold()
 
 
 Lines = list[tuple[str, list[int]]]
-"""(label, columns of domains that it sums)."""
+"""For each line (label, places of the domains that it sums)."""
 
 
 def _lines(curves: Curves) -> Lines:
-    """Domains by falling number of scores; those beyond LINES together."""
+    """One line for each of the domains with most scores; the domains beyond LINES share one."""
     times = curves.domain_sums("times").sum(0)
     order = [int(place) for place in np.argsort(-times, kind="stable") if times[place]]
-    own, rest = (order, []) if len(order) <= LINES + 1 else (order[:LINES], order[LINES:])
+    separate, others = (order, []) if len(order) <= LINES + 1 else (order[:LINES], order[LINES:])
     only = len(order) == 1 and curves.names[order[0]] is None
     lines = [
-        ("all samples" if only else picture_label(curves.names[place] or "(none)"), [place]) for place in sorted(own)
+        ("all samples" if only else picture_label(curves.names[place] or "(none)"), [place])
+        for place in sorted(separate)
     ]
-    return lines + ([(f"{len(rest)} others", rest)] if rest else [])
+    return lines + ([(f"{len(others)} others", others)] if others else [])
 
 
 def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
@@ -143,7 +144,9 @@ def _draw_means(axes: Any, curves: Curves, lines: Lines) -> None:
 
 
 def _limit(axes: Any, lowest: NDArray[np.float64], highest: NDArray[np.float64]) -> None:
-    """Leave a few first bins outside if they alone would flatten all the others: scores begin large."""
+    """Cut a few large values off at the top of the axes if they would flatten all others: the first scores
+    are large.
+    """
     if len(highest) < 20:
         return
     low, high = min(0.0, float(np.quantile(lowest, 0.01))), max(0.0, float(np.quantile(highest, 0.97)))
@@ -184,7 +187,7 @@ def _draw_sums(axes: Any, curves: Curves, lines: Lines, window: tuple[int, int])
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """``heights``, moved so that any two are ``least`` apart, in the same order and about the same middle."""
+    """``heights``, moved until any two are ``least`` apart. Their order stays, and roughly their mean."""
     order = np.argsort(heights, kind="stable")
     moved = np.array(heights, dtype=np.float64)[order]
     for _ in range(len(moved) ** 2):

@@ -1,4 +1,4 @@
-"""What ``ghoststore.scores`` found, and the forms it is written in."""
+"""The results of ``ghoststore.scores``: their fields, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class ScoreHit:
     source_row: int
     domain: str | None
     times: int
-    """Scores that the value is made of."""
+    """Number of scores that the value is computed from."""
     mean_score: float
     negative_share: float
     last_step: int
-    """The step of its newest score."""
+    """Step of the newest score."""
     text: str | None
     """The sample's whole text; None where the corpus is gone or has changed."""
     window_start: int
-    """First token of the window; 0 where samples are ranked."""
+    """First token of the window in its sample; 0 if samples are ranked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainScores:
-    """One domain; None are the samples without one."""
+    """The scores of one domain. The ``domain`` None stands for samples without one."""
 
     domain: str | None
     rows: int
-    """Samples (or windows) of the row table."""
+    """Samples (or windows) of the domain in the run."""
     scored_rows: int
-    """Of these, with a score that counts."""
+    """Samples (or windows) with a score that counts."""
     times: int
-    """Scores that count."""
+    """Number of scores that count."""
     value_per_row: float | None
     """Mean value of a scored row."""
     value_per_time: float | None
@@ -50,12 +50,12 @@ class DomainScores:
     negative_share: float | None
     mean_score: float | None
     standard_error: float | None
-    """Of ``mean_score``; None for fewer than two scores."""
+    """Standard error of ``mean_score``; None for fewer than two scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """One time that a sample was trained on. Samples of one id are told apart by ``source_row``."""
+    """One time that a sample was trained on. ``source_row`` distinguishes samples with the same id."""
 
     step: int
     rank: int
@@ -64,16 +64,16 @@ class HistoryEntry:
     loss: float | None
     learning_rate: float | None
     score: float | None
-    """None where it was not scored or is not finite: it adds nothing."""
+    """None if the sample was not scored then, or if the score is not finite: it adds nothing to the sum."""
     weighted: float | None
     """weight·score; by default the weight is η."""
     cumulative: float
-    """Sum of the weighted scores of this sample (its ``source_row``) up to here."""
+    """Sum of ``weighted`` for this sample (this ``source_row``) up to this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreSummary:
-    """The steps that were looked at, all domains together."""
+    """The steps that were read, and all their scores together."""
 
     steps: int
     """Committed steps in the window."""
@@ -105,24 +105,24 @@ class ScoreSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoresResult:
-    """What ``ghoststore.scores`` returns: a ranking, or a table by domain, or the history of one sample."""
+    """What ``ghoststore.scores`` returns: a ranking, a table by domain, or the history of one sample."""
 
     store: str
     settings: dict[str, Any]
     summary: ScoreSummary
     hits: list[ScoreHit]
     bottom: list[ScoreHit]
-    """Lowest values, lowest first; empty unless asked for."""
+    """The lowest values, lowest first; empty without ``bottom_k``."""
     domains: list[DomainScores] | None = None
-    """By falling value per time; only where ``by`` was asked for."""
+    """The table of ``by="domain"``, highest value per time first; else None."""
     history: list[HistoryEntry] | None = None
-    """In the order of steps; only of a ``sample``, or of all samples of that id."""
+    """The history of ``sample`` (of all samples with that id), in the order of steps; else None."""
     same_id: int | None = None
-    """Samples of the run that have the id of ``sample``, whether or not they were trained on in these steps."""
+    """Number of samples of the run with the id ``sample``, whether or not they were trained on in these steps."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON that ``ghoststore scores --json`` prints: of ``hits``, ``bottom``, ``domains`` and ``history`` what
-        was asked for.
+        """The document that ``ghoststore scores --json`` prints: ``history`` or ``domains`` if there are any, else
+        ``hits`` and, with ``bottom_k``, ``bottom``.
         """
         document: dict[str, Any] = {"store": self.store, "settings": self.settings, "summary": asdict(self.summary)}
         if self.history is not None:
@@ -133,17 +133,20 @@ class ScoresResult:
         return document | ({"bottom": [asdict(hit) for hit in self.bottom]} if self.settings["bottom_k"] else {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Flat rows: of the history or the table; of a ranking with ``list`` (top or bottom)."""
+        """Flat rows: the entries of the history or of the table; or the hits, with ``list`` (``top`` or ``bottom``)."""
         plain = self.history if self.history is not None else self.domains
         if plain is not None:
-            yield from (asdict(one) for one in plain)
+            yield from (asdict(entry) for entry in plain)
             return
         for name, hits in (("top", self.hits), ("bottom", self.bottom)):
             for hit in hits:
                 yield {"list": name, **asdict(hit)}
 
     def write(self, path: str | Path) -> None:
-        """Write to a new file: ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``."""
+        """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
+
+        UsageError for another suffix, or if the file exists.
+        """
         if self.history is not None:
             columns = columns_of(HistoryEntry)
         elif self.domains is not None:

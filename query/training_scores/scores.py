@@ -66,33 +66,33 @@ def scores(options: ScoresOptions) -> ScoresResult:
         from query.training_scores.plots import plot_scores
 
         check_picture(options.plot, "plot")
-    opened = Store.open(options.store).run(options.run)
-    if options.candidates and not opened.layout.weights:
+    run = Store.open(options.store).run(options.run)
+    if options.candidates and not run.layout.weights:
         raise UsageError(
-            f"`candidates`: run {opened.name!r} trained on every sample it scored; `ghoststore train --candidates` "
+            f"`candidates`: run {run.name!r} trained on every sample it scored; `ghoststore train --candidates` "
             "makes steps choose"
         )
-    column = choose_column(opened, options.group, options.layers, options.exclude_layers)
-    window = window_of(opened, options.steps)
-    chosen = _domain_places(opened, options.domains)
-    units = Units(opened, options.unit)
+    column = choose_column(run, options.group, options.layers, options.exclude_layers)
+    window = window_of(run, options.steps)
+    domains = _domain_places(run, options.domains)
+    units = Units(run, options.unit)
     sums = ScoreSums(len(units), weighted=options.value in WEIGHTED)
     same_id, history = None, None
     if options.sample is not None:
-        rows, same_id = _rows_of_id(opened, options.sample, progress)
-        history = _History(opened, rows)
-    weights = StepWeights(opened, options.weight, window)
-    _read(opened, column, window, units, sums, weights, history, progress, candidates=options.candidates)
+        rows, same_id = _rows_of_id(run, options.sample, progress)
+        history = _History(run, rows)
+    weights = StepWeights(run, options.weight, window)
+    _read(run, column, window, units, sums, weights, history, progress, candidates=options.candidates)
     if history is not None and not history.entries:
         progress.note(f"sample {options.sample!r} was not trained on in these steps")
-    allowed = _allowed(units, sums, chosen, options.min_times)
+    allowed = _allowed(units, sums, domains, options.min_times)
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and options.by is None:
         values = np.where(allowed, sums.values(options.value), np.nan)
-        hits = hits_of(opened, units, sums, values, (top_k, bottom_k), options, progress)
+        hits = hits_of(run, units, sums, values, (top_k, bottom_k), options, progress)
     if options.plot is not None:
         plot_scores(
-            opened,
+            run,
             options.plot,
             steps=options.steps,
             group=options.group,
@@ -105,7 +105,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     return ScoresResult(
         store=str(options.store),
         settings={
-            "run": opened.name,
+            "run": run.name,
             "value": options.value,
             "weight": options.weight if options.value in WEIGHTED else None,
             "top_k": top_k,
@@ -121,10 +121,10 @@ def scores(options: ScoresOptions) -> ScoresResult:
             "domains": list(options.domains),
             "candidates": options.candidates,
         },
-        summary=_summary(opened, window, units, sums),
+        summary=_summary(run, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
-        domains=by_domain(opened, units, sums, options.value, allowed) if options.by else None,
+        domains=by_domain(run, units, sums, options.value, allowed) if options.by else None,
         history=None if history is None else history.entries,
         same_id=same_id,
     )
@@ -142,7 +142,7 @@ def _read(
     *,
     candidates: bool,
 ) -> None:
-    """One pass over the steps of ``window``, into ``sums`` and ``history``."""
+    """Read the steps of ``window`` once, into ``sums`` and ``history``."""
     ranges = inside(run.ranges, window)
     with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
         for piece in stream_steps(run, column, ranges, loss=history is not None, candidates=candidates):
@@ -156,7 +156,7 @@ def _read(
 
 
 def _refuse_usage(options: ScoresOptions) -> None:
-    """UsageError for options that cannot be, or that would be ignored."""
+    """UsageError for options out of range, and for options that would be ignored."""
     ranked = {"`top_k`": options.top_k, "`bottom_k`": options.bottom_k}
     for name, count in ranked.items():
         if count is not None and count < 0:
@@ -168,19 +168,19 @@ def _refuse_usage(options: ScoresOptions) -> None:
         raise UsageError(f"`min_times` must be at least 1, not {options.min_times}")
     if options.weight != ScoresOptions.weight and options.value not in WEIGHTED:
         raise UsageError(f"`weight={options.weight}` belongs to `value=cumulative` and mean, not to {options.value}")
-    given = [name for name, count in ranked.items() if count is not None]
-    if options.by is not None and given:
-        raise UsageError(f"`by=domain` is a table of domains: it does not go with {given[0]}")
+    excluded = [name for name, count in ranked.items() if count is not None]
+    if options.by is not None and excluded:
+        raise UsageError(f"`by=domain` is a table of domains: it does not go with {excluded[0]}")
     if options.sample is not None:
-        given += ["`by`"] * (options.by is not None) + ["`min_times`"] * (options.min_times is not None)
-        given += ["`domains`"] * bool(options.domains) + ["`value`"] * (options.value != "cumulative")
-        given += ["`unit`"] * (options.unit != "sample")
-        if given:
-            raise UsageError(f"`sample` shows everything of one sample: it does not go with {given[0]}")
+        excluded += ["`by`"] * (options.by is not None) + ["`min_times`"] * (options.min_times is not None)
+        excluded += ["`domains`"] * bool(options.domains) + ["`value`"] * (options.value != "cumulative")
+        excluded += ["`unit`"] * (options.unit != "sample")
+        if excluded:
+            raise UsageError(f"`sample` shows everything of one sample: it does not go with {excluded[0]}")
 
 
 def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
-    """Places of the domains called ``names``; None for all. UsageError for one that the run does not have."""
+    """The places of the domains called ``names``; None for all. UsageError for a domain that the run does not have."""
     unknown = [name for name in names if name not in run.domains]
     if unknown:
         raise UsageError(f"run {run.name!r} has no domain {unknown[0]!r}; it has: {', '.join(run.domains) or 'none'}")
@@ -188,15 +188,17 @@ def _domain_places(run: Run, names: Sequence[str]) -> list[int] | None:
 
 
 def _rows_of_id(run: Run, sample: str, progress: Progress) -> tuple[NDArray[np.int64], int]:
-    """(rows of the samples called ``sample``, their windows included; how many samples). UsageError if none is."""
+    """(rows of all samples with the id ``sample``, windows included; number of these samples). UsageError if none has
+    it.
+    """
     size = run.layout.row_arrays()[0].chunk_rows
     rows: list[int] = []
     for start in range(0, len(run.rows), size):
         ids = run.rows.read("sample_id", start, min(start + size, len(run.rows)))
         rows += (np.flatnonzero(ids == sample) + start).tolist()
     if not rows:
-        some = ", ".join(repr(str(name)) for name in run.rows.read("sample_id", 0, min(3, len(run.rows))))
-        raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {some}")
+        examples = ", ".join(repr(str(name)) for name in run.rows.read("sample_id", 0, min(3, len(run.rows))))
+        raise UsageError(f"run {run.name!r} has no sample with the id {sample!r}; its first are {examples}")
     samples = len(np.unique(run.rows.read_rows("source_row", rows)))
     if samples > 1:
         progress.note(f"{samples} samples have the id {sample!r}, each with its own sum: tell them apart by row")
@@ -204,27 +206,27 @@ def _rows_of_id(run: Run, sample: str, progress: Progress) -> tuple[NDArray[np.i
 
 
 class _History:
-    """Every time that the rows ``mine`` were trained on. A sample's windows share one running sum; samples, even of
-    the same id, do not.
+    """Every time that ``rows`` were trained on. The windows of a sample share one running sum; two samples do not, even
+    if they have the same id.
     """
 
     def __init__(self, run: Run, rows: NDArray[np.int64]) -> None:
         self._run = run
         self._rows = rows
         self._sums: dict[int, float] = {}
-        """By source row."""
+        """Running sums by source row."""
         self.entries: list[HistoryEntry] = []
 
     def extend(self, places: Places, counts: NDArray[np.bool_], weight: NDArray[np.float64]) -> None:
         """Append what ``places`` hold of the rows; ``counts`` says which of their scores count, ``weight`` with
         what.
         """
-        here = np.flatnonzero(np.isin(places.row, self._rows))
-        if not len(here):
+        matches = np.flatnonzero(np.isin(places.row, self._rows))
+        if not len(matches):
             return
-        rows = places.row[here]
+        rows = places.row[matches]
         sources, starts = (self._run.rows.read_rows(name, rows) for name in ("source_row", "window_start"))
-        for place, source, start in zip(here.tolist(), sources.tolist(), starts.tolist(), strict=True):
+        for place, source, start in zip(matches.tolist(), sources.tolist(), starts.tolist(), strict=True):
             assert places.loss is not None
             score, eta = float(places.score[place]), float(places.learning_rate[place])
             weighted = float(weight[place]) * score if counts[place] else None
@@ -245,7 +247,7 @@ class _History:
 
 
 def _allowed(units: Units, sums: ScoreSums, chosen: Sequence[int] | None, min_times: int | None) -> NDArray[np.bool_]:
-    """(U,): units of the chosen domains that were scored often enough."""
+    """(U,): true for units of the chosen domains that were scored at least ``min_times`` times."""
     allowed: NDArray[np.bool_] = sums.times >= (min_times or 0)
     return allowed if chosen is None else allowed & np.isin(units.domain, chosen)
 
@@ -281,7 +283,7 @@ def hits_of(
     options: ScoresOptions,
     progress: Progress,
 ) -> list[list[ScoreHit]]:
-    """The highest and the lowest of ``values``, each in order. Every row's data are read once."""
+    """Two rankings: the highest and the lowest of ``values``. The data of each row are read once."""
     rankings = [best(values, counts[0]), best(-values, counts[1])]
     wanted = sorted({int(place) for ranking in rankings for place in ranking})
     place_of = {place: index for index, place in enumerate(wanted)}
@@ -311,7 +313,7 @@ def hits_of(
 
 
 def by_domain(run: Run, units: Units, sums: ScoreSums, value: Value, allowed: NDArray[np.bool_]) -> list[DomainScores]:
-    """A row for each domain that has units among the ``allowed``, by falling value per time."""
+    """One entry for each domain with ``allowed`` units, highest value per time first."""
     domain, values = units.domain, sums.values(value)
     table = []
     for place in np.unique(domain[allowed]).tolist():
@@ -334,9 +336,11 @@ def by_domain(run: Run, units: Units, sums: ScoreSums, value: Value, allowed: ND
                 standard_error=finite(float(standard_error(times, plain, squares))),
             )
         )
-    return sorted(table, key=lambda one: -math.inf if one.value_per_time is None else one.value_per_time, reverse=True)
+    return sorted(
+        table, key=lambda entry: -math.inf if entry.value_per_time is None else entry.value_per_time, reverse=True
+    )
 
 
 def finite(value: float) -> float | None:
-    """``value``; None where it is NaN or infinite."""
+    """``value``; None if it is NaN or infinite."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
-"""The committed steps of a run, streamed: which samples, their scores, and the learning rate they count with.
+"""Streaming the committed steps of a run: which samples were trained on, their scores, and the learning rate.
 
-Legend: S steps of a piece, R ranks, B samples of one rank's step, P places with a sample, one after another.
+Legend: S steps of a piece, R ranks, B samples of one rank in a step, P places of a piece that hold a sample.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ghoststore.store.run.run import Run
 
 @dataclass(frozen=True, slots=True)
 class ScoreColumn:
-    """Which score of a run is meant. Made by :func:`choose_column`."""
+    """Which score of a run to read. :func:`choose_column` makes it."""
 
     array: str
     places: tuple[int, ...] | None = None
-    """Entries of its last axis that are summed; None where it has none."""
+    """The entries of the array's last axis to sum; None if the array has no such axis."""
 
     def of(self, data: NDArray[Any]) -> NDArray[np.float64]:
-        """(S, R, B) float64."""
+        """(S, R, B) float64: the score, from the stored array ``data``."""
         if self.places is None:
             return data.astype(np.float64)
         if len(self.places) == 1:
@@ -38,15 +38,15 @@ class ScoreColumn:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Every place of some steps that has a sample, in the order of steps, ranks and places."""
+    """The places of some steps that hold a sample, in the order of steps, then ranks, then places in the batch."""
 
     step: NDArray[np.int64]
-    """(P,)."""
+    """(P,), like all the others."""
     rank: NDArray[np.int64]
     row: NDArray[np.int64]
-    """Place in the row table."""
+    """Place of the sample in the row table."""
     score: NDArray[np.float64]
-    """NaN: not scored."""
+    """NaN if the sample was not scored."""
     learning_rate: NDArray[np.float64]
     weight: NDArray[np.float64]
     """That the sample had in its step where that chose among candidates; else 1."""
@@ -55,13 +55,13 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class StepPiece:
-    """Some consecutive committed steps."""
+    """The consecutive committed steps ``start`` to ``stop``."""
 
     start: int
     stop: int
     places: Places
     data: dict[str, NDArray[Any]]
-    """The arrays that were asked for, as they are stored."""
+    """The arrays that were read, as stored."""
     not_chosen: int = 0
     """Candidates that were not trained on, and are not among the places."""
 
@@ -69,9 +69,9 @@ class StepPiece:
 def choose_column(
     run: Run, group: str | None = None, layers: Sequence[str] = (), exclude_layers: Sequence[str] = ()
 ) -> ScoreColumn:
-    """The score for the whole val set, for one val ``group``, or of some layers alone.
+    """The score for the whole val set, for one val ``group``, or of some layers only.
 
-    UsageError for a group or a layer that the run does not have, and for a run that does not keep them.
+    UsageError for a group or layer pattern that the run does not have, and for a run that did not record such scores.
     """
     if group is not None:
         if layers or exclude_layers:
@@ -88,7 +88,7 @@ def choose_column(
 
 
 def _blocks(run: Run, layers: Sequence[str], exclude_layers: Sequence[str]) -> tuple[int, ...]:
-    from indexer.projection.selection import matches_path  # torch, which no other score needs
+    from indexer.projection.selection import matches_path  # imports torch, which nothing else here needs
 
     names = run.layout.blocks
     if not names:
@@ -134,7 +134,7 @@ def window_of(run: Run, steps: str | slice | None, parameter: str = "steps") -> 
         raise UsageError(f"`{parameter}` takes every step of a window, not every {steps.step}th")
     start, stop, _ = steps.indices(end)
     if not inside(run.ranges, (start, stop)):
-        shown = ":".join("" if one is None else str(one) for one in (steps.start, steps.stop))
+        shown = ":".join("" if bound is None else str(bound) for bound in (steps.start, steps.stop))
         raise UsageError(
             f"`{parameter}={shown}`: no committed step of run {run.name!r} is there; its steps are "
             f"{run.ranges[0][0]:,} to {end - 1:,}"
@@ -173,18 +173,18 @@ def stream_steps(
                 f"{run.path / 'sample'}: step {start} to {stop} name row {int(sample.max())}; the row table has "
                 f"{run.layout.rows}"
             )
-        there, absent = sample >= 0, 0
+        filled, absent = sample >= 0, 0
         if weighs:
-            chosen = there & (data["weight"] > 0)
-            there, absent = chosen, int(there.sum() - chosen.sum())
-        step, rank, _ = there.nonzero()
+            chosen = filled & (data["weight"] > 0)
+            filled, absent = chosen, int(filled.sum() - chosen.sum())
+        step, rank, _ = filled.nonzero()
         places = Places(
             step=step + start,
             rank=rank,
-            row=sample[there],
-            score=column.of(data[column.array])[there],
+            row=sample[filled],
+            score=column.of(data[column.array])[filled],
             learning_rate=data["learning_rate"][step],
-            weight=data["weight"][there].astype(np.float64) if weighs else np.ones(len(step)),
-            loss=data["loss"][there] if loss else None,
+            weight=data["weight"][filled].astype(np.float64) if weighs else np.ones(len(step)),
+            loss=data["loss"][filled] if loss else None,
         )
         yield StepPiece(start, stop, places, data, absent)

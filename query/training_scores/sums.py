@@ -1,4 +1,4 @@
-"""Running sums of scores, by sample: one pass, in the order of the steps, whatever the number of steps.
+"""Running sums of scores for each sample, in one pass over the steps. Memory does not grow with the number of steps.
 
 Legend: N rows of the row table, U units (samples, or windows), P places of some steps.
 """
@@ -21,14 +21,14 @@ WEIGHTED = ("cumulative", "mean")
 
 
 class Units:
-    """What is ranked: samples, or the windows that long ones were cut into."""
+    """The units that are ranked: samples, or the windows that long samples were cut into."""
 
     def __init__(self, run: Run, unit: Unit) -> None:
         self._run = run
         rows = len(run.rows)
         run.rows.bear_out()
         self.of_row: NDArray[np.int64] | None = None
-        """(N,): the unit of each row; None where they are the same."""
+        """(N,): the unit of each row; None if every row is a unit of its own."""
         self.first_row: NDArray[np.int64] = np.arange(rows)
         """(U,): the first row of each unit."""
         if unit == "sample":
@@ -51,7 +51,7 @@ class Units:
 
 @dataclass(slots=True)
 class Tally:
-    """How often samples were seen, and what became of their scores."""
+    """How often samples were trained on, and how many of their scores count."""
 
     times: int = 0
     """Places with a sample."""
@@ -70,12 +70,12 @@ class Tally:
 
     @property
     def negative_share(self) -> float | None:
-        """Share of negative scores; None without any score."""
+        """Share of negative scores among those that count; None without any."""
         return self.negative / self.scored if self.scored else None
 
 
 class ScoreSums:
-    """Sums over the scores of each unit. Only finite numbers enter. Memory: some 45 bytes a unit."""
+    """Sums over the scores of each unit. Only finite numbers enter. Memory: about 45 bytes a unit."""
 
     def __init__(self, units: int, *, weighted: bool = True) -> None:
         self.tally = Tally()
@@ -90,7 +90,7 @@ class ScoreSums:
         """(U,): the newest score."""
         self.last_step: NDArray[np.int64] = np.full(units, -1)
         self.times: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
-        """(U,): scores that count."""
+        """(U,): number of scores that count."""
         self.negative: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
         self.seen: NDArray[np.bool_] = np.zeros(units, dtype=bool)
 
@@ -118,7 +118,7 @@ class ScoreSums:
         np.add.at(self.squares, unit, score * score)
         np.add.at(self.times, unit, 1)
         np.add.at(self.negative, unit, score < 0)
-        newer = step >= self.last_step[unit]  # not so where a gap was filled later
+        newer = step >= self.last_step[unit]  # an older step may come later, when a gap is filled
         self.last[unit[newer]], self.last_step[unit[newer]] = score[newer], step[newer]
         return counts
 
@@ -132,7 +132,7 @@ class ScoreSums:
 
 
 def best(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    """Places of the ``k`` largest finite values, largest first, equal ones by place."""
+    """The places of the ``k`` largest finite values, largest first; equal values by lower place."""
     places = np.flatnonzero(np.isfinite(values))
     if 0 < k < len(places):
         least = np.partition(values[places], -k)[-k]
@@ -141,7 +141,9 @@ def best(values: NDArray[np.float64], k: int) -> NDArray[np.int64]:
 
 
 def standard_error(count: Any, total: Any, squares: Any) -> NDArray[np.float64]:
-    """Standard error of the mean of ``count`` numbers with these sums; NaN for fewer than two."""
+    """Standard error of the mean of ``count`` numbers, from their sum and the sum of their squares; NaN for fewer than
+    two.
+    """
     n = np.asarray(count, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = np.maximum(squares - np.square(total) / n, 0.0) / (n - 1)

@@ -1,4 +1,4 @@
-"""``ghoststore.watch``: a training run as it is written, frame by frame, each reading only what is new."""
+"""``ghoststore.watch``: follows a training run while it is written. Each frame reads only the new steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of,
 from query.training_scores.sums import ScoreSums, Units, best
 
 STEPS_A_FRAME = 20_000
-"""Steps that a frame reads at most: a long run appears at once, and fills."""
+"""Most steps that one frame reads, so that the first frame of a long run appears at once and later ones complete it."""
 BINS, FEW_BINS, MANY_DOMAINS = 256, 64, 500
 RECENT_SCORES = 2000
 RECENT_STEPS = 50
@@ -63,8 +63,8 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
             time.sleep(options.interval)
 
 
-class _Heard(Silent):
-    """Keeps what was noted."""
+class _NoteList(Silent):
+    """A progress that collects its notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -74,7 +74,7 @@ class _Heard(Silent):
 
 
 class Watcher:
-    """Running sums over a run; :meth:`look` takes in what was committed since."""
+    """Running sums over a run. :meth:`look` adds what was committed since the last call."""
 
     def __init__(
         self, store: str | Path, run: str | None = None, *, text: bool = True, data: str | Path | None = None
@@ -83,15 +83,15 @@ class Watcher:
         self._name = run
         self._run: Run | None = None
         self._pending: list[Steps] = []
-        """Ranges of committed steps that are not read yet."""
+        """Ranges of committed steps to read."""
         self._texts_at_hand, self._data = text, data
         self._texts: dict[int, str | None] = {}
         self._ids: dict[int, tuple[str, int]] = {}
-        """(id, source row) of units that were shown."""
+        """(id, source row) of the units looked up so far."""
         self._repeats: dict[str, bool] = {}
-        """Of ids that were shown: whether several samples have them."""
+        """For each id looked up so far whether several samples have it."""
         self._last: Frame | None = None
-        self._heard = _Heard()
+        self._notes = _NoteList()
 
     @property
     def opened(self) -> bool:
@@ -99,7 +99,7 @@ class Watcher:
         return self._run is not None
 
     def look(self, most_steps: int | None = None) -> Frame:
-        """The run as it stands; at most ``most_steps`` steps are read (None: all)."""
+        """A frame of the run as it is now. Reads at most ``most_steps`` new steps (None: all)."""
         if self._run is None:
             waiting = self._open()
             if waiting is not None:
@@ -109,12 +109,12 @@ class Watcher:
         chosen, self._pending = _first(self._pending, most_steps)
         if self._last is None or chosen:
             for piece in stream_steps(self._run, ScoreColumn("score"), chosen, also=STEP_ARRAYS):
-                self._take(piece)
+                self._add(piece)
             self._last = self._frame(self._run)
-        return replace(self._last, **_life(self._run, self._last))
+        return replace(self._last, **_writer_fields(self._run, self._last))
 
     def _open(self) -> str | None:
-        """Open the run; what is waited for if it is not there yet."""
+        """Open the run. Returns None, or what to wait for if the run does not exist yet."""
         names = self._store.run_names()
         if self._name is None and not names:
             return (
@@ -135,8 +135,8 @@ class Watcher:
         self._latest: dict[str, float | None] = dict.fromkeys(("train_loss", "val_loss", "learning_rate"))
         return None
 
-    def _take(self, piece: StepPiece) -> None:
-        """Count some steps."""
+    def _add(self, piece: StepPiece) -> None:
+        """Add the steps of ``piece`` to all sums."""
         places = piece.places
         counts = self._sums.add(places, self._units.of(places.row))
         self._curves.add(piece, counts)
@@ -172,14 +172,14 @@ class Watcher:
         values = sums.values("cumulative")
         ranked = (best(values, EXTREMES), best(-values, EXTREMES))
         self._look_up([int(place) for places in ranked for place in places], run)
-        left = run.layout.steps - end
+        remaining = run.layout.steps - end
         return Frame(
             **shared,
             unread=unread,
             finished=end == run.layout.steps,
             gaps=gaps_of(run, (0, end)),
-            notes=list(self._heard.notes),
-            seconds_left=left * seconds / len(self._recent_steps) if seconds and left else None,
+            notes=list(self._notes.notes),
+            seconds_left=remaining * seconds / len(self._recent_steps) if seconds and remaining else None,
             train_loss=self._latest["train_loss"],
             val_loss=self._latest["val_loss"],
             learning_rate=self._latest["learning_rate"],
@@ -211,7 +211,7 @@ class Watcher:
         )
 
     def _look_up(self, units: Sequence[int], run: Run) -> None:
-        """Ids of ``units``, and their texts where the corpus is a file that is read at a place."""
+        """Read the ids of ``units`` and, if that is quick, their texts."""
         new = [unit for unit in dict.fromkeys(units) if unit not in self._ids]
         if not new:
             return
@@ -222,19 +222,19 @@ class Watcher:
         repeated = _repeated_among(run, names)
         self._repeats |= {name: name in repeated for name in names}
         if self._texts_at_hand and self._is_quick(run):
-            self._texts |= zip(new, texts_of(run, rows, self._heard, self._data), strict=True)
-            self._texts_at_hand = not self._heard.notes
+            self._texts |= zip(new, texts_of(run, rows, self._notes, self._data), strict=True)
+            self._texts_at_hand = not self._notes.notes
 
     def _is_quick(self, run: Run) -> bool:
-        """Whether texts are read at their places. Where the corpus is gone there is nothing to say of them; a path that
-        this user did not write is not looked for, and that is said.
+        """Whether to look for texts: not in compressed files, which would be read from the start, and not if the corpus
+        is gone. If somebody else may have written its path, ``texts_of`` refuses it with a note.
         """
         source = run.manifest["source"]
         if str(source.get("form")).endswith((".gz", ".zst")):
             return False
         recorded = source.get("corpus")
-        known = self._data or (recorded if is_own(run.manifest) else None)
-        return recorded is not None if known is None else Path(known).exists()
+        path = self._data or (recorded if is_own(run.manifest) else None)
+        return recorded is not None if path is None else Path(path).exists()
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))
@@ -252,7 +252,7 @@ class Watcher:
             )
             for place in np.flatnonzero(total).tolist()
         ]
-        return sorted(trends, key=lambda one: -one.value_per_time)
+        return sorted(trends, key=lambda trend: -trend.value_per_time)
 
     def _curve(self) -> Curve:
         curves = self._curves
@@ -270,7 +270,7 @@ def _finite(values: NDArray[np.float64]) -> list[float | None]:
 
 
 def _histogram(scores: NDArray[np.float64]) -> tuple[list[int], list[float]]:
-    """Equal bins between the first and the last percent; 0 is an edge where it lies between them."""
+    """(counts, edges) of equal bins between the 1st and the 99th percentile. If 0 lies between these, it is an edge."""
     if not len(scores):
         return [], []
     low, high = (float(edge) for edge in np.quantile(scores, [0.01, 0.99]))
@@ -282,9 +282,9 @@ def _histogram(scores: NDArray[np.float64]) -> tuple[list[int], list[float]]:
 
 
 def _repeated_among(run: Run, names: Collection[str]) -> set[str]:
-    """Those of ``names`` that more than one sample of ``run`` has. Windows of one sample are one.
+    """Those of the ids ``names`` that more than one sample of ``run`` has. Windows of one sample count as one.
 
-    One pass over the ids, a chunk in memory at a time; it ends where all are known to repeat.
+    Reads the ids once, chunk by chunk, and stops as soon as all of ``names`` are known to repeat.
     """
     first: dict[str, int] = {}
     repeated: set[str] = set()
@@ -303,32 +303,32 @@ def _repeated_among(run: Run, names: Collection[str]) -> set[str]:
 
 
 def _first(ranges: list[Steps], most: int | None) -> tuple[list[Steps], list[Steps]]:
-    """(the first ``most`` steps of ``ranges``, the others)."""
+    """Split ``ranges`` into (the first ``most`` steps, the remaining ones)."""
     chosen: list[Steps] = []
-    left = count(ranges) if most is None else most
+    remaining = count(ranges) if most is None else most
     for start, stop in ranges:
-        if left > 0:
-            chosen.append((start, min(stop, start + left)))
-            left -= chosen[-1][1] - start
+        if remaining > 0:
+            chosen.append((start, min(stop, start + remaining)))
+            remaining -= chosen[-1][1] - start
     return chosen, without(ranges, chosen)
 
 
 def _age(run: Run) -> float | None:
-    """Seconds since something was committed."""
+    """Seconds since the last commit; None without any."""
     paths = [journal.path for journal in run.journals.values()]
     if run.spans:
         paths.append(commit_path(run.path, run.spans[-1]))
     times = []
     for path in paths:
-        with suppress(FileNotFoundError):  # a journal goes when its span is committed
+        with suppress(FileNotFoundError):  # a journal is removed when its span is committed
             times.append(path.stat().st_mtime)
     return max(0.0, time.time() - max(times)) if times else None
 
 
-def _life(run: Run, frame: Frame) -> dict[str, Any]:
-    """What a frame says of who writes the run, and whether anybody does."""
-    known = sorted(writers(run.path), key=lambda writer: (writer.alive, writer.touched))
-    writer, age = known[-1] if known else None, _age(run)
+def _writer_fields(run: Run, frame: Frame) -> dict[str, Any]:
+    """The fields of a frame about the writer of the run: whether there is one, and since when there is none."""
+    by_age = sorted(writers(run.path), key=lambda writer: (writer.alive, writer.touched))
+    writer, age = by_age[-1] if by_age else None, _age(run)
     state: RunState = "finished" if frame.finished else "running" if writer is not None and writer.alive else "stopped"
     silent = None
     if state == "stopped":

@@ -1,4 +1,4 @@
-"""The forms that a corpus is stored in, one file a family; :func:`form_of` finds that of a file by its suffix."""
+"""The forms of corpus files, one module for each family. :func:`form_of` gives the form of a file by its suffix."""
 
 from __future__ import annotations
 

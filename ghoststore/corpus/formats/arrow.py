@@ -1,4 +1,4 @@
-"""What forms that pyarrow reads have in common: errors that name the file, rows of a table, the columns to read."""
+"""Functions for the forms that pyarrow reads: errors that name the file, the rows of a table, the columns to read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS_PER_BATCH = 1024
 
 @contextmanager
 def reading_arrow(path: Path) -> Iterator[None]:
-    """As :func:`reading`, of what pyarrow reads."""
+    """:func:`reading` for files that pyarrow reads: CorpusError for its errors, too."""
     import pyarrow
 
     try:
@@ -28,7 +28,9 @@ def reading_arrow(path: Path) -> Iterator[None]:
 
 
 def batch_rows(table: Any, first: int, path: Path, largest: int | None = None) -> Iterator[KeyedRow]:
-    """The rows of an Arrow table or batch, numbered from ``first``. CorpusError for one above ``largest`` bytes."""
+    """The rows of an Arrow table or batch, numbered from ``first``. CorpusError for a row of more than ``largest``
+    bytes.
+    """
     if largest is not None and table.nbytes > largest:
         for number in range(table.num_rows):
             if table.slice(number, 1).nbytes > largest:
@@ -47,13 +49,16 @@ def batch_rows(table: Any, first: int, path: Path, largest: int | None = None) -
 
 
 def wanted(columns: Sequence[str] | None, names: Iterable[str]) -> list[str] | None:
-    """The columns to read; all (None) when one is missing that a row must have: the row tells what there is instead."""
-    there = set(names)
-    if columns is None or not set(columns) - there <= set(BESIDE_MESSAGES):
+    """Those of ``columns`` that are among ``names``, the columns of the file.
+
+    None, for all columns, if a required one is missing: the error about a row then shows which fields it has.
+    """
+    available = set(names)
+    if columns is None or not set(columns) - available <= set(BESIDE_MESSAGES):
         return None
-    return [name for name in columns if name in there]
+    return [name for name in columns if name in available]
 
 
 def row_place(path: Path, key: int) -> str:
-    """The place of a row as a person finds it."""
+    """The place of a row for messages, counted from 1."""
     return f"{path}, row {key + 1}"

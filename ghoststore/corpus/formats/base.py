@@ -1,7 +1,7 @@
-"""What every form of corpus gives: the rows of one file, from any row on or at random.
+"""The protocol of the forms of a corpus: reading the rows of one file, from any row on or at random.
 
-A row has a *key* in its file: the byte offset of its record in text forms (in the decompressed bytes
-of .gz and .zst), its number from 0 in parquet and datasets. Key 0 always means the first row.
+A row has a *key* in its file. In text forms it is the byte offset of its record (after decompression of .gz and .zst);
+in parquet files and datasets it is the number of the row, counted from 0. Key 0 always means the first row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KeyedRow: TypeAlias = tuple[int, object]
 
 
 class Form(Protocol):
-    """How one kind of file is read. Every method raises CorpusError for a file it cannot read."""
+    """Reads one kind of file. Every method raises CorpusError for a file that it cannot read."""
 
     @property
     def name(self) -> str: ...
@@ -32,31 +32,35 @@ class Form(Protocol):
 
     @property
     def largest(self) -> int | None:
-        """Bytes of a record; CorpusError for a larger one, where it can be before it is in memory. None: any number."""
+        """Most bytes of a record; None for no limit. A larger one is a CorpusError, if possible before it
+        is in memory.
+        """
 
     @property
     def adds_nulls(self) -> bool:
-        """Whether a schema gives every object all its keys, null where the data had none."""
+        """Whether a schema gives every object all keys, with null for missing ones."""
 
     def fields(self, path: Path) -> Sequence[str] | None:
-        """The names that a schema gives all rows; None where each row has names of its own."""
+        """The field names that a schema gives all rows; None if each row has its own."""
 
     def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
-        """Keys and rows from key ``start`` on; only ``columns`` are needed (None: all)."""
+        """(key, row) of each row from key ``start`` on. Only ``columns`` are needed (None: all)."""
 
     def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
-        """The rows at ``keys`` (ascending, distinct), which `rows` gave before; those that are gone are left out."""
+        """(key, row) at each of ``keys``, which are ascending and distinct, and come from `rows`. Missing rows are left
+        out.
+        """
 
     def count(self, path: Path) -> int:
-        """How many rows the file has."""
+        """The number of rows of the file."""
 
     def where(self, path: Path, key: int) -> str:
-        """The place of a row as a person finds it: the file and the 1-based line or row."""
+        """The place of a row for messages: the file, and the line or row counted from 1."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn every way in which a file fails to be read into a CorpusError that names it."""
+    """Turn any error of reading a file into a CorpusError that names the file."""
     try:
         yield
     except zstandard.ZstdError as error:

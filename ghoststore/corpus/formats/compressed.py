@@ -14,15 +14,15 @@ from ghoststore.store.base.opening import open_regular
 
 BUFFER = 1 << 17
 PIECE = 1 << 10
-"""Compressed bytes that are decompressed at once. Four of zstd's can stand for 128 KiB: a piece for 32 MiB."""
+"""Compressed bytes to decompress at once. Four bytes of zstd can stand for 128 KiB, so one piece for 32 MiB."""
 WINDOW = 1 << 27
-"""What a zstd file may have its reader keep in memory, as the zstd program has it."""
+"""Most bytes of the window of a zstd file, which its reader keeps in memory. The zstd program has the same limit."""
 
 
 class ZstdReader(io.RawIOBase):
-    """The decompressed bytes of all frames; EOFError where the last frame is cut short.
+    """The decompressed bytes of all frames of a zstd file. EOFError if the last frame is cut short.
 
-    ``window`` bounds what a frame asks to have kept in memory; zstandard.ZstdError for more.
+    zstandard.ZstdError for a frame whose window is larger than ``window`` bytes.
     """
 
     def __init__(self, source: IO[bytes], window: int = WINDOW) -> None:
@@ -64,7 +64,7 @@ class ZstdReader(io.RawIOBase):
 
 
 class GzipReader(gzip.GzipFile):
-    """As gzip's own, which leaves the file open that it was given."""
+    """A gzip.GzipFile that also closes the file that it was given."""
 
     def __init__(self, source: IO[bytes]) -> None:
         super().__init__(fileobj=source, mode="rb")
@@ -76,9 +76,9 @@ class GzipReader(gzip.GzipFile):
 
 
 def open_bytes(path: Path, largest: int | None = None) -> io.BufferedReader:
-    """The decompressed bytes of a file, by its suffix. OSError for what is no regular file.
+    """The bytes of a file, decompressed if its suffix says so. OSError if it is not a regular file.
 
-    Where records may be ``largest`` bytes (None: any number), a zstd file may have as much kept in memory.
+    ``largest`` is the most bytes of a record (None: no limit). A zstd file may have a window of that size.
     """
     source = open_regular(path)
     match path.suffix.lower():
@@ -92,6 +92,6 @@ def open_bytes(path: Path, largest: int | None = None) -> io.BufferedReader:
 
 
 def too_large(place: str, largest: int, advice: bool) -> CorpusError:
-    """What is raised for a record of more than ``largest`` bytes at ``place``."""
+    """The error for a record of more than ``largest`` bytes at ``place``."""
     give = f"; if it is one, give `fields.max_record_bytes` a larger number ({largest:,} now)" if advice else ""
     return CorpusError(f"{place}: a record of more than {largest:,} bytes{give}")

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, saved or from the hub."""
+"""Hugging Face datasets, saved on disk or from the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ghoststore.corpus.formats.base import KeyedRow
 
 @dataclass(frozen=True, slots=True)
 class DatasetForm:
-    """A `datasets.Dataset`, read as Arrow tables from its memory map; paths only name it."""
+    """A `datasets.Dataset`, read as Arrow tables from its memory map. Paths serve only as names in messages."""
 
     dataset: Any
     name: str = "dataset"
@@ -45,7 +45,7 @@ class DatasetForm:
         return row_place(path, key)
 
     def schema(self, path: Path) -> Any:
-        """Its Arrow schema, with metadata."""
+        """The Arrow schema of the dataset, with metadata."""
         return self.dataset.features.arrow_schema
 
     def _reader(self, path: Path, columns: Sequence[str] | None) -> Callable[[int, int], Iterator[KeyedRow]]:
@@ -54,6 +54,6 @@ class DatasetForm:
         if "Json(" not in repr(chosen.features):
             tables = chosen.with_format("arrow")
             return lambda first, end: batch_rows(tables[first:end], first, path, self.largest)
-        # A Json feature is stored as encoded strings, which only datasets' own decoding turns back.
+        # A Json feature is stored as encoded strings, which only the decoding of datasets turns back.
         decoded = chosen.with_format(None)
         return lambda first, end: enumerate((decoded[row] for row in range(first, end)), start=first)

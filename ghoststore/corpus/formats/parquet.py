@@ -16,7 +16,7 @@ from ghoststore.settings.fields import LARGEST_RECORD
 from ghoststore.store.base.opening import open_regular
 
 AT_ONCE = 64 << 20
-"""Bytes of rows in memory, about."""
+"""Approximate bytes of rows in memory at once."""
 EXPANDED = 128 << 20
 """And at most what they take where each holds all of its column's dictionary: a value that stands there once may be
 that of every row.
@@ -98,7 +98,7 @@ class ParquetForm:
                 first += size
 
     def schema(self, path: Path) -> Any:
-        """Its Arrow schema, with metadata."""
+        """The Arrow schema of the file, with metadata."""
         with parquet_file(path) as file:
             return file.schema_arrow
 
@@ -151,7 +151,7 @@ def _thrift_numbers(data: bytes, count: int) -> list[int]:
 def parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    # Pages are read as they are needed, and not a row group at once, which may be the whole file.
+    # Pages are read when needed. A row group at once could be the whole file.
     with (
         reading_arrow(path),
         open_regular(path) as source,

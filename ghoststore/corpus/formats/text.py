@@ -19,9 +19,9 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Lines:
-    """The lines of an open file with their endings, without a BOM; ``offset`` is that of the next one.
+    """The lines of an open file with their endings, without a BOM. ``offset`` is the byte offset of the next line.
 
-    CorpusError for a line of more than ``largest`` bytes (None: any number), before it is in memory.
+    CorpusError for a line of more than ``largest`` bytes (None: no limit), before all of it is in memory.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
@@ -36,9 +36,9 @@ class Lines:
         if self._stream.seekable():
             self._stream.seek(offset - self.offset, io.SEEK_CUR)
         else:
-            left = offset - self.offset
-            while left and (skipped := self._stream.read(min(left, BUFFER))):
-                left -= len(skipped)
+            remaining = offset - self.offset
+            while remaining and (skipped := self._stream.read(min(remaining, BUFFER))):
+                remaining -= len(skipped)
         self.offset = offset
 
     def __iter__(self) -> Iterator[bytes]:
@@ -55,13 +55,13 @@ class Lines:
             yield line
 
     def check(self, begin: int) -> None:
-        """CorpusError if what was read since the record at ``begin`` is more than the largest record."""
+        """CorpusError if more than ``largest`` bytes were read since the beginning of the record, at ``begin``."""
         if self.largest is not None and self.offset - begin > self.largest:
             raise too_large(line_place(self.path, begin), self.largest, advice=True)
 
 
 class RecordedLines(Lines):
-    """Lines that are recorded as they are given."""
+    """Lines that also keeps every line it has given."""
 
     def __init__(self, path: Path, stream: io.BufferedReader, largest: int | None = None) -> None:
         super().__init__(path, stream, largest)
@@ -74,6 +74,7 @@ class RecordedLines(Lines):
 
 
 def decode(line: bytes, lines: Lines) -> str:
+    """The text of ``line``, the last one that ``lines`` gave. CorpusError if it is not UTF-8."""
     try:
         return line.decode()
     except UnicodeDecodeError as error:
@@ -82,17 +83,17 @@ def decode(line: bytes, lines: Lines) -> str:
 
 
 def line_place(path: Path, offset: int) -> str:
-    """``file, line n`` of the line that begins at a byte offset; reads the file up to it."""
-    number, left = 1, offset
+    """``file, line n`` for the line that begins at the byte ``offset``. Reads the file up to there."""
+    number, remaining = 1, offset
     with reading(path), open_bytes(path) as stream:
-        while left and (chunk := stream.read(min(left, BUFFER))):
+        while remaining and (chunk := stream.read(min(remaining, BUFFER))):
             number += chunk.count(b"\n")
-            left -= len(chunk)
+            remaining -= len(chunk)
     return f"{path}, line {number}"
 
 
 def json_rows(lines: Lines) -> Iterator[KeyedRow]:
-    """One JSON value a line; only the end of the file may have blank lines."""
+    """Rows of jsonl: one JSON value a line. Blank lines are allowed only at the end of the file."""
     each = iter(lines)
     loads = orjson.loads
     for line in each:
@@ -101,7 +102,7 @@ def json_rows(lines: Lines) -> Iterator[KeyedRow]:
             row = loads(line)
         except orjson.JSONDecodeError as error:
             if not line.strip():
-                if any(rest.strip() for rest in each):
+                if any(later_line.strip() for later_line in each):
                     place = line_place(lines.path, begin)
                     raise CorpusError(f"{place}: expected a JSON object, found a blank line") from None
                 return
@@ -112,7 +113,7 @@ def json_rows(lines: Lines) -> Iterator[KeyedRow]:
 
 
 def text_rows(lines: Lines) -> Iterator[KeyedRow]:
-    """One sample a line, without its ending (LF or CRLF), as the field "text"."""
+    """Rows of plain text: each line, without its ending (LF or CRLF), is the field "text" of one row."""
     for line in lines:
         text = decode(line, lines)
         text = text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
@@ -120,17 +121,17 @@ def text_rows(lines: Lines) -> Iterator[KeyedRow]:
 
 
 def csv_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
-    """Records of RFC 4180 with the offset at which each begins; a record may span lines."""
+    """(offset, cells) of each record of a CSV file (RFC 4180). A record may span several lines."""
     csv.field_size_limit((1 << 31) - 1)
     begin = lines.offset
     blank = -1
 
     def decoded() -> Iterator[str]:
         for line in lines:
-            lines.check(begin)  # an open quote goes on over lines
+            lines.check(begin)  # an open quote may continue over many lines
             yield decode(line, lines)
 
-    # The reader takes one line at a time and none beyond its record: the next record begins at lines.offset.
+    # csv.reader takes one line at a time, and none after its record, so the next record begins at lines.offset.
     records = csv.reader(decoded(), strict=True)
     while True:
         try:
@@ -150,7 +151,7 @@ def csv_records(lines: Lines) -> Iterator[tuple[int, list[str]]]:
 
 
 def csv_rows(lines: Lines) -> Iterator[KeyedRow]:
-    """Rows as dictionaries by the header, which is read from the file again when ``lines`` is past it."""
+    """Rows of a CSV file as dictionaries. If ``lines`` is past the header, that is read from the file again."""
     if lines.offset:
         with open_bytes(lines.path) as stream:
             _, header = next(csv_records(Lines(lines.path, stream, lines.largest)), (0, []))
@@ -167,14 +168,14 @@ def csv_rows(lines: Lines) -> Iterator[KeyedRow]:
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """Records in lines of UTF-8, possibly compressed; ``parse`` takes no line beyond the row it yields."""
+    """Records in lines of UTF-8, possibly compressed. ``parse`` must not take lines after the row that it yields."""
 
     name: str
     parse: Callable[[Lines], Iterator[KeyedRow]]
     has_offsets: bool = True
     adds_nulls: bool = False
     largest: int | None = None
-    """Bytes of a record; None: any number."""
+    """Most bytes of a record; None for no limit."""
 
     def fields(self, path: Path) -> Sequence[str] | None:
         return None
@@ -196,11 +197,13 @@ class TextForm:
             yield key, row
 
     def records(self, path: Path, keys: Sequence[int]) -> Iterator[tuple[int, object, bytes]]:
-        """As `pick`, and the bytes of each record with its line ending, where it has one."""
+        """(key, row, bytes of the record) at each of ``keys``, as in `pick`. The bytes include the line
+        ending, if any.
+        """
         with reading(path), ExitStack() as stack:
             lines = self._recorded(path, stack)
             for key in keys:
-                if lines.offset > key:  # a record that grew reaches past the next key
+                if lines.offset > key:  # the file has changed: a longer record reaches past the next key
                     lines = self._recorded(path, stack)
                 lines.move_to(key)
                 lines.recorded.clear()
@@ -215,7 +218,7 @@ class TextForm:
         return RecordedLines(path, stack.enter_context(open_bytes(path, self.largest)), self.largest)
 
     def header(self, path: Path) -> bytes:
-        """What stands before the first record, without a BOM: a header, or nothing."""
+        """The bytes before the first record, without a BOM: the header of a CSV file, else nothing."""
         first, _ = next(self.rows(path, None, 0), (0, None))
         with reading(path), open_bytes(path) as stream:
             return stream.read(first).removeprefix(BOM)
@@ -228,6 +231,6 @@ class TextForm:
 
 
 def text_forms(name: str, parse: Callable[[Lines], Iterator[KeyedRow]], *suffixes: str) -> dict[str, Form]:
-    """A text form under its suffixes, plain and compressed."""
+    """A text form for each of ``suffixes``, plain and compressed."""
     packings = ("", ".gz", ".zst")
     return {suffix + packed: TextForm(name + packed, parse) for suffix in suffixes for packed in packings}
