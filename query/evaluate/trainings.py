@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import MismatchError, WorkerError
 from ghoststore.processes import end_with_parent
 from ghoststore.progress import Progress
-from ghoststore.store.base.disk import publish, storage_errors
+from ghoststore.store.base.disk import publish, storage_errors, sweep
 from ghoststore.store.base.records import json_digest, reading, seal, unseal
 from indexer.training.retrain import Retrainer, Retraining
 
@@ -60,6 +60,7 @@ def losses_of(plan: Plan, folder: Path, workers: int, progress: Progress) -> dic
     """
     with storage_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)  # what an evaluation that was killed had begun
     stored = {name: _read(_path(folder, name), plan.digest(name)) for name in plan.kept}
     results = {name: losses for name, losses in stored.items() if losses is not None}
     missing = [name for name in plan.kept if name not in results]
