@@ -98,6 +98,13 @@ class _OneLine(ProgressColumn):
         return grid
 
 
+def pace(seconds: float, unit: str) -> str:
+    """``seconds`` a step as steps a second or, where that is below one, as seconds a step; ``unit`` is the plural."""
+    if seconds > 1:
+        return f"{seconds:,.{0 if seconds >= 100 else 1}f} s/{unit.removesuffix('s')}"
+    return f"{1 / seconds:,.{0 if seconds <= 0.1 else 1}f} {unit}/s"
+
+
 def _rates(task: RichTask) -> str:
     """Rows and tokens a second since the task began."""
     elapsed = task.finished_time if task.finished_time is not None else task.elapsed

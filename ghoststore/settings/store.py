@@ -185,6 +185,7 @@ class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
 class WatchOptions(BehindOption, RunOption):
     """Options of ``ghoststore watch``."""
 
+    run: str | None = option(None, "Training run (default: the one that is written, or the newest).", "Input")
     interval: float = option(1.0, "Seconds between looks at the store.", "Advanced")
     once: bool = option(False, "Print one frame and end.", "Output")
     text: bool = option(True, "Show the texts of the best and worst samples.", "Output")

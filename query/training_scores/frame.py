@@ -29,9 +29,11 @@ class DomainTrend:
 
     domain: str | None
     times: int
-    value_per_time: float
-    """Σ η·score ÷ times."""
-    negative_share: float
+    value_per_time: float | None
+    """Σ η·score ÷ times; None where no score of the domain counts."""
+    negative_share: float | None
+    kept_share: float | None
+    """Share of the domain's candidates that were trained on; None for a run that does not choose."""
     trend: list[float | None]
     """``value_per_time`` in each bin of steps."""
 
@@ -53,6 +55,8 @@ class Frame:
 
     store: str
     run: str | None
+    runs: int = 1
+    """Runs that there were to follow, where none was named."""
     waiting: str | None = None
     """What ``watch`` waits for; None once there are steps."""
     notes: list[str] = field(default_factory=list)
@@ -87,12 +91,21 @@ class Frame:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     """Tokens a second in the recent steps."""
+    seconds_per_step: float | None = None
+    """Mean over the recent steps."""
     score_share: float | None = None
     """Share of the time of the recent steps that scoring took, 0 to 1."""
     scored: int = 0
     left_out: int = 0
     """Scores that are NaN, infinite, or of a step without a learning rate."""
     negative_share: float | None = None
+    candidates: int | None = None
+    """Samples that steps chose among; None for a run that does not choose."""
+    kept: int | None = None
+    """Those of the candidates that were trained on."""
+    kept_share: float | None = None
+    recent_kept_share: float | None = None
+    """Of the recent steps."""
     recent_scores: int = 0
     recent_negative_share: float | None = None
     histogram: list[int] = field(default_factory=list)

@@ -24,6 +24,7 @@ from ghoststore.store.base.writers import writers
 from ghoststore.store.run.ranges import Steps, count, merged, without
 from ghoststore.store.spans.commits import commit_path
 from query.common.texts import texts_of
+from query.training_scores.chosen import RECENT_STEPS, Chosen
 from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame, RunState
 from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
@@ -33,9 +34,9 @@ STEPS_A_FRAME = 20_000
 """Most steps that one frame reads, so that the first frame of a long run appears at once and later ones complete it."""
 BINS, FEW_BINS, MANY_DOMAINS = 256, 64, 500
 RECENT_SCORES = 2000
-RECENT_STEPS = 50
 HISTOGRAM_BINS = 32
-EXTREMES = 5
+EXTREMES = 20
+"""Best and worst samples of a frame: as many as a tall terminal shows."""
 WRITER = ("host", "pid", "command", "since", "touched", "alive")
 
 
@@ -46,8 +47,10 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
     With ``once`` a single one, of all that is committed. A store without the run is waited for, but not with ``once``.
     Every frame reads only the steps that are new; memory grows with the row table alone.
 
-    Raises UsageError for a store that is none, for several runs without a name, and with ``once`` for a run that is not
-    there; CorruptError for damaged steps.
+    Of several runs, without a name, it follows the one that a process writes, or the newest.
+
+    Raises UsageError for a store that is none, and with ``once`` for a run that is not there; CorruptError for damaged
+    steps.
     """
     if not options.interval > 0 or not math.isfinite(options.interval):
         raise UsageError(f"`interval` must be above 0, not {options.interval}")
@@ -61,6 +64,21 @@ def watch(options: WatchOptions) -> Iterator[Frame]:
             return
         if not frame.unread:
             time.sleep(options.interval)
+
+
+def newest_of(names: Sequence[str], store: Store) -> str:
+    """Of the runs ``names`` of ``store`` the one that a process writes, or else the one that was written last."""
+
+    def age(name: str) -> tuple[bool, float]:
+        folder = store.run_path(name)
+        paths = [folder, *folder.iterdir(), *folder.glob("*/*")] if folder.is_dir() else []
+        times = [0.0]
+        for path in paths:
+            with suppress(FileNotFoundError):  # a run that is at work replaces files
+                times.append(path.stat().st_mtime)
+        return any(writer.alive for writer in writers(folder)), max(times)
+
+    return names[0] if len(names) == 1 else max(names, key=age)
 
 
 class _NoteList(Silent):
@@ -123,7 +141,9 @@ class Watcher:
         if self._name is not None and self._name not in names:
             self._store.run_path(self._name)  # UsageError for what cannot be a name
             return f"no run {self._name!r} in {self._store.path} yet; it has: {', '.join(names) or 'none'}"
-        run = self._store.run(self._name)
+        name = self._name or newest_of(names, self._store)
+        self._runs = len(names) if self._name is None else 1
+        run = self._store.run(name)
         self._run, self._pending = run, list(run.ranges)
         self._units = Units(run, "sample")
         self._sums = ScoreSums(len(self._units))
@@ -132,6 +152,7 @@ class Watcher:
         self._recent_scores: deque[NDArray[np.float64]] = deque()
         self._recent_count = 0
         self._recent_steps: deque[tuple[float, float, float]] = deque(maxlen=RECENT_STEPS)
+        self._chosen = Chosen(run) if run.layout.weights else None
         self._latest: dict[str, float | None] = dict.fromkeys(("train_loss", "val_loss", "learning_rate"))
         return None
 
@@ -140,6 +161,8 @@ class Watcher:
         places = piece.places
         counts = self._sums.add(places, self._units.of(places.row))
         self._curves.add(piece, counts)
+        if self._chosen is not None:
+            self._chosen.add(piece)
         if counts.any():
             newest = places.score[counts][-RECENT_SCORES:]
             self._recent_scores.append(newest)
@@ -160,6 +183,7 @@ class Watcher:
         shared: dict[str, Any] = {
             "store": str(self._store.path),
             "run": run.name,
+            "runs": self._runs,
             "planned": run.layout.steps,
             "steps": run.steps,
             "repeated_ids": run.repeated_ids,
@@ -173,6 +197,7 @@ class Watcher:
         ranked = (best(values, EXTREMES), best(-values, EXTREMES))
         self._look_up([int(place) for places in ranked for place in places], run)
         remaining = run.layout.steps - end
+        chosen = {} if self._chosen is None else self._chosen.fields()
         return Frame(
             **shared,
             unread=unread,
@@ -184,10 +209,12 @@ class Watcher:
             val_loss=self._latest["val_loss"],
             learning_rate=self._latest["learning_rate"],
             tokens_per_second=tokens / seconds if seconds else None,
+            seconds_per_step=seconds / len(self._recent_steps) if seconds else None,
             score_share=scoring / seconds if seconds else None,
             scored=tally.scored,
             left_out=tally.unscored + tally.not_finite + tally.without_learning_rate,
             negative_share=tally.negative_share,
+            **chosen,
             recent_scores=len(recent),
             recent_negative_share=float((recent < 0).mean()) if len(recent) else None,
             histogram=histogram,
@@ -242,17 +269,22 @@ class Watcher:
         total = times.sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             per_bin = weighted / times
+        value, below = (sums.sum(0) / np.maximum(total, 1) for sums in (weighted, negative))
+        shares = [None] * len(total) if self._chosen is None else _finite(self._chosen.shares)
         trends = [
             DomainTrend(
                 domain=self._curves.names[place],
                 times=int(total[place]),
-                value_per_time=float(weighted[:, place].sum() / total[place]),
-                negative_share=float(negative[:, place].sum() / total[place]),
+                value_per_time=float(value[place]) if total[place] else None,
+                negative_share=float(below[place]) if total[place] else None,
+                kept_share=shares[place],
                 trend=_finite(per_bin[:filled, place]),
             )
-            for place in np.flatnonzero(total).tolist()
+            for place in range(len(total))
+            if total[place] or shares[place] is not None
         ]
-        return sorted(trends, key=lambda trend: -trend.value_per_time)
+        least = -math.inf
+        return sorted(trends, key=lambda trend: -(least if trend.value_per_time is None else trend.value_per_time))
 
     def _curve(self) -> Curve:
         curves = self._curves

@@ -70,7 +70,7 @@ def test_a_growing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: in
 
 def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     """With `scores`, and with what was appended."""
-    found = ghoststore.scores(store=store, top_k=5, bottom_k=5, text=False)
+    found = ghoststore.scores(store=store, top_k=20, bottom_k=20, text=False)
     assert [(one.id, one.value, one.times) for one in frame.best] == [(h.id, h.value, h.times) for h in found.hits]
     assert [(one.id, one.value, one.times) for one in frame.worst] == [(h.id, h.value, h.times) for h in found.bottom]
     summary = found.summary
@@ -80,7 +80,9 @@ def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     domains = ghoststore.scores(store=store, by="domain").domains
     assert domains is not None
     assert [(one.domain, one.times) for one in frame.domains] == [(one.domain, one.times) for one in domains]
+    assert (frame.candidates, frame.kept, frame.kept_share, frame.recent_kept_share) == (None,) * 4
     for mine, theirs in zip(frame.domains, domains, strict=True):
+        assert mine.kept_share is None
         assert mine.value_per_time == pytest.approx(theirs.value_per_time)
         assert mine.negative_share == theirs.negative_share
         assert len(mine.trend) <= steps[-1] + 1
@@ -89,7 +91,7 @@ def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     assert frame.val_loss == (np.float32(5.7) if len(steps) == 5 else pytest.approx(frame.val_loss))
     assert frame.learning_rate == last["learning_rate"]
     assert frame.tokens_per_second == pytest.approx(np.mean([100 + step for step in steps]) / 0.5)
-    assert frame.score_share == 0.25
+    assert (frame.score_share, frame.seconds_per_step) == (0.25, 0.5)
     left = LAYOUT.steps - steps[-1] - 1
     assert (frame.state, frame.seconds_left) == ("stopped" if left else "finished", None)
     assert frame.commit_age is not None
@@ -149,9 +151,6 @@ def test_waiting(lab: Lab, tmp_path: Path) -> None:
     append(run, 0, 5)
     assert same(any_run.look(), named.look())
     assert named.look().waiting is None
-    make(store, "other")
-    with pytest.raises(UsageError, match="several runs"):
-        Watcher(store).look()
     with pytest.raises(UsageError, match="cannot name a run"):
         Watcher(store, "../x").look()
 
@@ -188,8 +187,11 @@ def test_the_command(lab: Lab, tmp_path: Path) -> None:
     for text in (
         "5 of 23 steps (22%)",
         "stopped: no writer since",
-        "loss",
-        "learning rate",
+        "loss 4.",
+        "val 5.",
+        "η 0.0",
+        "2.0 steps/s",
+        "scoring 25%",
         "earth",
         "best so far",
         "s0",
