@@ -210,6 +210,7 @@ class _Training:
                 self.progress.note(problem)
             # Checkpoints are this run's own: a gap is one that the store could not take, not a sign of another run.
             session.restore(resumed.step, resumed.pending, "the checkpoint", gaps_are_known=True)
+            trackers.summarize(inputs.rows, session.run)
             task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
             stack.enter_context(trainer.running())
             stopping = stack.enter_context(Stopping())
