@@ -98,6 +98,16 @@ class _OneLine(ProgressColumn):
         return grid
 
 
+def duration(seconds: float | None) -> str:
+    """``seconds`` in the largest fitting unit."""
+    if seconds is None:
+        return "–"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}" if size > 60 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def pace(seconds: float, unit: str) -> str:
     """``seconds`` a step as steps a second or, where that is below one, as seconds a step; ``unit`` is the plural."""
     if seconds > 1:
@@ -111,7 +121,9 @@ def _rates(task: RichTask) -> str:
     if not elapsed or elapsed < 0.05:
         return ""
     rows = (task.completed - task.fields["begun_at"]) / elapsed
-    text = f"{rows:,.0f} {task.fields['unit']}/s"
+    if not rows:
+        return ""
+    text = pace(1 / rows, task.fields["unit"])
     if task.fields["tokens"]:
         text += f", {task.fields['tokens'] / elapsed:,.0f} tokens/s"
     return text

@@ -55,6 +55,9 @@ def _print(report: Any) -> None:
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
+    if report.plan is not None:
+        print_facts("would train", _planned(report, report.plan))
+        return
     facts = [
         ("model", f"{report.parameters:,} parameters"),
         ("val loss", f"{number(report.val_loss, '.4f')} nats a token"),
@@ -77,3 +80,33 @@ def _print(report: Any) -> None:
             ("", f"ghoststore build --checkpoint {report.checkpoint} --data … --store {report.store}"),
         ]
     print_facts("evaluated" if report.checkpoint is None else "trained", facts)
+
+
+def _planned(report: Any, plan: Any) -> list[tuple[str, str]]:
+    from ghoststore.cli.terminal import duration, human_bytes, pace
+    from ghoststore.corpus.repeated import repeated_words
+
+    before = f", {report.resumed_from:,} of them done" if report.resumed_from else ""
+    drawn = f"{plan.rows_per_step:,} rows, about {plan.tokens_per_step:,.0f} tokens"
+    peak = "" if plan.peak_bytes is None else f"; the first step took {human_bytes(plan.peak_bytes)}"
+    time = "no step is left"
+    if plan.seconds_per_step is not None:
+        rate = pace(plan.seconds_per_step, "steps")
+        time = f"about {duration(plan.seconds_left)} ({rate}), val losses and checkpoints aside"
+    shown = ", ".join(plan.layers[:4]) + (", …" if len(plan.layers) > 4 else "")
+    return [
+        ("model", f"{report.parameters:,} parameters"),
+        ("rows", f"{plan.usable_rows:,} of {plan.samples:,} samples, {plan.tokens:,} tokens"),
+        *([("ids", words)] if (words := repeated_words(report.repeated_ids)) else []),
+        ("steps", f"{report.steps:,}{before}, {plan.epochs:.3g} passes over the rows"),
+        ("a step", drawn),
+        ("scored", f"{len(plan.layers):,} layers: {shown}" if plan.layers else "nothing"),
+        ("memory", f"at least {human_bytes(plan.training_bytes)}, and activations{peak}"),
+        ("time", time),
+        (
+            "disk",
+            f"{human_bytes(plan.checkpoint_bytes)} a checkpoint, {human_bytes(plan.run_bytes)} of numbers in the run",
+        ),
+        *(("would write" if not place else "", path) for place, path in enumerate(plan.writes)),
+        ("written", "nothing"),
+    ]

@@ -203,6 +203,8 @@ def _head(frame: Any, width: int) -> list[Any]:
     """Which run, how far it is, and how it stands: a line, or two where one is too short."""
     from rich.text import Text
 
+    from ghoststore.cli.terminal import duration
+
     share = frame.steps / frame.planned
     steps = f"  {frame.steps:,} of {frame.planned:,} steps ({share:.0%})"
     state = Text()
@@ -231,6 +233,8 @@ def _head(frame: Any, width: int) -> list[Any]:
 
 
 def _stopped(frame: Any) -> str:
+    from ghoststore.cli.terminal import duration
+
     return "stopped: no writer" + ("" if frame.silent is None else f" since {duration(frame.silent)}")
 
 
@@ -384,16 +388,6 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
         cells += [Line(one.domain or "", "dim")] if domain or not row else []
         table.add_row(*cells, Line(preview(one.text), "dim"))
     return _panel(title, table, width)
-
-
-def duration(seconds: float | None) -> str:
-    """``seconds`` in the largest fitting unit."""
-    if seconds is None:
-        return "–"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}" if size > 60 else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _number(value: float | None, form: str = ".3g") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from ghoststore.checkpoint.config_identity import agreed_config
 from ghoststore.settings.train import OnStoreError
 from ghoststore.software import versions_of
 from ghoststore.store import Store
-from ghoststore.store.base.manifest import RUN, Manifest
+from ghoststore.store.base.manifest import RUN, Manifest, refuse_differences
 from ghoststore.store.base.names import check_name
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.rows import RowTable
@@ -55,6 +56,14 @@ class RunPlan:
             refuse_damaged(stored)
             manifest = self._in_words_of(stored.manifest)
         return create_run(path, manifest, self.rows.table()), new
+
+    def refuse_other(self) -> None:
+        """MismatchError if the run is there with other settings. Writes nothing."""
+        path = Path(self.store) / "runs" / check_name(self.name)
+        if path.exists():
+            stored = Run(path).manifest
+            wanted = json.loads(json.dumps(self._in_words_of(stored)))
+            refuse_differences(stored, wanted, f"run {self.name!r} of {self.store}", RUN)
 
     def _in_words_of(self, stored: Manifest) -> Manifest:
         """The manifest, in the spans of ``stored``, and with the configuration as it has it if a release of

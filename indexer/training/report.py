@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from indexer.training.dry_run import TrainPlan
 from indexer.training.loop import StepResult
 from indexer.training.validation import ValLoss
 
@@ -21,10 +22,10 @@ class TrainReport:
 
     output_dir: str
     checkpoint: str | None = None
-    """The last checkpoint; None after ``eval_only``."""
+    """The last checkpoint; None after ``eval_only`` and ``dry_run``."""
     store: str | None = None
     run: str | None = None
-    """None after ``eval_only`` and without a store."""
+    """None after ``eval_only`` and ``dry_run``, and without a store."""
     steps: int = 0
     resumed_from: int = 0
     """Steps that were finished before this call."""
@@ -45,6 +46,8 @@ class TrainReport:
     negative_share: float | None
     """Share of this call's scores of the first rank that are negative."""
     seconds: float
+    plan: TrainPlan | None = None
+    """What would be done; None but of ``dry_run``."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON that ``ghoststore train --json`` prints."""

@@ -27,13 +27,13 @@ from ghoststore.store.base.names import safe_name
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.tokens.manifest import date_in
-from indexer.dotprod import GradDotProdEngine
 from indexer.encode.tokens import Tokenizer, embedding_rows, longest_row
 from indexer.session.chooser import Chooser
 from indexer.session.ranks import Ranks, joined, refuse_drift
 from indexer.session.run_plan import RunPlan, parameter_count
 from indexer.session.session import ScoringSession
 from indexer.training.data import Order, TrainingRows
+from indexer.training.dry_run import Prepared, plan_of, tokens_aside
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
 from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
 from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
@@ -95,6 +95,8 @@ def train(options: TrainOptions) -> TrainReport:
             ranks=ranks,
             progress=(options.progress or Silent()) if ranks.leads else Silent(),
         )
+        if options.dry_run:
+            return training.rehearse([str(options.tensorboard)] if options.tensorboard is not None else [])
         with Trackers.open(options.tensorboard, options.wandb, config, ranks) as trackers:
             return training.evaluate() if options.eval_only else training.run(trackers)
 
@@ -144,10 +146,29 @@ class _Training:
         with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
             return self._run(start, trackers, begun)
 
-    def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
+    def rehearse(self, also: list[str]) -> TrainReport:
+        """What :meth:`run` would do, as a plan. Writes nothing, tokens in a temporary folder aside."""
+        begun = time.perf_counter()
+        start = Start.find(self.checkpoint, self.tokenizer, self.data)
+        with tokens_aside() as folder:
+            prepared = self._prepared(start, folder, record=False)
+            plan = plan_of(prepared, self.data, self.output_dir, also)
+        return Watch().report(
+            output_dir=str(self.output_dir),
+            steps=prepared.inputs.steps,
+            resumed_from=prepared.resumed.step,
+            rows=len(prepared.inputs.rows),
+            parameters=parameter_count(prepared.inputs.model),
+            repeated_ids=prepared.manifest["corpus"]["repeated_ids"],
+            seconds=time.perf_counter() - begun,
+            plan=plan,
+        )
+
+    def _prepared(self, start: Start, tokens: Path, *, record: bool) -> Prepared:
+        """All that comes before the first step; tokens of a corpus are in ``tokens``, or are made there."""
         newest = next(reversed(checkpoints(self.output_dir)), None)
         saved = None if newest is None else read_state(newest)
-        inputs = self._inputs(start, newest, saved)
+        inputs = self._inputs(start, newest, saved, tokens)
         model = inputs.model
         optimizer = make_optimizer(model, self.config.optimization)
         engine = scoring_engine(model, optimizer, self.config, self.projection) if self._scores else None
@@ -166,6 +187,7 @@ class _Training:
         if engine is not None and inputs.val is not None:
             schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
         resumed = self._resumed(saved, manifest, model, optimizer)
+        plan = self._plan(manifest, layout, inputs.rows)
         trainer = Trainer(
             model=self._wrapped(model),
             optimizer=optimizer,
@@ -175,7 +197,7 @@ class _Training:
             ranks=self.ranks,
             device=self.device,
             steps=inputs.steps,
-            session=self._session(engine, manifest, layout, inputs.rows),
+            session=ScoringSession(engine, plan if record else None, self.ranks, note=self.progress.note),
             val_schedule=schedule,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
             chooser=Chooser.of(self.config.choosing, self.config.seed, self.ranks, inputs.steps),
@@ -183,6 +205,19 @@ class _Training:
         if schedule is not None:
             with trainer.autocast():
                 schedule.examine(resumed.step)
+        return Prepared(
+            inputs=inputs,
+            engine=engine,
+            layout=layout,
+            manifest=manifest,
+            plan=plan,
+            resumed=resumed,
+            trainer=trainer,
+        )
+
+    def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
+        prepared = self._prepared(start, self.output_dir, record=True)
+        inputs, manifest, resumed, trainer = prepared.inputs, prepared.manifest, prepared.resumed, prepared.trainer
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
         seen = self._train(trainer, resumed, manifest, inputs, trackers)
         run = trainer.session.run
@@ -194,7 +229,7 @@ class _Training:
             steps=inputs.steps,
             resumed_from=resumed.step,
             rows=len(inputs.rows),
-            parameters=parameter_count(model),
+            parameters=parameter_count(inputs.model),
             repeated_ids=manifest["corpus"]["repeated_ids"],
             seconds=time.perf_counter() - begun,
         )
@@ -236,7 +271,7 @@ class _Training:
                 seen.val = val.loss(trainer.inner, self.ranks)
         return seen
 
-    def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None) -> Inputs:
+    def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None, tokens: Path) -> Inputs:
         """Model, val set and rows, with notes on rows that cannot be used; the model of the checkpoint ``newest``."""
         model = start.model(self.config, self.device, newest)
         max_length = longest_row(model, self.config.max_length)
@@ -245,7 +280,7 @@ class _Training:
         shards = token_shards(
             self.data,
             start,
-            self.output_dir,
+            tokens,
             fields=self.fields,
             max_samples=self.max_samples,
             template_date=tokenizer.template_date,
@@ -271,22 +306,18 @@ class _Training:
             max_length=max_length,
         )
 
-    def _session(
-        self, engine: GradDotProdEngine | None, manifest: Manifest, layout: RunLayout, rows: TrainingRows
-    ) -> ScoringSession:
-        plan = None
-        if self.store is not None:
-            model = self.config.architecture or Path(str(self.checkpoint)).resolve().name
-            name = self.name or safe_name(model, corpus_name(self.data))
-            plan = RunPlan(
-                store=self.store,
-                name=name,
-                layout=layout,
-                manifest=manifest,
-                rows=rows,
-                on_store_error=self.config.on_store_error,
-            )
-        return ScoringSession(engine, plan, self.ranks, note=self.progress.note)
+    def _plan(self, manifest: Manifest, layout: RunLayout, rows: TrainingRows) -> RunPlan | None:
+        if self.store is None:
+            return None
+        model = self.config.architecture or Path(str(self.checkpoint)).resolve().name
+        return RunPlan(
+            store=self.store,
+            name=self.name or safe_name(model, corpus_name(self.data)),
+            layout=layout,
+            manifest=manifest,
+            rows=rows,
+            on_store_error=self.config.on_store_error,
+        )
 
     @property
     def _checkpoint_interval(self) -> int:

@@ -17,6 +17,10 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         raise UsageError("give `architecture` to train from scratch, or `checkpoint` to go on from one")
     if options.eval_only and (options.val_set is None or options.checkpoint is None):
         raise UsageError("`eval_only` needs `checkpoint` and `val_set`")
+    if options.dry_run and options.eval_only:
+        raise UsageError("`eval_only` writes nothing in any case: leave out `dry_run`")
+    if options.dry_run and ranks.count > 1:
+        raise UsageError(f"`dry_run` tries a training in one process, not in {ranks.count} ranks")
     if str(options.val_set) == "-" and ranks.count > 1:
         raise UsageError("`val_set=-` cannot be read by several ranks; save it to a file first")
     for name in ("max_samples", "max_val_samples"):

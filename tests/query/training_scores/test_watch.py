@@ -19,7 +19,8 @@ from rich.console import Console
 import ghoststore
 import query.training_scores.watch
 from ghoststore.cli.charts import histogram, line_chart, sparkline
-from ghoststore.cli.watch import duration, render
+from ghoststore.cli.terminal import duration
+from ghoststore.cli.watch import render
 from ghoststore.errors import UsageError
 from ghoststore.store import RunWriter
 from query.training_scores.frame import Frame
