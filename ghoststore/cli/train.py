@@ -20,11 +20,12 @@ from ghoststore.settings.train import TrainOptions
     first="data val_set store output_dir name architecture checkpoint batch_size max_steps learning_rate",
 )
 def command(keywords: options.Keywords, printing: Printing) -> None:
-    """Train a GPT-2; score every training sample of every step against the val set, in the training step itself.
+    """Train a language model; score every training sample of every step against the val set, in the step itself.
 
-    Scores go to a run of the store, live: `ghoststore watch` shows them from another terminal, `ghoststore scores`
-    ranks them. With --keep-gradients so do projected gradients, which `ghoststore query --run` searches. Checkpoints
-    are in transformers' format. Run the same command again and it goes on where it stood.
+    The model is a new GPT-2, a new one of any --config, or a checkpoint. Scores go to a run of the store, live:
+    `ghoststore watch` shows them from another terminal, `ghoststore scores` ranks them. With --keep-gradients so do
+    projected gradients, which `ghoststore query --run` searches. Checkpoints are in transformers' format. Run the same
+    command again and it goes on where it stood.
     Several processes: torchrun --nproc-per-node N -m ghoststore train …
     """
     keywords["projection"] = _projection(keywords)

@@ -134,6 +134,13 @@ class RunConfig:
     """The options for model and data, and for how often things are written."""
 
     architecture: str | None = option(None, "GPT2-Tiny, GPT2-Small, GPT2-Medium or GPT2-Large, from scratch.", "Model")
+    model_config: str | Path | None = option(
+        None,
+        "A new model of this configuration of a causal language model of transformers (a config.json).",
+        "Model",
+        flag="--config",
+        metavar="FILE",
+    )
     max_length: int | None = option(
         None, "Longest row in tokens (default: the model's positions, at most 1024).", "Input"
     )
@@ -275,7 +282,7 @@ class TrainOptions(
     val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")
     store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output")
     output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output"))
-    name: str | None = option(None, "Name of the run (default: after architecture and data).", "Output")
+    name: str | None = option(None, "Name of the run (default: after model and data).", "Output")
     checkpoint: str | Path | None = option(None, "Continue from this checkpoint instead.", "Model")
     tokenizer: str | Path | None = option(
         None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model"

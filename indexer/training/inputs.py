@@ -30,7 +30,7 @@ from ghoststore.tokens.shards import TokenShards
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.tokenize.tokenize import tokenize_as_of
-from indexer.training.architectures import architecture, new_model
+from indexer.training.architectures import architecture, new_model, new_model_of
 from indexer.training.data import Order, TrainingRows
 from indexer.training.validation import ValSet
 
@@ -63,10 +63,12 @@ class Start:
         if source is not None:
             model = load_model(source, dtype=config.model_dtype, device=device)
         else:
-            assert config.architecture is not None
-            model = new_model(
-                architecture(config.architecture, self.tokenizer, dropout=config.dropout), seed=config.seed
-            )
+            if config.architecture is not None:
+                shape = architecture(config.architecture, self.tokenizer, dropout=config.dropout)
+                model = new_model(shape, seed=config.seed)
+            else:
+                assert config.model_config is not None
+                model = new_model_of(config.model_config, seed=config.seed)
             model = model.to(device=device, dtype=getattr(torch, config.model_dtype))
         for parameter in model.parameters():
             parameter.requires_grad_(True)

@@ -19,6 +19,7 @@ from ghoststore.tokens.shards import TokenShards
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.kept_gradients import gradient_layout, kept_section
 from indexer.session.run_plan import parameter_count, projection_hash, run_manifest
+from indexer.training.architectures import config_name
 from indexer.training.inputs import Inputs
 
 IDENTITY = ("model", "tokenizer", "corpus", "val", "training", "scoring", "storage")
@@ -69,7 +70,7 @@ def training_manifest(
     sections = {
         "model": {
             "architecture": type(model).__name__,
-            "name": config.architecture,
+            "name": config.architecture if config.model_config is None else config_name(config.model_config),
             "config": agreed_config(known.get("config"), model.config, training=True),
             "checkpoint": start_section(inputs.start.checkpoint, known.get("checkpoint")),
             "parameters": parameter_count(model),

@@ -1,4 +1,4 @@
-"""``ghoststore.train``: GPT-2 training with every sample scored live into a store."""
+"""``ghoststore.train``: training of language models with every sample scored live into a store."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from indexer.session.chooser import Chooser
 from indexer.session.ranks import Ranks, joined, refuse_drift
 from indexer.session.run_plan import RunPlan, parameter_count
 from indexer.session.session import ScoringSession
+from indexer.training.architectures import model_name
 from indexer.training.data import Order, TrainingRows
 from indexer.training.dry_run import Prepared, plan_of, tokens_aside
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
@@ -58,13 +59,13 @@ from indexer.training.validation import ValLoss, ValSet
 
 @takes(TrainOptions)
 def train(options: TrainOptions) -> TrainReport:
-    """Train a GPT-2 on ``data`` and score each sample of each step against ``val_set``, live, into ``store``.
+    """Train a language model on ``data`` and score each sample of each step against ``val_set``, live, into ``store``.
 
     Parameters have the names of the command's options; those of training (``batch_size=4``) may come
     as one ``config`` instead. ``data`` and ``val_set`` are token shards or any form of corpus; a corpus
-    is tokenized into ``output_dir/tokens`` first. The model is a new one of ``architecture``, or goes on from
-    ``checkpoint``. Checkpoints in transformers' format go to ``output_dir``, steps and scores to the run ``name``.
-    Under ``torchrun`` every process is a rank: they see different samples, and the first writes.
+    is tokenized into ``output_dir/tokens`` first. The model is a new one of ``architecture`` or ``model_config``,
+    or goes on from ``checkpoint``. Checkpoints in transformers' format go to ``output_dir``, steps and scores to the
+    run ``name``. Under ``torchrun`` every process is a rank: they see different samples, and the first writes.
 
     Run again, it goes on from the newest checkpoint: data order, random state, weights and scores are those of a run
     that was never interrupted (on the same machine and software).
@@ -309,7 +310,7 @@ class _Training:
     def _plan(self, manifest: Manifest, layout: RunLayout, rows: TrainingRows) -> RunPlan | None:
         if self.store is None:
             return None
-        model = self.config.architecture or Path(str(self.checkpoint)).resolve().name
+        model = self.config.architecture or model_name(self.config.model_config or str(self.checkpoint))
         return RunPlan(
             store=self.store,
             name=self.name or safe_name(model, corpus_name(self.data)),

@@ -13,8 +13,11 @@ from indexer.session.ranks import Ranks
 
 def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
     """UsageError for options that do not go together, or not with so many ranks."""
-    if (config.architecture is None) == (options.checkpoint is None):
-        raise UsageError("give `architecture` to train from scratch, or `checkpoint` to go on from one")
+    models = (config.architecture, config.model_config, options.checkpoint)
+    if sum(model is not None for model in models) != 1:
+        raise UsageError(
+            "give `architecture` or `model_config` to train from scratch, or `checkpoint` to go on from one"
+        )
     if options.eval_only and (options.val_set is None or options.checkpoint is None):
         raise UsageError("`eval_only` needs `checkpoint` and `val_set`")
     if options.dry_run and options.eval_only:
@@ -34,8 +37,8 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
     scoring = config.scoring
     if options.projection is not None and scoring.score != "sketched" and scoring.keep_gradients is None:
         raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
-    if options.checkpoint is not None and config.dropout:
-        raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own")
+    if config.architecture is None and config.dropout:
+        raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own, and so has a configuration")
     if options.name is not None:
         if options.store is None:
             raise UsageError("`name` is the name of a run: it needs `store`")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.support.trainings import Gym
 
 Options = dict[str, Any]
-NEITHER = r"give `architecture` to train from scratch, or `checkpoint`"
+NEITHER = r"give `architecture` or `model_config` to train from scratch, or `checkpoint`"
 
 REFUSED: dict[str, tuple[Options, str]] = {
     "no-store": ({"store": None}, r"GradDotProd` needs `val_set` and `store`; `method=Regular` trains without"),
