@@ -89,7 +89,7 @@ def _planned(report: Any, plan: Any) -> list[tuple[str, str]]:
 
     before = f", {report.resumed_from:,} of them done" if report.resumed_from else ""
     drawn = f"{plan.rows_per_step:,} rows, about {plan.tokens_per_step:,.0f} tokens"
-    peak = "" if plan.peak_bytes is None else f"; the first step took {human_bytes(plan.peak_bytes)}"
+    peak = "" if plan.peak_bytes is None else f"; the first steps took {human_bytes(plan.peak_bytes)}"
     time = "no step is left"
     if plan.seconds_per_step is not None:
         rate = pace(plan.seconds_per_step, "steps")

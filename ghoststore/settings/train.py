@@ -301,7 +301,7 @@ class TrainOptions(
         leave_out=("exclude_layers", *LEARNED_OPTIONS),
     )
     eval_only: bool = option(False, "Only the val loss of `checkpoint`.", "Output")
-    dry_run: bool = option(False, "Say what would be done, and try a step; write nothing.", "Output")
+    dry_run: bool = option(False, "Say what would be done, and try two steps; write nothing.", "Output")
     tensorboard: str | Path | None = option(None, "Log to this TensorBoard folder.", "Output")
     wandb: str | None = option(
         None, "Log to Weights & Biases (offline unless WANDB_MODE is set).", "Output", metavar="PROJECT"

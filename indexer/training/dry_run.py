@@ -1,4 +1,4 @@
-"""What a training would do: read, made ready and tried for one step in memory, and not begun."""
+"""What a training would do: read, made ready and tried for two steps in memory, and not begun."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ class TrainPlan:
     training_bytes: int
     """Weights, their gradients and AdamW's moments; activations come on top."""
     peak_bytes: int | None
-    """The most that the first step took on the GPU; None on a CPU."""
+    """The most that these steps took on the GPU; None on a CPU."""
     seconds_per_step: float | None
-    """What the first step that is left took, on this machine as busy as it is; None where none is left."""
+    """What a step took, on this machine as busy as it is: the second that is left, for the first of a process does what
+    later ones need not. With a val gradient where it is due at that step. None where no step is left."""
     seconds_left: float | None
     """That, times the steps that are left; val losses and checkpoints come on top."""
     checkpoint_bytes: int
@@ -78,13 +79,13 @@ def tokens_aside() -> Iterator[Path]:
 
 
 def plan_of(prepared: Prepared, data: str, output_dir: Path, also: list[str]) -> TrainPlan:
-    """What the training ``prepared`` would do; its first step is made, in memory. ``also`` are other folders that it
-    would write. MismatchError if its run is there with other settings.
+    """What the training ``prepared`` would do; its first and second step are made, in memory. ``also`` are other
+    folders that it would write. MismatchError if its run is there with other settings.
     """
     inputs, trainer, plan, layout = prepared.inputs, prepared.trainer, prepared.plan, prepared.layout
     if plan is not None:
         plan.refuse_other()
-    seconds, peak = _first_step(trainer, prepared.resumed.step)
+    seconds, peak = _tried(trainer, prepared.resumed.step)
     rows, usable = inputs.rows, inputs.rows.usable
     tokens, drawn = int(rows.length[usable].sum()), inputs.order.step_rows
     weights = sum(p.numel() * p.element_size() for p in inputs.model.parameters())
@@ -110,19 +111,21 @@ def plan_of(prepared: Prepared, data: str, output_dir: Path, also: list[str]) ->
     )
 
 
-def _first_step(trainer: Trainer, step: int) -> tuple[float | None, int | None]:
-    """(seconds, most bytes on the GPU) of ``step``, whose results are forgotten."""
+def _tried(trainer: Trainer, step: int) -> tuple[float | None, int | None]:
+    """(seconds of the last, most bytes on the GPU) of ``step`` and the one after it, whose results are forgotten."""
     if step >= trainer.steps:
         return None, None
     device = torch.device(trainer.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    seconds = None
     with trainer.session, trainer.running():
-        begun = time.perf_counter()
-        trainer.step(step)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begun
+        for place in range(step, min(step + 2, trainer.steps)):
+            begun = time.perf_counter()
+            trainer.step(place)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begun
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
