@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ghoststore.store.base.manifest import Manifest
 from ghoststore.store.run.layout import RunLayout
 from indexer.dotprod import GradDotProdEngine
 from indexer.session.run_plan import RunPlan
 from indexer.training.inputs import Inputs, is_shards
 from indexer.training.loop import Trainer
-from indexer.training.manifest import Manifest
 from indexer.training.state import Resumed
 
 WEIGHTS_AND_MOMENTS = 3
