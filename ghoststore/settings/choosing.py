@@ -80,11 +80,18 @@ class ChoosingConfig:
                 raise UsageError(f"`{name}={value}` is about choosing among candidates: give `candidates`, too")
 
     def begins_at(self, steps: int) -> int:
-        """The step from which candidates are chosen, of ``steps`` in all.
+        """The step from which candidates are chosen, of ``steps`` in all; UsageError if there is none.
 
         Scores of early steps say little: ``benchmarks/results/choosing-ways-scores-cuda.md``.
         """
-        return steps // 4 if self.choosing_begins_at is None else self.choosing_begins_at
+        if self.choosing_begins_at is None:
+            return steps // 4
+        if self.choosing_begins_at >= steps:
+            raise UsageError(
+                f"`choosing_begins_at={self.choosing_begins_at}`: the training has {steps} steps, so nothing would be "
+                "chosen; give an earlier one"
+            )
+        return self.choosing_begins_at
 
     @property
     def least(self) -> int:
@@ -107,6 +114,10 @@ def values_of(config: Any) -> dict[str, Any]:
 
 def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
     """UsageError for what a policy lacks, or would ignore."""
+    if not isinstance(policy, str) and not callable(policy):
+        raise UsageError(f"`policy` is a name or a function of the candidates, not {type(policy).__name__}")
+    if keep is not None and not isinstance(keep, int):
+        raise UsageError(f"`keep` is a whole number, not {keep!r}")
     if keep is None and policy in EXACTLY:
         raise UsageError(f"`policy={policy}` chooses so many candidates: give `keep`")
     if (policy == "threshold") != (threshold is not None):
@@ -119,4 +130,5 @@ def policy_name(policy: str | Callable[[Any], Any]) -> str:
     """A policy as a run says it: of a function its module and name."""
     if isinstance(policy, str):
         return policy
+    policy = getattr(policy, "func", policy)  # of a partial
     return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

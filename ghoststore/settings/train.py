@@ -123,6 +123,10 @@ class ScoringConfig:
         check_kept(self.keep_gradients, self.proj_dtype)
         if self.keep_gradients is not None and self.method == "Regular":
             raise UsageError("`keep_gradients` belongs to `method=GradDotProd`: a regular step has no taps")
+        if self.method == "Regular" and (self.score_metric != "sgd" or self.score_layers is not None):
+            raise UsageError("`score_metric` and `score_layers` belong to `method=GradDotProd`")
+        if self.score_metric == "adam" and self.route == "gram":
+            raise UsageError("`score_metric=adam` takes the direct route: leave `route=gram` out")
         if self.score == "sketched" and (self.exclude_layers or self.route != "auto" or self.score_layers is not None):
             raise UsageError(
                 "`exclude_layers`, `score_layers` and `route` belong to `score=exact`; give `projection.layers`"

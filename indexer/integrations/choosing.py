@@ -93,6 +93,8 @@ class LoopChooser:
         numbers = scores.total.float().cpu().numpy()
         rows = np.arange(len(losses_B)) if expected.rows is None else expected.rows
         scored = Scored(rows, numbers, losses_B, _tokens(kwargs, labels_BT))
+        if not target_counts(labels_BT).any():
+            raise UsageError(f"no sample of this micro-batch of step {expected.step} has a target: leave it out")
         weights_B = self._chooser.of_micro_batch(expected.step, self._session.micro_batches, scored)
         _refuse_unequal(weights_B)
         places = torch.from_numpy(np.flatnonzero(weights_B)).to(labels_BT.device)
@@ -125,6 +127,8 @@ class LoopChooser:
                 raise UsageError(f"{type(model).__name__} returned no logits: its samples have no losses to score")
             self._hold(model, output, logits, kwargs, labels_BT)
             losses_B = own_losses(logits, labels_BT.to(logits.device))
+            lacking_B = target_counts(labels_BT).to(logits.device) == 0  # no loss, which is not one of 0
+            losses_B = losses_B.masked_fill(lacking_B, torch.nan)
             scores = opened.scores(losses_B)
         return losses_B.detach().float().cpu().numpy(), scores
 

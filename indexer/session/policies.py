@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import GhostStoreError, UsageError
+from ghoststore.settings.choosing import policy_name
 from indexer.projection import draws
 
 
@@ -122,21 +124,37 @@ def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:
         return first_k(candidates)
     columns = {name: getattr(candidates, name)[finite] for name in ("scores", "losses", "tokens", "rows")}
     within = None if candidates.interactions is None else candidates.interactions[np.ix_(finite, finite)]
-    given = policy(replace(candidates, **columns, keep=min(candidates.keep, len(finite)), interactions=within))
+    seen = replace(candidates, **columns, keep=min(candidates.keep, len(finite)), interactions=within)
+    try:
+        given = policy(seen)
+    except GhostStoreError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"`policy={policy_name(policy)}` failed in step {candidates.step}: {type(error).__name__}: {error}"
+        ) from error
     weights = np.zeros(len(candidates), dtype=np.float32)
     weights[finite] = _checked(given, len(finite), candidates.step)
     return weights
 
 
 def first_k(candidates: Candidates) -> NDArray[np.float32]:
-    """1 for the first ``keep``, which are random ones: the order of a training is."""
-    return (np.arange(len(candidates)) < candidates.keep).astype(np.float32)
+    """1 for the first ``keep`` that have a loss, which are random ones: the order of a training is."""
+    usable = np.flatnonzero(np.isfinite(candidates.losses))
+    if not len(usable):  # all diverged: the step says so
+        usable = np.arange(len(candidates))
+    return _ones(usable[: candidates.keep], candidates).astype(np.float32)
 
 
 def _checked(given: Any, count: int, step: int) -> NDArray[np.float64]:
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = given if given.is_complex() else given.double().numpy()
     try:
+        if isinstance(given, np.ma.MaskedArray) or np.iscomplexobj(given):
+            raise TypeError("real numbers are due, without a mask")
         weights = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"`policy` gave {type(given).__name__} for step {step}; expected weights: {error}") from error
     if weights.shape != (count,):
         raise UsageError(f"`policy` gave weights of shape {weights.shape} for {count} candidates of step {step}")

@@ -29,7 +29,7 @@ from indexer.session.ranks import Ranks
 from indexer.session.session import ScoredStep, ScoringSession
 from indexer.training.data import Batch, Order, TrainingRows
 from indexer.training.scoring import ValSchedule
-from indexer.training.share import Part, Share
+from indexer.training.share import Part, Share, even
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +174,7 @@ class Trainer:
         ends = np.cumsum([len(rows) for rows in cuts])[:-1]
         for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
             self.session.take(rows, batch.losses, batch.scores, weights_B)
+        weights_RB = even(weights_RB)
         share = Share.chosen(self.rows, drawn, weights_RB, ranks, size, anew=chooser.over == "all")
         if self.config.choosing.choosing_passes == "two":
             return share, self._passes(share, step)

@@ -102,7 +102,7 @@ def training_manifest(
             "loss": "next-token cross-entropy, mean over all targets of a step",
         },
         "scoring": {
-            **_scoring(config),
+            **_scoring(config, inputs.steps),
             "exclude_layers": list(config.scoring.exclude_layers),
             "checkpoint_interval": checkpoint_interval,
             "projection": projection_hash(engine),
@@ -119,7 +119,7 @@ def training_manifest(
     return run_manifest(sections, layout, "transformers", "tokenizers")
 
 
-def _scoring(config: TrainConfig) -> dict[str, Any]:
+def _scoring(config: TrainConfig, steps: int) -> dict[str, Any]:
     """The options of scoring, those that are not as they were before they came aside."""
     section = asdict(config.scoring)
     del section["score_layers"]
@@ -128,7 +128,7 @@ def _scoring(config: TrainConfig) -> dict[str, Any]:
     if config.score_layers == "blocks":
         section["score_layers"] = "blocks"
     if config.choosing.candidates is not None:
-        section["choosing"] = config.choosing.to_json()
+        section["choosing"] = {**config.choosing.to_json(), "choosing_begins_at": config.choosing.begins_at(steps)}
     return section
 
 

@@ -23,6 +23,12 @@ class Part(NamedTuple):
     """Of each row; None: every row counts alike."""
 
 
+def even(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``weights`` with 1 as the largest: in the middle of float32's range, whatever a policy gave. Ratios count."""
+    largest = weights.max().astype(np.float64)
+    return weights if largest == 1 else (weights / largest).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """The micro-batches of one rank."""

@@ -16,6 +16,7 @@ from torch import nn
 from ghoststore.checkpoint.load import resolve_device
 from ghoststore.corpus import Fields, absolute
 from ghoststore.corpus.locate import corpus_name
+from ghoststore.errors import UsageError
 from ghoststore.interrupts import Stopping
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
@@ -295,6 +296,11 @@ class _Training:
                 f"{len(rows) - len(rows.usable):,} of {len(rows):,} rows have no target and are left out"
             )
         config, count = self.config.optimization, self.ranks.count
+        candidates = self.config.choosing.candidates
+        if candidates is not None and candidates > len(rows.usable):
+            raise UsageError(
+                f"`candidates={candidates}` is more than the {len(rows.usable)} rows with a target; give fewer"
+            )
         order = Order(rows, seed=self.config.seed, step_rows=self.config.drawn(count) * count)
         return Inputs(
             start=start,

@@ -31,6 +31,8 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         if value is not None and value < 1:
             raise UsageError(f"`{name}` must be at least 1, not {value}")
     if options.eval_only:
+        if config.choosing.candidates is not None:
+            raise UsageError("`candidates` belongs to a training: leave it out with `eval_only`")
         return
     if config.scoring.method == "GradDotProd" and (options.store is None or options.val_set is None):
         raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import ghoststore
@@ -232,6 +233,16 @@ def test_a_policy_of_the_users_own(gym: Gym) -> None:
     assert trained.run.manifest["scoring"]["choosing"]["policy"] == f"{__name__}.by_loss"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [1e37, 1e-44])
+def test_the_size_of_weights_does_not_matter(gym: Gym, tmp_path: Path, weight: float) -> None:
+    given = {"model": None, "checkpoint": gym.models["tiny"], **STEPS}
+    runs = [gym.fresh(tmp_path / str(w), **given, policy=lambda c, w=w: [w] * len(c)) for w in (1.0, weight)]
+    for name, values in runs[0].weights().items():
+        torch.testing.assert_close(runs[1].weights()[name], values, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(runs[1].arrays()["train_loss"], runs[0].arrays()["train_loss"], rtol=1e-5)
+
+
 @pytest.mark.thin(1)
 @pytest.mark.parametrize(
     ("weights", "words"),
@@ -265,6 +276,9 @@ REFUSED: dict[str, tuple[Options, str]] = {
     ),
     "unknown": ({"candidates": 8, "policy": "best"}, "`policy` 'best' is unknown; known: top-k, "),
     "regular": ({"candidates": 8, "keep": 4, "method": "Regular"}, "`method=Regular` gives none"),
+    "no-function": ({"candidates": 8, "policy": 3}, "a name or a function of the candidates, not int"),
+    "metric-of-regular": ({"method": "Regular", "score_metric": "adam"}, "belong to `method=GradDotProd`"),
+    "metric-by-gram": ({"score_metric": "adam", "route": "gram"}, "`score_metric=adam` takes the direct route"),
     "accumulation": (
         {"candidates": 8, "keep": 4, "gradient_accumulation_steps": 2},
         "`gradient_accumulation_steps=2` does not go with `candidates`",
@@ -279,6 +293,20 @@ def test_options_that_do_not_go_together(gym: Gym, tmp_path: Path, name: str) ->
         gym.fresh(tmp_path, **options)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": 4, "choosing_begins_at": 8}, "the training has 8 steps, so nothing would be chosen"),
+        ({"keep": 4, "candidates": 100}, "`candidates=100` is more than the 27 rows with a target"),
+    ],
+)
+def test_what_is_known_once_the_rows_are(gym: Gym, tmp_path: Path, options: Options, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        gym.fresh(tmp_path, model=None, checkpoint=gym.models["tiny"], **{**STEPS, **options})
+    assert words in str(caught.value)
+    assert not (tmp_path / "store" / "runs").exists()
 
 
 @pytest.mark.slow

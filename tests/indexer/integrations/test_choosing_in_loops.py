@@ -88,6 +88,26 @@ def test_the_manager_trains_on_the_chosen(tmp_path: Path, name: str) -> None:
     assert run.manifest["scoring"]["score_layers"] == "blocks"
 
 
+@pytest.mark.parametrize("choosing", [Choosing(keep=2), Choosing(policy="threshold", threshold=-1e9)], ids=str)
+def test_rows_without_targets_are_not_chosen(choosing: Choosing) -> None:
+    """They have no loss, which is not one of 0."""
+    model = gpt2()
+    optimizer = sgd(model)
+    with GhostEngineManager(GhostConfig(choosing=choosing), model, optimizer, val_data=VAL_BATCH) as manager:
+        X, Y, _ = batch_of([0, 1, 2, 3])
+        Y[[0, 3]] = -100
+        manager.attach_train_batch(X, Y, 0, None)
+        X_forward, Y_forward = manager.prepare_forward_input(X, Y)
+        loss = model(input_ids=X_forward, labels=Y_forward).loss
+        assert bool(torch.isfinite(loss))
+        loss.backward()
+        manager.prepare_gradients()
+        manager.aggregate_and_log()
+        (scores,), (weights,) = manager.last_scores, manager.last_weights
+        assert torch.isnan(scores.total).tolist() == [True, False, False, True]
+        assert (weights > 0).tolist() == [False, True, True, False]
+
+
 @pytest.mark.slow
 def test_policies_in_a_loop() -> None:
     """Without a store, too: what was chosen is in last_weights, the candidates' scores in last_scores."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ghoststore import Candidates
+from ghoststore.errors import UsageError
 from indexer.session.policies import decide, policy_of, seeded
 
 
@@ -89,3 +92,30 @@ def test_greats_leaves_out_what_is_taken_already() -> None:
     assert max(gains, key=lambda pair: gains[pair]) == (0, 2)
     unknown = decide(policy_of("greats"), candidates([np.nan, *scores[1:]], interactions=interactions))
     assert unknown.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_be_a_tensor(dtype: torch.dtype) -> None:
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=dtype, requires_grad=True)
+    assert decide(lambda _: weights, candidates([3.0, 2.0, 1.0])).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "weights", [np.array([1j, 1, 1]), torch.tensor([1j, 1, 1]), np.ma.array([1.0, 1.0, 1.0], mask=[1, 0, 0])]
+)
+def test_weights_are_real_numbers(weights: Any) -> None:
+    with pytest.raises(UsageError, match="real numbers are due"):
+        decide(lambda _: weights, candidates([3.0, 2.0, 1.0]))
+
+
+def test_a_policy_that_fails_is_named() -> None:
+    def broken(_: Candidates) -> Any:
+        return 1 / 0
+
+    with pytest.raises(UsageError, match=r"broken` failed in step 3: ZeroDivisionError"):
+        decide(broken, candidates([3.0, 2.0, 1.0]))
+
+
+def test_without_scores_the_first_with_a_loss_are_taken() -> None:
+    blind = candidates([np.nan] * 4)
+    assert decide(policy_of("top-k"), replace(blind, losses=np.array([np.nan, 1.0, 2.0, 3.0]))).tolist() == [0, 1, 1, 0]
