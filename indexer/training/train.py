@@ -208,13 +208,7 @@ class _Training:
             with trainer.autocast():
                 schedule.examine(resumed.step)
         return Prepared(
-            inputs=inputs,
-            engine=engine,
-            layout=layout,
-            manifest=manifest,
-            plan=plan,
-            resumed=resumed,
-            trainer=trainer,
+            inputs=inputs, engine=engine, layout=layout, manifest=manifest, plan=plan, resumed=resumed, trainer=trainer
         )
 
     def _run(self, start: Start, trackers: Trackers, begun: float) -> TrainReport:
