@@ -1,8 +1,8 @@
 """A question to a training run: every sample's score, the sum over the steps that it was in.
 
 score(sample, query) = Σ over its visits of weight(step) · ⟨query, vector⟩ (÷ lengths, for the cosine). The query is a
-val set's gradient at one checkpoint, or of each step the val gradient that it was scored against. Where steps chose among
-candidates, a visit counts with the weight that its sample had in the step, too: not at all where it was not trained on.
+val set's gradient at one checkpoint, or of each step its own val gradient. Where steps chose among candidates, a visit
+counts with the weight that its sample had in the step, too: not at all where it was not trained on.
 
 Products are float64, row by row, and visits are added in the order of the steps: so what steps add does not depend on
 whether they are in a journal still, nor on what came after them.

@@ -60,7 +60,7 @@ def ask(store: Path, **options: Any) -> Any:
     return ghoststore.query(store=store, run="chose", metric="dot", top_k=100, text=False, device="cpu", **options)
 
 
-@pytest.mark.parametrize("weight", ["learning-rate"])
+@pytest.mark.parametrize("weight", ["learning-rate", "unit", "loss-fall"])
 @pytest.mark.parametrize("candidates", [False, True])
 def test_sums_are_those_of_scores(store: Path, weight: Any, candidates: bool) -> None:
     asked = ask(store, weight=weight, candidates=candidates)
