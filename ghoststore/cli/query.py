@@ -57,6 +57,8 @@ def print_hits(result: Any) -> None:
                 rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)
+    if result.settings.get("candidates_left_out"):
+        say(f"Left out: {result.settings['candidates_left_out']:,} candidates that were not trained on.")
     if result.settings.get("index") == "ann":
         recall = result.settings["recall"]
         told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())

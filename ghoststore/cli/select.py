@@ -48,6 +48,8 @@ def _quotas(quotas: Sequence[tuple[str, float]]) -> dict[str, float]:
 def _print(made: Any) -> None:
     from ghoststore.cli.terminal import print_facts, print_table
 
+    leaks = made.leaks["found"]
+    left_out = made.settings.get("candidates_left_out")
     print_facts(
         f"{made.samples:,} of {made.available:,} samples, {made.tokens:,} tokens",
         [
@@ -55,7 +57,11 @@ def _print(made: Any) -> None:
             ("report", made.report),
             ("list of rows", made.rows_file),
             ("lowest score chosen", f"{made.scores['chosen']['lowest']:.4g}"),
-            ("near-duplicates of the val set", f"{made.leaks['found']:,} ({made.leaks['policy']})"),
+            (
+                "near-duplicates of the val set",
+                "not looked for" if leaks is None else f"{leaks:,} ({made.leaks['policy']})",
+            ),
+            *([("left out", f"{left_out:,} candidates that were not trained on")] if left_out else []),
         ],
     )
     if len(made.domains) > 1 or made.settings["quotas"]:

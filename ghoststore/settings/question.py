@@ -187,6 +187,9 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
         "Scoring",
         metavar="N",
     )
+    candidates: bool = option(
+        False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"
+    )
     report: str | Path | None = option(
         None, "Write a new .html file: one page with texts, histograms, domains, layers.", "Output", metavar="FILE"
     )
@@ -236,6 +239,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     )
     candidates: int | None = option(
         None, "With `diversity`, choose among the N best (default: 4 for each to choose).", "Scoring", metavar="N"
+    )
+    all_candidates: bool = option(
+        False, "Of a `run` that chose: choose from candidates that were not trained on, too, all alike.", "Scoring"
     )
     leaks: Leaks = option("exclude", "What to do with near-duplicates of the val set in the corpus.", "Scoring")
     order: Order = option("corpus", "Order of the rows in `out`.", "Output")

@@ -30,7 +30,7 @@ class Scores:
     vectors: Tensor | None = None
     """(B, D) float32: projected gradients of the samples, in the sketched mode, and where they are kept."""
     val_vector: Tensor | None = None
-    """(D,) float64: that of the val gradient, where there are ``vectors`` and val samples."""
+    """(D,) float64: that of the val gradient, without a metric, where there are ``vectors`` and val samples."""
     val_age: int = 0
     """Optimizer steps since the val gradient was computed."""
     seconds: float = 0.0

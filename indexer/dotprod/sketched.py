@@ -40,6 +40,9 @@ class SketchedMethod:
         self._whole = None if metric is None else _whole_gradient(model, projection, metric, check=check)
         self.routes: dict[str, str] = {}
         self.val_GD: Tensor | None = None
+        """What samples are scored against."""
+        self._plain_GD: Tensor | None = None
+        """The same without the metric."""
         self._model = model
         self.uses: dict[str, tuple[BlockPlan, Use, LayerType, Sides]] = {}
         """By name of the modules to tap."""
@@ -101,7 +104,8 @@ class SketchedMethod:
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
         """A val pass begins."""
-        self._val, self.val_GD, self._blocks, self._ran = [], None, {}, set()
+        self._val, self._blocks, self._ran = [], {}, set()
+        self.val_GD = self._plain_GD = None
         self._group_V, self._groups = group_V.to(device), groups
         self._in_val = True
         if self._whole is not None:
@@ -132,19 +136,24 @@ class SketchedMethod:
         """Multiply the whole val gradient, and project it."""
         if self._whole is None:
             return True
+        self._plain_GD = self._projected(self._whole)
         ready = self._whole.put_in_metric()
-        assert self._whole.val is not None
-        gradients = self._whole.val.gradients
+        self.val_GD, self._whole.val = self._projected(self._whole), None
+        return ready
+
+    def _projected(self, whole: ExactMethod) -> Tensor:
+        """(G, D): the val gradients of ``whole``, as they stand now."""
+        assert whole.val is not None
+        gradients = whole.val.gradients
         rows = []
         for group in range(self._groups):
             of_group = {
                 name: gradients[name][group] if name in gradients else torch.zeros_like(parameter, dtype=torch.float32)
-                for name, parameter in self._whole.parameters.items()
+                for name, parameter in whole.parameters.items()
             }
             blocks = [plain_block(self.projection, layer.block, of_group) for layer in self.projection.plan.layers]
             rows.append(self.projection.assemble([block.unsqueeze(0).float() for block in blocks]))
-        self.val_GD, self._whole.val = torch.cat(rows), None
-        return ready
+        return torch.cat(rows)
 
     def end_val(self, scale: float) -> bool:
         """Mean vectors of the groups, divided by the ``scale`` of the loss; whether they are finite."""
@@ -153,7 +162,7 @@ class SketchedMethod:
             return self._whole.end_val(scale)
         vectors_VD = torch.cat(self._val) / scale
         member = torch.nn.functional.one_hot(self._group_V, self._groups).to(vectors_VD.dtype)
-        self.val_GD = (member / member.sum(0)).t() @ vectors_VD
+        self.val_GD = self._plain_GD = (member / member.sum(0)).t() @ vectors_VD
         self._val = []
         return bool(torch.isfinite(self.val_GD).all())
 
@@ -185,17 +194,18 @@ class SketchedMethod:
         vectors_BD = divide(self._vectors().double(), scale_B)
         if self._checking is not None and self._checking.agree(blocks_BKJ, tolerance):
             self._unchecked = False
-        if self.val_GD is None or share_G is None:
+        if self.val_GD is None or self._plain_GD is None or share_G is None:
             groups, total = vectors_BD.new_zeros(len(scale_B), 0), vectors_BD.new_full((len(scale_B),), torch.nan)
             blocks: dict[str, Tensor] = {}
-            mean_D: Tensor | None = None
+            plain_D: Tensor | None = None
         else:
             val_GD = self.val_GD.double()
             mean_D, groups = share_G @ val_GD, vectors_BD @ val_GD.t()
+            plain_D = share_G @ self._plain_GD.double()
             total = groups @ share_G
             spans = self.projection.plan.groups if self.blocks else []
             blocks = {name: vectors_BD[:, first:last] @ mean_D[first:last] for name, first, last in spans}
-        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float(), val_vector=mean_D)
+        return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float(), val_vector=plain_D)
 
 
 def _whole_gradient(model: nn.Module, projection: Projection, metric: AdamMetric, *, check: bool) -> ExactMethod:

@@ -55,8 +55,8 @@ def arrays_of_samples(kept: GradientLayout, scores: Scores) -> dict[str, NDArray
 
 
 def arrays_of_step(kept: GradientLayout, scores: Scores, step: int) -> dict[str, NDArray[Any]]:
-    """By array: the vector of the val gradient that ``step`` was scored against, and the step it was computed at. Empty
-    without val samples.
+    """By array: the vector of the val gradient that ``step`` was scored against, without a metric, and the step it was
+    computed at. Empty without val samples.
     """
     if scores.val_vector is None:
         return {}

@@ -64,7 +64,8 @@ def query(options: QueryOptions) -> QueryResult:
     sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
     ``step_window`` (``"0:100"`` or a slice), or of the ``last`` so many steps. With ``val_set``, ``checkpoint`` is a
     checkpoint of that training; without, each step's samples are held against the val gradient of that step, and no
-    model is needed. What belongs to parts is refused.
+    model is needed. Of a run that chose, a visit counts with the weight that its sample had in the step; with
+    ``candidates`` those that were not trained on count, too, all alike. What belongs to parts is refused.
 
     ``report`` is a new .html file: the answer as one page, with histograms, domains and what each layer adds.
 
@@ -76,7 +77,7 @@ def query(options: QueryOptions) -> QueryResult:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
     if options.run is not None:
         return query_run(options, progress)
-    refuse_options_of_runs(options.step_window, options.last, options.weight)
+    refuse_options_of_runs(options.step_window, options.last, options.weight, candidates=options.candidates)
     page = None if options.report is None else check_output(options.report, "report", (".html",))
     if options.index_name is not None and options.index == "exact":
         raise UsageError("`index_name` belongs to `index=ann`")

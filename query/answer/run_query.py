@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.keywords import part_of
@@ -25,14 +27,19 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
     for name, given in of_parts.items():
         if given:
             raise UsageError(f"`{name}` is for parts, and `run={options.run}` asks a training run: leave it out")
-    question = part_of(RunQuestion, options)
+    question = replace(part_of(RunQuestion, options), all_candidates=options.candidates)
     with opened_val_set(question, progress) as val_set:
         scorer = RunScorer(question, val_set, progress)
     sums = scorer.sums(progress)
     counts = (min(options.top_k, len(scorer.units)), min(options.bottom_k, len(scorer.units)))
     rankings = rankings_of(sums.score, counts[0]), rankings_of(sums.score, counts[1], sign=-1.0)
     best, worst = _hits(scorer, sums, rankings, options, progress)
-    seen = {"samples": int((sums.times > 0).sum()), "visits": int(sums.times.sum()), "visits_left_out": sums.left_out}
+    seen = {
+        "samples": int((sums.times > 0).sum()),
+        "visits": int(sums.times.sum()),
+        "visits_left_out": sums.left_out,
+        "candidates_left_out": sums.not_chosen,
+    }
     return QueryResult(
         store=str(options.store),
         settings={**scorer.settings(), **seen, "top_k": options.top_k, "bottom_k": options.bottom_k},

@@ -19,6 +19,9 @@ from query.training_scores.steps import window_of
 class RunQuestion(RunGradientsOptions, Question):
     """The options of a question to a run. UsageError where they clash, or belong to parts."""
 
+    all_candidates: bool = False
+    """Of a run that chose: whether candidates that were not trained on count, too, all alike."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, last=self.last)
@@ -62,12 +65,15 @@ class RunQuestion(RunGradientsOptions, Question):
         return window_of(run, self.step_window, "step_window")
 
 
-def refuse_options_of_runs(step_window: str | slice | None, last: int | None, weight: StepWeight) -> None:
-    """UsageError for options that only ``run`` reads, where there is none."""
+def refuse_options_of_runs(
+    step_window: str | slice | None, last: int | None, weight: StepWeight, **flags: bool
+) -> None:
+    """UsageError for options that only ``run`` reads, where there is none. ``flags`` are further ones, by name."""
     given = {
         "step_window": step_window is not None,
         "last": last is not None,
         f"weight={weight}": weight != RunGradientsOptions.weight,
+        **flags,
     }
     for name, is_given in given.items():
         if is_given:

@@ -1,7 +1,8 @@
 """A question to a training run: every sample's score, the sum over the steps that it was in.
 
 score(sample, query) = Σ over its visits of weight(step) · ⟨query, vector⟩ (÷ lengths, for the cosine). The query is a
-val set's gradient at one checkpoint, or of each step the val gradient that it was scored against.
+val set's gradient at one checkpoint, or of each step its own val gradient. Where steps chose among candidates, a visit
+counts with the weight that its sample had in the step, too: not at all where it was not trained on.
 
 Products are float64, row by row, and visits are added in the order of the steps: so what steps add does not depend on
 whether they are in a journal still, nor on what came after them.
@@ -55,6 +56,8 @@ class VisitSums:
     """Steps of the window that keep gradients."""
     left_out: int
     """Visits without a vector, a val gradient, or a weight."""
+    not_chosen: int
+    """Candidates that their step did not train on."""
 
 
 @contextmanager
@@ -78,6 +81,11 @@ class RunScorer:
         self.question = question
         self.run: Run = Store.open(question.store).run(question.run)
         kept, arrays = kept_of(self.run)
+        if question.all_candidates and not self.run.layout.weights:
+            raise UsageError(
+                f"run {self.run.name!r} trained on every sample it scored, so it has no other candidates to count; "
+                "`ghoststore train --candidates` makes steps choose"
+            )
         self.window: Steps = question.window(self.run)
         first, stop = self.window
         steps = [
@@ -159,19 +167,22 @@ class RunScorer:
         queries = 1 if self._query_QD is None else len(self._query_QD)
         weights = StepWeights(self.run, question.weight, self.window)
         total_QU, times_U = np.zeros((queries, units)), np.zeros(units, dtype=np.int32)
-        last_U, left_out = np.full(units, -1, dtype=np.int64), 0
+        last_U, left_out, not_chosen = np.full(units, -1, dtype=np.int64), 0, 0
         ranges = inside(self.run.ranges, self.window)
         with closing(progress.task("searching", self.kept_steps, unit="steps")) as task:
             for piece in stream_visits(self.run, ranges, val=self._query_QD is None):
                 unit_P = self.units.of(piece.row)
+                in_step_P = np.ones(len(unit_P)) if question.all_candidates else piece.weight
+                trained_P = in_step_P > 0
+                not_chosen += int((~trained_P).sum())
                 for query, score_P in enumerate(self._scores(piece)):
-                    weighted_P = weights.of(piece.step, score_P, piece.learning_rate) * score_P
-                    counts_P = np.isfinite(weighted_P)
+                    weighted_P = in_step_P * weights.of(piece.step, score_P, piece.learning_rate) * score_P
+                    counts_P = np.isfinite(weighted_P) & trained_P
                     np.add.at(total_QU[query], unit_P[counts_P], weighted_P[counts_P])
                     if query == 0:
                         np.add.at(times_U, unit_P[counts_P], 1)
                         np.maximum.at(last_U, unit_P[counts_P], piece.step[counts_P])
-                        left_out += int((~counts_P).sum())
+                        left_out += int((trained_P & ~counts_P).sum())
                 task.advance(len(piece.steps))
         if left_out:
             progress.note(
@@ -181,7 +192,7 @@ class RunScorer:
         if question.group_field is not None and question.combine != "mean":
             combined = fused(score_QU) if question.combine == "rank-fusion" else score_QU.max(0, keepdims=True)
             score_QU = np.concatenate([combined, score_QU])
-        self._sums = VisitSums(score_QU, times_U, last_U, self.kept_steps, left_out)
+        self._sums = VisitSums(score_QU, times_U, last_U, self.kept_steps, left_out, not_chosen)
         return self._sums
 
     def _scores(self, piece: Visits) -> list[Float64]:
@@ -221,6 +232,7 @@ class RunScorer:
             **grouped,
             "metric": question.metric,
             "weight": question.weight,
+            "candidates": question.all_candidates,
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             "checkpoint": None if self.val is None else str(question.checkpoints(1)[0]),

@@ -92,12 +92,12 @@ def refuse(leaks: list[Leak], val_set: str) -> None:
         )
 
 
-def report_of(leaks: list[Leak], policy: Leaks) -> dict[str, Any]:
-    """What the report says about leaks: how many, and the first 1,000 of them."""
+def report_of(leaks: list[Leak] | None, policy: Leaks) -> dict[str, Any]:
+    """What the report says about leaks: how many, and the first 1,000 of them. None: they were not looked for."""
     return {
         "policy": policy,
         "shingle_words": SHINGLE_WORDS,
         "least_overlap": OVERLAP,
-        "found": len(leaks),
-        "rows": [asdict(leak) for leak in leaks[:SHOWN]],
+        "found": None if leaks is None else len(leaks),
+        "rows": [asdict(leak) for leak in (leaks or [])[:SHOWN]],
     }

@@ -60,8 +60,8 @@ class SelectReport:
     scores: dict[str, dict[str, float]]
     """Quantiles of the scores, over the same samples."""
     leaks: dict[str, Any]
-    """Near-duplicates of the val set in the corpus: the ``policy``, how many were ``found``, the first
-    1,000 ``rows``.
+    """Near-duplicates of the val set in the corpus: the ``policy``, how many were ``found`` (None: without a
+    val set, not looked for), the first 1,000 ``rows``.
     """
     short: list[dict[str, Any]]
     """Quotas that could not be filled (``all`` without quotas): ``domain``, ``asked`` and ``chosen``, in samples or

@@ -67,7 +67,7 @@ def select(options: SelectOptions) -> SelectReport:
         report=str(files.report),
         rows_file=str(files.rows),
         settings={**subject.settings(), **strategy.settings(), "order": files.order},
-        leaks=report_of(leaked, options.leaks),
+        leaks=report_of(None if options.val_set is None else leaked, options.leaks),
     )
     _note_shortfalls(report, progress)
     files.write(report, corpus, places, samples, chosen)

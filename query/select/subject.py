@@ -25,7 +25,7 @@ class OfParts:
     """The rows of a part, or of several that are summed."""
 
     def __init__(self, options: SelectOptions, progress: Progress) -> None:
-        refuse_options_of_runs(options.step_window, options.last, options.weight)
+        refuse_options_of_runs(options.step_window, options.last, options.weight, all_candidates=options.all_candidates)
         self.question = part_of(Question, options)
         wanted = self.question
         self._parts, self._weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
@@ -69,6 +69,7 @@ class OfRun:
             raise UsageError("`leaks=error` looks for near-duplicates of the val set: give `val_set`")
         self.source = Store.open(self.question.store).run(options.run)
         self._scorer: RunScorer | None = None
+        self._not_chosen = 0
 
     def read_val_set(self, progress: Progress) -> LeakCheck:
         """As of parts; without a val set nothing is a near-duplicate."""
@@ -80,11 +81,14 @@ class OfRun:
         return leak_check
 
     def samples(self, progress: Progress) -> Samples:
-        """Each with its score in the first ranking; without one where it was in none of the steps."""
+        """Each with its score in the first ranking; without one where none of the steps trained on it."""
         assert self._scorer is not None, "read_val_set() comes first"
-        return Samples.of_run(self._scorer.run, self._scorer.units, self._scorer.sums(progress).score[0])
+        sums = self._scorer.sums(progress)
+        self._not_chosen = sums.not_chosen
+        return Samples.of_run(self._scorer.run, self._scorer.units, sums.score[0])
 
     def settings(self) -> dict[str, Any]:
         """What the report says of the scores."""
         assert self._scorer is not None
-        return {**self._scorer.settings(), "ranking": self._scorer.names[0]}
+        ranking = {"ranking": self._scorer.names[0], "candidates_left_out": self._not_chosen}
+        return {**self._scorer.settings(), **ranking}

@@ -34,10 +34,8 @@ class Curves:
         self._by_domain = {name: np.zeros(shape) for name in ("times", "plain", "squares", "weighted", "negative")}
         self._by_step = {name: np.zeros((bins, 2)) for name in (*STEP_ARRAYS, "learning_rate")}
 
-    def add(self, piece: StepPiece, counts: NDArray[np.bool_], weight: NDArray[np.float64] | None = None) -> None:
-        """Add steps; ``counts`` says which of their places have a score that counts, and ``weight`` with what (default:
-        the learning rate of their step).
-        """
+    def add(self, piece: StepPiece, counts: NDArray[np.bool_]) -> None:
+        """Add steps; ``counts`` says which of their places have a score that counts."""
         while piece.stop > self.bins * self.width:
             self.fold()
         places = piece.places
@@ -47,7 +45,7 @@ class Curves:
             "times": np.ones_like(score),
             "plain": score,
             "squares": score * score,
-            "weighted": (places.weight * places.learning_rate if weight is None else weight)[counts] * score,
+            "weighted": places.weight[counts] * score,
             "negative": (score < 0).astype(np.float64),
         }.items():
             np.add.at(self._by_domain[name], at, numbers)

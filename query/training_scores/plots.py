@@ -57,10 +57,9 @@ def plot_scores(
     column, window = choose_column(run, group, layers, exclude_layers), window_of(run, steps)
     weights = StepWeights(run, weight, window)
     curves, sums, units = Curves(run, BINS), ScoreSums(len(run.rows)), Units(run, "window")
-    for piece in stream_steps(run, column, inside(run.ranges, window), also=STEP_ARRAYS, candidates=candidates):
-        places = piece.places
-        weight_P = places.weight * weights.of(places.step, places.score, places.learning_rate)
-        curves.add(piece, sums.add(places, units.of(places.row), weight_P), weight_P)
+    ranges = inside(run.ranges, window)
+    for piece in stream_steps(run, column, ranges, also=STEP_ARRAYS, candidates=candidates, weights=weights):
+        curves.add(piece, sums.add(piece.places, units.of(piece.places.row)))
     if not sums.tally.scored:
         raise UsageError(f"run {run.name!r} has no finite score in steps {window[0]:,} to {window[1] - 1:,}")
     lines = _lines(curves)

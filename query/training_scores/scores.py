@@ -145,13 +145,14 @@ def _read(
     """Read the steps of ``window`` once, into ``sums`` and ``history``."""
     ranges = inside(run.ranges, window)
     with closing(progress.task("reading scores", steps_in(ranges), unit="steps")) as task:
-        for piece in stream_steps(run, column, ranges, loss=history is not None, candidates=candidates):
+        for piece in stream_steps(
+            run, column, ranges, loss=history is not None, candidates=candidates, weights=weights
+        ):
             places = piece.places
-            weight = places.weight * weights.of(places.step, places.score, places.learning_rate)
-            counts = sums.add(places, units.of(places.row), weight)
+            counts = sums.add(places, units.of(places.row))
             sums.tally.not_chosen += piece.not_chosen
             if history is not None:
-                history.extend(places, counts, weight)
+                history.extend(places, counts)
             task.advance(piece.stop - piece.start)
 
 
@@ -217,10 +218,8 @@ class _History:
         """Running sums by source row."""
         self.entries: list[HistoryEntry] = []
 
-    def extend(self, places: Places, counts: NDArray[np.bool_], weight: NDArray[np.float64]) -> None:
-        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count, ``weight`` with
-        what.
-        """
+    def extend(self, places: Places, counts: NDArray[np.bool_]) -> None:
+        """Append what ``places`` hold of the rows; ``counts`` says which of their scores count."""
         matches = np.flatnonzero(np.isin(places.row, self._rows))
         if not len(matches):
             return
@@ -229,7 +228,7 @@ class _History:
         for place, source, start in zip(matches.tolist(), sources.tolist(), starts.tolist(), strict=True):
             assert places.loss is not None
             score, eta = float(places.score[place]), float(places.learning_rate[place])
-            weighted = float(weight[place]) * score if counts[place] else None
+            weighted = float(places.weight[place]) * score if counts[place] else None
             self._sums[source] = self._sums.get(source, 0.0) + (weighted or 0.0)
             self.entries.append(
                 HistoryEntry(

@@ -17,6 +17,7 @@ from ghoststore.errors import CorruptError, UsageError
 from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.ranges import Steps, inside, without
 from ghoststore.store.run.run import Run
+from query.training_scores.weights import StepWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,9 @@ class Places:
     """NaN if the sample was not scored."""
     learning_rate: NDArray[np.float64]
     weight: NDArray[np.float64]
-    """That the sample had in its step where that chose among candidates; else 1."""
+    """What the score counts with: the weight of its step, times that of its sample in the step where that chose among
+    candidates. NaN where the step has none.
+    """
     loss: NDArray[np.float32] | None
 
 
@@ -155,11 +158,12 @@ def stream_steps(
     also: Sequence[str] = (),
     loss: bool = False,
     candidates: bool = False,
+    weights: StepWeights | None = None,
 ) -> Iterator[StepPiece]:
     """The steps of ``ranges`` of committed ones, piece by piece; ``also`` are further arrays of one number a step.
 
-    Where steps chose among candidates, the places are of those that were trained on, each with its weight; with
-    ``candidates`` of all, each with weight 1.
+    A step counts with its weight of ``weights`` (default: its learning rate). Where steps chose among candidates, the
+    places are of those that were trained on, each with its weight in the step, too; with ``candidates`` of all, alike.
 
     Memory: one chunk of each array. CorruptError naming what is damaged.
     """
@@ -173,18 +177,22 @@ def stream_steps(
                 f"{run.path / 'sample'}: step {start} to {stop} name row {int(sample.max())}; the row table has "
                 f"{run.layout.rows}"
             )
-        filled, absent = sample >= 0, 0
-        if weighs:
-            chosen = filled & (data["weight"] > 0)
-            filled, absent = chosen, int(filled.sum() - chosen.sum())
+        filled = sample >= 0
         step, rank, _ = filled.nonzero()
+        score, rate = column.of(data[column.array])[filled], data["learning_rate"][step]
+        # A step's weight is over all of its candidates, chosen or not.
+        weight = rate if weights is None else weights.of(step + start, score, rate)
+        counts = np.ones(len(step), dtype=bool)
+        if weighs:
+            in_step = data["weight"][filled].astype(np.float64)
+            weight, counts = in_step * weight, in_step > 0
         places = Places(
-            step=step + start,
-            rank=rank,
-            row=sample[filled],
-            score=column.of(data[column.array])[filled],
-            learning_rate=data["learning_rate"][step],
-            weight=data["weight"][filled].astype(np.float64) if weighs else np.ones(len(step)),
-            loss=data["loss"][filled] if loss else None,
+            step=(step + start)[counts],
+            rank=rank[counts],
+            row=sample[filled][counts],
+            score=score[counts],
+            learning_rate=rate[counts],
+            weight=weight[counts],
+            loss=data["loss"][filled][counts] if loss else None,
         )
-        yield StepPiece(start, stop, places, data, absent)
+        yield StepPiece(start, stop, places, data, int((~counts).sum()))

@@ -94,15 +94,11 @@ class ScoreSums:
         self.negative: NDArray[np.int32] = np.zeros(units, dtype=np.int32)
         self.seen: NDArray[np.bool_] = np.zeros(units, dtype=bool)
 
-    def add(
-        self, places: Places, unit: NDArray[np.int64], weight: NDArray[np.float64] | None = None
-    ) -> NDArray[np.bool_]:
-        """Count ``places``, of the units ``unit``, each with its ``weight`` (default: the learning rate of its step);
-        (P,): which of them count.
-        """
+    def add(self, places: Places, unit: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Count ``places``, of the units ``unit``, each with its weight; (P,): which of them count."""
         score = places.score
         with np.errstate(invalid="ignore", over="ignore"):
-            weighted = (places.weight * places.learning_rate if weight is None else weight) * score
+            weighted = places.weight * score
         finite = np.isfinite(score)
         counts = finite & np.isfinite(weighted) if self._needs_weight else finite
         self.tally.times += len(score)

@@ -32,6 +32,8 @@ class Visits:
     row: NDArray[np.int64]
     """Place in the row table."""
     learning_rate: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    """(P,): that the sample had in its step where that chose among candidates (0: not trained on); else 1."""
     vectors: Float32
     """(P, D); NaN where the gradient was not finite, or out of range of the encoding."""
     stored: NDArray[Any]
@@ -68,6 +70,7 @@ def stream_visits(
     """
     kept, arrays = kept_of(run)
     names = [arrays.vectors, arrays.scale, *((arrays.val, arrays.val_scale) if val else ()), *also]
+    names += ["weight"] * run.layout.weights
     for piece in side_by_side(run, ["sample", "learning_rate", *filter(None, names)], ranges):
         steps = np.arange(-(-piece.start // kept.every), -(-piece.stop // kept.every)) * kept.every
         if len(steps):
@@ -96,6 +99,7 @@ def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, a
         place=place,
         row=sample[there],
         learning_rate=data["learning_rate"][here][of_step],
+        weight=data["weight"][here][there].astype(np.float64) if run.layout.weights else np.ones(len(of_step)),
         vectors=kept.decode(stored, scale),
         stored=stored,
         scale=scale,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from ghoststore import GhostConfig, GhostEngineManager, ProjectionConfig
@@ -44,6 +45,24 @@ def test_beside_exact_scores_as_beside_sketched_ones(tmp_path: Path) -> None:
         assert visits.val is not None
         products = (visits.vectors * visits.val[visits.of_step]).sum(1)
         assert np.abs(products - visits.data["score"]).max() < 0.02 * np.abs(visits.data["score"]).max()
+
+
+def test_in_the_metric_of_adam_the_val_gradient_is_the_plain_one(tmp_path: Path) -> None:
+    """Whichever way samples are scored: the vector of the val set at the same weights, without the metric."""
+    steps, given = plan(3), {**SETTINGS, "keep_gradients": 1, "proj_dtype": "float32"}
+    stored = {}
+    for method in ("GradDotProd", "GradProjLora"):
+        for metric in ("adam", "sgd"):
+            torch.manual_seed(0)
+            model, store = gpt2(), tmp_path / f"{method}-{metric}"
+            adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            config = config_of(store, 3, method=method, score_metric=metric, **given)
+            with GhostEngineManager(config, model, adam, val_data=VAL_BATCH) as manager:
+                Loop(steps, manager).run(model, adam)
+            stored[method, metric] = run_of(store).read_committed("val_gradient")
+    wanted = stored["GradDotProd", "sgd"]
+    for name, vectors in stored.items():
+        assert np.linalg.norm(vectors - wanted) < 1e-4 * np.linalg.norm(wanted), name
 
 
 @pytest.mark.slow

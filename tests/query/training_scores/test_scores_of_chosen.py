@@ -74,6 +74,22 @@ def test_values(store: Path, candidates: bool) -> None:
     assert result.settings["candidates"] is candidates
 
 
+def test_unit_is_of_all_candidates(store: Path) -> None:
+    """The mean |s| of a step is over its finite scores, chosen or not; what counts is what was trained on."""
+    table = row_table()
+    wanted: dict[int, float] = {}
+    for step in range(8):
+        given = step_of(step)
+        mean = np.abs(given["score"][np.isfinite(given["score"])]).mean()
+        for row, score, weight in zip(*(given[name].ravel() for name in ("sample", "score", "weight")), strict=True):
+            if row >= 0 and weight > 0:
+                key = int(table.source_row[row]) * 100 + int(table.window_start[row])
+                wanted[key] = wanted.get(key, 0.0) + float(weight * score / mean)
+    result = ghoststore.scores(store=store, unit="window", weight="unit", top_k=100, text=False)
+    values = {hit.source_row * 100 + hit.window_start: hit.value for hit in result.hits}
+    assert values == pytest.approx(wanted, rel=1e-5)
+
+
 def test_history_and_domains(store: Path) -> None:
     """A sample's history is of the steps that trained on it; the learning rate counts with the weight."""
     history = ghoststore.scores(store=store, sample="s3").history

@@ -15,9 +15,9 @@ import pytest
 import ghoststore
 from query.training_scores.plots import plot_scores
 from tests.support.bounded import reseal
+from tests.support.notes import Notes
 from tests.support.score_runs import (
     SAMPLES,
-    Notes,
     append,
     make,
     row_table,
