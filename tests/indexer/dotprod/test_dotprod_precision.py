@@ -179,3 +179,13 @@ def test_overflow_in_a_train_batch_is_for_the_scaler_and_the_next_batch_is_check
     assert not bool(torch.isfinite(found[0].total).all())
     assert bool(torch.isfinite(found[1].total).all())
     assert found[1].val_age == 0, "the scaler skipped the optimizer's step"
+
+
+@pytest.mark.parametrize("make", ["gpt2", "llama"])
+def test_float64(make: str) -> None:
+    """As exact as autograd in float64 is."""
+    model = MAKES[make]().double()
+    exact = exact_causal(model)
+    with causal_engine(model, VAL) as engine:
+        scores = causal_step(engine, model)
+    assert relative_error(scores.total.unsqueeze(0), exact.total().mean(1).unsqueeze(0)) <= 1e-6
