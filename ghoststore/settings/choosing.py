@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from math import isfinite
 from typing import Any, Literal
 
@@ -130,5 +131,6 @@ def policy_name(policy: str | Callable[[Any], Any]) -> str:
     """A policy as a run says it: of a function its module and name."""
     if isinstance(policy, str):
         return policy
-    policy = getattr(policy, "func", policy)  # of a partial
+    if isinstance(policy, partial):
+        policy = policy.func
     return f"{policy.__module__}.{getattr(policy, '__qualname__', type(policy).__qualname__)}"

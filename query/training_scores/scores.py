@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,23 +105,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
         )
     return ScoresResult(
         store=str(options.store),
-        settings={
-            "run": run.name,
-            "value": options.value,
-            "weight": options.weight if options.value in WEIGHTED else None,
-            "top_k": top_k,
-            "bottom_k": bottom_k,
-            "sample": options.sample,
-            "by": options.by,
-            "steps": list(window),
-            "group": options.group,
-            "layers": list(options.layers),
-            "exclude_layers": list(options.exclude_layers),
-            "unit": options.unit,
-            "min_times": options.min_times,
-            "domains": list(options.domains),
-            "candidates": options.candidates,
-        },
+        settings=_settings(options, run, window, top_k, bottom_k),
         summary=_summary(run, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
@@ -128,6 +113,27 @@ def scores(options: ScoresOptions) -> ScoresResult:
         history=None if history is None else history.entries,
         same_id=same_id,
     )
+
+
+def _settings(options: ScoresOptions, run: Run, window: Steps, top_k: int, bottom_k: int) -> dict[str, Any]:
+    """What the result says of how it came about."""
+    return {
+        "run": run.name,
+        "value": options.value,
+        "weight": options.weight if options.value in WEIGHTED else None,
+        "top_k": top_k,
+        "bottom_k": bottom_k,
+        "sample": options.sample,
+        "by": options.by,
+        "steps": list(window),
+        "group": options.group,
+        "layers": list(options.layers),
+        "exclude_layers": list(options.exclude_layers),
+        "unit": options.unit,
+        "min_times": options.min_times,
+        "domains": list(options.domains),
+        "candidates": options.candidates,
+    }
 
 
 def _read(

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import CorruptError, UsageError
-from ghoststore.store.run.pieces import side_by_side
+from ghoststore.errors import UsageError
+from ghoststore.store.run.pieces import check_rows, side_by_side
 from ghoststore.store.run.ranges import Steps, inside, without
 from ghoststore.store.run.run import Run
 from query.training_scores.weights import StepWeights
@@ -171,12 +171,8 @@ def stream_steps(
     names = ["sample", column.array, "learning_rate", *also, *(["loss"] * loss), *(["weight"] * weighs)]
     for piece in side_by_side(run, names, ranges):
         start, stop, data = piece.start, piece.stop, piece.data
+        check_rows(run, piece)
         sample = data["sample"]
-        if sample.size and int(sample.max()) >= run.layout.rows:
-            raise CorruptError(
-                f"{run.path / 'sample'}: step {start} to {stop} name row {int(sample.max())}; the row table has "
-                f"{run.layout.rows}"
-            )
         filled = sample >= 0
         step, rank, _ = filled.nonzero()
         score, rate = column.of(data[column.array])[filled], data["learning_rate"][step]

@@ -1,4 +1,4 @@
-"""A store with one training run."""
+"""Stores with one training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import train
+from tests.support.runs import JOURNALED, train
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +22,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_store(trained: Path, tmp_path: Path) -> Path:
     """A copy of ``trained``."""
     return Path(shutil.copytree(trained, tmp_path / "store"))
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Path:
+    """A store whose run ends in its first span: two save intervals, and two steps that are lost."""
+    train(tmp_path / "store", layout=JOURNALED, stop=12)
+    return tmp_path / "store"

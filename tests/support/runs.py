@@ -15,7 +15,7 @@ import numpy as np
 from ghoststore.store import RowTable, Run, RunLayout, RunWriter, Store, create_run
 from ghoststore.store.base.records import json_digest
 from ghoststore.store.run.gradients import GradientLayout
-from ghoststore.store.run.journal import Journal, append_entry, opened, read_arrays
+from ghoststore.store.run.journal import Journal, append_entry, journal_path, opened, read_arrays
 
 LAYOUT = RunLayout(
     steps=23, ranks=2, batch=3, span_steps=5, rows=40, groups=("law", "code"), blocks=("mlp", "attn"), dimension=4
@@ -129,6 +129,16 @@ KEEPING = replace(
     gradients=GradientLayout(every=3, dtype="int8", groups=(("mlp", 0, 3), ("attn", 3, 8))),
 )
 """Two spans of two save intervals, the last short; of two steps in each the gradients are kept."""
+
+
+def journal(store: Path, span: int = 0) -> Path:
+    """The journal of a span of the one run of ``store``."""
+    return journal_path(store / "runs/run", span)
+
+
+def run_of(store: Path) -> Run:
+    """The one run of ``store``."""
+    return Store.open(store).run()
 
 
 def steps_of(run: Run) -> list[int]:

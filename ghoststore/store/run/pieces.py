@@ -115,3 +115,13 @@ def _batches(entries: Sequence[Any], most: int) -> Iterator[list[Any]]:
 
 def _steps_of_a_piece(specs: Sequence[ArraySpec]) -> int:
     return max(1, min(PIECE_BYTES * spec.every // (spec.width * int(spec.dtype.itemsize)) for spec in specs))
+
+
+def check_rows(run: Run, piece: Pieces) -> None:
+    """CorruptError if ``piece`` names a row that the row table does not have."""
+    sample = piece.data["sample"]
+    if sample.size and int(sample.max()) >= run.layout.rows:
+        raise CorruptError(
+            f"{run.path / 'sample'}: steps {piece.start} to {piece.stop} name row {int(sample.max())}; the row table "
+            f"has {run.layout.rows}"
+        )

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.errors import CorruptError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.store.run.gradients import GradientLayout, KeptArrays
-from ghoststore.store.run.pieces import Pieces, side_by_side
+from ghoststore.store.run.pieces import Pieces, check_rows, side_by_side
 from ghoststore.store.run.ranges import Steps
 from ghoststore.store.run.run import Run
 
@@ -80,12 +80,8 @@ def stream_visits(
 def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, also: Sequence[str]) -> Visits:
     kept, arrays = kept_of(run)
     data, here = piece.data, steps - piece.start
+    check_rows(run, piece)
     sample = data["sample"][here]
-    if sample.size and int(sample.max()) >= run.layout.rows:
-        raise CorruptError(
-            f"{run.path / 'sample'}: steps {piece.start} to {piece.stop} name row {int(sample.max())}; the row table "
-            f"has {run.layout.rows}"
-        )
     there = sample >= 0
     of_step, rank, place = there.nonzero()
     stored = data[arrays.vectors][there]
