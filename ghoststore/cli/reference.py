@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,11 +29,12 @@ results appear whole or not at all, several of one command together; a command t
 def reference() -> str:
     """The text of ``docs/cli.md``."""
     pieces = [HEAD]
+    width: dict[str, Any] = {"max_content_width": 100, "terminal_width": 100}
+    context = click.Context(cli, info_name="ghoststore", **{**cli.context_settings, **width})
     for name in COMMANDS:
-        context = click.Context(cli, info_name="ghoststore", max_content_width=100, terminal_width=100)
         command = cli.get_command(context, name)
         assert command is not None
-        sub = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        sub = click.Context(command, info_name=name, parent=context, **width)
         pieces.append(f"## ghoststore {name}\n\n```text\n{command.get_help(sub)}\n```\n")
     return "\n".join(pieces)
 
