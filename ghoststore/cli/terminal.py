@@ -224,19 +224,18 @@ def print_json(value: Any) -> None:
 def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
     """A table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded; without ``fold`` each row is one line: what is not right-aligned is cut to the width of the
-    terminal, never a number. Where stdout is no terminal nothing is cut or folded.
+    Long cells are folded, and headings between words; numbers only where there is no room for them otherwise. Without
+    ``fold`` each row is one line: what is not right-aligned is cut to the width of the terminal, never a number. Where
+    stdout is no terminal nothing is cut or folded.
     """
     console = _stdout()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
     shown = Text if fold else Line
-    widths: list[int | None] = [None] * len(columns)
-    if not fold:
-        cells = zip(*[[heading for heading, _ in columns], *rows], strict=True)
-        whole = [max(map(cell_len, column)) for column in cells]
-        widths = _narrowed(whole, [not right for _, right in columns], console.width - 2 - 3 * len(columns))
+    widths, tight = _widths(columns, rows, console.width, fold=fold)
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    if tight:
+        table.padding, table.show_edge = 0, False
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
         table.add_column(shown(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
@@ -245,14 +244,36 @@ def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str
     console.print(table)
 
 
-def _narrowed(whole: list[int], may_give: list[bool], total: int) -> list[int | None]:
-    """Widths that sum to ``total`` where the ``whole`` ones are more: the widest of those that may give do, down to one
-    column each. None for what stays whole.
+def _widths(
+    columns: list[tuple[str, bool]], rows: list[list[str]], total: int, *, fold: bool
+) -> tuple[list[int | None], bool]:
+    """Widths of the columns of a table on a terminal of ``total`` columns, None for what stays whole; and whether there
+    is room for them only side by side. Where words are folded, a number is not, as long as there is any room for it:
+    each of its lines would read as a number.
+    """
+    texts = [[heading, *(row[place] for row in rows)] for place, (heading, _) in enumerate(columns)]
+    whole = [max(map(cell_len, column)) for column in texts]
+    words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
+    if not fold:
+        least = [size if right else 1 for size, (_, right) in zip(whole, columns, strict=True)]
+        return _narrowed(whole, least, total - 2 - 3 * len(columns)), False
+    least = [size if right else min(size, SHORT) for size, (_, right) in zip(words, columns, strict=True)]
+    for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
+        if sum(least) <= room:
+            return _narrowed(whole, least, room), tight
+    return [None] * len(columns), False
+
+
+def _narrowed(whole: list[int], least: list[int], total: int) -> list[int | None]:
+    """Widths that sum to ``total`` where the ``whole`` ones are more: the widest of those that may give do, down to the
+    ``least``. None for what stays whole.
     """
     widths = list(whole)
     for _ in range(sum(whole) - total):
-        width, place = max(((widths[place], place) for place, may in enumerate(may_give) if may), default=(0, 0))
-        if width < 2:
+        width, place = max(
+            ((widths[place], place) for place, size in enumerate(least) if widths[place] > size), default=(0, 0)
+        )
+        if not width:
             break
         widths[place] -= 1
     return [width if width < full else None for width, full in zip(widths, whole, strict=True)]

@@ -35,6 +35,23 @@ def test_nothing_that_commands_a_terminal_is_left(text: str) -> None:
         assert visible(shown, lines=True) == shown
 
 
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_no_number_is_folded_where_there_is_room(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line of a number that is folded reads as a number itself."""
+    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=False))
+    headings = ["domain", "rows", "times", "Σ unit·score a row", "a time", "sum", "negative", "mean", "± standard error"]
+    cells = ["arithmetic", "600 of 600", "603,064", "0.97841", "8.819e-05", "587.1", "46.8%", "-0.05727", "0.008295"]
+    terminal.print_table("by domain", [(name, name != "domain") for name in headings], [cells, cells])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= width
+    rows = [line for line in lines if cells[2] in line]
+    assert len(rows) == 2
+    for number in cells[2:]:
+        assert all(number in line for line in rows), number
+
+
 @given(TEXTS)
 def test_json_is_exact(text: str) -> None:
     value = {text: [text, 1, None]}
