@@ -41,7 +41,17 @@ def test_no_number_is_folded_where_there_is_room(
 ) -> None:
     """Each line of a number that is folded reads as a number itself."""
     monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=False))
-    headings = ["domain", "rows", "times", "Σ unit·score a row", "a time", "sum", "negative", "mean", "± standard error"]
+    headings = [
+        "domain",
+        "rows",
+        "times",
+        "Σ unit·score a row",
+        "a time",
+        "sum",
+        "negative",
+        "mean",
+        "± standard error",
+    ]
     cells = ["arithmetic", "600 of 600", "603,064", "0.97841", "8.819e-05", "587.1", "46.8%", "-0.05727", "0.008295"]
     terminal.print_table("by domain", [(name, name != "domain") for name in headings], [cells, cells])
     lines = capsys.readouterr().out.splitlines()
