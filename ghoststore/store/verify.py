@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ghoststore.errors import CorruptError, MismatchError
-from ghoststore.progress import Progress, Silent, Task
+from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import VerifyOptions
 from ghoststore.store.base.names import is_name
@@ -24,7 +23,8 @@ from ghoststore.store.run.journal import journal_damage
 from ghoststore.store.run.run import Run
 from ghoststore.store.spans.group import Spanned, group_problem
 from ghoststore.store.spans.soundness import (
-    checked_span,
+    Checked,
+    checked_spans,
     lost_spans,
     missing_records,
     unrecorded_damage,
@@ -33,9 +33,6 @@ from ghoststore.store.spans.soundness import (
 from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
 
-THREADS = 4
-Checked: TypeAlias = tuple[str, int, str | None]
-"""(file, its bytes, what is wrong with it or None)."""
 Owner: TypeAlias = dict[str, str]
 """``part`` or ``run`` and its name; empty: the store itself."""
 
@@ -170,7 +167,8 @@ class Examination:
         with closing(self._progress.task(f"verifying {source.name}", len(source.spans), unit="spans")) as task:
             self._spans += len(source.spans)
             caches = list(cache_damage(source)) if isinstance(source, Part) else []
-            for name, size, problem in chain(_check_metadata(source), _check_spans(source, task), caches):
+            checked = checked_spans(source, source.spans, task)
+            for name, size, problem in chain(_check_metadata(source), checked, caches):
                 self._files, self._bytes = self._files + 1, self._bytes + size
                 self._note(owner, name, problem)
             lost = (damage for span in lost_spans(source) for damage in unrecorded_damage(source, span))
@@ -230,11 +228,3 @@ def _check_metadata(source: Spanned[Any]) -> Iterator[Checked]:
             yield name, 0, str(error)
         else:
             yield name, size_of(source.path / name), None
-
-
-def _check_spans(source: Spanned[Any], task: Task) -> Iterator[Checked]:
-    """What :func:`checked_span` says of every committed span."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        for checked in pool.map(lambda span: list(checked_span(source, span)), source.spans):
-            task.advance(1)
-            yield from checked

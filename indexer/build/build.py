@@ -44,8 +44,8 @@ def build(options: BuildOptions) -> BuildReport:
     result is byte-identical to that of an uninterrupted build.
 
     Raises CheckpointError, CorpusError, LayerError or UsageError for inputs that cannot be used, MismatchError if the
-    part exists and is of another build, CorruptError (before anything is computed) if records or file sizes show that
-    the part is damaged, BusyError if another process builds it, StorageError if the disk refuses. Committed spans stay
+    part exists and is of another build, CorruptError (before anything is computed) if a file of what is committed is
+    damaged, BusyError if another process builds it, StorageError if the disk refuses. Committed spans stay
     committed.
     """
     progress = options.progress or Silent()

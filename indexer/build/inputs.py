@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from ghoststore.software import versions_of
 from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.writable import check_writable
-from ghoststore.store.spans.soundness import refuse_damaged
+from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
 from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
 from indexer.projection.adam import learning_rate_of
 
@@ -92,7 +92,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     default_name = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
     part_name = check_name(options.name) if options.name else default_name
     Store.refuse_others(Path(options.store))
-    existing = repaired or _existing(options.store, part_name)
+    existing = repaired or _existing(options.store, part_name, progress)
     if existing is not None:
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
@@ -133,8 +133,10 @@ def _fields(options: BuildOptions, repaired: Part | None) -> Fields | ResolvedFi
     return options.fields or Fields()
 
 
-def _existing(store: str | Path, name: str) -> Part | None:
-    """The part called ``name``, or None. CorruptError if records or file sizes show that it is damaged."""
+def _existing(store: str | Path, name: str, progress: Progress) -> Part | None:
+    """The part called ``name``, or None. CorruptError naming what is damaged: every committed span is read, which is
+    little beside what a build computes.
+    """
     if not (Path(store) / "zarr.json").exists():
         return None
     opened_store = Store.open(store)
@@ -142,4 +144,6 @@ def _existing(store: str | Path, name: str) -> Part | None:
         return None
     part = opened_store.damaged_part(name)
     refuse_damaged(part)
+    with closing(progress.task(f"checking {part.name}", len(part.spans), unit="spans")) as task:
+        refuse_damaged_spans(part, part.spans, task)
     return part

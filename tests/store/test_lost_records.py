@@ -14,6 +14,7 @@ from ghoststore.store import Store
 from ghoststore.store.base.records import seal
 from ghoststore.store.spans.commits import commit_path, read_commit
 from tests.support.harms import delete, truncate
+from tests.support.parts import unbuild
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -194,6 +195,23 @@ def test_building_on_a_damaged_part(lab: Lab, store: Path) -> None:
     assert outcome.code == 4
     for file in ("loss/c/0", "vectors/c/3/0", "norm/zarr.json"):
         assert file in outcome.err
+    assert f"ghoststore repair --store {store} --part part" in outcome.err
+    assert lab.tree(store) == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_building_on_a_flipped_byte(lab: Lab, store: Path, complete: bool) -> None:
+    """What is committed is read before the rest is built, also where there is no rest."""
+    if not complete:
+        unbuild(Store.open(store).part(), SPANS - 1)
+    chunk = part(store) / "vectors/c/1/0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    before = lab.tree(store)
+    outcome = lab.build(store)
+    assert outcome.code == 4
+    assert "vectors/c/1/0" in outcome.err
     assert f"ghoststore repair --store {store} --part part" in outcome.err
     assert lab.tree(store) == before
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ghoststore.errors import CorruptError
 from ghoststore.store.base.records import MISSING
@@ -24,8 +25,12 @@ from ghoststore.store.spans.layout import CRC_BYTES, SpanLayout, chunk_keys, fir
 from ghoststore.store.spans.withdrawn import taken_out
 
 if TYPE_CHECKING:
+    from ghoststore.progress import Task
     from ghoststore.store.spans.group import Spanned
 
+Checked: TypeAlias = tuple[str, int, str | None]
+"""(file, its bytes, what is wrong with it or None)."""
+THREADS = 4
 NAMED = 3
 """Damaged files that a message names; `ghoststore verify` lists them all."""
 LOST = "missing, though the chunks of its span are in place"
@@ -152,7 +157,7 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
                 yield key, f"{size} bytes; {record.bytes} were written"
 
 
-def checked_span(source: Spanned[Any], span: int) -> Iterator[tuple[str, int, str | None]]:
+def checked_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
     """(file, its bytes, what is wrong with it or None): each file of a committed span, read whole, and its record where
     that is damaged. Without a record a chunk is held against its own crc32c.
     """
@@ -181,9 +186,18 @@ def unrecorded_damage(source: Spanned[Any], span: int) -> Iterator[tuple[str, st
             yield key, str(error)
 
 
-def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int]) -> None:
-    """CorruptError naming what :func:`checked_span` finds: what could mend ``spans`` is not removed."""
-    checked = (entry for span in spans for entry in checked_span(source, span))
+def checked_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None = None) -> Iterator[Checked]:
+    """What :func:`checked_span` says of each of ``spans``, in their order; some are read at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for checked in pool.map(lambda span: list(checked_span(source, span)), spans):
+            if task is not None:
+                task.advance(1)
+            yield from checked
+
+
+def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None = None) -> None:
+    """CorruptError naming what :func:`checked_span` finds."""
+    checked = checked_spans(source, spans, task)
     damage = [(file, problem) for file, _, problem in checked if problem is not None]
     if damage:
         raise damaged(source, damage)
