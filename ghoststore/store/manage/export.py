@@ -146,8 +146,8 @@ def export(options: ExportOptions) -> ExportReport:
     row, loss, tokens and norms of each row, to a new file: ``.parquet`` (all in one table), ``.safetensors`` or
     ``.npy`` (the vectors, with a ``.rows.jsonl`` of the rest beside).
 
-    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate, and where
-    the step chose among candidates with the ``weight`` that it had in it: 0, it was not trained on. Rows
+    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Where a
+    step chose among candidates each has the ``weight`` with which it counted: 0, it was not trained on. Rows
     without a vector are left out, unless ``unusable``; each row has its ``source_row``. ``dtype="stored"`` writes
     the numbers as the store has them: bfloat16 as such in safetensors and as its bits (uint16) elsewhere, codes of int8
     and onebit with the ``scale`` of each row and block (not to ``.npy``, which has no place for it). Some thousand rows
