@@ -113,7 +113,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     kind = torch.device(own).type
     if kind == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_START)
+    _begin_group("nccl" if kind == "cuda" else "gloo")
     try:
         dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
         yield Ranks.here(), own
@@ -127,6 +127,34 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         # of the group that wait for this lock.
         gc.collect()
         dist.destroy_process_group()
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """Where the ranks of this process's groups find one another."""
+
+    store: dist.Store | None = None
+    """None before the first group. It is kept: under torchrun it outlives a group in any case, and without, the first
+    rank serves it, whose next one would take the place of one that others may still talk to."""
+    groups: int = 0
+    """Groups that were begun."""
+
+
+_MEETING = _Meeting()
+
+
+def _begin_group(backend: str) -> None:
+    """The default process group, whose ranks find one another at keys of its own. The addresses of a group that ended
+    stay in the store: a second one of the same process that read them would wait for ever, or talk to nobody.
+    """
+    meeting = _MEETING
+    if meeting.store is None:
+        meeting.store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_START))
+        meeting.store.set_timeout(LONGEST_START)
+    own = dist.PrefixStore(f"ghoststore/group/{meeting.groups}", meeting.store)
+    meeting.groups += 1
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=LONGEST_START)
 
 
 def _wait_for_the_others() -> None:

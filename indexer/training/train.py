@@ -295,7 +295,8 @@ class _Training:
             raise UsageError(
                 f"`candidates={candidates}` is more than the {len(rows.usable)} rows with a target; give fewer"
             )
-        order = Order(rows, seed=self.config.seed, step_rows=self.config.drawn(count) * count)
+        step_rows = self.config.drawn(count) * count
+        order = Order(rows, seed=self.config.seed, step_rows=step_rows, apart=candidates is not None)
         return Inputs(
             start=start,
             model=model,

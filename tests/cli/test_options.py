@@ -215,6 +215,8 @@ TRAIN = Flags([entry for one in command("train").kinds for entry in entries_of(o
             "`damping` belongs to `precondition=second-moment`",
             "--damping belongs to --precondition second-moment",
         ),
+        (TRAIN, "`exclude_layers=['h.0.gate', 'h.1.gate']`", "--exclude-layers h.0.gate,h.1.gate"),
+        (TRAIN, "`store=['a` and `store=[a]`", "--store ['a and --store [a]"),
         (TRAIN, "`seed` and `projection.seed`", "--seed and --proj-seed"),
         (TRAIN, "`keep_checkpoints=None`", "--keep-checkpoints all"),
         (TRAIN, "`domains`, `compress_by`", "--domain, `compress_by`"),

@@ -121,9 +121,10 @@ def test_the_run_says_what_was_chosen(gym: Gym) -> None:
     assert run.layout.batch == 12
     shards = ghoststore.TokenShards.open(trained.output / "tokens")
     table = TrainingRows.cut(shards, run.manifest["training"]["max_length"], "window")
-    order = Order(table, seed=0, step_rows=12)
+    order = Order(table, seed=0, step_rows=12, apart=True)
     for step in range(8):
         score, weight, sample = (arrays[name][step, 0] for name in ("score", "weight", "sample"))
+        assert len(set(sample.tolist())) == 12  # step 2 reaches over the end of the first epoch
         np.testing.assert_array_equal(sample, order.rows_of(step))
         highest = np.sort(np.argsort(-score, kind="stable")[:4])
         np.testing.assert_array_equal(np.flatnonzero(weight), highest)
@@ -145,7 +146,7 @@ def test_scores_are_those_of_a_training_on_all(gym: Gym) -> None:
     chosen = trained.arrays()
     options = {"max_steps": 8, "batch_size": 12, "eval_interval": 4, "score_layers": "blocks"}
     plain = gym.train(model=None, checkpoint=gym.models["tiny"], **options).arrays()
-    np.testing.assert_array_equal(chosen["sample"], plain["sample"])
+    np.testing.assert_array_equal(chosen["sample"][:2], plain["sample"][:2])  # of the first epoch of 27 rows
     for name in ("score", "loss"):
         np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
 

@@ -55,6 +55,8 @@ FIELDS_OF_RUN = {
     "score": "float32",
     "learning_rate": "float64",
 }
+WEIGHT_OF_RUN = {"weight": "float32"}
+"""Of a run that chose among candidates: 0 where its step did not train on the sample."""
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 
 
@@ -144,7 +146,8 @@ def export(options: ExportOptions) -> ExportReport:
     row, loss, tokens and norms of each row, to a new file: ``.parquet`` (all in one table), ``.safetensors`` or
     ``.npy`` (the vectors, with a ``.rows.jsonl`` of the rest beside).
 
-    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Rows
+    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Where a
+    step chose among candidates each has the ``weight`` with which it counted: 0, it was not trained on. Rows
     without a vector are left out, unless ``unusable``; each row has its ``source_row``. ``dtype="stored"`` writes
     the numbers as the store has them: bfloat16 as such in safetensors and as its bits (uint16) elsewhere, codes of int8
     and onebit with the ``scale`` of each row and block (not to ``.npy``, which has no place for it). Some thousand rows
@@ -255,7 +258,8 @@ class OfRun:
 
     def __init__(self, run: Run, *, stored: bool, unusable: bool) -> None:
         kept, _ = kept_of(run)
-        self._run, self.stored, self.fields, self._all = run, stored, FIELDS_OF_RUN, unusable
+        self._run, self.stored, self._all = run, stored, unusable
+        self.fields = {**FIELDS_OF_RUN, **WEIGHT_OF_RUN} if run.layout.weights else FIELDS_OF_RUN
         self.encoding = kept.encoding
         self.groups: Groups = kept.groups
         self.name, self.storage = {"run": run.name}, run.manifest["storage"]
@@ -282,6 +286,8 @@ class OfRun:
                 "score": visits.data["score"][chosen],
                 "learning_rate": visits.learning_rate[chosen],
             }
+            if run.layout.weights:
+                fields["weight"] = visits.weight[chosen].astype(np.float32)
             if self.stored:
                 yield Rows(visits.stored[chosen], None if visits.scale is None else visits.scale[chosen], fields)
             else:

@@ -77,5 +77,5 @@ def test_only_wanted_batches_have_vectors() -> None:
 
 
 def test_vectors_of_two_kinds_are_refused() -> None:
-    with pytest.raises(UsageError, match="projection gives vectors already"):
+    with pytest.raises(UsageError, match="`projection` gives vectors already"):
         causal_engine(gpt2(), projection=ProjectionConfig(), keep=ProjectionConfig())

@@ -44,7 +44,7 @@ def far_from_zero(logits: Tensor) -> Tensor:
     return 1e-3 * logits.square().mean()
 
 
-BESIDE = "of the output of .* beside the watched loss .*Another term.*val_losses with that term.*batch=batch"
+BESIDE = "of the output of .* beside the watched loss .*Another term.*`val_losses` with that term.*batch=batch"
 
 
 @pytest.mark.thin(3)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, target_counts
 from indexer.encode.losses import IGNORED, next_token_losses
-from tests.support.held_losses import IDS, LABELS, MASK, refused, scored
 from tests.support.models import bert_masked, gpt2, next_token_loss_of, perceptron
 from tests.support.own_losses import (
     DECODER_LEFT_OUT,
@@ -49,6 +48,7 @@ from tests.support.scoring import (
     sum_of_squares,
     val_batch,
 )
+from tests.support.watched_losses import IDS, LABELS, MASK, refused, scored
 
 # Router losses.
 
