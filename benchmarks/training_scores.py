@@ -311,8 +311,8 @@ def main(
         )
         note = (
             f"LDS over {halves} models, each trained on another random half of {task.samples:,} samples. "
-            "`val samples`: the mean over the losses of val samples, each scored by itself; `domains`: over the mean losses of "
-            "domains. Intervals (95 %) resample the trainings."
+            "`val samples`: the mean over the losses of val samples, each scored by itself; `domains`: over the mean "
+            "losses of domains. Intervals (95 %) resample the trainings."
         )
         results.add(Table("Linear datamodeling score", table, note), lds=numbers)
     results.write(out)

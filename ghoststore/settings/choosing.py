@@ -40,6 +40,12 @@ class ChoosingConfig:
     temperature: float | None = option(
         None, "Of `policy=reweight`, in standard deviations of the step's scores (default: 1).", "Choosing"
     )
+    contrast: bool = option(
+        False,
+        "Choose by the score less the sample's product with the mean gradient of the candidates: by what it does for "
+        "the val set beyond what any candidate does. The run keeps the score as it is.",
+        "Choosing",
+    )
     choose_over: Over = option(
         "all", "Choose among the candidates of all ranks, or an equal share on each rank among its own.", "Choosing"
     )
@@ -67,6 +73,8 @@ class ChoosingConfig:
         check_policy(self.policy, self.keep, self.threshold)
         if self.keep is not None and self.keep > self.candidates:
             raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: keep fewer")
+        if self.contrast and self.policy in ("random", "greats"):
+            raise UsageError(f"`contrast` changes scores, and `policy={self.policy}` does not choose by scores alone")
         if self.temperature is not None:
             if self.policy != "reweight":
                 raise UsageError("`temperature` belongs to `policy=reweight`")

@@ -170,7 +170,10 @@ class Trainer:
         scores_B = torch.cat([batch.scores.total for batch in scored]).float().cpu().numpy()
         pairs, eta = scored[0].scores.pairs, float(self.optimizer.param_groups[0]["lr"])
         interactions = None if pairs is None else eta * pairs.cpu().numpy()
-        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]), interactions)
+        common_B = chooser.common([batch.scores for batch in scored])
+        weights_RB = chooser.weights(
+            step, Scored(own, scores_B, losses_B, self.rows.length[own], common_B), interactions
+        )
         ends = np.cumsum([len(rows) for rows in cuts])[:-1]
         for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
             self.session.take(rows, batch.losses, batch.scores, weights_B)
