@@ -28,7 +28,7 @@ from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans, undecided
 from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
-from ghoststore.store.spans.withdrawn import FOREIGN, aside, withdrawn_spans
+from ghoststore.store.spans.withdrawn import FOREIGN, withdrawn_folder, withdrawn_spans
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Owner, StoredFile
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
@@ -145,7 +145,7 @@ class _Collection:
                 for span in withdrawn_spans(source):
                     # Without a record the span of a part is still to be built, by a repair that goes on.
                     if span in source.spans or not of_part:
-                        yield f"{WITHDRAWN}/{span:08d}", aside(source, span)
+                        yield f"{WITHDRAWN}/{span:08d}", withdrawn_folder(source, span)
                 if (path / FOREIGN).is_dir():
                     yield f"{WITHDRAWN}/{FOREIGN}", path / FOREIGN
             elif (
