@@ -100,7 +100,7 @@ def test_steps_that_a_loss_scaler_leaves_out(fused: bool, tmp_path: Path) -> Non
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("every", [4, 1])
 def test_a_val_gradient_that_outlives_steps_left_out(every: int, tmp_path: Path) -> None:
-    """Of a loop that keeps the gradients of every fourth step: the val gradient of before the third lives until then."""
+    """Where every fourth step keeps its gradients: it uses the val gradient of before the third."""
     config = config_of(tmp_path, 8, **{**SETTINGS, "keep_gradients": every, "val_refresh_interval": 2})
     model = gpt2()
     optimizer = sgd(model)
