@@ -81,6 +81,10 @@ class EventTask:
             self._last_event = time.monotonic()
             self._write("progress")
 
+    def expect(self, seconds: float, besides: str) -> None:
+        about = {**self._about, "done": self._done}
+        self._log.say("estimate", task=self._number, **about, seconds=round(seconds, 3), besides=besides)
+
     def say(self, text: str) -> None:
         self._words = text
 

@@ -139,6 +139,12 @@ class _BarTask:
         fields = self._progress.tasks[self._progress.task_ids.index(self._id)].fields
         self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
 
+    def expect(self, seconds: float, besides: str) -> None:
+        description = self._progress.tasks[self._progress.task_ids.index(self._id)].description
+        self._progress.console.print(
+            f"{description}: about {duration(seconds)}, {besides} aside", markup=False, highlight=False, soft_wrap=True
+        )
+
     def say(self, text: str) -> None:
         self._progress.update(self._id, words=text)
 

@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import clear_frames
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ghoststore.errors import CaptureError, UsageError, WorkerError
 
@@ -133,7 +134,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
 class _Meeting:
     """Where the ranks of this process's groups find one another."""
 
-    store: dist.Store | None = None
+    store: Any = None
     """None before the first group. It is kept: under torchrun it outlives a group in any case, and without, the first
     rank serves it, whose next one would take the place of one that others may still talk to."""
     groups: int = 0
@@ -149,9 +150,10 @@ def _begin_group(backend: str) -> None:
     """
     meeting = _MEETING
     if meeting.store is None:
-        meeting.store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_START))
+        meeting.store, _, _ = next(rendezvous("env://", timeout=LONGEST_START))
         meeting.store.set_timeout(LONGEST_START)
-    own = dist.PrefixStore(f"ghoststore/group/{meeting.groups}", meeting.store)
+    prefix = f"ghoststore/group/{meeting.groups}"
+    own = dist.PrefixStore(prefix, meeting.store)  # type: ignore[attr-defined]  # public, and not in torch's __all__
     meeting.groups += 1
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=LONGEST_START)
