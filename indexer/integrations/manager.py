@@ -130,6 +130,7 @@ class GhostEngineManager:
             exclude_layers=() if sketched else self.config.exclude_layers,
             score_layers=self.config.scored_layers,
             score_metric=self.config.score_metric,
+            pairs=self.config.pairs,
             projection=self.config.projection() if sketched else None,
             keep=self.config.projection() if self.config.keep_gradients is not None and not sketched else None,
         )

@@ -74,7 +74,7 @@ class Chooser:
     def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:
         """Of a loop of the user's own, where each rank decides for each of its micro-batches."""
         policy = policy_of(choosing.policy, choosing.threshold)
-        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks)
+        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks, contrast=choosing.contrast)
 
     def common(self, scored: Sequence[Scores]) -> NDArray[np.float32] | None:
         """(B,): what this rank's candidates have in common with those that are decided about with them; None without

@@ -108,6 +108,33 @@ def test_rows_without_targets_are_not_chosen(choosing: Choosing) -> None:
         assert (weights > 0).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("method", ["GradDotProd", "GradProjLora"])
+def test_contrast_is_over_the_micro_batch(method: str) -> None:
+    """By the engine's own pairs, or the vectors; a row without a target is no part of the mean."""
+    model = gpt2()
+    optimizer = sgd(model)
+    config = GhostConfig(method=method, choosing=Choosing(keep=2, contrast=True))
+    with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+        X, Y, _ = batch_of([0, 1, 2, 3, 4, 5])
+        Y[1] = -100
+        manager.attach_train_batch(X, Y, 0, None)
+        X_forward, Y_forward = manager.prepare_forward_input(X, Y)
+        model(input_ids=X_forward, labels=Y_forward).loss.backward()
+        manager.prepare_gradients()
+        manager.aggregate_and_log()
+        (scores,), (weights,) = manager.last_scores, manager.last_weights
+    assert (scores.pairs is None) == (method == "GradProjLora")
+    usable = torch.tensor([0, 2, 3, 4, 5])
+    if scores.pairs is None:
+        assert scores.vectors is not None
+        vectors = scores.vectors.double()[usable]
+        common = vectors @ vectors.mean(0)
+    else:
+        common = scores.pairs[usable][:, usable].mean(1)
+    highest = usable[(scores.total[usable] - common).argsort(descending=True)[:2]]
+    assert sorted(highest.tolist()) == weights.nonzero().flatten().tolist()
+
+
 @pytest.mark.slow
 def test_policies_in_a_loop() -> None:
     """Without a store, too: what was chosen is in last_weights, the candidates' scores in last_scores."""
@@ -181,6 +208,7 @@ def test_another_loss_is_refused() -> None:
         ({}, "`policy=top-k` chooses so many candidates: give `keep`"),
         ({"keep": 2, "policy": "reweight"}, "weighs its samples alike"),
         ({"keep": 2, "policy": "best"}, "`policy` 'best' is unknown"),
+        ({"keep": 2, "policy": "random", "contrast": True}, "does not choose by scores alone"),
         ({"keep": 0}, "`keep` must be at least 1"),
         ({"keep": 2, "threshold": 1.0}, "belong together"),
     ],
