@@ -31,7 +31,7 @@ from torch import Tensor
 from ghoststore.errors import UsageError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
-from ghoststore.store.run.writer import PLACES
+from ghoststore.store.run.writer import SAMPLE_ARRAYS
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.kept_gradients import OF_SAMPLES, ValStep, arrays_of_samples, arrays_of_step, want_vectors
@@ -349,7 +349,7 @@ class ScoringSession:
     def _empty_step(self, also: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """One rank's arrays of a step without samples; ``also`` are those of its gradients, where it keeps them."""
         assert self._layout is not None
-        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *PLACES, *also)]
+        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *SAMPLE_ARRAYS, *also)]
         return {spec.name: np.full(spec.columns[1:], spec.fill, dtype=spec.dtype) for spec in specs}
 
     def save(self) -> None:
