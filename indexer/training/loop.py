@@ -22,7 +22,7 @@ from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.dotprod import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.encode.losses import IGNORED, own_losses, training_loss
-from indexer.encode.modes import devices_of
+from indexer.encode.modes import devices_of, reseed
 from indexer.projection import draws
 from indexer.session.chooser import Chooser, Scored
 from indexer.session.ranks import Ranks
@@ -354,4 +354,4 @@ class Trainer:
         there is nothing to save.
         """
         key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
-        torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
+        reseed(int(draws.bits(key, 1)[0] >> np.uint64(1)), devices_of(self.model))

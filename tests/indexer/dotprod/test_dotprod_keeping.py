@@ -24,7 +24,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("route", ["auto", "gram"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", CAUSAL)

@@ -51,7 +51,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("first_kept", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("places", [(1,), (0, 2)])

@@ -27,6 +27,7 @@ def kept(store: Path, name: str = "run") -> dict[str, np.ndarray]:
     return {array: run.read_committed(array) for array in KEPT}
 
 
+@pytest.mark.slow
 def test_beside_exact_scores_as_beside_sketched_ones(tmp_path: Path) -> None:
     """The same vectors; of every other step; and the weights are those of a loop without a manager."""
     steps = plan(7)
