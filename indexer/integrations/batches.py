@@ -1,4 +1,4 @@
-"""What a loop's own objects say: the size of a batch, the ranks in a mapping."""
+"""The size of a loop's batches, and its rank in a mapping of the loop's own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from indexer.session.ranks import Ranks
 
 def first_tensor(batch: Any) -> Tensor:
     """The first tensor of a batch, whose first axis is the samples. UsageError if it has none."""
-    inner = batch
-    while not isinstance(inner, Tensor):
-        if isinstance(inner, Mapping) and inner:
-            inner = next(iter(inner.values()))
-        elif isinstance(inner, (list, tuple)) and inner:
-            inner = inner[0]
+    first = batch
+    while not isinstance(first, Tensor):
+        if isinstance(first, Mapping) and first:
+            first = next(iter(first.values()))
+        elif isinstance(first, (list, tuple)) and first:
+            first = first[0]
         else:
             raise UsageError(f"a batch holds tensors whose first axis is the samples; found a {type(batch).__name__}")
-    if not inner.dim():
+    if not first.dim():
         raise UsageError("a batch holds tensors whose first axis is the samples; found one number")
-    return inner
+    return first
 
 
 def size_of(batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""What GhostEngineManager is asked to do, as a configuration of its own or fields of the caller's."""
+"""The configuration of GhostEngineManager: a GhostConfig, or the fields of a configuration of the caller's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from indexer.session.choosing import Choosing
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
 OUR_PREFIXES = ("proj_", "dot_prod_", "val_refresh_")
-"""Fields of these names are meant for us: one that is not known is an error, not somebody else's."""
+"""A field that begins so and is not known is an error; other unknown fields are the caller's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GhostConfig:
-    """What :class:`GhostEngineManager` is asked to do. Any object or mapping with fields of these names will do, see
+    """The configuration of :class:`GhostEngineManager`. Any object or mapping with fields of these names will do, see
     :meth:`of`.
 
     UsageError where it is made for a value that cannot be, or that the method would have to ignore. (``Regular`` does
@@ -143,8 +143,8 @@ class GhostConfig:
         if isinstance(config, Mapping):
             values: dict[str, Any] = {str(name): value for name, value in config.items()}
         else:
-            ours = [name for name in dir(config) if name in names or name.startswith(OUR_PREFIXES)]
-            values = {name: getattr(config, name) for name in ours}
+            of_config = [name for name in dir(config) if name in names or name.startswith(OUR_PREFIXES)]
+            values = {name: getattr(config, name) for name in of_config}
         unknown = sorted(name for name in values if name.startswith(OUR_PREFIXES) and name not in names)
         if unknown:
             raise UsageError(

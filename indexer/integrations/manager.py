@@ -1,4 +1,4 @@
-"""GhostEngineManager: the engines in a training loop of one's own, behind one set of calls whatever the method.
+"""GhostEngineManager: the engines in a training loop of the user's own, with the same calls for every method.
 
 Legend: B samples of a micro-batch.
 """

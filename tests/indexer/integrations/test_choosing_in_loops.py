@@ -276,8 +276,8 @@ def of_rank(rank: int, steps: Places) -> Places:
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["top-k", "threshold"])
 def test_two_ranks_of_the_manager(name: str, tmp_path: Path) -> None:
-    """Each rank chooses among the samples of its micro-batches; the update is DDP's own on the chosen ones, bit for bit:
-    the mean over ranks of the mean loss of what each chose, however many that are.
+    """Each rank chooses among the samples of its micro-batches; the update is DDP's own on the chosen, bit for bit: the
+    mean over ranks of the mean loss of what each chose, however many that are.
     """
     steps = plan(8, accumulation=2)
     choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]
@@ -335,8 +335,8 @@ IN_RANKS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 7, "d
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["top-k", "threshold"])
 def test_two_ranks_of_the_callback(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Trainer under DDP that is given the chosen rows alone ends with the same bits, where each rank's loss is the mean
-    over its own targets.
+    """A Trainer under DDP that is given the chosen rows alone ends with the same bits, where the loss of each rank is the
+    mean over its own targets.
     """
     choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]
     settings = {**IN_RANKS, "average_tokens_across_devices": False}
