@@ -51,11 +51,11 @@ def ranks_of(info: Mapping[str, Any] | None) -> Ranks:
         forms = (("rank", "world_size"), ("ddp_rank", "ddp_world_size"))
         names = next((form for form in forms if set(form) <= set(info)), None)
         if names is None:
-            raise UsageError(f"ddp_info needs rank and world_size; it has {sorted(map(str, info))}")
+            raise UsageError(f"`ddp_info` needs rank and world_size; it has {sorted(map(str, info))}")
         stated = Ranks(int(info[names[0]]), int(info[names[1]]))
     if stated != here:
         raise UsageError(
-            f"ddp_info says rank {stated.rank} of {stated.count}; torch.distributed says rank {here.rank} of "
+            f"`ddp_info` says rank {stated.rank} of {stated.count}; torch.distributed says rank {here.rank} of "
             f"{here.count}" + ("" if here.count > 1 else " (init_process_group() comes first)")
         )
     return stated

@@ -88,12 +88,12 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         note: Callable[[str], None] | None = None,
     ) -> None:
         if val_data is None:
-            raise UsageError("scores are against a val set: give val_data")
+            raise UsageError("scores are against a val set: give `val_data`")
         if dot_prod_save_interval < 1:
-            raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
+            raise UsageError(f"`dot_prod_save_interval` must be at least 1 step, not {dot_prod_save_interval}")
         check_kept(keep_gradients, proj_dtype)
         if keep is not None and keep_gradients is None:
-            raise UsageError("keep says how the gradients of keep_gradients are projected: give that, too")
+            raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
         self._name, self._field, self._choosing = name, sample_field, choosing
@@ -149,7 +149,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._trained and not state.global_step:
             raise UsageError(
                 f"this callback has scored a training already, and its run {self._name!r} is that one; make another "
-                "callback with another name"
+                "callback with another `name`"
             )
         refuse_arguments(args, state)
         model = kwargs["model"]

@@ -78,7 +78,7 @@ class GhostConfig:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
-            raise UsageError(f"method {self.method!r} is unknown; known: {', '.join(get_args(Method))}")
+            raise UsageError(f"`method` {self.method!r} is unknown; known: {', '.join(get_args(Method))}")
         if self.method == "Regular":
             return
         for name in ("exclude_layers", "proj_layers"):
@@ -86,21 +86,21 @@ class GhostConfig:
         self._check_numbers()
         if self.on_store_error not in get_args(OnStoreError):
             raise UsageError(
-                f"on_store_error {self.on_store_error!r} is unknown; known: {', '.join(get_args(OnStoreError))}"
+                f"`on_store_error` {self.on_store_error!r} is unknown; known: {', '.join(get_args(OnStoreError))}"
             )
         if self.store is not None:
             lacking = [name for name in ("max_steps", "batch_size", "samples") if getattr(self, name) is None]
             if lacking:
-                raise UsageError(f"with a store the configuration needs {', '.join(lacking)}")
+                raise UsageError(f"with a store the configuration needs {', '.join(f'`{name}`' for name in lacking)}")
         if self.choosing is not None and not isinstance(self.choosing, Choosing):
-            raise UsageError(f"choosing is a ghoststore.Choosing, not {self.choosing!r:.60}")
+            raise UsageError(f"`choosing` is a ghoststore.Choosing, not {self.choosing!r:.60}")
         if self.domains is not None and self.samples is None:
-            raise UsageError("domains are those of samples: give samples, too")
+            raise UsageError("`domains` are those of `samples`: give `samples`, too")
         if self.method == "GradProjLora":
             if self.score_layers is not None:
-                raise UsageError("score_layers belongs to method GradDotProd; GradProjLora takes proj_layers")
+                raise UsageError("`score_layers` belongs to `method=GradDotProd`; GradProjLora takes `proj_layers`")
             if self.proj_row_orthonormal and self.proj_kind not in ("gaussian", "orthonormal"):
-                raise UsageError(f"proj_row_orthonormal contradicts proj_kind {self.proj_kind!r}; give one of them")
+                raise UsageError(f"`proj_row_orthonormal` contradicts `proj_kind` {self.proj_kind!r}; give one of them")
             self.projection()  # refuses what cannot be
         else:
             self._refuse_projection()
@@ -108,14 +108,14 @@ class GhostConfig:
     def _check_numbers(self) -> None:
         check_kept(self.keep_gradients, self.proj_dtype)
         if self.keep_gradients is not None and self.store is None:
-            raise UsageError("keep_gradients keeps them in a store: give store, too")
+            raise UsageError("`keep_gradients` keeps them in a store: give `store`, too")
         optional = ("max_steps", "batch_size")
         for name in ("gradient_accumulation_steps", "dot_prod_save_interval", "val_refresh_interval", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise UsageError(f"`{name}` must be a whole number of at least 1, not {value!r}")
 
     def _refuse_projection(self) -> None:
         """What only a projection reads is not ignored."""
@@ -127,8 +127,8 @@ class GhostConfig:
                 value = getattr(self, field.name)
                 if value != field.default:
                     raise UsageError(
-                        f"{field.name}={value!r} belongs to method GradProjLora, or to keep_gradients; {self.method} "
-                        "scores every trainable parameter but those of exclude_layers"
+                        f"`{field.name}={value!r}` belongs to `method=GradProjLora` or `keep_gradients`; {self.method} "
+                        "scores every trainable parameter but those of `exclude_layers`"
                     )
 
     @classmethod

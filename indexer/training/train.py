@@ -406,8 +406,8 @@ class _Training:
         software = {name: manifest["software"][name] for name in saved.software}
         if software != saved.software:
             self.progress.note(
-                f"going on with other software than wrote {saved.path.name} ({saved.software}; now {software}): the last "
-                "bits of what follows may differ from an uninterrupted run"
+                f"going on with other software than wrote {saved.path.name} ({saved.software}; now {software}): the "
+                "last bits of what follows may differ from an uninterrupted run"
             )
         return restore(saved, model, optimizer)
 

@@ -205,7 +205,7 @@ def test_unequal_weights_are_refused() -> None:
 
 def test_choosing_needs_val_data() -> None:
     model = gpt2()
-    with pytest.raises(UsageError, match="give val_data"):
+    with pytest.raises(UsageError, match="give `val_data`"):
         GhostEngineManager(GhostConfig(method="GradProjLora", choosing=Choosing(keep=2)), model, sgd(model))
 
 
@@ -335,7 +335,7 @@ IN_RANKS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 7, "d
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["top-k", "threshold"])
 def test_two_ranks_of_the_callback(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Trainer under DDP that is given the chosen rows alone ends with the same bits, where the loss of each rank is the
+    """A Trainer under DDP that is given the chosen rows alone ends with the same bits, where each rank's loss is the
     mean over its own targets.
     """
     choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]
