@@ -1,4 +1,4 @@
-"""What a loop's own objects say: the size of a batch, the ranks in a mapping."""
+"""The size of a loop's batches, and its rank in a mapping of the loop's own."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from indexer.session.ranks import Ranks
 
 def first_tensor(batch: Any) -> Tensor:
     """The first tensor of a batch, whose first axis is the samples. UsageError if it has none."""
-    inner = batch
-    while not isinstance(inner, Tensor):
-        if isinstance(inner, Mapping) and inner:
-            inner = next(iter(inner.values()))
-        elif isinstance(inner, (list, tuple)) and inner:
-            inner = inner[0]
+    first = batch
+    while not isinstance(first, Tensor):
+        if isinstance(first, Mapping) and first:
+            first = next(iter(first.values()))
+        elif isinstance(first, (list, tuple)) and first:
+            first = first[0]
         else:
             raise UsageError(f"a batch holds tensors whose first axis is the samples; found a {type(batch).__name__}")
-    if not inner.dim():
+    if not first.dim():
         raise UsageError("a batch holds tensors whose first axis is the samples; found one number")
-    return inner
+    return first
 
 
 def size_of(batch: Any) -> int:
@@ -51,11 +51,11 @@ def ranks_of(info: Mapping[str, Any] | None) -> Ranks:
         forms = (("rank", "world_size"), ("ddp_rank", "ddp_world_size"))
         names = next((form for form in forms if set(form) <= set(info)), None)
         if names is None:
-            raise UsageError(f"ddp_info needs rank and world_size; it has {sorted(map(str, info))}")
+            raise UsageError(f"`ddp_info` needs rank and world_size; it has {sorted(map(str, info))}")
         stated = Ranks(int(info[names[0]]), int(info[names[1]]))
     if stated != here:
         raise UsageError(
-            f"ddp_info says rank {stated.rank} of {stated.count}; torch.distributed says rank {here.rank} of "
+            f"`ddp_info` says rank {stated.rank} of {stated.count}; torch.distributed says rank {here.rank} of "
             f"{here.count}" + ("" if here.count > 1 else " (init_process_group() comes first)")
         )
     return stated

@@ -33,7 +33,7 @@ from indexer.session.samples import Samples, places_of
 from indexer.session.session import ScoringSession
 
 PENDING = "ghoststore_pending.safetensors"
-"""In a Trainer's checkpoint: the steps that the store did not have yet."""
+"""File in a Trainer's checkpoint with the steps that the store did not have yet."""
 
 
 class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -51,14 +51,14 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     sketched and keeps each sample's projected gradient. ``keep_gradients`` keeps those of every so many steps alone, as
     ``proj_dtype``; with exact scores, too, projected as ``keep`` says. ``choosing`` trains on those samples of each
     micro-batch alone that a policy chooses by their scores, which are then over ``score_layers="blocks"`` by default.
-    ``note`` is told what is no error (default: a warning).
+    ``note`` is called with messages that are no errors (default: a warning).
 
     The run is called ``name``. Training that resumes from a checkpoint goes on with it; for a checkpoint outside
     ``args.output_dir``, give ``resume_from_checkpoint`` here as well. The training step stays what it is, bit for bit.
 
     The loss must be the one that the model itself returns, the mean over next-token targets. UsageError for batches
     without ``sample``, another loss, and settings of the Trainer that hide the model's layers; what the engine raises.
-    After an error in training the Trainer does not say goodbye: call :meth:`close`.
+    After an error in training the Trainer calls no event: call :meth:`close`.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         note: Callable[[str], None] | None = None,
     ) -> None:
         if val_data is None:
-            raise UsageError("scores are against a val set: give val_data")
+            raise UsageError("scores are against a val set: give `val_data`")
         if dot_prod_save_interval < 1:
-            raise UsageError(f"dot_prod_save_interval must be at least 1 step, not {dot_prod_save_interval}")
+            raise UsageError(f"`dot_prod_save_interval` must be at least 1 step, not {dot_prod_save_interval}")
         check_kept(keep_gradients, proj_dtype)
         if keep is not None and keep_gradients is None:
-            raise UsageError("keep says how the gradients of keep_gradients are projected: give that, too")
+            raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
         self._name, self._field, self._choosing = name, sample_field, choosing
@@ -149,7 +149,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if self._trained and not state.global_step:
             raise UsageError(
                 f"this callback has scored a training already, and its run {self._name!r} is that one; make another "
-                "callback with another name"
+                "callback with another `name`"
             )
         refuse_arguments(args, state)
         model = kwargs["model"]
@@ -175,7 +175,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first micro-batch of a step comes."""
+        """A step begins."""
         self._begun = time.perf_counter()
 
     def on_substep_end(
@@ -187,7 +187,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """That of the last one is done; the learning rate is still that of this step."""
+        """The backward pass of a step's last micro-batch is done; the learning rate is still that of this step."""
         self._collect()
         self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
 

@@ -1,4 +1,4 @@
-"""Choosing in a loop of the user's own: before the model's forward pass, its batch becomes the chosen part of it.
+"""Choosing in a loop of the user's own: before the model's forward pass, the batch is cut down to the chosen samples.
 
 Legend: B candidates of a micro-batch, T tokens of the longest.
 """
@@ -50,8 +50,8 @@ class LoopChooser:
     def __init__(self, choosing: Choosing, engine: GradDotProdEngine, session: ScoringSession, ranks: Ranks) -> None:
         self._chooser = Chooser.of_loop(choosing, ranks)
         self._engine, self._session = engine, session
-        self._held = False
-        """Whether the model's own loss was seen to be that which is scored."""
+        self._loss_checked = False
+        """Whether the model's own loss was compared with the one that is scored."""
         self.expected: Expected | None = None
         """What is chosen from in the next forward pass; None: nothing."""
         self.scoring = False
@@ -60,8 +60,8 @@ class LoopChooser:
         """(B,): of the candidates of the newest micro-batch."""
 
     def attach(self) -> RemovableHandle:
-        """Before a forward pass with gradients, its arguments become those of the chosen samples, once it was said what
-        is :attr:`expected`.
+        """If a micro-batch is :attr:`expected`, cut the arguments of the next forward pass with gradients down to the
+        chosen samples.
         """
         model = self._engine.model
 
@@ -83,7 +83,7 @@ class LoopChooser:
         that is another one than of next tokens.
         """
         labels_BT = _labels(kwargs)
-        _cut(args, kwargs, labels_BT, torch.arange(len(labels_BT)))  # what cannot be is refused before it is scored
+        _cut(args, kwargs, labels_BT, torch.arange(len(labels_BT)))  # refuses before anything is scored
         begun = time.perf_counter()
         self.scoring = True
         try:
@@ -114,8 +114,9 @@ class LoopChooser:
     ) -> tuple[NDArray[np.float32], Scores]:
         """(losses, scores) of the candidates."""
         model, size = self._engine.model, len(labels_BT)
-        # The loss of the model's own is asked for until it was held against that which is scored.
-        given = {name: value for name, value in kwargs.items() if not self._held or name not in ("labels", ITEMS)}
+        # With labels the model computes its own loss, which is compared once with the one that is scored.
+        left_out = ("labels", ITEMS) if self._loss_checked else ()
+        given = {name: value for name, value in kwargs.items() if name not in left_out}
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=devices_of(model)))
             with expected.arithmetic or nullcontext():
@@ -125,18 +126,18 @@ class LoopChooser:
             logits = getattr(output, "logits", None)
             if not isinstance(logits, Tensor):
                 raise UsageError(f"{type(model).__name__} returned no logits: its samples have no losses to score")
-            self._hold(model, output, logits, kwargs, labels_BT)
+            self._check_own_loss(model, output, logits, kwargs, labels_BT)
             losses_B = own_losses(logits, labels_BT.to(logits.device))
             lacking_B = target_counts(labels_BT).to(logits.device) == 0  # no loss, which is not one of 0
             losses_B = losses_B.masked_fill(lacking_B, torch.nan)
             scores = opened.scores(losses_B)
         return losses_B.detach().float().cpu().numpy(), scores
 
-    def _hold(
+    def _check_own_loss(
         self, model: nn.Module, output: Any, logits: Tensor, kwargs: Mapping[str, Any], labels_BT: Tensor
     ) -> None:
         """The first time: UsageError unless the model's own loss is the mean over next-token targets."""
-        if self._held:
+        if self._loss_checked:
             return
         if not isinstance(own := getattr(output, "loss", None), Tensor):
             raise UsageError(f"{type(model).__name__} returned no loss, though it was given labels")
@@ -146,14 +147,14 @@ class LoopChooser:
         items = kwargs.get(ITEMS)
         expected = summed / float(counts_B.sum().clamp_min(1) if items is None else items)
         tolerance = 1e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        given = float(own.detach())
-        if not abs(given - expected) <= tolerance * abs(expected):
+        returned = float(own.detach())
+        if not abs(returned - expected) <= tolerance * abs(expected):
             raise UsageError(
-                f"the loss that {type(model).__name__} returned is {given:.6g}; the mean over its next-token "
+                f"the loss that {type(model).__name__} returned is {returned:.6g}; the mean over its next-token "
                 f"targets is {expected:.6g}: samples are chosen by that, so train on that (without label "
                 "smoothing, without a router's loss)"
             )
-        self._held = True
+        self._loss_checked = True
 
 
 def _labels(kwargs: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What GhostEngineManager is asked to do, as a configuration of its own or fields of the caller's."""
+"""The configuration of GhostEngineManager: a GhostConfig, or the fields of a configuration of the caller's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from indexer.session.choosing import Choosing
 Method = Literal["GradDotProd", "GradProjLora", "Regular"]
 
 OUR_PREFIXES = ("proj_", "dot_prod_", "val_refresh_")
-"""Fields of these names are meant for us: one that is not known is an error, not somebody else's."""
+"""A field that begins so and is not known is an error; other unknown fields are the caller's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GhostConfig:
-    """What :class:`GhostEngineManager` is asked to do. Any object or mapping with fields of these names will do, see
+    """The configuration of :class:`GhostEngineManager`. Any object or mapping with fields of these names will do, see
     :meth:`of`.
 
     UsageError where it is made for a value that cannot be, or that the method would have to ignore. (``Regular`` does
@@ -78,7 +78,7 @@ class GhostConfig:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
-            raise UsageError(f"method {self.method!r} is unknown; known: {', '.join(get_args(Method))}")
+            raise UsageError(f"`method` {self.method!r} is unknown; known: {', '.join(get_args(Method))}")
         if self.method == "Regular":
             return
         for name in ("exclude_layers", "proj_layers"):
@@ -86,23 +86,23 @@ class GhostConfig:
         self._check_numbers()
         if self.on_store_error not in get_args(OnStoreError):
             raise UsageError(
-                f"on_store_error {self.on_store_error!r} is unknown; known: {', '.join(get_args(OnStoreError))}"
+                f"`on_store_error` {self.on_store_error!r} is unknown; known: {', '.join(get_args(OnStoreError))}"
             )
         if self.store is not None:
             lacking = [name for name in ("max_steps", "batch_size", "samples") if getattr(self, name) is None]
             if lacking:
-                raise UsageError(f"with a store the configuration needs {', '.join(lacking)}")
+                raise UsageError(f"with a store the configuration needs {', '.join(f'`{name}`' for name in lacking)}")
         if self.choosing is not None and not isinstance(self.choosing, Choosing):
-            raise UsageError(f"choosing is a ghoststore.Choosing, not {self.choosing!r:.60}")
+            raise UsageError(f"`choosing` is a ghoststore.Choosing, not {self.choosing!r:.60}")
         if self.choosing is not None and self.choosing.contrast and self.score_metric != "sgd":
             raise UsageError("`contrast` takes plain products, which `score_metric=adam` has none of: give one of them")
         if self.domains is not None and self.samples is None:
-            raise UsageError("domains are those of samples: give samples, too")
+            raise UsageError("`domains` are those of `samples`: give `samples`, too")
         if self.method == "GradProjLora":
             if self.score_layers is not None:
-                raise UsageError("score_layers belongs to method GradDotProd; GradProjLora takes proj_layers")
+                raise UsageError("`score_layers` belongs to `method=GradDotProd`; GradProjLora takes `proj_layers`")
             if self.proj_row_orthonormal and self.proj_kind not in ("gaussian", "orthonormal"):
-                raise UsageError(f"proj_row_orthonormal contradicts proj_kind {self.proj_kind!r}; give one of them")
+                raise UsageError(f"`proj_row_orthonormal` contradicts `proj_kind` {self.proj_kind!r}; give one of them")
             self.projection()  # refuses what cannot be
         else:
             self._refuse_projection()
@@ -110,14 +110,14 @@ class GhostConfig:
     def _check_numbers(self) -> None:
         check_kept(self.keep_gradients, self.proj_dtype)
         if self.keep_gradients is not None and self.store is None:
-            raise UsageError("keep_gradients keeps them in a store: give store, too")
+            raise UsageError("`keep_gradients` keeps them in a store: give `store`, too")
         optional = ("max_steps", "batch_size")
         for name in ("gradient_accumulation_steps", "dot_prod_save_interval", "val_refresh_interval", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise UsageError(f"`{name}` must be a whole number of at least 1, not {value!r}")
 
     def _refuse_projection(self) -> None:
         """What only a projection reads is not ignored."""
@@ -129,8 +129,8 @@ class GhostConfig:
                 value = getattr(self, field.name)
                 if value != field.default:
                     raise UsageError(
-                        f"{field.name}={value!r} belongs to method GradProjLora, or to keep_gradients; {self.method} "
-                        "scores every trainable parameter but those of exclude_layers"
+                        f"`{field.name}={value!r}` belongs to `method=GradProjLora` or `keep_gradients`; {self.method} "
+                        "scores every trainable parameter but those of `exclude_layers`"
                     )
 
     @classmethod
@@ -145,8 +145,8 @@ class GhostConfig:
         if isinstance(config, Mapping):
             values: dict[str, Any] = {str(name): value for name, value in config.items()}
         else:
-            ours = [name for name in dir(config) if name in names or name.startswith(OUR_PREFIXES)]
-            values = {name: getattr(config, name) for name in ours}
+            of_config = [name for name in dir(config) if name in names or name.startswith(OUR_PREFIXES)]
+            values = {name: getattr(config, name) for name in of_config}
         unknown = sorted(name for name in values if name.startswith(OUR_PREFIXES) and name not in names)
         if unknown:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""The run of a loop that is not ours: what the manager and the Trainer callback know of it before its first step."""
+"""The run of a user's loop: what the manager and the Trainer callback know of it before its first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from indexer.session.session import ScoringSession, warn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopRun:
-    """What a loop says of itself."""
+    """The settings of a loop that its run is made of."""
 
     store: str | Path | None
     """None: nothing is stored."""
@@ -50,7 +50,7 @@ class LoopRun:
 
     @classmethod
     def of(cls, config: GhostConfig, samples: Samples | None) -> LoopRun:
-        """That of a manager."""
+        """That of a manager with ``config``."""
         return cls(
             store=config.store,
             name=config.name,
@@ -81,8 +81,8 @@ class LoopRun:
         assert samples is not None
         if self.per_layer and not (method.blocks and engine.val_batches):
             raise UsageError(
-                "per_layer: layers have no scores of their own under a global sketch, nor without val data; give "
-                "proj_rank_total for plain blocks, and val_data"
+                "`per_layer`: layers have no scores of their own under a global sketch, nor without val data; give "
+                "`proj_rank_total` for plain blocks, and `val_data`"
             )
         every_step = isinstance(method, SketchedMethod) and self.keep_gradients is None
         projection = method.projection if every_step else None
@@ -98,7 +98,7 @@ class LoopRun:
             weights=self.choosing is not None,
         )
         config = getattr(engine.model, "config", None)
-        config = config if hasattr(config, "to_diff_dict") else None  # of transformers, or of a library of its own
+        config = config if hasattr(config, "to_diff_dict") else None  # of transformers; other libraries have their own
         manifest = self._manifest(samples, layout, engine, config)
         return RunPlan(
             store=store,

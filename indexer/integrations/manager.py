@@ -1,4 +1,4 @@
-"""GhostEngineManager: the engines in a training loop of one's own, behind one set of calls whatever the method.
+"""GhostEngineManager: the engines in a training loop of the user's own, with the same calls for every method.
 
 Legend: B samples of a micro-batch.
 """
@@ -149,11 +149,11 @@ class GhostEngineManager:
         if val_data is not None:
             return
         if self.config.choosing is not None:
-            raise UsageError("samples are chosen by their scores against a val set: give val_data")
+            raise UsageError("samples are chosen by their scores against a val set: give `val_data`")
         if self.config.method == "GradDotProd":
-            raise UsageError("method GradDotProd scores against a val set: give val_data")
+            raise UsageError("`method=GradDotProd` scores against a val set: give `val_data`")
         if val_losses is not None or self.config.val_refresh_interval != 1:
-            raise UsageError("val_losses and val_refresh_interval are for val data: give val_data, too")
+            raise UsageError("`val_losses` and `val_refresh_interval` are for val data: give `val_data`, too")
 
     def is_active(self) -> bool:
         """Whether there is an engine."""
@@ -180,18 +180,18 @@ class GhostEngineManager:
         size = size_of(X_train)
         config = self.config
         if config.batch_size is not None and size > config.batch_size:
-            raise UsageError(f"a batch of {size} samples; the configuration says batch_size={config.batch_size}")
+            raise UsageError(f"a batch of {size} samples; the configuration says `batch_size={config.batch_size}`")
         if len(self._scores) >= config.gradient_accumulation_steps:
             raise UsageError(
                 f"step {step} has {len(self._scores)} micro-batches already; the configuration says "
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps}. After optimizer.step() call "
+                f"`gradient_accumulation_steps={config.gradient_accumulation_steps}`. After optimizer.step() call "
                 "aggregate_and_log()"
             )
         rows = None
         if batch_idx is not None and self._samples is not None:
             rows = places_of(batch_idx, size, self._samples)
         elif config.store is not None:
-            raise UsageError("attach_train_batch needs batch_idx: the place of each sample in the training set")
+            raise UsageError("attach_train_batch needs `batch_idx`: the place of each sample in the training set")
         if self._skipping and self._next is not None and step > self._next:
             self._session.skip()
             self._next = step
@@ -206,7 +206,7 @@ class GhostEngineManager:
         try:
             step = operator.index(iteration)
         except TypeError:
-            raise UsageError(f"iteration is the number of the optimizer step, from 0, not {iteration!r}") from None
+            raise UsageError(f"`iteration` is the number of the optimizer step, from 0, not {iteration!r}") from None
         if self._step is not None and step != self._step:
             raise UsageError(
                 f"a batch of step {step} comes while step {self._step} is open; call aggregate_and_log() after "
@@ -219,7 +219,7 @@ class GhostEngineManager:
                 "is left out; a loop that resumes calls load_state_dict() first"
             )
         if self.config.max_steps is not None and step >= self.config.max_steps:
-            raise UsageError(f"step {step} (from 0) comes; the configuration says max_steps={self.config.max_steps}")
+            raise UsageError(f"step {step} (from 0) comes; the configuration says `max_steps={self.config.max_steps}`")
         return step
 
     def prepare_forward_input(self, X_train: Any, Y_train: Any) -> tuple[Any, Any]:

@@ -76,12 +76,12 @@ def new_model_of(path: str | Path, *, seed: int) -> Any:
     for quantized weights, and for a model that is not causal.
     """
     file = _file(path)
-    asked = _read(file)
-    if "auto_map" in asked:
+    fields = _read(file)
+    if "auto_map" in fields:
         raise UsageError(
             f"`model_config={path}` asks for code of its own (auto_map), which is not run; remove the entry"
         )
-    if asked.get("quantization_config") is not None:
+    if fields.get("quantization_config") is not None:
         raise UsageError(f"`model_config={path}` is of quantized weights; remove its quantization_config")
     check_config(file, [])
     try:
@@ -100,8 +100,8 @@ def new_model_of(path: str | Path, *, seed: int) -> Any:
 
 
 def config_name(path: str | Path) -> str:
-    """What tells the new models of one configuration file from those of another: a digest of all its fields, those
-    that say how weights are drawn among them.
+    """The name of the new models of a configuration file: a digest of its fields, with those that say how weights are
+    drawn.
     """
     fields = {name: value for name, value in _read(_file(path)).items() if name not in UNREAD}
     return f"config sha256:{hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}"

@@ -1,4 +1,4 @@
-"""What a training would do: read, made ready and tried for two steps in memory, and not begun."""
+"""What a training would do: its inputs are read, and two of its steps are made in memory; nothing is written."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class TrainPlan:
     peak_bytes: int | None
     """The most that these steps took on the GPU; None on a CPU."""
     seconds_per_step: float | None
-    """What a step took, on this machine as busy as it is: the second that is left, for the first of a process does what
-    later ones need not. With a val gradient where it is due at that step. None where no step is left."""
+    """Of the second step that is left, on this machine as busy as it is: the first of a process does what later ones
+    need not. With a val gradient where one is due at that step. None where no step is left."""
     seconds_left: float | None
-    """That, times the steps that are left; val losses and checkpoints come on top."""
+    """``seconds_per_step`` times the steps that are left; val losses and checkpoints come on top."""
     checkpoint_bytes: int
     run_bytes: int
     """The arrays of the run, not compressed."""
@@ -73,14 +73,14 @@ class TrainPlan:
 
 @contextmanager
 def tokens_aside() -> Iterator[Path]:
-    """A folder for tokens of a corpus, gone afterwards."""
+    """A temporary folder for the tokens of a corpus."""
     with tempfile.TemporaryDirectory(prefix="ghoststore-dry-run-") as folder:
         yield Path(folder)
 
 
-def plan_of(prepared: Prepared, data: str, output_dir: Path, also: list[str]) -> TrainPlan:
-    """What the training ``prepared`` would do; its first and second step are made, in memory. ``also`` are other
-    folders that it would write. MismatchError if its run is there with other settings.
+def plan_of(prepared: Prepared, data: str, output_dir: Path, log_folders: list[str]) -> TrainPlan:
+    """What the training ``prepared`` would do; its first and second step are made, in memory. ``log_folders`` are
+    others that it would write. MismatchError if its run is there with other settings.
     """
     inputs, trainer, plan, layout = prepared.inputs, prepared.trainer, prepared.plan, prepared.layout
     if plan is not None:
@@ -107,12 +107,12 @@ def plan_of(prepared: Prepared, data: str, output_dir: Path, also: list[str]) ->
         seconds_left=None if seconds is None else seconds * left,
         checkpoint_bytes=weights * WEIGHTS_AND_MOMENTS,
         run_bytes=0 if plan is None else _array_bytes(layout),
-        writes=[*writes, *also],
+        writes=[*writes, *log_folders],
     )
 
 
 def _tried(trainer: Trainer, step: int) -> tuple[float | None, int | None]:
-    """(seconds of the last, most bytes on the GPU) of ``step`` and the one after it, whose results are forgotten."""
+    """(seconds of the last, most bytes on the GPU) of ``step`` and the next one, whose results are dropped."""
     if step >= trainer.steps:
         return None, None
     device = torch.device(trainer.device)

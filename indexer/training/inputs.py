@@ -1,4 +1,4 @@
-"""What training starts from: the weights, the tokenizer, the tokens, the val set."""
+"""The inputs of a training: weights, tokenizer, tokens and val set."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What is trained, on what and against what: read once, before the first step."""
+    """Model, rows and val set of a training, read once before the first step."""
 
     start: Start
     model: Any

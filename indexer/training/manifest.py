@@ -66,13 +66,13 @@ def training_manifest(
     it goes on.
     """
     model, val, shards = inputs.model, inputs.val, inputs.rows.shards
-    known = {} if stored is None else stored["model"]
+    stored_model = {} if stored is None else stored["model"]
     sections = {
         "model": {
             "architecture": type(model).__name__,
             "name": config.architecture if config.model_config is None else config_name(config.model_config),
-            "config": agreed_config(known.get("config"), model.config, training=True),
-            "checkpoint": start_section(inputs.start.checkpoint, known.get("checkpoint")),
+            "config": agreed_config(stored_model.get("config"), model.config, training=True),
+            "checkpoint": start_section(inputs.start.checkpoint, stored_model.get("checkpoint")),
             "parameters": parameter_count(model),
         },
         "tokenizer": {**shards.tokenizer_identity, "template_date": shards.template_date},
@@ -120,7 +120,9 @@ def training_manifest(
 
 
 def _scoring(config: TrainConfig, steps: int) -> dict[str, Any]:
-    """The options of scoring, those that are not as they were before they came aside."""
+    """The options of scoring. Those that are newer than format 1 are left out at their defaults, so that older runs go
+    on.
+    """
     section = asdict(config.scoring)
     del section["score_layers"]
     if config.scoring.score_metric == "sgd":

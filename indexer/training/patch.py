@@ -1,7 +1,7 @@
-"""One step from a checkpoint, on a few samples, and what it does to the loss of others; then back again.
+"""One step from a checkpoint on a few samples, the val losses after it, and the weights put back.
 
-The step goes along the gradient of the samples' mean loss, and is ``length`` × ‖θ‖ long whatever the gradient: so that
-different samples are compared by direction, as rankings compare them.
+The step goes along the gradient of the samples' mean loss. It is ``length`` × ‖θ‖ long, whatever the size of the
+gradient, so that samples are compared by direction, as rankings compare them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEP_LENGTH = 1e-3
 
 
 class Patch:
-    """Steps of one model, whose weights are put back after each."""
+    """Single steps of one model; after each its weights are put back."""
 
     def __init__(self, model: Any, rows: TrainingRows, val: ValSet, *, length: float = STEP_LENGTH) -> None:
         self.model, self.val, self.length = model.eval(), val, length
@@ -63,5 +63,5 @@ class Patch:
                         parameter.sub_(gradient * (self.length * weights / size))
                 return self.val.losses(self.model, val_rows)
             finally:
-                for parameter, kept in zip(self._parameters, before, strict=True):
-                    parameter.copy_(kept)
+                for parameter, weights_before in zip(self._parameters, before, strict=True):
+                    parameter.copy_(weights_before)

@@ -1,4 +1,4 @@
-"""What a training run says of itself: beside the progress bar while it trains, and at its end."""
+"""The numbers of a training run: those beside its progress bar, and its report at the end."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class TrainReport:
 
 
 @dataclass(slots=True)
-class Watch:
-    """What one call has seen of its steps."""
+class StepTotals:
+    """Sums over the steps of one call."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_STEPS))
     tokens: int = 0
@@ -66,7 +66,7 @@ class Watch:
     scored: int = 0
     val: ValLoss | None = None
 
-    def see(self, result: StepResult, val: ValLoss | None) -> None:
+    def add(self, result: StepResult, val: ValLoss | None) -> None:
         """Count one step, and the val loss after it where there is one."""
         self.losses.append(result.train_loss)
         self.tokens += result.tokens
@@ -99,7 +99,7 @@ class Watch:
         return self.score_seconds / self.seconds if self.scored else None
 
     def report(self, **rest: Any) -> TrainReport:
-        """What was seen, with the ``rest`` of the fields."""
+        """The report of these steps; ``rest`` are its other fields."""
         return TrainReport(
             tokens=self.tokens,
             train_loss=self.train_loss,

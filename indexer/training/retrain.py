@@ -1,4 +1,4 @@
-"""Small models trained anew on some of the samples of a corpus, and what each then loses on every val sample."""
+"""Small models trained from new weights on some of the samples of a corpus, and their val losses."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ class Retrainer:
     def _config(self) -> Any:
         return AutoConfig.from_pretrained(self.job.model_folder, local_files_only=True, trust_remote_code=False)
 
-    def val_losses(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """(V,): the mean loss of each val sample after training on the samples ``kept``, one for each of the corpus.
+    def val_losses(self, samples: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """(V,): the mean loss of each val sample after training on those of the corpus that are True in ``samples``.
 
-        The same for the same arguments on the same machine. UsageError if no sample with a target is kept.
+        The same for the same arguments on the same machine. UsageError if no such sample has a target.
         """
-        rows = self.rows.only(kept)
+        rows = self.rows.only(samples)
         config = self.job.recipe.config()
         model = self._new_model(config.seed)
         trainer = Trainer(

@@ -1,5 +1,5 @@
-"""What TensorBoard and Weights & Biases get of the scores at each save interval: how they are spread, by domain and by
-val group, and the samples at both ends.
+"""What TensorBoard and Weights & Biases get of the scores at each save interval: a histogram, means by domain and by
+val group, and the samples with the highest and lowest scores.
 
 Legend: P samples of the steps of an interval, G val groups.
 """
@@ -26,7 +26,7 @@ COLUMNS = ("score", "id", "domain", "trained on", "text")
 
 @dataclass(frozen=True, slots=True)
 class RankedSamples:
-    """Samples of an interval, first the best or the worst: a row each, of COLUMNS. Safe to show."""
+    """Samples of an interval, the best or the worst first: a row of COLUMNS each, whose texts are safe to show."""
 
     rows: list[tuple[float, str, str, str, str]]
 
@@ -44,7 +44,7 @@ class ScoreSummary:
         self._parts: list[dict[str, NDArray[Any]]] = []
 
     def add(self, result: StepResult) -> dict[str, Logged]:
-        """Count a step. What is to be logged after it: nothing but where an interval ends."""
+        """Count a step; what is to be logged after it, which is empty unless an interval ends."""
         done, arrays = result.step + 1, result.scored.arrays
         if "score" in arrays:
             self._parts.append({name: arrays[name] for name in ("sample", "score", *_also(arrays))})
@@ -55,7 +55,7 @@ class ScoreSummary:
 
     def _summed(self, arrays: dict[str, NDArray[Any]]) -> dict[str, Logged]:
         row_P, score_P = arrays["sample"], arrays["score"].astype(np.float64)
-        kept_P = arrays["weight"] > 0 if "weight" in arrays else None
+        trained_P = arrays["weight"] > 0 if "weight" in arrays else None
         values: dict[str, Logged] = {}
         if np.isfinite(score_P).any():
             values["scores/histogram"] = score_P[np.isfinite(score_P)]
@@ -63,25 +63,25 @@ class ScoreSummary:
         for place, name in enumerate(self._names):
             of_domain = domain_P == (place if place < len(self._names) - 1 else -1)
             values |= _means(f"scores/by_domain/{name}", score_P[of_domain])
-            if kept_P is not None and of_domain.any():
-                values[f"scores/by_domain/{name}/kept_share"] = float(kept_P[of_domain].mean())
+            if trained_P is not None and of_domain.any():
+                values[f"scores/by_domain/{name}/kept_share"] = float(trained_P[of_domain].mean())
         for place, name in enumerate(self._layout.groups):
             values |= _means(f"scores/by_group/{visible(name)}", arrays["group_score"][:, place].astype(np.float64))
         for name, sign in (("best", -1.0), ("worst", 1.0)):
             places = list(_first_of_rows(row_P, sign * score_P))
-            values[f"scores/{name}"] = RankedSamples([self._shown(row_P, score_P, kept_P, at) for at in places])
+            values[f"scores/{name}"] = RankedSamples([self._shown(row_P, score_P, trained_P, at) for at in places])
         return values
 
     def _shown(
-        self, row_P: NDArray[Any], score_P: NDArray[Any], kept_P: NDArray[Any] | None, at: int
+        self, row_P: NDArray[Any], score_P: NDArray[Any], trained_P: NDArray[Any] | None, at: int
     ) -> tuple[float, str, str, str, str]:
         rows, row = self._rows, int(row_P[at])
         sample, start = int(rows.sample[row]), int(rows.window_start[row])
         text = rows.shards.decode(rows.shards.tokens_of(sample, start, start + int(rows.length[row])))
-        kept = "yes" if kept_P is None or kept_P[at] else "no"
+        trained_on = "yes" if trained_P is None or trained_P[at] else "no"
         name = visible(str(rows.shards.sample_id[sample]))
         domain = self._names[int(rows.shards.domain[sample])]  # -1, the last, is for none
-        return float(score_P[at]), name, domain, kept, clipped(visible(" ".join(text.split())), TEXT_LENGTH)
+        return float(score_P[at]), name, domain, trained_on, clipped(visible(" ".join(text.split())), TEXT_LENGTH)
 
 
 def _also(arrays: dict[str, NDArray[Any]]) -> Sequence[str]:
@@ -89,7 +89,7 @@ def _also(arrays: dict[str, NDArray[Any]]) -> Sequence[str]:
 
 
 def _means(name: str, score_P: NDArray[np.float64]) -> dict[str, Logged]:
-    """Mean and negative share of the finite ones; nothing without any."""
+    """Mean and negative share of the finite scores; empty without any."""
     finite = score_P[np.isfinite(score_P)]
     if not len(finite):
         return {}

@@ -1,4 +1,4 @@
-"""Scores as ``ghoststore train`` is asked for them: the engine, and which val samples each step is scored against."""
+"""Scores of ``ghoststore train``: the engine of its options, and the val samples that each step is scored against."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scoring_engine(
     config = training.scoring
     sketched = config.score == "sketched"
     projects = sketched or config.keep_gradients is not None
-    made = (projection or ProjectionConfig()) if projects else None
+    own = (projection or ProjectionConfig()) if projects else None
     engine = GradDotProdEngine(
         model,
         None,
@@ -38,8 +38,8 @@ def scoring_engine(
         score_metric=config.score_metric,
         route=config.route,
         pairs=training.choosing.policy == "greats" or (training.choosing.contrast and not sketched),
-        projection=made if sketched else None,
-        keep=None if sketched else made,
+        projection=own if sketched else None,
+        keep=None if sketched else own,
         hold_losses=False,  # Trainer computes them from the logits
     )
     if config.per_layer and not engine.method.blocks:

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 
 def even(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``weights`` with 1 as the largest: in the middle of float32's range, whatever a policy gave. Ratios count."""
+    """``weights`` divided by the largest one: only ratios count, and sums of them stay in the range of float32."""
     largest = weights.max().astype(np.float64)
     return weights if largest == 1 else (weights / largest).astype(np.float32)
 

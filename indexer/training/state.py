@@ -55,8 +55,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,7 +75,7 @@ def save_state(
     pending: Mapping[str, NDArray[Any]],
     scaler: Mapping[str, float],
 ) -> Path:
-    """Write ``checkpoint-<step>`` in ``folder``. What stands there is left alone.
+    """Write ``checkpoint-<step>`` in ``folder``. A checkpoint of that name that is there is left as it is.
 
     StorageError if the disk refuses, DivergedError (and no checkpoint) if a weight is not finite.
     """
@@ -113,11 +113,11 @@ def save_state(
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """``<parameter>/<quantity>`` to tensor, for every parameter that has been stepped."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = value.detach().cpu().contiguous()
-    return found
+            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+    return tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,10 +193,10 @@ def restore(saved: SavedState, model: nn.Module, optimizer: torch.optim.Optimize
 
 def refuse_other(saved: SavedState, identity: Mapping[str, Any]) -> None:
     """MismatchError, with both values, if a checkpoint is of a run with other settings."""
-    found = differences(saved.identity, dict(identity))
-    if found:
+    changed = differences(saved.identity, dict(identity))
+    if changed:
         raise MismatchError(
-            f"{saved.path} is of a run with other settings; nothing was changed:\n{difference_lines(found)}\n"
+            f"{saved.path} is of a run with other settings; nothing was changed:\n{difference_lines(changed)}\n"
             "Use the stored settings to go on, or another `output_dir`"
         )
 
@@ -206,8 +206,8 @@ def _earlier(path: Path) -> str:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what was begun and not finished. A checkpoint loses its name
-    before its files: none is ever there in part.
+    """Remove all but the newest ``keep`` checkpoints (None: keep all), and unfinished ones. A checkpoint is renamed
+    before its files are removed, so that no name ever stands for a part of one.
     """
     with storage_errors(str(folder)):
         for path in checkpoints(folder)[: -keep if keep else 0]:

@@ -1,4 +1,4 @@
-"""How a training ends when Ctrl-C or SIGTERM comes: where every rank stops, and what is said of what is kept."""
+"""How a training ends at Ctrl-C or SIGTERM: the step after which every rank stops, and the message."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved_at(checkpoint: Path, number: int, done: int, steps: int, ranks: Ranks)
 
 @contextmanager
 def saying_what_is_left(output_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Say what is left of a training that a signal ends at once: before its first step, or the second signal."""
+    """Where a signal ends a training at once, before its first step or as the second one, say what is on the disk."""
     try:
         yield
     except KeyboardInterrupt as error:

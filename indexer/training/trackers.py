@@ -28,7 +28,7 @@ class _Tracker(Protocol):
 
 @dataclass(slots=True)
 class Trackers:
-    """Whoever is told of each step."""
+    """The loggers that get the numbers of each step."""
 
     trackers: list[_Tracker] = field(default_factory=list)
     summary: ScoreSummary | None = None
@@ -61,7 +61,7 @@ class Trackers:
             self.summary = ScoreSummary(rows, run.layout)
 
     def step(self, result: StepResult, val_loss: ValLoss | None) -> None:
-        """Tell of one step."""
+        """Log one step."""
         if not self.trackers:
             return
         values: dict[str, Logged] = {
@@ -89,7 +89,9 @@ class Trackers:
 
 
 class _TensorBoard:
-    """An event file in ``folder``, begun at the first step: what an interrupted run logged from there on is void."""
+    """An event file in ``folder``. It begins at the first step of this call: what an interrupted run logged of later
+    steps no longer counts.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -117,7 +119,7 @@ class _TensorBoard:
 
 
 def _markdown(samples: RankedSamples) -> str:
-    """A table of ``samples``. A text in it marks nothing up."""
+    """A table of ``samples``, whose texts are escaped: they have no markup."""
     rows = [(f"{score:.4g}", *map(_plain, words)) for score, *words in samples.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows))
 

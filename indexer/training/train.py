@@ -39,8 +39,8 @@ from indexer.training.dry_run import Prepared, plan_of, tokens_aside
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
 from indexer.training.loop import Trainer, autocast, make_optimizer, make_scaler
 from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
+from indexer.training.report import StepTotals
 from indexer.training.report import TrainReport as TrainReport
-from indexer.training.report import Watch
 from indexer.training.scoring import ValSchedule, scoring_engine
 from indexer.training.state import (
     Resumed,
@@ -102,7 +102,7 @@ def train(options: TrainOptions) -> TrainReport:
             progress=(options.progress or Silent()) if ranks.leads else Silent(),
         )
         if options.dry_run:
-            return training.rehearse([str(options.tensorboard)] if options.tensorboard is not None else [])
+            return training.plan([str(options.tensorboard)] if options.tensorboard is not None else [])
         with Trackers.open(options.tensorboard, options.wandb, config, ranks) as trackers:
             return training.evaluate() if options.eval_only else training.run(trackers)
 
@@ -130,36 +130,38 @@ class _Training:
     progress: Progress
 
     def evaluate(self) -> TrainReport:
-        """The val loss of the checkpoint, and nothing else."""
+        """The val loss of the checkpoint."""
         begun = time.perf_counter()
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         model = start.model(self.config, self.device, None)
         val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
         assert val is not None
         with autocast(self.config, self.device):
-            seen = Watch(val=val.loss(model, self.ranks))
-        return seen.report(
+            totals = StepTotals(val=val.loss(model, self.ranks))
+        return totals.report(
             output_dir=str(self.output_dir),
             parameters=parameter_count(model),
             seconds=time.perf_counter() - begun,
         )
 
     def run(self, trackers: Trackers) -> TrainReport:
-        """All of it."""
+        """Train, in an output folder that no other training uses."""
         begun = time.perf_counter()
         self.ranks.led(self._refuse_unwritable)
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         with self._output_dir(), saying_what_is_left(self.output_dir, self.ranks):
             return self._run(start, trackers, begun)
 
-    def rehearse(self, also: list[str]) -> TrainReport:
-        """What :meth:`run` would do, as a plan. Writes nothing, tokens in a temporary folder aside."""
+    def plan(self, log_folders: list[str]) -> TrainReport:
+        """What :meth:`run` would do, which would write ``log_folders``, too. Writes nothing but tokens in a temporary
+        folder.
+        """
         begun = time.perf_counter()
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         with tokens_aside() as folder:
             prepared = self._prepared(start, folder, record=False)
-            plan = plan_of(prepared, self.data, self.output_dir, also)
-        return Watch().report(
+            plan = plan_of(prepared, self.data, self.output_dir, log_folders)
+        return StepTotals().report(
             output_dir=str(self.output_dir),
             steps=prepared.inputs.steps,
             resumed_from=prepared.resumed.step,
@@ -219,9 +221,9 @@ class _Training:
         prepared = self._prepared(start, self.output_dir, record=True)
         inputs, manifest, resumed, trainer = prepared.inputs, prepared.manifest, prepared.resumed, prepared.trainer
         self.ranks.led(lambda: prune(self.output_dir, self.config.keep_checkpoints))
-        seen = self._train(trainer, resumed, manifest, inputs, trackers)
+        totals = self._train(trainer, resumed, manifest, inputs, trackers)
         run = trainer.session.run
-        return seen.report(
+        return totals.report(
             output_dir=str(self.output_dir),
             checkpoint=str(self.output_dir / f"checkpoint-{inputs.steps}"),
             store=None if self.store is None else str(self.store),
@@ -236,9 +238,9 @@ class _Training:
 
     def _train(
         self, trainer: Trainer, resumed: Resumed, manifest: Manifest, inputs: Inputs, trackers: Trackers
-    ) -> Watch:
+    ) -> StepTotals:
         """Every step that is left: made, scored, recorded, and saved where a checkpoint is due."""
-        seen, val, steps, session = Watch(), inputs.val, inputs.steps, trainer.session
+        totals, val, steps, session = StepTotals(), inputs.val, inputs.steps, trainer.session
         with ExitStack() as stack:
             stack.enter_context(session)
             if session.run is not None and (problem := remember_corpus(session.run, inputs.rows.shards)):
@@ -258,11 +260,11 @@ class _Training:
                 if val is not None and (done % self.config.eval_interval == 0 or done == steps):
                     with trainer.autocast():
                         val_loss = val.loss(trainer.inner, self.ranks)
-                seen.see(result, val_loss)
+                totals.add(result, val_loss)
                 session.record(result.scored, result.shared(None if val_loss is None else val_loss.loss))
                 trackers.step(result, val_loss)
                 task.advance(1, result.tokens)
-                task.say(seen.words())
+                task.say(totals.words())
                 stop = stop_after(done, stopping, self.config, self.ranks, self._checkpoint_interval)
                 if stop or done % self._checkpoint_interval == 0 or done == steps:
                     self._save(done, trainer, inputs.start.tokenizer, manifest)
@@ -270,10 +272,10 @@ class _Training:
                     stop = self.ranks.highest(stopping.number)
                 if stop:
                     raise saved_at(self.output_dir / f"checkpoint-{done}", stop, done, steps, self.ranks)
-        if seen.val is None and val is not None:  # it was finished before
+        if totals.val is None and val is not None:  # it was finished before
             with trainer.autocast():
-                seen.val = val.loss(trainer.inner, self.ranks)
-        return seen
+                totals.val = val.loss(trainer.inner, self.ranks)
+        return totals
 
     def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None, tokens: Path) -> Inputs:
         """Model, val set and rows, with notes on rows that cannot be used; the model of the checkpoint ``newest``."""
@@ -358,15 +360,15 @@ class _Training:
 
     def _tokenizer(self, start: Start, model: Any, saved: SavedState | None) -> Tokenizer:
         """The chat template writes the date of the tokens that are there, of the checkpoint ``saved``, or today's."""
-        there = date_in(Path(self.data)) if is_shards(self.data) else date_in(self.output_dir / "tokens")
-        known = None if saved is None else saved.identity["tokenizer"]["template_date"]
-        # One day for all ranks.
+        of_tokens = date_in(Path(self.data)) if is_shards(self.data) else date_in(self.output_dir / "tokens")
+        of_checkpoint = None if saved is None else saved.identity["tokenizer"]["template_date"]
+        # All ranks take the day of the first: midnight may come between them.
         day = torch.tensor(date.today().toordinal() if self.ranks.leads else 0, device=self.device)
         return Tokenizer(
             start.tokenizer,
             vocabulary=embedding_rows(model),
             note=self.progress.note,
-            template_date=there or known or date.fromordinal(int(self.ranks.sum(day))).isoformat(),
+            template_date=of_tokens or of_checkpoint or date.fromordinal(int(self.ranks.sum(day))).isoformat(),
         )
 
     def _val(self, tokenizer: Tokenizer, max_length: int) -> ValSet | None:
@@ -401,19 +403,19 @@ class _Training:
         if saved is None:
             return Resumed(step=0, pending={}, scaler={})
         refuse_other(saved, _identity(manifest))
-        now = {name: manifest["software"][name] for name in saved.software}
-        if now != saved.software:
+        software = {name: manifest["software"][name] for name in saved.software}
+        if software != saved.software:
             self.progress.note(
-                f"going on with other software than wrote {saved.path.name} ({saved.software}; now {now}): the last "
-                "bits of what follows may differ from an uninterrupted run"
+                f"going on with other software than wrote {saved.path.name} ({saved.software}; now {software}): the "
+                "last bits of what follows may differ from an uninterrupted run"
             )
         return restore(saved, model, optimizer)
 
     def _wrapped(self, model: nn.Module) -> nn.Module:
         if self.ranks.count == 1:
             return model
-        on = [torch.device(self.device)] if torch.device(self.device).type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=on)
+        devices = [torch.device(self.device)] if torch.device(self.device).type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
     def _save(self, step: int, trainer: Trainer, tokenizer: Any, manifest: Manifest) -> None:
         """A checkpoint after ``step`` steps, by the rank that leads; the replicas must be the same."""

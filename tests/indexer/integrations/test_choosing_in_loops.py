@@ -233,7 +233,7 @@ def test_unequal_weights_are_refused() -> None:
 
 def test_choosing_needs_val_data() -> None:
     model = gpt2()
-    with pytest.raises(UsageError, match="give val_data"):
+    with pytest.raises(UsageError, match="give `val_data`"):
         GhostEngineManager(GhostConfig(method="GradProjLora", choosing=Choosing(keep=2)), model, sgd(model))
 
 
@@ -304,8 +304,8 @@ def of_rank(rank: int, steps: Places) -> Places:
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", ["top-k", "threshold"])
 def test_two_ranks_of_the_manager(name: str, tmp_path: Path) -> None:
-    """Each rank chooses among the samples of its micro-batches; the update is DDP's own on the chosen ones, bit for
-    bit: the mean over ranks of the mean loss of what each chose, however many that are.
+    """Each rank chooses among the samples of its micro-batches; the update is DDP's own on the chosen, bit for bit: the
+    mean over ranks of the mean loss of what each chose, however many that are.
     """
     steps = plan(8, accumulation=2)
     choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]

@@ -214,12 +214,12 @@ def test_the_callback(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     for settings, words in (
-        ({"keep_gradients": 2}, "keep_gradients keeps them in a store"),
+        ({"keep_gradients": 2}, "`keep_gradients` keeps them in a store"),
         ({"keep_gradients": 0}, "`keep_gradients` must be at least 1"),
         ({"proj_dtype": "float16"}, "`proj_dtype=float16` belongs to `keep_gradients`"),
-        ({"proj_rank_total": 16}, "belongs to method GradProjLora, or to keep_gradients"),
+        ({"proj_rank_total": 16}, "belongs to `method=GradProjLora` or `keep_gradients`"),
     ):
         with pytest.raises(UsageError, match=words):
             GhostConfig(**settings)
-    with pytest.raises(UsageError, match="keep says how the gradients of keep_gradients are projected"):
+    with pytest.raises(UsageError, match="`keep` says how the gradients of `keep_gradients` are projected"):
         callback_of(tmp_path, keep=ProjectionConfig())

@@ -61,7 +61,7 @@ def without_places(bench: Bench) -> None:
 
 
 MISUSE: dict[str, tuple[Callable[[Bench], None], str]] = {
-    "no batch_idx": (without_places, "needs batch_idx"),
+    "no batch_idx": (without_places, "needs `batch_idx`"),
     "a counter": (in_order(("attach", 0, 7)), "place of each of the 4 samples.*shape"),
     "a counter in a tensor": (in_order(("attach", 0, torch.tensor(7))), "place of each"),
     "too few": (in_order(("attach", 0, [0, 1, 2])), "place of each of the 4"),
@@ -85,7 +85,7 @@ MISUSE: dict[str, tuple[Callable[[Bench], None], str]] = {
     "jumps": (in_order("whole", ("attach", 2)), "step 2 comes, but step 1 is next"),
     "goes back": (in_order("whole", ("attach", 0)), "step 0 comes, but step 1 is next"),
     "negative step": (in_order(("attach", -1)), "step -1 comes"),
-    "no number": (in_order(("attach", 0.5)), "iteration is the number"),
+    "no number": (in_order(("attach", 0.5)), "`iteration` is the number"),
     "no loss": (no_watch, "manager.watch"),
     "another loss": (watch_another, "watched already"),
     "watch without a batch": (in_order(("watch", torch.zeros(()))), "attach_train_batch"),
@@ -115,7 +115,7 @@ def test_a_backward_that_did_not_come(bench: Bench) -> None:
 
 
 def test_a_batch_that_is_larger_than_the_configuration_says(bench: Bench) -> None:
-    with pytest.raises(UsageError, match="5 samples; the configuration says batch_size=4"):
+    with pytest.raises(UsageError, match="5 samples; the configuration says `batch_size=4`"):
         bench.manager.attach_train_batch(*batch_of([0, 1, 2, 3, 4])[:2], 0, torch.arange(5))
 
 

@@ -39,12 +39,12 @@ def test_forms_of_val_data(form: str, tmp_path: Path) -> None:
 def test_val_data_and_its_settings() -> None:
     model = gpt2()
     for config, message in (
-        ({"method": "GradDotProd"}, "give val_data"),
-        ({"method": "GradProjLora", "val_refresh_interval": 2}, "give val_data"),
+        ({"method": "GradDotProd"}, "give `val_data`"),
+        ({"method": "GradProjLora", "val_refresh_interval": 2}, "give `val_data`"),
     ):
         with pytest.raises(UsageError, match=message):
             GhostEngineManager(config, model, sgd(model))
-    with pytest.raises(UsageError, match="give val_data"):
+    with pytest.raises(UsageError, match="give `val_data`"):
         GhostEngineManager({"method": "GradProjLora"}, model, sgd(model), val_losses=class_losses)
 
 
