@@ -1,4 +1,4 @@
-"""Versions of what computes and writes, for manifests."""
+"""Versions of software, for manifests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """The version of Python and of each package; "not installed" for one that is not."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of each package, or "not installed"."""
+    versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
