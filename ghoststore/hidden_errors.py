@@ -15,7 +15,7 @@ _LOST = re.compile(r"error closing file|\d+ requested and \d+ written")
 
 
 def hidden_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind one of safetensors, tokenizers, torch, Arrow or NumPy; None if there is none."""
+    """The operating system's error behind one of safetensors, tokenizers, torch, Arrow or NumPy; None if none is."""
     if isinstance(error, OSError):
         lost = error.errno is None and _LOST.match(str(error))
         return OSError(errno.EIO, os.strerror(errno.EIO)) if lost else None
