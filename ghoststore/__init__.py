@@ -1,7 +1,7 @@
 """ghoststore: a vector store of gradients. Which training samples make the model better at this?
 
-Everything a user needs is an attribute of this package; each is imported when it is first used, so that
-``import ghoststore`` loads neither torch nor transformers.
+Every public name is an attribute of this package. It is imported when it is first used, so that ``import ghoststore``
+loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Errors of ghoststore: each names the object, what was expected, what was found and what to do.
+"""Errors of ghoststore. Each names the object, what was expected, what was found and what to do.
 
-Every error inherits the builtin that a Python user would catch, and carries the exit code that the
-command line ends with (documented in ``docs/cli.md``).
+Every error inherits the builtin that a Python user would catch, and has the exit code of the command line (documented
+in ``docs/cli.md``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import os
 
 
 class GhostStoreError(Exception):
-    """Base of all errors that ghoststore raises on purpose.
-
-    ``exit_code`` is the status with which the command line ends.
-    """
+    """Base of all errors that ghoststore raises on purpose. ``exit_code`` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -38,13 +35,11 @@ class LayerError(UsageError):
 
 
 class CaptureError(GhostStoreError, RuntimeError):
-    """The side branches did not see what they must see; no vector of that batch may be used."""
+    """What the taps saw of a batch is incomplete or wrong. No vector and no score of that batch may be used."""
 
 
 class DivergedError(GhostStoreError, ArithmeticError):
-    """Training has left the range of numbers: a loss, a gradient or a weight is NaN or infinite. Nothing of that step
-    is kept: no checkpoint, no score.
-    """
+    """A loss, a gradient or a weight in training is NaN or infinite. That step leaves no checkpoint and no score."""
 
     @classmethod
     def at(cls, step: int, what: str) -> DivergedError:
@@ -56,23 +51,23 @@ class DivergedError(GhostStoreError, ArithmeticError):
 
 
 class WorkerError(GhostStoreError, RuntimeError):
-    """A worker process ended before its work. What was committed stays intact, and the same command resumes."""
+    """A worker process ended before its work was done. What was committed stays intact; the same command resumes."""
 
 
 class MismatchError(GhostStoreError, ValueError):
-    """What was asked for does not fit what is stored; both values are in the message (exit code 3)."""
+    """The settings do not fit what is stored; the message has both values (exit code 3)."""
 
     exit_code = 3
 
 
 class CorruptError(GhostStoreError, OSError):
-    """Stored bytes are missing or are not those that were committed (exit code 4)."""
+    """Stored bytes are missing, or differ from those that were committed (exit code 4)."""
 
     exit_code = 4
 
 
 class BusyError(GhostStoreError, RuntimeError):
-    """Another process is writing what was asked for (exit code 5)."""
+    """Another process is writing the same part, run or file (exit code 5)."""
 
     exit_code = 5
 
@@ -87,13 +82,13 @@ class StorageError(GhostStoreError, OSError):
 
 
 class UnsoundError(GhostStoreError, ValueError):
-    """``ghoststore doctor`` found what would make a store wrong (exit code 7). The findings were printed."""
+    """``ghoststore doctor`` found something that would make a store wrong (exit code 7). It printed the findings."""
 
     exit_code = 7
 
 
 def reason_of(error: OSError) -> str:
-    """Why the operating system refused, and what to do where that is known."""
+    """Why the operating system refused, and what to do if that is known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the device; free some"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -1,4 +1,4 @@
-"""Errors of the operating system that libraries hide in words of their own."""
+"""Finds errors of the operating system that libraries hide in errors of their own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _NUMBER = re.compile(r"\(os error (\d+)\)|^unable to \w+ file <.*\((\d+)\)", re.DOTALL)
-"""Of libraries written in Rust, and of torch."""
+"""The error number in messages of Rust libraries and of torch."""
 _LOST = re.compile(r"error closing file|\d+ requested and \d+ written")
-"""All that Arrow says where the system refuses to close a file, and NumPy where it refuses to write: the number is
-lost."""
+"""Messages without the number: of Arrow if closing a file fails, of NumPy if writing fails."""
 
 
 def hidden_error(error: BaseException) -> OSError | None:
-    """The error of the system in one of a library (safetensors, tokenizers, torch, Arrow, NumPy); None if there is
-    none.
-    """
+    """The operating system's error behind one of safetensors, tokenizers, torch, Arrow or NumPy; None if none is."""
     if isinstance(error, OSError):
         lost = error.errno is None and _LOST.match(str(error))
         return OSError(errno.EIO, os.strerror(errno.EIO)) if lost else None
@@ -31,7 +28,7 @@ def hidden_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise what the system said, not what a library made of it."""
+    """Raise the operating system's error in place of the library's that hides it."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how work ends early, and with which exit status."""
+"""Ctrl-C and SIGTERM: how work ends early, and with which exit code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME = 1.0
-"""Seconds within which a second signal is the first: a terminal and a launcher (torchrun) both send it."""
+"""Seconds within which a second signal counts as the first: a terminal and a launcher (torchrun) may both send it."""
 WORDS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work. ``message`` says what is kept of it; None: nobody has said yet, and "" says nothing."""
+    """A signal ended the work.
+
+    ``message`` says what is left of the work. None means that it is still to be said, "" that there is nothing to say.
+    """
 
     def __init__(self, number: int, message: str | None = None) -> None:
         super().__init__(*([] if message is None else [message]))
@@ -26,19 +29,20 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell gives it for a process that a signal ended."""
+        """The exit code that a shell shows for a process that a signal ended."""
         return 128 + self.number
 
 
 def word(number: int) -> str:
-    """What a signal did, as the first word of a sentence."""
+    """The first word of a sentence on what a signal did."""
     return WORDS.get(signal.Signals(number), "Interrupted")
 
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """Have SIGTERM raise :class:`Interrupted`, as Ctrl-C raises KeyboardInterrupt, so that what is open is left in
-    order. Only in the main thread, where Python allows it.
+    """Make SIGTERM raise :class:`Interrupted`, as Ctrl-C raises KeyboardInterrupt, so that open files are closed.
+
+    It has no effect outside the main thread, where Python does not allow it.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -47,35 +51,36 @@ def terminating() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Stopping:
-    """While it is entered, the first Ctrl-C or SIGTERM is only noted: :attr:`number`. A second one, more than a second
-    later, does what it did before. Signals that are ignored stay so.
+    """Within this block the first Ctrl-C or SIGTERM is only recorded in :attr:`number`.
+
+    A second one, more than a second later, raises :class:`Interrupted`. Ignored signals stay ignored.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        """The signal that came; 0 while none has."""
+        """The signal that came; 0 if none did."""
         self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

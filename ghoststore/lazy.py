@@ -1,4 +1,4 @@
-"""Where each public name lives, and how it is imported when it is first asked for."""
+"""The table of public names, and their import on first use."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ FACE = {
     "SelectReport": "query.select.report",
     "watch": "query.training_scores.watch",
 }
-"""Public name to the module that defines it."""
+"""By public name, the module that defines it."""
 
 PACKAGES = ("indexer", "query")
-"""Import packages that stand beside ``ghoststore`` and could be shadowed by a user's own files."""
+"""Packages beside ``ghoststore`` that a user's own files could shadow."""
 
 
 def load(name: str) -> Any:
-    """The public object called ``name``; AttributeError if there is none, ImportError if it is shadowed."""
+    """The public object ``name``. AttributeError if there is none, ImportError if its package is shadowed."""
     if name not in FACE:
         raise AttributeError(f"module 'ghoststore' has no attribute {name!r}")
     refuse_shadows()
@@ -78,7 +78,7 @@ def load(name: str) -> Any:
 @cache
 def refuse_shadows() -> None:
     """ImportError if a user's ``query.py`` or ``indexer.py`` hides the package of that name."""
-    import importlib.util  # not before: `--help` does without it
+    import importlib.util  # here, because `--help` must not pay for it
 
     home = Path(__file__).resolve().parent.parent
     for package in PACKAGES:

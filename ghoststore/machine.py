@@ -1,4 +1,4 @@
-"""What this machine has: its processor, its memory, and whether it computes in bfloat16."""
+"""Facts about this machine: processor, memory, and support for bfloat16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def processor() -> str:
 
 
 def computes_bfloat16(device: str = "cpu") -> bool:
-    """Whether ``device`` has instructions for bfloat16; without them it is emulated, and slow."""
+    """Whether ``device`` has instructions for bfloat16. Without them it is emulated and slow."""
     if device.startswith("cuda"):
         import torch
 
@@ -37,7 +37,7 @@ def total_memory(device: str = "cpu") -> int:
 
 
 def available_memory(device: str = "cpu") -> int | None:
-    """Bytes of ``device`` that are free for new work; None where the system does not say."""
+    """Bytes of ``device`` that are free for new work; None if the system does not say."""
     if device.startswith("cuda"):
         import torch
 
@@ -49,7 +49,7 @@ def available_memory(device: str = "cpu") -> int | None:
 
 
 def _cpu_facts() -> dict[str, str]:
-    """The first processor of ``/proc/cpuinfo``; empty where there is no such file."""
+    """The entries of the first processor in ``/proc/cpuinfo``; empty if there is no such file."""
     facts: dict[str, str] = {}
     for line in _lines(Path("/proc/cpuinfo")):
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""Processes: which of them still live, and workers that end with the process that started them."""
+"""Processes: whether one is still alive, and workers that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from typing import Any
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 HOST_PROCESSES = "pid:[4026531836]"
-"""Linux's name of the first space of process ids, that of no container."""
+"""Linux's name of the first namespace of process ids, outside all containers."""
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others, as JSON: host, start of the machine, space of process ids, number, and
-    when it began.
-    """
+    """The identity of this process, as JSON: host, boot of the machine, namespace of process ids, id and start time."""
     return {
         "host": socket.gethostname(),
         "boot": boot(),
@@ -35,8 +33,9 @@ def this_process() -> dict[str, Any]:
 
 
 def is_gone(process: Mapping[str, Any]) -> bool | None:
-    """Whether a process of :func:`this_process` has ended; None for one of another machine, of another container, or of
-    before this machine was started last: its number says nothing here.
+    """Whether the process that :func:`this_process` described has ended.
+
+    None for a process of another machine, another container or an earlier boot: its id has no meaning here.
     """
     if (process["host"], process["boot"], process["processes"]) != (socket.gethostname(), boot(), id_space()):
         return None
@@ -44,22 +43,22 @@ def is_gone(process: Mapping[str, Any]) -> bool | None:
 
 
 def runs(pid: int, start: str = "") -> bool:
-    """Whether process ``pid`` of this machine is there, and is the one that began at ``start``, where that is known."""
-    state, began = _state(pid)
-    if began:
-        return state not in ("Z", "X") and start in ("", began)
+    """Whether process ``pid`` of this machine is alive and, if ``start`` is known, the one that began then."""
+    state, actual_start = _state(pid)
+    if actual_start:
+        return state not in ("Z", "X") and start in ("", actual_start)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        return True  # another user's
+        return True  # a process of another user
     return True
 
 
 @cache
 def boot() -> str:
-    """Says which start of which machine this is; empty without /proc."""
+    """The id of the present boot of this machine; empty without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -68,7 +67,7 @@ def boot() -> str:
 
 @cache
 def id_space() -> str:
-    """Says in which space of process ids (which container) this is; empty without /proc."""
+    """The namespace of process ids of this process (its container); empty without /proc."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -76,13 +75,13 @@ def id_space() -> str:
 
 
 def uptime() -> float:
-    """Seconds since this machine was started; infinite where that is not known."""
+    """Seconds since this machine was started; infinite if that is not known."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return float("inf") if clock is None else time.clock_gettime(clock)
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """State and start, in ticks, of a process; both empty where /proc does not say."""
+    """State and start time (in ticks) of a process; both empty if /proc does not say."""
     try:
         # "pid (name) state …": the name may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -92,9 +91,9 @@ def _state(pid: int) -> tuple[str, str]:
 
 
 def end_with(parent: int) -> None:
-    """End this process when the process ``parent``, which started it, ends in whatever way: by Linux's kernel, at once.
+    """Have Linux's kernel end this process as soon as ``parent``, which started it, ends in any way.
 
-    Elsewhere this does nothing: a worker watches a pipe as well.
+    On other systems this does nothing: :func:`end_with_parent` watches a pipe as well.
     """
     if sys.platform != "linux":
         return
@@ -102,19 +101,19 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     except (OSError, AttributeError):
         return
-    # It may have ended before the kernel was asked.
+    # The parent may have ended before this call.
     if os.getppid() != parent:
         os._exit(1)
 
 
 def end_with_parent() -> None:
-    """End this process of `multiprocessing` when the one that started it ends in whatever way, on any system."""
+    """End this process of `multiprocessing` when its parent ends in any way, on any system."""
     parent = parent_process()
     assert parent is not None
     assert parent.pid is not None
 
     def watch() -> None:
-        parent.join()  # its end of a pipe closes with it
+        parent.join()  # returns when the pipe to the parent closes
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Progress of long work, told to whoever listens: nobody, a terminal, or a program."""
+"""Progress of long work, for a listener: none, a terminal, or a program."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 ROWS_AT_ONCE = 4096
-"""Rows between two words to a task: more often would take longer than the fastest work itself."""
+"""Rows between two updates of a task: more frequent ones would take longer than the fastest work."""
 
 
 class Task(Protocol):
-    """One piece of work with a known number of rows (None: unknown)."""
+    """A piece of work, with its number of rows if that is known."""
 
     def advance(self, rows: int, tokens: int = 0) -> None:
-        """``rows`` more rows are done, of ``tokens`` tokens."""
+        """Add ``rows`` finished rows, with ``tokens`` tokens."""
 
     def expect(self, seconds: float, besides: str) -> None:
         """Before it begins: what is left of it takes about so long, and ``besides`` is not counted in that."""
 
     def say(self, text: str) -> None:
-        """A few words on how it stands, shown beside the bar: a loss, say."""
+        """Show a few words beside the bar, such as a loss."""
 
     def close(self) -> None:
-        """The work has ended."""
+        """End the task."""
 
 
 class Progress(Protocol):
-    """A listener. ``ghoststore.cli`` shows progress bars on stderr."""
+    """A listener of progress. That of ``ghoststore.cli`` shows bars on stderr."""
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
-        """A piece of work begins, ``done`` of its ``total`` rows done already."""
+        """Begin a task of ``total`` rows (None: not known), of which ``done`` are finished already."""
 
     def note(self, message: str) -> None:
-        """Something the user should know, in a line."""
+        """Show a line that the user should know."""
 
 
 class _SilentTask:
@@ -51,7 +51,7 @@ class _SilentTask:
 
 
 class Silent:
-    """Tells nobody."""
+    """A listener that does nothing."""
 
     def task(self, description: str, total: int | None, done: int = 0, unit: str = "rows") -> Task:
         return _SilentTask()
@@ -61,7 +61,7 @@ class Silent:
 
 
 def counted(rows: Iterable[T], task: Task) -> Iterator[T]:
-    """``rows`` as they come; ``task`` advances by some thousand at a time."""
+    """Yield ``rows``, and advance ``task`` by some thousand at a time."""
     done = 0
     for row in rows:
         yield row

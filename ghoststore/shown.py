@@ -1,6 +1,6 @@
-"""Text from elsewhere (corpora, stores, paths, arguments) in a form that is safe to show.
+"""Makes text from corpora, stores, paths and arguments safe to show.
 
-What is stored stays exact; what reaches a terminal, a spreadsheet or a picture goes through here first.
+Stored text stays exact. Text for a terminal, a spreadsheet or a picture goes through here first.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import json
 import re
 from typing import Any
 
-# Escape sequences (C0, DEL, C1), characters that reorder what stands around them (bidirectional controls), that end a
-# line or are invisible, and halves of characters (surrogates). The joiners U+200C and U+200D stay: scripts need them.
+# Control characters (C0, DEL, C1), bidirectional controls, which reorder the text around them, line ends, invisible
+# characters, and halves of characters (surrogates). The joiners U+200C and U+200D stay: some scripts need them.
 _HIDDEN = (
     r"\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U000e0000-\U000e007f"
@@ -25,9 +25,9 @@ _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    r"""``text`` with every character that a terminal would obey, or not show, as an escape such as ``\x1b``.
+    r"""``text`` with an escape such as ``\x1b`` for every character that controls a terminal or is invisible.
 
-    Line ends and tabs stay with ``lines``.
+    With ``lines`` line ends and tabs stay.
     """
     return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_escape, text)
 
@@ -38,21 +38,22 @@ def _escape(match: re.Match[str]) -> str:
     return _NAMED.get(match[0], form)
 
 
-def clipped(shown: str, length: int) -> str:
-    r"""The first ``length`` characters of what :func:`visible` gave, less those of an escape that would be cut:
-    ``\x1`` would pass for another text.
+def clipped(escaped: str, length: int) -> str:
+    r"""The first ``length`` characters of a result of :func:`visible`, without a part of an escape at the end.
+
+    A cut escape such as ``\x1`` would pass for another text.
     """
     begin = max(0, length - _LONGEST_ESCAPE)
-    for escape in _ESCAPE.finditer(shown, begin, length + _LONGEST_ESCAPE):
+    for escape in _ESCAPE.finditer(escaped, begin, length + _LONGEST_ESCAPE):
         if escape.start() < length < escape.end():
-            return shown[: escape.start()]
-    return shown[:length]
+            return escaped[: escape.start()]
+    return escaped[:length]
 
 
 def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
-    r"""``value`` as JSON that ``encoding`` can hold and a terminal shows as it is.
+    r"""``value`` as JSON that ``encoding`` can hold and that is safe to show on a terminal.
 
-    The data are exact: characters that are not safe to show are written as ``\u202e``, which JSON reads as the same.
+    The data are exact: characters that are not safe to show are written as JSON escapes such as ``\u202e``.
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     text = _HIDDEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
@@ -64,8 +65,10 @@ def json_text(value: Any, *, indent: int | None = None, encoding: str = "utf-8")
 
 
 def spreadsheet_cell(value: Any) -> Any:
-    """``value`` as a spreadsheet may have it: a text that it would compute is marked with a leading apostrophe (OWASP,
-    CSV injection), and control characters are escapes, but for line ends and tabs, which a quoted cell may hold.
+    """``value`` as a safe cell of a spreadsheet.
+
+    A text that the spreadsheet would take for a formula gets a leading apostrophe (OWASP, CSV injection). Control
+    characters become escapes, except line ends and tabs, which a quoted cell may hold.
     """
     if not isinstance(value, str):
         return value
@@ -73,6 +76,6 @@ def spreadsheet_cell(value: Any) -> Any:
 
 
 def picture_label(text: str) -> str:
-    """``text`` as a label of matplotlib: no mathematics in it, and never left out of a legend."""
-    shown = visible(text).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
+    """``text`` as a label of matplotlib: without mathematics, and never left out of a legend."""
+    label = visible(text).replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label

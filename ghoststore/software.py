@@ -1,4 +1,4 @@
-"""Versions of what computes and writes, for manifests."""
+"""Versions of software, for manifests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """The version of Python and of each package; "not installed" for one that is not."""
+    """The versions of Python and of each package, or "not installed"."""
     return {"python": platform.python_version()} | {package: _version(package) for package in packages}
 
 

@@ -227,7 +227,7 @@ class GradProjLoraEngine:
         if unreached:
             raise CaptureError(
                 f"the loss does not depend on {len(unreached)} projected layer(s): {', '.join(unreached[:5])}; leave "
-                "them out with exclude_layers. Gradient checkpointing with use_reentrant=True hides layers: use "
+                "them out with `exclude_layers`. Gradient checkpointing with use_reentrant=True hides layers: use "
                 "use_reentrant=False"
             )
         return self.projection.assemble([block for block in blocks if block is not None])

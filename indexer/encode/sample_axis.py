@@ -51,7 +51,7 @@ FAINT = 1e-6
 _REACHES = "the loss of one sample reaches the rows of others"
 _NO_POSITIONS = (
     "watching the layers changes what this model computes: an index that runs once for the whole batch is none of "
-    "positions. Leave that embedding out with exclude_layers"
+    "positions. Leave that embedding out with `exclude_layers`"
 )
 
 

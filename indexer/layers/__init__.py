@@ -1,4 +1,4 @@
-"""Layer types whose per-sample gradient the side branch knows. One file a type; importing registers it."""
+"""Layer types with known formulas for per-sample gradients. Each has a file of its own, whose import registers it."""
 
 from indexer.layers.base import (
     LAYER_TYPES,

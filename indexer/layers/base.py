@@ -1,11 +1,11 @@
-"""What a layer type must say of itself, and the registry of those that do.
+"""The interface of a layer type, and the registry of layer types.
 
 Legend of the suffixes used in this package: B samples, M positions of one sample (all axes between the
 first and the last, flattened), I inputs, O outputs, J = k_in and K = k_out numbers after projection.
 
-A layer's *gradient matrix* of one sample is (n_out, n_in). For a matrix layer it is [∂ℓ/∂W | ∂ℓ/∂b]: a
-bias is one more input that is always 1. For a norm it is the column of ∂ℓ/∂γ above ∂ℓ/∂β. The block is
-P_out · gradient · P_inᵀ, formed without the gradient: block = Σ_m (P_out δ_m)(P_in x_m)ᵀ.
+The *gradient matrix* of a layer for one sample is (n_out, n_in). For a matrix layer it is [∂ℓ/∂W | ∂ℓ/∂b]: a
+bias is a further input that is always 1. For a norm it is the column of ∂ℓ/∂γ above ∂ℓ/∂β. The block is
+P_out · gradient · P_inᵀ. It is computed without forming the gradient: block = Σ_m (P_out δ_m)(P_in x_m)ᵀ.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from ghoststore.errors import CaptureError, LayerError
 from indexer.layers.factors import Factors
 
 OUTPUT, NARROW_OUTPUT = 1e-3, 0.05
-"""Relative difference of an output from the formula's that is more than rounding, in float32 and in 16 bits."""
+"""Largest relative difference of an output from its formula that can be rounding, in float32 and in 16 bits."""
 CHUNK_NUMBERS = 1 << 20
-"""Numbers of an output that are held against the formula at a time."""
+"""Numbers of an output that are compared with the formula at a time."""
 
 
 class Axis(NamedTuple):
-    """In the place of a projection matrix: the axis as it is, ``size`` numbers."""
+    """Stands in place of a projection matrix for an axis that is not projected, of ``size`` numbers."""
 
     size: int
     bias_column: int | None = None
-    """The number that belongs to the bias, which is always 1; None without a bias."""
+    """Index of the bias on the axis, where the input is always 1; None without a bias."""
 
     def lay_out(self, x_BMN: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, M, size): ``x_BMN``, zeros behind it, and the bias."""
-        laid = torch.nn.functional.pad(x_BMN.to(dtype), (0, self.size - x_BMN.shape[-1]))
+        """(B, M, size): ``x_BMN``, padded with zeros, and 1 at the bias."""
+        padded = torch.nn.functional.pad(x_BMN.to(dtype), (0, self.size - x_BMN.shape[-1]))
         if self.bias_column is not None:
-            laid[..., self.bias_column] = 1.0
-        return laid
+            padded[..., self.bias_column] = 1.0
+        return padded
 
 
 class Sides(NamedTuple):
-    """The two projection matrices as one use of a layer sees them, on its device."""
+    """The two projection matrices for one use of a layer, on its device."""
 
     in_JI: Tensor | Axis
     """Projects the layer's input (without the bias)."""
     in_bias_J: Tensor | None
-    """The column of the input side that belongs to the bias; None without a bias, and where ``in_JI`` is an axis."""
+    """The column of the input side for the bias; None without a bias, or if ``in_JI`` is an axis."""
     out_KO: Tensor | Axis
     """Projects the gradient at the layer's output."""
 
 
 class LayerType(ABC):
-    """One kind of layer: which modules it is, its axes, and its two formulas. Stateless."""
+    """A type of layer: the modules it handles, its axes and its formulas. It has no state."""
 
     name: str
     is_matrix: bool = True
@@ -70,23 +70,22 @@ class LayerType(ABC):
 
     @abstractmethod
     def axes(self, module: nn.Module) -> tuple[int, int]:
-        """(n_out, n_in) of the gradient matrix, biases of matrix layers not counted."""
+        """(n_out, n_in) of the gradient matrix, without the bias of a matrix layer."""
 
     def check(self, module: nn.Module, name: str) -> None:  # noqa: B027 - most types have nothing to refuse
         """Raise LayerError for a setting of ``module`` under which the formulas do not hold."""
 
     @abstractmethod
     def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
-        """What ``module`` makes of the input ``x`` if the formulas hold, written out; one of a few forms.
+        """The output for the input ``x`` by the formula, in each form that modules of this type may have.
 
-        ``x`` is (N, n), N rows of an input, of a lookup (N,) indices: each row by itself.
-
-        The module's own ``forward`` is not called: it may have been replaced.
+        ``x`` is (N, n), N independent rows of an input; for a lookup it is (N,) indices. The module's own ``forward``
+        is not called, because it may have been replaced.
         """
 
     @abstractmethod
     def keep(self, module: nn.Module, x: Tensor, sides: Sides, dtype: torch.dtype) -> Tensor:
-        """What backward needs of the input: the only thing saved between forward and backward.
+        """What the backward pass needs of the input. Nothing else is saved between the two passes.
 
         ``x`` is the layer's input, first axis B; ``dtype`` that of its output.
         """
@@ -108,7 +107,7 @@ LAYER_TYPES: list[LayerType] = []
 
 
 def register(cls: type[LayerType]) -> type[LayerType]:
-    """Class decorator: makes the type known to every engine. Later ones are asked first."""
+    """Class decorator that registers a layer type. Types that are registered later take precedence."""
     LAYER_TYPES.insert(0, cls())
     return cls
 
@@ -119,7 +118,7 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
 
 
 def layer_type_by_name(name: str) -> LayerType:
-    """The registered type called ``name``; LayerError if there is none."""
+    """The registered type ``name``. LayerError if there is none."""
     for kind in LAYER_TYPES:
         if kind.name == name:
             return kind
@@ -128,9 +127,9 @@ def layer_type_by_name(name: str) -> LayerType:
 
 
 def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether ``module`` is a ``cls`` that computes what ``cls`` computes, with a plain weight.
+    """Whether ``module`` is a ``cls`` with the forward of ``cls`` and a plain weight.
 
-    A subclass that overrides forward, or a weight that is computed (parametrised, quantised), is not.
+    False for a subclass that overrides forward, and for a computed weight (parametrised, quantised).
     """
     return (
         isinstance(module, cls)
@@ -140,15 +139,16 @@ def runs_forward_of(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with: its first argument."""
+    """The first argument of a call of a layer."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 
 def output_problem(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> str | None:
-    """Why ``y`` cannot be what the formulas of ``kind`` assume that ``module`` makes of ``x``, in words; None where it
-    is: the forward of a layer may have been replaced, or take more than one input. Of an output that is not finite
-    nothing is said: the loss will tell.
+    """Why ``y`` is not the output of ``module`` for ``x`` by the formulas of ``kind``, in words; None if it is.
+
+    The forward of a layer may have been replaced, or take more than one input. An output that is not finite is not
+    judged: the loss will show it.
     """
     with torch.no_grad(), torch.autocast(device_type=y.device.type, enabled=False):
         error = _output_error(kind, module, x.detach(), y.detach())
@@ -161,8 +161,9 @@ def output_problem(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> 
 
 
 def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> float | None:
-    """Relative, of the nearest of the formula's forms; None where ``y`` is not finite. In pieces: a head's output is
-    the largest tensor of a model, and float64 would double it.
+    """The relative error of ``y`` against the nearest form of the formula; None if ``y`` is not finite.
+
+    It is computed in pieces: the output of a head is the largest tensor of a model, and float64 would double it.
     """
     if y.shape[:-1] != (x.shape if kind.is_lookup else x.shape[:-1]):
         return float("inf")
@@ -183,12 +184,12 @@ def _output_error(kind: LayerType, module: nn.Module, x: Tensor, y: Tensor) -> f
 
 
 def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
-    """Why an input ``x`` of a layer cannot have the ``batch`` samples on its first axis, in words; None where it can.
+    """Why an input ``x`` of a layer cannot have the ``batch`` samples on its first axis, in words; None if it can.
 
-    That it can does not say that it has: see :mod:`indexer.encode.sample_axis`.
+    :mod:`indexer.encode.sample_axis` checks whether it has.
     """
     shape = tuple(x.shape)
-    if kind.is_lookup and x.dim() == 1:  # may be positions, however many there are: never taken for samples
+    if kind.is_lookup and x.dim() == 1:  # may be positions, even if their number is that of the samples
         return (
             f"saw an input of shape {shape}, an index of one axis: samples or positions? Give it two, (samples, 1) or "
             "(1, positions)"
@@ -199,21 +200,21 @@ def axis_problem(x: Tensor, batch: int, kind: LayerType) -> str | None:
 
 
 def _once_for_all(x: Tensor, kind: LayerType) -> bool:
-    """Whether this is an index of positions, (1, positions), that runs once for the whole batch."""
+    """Whether ``x`` is an index of positions, (1, positions), for which the layer runs once for the whole batch."""
     return kind.is_lookup and x.dim() == 2 and x.shape[0] == 1
 
 
 def by_sample(x: Tensor, y: Tensor, batch: int, kind: LayerType, name: str) -> tuple[Tensor, Tensor]:
-    """Input and output of the layer ``name`` with the batch's samples as first axis.
+    """Input and output of the layer ``name`` with the samples of the batch on the first axis.
 
-    A position embedding runs once for the whole batch: the same numbers, seen once a sample (what follows then works
-    on B copies: dropout on positions alone would draw for each). CaptureError for any other layer whose first axis is
-    not the batch.
+    A position embedding runs once for the whole batch, so its tensors are expanded to the batch. Later layers then work
+    on B copies; dropout right after it would draw for each. CaptureError for any other layer whose first axis is not
+    the batch.
     """
     problem = axis_problem(x, batch, kind)
     if problem is not None:
         raise CaptureError(
-            f"layer {name!r} {problem}; its first axis must be the samples. Leave the layer out with exclude_layers"
+            f"layer {name!r} {problem}; its first axis must be the samples. Leave the layer out with `exclude_layers`"
         )
     if x.shape[0] != batch:
         return x.expand(batch, -1), y.expand(batch, -1, -1)
@@ -244,5 +245,5 @@ def project(x_BMN: Tensor, matrix_KN: Tensor | Axis, bias_K: Tensor | None, dtyp
 
 
 def outer_sum(d_BMK: Tensor, a_BMJ: Tensor) -> Tensor:
-    """Σ_m d_m a_mᵀ: (B, K, J) float32. Summed in float32 whatever the model's dtype."""
+    """Σ_m d_m a_mᵀ: (B, K, J) float32, summed in float32 for every dtype of the model."""
     return torch.bmm(d_BMK.float().transpose(1, 2), a_BMJ.float())

@@ -1,7 +1,7 @@
-"""torch.nn.Embedding: a Linear whose input is one-hot, so P_in x is a column of P_in: gathered.
+"""torch.nn.Embedding: a Linear with a one-hot input, so that P_in x is a column of P_in.
 
-n_in is the vocabulary (or the number of positions), n_out the width; the gradient matrix is the
-transpose of the stored weight's gradient.
+n_in is the vocabulary (or the number of positions), n_out the width. The gradient matrix is the transpose of the stored
+weight's gradient.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class EmbeddingLayer(LayerType):
 
     @staticmethod
     def _whole_axis(module: nn.Embedding, ids_BM: Tensor, d_BMK: Tensor, axis: Axis) -> Tensor:
-        """(B, K, vocabulary): each gradient added at its token."""
+        """(B, K, vocabulary): the gradient of each position, added up at its token."""
         if module.padding_idx is not None:
             d_BMK = d_BMK.masked_fill(ids_BM.eq(module.padding_idx).unsqueeze(-1), 0.0)
         batch, _, k = d_BMK.shape
-        places = ids_BM + axis.size * torch.arange(batch, device=ids_BM.device).unsqueeze(1)
+        index_BM = ids_BM + axis.size * torch.arange(batch, device=ids_BM.device).unsqueeze(1)
         block = torch.zeros(batch * axis.size, k, device=d_BMK.device)
-        block.index_add_(0, places.flatten(), d_BMK.float().flatten(0, 1))
+        block.index_add_(0, index_BM.flatten(), d_BMK.float().flatten(0, 1))
         return block.view(batch, axis.size, k).transpose(1, 2)
 
     def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:

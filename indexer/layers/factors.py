@@ -1,4 +1,4 @@
-"""A sample's gradient of one parameter, not formed: what exact inner products are made of.
+"""Factors of each sample's gradient of one parameter, for exact inner products without forming the gradient.
 
 Legend: B samples, M positions of one sample, R and C rows and columns of the parameter as it is stored, N its numbers.
 """
@@ -13,31 +13,31 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Outer:
-    """Gradients Σ_m rows_m columns_mᵀ of a matrix (R, C), one a sample."""
+    """The gradients Σ_m rows_m columns_mᵀ of a matrix (R, C), one for each sample."""
 
     rows: Tensor
-    """(B, M, R); or (B, M) int64 where each row factor is one-hot, given by its place (an embedding's ids)."""
+    """(B, M, R); or (B, M) int64 indexes of one-hot rows (an embedding's ids)."""
     columns: Tensor
     """(B, M, C)."""
 
     @property
     def is_lookup(self) -> bool:
-        """Whether ``rows`` are places."""
+        """Whether ``rows`` are indexes."""
         return self.rows.dim() == 2
 
     def of(self, samples: Tensor | slice) -> Outer:
-        """Of some samples alone."""
+        """The factors of some samples."""
         return Outer(self.rows[samples], self.columns[samples])
 
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """Gradients of a vector, formed: (B, N) float32 (float64 for a float64 model)."""
+    """The gradients of a vector, which are formed: (B, N) float32 (float64 for a float64 model)."""
 
     values: Tensor
 
     def of(self, samples: Tensor | slice) -> Vector:
-        """Of some samples alone."""
+        """The gradients of some samples."""
         return Vector(self.values[samples])
 
 

@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm: y = γ ⊙ x̂ (+ β), so ∂ℓ/∂γ = Σ_m δ_m ⊙ x̂_m and ∂ℓ/∂β = Σ_m δ_m.
 
-The gradient matrix is one column: γ's numbers above β's. x̂ is computed again in backward from the
+The gradient matrix is one column: γ's numbers above β's. The backward pass computes x̂ again from the
 layer's own input, which autograd keeps anyway.
 """
 
@@ -17,7 +17,7 @@ from indexer.layers.factors import Factors, Vector
 
 
 class NormLayer(LayerType):
-    """Shared by both norms; a subclass says how x̂ comes from x."""
+    """The common base of both norms. A subclass computes x̂ from x."""
 
     is_matrix = False
 
@@ -38,8 +38,8 @@ class NormLayer(LayerType):
         return x
 
     def block(self, module: nn.Module, saved: Tensor, dy: Tensor, sides: Sides) -> Tensor:
-        of_parameters = list(self.factors(module, saved, dy).values())
-        gradient_BN = torch.cat([factors.values for factors in of_parameters if isinstance(factors, Vector)], dim=1)
+        all_factors = self.factors(module, saved, dy).values()
+        gradient_BN = torch.cat([factors.values for factors in all_factors if isinstance(factors, Vector)], dim=1)
         block_BK1 = project(gradient_BN.unsqueeze(1), sides.out_KO, None, torch.float32).transpose(1, 2)
         return block_BK1 if isinstance(sides.in_JI, Axis) else block_BK1 * sides.in_JI[:, 0].float()
 
@@ -68,17 +68,17 @@ class LayerNormLayer(NormLayer):
 
 @register
 class RMSNormLayer(NormLayer):
-    """torch.nn.RMSNorm and the many RMSNorm classes of transformers, recognised by name.
+    """torch.nn.RMSNorm and the RMSNorm classes of transformers, recognised by name.
 
-    A class of that name is believed only after :meth:`check` has compared it with the formula.
+    :meth:`check` compares a class with the formula before it is used.
     """
 
     name = "rmsnorm"
 
     def handles(self, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")
-        named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-        return named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+        has_name = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+        return has_name and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
     def outputs(self, module: nn.Module, x: Tensor) -> list[Tensor]:
         x_hat = self.normalised(module, x)
@@ -87,7 +87,7 @@ class RMSNormLayer(NormLayer):
 
     @staticmethod
     def epsilon(module: nn.Module) -> float | None:
-        """The module's epsilon; None where it is the machine epsilon of the input's dtype (torch)."""
+        """The module's epsilon; None if it is the machine epsilon of the input's dtype (torch)."""
         for attribute in ("variance_epsilon", "eps"):
             if hasattr(module, attribute):
                 value = getattr(module, attribute)
@@ -101,7 +101,7 @@ class RMSNormLayer(NormLayer):
 
     def check(self, module: nn.Module, name: str) -> None:
         """Run the module on a small input: it must compute γ ⊙ x̂ or (1 + γ) ⊙ x̂."""
-        # A copy with weights of its own: at 1 (or 0) other formulas agree by chance.
+        # A copy with random weights: at 1 (or 0) other formulas agree by chance.
         module = deepcopy(module)
         weight = module.get_parameter("weight")
         generator = torch.Generator().manual_seed(0)

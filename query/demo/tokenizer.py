@@ -20,7 +20,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
     ``AutoTokenizer.from_pretrained`` give the same tokenizer back. Few texts give fewer tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UsageError(f"vocab_size must be at least {SMALLEST_VOCABULARY}; found {vocab_size}")
+        raise UsageError(f"`vocab_size` must be at least {SMALLEST_VOCABULARY}, not {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -145,9 +145,9 @@ def _examine(subject: Subject, progress: Progress) -> dict[str, Finding]:
     return findings
 
 
-def _run_check(check: Check, subject: Subject, before: Mapping[str, Finding]) -> Finding:
+def _run_check(check: Check, subject: Subject, findings: Mapping[str, Finding]) -> Finding:
     """The finding of one check. The check is skipped if one that it needs has found something wrong."""
-    reasons = [name for name in check.needs if before[name].status is Verdict.WRONG]
+    reasons = [name for name in check.needs if findings[name].status is Verdict.WRONG]
     if reasons:
         return skipped(f"cannot be told: see {reasons[0]}")
     try:
@@ -172,7 +172,7 @@ def _open_models(
     models: Models
     if model is not None:
         if tokenizer is None:
-            raise UsageError("a model in memory needs its tokenizer: tokenizer=…")
+            raise UsageError("a model in memory needs its tokenizer: give `tokenizer`")
         models = LoadedModels(model, dtype, device, kernel)
         return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None

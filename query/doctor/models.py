@@ -122,13 +122,13 @@ def attending(model: Any, kernel: str | None) -> Iterator[Any]:
     """``model`` with another attention ``kernel`` (None: its own) until the block ends. UsageError if it is not
     available.
     """
-    before = kernel_of(model)
-    if kernel is None or kernel == before:
+    original = kernel_of(model)
+    if kernel is None or kernel == original:
         yield model
         return
     set_kernel(model, kernel)
     try:
         yield model
     finally:
-        assert before is not None
-        set_kernel(model, before)
+        assert original is not None
+        set_kernel(model, original)

@@ -202,7 +202,7 @@ def test_entries_behind_a_damaged_one_are_kept(tmp_path: Path, where: str) -> No
     train(store, layout=replace(JOURNALED, steps=100, span_steps=100), stop=32)
     entries = run_of(store).journals[0].entries
     damaged = entries[1]
-    at = {"header": damaged.place + 9, "trailer": damaged.place + damaged.size - 3, "array": damaged.place + 120}
+    at = {"header": damaged.offset + 9, "trailer": damaged.offset + damaged.size - 3, "array": damaged.offset + 120}
     flip(journal(store), at[where])
     assert not ghoststore.verify(store).sound
     repaired = ghoststore.repair(store=store, drop_damaged=True)

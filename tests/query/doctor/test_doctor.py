@@ -156,7 +156,7 @@ def test_a_copy_in_another_dtype_keeps_the_dtype_of_its_buffers() -> None:
     ("settings", "words"),
     [
         ({"samples": 2}, "`samples` must be at least 3"),
-        ({"tokenizer": None}, "needs its tokenizer"),
+        ({"tokenizer": None}, "needs its tokenizer: give `tokenizer`"),
         ({"model": None}, "either a checkpoint or a model"),
         ({"device": "cuda"}, "is on cpu"),
         ({"model_dtype": "int8"}, "int8"),
