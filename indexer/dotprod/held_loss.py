@@ -33,6 +33,7 @@ from indexer.dotprod.loss_forms import Held, Range, Watched, explain, hold, name
 from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, hidden_auxiliary_loss, way_to
 from indexer.dotprod.val_data import ValLosses
 from indexer.encode.losses import IGNORED
+from indexer.encode.modes import outside_graphs
 
 WIDE, NARROW = (1e-4, 1e-3), (1e-3, 2e-2)
 """Relative tolerances of the loss and of its gradient at the logits: in float32, and where 16-bit numbers take part.
@@ -94,8 +95,8 @@ class HeldLoss:
         if self._done:
             return []
         return [
-            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._model.register_forward_hook(self._after, with_kwargs=True),
+            self._model.register_forward_pre_hook(outside_graphs(self._before), with_kwargs=True),
+            self._model.register_forward_hook(outside_graphs(self._after), with_kwargs=True),
         ]
 
     def begin(self) -> None:

@@ -5,13 +5,18 @@ Legend: B samples of a batch.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.val_data import target_counts
+from indexer.encode.tap import See
+
+_serials = count()
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +33,25 @@ class OpenBatch:
     closed: bool = False
     without_graph: list[str] = field(default_factory=list)
     """Of a scoring pass: modules with taps that ran under no_grad, as in reentrant checkpointing."""
+    ran: set[str] = field(default_factory=set)
+    """Modules whose tap saw them run."""
+    serial: int = field(default_factory=_serials.__next__)
+    """By which the backward pass of a compiled graph knows the batch."""
+    seconds: float = 0.0
+    """That its taps took in the backward pass."""
     _upstreams: list[Tensor] = field(default_factory=list)
+
+    def in_time(self, see: See) -> See:
+        """``see`` while the batch is open, and its seconds; nothing after it was discarded, or collected."""
+
+        def see_in_time(saved: Tensor, dy: Tensor) -> None:
+            if self.closed:
+                return
+            begun = time.perf_counter()
+            see(saved, dy)
+            self.seconds += time.perf_counter() - begun
+
+        return see_in_time
 
     def saw_upstream(self, gradient: Tensor) -> None:
         """A gradient came to the watched loss."""
