@@ -22,7 +22,7 @@ from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.held_factors import FactorHolder
 from indexer.dotprod.held_loss import HeldLoss
-from indexer.dotprod.in_graph import InGraph
+from indexer.dotprod.in_graph import InGraph, is_compiled
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
@@ -125,7 +125,7 @@ class GradDotProdEngine:
         self._batch_norms = batch_norms_of(self.model)
         self._check = check
         self._holder: FactorHolder | None = None
-        self._in_graph = InGraph(self.method, copies=pairs)
+        self._in_graph = InGraph(self.method, copies=pairs, compiled=is_compiled(model))
         self._hooks = {name: self._hook(name, kind) for name, kind in self._kinds.items()}
         """The same for each :meth:`attach`: a compiled graph is made for them."""
         self._handles: list[RemovableHandle] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
 from indexer.dotprod.method import Method
@@ -20,17 +20,23 @@ from indexer.layers import LayerType
 from indexer.layers.base import by_sample
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` was compiled, or a module of it in place."""
+    modules = list(model.modules())
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+
+
 class InGraph:
     """What a compiled graph calls, and what it reads while it is made: it is made anew when ``open`` or, for lookups of
     positions, ``size`` has another value. Nothing else of an engine may be read there.
     """
 
-    def __init__(self, method: Method, *, copies: bool) -> None:
+    def __init__(self, method: Method, *, copies: bool, compiled: bool) -> None:
         """``copies``: ``method`` keeps what its taps see, and a graph would use that memory for something else."""
         self.open = False
         self.size = 0
-        self.compiled = False
-        """Whether a graph with taps ever ran."""
+        self.compiled = compiled
+        """Whether a graph is known to come, or ran."""
         self.narrow = False
         self.train: OpenBatch | None = None
         self.method, self.copies = method, copies
@@ -62,7 +68,7 @@ class InGraph:
     def refuse_left_out(self, opened: OpenBatch) -> None:
         """CaptureError if a graph without taps ran in place of layers."""
         missing = sorted(self._ran_before - opened.ran)
-        if opened.ran and not (self.compiled and missing):
+        if not self.compiled or (opened.ran and not missing):
             self._ran_before |= opened.ran
             return
         layers = f"layer(s) {', '.join(missing[:5])}" if missing else "any scored layer"
