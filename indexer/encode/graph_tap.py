@@ -26,6 +26,9 @@ class GraphTap(Protocol):
 _taps: WeakValueDictionary[int, GraphTap] = WeakValueDictionary()
 _keys = count()
 
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
+"""A CUDA graph would play the operations again without Python."""
+
 
 def registered(tap: GraphTap) -> int:
     """The number by which graphs know ``tap``, as long as somebody holds it."""
@@ -34,7 +37,7 @@ def registered(tap: GraphTap) -> int:
     return key
 
 
-@torch.library.custom_op("ghoststore::tap", mutates_args=())
+@torch.library.custom_op("ghoststore::tap", mutates_args=(), tags=UNSAFE)
 def tapped(y: Tensor, x: Tensor, key: int) -> tuple[Tensor, Tensor]:
     """``y`` and the number of the batch, (), int64, on the CPU."""
     tap = _taps.get(key)
@@ -46,7 +49,7 @@ def _(y: Tensor, x: Tensor, key: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y), torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("ghoststore::tap_backward", mutates_args=())
+@torch.library.custom_op("ghoststore::tap_backward", mutates_args=(), tags=UNSAFE)
 def _seen(dy: Tensor, x: Tensor, batch: Tensor, key: int) -> Tensor:
     tap = _taps.get(key)
     if tap is not None:
