@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ class Way:
     """How an arm chooses."""
 
     score: str = "random"
-    """random, loss, low-loss, or metric-unit: sgd or adam; dot, cosine, tokens (n·s), contrast (against the candidates'
-    mean gradient, too), contrast-cosine."""
+    """random, loss, low-loss, or metric-unit: sgd, adam or a sketch of so many numbers a layer; dot, cosine, tokens
+    (n·s), contrast (against the candidates' mean gradient, too), contrast-cosine."""
     begin: float = 0.1
     """Share of the steps before choosing begins."""
     refresh: int = 4
@@ -57,6 +58,8 @@ class Way:
 
 
 METRICS, UNITS = ("sgd", "adam"), ("dot", "cosine", "tokens", "contrast", "contrast-cosine")
+SKETCHES = (64, 256)
+"""Numbers of a layer's sketched gradients, squares."""
 _FRESH = {"refresh": 1, "begin": 0.25}
 SETS: dict[str, list[Way]] = {
     "scores": [
@@ -80,8 +83,14 @@ SETS: dict[str, list[Way]] = {
         Way(score="sgd-contrast", refresh=1, begin=0.25, val_rows=2),
         Way(score="sgd-contrast", refresh=1, begin=0.25, temperature=1.0),
     ],
+    "sketched": [
+        *(Way(score=f"sgd-{unit}", **_FRESH) for unit in ("dot", "contrast")),
+        *(Way(score=f"sketch{size}-{unit}", **_FRESH) for size in SKETCHES for unit in ("dot", "contrast")),
+        *(Way(score=f"{metric}-contrast", temperature=1.0, **_FRESH) for metric in ("sgd", "sketch64")),
+        Way(score="sketch64-contrast", begin=0.25),
+    ],
 }
-"""What is compared with random choice; ``fresh`` followed from what ``scores`` gave."""
+"""What is compared with random choice; ``fresh`` followed from what ``scores`` gave, ``sketched`` from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +212,26 @@ class Adam:
                 self.weights[name].sub_(rate * mean * self.preconditioner(name))
 
 
+def sides(layer: str, size: int, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(I, √size) and (O, √size): random matrices of a layer, the same at every call."""
+    generator = torch.Generator().manual_seed(size + 1000 * zlib.crc32(layer.encode()))
+    side = math.isqrt(size)
+    p_i, p_o = (torch.randn(count, side, generator=generator) / math.sqrt(side) for count in shape)
+    return p_i.to(device), p_o.to(device)
+
+
+def sketched_scores(vectors_ABD: Tensor, val_AD: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) twice: dots of the sketched gradients, and those against the candidates' mean, too."""
+    dot = torch.einsum("abd,ad->ab", vectors_ABD, val_AD)
+    return dot, dot - torch.einsum("abd,ad->ab", vectors_ABD, vectors_ABD.mean(1))
+
+
 def scores_of(passed: Pass, val: dict[str, Tensor], adam: Adam) -> dict[str, Tensor]:
     """(A, B) by metric and unit."""
     names = ("dot", "size", "against mean", "mean size", "mean dot", "val size")
     sums: dict[tuple[str, str], Tensor] = {}
+    vectors: dict[int, list[Tensor]] = {size: [] for size in SKETCHES}
+    val_vectors: dict[int, list[Tensor]] = {size: [] for size in SKETCHES}
 
     def add(metric: str, name: str, value: Tensor) -> None:
         sums[metric, name] = sums[metric, name] + value if (metric, name) in sums else value
@@ -214,6 +239,10 @@ def scores_of(passed: Pass, val: dict[str, Tensor], adam: Adam) -> dict[str, Ten
     for layer, x, delta in passed.gradients():
         each = torch.matmul(x.transpose(2, 3), delta)  # (A, B, I, O)
         mean = each.mean(1, keepdim=True)
+        for size in SKETCHES:
+            p_i, p_o = sides(layer, size, each.shape[2:], each.device)
+            vectors[size].append((p_i.T @ each @ p_o).flatten(2))
+            val_vectors[size].append((p_i.T @ val[layer] @ p_o).flatten(1))
         for metric in METRICS:
             p = adam.preconditioner(layer).unsqueeze(1) if metric == "adam" else torch.ones_like(mean)
             scaled, scaled_mean = val[layer].unsqueeze(1) * p, mean * p
@@ -233,6 +262,9 @@ def scores_of(passed: Pass, val: dict[str, Tensor], adam: Adam) -> dict[str, Ten
             f"{metric}-contrast": contrast,
             f"{metric}-contrast-cosine": contrast / own,
         }
+    for size in SKETCHES:
+        dot, contrast = sketched_scores(torch.cat(vectors[size], 2), torch.cat(val_vectors[size], 1))
+        scores |= {f"sketch{size}-dot": dot, f"sketch{size}-contrast": contrast}
     return scores
 
 

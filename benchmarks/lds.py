@@ -24,6 +24,7 @@ import ghoststore
 from ghoststore import Corpus, ProjectionConfig, Store
 from ghoststore.corpus import Fields
 from ghoststore.progress import Silent
+from ghoststore.settings.question import RebuiltOptions
 from indexer.training.retrain import Recipe
 from query.ask.encoder import PartEncoder
 from query.ask.question import Question
@@ -199,6 +200,7 @@ class Bench:
             fields=Fields(),
             max_val_samples=None,
             recipe=setting.recipe,
+            behind=RebuiltOptions(),
             device="cpu",
             progress=Silent(),
         )

@@ -16,6 +16,9 @@ class Task(Protocol):
     def advance(self, rows: int, tokens: int = 0) -> None:
         """``rows`` more rows are done, of ``tokens`` tokens."""
 
+    def expect(self, seconds: float, besides: str) -> None:
+        """Before it begins: what is left of it takes about so long, and ``besides`` is not counted in that."""
+
     def say(self, text: str) -> None:
         """A few words on how it stands, shown beside the bar: a loss, say."""
 
@@ -35,6 +38,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, rows: int, tokens: int = 0) -> None:
+        pass
+
+    def expect(self, seconds: float, besides: str) -> None:
         pass
 
     def say(self, text: str) -> None:

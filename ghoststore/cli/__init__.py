@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 import click
 
 from ghoststore import __version__
-from ghoststore.cli.ending import refuse_unreadable, say_bug, say_error, told
+from ghoststore.cli.ending import refuse_unreadable, report_error, say_bug, say_error
 from ghoststore.cli.events import FLAG, logging_to
 from ghoststore.cli.streams import EventStderr, guarded
 from ghoststore.interrupts import Interrupted, terminating, word
@@ -45,22 +45,22 @@ COMMANDS = {
     "doctor": "would a store of this model, on this machine, be right?",
     "demo": "the whole story on this machine, nothing downloaded",
 }
-"""Command to its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""
+"""By command, its line in the help. The module ``ghoststore.cli.<command>``, '-' as '_', defines ``command``."""
 
 
 STARTS_OVER = "Nothing is left half-written; run again, it starts over."
 RESUMES = "Whatever was committed is intact: the same command resumes."
-LEFT = {
+AFTER_INTERRUPT = {
     **dict.fromkeys(("tokenize", "build", "full-gradients", "evaluate"), RESUMES),
-    # It says itself what it has written, once it may write.
+    # Once it may have written something, it says so itself.
     "train": "The same command starts again, or goes on from its newest checkpoint.",
     "watch": "",
 }
-"""What Ctrl-C and SIGTERM leave of a command, where it does not say so itself and does not start over."""
+"""What to say after Ctrl-C or SIGTERM, by command; of the others STARTS_OVER."""
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used: ``--help`` stays fast."""
+    """A group that imports a command when it is used: ``--help`` stays fast."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
             number = error.number if isinstance(error, Interrupted) else signal.SIGINT
             message = error.message if isinstance(error, Interrupted) else None
             if message is None:
-                message = f"{word(number)}. {LEFT.get(str(ctx.invoked_subcommand), STARTS_OVER)}".strip()
+                message = f"{word(number)}. {AFTER_INTERRUPT.get(str(ctx.invoked_subcommand), STARTS_OVER)}".strip()
             raise Interrupted(number, message) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -102,29 +102,29 @@ def cli() -> None:
 
 
 def _interrupted(error: BaseException) -> int:
-    """Say what a signal left; the exit status."""
+    """Say what a signal left behind. Returns the exit code."""
     cause = error if isinstance(error, Interrupted) else error.__cause__
-    ended = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
-    message = f"{word(ended.number)}." if ended.message is None else ended.message
-    return say_error(ended, message, ended.exit_code, intro="") if message else ended.exit_code
+    interrupt = cause if isinstance(cause, Interrupted) else Interrupted(signal.SIGINT)
+    message = f"{word(interrupt.number)}." if interrupt.message is None else interrupt.message
+    return say_error(interrupt, message, interrupt.exit_code, intro="") if message else interrupt.exit_code
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: what the ``ghoststore`` script calls."""
-    words = sys.argv[1:] if args is None else args
+    """Run the command line and exit. The ``ghoststore`` script calls this."""
+    arguments = sys.argv[1:] if args is None else args
     with guarded():
-        code = _logged(words) if FLAG in words else _run(words)
+        code = _logged(arguments) if FLAG in arguments else _run(arguments)
     sys.exit(code)
 
 
-def _logged(words: list[str]) -> int:
-    """As `_run`; stderr holds events and nothing else."""
-    with logging_to(sys.stderr, words, __version__) as log:
+def _logged(arguments: list[str]) -> int:
+    """Run a command as :func:`_run` does, with nothing but events on stderr."""
+    with logging_to(sys.stderr, arguments, __version__) as log:
         stderr = EventStderr(sys.stderr, log)
         sys.stderr = cast("TextIO", stderr)
         code = 1
         try:
-            code = _run(words)
+            code = _run(arguments)
         except Exception as error:  # noqa: BLE001 - a bug: its traceback is in the event
             say_bug(error)
         finally:
@@ -133,18 +133,18 @@ def _logged(words: list[str]) -> int:
     return code
 
 
-def _run(words: list[str]) -> int:
-    """Run a command; its exit code. An error that nobody foresaw passes."""
+def _run(arguments: list[str]) -> int:
+    """Run a command. Returns its exit code; an unforeseen error is raised."""
     try:
-        refuse_unreadable(words)
+        refuse_unreadable(arguments)
         with terminating():
-            code = cli.main(args=words, prog_name="ghoststore", standalone_mode=False)
+            code = cli.main(args=arguments, prog_name="ghoststore", standalone_mode=False)
             sys.stdout.flush()
-    except (KeyboardInterrupt, click.Abort) as error:  # click makes the second of the first
+    except (KeyboardInterrupt, click.Abort) as error:  # click turns the first into the second
         return _interrupted(error)
     except click.exceptions.Exit as end:
         return end.exit_code
     except Exception as error:
-        if (code := told(error)) is None:
+        if (code := report_error(error)) is None:
             raise
     return code if isinstance(code, int) else 0

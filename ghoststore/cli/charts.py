@@ -13,7 +13,7 @@ Values = Sequence[float | None]
 
 
 def sparkline(values: Values, width: int) -> str:
-    """``values`` in ``width`` characters, lowest to highest; a blank where there is none."""
+    """``values`` in ``width`` characters, scaled from the lowest to the highest. A blank stands for None."""
     means = _squeezed(values, width)
     known = [value for value in means if value is not None]
     if not known:
@@ -24,7 +24,7 @@ def sparkline(values: Values, width: int) -> str:
 
 
 def histogram(counts: Sequence[int], height: int) -> list[str]:
-    """A bar a column, ``height`` lines, the highest full."""
+    """One bar a column in ``height`` lines; the largest count fills them."""
     top = max(counts, default=0) or 1
     eighths = [math.ceil(count / top * height * 8) for count in counts]
     return [
@@ -34,9 +34,9 @@ def histogram(counts: Sequence[int], height: int) -> list[str]:
 
 
 def line_chart(series: Sequence[tuple[Values, str]], width: int, height: int) -> list[Text]:
-    """``series`` of (values at equal steps, style) in ``height`` lines of ``width`` characters, on one scale.
+    """Draw ``series`` of (values at equal steps, style) in ``height`` lines of ``width`` characters, on one scale.
 
-    Where two share a character, the later one's colour wins. The scale stands at the left of the first and last line.
+    Where two share a character, the later colour wins. The first and the last line show the scale at the left.
     """
     known = [value for values, _ in series for value in values if value is not None]
     if not known:
@@ -47,17 +47,17 @@ def line_chart(series: Sequence[tuple[Values, str]], width: int, height: int) ->
     columns, rows = 2 * (width - margin - 1), 4 * height
     cells: dict[tuple[int, int], tuple[int, str]] = {}
     for values, style in series:
-        before: tuple[int, int] | None = None
-        for place, value in enumerate(values):
+        previous: tuple[int, int] | None = None
+        for index, value in enumerate(values):
             if value is None:
                 continue
-            x = round(place / max(1, len(values) - 1) * (columns - 1))
+            x = round(index / max(1, len(values) - 1) * (columns - 1))
             y = round((high - value) / ((high - low) or 1.0) * (rows - 1))
-            for dot in _line(before or (x, y), (x, y)):
+            for dot in _line(previous or (x, y), (x, y)):
                 cell = (dot[1] // 4, dot[0] // 2)
                 bits = cells.get(cell, (0, ""))[0] | _DOTS[dot[1] % 4][dot[0] % 2]
                 cells[cell] = (bits, style)
-            before = (x, y)
+            previous = (x, y)
     lines = []
     for line in range(height):
         text = Text(f"{labels[line]:>{margin}} ", style="dim")
@@ -69,19 +69,19 @@ def line_chart(series: Sequence[tuple[Values, str]], width: int, height: int) ->
 
 
 def _squeezed(values: Values, width: int) -> list[float | None]:
-    """Means of ``width`` equal pieces of ``values``; as they are where they are fewer."""
+    """The means of ``width`` equal pieces of ``values``; ``values`` itself if there are no more."""
     if len(values) <= width:
         return list(values)
-    found: list[float | None] = []
-    for place in range(width):
-        piece = values[place * len(values) // width : (place + 1) * len(values) // width]
+    means: list[float | None] = []
+    for index in range(width):
+        piece = values[index * len(values) // width : (index + 1) * len(values) // width]
         known = [value for value in piece if value is not None]
-        found.append(sum(known) / len(known) if known else None)
-    return found
+        means.append(sum(known) / len(known) if known else None)
+    return means
 
 
 def _line(start: tuple[int, int], stop: tuple[int, int]) -> list[tuple[int, int]]:
-    """The dots between two, both included."""
+    """The dots from ``start`` to ``stop``, both included."""
     steps = max(abs(stop[0] - start[0]), abs(stop[1] - start[1]), 1)
     return [
         (start[0] + round((stop[0] - start[0]) * i / steps), start[1] + round((stop[1] - start[1]) * i / steps))

@@ -43,9 +43,9 @@ def _print(report: Any) -> None:
     from query.demo.demo import QUESTIONS
 
     rows = []
-    for name, found in report.recall.items():
+    for name, recall in report.recall.items():
         questions, method = name.split("/", 1)
-        rows.append([QUESTIONS[questions], method, f"{found.at_1:.2f}", f"{found.at_10:.2f}"])
+        rows.append([QUESTIONS[questions], method, f"{recall.at_1:.2f}", f"{recall.at_10:.2f}"])
     rows.append(["", "chance", f"{report.chance_at_10 / 10:.4f}", f"{report.chance_at_10:.3f}"])
     print_table(
         f"Finding the one row of {report.rows:,} that states a fact",

@@ -42,26 +42,29 @@ def _print(report: Any) -> None:
                 (f"each of {settings['val_samples']:,} val samples", True),
                 (f"{len(settings['groups'])} val groups", True),
             ],
-            [[one.method, _shown(one.samples), _shown(one.groups)] for one in report.lds],
+            [[lds.method, _interval(lds.samples), _interval(lds.groups)] for lds in report.lds],
         )
     if report.removal:
         print_table(
             f"Val loss after training without {settings['drop']:.0%} of the samples, and against random ones",
             [("the best by", False), ("val loss", True), ("change", True), ("± random", True)],
-            [[one.method, f"{one.loss:.4f}", f"{one.change:+.4f}", _number(one.deviation)] for one in report.removal],
+            [
+                [removal.method, f"{removal.loss:.4f}", f"{removal.change:+.4f}", _number(removal.deviation)]
+                for removal in report.removal
+            ],
         )
     if report.tail_patch:
         print_table(
             f"What one step on {settings['top_k']} samples takes off the loss of the val groups",
             [("the best by", False), ("gain", True), ("random", True), ("± random", True)],
             [
-                [one.method, f"{one.gain:+.5f}", f"{one.random:+.5f}", _number(one.deviation)]
-                for one in report.tail_patch
+                [patch.method, f"{patch.gain:+.5f}", f"{patch.random:+.5f}", _number(patch.deviation)]
+                for patch in report.tail_patch
             ],
         )
 
 
-def _shown(score: Any) -> str:
+def _interval(score: Any) -> str:
     return "–" if score is None else f"{score.value:+.3f} ({score.low:+.3f} to {score.high:+.3f})"
 
 

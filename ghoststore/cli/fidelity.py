@@ -28,7 +28,7 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_table, say, tell
+    from ghoststore.cli.terminal import notify, print_table, say
 
     columns = [
         ("against exact gradients of", False),
@@ -39,16 +39,16 @@ def _print(report: Any) -> None:
     ]
     references = [("the layers", report.layers), ("all parameters", report.all)]
     rows = [
-        [name, *(_interval(one) for one in (found.spearman, found.sign, found.recall, found.relative_error))]
-        for name, found in references
-        if found is not None
+        [name, *map(_interval, (agreement.spearman, agreement.sign, agreement.recall, agreement.relative_error))]
+        for name, agreement in references
+        if agreement is not None
     ]
     title = f"{report.part}: {report.rows:,} rows × {report.val_samples:,} val samples by {report.metric}"
     print_table(f"{title}; recall@{report.layers.at}, 95 % intervals", columns, rows)
     if report.all is None:
         why = f"the part is in a metric of its layers alone ({report.own_metric})"
         say(f"against all parameters: not known, {why}")
-    tell(f"{'kept in the part' if report.kept else 'not kept in the part'}, {report.seconds:,.1f} s")
+    notify(f"{'kept in the part' if report.kept else 'not kept in the part'}, {report.seconds:,.1f} s")
 
 
 def _interval(estimate: Any) -> str:

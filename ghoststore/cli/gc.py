@@ -25,7 +25,7 @@ def _print(report: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table, say
 
     if report.removed:
-        rows = [[one.part or one.run or "", one.file, human_bytes(one.bytes)] for one in report.removed]
+        rows = [[file.part or file.run or "", file.file, human_bytes(file.bytes)] for file in report.removed]
         title = "would be removed" if report.dry_run else "removed"
         print_table(title, [("part or run", False), ("file", False), ("bytes", True)], rows)
     for skipped in report.skipped:

@@ -39,8 +39,8 @@ def _refuse_options() -> None:
     """UsageError for options of building beside --list or --remove."""
     context = click.get_current_context()
     for spec in fields(IndexOptions):
-        given = context.get_parameter_source(spec.name) is ParameterSource.COMMANDLINE
-        if given and spec.name not in ("store", "part"):
+        was_given = context.get_parameter_source(spec.name) is ParameterSource.COMMANDLINE
+        if was_given and spec.name not in ("store", "part"):
             raise UsageError(f"`list_them` and `remove` build nothing: leave out `{spec.name}`")
 
 
@@ -49,17 +49,18 @@ def _manage(store: str, part: str | None, remove: str | None, as_json: bool) -> 
     from ghoststore.store.part.indexes import index_states, remove_index
     from ghoststore.store.store import Store
 
-    opened = Store.open(store).part(part)
+    stored_part = Store.open(store).part(part)
     if remove is not None:
-        remove_index(opened, remove)
-    states = index_states(opened)
+        remove_index(stored_part, remove)
+    states = index_states(stored_part)
     if as_json:
-        print_json({"store": store, "part": opened.name, "indexes": [state.to_json() for state in states]})
+        print_json({"store": store, "part": stored_part.name, "indexes": [state.to_json() for state in states]})
         return
     rows = [
-        [one.name, *(_cells(one.manifest) if one.manifest else [""] * (len(COLUMNS) - 2)), one.state] for one in states
+        [state.name, *(_cells(state.manifest) if state.manifest else [""] * (len(COLUMNS) - 2)), state.state]
+        for state in states
     ]
-    _print(f"{len(states)} index(es) of {opened.name}", rows)
+    _print(f"{len(states)} index(es) of {stored_part.name}", rows)
 
 
 def _print_built(report: Any) -> None:
@@ -81,19 +82,19 @@ COLUMNS = [
 ]
 
 
-def _cells(found: Any) -> list[str]:
-    """Of a manifest; the recall of single rows and of means."""
+def _cells(manifest: Any) -> list[str]:
+    """The cells of an index, with its recall of single rows and of means."""
     from ghoststore.cli.terminal import human_bytes
 
-    recalls = [[f"{getattr(recall, at):.3f}" for recall in found.recall.values()] for at in ("at_10", "at_100")]
+    recalls = [[f"{getattr(recall, at):.3f}" for recall in manifest.recall.values()] for at in ("at_10", "at_100")]
     return [
-        found.factory,
-        found.metric,
-        f"{found.front_dimension:,}",
-        human_bytes(found.size),
-        f"{found.size / found.rows:,.0f}",
-        f"{found.seconds:.1f}",
-        f"{found.candidates:,}",
+        manifest.factory,
+        manifest.metric,
+        f"{manifest.front_dimension:,}",
+        human_bytes(manifest.size),
+        f"{manifest.size / manifest.rows:,.0f}",
+        f"{manifest.seconds:.1f}",
+        f"{manifest.candidates:,}",
         *(" / ".join(recall) for recall in recalls),
     ]
 

@@ -15,23 +15,23 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
     """What a store holds: its parts and training runs, how far they are, their settings."""
     from ghoststore.cli.terminal import print_json
 
-    found = load("info")(**keywords)
-    options.report(found)
+    store_info = load("info")(**keywords)
+    options.log_result(store_info)
     if printing.as_json:
-        print_json(found.to_json())
+        print_json(store_info.to_json())
     elif keywords.keys() & {"part", "run"}:
-        for one in found.parts:
-            _print_part(one)
-        for one in found.runs:
-            _print_run(one)
+        for part in store_info.parts:
+            _print_part(part)
+        for run in store_info.runs:
+            _print_run(run)
     else:
-        if found.parts or not found.runs:
-            _print_parts(found)
-        if found.runs:
-            _print_runs(found)
+        if store_info.parts or not store_info.runs:
+            _print_parts(store_info)
+        if store_info.runs:
+            _print_runs(store_info)
 
 
-def _print_parts(found: Any) -> None:
+def _print_parts(store_info: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table
 
     columns = [
@@ -46,7 +46,7 @@ def _print_parts(found: Any) -> None:
         ("checkpoint", False),
     ]
     rows = []
-    for part in found.parts:
+    for part in store_info.parts:
         usable = part.statuses.get("ok", 0) + part.statuses.get("truncated", 0)
         share = f"{part.committed:,}" + ("" if part.complete else f" of {part.rows:,}")
         rows.append(
@@ -62,7 +62,7 @@ def _print_parts(found: Any) -> None:
                 part.manifest["source"]["checkpoint"],
             ]
         )
-    print_table(f"{found.store}: {len(found.parts)} part(s)", columns, rows)
+    print_table(f"{store_info.store}: {len(store_info.parts)} part(s)", columns, rows)
 
 
 def _print_part(part: Any) -> None:
@@ -93,17 +93,17 @@ def _print_part(part: Any) -> None:
         ("domains", ", ".join(corpus["domains"] or []) or "none"),
         ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
         ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
-        *((f"index {one['name']}", _index(one)) for one in part.indexes),
-        *(("fidelity", fidelity_line(one)) for one in part.fidelity),
+        *((f"index {index['name']}", _index(index)) for index in part.indexes),
+        *(("fidelity", fidelity_line(measured)) for measured in part.fidelity),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest["software"].items())),
     ]
     print_facts(part.name, facts)
 
 
-def _repeated(one: Any) -> list[tuple[str, str]]:
+def _repeated(part_or_run: Any) -> list[tuple[str, str]]:
     from ghoststore.corpus.repeated import repeated_words
 
-    words = repeated_words(one.repeated_ids)
+    words = repeated_words(part_or_run.repeated_ids)
     return [("  ids", words)] if words else []
 
 
@@ -118,16 +118,16 @@ def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
     return [("  metric", f"preconditioned ({projection['precondition']}, damping {projection['damping']:g}), {sample}")]
 
 
-def _index(one: dict[str, Any]) -> str:
+def _index(index: dict[str, Any]) -> str:
     from ghoststore.cli.terminal import human_bytes
 
-    if one["state"] != "current":
-        return f"{one['state']}: {one['problem']}"
-    recall = ", ".join(f"{found['at_10']:.3f} ({kind})" for kind, found in one["recall"].items())
-    return f"{one['factory']} by {one['metric']}, {human_bytes(one['bytes'])}, recall@10 {recall}"
+    if index["state"] != "current":
+        return f"{index['state']}: {index['problem']}"
+    recalls = ", ".join(f"{recall['at_10']:.3f} ({kind})" for kind, recall in index["recall"].items())
+    return f"{index['factory']} by {index['metric']}, {human_bytes(index['bytes'])}, recall@10 {recalls}"
 
 
-def _print_runs(found: Any) -> None:
+def _print_runs(store_info: Any) -> None:
     from ghoststore.cli.terminal import human_bytes, print_table
 
     columns = [
@@ -142,7 +142,7 @@ def _print_runs(found: Any) -> None:
         ("on disk", True),
     ]
     rows = []
-    for run in found.runs:
+    for run in store_info.runs:
         share = f"{run.committed:,}" + ("" if run.complete else f" of {run.steps:,}")
         rows.append(
             [
@@ -157,11 +157,11 @@ def _print_runs(found: Any) -> None:
                 human_bytes(run.bytes),
             ]
         )
-    print_table(f"{found.store}: {len(found.runs)} run(s)", columns, rows)
+    print_table(f"{store_info.store}: {len(store_info.runs)} run(s)", columns, rows)
 
 
-def _said(value: Any) -> str:
-    """An entry of a manifest; of one with entries (a model's configuration) how many there are: --json has them."""
+def _value(value: Any) -> str:
+    """An entry of a manifest as text; of a dictionary, such as a model's configuration, its fingerprint or size."""
     if not isinstance(value, dict):
         return str(value)
     return str(value["fingerprint"]) if "fingerprint" in value else f"{len(value)} fields"
@@ -174,7 +174,7 @@ def _print_run(run: Any) -> None:
     saved = storage.get("save_steps", storage["span_steps"])
     facts = [
         ("steps", f"{run.committed:,} of {run.steps:,} committed, {saved:,} at a time"),
-        ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch){_chosen(run)}"),
+        ("samples a step", f"{run.ranks} × {run.batch} (ranks × batch){_choosing(run)}"),
         *((f"  {status.replace('_', ' ')}", f"{count:,}") for status, count in run.statuses.items()),
         ("rows", f"{run.rows:,}"),
         *_repeated(run),
@@ -189,7 +189,7 @@ def _print_run(run: Any) -> None:
         ("on disk", human_bytes(run.bytes)),
     ]
     for section in ("model", "val", "training", "scoring", "source"):
-        facts += [(f"{section}.{name}", _said(value)) for name, value in run.manifest[section].items()]
+        facts += [(f"{section}.{name}", _value(value)) for name, value in run.manifest[section].items()]
     facts.append(("made with", ", ".join(f"{name} {version}" for name, version in run.manifest["software"].items())))
     print_facts(run.name, facts)
 
@@ -204,8 +204,8 @@ def _gradients(kept: dict[str, Any] | None) -> str:
     return f"of {which}: {kept['steps']:,} steps, {kept['dimension']:,} numbers as {kept['dtype']}, {size} a step"
 
 
-def _chosen(run: Any) -> str:
-    """How a step chooses among its samples, where it does."""
+def _choosing(run: Any) -> str:
+    """How a step chooses among its samples; empty if it does not."""
     choosing = run.manifest["scoring"].get("choosing")
     if choosing is None:
         return ""

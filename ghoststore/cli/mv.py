@@ -20,7 +20,7 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
     from ghoststore.cli.terminal import print_json, say
 
     report = load("rename")(**keywords)
-    options.report(report)
+    options.log_result(report)
     if printing.as_json:
         print_json(report.to_json())
     else:

@@ -1,4 +1,4 @@
-"""Commands made from the dataclasses of their options."""
+"""Makes commands from the dataclasses of their options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ghoststore.settings.option import Section, choices_of, members_of, options_
 from ghoststore.settings.shared import Printing, ResultFile
 
 Keywords = dict[str, Any]
-"""What a public function is called with."""
+"""The keyword arguments of a public function."""
 MOST_USED = "Most used"
 SECTIONS: tuple[str, ...] = get_args(Section)
 
@@ -38,9 +38,9 @@ class OptionsCommand(click.Command):
     def __init__(self, kinds: Sequence[type], sections: dict[str, str], flags: Flags, **settings: Any) -> None:
         super().__init__(**settings)
         self.kinds = kinds
-        """The dataclasses of its options; the first is that of the public function."""
+        """The dataclasses of its options, that of the public function first."""
         self.sections = sections
-        """By the name of the parameter."""
+        """The section of each parameter, by name."""
         self.flags = flags
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -51,35 +51,40 @@ class OptionsCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section in (MOST_USED, *SECTIONS):
-            shown = [one for one in self.get_params(ctx) if self.sections.get(one.name or "", "Output") == section]
-            records = [record for one in shown if (record := one.get_help_record(ctx)) is not None]
+            parameters = [
+                parameter
+                for parameter in self.get_params(ctx)
+                if self.sections.get(parameter.name or "", "Output") == section
+            ]
+            records = [record for parameter in parameters if (record := parameter.get_help_record(ctx)) is not None]
             if records:
                 with formatter.section(section):
                     formatter.write_dl(records)
 
 
 def command(*kinds: type, first: str = "") -> Callable[[Callable[..., None]], OptionsCommand]:
-    """Make a command of a function of the keywords for a public function (from the first of ``kinds``), and of an
-    object of each other kind, for what the command line alone has.
+    """Make a command of a function.
 
-    ``first`` names the parameters (fields of objects as ``object.name``) that its help shows before all others.
+    The function takes the keywords of a public function, from the first of ``kinds``, and an object of each other kind:
+    the options that only the command line has. ``first`` names the parameters that the help shows before all others;
+    a field of an object is named ``object.name``.
     """
 
     def decorate(function: Callable[..., None]) -> OptionsCommand:
         entries = [entry for kind in kinds for entry in entries_of(kind)]
         flags = Flags(entries)
-        wanted = first.split()
-        entries.sort(key=lambda entry: _place(entry, wanted))
+        most_used = first.split()
+        entries.sort(key=lambda entry: _position(entry, most_used))
         sections = {
-            name: MOST_USED if ".".join(entry.path) in wanted else entry.option.section
+            name: MOST_USED if ".".join(entry.path) in most_used else entry.option.section
             for entry in entries
             for name in (_key(entry), f"{_key(entry)}__shortcut")
         }
         parameters = [parameter for entry in entries for parameter in _parameters(entry, flags)]
 
         def call(**values: Any) -> None:
-            keywords, *others = (_take(kind, values) for kind in kinds)
-            function(keywords, *(kind(**taken) for kind, taken in zip(kinds[1:], others, strict=True)))
+            keywords, *rest = (_keywords_of(kind, values) for kind in kinds)
+            function(keywords, *(kind(**fields) for kind, fields in zip(kinds[1:], rest, strict=True)))
 
         return OptionsCommand(
             kinds,
@@ -102,9 +107,9 @@ def run(
     file: ResultFile | None = None,
     also: str | None = None,
 ) -> Any:
-    """Call the public function ``name``; write what it returns to ``file``, or print it: as JSON, or by ``show``.
+    """Call the public function ``name`` and write its result to ``file``, or print it as JSON or by ``show``.
 
-    ``also`` is the keyword of another file, which the function itself writes: both appear, or neither.
+    ``also`` is the keyword of another file, which the function itself writes. Both files appear, or neither.
     """
     from ghoststore.cli.terminal import listener, print_json, wrote
 
@@ -129,7 +134,7 @@ def run(
     for path in (out, other):
         if path is not None:
             wrote(path)
-    report(result)
+    log_result(result)
     if printing.as_json:
         print_json(result.to_json())
     elif out is None:
@@ -137,15 +142,15 @@ def run(
     return result
 
 
-def report(result: Any, event: str = "result") -> None:
-    """What a command found, as an event where events are asked for."""
+def log_result(result: Any, event: str = "result") -> None:
+    """Write the result of a command as an event, with ``--log-json``."""
     log = current()
     if log is not None:
         log.result(result.to_json(), event)
 
 
 def renderer() -> Callable[[str], str]:
-    """What turns the parameters in a text into flags of the command that runs; where none runs, leaves it as it is."""
+    """A function that replaces the parameters in a text by flags of the running command, if there is one."""
     context = click.get_current_context(silent=True)
     running = None if context is None else context.command
     return running.flags.render if isinstance(running, OptionsCommand) else str
@@ -155,14 +160,14 @@ def _key(entry: Entry) -> str:
     return "__".join(entry.path)
 
 
-def _place(entry: Entry, first: Sequence[str]) -> int:
+def _position(entry: Entry, first: Sequence[str]) -> int:
     name = ".".join(entry.path)
     return first.index(name) if name in first else len(first)
 
 
-def _take(kind: type, values: dict[str, Any]) -> Keywords:
-    """The values of the fields of ``kind`` that are given or have a default, with the objects that they belong to."""
-    taken: Keywords = {}
+def _keywords_of(kind: type, values: dict[str, Any]) -> Keywords:
+    """The fields of ``kind`` that have a value in ``values``, with the objects that they belong to."""
+    keywords: Keywords = {}
     objects: dict[str, Keywords] = {}
     for entry in entries_of(kind):
         value = values[_key(entry)]
@@ -170,15 +175,15 @@ def _take(kind: type, values: dict[str, Any]) -> Keywords:
             value = entry.option.shortcut[1]
         if entry.option.repeated and len(value) == 1 and str in members_of(entry.spec.type):
             value = value[0]
-        given = value != () if entry.option.repeated else value is not None or entry.option.none is not None
-        if given:
+        has_value = value != () if entry.option.repeated else value is not None or entry.option.none is not None
+        if has_value:
             *holder, name = entry.path
-            (objects.setdefault(holder[0], {}) if holder else taken)[name] = value
+            (objects.setdefault(holder[0], {}) if holder else keywords)[name] = value
     for spec, option in options_of(kind):
         if spec.name in objects:
             assert option.group is not None
-            taken[spec.name] = option.group(**objects[spec.name])
-    return taken
+            keywords[spec.name] = option.group(**objects[spec.name])
+    return keywords
 
 
 def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
@@ -205,7 +210,7 @@ def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
 
 
 def _reading(entry: Entry) -> dict[str, Any]:
-    """How click reads the values of an option, by its type."""
+    """The arguments of click.Option by which it reads a value of the field's type."""
     kinds, option = members_of(entry.spec.type), entry.option
     words = (*words_of(entry.spec.type), *([option.none] if option.none else []))
     if entry.spec.type is bool:
@@ -229,7 +234,7 @@ Callback = Callable[[click.Context, click.Parameter, Any], Any]
 
 
 def _parsed(parse: Callable[[str], Any]) -> Callback:
-    """The value of a word, None of none; click's error for one that has none."""
+    """Parse a word, with click's error for one that ``parse`` refuses."""
 
     def callback(ctx: click.Context, parameter: click.Parameter, word: str | None) -> Any:
         try:
@@ -246,7 +251,7 @@ def _several(parse: Callable[[str], Any] | None) -> Callback:
 
 
 def _number(word: str, words: Sequence[str], none: str | None) -> int | str | None:
-    """A whole number, or one of ``words``; the word ``none`` is None."""
+    """Parse a whole number, or one of ``words``; the word ``none`` stands for None."""
     if word in words:
         return None if word == none else word
     try:
@@ -256,7 +261,7 @@ def _number(word: str, words: Sequence[str], none: str | None) -> int | str | No
 
 
 def _patterns(text: str) -> tuple[str, ...]:
-    """A comma-separated list of patterns; none is no list, which would stand for all layers."""
+    """Parse a comma-separated list of patterns. An empty list is refused: it would stand for all layers."""
     patterns = tuple(piece.strip() for piece in text.split(",") if piece.strip())
     if not patterns:
         raise ValueError(f"{text!r} names no layer; leave the option out for all")

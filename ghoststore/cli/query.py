@@ -29,7 +29,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
 
 
 SYMBOLS = {"learning-rate": "η", "unit": "unit", "loss-fall": "fall"}
-"""What a step counts with, in few words."""
+"""The factor of a step's scores, as headings show it."""
 
 
 def print_hits(result: Any) -> None:
@@ -37,8 +37,8 @@ def print_hits(result: Any) -> None:
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
     of_run = "run" in result.settings
-    shown_metric = f"Σ {SYMBOLS[result.settings['weight']]}·{metric}" if of_run else metric
-    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(shown_metric, True)]
+    heading = f"Σ {SYMBOLS[result.settings['weight']]}·{metric}" if of_run else metric
+    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(heading, True)]
     times_seen = [("times", True)] if of_run else []
     columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
@@ -52,17 +52,16 @@ def print_hits(result: Any) -> None:
             rows = []
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
-                shown = ["–" if number is None else f"{number:.4g}" for number in numbers]
-                shown += [f"{hit.times:,}"] if of_run else []
-                rows.append([str(hit.rank), *shown, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
+                cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                cells += [f"{hit.times:,}"] if of_run else []
+                rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_table(title.format(name, metric), columns, rows, fold=False)
     if result.settings.get("candidates_left_out"):
         say(f"Left out: {result.settings['candidates_left_out']:,} candidates that were not trained on.")
     if result.settings.get("index") == "ann":
-        recall = result.settings["recall"]
-        told = ", ".join(f"{one['at_10']:.3f} for {kind}s" for kind, one in recall.items())
-        say(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {told}.")
+        recalls = ", ".join(f"{recall['at_10']:.3f} for {kind}s" for kind, recall in result.settings["recall"].items())
+        say(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {recalls}.")
     if result.settings.get("fidelity"):
         from ghoststore.store.part.fidelity import fidelity_line
 

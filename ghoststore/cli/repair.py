@@ -30,13 +30,16 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_table, say
 
-    flags = options.renderer()
+    render = options.renderer()
     where = ("part or run", False)
     if report.mended:
-        rows = [[one.part or one.run or "", one.file, one.how] for one in report.mended]
+        rows = [[mended.part or mended.run or "", mended.file, mended.how] for mended in report.mended]
         print_table("mended", [where, ("file", False), ("how", False)], rows)
     if report.unmended:
-        rows = [[one.part or one.run or "", one.file, one.problem, flags(one.why)] for one in report.unmended]
+        rows = [
+            [damage.part or damage.run or "", damage.file, damage.problem, render(damage.why)]
+            for damage in report.unmended
+        ]
         print_table("still damaged", [where, ("file", False), ("problem", False), ("why", False)], rows)
     if report.sound:
         say(f"sound: {len(report.parts)} part(s), {len(report.runs)} run(s), {len(report.mended)} thing(s) mended")

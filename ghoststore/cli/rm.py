@@ -24,8 +24,7 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
     from ghoststore.store.manage.held import existing
     from ghoststore.store.store import Store
 
-    opened, options_given = Store.open(keywords["store"]), RemoveOptions(**keywords)
-    existing(opened, options_given)  # before anybody is asked
+    existing(Store.open(keywords["store"]), RemoveOptions(**keywords))  # refuse before asking
     what = " ".join(f"{kind} {keywords[kind]}" for kind in ("part", "run") if kind in keywords)
     if not consent.yes:
         if not sys.stdin.isatty():
@@ -33,7 +32,7 @@ def command(keywords: options.Keywords, printing: AsJson, consent: Yes) -> None:
         if not click.confirm(f"Remove {what} of {keywords['store']} for good?", err=True):
             raise UsageError("nothing was removed")
     report = load("remove")(**keywords)
-    options.report(report)
+    options.log_result(report)
     if printing.as_json:
         print_json(report.to_json())
     else:

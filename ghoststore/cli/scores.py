@@ -67,9 +67,9 @@ def _print_summary(result: Any) -> None:
     if words := repeated_words(summary.repeated_ids):
         facts.append(("ids", words))
     if summary.gaps:
-        shown = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in summary.gaps[:5])
+        first_gaps = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in summary.gaps[:5])
         more = f" and {len(summary.gaps) - 5} more" * (len(summary.gaps) > 5)
-        facts.append(("steps missing", shown + more))
+        facts.append(("steps missing", first_gaps + more))
     print_facts(result.settings["run"], facts)
 
 
@@ -124,17 +124,17 @@ def _print_domains(result: Any) -> None:
     ]
     rows = [
         [
-            one.domain or "(none)",
-            f"{one.scored_rows:,} of {one.rows:,}",
-            f"{one.times:,}",
-            _number(one.value_per_row),
-            _number(one.value_per_time),
-            _number(one.value_sum),
-            _share(one.negative_share),
-            _number(one.mean_score),
-            _number(one.standard_error),
+            domain.domain or "(none)",
+            f"{domain.scored_rows:,} of {domain.rows:,}",
+            f"{domain.times:,}",
+            _number(domain.value_per_row),
+            _number(domain.value_per_time),
+            _number(domain.value_sum),
+            _share(domain.negative_share),
+            _number(domain.mean_score),
+            _number(domain.standard_error),
         ]
-        for one in result.domains
+        for domain in result.domains
     ]
     print_table("by domain", columns, rows)
 
@@ -152,21 +152,21 @@ def _print_history(result: Any) -> None:
         (f"{_symbol(result)}·score", True),
         ("cumulative", True),
     ]
-    samples = sorted({one.source_row for one in result.history})
+    samples = sorted({entry.source_row for entry in result.history})
     for source_row in samples or [None]:
         rows = [
             [
-                f"{one.step:,}",
-                str(one.rank),
-                str(one.window_start),
-                _number(one.loss),
-                _number(one.learning_rate),
-                _number(one.score),
-                _number(one.weighted),
-                _number(one.cumulative),
+                f"{entry.step:,}",
+                str(entry.rank),
+                str(entry.window_start),
+                _number(entry.loss),
+                _number(entry.learning_rate),
+                _number(entry.score),
+                _number(entry.weighted),
+                _number(entry.cumulative),
             ]
-            for one in result.history
-            if one.source_row == source_row
+            for entry in result.history
+            if entry.source_row == source_row
         ]
         which = f", row {source_row}" if (result.same_id or 1) > 1 and source_row is not None else ""
         print_table(f"sample {result.settings['sample']}{which}", columns, rows)
@@ -176,12 +176,12 @@ NAMES = {"cumulative": "Σ {}·score", "mean": "mean {}·score", "sum": "Σ scor
 
 
 def _title(result: Any) -> str:
-    """What the value is, in few words."""
+    """The heading of the value."""
     return NAMES[result.settings["value"]].format(_symbol(result))
 
 
 def _symbol(result: Any) -> str:
-    """What scores are multiplied with."""
+    """The factor of the scores."""
     return SYMBOLS.get(result.settings["weight"], "η")
 
 

@@ -17,7 +17,7 @@ from ghoststore.settings.shared import Printing
     QuotaOption,
     first="store val_set run out fraction count token_budget metric diversity quotas",
 )
-def command(keywords: options.Keywords, printing: Printing, given: QuotaOption) -> None:
+def command(keywords: options.Keywords, printing: Printing, quota_option: QuotaOption) -> None:
     """Choose the samples whose gradients point the way of a val set, and write their original rows: a training set.
 
     Every row is written as it stands in the corpus, with all its fields; a corpus that has changed since the part was
@@ -29,15 +29,15 @@ def command(keywords: options.Keywords, printing: Printing, given: QuotaOption) 
       ghoststore select --store ./store --run my-run --fraction 0.1 --out best.jsonl
       ghoststore select --store ./store --val-set val.jsonl --token-budget 1000000 --quotas equal --out best.parquet
     """
-    if given.quota:
+    if quota_option.quota:
         if "quotas" in keywords:
             raise UsageError("`quota` names domains, `quotas` takes them all: give one of the two")
-        keywords["quotas"] = _quotas(given.quota)
+        keywords["quotas"] = _quotas(quota_option.quota)
     options.run("select", keywords, printing, _print)
 
 
 def _quotas(quotas: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """UsageError for a domain that has two."""
+    """The quotas by domain. UsageError for a domain that has two."""
     domains = [domain for domain, _ in quotas]
     for domain in domains:
         if domains.count(domain) > 1:
@@ -45,26 +45,26 @@ def _quotas(quotas: Sequence[tuple[str, float]]) -> dict[str, float]:
     return dict(quotas)
 
 
-def _print(made: Any) -> None:
+def _print(report: Any) -> None:
     from ghoststore.cli.terminal import print_facts, print_table
 
-    leaks = made.leaks["found"]
-    left_out = made.settings.get("candidates_left_out")
+    leaks = report.leaks["found"]
+    left_out = report.settings.get("candidates_left_out")
     print_facts(
-        f"{made.samples:,} of {made.available:,} samples, {made.tokens:,} tokens",
+        f"{report.samples:,} of {report.available:,} samples, {report.tokens:,} tokens",
         [
-            ("rows", made.out),
-            ("report", made.report),
-            ("list of rows", made.rows_file),
-            ("lowest score chosen", f"{made.scores['chosen']['lowest']:.4g}"),
+            ("rows", report.out),
+            ("report", report.report),
+            ("list of rows", report.rows_file),
+            ("lowest score chosen", f"{report.scores['chosen']['lowest']:.4g}"),
             (
                 "near-duplicates of the val set",
-                "not looked for" if leaks is None else f"{leaks:,} ({made.leaks['policy']})",
+                "not looked for" if leaks is None else f"{leaks:,} ({report.leaks['policy']})",
             ),
             *([("left out", f"{left_out:,} candidates that were not trained on")] if left_out else []),
         ],
     )
-    if len(made.domains) > 1 or made.settings["quotas"]:
+    if len(report.domains) > 1 or report.settings["quotas"]:
         columns = [("domain", False), ("chosen", True), ("of", True), ("tokens", True), ("mean score", True)]
         print_table(
             "by domain",
@@ -77,13 +77,13 @@ def _print(made: Any) -> None:
                     f"{share.tokens:,}",
                     "–" if share.mean_score is None else f"{share.mean_score:.4g}",
                 ]
-                for share in made.domains
+                for share in report.domains
             ],
         )
-    labels = list(made.lengths["all"])
+    labels = list(report.lengths["all"])
     rows = [
         [f"{what} of {whose}", *(f"{numbers[whose][label]:,.4g}" for label in labels)]
-        for what, numbers in (("tokens", made.lengths), ("score", made.scores))
+        for what, numbers in (("tokens", report.lengths), ("score", report.scores))
         for whose in ("chosen", "all")
     ]
     print_table("quantiles", [("", False), *((label, True) for label in labels)], rows)

@@ -1,8 +1,8 @@
-"""Standard output and standard error as commands write to them.
+"""Standard output and standard error of a command.
 
-What stdout refuses is one sentence and exit code 6; a reader that went away (``| head``) ends the command quietly;
-what stderr refuses is dropped, for progress must never end the work. Characters that an encoding lacks are written as
-escapes.
+If stdout refuses a text, the command ends with a sentence and exit code 6; if its reader has gone (``| head``), it ends
+quietly. What stderr refuses is dropped: progress must never end the work. Characters that an encoding lacks are written
+as escapes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ghoststore.cli.events import EventLog
 from ghoststore.errors import StorageError, reason_of
 
 READER_GONE = 141
-"""Exit status where the reader of stdout has gone: that of a process ended by SIGPIPE, as shells show it."""
+"""Exit code if the reader of stdout has gone: what shells show for a process that SIGPIPE ended."""
 
 
 class _Stream:
-    """A stream of text, with writing to it in our hands."""
+    """Wraps a stream of text; subclasses control what is written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -32,7 +32,7 @@ class _Stream:
         return getattr(self._stream, name)
 
     def _abandon(self) -> None:
-        """Let nothing that is still held be refused when Python ends."""
+        """Send what is still buffered to the null device, so that Python raises no error when it ends."""
         with suppress(OSError, ValueError):
             handle = os.open(os.devnull, os.O_WRONLY)
             os.dup2(handle, self._stream.fileno())
@@ -40,14 +40,14 @@ class _Stream:
 
 
 class Stdout(_Stream):
-    """Raises StorageError for what is refused, click's Exit where the reader has gone; from then on, always."""
+    """Raises StorageError if a write is refused, click's Exit if the reader has gone. Later writes raise the same."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._refusal: Exception | None = None
 
     def write(self, text: str) -> int:
-        if text == "":  # click asks in this way whether a stream takes text; a full device refuses even that
+        if text == "":  # click tests a stream with an empty text, and a full device refuses even that
             return 0
         with self._refusals():
             return self._stream.write(text)
@@ -72,7 +72,7 @@ class Stdout(_Stream):
 
 
 class Stderr(_Stream):
-    """Drops what is refused."""
+    """Drops what the stream refuses."""
 
     def write(self, text: str) -> int:
         try:
@@ -93,21 +93,21 @@ class EventStderr(_Stream):
 
     def __init__(self, stream: TextIO, log: EventLog) -> None:
         super().__init__(stream)
-        self._log, self._begun = log, ""
+        self._log, self._unfinished = log, ""
 
     def write(self, text: str) -> int:
-        *lines, self._begun = (self._begun + text).split("\n")
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
         for line in lines:
             self._say(line)
         return len(text)
 
     def flush(self) -> None:
-        """A line is an event once it is whole."""
+        """Do nothing: a line becomes an event when it is complete."""
 
     def finish(self) -> None:
-        """Say what has no line end."""
-        self._say(self._begun)
-        self._begun = ""
+        """Write the last line, if it has no line end."""
+        self._say(self._unfinished)
+        self._unfinished = ""
 
     def _say(self, line: str) -> None:
         if line.strip():
@@ -116,33 +116,33 @@ class EventStderr(_Stream):
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Standard streams as this module says, for as long as a command runs."""
+    """Replace the standard streams by those of this module while a command runs."""
     _fill_closed()
-    before = sys.stdout, sys.stderr
-    ways = [(stream, stream.errors) for stream in before if hasattr(stream, "reconfigure")]
-    for stream, _ in ways:
+    originals = sys.stdout, sys.stderr
+    error_handlers = [(stream, stream.errors) for stream in originals if hasattr(stream, "reconfigure")]
+    for stream, _ in error_handlers:
         stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = cast("TextIO", Stdout(before[0])), cast("TextIO", Stderr(before[1]))
+    sys.stdout, sys.stderr = cast("TextIO", Stdout(originals[0])), cast("TextIO", Stderr(originals[1]))
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
-        for stream, errors in ways:
-            with suppress(OSError, ValueError):  # it flushes
+        sys.stdout, sys.stderr = originals
+        for stream, errors in error_handlers:
+            with suppress(OSError, ValueError):  # reconfigure flushes, which may fail
                 stream.reconfigure(errors=errors)
 
 
 def _fill_closed() -> None:
-    """Give every standard handle that is closed a file, so that no file of ours gets its number.
+    """Open the null device for every closed standard handle, so that no file of ours gets its number.
 
-    Nothing can be read from it, and writing to stdout fails as on a closed one.
+    Nothing can be read from it, and writing to stdout fails as it does on a closed handle.
     """
     for handle, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(handle)
         except OSError:
-            os.open(os.devnull, flags)  # takes the lowest number that is free: this one
-    # Python made none where the handle was closed.
+            os.open(os.devnull, flags)  # the system gives the lowest free number: this one
+    # Python makes no stream for a closed handle.
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - for as long as the process lives
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115

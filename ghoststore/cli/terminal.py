@@ -1,6 +1,6 @@
-"""What a person sees: progress bars and notes on stderr, tables on stdout.
+"""Output for people: progress bars and notes on stderr, tables on stdout.
 
-Whatever comes from a corpus, a store or an argument goes through `visible`: it cannot command the terminal.
+All text from a corpus, a store or an argument goes through `visible`, so that it cannot control the terminal.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from ghoststore.progress import Silent, Task
 from ghoststore.shown import clipped, json_text, visible
 
 WIDE = 240
-"""Columns where stdout is no terminal."""
+"""Columns if the stream is no terminal."""
 PREVIEW = 90
 """Characters of a text in a table."""
 BAR = 24
 """Columns of a progress bar."""
 SHORT = 10
-"""Columns below which words that are cut say nothing."""
+"""Columns below which text that is cut has no meaning."""
 
 
 class Line:
-    """Text that is safe to show in one line of as many columns as there are: cut with "…", and never in an escape."""
+    """Text in one line, safe to show. It is cut with "…" to the columns there are, but never within an escape."""
 
     def __init__(self, text: str, style: str = "") -> None:
-        self._shown, self._style = visible(text), style
+        self._text, self._style = visible(text), style
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(1, self.width), self.width)
@@ -54,20 +54,18 @@ class Line:
 
     @property
     def width(self) -> int:
-        """Columns that it takes whole."""
-        return cell_len(self._shown)
+        """Columns of the whole text."""
+        return cell_len(self._text)
 
     def within(self, width: int) -> str:
-        """What is shown of it in ``width`` columns."""
+        """The text, cut to ``width`` columns."""
         if self.width <= width:
-            return self._shown
-        return clipped(self._shown, len(set_cell_size(self._shown, max(width - 1, 0)).rstrip())) + "…"
+            return self._text
+        return clipped(self._text, len(set_cell_size(self._text, max(width - 1, 0)).rstrip())) + "…"
 
 
 class _OneLine(ProgressColumn):
-    """A task in one line of the terminal: how much of it is done stands there whatever the width, the rest by its worth
-    as far as there is room.
-    """
+    """A task in one line of the terminal. The count is always shown, the rest if there is room."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -99,7 +97,7 @@ class _OneLine(ProgressColumn):
 
 
 def duration(seconds: float | None) -> str:
-    """``seconds`` in the largest fitting unit."""
+    """``seconds`` in the largest unit that fits."""
     if seconds is None:
         return "–"
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -109,7 +107,7 @@ def duration(seconds: float | None) -> str:
 
 
 def pace(seconds: float, unit: str) -> str:
-    """``seconds`` a step as steps a second or, where that is below one, as seconds a step; ``unit`` is the plural."""
+    """``seconds`` a step as steps a second or, below one, as seconds a step. ``unit`` is the plural."""
     if seconds > 1:
         return f"{seconds:,.{0 if seconds >= 100 else 1}f} s/{unit.removesuffix('s')}"
     return f"{1 / seconds:,.{0 if seconds <= 0.1 else 1}f} {unit}/s"
@@ -120,7 +118,7 @@ def _rates(task: RichTask) -> str:
     elapsed = task.finished_time if task.finished_time is not None else task.elapsed
     if not elapsed or elapsed < 0.05:
         return ""
-    rows = (task.completed - task.fields["begun_at"]) / elapsed
+    rows = (task.completed - task.fields["started_at"]) / elapsed
     if not rows:
         return ""
     text = pace(1 / rows, task.fields["unit"])
@@ -133,13 +131,19 @@ class _BarTask:
     def __init__(self, progress: Progress, description: str, total: int | None, done: int, unit: str) -> None:
         self._progress = progress
         self._id = progress.add_task(
-            description, total=total, completed=done, tokens=0, begun_at=done, unit=unit, words=""
+            description, total=total, completed=done, tokens=0, started_at=done, unit=unit, words=""
         )
         progress.start()
 
     def advance(self, rows: int, tokens: int = 0) -> None:
         fields = self._progress.tasks[self._progress.task_ids.index(self._id)].fields
         self._progress.update(self._id, advance=rows, tokens=fields["tokens"] + tokens)
+
+    def expect(self, seconds: float, besides: str) -> None:
+        description = self._progress.tasks[self._progress.task_ids.index(self._id)].description
+        self._progress.console.print(
+            f"{description}: about {duration(seconds)}, {besides} aside", markup=False, highlight=False, soft_wrap=True
+        )
 
     def say(self, text: str) -> None:
         self._progress.update(self._id, words=text)
@@ -153,7 +157,7 @@ class _BarTask:
 
 
 class Bars:
-    """Progress bars on stderr; where stderr is no terminal, one line for each finished task."""
+    """Progress bars on stderr. If that is no terminal, one line for each finished task."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -172,7 +176,7 @@ class Bars:
 
 
 class Notes(Silent):
-    """No bars, but notes."""
+    """Shows notes, but no bars."""
 
     def __init__(self) -> None:
         self._render = renderer()
@@ -182,23 +186,23 @@ class Notes(Silent):
         message = self._render(message)
         if message not in self._said:
             self._said.add(message)
-            tell(f"note: {message}")
+            notify(f"note: {message}")
 
 
 def listener(quiet: bool) -> Bars | Notes | EventLog:
-    """Who is told of progress."""
+    """The listener of progress for a command."""
     return current() or (Notes() if quiet else Bars())
 
 
 def say(text: str = "") -> None:
-    """Lines of data on stdout."""
-    # Not by click, which writes UTF-8 where stdout is ASCII.
+    """Write lines of data to stdout."""
+    # Not by click, which writes UTF-8 even if stdout is ASCII.
     sys.stdout.write(visible(text, lines=True) + "\n")
     sys.stdout.flush()
 
 
-def tell(text: str) -> None:
-    """Words beside the data, on stderr."""
+def notify(text: str) -> None:
+    """Write a remark to stderr; with ``--log-json`` as an event."""
     log = current()
     if log is None:
         click.echo(visible(text, lines=True), err=True)
@@ -207,51 +211,52 @@ def tell(text: str) -> None:
 
 
 def wrote(path: Any) -> None:
-    """Which file was written."""
+    """Say which file was written."""
     log = current()
     if log is None:
-        tell(f"wrote {path}")
+        notify(f"wrote {path}")
     else:
         log.say("wrote", path=str(path))
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     sys.stdout.write(json_text(value, indent=1, encoding=sys.stdout.encoding or "utf-8") + "\n")
     sys.stdout.flush()
 
 
 def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
-    """A table on stdout; ``columns`` are (heading, right-aligned).
+    """Print a table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded, and headings between words; numbers only where there is no room for them otherwise. Without
-    ``fold`` each row is one line: what is not right-aligned is cut to the width of the terminal, never a number. Where
-    stdout is no terminal nothing is cut or folded.
+    Long cells are folded, and headings between words; numbers only if there is no other way. Without ``fold`` each row
+    is one line: cells that are not right-aligned are cut to the width of the terminal, numbers never. If stdout is no
+    terminal, nothing is cut or folded.
     """
     console = _stdout()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
-    shown = Text if fold else Line
+    cell_of = Text if fold else Line
     widths, tight = _widths(columns, rows, console.width, fold=fold)
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     if tight:
         table.padding, table.show_edge = 0, False
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
-        table.add_column(shown(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
+        table.add_column(cell_of(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
     for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
+        table.add_row(*(cell_of(cell) for cell in row))
     console.print(table)
 
 
 def _widths(
     columns: list[tuple[str, bool]], rows: list[list[str]], total: int, *, fold: bool
 ) -> tuple[list[int | None], bool]:
-    """Widths of the columns of a table on a terminal of ``total`` columns, None for what stays whole; and whether there
-    is room for them only side by side. Where words are folded, a number is not, as long as there is any room for it:
-    each of its lines would read as a number.
+    """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding.
+
+    None stands for a column at its full width. Words are folded before numbers: each line of a folded number would read
+    as a number.
     """
-    texts = [[heading, *(row[place] for row in rows)] for place, (heading, _) in enumerate(columns)]
+    texts = [[heading, *(row[index] for row in rows)] for index, (heading, _) in enumerate(columns)]
     whole = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
     if not fold:
@@ -265,22 +270,23 @@ def _widths(
 
 
 def _narrowed(whole: list[int], least: list[int], total: int) -> list[int | None]:
-    """Widths that sum to ``total`` where the ``whole`` ones are more: the widest of those that may give do, down to the
-    ``least``. None for what stays whole.
+    """Narrow the ``whole`` widths to a sum of ``total``: the widest first, none below its ``least``.
+
+    None stands for a column at its full width.
     """
     widths = list(whole)
     for _ in range(sum(whole) - total):
-        width, place = max(
-            ((widths[place], place) for place, size in enumerate(least) if widths[place] > size), default=(0, 0)
+        width, index = max(
+            ((widths[index], index) for index, size in enumerate(least) if widths[index] > size), default=(0, 0)
         )
         if not width:
             break
-        widths[place] -= 1
+        widths[index] -= 1
     return [width if width < full else None for width, full in zip(widths, whole, strict=True)]
 
 
 def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
-    """Names and values on stdout, one a line."""
+    """Print names and values on stdout, one pair a line."""
     table = Table(
         title=Text(visible(title), style="bold"),
         title_justify="left",
@@ -297,7 +303,7 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
 
 
 def preview(text: str | None, length: int = PREVIEW) -> str:
-    """``text`` in one line, cut, safe to show."""
+    """``text`` in one line, cut to ``length`` characters, safe to show."""
     flat = visible(" ".join((text or "").split()))
     return flat if len(flat) <= length else f"{clipped(flat, length - 1)}…"
 

@@ -36,8 +36,9 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 
 
 def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
-    """The projection of a sketched score, and of gradients that are kept; None without. UsageError for options that
-    would be ignored.
+    """The projection of a sketched score or of kept gradients; None without.
+
+    UsageError for projection options that would be ignored.
     """
     projection: ProjectionConfig = keywords["projection"]
     if keywords["score"] == "sketched":
@@ -87,27 +88,27 @@ def _planned(report: Any, plan: Any) -> list[tuple[str, str]]:
     from ghoststore.cli.terminal import duration, human_bytes, pace
     from ghoststore.corpus.repeated import repeated_words
 
-    before = f", {report.resumed_from:,} of them done" if report.resumed_from else ""
-    drawn = f"{plan.rows_per_step:,} rows, about {plan.tokens_per_step:,.0f} tokens"
+    done = f", {report.resumed_from:,} of them done" if report.resumed_from else ""
+    batch = f"{plan.rows_per_step:,} rows, about {plan.tokens_per_step:,.0f} tokens"
     peak = "" if plan.peak_bytes is None else f"; the first steps took {human_bytes(plan.peak_bytes)}"
     time = "no step is left"
     if plan.seconds_per_step is not None:
         rate = pace(plan.seconds_per_step, "steps")
         time = f"about {duration(plan.seconds_left)} ({rate}), val losses and checkpoints aside"
-    shown = ", ".join(plan.layers[:4]) + (", …" if len(plan.layers) > 4 else "")
+    first_layers = ", ".join(plan.layers[:4]) + (", …" if len(plan.layers) > 4 else "")
     return [
         ("model", f"{report.parameters:,} parameters"),
         ("rows", f"{plan.usable_rows:,} of {plan.samples:,} samples, {plan.tokens:,} tokens"),
         *([("ids", words)] if (words := repeated_words(report.repeated_ids)) else []),
-        ("steps", f"{report.steps:,}{before}, {plan.epochs:.3g} passes over the rows"),
-        ("a step", drawn),
-        ("scored", f"{len(plan.layers):,} layers: {shown}" if plan.layers else "nothing"),
+        ("steps", f"{report.steps:,}{done}, {plan.epochs:.3g} passes over the rows"),
+        ("a step", batch),
+        ("scored", f"{len(plan.layers):,} layers: {first_layers}" if plan.layers else "nothing"),
         ("memory", f"at least {human_bytes(plan.training_bytes)}, and activations{peak}"),
         ("time", time),
         (
             "disk",
             f"{human_bytes(plan.checkpoint_bytes)} a checkpoint, {human_bytes(plan.run_bytes)} of numbers in the run",
         ),
-        *(("would write" if not place else "", path) for place, path in enumerate(plan.writes)),
+        *(("would write" if not index else "", path) for index, path in enumerate(plan.writes)),
         ("written", "nothing"),
     ]

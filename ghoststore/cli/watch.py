@@ -14,21 +14,21 @@ from ghoststore.settings.store import WatchOptions
 from ghoststore.shown import visible
 
 WIDTH = 120
-"""Columns where stdout is no terminal."""
+"""Columns if stdout is no terminal."""
 TRAIN, VAL = "cyan", "bold yellow"
 NARROW = 60
-"""Columns below which panels stand one below the other."""
+"""Below this many columns the panels are stacked."""
 WIDE = 140
-"""Columns from which there is room for a chart of the loss beside the scores, and for best beside worst."""
+"""From this many columns on the chart of the loss is beside the scores, and the best samples beside the worst."""
 SCORES_WIDTH = 38
-"""Of the panel of scores: a bar takes a column."""
+"""Columns of the panel of scores: a bar takes one."""
 LEAST_LINES, SAMPLES = 4, 5
-"""Lines of the panels in the middle, and samples of each of the others, on 24 lines."""
+"""On 24 lines: lines of the middle panels, and samples in each of the panels below."""
 DOMAINS = 12
 CHART_HEIGHT = 9
 DOMAIN_WIDTH = 11
 HISTOGRAM_LINES = 8
-"""Most lines of bars; a terminal with more is for domains and samples."""
+"""Most lines of bars; more lines of a terminal go to domains and samples."""
 
 
 @options.command(WatchOptions, AsJson)
@@ -45,17 +45,17 @@ def command(keywords: options.Keywords, printing: AsJson) -> None:
 
     if printing.as_json and not keywords["once"]:
         raise UsageError("`as_json` is one document: it needs `once`")
-    frames = _reported(load("watch")(**keywords))
+    frames = _logged(load("watch")(**keywords))
     if printing.as_json:
         print_json(next(frames).to_json())
     else:
         _show(frames, keywords["once"])
 
 
-def _reported(frames: Iterator[Any]) -> Iterator[Any]:
-    """``frames``, each an event, too, where events are asked for."""
+def _logged(frames: Iterator[Any]) -> Iterator[Any]:
+    """``frames``, each also written as an event with ``--log-json``."""
     for frame in frames:
-        options.report(frame, "frame")
+        options.log_result(frame, "frame")
         yield frame
 
 
@@ -63,13 +63,13 @@ def _show(frames: Any, once: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    from ghoststore.cli.terminal import tell
+    from ghoststore.cli.terminal import notify
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
         if not once:
-            tell("note: stdout is no terminal: the last frame is printed at the end")
+            notify("note: stdout is no terminal: the last frame is printed at the end")
     height = console.height if console.is_terminal else None
     if once:
         console.print(render(next(frames), console.width, height))
@@ -81,20 +81,21 @@ def _show(frames: Any, once: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """How many lines there are for each thing, between the lines at the top and the notes."""
+class Layout:
+    """The lines of each panel, between the lines at the top and the notes."""
 
     middle: int
-    """Lines within the panels of scores and domains; 0 for none."""
+    """Lines within the panels of scores and domains; 0 if they are left out."""
     samples: int
-    """Best, and worst, samples."""
+    """Number of the best, and of the worst, samples."""
     chart: bool
-    """Whether there is a chart of the loss, too."""
+    """Whether the chart of the loss is shown."""
 
     @classmethod
-    def of(cls, frame: Any, width: int, lines: int | None) -> Room:
-        """Of ``lines`` lines (None: as many as it takes). Scores first; then samples, the chart, some more domains, and
-        as many more samples as there are.
+    def of(cls, frame: Any, width: int, lines: int | None) -> Layout:
+        """Divide ``lines`` lines; None gives each panel as many as it wants.
+
+        The order is: scores, samples, the chart, more domains, more samples.
         """
         most = max(HISTOGRAM_LINES, min(len(frame.domains), DOMAINS)) + 1
         if lines is None:
@@ -103,10 +104,10 @@ class Room:
         middle = min(LEAST_LINES, lines // stacked - 2)
         if middle < 2:
             return cls(middle=0, samples=0, chart=False)
-        beside = 1 if width >= WIDE else 2
+        panels = 1 if width >= WIDE else 2  # of samples, one below the other
         left = lines - stacked * (middle + 2)
-        samples = min(SAMPLES, max(0, left // beside - 2))
-        left -= beside * (samples + 2) if samples else 0
+        samples = min(SAMPLES, max(0, left // panels - 2))
+        left -= panels * (samples + 2) if samples else 0
         chart = width >= WIDE
         if not chart and left >= CHART_HEIGHT + 2:
             chart, left = True, left - CHART_HEIGHT - 2
@@ -114,13 +115,14 @@ class Room:
         left -= stacked * more
         available = max(len(frame.best), len(frame.worst))
         if samples == SAMPLES:
-            samples = max(samples, min(available, samples + left // beside))
+            samples = max(samples, min(available, samples + left // panels))
         return cls(middle=middle + more, samples=samples, chart=chart)
 
 
 def render(frame: Any, width: int, height: int | None = None) -> Any:
-    """A frame as something that rich prints, ``width`` columns wide and at most ``height`` lines high, the cursor's
-    among them (None: as high as it takes).
+    """Render a frame for rich, ``width`` columns wide and at most ``height`` lines high, the cursor's line included.
+
+    None for ``height`` leaves it open.
     """
     from rich.console import Group
     from rich.table import Table
@@ -133,8 +135,8 @@ def render(frame: Any, width: int, height: int | None = None) -> Any:
         stopped = f"; {_stopped(frame)}" if frame.state == "stopped" else ""
         return Text(visible(f"{frame.store}: {frame.waiting}{stopped}"), style="yellow")
     words = repeated_words(frame.repeated_ids)
-    others = [f"the newest of {frame.runs} runs; --run NAME shows another"] if frame.runs > 1 else []
-    notes = [visible(f"note: {note}", lines=True) for note in (*others, *frame.notes, *([words] if words else []))]
+    other_runs = [f"the newest of {frame.runs} runs; --run NAME shows another"] if frame.runs > 1 else []
+    notes = [visible(f"note: {note}", lines=True) for note in (*other_runs, *frame.notes, *([words] if words else []))]
     fixed = [*_head(frame, width), *_losses(frame, width), *_now(frame, width)]
     below: list[Any] = [Text(note, style="yellow") for note in notes]
     lines = None
@@ -142,16 +144,16 @@ def render(frame: Any, width: int, height: int | None = None) -> Any:
         lines = max(0, height - 1 - len(fixed))
         below = [Line(" ".join(note.split()), "yellow") for note in notes[: lines // 4]]
         lines -= len(below)
-    room = Room.of(frame, width, lines)
+    layout = Layout.of(frame, width, lines)
     body: list[Any] = []
-    if room.middle:
-        body.append(_middle(frame, width, room))
-    if room.chart and width < WIDE:
+    if layout.middle:
+        body.append(_middle(frame, width, layout))
+    if layout.chart and width < WIDE:
         body.append(_chart(frame, width, CHART_HEIGHT))
-    if room.samples:
+    if layout.samples:
         half = (width - 1) // 2 if width >= WIDE else width
-        best = _extremes("best so far, by Σ η·score", frame.best[: room.samples], "green", half)
-        worst = _extremes("worst so far", frame.worst[: room.samples], "red", half)
+        best = _extremes("best so far, by Σ η·score", frame.best[: layout.samples], "green", half)
+        worst = _extremes("worst so far", frame.worst[: layout.samples], "red", half)
         if width >= WIDE:
             grid = Table.grid()
             grid.add_row(best, " " * (width - 2 * half), worst)
@@ -161,22 +163,22 @@ def render(frame: Any, width: int, height: int | None = None) -> Any:
     return Group(*fixed, *body, *below)
 
 
-def _middle(frame: Any, width: int, room: Room) -> Any:
-    """Scores, domains, and on a wide terminal the chart of the loss."""
+def _middle(frame: Any, width: int, layout: Layout) -> Any:
+    """The panels of scores and domains; on a wide terminal also the chart of the loss."""
     from rich.console import Group
     from rich.table import Table
 
     if width < NARROW:
-        return Group(_scores(frame, width, room.middle), _domains(frame, width, room.middle))
+        return Group(_scores(frame, width, layout.middle), _domains(frame, width, layout.middle))
     left = width - SCORES_WIDTH - 1
     if width < WIDE:
-        panels = [_scores(frame, SCORES_WIDTH, room.middle), _domains(frame, left, room.middle)]
+        panels = [_scores(frame, SCORES_WIDTH, layout.middle), _domains(frame, left, layout.middle)]
     else:
         chart = (left - 1) // 2
         panels = [
-            _scores(frame, SCORES_WIDTH, room.middle),
-            _domains(frame, left - 1 - chart, room.middle),
-            _chart(frame, chart, room.middle),
+            _scores(frame, SCORES_WIDTH, layout.middle),
+            _domains(frame, left - 1 - chart, layout.middle),
+            _chart(frame, chart, layout.middle),
         ]
     grid = Table.grid()
     grid.add_row(*[cell for panel in panels for cell in (panel, " ")][:-1])
@@ -200,7 +202,7 @@ def _panel(title: str, content: Any, width: int, height: int | None = None) -> A
 
 
 def _head(frame: Any, width: int) -> list[Any]:
-    """Which run, how far it is, and how it stands: a line, or two where one is too short."""
+    """The run, its progress and its state: one line, or two if one is too short."""
     from rich.text import Text
 
     from ghoststore.cli.terminal import duration
@@ -239,7 +241,7 @@ def _stopped(frame: Any) -> str:
 
 
 def _losses(frame: Any, width: int) -> list[Any]:
-    """Losses and learning rate, each the newest and its way, in one line."""
+    """Losses and learning rate in one line, each with its newest value and its curve."""
     from rich.text import Text
 
     from ghoststore.cli.charts import sparkline
@@ -250,10 +252,10 @@ def _losses(frame: Any, width: int) -> list[Any]:
         ("val", VAL, _number(frame.val_loss, ".4f"), curve.val_loss),
         ("η", "", _number(frame.learning_rate), curve.learning_rate),
     )
-    taken = sum(len(name) + len(value) + 2 for name, _, value, _ in named) + 4
-    chart = max(0, (width - taken) // 3)
+    text_width = sum(len(name) + len(value) + 2 for name, _, value, _ in named) + 4
+    chart = max(0, (width - text_width) // 3)
     for name, style, value, values in named:
-        known = [number for number in values if number is not None]  # a val loss is there once in many steps
+        known = [number for number in values if number is not None]  # most steps have no val loss
         part = Text(f"{name} ", style="dim").append(f"{value} ", style=f"not dim {style}")
         parts.append(part.append(sparkline(known, chart) if chart >= 4 else "", style=f"not dim {style}"))
     line = Text("  ", no_wrap=True, overflow="ellipsis").join(parts)
@@ -262,7 +264,7 @@ def _losses(frame: Any, width: int) -> list[Any]:
 
 
 def _now(frame: Any, width: int) -> list[Any]:
-    """Speed, and what the scores are: a line, or more where one is too short."""
+    """Speed, and shares of the scores: one line, or more if one is too short."""
     from rich.text import Text
 
     from ghoststore.cli.terminal import pace
@@ -326,7 +328,7 @@ def _scores(frame: Any, width: int, height: int) -> Any:
 
 
 def _domains(frame: Any, width: int, height: int) -> Any:
-    """The best domains, as many as there is room for."""
+    """The panel of domains, best first, as many as there is room for."""
     from rich.table import Table
     from rich.text import Text
 
@@ -337,26 +339,29 @@ def _domains(frame: Any, width: int, height: int) -> Any:
     table.add_column("domain", no_wrap=True)
     headings = ["η·score", *(["kept"] if frame.kept is not None else []), "negative", "times", "trend"]
     room = width - 4 - DOMAIN_WIDTH
-    shown = [heading for place, heading in enumerate(headings) if 11 * (place + 1) <= room]
-    for heading in shown:
+    fitting = [heading for index, heading in enumerate(headings) if 11 * (index + 1) <= room]
+    for heading in fitting:
         table.add_column(heading, justify="left" if heading == "trend" else "right", no_wrap=True)
-    fitting = frame.domains[: height - 1]
-    for one in fitting:
-        style = "dim" if one.value_per_time is None else "green" if one.value_per_time > 0 else "red"
+    domains = frame.domains[: height - 1]
+    for domain in domains:
+        style = "dim" if domain.value_per_time is None else "green" if domain.value_per_time > 0 else "red"
         cells: dict[str, Text | str] = {
-            "η·score": Text(_number(one.value_per_time), style=style),
-            "kept": _share(one.kept_share),
-            "negative": _share(one.negative_share),
-            "times": f"{one.times:,}",
-            "trend": Text(sparkline(one.trend, max(6, room - 11 * (len(shown) - 1) - 2)), style=style),
+            "η·score": Text(_number(domain.value_per_time), style=style),
+            "kept": _share(domain.kept_share),
+            "negative": _share(domain.negative_share),
+            "times": f"{domain.times:,}",
+            "trend": Text(sparkline(domain.trend, max(6, room - 11 * (len(fitting) - 1) - 2)), style=style),
         }
-        table.add_row(Line(one.domain or "(none)"), *(cells[heading] for heading in shown))
-    more = len(frame.domains) - len(fitting)
+        table.add_row(Line(domain.domain or "(none)"), *(cells[heading] for heading in fitting))
+    more = len(frame.domains) - len(domains)
     return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, height)
 
 
 def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
-    """Where an id does not tell samples apart its row stands beside it, whole: the id and the domain give way."""
+    """The panel of the best or the worst samples.
+
+    If an id is not unique, the row of the sample is shown beside it in full; id and domain are cut to make layout.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -365,11 +370,11 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     def longest(cells: list[str], most: int) -> int:
         return min(most, max(map(len, cells), default=0))
 
-    rows = [f"row {one.source_row}" if one.id_repeats else "" for one in extremes]
-    value = longest([f"{one.value:.3g}" for one in extremes], 12)
+    rows = [f"row {sample.source_row}" if sample.id_repeats else "" for sample in extremes]
+    value = longest([f"{sample.value:.3g}" for sample in extremes], 12)
     row = longest(rows, width)
-    name = longest([visible(one.id) for one in extremes], width // 3)
-    domain = longest([visible(one.domain or "") for one in extremes], 11)
+    name = longest([visible(sample.id) for sample in extremes], width // 3)
+    domain = longest([visible(sample.domain or "") for sample in extremes], 11)
     if row:
         left = width - 4 - (value + 2) - (row + 2) - 2
         name = min(name, max(left, 1))
@@ -382,11 +387,11 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     if domain or not row:
         table.add_column(no_wrap=True, width=domain)
     table.add_column(no_wrap=True, ratio=1)
-    for one, its_row in zip(extremes, rows, strict=True):
-        cells: list[Any] = [Text(f"{one.value:.3g}", style=style), Line(one.id)]
-        cells += [Text(its_row)] if row else []
-        cells += [Line(one.domain or "", "dim")] if domain or not row else []
-        table.add_row(*cells, Line(preview(one.text), "dim"))
+    for sample, sample_row in zip(extremes, rows, strict=True):
+        cells: list[Any] = [Text(f"{sample.value:.3g}", style=style), Line(sample.id)]
+        cells += [Text(sample_row)] if row else []
+        cells += [Line(sample.domain or "", "dim")] if domain or not row else []
+        table.add_row(*cells, Line(preview(sample.text), "dim"))
     return _panel(title, table, width)
 
 

@@ -40,6 +40,12 @@ class ChoosingConfig:
     temperature: float | None = option(
         None, "Of `policy=reweight`, in standard deviations of the step's scores (default: 1).", "Choosing"
     )
+    contrast: bool = option(
+        False,
+        "Choose by the score less the sample's product with the mean gradient of the candidates: by what it does for "
+        "the val set beyond what any candidate does. The run keeps the score as it is.",
+        "Choosing",
+    )
     choose_over: Over = option(
         "all", "Choose among the candidates of all ranks, or an equal share on each rank among its own.", "Choosing"
     )
@@ -67,6 +73,8 @@ class ChoosingConfig:
         check_policy(self.policy, self.keep, self.threshold)
         if self.keep is not None and self.keep > self.candidates:
             raise UsageError(f"`keep={self.keep}` is more than `candidates={self.candidates}`: keep fewer")
+        if self.contrast:
+            refuse_contrast_of(self.policy)
         if self.temperature is not None:
             if self.policy != "reweight":
                 raise UsageError("`temperature` belongs to `policy=reweight`")
@@ -125,6 +133,12 @@ def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold
         raise UsageError("`policy=threshold` and `threshold` belong together: give both, or neither")
     if threshold is not None and not isfinite(threshold):
         raise UsageError(f"`threshold` must be a finite number, not {threshold}")
+
+
+def refuse_contrast_of(policy: str | Callable[[Any], Any]) -> None:
+    """UsageError for a policy that ``contrast`` is nothing to."""
+    if policy in ("random", "greats"):
+        raise UsageError(f"`contrast` changes scores, and `policy={policy}` does not choose by scores alone")
 
 
 def policy_name(policy: str | Callable[[Any], Any]) -> str:

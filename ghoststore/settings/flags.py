@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from ghoststore.settings.option import Option, options_of
 
 NAMED = re.compile(r"`([A-Za-z_][\w.]*)(?:=([^`]*))?`")
+NAMES = re.compile(r"\['[^']*'(?:, '[^']*')*\]")
+"""A list of names as Python writes it; the command line takes them with commas."""
 
 
 class Entry(NamedTuple):
@@ -50,6 +52,8 @@ class Entry(NamedTuple):
             return {"True": self.flag, "False": self.off}.get(value, self.flag)
         if value == "None":
             return None if self.option.none is None else f"{self.flag} {self.option.none}"
+        if NAMES.fullmatch(value):
+            value = value[2:-2].replace("', '", ",")
         return f"{self.flag} {value.strip(chr(34) + chr(39))}"
 
 

@@ -221,6 +221,11 @@ class TrainConfig(RunConfig):
             raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
         if self.choosing.policy == "greats":
             self._refuse_greats()
+        if self.choosing.contrast and self.scoring.score_metric != "sgd":
+            raise UsageError(
+                "`contrast` takes plain products of the candidates, which `score_metric=adam` has none of: give one of "
+                "them"
+            )
         accumulated = self.optimization.gradient_accumulation_steps
         if accumulated > 1:
             raise UsageError(
@@ -238,6 +243,20 @@ class TrainConfig(RunConfig):
                 f"`batch_size={self.choosing.candidates}`, not {self.optimization.batch_size}"
             )
 
+    def _refuse_contrast(self, own: int, ranks: int) -> None:
+        """UsageError where the exact products of the candidates are not to be had at once."""
+        size = self.optimization.batch_size
+        if own > size:
+            raise UsageError(
+                f"`contrast` of exact scores takes products of all {own} candidates of a rank, scored together: give "
+                f"`batch_size={own}`, not {size}, or `score=sketched`"
+            )
+        if ranks > 1 and self.choosing.choose_over == "all":
+            raise UsageError(
+                f"`contrast` of exact scores takes products of all candidates, and they are on {ranks} ranks: give "
+                "`choose_over=rank`, or `score=sketched`"
+            )
+
     @property
     def score_layers(self) -> ScoreLayers | None:
         """Of exact scores; None of sketched ones, whose projection names its layers."""
@@ -252,6 +271,8 @@ class TrainConfig(RunConfig):
             raise UsageError(f"`policy=greats` takes products of all candidates: run one process, not {ranks}")
         if choosing.candidates is None:
             return optimization.batch_size * optimization.gradient_accumulation_steps
+        if choosing.contrast and self.scoring.score == "exact":
+            self._refuse_contrast(choosing.candidates // ranks, ranks)
         for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):
             if count is not None and count % ranks and (name == "candidates" or choosing.choose_over == "rank"):
                 raise UsageError(f"`{name}={count}` cannot be dealt out to {ranks} ranks in equal shares")

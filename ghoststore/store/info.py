@@ -19,65 +19,65 @@ from ghoststore.store.spans.group import Spanned
 from ghoststore.store.store import Store
 
 STEPS_AT_ONCE = 65_536
-"""Of a run's losses, read from the end."""
+"""Steps of a run's losses that are read at a time, from the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartInfo:
-    """One part, from its manifest and its commit records."""
+    """A part, described by its manifest and commit records."""
 
     name: str
     complete: bool
     rows: int
-    """Rows of the part; ``committed`` of them are there."""
+    """Rows of the whole part, ``committed`` or not."""
     committed: int
     statuses: dict[str, int]
     """Committed rows by status."""
     tokens: int
     repeated_ids: dict[str, int] | None
-    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+    """The number of ``ids`` that occur more than once, and of ``samples`` with them; None if every id is unique."""
     dimension: int
     dtype: str
     row_bytes: int
-    """Bytes of a row's numbers, its id and text aside."""
+    """Bytes of a row's numbers, without id and text."""
     bytes: int
     """Bytes of the committed files."""
     indexes: list[dict[str, Any]]
-    """Each with its name, its state (current, stale, damaged), settings and recall."""
+    """Name, state (current, stale, damaged), settings and recall of each index."""
     fidelity: list[dict[str, Any]]
-    """What `ghoststore.fidelity` measured, by metric, and its state (current, stale, damaged)."""
+    """Results of `ghoststore.fidelity` by metric, with their state (current, stale, damaged)."""
     manifest: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """One training run, from its manifest, its commit records, its losses and its scores."""
+    """A training run, described by its manifest, commit records, losses and scores."""
 
     name: str
     complete: bool
     steps: int
-    """Steps of the run; ``committed`` of them are there."""
+    """Steps of the whole run, ``committed`` or not."""
     committed: int
     ranks: int
     batch: int
     """Samples of one rank's step."""
     rows: int
-    """Rows of the row table: what it trains on."""
+    """Rows of the row table: the training samples, or their windows."""
     repeated_ids: dict[str, int] | None
-    """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+    """The number of ``ids`` that occur more than once, and of ``samples`` with them; None if every id is unique."""
     train_loss: float | None
-    """Of the last committed step with a finite one."""
+    """The loss of the last committed step that has a finite one."""
     val_loss: float | None
     negative: float | None
-    """Share of negative scores among the finite ones; None without any."""
+    """Share of negative scores among the finite ones; None if there are none."""
     statuses: dict[str, int]
-    """Committed samples by what became of their score."""
+    """Committed samples by the status of their score."""
     tokens: int
     bytes: int
-    """Bytes of the committed files, the row table aside."""
+    """Bytes of the committed files, without the row table."""
     gradients: dict[str, Any] | None
-    """What it keeps of gradients: ``every`` so many steps, ``steps`` of them committed, their ``dtype`` and
-    ``dimension``, and the bytes of a step's in ``step_bytes``; None if nothing."""
+    """The kept gradients: one step in ``every``, the number of committed ``steps`` with gradients, their ``dtype`` and
+    ``dimension``, and their ``step_bytes`` in a step; None if the run keeps none."""
     manifest: dict[str, Any]
 
 
@@ -95,7 +95,7 @@ class StoreInfo:
 
 
 def _common(source: Spanned[Any]) -> dict[str, Any]:
-    """What is said of parts and runs alike, from the manifest and all commit records."""
+    """The fields that parts and runs share, from the manifest and all commit records."""
     statuses: Counter[str] = Counter()
     tokens = size = 0
     for commit in source.commits():
@@ -115,7 +115,7 @@ def _common(source: Spanned[Any]) -> dict[str, Any]:
 
 
 def describe(part: Part) -> PartInfo:
-    """Read the commit records of ``part``; CorruptError if one is damaged."""
+    """Describe ``part``. CorruptError if a commit record is damaged."""
     return PartInfo(
         **_common(part),
         rows=part.layout.rows,
@@ -128,7 +128,7 @@ def describe(part: Part) -> PartInfo:
 
 
 def describe_run(run: Run) -> RunInfo:
-    """Read the commit records, the losses and the scores of ``run``; CorruptError if one of them is damaged."""
+    """Describe ``run``. CorruptError if a commit record, a loss or a score is damaged."""
     return RunInfo(
         **_common(run),
         steps=run.layout.steps,
@@ -158,7 +158,7 @@ def _gradients(run: Run) -> dict[str, Any] | None:
 
 
 def _last(run: Run, array: str) -> float | None:
-    """The last finite number of one number a step."""
+    """The last finite value of an array with one number a step."""
     for first, last in reversed(run.ranges):
         for stop in range(last, first, -STEPS_AT_ONCE):
             values = run.read(array, max(first, stop - STEPS_AT_ONCE), stop)
@@ -184,10 +184,10 @@ def info(options: InfoOptions) -> StoreInfo:
 
     UsageError if there is no such store, part or run.
     """
-    opened = Store.open(options.store)
-    parts, runs = opened.chosen(options.part, options.run)
+    store = Store.open(options.store)
+    parts, runs = store.chosen(options.part, options.run)
     return StoreInfo(
         store=str(options.store),
-        parts=[describe(opened.part(name)) for name in parts],
-        runs=[describe_run(opened.run(name)) for name in runs],
+        parts=[describe(store.part(name)) for name in parts],
+        runs=[describe_run(store.run(name)) for name in runs],
     )

@@ -16,15 +16,15 @@ from ghoststore.store.spans.soundness import refuse_lost
 
 ROOT = "zarr.json"
 ROOT_ATTRIBUTES = {"ghoststore_format": FORMAT_VERSION}
-"""Of the store's own group; those of ``parts`` and ``runs`` have none."""
+"""Attributes of the store's own group; the groups ``parts`` and ``runs`` have none."""
 
 
-def _is_begun(entry: Path) -> bool:
-    """Whether ``entry`` is something that creating a store makes before the store has its name."""
+def _is_of_creation(entry: Path) -> bool:
+    """Whether ``entry`` is one that the creation of a store makes before the store's own ``zarr.json``."""
     if UNFINISHED.fullmatch(entry.name):
         return True
-    inside = list(entry.iterdir()) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
-    return all(file.name == "zarr.json" or UNFINISHED.fullmatch(file.name) is not None for file in inside)
+    files = list(entry.iterdir()) if entry.name in ("parts", "runs") and entry.is_dir() else [entry]
+    return all(file.name == "zarr.json" or UNFINISHED.fullmatch(file.name) is not None for file in files)
 
 
 class Store:
@@ -52,7 +52,7 @@ class Store:
 
     @classmethod
     def examined(cls, path: str | Path) -> Store:
-        """As :meth:`open`; a store that holds a part or a run is opened without its own ``zarr.json``, too."""
+        """As :meth:`open`, but a store with a part or a run may lack its own ``zarr.json``."""
         folder = Path(path)
         try:
             return cls.open(folder)
@@ -63,9 +63,9 @@ class Store:
 
     @classmethod
     def create(cls, path: str | Path) -> Store:
-        """The store at ``path``, made if there is none. UsageError if a file or another folder stands there.
+        """The store at ``path``, made if there is none. UsageError if a file or another folder is there.
 
-        A creation that was cut short is completed.
+        A creation that was interrupted is completed.
         """
         folder = Path(path)
         cls.refuse_others(folder)
@@ -86,33 +86,33 @@ class Store:
             return
         if holds_anything(folder):
             raise _without_root(folder)
-        if not folder.is_dir() or not all(_is_begun(entry) for entry in folder.iterdir()):
+        if not folder.is_dir() or not all(_is_of_creation(entry) for entry in folder.iterdir()):
             raise UsageError(f"{folder} exists and is not a store; give `store` another path, or empty it")
 
     def part_path(self, name: str) -> Path:
-        """Where the part called ``name`` is or would be."""
+        """The path of the part ``name``, whether it exists or not."""
         return self.path / "parts" / check_name(name)
 
     def part_names(self) -> list[str]:
-        """Names of the parts, sorted: every folder in ``parts``, so that damage to one is not its disappearance."""
+        """Names of the parts, sorted: every folder in ``parts``, so that a damaged part does not disappear."""
         return _folders(self.path / "parts")
 
     def part(self, name: str | None = None) -> Part:
-        """The part called ``name``, as it stands now; without a name, the only one.
+        """Open the part ``name``, or the only one.
 
-        UsageError if there is no such part, or several and no name; CorruptError if its metadata are damaged, or
-        records of its spans went missing.
+        UsageError if there is no such part, or several and no name. CorruptError if its metadata are damaged or it lost
+        records of spans.
         """
         part = Part(self.part_path(self._choose(PART, name, self.part_names(), "build")))
         refuse_lost(part)
         return part
 
     def damaged_part(self, name: str) -> Part:
-        """As :meth:`part`, whatever it has lost; CorruptError where its own metadata or its folder of records are."""
+        """As :meth:`part`, but records of spans may be lost. CorruptError if metadata or the folder of records is."""
         return Part(self.part_path(self._choose(PART, name, self.part_names(), "build")))
 
     def run_path(self, name: str) -> Path:
-        """Where the training run called ``name`` is or would be."""
+        """The path of the training run ``name``, whether it exists or not."""
         return self.path / "runs" / check_name(name, "run")
 
     def run_names(self) -> list[str]:
@@ -120,20 +120,17 @@ class Store:
         return _folders(self.path / "runs")
 
     def run(self, name: str | None = None) -> Run:
-        """The training run called ``name``, as it stands now; without a name, the only one.
-
-        Raises as :meth:`part`.
-        """
+        """Open the training run ``name``, or the only one. Raises as :meth:`part`."""
         run = Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
         refuse_lost(run)
         return run
 
     def damaged_run(self, name: str) -> Run:
-        """As :meth:`damaged_part`."""
+        """As :meth:`run`, but records of spans may be lost."""
         return Run(self.run_path(self._choose(RUN, name, self.run_names(), "train")))
 
     def chosen(self, part: str | None, run: str | None) -> tuple[list[str], list[str]]:
-        """Names of parts and of runs: those that are named, or all of the store when neither is."""
+        """The names ``part`` and ``run`` as lists of parts and of runs; all of the store if both are None."""
         if part is None and run is None:
             return self.part_names(), self.run_names()
         return [name for name in (part,) if name is not None], [name for name in (run,) if name is not None]
@@ -153,7 +150,7 @@ class Store:
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether ``folder`` has the parts and runs of a store, whatever became of its own ``zarr.json``."""
+    """Whether ``folder`` holds a part or a run, with or without the store's own ``zarr.json``."""
     return any(
         (folder / kind / name / ROOT).is_file() for kind in ("parts", "runs") for name in _folders(folder / kind)
     )

@@ -1,4 +1,4 @@
-"""``ghoststore.verify``: every file of a store, checked against what was written, and whatever else lies there."""
+"""``ghoststore.verify``: compares every file of a store with what was written, and lists other files."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from ghoststore.store.store import ROOT, ROOT_ATTRIBUTES, Store
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
 
 Owner: TypeAlias = dict[str, str]
-"""``part`` or ``run`` and its name; empty: the store itself."""
+"""``part`` or ``run`` with its name; empty for the store itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """One thing that is not as it was committed."""
+    """A file that is not as it was committed."""
 
     file: str
-    """Its path in the part or run, or in the store where it belongs to neither."""
+    """Its path in the part or run, or in the store if it belongs to neither."""
     problem: str
     part: str | None = None
     run: str | None = None
-    """The part or the run it belongs to, the other is None."""
+    """The part or the run that it belongs to; the other is None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +54,17 @@ class StoredFile:
     """A file, or an unfinished folder, that is not part of the data."""
 
     file: str
-    """As of a :class:`Damage`."""
+    """As in :class:`Damage`."""
     bytes: int
     part: str | None = None
     run: str | None = None
     living: bool = False
-    """Of a leftover: whether a process that may be its writer is at work."""
+    """For a leftover, whether a process that may be its writer is at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What ``verify`` found: nothing is damaged if ``damage`` is empty."""
+    """The result of ``verify``. Nothing is damaged if ``damage`` is empty."""
 
     store: str
     parts: list[str]
@@ -74,9 +74,9 @@ class VerifyReport:
     bytes: int
     damage: list[Damage] = field(default_factory=list)
     leftovers: list[StoredFile] = field(default_factory=list)
-    """What writers had not finished, and records of who writes: no damage, `ghoststore gc` removes what is dead."""
+    """Unfinished files and records of writers. They are no damage; `ghoststore gc` removes those of dead writers."""
     unknown: list[StoredFile] = field(default_factory=list)
-    """Files that ghoststore did not write: no damage, and nothing touches them."""
+    """Files that ghoststore did not write. They are no damage, and nothing touches them."""
 
     @property
     def sound(self) -> bool:
@@ -90,29 +90,31 @@ class VerifyReport:
 
 @takes(VerifyOptions)
 def verify(options: VerifyOptions) -> VerifyReport:
-    """Check every file of a store, or of one part or training run: the metadata of groups and arrays, a run's row
-    table, every commit record and every file it names (size, SHA-256), and the caches of a part: indexes, second
-    moments, measured fidelity.
+    """Check every file of a store, or of one part or training run.
 
-    All damage is listed, not just the first, and a file that cannot be read is one entry. A span whose chunks are in
-    place without their record is damage: its record was lost. A span without either is none: nobody has built it.
-    Files that nobody knows, and what writers had not finished, are listed apart.
+    These are the metadata of groups and arrays, a run's row table, every commit record and every file that it names
+    (size, SHA-256), and the caches of a part: indexes, second moments, measured fidelity.
+
+    All damage is listed, not just the first; a file that cannot be read is one entry. A span whose chunks are in place
+    without a record is damage: its record was lost. A span with neither has not been built. Unknown files and
+    unfinished files of writers are listed apart.
+
     Raises UsageError if there is no such store, part or run, MismatchError for another format version.
     """
     store = Store.examined(options.store)
     parts, runs = store.chosen(options.part, options.run)
     examination = Examination(store, options.progress or Silent())
     if options.part is None and options.run is None:
-        examination.look_around()
+        examination.check_store()
     for name in parts:
-        examination.look_at({"part": name})
+        examination.check({"part": name})
     for name in runs:
-        examination.look_at({"run": name})
+        examination.check({"run": name})
     return examination.report(parts, runs)
 
 
 class Examination:
-    """What is found while it goes on."""
+    """Collects the results of a verification."""
 
     def __init__(self, store: Store, progress: Progress) -> None:
         self._store, self._progress = store, progress
@@ -123,7 +125,7 @@ class Examination:
         self._spans = self._files = self._bytes = 0
 
     def report(self, parts: list[str], runs: list[str]) -> VerifyReport:
-        """All of it; MismatchError where nothing is damaged, but something is of another version."""
+        """The whole report. MismatchError if nothing is damaged, but something has another format version."""
         if self._other_version is not None and not self._damage:
             raise self._other_version
         return VerifyReport(
@@ -138,24 +140,24 @@ class Examination:
             unknown=self._unknown,
         )
 
-    def look_around(self) -> None:
-        """The store's own files: its groups, and what lies between parts and runs."""
+    def check_store(self) -> None:
+        """Check the store's own groups, and list other files beside parts and runs."""
         folder = self._store.path
         for name, attributes in ((ROOT, ROOT_ATTRIBUTES), (f"parts/{ROOT}", {}), (f"runs/{ROOT}", {})):
             self._files += 1
             self._note({}, name, group_problem((folder / name).parent, attributes))
-        for inside in ("", "parts", "runs"):
-            known = {ROOT, "parts", "runs"} if not inside else {ROOT}
-            for name, path, problem in entries_below(folder / inside, deep=False):
+        for group in ("", "parts", "runs"):
+            known = {ROOT, "parts", "runs"} if not group else {ROOT}
+            for name, path, problem in entries_below(folder / group, deep=False):
                 if problem is not None:
-                    self._note({}, inside or ".", problem)
+                    self._note({}, group or ".", problem)
                 elif is_unfinished(name):
-                    self._left({}, f"{inside}/{name}".lstrip("/"), path, not left_behind(path, set()))
-                elif name not in known and not (inside and path.is_dir() and is_name(name)):
-                    self._unknown.append(StoredFile(file=f"{inside}/{name}".lstrip("/"), bytes=size_of(path)))
+                    self._add_leftover({}, f"{group}/{name}".lstrip("/"), path, not left_behind(path, set()))
+                elif name not in known and not (group and path.is_dir() and is_name(name)):
+                    self._unknown.append(StoredFile(file=f"{group}/{name}".lstrip("/"), bytes=size_of(path)))
 
-    def look_at(self, owner: Owner) -> None:
-        """One part or run, all of it."""
+    def check(self, owner: Owner) -> None:
+        """Check one part or run."""
         try:
             source = self._open(owner)
         except (CorruptError, OSError) as error:
@@ -176,28 +178,28 @@ class Examination:
                 self._note(owner, name, problem)
             self._note(owner, WRITERS, writers_problem(source.path))
             if isinstance(source, Run):
-                self._look_at_journals(source, owner)
-            said = {damage.file for damage in self._damage}
+                self._check_journals(source, owner)
+            reported = {damage.file for damage in self._damage}
             for link in links_below(source.path):
-                if (name := str(link.relative_to(source.path))) not in said:
+                if (name := str(link.relative_to(source.path))) not in reported:
                     self._note(owner, name, "a link, and inside a part or run none is followed")
-            self._count(owner, source, {name for name, _, _ in caches})
+            self._list_others(owner, source, {name for name, _, _ in caches})
 
-    def _look_at_journals(self, run: Run, owner: Owner) -> None:
-        """Steps of spans that are not full yet, and those that are missing."""
+    def _check_journals(self, run: Run, owner: Owner) -> None:
+        """Check the journals: steps of spans that are not full yet. Missing steps are damage."""
         known = {damage.file for damage in self._damage if damage.run == run.name}
         for journal in run.journals.values():
             self._files, self._bytes = self._files + 1, self._bytes + journal.end
         for file, problem in journal_damage(run):
-            if file not in known or not problem.endswith("are missing"):  # a lost record is named already
+            if file not in known or not problem.endswith("are missing"):  # a lost record is reported already
                 self._note(owner, file, problem)
 
     def _open(self, owner: Owner) -> Spanned[Any]:
         part = "part" in owner
         return self._store.damaged_part(owner["part"]) if part else self._store.damaged_run(owner["run"])
 
-    def _count(self, owner: Owner, source: Spanned[Any], caches: set[str]) -> None:
-        """What else lies in the folder of a part or run."""
+    def _list_others(self, owner: Owner, source: Spanned[Any], caches: set[str]) -> None:
+        """List leftovers and unknown files in the folder of a part or run."""
         census, at_work = Census(source, caches), {writer.id for writer in living(source.path)}
         for name, path, problem in entries_below(source.path):
             if problem is not None:
@@ -205,11 +207,11 @@ class Examination:
                 continue
             kind = census.kind_of(name)
             if kind == "leftover":
-                self._left(owner, name, path, bool(at_work) and not left_behind(path, at_work))
+                self._add_leftover(owner, name, path, bool(at_work) and not left_behind(path, at_work))
             elif kind == "unknown":
                 self._unknown.append(StoredFile(file=name, bytes=size_of(path), living=False, **owner))
 
-    def _left(self, owner: Owner, name: str, path: Path, alive: bool) -> None:
+    def _add_leftover(self, owner: Owner, name: str, path: Path, alive: bool) -> None:
         if path.is_dir() and not any(path.iterdir()):
             return
         self._leftovers.append(StoredFile(file=name, bytes=size_of(path), living=alive, **owner))
@@ -220,7 +222,7 @@ class Examination:
 
 
 def _check_metadata(source: Spanned[Any]) -> Iterator[Checked]:
-    """Every file that was written when the part or run was made."""
+    """Check every file that was written when the part or run was made."""
     for name in source.files:
         try:
             source.check_file(name)

@@ -1,4 +1,4 @@
-"""Every file of a part or run, and what it is: data, a leftover of a writer, or something that nobody knows."""
+"""Lists the files of a part or run by kind: data, leftovers of writers, and unknown files."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ _MOMENT = re.compile(rf"{SECOND_MOMENT}/.*-[0-9a-f]{{16}}\.(safetensors|npy)")
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file's or folder's own name says that a writer had not finished it."""
+    """Whether the name of a file or folder marks it as unfinished."""
     return name.startswith(".") or UNFINISHED.fullmatch(name) is not None
 
 
-def entries_below(folder: Path, inside: str = "", *, deep: bool = True) -> Iterator[tuple[str, Path, str | None]]:
-    """(path in ``folder``, path, why it cannot be listed or None) of every file below, sorted; a folder that is
-    unfinished is one entry. Links are not followed. Without ``deep`` only what lies in the folder itself.
+def entries_below(folder: Path, below: str = "", *, deep: bool = True) -> Iterator[tuple[str, Path, str | None]]:
+    """(path in ``folder``, path, why it cannot be listed or None) of every file below, sorted.
+
+    An unfinished folder is one entry. Links are not followed. Without ``deep`` only the folder itself is listed.
     """
     try:
-        with os.scandir(folder / inside) as listing:
+        with os.scandir(folder / below) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
     except FileNotFoundError:
-        return  # just removed
+        return  # removed meanwhile
     except OSError as error:
-        yield inside or ".", folder / inside, f"cannot be listed: {error}"
+        yield below or ".", folder / below, f"cannot be listed: {error}"
         return
     for entry in entries:
-        name = f"{inside}/{entry.name}" if inside else entry.name
+        name = f"{below}/{entry.name}" if below else entry.name
         if deep and entry.is_dir(follow_symlinks=False) and not is_unfinished(entry.name):
             yield from entries_below(folder, name)
         else:
@@ -51,17 +52,17 @@ def entries_below(folder: Path, inside: str = "", *, deep: bool = True) -> Itera
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder, as far as they can be looked at."""
+    """Bytes of a file, or of all files in a folder; 0 for what cannot be read."""
     try:
         if not path.is_dir() or path.is_symlink():
             return path.lstat().st_size
-        return sum(size_of(inside) for inside in path.iterdir())
+        return sum(size_of(entry) for entry in path.iterdir())
     except OSError:
         return 0
 
 
 class Census:
-    """What the files of ``source`` are. ``caches`` are those that its caches name."""
+    """Classifies the files of ``source``. ``caches`` are the files that the records of its caches name."""
 
     def __init__(self, source: Spanned[Any], caches: set[str]) -> None:
         self._source = source
@@ -71,18 +72,18 @@ class Census:
         self._caches = {*caches, *(f"{group}/zarr.json" for group in groups)}
 
     def kind_of(self, name: str) -> Kind:
-        """What the file ``name``, a path in the part or run, is."""
+        """The kind of the file ``name``, a path in the part or run."""
         if is_unfinished(name.rpartition("/")[2]):
             return "leftover"
         if name == "zarr.json" or name in self._source.files or name in self._caches or _RECORD.fullmatch(name):
             return "data"
         if isinstance(self._source, Run) and (match := _JOURNAL.fullmatch(name)):
-            # Of a span that is committed it is what its writer had no time to remove.
+            # The journal of a committed span is one that its writer did not remove any more.
             return "leftover" if match[1] and int(match[1]) in self._spans else "data"
         if match := _CHUNK.fullmatch(name):
             return self._chunk(name, match[1], int(match[2]))
         if name.partition("/")[0] in FOLDERS and isinstance(self._source, Part):
-            return "leftover" if self._of_dead_cache(name) else "unknown"
+            return "leftover" if self._is_of_cache(name) else "unknown"
         return "unknown"
 
     def _chunk(self, name: str, array: str, number: int) -> Kind:
@@ -92,11 +93,11 @@ class Census:
         span = first_row(spec, number) // layout.span_length
         if name not in layout.chunk_keys(spec, span):
             return "unknown"
-        # Without a record it is a writer's, whose intent stands; or its record is lost, which is named as that.
+        # Without a record a writer's intent names it, or the record is lost, which is reported elsewhere.
         return "leftover" if span not in self._spans and span in self._undecided else "data"
 
-    def _of_dead_cache(self, name: str) -> bool:
-        """Whether a file among the caches, which no record names, is one that a process had begun."""
+    def _is_of_cache(self, name: str) -> bool:
+        """Whether a file that no cache record names has the name of a cache file: a process did not finish it."""
         if _MOMENT.fullmatch(name):
             return True
         folder, _, file = name.rpartition("/")

@@ -162,7 +162,7 @@ class _Repair:
 
     def _damage(self) -> list[Damage]:
         examination = Examination(self._store, self._progress)
-        examination.look_at(self._owner)
+        examination.check(self._owner)
         return examination.report([], []).damage
 
     def _left(self, otherwise: str) -> list[Unmended]:

@@ -1,4 +1,4 @@
-"""The exact score: factors of every layer against the val gradient, by the route that costs least for each parameter.
+"""The exact score: each layer's factors against the val gradient, by the cheapest route for each parameter.
 
 Legend: B samples, V val samples, G groups of val samples (one, or domains, or each val sample).
 """
@@ -23,38 +23,41 @@ from indexer.encode.tap import See
 from indexer.layers.factors import Factors, Vector
 
 LARGEST_VAL_GRADIENTS = 1 << 28
-"""Numbers of the val gradients of one parameter; with more (many groups), the Gram route is taken."""
+"""Most numbers in the val gradients of one parameter; beyond that (many groups) it takes the Gram route."""
 
 NEGLIGIBLE = 1e-2
-"""Share of the whole gradient below which a parameter's own may be rounding noise (a key's bias: exactly zero)."""
+"""A parameter whose gradient is a smaller share of the whole may be rounding noise (that of a key's bias is zero)."""
 
 
 @dataclass(slots=True)
-class ValSide:
-    """What is kept of a val pass."""
+class ValPass:
+    """What a val pass leaves for the scores."""
 
     group_V: Tensor
     """The group of each val sample."""
     groups: int
     scale: float = 1.0
-    """What the factors are to be divided by: that of the val loss. The gradients are divided already."""
+    """The scale of the val loss. The factors are still multiplied by it; the gradients are divided already."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """(G, *shape) by parameter: mean of the group's gradients, at least float32. Parameters on the direct route."""
+    """Of parameters on the direct route, by name, (G, *shape): mean gradient of each group, at least float32."""
     factors: dict[str, list[tuple[Factors, int]]] = field(default_factory=dict)
-    """Factors and the place of their first val sample, by parameter. Parameters on the Gram route."""
+    """Of parameters on the Gram route, by name: factors of each val batch, and the index of its first sample."""
 
     def sizes(self) -> Tensor:
         """(G,) float64: val samples in each group."""
         return torch.bincount(self.group_V, minlength=self.groups).double()
 
     def shares(self) -> Tensor:
-        """(V, G): 1 / size of the group where the sample is of the group, else 0."""
+        """(V, G): 1 / size of the group if the sample belongs to it, else 0."""
         member = torch.nn.functional.one_hot(self.group_V, self.groups).double()
         return member / member.sum(0)
 
 
 class ExactMethod:
-    """Scores by the parameters of a ledger. ``check``: the first batch that says something is held against autograd."""
+    """Exact scores of the parameters in ``ledger``.
+
+    With ``check`` the first informative batch is compared with autograd.
+    """
 
     needs_val = True
     projection = None
@@ -69,19 +72,19 @@ class ExactMethod:
         check: bool = True,
     ) -> None:
         if route not in get_args(Route):
-            raise UsageError(f"route {route!r} is unknown; known: {', '.join(get_args(Route))}")
+            raise UsageError(f"`route` {route!r} is unknown; known: {', '.join(get_args(Route))}")
         if metric is not None and (route == "gram" or pairs):
             raise UsageError(
-                'score_metric="adam" multiplies the val gradient: route="gram", which forms none, and pairs, which are '
-                "plain products, do not go with it. Leave them out"
+                '`score_metric="adam"` multiplies the val gradient: `route="gram"`, which forms none, and `pairs`, '
+                "which are plain products, do not go with it. Leave them out"
             )
         self.ledger = ledger
         self.route: Route = route
         self.wants_pairs = pairs
         self._metric = metric
-        self.val: ValSide | None = None
+        self.val: ValPass | None = None
         self.routes: dict[str, str] = {}
-        """The route of each parameter, decided in the val pass."""
+        """By parameter, chosen in the val pass."""
         self._cast: dict[tuple[str, torch.dtype], Tensor] = {}
         self._raw: dict[str, Tensor] = {}
         self._pairs: Tensor | None = None
@@ -92,11 +95,11 @@ class ExactMethod:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is scored, by name."""
+        """The scored parameters, by name."""
         return {name: scored.parameter for name, scored in self.ledger.parameters.items()}
 
     def attach(self, device: torch.device) -> None:
-        """Nothing to make ready."""
+        """Do nothing: there are no matrices to move."""
 
     @property
     def modules(self) -> list[str]:
@@ -109,28 +112,28 @@ class ExactMethod:
         return self.ledger.blocks
 
     def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a tap keeps of a layer's input: itself, in the dtype the layer computed with."""
+        """Keep the layer's input itself, in the dtype that the layer computed with."""
         x = x.detach()
         return x.to(dtype) if x.is_floating_point() and self.ledger.tapped[name].kind.is_matrix else x
 
     # The val pass.
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
-        """A val pass begins; what the last one left is dropped first."""
+        """Begin a val pass; drop the last one first, so that both are never in memory."""
         self.val, self._cast, self.routes = None, {}, {}
-        self.val = ValSide(group_V.to(device), groups)
+        self.val = ValPass(group_V.to(device), groups)
         if self._metric is None:
             return
         for name, scored in self.ledger.parameters.items():
             if groups * scored.parameter.numel() > LARGEST_VAL_GRADIENTS:
                 raise UsageError(
                     f"{groups} val groups are too many for parameter {name!r} of {scored.parameter.numel()} numbers: "
-                    'score_metric="adam" forms the val gradient of each group. Give fewer groups, or leave it out with '
-                    "exclude_layers"
+                    '`score_metric="adam"` forms the val gradient of each group. Give fewer groups, or leave it out '
+                    "with `exclude_layers`"
                 )
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
-        """The tap of module ``name`` for val samples from ``first`` on; ``tokens`` is that of a train batch."""
+        """See :class:`indexer.dotprod.method.Method`."""
         tapped = self.ledger.tapped[name]
 
         def see(saved: Tensor, dy: Tensor) -> None:
@@ -177,10 +180,10 @@ class ExactMethod:
         routes.add_gradients(factors, self.val.group_V[first : first + count], into)
 
     def end_val_batch(self) -> None:
-        """Nothing waits for the end of a batch."""
+        """Do nothing: the taps have added up the batch."""
 
     def end_val(self, scale: float) -> bool:
-        """Divide by the sizes of the groups and the ``scale`` of the loss; whether everything is finite."""
+        """Divide by the sizes of the groups and the ``scale`` of the loss. Returns whether everything is finite."""
         assert self.val is not None
         sizes = self.val.sizes() * scale
         finite = True
@@ -194,28 +197,28 @@ class ExactMethod:
         return finite
 
     def checked_parameters(self) -> dict[str, nn.Parameter]:
-        """Every scored parameter, until a train batch was held against autograd."""
+        """Every scored parameter, until a train batch has been compared with autograd."""
         return self.parameters if self._unchecked else {}
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
-        """CaptureError naming the first parameter whose val gradient is not what autograd says."""
+        """CaptureError naming the first parameter whose val gradient differs from autograd's."""
         self._dots = AutogradDots(expected)
         assert self.val is not None
         share = self.val.sizes() / len(self.val.group_V)
         floor = NEGLIGIBLE * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
         for name, gradient in expected.items():
             if self.routes.get(name) == "gram":
-                continue  # held against autograd in the train batch
+                continue  # no gradient was formed; the train batch checks it
             groups = self.val.gradients.get(name)
             mean = torch.zeros_like(gradient)
             if groups is not None:
                 mean = torch.tensordot(share.to(groups.dtype), groups, dims=1).to(gradient.dtype)
             error, size = float((mean - gradient).norm()), float(gradient.norm())
             if not error <= tolerance * (size + floor):
-                raise CaptureError(_behind_the_back(name, error / size if size else float("inf"), "val gradient"))
+                raise CaptureError(_mismatch(name, error / size if size else float("inf"), "val gradient"))
 
-    def trust_val(self) -> None:
-        """No val gradient is held against autograd any more."""
+    def skip_check(self) -> None:
+        """Compare nothing with autograd any more."""
         self._dots, self._unchecked = None, False
 
     def put_in_metric(self) -> bool:
@@ -237,7 +240,7 @@ class ExactMethod:
     # A train batch.
 
     def begin_train(self, batch: int) -> None:
-        """A train batch of ``batch`` samples begins."""
+        """Begin a train batch of ``batch`` samples."""
         self._raw, self._train_factors, self._calls = {}, {}, {}
         self._pairs = None
         if self._dots is not None and batch:
@@ -246,24 +249,24 @@ class ExactMethod:
             self._dots.detach()
 
     def awaiting_parameters(self) -> list[nn.Parameter]:
-        """Every scored parameter, until a train batch was held against autograd."""
+        """Every scored parameter, until a train batch has been compared with autograd."""
         return [] if self._dots is None else list(self.parameters.values())
 
     def called(self, name: str) -> None:
-        """Module ``name`` ran in the forward pass of the train batch."""
+        """Count the uses of module ``name`` in the forward pass of the train batch."""
         for full in self.ledger.tapped[name].parameters.values():
             self._calls[full] = self._calls.get(full, 0) + 1
 
     def see_train(self, name: str) -> See:
-        """The tap of module ``name``."""
+        """See :class:`indexer.dotprod.method.Method`."""
         return partial(self._see_train, self.ledger.tapped[name])
 
     def _see_train(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> None:
         for full, factors in self._factors(tapped, saved, dy):
             score_BG = self._against_val(full, factors)
             if score_BG is not None:
-                before = self._raw.get(full)
-                self._raw[full] = score_BG if before is None else before + score_BG
+                earlier_BG = self._raw.get(full)
+                self._raw[full] = score_BG if earlier_BG is None else earlier_BG + score_BG
             if self.wants_pairs:
                 uses = self._train_factors.setdefault(full, [])
                 uses.append(factors)
@@ -276,23 +279,23 @@ class ExactMethod:
         self._pairs = pairs if self._pairs is None else self._pairs + pairs
 
     def _against_val(self, full: str, factors: Factors) -> Tensor | None:
-        """(B, G) float64: raw scores of one use of a parameter; None if the val loss does not depend on it."""
+        """(B, G) float64: raw scores from one use of a parameter; None if the val loss does not depend on it."""
         assert self.val is not None
         if self.routes.get(full) == "gram":
-            per_sample: Tensor | None = None
+            dots_BV: Tensor | None = None
             count = len(self.val.group_V)
-            for other, first in self.val.factors.get(full, []):
-                dots = routes.gram(factors, other).double()
-                if per_sample is None:
-                    per_sample = dots.new_zeros(len(dots), count)
-                per_sample[:, first : first + dots.shape[1]] += dots
-            return None if per_sample is None else (per_sample / self.val.scale) @ self.val.shares()
+            for val_factors, first in self.val.factors.get(full, []):
+                dots = routes.gram(factors, val_factors).double()
+                if dots_BV is None:
+                    dots_BV = dots.new_zeros(len(dots), count)
+                dots_BV[:, first : first + dots.shape[1]] += dots
+            return None if dots_BV is None else (dots_BV / self.val.scale) @ self.val.shares()
         if full not in self.val.gradients:
             return None
         return routes.direct(factors, self._val_gradient(full, factors)).double()
 
     def _val_gradient(self, full: str, factors: Factors) -> Tensor:
-        """The val gradient in the dtype that the factors are multiplied in, cast once a val pass."""
+        """The val gradient in the dtype in which the factors are multiplied; it is cast once for each val pass."""
         assert self.val is not None
         gradient = self.val.gradients[full]
         if isinstance(factors, Vector) or factors.is_lookup or self.val.groups > 1:
@@ -306,15 +309,15 @@ class ExactMethod:
         """See :class:`indexer.dotprod.method.Method`."""
         assert share_G is not None
         if self.wants_pairs:
-            for full in list(self._train_factors):  # called more often than it came back
+            for full in list(self._train_factors):  # some uses had no backward pass
                 self._add_pairs(full)
-        if self._dots is not None and self._dots.says_something():
+        if self._dots is not None and self._dots.is_informative():
             self.check_train(self._raw, self._dots.dots(), tolerance)
             self._dots.detach()
             self._dots, self._unchecked = None, False
-        nothing_BG = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
-        # All parameters at once: on a GPU each small operation costs as much as a layer's product.
-        scores_PBG = divide(torch.stack([self._raw.get(name, nothing_BG) for name in self.ledger.parameters]), scale_B)
+        zero_BG = torch.zeros(len(scale_B), len(share_G), dtype=torch.float64, device=scale_B.device)
+        # All parameters at once: on a GPU each small operation takes as long as a layer's matrix product.
+        scores_PBG = divide(torch.stack([self._raw.get(name, zero_BG) for name in self.ledger.parameters]), scale_B)
         groups = scores_PBG.sum(0)
         parameters = dict(zip(self.ledger.parameters, (scores_PBG @ share_G).unbind(), strict=True))
         blocks: dict[str, Tensor] = {}
@@ -325,7 +328,7 @@ class ExactMethod:
         return Scores(total=groups @ share_G, groups=groups, parameters=parameters, blocks=blocks, pairs=pairs)
 
     def check_train(self, raw: dict[str, Tensor], expected: dict[str, tuple[float, float]], tolerance: float) -> None:
-        """CaptureError naming the first parameter whose raw scores do not add up to what autograd says.
+        """CaptureError naming the first parameter whose raw scores do not add up to autograd's product.
 
         ``expected`` is (⟨gradient, val gradient⟩, product of their norms) by parameter.
         """
@@ -335,7 +338,7 @@ class ExactMethod:
         for name, (dot, scale) in expected.items():
             total = float((raw[name] @ share).sum()) if name in raw else 0.0
             if not abs(total - dot) <= tolerance * (scale + floor):
-                raise CaptureError(_behind_the_back(name, abs(total - dot) / scale if scale else float("inf"), "score"))
+                raise CaptureError(_mismatch(name, abs(total - dot) / scale if scale else float("inf"), "score"))
 
     def _factors(self, tapped: Tapped, saved: Tensor, dy: Tensor) -> list[tuple[str, Factors]]:
         factors = tapped.kind.factors(tapped.module, saved, dy)
@@ -345,15 +348,15 @@ class ExactMethod:
 def _finite(factors: Factors) -> bool:
     if isinstance(factors, Vector):
         return bool(torch.isfinite(factors.values).all())
-    rows = factors.is_lookup or bool(torch.isfinite(factors.rows).all())
-    return rows and bool(torch.isfinite(factors.columns).all())
+    finite_rows = factors.is_lookup or bool(torch.isfinite(factors.rows).all())  # rows of a lookup are indexes
+    return finite_rows and bool(torch.isfinite(factors.columns).all())
 
 
-def _behind_the_back(name: str, error: float, what: str) -> str:
+def _mismatch(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size. It is used where no tap "
         "sees it (a functional call on the weight, a module that was replaced after attaching, a graph that "
         "torch.compile made before attaching: torch._dynamo.reset(), and run the batch anew), a hook of the parameter "
         "changes its gradient, or a second term went backward beside the watched loss (a penalty on the weights: leave "
-        "that to the optimizer's weight_decay). Leave it out with exclude_layers; check=False trusts the taps"
+        "that to the optimizer's weight_decay). Leave it out with `exclude_layers`; `check=False` trusts the taps"
     )

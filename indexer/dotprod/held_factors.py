@@ -1,4 +1,4 @@
-"""One pass: the factors of every layer are held until the scores are known; then weight gradients of the chosen alone.
+"""Keeps each layer's factors until the scores are known, to form weight gradients of the chosen samples alone.
 
 Legend: B samples of a batch, K those that have a weight, M positions, R and C rows and columns of a parameter.
 """
@@ -38,8 +38,9 @@ class Weighted:
 
     @classmethod
     def of(cls, weights_B: Tensor) -> Weighted | None:
-        """None where every weight is 0. The largest is taken out: equal weights are ones then, and cost no rounding in
-        a narrow dtype.
+        """None if every weight is 0.
+
+        The largest weight is the factor, so equal weights have shares of exactly 1: no narrow dtype rounds them.
         """
         factor = float(weights_B.abs().max())
         if not factor:
@@ -47,21 +48,21 @@ class Weighted:
         share_B = weights_B.double() / factor
         places_K = share_B.nonzero().flatten()
         share_K = share_B[places_K]
-        every = len(places_K) == len(share_B)
-        return cls(factor, None if bool((share_K == 1).all()) else share_K, None if every else places_K)
+        has_all = len(places_K) == len(share_B)
+        return cls(factor, None if bool((share_K == 1).all()) else share_K, None if has_all else places_K)
 
 
 @dataclass(slots=True)
 class HeldFactors:
-    """Of one batch: every use of every trainable parameter."""
+    """The factors of one batch, for every use of every trainable parameter."""
 
     uses: dict[str, list[Factors]] = field(default_factory=dict)
     """By parameter."""
     versions: list[tuple[Tensor, int, str]] = field(default_factory=list)
-    """(a factor, its version when it was held, the parameter): what is changed in place afterwards is no factor."""
+    """(factor, its version when it was kept, parameter): a factor that was changed in place later is of no use."""
 
     def add(self, name: str, factors: Factors) -> None:
-        """One use of parameter ``name``."""
+        """Keep the factors of one use of parameter ``name``."""
         self.uses.setdefault(name, []).append(factors)
         parts = [factors.values] if isinstance(factors, Vector) else [factors.rows, factors.columns]
         self.versions += [(part, part._version, name) for part in parts]
@@ -72,18 +73,18 @@ class HeldFactors:
             _add(use if weighted.places_K is None else use.of(weighted.places_K), weighted, into)
 
     def refuse_changed(self) -> None:
-        """UsageError if a factor was changed in place since it was held; to be asked once, right before their use."""
+        """UsageError if a factor was changed in place since it was kept. Call it once, right before using them."""
         for part, version, name in self.versions:
             if part._version != version:
                 raise UsageError(
                     f"what the gradient of {name!r} is formed of was changed in place after the scoring pass (a batch "
                     "that is filled anew?): give the model a copy of it, or call add_gradients() before"
                 )
-        self.versions = []  # which would keep every factor to the end
+        self.versions = []  # its references would keep every factor alive
 
 
 def _add(factors: Factors, weighted: Weighted, into: Tensor) -> None:
-    """Of the samples that ``factors`` are of; products in their dtype, as a plain backward pass forms them."""
+    """Add the weighted sum of the samples of ``factors``. Products are in their dtype, as in a plain backward pass."""
     share_K, factor = weighted.share_K, weighted.factor
     if isinstance(factors, Vector):
         values = factors.values
@@ -98,7 +99,7 @@ def _add(factors: Factors, weighted: Weighted, into: Tensor) -> None:
         else:
             rows = (rows * share_K11).to(rows.dtype)
     if factors.is_lookup:
-        wide = at_least_float(columns.flatten(0, 1)) * factor  # a factor of float16 may be out of its range
+        wide = at_least_float(columns.flatten(0, 1)) * factor  # in float16 the product may overflow
         into.index_add_(0, rows.flatten(), wide.to(into.dtype))
     elif columns.dtype == into.dtype == torch.promote_types(into.dtype, torch.float32):
         into.addmm_(rows.flatten(0, 1).t(), columns.flatten(0, 1), alpha=factor)
@@ -108,9 +109,9 @@ def _add(factors: Factors, weighted: Weighted, into: Tensor) -> None:
 
 
 class FactorHolder:
-    """Holds the factors of every trainable parameter of ``model`` in a scoring pass.
+    """Keeps the factors of every trainable parameter of ``model`` in a scoring pass.
 
-    LayerError naming what no layer type handles.
+    LayerError naming a parameter that no layer type handles.
     """
 
     def __init__(self, model: nn.Module, *, check: bool) -> None:
@@ -118,18 +119,18 @@ class FactorHolder:
             self.ledger: Ledger = survey(model)
         except LayerError as error:
             raise LayerError(
-                f"hold=True forms the gradient of every trainable parameter, scored or not: {error}. Without "
-                "hold=True, train on the chosen samples in a step of its own"
+                f"`hold=True` forms the gradient of every trainable parameter, scored or not: {error}. Without "
+                "`hold=True`, train on the chosen samples in a step of its own"
             ) from error
         self._kinds = {name: tapped.kind for name, tapped in self.ledger.tapped.items()}
         self._axes = KnownAxes(model, self._kinds, trusted=not check)
         self._unchecked = check
         self._handles: list[RemovableHandle] = []
-        self._opened: OpenBatch | None = None
+        self._open_batch: OpenBatch | None = None
         self._held = HeldFactors()
 
     def attach(self, val: ValGradient) -> None:
-        """Put the taps in place, once, and have the axes of the layers examined with the first of the val samples."""
+        """Put the taps in place, once, and check the axes of the layers with the first val batch."""
         if self._handles:
             return
         self._axes.attach()
@@ -139,81 +140,81 @@ class FactorHolder:
         val.examine(self._axes)
 
     def detach(self) -> None:
-        """Take the taps away."""
+        """Remove the taps."""
         self._axes.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def begin(self, opened: OpenBatch) -> None:
-        """A scoring pass is open."""
-        self._opened, self._held = opened, HeldFactors()
+    def begin(self, open_batch: OpenBatch) -> None:
+        """Begin a scoring pass."""
+        self._open_batch, self._held = open_batch, HeldFactors()
         self._axes.begin_train()
 
     def end(self) -> None:
-        """It is closed: what was held of it is with whoever took it."""
-        self._opened, self._held = None, HeldFactors()
+        """End the scoring pass. The caller of :meth:`take` has its factors."""
+        self._open_batch, self._held = None, HeldFactors()
         self._axes.end_train()
 
     def awaiting_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters whose gradient the open batch is held against; none once that is done."""
+        """Parameters whose gradient is compared with autograd's; none once that is done."""
         return {name: scored.parameter for name, scored in self.ledger.parameters.items()} if self._unchecked else {}
 
     def take(self, expected: Mapping[str, Tensor | None], tolerance: float) -> HeldFactors:
-        """The factors of the open batch, after its backward pass. ``expected`` are autograd's gradients of the
-        :meth:`awaiting_parameters`.
+        """Return the factors of the open batch, after its backward pass.
 
-        CaptureError where a layer does not follow the samples, or where the gradients are not autograd's.
+        ``expected``: autograd's gradients of the :meth:`awaiting_parameters`. CaptureError if a layer does not follow
+        the samples, or if the gradients differ from autograd's.
         """
-        assert self._opened is not None
-        self._axes.check_train(self._opened.size)
+        assert self._open_batch is not None
+        self._axes.check_train(self._open_batch.size)
         sizes = [gradient.norm().double() for gradient in expected.values() if gradient is not None]
-        whole = float(torch.stack(sizes).norm()) if sizes else 0.0
-        if whole and isfinite(whole):  # else it says nothing: no targets, or out of float16's range
+        total_norm = float(torch.stack(sizes).norm()) if sizes else 0.0
+        if total_norm and isfinite(total_norm):  # else the batch shows nothing: no targets, or an overflow in float16
             for name, gradient in expected.items():
-                self._check(name, gradient, whole, tolerance)
+                self._check(name, gradient, total_norm, tolerance)
             self._unchecked = False
         return self._held
 
-    def _check(self, name: str, gradient: Tensor | None, whole: float, tolerance: float) -> None:
+    def _check(self, name: str, gradient: Tensor | None, total_norm: float, tolerance: float) -> None:
         parameter = self.ledger.parameters[name].parameter
         formed = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
         if name in self._held.uses:
             self._held.add_gradient(name, Weighted(1.0, None, None), formed)
         expected = torch.zeros_like(formed) if gradient is None else gradient.to_dense().to(formed.dtype)
         error, size = float((formed - expected).norm()), float(expected.norm())
-        if not error <= tolerance * (size + NEGLIGIBLE * whole):
+        if not error <= tolerance * (size + NEGLIGIBLE * total_norm):
             raise CaptureError(
                 f"parameter {name!r}: the gradient that is formed from what was held differs from autograd's by "
                 f"{error / size if size else float('inf'):.2g} of its size. It is used where no tap sees it (a "
                 "functional call on the weight, a module that was replaced after attaching), or a hook of the "
-                "parameter changes its gradient. Without hold=True, train on the chosen samples in a step of its own"
+                "parameter changes its gradient. Without `hold=True`, train on the chosen samples in a step of its own"
             )
 
     def _hook(self, name: str, tapped: Tapped) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
-            opened = self._opened
-            if opened is None:
+            open_batch = self._open_batch
+            if open_batch is None:
                 return None
             if not torch.is_grad_enabled():
-                if not opened.forwarded:
-                    opened.without_graph.append(name)
+                if not open_batch.forwarded:
+                    open_batch.without_graph.append(name)
                 return None
             if not y.requires_grad:
                 return None
-            x, y = by_sample(input_of(args, kwargs), y, opened.size, tapped.kind, name)
+            x, y = by_sample(input_of(args, kwargs), y, open_batch.size, tapped.kind, name)
             x = x.detach()
             if x.is_floating_point() and tapped.kind.is_matrix:
                 x = x.to(y.dtype)
             self._axes.ran(name)
             see = partial(self._see, self._held, tapped)
-            output: Tensor = Tap.apply(y, x, see, opened.leaf)  # type: ignore[no-untyped-call]
+            output: Tensor = Tap.apply(y, x, see, open_batch.leaf)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
     def _see(self, held: HeldFactors, tapped: Tapped, saved: Tensor, dy: Tensor) -> None:
-        if held is self._held:  # else the batch is closed
+        if held is self._held:  # otherwise the batch is closed
             factors = tapped.kind.factors(tapped.module, saved, dy)
             for key, full in tapped.parameters.items():
                 held.add(full, factors[key])

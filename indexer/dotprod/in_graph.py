@@ -57,19 +57,19 @@ class InGraph:
         output: Tensor = tapped(y, x, key)[0]
         return output
 
-    def begin(self, opened: OpenBatch) -> None:
+    def begin(self, open_batch: OpenBatch) -> None:
         """A train batch is open."""
-        self.train, self.open, self.size = opened, True, opened.size
+        self.train, self.open, self.size = open_batch, True, open_batch.size
 
     def end(self) -> None:
         """It is closed."""
         self.train, self.open = None, False
 
-    def refuse_left_out(self, opened: OpenBatch) -> None:
+    def refuse_left_out(self, open_batch: OpenBatch) -> None:
         """CaptureError if a graph without taps ran in place of layers."""
-        missing = sorted(self._ran_before - opened.ran)
-        if not self.compiled or (opened.ran and not missing):
-            self._ran_before |= opened.ran
+        missing = sorted(self._ran_before - open_batch.ran)
+        if not self.compiled or (open_batch.ran and not missing):
+            self._ran_before |= open_batch.ran
             return
         layers = f"layer(s) {', '.join(missing[:5])}" if missing else "any scored layer"
         raise CaptureError(
@@ -87,25 +87,25 @@ class _LayerTap:
 
     def forward(self, x: Tensor, y: Tensor) -> int:
         """See :class:`indexer.encode.graph_tap.GraphTap`."""
-        graph, opened = self._graph, self._graph.train
-        if opened is None:
+        graph, open_batch = self._graph, self._graph.train
+        if open_batch is None:
             return -1
-        by_sample(x, y, opened.size, self._kind, self._name)
+        by_sample(x, y, open_batch.size, self._kind, self._name)
         graph.compiled = True
         graph.narrow |= y.dtype in (torch.float16, torch.bfloat16)
-        if not opened.forwarded:
+        if not open_batch.forwarded:
             graph.method.called(self._name)
         self._ran(self._name)
-        opened.ran.add(self._name)
-        return opened.serial
+        open_batch.ran.add(self._name)
+        return open_batch.serial
 
     def backward(self, x: Tensor, dy: Tensor, batch: int) -> None:
         """See :class:`indexer.encode.graph_tap.GraphTap`."""
-        graph, opened = self._graph, self._graph.train
-        if opened is None or opened.serial != batch:
+        graph, open_batch = self._graph, self._graph.train
+        if open_batch is None or open_batch.serial != batch:
             return  # the batch was discarded, or collected already
         with torch.no_grad(), without_autocast(dy.device.type):
             if graph.copies:
                 x, dy = x.clone(), dy.clone()
             saved = graph.method.to_keep(self._name, x, dy.dtype)
-            opened.in_time(graph.method.see_train(self._name))(saved, dy)
+            open_batch.in_time(graph.method.see_train(self._name))(saved, dy)

@@ -1,4 +1,4 @@
-"""Exact scores, and beside them the projected gradients of the samples and of the val set, for a run that keeps them.
+"""Exact scores together with projected gradients of the samples and the val set, for a run that keeps them.
 
 Legend: B samples of a train batch, G val groups.
 """
@@ -19,8 +19,10 @@ from indexer.projection.matrices import Projection
 
 
 class KeepingMethod:
-    """Scores of ``exact``, with the vectors of ``sketched``. A tap keeps of an input what the exact score needs, and
-    projects it in the backward pass: so batches that want no vectors cost nothing more.
+    """Scores of ``exact`` with the vectors of ``sketched``.
+
+    A tap keeps what the exact score needs and projects it only in the backward pass, so a batch without vectors costs
+    nothing extra.
     """
 
     needs_val = True
@@ -28,42 +30,42 @@ class KeepingMethod:
     def __init__(self, exact: ExactMethod, sketched: SketchedMethod) -> None:
         self.exact, self.sketched = exact, sketched
         self.wanted = True
-        """Whether the train batch that comes next gives vectors."""
+        """Whether the next train batch gives vectors."""
         self.wanted_val = True
-        """Whether the val pass that comes next does."""
+        """Whether the next val pass gives its vector."""
 
     @property
     def projection(self) -> Projection:
-        """That of the vectors."""
+        """The projection of the vectors."""
         return self.sketched.projection
 
     @property
     def routes(self) -> dict[str, str]:
-        """Those of the exact score."""
+        """The routes of the exact score."""
         return self.exact.routes
 
     @property
     def blocks(self) -> list[str]:
-        """Those of the exact score."""
+        """The blocks of the exact score."""
         return self.exact.blocks
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules to tap, for either."""
+        """Names of the modules that either method taps."""
         return list(dict.fromkeys([*self.exact.modules, *self.sketched.modules]))
 
     def attach(self, device: torch.device) -> None:
-        """Make both ready."""
+        """Attach both methods."""
         self.exact.attach(device)
         self.sketched.attach(device)
 
     def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The layer's input; projected where the exact score leaves the layer out."""
+        """Keep the layer's input; its projection if the exact score leaves the layer out."""
         method = self.exact if name in self.exact.ledger.tapped else self.sketched
         return method.to_keep(name, x, dtype)
 
-    def _both(self, name: str, exact: See | None, sketched: See | None) -> See:
-        """The tap of module ``name``, from those of the two methods, where they have one."""
+    def _combined(self, name: str, exact: See | None, sketched: See | None) -> See:
+        """Combine the taps of both methods on module ``name``."""
 
         def see(saved: Tensor, dy: Tensor) -> None:
             if exact is not None:
@@ -74,72 +76,72 @@ class KeepingMethod:
 
         return see
 
-    def _has(self, name: str) -> tuple[bool, bool]:
-        """Whether module ``name`` is tapped by the exact method, and by the other."""
+    def _tapped_by(self, name: str) -> tuple[bool, bool]:
+        """Whether the exact and the sketched method tap module ``name``."""
         return name in self.exact.ledger.tapped, name in self.sketched.uses
 
     # The val pass.
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
-        """See :class:`indexer.dotprod.method.Method`, as the others."""
+        """Begin a val pass of both methods."""
         self.exact.begin_val(group_V, groups, device)
         self.sketched.begin_val(group_V, groups, device)
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
-        """The tap of module ``name`` for val samples from ``first`` on."""
-        scored, projected = self._has(name)
+        """See :class:`indexer.dotprod.method.Method`."""
+        scored, projected = self._tapped_by(name)
         exact = self.exact.see_val(name, first, tokens, interval, batches) if scored else None
         if not (projected and self.wanted_val):
-            return self._both(name, exact, None)
-        return self._both(name, exact, self.sketched.see_val(name, first, tokens, interval, batches))
+            return self._combined(name, exact, None)
+        return self._combined(name, exact, self.sketched.see_val(name, first, tokens, interval, batches))
 
     def end_val_batch(self) -> None:
-        """The backward pass of one val batch is done."""
+        """End a val batch, after its backward pass."""
         self.exact.end_val_batch()
         if self.wanted_val:
             self.sketched.end_val_batch()
 
     def end_val(self, scale: float) -> bool:
-        """All are done; whether everything is finite."""
+        """End the val pass. Returns whether everything is finite."""
         finite = self.exact.end_val(scale)
         return self.sketched.end_val(scale) and finite if self.wanted_val else finite
 
     def checked_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Those of the exact score."""
+        """The parameters that the exact score checks."""
         return self.exact.checked_parameters()
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
-        """CaptureError where the exact val gradient is not what autograd says."""
+        """CaptureError if the exact val gradient differs from autograd's."""
         self.exact.check_val(expected, tolerance)
 
     def put_in_metric(self) -> bool:
-        """Of the exact val gradient; the vectors are those of plain gradients."""
+        """Put the exact val gradient in the metric; the vectors stay those of plain gradients."""
         return self.exact.put_in_metric()
 
     # A train batch.
 
     def awaiting_parameters(self) -> list[nn.Parameter]:
-        """Those that either waits for."""
+        """The parameters that either method waits for."""
         return [*self.exact.awaiting_parameters(), *self.sketched.awaiting_parameters()]
 
     def begin_train(self, batch: int) -> None:
-        """A train batch begins (0: none is open)."""
+        """Begin a train batch; 0 ends the open one."""
         self.exact.begin_train(batch)
         self.sketched.begin_train(batch if self.wanted else 0)
 
     def called(self, name: str) -> None:
-        """Module ``name`` ran in its forward pass."""
-        if self._has(name)[0]:
+        """Note that module ``name`` ran in the forward pass."""
+        if self._tapped_by(name)[0]:
             self.exact.called(name)
 
     def see_train(self, name: str) -> See:
-        """The tap of module ``name``."""
-        scored, projected = self._has(name)
+        """See :class:`indexer.dotprod.method.Method`."""
+        scored, projected = self._tapped_by(name)
         exact = self.exact.see_train(name) if scored else None
-        return self._both(name, exact, self.sketched.see_train(name) if projected and self.wanted else None)
+        return self._combined(name, exact, self.sketched.see_train(name) if projected and self.wanted else None)
 
     def scores(self, scale_B: Tensor, share_G: Tensor | None, tolerance: float) -> Scores:
-        """The exact scores of the batch, with its vectors where they are wanted."""
+        """Return the exact scores of the batch, with its vectors if they are wanted."""
         scores = self.exact.scores(scale_B, share_G, tolerance)
         if not self.wanted:
             return scores

@@ -1,4 +1,4 @@
-"""Which parameters are scored, and which modules use them; what cannot be scored is refused here, by name."""
+"""Lists the parameters that are scored and the modules that use them; refuses by name what cannot be scored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tapped:
     module: nn.Module
     kind: LayerType
     parameters: dict[str, str]
-    """Names in the module to the scored parameters' names in the model."""
+    """Name in the module to name in the model, for each scored parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class Scored:
     name: str
     parameter: nn.Parameter
     block: str
-    """The module that owns it; the first of them, if several do."""
+    """The module that owns it; the first if several do."""
     matrix_uses: int
-    """Modules that use it, lookups aside."""
+    """Number of modules that use it in a matrix product, not in a lookup."""
     is_lookup: bool
     """Whether every use is a lookup."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What :func:`survey` found, in the order of the model."""
+    """The result of :func:`survey`, in the order of the model."""
 
     parameters: dict[str, Scored]
     tapped: dict[str, Tapped]
@@ -53,7 +53,7 @@ class Ledger:
 
 
 def refuse_unsupported_wrappers(model: nn.Module) -> None:
-    """UsageError for what splits the parameters (FSDP, sharded tensors, several devices) and for batch norm."""
+    """UsageError for what splits the parameters (FSDP, sharded tensors, several devices), and for batch norm."""
     refuse_batch_statistics(batch_norms_of(model))
     for name, module in model.named_modules():
         where = name or type(model).__name__
@@ -73,7 +73,7 @@ def batch_norms_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
-    """UsageError if one of them normalises by the statistics of the batch."""
+    """UsageError if a batch norm normalises by the statistics of the batch."""
     for name, module in batch_norms.items():
         if module.training or not module.track_running_stats:
             raise UsageError(
@@ -83,8 +83,10 @@ def refuse_batch_statistics(batch_norms: Mapping[str, nn.Module]) -> None:
 
 
 def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[str] | None = None) -> Ledger:
-    """Every trainable parameter of ``model`` outside ``exclude``: patterns as for ``exclude_layers``, or of the
-    names of parameters. With ``only``, those alone that one of these modules uses, wherever else they are used.
+    """List every trainable parameter of ``model`` outside ``exclude``.
+
+    ``exclude`` holds patterns as for ``exclude_layers``, or of names of parameters. ``only`` names modules: parameters
+    that none of them uses are left out; the others count wherever they are used.
 
     Raises LayerError for a trainable parameter of a module that no layer type handles and for a pattern that
     matches nothing, UsageError for a model without a trainable parameter.
@@ -99,20 +101,20 @@ def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[st
     excluded: set[int] = set()
     if only is not None:
         excluded = set(names) - {id(p) for name in only for p in model.get_submodule(name)._parameters.values()}
-    used = set()
+    matched = set()
     kinds = {name: layer_type_of(module) for name, module in model.named_modules()}
     for name, module in model.named_modules():
         kind = kinds[name]
-        hit = [p for p in patterns if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
-        used.update(hit)
-        if hit:
+        matching = [p for p in patterns if (matches(p, name, kind) if kind is not None else matches_path(p, name))]
+        matched.update(matching)
+        if matching:
             excluded.update(id(p) for p in module.parameters())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        hit = [p for p in patterns if p not in ALIASES and matches_path(p, name)]
-        used.update(hit)
-        if hit:
+        matching = [p for p in patterns if p not in ALIASES and matches_path(p, name)]
+        matched.update(matching)
+        if matching:
             excluded.add(id(parameter))
-    unknown = [pattern for pattern in patterns if pattern not in used]
+    unknown = [pattern for pattern in patterns if pattern not in matched]
     if unknown:
         raise LayerError(f"layer pattern {unknown[0]!r} matches no module and no parameter of {type(model).__name__}")
     handled = {
@@ -130,23 +132,23 @@ def survey(model: nn.Module, exclude: Sequence[str] = (), *, only: Collection[st
             continue
         kind = kinds[name]
         if kind is None and all(id(p) in handled for p in module._parameters.values() if p is not None):
-            continue  # it holds what a layer below it uses; a use of its own is found in the first batch
+            continue  # layers below it use them; the check of the first batch finds a use of its own
         if kind is None:
             raise LayerError(
                 f"module {name or type(model).__name__!r} is a {type(module).__name__} with trainable parameters "
                 f"{sorted(own)}: no layer type handles it, so its gradients cannot be scored. Freeze them, or leave "
-                f"them out of the score with exclude_layers={list(own.values())}"
+                f"them out of the score with `exclude_layers={list(own.values())}`"
             )
         kind.check(module, name)
         tapped[name] = Tapped(module, kind, own)
         for key, full in own.items():
-            before = scored.get(full)
+            earlier = scored.get(full)
             scored[full] = Scored(
                 name=full,
                 parameter=module.get_parameter(key),
-                block=before.block if before else name,
-                matrix_uses=(before.matrix_uses if before else 0) + (not kind.is_lookup),
-                is_lookup=kind.is_lookup and (before.is_lookup if before else True),
+                block=earlier.block if earlier else name,
+                matrix_uses=(earlier.matrix_uses if earlier else 0) + (not kind.is_lookup),
+                is_lookup=kind.is_lookup and (earlier.is_lookup if earlier else True),
             )
     if not scored:
         raise LayerError(

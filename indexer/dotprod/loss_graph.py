@@ -18,53 +18,53 @@ from torch.autograd.graph import GradientEdge
 Node = Any
 
 _COPIES = ("ToCopy", "View", "UnsafeView", "ReshapeAlias", "Alias", "Clone", "Tap", "SideBranch")
-"""What only hands its input on: the same numbers, perhaps of another dtype. Tap and SideBranch are our own."""
+"""Operations that pass their input on, at most in another dtype. Tap and SideBranch are our own."""
 
 _HIDDEN = re.compile(r"aux(iliary)?_?loss", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """What lies between a loss and the logits that it is of."""
+class GraphPath:
+    """The part of the graph between a loss and its logits."""
 
-    logits: Node | None
-    """Where the graph of the loss meets the logits; None if it never does."""
+    node: Node | None
+    """The node at which the graph of the loss reaches the logits; None if it does not."""
     native: bool
-    """Whether torch's own operations alone lie between. Others may work in place: their backward can run only once."""
-    beside: list[Tensor]
-    """Parameters that the loss reaches without passing through the logits."""
+    """Whether all operations between are torch's own. Others may work in place: their backward can run only once."""
+    bypassing: list[Tensor]
+    """Parameters that the loss depends on by a path that does not pass through the logits."""
 
 
-def way_to(loss: Tensor, logits: Tensor, without: Collection[Tensor] = ()) -> Way:
-    """From ``loss`` back to ``logits``; what lies behind the terms ``without`` is left out."""
+def path_to(loss: Tensor, logits: Tensor, excluded_terms: Collection[Tensor] = ()) -> GraphPath:
+    """Walk from ``loss`` back to ``logits``, not beyond ``excluded_terms``."""
     origins = _origins(logits)
-    met, native, beside = None, True, []
-    for node in _walk(loss.grad_fn, origins | {term.grad_fn for term in without}):
+    reached, native, bypassing = None, True, []
+    for node in _walk(loss.grad_fn, origins | {term.grad_fn for term in excluded_terms}):
         if node in origins:
-            met = met or node
+            reached = reached or node
         elif isinstance(node, BackwardCFunction):
             native = False
         elif hasattr(node, "variable"):
-            beside.append(node.variable)
-    return Way(met, native, beside if met is not None else [])
+            bypassing.append(node.variable)
+    return GraphPath(reached, native, bypassing if reached is not None else [])
 
 
 def gradient_at(loss: Tensor, node: Node, like: Tensor, scale: float) -> Tensor | None:
-    """``scale`` · ∂loss/∂logits, of the shape of ``like``; the graph stays. None where the shapes do not fit."""
+    """``scale`` · ∂loss/∂(output of ``node``) in the shape of ``like``, or None if it does not fit. Keeps the graph."""
     seed = torch.full_like(loss, scale)
-    edge = GradientEdge(node, place_at(node, like))
+    edge = GradientEdge(node, output_index(node, like))
     (gradient,) = torch.autograd.grad(loss, [edge], seed, retain_graph=True, allow_unused=True)
     return gradient.reshape(like.shape) if gradient is not None and gradient.numel() == like.numel() else None
 
 
-def place_at(node: Node, tensor: Tensor) -> int:
-    """Which output of ``node``, one of its origins, the tensor is: those of a split have one node."""
+def output_index(node: Node, tensor: Tensor) -> int:
+    """The index of ``tensor`` among the outputs of ``node``: the pieces of a split share a node."""
     return tensor.output_nr if tensor.grad_fn is node else 0
 
 
 def coefficient_of(term: Tensor, loss: Tensor) -> float | None:
-    """∂loss/∂term of a term that the loss depends on; None where a custom operation lies between."""
-    path = _path(loss.grad_fn, term.grad_fn)
+    """∂loss/∂term of a term that the loss depends on; None if a custom operation lies between."""
+    path = _nodes_between(loss.grad_fn, term.grad_fn)
     if path is None or any(isinstance(node, BackwardCFunction) for node in path[:-1]):
         return None
     (gradient,) = torch.autograd.grad(loss, [term], torch.ones_like(loss), retain_graph=True, allow_unused=True)
@@ -73,17 +73,17 @@ def coefficient_of(term: Tensor, loss: Tensor) -> float | None:
 
 def depends_on(loss: Tensor, term: Tensor) -> bool:
     """Whether ``term`` is part of the graph of ``loss``."""
-    return loss is term or _path(loss.grad_fn, term.grad_fn) is not None
+    return loss is term or _nodes_between(loss.grad_fn, term.grad_fn) is not None
 
 
 def hidden_auxiliary_loss(loss: Tensor) -> str | None:
-    """The name of an operation that adds an auxiliary loss in its backward pass, where no value shows it."""
+    """The name of an operation that adds an auxiliary loss in its backward pass, invisible in the value of ``loss``."""
     names = (type(node).__name__ for node in _walk(loss.grad_fn, ()) if isinstance(node, BackwardCFunction))
     return next((name.removesuffix("Backward") for name in names if _HIDDEN.search(name)), None)
 
 
 def _origins(logits: Tensor) -> set[Node]:
-    """The nodes that are the logits: the loss may use them before they were cast, copied or reshaped."""
+    """The nodes that hold the logits' numbers: the loss may use them from before a cast, copy or reshape."""
     origins = set()
     node = logits.grad_fn
     while node is not None:
@@ -96,35 +96,35 @@ def _origins(logits: Tensor) -> set[Node]:
 
 
 def _walk(first: Node | None, stops: Collection[Node]) -> Iterator[Node]:
-    """Every node once; what lies behind ``stops`` is not entered."""
-    seen, todo = {first}, [first]
-    while todo:
-        node = todo.pop()
+    """Each node of the graph once, not beyond ``stops``."""
+    seen, stack = {first}, [first]
+    while stack:
+        node = stack.pop()
         if node is None:
             continue
         yield node
         for following, _ in () if node in stops else node.next_functions:
             if following not in seen:
                 seen.add(following)
-                todo.append(following)
+                stack.append(following)
 
 
-def _path(first: Node | None, last: Node | None) -> list[Node] | None:
-    """The nodes of one way from ``first`` to ``last``, both included."""
+def _nodes_between(first: Node | None, last: Node | None) -> list[Node] | None:
+    """The nodes of one path from ``first`` to ``last``, both included; None if there is no path."""
     if first is None or last is None:
         return None
-    before: dict[Node, Node] = {first: None}
-    todo = [first]
-    while todo:
-        node = todo.pop()
+    previous: dict[Node, Node] = {first: None}
+    stack = [first]
+    while stack:
+        node = stack.pop()
         if node is last:
             path = []
             while node is not None:
                 path.append(node)
-                node = before[node]
+                node = previous[node]
             return path[::-1]
         for following, _ in node.next_functions:
-            if following is not None and following not in before:
-                before[following] = node
-                todo.append(following)
+            if following is not None and following not in previous:
+                previous[following] = node
+                stack.append(following)
     return None

@@ -1,4 +1,4 @@
-"""The way to score that an engine was asked for."""
+"""Makes the method of scoring from the settings of an engine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from indexer.projection.selection import block_linears
 
 
 def metric_for(score_metric: ScoreMetric, optimizer: torch.optim.Optimizer | None) -> AdamMetric | None:
-    """None for plain dot products. UsageError for an optimizer that has no such metric."""
+    """The metric of the score; None for plain dot products. UsageError for an optimizer without such a metric."""
     if score_metric not in get_args(ScoreMetric):
-        raise UsageError(f"score_metric {score_metric!r} is unknown; known: {', '.join(get_args(ScoreMetric))}")
+        raise UsageError(f"`score_metric` {score_metric!r} is unknown; known: {', '.join(get_args(ScoreMetric))}")
     return AdamMetric(optimizer) if score_metric == "adam" else None
 
 
@@ -40,13 +40,15 @@ def method_for(
     pairs: bool,
     check: bool,
 ) -> Method:
-    """Exact over the parameters of ``model`` that are to be scored, with vectors through ``keep`` beside where it is
-    given; or sketched through ``projection``. Either is drawn for the model where it is a configuration.
+    """Make the method: sketched through ``projection`` if that is given, else exact.
 
-    UsageError for settings that do not go together, LayerError if ``model`` cannot be scored so.
+    With ``keep`` the exact method also gives vectors through that projection. A configuration of a projection is drawn
+    for the model.
+
+    UsageError for settings that do not go together, LayerError if ``model`` cannot be scored in this way.
     """
     if score_layers not in (None, *get_args(ScoreLayers)):
-        raise UsageError(f"score_layers {score_layers!r} is unknown; known: {', '.join(get_args(ScoreLayers))}")
+        raise UsageError(f"`score_layers` {score_layers!r} is unknown; known: {', '.join(get_args(ScoreLayers))}")
     if projection is None:
         only = block_linears(model) if score_layers == "blocks" else None
         ledger = survey(model, exclude_layers, only=only)
@@ -55,11 +57,11 @@ def method_for(
             return exact
         return KeepingMethod(exact, SketchedMethod(model, _drawn(model, keep), check=check))
     if keep is not None:
-        raise UsageError("projection gives vectors already, and keep is for exact scores: give one of them")
+        raise UsageError("`projection` gives vectors already, and `keep` is for exact scores: give one of them")
     if pairs or exclude_layers or score_layers is not None or route != "auto":
         raise UsageError(
-            "pairs, route, exclude_layers and score_layers belong to the exact score; the projection names the "
-            "layers it sketches"
+            "`pairs`, `route`, `exclude_layers` and `score_layers` belong to the exact score; the projection names "
+            "the layers it sketches"
         )
     return SketchedMethod(model, _drawn(model, projection), metric=metric, check=check)
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a way to score: exact by parameters, or sketched through a projection.
+"""The interface between the engine and its methods: exact by parameter, or sketched through a projection.
 
 Legend: B samples of a train batch, V val samples, G val groups.
 """
@@ -17,18 +17,18 @@ from indexer.projection.matrices import Projection
 
 
 class Method(Protocol):
-    """Val batches first, then one train batch after another, each from :meth:`begin_train` to :meth:`scores`."""
+    """A method of scoring: a val pass, then train batches, each from :meth:`begin_train` to :meth:`scores`."""
 
     needs_val: bool
-    """Whether nothing can be given without val samples."""
+    """Whether the method gives nothing without val samples."""
 
     @property
     def routes(self) -> dict[str, str]:
-        """The route of each parameter, where there is a choice; decided in the val pass."""
+        """The route of each parameter, chosen in the val pass; empty if there is no choice."""
 
     @property
     def projection(self) -> Projection | None:
-        """What the vectors of the samples are projected through; None where no vectors are made."""
+        """The projection of the samples' vectors; None if the method gives no vectors."""
 
     @property
     def modules(self) -> list[str]:
@@ -39,52 +39,58 @@ class Method(Protocol):
         """Names of the blocks that have scores of their own."""
 
     def attach(self, device: torch.device) -> None:
-        """Before the taps are put in place."""
+        """Get ready on ``device``, before the taps are put in place."""
 
     def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the tap of module ``name`` keeps of its input ``x``; ``dtype`` is that of its output."""
+        """What the tap of module ``name`` keeps of the module's input ``x``; ``dtype`` is that of its output."""
 
     # The val pass.
 
     def checked_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Parameters whose val gradient autograd must give, too, to hold ours against; none once that is done."""
+        """Parameters whose val gradient is to be compared with autograd's; none once that is done."""
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
-        """A val pass begins; ``group_V`` is the group of each val sample."""
+        """Begin a val pass; ``group_V`` is the group of each val sample, one of ``groups``."""
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
-        """The tap of module ``name`` for val samples from ``first`` on; ``tokens`` is that of a train batch."""
+        """Return the tap of module ``name`` for a val batch that begins with sample ``first``.
+
+        ``tokens`` (positions of a train batch), ``interval`` (steps from one val pass to the next) and ``batches`` (val
+        batches) help to choose a route.
+        """
 
     def end_val_batch(self) -> None:
-        """The backward pass of one val batch is done."""
+        """End a val batch, after its backward pass."""
 
     def end_val(self, scale: float) -> bool:
-        """All are done, each loss multiplied by ``scale``; whether everything is finite."""
+        """End the val pass, whose losses were multiplied by ``scale``. Returns whether everything is finite."""
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
-        """CaptureError where the val gradient is not what autograd says; ``expected`` as asked for."""
+        """CaptureError if the val gradient differs from ``expected``, autograd's of the :meth:`checked_parameters`."""
 
     def put_in_metric(self) -> bool:
-        """Multiply the val gradient, which was checked, by the metric of the score; False where there is none to be had
-        yet: the scores are NaN.
+        """Multiply the val gradient by the metric of the score, after its check.
+
+        Returns False if the optimizer has no metric yet: the scores are NaN then.
         """
 
     # A train batch.
 
     def begin_train(self, batch: int) -> None:
-        """A train batch of ``batch`` samples begins (0: none is open)."""
+        """Begin a train batch of ``batch`` samples; 0 ends the open one."""
 
     def awaiting_parameters(self) -> list[nn.Parameter]:
-        """Parameters whose gradient the open train batch is held against, by hooks on them; none once that is done."""
+        """Parameters whose gradient is compared in the open train batch, by hooks; none once that is done."""
 
     def called(self, name: str) -> None:
-        """Module ``name`` ran in its forward pass."""
+        """Note that module ``name`` ran in the forward pass of the train batch."""
 
     def see_train(self, name: str) -> See:
-        """The tap of module ``name``."""
+        """Return the tap of module ``name`` for the train batch."""
 
     def scores(self, scale_B: Tensor, share_G: Tensor | None, tolerance: float) -> Scores:
-        """The scores of the batch, after its backward pass. ``scale_B`` is each sample's share in what went backward,
-        ``share_G`` each group's in the val samples (None without a val pass). CaptureError where the first batch is
-        not what autograd says.
+        """Return the scores of the batch, after its backward pass.
+
+        ``scale_B`` is the weight of each sample's loss in what went backward, ``share_G`` the share of each group in
+        the val samples (None without a val pass). CaptureError if the first batch differs from autograd.
         """

@@ -1,4 +1,4 @@
-"""The metric of the optimizer that trains: a step of Adam along sample i changes L_val by -η⟨∇ℓ_i, P ∇L_val⟩.
+"""The metric of the optimizer: a step of Adam along ∇ℓ_i changes L_val by −η⟨∇ℓ_i, P ∇L_val⟩ to first order.
 
 P = 1/(√v̂ + ε), element by element, v̂ Adam's second moment with its bias correction (Kingma, Ba 2015, algorithm 1).
 """
@@ -19,36 +19,41 @@ KNOWN = (torch.optim.Adam, torch.optim.AdamW)
 
 
 class AdamMetric:
-    """Of torch's Adam or AdamW: plain, foreach or fused, with amsgrad or without. UsageError for another optimizer."""
+    """The metric of torch's Adam or AdamW: plain, foreach or fused, with or without amsgrad.
+
+    UsageError for another optimizer.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
         if optimizer is None:
-            raise UsageError('score_metric="adam" takes the second moments of the optimizer: give optimizer=optimizer')
+            raise UsageError(
+                '`score_metric="adam"` takes the second moments of the optimizer: give `optimizer=optimizer`'
+            )
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if type(inner) not in KNOWN:
             raise UsageError(
-                f'score_metric="adam" knows torch.optim.Adam and AdamW, not {type(inner).__name__}: train with one of '
-                'them, or give score_metric="sgd"'
+                f'`score_metric="adam"` knows torch.optim.Adam and AdamW, not {type(inner).__name__}: train with one '
+                'of them, or give `score_metric="sgd"`'
             )
         self._optimizer: torch.optim.Optimizer = inner
         self._warned: set[str] = set()
 
     def ready(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the optimizer has made its first step. UsageError for a parameter that it does not have."""
-        mine = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        optimized = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for name, parameter in parameters.items():
-            if id(parameter) not in mine:
+            if id(parameter) not in optimized:
                 raise UsageError(
-                    f'parameter {name!r} is not in the optimizer, so score_metric="adam" has no second moment of it: '
-                    "give it to the optimizer, or leave it out with exclude_layers"
+                    f'parameter {name!r} is not in the optimizer, so `score_metric="adam"` has no second moment of it: '
+                    "give it to the optimizer, or leave it out with `exclude_layers`"
                 )
         return any(self._optimizer.state.get(parameter) for parameter in parameters.values())
 
     def multiply(self, name: str, parameter: nn.Parameter, gradients: Iterable[Tensor]) -> None:
-        """Multiply ``gradients``, each (…, *shape of the parameter), by P as it stands now, in place.
+        """Multiply ``gradients``, each (…, *shape of the parameter), by the present P, in place.
 
-        A parameter without a second moment, though others have theirs, has never had a gradient, and no step has moved
-        it: its P is zero, with a RuntimeWarning.
+        A parameter without a second moment, where others have theirs, never had a gradient, so no step moved it: its
+        P is zero, with a RuntimeWarning.
         """
         state = self._optimizer.state.get(parameter)
         scale = self._scale(parameter, state) if state else torch.zeros((), device=parameter.device)

@@ -1,6 +1,6 @@
-"""The train batch that is open: how large it is, what its loss is of, and what came to the loss in the backward pass.
+"""The open train batch: its size, its loss, and the gradient that the loss received in the backward pass.
 
-Legend: B samples of a batch.
+Legend: B samples of a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ _serials = count()
 
 @dataclass(slots=True, eq=False)
 class OpenBatch:
-    """From ``prepare`` to ``collect`` or ``discard``; or of one ``scoring`` pass."""
+    """A train batch from ``prepare`` to ``collect`` or ``discard``, or the batch of a ``scoring`` pass."""
 
     size: int
     leaf: Tensor | None = None
-    """Of a scoring pass: what makes autograd reach its taps, and nothing else."""
+    """In a scoring pass, the tensor that makes autograd reach the taps but no weight."""
     weights_B: Tensor | None = None
     """(B,) float64: the watched loss is Σ weights·ℓ; None before it is watched."""
     forwarded: bool = False
-    """Whether the forward pass is over: what runs from now on is run again by gradient checkpointing."""
+    """Whether the forward pass is over: a layer that runs later is one that gradient checkpointing runs again."""
     closed: bool = False
     without_graph: list[str] = field(default_factory=list)
-    """Of a scoring pass: modules with taps that ran under no_grad, as in reentrant checkpointing."""
+    """In a scoring pass, tapped modules that ran under no_grad, as in reentrant checkpointing."""
     ran: set[str] = field(default_factory=set)
-    """Modules whose tap saw them run."""
+    """Modules that ran, as their taps saw it."""
     serial: int = field(default_factory=_serials.__next__)
-    """By which the backward pass of a compiled graph knows the batch."""
+    """The number by which the backward pass of a compiled graph knows the batch."""
     seconds: float = 0.0
-    """That its taps took in the backward pass."""
+    """Time of the taps in the backward pass."""
     _upstreams: list[Tensor] = field(default_factory=list)
 
     def in_time(self, see: See) -> See:
-        """``see`` while the batch is open, and its seconds; nothing after it was discarded, or collected."""
+        """``see``, timed, while the batch is open. A backward pass after it was discarded or collected is ignored."""
 
         def see_in_time(saved: Tensor, dy: Tensor) -> None:
             if self.closed:
                 return
-            begun = time.perf_counter()
+            started = time.perf_counter()
             see(saved, dy)
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - started
 
         return see_in_time
 
-    def saw_upstream(self, gradient: Tensor) -> None:
-        """A gradient came to the watched loss."""
+    def add_upstream(self, gradient: Tensor) -> None:
+        """Record a gradient that the watched loss received."""
         self._upstreams.append(gradient.detach().double().reshape(()))
 
     def refuse_to_watch(self, loss: Tensor) -> None:
@@ -67,7 +67,10 @@ class OpenBatch:
             raise CaptureError("the loss carries no gradient: was the forward pass under torch.no_grad()?")
 
     def weights_of(self, loss: Tensor, weights: Tensor | None, labels: Tensor | None) -> Tensor:
-        """(B,) float64: by default of a mean over samples; with ``labels`` (B, T), over their targets."""
+        """(B,) float64: ``weights``; else those of a mean over the targets of ``labels`` (B, T), or over the samples.
+
+        UsageError for another shape.
+        """
         if labels is not None:
             if labels.dim() != 2 or len(labels) != self.size:
                 raise UsageError(
@@ -85,9 +88,9 @@ class OpenBatch:
 
     @property
     def upstream(self) -> Tensor:
-        """() float64: the gradient that came to the watched loss, whatever it was multiplied with.
+        """() float64: the gradient that the watched loss received, with the factors of accumulation and loss scaler.
 
-        UsageError before a loss is watched, CaptureError unless it went through one backward pass.
+        UsageError before a loss is watched, CaptureError unless it went through exactly one backward pass.
         """
         if self.weights_B is None:
             raise UsageError("the loss is not known; call watch(loss) between the forward and the backward pass")
@@ -98,7 +101,7 @@ class OpenBatch:
         return self._upstreams[0]
 
     def scale(self) -> Tensor:
-        """(B,) float64: each sample's share in what went backward; errors as of :attr:`upstream`."""
+        """(B,) float64: the weight of each sample's loss in what went backward. Errors as of :attr:`upstream`."""
         upstream = self.upstream
         assert self.weights_B is not None
         return upstream * self.weights_B

@@ -1,4 +1,4 @@
-"""Inner products of per-sample gradients that are never all formed: three ways, and what each costs.
+"""Inner products of per-sample gradients without forming all of them: three routes, and the cost of each.
 
 Legend: B samples, M positions of one sample, R and C rows and columns of a parameter, N numbers of a vector;
 V val samples, P their positions, G val gradients (groups). Formulas: Wang et al., arXiv 2406.11011, section 4.
@@ -21,8 +21,10 @@ TILE = 1 << 23
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which factors of ``dtype`` are multiplied: float32 for float16, whose range holds neither a val
-    gradient without the scale of its loss nor the product of two scaled ones.
+    """The dtype in which factors of ``dtype`` are multiplied.
+
+    It is float32 for float16, which overflows for a product of two scaled gradients and underflows for an unscaled
+    val gradient.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -39,7 +41,7 @@ def direct(factors: Factors, gradients_G: Tensor) -> Tensor:
 
 
 def _direct_one(factors: Outer, gradient_RC: Tensor) -> Tensor:
-    """(B,): rowsum((a·G) ⊙ b), multiplying from the longer side, so that the product is the short one."""
+    """(B,): rowsum((a·G) ⊙ b). The longer factor is multiplied first, so that the product is short."""
     dtype = product_dtype(factors.rows.dtype)
     left, right, matrix = factors.rows, factors.columns, gradient_RC.to(dtype)
     if left.shape[-1] < right.shape[-1]:
@@ -55,8 +57,8 @@ def _direct_one(factors: Outer, gradient_RC: Tensor) -> Tensor:
 def _dot_rows(x: Tensor, y: Tensor) -> Tensor:
     """(B, …) and (B, …) to (B,), at least float32."""
     if x.is_cuda and x.dtype == y.dtype == torch.bfloat16:
-        # Float32 copies would be three times the memory traffic; a product rounded as its factors are adds no error
-        # that they do not have.
+        # Float32 copies would take three times the memory traffic. Rounding the products to bfloat16 adds no error
+        # larger than that of the factors.
         return (x * y).flatten(1).sum(1, dtype=torch.float32)
     x, y = at_least_float(x).flatten(1), at_least_float(y).flatten(1)
     dots: Tensor = torch.linalg.vecdot(x, y)
@@ -69,16 +71,16 @@ def _direct_lookup(factors: Outer, gradients_G: Tensor) -> Tensor:
     dots = []
     for samples in _slices(batch, positions * width):
         columns = at_least_float(factors.columns[samples])
-        picked = [
+        dots_of_groups = [
             _dot_rows(torch.nn.functional.embedding(factors.rows[samples], gradient), columns)
             for gradient in gradients_G
         ]
-        dots.append(torch.stack(picked, dim=1))
+        dots.append(torch.stack(dots_of_groups, dim=1))
     return torch.cat(dots)
 
 
 def _direct_many(factors: Outer, gradients_G: Tensor) -> Tensor:
-    """(B, G): each sample's gradient once, some rows of it at a time, times all G."""
+    """(B, G): form each sample's gradient once, some rows at a time, and multiply it by all G."""
     batch, _, n_rows = factors.rows.shape
     n_columns = factors.columns.shape[-1]
     dots = factors.columns.new_zeros(batch, len(gradients_G), dtype=gradients_G.dtype)
@@ -95,30 +97,30 @@ def _formed(factors: Outer, part: slice) -> Tensor:
 
 
 def gram(train: Factors, val: Factors) -> Tensor:
-    """(B, V): inner products of every sample of one with every sample of the other, Σ (a·a')(b·b')."""
+    """(B, V): inner products of every train with every val sample, Σ (a·a')(b·b')."""
     if isinstance(train, Vector) or isinstance(val, Vector):
         assert isinstance(train, Vector), "the factors of a parameter are of one kind"
         assert isinstance(val, Vector), "the factors of a parameter are of one kind"
-        both: Tensor = train.values @ val.values.to(train.values.dtype).t()
-        return both
+        vector_dots: Tensor = train.values @ val.values.to(train.values.dtype).t()
+        return vector_dots
     batch, positions = train.columns.shape[:2]
-    others, their_positions = val.columns.shape[:2]
-    dots = torch.zeros(batch, others, dtype=at_least_float(train.columns[:0]).dtype, device=train.columns.device)
-    pair = positions * their_positions
-    for val_part in _slices(others, pair):
-        some = val if val_part == slice(0, others) else val.of(val_part)
-        count = some.columns.shape[0]
-        for train_part in _slices(batch, pair * count):
-            for places in _slices(positions, their_positions * count * (train_part.stop - train_part.start)):
-                tile = Outer(train.rows[train_part, places], train.columns[train_part, places])
-                product = _inner(tile, some, "rows").mul_(_inner(tile, some, "columns"))
-                shape = (train_part.stop - train_part.start, places.stop - places.start, count, their_positions)
+    val_batch, val_positions = val.columns.shape[:2]
+    dots = torch.zeros(batch, val_batch, dtype=at_least_float(train.columns[:0]).dtype, device=train.columns.device)
+    products = positions * val_positions  # of one pair of samples
+    for val_part in _slices(val_batch, products):
+        val_tile = val if val_part == slice(0, val_batch) else val.of(val_part)
+        count = val_tile.columns.shape[0]
+        for train_part in _slices(batch, products * count):
+            for part in _slices(positions, val_positions * count * (train_part.stop - train_part.start)):
+                tile = Outer(train.rows[train_part, part], train.columns[train_part, part])
+                product = _inner(tile, val_tile, "rows").mul_(_inner(tile, val_tile, "columns"))
+                shape = (train_part.stop - train_part.start, part.stop - part.start, count, val_positions)
                 dots[train_part, val_part] += product.view(shape).sum(dim=(1, 3))
     return dots
 
 
 def _inner(train: Outer, val: Outer, side: Literal["rows", "columns"]) -> Tensor:
-    """(B·M, V·P), at least float32: inner products of the factors of one side, at every two positions."""
+    """(B·M, V·P), at least float32: inner products of the factors of one side, for all pairs of positions."""
     a, b = (train.rows, val.rows) if side == "rows" else (train.columns, val.columns)
     if side == "rows" and train.is_lookup and val.is_lookup:
         return a.reshape(-1, 1).eq(b.reshape(1, -1)).to(at_least_float(train.columns[:0]).dtype)
@@ -131,7 +133,7 @@ def _inner(train: Outer, val: Outer, side: Literal["rows", "columns"]) -> Tensor
 
 
 def pairs(uses: list[Factors], shape: torch.Size) -> Tensor:
-    """(B, B): inner products between the samples of one batch; ``uses`` are the factors of each use of a parameter."""
+    """(B, B): inner products between the samples of a batch, from the factors of each use of a parameter."""
     dense = all(isinstance(use, Outer) and not use.is_lookup for use in uses)
     if dense and pairs_by_tiles(uses, shape):
         return _pairs_formed(uses, shape)
@@ -147,7 +149,7 @@ def pairs(uses: list[Factors], shape: torch.Size) -> Tensor:
 
 
 def pairs_by_tiles(uses: list[Factors], shape: torch.Size) -> bool:
-    """Whether forming the gradients of a batch, tile by tile, is cheaper than the Gram route for all its pairs."""
+    """Whether forming the gradients of a batch tile by tile is cheaper than the Gram route."""
     outers = [use for use in uses if isinstance(use, Outer)]
     batch = outers[0].columns.shape[0]
     positions = sum(use.columns.shape[1] for use in outers)
@@ -172,24 +174,24 @@ def _pairs_formed(uses: list[Factors], shape: torch.Size) -> Tensor:
 def add_gradients(factors: Factors, group_V: Tensor, into_G: Tensor) -> None:
     """Add the gradient of val sample v to ``into_G[group_V[v]]``; ``into_G`` is (G, *parameter's shape)."""
     for group, into in enumerate(into_G):
-        chosen = factors
+        members = factors
         if len(into_G) > 1:
-            places = group_V.eq(group).nonzero().flatten()
-            if not len(places):
+            indexes = group_V.eq(group).nonzero().flatten()
+            if not len(indexes):
                 continue
-            chosen = factors.of(places)
-        if isinstance(chosen, Vector):
-            into += chosen.values.sum(0).to(into.dtype).view_as(into)
-        elif chosen.is_lookup:
-            into.index_add_(0, chosen.rows.flatten(), chosen.columns.flatten(0, 1).to(into.dtype))
-        elif chosen.columns.dtype == into.dtype:
-            into.addmm_(chosen.rows.flatten(0, 1).t(), chosen.columns.flatten(0, 1))
+            members = factors.of(indexes)
+        if isinstance(members, Vector):
+            into += members.values.sum(0).to(into.dtype).view_as(into)
+        elif members.is_lookup:
+            into.index_add_(0, members.rows.flatten(), members.columns.flatten(0, 1).to(into.dtype))
+        elif members.columns.dtype == into.dtype:
+            into.addmm_(members.rows.flatten(0, 1).t(), members.columns.flatten(0, 1))
         else:
-            into += chosen.rows.flatten(0, 1).t() @ chosen.columns.flatten(0, 1)
+            into += members.rows.flatten(0, 1).t() @ members.columns.flatten(0, 1)
 
 
 def direct_flops(shape: torch.Size, *, tokens: int, batch: int, val_tokens: int, groups: int, interval: int) -> float:
-    """Multiply-adds of a step by the direct route: the contraction, and the share of forming the val gradients."""
+    """Multiply-adds of a step by the direct route: the contraction, and its share of forming the val gradients."""
     size = shape.numel()
     contraction = tokens * size + (batch * groups * size if groups > 1 else 0)
     return contraction + val_tokens * size / interval
@@ -201,6 +203,6 @@ def gram_flops(shape: torch.Size, *, tokens: int, val_tokens: int) -> float:
 
 
 def _slices(count: int, each: int) -> list[slice]:
-    """``range(count)`` in slices of as many as fit TILE at ``each`` numbers, at least one."""
+    """Cut ``range(count)`` into slices of as many items as fit in TILE, at ``each`` numbers an item; at least one."""
     step = max(1, TILE // max(1, each))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

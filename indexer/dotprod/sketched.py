@@ -1,4 +1,4 @@
-"""The sketched score: projected gradients against the projected val gradient. Approximate, and a fraction of the cost.
+"""The sketched score: projected gradients times the projected val gradient. Approximate, at a fraction of the cost.
 
 Legend: B samples, V val samples, G groups, D numbers of a vector.
 """
@@ -25,27 +25,28 @@ from indexer.projection.selection import Use
 
 
 class SketchedMethod:
-    """Scores of the layers of a projection, through it: the vectors are those that a build stores. ``check``: the first
-    batch that says something is held against autograd.
+    """Sketched scores of the layers of a projection. The vectors are those that a build stores.
+
+    With ``check`` the first informative batch is compared with autograd.
     """
 
     needs_val = False
-    """Vectors need none."""
+    """It gives vectors without val samples."""
 
     def __init__(
         self, model: nn.Module, projection: Projection, *, metric: AdamMetric | None = None, check: bool = True
     ) -> None:
-        """With a ``metric`` the val gradient is formed whole, multiplied and then projected."""
+        """With a ``metric`` the full val gradient is formed, multiplied by the metric, and then projected."""
         self.projection = projection
-        self._whole = None if metric is None else _whole_gradient(model, projection, metric, check=check)
+        self._full_val = None if metric is None else _full_val_gradient(model, projection, metric, check=check)
         self.routes: dict[str, str] = {}
         self.val_GD: Tensor | None = None
-        """What samples are scored against."""
+        """The projected val gradient of each group, in the metric of the score."""
         self._plain_GD: Tensor | None = None
         """The same without the metric."""
         self._model = model
         self.uses: dict[str, tuple[BlockPlan, Use, LayerType, Sides]] = {}
-        """By name of the modules to tap."""
+        """By name of the module to tap."""
         self._blocks: dict[str, Tensor] = {}
         self._ran: set[str] = set()
         self._val: list[Tensor] = []
@@ -75,9 +76,9 @@ class SketchedMethod:
         return [] if self.projection.sketch else [name for name, _, _ in self.projection.plan.groups]
 
     def to_keep(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """P_in x, or what the layer's type keeps instead."""
-        if self._in_val and self._whole is not None:
-            return self._whole.to_keep(name, x, dtype)
+        """Keep P_in x, or what the layer's type keeps in its place."""
+        if self._in_val and self._full_val is not None:
+            return self._full_val.to_keep(name, x, dtype)
         _, _, kind, sides = self.uses[name]
         with torch.no_grad():
             return kind.keep(self._model.get_submodule(name), x, sides, dtype)
@@ -87,8 +88,8 @@ class SketchedMethod:
         block_BKJ = kind.block(self._model.get_submodule(name), saved, dy, sides)
         if use.flipped:
             block_BKJ = block_BKJ.transpose(1, 2)
-        before = self._blocks.get(layer.block.name)
-        self._blocks[layer.block.name] = block_BKJ if before is None else before + block_BKJ
+        earlier = self._blocks.get(layer.block.name)
+        self._blocks[layer.block.name] = block_BKJ if earlier is None else earlier + block_BKJ
         self._ran.add(name)
 
     def _vectors(self) -> Tensor:
@@ -96,70 +97,70 @@ class SketchedMethod:
         if missing:
             raise CaptureError(
                 f"{len(missing)} projected layer(s) had no part in the loss: {', '.join(missing[:5])}; leave them out "
-                "with exclude_layers"
+                "with `exclude_layers`"
             )
         vectors = self.projection.assemble([self._blocks[p.block.name] for p in self.projection.plan.layers])
         self._blocks, self._ran = {}, set()
         return vectors
 
     def begin_val(self, group_V: Tensor, groups: int, device: torch.device) -> None:
-        """A val pass begins."""
+        """Begin a val pass."""
         self._val, self._blocks, self._ran = [], {}, set()
         self.val_GD = self._plain_GD = None
         self._group_V, self._groups = group_V.to(device), groups
         self._in_val = True
-        if self._whole is not None:
-            self._whole.begin_val(group_V, groups, device)
+        if self._full_val is not None:
+            self._full_val.begin_val(group_V, groups, device)
 
     def see_val(self, name: str, first: int, tokens: int, interval: int, batches: int) -> See:
-        """The tap of module ``name`` for val samples from ``first`` on."""
-        if self._whole is not None:
-            return self._whole.see_val(name, first, tokens, interval, batches)
+        """See :class:`indexer.dotprod.method.Method`."""
+        if self._full_val is not None:
+            return self._full_val.see_val(name, first, tokens, interval, batches)
         return partial(self._see, name)
 
     def end_val_batch(self) -> None:
-        """The backward pass of one val batch is done."""
-        if self._whole is None:
+        """End a val batch, after its backward pass."""
+        if self._full_val is None:
             self._val.append(self._vectors())
 
     def checked_parameters(self) -> dict[str, nn.Parameter]:
-        """Nothing where the val pass goes through the same taps as a train batch; else all, once."""
-        return {} if self._whole is None else self._whole.checked_parameters()
+        """With a metric all parameters, once. Without, none: train batches go through the same taps and are checked."""
+        return {} if self._full_val is None else self._full_val.checked_parameters()
 
     def check_val(self, expected: dict[str, Tensor], tolerance: float) -> None:
         """See :class:`indexer.dotprod.method.Method`."""
-        if self._whole is not None:
-            self._whole.check_val(expected, tolerance)
-            self._whole.trust_val()
+        if self._full_val is not None:
+            self._full_val.check_val(expected, tolerance)
+            self._full_val.skip_check()
 
     def put_in_metric(self) -> bool:
-        """Multiply the whole val gradient, and project it."""
-        if self._whole is None:
+        """Project the val gradient as it is, multiply it by the metric, and project it again."""
+        if self._full_val is None:
             return True
-        self._plain_GD = self._projected(self._whole)
-        ready = self._whole.put_in_metric()
-        self.val_GD, self._whole.val = self._projected(self._whole), None
+        self._plain_GD = self._projected(self._full_val)
+        ready = self._full_val.put_in_metric()
+        self.val_GD, self._full_val.val = self._projected(self._full_val), None
         return ready
 
-    def _projected(self, whole: ExactMethod) -> Tensor:
-        """(G, D): the val gradients of ``whole``, as they stand now."""
-        assert whole.val is not None
-        gradients = whole.val.gradients
-        rows = []
+    def _projected(self, exact: ExactMethod) -> Tensor:
+        """(G, D): the projection of the present val gradients of ``exact``."""
+        assert exact.val is not None
+        gradients = exact.val.gradients
+        vectors = []
         for group in range(self._groups):
             of_group = {
                 name: gradients[name][group] if name in gradients else torch.zeros_like(parameter, dtype=torch.float32)
-                for name, parameter in whole.parameters.items()
+                for name, parameter in exact.parameters.items()
             }
             blocks = [plain_block(self.projection, layer.block, of_group) for layer in self.projection.plan.layers]
-            rows.append(self.projection.assemble([block.unsqueeze(0).float() for block in blocks]))
-        return torch.cat(rows)
+            vectors.append(self.projection.assemble([block.unsqueeze(0).float() for block in blocks]))
+        return torch.cat(vectors)
 
     def end_val(self, scale: float) -> bool:
-        """Mean vectors of the groups, divided by the ``scale`` of the loss; whether they are finite."""
+        """Average the vectors of each group, divided by the ``scale`` of the loss. Returns whether they are finite."""
         self._in_val = False
-        if self._whole is not None:
-            return self._whole.end_val(scale)
+        if self._full_val is not None:
+            return self._full_val.end_val(scale)
         vectors_VD = torch.cat(self._val) / scale
         member = torch.nn.functional.one_hot(self._group_V, self._groups).to(vectors_VD.dtype)
         self.val_GD = self._plain_GD = (member / member.sum(0)).t() @ vectors_VD
@@ -167,8 +168,8 @@ class SketchedMethod:
         return bool(torch.isfinite(self.val_GD).all())
 
     def begin_train(self, batch: int) -> None:
-        """A train batch begins."""
-        self._in_val = False  # where the val pass ended with an error
+        """Begin a train batch."""
+        self._in_val = False  # the val pass may have ended with an error
         self._blocks, self._ran = {}, set()
         if self._checking is not None:
             self._checking.detach()
@@ -178,18 +179,18 @@ class SketchedMethod:
             self._checking.attach()
 
     def awaiting_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of the projected layers, until a train batch was held against autograd."""
+        """Trainable parameters of the projected layers, until a train batch has been compared with autograd."""
         return [] if self._checking is None else self._checking.parameters
 
     def called(self, name: str) -> None:
-        """Nothing to count."""
+        """Do nothing: uses need no count."""
 
     def see_train(self, name: str) -> See:
-        """The tap of module ``name``."""
+        """See :class:`indexer.dotprod.method.Method`."""
         return partial(self._see, name)
 
     def scores(self, scale_B: Tensor, share_G: Tensor | None, tolerance: float) -> Scores:
-        """See :class:`indexer.dotprod.method.Method`; without a val pass vectors alone, and scores of NaN."""
+        """See :class:`indexer.dotprod.method.Method`. Without a val pass it gives vectors, and scores of NaN."""
         blocks_BKJ = dict(self._blocks)
         vectors_BD = divide(self._vectors().double(), scale_B)
         if self._checking is not None and self._checking.agree(blocks_BKJ, tolerance):
@@ -208,14 +209,14 @@ class SketchedMethod:
         return Scores(total=total, groups=groups, blocks=blocks, vectors=vectors_BD.float(), val_vector=plain_D)
 
 
-def _whole_gradient(model: nn.Module, projection: Projection, metric: AdamMetric, *, check: bool) -> ExactMethod:
-    """Forms the val gradient of the projected parameters. UsageError for a frozen one, which no optimizer moves."""
+def _full_val_gradient(model: nn.Module, projection: Projection, metric: AdamMetric, *, check: bool) -> ExactMethod:
+    """The method that forms the full val gradient of the projected parameters. UsageError if one is frozen."""
     names = {name for layer in projection.plan.layers for name in layer.block.parameters}
     for name in sorted(names):
         if not model.get_parameter(name).requires_grad:
             raise UsageError(
-                f'parameter {name!r} is projected but frozen, so score_metric="adam" has no second moment of it: leave '
-                "its layer out of the projection with exclude_layers"
+                f'parameter {name!r} is projected but frozen, so `score_metric="adam"` has no second moment of it: '
+                "leave its layer out of the projection with `exclude_layers`"
             )
     ledger = survey(model, only=[use.module for layer in projection.plan.layers for use in layer.block.uses])
     return ExactMethod(ledger, route="direct", metric=metric, check=check)

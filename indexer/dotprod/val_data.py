@@ -1,4 +1,4 @@
-"""Val batches: what they hold, how many samples, and the loss of each.
+"""Val batches: their form, their number of samples, and the loss of each sample.
 
 Legend: B samples of a batch, T tokens.
 """
@@ -15,20 +15,21 @@ from ghoststore.errors import UsageError
 from indexer.encode.losses import next_token_losses, next_token_losses_plainly
 
 ValLosses = Callable[[nn.Module, Any], Tensor]
-"""(model, val batch) to the loss of each of its samples, (v,)."""
+"""(model, val batch) to the loss of each of its samples, (samples of the batch,)."""
 
 
 def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Next-token loss of each sample of a val batch: a mapping with input_ids, labels and maybe attention_mask, or
-    a tuple of them in that order. Labels are the input ids, -100 where a token is no target. NaN where a sample has no
-    target: it has no loss, and must not count as one of zero.
+    """(B,): mean next-token loss of each sample of a val batch; NaN if a sample has no target.
+
+    ``batch`` is a mapping with input_ids, labels and optionally attention_mask, or a tuple of them in that order.
+    Labels are the input ids, -100 where a token is no target. A loss of 0 without targets would dilute the mean.
     """
     if not isinstance(batch, Mapping):
         batch = dict(zip(("input_ids", "labels", "attention_mask"), batch, strict=False))
     batch = {key: value.to(next(model.parameters()).device) for key, value in batch.items()}
     labels = batch.pop("labels")
     logits = model(**batch).logits
-    # The fast form has made its gradient before a scale could reach it, and float16 needs the scale.
+    # The fast form computes its gradient before the loss scale is applied, and float16 needs the scale.
     form = next_token_losses_plainly if computes_in_float16(model) else next_token_losses
     losses_B, targets_B = form(logits, labels)
     absent_B = targets_B == 0
@@ -36,6 +37,7 @@ def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
 
 
 def computes_in_float16(model: nn.Module) -> bool:
+    """Whether the weights or the autocast are float16."""
     first = next(model.parameters())
     kind = first.device.type
     return first.dtype == torch.float16 or (
@@ -49,6 +51,7 @@ def target_counts(labels_BT: Tensor) -> Tensor:
 
 
 def batches_of(val_data: Any) -> list[Any]:
+    """The val set as a list of batches; empty for None. UsageError for an empty list."""
     if val_data is None:
         return []
     batches = val_data if isinstance(val_data, list) else [val_data]
@@ -58,7 +61,7 @@ def batches_of(val_data: Any) -> list[Any]:
 
 
 def size_of(batch: Any) -> int:
-    """Samples in a val batch: the first axis of its first tensor."""
+    """Samples in a val batch: the length of its first tensor. UsageError if it holds no tensor."""
     first = batch
     while not isinstance(first, Tensor):
         if isinstance(first, Mapping) and len(first):
@@ -67,15 +70,16 @@ def size_of(batch: Any) -> int:
             first = first[0]
         else:
             raise UsageError(
-                f"a val batch holds tensors whose first axis is the samples; found a {type(batch).__name__}"
+                f"a val batch holds tensors whose first axis is the samples, and not a {type(batch).__name__}"
             )
     return len(first)
 
 
 def default_losses(model: nn.Module) -> ValLosses:
+    """:func:`language_model_losses`. UsageError if ``model`` is no language model of transformers."""
     if not hasattr(model, "get_output_embeddings"):
         raise UsageError(
-            f"{type(model).__name__} is not a language model of transformers: give val_losses=f, where f(model, batch) "
-            "is the loss of each sample of a val batch, shape (samples,)"
+            f"{type(model).__name__} is not a language model of transformers: give `val_losses=f`, where f(model, "
+            "batch) is the loss of each sample of a val batch, shape (samples,)"
         )
     return language_model_losses

@@ -21,7 +21,7 @@ from indexer.encode.tap import See
 
 
 class ValGradient:
-    """Val samples of one model, and where the pass over them stands."""
+    """The val samples of one model, and the pass over them."""
 
     def __init__(self, model: nn.Module, method: Method, losses: ValLosses) -> None:
         self.losses = losses
@@ -29,43 +29,47 @@ class ValGradient:
         self.group_names: list[str] = []
         """In the order of ``Scores.groups``; known after the first pass."""
         self.group_share: Tensor | None = None
-        """(G,) float64: of each group in the val samples; None before the first pass."""
+        """(G,) float64: share of each group in the val samples; None before the first pass."""
         self.leaf: Tensor | None = None
-        """While a val batch is open: what makes autograd reach its taps."""
+        """While a val batch is open, the tensor that makes autograd reach its taps."""
         self._model, self._method = model, method
         self._groups: Groups = None
         self._first = 0
 
     def set(self, val_data: Any, groups: Sequence[str] | Literal["each"] | None) -> None:
-        """Other val samples. Of a language model's, rows without targets are left out."""
+        """Replace the val samples. Rows of a language model without targets are left out."""
         batches = batches_of(val_data)
-        plain = self.losses is not language_model_losses
-        self.batches, self._groups = (batches, groups) if plain else rows_with_targets(batches, groups)
+        if self.losses is language_model_losses:
+            batches, groups = rows_with_targets(batches, groups)
+        self.batches, self._groups = batches, groups
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """Number of val samples."""
         return sum(size_of(batch) for batch in self.batches)
 
     def examine(self, axes: KnownAxes) -> None:
-        """Have ``axes`` reweight the losses of the first val batch."""
+        """Check ``axes`` with the losses of the first val batch."""
         if self.batches:
             axes.probe(self.losses, self.batches[0], size_of(self.batches[0]))
 
     def see(self, name: str, tokens: int, interval: int) -> See:
-        """The tap of module ``name`` in the batch that is open."""
+        """The tap of module ``name`` for the open val batch."""
         return self._method.see_val(name, self._first, tokens, interval, len(self.batches))
 
-    def compute(self, loss_scale: float, tolerance: Callable[[], float], opened: Callable[[int], None]) -> bool:
-        """One pass, or more with smaller scales of the loss until everything is finite. ``opened`` is told the size of
-        each val batch before its forward pass. Whether scores can be had with it: the optimizer may have no metric yet.
+    def compute(self, loss_scale: float, tolerance: Callable[[], float], begin_batch: Callable[[int], None]) -> bool:
+        """Compute the val gradient: one pass, or more with a smaller loss scale until everything is finite.
 
-        UsageError if a val sample's loss is not finite; CaptureError if the gradient is not, or is not autograd's.
+        ``begin_batch`` is called with the size of each val batch before its forward pass. Returns False if the
+        optimizer has no metric yet, so that scores are NaN.
+
+        UsageError if a val sample's loss is not finite. CaptureError if the gradient is not finite or differs from
+        autograd's.
         """
         if self.losses is language_model_losses and not computes_in_float16(self._model):
             loss_scale = 1.0  # no other dtype needs it
         checked = dict(self._method.checked_parameters())
-        while (expected := self._pass(loss_scale, checked, opened)) is None:
+        while (expected := self._pass(loss_scale, checked, begin_batch)) is None:
             if loss_scale <= 1.0:
                 raise CaptureError("the val gradient is not finite; are the weights, or a val sample, out of range?")
             loss_scale = max(1.0, loss_scale / 16)
@@ -74,13 +78,14 @@ class ValGradient:
         return self._method.put_in_metric()
 
     def _pass(
-        self, scale: float, checked: dict[str, nn.Parameter], opened: Callable[[int], None]
+        self, scale: float, checked: dict[str, nn.Parameter], begin_batch: Callable[[int], None]
     ) -> dict[str, Tensor] | None:
-        """One pass over the val batches: autograd's own gradient of their mean, of the parameters ``checked``; None if
-        something was not finite.
+        """Run one pass over the val batches.
+
+        Returns autograd's gradient of the mean loss for the parameters ``checked``; None if something was not finite.
         """
         if not self.batches:
-            raise UsageError("there is no val set: give val_data, or call set_validation()")
+            raise UsageError("there is no val set: give `val_data`, or call set_validation()")
         device = next(self._model.parameters()).device
         self._name_groups(self.samples, device)
         expected = {
@@ -92,7 +97,7 @@ class ValGradient:
             for batch in self.batches:
                 size = size_of(batch)
                 self.leaf = torch.zeros((), device=device, requires_grad=True)
-                opened(size)
+                begin_batch(size)
                 try:
                     self._backward(self.losses(self._model, batch), size, scale, checked, expected)
                 finally:
@@ -108,18 +113,18 @@ class ValGradient:
     ) -> None:
         if losses_V.shape != (size,):
             raise UsageError(
-                f"val_losses gave losses of shape {tuple(losses_V.shape)} for a val batch of {size} samples; "
+                f"`val_losses` gave losses of shape {tuple(losses_V.shape)} for a val batch of {size} samples; "
                 "one loss a sample is needed"
             )
         if not bool(torch.isfinite(losses_V).all()):
-            places = (~torch.isfinite(losses_V)).nonzero().flatten() + self._first
+            indexes = (~torch.isfinite(losses_V)).nonzero().flatten() + self._first
             raise UsageError(
-                f"the loss of val sample(s) {places.tolist()[:5]} is not finite; leave them out of the val set"
+                f"the loss of val sample(s) {indexes.tolist()[:5]} is not finite; leave them out of the val set"
             )
         assert self.leaf is not None
         total = losses_V.sum() if scale == 1.0 else losses_V.sum() * scale
         if not total.requires_grad:
-            raise CaptureError("the val losses carry no gradient: does val_losses run under torch.no_grad()?")
+            raise CaptureError("the val losses carry no gradient: does `val_losses` run under torch.no_grad()?")
         reached, *gradients = torch.autograd.grad(total, [self.leaf, *checked.values()], allow_unused=True)
         if reached is None:
             raise CaptureError("the val losses do not depend on any scored layer")
@@ -132,7 +137,7 @@ class ValGradient:
             raise UsageError("the val set has no samples")
         names = group_names(self._groups, count) or ["val"] * count
         self.group_names = list(dict.fromkeys(names))
-        place = {name: index for index, name in enumerate(self.group_names)}
-        group_V = torch.tensor([place[name] for name in names], device=device)
-        self.group_share = torch.bincount(group_V, minlength=len(place)).double() / count
-        self._method.begin_val(group_V, len(place), device)
+        index_of = {name: index for index, name in enumerate(self.group_names)}
+        group_V = torch.tensor([index_of[name] for name in names], device=device)
+        self.group_share = torch.bincount(group_V, minlength=len(index_of)).double() / count
+        self._method.begin_val(group_V, len(index_of), device)

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
-from indexer.encode.modes import autocast_dtype, buffers_kept, device_type, devices_of, evaluating, outside_graphs
+from indexer.encode.modes import (
+    autocast_dtype,
+    buffers_kept,
+    device_type,
+    devices_of,
+    evaluating,
+    outside_graphs,
+    reseed,
+)
 from indexer.encode.sample_axis import (
     COMPANY_TOLERANCE,
     NARROW_COMPANY_TOLERANCE,
@@ -240,9 +248,10 @@ class _Probe:
                 f"the batch, {_UNKNOWN}"
             )
         args, kwargs = taken(arguments, places, self.batch)
-        with torch.random.fork_rng(devices=devices_of(self.model)):  # the same numbers in every run
+        devices = devices_of(self.model)
+        with torch.random.fork_rng(devices=devices):  # the same numbers in every run
             if seed is not None:
-                torch.manual_seed(seed)
+                reseed(seed, devices)
             try:
                 output = self.model(*args, **kwargs)
             except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +16,20 @@ T = TypeVar("T")
 
 def devices_of(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that hold parameters of ``model``."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []  # asked for each pass of a check: no walk over the parameters where none can be there
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def reseed(seed: int, devices: Sequence[int] = ()) -> None:
+    """The random numbers of the CPU and of these CUDA devices begin at ``seed``, as after ``torch.manual_seed``.
+
+    That one seeds every device, also those that a surrounding ``fork_rng`` does not restore. Where CUDA has not begun,
+    it notes the seed, with a stack trace, for when it does.
+    """
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        torch.cuda.default_generators[device].manual_seed(seed)
 
 
 @contextmanager

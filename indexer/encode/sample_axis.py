@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
-from indexer.encode.modes import devices_of
+from indexer.encode.modes import devices_of, reseed
 from indexer.encode.tap import Tap
 from indexer.layers import LayerType
 from indexer.layers.base import axis_problem, by_sample, input_of, output_problem
@@ -274,7 +274,7 @@ class AxisProbe:
         """(B,): the losses without taps and without a graph. A ``seed`` changes the random numbers."""
         with torch.no_grad(), self._same_numbers():
             if seed is not None:
-                torch.manual_seed(seed)
+                reseed(seed, devices_of(self.model))
             return losses()
 
     def _same_numbers(self) -> AbstractContextManager[None]:

@@ -195,7 +195,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """The step is complete."""
         assert self._session is not None
         self._trained = True
-        shared = {"learning_rate": self._learning_rate, "seconds": time.perf_counter() - self._begun}
+        left_out = getattr(self._optimizer, "step_was_skipped", False)  # accelerate's, of its loss scaler
+        rate = 0.0 if left_out else self._learning_rate
+        shared = {"learning_rate": rate, "seconds": time.perf_counter() - self._begun}
         self._session.record(self._session.complete_step(), shared)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

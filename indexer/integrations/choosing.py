@@ -92,7 +92,7 @@ class LoopChooser:
             self.scoring = False
         numbers = scores.total.float().cpu().numpy()
         rows = np.arange(len(losses_B)) if expected.rows is None else expected.rows
-        scored = Scored(rows, numbers, losses_B, _tokens(kwargs, labels_BT))
+        scored = Scored(rows, numbers, losses_B, _tokens(kwargs, labels_BT), self._chooser.common([scores]))
         if not target_counts(labels_BT).any():
             raise UsageError(f"no sample of this micro-batch of step {expected.step} has a target: leave it out")
         weights_B = self._chooser.of_micro_batch(expected.step, self._session.micro_batches, scored)

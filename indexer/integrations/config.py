@@ -94,6 +94,8 @@ class GhostConfig:
                 raise UsageError(f"with a store the configuration needs {', '.join(lacking)}")
         if self.choosing is not None and not isinstance(self.choosing, Choosing):
             raise UsageError(f"choosing is a ghoststore.Choosing, not {self.choosing!r:.60}")
+        if self.choosing is not None and self.choosing.contrast and self.score_metric != "sgd":
+            raise UsageError("`contrast` takes plain products, which `score_metric=adam` has none of: give one of them")
         if self.domains is not None and self.samples is None:
             raise UsageError("domains are those of samples: give samples, too")
         if self.method == "GradProjLora":
@@ -163,6 +165,11 @@ class GhostConfig:
         if self.method == "GradDotProd" and self.score_layers is None and self.choosing is not None:
             return "blocks"
         return self.score_layers
+
+    @property
+    def pairs(self) -> bool:
+        """Whether products within a micro-batch are needed; a projection's vectors give them without."""
+        return self.method == "GradDotProd" and self.choosing is not None and self.choosing.contrast
 
     def projection(self) -> ProjectionConfig:
         """The projection of GradProjLora, and of ``keep_gradients``."""

@@ -25,6 +25,7 @@ from indexer.encode.modes import outside_graphs
 from indexer.integrations.batches import ranks_of, size_of, tokens_of
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.config import GhostConfig, Method
+from indexer.integrations.left_out import LeftOut
 from indexer.integrations.loop_run import LoopRun
 from indexer.session.samples import Samples, places_of
 from indexer.session.session import MicroBatch, ScoringSession
@@ -99,7 +100,7 @@ class GhostEngineManager:
         ``choosing``."""
         self.engine: GradDotProdEngine | None = None
         """None for Regular."""
-        self._scaler = scaler
+        self._scaler, self._left_out = scaler, LeftOut(optimizer, scaler)
         self._stack = ExitStack()
         self._hooks: list[RemovableHandle] = []
         self._samples: Samples | None = None
@@ -130,6 +131,7 @@ class GhostEngineManager:
             exclude_layers=() if sketched else self.config.exclude_layers,
             score_layers=self.config.scored_layers,
             score_metric=self.config.score_metric,
+            pairs=self.config.pairs,
             projection=self.config.projection() if sketched else None,
             keep=self.config.projection() if self.config.keep_gradients is not None and not sketched else None,
         )
@@ -139,6 +141,7 @@ class GhostEngineManager:
             self._session = stack.enter_context(LoopRun.of(self.config, self._samples).session(self.engine, self.ranks))
             if self.config.choosing is not None:
                 self._chooser = LoopChooser(self.config.choosing, self.engine, self._session, self.ranks)
+            stack.callback(self._left_out.attach().remove)
             self._attach()
             self._stack = stack.pop_all()
         self._next = 0 if self.config.store is not None else None
@@ -195,6 +198,7 @@ class GhostEngineManager:
             self._next = step
         if self._step is None:
             self._begun = time.perf_counter()
+            self._left_out.begin()
         self._skipping = False
         self._step = step
         self._attached = _Attached(rows, size, tokens_of(X_train))
@@ -290,7 +294,8 @@ class GhostEngineManager:
         self._refuse_closed()
         if self._step is None or self._attached is not None or not self._scores:
             raise UsageError("no scored batch: call prepare_gradients() after the backward pass")
-        shared = {"learning_rate": self._learning_rate, "seconds": time.perf_counter() - self._begun}
+        rate = self._left_out.learning_rate(self._learning_rate)
+        shared = {"learning_rate": rate, "seconds": time.perf_counter() - self._begun}
         self._session.record(self._session.complete_step(), shared)
         self.last_scores, self._scores = self._scores, []
         self.last_weights, self._weights = self._weights, []

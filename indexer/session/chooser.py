@@ -5,14 +5,18 @@ Legend: R ranks, B candidates of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ghoststore.settings.choosing import ChoosingConfig
+from indexer.dotprod.scores import Scores
 from indexer.session.choosing import Choosing
+from indexer.session.contrast import common_of
 from indexer.session.policies import Candidates, Policy, decide, first_k, policy_of, seeded
 from indexer.session.ranks import Ranks
 
@@ -25,16 +29,23 @@ class Scored:
     scores: NDArray[np.float32]
     losses: NDArray[np.float32]
     tokens: NDArray[np.int64]
+    common: NDArray[np.float32] | None = None
+    """With contrast: what is taken off the scores."""
+
+    @property
+    def _columns(self) -> list[NDArray[Any]]:
+        columns: list[NDArray[Any]] = [self.rows, self.scores, self.losses, self.tokens]
+        return columns if self.common is None else [*columns, self.common]
 
     def together(self, ranks: Ranks) -> list[Scored]:
         """Those of every rank, on every rank."""
-        columns = np.stack([self.rows, self.scores, self.losses, self.tokens]).astype(np.float64)
+        columns = np.stack(self._columns).astype(np.float64)
         return [Scored(*of_rank) for of_rank in ranks.stacked(torch.from_numpy(columns)).numpy()]
 
     @classmethod
     def of(cls, several: list[Scored]) -> Scored:
         """All of ``several``, in their order."""
-        columns = zip(*((one.rows, one.scores, one.losses, one.tokens) for one in several), strict=True)
+        columns = zip(*(scored._columns for scored in several), strict=True)
         return cls(*(np.concatenate(column) for column in columns))
 
 
@@ -49,6 +60,7 @@ class Chooser:
     seed: int
     ranks: Ranks
     over: str = "rank"
+    contrast: bool = False
 
     @classmethod
     def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks, steps: int) -> Chooser | None:
@@ -56,13 +68,21 @@ class Chooser:
         if config.candidates is None:
             return None
         policy = policy_of(config.policy, config.threshold, config.temperature)
-        return cls(policy, config.keep, config.begins_at(steps), seed, ranks, config.choose_over)
+        return cls(policy, config.keep, config.begins_at(steps), seed, ranks, config.choose_over, config.contrast)
 
     @classmethod
     def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:
         """Of a loop of the user's own, where each rank decides for each of its micro-batches."""
         policy = policy_of(choosing.policy, choosing.threshold)
-        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks)
+        return cls(policy, choosing.keep, choosing.begins_at, choosing.seed, ranks, contrast=choosing.contrast)
+
+    def common(self, scored: Sequence[Scores]) -> NDArray[np.float32] | None:
+        """(B,): what this rank's candidates have in common with those that are decided about with them; None without
+        ``contrast``.
+        """
+        if not self.contrast:
+            return None
+        return common_of(scored, self.ranks if self.over == "all" else Ranks())
 
     def weights(self, step: int, own: Scored, interactions: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
         """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen, on every rank.
@@ -90,14 +110,16 @@ class Chooser:
         interactions: NDArray[np.float64] | None = None,
     ) -> NDArray[np.float32]:
         count = len(scored.rows)
+        common = None if scored.common is None else scored.common.astype(np.float64)
         candidates = Candidates(
-            scores=scored.scores.astype(np.float64),
+            scores=scored.scores.astype(np.float64) - (0.0 if common is None else common),
             losses=scored.losses.astype(np.float64),
             tokens=scored.tokens.astype(np.int64),
             rows=scored.rows.astype(np.int64),
             step=step,
             keep=count if keep is None else min(keep, count),
             generator=seeded(f"ghoststore/1|choice|seed={self.seed}|step={step}{where}"),
+            common=common,
             interactions=interactions,
         )
         return first_k(candidates) if step < self.begins_at else decide(self.policy, candidates)

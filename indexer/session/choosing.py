@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.choosing import POLICIES, ChoosingConfig, check_policy, policy_name, values_of
+from ghoststore.settings.choosing import (
+    POLICIES,
+    ChoosingConfig,
+    check_policy,
+    policy_name,
+    refuse_contrast_of,
+    values_of,
+)
 from ghoststore.settings.option import check_at_least
 
 
@@ -25,6 +32,8 @@ class Choosing:
     loss that the model returns weighs its samples alike."""
     threshold: float | None = None
     """Of threshold: the lowest score that is chosen."""
+    contrast: bool = False
+    """Choose by the score less the sample's product with the mean gradient of its micro-batch."""
     begins_at: int = 0
     """Before this step the first ``keep`` samples of a micro-batch are taken."""
     seed: int = 0
@@ -40,6 +49,8 @@ class Choosing:
                 "`policy=reweight`: the loss that the model returns weighs its samples alike; `ghoststore train` can "
                 "weigh them"
             )
+        if self.contrast:
+            refuse_contrast_of(self.policy)
         check_at_least(1, keep=self.keep)
         check_at_least(0, begins_at=self.begins_at)
         check_policy(self.policy, self.keep, self.threshold)

@@ -38,13 +38,15 @@ def kept_section(engine: GradDotProdEngine | None, layout: RunLayout) -> dict[st
     return {"gradients": {"projection": described, "layers": projection.plan.layers_json()}}
 
 
-def want_vectors(engine: GradDotProdEngine, kept: GradientLayout | None, step: int) -> None:
+def want_vectors(engine: GradDotProdEngine, kept: GradientLayout | None, step: int, *, scaled: bool) -> None:
     """Before a batch of ``step``: have ``engine`` make vectors beside exact scores where its step keeps them, and of a
-    val gradient that a step that keeps them may use.
+    val gradient that a step that keeps them may use. ``scaled``: there is a loss scaler.
     """
     if isinstance(engine.method, KeepingMethod):
         engine.method.wanted = kept is not None and kept.holds(step)
-        engine.method.wanted_val = kept is not None and -step % kept.every < engine.val_refresh_interval
+        # Steps that a loss scaler leaves out do not age a val gradient: any step may use it then.
+        soon = kept is not None and (scaled or -step % kept.every < engine.val_refresh_interval)
+        engine.method.wanted_val = soon
 
 
 def arrays_of_samples(kept: GradientLayout, scores: Scores) -> dict[str, NDArray[Any]]:
@@ -54,12 +56,34 @@ def arrays_of_samples(kept: GradientLayout, scores: Scores) -> dict[str, NDArray
     return {"gradient": stored} if scale is None else {"gradient": stored, "gradient_scale": scale}
 
 
-def arrays_of_step(kept: GradientLayout, scores: Scores, step: int) -> dict[str, NDArray[Any]]:
-    """By array: the vector of the val gradient that ``step`` was scored against, without a metric, and the step it was
-    computed at. Empty without val samples.
+class ValStep:
+    """Which weights the val gradient is of: those that the model had before this step. Where a loss scaler left steps
+    out, the weights were the same before several of them: the last one counts.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        """None: no val gradient was seen that was of the weights of its step."""
+
+    def of(self, step: int, scores: Scores) -> int:
+        """Of the val gradient that ``step`` was scored against."""
+        if scores.val_age == 0:
+            self._step = step
+        elif self._step is None:
+            self._step = step - scores.val_age
+        return self._step
+
+    def forget(self) -> None:
+        """A step was not seen: its weights may be those."""
+        self._step = None
+
+
+def arrays_of_step(kept: GradientLayout, scores: Scores, val_step: int) -> dict[str, NDArray[Any]]:
+    """By array: the vector of the val gradient that the step was scored against, without a metric, and ``val_step``,
+    the step whose weights it is of. Empty without val samples.
     """
     if scores.val_vector is None:
         return {}
     stored, scale = kept.encode(scores.val_vector.float().cpu().numpy()[None])
-    arrays: dict[str, NDArray[Any]] = {"val_gradient": stored[0], "val_step": np.asarray(step - scores.val_age)}
+    arrays: dict[str, NDArray[Any]] = {"val_gradient": stored[0], "val_step": np.asarray(val_step)}
     return arrays if scale is None else {**arrays, "val_gradient_scale": scale[0]}

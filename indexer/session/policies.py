@@ -24,7 +24,7 @@ class Candidates:
     """What a policy knows of a step. Candidates whose score is not finite are not among them."""
 
     scores: NDArray[np.float64]
-    """(N,): as the run has them, float32 in value."""
+    """(N,): as the run has them, float32 in value; with ``contrast`` less ``common``."""
     losses: NDArray[np.float64]
     """(N,): each sample's own, the mean over its targets."""
     tokens: NDArray[np.int64]
@@ -38,6 +38,8 @@ class Candidates:
     generator: np.random.Generator
     """Seeded by seed, step and, where ranks choose by themselves, rank: the same numbers whenever the step is made."""
 
+    common: NDArray[np.float64] | None = None
+    """(N,), with ``contrast`` alone: ⟨∇ℓ_i, mean of the candidates' ∇ℓ_j⟩."""
     interactions: NDArray[np.float64] | None = None
     """(N, N), for `policy=greats` alone: η⟨∇ℓ_i, ∇ℓ_j⟩, what the score of i loses where j is trained on beside it."""
 
@@ -123,6 +125,8 @@ def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:
     if not len(finite):
         return first_k(candidates)
     columns = {name: getattr(candidates, name)[finite] for name in ("scores", "losses", "tokens", "rows")}
+    if candidates.common is not None:
+        columns["common"] = candidates.common[finite]
     within = None if candidates.interactions is None else candidates.interactions[np.ix_(finite, finite)]
     seen = replace(candidates, **columns, keep=min(candidates.keep, len(finite)), interactions=within)
     try:

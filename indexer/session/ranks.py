@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from traceback import clear_frames
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ghoststore.errors import CaptureError, UsageError, WorkerError
 
@@ -113,7 +114,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     kind = torch.device(own).type
     if kind == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_START)
+    _begin_group("nccl" if kind == "cuda" else "gloo")
     try:
         dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
         yield Ranks.here(), own
@@ -127,6 +128,35 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         # of the group that wait for this lock.
         gc.collect()
         dist.destroy_process_group()
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """Where the ranks of this process's groups find one another."""
+
+    store: Any = None
+    """None before the first group. It is kept: under torchrun it outlives a group in any case, and without, the first
+    rank serves it, whose next one would take the place of one that others may still talk to."""
+    groups: int = 0
+    """Groups that were begun."""
+
+
+_MEETING = _Meeting()
+
+
+def _begin_group(backend: str) -> None:
+    """The default process group, whose ranks find one another at keys of its own. The addresses of a group that ended
+    stay in the store: a second one of the same process that read them would wait for ever, or talk to nobody.
+    """
+    meeting = _MEETING
+    if meeting.store is None:
+        meeting.store, _, _ = next(rendezvous("env://", timeout=LONGEST_START))
+        meeting.store.set_timeout(LONGEST_START)
+    prefix = f"ghoststore/group/{meeting.groups}"
+    own = dist.PrefixStore(prefix, meeting.store)  # type: ignore[attr-defined]  # public, and not in torch's __all__
+    meeting.groups += 1
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=LONGEST_START)
 
 
 def _wait_for_the_others() -> None:

@@ -31,10 +31,10 @@ from torch import Tensor
 from ghoststore.errors import UsageError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
-from ghoststore.store.run.writer import PLACES
+from ghoststore.store.run.writer import SAMPLE_ARRAYS
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.dotprod.scoring_batch import ScoringBatch
-from indexer.session.kept_gradients import OF_SAMPLES, arrays_of_samples, arrays_of_step, want_vectors
+from indexer.session.kept_gradients import OF_SAMPLES, ValStep, arrays_of_samples, arrays_of_step, want_vectors
 from indexer.session.own_loss import own_loss, tokens_in
 from indexer.session.ranks import Ranks
 from indexer.session.repeats import Repeats
@@ -112,6 +112,7 @@ class ScoringSession:
         self._new = True
         self._log: ScoreLog
         self._repeats: Repeats
+        self._val_step = ValStep()
         self._stack = ExitStack()
         self._given_out = 0
         """The step before which everything is committed or in what :meth:`pending` gave."""
@@ -176,7 +177,7 @@ class ScoringSession:
         its forward pass is not given any; ``tokens`` and ``loss_scale`` as in the engine.
         """
         if self.engine is not None:
-            want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
+            self._want_vectors(self.engine, loss_scale)
             self.engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
         self.batch = MicroBatch(size, rows, labels, tokens)
 
@@ -239,8 +240,12 @@ class ScoringSession:
     ) -> AbstractContextManager[ScoringBatch]:
         """Open the engine for ``size`` candidates, as its own ``scoring``; they are kept by :meth:`take`."""
         assert self.engine is not None
-        want_vectors(self.engine, None if self._layout is None else self._layout.gradients, self.next_step)
+        self._want_vectors(self.engine, loss_scale)
         return self.engine.scoring(size, tokens=tokens, loss_scale=loss_scale, hold=hold)
+
+    def _want_vectors(self, engine: GradDotProdEngine, loss_scale: float) -> None:
+        kept = None if self._layout is None else self._layout.gradients
+        want_vectors(engine, kept, self.next_step, scaled=loss_scale != 1.0)
 
     def take(
         self, rows: NDArray[np.int64], loss_B: NDArray[np.float32], scores: Scores, weights_B: NDArray[Any]
@@ -289,9 +294,10 @@ class ScoringSession:
         if layout.dimension is not None:
             assert scores.vectors is not None
             arrays["vector"] = scores.vectors.cpu().numpy()
+        val_step = self._val_step.of(self.next_step, scores)
         if layout.gradients is not None and layout.gradients.holds(self.next_step):
             arrays |= arrays_of_samples(layout.gradients, scores)
-            self._shared = arrays_of_step(layout.gradients, scores, self.next_step)
+            self._shared = arrays_of_step(layout.gradients, scores, val_step)
         return arrays
 
     # Once a step.
@@ -333,6 +339,7 @@ class ScoringSession:
         """Step ``next_step`` was not scored (an error in it): it is stored without samples."""
         if self._layout is not None:
             self._add(self._empty_step(), {})
+        self._val_step.forget()
         self.next_step += 1
 
     def _add(self, own: dict[str, NDArray[Any]], shared: Mapping[str, Any]) -> None:
@@ -342,7 +349,7 @@ class ScoringSession:
     def _empty_step(self, also: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """One rank's arrays of a step without samples; ``also`` are those of its gradients, where it keeps them."""
         assert self._layout is not None
-        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *PLACES, *also)]
+        specs = [spec for spec in self._layout.arrays() if spec.name in ("sample", *SAMPLE_ARRAYS, *also)]
         return {spec.name: np.full(spec.columns[1:], spec.fill, dtype=spec.dtype) for spec in specs}
 
     def save(self) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from ghoststore.checkpoint.bounds import CONFIG, check_config, read_object
 from ghoststore.checkpoint.load import quiet_transformers, refuse_lookahead
 from ghoststore.errors import CheckpointError, UsageError
+from indexer.encode.modes import reseed
 
 
 class Shape(NamedTuple):
@@ -57,7 +58,7 @@ def architecture(name: str, tokenizer: Any, *, dropout: float = 0.0) -> GPT2Conf
 def new_model(config: GPT2Config, *, seed: int) -> GPT2LMHeadModel:
     """A GPT-2 with weights drawn from ``seed``; torch's own generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        reseed(seed)
         model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what transformers takes anyway, after a warning
     return model
@@ -87,7 +88,7 @@ def new_model_of(path: str | Path, *, seed: int) -> Any:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
             config.dtype = torch.float32  # weights are drawn in it, whatever they are kept in
-            torch.manual_seed(seed)
+            reseed(seed)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
             refuse_lookahead(model, file)
     except CheckpointError:

@@ -165,13 +165,19 @@ class TrainingRows:
 
 
 class Order:
-    """Which rows step s takes: epoch after epoch, each a permutation drawn from the seed and its number."""
+    """Which rows step s takes: epoch after epoch, each a permutation drawn from the seed and its number.
 
-    def __init__(self, rows: TrainingRows, *, seed: int, step_rows: int) -> None:
+    ``apart``: no step takes a row twice. Where a step reaches over the end of an epoch, rows that it took before that
+    end come later in the next epoch: right behind those that the step takes of it. Then ``step_rows`` must be at most
+    the number of usable rows.
+    """
+
+    def __init__(self, rows: TrainingRows, *, seed: int, step_rows: int, apart: bool = False) -> None:
         self._rows = rows
         self._seed = seed
         self.step_rows = step_rows
         """Rows of one step, over all ranks and micro-batches."""
+        self._apart = apart
         self._epoch = -1
         self._permutation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -192,7 +198,34 @@ class Order:
 
     def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            key = f"ghoststore/1|training order|seed={self._seed}|epoch={epoch}"
-            self._permutation = np.asarray(draws.permutation(key, len(self._rows.usable)), dtype=np.int64)
+            self._permutation = self._apart_from_before(epoch) if self._apart else self._drawn(epoch)
             self._epoch = epoch
         return self._permutation
+
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        key = f"ghoststore/1|training order|seed={self._seed}|epoch={epoch}"
+        return np.asarray(draws.permutation(key, len(self._rows.usable)), dtype=np.int64)
+
+    def _apart_from_before(self, epoch: int) -> NDArray[np.int64]:
+        """The order of ``epoch``, whose first rows are not those that its first step has of the epoch before."""
+        first, permutation = 0, self._permutation
+        if 0 <= self._epoch < epoch:
+            first = self._epoch
+        elif epoch and len(self._rows.usable) >= 2 * self.step_rows:
+            # Rows change places within an epoch's first step_rows, so the end of the one before is as it was drawn.
+            first, permutation = epoch - 1, self._drawn(epoch - 1)
+        else:
+            permutation = self._drawn(0)
+        for later in range(first + 1, epoch + 1):
+            permutation = self._after(permutation, later)
+        return permutation
+
+    def _after(self, before: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The order of ``epoch``, ``before`` that of the epoch before it."""
+        drawn = self._drawn(epoch)
+        shared = epoch * len(before) % self.step_rows
+        if not shared:  # a step ends with the epoch
+            return drawn
+        taken = np.isin(drawn, before[len(before) - shared :])
+        ahead = drawn[~taken][: self.step_rows - shared]
+        return np.concatenate([ahead, drawn[~np.isin(drawn, ahead)]])

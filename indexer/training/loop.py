@@ -22,7 +22,7 @@ from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.dotprod import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.encode.losses import IGNORED, own_losses, training_loss
-from indexer.encode.modes import devices_of
+from indexer.encode.modes import devices_of, reseed
 from indexer.projection import draws
 from indexer.session.chooser import Chooser, Scored
 from indexer.session.ranks import Ranks
@@ -49,6 +49,17 @@ class StepResult:
     seconds: float
     scored: ScoredStep
     """This rank's part of it: sample, loss, score, …, each (A·B, …), and the time that scoring took."""
+
+    def shared(self, val_loss: float | None) -> dict[str, float]:
+        """Numbers that are the same for every rank, with the val loss after it where there is one."""
+        shared = {
+            "learning_rate": self.learning_rate,
+            "train_loss": self.train_loss,
+            "grad_norm": self.grad_norm,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        return shared if val_loss is None else {**shared, "val_loss": val_loss}
 
 
 class ScoredBatch(NamedTuple):
@@ -149,6 +160,50 @@ class Trainer:
             scored=self.session.complete_step(),
         )
 
+    def rehearse(self, step: int) -> float:
+        """About how many seconds each step takes from ``step`` on, measured before it is made: on its gradients and
+        scores, and what a val gradient takes. The optimizer's part is not in it, which changes weights.
+
+        Nothing stays of it: weights, buffers, random state, scores are those of a training without it, bit for bit.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.inner.buffers()]
+        # No gradient goes to other ranks: their sums would depend on the order in which these first came.
+        with self._no_sync():
+            self._rehearsed(step)  # the first one of a process does what later ones need not
+            seconds_val = 0.0
+            if self.val_schedule is not None:
+                begun = time.perf_counter()
+                with self.autocast():
+                    self.val_schedule.engine.refresh(self._scale())
+                self._synchronize()
+                seconds_val = time.perf_counter() - begun
+            seconds = self._rehearsed(step)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return seconds + seconds_val / self.config.scoring.val_refresh_interval
+
+    def _rehearsed(self, step: int) -> float:
+        """Seconds of the passes of ``step``, whose gradients and scores are dropped: of its micro-batches the first one
+        stands for all, and where it chooses the first candidates are taken, for a policy may count its calls.
+        """
+        begun, times = time.perf_counter(), 1
+        if self.chooser is None:
+            accumulated = self.config.optimization.gradient_accumulation_steps
+            share = Share.drawn(self.rows, self.order.rows_of(step), self.ranks, accumulated)
+            times = len(share.parts)
+            self._passes(replace(share, parts=share.parts[:1]), step)
+        else:
+            self._choose_and_pass(replace(self.chooser, begins_at=step + 1), step)
+        self._synchronize()
+        self.session.discard()
+        self.optimizer.zero_grad(set_to_none=True)
+        return (time.perf_counter() - begun) * times
+
+    def _synchronize(self) -> None:
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _passes(self, share: Share, step: int) -> Tensor:
         """Forward and backward of this rank's micro-batches; its share of the loss."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -170,7 +225,10 @@ class Trainer:
         scores_B = torch.cat([batch.scores.total for batch in scored]).float().cpu().numpy()
         pairs, eta = scored[0].scores.pairs, float(self.optimizer.param_groups[0]["lr"])
         interactions = None if pairs is None else eta * pairs.cpu().numpy()
-        weights_RB = chooser.weights(step, Scored(own, scores_B, losses_B, self.rows.length[own]), interactions)
+        common_B = chooser.common([batch.scores for batch in scored])
+        weights_RB = chooser.weights(
+            step, Scored(own, scores_B, losses_B, self.rows.length[own], common_B), interactions
+        )
         ends = np.cumsum([len(rows) for rows in cuts])[:-1]
         for rows, batch, weights_B in zip(cuts, scored, np.split(weights_RB[ranks.rank], ends), strict=True):
             self.session.take(rows, batch.losses, batch.scores, weights_B)
@@ -296,4 +354,4 @@ class Trainer:
         there is nothing to save.
         """
         key = f"ghoststore/1|dropout|seed={self.config.seed}|step={step}|rank={self.ranks.rank}|micro={micro_batch}"
-        torch.manual_seed(int(draws.bits(key, 1)[0] >> np.uint64(1)))
+        reseed(int(draws.bits(key, 1)[0] >> np.uint64(1)), devices_of(self.model))

@@ -17,6 +17,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.shards import TokenShards
+from indexer.encode.modes import reseed
 from indexer.encode.tokens import Tokenizer
 from indexer.session.ranks import Ranks
 from indexer.session.session import ScoringSession
@@ -121,7 +122,7 @@ class Retrainer:
             if hasattr(config, name):
                 setattr(config, name, 0.0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            reseed(seed)
             try:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             except ValueError as error:

@@ -37,7 +37,7 @@ def scoring_engine(
         score_layers=training.score_layers,
         score_metric=config.score_metric,
         route=config.route,
-        pairs=training.choosing.policy == "greats",
+        pairs=training.choosing.policy == "greats" or (training.choosing.contrast and not sketched),
         projection=made if sketched else None,
         keep=None if sketched else made,
         hold_losses=False,  # Trainer computes them from the logits

@@ -37,7 +37,7 @@ from indexer.training.architectures import model_name
 from indexer.training.data import Order, TrainingRows
 from indexer.training.dry_run import Prepared, plan_of, tokens_aside
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
-from indexer.training.loop import StepResult, Trainer, autocast, make_optimizer, make_scaler
+from indexer.training.loop import Trainer, autocast, make_optimizer, make_scaler
 from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
 from indexer.training.report import TrainReport as TrainReport
 from indexer.training.report import Watch
@@ -55,7 +55,11 @@ from indexer.training.state import (
 from indexer.training.stopping import saved_at, saying_what_is_left, stop_after
 from indexer.training.trackers import Trackers
 from indexer.training.usage import refuse_usage
-from indexer.training.validation import ValLoss, ValSet
+from indexer.training.validation import ValSet
+
+REHEARSED = 20
+"""With so many steps left one is rehearsed first, to say how long they take. Of fewer it would be more than a tenth,
+and the first two of them say it as soon."""
 
 
 @takes(TrainOptions)
@@ -242,16 +246,20 @@ class _Training:
             # Checkpoints are this run's own: a gap is one that the store could not take, not a sign of another run.
             session.restore(resumed.step, resumed.pending, "the checkpoint", gaps_are_known=True)
             trackers.summarize(inputs.rows, session.run)
-            task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
             stack.enter_context(trainer.running())
             stopping = stack.enter_context(Stopping())
+            left = steps - resumed.step
+            expected = trainer.rehearse(resumed.step) * left if left >= REHEARSED else None
+            task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
+            if expected is not None:
+                task.expect(expected, "val losses and checkpoints")
             for step in range(resumed.step, steps):
                 result, done, val_loss = trainer.step(step), step + 1, None
                 if val is not None and (done % self.config.eval_interval == 0 or done == steps):
                     with trainer.autocast():
                         val_loss = val.loss(trainer.inner, self.ranks)
                 seen.see(result, val_loss)
-                session.record(result.scored, _shared(result, val_loss))
+                session.record(result.scored, result.shared(None if val_loss is None else val_loss.loss))
                 trackers.step(result, val_loss)
                 task.advance(1, result.tokens)
                 task.say(seen.words())
@@ -295,7 +303,8 @@ class _Training:
             raise UsageError(
                 f"`candidates={candidates}` is more than the {len(rows.usable)} rows with a target; give fewer"
             )
-        order = Order(rows, seed=self.config.seed, step_rows=self.config.drawn(count) * count)
+        step_rows = self.config.drawn(count) * count
+        order = Order(rows, seed=self.config.seed, step_rows=step_rows, apart=candidates is not None)
         return Inputs(
             start=start,
             model=model,
@@ -431,15 +440,3 @@ class _Training:
 def _identity(manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint and the training that goes on from it must agree on."""
     return {section: manifest[section] for section in IDENTITY}
-
-
-def _shared(result: StepResult, val_loss: ValLoss | None) -> dict[str, float]:
-    """Numbers of a step that are the same for every rank."""
-    shared = {
-        "learning_rate": result.learning_rate,
-        "train_loss": result.train_loss,
-        "grad_norm": result.grad_norm,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-    }
-    return shared if val_loss is None else {**shared, "val_loss": val_loss.loss}

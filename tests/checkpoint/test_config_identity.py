@@ -148,7 +148,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more)[0]
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_left_out_changes_no_output(kind: str, tmp_path: Path) -> None:
     """Every field of the class is in the identity or on the list; and every field on the list is harmless."""
@@ -222,6 +222,7 @@ def test_what_changes_outputs_is_named(kind: str, field: str, other: Any, tmp_pa
     assert any(path.startswith(f"checkpoint.config.{field}") for path, _, _ in found)
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("kind", MODELS)
 def test_saved_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
     config = save(kind, tmp_path / "one")

@@ -106,7 +106,7 @@ def test_a_token_that_is_cut_off_harms_nothing(case: Case, lab: Lab, tmp_path: P
     case.refused(whole)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "words",
     [

@@ -48,6 +48,7 @@ def test_json_is_one_document_without_nan(lab: Lab, tmp_path: Path) -> None:
     assert "examining" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_overflow_ends_with_7_where_the_dtype_was_asked_for(lab: Lab, too_large: Path, tmp_path: Path) -> None:
     options = ("doctor", "--checkpoint", too_large, "--max-length", 16, "--store", tmp_path, "--quiet")
     asked = lab.run(*map(str, options), "--model-dtype", "bfloat16", "--json")

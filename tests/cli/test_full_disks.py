@@ -50,6 +50,7 @@ def refused(lab: Lab, words: list[str], limit: int) -> str:
     return line
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("command", "limit", "what"),
     [
@@ -74,7 +75,7 @@ def test_a_file_that_does_not_fit(lab: Lab, command: str, limit: int, what: str,
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize(
     ("command", "call", "path"),

@@ -20,7 +20,7 @@ import pytest
 
 import ghoststore
 import ghoststore.settings
-from ghoststore.cli import COMMANDS
+from ghoststore.cli import COMMANDS, cli
 from ghoststore.cli.options import MOST_USED, SECTIONS, OptionsCommand
 from ghoststore.errors import UsageError
 from ghoststore.settings.flags import Flags, entries_of
@@ -116,7 +116,8 @@ def test_the_function_has_the_keywords_of_its_options(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_in_sections(name: str) -> None:
     made = command(name)
-    context = click.Context(made, info_name=name, terminal_width=100)
+    # click keeps the help option of the first context: without the names of the group, later tests would see no -h.
+    context = click.Context(made, info_name=name, terminal_width=100, **cli.context_settings)
     headings = re.findall(r"^(\S.*):$", made.get_help(context), flags=re.MULTILINE)
     assert [heading for heading in (MOST_USED, *SECTIONS) if heading in headings] == headings
     first = [one for one in made.sections.items() if one[1] == MOST_USED and not one[0].endswith("__shortcut")]
@@ -215,6 +216,8 @@ TRAIN = Flags([entry for one in command("train").kinds for entry in entries_of(o
             "`damping` belongs to `precondition=second-moment`",
             "--damping belongs to --precondition second-moment",
         ),
+        (TRAIN, "`exclude_layers=['h.0.gate', 'h.1.gate']`", "--exclude-layers h.0.gate,h.1.gate"),
+        (TRAIN, "`store=['a` and `store=[a]`", "--store ['a and --store [a]"),
         (TRAIN, "`seed` and `projection.seed`", "--seed and --proj-seed"),
         (TRAIN, "`keep_checkpoints=None`", "--keep-checkpoints all"),
         (TRAIN, "`domains`, `compress_by`", "--domain, `compress_by`"),

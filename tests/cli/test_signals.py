@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ghoststore.cli import COMMANDS, LEFT, RESUMES, STARTS_OVER
+from ghoststore.cli import AFTER_INTERRUPT, COMMANDS, RESUMES, STARTS_OVER
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -61,7 +61,7 @@ def test_a_command_that_starts_over(lab: Lab, built: Path, command: str, signal:
     outcome = lab.run(code=AT_THE_STORE.format(signal=signal, words=words))
     code, word = CODES[signal]
     assert (outcome.code, outcome.out) == (code, "")
-    assert outcome.err.strip().splitlines()[-1] == f"{word} {LEFT.get(command, STARTS_OVER)}".strip()
+    assert outcome.err.strip().splitlines()[-1] == f"{word} {AFTER_INTERRUPT.get(command, STARTS_OVER)}".strip()
     assert "Traceback" not in outcome.err
 
 
@@ -104,4 +104,4 @@ def test_tokenizing_side_by_side(lab: Lab, signal: str, tmp_path: Path) -> None:
 
 
 def test_every_command_that_promises_to_resume_is_one() -> None:
-    assert set(LEFT) <= set(COMMANDS)
+    assert set(AFTER_INTERRUPT) <= set(COMMANDS)

@@ -110,7 +110,7 @@ def test_csv_computes_nothing(lab: Lab, strange: Path, tmp_path: Path) -> None:
     ],
     ids=["closed", "full", "reader-gone"],
 )
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 def test_a_stdout_that_takes_nothing(
     built: Path, tmp_path: Path, command: str, way: str, code: int | None, sentence: str
 ) -> None:
@@ -308,6 +308,7 @@ def test_warnings_and_strange_lines_are_events(lab: Lab, built: Path) -> None:
     assert [event.get("message") for event in events[1:4]] == ["mind the gap", "words of a library", "logged"]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("address", ["s3://bucket/x", "gs://b/x", "az://b", "file:///tmp/x", "hf://datasets/x"])
 def test_addresses_are_no_paths(lab: Lab, built: Path, tmp_path: Path, address: str) -> None:
     for line in (

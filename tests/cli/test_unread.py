@@ -134,7 +134,7 @@ def alpaca(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lab.write(tmp_path_factory.mktemp("alpaca") / "rows.jsonl", rows)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "words",
     [
@@ -194,6 +194,7 @@ def test_every_command_says_it_once(words: list[str], alpaca: Path, lab: Lab, bu
     assert f"note: {alpaca}: " in outcome.err
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("prints", [False, True])
 def test_tools_that_the_template_leaves_out_are_named_once(prints: bool, lab: Lab, tmp_path: Path) -> None:
     def template(model: Any, tokenizer: Any) -> None:

@@ -42,7 +42,7 @@ BOMBS = {
 }
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", [*BOMBS, "line.txt", "line.jsonl.gz"])
 def test_a_record_without_end(lab: Lab, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

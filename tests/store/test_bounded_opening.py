@@ -232,7 +232,7 @@ SHOWN = {"scores": (8,), "watch": (8,), "info": (4,)}
 """Those of which enough is there, or which ask for little."""
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("place", range(len(RUNS)))
 @pytest.mark.parametrize("command", ["scores", "watch", "info"])
 def test_runs_that_nothing_bears_out(lab: Lab, tmp_path: Path, place: int, command: str) -> None:

@@ -91,7 +91,7 @@ def committed_only(lab: Lab, store: Path, spans: int | None) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @EACH_MOMENT
 def test_resumes_to_the_same_bytes(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -116,6 +116,7 @@ def test_resuming_leaves_nothing_behind(lab: Lab, whole: dict[str, bytes], momen
     assert sorted(lab.tree(store).keys() - whole.keys()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "store"

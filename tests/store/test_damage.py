@@ -96,7 +96,7 @@ def test_verify_names_the_missing_folder_of_records(lab: Lab, store: Path) -> No
     names(lab, store, "commits")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("file", ["span_start/c/0/0", "span_start/zarr.json", "norm/zarr.json", "zarr.json"])
 def test_verify_sees_every_byte_outside_the_spans(store: Path, file: str) -> None:
     """A sample of all bytes, one bit each; and no other error than ours, whatever the bit makes of the file."""

@@ -46,7 +46,7 @@ def resumes(lab: Lab, store: Path, whole: dict[str, bytes], spans: int | None) -
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("error", "words"), [("ENOSPC", "no space is left"), ("EIO", "Input/output error (errno 5)")])
 @pytest.mark.parametrize("place", PLACES)
 def test_error_of_the_disk(lab: Lab, built: Path, place: str, error: str, words: str, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_ends_of_float32(name: str) -> None:
     assert np.abs(decoded[0] / x[0] - 1).max() < 1e-4
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("projection", [None, PLAIN, UNEVEN], ids=["sketched", "plain", "uneven"])
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -51,7 +51,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         assert word in outcome.err
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -122,7 +122,7 @@ def swap(rows: list[Any]) -> None:
     rows[0], rows[26] = rows[26], rows[0]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("change", [replace_text, append, drop, swap])
 @pytest.mark.parametrize("complete", [True, False], ids=["complete", "half"])
 def test_other_corpus(lab: Lab, tmp_path: Path, change: Callable[[list[Any]], None], complete: bool) -> None:
@@ -190,7 +190,7 @@ def test_standard_input_of_another_content(lab: Lab, tmp_path: Path) -> None:
     assert lab.tree(store) == before
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("node", "what"), [("zarr.json", "store"), ("parts/part/zarr.json", "part")])
 @pytest.mark.parametrize("version", [2, 0, "1", None])
 def test_other_format_version(lab: Lab, own: Path, node: str, what: str, version: Any) -> None:

@@ -42,7 +42,7 @@ def streamed(part: ghoststore.Part, name: str, spans: list[int] | None = None) -
     return np.concatenate([chunk.data.copy() for chunk in stream(part, name, spans)])
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("span_rows", [6, 8, 100])
 @pytest.mark.parametrize("dtype", ENCODINGS)
 def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_rows: int) -> None:
@@ -59,7 +59,7 @@ def test_stream_is_what_zarr_reads(lab: Lab, tmp_path: Path, dtype: str, span_ro
         np.testing.assert_array_equal(found, plain, err_msg=name)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_stored_numbers_are_the_rounded_vectors(lab: Lab, tmp_path: Path, dtype: str) -> None:
     """Rounded to nearest even, as torch rounds; norms are those of the stored numbers."""

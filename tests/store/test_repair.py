@@ -40,7 +40,7 @@ def test_a_sound_store_is_left_alone(lab: Lab, built: Path, store: Path) -> None
     assert repaired(lab, built, store) == []
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("harm", [flip_middle, truncate, empty, delete])
 @pytest.mark.parametrize("file", ["vectors/c/1/0", "sample_id/c/4", "commits/00000002.json", "status/c/0"])
 def test_a_damaged_span_is_built_again(lab: Lab, built: Path, store: Path, file: str, harm: Harm) -> None:
@@ -211,7 +211,7 @@ MOMENTS = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(lab: Lab, built: Path, store: Path, moment: str) -> None:
     """At any moment: the same command ends as if nothing had happened."""
@@ -264,6 +264,7 @@ def test_a_part_that_is_being_written_is_busy(lab: Lab, store: Path) -> None:
         Store.open(store).part().column("loss")
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("inside", [".withdrawn", "loss/c", "commits", "index", "second_moment"])
 def test_nothing_is_written_or_removed_where_a_link_leads(lab: Lab, store: Path, tmp_path: Path, inside: str) -> None:
     elsewhere = tmp_path / "elsewhere"

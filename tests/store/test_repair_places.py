@@ -65,7 +65,7 @@ PLACES: dict[str, tuple[str, Place, list[int]]] = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("place", PLACES)
 def test_something_else_in_a_run(store: Path, place: str) -> None:
     name, put, left = PLACES[place]

@@ -139,7 +139,7 @@ def test_a_span_that_was_half_taken_out_is_put_back(store: Path, moved: int) -> 
     flip_middle(folder(store) / CHUNK)
     harmed = files(store)
     run = Run(folder(store))
-    to = withdrawn.aside(run, 0)
+    to = withdrawn.withdrawn_folder(run, 0)
     to.mkdir(parents=True)
     (folder(store) / "commits/00000000.json").rename(to / "record.json")
     for key in run.layout.span_keys(0)[: moved - 1]:

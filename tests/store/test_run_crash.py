@@ -89,7 +89,7 @@ def committed_only(store: Path, spans: int | None) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -123,7 +123,7 @@ def test_killed_again_and_again(lab: Lab, whole: dict[str, bytes], tmp_path: Pat
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("error", "words"), [("ENOSPC", "no space is left"), ("EIO", "Input/output error")])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_disk_refuses(

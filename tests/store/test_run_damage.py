@@ -38,7 +38,7 @@ def read_steps(run: Run, array: str) -> list[np.ndarray]:
     return [run.read(array, 5, 10), run.read_committed(array, [1])]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("harm", HARMS)
 def test_verify_names_every_damaged_file(lab: Lab, run_store: Path, harm: Harm) -> None:
     """All of them at once: nothing hides behind the first."""

@@ -71,7 +71,7 @@ def whole_until(store: Path, steps: int) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed(lab: Lab, whole: dict[str, bytes], moment: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -96,7 +96,7 @@ def test_killed_at_any_flush(lab: Lab, whole: dict[str, bytes], number: int, tmp
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS", "EDQUOT"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_disk_refuses(lab: Lab, whole: dict[str, bytes], moment: str, error: str, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ os.pwrite = pwrite
 
 
 @pytest.mark.kill
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("number", [1, 2, 14, 27, 28, 29, 40, 57, 70, 85])
 @pytest.mark.parametrize("act", ["die", "short"])
 def test_killed_at_any_write(lab: Lab, whole: dict[str, bytes], number: int, act: str, tmp_path: Path) -> None:

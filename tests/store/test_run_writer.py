@@ -48,7 +48,7 @@ def test_steps_come_in_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("tokens"), expected("tokens", STEPS))
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -138,7 +138,7 @@ def test_a_gap_is_seen(run_store: Path) -> None:
     np.testing.assert_array_equal(run.read_committed("loss"), expected("loss", STEPS))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("step", [10, 11, 14, 15, 21, 22])
 def test_pending_steps_survive_in_a_checkpoint(trained: Path, tmp_path: Path, step: int) -> None:
     """Through a file without pickle; the bytes are those of a run that was not interrupted."""

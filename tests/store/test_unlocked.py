@@ -107,7 +107,7 @@ MOMENTS: dict[str, tuple[Fault, int]] = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_slow_writer(lab: Lab, wholes: list[dict[str, bytes]], moment: str, tmp_path: Path) -> None:
     """It wakes up when another has written everything: no committed byte changes, not even to the same."""

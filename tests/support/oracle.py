@@ -44,7 +44,8 @@ class Naive:
 
 def gradients_alone(model: nn.Module, count: int, loss_of: LossOf) -> list[dict[str, Tensor]]:
     """The gradients of ``count`` samples, each run alone. ``model`` is copied; its flags and gradients stay."""
-    model = deepcopy(model).requires_grad_(True)
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    model = deepcopy(model, {id(config): config for config in configs}).requires_grad_(True)
     return [gradients_of(model, loss_of(model, sample)) for sample in range(count)]
 
 

@@ -100,24 +100,29 @@ def as_bytes(values: Any) -> tuple[Any, bytes]:
     return (values.shape, values.dtype), values.tobytes()
 
 
-def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
-    """Two forked processes of one process group, each of which runs ``code`` and then the command line."""
+def in_two(lab: Lab, code: str, **variables: Any) -> list[Outcome]:
+    """Two forked processes that run ``code``, each with the environment of its rank and ``variables``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in (0, 1):
-        variables = {
+        environment = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": 2,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            **variables,
         }
-        set_up = "\n".join(f"os.environ[{name!r}] = {str(value)!r}" for name, value in variables.items())
-        whole = f"import os\n{set_up}\n{code}\nimport ghoststore.cli\nghoststore.cli.main({['train', *words]!r})"
-        started.append(lab.start(code=whole))
+        set_up = "\n".join(f"os.environ[{name!r}] = {str(value)!r}" for name, value in environment.items())
+        started.append(lab.start(code=f"import os\n{set_up}\n{code}"))
     return [lab.wait(pid) for pid in started]
+
+
+def ranks(lab: Lab, code: str, words: list[str]) -> list[Outcome]:
+    """Two forked processes of one process group, each of which runs ``code`` and then the command line."""
+    return in_two(lab, f"{code}\nimport ghoststore.cli\nghoststore.cli.main({['train', *words]!r})")
 
 
 @dataclass

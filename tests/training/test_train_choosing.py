@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 
 import ghoststore
 from ghoststore.errors import MismatchError, UsageError
+from ghoststore.store.run.visits import stream_visits
 from indexer.training.data import Order, TrainingRows
 from tests.support.chosen import chosen_of, trained_plainly
 from tests.support.models import llama
+from tests.support.train_oracle import Oracle, gradient_of, loss_of, model_at
 from tests.support.trainings import same_bits
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ CASES: dict[str, tuple[str, int, Options]] = {
     "sketched": ("two", 1, {"keep": 4, "score": "sketched"}),
     "adam": ("two", 1, {"keep": 4, "score_metric": "adam"}),
     "greats": ("two", 1, {"keep": 4, "batch_size": 12, "policy": "greats"}),
+    "contrast": ("two", 1, {"keep": 4, "batch_size": 12, "contrast": True}),
+    "contrast-sketched": ("two", 1, {"keep": 4, "contrast": True, "score": "sketched"}),
     "from-step-4": ("two", 1, {"keep": 4, "choosing_begins_at": 4}),
 }
 
@@ -90,6 +94,7 @@ ONE_PASS: dict[str, tuple[str, float, Options]] = {
     "autocast-bfloat16": ("two", 0.05, {"keep": 4, "train_dtype": "bfloat16"}),
     "autocast-float16": ("two", 0.02, {"keep": 4, "train_dtype": "float16"}),
     "sketched": ("two", 1e-5, {"keep": 4, "score": "sketched"}),
+    "contrast": ("untied", 1e-5, {"policy": "reweight", "batch_size": 12, "contrast": True}),
 }
 
 
@@ -121,9 +126,10 @@ def test_the_run_says_what_was_chosen(gym: Gym) -> None:
     assert run.layout.batch == 12
     shards = ghoststore.TokenShards.open(trained.output / "tokens")
     table = TrainingRows.cut(shards, run.manifest["training"]["max_length"], "window")
-    order = Order(table, seed=0, step_rows=12)
+    order = Order(table, seed=0, step_rows=12, apart=True)
     for step in range(8):
         score, weight, sample = (arrays[name][step, 0] for name in ("score", "weight", "sample"))
+        assert len(set(sample.tolist())) == 12  # step 2 reaches over the end of the first epoch
         np.testing.assert_array_equal(sample, order.rows_of(step))
         highest = np.sort(np.argsort(-score, kind="stable")[:4])
         np.testing.assert_array_equal(np.flatnonzero(weight), highest)
@@ -145,7 +151,7 @@ def test_scores_are_those_of_a_training_on_all(gym: Gym) -> None:
     chosen = trained.arrays()
     options = {"max_steps": 8, "batch_size": 12, "eval_interval": 4, "score_layers": "blocks"}
     plain = gym.train(model=None, checkpoint=gym.models["tiny"], **options).arrays()
-    np.testing.assert_array_equal(chosen["sample"], plain["sample"])
+    np.testing.assert_array_equal(chosen["sample"][:2], plain["sample"][:2])  # of the first epoch of 27 rows
     for name in ("score", "loss"):
         np.testing.assert_allclose(chosen[name][0], plain[name][0], rtol=1e-4, atol=1e-5)
 
@@ -260,6 +266,37 @@ def test_weights_that_cannot_be(gym: Gym, tmp_path: Path, weights: Any, words: s
     assert words in str(caught.value)
 
 
+def test_contrast_is_the_score_less_the_product_with_the_mean_gradient(gym: Gym) -> None:
+    """Exact, over the linears of the blocks, against autograd in float64, at the first step and one between."""
+    trained = choosing(gym, keep=4, batch_size=12, contrast=True, checkpoint_interval=4, keep_checkpoints=None)
+    arrays = trained.arrays()
+    oracle = Oracle(gym, trained, "plain", 32)
+    for step in (0, 4):
+        model = model_at(trained.checkpoint(step) if step else gym.models["tiny"])
+        names = [name for name, _ in model.named_parameters() if ".attn.c_" in name or ".mlp.c_" in name]
+        rows = [gradient_of(model, loss_of(model, *oracle.rows[row])) for row in arrays["sample"][step, 0]]
+        gradients_BN = torch.stack([torch.cat([row[name].flatten() for name in names]) for row in rows])
+        contrast_B = arrays["score"][step, 0] - (gradients_BN @ gradients_BN.mean(0)).numpy()
+        highest = np.sort(np.argsort(-contrast_B, kind="stable")[:4])
+        np.testing.assert_array_equal(np.flatnonzero(arrays["weight"][step, 0]), highest)
+    by_score = np.sort(np.argsort(-arrays["score"][:, 0], kind="stable")[:, :4])
+    assert (np.stack([np.flatnonzero(weight) for weight in arrays["weight"][:, 0]]) != by_score).any()
+    assert trained.run.manifest["scoring"]["choosing"]["contrast"] is True
+
+
+def test_contrast_of_sketched_scores_is_over_all_micro_batches(gym: Gym) -> None:
+    """By the vectors that the run keeps, of three micro-batches a step."""
+    trained = choosing(gym, keep=4, contrast=True, score="sketched", keep_gradients=1, proj_dtype="float32")
+    arrays = trained.arrays()
+    for visits in stream_visits(trained.run, trained.run.ranges, val=True):
+        assert visits.val is not None
+        for place, step in enumerate(visits.steps):
+            vectors_BD = visits.vectors[visits.of_step == place].astype(np.float64)
+            contrast_B = vectors_BD @ (visits.val[place] - vectors_BD.mean(0))
+            highest = np.sort(np.argsort(-contrast_B, kind="stable")[:4])
+            np.testing.assert_array_equal(np.flatnonzero(arrays["weight"][step, 0]), highest)
+
+
 REFUSED: dict[str, tuple[Options, str]] = {
     "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`"),
     "policy-without-candidates": ({"policy": "random"}, "give `candidates`"),
@@ -274,6 +311,19 @@ REFUSED: dict[str, tuple[Options, str]] = {
         {"candidates": 8, "keep": 4, "batch_size": 8, "policy": "greats", "score": "sketched"},
         "`policy=greats` takes products of whole gradients",
     ),
+    "contrast-in-parts": (
+        {"candidates": 8, "keep": 4, "contrast": True},
+        "scored together: give `batch_size=8`, not 3, or `score=sketched`",
+    ),
+    "contrast-adam": (
+        {"candidates": 8, "keep": 4, "batch_size": 8, "contrast": True, "score_metric": "adam"},
+        "`contrast` takes plain products",
+    ),
+    "contrast-random": (
+        {"candidates": 8, "keep": 4, "contrast": True, "policy": "random"},
+        "`policy=random` does not choose by scores alone",
+    ),
+    "contrast-without-candidates": ({"contrast": True}, "give `candidates`"),
     "unknown": ({"candidates": 8, "policy": "best"}, "`policy` 'best' is unknown; known: top-k, "),
     "regular": ({"candidates": 8, "keep": 4, "method": "Regular"}, "`method=Regular` gives none"),
     "no-function": ({"candidates": 8, "policy": 3}, "a name or a function of the candidates, not int"),

@@ -36,6 +36,7 @@ OVER_ALL = {
     "one-for-two": ("--policy", "threshold", "--threshold", "1e9"),
     "reweight": ("--policy", "reweight"),
     "one-pass": ("--keep", "4", "--choosing-passes", "one"),
+    "contrast": ("--keep", "4", "--contrast", "--score", "sketched"),
     "one-pass-reweight": ("--policy", "reweight", "--choosing-passes", "one"),
 }
 

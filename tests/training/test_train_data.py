@@ -122,6 +122,29 @@ def test_every_row_once_an_epoch(shards: dict[str, TokenShards], step_rows: int,
     )
 
 
+@given(step_rows=st.integers(1, 21), seed=st.integers(0, 3), epochs=st.integers(2, 5))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_row_twice_in_a_step(shards: dict[str, TokenShards], step_rows: int, seed: int, epochs: int) -> None:
+    """Of candidates: not where a step reaches over the end of an epoch either, and every row is there once an epoch."""
+    rows = TrainingRows.cut(shards["holes"], 9, "window")
+    count = len(rows.usable)
+    step_rows = min(step_rows, count)
+    order, plain = (Order(rows, seed=seed, step_rows=step_rows, apart=apart) for apart in (True, False))
+    steps = epochs * count // step_rows
+    each = [order.rows_of(step) for step in range(steps)]
+    assert all(len(set(drawn.tolist())) == step_rows for drawn in each)
+    seen = np.concatenate(each)
+    for epoch in range(epochs - 1):
+        assert sorted(seen[epoch * count : (epoch + 1) * count].tolist()) == rows.usable.tolist()
+    for step in range(count // step_rows):
+        assert each[step].tolist() == plain.rows_of(step).tolist()
+    again = Order(rows, seed=seed, step_rows=step_rows, apart=True)  # in any order of asking
+    for step in reversed(range(steps)):
+        assert again.rows_of(step).tolist() == each[step].tolist()
+        fresh = Order(rows, seed=seed, step_rows=step_rows, apart=True)
+        assert fresh.rows_of(step).tolist() == each[step].tolist()
+
+
 def test_default_is_one_pass(gym: Gym) -> None:
     trained = gym.train(corpus="prompts", max_steps=None, batch_size=4)
     assert trained.report.steps == 8

@@ -130,7 +130,7 @@ def resumes(gym: Gym, folder: Path, whole: Path, newest: int) -> None:
     ends_like(folder, whole)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.kill
 @pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment not in IN_A_ROW])
 def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
@@ -141,6 +141,7 @@ def test_killed(gym: Gym, whole: Path, moment: str, tmp_path: Path) -> None:
     resumes(gym, tmp_path, whole, newest)
 
 
+@pytest.mark.slow
 @pytest.mark.kill
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("number", FLUSHES)

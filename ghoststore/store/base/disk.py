@@ -1,4 +1,4 @@
-"""Writing so that a crash cannot undo or half-do it, and the errors of disks in words."""
+"""Writes that a crash can neither undo nor leave half done, and errors of disks in sentences."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def appearing(path: Path, *, over: bool = False) -> Iterator[Path]:
-    """Where to write what is to be the file ``path``: that appears whole, on disk, at the end, or not at all.
+    """Yield the path to write to; at the end the file ``path`` appears, whole and on the disk, or not at all.
 
-    What stands there already is replaced in one step with ``over``, and else left alone: FileExistsError. What a dead
-    process had begun of it is removed.
+    With ``over`` an existing file is replaced in one step; without, it stays and FileExistsError is raised. Unfinished
+    files of dead processes for ``path`` are removed.
     """
     for other in abandoned(path):
         remove(other)
     temporary = unfinished(path)
     try:
         yield temporary
-        # The bytes before the name: after a crash, a name on the disk means that all of the file is there, too.
+        # The bytes before the name: if the name is on the disk after a crash, the whole file is.
         flush(temporary)
         (os.replace if over else os.link)(temporary, path)
     finally:
@@ -59,7 +59,7 @@ def appearing(path: Path, *, over: bool = False) -> Iterator[Path]:
 
 
 def publish(path: Path, data: bytes) -> bool:
-    """Make ``path`` appear whole, on disk, with ``data``; False if it exists already (it is left alone)."""
+    """Make ``path`` appear whole, on the disk, with ``data``. Returns False, and changes nothing, if it exists."""
     try:
         with appearing(path) as temporary:
             temporary.write_bytes(data)
@@ -69,34 +69,34 @@ def publish(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Make ``path`` hold ``data``, on disk, in one step: a reader sees what was there before, or all of it."""
+    """Make ``path`` hold ``data``, on the disk, in one step: a reader sees the old file or the new one, never a mix."""
     with appearing(path, over=True) as temporary:
         temporary.write_bytes(data)
 
 
 UNFINISHED = re.compile(r"\..*\.tmp|.*\.[0-9a-f]{32}\.partial")
-"""Names of what a process that died had not finished: ours, and Zarr's."""
+"""Names of unfinished files: ours, and Zarr's."""
 
 
 def left_in(folder: Path) -> list[Path]:
-    """What writers that died left below ``folder``: their records, and files and folders that had no name yet."""
+    """What dead writers left below ``folder``: their records, and their unfinished files and folders."""
     ids: set[str] = set()
     records: list[Path] = []
-    begun: list[Path] = []
-    for inside, folders, files in os.walk(folder):
-        place = Path(inside)
+    unfinished_paths: list[Path] = []
+    for directory, folders, files in os.walk(folder):
+        parent = Path(directory)
         if FOLDER in folders:
-            for writer in writers(place):
+            for writer in writers(parent):
                 if writer.alive:
                     ids.add(writer.id)
                 else:
-                    records.append(place / FOLDER / f"{writer.id}.json")
-        begun += [place / name for name in (*folders, *files) if UNFINISHED.fullmatch(name)]
-    return [*records, *(path for path in begun if left_behind(path, ids))]
+                    records.append(parent / FOLDER / f"{writer.id}.json")
+        unfinished_paths += [parent / name for name in (*folders, *files) if UNFINISHED.fullmatch(name)]
+    return [*records, *(path for path in unfinished_paths if left_behind(path, ids))]
 
 
 def sweep(folder: Path) -> None:
-    """Remove what :func:`left_in` names, never what a living writer owns."""
+    """Remove what :func:`left_in` names; it never names what a living writer owns."""
     for path in left_in(folder):
         if path.parent.name == FOLDER:
             remove_dead(path.parent.parent)
@@ -105,7 +105,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -118,8 +118,9 @@ UNCHANGED = "Nothing was changed: run the same command again"
 
 @contextmanager
 def storage_errors(what: str, left: str = RESUMES) -> Iterator[None]:
-    """Turn the operating system's errors into StorageError: what was being written, why, what to do. ``left`` says in
-    what state things are.
+    """Turn errors of the operating system into StorageError: what was being written, why it failed, what to do.
+
+    ``left`` is the sentence on the state of the files.
     """
     try:
         yield
@@ -139,27 +140,29 @@ def storage_errors(what: str, left: str = RESUMES) -> Iterator[None]:
 
 
 def _number_of(error: Exception) -> int | None:
-    """The operating system's number of an error, hidden in the words of a library or not."""
+    """The operating system's number of an error, also if a library hides it in a text; None for other errors."""
     system = hidden_error(error) or (error if isinstance(error, OSError) else None)
     return None if system is None else system.errno
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
-"""What flock answers on file systems that have none."""
+"""Errors of flock on file systems without locks."""
 
 
 @contextmanager
 def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
-    """Hold ``folder`` against other writers: of this machine by its lock (flock), which ends with the process, and of
-    all machines by a record in it, see :func:`ghoststore.store.base.writers.at_work`.
+    """Keep other writers out of ``folder`` while the block runs.
 
-    BusyError if another one holds it; ``parameter`` is the one with which to choose another, None where there is none.
-    StorageError if the folder cannot be written.
+    A lock (flock), which ends with the process, excludes those of this machine; a record in the folder those of all
+    machines, see :func:`ghoststore.store.base.writers.at_work`.
+
+    BusyError if another process writes there; ``parameter`` names the parameter by which to choose another folder, None
+    if there is none. StorageError if the folder cannot be written.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        raise BusyError(busy(what, parameter, [])) from None  # just renamed or removed by the process that held it
+        raise BusyError(busy(what, parameter, [])) from None  # the process that held it has just renamed or removed it
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,31 +180,31 @@ def exclusive(folder: Path, what: str, parameter: str | None = "name") -> Iterat
 
 
 def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder ``path`` in one step: it appears whole, on the disk, or not at all. If it is there, nothing is
-    done.
+    """Make the folder ``path`` in one step: it appears whole, on the disk, or not at all. Do nothing if it exists.
 
-    ``fill`` writes its contents into a folder beside it that no other process has. Of several processes that make the
-    same, the first to finish gives it its name, and the others drop what they made. What one that died had begun is
-    removed. StorageError if the disk refuses.
+    ``fill`` writes the contents into a temporary folder beside it. If several processes make the same folder, the first
+    to finish names it, and the others drop their work. Unfinished folders of dead processes are removed.
+
+    StorageError if the disk refuses.
     """
     with storage_errors(str(path)):
         if path.exists():
             return
         for other in abandoned(path):
             remove(other)
-        begun = unfinished(path)
-        begun.mkdir()
+        temporary = unfinished(path)
+        temporary.mkdir()
         try:
-            with touched(begun):
-                fill(begun)
+            with touched(temporary):
+                fill(temporary)
                 # Everything inside before the name, as for a file.
-                for inside, _, names in os.walk(begun):
+                for directory, _, names in os.walk(temporary):
                     for name in names:
-                        flush(Path(inside) / name)
-                    flush(Path(inside))
-            os.rename(begun, path)  # fails on a folder that holds something
+                        flush(Path(directory) / name)
+                    flush(Path(directory))
+            os.rename(temporary, path)  # fails on a folder that holds something
         except BaseException as error:
-            remove(begun)
+            remove(temporary)
             if isinstance(error, OSError) and error.errno in (errno.EEXIST, errno.ENOTEMPTY) and path.is_dir():
                 return
             raise
@@ -209,7 +212,7 @@ def create_whole(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def publish_group(folder: Path, attributes: dict[str, Any]) -> None:
-    """A Zarr group, unless another process made it first; its metadata appear whole or not at all."""
+    """Make a Zarr group, unless another process did. Its metadata appear whole or not at all."""
     folder.mkdir(exist_ok=True)
     metadata = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
     publish(folder / "zarr.json", json.dumps(metadata, indent=2).encode())

@@ -1,7 +1,7 @@
-"""The manifest: what a part or a run was made of, in full, and the comparison that refuses anything else.
+"""The manifest: everything that a part or a run was made of, and the comparison with other settings.
 
-A manifest is plain JSON. Its kind's ``identity`` sections say what the numbers *are*: two manifests that differ
-there describe different parts, or runs. The others (``source``, ``software``, ``compute``) say how they were made.
+A manifest is plain JSON. The ``identity`` sections of its kind say what the numbers *are*: two manifests that differ
+there describe different parts or runs. The others (``source``, ``software``, ``compute``) say how they were made.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _JSON: dict[type, str] = {
     NoneType: "null",
 }
 Difference = tuple[str, Any, Any]
-"""(dotted path, stored value, value that is asked for or found)."""
+"""(dotted path, stored value, other value)."""
 SHOWN = 90
 """Characters of a value in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What a store holds in spans: parts and runs."""
+    """A kind of what a store holds in spans: parts or runs."""
 
     name: str
     made: str
-    """How it came about, in a word."""
+    """The verb of messages on how it was made."""
     identity: tuple[str, ...]
-    """Sections that must be equal for the work to go on."""
+    """Sections that must be equal to continue it."""
     description: tuple[str, ...]
     """Sections that may differ: paths, versions, devices."""
     parameter: str = "name"
     """The parameter that names it."""
     entries: Mapping[str, Mapping[str, Types]] = field(default_factory=dict)
-    """By section: entries that it must have, and what each may be (of lists, names). ``a.b`` is one of the object
-    ``a``, where there is one.
+    """By section, the entries that it must have and the types of each; lists hold names. ``a.b`` is an entry of the
+    object ``a``, if that is not null.
     """
 
 
@@ -78,7 +78,7 @@ PART = Kind(
         "dtype",
     ),
     description=("source", "software", "compute", "coverage"),
-    # Those that tell a model and a tokenizer from others are asked for where they are compared, with what to do.
+    # The entries that identify a model and a tokenizer are checked where they are compared: the advice is known there.
     entries={
         "corpus": {
             **_CORPUS,
@@ -133,8 +133,10 @@ RUN = Kind(
 
 
 def attributes_of(manifest: Manifest, files: Mapping[str, str]) -> dict[str, Any]:
-    """The attributes of a part's or run's group: format version, manifest, SHA-256 of every other file that is written
-    when it is made and never again (by path in it), and the checksums of both.
+    """The attributes of a part's or run's group.
+
+    They are the format version, the manifest, the SHA-256 by path of every other file that is written once, when the
+    part or run is made (``files``), and the checksums of manifest and files.
     """
     return {
         "ghoststore_format": FORMAT_VERSION,
@@ -151,10 +153,10 @@ def manifest_of(attributes: Mapping[str, Any], where: str, kind: Kind) -> tuple[
     MismatchError for another format version, CorruptError if a checksum does not hold.
     """
     check_format(attributes, where)
-    for name, what in (("manifest", "the manifest"), ("files", "the list of files")):
+    for name, words in (("manifest", "the manifest"), ("files", "the list of files")):
         value = attributes.get(name)
         if not isinstance(value, dict) or attributes.get(f"{name}_sha256") != json_digest(value):
-            raise CorruptError(f"{where} does not hold {what} that was written: its checksum does not fit")
+            raise CorruptError(f"{where} does not hold {words} that was written: its checksum does not fit")
     manifest, files = attributes["manifest"], attributes["files"]
     missing = [name for name in (*kind.identity, *kind.description) if name not in manifest]
     if missing:
@@ -166,30 +168,30 @@ def manifest_of(attributes: Mapping[str, Any], where: str, kind: Kind) -> tuple[
 
 
 def _check_sections(manifest: Manifest, where: str, kind: Kind) -> None:
-    """CorruptError naming the section, or the entry, that is not what every {kind} has: nothing that reads it later has
-    to expect anything else.
-    """
+    """CorruptError naming a section or entry of another type than every part or run has. Later readers rely on this."""
     for section in (*kind.identity, *kind.description):
-        value, wanted = manifest[section], list if section == "layers" else dict
-        if not isinstance(value, wanted):
+        value, expected = manifest[section], list if section == "layers" else dict
+        if not isinstance(value, expected):
             raise CorruptError(
-                f"{where}: section {section!r} of its manifest is {_found(value)}; {_JSON[wanted]} is due"
+                f"{where}: section {section!r} of its manifest is {_described(value)}; {_JSON[expected]} is due"
             )
         if isinstance(value, list) and not all(_is_layer(layer) for layer in value):
             raise CorruptError(f"{where}: section {section!r} of its manifest is no list of layers")
         for name, types in kind.entries.get(section, {}).items():
-            due = " or ".join(_JSON[one] for one in types)
+            expected_types = " or ".join(_JSON[kind_of_value] for kind_of_value in types)
             holder, _, last = name.rpartition(".")
             entries = manifest[section][holder] if holder else manifest[section]
             if entries is None:
                 continue
             if last not in entries:
-                raise CorruptError(f"{where} lacks '{section}.{name}' in its manifest; {due} is due")
+                raise CorruptError(f"{where} lacks '{section}.{name}' in its manifest; {expected_types} is due")
             entry = entries[last]
             # True is an int to Python, not to JSON.
             fits = isinstance(entry, types) and (not isinstance(entry, bool) or bool in types)
-            if not fits or (isinstance(entry, list) and not all(isinstance(one, str) for one in entry)):
-                raise CorruptError(f"{where}: '{section}.{name}' of its manifest is {_found(entry)}; {due} is due")
+            if not fits or (isinstance(entry, list) and not all(isinstance(name, str) for name in entry)):
+                raise CorruptError(
+                    f"{where}: '{section}.{name}' of its manifest is {_described(entry)}; {expected_types} is due"
+                )
 
 
 def _is_layer(value: Any) -> bool:
@@ -197,7 +199,7 @@ def _is_layer(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
-def _found(value: Any) -> str:
+def _described(value: Any) -> str:
     return f"{value!r:.60} ({_JSON.get(type(value), type(value).__name__)})"
 
 
@@ -213,31 +215,31 @@ def check_format(attributes: Mapping[str, Any], where: str) -> None:
         )
 
 
-def differences(stored: Any, wanted: Any, path: str = "") -> list[Difference]:
-    """(path, stored value, wanted value) wherever two JSON values differ."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        inside = []
-        for key in sorted({*stored, *wanted}):
-            inside += differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
-        return inside
-    return [] if stored == wanted else [(path, stored, wanted)]
+def differences(stored: Any, other: Any, path: str = "") -> list[Difference]:
+    """(path, stored value, other value) for each place where two JSON values differ."""
+    if isinstance(stored, dict) and isinstance(other, dict):
+        different = []
+        for key in sorted({*stored, *other}):
+            different += differences(stored.get(key), other.get(key), f"{path}.{key}" if path else key)
+        return different
+    return [] if stored == other else [(path, stored, other)]
 
 
 def difference_lines(different: Sequence[Difference], verb: str = "asked for") -> str:
-    """A line for each of the first differences: its path and both values, long ones from where they part."""
+    """A line for each of the first differences: its path and both values, long ones from where they differ."""
     lines = []
-    for path, stored, wanted in different[:12]:
-        old, new = _shown(stored, wanted)
+    for path, stored, other in different[:12]:
+        old, new = _excerpts(stored, other)
         lines.append(f"  {path}: stored {old}, {verb} {new}")
     if len(different) > 12:
         lines.append(f"  … and {len(different) - 12} more")
     return "\n".join(lines)
 
 
-def _shown(stored: Any, wanted: Any) -> tuple[str, str]:
-    """Both values; of long ones a piece from where they part."""
-    old, new = repr(stored), repr(wanted)
-    same = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+def _excerpts(stored: Any, other: Any) -> tuple[str, str]:
+    """Both values as text; of long ones an excerpt from where they differ."""
+    old, new = repr(stored), repr(other)
+    same = next((index for index, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     start = same - 30 if same > SHOWN - 30 else 0
     pieces = (f"…{text[start:]}" if start else text for text in (old, new))
     old, new = (text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}…" for text in pieces)
@@ -245,7 +247,7 @@ def _shown(stored: Any, wanted: Any) -> tuple[str, str]:
 
 
 def refuse_differences(stored: Manifest, wanted: Manifest, where: str, kind: Kind = PART) -> None:
-    """MismatchError listing every identity value that differs, both sides shown."""
+    """MismatchError listing every identity value that differs, with both values."""
     different = [d for section in kind.identity for d in differences(stored[section], wanted[section], section)]
     if different:
         raise MismatchError(

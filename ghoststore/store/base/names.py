@@ -1,4 +1,4 @@
-"""What parts, runs and indexes may be called, and the version of the format that they are written in."""
+"""Valid names of parts, runs and indexes, and the version of the format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ghoststore.errors import UsageError
 
 FORMAT_VERSION = 1
 METADATA = "zarr.json"
-"""Stands beside parts and runs: no name of one."""
+"""A file beside parts and runs, so none can have this name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -28,6 +28,6 @@ def check_name(name: str, what: str = "part") -> str:
 
 
 def safe_name(*pieces: str) -> str:
-    """A valid name made of ``pieces`` (other characters become '-')."""
+    """A valid name made of ``pieces``. Characters that a name cannot have become '-'."""
     joined = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "-", piece).strip("-._") for piece in pieces if piece)
     return check_name(joined.strip("-._")[:128] or "part")

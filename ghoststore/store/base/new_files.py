@@ -1,9 +1,9 @@
-"""Files for users: each appears whole, on the disk, or not at all; and so do several that belong together.
+"""Files for users: each appears whole, on the disk, or not at all. So do several that belong together.
 
-Several (`new_files`) are written aside, each in a folder of its own. Then a mark, ``.NAME.unfinished`` beside the
-first, says what they are; each gets its name, the last one last; and the mark goes. A process that is killed in between
-leaves the mark, and the next call takes back what has its name already: only files that are, byte for byte, what the
-mark says.
+`new_files` writes each file in a temporary folder of its own. Then a mark, ``.NAME.unfinished`` beside the first file,
+records their checksums; the files get their names, the last path last; and the mark is removed. A process that is
+killed in between leaves the mark. The next call then removes the files that already have their names, but only those
+that are, byte for byte, what the mark says.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ghoststore.store.base.writers import is_forgotten, own_id, touched, unfinis
 from ghoststore.store.base.writers import left_behind as left_by_dead
 
 LOOKS, PAUSE = 100, 0.1
-"""How often, and after how many seconds, to look whether another process has named its files."""
+"""Attempts, and seconds between them, to wait until another process has named its files."""
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What link answers on file systems that have none (FAT, mounted buckets)."""
+"""Errors of link on file systems without hard links (FAT, mounted buckets)."""
 LONGEST = 100
-"""Bytes of a name that stand in the name of what is beside it."""
+"""Most bytes of a file's name that are repeated in the name of its temporary file or mark."""
 
 
 def check_new(what: str, path: Path, *others: Path) -> None:
-    """UsageError if ``path``, called ``what``, exists, or the folder that it is to be in does not.
+    """UsageError if ``path`` exists, or its folder does not. ``what`` is its name in the message.
 
-    ``others`` are written with it, by `new_files`: what a killed call of that left may stand there.
+    ``others`` are written with it by `new_files`; what a killed call of that left behind may exist.
     """
     if os.path.lexists(path) and path not in left_behind([path, *others]):
         raise UsageError(f"{what} exists; nothing was written. Give another path, or remove it")
@@ -48,17 +48,16 @@ def check_new(what: str, path: Path, *others: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """The operating system's errors in words. UsageError if ``path`` came to exist meanwhile, else StorageError."""
+    """Turn errors of the operating system into UsageError if ``path`` exists by now, else into StorageError."""
     try:
         yield
     except FileExistsError as error:
-        there = error.filename2 or path
-        raise UsageError(f"{there} exists by now; nothing was written. Give another path, or remove it") from error
+        existing = error.filename2 or path
+        raise UsageError(f"{existing} exists by now; nothing was written. Give another path, or remove it") from error
     except OSError as error:
         system = hidden_error(error) or error
-        if system.errno is None or not _concerns(
-            system, path
-        ):  # ours, a library's own words, or of a file that is read
+        # Others are our own errors, sentences of a library, or errors of a file that is read.
+        if system.errno is None or not _concerns(system, path):
             raise
         raise StorageError(
             f"cannot write {path}: {reason_of(system)}. Nothing was written under that name: run the same command again"
@@ -67,9 +66,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
-    """Where to write what is to be the new file ``path``; with ``over`` what stands there is replaced in one step.
+    """Yield the path to write to; at the end it becomes the new file ``path``.
 
-    Errors as of `writing`.
+    With ``over`` an existing file is replaced in one step. Raises as `writing`.
     """
     with writing(path), _aside(path, over=over) as temporary:
         yield temporary
@@ -77,7 +76,7 @@ def new_file(path: Path, *, over: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _aside(path: Path, *, over: bool = False) -> Iterator[Path]:
-    """As `new_file`; what the system refuses is raised as it is, FileExistsError among it."""
+    """As `new_file`, but with the errors of the operating system as they are, FileExistsError among them."""
     temporary = unfinished(path)
     _sweep(path)
     try:
@@ -90,7 +89,7 @@ def _aside(path: Path, *, over: bool = False) -> Iterator[Path]:
         _move(temporary, path)
         try:
             flush(path.parent)
-        except OSError:  # whether it has its name after a crash is not known: what was refused does not stay
+        except OSError:  # after a crash the name might be gone: a file that was refused must not stay
             path.unlink()
             raise
     finally:
@@ -99,10 +98,10 @@ def _aside(path: Path, *, over: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def new_files(*paths: Path) -> Iterator[list[Path]]:
-    """Where to write what are to be the new files or folders ``paths``, which get their names together, the last one
-    last. Each keeps its name, in a folder aside.
+    """Yield the paths to write to; at the end they become the new files or folders ``paths`` together, in this order.
 
-    Errors as of `writing`; BusyError while another process gives the same files their names.
+    Each has its final name, in a temporary folder. Raises as `writing`; BusyError while another process names the same
+    files.
     """
     folders = [unfinished(path) for path in paths]
     staged = [folder / path.name for folder, path in zip(folders, paths, strict=True)]
@@ -124,20 +123,20 @@ def new_files(*paths: Path) -> Iterator[list[Path]]:
 
 
 def left_behind(paths: Sequence[Path]) -> set[Path]:
-    """Those of ``paths`` to which a killed `new_files` gave their names, and which are unchanged."""
-    found: set[Path] = set()
+    """Those of ``paths`` that a killed call of `new_files` has named, and that are unchanged."""
+    unchanged: set[Path] = set()
     for path in paths:
         try:
             with reading(_mark(path), advice="remove it"):
                 files = read_record(_mark(path))["files"]
-                found |= {one for one in paths if _key(one) in files and _digest(one) == files[_key(one)]}
+                unchanged |= {file for file in paths if _key(file) in files and _digest(file) == files[_key(file)]}
         except (FileNotFoundError, NotADirectoryError):
             continue
-    return found
+    return unchanged
 
 
 def _name(staged: Sequence[Path], paths: Sequence[Path]) -> None:
-    """Give the ``staged`` files, which are complete, their names."""
+    """Give the complete ``staged`` files their names."""
     for file in staged:
         _flush_all(file)
     digests = {_key(path): str(_digest(file)) for path, file in zip(paths, staged, strict=True)}
@@ -147,15 +146,15 @@ def _name(staged: Sequence[Path], paths: Sequence[Path]) -> None:
         try:
             with _aside(mark) as file:
                 file.write_bytes(seal({"by": this_process(), "files": digests}))
-        except FileExistsError:  # though nobody else should be here: flock does nothing
+        except FileExistsError:  # another process is here, so flock has no effect
             raise BusyError(
                 f"{paths[0]} is being written by another process; wait for it, or give another path"
             ) from None
         named: list[Path] = []
         try:
             for path, file in zip(paths, staged, strict=True):
-                if path is paths[-1]:  # it says that the others are there: also after a crash
-                    for parent in {other.parent for other in named}:
+                if path is paths[-1]:  # it tells readers that the others exist, also after a crash
+                    for parent in {file_path.parent for file_path in named}:
                         flush(parent)
                 _move(file, path)
                 named.append(path)
@@ -169,13 +168,13 @@ def _name(staged: Sequence[Path], paths: Sequence[Path]) -> None:
 
 
 def _take_back(mark: Path, paths: Sequence[Path], digests: Mapping[str, str]) -> None:
-    """Undo what a killed process had begun to name. UsageError if it had named everything, and that is not the same."""
+    """Undo what a killed process named. UsageError if it had named all files, and theirs differ from ours."""
     try:
         with reading(mark, advice="remove it"):
             record = read_record(mark)
             by, files = record["by"], record["files"]
             gone = is_gone(by)
-            # Nobody touches a mark: naming files takes far less than what a writer may be silent.
+            # A mark is never touched: naming files takes far less time than a writer may be silent.
             if gone is False or (gone is None and not is_forgotten(mark)):
                 raise BusyError(
                     f"{paths[0]} is being written by process {by['pid']} on {by['host']}; wait for it, or give "
@@ -183,20 +182,20 @@ def _take_back(mark: Path, paths: Sequence[Path], digests: Mapping[str, str]) ->
                 )
     except FileNotFoundError:
         return
-    there = left_behind(paths)
-    if len(there) == len(files) and files != digests:
+    existing = left_behind(paths)
+    if len(existing) == len(files) and files != digests:
         mark.unlink()
         raise UsageError(f"{paths[0]} exists; nothing was written. Give another path, or remove it")
-    for path in there:
+    for path in existing:
         _remove(path)
     mark.unlink()
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process names files in ``folder``, which takes a moment; BusyError if it takes long.
+    """Wait until no other process names files in ``folder``. BusyError if that takes long.
 
-    Does nothing where flock does nothing.
+    Without effect on file systems without locks.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -218,7 +217,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _concerns(error: OSError, path: Path) -> bool:
-    """Whether what was refused is ``path``, or what is written aside for it."""
+    """Whether the error is about ``path`` or a temporary file for it."""
     name = error.filename
     return not isinstance(name, str | Path) or Path(os.path.abspath(name)).is_relative_to(_key(path.parent))
 
@@ -227,15 +226,15 @@ def _move(file: Path, path: Path) -> None:
     """Give ``file``, or a folder, the name ``path``; FileExistsError if something has it."""
     if not file.is_dir():
         try:
-            os.link(file, path)  # at once both: whether something stands there, and the name
+            os.link(file, path)  # names the file and fails if something exists, in one step
             return
         except OSError as error:
             with suppress(OSError):
                 if os.path.samefile(file, path):
-                    return  # done, though the answer of the file system was lost
+                    return  # done, though the reply of the file system was lost
             if error.errno not in NO_LINKS:
                 raise
-    # Folders have no links, nor do some file systems: a file that appears between these two lines is lost.
+    # Folders cannot be linked, nor files on some file systems: a file that appears between these two lines is lost.
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file), None, str(path))
     os.rename(file, path)
@@ -249,18 +248,18 @@ def _remove(path: Path) -> None:
 
 
 def _flush_all(path: Path) -> None:
-    """A file, or everything in a folder."""
+    """Flush a file, or everything in a folder."""
     if path.is_dir():
-        for inside, _, names in os.walk(path):
+        for directory, _, names in os.walk(path):
             for name in names:
-                flush(Path(inside) / name)
-            flush(Path(inside))
+                flush(Path(directory) / name)
+            flush(Path(directory))
     else:
         flush(path)
 
 
 def _digest(path: Path) -> str | None:
-    """Of the content of a file or of everything in a folder; None for anything else."""
+    """SHA-256 of a file, or of everything in a folder; None for anything else."""
     if path.is_symlink():
         return None
     if path.is_file():
@@ -280,7 +279,7 @@ def _mark(path: Path) -> Path:
 
 
 def _cut(name: str) -> str:
-    """``name``, or what a name beside it has room for."""
+    """``name``, cut if it is long, so that there is room for a prefix and a suffix."""
     data = os.fsencode(name)
     if len(data) <= LONGEST:
         return name
@@ -288,11 +287,11 @@ def _cut(name: str) -> str:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what dead processes left beside ``path`` in writing it, and its mark."""
+    """Remove temporary files of dead processes for ``path`` and for its mark."""
     for name in (path, _mark(path)):
-        # As `unfinished` writes it, cut where it is long.
-        begin = unfinished(name).name.rpartition(own_id())[0]
-        for other in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        # The form of `unfinished`, which cuts long names.
+        prefix = unfinished(name).name.rpartition(own_id())[0]
+        for other in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
             if left_by_dead(other, set()):
                 _remove(other)
 

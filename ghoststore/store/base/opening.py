@@ -1,7 +1,7 @@
-"""Opening what a store, a checkpoint or a corpus holds: regular files alone, without waiting, never beyond a limit.
+"""Opens files of a store, a checkpoint or a corpus: only regular ones, without waiting, never beyond a limit.
 
-A folder may come from anywhere. A pipe in place of a file would be waited for without end, a device read without end;
-a link may lead anywhere; and a few bytes of JSON may ask for gigabytes of objects.
+A folder may come from anywhere. A pipe in place of a file would block forever, a device would never end, a link may
+lead anywhere, and a few bytes of JSON may ask for gigabytes of objects.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from ghoststore.errors import CorruptError
 
 DEEPEST = 64
-"""Objects and lists of JSON inside one another."""
+"""Most levels of nested objects and lists in JSON."""
 MOST_VALUES = 1 << 22
-"""Of one JSON document; each may take some 80 bytes in memory, whatever it takes in the file."""
+"""Most values of a JSON document: each may take about 80 bytes in memory, however few in the file."""
 
-# A pipe without a writer is opened at once, a terminal does not become ours, and no child gets the descriptor.
+# So that a pipe without a writer opens at once, a terminal does not become ours, and no child gets the descriptor.
 _FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-# Where the system can, a folder on the way is only walked through: on network file systems, opening it costs a request.
+# With O_PATH a folder on the way is not opened: on network file systems, opening it costs a request.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -36,13 +36,13 @@ _KINDS = (
 
 
 def open_regular(path: Path, within: Path | None = None) -> FileIO:
-    """The regular file at ``path`` for reading, unbuffered. Never waits.
+    """Open the regular file at ``path`` for reading, unbuffered. It never waits.
 
-    With ``within`` it must lie below that folder, and no link on the way from there is followed: a part of a store may
-    be a link as a whole, nothing inside it may be one.
+    With ``within`` the file must lie below that folder, and no link on the way from there is followed: a part may be a
+    link as a whole, but nothing inside it may be one.
 
-    FileNotFoundError or NotADirectoryError where nothing is there; CorruptError for anything but a regular file, for a
-    link, for a name that no file can have, and where the system refuses (it says why).
+    FileNotFoundError or NotADirectoryError if nothing is there. CorruptError for anything but a regular file, for a
+    link, for a name that no file can have, and if the system refuses.
     """
     try:
         handle = os.open(path, _FILE) if within is None else _open_below(path, within)
@@ -64,7 +64,7 @@ def open_regular(path: Path, within: Path | None = None) -> FileIO:
 
 
 def _open_below(path: Path, within: Path) -> int:
-    # As text: each chunk that is read comes by here, and pathlib takes as long as the system.
+    # As text: every chunk is opened here, and pathlib would take as long as the system itself.
     folder = f"{within}/"
     names = str(path).removeprefix(folder).split("/")
     if not str(path).startswith(folder) or ".." in names or "" in names:
@@ -85,15 +85,15 @@ def _open_below(path: Path, within: Path) -> int:
 
 
 def _refuse_link(names: Sequence[str], within: Path) -> None:
-    place = within
+    path = within
     for name in names:
-        place /= name
-        if place.is_symlink():
-            raise CorruptError(f"{place} is a link, and inside {within} none is followed; put the file itself there")
+        path /= name
+        if path.is_symlink():
+            raise CorruptError(f"{path} is a link, and inside {within} none is followed; put the file itself there")
 
 
 def links_below(folder: Path) -> Iterator[Path]:
-    """Links in ``folder`` and all folders inside it. Nothing where it is not there."""
+    """Links in ``folder`` and in all folders inside it; none if it does not exist."""
     pending = [folder]
     while pending:
         try:
@@ -109,36 +109,35 @@ def links_below(folder: Path) -> Iterator[Path]:
 
 
 def refuse_links(folder: Path) -> None:
-    """CorruptError naming a link below ``folder``: who writes there, or removes, must not do it elsewhere."""
-    for place in links_below(folder):
-        raise CorruptError(f"{place} is a link, and inside {folder} none is followed; put the file itself there")
+    """CorruptError naming a link below ``folder``: through one, a write or a removal would reach another place."""
+    for link in links_below(folder):
+        raise CorruptError(f"{link} is a link, and inside {folder} none is followed; put the file itself there")
 
 
 def size_of(path: Path, within: Path | None = None) -> int:
-    """Bytes of a regular file; raises as :func:`open_regular`."""
+    """Bytes of a regular file. Raises as :func:`open_regular`."""
     with open_regular(path, within) as file:
         return os.fstat(file.fileno()).st_size
 
 
 def read_bounded(path: Path, largest: int, within: Path | None = None) -> bytes:
-    """The bytes of a file; ValueError for one of more than ``largest``, before it is read. Raises as
-    :func:`open_regular`.
-    """
+    """Read a file. ValueError if it has more than ``largest`` bytes, else errors of :func:`open_regular`."""
     with BufferedReader(open_regular(path, within)) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise ValueError(f"it is too large: {size:,} bytes, at most {largest:,} are read")
         data = file.read(size + 1)
-        if len(data) > size:  # of /proc, say, where each file claims to be empty
+        if len(data) > size:  # as in /proc, where every file claims to be empty
             raise ValueError("it has more bytes than its size says")
         return data
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON document. ValueError for one that nests deeper than DEEPEST or has more than MOST_VALUES
-    values, and for what is no JSON.
+    """Parse a JSON document.
+
+    ValueError if it is no JSON, nests deeper than DEEPEST levels or has more than MOST_VALUES values.
     """
-    # Each value but the first of its list follows a comma or a bracket: counting these is cheap, and never too low.
+    # Every value follows a comma or an opening bracket, so counting these is cheap and never too low.
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:

@@ -1,4 +1,4 @@
-"""Which manifests this user wrote on this machine: the paths that these name may be opened, no others.
+"""Remembers which manifests this user wrote on this machine: only the paths that these name may be opened.
 
 A manifest's ``source`` says where checkpoint and corpus lay. A store may come from anywhere, so a path in it is a hint
 for people; following it would open files, or ask a hub, that somebody else chose. What this user's own build, training
@@ -20,18 +20,20 @@ from ghoststore.store.base.records import json_digest
 
 
 def own_folder() -> Path:
-    """Where entries lie. RuntimeError where there is neither the variable nor a home."""
-    named = os.environ.get("XDG_STATE_HOME", "")
-    state = Path(named) if os.path.isabs(named) else Path.home() / ".local" / "state"
+    """The folder of the entries. RuntimeError if there is neither the variable nor a home."""
+    variable = os.environ.get("XDG_STATE_HOME", "")
+    state = Path(variable) if os.path.isabs(variable) else Path.home() / ".local" / "state"
     return state / "ghoststore" / "own"
 
 
 def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
-    """Remember that this user gave the paths ``source``, if these are those that ``manifest`` has; ``where`` it lies
-    is for people who look into the folder. What is wrong, in words, where that cannot be.
+    """Remember that this user gave the paths in ``source``, if ``manifest`` has the same.
+
+    ``where`` the manifest lies is noted for people who look into the folder. Returns a warning if the entry cannot be
+    written, else None.
     """
     if any(manifest["source"].get(name) != source.get(name) for name in PATHS):
-        return None  # begun with others, maybe by somebody else
+        return None  # begun with other paths, maybe by another user
     problem = remember_digest(json_digest(manifest), where)
     return problem and (
         f"that these paths are yours cannot be remembered ({problem}): commands that read the checkpoint or the corpus "
@@ -40,15 +42,16 @@ def remember(manifest: Manifest, source: Manifest, where: Path) -> str | None:
 
 
 def remember_digest(digest: str, where: Path) -> str | None:
-    """Remember that this user wrote what has the SHA-256 ``digest``, lying at ``where``. What is wrong, in words, where
-    that cannot be.
+    """Remember that this user wrote the file at ``where`` with the SHA-256 ``digest``.
+
+    Returns what is wrong if the entry cannot be written, else None.
     """
     try:
         folder = own_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         entry = folder / digest
         if not is_own_digest(digest):
-            entry.unlink(missing_ok=True)  # another user's, who worked with this home
+            entry.unlink(missing_ok=True)  # made by another user who worked with this home
             entry.write_text(f"{where.absolute()}\n", errors="replace")
     except (OSError, RuntimeError) as error:
         return str(error)
@@ -61,7 +64,7 @@ def is_own(manifest: Manifest) -> bool:
 
 
 def is_own_digest(digest: str) -> bool:
-    """Whether this user wrote what has the SHA-256 ``digest``, see :func:`remember_digest`."""
+    """Whether this user wrote the file with the SHA-256 ``digest``, see :func:`remember_digest`."""
     try:
         status = os.lstat(own_folder() / digest)
     except (OSError, RuntimeError):
@@ -74,10 +77,10 @@ PATHS = ("checkpoint", "tokenizer", "data", "corpus")
 
 
 def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> str | None:
-    """The path of the ``checkpoint``, the ``tokenizer``, the ``data`` or the ``corpus`` behind ``whose`` manifest:
-    ``given`` by the user, or else the one that is recorded, if this user recorded it. None where none is recorded.
+    """The path of the ``checkpoint``, ``tokenizer``, ``data`` or ``corpus`` (``name``) of a manifest.
 
-    UsageError, naming ``parameter``, for one that the user has to give.
+    It is ``given`` by the user, else the recorded one, if this user recorded it; None if none is recorded. ``whose``
+    manifest it is is said in messages. UsageError, naming ``parameter``, if the user has to give it.
     """
     if given is not None:
         return str(given)
@@ -85,8 +88,8 @@ def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given
     if path is None or path == "-":
         return None
     what = "corpus" if name in ("data", "corpus") else name
-    shown = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
-    give = f"if that is the one, give it: `{parameter}={shown:.200}`"
+    printable = str(path).encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be printed
+    give = f"if that is the one, give it: `{parameter}={printable:.200}`"
     if not isinstance(path, str) or not os.path.isabs(path):
         raise UsageError(
             f"{whose} names {path!r:.200} as its {what}: no path on this machine, and nothing is fetched because a "

@@ -1,6 +1,6 @@
-"""Sealed records, and checksums of files: small JSON with a checksum of itself, which may name files with theirs.
+"""Sealed records: small JSON files with a checksum of themselves. They may name other files, with their checksums.
 
-Commit records, the manifests of indexes, token shards and gradients, states of training and caches are all records.
+Commit records, manifests of indexes, token shards and gradients, states of training and caches are all records.
 :mod:`ghoststore.store.base.disk` makes them appear whole.
 """
 
@@ -22,7 +22,7 @@ from ghoststore.store.base.opening import parse_json, size_of
 from ghoststore.store.base.opening import read_bounded as read_bounded
 
 CHECKSUM = "record_sha256"
-"""The key of a record's checksum of itself, where the format has no other name for it."""
+"""The key of a record's own checksum, unless the format names another."""
 LARGEST_RECORD = 1 << 20
 
 
@@ -32,13 +32,13 @@ def json_digest(value: Any) -> str:
 
 
 def seal(value: dict[str, Any], key: str = CHECKSUM, *, indent: int | None = 1, ascii_only: bool = True) -> bytes:
-    """The bytes of a record: a function of ``value`` alone, with a checksum of itself under ``key``."""
+    """The bytes of a record: ``value`` with its own checksum under ``key``. They depend on nothing else."""
     sealed = {**value, key: json_digest(value)}
     return (json.dumps(sealed, indent=indent, ensure_ascii=ascii_only) + "\n").encode()
 
 
 def unseal(data: bytes, key: str = CHECKSUM) -> dict[str, Any]:
-    """What :func:`seal` was given; ValueError if it was not made by it."""
+    """The value that :func:`seal` was given. ValueError if the bytes are not a sealed record."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
@@ -48,7 +48,7 @@ def unseal(data: bytes, key: str = CHECKSUM) -> dict[str, Any]:
 
 
 def write_record(path: Path, value: dict[str, Any]) -> None:
-    """Make ``path`` hold ``value`` and its checksum, on disk, in one step."""
+    """Make ``path`` hold ``value`` and its checksum, on the disk, in one step."""
     replace(path, seal(value))
 
 
@@ -60,7 +60,8 @@ def read_record(
     advice: str = "",
     within: Path | None = None,
 ) -> dict[str, Any]:
-    """What :func:`seal` made of a record, which must lie ``within`` a folder, without links, if that is given.
+    """Read and unseal a record. With ``within`` it must lie below that folder, without a link on the way.
+
     FileNotFoundError if nothing is there, CorruptError if it is damaged.
     """
     with reading(path, advice=advice):
@@ -69,8 +70,9 @@ def read_record(
 
 @contextmanager
 def reading(path: Path, wrong: str = "is damaged", advice: str = "") -> Iterator[None]:
-    """Turn whatever reading a record raises that is not what was written into CorruptError:
-    "``path`` ``wrong`` (why); ``advice``". FileNotFoundError and NotADirectoryError pass, for nothing is there then.
+    """Turn errors of reading a damaged record into CorruptError: "``path`` ``wrong`` (why); ``advice``".
+
+    FileNotFoundError and NotADirectoryError pass: nothing is there then.
     """
     try:
         yield
@@ -90,7 +92,7 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path, within: Path | None = None) -> FileRecord:
-        """Read ``path``, in bounded memory; raises as :func:`open_regular`."""
+        """Of the file at ``path``, read in bounded memory. Raises as :func:`open_regular`."""
         with open_regular(path, within) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(bytes=file.tell(), sha256=digest)
@@ -107,7 +109,7 @@ class FileRecord:
         return asdict(self)
 
     def damage(self, path: Path, within: Path | None = None) -> str | None:
-        """What is wrong with the file at ``path``; None if it is what was written. Reads it whole."""
+        """What is wrong with the file at ``path``, read whole; None if it is what was written."""
         return damage(path, self.sha256, self.bytes, within)
 
     def check(self, path: Path, advice: str = "", within: Path | None = None) -> None:
@@ -119,15 +121,15 @@ MISSING = "missing"
 
 
 def damage(path: Path, sha256: str, size: int | None = None, within: Path | None = None) -> str | None:
-    """What is wrong with a file that was written with this SHA-256, and ``size`` if it is known; None: nothing.
+    """What is wrong with a file that was written with this SHA-256 (and ``size``, if known); None if nothing is.
 
     With ``within`` it must lie below that folder, without a link on the way.
     """
     try:
         # The size first: a file that was cut, or replaced by a huge one, is not read.
-        there = size_of(path, within)
-        if size is not None and there != size:
-            return f"{there} bytes; {size} were written"
+        present = size_of(path, within)
+        if size is not None and present != size:
+            return f"{present} bytes; {size} were written"
         return None if FileRecord.of(path, within).sha256 == sha256 else "its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return MISSING
@@ -139,12 +141,12 @@ def damage(path: Path, sha256: str, size: int | None = None, within: Path | None
 
 def check_file(path: Path, sha256: str, size: int | None = None, advice: str = "", within: Path | None = None) -> None:
     """CorruptError if :func:`damage` finds any."""
-    wrong = damage(path, sha256, size, within)
-    if wrong is not None:
-        what = "is missing" if wrong == MISSING else f"is not what was written: {wrong}"
-        raise CorruptError(f"{path} {what}{advice and f'; {advice}'}")
+    problem = damage(path, sha256, size, within)
+    if problem is not None:
+        sentence = "is missing" if problem == MISSING else f"is not what was written: {problem}"
+        raise CorruptError(f"{path} {sentence}{advice and f'; {advice}'}")
 
 
 def digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of ``files`` by their path in ``folder``, sorted; folders among them are left out."""
+    """SHA-256 of ``files`` by their path in ``folder``, sorted. Folders among them are left out."""
     return {str(file.relative_to(folder)): FileRecord.of(file).sha256 for file in sorted(files) if file.is_file()}

@@ -1,4 +1,4 @@
-"""Whether a folder can be written, found out before hours of work are to end there."""
+"""Checks that a folder can be written, before hours of work that would end there."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from ghoststore.store.base.writers import abandoned, unfinished
 
 
 def check_writable(folder: Path) -> None:
-    """StorageError unless a file can be made in ``folder``, or, where it is not there yet, in the nearest folder above
-    it that is.
+    """StorageError unless a file can be made in ``folder`` or, if it does not exist, in the nearest folder above.
 
-    By making one and removing it: permissions do not tell of a disk that is mounted read-only, nor of a quota.
+    It makes a file and removes it: permissions do not show a read-only mount or a quota.
     """
     what = str(folder)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    path = unfinished(folder / "writable")  # a name that says whose it is, should this process be killed here
+    path = unfinished(folder / "writable")  # its name says who made it, in case this process is killed here
     with storage_errors(what, UNCHANGED):
         for other in abandoned(folder / "writable"):
             other.unlink(missing_ok=True)

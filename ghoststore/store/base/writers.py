@@ -1,8 +1,8 @@
-"""Who writes in a folder: a small file for each process at work there, ``.writers/<host>-<pid>-<random>.json``.
+"""The processes that write in a folder: a record for each, ``.writers/<host>-<pid>-<random>.json``.
 
-A lock (flock) tells processes of one machine apart, and on many network file systems nothing beyond it. These records
-are seen by every machine: they refuse a second writer by name, and say whose the unfinished files are. They are not
-what keeps committed rows whole (:mod:`ghoststore.store.spans.commits` is).
+On many network file systems a lock (flock) excludes only processes of the same machine. Every machine sees these
+records: they name the writer that a second one is refused for, and the owners of unfinished files. Committed rows do
+not depend on them; :mod:`ghoststore.store.spans.commits` protects those.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ghoststore.processes import HOST_PROCESSES, boot, id_space, is_gone, runs, 
 FOLDER = ".writers"
 TOUCH_SECONDS = 30.0
 FORGOTTEN_SECONDS = 600.0
-"""A process that cannot be looked for (another machine's) is dead when its record was not touched for so long."""
+"""A process of another machine, which cannot be looked up, counts as dead if its record was not touched so long."""
 LARGEST = 1 << 14
 PAUSES = (0.01, 0.1, 0.5, 2.0)
-"""Seconds, at most, that one steps back before it tries again, where several came at once."""
+"""Most seconds to wait before each new attempt, if several writers came at once."""
 _ID = re.compile(r"(?P<host>[A-Za-z0-9-]{1,63})-(?P<pid>\d{1,10})-[0-9a-f]{8}")
 _OWNED = re.compile(rf"\..*\.(?P<id>{_ID.pattern})(\.\d+)?\.tmp", re.DOTALL)
 _PROCESS = frozenset(("host", "boot", "processes", "start"))
@@ -46,17 +46,17 @@ _numbers = count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
-    """A process that writes in a folder, or ended without taking its record away."""
+    """A process that writes in a folder, or that ended without removing its record."""
 
     id: str
-    """Names the record, and stands in the names of its unfinished files."""
+    """The name of its record, also part of the names of its unfinished files."""
     host: str
     pid: int
     command: str
     since: float
     """Seconds since the epoch, by its machine's clock."""
     touched: float
-    """When it last said that it works, by the clock of the file system."""
+    """When it last touched its record, by the clock of the file system."""
     silent: float
     """Seconds since then."""
     alive: bool
@@ -68,8 +68,9 @@ class Writer:
 
 @cache
 def own_id() -> str:
-    """``<host>-<pid>-<random>`` of this process: no other has it, and no later one will. Two with the same host may
-    look for each other's process: a container with ids of its own counts as a host.
+    """``<host>-<pid>-<random>`` of this process, which no other process ever has.
+
+    Processes with the same host can look each other up; a container with process ids of its own counts as a host.
     """
     container = [] if id_space() in ("", HOST_PROCESSES) else [re.sub(r"\D", "", id_space())]
     names = [socket.gethostname(), *container]
@@ -85,14 +86,14 @@ os.register_at_fork(after_in_child=own_id.cache_clear)
 
 
 def unfinished(path: Path) -> Path:
-    """Where to write what will be called ``path``: a hidden name beside it that nothing else has, or had."""
+    """A temporary name for ``path``: hidden, beside it, and never used before."""
     return path.with_name(f".{_cut(path)}.{own_id()}.{next(_numbers)}.tmp")
 
 
 def abandoned(path: Path) -> list[Path]:
-    """What processes that died had begun of ``path``, see :func:`unfinished`."""
-    begun = path.parent.glob(f".{glob.escape(_cut(path))}.*.tmp")
-    return [other for other in begun if _OWNED.fullmatch(other.name) and left_behind(other, set())]
+    """Temporary files of dead processes for ``path``, see :func:`unfinished`."""
+    candidates = path.parent.glob(f".{glob.escape(_cut(path))}.*.tmp")
+    return [other for other in candidates if _OWNED.fullmatch(other.name) and left_behind(other, set())]
 
 
 def _cut(path: Path) -> str:
@@ -100,15 +101,13 @@ def _cut(path: Path) -> str:
 
 
 def writers(folder: Path) -> list[Writer]:
-    """Who has a record in ``folder``, the oldest first, dead ones too. Nobody, where there is none or it cannot be
-    read.
-    """
+    """The writers with a record in ``folder``, dead ones too, oldest first; none if the records cannot be listed."""
     try:
         names = os.listdir(folder / FOLDER)
     except OSError:
         return []
-    known = [writer for name in names if (writer := _read(folder / FOLDER / name)) is not None]
-    return sorted(known, key=_order)
+    recorded = [writer for name in names if (writer := _read(folder / FOLDER / name)) is not None]
+    return sorted(recorded, key=_order)
 
 
 def _order(writer: Writer) -> tuple[float, str]:
@@ -116,21 +115,20 @@ def _order(writer: Writer) -> tuple[float, str]:
 
 
 def living(folder: Path) -> list[Writer]:
-    """Those of :func:`writers` that are at work, this process among them."""
+    """The writers in ``folder`` that are alive, this process among them."""
     return [writer for writer in writers(folder) if writer.alive]
 
 
 def left_behind(path: Path, at_work: set[str]) -> bool:
-    """Whether the unfinished file or folder ``path`` is a dead process's. ``at_work``: ids of the living.
+    """Whether a dead process left the unfinished file or folder ``path``. ``at_work`` holds the ids of living writers.
 
-    One without an owner in its name (Zarr's, an earlier release's) and one of another machine that has no record is
-    dead when it was not touched for ten minutes.
+    If its name has no owner (Zarr's) or one of another machine without a record, ten minutes without a touch decide.
     """
     owned = _OWNED.fullmatch(path.name)
     if owned is not None and owned["id"] in {own_id(), *at_work}:
         return False
     if owned is not None and owned["host"] == _own_host():
-        # Ids of processes are given again: one with ours is of a process before.
+        # The system reuses process ids: one equal to ours is of an earlier process.
         return int(owned["pid"]) == os.getpid() or not runs(int(owned["pid"]))
     with suppress(OSError):
         return is_forgotten(path)
@@ -138,22 +136,23 @@ def left_behind(path: Path, at_work: set[str]) -> bool:
 
 
 def is_forgotten(path: Path) -> bool:
-    """Whether ``path``, which the process that owns it touches while it lives, was not touched for ten minutes."""
+    """Whether ``path`` was not touched for ten minutes: a living owner touches it more often."""
     return _silent(path.lstat().st_mtime, path.parent) >= FORGOTTEN_SECONDS
 
 
 def _silent(touched: float, folder: Path) -> float:
-    """Seconds, forward or back, since ``touched``, a time of something in ``folder``.
+    """Seconds, forward or back, since ``touched``, the time of a file in ``folder``.
 
-    Clocks of two machines may be hours apart, so where it seems long ago the clock of the file system decides.
+    Clocks of two machines may differ by hours, so if it seems long ago, the clock of the file system decides.
     """
     seconds = abs(time.time() - touched)
     return seconds if seconds < FORGOTTEN_SECONDS else abs(_clock_of(folder) - touched)
 
 
 def _clock_of(folder: Path) -> float:
-    """What the file system of ``folder`` takes for now: when a file that is made there was made. Ours, where none can
-    be made: who cannot write there takes nothing from anybody.
+    """The present time by the file system of ``folder``: that of a new file in it.
+
+    If no file can be made, it is our own time: whoever cannot write there cannot remove anything either.
     """
     try:
         with tempfile.TemporaryFile(prefix=".clock.", suffix=".tmp", dir=folder) as file:
@@ -164,9 +163,9 @@ def _clock_of(folder: Path) -> float:
 
 @contextmanager
 def at_work(folder: Path, what: str, parameter: str | None = "name") -> Iterator[None]:
-    """Have a record in ``folder``, touched by a thread, while the block runs. Those of the dead are removed.
+    """Keep a record in ``folder``, touched by a thread, while the block runs. Records of dead writers are removed.
 
-    BusyError, naming it, if another living process has one; OSError if the folder cannot be written.
+    BusyError naming another living writer, if there is one. OSError if the folder cannot be written.
     """
     process = os.getpid()
     record = _enter(folder, what, parameter)
@@ -174,16 +173,16 @@ def at_work(folder: Path, what: str, parameter: str | None = "name") -> Iterator
         with touched(record):
             yield
     finally:
-        if os.getpid() == process:  # a fork that leaves the block is not who is at work
+        if os.getpid() == process:  # not in a fork that leaves the block
             _leave(record)
 
 
 def _enter(folder: Path, what: str, parameter: str | None) -> Path:
-    """Make this process's record in ``folder``; BusyError if another living process has one.
+    """Make this process's record in ``folder``. BusyError if another living process has one.
 
-    Who came at the same time is seen once the record is there. Whoever sees nobody goes on, and whoever is the first,
-    by the clock of the file system, whatever the clocks of both machines say; all others see that one. They step back,
-    and so do two of the same moment: the one to try again first is alone.
+    Writers that come at the same time see each other once their records exist. The first by the clock of the file
+    system goes on. The others, and two with the same time, remove their records, wait and try again: the first to do so
+    is alone.
     """
     for pause in (*PAUSES, None):
         refuse_second(living(folder), what, parameter)
@@ -191,8 +190,8 @@ def _enter(folder: Path, what: str, parameter: str | None) -> Path:
             remove_dead(folder)
         record = _write(folder / FOLDER, what, parameter)
         present = {writer.id: writer for writer in living(folder)}
-        ours = present.pop(own_id(), None)
-        if ours is not None and all(ours.touched < other.touched for other in present.values()):
+        this = present.pop(own_id(), None)
+        if this is not None and all(this.touched < other.touched for other in present.values()):
             return record
         _leave(record)
         if pause is None:
@@ -204,14 +203,13 @@ def _enter(folder: Path, what: str, parameter: str | None) -> Path:
 def _leave(record: Path) -> None:
     with suppress(OSError):
         record.unlink()
-        record.parent.rmdir()  # unless another is in it
+        record.parent.rmdir()  # unless it holds other records
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove the records of dead writers of ``folder``, each by itself, and what holds them if it is empty then.
+    """Remove the records of dead writers of ``folder``, and the folder of records if it is empty then.
 
-    Harmless beside a writer that comes meanwhile: its record has another name, and where the folder of records has gone
-    it makes it again.
+    A writer that comes meanwhile is safe: its record has another name, and it makes the folder again if that is gone.
     """
     for writer in writers(folder):
         if not writer.alive:
@@ -221,31 +219,32 @@ def remove_dead(folder: Path) -> None:
 
 
 def refuse_second(others: list[Writer], what: str, parameter: str | None) -> None:
-    """BusyError if there are ``others``."""
+    """BusyError if ``others`` is not empty."""
     if others:
         raise BusyError(busy(what, parameter, others))
 
 
 def busy(what: str, parameter: str | None, others: list[Writer]) -> str:
-    """The words of a BusyError: ``others`` write ``what``; ``parameter`` is the one with which to choose another, None
-    where nothing else will do.
+    """The message of a BusyError: ``others`` write ``what``.
+
+    ``parameter`` names the parameter by which to choose another target, None if there is none.
     """
-    words = f"{what} is being written by another process; wait for it" + (
+    message = f"{what} is being written by another process; wait for it" + (
         "" if parameter is None else f", or choose another `{parameter}`"
     )
     if not others:
-        return words
-    words += f". It is {others[0]}"
+        return message
+    message += f". It is {others[0]}"
     if others[0].host != socket.gethostname():
-        words += (
+        message += (
             f", last heard of {others[0].silent:.0f} s ago; one that has died is forgotten "
             f"{FORGOTTEN_SECONDS / 60:.0f} minutes after that"
         )
-    return words
+    return message
 
 
 def _write(folder: Path, what: str, parameter: str | None) -> Path:
-    """This process's record in ``folder`` (``.writers``), which is made."""
+    """Make this process's record in ``folder`` (``.writers``), and the folder. Returns its path."""
     record = folder / f"{own_id()}.json"
     value = {**this_process(), "command": _command(), "since": time.time()}
     while True:
@@ -255,19 +254,19 @@ def _write(folder: Path, what: str, parameter: str | None) -> Path:
                 json.dump(value, file)
             return record
         except FileExistsError:
-            raise BusyError(busy(what, parameter, [])) from None  # by another thread of this process
+            raise BusyError(busy(what, parameter, [])) from None  # another thread of this process writes
         except FileNotFoundError:
-            continue  # its last writer took the folder away meanwhile
+            continue  # its last writer has just removed the folder
 
 
 @contextmanager
 def touched(path: Path) -> Iterator[None]:
-    """Let ``path`` show, to other machines, that this process is alive: a thread touches it while the block runs."""
+    """Touch ``path`` by a thread while the block runs, to show other machines that this process is alive."""
     stop = threading.Event()
 
     def touch() -> None:
         while not stop.wait(TOUCH_SECONDS):
-            with suppress(OSError):  # whatever is wrong with the disk, the work itself meets it
+            with suppress(OSError):  # the work itself meets any error of the disk
                 os.utime(path)
 
     threading.Thread(target=touch, name="ghoststore-at-work", daemon=True).start()
@@ -278,9 +277,9 @@ def touched(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> Writer | None:
-    """The writer of a record; of one that is cut or damaged, what its name says. None for any other file."""
-    named = _ID.fullmatch(path.stem)
-    if named is None or path.suffix != ".json":
+    """The writer of a record; from its name alone if it is cut or damaged. None for any other file."""
+    name = _ID.fullmatch(path.stem)
+    if name is None or path.suffix != ".json":
         return None
     value: dict[str, Any] = {}
     try:
@@ -295,19 +294,19 @@ def _read(path: Path) -> Writer | None:
             read = json.loads(file.read(LARGEST))
             value = read if isinstance(read, dict) else {}
     since, touched = value.get("since"), facts.st_mtime
-    pid = int(named["pid"])
-    # What is cut says at least what its name says; a host that is ours in it is this machine.
-    ours = this_process() if named["host"] == _own_host() else {"host": named["host"], "boot": "", "processes": ""}
-    process = {**ours, "start": "", **{name: str(value[name])[:255] for name in _PROCESS & value.keys()}, "pid": pid}
+    pid = int(name["pid"])
+    # The name tells the host and the process even if the record is cut; our host in it means this machine.
+    by_name = this_process() if name["host"] == _own_host() else {"host": name["host"], "boot": "", "processes": ""}
+    process = {**by_name, "start": "", **{key: str(value[key])[:255] for key in _PROCESS & value.keys()}, "pid": pid}
     folder = path.parent.parent
     gone = is_gone(process)
     silent = _silent(touched, folder) if gone is None else max(time.time() - touched, 0.0)
     if gone is None:
-        # This host's, and from before it was started last: a power cut took its process along.
-        before = process["host"] == socket.gethostname() and process["boot"] != boot()
-        gone = silent >= FORGOTTEN_SECONDS or (before and _clock_of(folder) - touched > uptime())
+        # A process of this host from before its last start ended with it.
+        earlier_boot = process["host"] == socket.gethostname() and process["boot"] != boot()
+        gone = silent >= FORGOTTEN_SECONDS or (earlier_boot and _clock_of(folder) - touched > uptime())
     return Writer(
-        id=named[0],
+        id=name[0],
         host=process["host"],
         pid=pid,
         command=str(value.get("command", "unknown"))[:200],
@@ -319,7 +318,7 @@ def _read(path: Path) -> Writer | None:
 
 
 def _command() -> str:
-    """How this process was called, in short."""
+    """The command line of this process, cut."""
     program, *arguments = sys.argv or ["python"]
-    words = shlex.join([os.path.basename(program) or "python", *arguments])
-    return words.encode("utf-8", "backslashreplace").decode()[:200]
+    line = shlex.join([os.path.basename(program) or "python", *arguments])
+    return line.encode("utf-8", "backslashreplace").decode()[:200]

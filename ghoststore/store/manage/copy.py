@@ -33,7 +33,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyReport:
-    """What was copied."""
+    """The result of ``copy``."""
 
     store: str
     part: str | None
@@ -41,9 +41,9 @@ class CopyReport:
     to_store: str
     to_name: str
     spans: int
-    """Committed ones, as of the moment when the copy began."""
+    """Spans that were committed when the copy began."""
     complete: bool
-    """Whether these are all."""
+    """Whether these are all spans."""
     files: int
     bytes: int
 
@@ -54,30 +54,30 @@ class CopyReport:
 
 @takes(CopyOptions)
 def copy(options: CopyOptions) -> CopyReport:
-    """Copy a part or a training run, every file checked against its record on the way: what is damaged is not copied.
+    """Copy a part or a training run, and check every file against its record on the way.
 
-    The copy appears whole or not at all. What is committed when it begins is in it, and little else: a process may go
-    on writing the original, and ``name`` continues either. Caches and indexes are left behind: they are made
-    again when they are asked for. ``to_store`` is made if it is not there.
+    The copy appears whole or not at all. It holds what is committed when it begins: a process may go on writing the
+    original, and either can be continued later under its ``name``. Caches and indexes are not copied; they are made
+    again when needed. ``to_store`` is made if it does not exist.
 
-    UsageError if there is none, or one of that name there; CorruptError naming the file that is not what was written;
-    BusyError while another process makes it; StorageError if the disk refuses.
+    UsageError if there is none, or if the new name is taken; CorruptError naming a damaged file; BusyError while
+    another process makes the copy; StorageError if the disk refuses.
     """
     store = Store.open(options.store)
     existing(store, options)
     source: Spanned[Any] = store.part(options.part) if options.run is None else store.run(options.run)
     name = options.to_name or options.name
     target = Store.create(options.store if options.to_store is None else options.to_store)
-    path, what = folder_of(target, options, name), words_of(options, name)
+    path, target_words = folder_of(target, options, name), words_of(options, name)
     if path.exists():
         raise UsageError(
-            f"{target.path} has a {what} already; nothing was copied. Give another `to_name`, or remove it"
+            f"{target.path} has a {target_words} already; nothing was copied. Give another `to_name`, or remove it"
         )
     check_writable(path.parent)
     copying = _Copying(source, options.progress or Silent())
     create_whole(path, copying.fill)
     if type(source)(path).manifest != source.manifest:
-        raise BusyError(f"another process has just made a {what} of {target.path}; nothing was copied")
+        raise BusyError(f"another process has just made a {target_words} of {target.path}; nothing was copied")
     return CopyReport(
         store=str(options.store),
         part=options.part,
@@ -102,11 +102,11 @@ class _Copying:
         """Write everything of the copy into the empty ``folder``."""
         source = self._source
         if isinstance(source, Run) and source.layout.save_steps is not None:
-            self._copy_journals(source, folder)  # before the spans, which stay
+            self._copy_journals(source, folder)  # before the spans: a journal may become a span meanwhile
         self._write(folder / ROOT, self._metadata())
         for name, sha256 in source.files.items():
             self._copy(name, folder, sha256, None)
-        for spec in source.layout.arrays():  # as a new part has them: no span may be committed
+        for spec in source.layout.arrays():  # also those without chunks, as in a new part
             (folder / spec.name).mkdir(parents=True, exist_ok=True)
         with closing(self._progress.task(f"copying {source.name}", len(source.spans), unit="spans")) as task:
             for span in source.spans:
@@ -115,14 +115,14 @@ class _Copying:
                 task.advance(1)
 
     def _copy_journals(self, run: Run, folder: Path) -> None:
-        """What is committed of spans that are not full, and which steps will not come.
+        """Copy the journals, and the list of steps that will not come.
 
-        A journal goes when its span is committed: the run is looked at again then, at most once for each of its spans.
+        A journal is removed when its span is committed: the run is reloaded then, at most once for each of its spans.
         """
         (folder / JOURNAL).mkdir()
         while not all(self._copy_journal(journal, folder) for journal in run.journals.values()):
-            for begun in (folder / JOURNAL).iterdir():
-                begun.unlink()
+            for copied in (folder / JOURNAL).iterdir():
+                copied.unlink()
             run.reload()
         for path in (folder / JOURNAL).iterdir():
             self.files, self.bytes = self.files + 1, self.bytes + path.stat().st_size
@@ -131,7 +131,7 @@ class _Copying:
             self.files += 1
 
     def _copy_journal(self, journal: Journal, folder: Path) -> bool:
-        """False if it is gone; CorruptError if it is damaged."""
+        """Copy a journal. Returns False if it is gone. CorruptError if it is damaged."""
         journal.check()
         with open(journal_path(folder, journal.span), "xb") as copied:
             try:
@@ -142,7 +142,7 @@ class _Copying:
         return True
 
     def _metadata(self) -> bytes:
-        """The bytes of the manifest that was opened, and no later ones."""
+        """The bytes of the manifest, if it is still the one that was opened."""
         path = self._source.path / ROOT
         with reading(path):
             data = read_bounded(path, LARGEST_METADATA, self._source.path)
@@ -152,7 +152,7 @@ class _Copying:
         return data
 
     def _record(self, span: int, folder: Path) -> Iterator[tuple[str, str, int]]:
-        """Copy the record of ``span``; the files that those very bytes name: (path, SHA-256, bytes)."""
+        """Copy the record of ``span``. Yields (path, SHA-256, bytes) of the files that the copied bytes name."""
         path = commit_path(self._source.path, span)
         with reading(path, "is not a commit record", "`ghoststore verify` lists what is damaged"):
             data = read_bounded(path, LARGEST_COMMIT, self._source.path)
@@ -165,7 +165,7 @@ class _Copying:
             yield key, record.sha256, record.bytes
 
     def _copy(self, name: str, folder: Path, sha256: str, size: int | None) -> None:
-        """Copy one file, and CorruptError unless what was copied is what was written."""
+        """Copy one file. CorruptError unless the copied bytes are those that were written."""
         path, to = self._source.path / name, folder / name
         to.parent.mkdir(parents=True, exist_ok=True)
         digest, count = hashlib.sha256(), 0
@@ -187,7 +187,7 @@ class _Copying:
 
 
 def _pieces(path: Path, within: Path) -> Iterator[bytes]:
-    """The bytes of a file; CorruptError where it cannot be read, for that is no error of the disk that is written."""
+    """The bytes of a file. CorruptError if it cannot be read: that is no error of the disk of the copy."""
     try:
         with open_regular(path, within) as file:
             while piece := file.read(_PIECE):

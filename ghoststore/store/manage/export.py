@@ -1,4 +1,4 @@
-"""``ghoststore.export``: the vectors of a part or a run, with ids and fields, as files that other tools read.
+"""``ghoststore.export``: writes the vectors of a part or a run, with ids and fields, for other tools.
 
 Legend: R exported rows, D numbers of a vector, G blocks of columns.
 """
@@ -32,7 +32,7 @@ from ghoststore.store.store import Store
 
 FORMS = (".safetensors", ".npy", ".parquet")
 ROWS_SUFFIX = ".rows.jsonl"
-"""Of the file beside a .safetensors or .npy file: a line of JSON a row, in the order of the vectors."""
+"""Suffix of the file beside a .safetensors or .npy file: a line of JSON for each row, in the order of the vectors."""
 FIELDS_OF_PART = {
     "row": "int64",
     "source_row": "int64",
@@ -55,23 +55,25 @@ FIELDS_OF_RUN = {
     "score": "float32",
     "learning_rate": "float64",
 }
+WEIGHT_OF_RUN = {"weight": "float32"}
+"""Of a run that chose among candidates: 0 where its step did not train on the sample."""
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What was exported."""
+    """The result of ``export``."""
 
     store: str
     part: str | None
-    """Or the run, the other is None."""
+    """The part or the run; the other is None."""
     run: str | None
     files: list[str]
-    """The one that says that the others are complete is the last."""
+    """The last file is written last: if it exists, so do the others."""
     rows: int
     dimension: int
     dtype: str
-    """Of the numbers of the vectors in the file."""
+    """dtype of the vectors in the file."""
     bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -84,71 +86,71 @@ class Rows:
     """Some rows of a part, or samples of the steps of a run, in order."""
 
     vectors: NDArray[Any]
-    """(R, D) float32; or as stored, (R, columns)."""
+    """(R, D) float32; (R, columns) if they are exported as stored."""
     scale: NDArray[np.float32] | None
-    """(R, G), with vectors as they are stored where there is one."""
+    """(R, G), of vectors that are exported as stored in an encoding with scales."""
     fields: dict[str, Any]
-    """One value a row each, by the names of :class:`Source`."""
+    """One value a row, by the names in :attr:`Source.fields`."""
 
 
 class Source(Protocol):
-    """What is exported."""
+    """The rows of a part or a run that are exported."""
 
     rows: int
     stored: bool
-    """Whether vectors are as the store has them."""
+    """Whether vectors are exported as stored."""
     encoding: Encoding
     groups: Groups
     name: dict[str, str]
-    """Of the ``part`` or the ``run``."""
+    """``part`` or ``run``, with its name."""
     storage: dict[str, Any]
-    """That section of its manifest."""
+    """The storage section of its manifest."""
     fields: dict[str, str]
-    """Names of the fields beside the vectors, in order, and the types that a table has for them; ``norm`` has a number
-    for each of G blocks.
-    """
+    """The fields beside the vectors, in order, with their types in a table; ``norm`` has G numbers."""
 
     def pieces(self) -> Iterator[Rows]:
-        """All of them, some at a time."""
+        """All rows, some at a time."""
 
 
 def dtype_name(source: Source) -> str:
-    """Of the numbers of a vector."""
+    """Name of the dtype of the exported numbers."""
     return "float32" if not source.stored else {"onebit": "uint8"}.get(source.encoding.name, source.encoding.name)
 
 
 def dtype_of(source: Source) -> np.dtype[Any]:
-    """As numpy has them."""
+    """NumPy dtype of the exported numbers."""
     return source.encoding.stored if source.stored else np.dtype("<f4")
 
 
 def columns_of(source: Source) -> int:
-    """Numbers of a row of the file."""
+    """Numbers of a vector in the file."""
     dimension = source.groups[-1][2]
     return source.encoding.columns(dimension) if source.stored else dimension
 
 
 class _Sink(Protocol):
-    """A form of file."""
+    """A writer of one form of file."""
 
     def write(self, rows: Rows) -> None:
         """Append rows."""
 
     def close(self) -> None:
-        """The last were written."""
+        """End the file."""
 
 
 @takes(ExportOptions)
 def export(options: ExportOptions) -> ExportReport:
-    """Write the vectors of a part, or of a ``run`` that keeps gradients, decoded to float32, with id, domain, source
-    row, loss, tokens and norms of each row, to a new file: ``.parquet`` (all in one table), ``.safetensors`` or
-    ``.npy`` (the vectors, with a ``.rows.jsonl`` of the rest beside).
+    """Write the vectors of a part, or of a ``run`` that keeps gradients, to a new file.
 
-    Of a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Rows
-    without a vector are left out, unless ``unusable``; each row has its ``source_row``. ``dtype="stored"`` writes
-    the numbers as the store has them: bfloat16 as such in safetensors and as its bits (uint16) elsewhere, codes of int8
-    and onebit with the ``scale`` of each row and block (not to ``.npy``, which has no place for it). Some thousand rows
-    are in memory at a time. Files appear whole or not at all.
+    They are decoded to float32, with id, domain, source row, loss, tokens and norms of each row. A ``.parquet`` file
+    holds all in one table; beside a ``.safetensors`` or ``.npy`` file of vectors, a ``.rows.jsonl`` file has the rest.
+    For a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Where
+    a step chose among candidates, ``weight`` says how each counted: 0, it was not trained on. Rows without a vector are
+    left out, unless ``unusable``.
+
+    ``dtype="stored"`` writes the numbers as stored: bfloat16 as such in safetensors and as its bits (uint16) elsewhere,
+    codes of int8 and onebit with the ``scale`` of each row and block (not to ``.npy``, which cannot hold it). Some
+    thousand rows are in memory at a time. Files appear whole or not at all.
 
     UsageError for an unknown form or a file that exists, CorruptError if what is read is damaged, StorageError if the
     disk refuses.
@@ -158,7 +160,7 @@ def export(options: ExportOptions) -> ExportReport:
     files = [out] if out.suffix == ".parquet" else [beside, out]
     source = _source(options)
     _refuse(source, options, out, files)
-    # The vectors last: who finds them finds their rows beside them.
+    # The vectors last: if they exist, so do their rows.
     with new_files(*files) as staged:
         main, lines = staged[-1], staged[0] if len(staged) > 1 else None
         progress = options.progress or Silent()
@@ -210,12 +212,12 @@ class OfPart:
         self.encoding = part.encoding
         self.groups: Groups = part.groups
         self.name, self.storage = {"part": part.name}, part.manifest["storage"]
-        part.bear_out()  # before memory for a flag of each row is asked for
+        part.bear_out()  # before allocating a flag for each row
         self._chosen = np.ones(part.rows, dtype=bool) if unusable else part.usable()
         self.rows = int(self._chosen.sum())
 
     def pieces(self) -> Iterator[Rows]:
-        """All of them, a chunk at a time."""
+        """All rows, a chunk at a time."""
         part, done, span, fields, scale = self._part, 0, -1, dict[str, Any](), None
         for chunk in stream(part, "vectors"):
             if chunk.start // part.layout.span_rows != span:
@@ -225,19 +227,19 @@ class OfPart:
             count = chunk.stop - chunk.start
             chosen = self._chosen[done : done + count]
             done += count
-            inside = slice(chunk.start - span * part.layout.span_rows, chunk.stop - span * part.layout.span_rows)
-            own = None if scale is None else scale[inside][chosen]
+            in_span = slice(chunk.start - span * part.layout.span_rows, chunk.stop - span * part.layout.span_rows)
+            chunk_scale = None if scale is None else scale[in_span][chosen]
             stored = chunk.data[chosen]
-            of_rows = {name: values[inside][chosen] for name, values in fields.items()}
+            of_rows = {name: values[in_span][chosen] for name, values in fields.items()}
             if self.stored:
-                yield Rows(stored, own, of_rows)
+                yield Rows(stored, chunk_scale, of_rows)
             else:
-                yield Rows(part.encoding.decode(stored, own, part.groups), None, of_rows)
+                yield Rows(part.encoding.decode(stored, chunk_scale, part.groups), None, of_rows)
 
     def _fields(self, span: int) -> dict[str, Any]:
         part = self._part
         start, stop = part.layout.span_of(span)
-        names = np.array([*part.domains, None], dtype=object)  # -1, no domain, is the last
+        names = np.array([*part.domains, None], dtype=object)  # index -1, no domain, is the last
         return {
             "row": np.arange(start, stop),
             "source_row": read_span(part, "source_row", span).copy(),
@@ -255,7 +257,8 @@ class OfRun:
 
     def __init__(self, run: Run, *, stored: bool, unusable: bool) -> None:
         kept, _ = kept_of(run)
-        self._run, self.stored, self.fields, self._all = run, stored, FIELDS_OF_RUN, unusable
+        self._run, self.stored, self._all = run, stored, unusable
+        self.fields = {**FIELDS_OF_RUN, **WEIGHT_OF_RUN} if run.layout.weights else FIELDS_OF_RUN
         self.encoding = kept.encoding
         self.groups: Groups = kept.groups
         self.name, self.storage = {"run": run.name}, run.manifest["storage"]
@@ -265,7 +268,7 @@ class OfRun:
         return np.asarray(np.isfinite(visits.vectors).all(axis=1) | self._all, dtype=bool)
 
     def pieces(self) -> Iterator[Rows]:
-        """All of them, some steps at a time."""
+        """All rows, some steps at a time."""
         run, names = self._run, np.array([*self._run.domains, None], dtype=object)
         for visits in stream_visits(run, run.ranges, also=("loss", "score")):
             chosen = self._chosen(visits)
@@ -282,6 +285,8 @@ class OfRun:
                 "score": visits.data["score"][chosen],
                 "learning_rate": visits.learning_rate[chosen],
             }
+            if run.layout.weights:
+                fields["weight"] = visits.weight[chosen].astype(np.float32)
             if self.stored:
                 yield Rows(visits.stored[chosen], None if visits.scale is None else visits.scale[chosen], fields)
             else:
@@ -290,7 +295,7 @@ class OfRun:
 
 @contextmanager
 def _sink(source: Source, path: Path, lines: Path | None, *, tensors: bool) -> Iterator[_Sink]:
-    """What writes to ``path`` in the form that was asked for: a table, or vectors with ``lines`` beside."""
+    """The sink for ``path``: a table, or vectors with ``lines`` beside."""
     with ExitStack() as stack:
         sink: _Sink
         if lines is None:
@@ -306,9 +311,7 @@ def _sink(source: Source, path: Path, lines: Path | None, *, tensors: bool) -> I
 
 
 class _Vectors:
-    """A .npy or .safetensors file, and the lines beside. ``scales`` is a nameless file for what follows behind the
-    vectors.
-    """
+    """A .npy or .safetensors file, and the lines beside. ``scales`` is a temporary file for the tensor of scales."""
 
     def __init__(
         self, source: Source, file: IO[bytes], lines: IO[str], scales: IO[bytes] | None, *, tensors: bool
@@ -342,7 +345,7 @@ class _Vectors:
 
 
 def _tensors_header(source: Source, *, scaled: bool) -> bytes:
-    """The length, and what the tensors of a safetensors file are: ``vectors``, and ``scale`` where there is one."""
+    """The header of a safetensors file with its length: ``vectors``, and ``scale`` if there is one."""
     size = source.rows * columns_of(source) * dtype_of(source).itemsize
     encoding = source.encoding.name if dtype_name(source) != "float32" else "float32"
     header: dict[str, Any] = {
@@ -362,7 +365,7 @@ def _tensors_header(source: Source, *, scaled: bool) -> bytes:
 
 
 class _Parquet:
-    """One table."""
+    """A Parquet table."""
 
     def __init__(self, path: Path, source: Source) -> None:
         import pyarrow
@@ -388,12 +391,12 @@ class _Parquet:
             values["scale"] = rows.scale
         arrays = []
         for field in self._schema:
-            given = values[field.name]
+            column = values[field.name]
             if arrow.types.is_fixed_size_list(field.type):
-                flat = arrow.array(np.ascontiguousarray(given).reshape(-1), type=field.type.value_type)
+                flat = arrow.array(np.ascontiguousarray(column).reshape(-1), type=field.type.value_type)
                 arrays.append(arrow.FixedSizeListArray.from_arrays(flat, type=field.type))
             else:
-                arrays.append(arrow.array(given.tolist() if given.dtype == object else given, type=field.type))
+                arrays.append(arrow.array(column.tolist() if column.dtype == object else column, type=field.type))
         self._writer.write_table(arrow.Table.from_arrays(arrays, schema=self._schema))
 
     def close(self) -> None:

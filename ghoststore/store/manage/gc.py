@@ -1,4 +1,4 @@
-"""``ghoststore.gc``: what no record names is removed: leftovers of writers that are dead."""
+"""``ghoststore.gc``: removes what no record names, the leftovers of dead writers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ghoststore.store.spans.commits import commit_path
 from ghoststore.store.spans.group import Spanned
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans, undecided
 from ghoststore.store.spans.withdrawn import FOLDER as WITHDRAWN
-from ghoststore.store.spans.withdrawn import FOREIGN, aside, withdrawn_spans
+from ghoststore.store.spans.withdrawn import FOREIGN, withdrawn_folder, withdrawn_spans
 from ghoststore.store.store import Store
 from ghoststore.store.verify import Owner, StoredFile
 from ghoststore.store.walk import Census, entries_below, is_unfinished, size_of
@@ -38,7 +38,7 @@ _DECIDED = re.compile(r"commits/\.([0-9]{8})(?:\.[0-9]+)?\.(?:intent|recorded)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
-    """What was left alone."""
+    """A part or run that was left alone, and why."""
 
     why: str
     part: str | None = None
@@ -47,7 +47,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GcReport:
-    """What was removed, or would be."""
+    """The result of ``gc``: what was removed, or would be."""
 
     store: str
     dry_run: bool
@@ -56,7 +56,7 @@ class GcReport:
 
     @property
     def bytes(self) -> int:
-        """Of all that was removed."""
+        """Bytes of all that was removed."""
         return sum(file.bytes for file in self.removed)
 
     def to_json(self) -> dict[str, Any]:
@@ -66,12 +66,12 @@ class GcReport:
 
 @takes(GcOptions)
 def gc(options: GcOptions) -> GcReport:
-    """Remove from a store, or one part or run of it, what no record names: what writers that are dead had begun, their
-    records, the files of a finished repair, folders of parts and runs whose making or removing was cut short.
+    """Remove from a store, or from one part or run, what no record names.
 
-    What a living writer may own stays, and so does what is in a damaged part or run: its leftovers may be what a repair
-    needs. Files that ghoststore did not write are never touched (`ghoststore.verify` lists them). ``caches`` removes
-    stale indexes, second moments and measurements, too.
+    These are unfinished files of dead writers, their records, the files of a finished repair, and folders of parts and
+    runs whose creation or removal was interrupted. What a living writer may own stays. So does everything in a damaged
+    part or run: a repair may need its leftovers. Files that ghoststore did not write are never touched
+    (`ghoststore.verify` lists them). ``caches`` also removes stale indexes, second moments and measurements.
 
     Raises UsageError if there is no such store, part or run, StorageError if the disk refuses.
     """
@@ -79,11 +79,11 @@ def gc(options: GcOptions) -> GcReport:
     parts, runs = store.chosen(options.part, options.run)
     collection = _Collection(store, options.dry_run, options.caches, options.progress or Silent())
     if options.part is None and options.run is None:
-        collection.around()
+        collection.collect_store()
     for name in parts:
-        collection.inside(store.damaged_part, {"part": name})
+        collection.collect(store.damaged_part, {"part": name})
     for name in runs:
-        collection.inside(store.damaged_run, {"run": name})
+        collection.collect(store.damaged_run, {"run": name})
     return GcReport(
         store=str(options.store), dry_run=options.dry_run, removed=collection.removed, skipped=collection.skipped
     )
@@ -95,27 +95,27 @@ class _Collection:
         self.removed: list[StoredFile] = []
         self.skipped: list[Skipped] = []
 
-    def around(self) -> None:
-        """Between parts and runs."""
-        for inside in ("", "parts", "runs"):
-            for name, path, _ in entries_below(self._store.path / inside, deep=False):
+    def collect_store(self) -> None:
+        """Remove leftovers beside parts and runs."""
+        for group in ("", "parts", "runs"):
+            for name, path, _ in entries_below(self._store.path / group, deep=False):
                 if is_unfinished(name) and left_behind(path, set()):
-                    self._remove({}, f"{inside}/{name}".lstrip("/"), path)
+                    self._remove({}, f"{group}/{name}".lstrip("/"), path)
 
-    def inside(self, opened: Any, owner: Owner) -> None:
-        """A part or run."""
+    def collect(self, open_source: Any, owner: Owner) -> None:
+        """Remove leftovers in a part or run."""
         with ExitStack() as stack:
             try:
-                source: Spanned[Any] = opened(*owner.values())
+                source: Spanned[Any] = open_source(*owner.values())
                 refuse_links(source.path)
                 refuse_damaged(source)
                 what = f"{source.kind.name} {source.name!r}"
-                # Who comes next as a writer removes them.
+                # Listed now: holding the folder as a writer removes them.
                 dead = [(f"{WRITERS}/{record.name}", size_of(record)) for record in _dead(source.path)]
-                # As a writer, with a record of it: one on another machine, where the lock is not seen, does not begin.
+                # As a writer, with a record: it keeps out writers of other machines, which do not see the lock.
                 hold = held(source.path, what) if self._dry_run else exclusive(source.path, what, None)
                 stack.enter_context(hold)
-                source = opened(*owner.values())  # as it stands now that nobody writes
+                source = open_source(*owner.values())  # again, now that no process writes
                 refuse_damaged_spans(source, self._mendable(source))
             except (CorruptError, MismatchError, BusyError) as error:
                 self.skipped.append(Skipped(why=str(error), **owner))
@@ -127,15 +127,15 @@ class _Collection:
                 self._remove(owner, name, path)
 
     def _mendable(self, source: Spanned[Any]) -> set[int]:
-        """Committed spans that a leftover could mend: they are read whole before that goes."""
+        """Committed spans that a leftover could mend. They are read whole before it is removed."""
         journals = journal_spans(source.path) if isinstance(source, Run) and source.layout.save_steps else []
         return {*journals, *withdrawn_spans(source)}.intersection(source.spans)
 
     def _leftovers(self, source: Spanned[Any], owner: Owner) -> Iterator[tuple[str, Path]]:
-        """(path in ``source``, path) of what may go. Nobody writes ``source``."""
+        """(path in ``source``, path) of what may be removed while no process writes ``source``."""
         of_part = isinstance(source, Part)
-        named = caches(source) if isinstance(source, Part) else []
-        census = Census(source, {name for cache in named for name in (cache.record, *cache.files)})
+        part_caches = caches(source) if isinstance(source, Part) else []
+        census = Census(source, {name for cache in part_caches for name in (cache.record, *cache.files)})
         decided = sorted(undecided(source.path).intersection(range(source.layout.spans)).difference(source.spans))
         if decided:
             why = f"span {decided[0]} is decided and not committed: whoever writes next finishes it with what is there"
@@ -143,9 +143,9 @@ class _Collection:
         for name, path, _ in list(entries_below(source.path)):
             if name == WITHDRAWN:
                 for span in withdrawn_spans(source):
-                    # Without a record the span of a part is still to be built, by a repair that goes on.
+                    # A span of a part without a record is still to be built again by a repair.
                     if span in source.spans or not of_part:
-                        yield f"{WITHDRAWN}/{span:08d}", aside(source, span)
+                        yield f"{WITHDRAWN}/{span:08d}", withdrawn_folder(source, span)
                 if (path / FOREIGN).is_dir():
                     yield f"{WITHDRAWN}/{FOREIGN}", path / FOREIGN
             elif (
@@ -160,10 +160,10 @@ class _Collection:
                 if _is_free(path.parent):
                     yield name, path
             elif match := _DECIDED.fullmatch(name):
-                # Void beside a record, which is looked for after it was seen.
+                # An intent is void if there is a record, which is looked for after the intent.
                 if int(match[1]) >= source.layout.spans or commit_path(source.path, int(match[1])).exists():
                     yield name, path
-            # So is the journal of a span that has a record.
+            # So is the journal of a span with a record.
             elif name.endswith(".log") or left_behind(path, set()):
                 yield name, path
 
@@ -183,24 +183,24 @@ class _Collection:
         if self._dry_run:
             return
         with storage_errors(str(path)), suppress(FileNotFoundError):
-            if path.name == WRITERS:  # one by one: a writer may come meanwhile
+            if path.name == WRITERS:  # record by record: a writer may come meanwhile
                 remove_dead(path.parent)
             elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        with suppress(OSError):  # what it lay in may be empty now, and only then goes
+        with suppress(OSError):  # removes the parent only if it is empty now
             if path.parent.name in (WITHDRAWN, WRITERS) or path.parent.parent.name == INDEX:
                 path.parent.rmdir()
 
 
 def _dead(folder: Path) -> list[Path]:
-    """Records of who writes in ``folder`` whose writers are dead."""
+    """Records of dead writers in ``folder``."""
     return [folder / WRITERS / f"{writer.id}.json" for writer in writers(folder) if not writer.alive]
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nobody writes in ``folder``."""
+    """Whether no process writes in ``folder``."""
     try:
         with held(folder, str(folder)):
             return True

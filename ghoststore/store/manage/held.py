@@ -1,4 +1,4 @@
-"""A part or run as a whole, held against its writers while it is renamed, removed or collected."""
+"""Finds a part or run, and keeps writers out of it while it is renamed, removed or collected."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ghoststore.store.store import Store
 
 
 def folder_of(store: Store, options: OneOptions, name: str | None = None) -> Path:
-    """Where the part or run of ``options`` is, or would be under another ``name``."""
+    """The path of the part or run of ``options``, or its path under another ``name``."""
     return (store.run_path if options.part is None else store.part_path)(options.name if name is None else name)
 
 
 def words_of(options: OneOptions, name: str | None = None) -> str:
-    """The part or run of ``options`` in a message, under another ``name`` if one is given."""
+    """The part or run of ``options`` as messages name it, under another ``name`` if one is given."""
     return f"{'run' if options.part is None else 'part'} {(options.name if name is None else name)!r}"
 
 
 def existing(store: Store, options: OneOptions) -> Path:
-    """The folder of the part or run of ``options``, however damaged; UsageError if there is none."""
+    """The folder of the part or run of ``options``, damaged or not. UsageError if there is none."""
     path = folder_of(store, options)
     if not path.is_dir():
         names = store.part_names() if options.run is None else store.run_names()
@@ -37,9 +37,7 @@ def existing(store: Store, options: OneOptions) -> Path:
 
 @contextmanager
 def held_whole(path: Path, what: str) -> Iterator[None]:
-    """Hold a part or run which is about to have another name, and each of its indexes; BusyError while a writer is at
-    work on any.
-    """
+    """Keep writers out of a part or run, and of each of its indexes. BusyError while one is at work on any."""
     with ExitStack() as stack:
         stack.enter_context(held(path, what))
         for records in sorted(path.glob(f"{INDEX}/*/{FOLDER}")):
@@ -49,9 +47,9 @@ def held_whole(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the folder of a part, a run or an index against writers; BusyError while one is at work on it.
+    """Keep writers out of the folder of a part, a run or an index. BusyError while one is at work.
 
-    By its lock, as writers do, and without a record of who writes, which would go along with the folder.
+    It takes the lock that writers take, but makes no record of a writer, which would be renamed with the folder.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -62,7 +60,7 @@ def held(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(busy(what, None, living(path))) from None
-        except OSError:  # a file system without locks: the records of who writes are all there is
+        except OSError:  # a file system without locks: only the records of writers tell
             pass
         refuse_second(living(path), what, None)
         yield

@@ -1,4 +1,4 @@
-"""What of a damaged store can be mended without a model: groups, metadata of arrays, records, and caches dropped."""
+"""Mends what needs no model: restores groups, metadata of arrays and records, and drops damaged caches."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _RECORD = re.compile(r"commits/([0-9]{8})\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mended:
-    """One thing that was put in order."""
+    """A file that was mended."""
 
     file: str
     """Its path in the part or run, or in the store."""
     how: str
-    """restored, rebuilt, dropped, withdrawn."""
+    """What was done, in words: restored, rebuilt, dropped, withdrawn."""
     part: str | None = None
     run: str | None = None
 
@@ -53,7 +53,7 @@ class Mended:
 
 
 def restore_groups(store: Store) -> list[Mended]:
-    """The store's own groups, whose metadata say the same in every store."""
+    """Restore the store's own groups, whose metadata are the same in every store."""
     mended: list[Mended] = []
     for name, attributes in ((f"parts/{ROOT}", {}), (f"runs/{ROOT}", {}), (ROOT, ROOT_ATTRIBUTES)):
         path = store.path / name
@@ -67,19 +67,21 @@ def restore_groups(store: Store) -> list[Mended]:
 
 
 def restore_opening(kind: type[Spanned[Any]], folder: Path, owner: dict[str, str]) -> list[Mended]:
-    """What a part or run needs to be opened and written at all, beside its own ``zarr.json``: the folders of its
-    records and journals, with those of its own spans alone, and nothing else in the place of a folder.
+    """Restore what a part or run needs to be opened and written, apart from its own ``zarr.json``.
+
+    These are the folders of records and journals. Records and journals of spans that it does not have are moved away,
+    and so is anything else in the place of a folder.
     """
     try:
         manifest, _ = manifest_of(read_attributes(folder, kind.kind.name), str(folder), kind.kind)
         spans = kind.layout_of(manifest["storage"]).spans
     except (GhostStoreError, KeyError, TypeError, ValueError, OverflowError):
-        return []  # whoever opens it says so
+        return []  # opening it will say why
     journaled = kind is Run and "save_steps" in manifest["storage"]
-    wanted = ["commits", *([JOURNAL] if journaled else [])]
-    mended = [made for name in (*wanted, WRITERS, WITHDRAWN) for made in make_way(folder, f"{name}/", owner)]
+    folders = ["commits", *([JOURNAL] if journaled else [])]
+    mended = [made for name in (*folders, WRITERS, WITHDRAWN) for made in make_way(folder, f"{name}/", owner)]
     with storage_errors(str(folder)):
-        for name in wanted:
+        for name in folders:
             if not (folder / name).is_dir():
                 (folder / name).mkdir()
                 flush(folder)
@@ -88,9 +90,9 @@ def restore_opening(kind: type[Spanned[Any]], folder: Path, owner: dict[str, str
         if journaled:
             foreign += [journal_path(folder, span) for span in journal_spans(folder) if span >= spans]
         for path in foreign:
-            aside = folder / WITHDRAWN / FOREIGN
-            aside.mkdir(parents=True, exist_ok=True)
-            os.replace(path, aside / path.name)
+            to = folder / WITHDRAWN / FOREIGN
+            to.mkdir(parents=True, exist_ok=True)
+            os.replace(path, to / path.name)
             flush(path.parent)
             how = f"moved aside: there are {spans} spans"
             mended.append(Mended(file=path.relative_to(folder).as_posix(), how=how, **owner))
@@ -98,44 +100,45 @@ def restore_opening(kind: type[Spanned[Any]], folder: Path, owner: dict[str, str
 
 
 def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
-    """Rename what is no folder on the way to the file ``name``, a path in ``folder``, and what is no file in its place:
-    nothing could be written there. It is not ours, and not removed. A name that ends in a slash is a folder's.
+    """Rename what prevents writing the file ``name``, a path in ``folder``: what is no file there, or no folder above.
+
+    It is not ours, so it is not removed. A name that ends in a slash is that of a folder.
     """
-    place, last = folder, folder / name
-    for inside in Path(name).parts:
-        place /= inside
-        if place == last and not name.endswith("/"):
-            fits = place.is_file()
+    path, last = folder, folder / name
+    for component in Path(name).parts:
+        path /= component
+        if path == last and not name.endswith("/"):
+            fits = path.is_file()
         else:
-            fits = place.is_dir()
-        if not fits and os.path.lexists(place):
-            with storage_errors(str(place)):
-                to = next(path for n in count() if not os.path.lexists(path := _aside(place, n)))
-                os.rename(place, to)
-                flush(place.parent)
+            fits = path.is_dir()
+        if not fits and os.path.lexists(path):
+            with storage_errors(str(path)):
+                to = next(free for n in count() if not os.path.lexists(free := _moved_name(path, n)))
+                os.rename(path, to)
+                flush(path.parent)
             how = f"something else stood there, and is called {to.name} now"
-            return [Mended(file=place.relative_to(folder).as_posix(), how=how, **owner)]
+            return [Mended(file=path.relative_to(folder).as_posix(), how=how, **owner)]
     return []
 
 
-def _aside(path: Path, number: int) -> Path:
+def _moved_name(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name.lstrip('.')}.moved-aside{f'-{number}' if number else ''}")
 
 
 def restore_metadata(source: Spanned[Any], names: Iterable[str], owner: dict[str, str]) -> list[Mended]:
-    """Metadata of groups and arrays: functions of the layout, and compared with what the manifest says of them."""
-    wanted = [name for name in names if name.endswith(ROOT)]
+    """Restore metadata of groups and arrays: they follow from the layout, and the manifest has their SHA-256."""
+    metadata = [name for name in names if name.endswith(ROOT)]
     mended: list[Mended] = []
-    if not wanted:
+    if not metadata:
         return mended
-    with TemporaryDirectory(prefix="ghoststore-") as made:
-        _make_metadata(source, Path(made))
-        for name in wanted:
+    with TemporaryDirectory(prefix="ghoststore-") as scratch:
+        _make_metadata(source, Path(scratch))
+        for name in metadata:
             path, data = source.path / name, None
-            if name in source.files and (Path(made) / name).is_file():
-                data = (Path(made) / name).read_bytes()
-                if FileRecord.of(Path(made) / name).sha256 != source.files[name]:
-                    continue  # another release of zarr writes it in other words
+            if name in source.files and (Path(scratch) / name).is_file():
+                data = (Path(scratch) / name).read_bytes()
+                if FileRecord.of(Path(scratch) / name).sha256 != source.files[name]:
+                    continue  # another release of zarr writes other bytes
             elif name.partition("/")[0] in FOLDERS and name not in source.files:
                 data = _group({})
             if data is not None:
@@ -147,7 +150,7 @@ def restore_metadata(source: Spanned[Any], names: Iterable[str], owner: dict[str
 
 
 def _make_metadata(source: Spanned[Any], folder: Path) -> None:
-    """The metadata of every group and array of ``source`` below ``folder``, as its maker wrote them."""
+    """Write the metadata of every group and array of ``source`` below ``folder``, as its creation did."""
     group = zarr.create_group(folder)
     group.create_group("commits")
     if isinstance(source, Run) and source.layout.save_steps is not None:
@@ -162,17 +165,18 @@ def _make_metadata(source: Spanned[Any], folder: Path) -> None:
             create_fixed(group, name, like)
             digest = FileRecord.of(folder / name / ROOT).sha256
             if digest != source.files.get(f"{name}/{ROOT}"):
-                del group[name]  # of this dtype it was not
+                del group[name]  # it had another dtype
 
 
 def _fixed_arrays(source: Spanned[Any]) -> Iterator[tuple[str, Any]]:
-    """(name, an array of its shape and dtype) for each array in one chunk beside the rows of a part, by the size of
-    that chunk; several dtypes where it does not tell.
+    """(name, an array of its shape and dtype) for each array of a part in one chunk that has no axis of rows.
+
+    The size of the chunk gives the shape; if several dtypes fit, each is listed.
     """
-    known = {spec.name for spec in source.layout.arrays()}
+    row_arrays = {spec.name for spec in source.layout.arrays()}
     for file in source.files:
         name, _, chunk = file.partition("/c/")
-        if not isinstance(source, Part) or name in known or chunk not in ("0", "0/0"):
+        if not isinstance(source, Part) or name in row_arrays or chunk not in ("0", "0/0"):
             continue
         try:
             size = (source.path / file).stat().st_size - CRC_BYTES
@@ -204,19 +208,19 @@ def drop_caches(part: Part, names: Iterable[str], owner: dict[str, str]) -> list
 
 def damaged_spans(source: Spanned[Any], names: Iterable[str]) -> set[int]:
     """Spans that have a record or a chunk among ``names``."""
-    wanted = {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
+    spans = {int(match[1]) for name in names if (match := _RECORD.fullmatch(name))}
     for spec in source.layout.arrays():
         chunk = re.compile(rf"{re.escape(spec.name)}/c/([0-9]{{1,12}})(?:/0)*")
         numbers = (int(match[1]) for name in names if (match := chunk.fullmatch(name)))
-        wanted |= {first_row(spec, number) // source.layout.span_length for number in numbers}
-    return {span for span in wanted if span < source.layout.spans}
+        spans |= {first_row(spec, number) // source.layout.span_length for number in numbers}
+    return {span for span in spans if span < source.layout.spans}
 
 
 def restore_record(source: Spanned[Any], span: int) -> None:
-    """Write the record of ``span`` again, from its chunks: a function of their bytes, if each holds by its crc32c.
+    """Write the record of ``span`` again, from the bytes of its chunks, if the crc32c of each holds.
 
-    A chunk that is in place was decided on by its span's intent, and is whole. CorruptError if one is missing or does
-    not hold; nothing is changed then.
+    A chunk in place was decided by an intent of its span, so it is whole. CorruptError, without a change, if a chunk is
+    missing or damaged.
     """
     layout = source.layout
     start, stop = layout.span_of(span)
@@ -242,7 +246,7 @@ def restore_record(source: Spanned[Any], span: int) -> None:
 def restore_records(
     source: Spanned[Any], spans: Iterable[int], owner: dict[str, str]
 ) -> Iterator[tuple[int, Mended | str]]:
-    """(span, its record as it was restored, or why it cannot be) of each of ``spans``."""
+    """Restore the record of each of ``spans``. Yields (span, the mended record or why it cannot be restored)."""
     for span in spans:
         try:
             restore_record(source, span)

@@ -1,4 +1,4 @@
-"""``ghoststore.remove``: a part or a training run taken out of its store."""
+"""``ghoststore.remove``: removes a part or a training run from its store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEFT_TO_DELETE = "The store has no {} any more: `ghoststore gc` deletes what is 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoveReport:
-    """What was removed."""
+    """The result of ``remove``."""
 
     store: str
     part: str | None
@@ -36,19 +36,20 @@ class RemoveReport:
 def remove(options: RemoveOptions) -> RemoveReport:
     """Remove a part or a training run, damaged or not, with its indexes and caches.
 
-    It is gone in one step; what a process that was killed had not deleted yet, `ghoststore.gc` removes.
+    It disappears in one step. If the process is killed while it deletes, `ghoststore.gc` deletes the rest.
+
     UsageError if there is none, BusyError while a process writes it, StorageError if the disk refuses.
     """
     store = Store.open(options.store)
     path = existing(store, options)
     size = size_of(path)
     with storage_errors(str(path), UNCHANGED), held_whole(path, words_of(options)):
-        # Out of everybody's sight first: a part of which half is deleted would be a damaged one.
+        # Rename it first: a half-deleted part would be a damaged one.
         gone = unfinished(path)
         os.rename(path, gone)
         with storage_errors(str(gone), LEFT_TO_DELETE.format(words_of(options))):
             flush(path.parent)
-            if gone.is_symlink():  # a part may lie elsewhere as a whole: what it points to is not ours to delete
+            if gone.is_symlink():  # a part may be a link as a whole: its target is not ours to delete
                 gone.unlink()
             else:
                 shutil.rmtree(gone)

@@ -1,4 +1,4 @@
-"""``ghoststore.rename``: another name for a part or a training run."""
+"""``ghoststore.rename``: gives a part or a training run another name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ghoststore.store.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenameReport:
-    """What has a new name."""
+    """The result of ``rename``."""
 
     store: str
     part: str | None
     run: str | None
-    """Its old name; the other is None."""
+    """The old name; the other of the two is None."""
     to_name: str
 
     def to_json(self) -> dict[str, Any]:
@@ -31,18 +31,19 @@ class RenameReport:
 
 @takes(RenameOptions)
 def rename(options: RenameOptions) -> RenameReport:
-    """Give a part or a training run another name, in one step. Indexes and caches go along, for nothing in a store
-    refers to a part or run by its name; a build or training that goes on must be given the new one (``name``).
+    """Give a part or a training run another name, in one step, with its indexes and caches.
 
-    UsageError if there is none, or one of the new name; BusyError while a process writes it; StorageError if the disk
-    refuses.
+    Nothing in a store refers to a part or run by its name. A build or training that continues needs the new ``name``.
+
+    UsageError if there is none, or if the new name is taken; BusyError while a process writes it; StorageError if the
+    disk refuses.
     """
     store = Store.open(options.store)
     path, to = existing(store, options), folder_of(store, options, options.to_name)
     with storage_errors(str(to), UNCHANGED), held_whole(path, words_of(options)):
         if os.path.lexists(to):
             raise UsageError(f"{store.path} has a {words_of(options, options.to_name)} already; nothing was renamed")
-        # A folder that appears in between is not replaced either: it has files in it.
+        # A folder that appears in between is not replaced either: rename fails on one with files in it.
         os.rename(path, to)
         flush(path.parent)
     return RenameReport(store=str(options.store), part=options.part, run=options.run, to_name=options.to_name)

@@ -1,4 +1,4 @@
-"""The command that builds a part again, from its manifest."""
+"""Makes the command that builds a part again from its manifest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DEFAULTS: dict[str, Any] = {
     "--id-field": "id",
     "--domain-field": "domain",
 }
-"""Values that are not written down: those of options, and what these are decided to be."""
+"""Values that the command leaves out: the defaults of options, and what these defaults stand for."""
 
 
 def build_command(manifest: Manifest, store: Path, name: str) -> str:
-    """``ghoststore build …`` for a shell: with these inputs and settings it builds what ``manifest`` describes."""
+    """The command ``ghoststore build …``, quoted for a shell, that builds what ``manifest`` describes."""
     words = ["ghoststore", "build"]
     for option, value in _options(manifest, store, name):
         if value is None or value is False or value == DEFAULTS.get(option):
@@ -34,7 +34,7 @@ def build_command(manifest: Manifest, store: Path, name: str) -> str:
 
 
 def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, Any]]:
-    """(option, value): None and False for one that is not given, True for a flag."""
+    """(option, value); None or False leaves the option out, True stands for a switch."""
     source, compute, storage = manifest["source"], manifest["compute"], manifest["storage"]
     yield "--checkpoint", source["checkpoint"]
     yield "--tokenizer", source["tokenizer"]
@@ -58,7 +58,7 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
 
 
 def _fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if fields["kind"] == "tokens":  # token shards have fields of their own
+    if fields["kind"] == "tokens":  # token shards name their fields themselves
         return
     for role in ("text", "prompt", "completion", "messages", "id", "domain"):
         yield f"--{role}-field", fields[role]

@@ -1,6 +1,6 @@
-"""What is kept beside the rows of a part and could be made again: indexes, second moments, measured fidelity.
+"""The caches of a part: indexes, second moments and measured fidelity.
 
-Each is a record and the files that it names. Deleting one loses nothing, so a damaged one is dropped, not mended.
+Each is a record with the files that it names, and can be made again. So a damaged one is dropped, not mended.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ What = Literal["index", "second moment", "fidelity"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """One cache of a part, as its record tells."""
+    """A cache of a part, as its record describes it."""
 
     what: What
     name: str
     record: str
-    """Its record's path in the part."""
+    """Path of the record in the part."""
     files: dict[str, FileRecord] = field(default_factory=dict)
     """The files that the record names, by path in the part."""
     covers: str | None = None
-    """What it was made from, see :meth:`ghoststore.store.spans.group.Spanned.fingerprint`; None: not known."""
+    """The :meth:`ghoststore.store.spans.group.Spanned.fingerprint` it was made from; None if that is not known."""
     problem: str | None = None
-    """What is wrong with the record."""
+    """What is wrong with the record; None if nothing is."""
 
     def damage(self, part: Part) -> Iterator[tuple[str, str]]:
-        """(file, what is wrong with it)."""
+        """(file, what is wrong with it) of each damaged file."""
         if self.problem is not None:
             yield self.record, self.problem
         for name, record in self.files.items():
@@ -51,7 +51,7 @@ class Cache:
 
 
 def caches(part: Part) -> list[Cache]:
-    """Every cache of ``part``; their files are not read yet."""
+    """All caches of ``part``. Only their records are read."""
     moments = (_moment(part, path) for path in _records(part.path / SECOND_MOMENT))
     measured = (_fidelity(part, path) for path in _records(part.path / FIDELITY))
     indexes = (_index(part, name) for name in index_names(part))
@@ -63,7 +63,7 @@ def cache_damage(part: Part) -> Iterator[tuple[str, int, str | None]]:
     for cache in caches(part):
         damage = dict(cache.damage(part))
         if damage and cache not in caches(part):
-            continue  # another process has just put another in its place, or removed it
+            continue  # another process has just replaced or removed it
         yield cache.record, 0, damage.get(cache.record)
         for name, record in cache.files.items():
             yield name, record.bytes, damage.get(name)
@@ -72,19 +72,19 @@ def cache_damage(part: Part) -> Iterator[tuple[str, int, str | None]]:
 
 
 def cache_groups(part: Part) -> list[str]:
-    """The folders of caches that are Zarr groups: those that a plain reader lists."""
-    there = [folder for folder in FOLDERS if (part.path / folder).is_dir()]
-    return [*there, *(f"{INDEX}/{name}" for name in index_names(part))]
+    """Paths in the part of the Zarr groups that hold caches."""
+    folders = [folder for folder in FOLDERS if (part.path / folder).is_dir()]
+    return [*folders, *(f"{INDEX}/{name}" for name in index_names(part))]
 
 
 def drop(part: Part, cache: Cache) -> list[str]:
-    """Remove a cache: its files, by path. BusyError while a process builds that index."""
+    """Remove a cache. Returns the paths of its files. BusyError while a process builds that index."""
     if cache.what == "index":
         folder = index_folder(part, cache.name)
         names = [str(path.relative_to(part.path)) for path in sorted(folder.rglob("*")) if not path.is_dir()]
         remove_index(part, cache.name)
         return names
-    # The record first: what it names is a leftover then.
+    # The record first: the files are leftovers then, which `ghoststore gc` removes.
     for name in (cache.record, *cache.files):
         with suppress(FileNotFoundError):
             (part.path / name).unlink()
@@ -105,8 +105,8 @@ def _index(part: Part, name: str) -> Cache | None:
     except CorruptError as error:
         return Cache(what="index", name=name, record=record, problem=str(error))
     except UsageError:
-        return None  # just removed
-    except MismatchError:  # of another version, which is refused when it is used
+        return None  # removed meanwhile
+    except MismatchError:  # of another version: refused when it is used, not here
         folder = index_folder(part, name)
         paths = [path for path in folder.iterdir() if path.is_file() and path.name not in (MANIFEST, ROOT)]
         return Cache(
@@ -142,7 +142,7 @@ def _of_record(part: Part, path: Path, what: What, read: Any) -> Cache | None:
             cache: Cache = read(read_record(path, within=part.path))
             return cache
     except (FileNotFoundError, NotADirectoryError):
-        return None  # just removed
+        return None  # removed meanwhile
     except CorruptError as error:
         return Cache(what=what, name=path.stem, record=_inside(part, path), problem=str(error))
 

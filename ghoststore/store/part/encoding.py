@@ -1,4 +1,4 @@
-"""How the numbers of a vector are stored: float32 rows to bytes on disk and back.
+"""Encodings of vectors: float32 rows to stored numbers and back.
 
 Legend: R rows, D numbers of a vector, G blocks of columns.
 """
@@ -16,7 +16,7 @@ from ghoststore.errors import UsageError
 
 Float32 = NDArray[np.float32]
 Groups = Sequence[tuple[str, int, int]]
-"""(name, first column, one past the last) of each block; together, in order, all D columns."""
+"""(name, first column, one past the last) of each block, in order. Together they are all D columns."""
 
 LARGEST_CODE = 127
 LARGEST_SCALE = np.float32(66052 * 2.0**105)
@@ -27,9 +27,9 @@ class Encoded(NamedTuple):
     """Rows as they are stored."""
 
     stored: NDArray[Any]
-    """(R, columns), what becomes of the array ``vectors``."""
+    """(R, columns): the rows of the array ``vectors``."""
     scale: Float32 | None = None
-    """(R, G), the array ``scale``: what the codes of each row and block are multiplied with. None without one."""
+    """(R, G): the rows of the array ``scale``, the factor of the codes of each row and block. None without scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,31 +40,30 @@ class Encoding:
     stored: np.dtype[Any]
     """dtype of the Zarr array."""
     encode: Callable[[Float32, Groups], Encoded]
-    """Finite float32 (R, D), rounded to nearest even; what is too large becomes infinite."""
+    """Finite float32 (R, D) to stored rows, rounded to nearest even. Numbers that are too large become infinite."""
     numbers: Callable[[NDArray[Any], int], Float32]
-    """(R, columns) as stored, and D, to (R, D): exactly what is stored, before the scale. Never shares memory where
-    there is a scale."""
+    """(R, columns) as stored, and D, to (R, D), exact, before the scale. A copy in encodings with a scale."""
     columns: Callable[[int], int] = lambda dimension: dimension
     """Columns of the Zarr array for D numbers."""
     scaled: bool = False
-    """Whether there is a ``scale``."""
+    """Whether the encoding has a ``scale``."""
 
     def decode(self, stored: NDArray[Any], scale: Float32 | None = None, groups: Groups = ()) -> Float32:
-        """Stored rows back to (R, D) float32, the same bits everywhere. Scales and blocks where :attr:`scaled`."""
+        """Decode stored rows to (R, D) float32, the same bits everywhere. Needs scale and groups if :attr:`scaled`."""
         numbers = self.numbers(stored, groups[-1][2] if groups else stored.shape[1])
         if self.scaled:
             multiply(numbers, scale, groups)
         return numbers
 
     def row_bytes(self, dimension: int) -> int:
-        """Bytes of one stored vector, its scales aside."""
+        """Bytes of one stored vector, without its scales."""
         return self.columns(dimension) * self.stored.itemsize
 
 
 def multiply(numbers_RD: Any, scale_RG: Any, groups: Groups) -> None:
-    """Multiply each block by its scales, in place. Arrays of NumPy or tensors."""
-    for place, (_, start, stop) in enumerate(groups):
-        numbers_RD[:, start:stop] *= scale_RG[:, place, None]
+    """Multiply each block by its scales, in place. The arguments are NumPy arrays or tensors."""
+    for group, (_, start, stop) in enumerate(groups):
+        numbers_RD[:, start:stop] *= scale_RG[:, group, None]
 
 
 def _as_float32(stored: NDArray[Any], dimension: int) -> Float32:
@@ -74,7 +73,7 @@ def _as_float32(stored: NDArray[Any], dimension: int) -> Float32:
 def _to_bfloat16(x: Float32, groups: Groups) -> Encoded:
     u = np.ascontiguousarray(x).view(np.uint32)
     rounded: NDArray[np.uint16] = ((u + np.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16).astype(np.uint16)
-    # The carry above turns some NaNs into numbers; a NaN must stay one.
+    # The carry of the rounding turns some NaNs into numbers, so they are set here.
     return Encoded(np.where(np.isnan(x), np.uint16(0x7FC0), rounded))
 
 
@@ -88,23 +87,23 @@ def _to_float16(x: Float32, groups: Groups) -> Encoded:
 
 
 def _to_int8(x: Float32, groups: Groups) -> Encoded:
-    """x ≈ scale · code, |code| ≤ 127, and no number is further off than half a scale.
+    """x ≈ scale · code with |code| ≤ 127; the error is at most half a scale.
 
-    The scale is the largest magnitude of the block ÷ 127, rounded up to 17 bits: its product with a code of 7 bits is
-    exact in float32, so decoding rounds nothing and encoding what was decoded changes nothing.
+    The scale is the largest magnitude of the block ÷ 127, rounded up to 17 bits. Its product with a code of 7 bits is
+    exact in float32, so decoding does not round, and encoding a decoded vector gives the same codes.
     """
     largest = np.stack([np.abs(x[:, start:stop]).max(1) for _, start, stop in groups], axis=1)
     bits = ((largest / np.float32(LARGEST_CODE)).view(np.uint32) + np.uint32(0x7F)) & np.uint32(0xFFFFFF80)
     scale: Float32 = np.minimum(bits.view(np.float32), LARGEST_SCALE)
     divisor = np.where(scale > 0, scale, np.float32(1))
     codes = np.empty(x.shape, dtype=np.int8)
-    for place, (_, start, stop) in enumerate(groups):
-        codes[:, start:stop] = np.rint(x[:, start:stop] / divisor[:, place, None])
+    for group, (_, start, stop) in enumerate(groups):
+        codes[:, start:stop] = np.rint(x[:, start:stop] / divisor[:, group, None])
     return Encoded(codes, scale)
 
 
 def _to_onebit(x: Float32, groups: Groups) -> Encoded:
-    """x ≈ ±scale: the bit is 1 for x ≥ 0, and the scale is the block's mean magnitude, whose error is the least."""
+    """x ≈ ±scale. The bit is 1 for x ≥ 0. The scale is the block's mean magnitude, which has the least error."""
     scale = np.stack([np.abs(x[:, start:stop]).mean(1, dtype=np.float64) for _, start, stop in groups], axis=1)
     return Encoded(np.packbits(x >= 0, axis=1, bitorder="little"), scale.astype(np.float32))
 
@@ -118,7 +117,7 @@ ENCODINGS: dict[str, Encoding] = {
     for code in (
         Encoding(name="float32", stored=np.dtype("<f4"), encode=lambda x, groups: Encoded(x), numbers=_as_float32),
         Encoding(name="float16", stored=np.dtype("<f2"), encode=_to_float16, numbers=_as_float32),
-        # No Zarr release has bfloat16: the array is uint16, and the manifest says what its bits mean.
+        # Zarr has no bfloat16: the array is uint16, and the manifest names the encoding of its bits.
         Encoding(name="bfloat16", stored=np.dtype("<u2"), encode=_to_bfloat16, numbers=_from_bfloat16),
         Encoding(name="int8", stored=np.dtype("i1"), encode=_to_int8, numbers=_as_float32, scaled=True),
         Encoding(
@@ -134,7 +133,7 @@ ENCODINGS: dict[str, Encoding] = {
 
 
 def encoding(name: str) -> Encoding:
-    """The encoding called ``name``; UsageError with the known names otherwise."""
+    """The encoding ``name``. UsageError with the known names if there is none."""
     try:
         return ENCODINGS[name]
     except KeyError:

@@ -1,7 +1,7 @@
-"""The measured fidelity of a part, kept beside its arrays: how far its rankings are from those of exact gradients.
+"""The measured fidelity of a part, in its folder ``fidelity/``: how far its rankings are from exact gradients'.
 
-One record a metric, in ``fidelity/``. It says which rows it was drawn from. Rows that are committed later make it
-stale: it is still shown, for it tells of the projection and of rows that are still there, with the rows that it covers.
+There is a record for each metric, with the number of rows that it covers. Rows that are committed later make it stale.
+A stale record is still shown: it describes the projection, and rows that still exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ State = Literal["current", "stale", "damaged"]
 
 @dataclass(frozen=True, slots=True)
 class KeptFidelity:
-    """What is kept for one metric."""
+    """The record of one metric."""
 
     metric: str
     state: State
@@ -33,12 +33,12 @@ class KeptFidelity:
     """The report's JSON; empty if it is damaged."""
 
     def to_json(self) -> dict[str, Any]:
-        """What ``info`` and ``query`` show of it."""
+        """The JSON that ``info`` and ``query`` show."""
         return {"metric": self.metric, "state": self.state, "problem": self.problem, **self.value}
 
 
 def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
-    """Keep a measurement of all rows that ``part`` has, in place of the one before. StorageError if it cannot be."""
+    """Write a measurement of all rows of ``part``, in place of an earlier one. StorageError if the disk refuses."""
     folder = part.path / FOLDER
     refuse_links(part.path)
     with storage_errors(str(folder)):
@@ -56,7 +56,7 @@ def keep_fidelity(part: Part, metric: str, value: dict[str, Any]) -> None:
 
 
 def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
-    """What is kept; None where nothing is, or it is of another version or of another part."""
+    """The record of ``metric``; None if there is none, or it is of another version or another part."""
     path = part.path / FOLDER / f"{metric}.json"
     try:
         record = read_record(path, within=part.path)
@@ -78,17 +78,17 @@ def read_fidelity(part: Part, metric: str) -> KeptFidelity | None:
 
 
 def kept_fidelities(part: Part) -> list[KeptFidelity]:
-    """Of every metric that was measured."""
+    """The records of all metrics that were measured."""
     return [measured for metric in METRICS if (measured := read_fidelity(part, metric)) is not None]
 
 
 def check_value(value: dict[str, Any]) -> None:
-    """Raises unless :func:`fidelity_line` can tell of ``value``."""
+    """Raise an error unless :func:`fidelity_line` can describe ``value``."""
     fidelity_line({"state": "current", "problem": None, "metric": "", **value})
 
 
 def fidelity_line(measured: dict[str, Any]) -> str:
-    """One line of what :meth:`KeptFidelity.to_json` gave."""
+    """Describe the JSON of :meth:`KeptFidelity.to_json` in one line."""
     if measured["state"] == "damaged":
         return f"damaged: {measured['problem']}; `ghoststore fidelity` measures it again"
     layers, everything = measured["layers"], measured["all"]

@@ -1,6 +1,6 @@
-"""The manifest of an index, ``index.json``: what the index is, what it covers, how good it was found to be.
+"""The manifest of an index, ``index.json``: its settings, the rows it covers, and its measured recall.
 
-Specified in ``docs/format.md``.
+``docs/format.md`` specifies it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ghoststore.store.base.records import LARGEST_RECORD, FileRecord, json_diges
 INDEX_VERSION = 1
 CHECKSUM = "manifest_sha256"
 ROW_BYTES = 24
-"""Of the file of rows: the row, the digest of its numbers, its length."""
+"""Bytes of an entry in the file of rows: the row, the digest of its numbers, its length."""
 LARGEST_COUNT = 1 << 30
 SUFFIXES = {"faiss": ".faiss", "rows": ".rows"}
-"""Kind of file to the end of its name."""
+"""By kind of file, the suffix of its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """Share of the exact best rows that the index finds, measured when it was built."""
+    """The share of the exact best rows that the index finds, measured when it was built."""
 
     queries: int
     at_10: float
@@ -33,7 +33,7 @@ class Recall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexManifest:
-    """What an index is, what it covers and how good it was found to be."""
+    """Settings, coverage and measured recall of an index."""
 
     factory: str
     """FAISS's factory string."""
@@ -41,28 +41,28 @@ class IndexManifest:
     dimension: int
     """Numbers of a vector of the part."""
     front_dimension: int
-    """Numbers that FAISS sees: fewer where a sketch stands in front."""
+    """Numbers that FAISS sees: fewer if a sketch precedes it."""
     front_key: str | None
-    """What the sketch is drawn from; None without one."""
+    """The key from which the sketch is drawn; None without a sketch."""
     scale: float
-    """What vectors are multiplied with for the dot product, so that any dtype holds them; a power of two."""
+    """The factor of vectors for the dot product, so that any dtype can hold them; a power of two."""
     rows: int
-    """Rows that have a vector: those in the index."""
+    """Rows in the index: those that have a vector."""
     spans: int
     coverage: str
-    """What it was built from, see :meth:`ghoststore.store.spans.group.Spanned.fingerprint`."""
+    """The :meth:`ghoststore.store.spans.group.Spanned.fingerprint` of the part that it was built from."""
     effort: int | None
-    """``nprobe`` or ``efSearch``; None for kinds without one."""
+    """``nprobe`` or ``efSearch``; None for factories with neither."""
     candidates: int
-    """Rows that are scored exactly for each query."""
+    """Number of rows that are scored exactly for each query."""
     target_recall: float
     recall: dict[str, Recall]
     """By kind of query: ``row`` for single rows of the part, ``mean`` for means of rows."""
     seconds: float
-    """Wall time of building and measuring."""
+    """Seconds of wall time for building and measuring."""
     software: dict[str, str]
     files: dict[str, FileRecord]
-    """By kind, see ``SUFFIXES``; each is named after the first 16 digits of its SHA-256."""
+    """By kind, see ``SUFFIXES``. Each is named by the first 16 digits of its SHA-256."""
 
     def __post_init__(self) -> None:
         if self.metric not in ("dot", "cosine") or not 0 < self.scale < float("inf"):
@@ -86,23 +86,23 @@ class IndexManifest:
 
     @property
     def size(self) -> int:
-        """Bytes of its files, the manifest aside."""
+        """Bytes of its files, without the manifest."""
         return sum(record.bytes for record in self.files.values())
 
     @property
     def recall_at_10(self) -> float:
-        """The worse of single rows and means."""
+        """The recall of single rows or of means, whichever is lower."""
         return min(recall.at_10 for recall in self.recall.values())
 
     @property
     def reached(self) -> bool:
-        """Whether the recall is what was asked for."""
+        """Whether the recall reaches ``target_recall``."""
         return self.recall_at_10 >= self.target_recall
 
     def to_json(self) -> dict[str, Any]:
-        """What the commands print of it."""
-        shown = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
-        return {**shown, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
+        """The JSON that the commands print."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("files", "coverage")}
+        return {**values, "bytes": self.size, "bytes_per_row": self.size / self.rows, "reached": self.reached}
 
     def path_of(self, folder: Path, kind: str) -> Path:
         """The file of one kind."""
@@ -110,17 +110,18 @@ class IndexManifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of it, which covers its files."""
+        """SHA-256 of the manifest. It covers the files, too."""
         return json_digest(asdict(self))
 
     def encode(self) -> bytes:
-        """The bytes of ``index.json``, with a checksum of itself."""
+        """The bytes of ``index.json``, with its own checksum."""
         return seal({"ghoststore_index": INDEX_VERSION, **asdict(self)}, CHECKSUM)
 
     @classmethod
     def read(cls, path: Path, within: Path | None = None) -> IndexManifest:
-        """What an ``index.json`` holds, ``within`` its part. FileNotFoundError without one, MismatchError if it is of
-        another version, CorruptError if it is not what was written.
+        """Read an ``index.json``, which must lie ``within`` the folder of its part.
+
+        FileNotFoundError if there is none, MismatchError for another version, CorruptError if it is damaged.
         """
         remedy = "`ghoststore index … --rebuild` makes it again"
         with reading(path, "is not the manifest of an index", remedy):

@@ -1,7 +1,7 @@
-"""Indexes of a part on the disk: a folder each, with a manifest that appears last and names everything else.
+"""Indexes of a part on the disk: a folder for each, whose manifest appears last and names all other files.
 
-An index is a cache of what is committed: deleting it loses nothing, and one that does not fit the part any more is
-refused. Specified in ``docs/format.md``.
+An index is a cache of the committed rows: it can be deleted, and one that no longer fits the part is refused.
+``docs/format.md`` specifies it.
 """
 
 from __future__ import annotations
@@ -27,45 +27,45 @@ from ghoststore.store.part.part import Part
 FOLDER = "index"
 MANIFEST = "index.json"
 _OURS = re.compile(r"([0-9a-f]{16}|begun)\.(faiss|rows)")
-"""Names of files that a build of an index makes, beside its unfinished ones."""
+"""Names of the files that a build of an index makes, apart from temporary ones."""
 GROUP = b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'
 State = Literal["current", "stale", "damaged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexState:
-    """One index of a part, and whether it can be used."""
+    """An index of a part, and whether it can be used."""
 
     name: str
     state: State
     problem: str | None
     """Why it is stale or damaged."""
     manifest: IndexManifest | None
-    """None if it cannot be read."""
+    """None if the manifest cannot be read."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the commands print of it."""
+        """The JSON that the commands print."""
         head = {"name": self.name, "state": self.state, "problem": self.problem}
         return head | ({} if self.manifest is None else self.manifest.to_json())
 
 
 def is_index_file(name: str) -> bool:
-    """Whether a build of an index makes files of that name in the folder of the index."""
+    """Whether a build of an index makes files of this name."""
     return name in ("zarr.json", MANIFEST) or _OURS.fullmatch(name) is not None
 
 
 def index_folder(part: Part, name: str) -> Path:
-    """Where the index called ``name`` is or would be."""
+    """The folder of the index ``name``, whether it exists or not."""
     return part.path / FOLDER / check_name(name, "index")
 
 
 def index_words(part: str, name: str) -> str:
-    """The index ``name`` of the part called ``part`` in a message."""
+    """The index ``name`` of the part ``part`` as messages name it."""
     return f"index {name!r} of part {part!r}"
 
 
 def index_names(part: Part) -> list[str]:
-    """Names of the indexes of ``part``, sorted. A folder without a manifest is none: it was never finished."""
+    """Names of the indexes of ``part``, sorted. A folder without a manifest is an unfinished build, not an index."""
     names = (path.parent.name for path in (part.path / FOLDER).glob(f"*/{MANIFEST}"))
     return sorted(name for name in names if is_name(name))
 
@@ -157,7 +157,7 @@ def begun_path(folder: Path, kind: str) -> Path:
 
 
 def seal_files(folder: Path) -> dict[str, FileRecord]:
-    """The records of the files that stand at :func:`begun_path`, which get their names."""
+    """Give the files at :func:`begun_path` their final names. Returns their records."""
     records = {}
     for kind, suffix in SUFFIXES.items():
         path = begun_path(folder, kind)
@@ -168,7 +168,7 @@ def seal_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def publish_index(folder: Path, manifest: IndexManifest) -> None:
-    """Make ``manifest`` that of the index, in one step: who opens it gets this one or the one before, whole."""
+    """Make ``manifest`` that of the index, in one step: a reader gets the new one or the old one, whole."""
     flush(folder)  # the names of its files, before the manifest that names them
     replace(folder / MANIFEST, manifest.encode())
 
@@ -178,21 +178,21 @@ def _alone(folder: Path) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what dead writers left, and what the manifest does not name."""
+    """Remove leftovers of dead writers, and files that the manifest does not name."""
     sweep(folder)
     if not _alone(folder):
-        return  # where no lock holds it back, another may be about to name its files
-    named: set[str] = set()
+        return  # on a file system without locks, another process may be about to name its files
+    current: set[str] = set()
     try:
         manifest = IndexManifest.read(folder / MANIFEST)
-        named |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
+        current |= {manifest.path_of(folder, kind).name for kind in SUFFIXES}
     except CorruptError as error:
         if isinstance(error.__cause__, OSError):
-            return  # it could not be read just now: what it names is not known
+            return  # the manifest cannot be read now, so the files that it names are not known
     except (FileNotFoundError, MismatchError):
-        pass  # nothing is there that could be used
+        pass  # there is no usable index
     for path in folder.iterdir():
-        if path.name not in named and _OURS.fullmatch(path.name):
+        if path.name not in current and _OURS.fullmatch(path.name):
             path.unlink()
 
 

@@ -1,4 +1,4 @@
-"""The shape of a part on disk. Specified in ``docs/format.md``.
+"""The layout of a part on disk, which ``docs/format.md`` specifies.
 
 Legend: N rows, D numbers of a vector, S rows of a span.
 """
@@ -24,21 +24,21 @@ from ghoststore.store.spans.layout import (
 
 MIN_SPAN_ROWS, MAX_SPAN_ROWS = 256, 4096
 LARGEST_CHUNK = LARGEST_ROW_BYTES
-"""Numbers of a chunk of vectors: a byte each, or less, and four once they are float32."""
+"""Most numbers of a chunk of vectors. Each may take a byte or less as stored, and takes four as float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartLayout(SpanLayout):
-    """Everything that fixes the arrays of a part."""
+    """All that determines the arrays of a part."""
 
     rows: int
     dimension: int
     groups: int
-    """Blocks that have a norm of their own."""
+    """Number of blocks with a norm of their own."""
     dtype: str
     span_rows: int
     chunk_rows: int
-    """Rows of a chunk of ``vectors``; divides ``span_rows``."""
+    """Rows of a chunk of ``vectors``, a divisor of ``span_rows``."""
     store_text: bool
 
     def __post_init__(self) -> None:
@@ -59,9 +59,9 @@ class PartLayout(SpanLayout):
     def choose(
         cls, *, rows: int, dimension: int, groups: int, dtype: str, span_rows: int | None, store_text: bool
     ) -> PartLayout:
-        """Chunks of about 8 MiB, a power of two of rows; spans of one chunk, or 256 rows if that is more.
+        """Choose chunks of about 8 MiB, a power of two of rows, and spans of one chunk, or of 256 rows if that is more.
 
-        Smaller codes than bytes count as bytes: a chunk is at most four times as large once it is read as float32.
+        Codes of less than a byte count as bytes, so that a chunk is at most four times as large in float32.
         """
         row_bytes = max(encoding(dtype).row_bytes(dimension), dimension)
         if row_bytes > LARGEST_ROW_BYTES:
@@ -78,7 +78,7 @@ class PartLayout(SpanLayout):
             raise UsageError(f"`span_rows` must be at least 1, not {span}")
         span = min(span, rows)
         chunk = min(chunk, span)
-        # A chunk never crosses a span: other spans are written by others, at other times.
+        # A chunk must not cross a span: other processes may write other spans.
         while span % chunk:
             chunk -= 1
         return cls(
@@ -93,7 +93,7 @@ class PartLayout(SpanLayout):
 
     @classmethod
     def of(cls, storage: Mapping[str, Any]) -> PartLayout:
-        """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        """The layout of a manifest's storage section. KeyError, TypeError or ValueError if it describes none."""
         end = 0
         for _, start, stop in storage["groups"]:
             if not (isinstance(stop, int) and start == end < stop):
@@ -123,7 +123,7 @@ class PartLayout(SpanLayout):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's numbers in all arrays; its id and text come on top."""
+        """Bytes of a row's numbers in all arrays, without id and text."""
         return sum(spec.width * int(spec.dtype.itemsize) for spec in self.arrays() if spec.dtype is not str)
 
     def arrays(self) -> list[ArraySpec]:

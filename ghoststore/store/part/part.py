@@ -1,4 +1,4 @@
-"""A part: creating it whole, opening it at one moment, and reading what is committed.
+"""A part: creating it, opening it, and reading its committed rows.
 
 Legend: N rows, D numbers of a vector.
 """
@@ -28,9 +28,9 @@ SPAN_TABLE = "span_start"
 
 
 class Part(Spanned[PartLayout]):
-    """One build, as it stood when it was opened: later commits are not seen.
+    """A build in the state in which it was opened: later commits are not seen.
 
-    Opened by :meth:`ghoststore.Store.part`.
+    Open it with :meth:`ghoststore.Store.part`.
     """
 
     kind = PART
@@ -47,7 +47,7 @@ class Part(Spanned[PartLayout]):
 
     @property
     def encoding(self) -> Encoding:
-        """How ``vectors`` are stored."""
+        """The encoding of ``vectors``."""
         return encoding(self.layout.dtype)
 
     @property
@@ -57,12 +57,12 @@ class Part(Spanned[PartLayout]):
 
     @property
     def sketched_together(self) -> bool:
-        """Whether one sketch holds all layers, so that nothing can be said of one of them."""
+        """Whether one sketch holds all layers, so that they cannot be told apart."""
         projection = self.manifest["projection"]
         return projection["compress"] is not None and projection["compress_by"] == "all"
 
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
-        """Rows by status, and their tokens."""
+        """Counts of rows by status, and their tokens."""
         status = np.asarray(arrays["status"])
         counts = {member.name.lower(): int((status == member).sum()) for member in Status}
         tokens = int(np.asarray(arrays["n_tokens"], dtype=np.int64).sum())
@@ -76,20 +76,20 @@ class Part(Spanned[PartLayout]):
         return np.concatenate([np.zeros(0, dtype=np.int64), *spans])
 
     def column(self, name: str) -> NDArray[Any]:
-        """(rows, …): a numeric array other than ``vectors``, of every committed row, as :attr:`row_numbers` has them.
+        """(rows, …): a numeric array other than ``vectors``, of all committed rows, ordered as :attr:`row_numbers`.
 
-        CorruptError naming the chunk that is damaged or missing.
+        CorruptError naming a chunk that is damaged or missing.
         """
         spec = self.spec(name)
         nothing = np.zeros((0, *spec.columns), dtype=spec.dtype)
         return np.concatenate([nothing, *(read_span(self, name, span) for span in self.spans)])
 
     def usable(self) -> NDArray[np.bool_]:
-        """(rows,): which of the committed rows have a vector. Raises as :meth:`column`."""
+        """(rows,): whether each committed row has a vector. Raises as :meth:`column`."""
         return np.asarray(self.column("status") < FIRST_UNUSABLE)
 
     def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> list[Any]:
-        """One value for each of ``rows``, in their order; each span is read once."""
+        """The value of each of ``rows``, in their order. Each span is read once."""
         dtype = self.spec(name).dtype
         return list(
             gather(rows, self.layout.span_rows, lambda span: self.read(name, *self.layout.span_of(span)), dtype)
@@ -97,13 +97,14 @@ class Part(Spanned[PartLayout]):
 
 
 def span_table(part: Part) -> NDArray[np.int64]:
-    """(spans, 5) of a part: source row, window, file, byte offset and content digest where each span begins."""
+    """(spans, 5): source row, window, file, byte offset and content digest at the start of each span."""
     return fixed_array(part, SPAN_TABLE)
 
 
 def fixed_array(part: Part, name: str) -> NDArray[Any]:
-    """An array that was written when the part was made, see :func:`create_part`. CorruptError if it is damaged, or not
-    there.
+    """Read an array that was written when the part was made, see :func:`create_part`.
+
+    CorruptError if it is damaged or missing.
     """
     files = [file for file in part.files if file.startswith(f"{name}/")]
     if not files:
@@ -111,16 +112,16 @@ def fixed_array(part: Part, name: str) -> NDArray[Any]:
     for file in files:
         part.check_file(file)
     array = part.open_zarr(name)
-    # What lacks its chunk reads as zeros, as many as its shape says.
-    there = sum(size_of(part.path / file, part.path) for file in files)
-    if array.nbytes > there:
-        raise CorruptError(f"{part.path / name} tells of {array.nbytes} bytes; {there} are there")
+    # Zarr reads a missing chunk as zeros, as many as the shape says.
+    present = sum(size_of(part.path / file, part.path) for file in files)
+    if array.nbytes > present:
+        raise CorruptError(f"{part.path / name} tells of {array.nbytes} bytes; {present} are there")
     with reading(part.path / name):
         return np.asarray(array[...])
 
 
 def create_fixed(group: zarr.Group, name: str, like: NDArray[Any]) -> zarr.Array[Any]:
-    """An array in one chunk, for the shape and dtype of ``like``, without numbers yet."""
+    """Make an array in one chunk with the shape and dtype of ``like``, without numbers."""
     return group.create_array(
         name, shape=like.shape, chunks=like.shape, dtype=like.dtype, compressors=[Crc32cCodec()], fill_value=0
     )
@@ -129,10 +130,9 @@ def create_fixed(group: zarr.Group, name: str, like: NDArray[Any]) -> zarr.Array
 def create_part(
     path: Path, manifest: Manifest, spans: NDArray[np.int64], fixed: Mapping[str, NDArray[Any]] | None = None
 ) -> Part:
-    """Make a part with no rows yet, in one step: it appears whole or not at all.
+    """Make an empty part in one step: it appears whole or not at all. If it exists, open it.
 
-    If it exists, that one is opened. ``spans`` is kept beside the arrays, see :func:`span_table`, and so are the arrays
-    of ``fixed``, see :func:`fixed_array`.
+    ``spans`` is the :func:`span_table`; ``fixed`` holds further arrays, see :func:`fixed_array`.
     """
     layout = PartLayout.of(manifest["storage"])
 

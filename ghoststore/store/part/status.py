@@ -1,11 +1,11 @@
-"""What became of a row: every row of the corpus has one, whether or not it has a vector."""
+"""The status of a row. Every row of the corpus has one, with or without a vector."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 
 FIRST_UNUSABLE = 16
-"""Statuses from here on mean: no vector (its numbers are zero), never in a result or an index."""
+"""Rows with this status or a higher one have no vector (zeros), and are in no result and no index."""
 
 
 class Status(IntEnum):

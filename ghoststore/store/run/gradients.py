@@ -1,5 +1,6 @@
-"""The projected gradients that a run keeps: of every so many steps, in an encoding of parts. Specified in
-``docs/format.md``.
+"""The layout of a run's kept gradients: those of one step in ``every``, in an encoding of parts.
+
+``docs/format.md`` specifies it.
 
 Legend: D numbers of a vector, G blocks of columns, R vectors.
 """
@@ -21,11 +22,11 @@ BFLOAT16_NAN = 0x7FC0
 
 
 class Stored(NamedTuple):
-    """How the numbers of one encoding lie in their array."""
+    """dtype and fill value of the array of an encoding."""
 
     stored: str
     fill: float
-    """Where there is no vector: NaN; of codes 0, whose scale is NaN then."""
+    """The value of a missing vector: NaN; for codes 0, with a scale of NaN."""
 
 
 GRADIENT_DTYPES: dict[str, Stored] = {
@@ -38,25 +39,25 @@ GRADIENT_DTYPES: dict[str, Stored] = {
 
 
 class KeptArrays(NamedTuple):
-    """The arrays of a run in which its gradients are."""
+    """Names of the arrays of a run's gradients."""
 
     vectors: str
     scale: str | None = None
     val: str | None = None
-    """Of the val gradients; None where those are not kept."""
+    """Of the val gradients; None if they are not kept."""
     val_scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientLayout:
-    """What is kept, and of which steps. UsageError if it cannot be."""
+    """Which steps keep gradients, and how. UsageError for impossible settings."""
 
     every: int
     """Steps 0, ``every``, 2·``every``, … keep the gradients of their samples."""
     dtype: str
     """An encoding of parts."""
     groups: tuple[tuple[str, int, int], ...]
-    """(name, first column, one past the last) of each block that has a scale of its own; together all D columns."""
+    """(name, first column, one past the last) of each block with a scale of its own; together all D columns."""
 
     def __post_init__(self) -> None:
         encoding(self.dtype)
@@ -72,7 +73,7 @@ class GradientLayout:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> GradientLayout:
-        """What a manifest says; KeyError, TypeError or ValueError if it is none."""
+        """The layout in a manifest. KeyError, TypeError or ValueError if it describes none."""
         groups = tuple((str(name), int(start), int(stop)) for name, start, stop in stored["groups"])
         return cls(every=int(stored["every"]), dtype=str(stored["dtype"]), groups=groups)
 
@@ -82,12 +83,12 @@ class GradientLayout:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """Numbers of a vector (D)."""
         return self.groups[-1][2]
 
     @property
     def encoding(self) -> Encoding:
-        """How the numbers are stored."""
+        """The encoding of the vectors."""
         return encoding(self.dtype)
 
     @property
@@ -97,12 +98,12 @@ class GradientLayout:
 
     @property
     def scaled(self) -> bool:
-        """Whether there are scales beside."""
+        """Whether the encoding has scales."""
         return self.encoding.scaled
 
     @property
     def arrays(self) -> KeptArrays:
-        """Where they are in the run."""
+        """Names of the arrays of the gradients."""
         if self.scaled:
             return KeptArrays("gradient", "gradient_scale", "val_gradient", "val_gradient_scale")
         return KeptArrays("gradient", None, "val_gradient")
@@ -112,7 +113,7 @@ class GradientLayout:
         return step % self.every == 0
 
     def encode(self, vectors_RD: Float32) -> tuple[NDArray[Any], Float32 | None]:
-        """(stored, scales) of vectors. One that is not finite, or too large for the encoding, becomes none at all."""
+        """Encode vectors as (stored, scales). One that is not finite, or too large, is stored as missing."""
         code = self.encoding
         finite_R = np.asarray(np.isfinite(vectors_RD).all(axis=1), dtype=bool)
         encoded = code.encode(np.where(finite_R[:, None], vectors_RD, np.float32(0)), self.groups)
@@ -124,5 +125,5 @@ class GradientLayout:
         return stored, scale
 
     def decode(self, stored: NDArray[Any], scale: Float32 | None) -> Float32:
-        """(R, D) float32 of (R, columns) and (R, G); NaN where there is no vector."""
+        """Decode (R, columns) and (R, G) to (R, D) float32; NaN for a missing vector."""
         return self.encoding.decode(stored, scale, self.groups)

@@ -1,7 +1,7 @@
-"""The journal of an open span: its save intervals, one behind the other in one file, until the span is full.
+"""The journal of an open span: a file of its save intervals, one after the other, until the span is full.
 
 An entry is a header, the numbers of its steps array by array, and a trailer. The trailer is written when all before it
-is on the disk: an entry without it was never committed, and an entry that has it is what was committed or is damaged.
+is on the disk. So an entry without a trailer was never committed, and one with a trailer is committed, or damaged.
 ``docs/format.md`` specifies every byte.
 """
 
@@ -50,45 +50,45 @@ ADVICE = "`ghoststore verify` lists what is damaged"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One committed save interval of a journal."""
+    """A committed save interval of a journal."""
 
     start: int
     stop: int
-    place: int
-    """Byte of the file at which it begins."""
+    offset: int
+    """Byte of the file at which the entry begins."""
     size: int
-    """Its bytes, header and trailer among them."""
+    """Bytes of the entry, with header and trailer."""
     tokens: int
     statuses: dict[str, int]
     digest: bytes
-    """Its trailer."""
+    """The trailer of the entry."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Journal:
-    """What is committed in the journal of a span, as its headers say; the arrays are checked when they are read."""
+    """The committed entries of a span's journal, by their headers. The arrays are checked when they are read."""
 
     path: Path
     span: int
     entries: list[Entry] = field(default_factory=list)
     """In the order in which they were appended."""
     starts: set[int] = field(default_factory=set)
-    """Their first steps."""
+    """First steps of the entries."""
     length: int = 0
-    """Steps of all of them."""
+    """Number of steps of all entries."""
     problem: str | None = None
-    """What is damaged behind them."""
+    """What is damaged after the entries; None if nothing is."""
 
     def add(self, entry: Entry) -> None:
-        """Take in the entry that follows."""
+        """Append an entry that was read or written."""
         self.entries.append(entry)
         self.starts.add(entry.start)
         self.length += entry.stop - entry.start
 
     @property
     def end(self) -> int:
-        """One past the last byte that is committed."""
-        return self.entries[-1].place + self.entries[-1].size if self.entries else 0
+        """One past the last committed byte."""
+        return self.entries[-1].offset + self.entries[-1].size if self.entries else 0
 
     @property
     def steps(self) -> list[Steps]:
@@ -96,43 +96,41 @@ class Journal:
         return merged((entry.start, entry.stop) for entry in self.entries)
 
     def check(self) -> None:
-        """CorruptError if something is damaged behind the entries."""
+        """CorruptError if something is damaged after the entries."""
         if self.problem is not None:
             raise self.damaged(self.problem)
 
     def damaged(self, problem: str) -> CorruptError:
-        """The error that says so."""
+        """The error for a damaged journal."""
         return CorruptError(f"{self.path} is damaged: {problem}; {ADVICE}")
 
 
 def journal_path(folder: Path, span: int) -> Path:
-    """Where the journal of ``span`` stands."""
+    """The path of the journal of ``span``."""
     return folder / FOLDER / f"{span:08d}.log"
 
 
 def first_link(run: Run, span: int) -> bytes:
-    """What the first entry of a journal has in the place of the trailer before it: a journal belongs to one span of one
-    run.
-    """
+    """The link of the first entry, in place of an earlier trailer: it ties a journal to one span of one run."""
     return hashlib.sha256(f"{json_digest(run.manifest)}:{span}".encode()).digest()
 
 
 def entry_size(layout: RunLayout, steps: int) -> int:
-    """Bytes of an entry of so many steps."""
+    """Bytes of an entry of ``steps`` steps."""
     arrays = sum(spec.count(steps) * spec.width * int(spec.dtype.itemsize) + CRC_BYTES for spec in layout.arrays())
     return HEADER.size + arrays + TRAILER_BYTES
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A handle to read a journal. FileNotFoundError if it is gone, CorruptError if it is no regular file."""
+    """Open a journal for reading. FileNotFoundError if it is gone, CorruptError if it is no regular file."""
     with open_regular(path, path.parent.parent) as file:
         yield file.fileno()
 
 
 @contextmanager
 def _writing(path: Path, flags: int = 0) -> Iterator[int]:
-    """A handle to write a journal. No link is followed, and no pipe waited for."""
+    """Open a journal for writing, without following a link or waiting for a pipe."""
     handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | flags, 0o666)
     try:
         yield handle
@@ -144,9 +142,7 @@ def _writing(path: Path, flags: int = 0) -> Iterator[int]:
 
 
 def read_journals(run: Run, known: Mapping[int, Journal] | None = None) -> dict[int, Journal]:
-    """The journals of a run by span, read on from where those of ``known`` ended. What is damaged is in their
-    ``problem``.
-    """
+    """Read the journals of a run, by span, from where those of ``known`` end. Damage is in their ``problem``."""
     if run.layout.save_steps is None:
         return {}
     journals = {}
@@ -160,7 +156,7 @@ def read_journals(run: Run, known: Mapping[int, Journal] | None = None) -> dict[
 
 
 def _journal_spans(run: Run) -> list[int]:
-    """Those of :func:`journal_spans`; CorruptError for one that cannot be."""
+    """As :func:`journal_spans`. CorruptError for a span that the run does not have."""
     try:
         spans = journal_spans(run.path)
     except (FileNotFoundError, NotADirectoryError):
@@ -172,12 +168,12 @@ def _journal_spans(run: Run) -> list[int]:
 
 
 def journal_spans(folder: Path) -> list[int]:
-    """The spans that have a journal in the run at ``folder`` at this moment, in order."""
+    """The spans that have a journal in the run at ``folder`` now, in order."""
     return sorted(int(match[1]) for name in os.listdir(folder / FOLDER) if (match := _NAME.fullmatch(name)))
 
 
 def _read_on(run: Run, journal: Journal) -> bool:
-    """Take in the entries behind those that are known; False if the journal was just removed: its span is committed."""
+    """Read further entries. Returns False if the journal was removed meanwhile: its span is committed."""
     try:
         with opened(journal.path) as handle:
             size = os.fstat(handle).st_size
@@ -193,96 +189,98 @@ def _read_on(run: Run, journal: Journal) -> bool:
 
 
 def _next_entry(run: Run, journal: Journal, handle: int, size: int) -> Entry | None:
-    """The entry behind those that were read; None where no more were committed, or with the ``problem`` set."""
-    layout, place = run.layout, journal.end
-    fields = header_at(handle, place)
+    """Read the next entry. None if no more were committed, or if one is damaged: ``problem`` is set then."""
+    layout, offset = run.layout, journal.end
+    fields = header_at(handle, offset)
     if fields is None:
-        # One that was being written, unless its entry is finished.
-        if _any_finished(layout, journal.span, handle, place, size):
-            journal.problem = f"the header at byte {place:,} is not what was written"
+        # The entry was being written, unless it is finished.
+        if _is_any_finished(layout, journal.span, handle, offset, size):
+            journal.problem = f"the header at byte {offset:,} is not what was written"
         return None
     _, start, stop, length, *_, previous, _ = fields
-    what = f"the entry at byte {place:,}, of steps {start} to {stop}"
+    entry_words = f"the entry at byte {offset:,}, of steps {start} to {stop}"
     if not 0 <= start < layout.steps or start % layout.interval or stop != min(start + layout.interval, layout.steps):
-        journal.problem = f"{what}, is no save interval"
+        journal.problem = f"{entry_words}, is no save interval"
     elif start // layout.span_steps != journal.span or start in journal.starts:
-        journal.problem = f"{what}, does not belong there"
+        journal.problem = f"{entry_words}, does not belong there"
     elif length != entry_size(layout, stop - start):
-        journal.problem = f"{what}, says that it has {length} bytes"
-    elif not is_finished(handle, place, length, size):
+        journal.problem = f"{entry_words}, says that it has {length} bytes"
+    elif not is_finished(handle, offset, length, size):
         return None
     elif previous != (journal.entries[-1].digest if journal.entries else first_link(run, journal.span)):
-        journal.problem = f"{what}, is not linked to what stands before it"
+        journal.problem = f"{entry_words}, is not linked to what stands before it"
     if journal.problem is not None:
         return None
-    return entry_of(handle, place, fields)
+    return entry_of(handle, offset, fields)
 
 
-def header_at(handle: int, place: int) -> tuple[Any, ...] | None:
-    """The fields of the header at ``place``; None where none is that holds."""
-    header = os.pread(handle, HEADER.size, place)
+def header_at(handle: int, offset: int) -> tuple[Any, ...] | None:
+    """The fields of the header at ``offset``; None if there is no intact header."""
+    header = os.pread(handle, HEADER.size, offset)
     if len(header) < HEADER.size or google_crc32c.value(header[:-CRC_BYTES]) != HEADER.unpack(header)[-1]:
         return None
     fields = HEADER.unpack(header)
     return fields if fields[0] == MAGIC else None
 
 
-def entry_of(handle: int, place: int, fields: Sequence[Any]) -> Entry:
-    """The entry at ``place`` whose header has these ``fields``."""
+def entry_of(handle: int, offset: int, fields: Sequence[Any]) -> Entry:
+    """The entry at ``offset`` whose header has these ``fields``."""
     _, start, stop, length, tokens, *counts, _, _ = fields
     return Entry(
         start=start,
         stop=stop,
-        place=place,
+        offset=offset,
         size=length,
         tokens=tokens,
         statuses=dict(zip(STATUSES, counts, strict=True)),
-        digest=os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES),
+        digest=os.pread(handle, TRAILER_BYTES, offset + length - TRAILER_BYTES),
     )
 
 
-def is_finished(handle: int, place: int, length: int, size: int) -> bool:
-    """Whether the entry of ``length`` bytes at ``place`` was committed: its trailer is there, or something behind it.
+def is_finished(handle: int, offset: int, length: int, size: int) -> bool:
+    """Whether the entry of ``length`` bytes at ``offset`` was committed: it has a trailer, or bytes follow it.
 
-    After a power cut there may be zeros where something was not flushed; no trailer is zeros.
+    After a power cut, bytes that were not flushed may read as zeros; no trailer is all zeros.
     """
-    if size > place + length:
-        return True  # whoever wrote that had flushed this
-    trailer = os.pread(handle, TRAILER_BYTES, place + length - TRAILER_BYTES)
-    return len(trailer) == TRAILER_BYTES and any(trailer) and not _is_half(handle, place, length, trailer)
+    if size > offset + length:
+        return True  # this entry was flushed before the next was written
+    trailer = os.pread(handle, TRAILER_BYTES, offset + length - TRAILER_BYTES)
+    return len(trailer) == TRAILER_BYTES and any(trailer) and not _is_half(handle, offset, length, trailer)
 
 
-def _is_half(handle: int, place: int, length: int, trailer: bytes) -> bool:
-    """Whether ``trailer`` is the beginning or the end of the right one, and zeros else: it lay over the end of a block,
-    and the power went when one block was on the disk. Its entry was flushed before, and is whole.
+def _is_half(handle: int, offset: int, length: int, trailer: bytes) -> bool:
+    """Whether ``trailer`` is the beginning or the end of the right trailer, and zeros otherwise.
 
-    One bit that differs is a flipped bit, which may leave such a trailer, too.
+    That happens if it lies across two blocks, and the power fails when one of them is on the disk. The entry itself was
+    flushed before, and is whole. If only one bit differs, it is a flipped bit, not a power cut.
     """
     if trailer[0] and trailer[-1]:
         return False
-    right = hashlib.sha256(_read(handle, length - TRAILER_BYTES, place)).digest()
+    right = hashlib.sha256(_read(handle, length - TRAILER_BYTES, offset)).digest()
     half = right.startswith(trailer.rstrip(b"\0")) or right.endswith(trailer.lstrip(b"\0"))
     return half and sum((a ^ b).bit_count() for a, b in zip(trailer, right, strict=True)) > 1
 
 
-def _any_finished(layout: RunLayout, span: int, handle: int, place: int, size: int) -> bool:
-    """Whether an entry at ``place`` was committed, whatever steps it is of."""
+def _is_any_finished(layout: RunLayout, span: int, handle: int, offset: int, size: int) -> bool:
+    """Whether an entry at ``offset`` was committed, of whichever steps."""
     first, last = layout.span_of(span)
-    whole = entry_size(layout, min(layout.interval, last - first))
+    full = entry_size(layout, min(layout.interval, last - first))
     rest = entry_size(layout, (last - 1) % layout.interval + 1)  # of the interval in which the run ends
-    return is_finished(handle, place, whole, size) or (size == place + rest and is_finished(handle, place, rest, size))
+    return is_finished(handle, offset, full, size) or (
+        size == offset + rest and is_finished(handle, offset, rest, size)
+    )
 
 
 def read_arrays(
     handle: int, journal: Journal, entry: Entry, layout: RunLayout, names: Collection[str]
 ) -> dict[str, NDArray[Any]]:
-    """The arrays ``names`` of one entry, each (steps, …). CorruptError if one is not what was written."""
+    """Read the arrays ``names`` of an entry, each (steps, …). CorruptError if one is damaged."""
     arrays: dict[str, NDArray[Any]] = {}
-    place, steps = entry.place + HEADER.size, entry.stop - entry.start
+    offset, steps = entry.offset + HEADER.size, entry.stop - entry.start
     for spec in layout.arrays():
         size = spec.count(steps) * spec.width * spec.dtype.itemsize
         if spec.name in names:
-            data = _read(handle, size + CRC_BYTES, place)
+            data = _read(handle, size + CRC_BYTES, offset)
             numbers = data[:size]
             if len(data) != size + CRC_BYTES or google_crc32c.value(numbers) != int.from_bytes(data[size:], "little"):
                 raise CorruptError(
@@ -290,24 +288,24 @@ def read_arrays(
                     f"written; {ADVICE}"
                 )
             arrays[spec.name] = np.frombuffer(numbers, dtype=spec.dtype).reshape(spec.count(steps), *spec.columns)
-        place += size + CRC_BYTES
+        offset += size + CRC_BYTES
     return arrays
 
 
 def entries_of(journal: Journal) -> Iterator[bytes]:
-    """The bytes of each entry, checked. FileNotFoundError if the journal is gone, CorruptError if one is damaged."""
+    """Read and check the bytes of each entry. FileNotFoundError if the journal is gone, CorruptError for damage."""
     with opened(journal.path) as handle:
         for entry in journal.entries:
-            data = _read(handle, entry.size, entry.place)
+            data = _read(handle, entry.size, entry.offset)
             if hashlib.sha256(data[:-TRAILER_BYTES]).digest() != entry.digest:
                 raise journal.damaged(f"steps {entry.start} to {entry.stop} are not what was written")
             yield data
 
 
-def _read(handle: int, size: int, place: int) -> bytes:
-    """``size`` bytes, or what there is: the system may give less at a time."""
-    data = os.pread(handle, size, place)
-    while len(data) < size and (more := os.pread(handle, size - len(data), place + len(data))):
+def _read(handle: int, size: int, offset: int) -> bytes:
+    """Read ``size`` bytes, or all there are. The system may return fewer at a time."""
+    data = os.pread(handle, size, offset)
+    while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
         data += more
     return data
 
@@ -325,15 +323,15 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
     header = HEADER.pack(MAGIC, start, stop, size, tokens, *counts, link, 0)[:-CRC_BYTES]
     digest = hashlib.sha256()
     with _writing(journal.path, os.O_CREAT) as handle:
-        place = begin
+        offset = begin
         for numbers in (np.frombuffer(header, np.uint8), *(_bytes(arrays[s.name], s) for s in run.layout.arrays())):
-            crc = google_crc32c.value(numbers).to_bytes(CRC_BYTES, "little")  # takes arrays, and no memoryview
+            crc = google_crc32c.value(numbers).to_bytes(CRC_BYTES, "little")  # value() takes arrays, but no memoryview
             for data in (numbers.data, memoryview(crc)):
                 digest.update(data)
-                place = _write(handle, data, place)
+                offset = _write(handle, data, offset)
         os.fsync(handle)
-        # Only now that all of it is on the disk: a trailer is never there without its entry.
-        _write(handle, memoryview(digest.digest()), place)
+        # Only now that the entry is on the disk: a trailer must never exist without its entry.
+        _write(handle, memoryview(digest.digest()), offset)
         os.fsync(handle)
     if not begin:
         flush(journal.path.parent)
@@ -341,7 +339,7 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
         Entry(
             start=start,
             stop=stop,
-            place=begin,
+            offset=begin,
             size=size,
             tokens=tokens,
             statuses=statuses,
@@ -351,20 +349,20 @@ def append_entry(run: Run, journal: Journal, start: int, arrays: Mapping[str, ND
 
 
 def _bytes(values: NDArray[Any], spec: ArraySpec) -> NDArray[np.uint8]:
-    """The stored bytes of some steps of one array, not copied."""
+    """The stored bytes of ``values``, without a copy."""
     return np.ascontiguousarray(values, dtype=spec.dtype).reshape(-1).view(np.uint8)
 
 
-def _write(handle: int, data: memoryview, place: int) -> int:
-    """Write all of ``data``; the byte behind it. The system may take less at a time."""
+def _write(handle: int, data: memoryview, offset: int) -> int:
+    """Write all of ``data``. Returns the offset after it. The system may take fewer bytes at a time."""
     while data:
-        written = os.pwrite(handle, data, place)
-        data, place = data[written:], place + written
-    return place
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+    return offset
 
 
 def cut(journal: Journal) -> None:
-    """Remove what a writer that died had begun behind the last entry."""
+    """Remove the unfinished entry of a dead writer after the last entry."""
     with _writing(journal.path) as handle:
         if os.fstat(handle).st_size > journal.end:
             os.ftruncate(handle, journal.end)
@@ -381,10 +379,9 @@ def remove(journal: Journal) -> None:
 
 
 def journal_damage(run: Run) -> list[tuple[str, str]]:
-    """(file, what is wrong with it) for everything in a run's journals that is not what was committed, and for steps
-    that are missing below the last committed one. The end of a journal that a writer had not finished is no damage.
+    """(file, what is wrong with it) of damage in a run's journals, and of missing steps before the last committed one.
 
-    Reads the journals whole, an entry at a time.
+    The unfinished end of a journal is no damage. Reads the journals whole, an entry at a time.
     """
     damage: list[tuple[str, str]] = []
     for journal in run.journals.values():
@@ -393,12 +390,12 @@ def journal_damage(run: Run) -> list[tuple[str, str]]:
     if run.skipped_problem is not None:
         damage.append((SKIPPED, run.skipped_problem))
     if run.layout.save_steps is not None and not damage:
-        damage += [(file, f"steps {start} to {stop} are missing") for file, start, stop in _holes(run)]
+        damage += [(file, f"steps {start} to {stop} are missing") for file, start, stop in _missing_steps(run)]
     return damage
 
 
 def problems_of(journal: Journal) -> list[str]:
-    """What is damaged in one journal, read whole; nothing where its span was committed meanwhile."""
+    """What is damaged in a journal, read whole; nothing if its span was committed meanwhile."""
     problems = []
     try:
         with opened(journal.path) as handle:
@@ -416,14 +413,15 @@ def problems_of(journal: Journal) -> list[str]:
 
 
 def intact(handle: int, entry: Entry) -> bool:
-    """Whether an entry is, whole, what was written."""
-    data = _read(handle, entry.size, entry.place)
+    """Whether all bytes of an entry are as they were written."""
+    data = _read(handle, entry.size, entry.offset)
     return hashlib.sha256(data[:-TRAILER_BYTES]).digest() == entry.digest
 
 
-def _holes(run: Run) -> Iterator[tuple[str, int, int]]:
-    """(the file that should have them, first step, one past the last) of steps that neither record nor journal has,
-    though later ones are there, and of which the writer has not said that they will not come.
+def _missing_steps(run: Run) -> Iterator[tuple[str, int, int]]:
+    """(file that should have them, first step, one past the last) of missing steps before the last committed one.
+
+    Steps that the writer gave up are not missing.
     """
     present = merged([*run.ranges, *run.skipped])
     for start, stop in without([(0, run.ranges[-1][1] if run.ranges else 0)], present):

@@ -1,4 +1,4 @@
-"""The shape of a run on disk. Specified in ``docs/format.md``.
+"""The layout of a run on disk, which ``docs/format.md`` specifies.
 
 Legend: S steps, R ranks, B samples of one rank's step, N rows of the row table, G val groups, K blocks, D numbers
 of a vector.
@@ -27,15 +27,15 @@ from ghoststore.store.spans.layout import (
 ROW_CHUNK = 65_536
 """Rows of a chunk of the row table."""
 FILE_BYTES = 4 << 20
-"""Bytes that the files of a span have on average, at least, where a run is long enough."""
+"""Least average size of a span's files, if the run is long enough."""
 _NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLayout(SpanLayout):
-    """Everything that fixes the arrays of a run. UsageError if they cannot be.
+    """All that determines the arrays of a run. UsageError for impossible settings.
 
-    Its arrays follow from it. :meth:`saving` chooses spans for a save interval.
+    :meth:`saving` chooses spans for a save interval.
     """
 
     steps: int
@@ -45,20 +45,20 @@ class RunLayout(SpanLayout):
     span_steps: int
     """Steps whose chunks are committed together."""
     save_steps: int | None = None
-    """Steps that a journal keeps together until their span is full, a divisor of ``span_steps``: the save interval.
-    None: that is the span, and the run has no journal."""
+    """The save interval: steps that are saved together, a divisor of ``span_steps``. A journal holds them until their
+    span is full. None: the interval is the span, and the run has no journal."""
     rows: int
     """Rows of the row table."""
     groups: tuple[str, ...] = ()
-    """Val groups that have scores of their own."""
+    """Val groups with scores of their own."""
     blocks: tuple[str, ...] = ()
-    """Blocks of parameters that have scores of their own."""
+    """Blocks of parameters with scores of their own."""
     dimension: int | None = None
-    """Numbers of a projected gradient of each step's samples, kept as float32; None: none are kept so."""
+    """Numbers of a projected gradient, if those of all steps are kept as float32; else None."""
     gradients: GradientLayout | None = None
-    """The projected gradients of some steps' samples, kept in an encoding of parts; None: none are kept so."""
+    """The layout of projected gradients in an encoding of parts; None if none are kept so."""
     weights: bool = False
-    """Whether samples are candidates, each with the weight that its step trained on it with."""
+    """Whether samples are candidates, each with the weight that it had in its step."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "ranks", "batch", "span_steps", "save_steps", "rows", "dimension"):
@@ -85,31 +85,30 @@ class RunLayout(SpanLayout):
 
     @classmethod
     def saving(cls, every: int, **rest: Any) -> RunLayout:
-        """The layout of a run that saves ``every`` so many steps; ``rest`` are its other fields, spans aside.
+        """The layout of a run that is saved every ``every`` steps; ``rest`` are its other fields, except the spans.
 
-        Where gradients of every so many steps are kept, the save interval is rounded up to whole times that. A span is
-        as many save intervals as make its files 4 MiB on average, its record among them, or the whole run where that is
-        shorter.
+        The save interval is rounded up to a multiple of the interval of kept gradients. A span has as many save
+        intervals as make its files, with its record, 4 MiB on average, or is the whole run if that is shorter.
         """
         if (kept := rest.get("gradients")) is not None:
             every = -(-every // kept.every) * kept.every
-        least = cls(span_steps=every, save_steps=every, **rest)
-        intervals = -(-least.steps // every)
+        shortest = cls(span_steps=every, save_steps=every, **rest)
+        intervals = -(-shortest.steps // every)
         size = 1
         while True:
             spans = intervals // size
             size = -(-intervals // spans)
             if spans > 1:
-                # Chunks divide the span of which they are parts: a number with many twos in it leaves them large.
+                # The size of a chunk divides that of its span: a size with many factors of 2 allows large chunks.
                 twos = max(0, size.bit_length() - 4)
                 size = -(-size >> twos) << twos
-            layout = replace(least, span_steps=size * every)
+            layout = replace(shortest, span_steps=size * every)
             if spans == 1 or layout._file_bytes() >= FILE_BYTES:
                 return layout
             size = min(intervals, size + max(1, size // 8))
 
     def _file_bytes(self) -> float:
-        """Bytes of a file of the first span, on average."""
+        """Average size in bytes of the files of the first span."""
         start, stop = self.span_of(0)
         specs = self.arrays()
         files = 1 + sum(len(self.chunk_keys(spec, 0)) for spec in specs)
@@ -117,7 +116,7 @@ class RunLayout(SpanLayout):
 
     @classmethod
     def of(cls, storage: Mapping[str, Any]) -> RunLayout:
-        """The layout that a manifest's storage section describes; KeyError, TypeError or ValueError if it is none."""
+        """The layout of a manifest's storage section. KeyError, TypeError or ValueError if it describes none."""
         for name in ("groups", "blocks"):
             if not isinstance(storage[name], list):
                 raise TypeError(f"{name} is not a list of names")
@@ -136,8 +135,9 @@ class RunLayout(SpanLayout):
         )
 
     def in_spans_of(self, stored: Mapping[str, Any]) -> RunLayout:
-        """This layout, in the spans of the run with the storage section ``stored`` if both save at the same steps: how
-        many intervals a span has is the writer's choice, and that of the run that is there holds.
+        """This layout with the spans of an existing run, given its storage section, if both save at the same steps.
+
+        The number of intervals in a span is the choice of the writer that made the run.
         """
         if stored.get("save_steps", stored.get("span_steps")) != self.interval:
             return self
@@ -167,7 +167,7 @@ class RunLayout(SpanLayout):
 
     @property
     def interval(self) -> int:
-        """The save interval: steps that are on the disk, or lost, together."""
+        """The save interval: steps that are saved, or lost, together."""
         return self.span_steps if self.save_steps is None else self.save_steps
 
     @property
@@ -176,25 +176,25 @@ class RunLayout(SpanLayout):
         return -(-self.steps // self.interval)
 
     def interval_of(self, number: int) -> tuple[int, int]:
-        """First step and one past the last of a save interval."""
+        """The range of steps of a save interval."""
         return number * self.interval, min((number + 1) * self.interval, self.steps)
 
     def arrays(self) -> list[ArraySpec]:
-        """Every step array, in the order in which a span writes them; the row table is apart."""
-        place, axes = (self.ranks, self.batch), ("step", "rank", "place")
+        """Every step array, in the order in which a span writes them; without the row table."""
+        samples, axes = (self.ranks, self.batch), ("step", "rank", "place")
         specs = [
-            self._spec("sample", "<i8", place, axes, -1),
-            self._spec("score", "<f4", place, axes),
-            self._spec("loss", "<f4", place, axes),
+            self._spec("sample", "<i8", samples, axes, -1),
+            self._spec("score", "<f4", samples, axes),
+            self._spec("loss", "<f4", samples, axes),
         ]
         if self.weights:
-            specs.append(self._spec("weight", "<f4", place, axes))
+            specs.append(self._spec("weight", "<f4", samples, axes))
         if self.groups:
-            specs.append(self._spec("group_score", "<f4", (*place, len(self.groups)), (*axes, "group")))
+            specs.append(self._spec("group_score", "<f4", (*samples, len(self.groups)), (*axes, "group")))
         if self.blocks:
-            specs.append(self._spec("block_score", "<f4", (*place, len(self.blocks)), (*axes, "block")))
+            specs.append(self._spec("block_score", "<f4", (*samples, len(self.blocks)), (*axes, "block")))
         if self.dimension is not None:
-            specs.append(self._spec("vector", "<f4", (*place, self.dimension), (*axes, "column")))
+            specs.append(self._spec("vector", "<f4", (*samples, self.dimension), (*axes, "column")))
         return [
             *specs,
             *self._gradient_arrays(),
@@ -209,30 +209,30 @@ class RunLayout(SpanLayout):
 
     @property
     def kept(self) -> tuple[GradientLayout, KeptArrays] | None:
-        """How projected gradients are kept, in either form, and where; None where none are."""
+        """Layout and arrays of the kept gradients, in either form; None if the run keeps none."""
         if self.gradients is not None:
             return self.gradients, self.gradients.arrays
         if self.dimension is None:
             return None
-        whole = GradientLayout(every=1, dtype="float32", groups=(("all", 0, self.dimension),))
-        return whole, KeptArrays("vector")
+        all_steps = GradientLayout(every=1, dtype="float32", groups=(("all", 0, self.dimension),))
+        return all_steps, KeptArrays("vector")
 
     def _gradient_arrays(self) -> list[ArraySpec]:
-        """Of the steps that keep their gradients alone, one entry each."""
+        """The arrays of kept gradients, with an entry for each step that keeps them."""
         kept = self.gradients
         if kept is None:
             return []
-        place, axes, every = (self.ranks, self.batch), ("kept_step", "rank", "place"), kept.every
+        samples, axes, every = (self.ranks, self.batch), ("kept_step", "rank", "place"), kept.every
         code, numbers = GRADIENT_DTYPES[kept.dtype], (kept.columns,)
         specs = [
-            self._spec("gradient", code.stored, (*place, *numbers), (*axes, "column"), code.fill, every),
+            self._spec("gradient", code.stored, (*samples, *numbers), (*axes, "column"), code.fill, every),
             self._spec("val_gradient", code.stored, numbers, ("kept_step", "column"), code.fill, every),
             self._spec("val_step", "<i8", (), ("kept_step",), -1, every),
         ]
         if kept.scaled:
             groups = (len(kept.groups),)
             specs += [
-                self._spec("gradient_scale", "<f4", (*place, *groups), (*axes, "block"), every=every),
+                self._spec("gradient_scale", "<f4", (*samples, *groups), (*axes, "block"), every=every),
                 self._spec("val_gradient_scale", "<f4", groups, ("kept_step", "block"), every=every),
             ]
         return specs
@@ -246,27 +246,28 @@ class RunLayout(SpanLayout):
         fill: float = _NAN,
         every: int = 1,
     ) -> ArraySpec:
-        """Chunks of whole steps, at most about 8 MiB, that divide the span (or are those of the only one)."""
-        whole = ArraySpec(
+        """An array in chunks of whole steps, at most about 8 MiB. They divide the span unless it is the only one."""
+        one_step = ArraySpec(
             name=name, dtype=np.dtype(dtype), chunk_rows=1, columns=columns, axes=axes, fill=fill, every=every
         )
-        span, most = whole.count(min(self.span_steps, self.steps)), max(1, CHUNK_BYTES // whole.chunk_bytes)
+        span, most = one_step.count(min(self.span_steps, self.steps)), max(1, CHUNK_BYTES // one_step.chunk_bytes)
         if self.save_steps is not None and self.span_steps >= self.steps:
-            # Of the only span: of about one size, whether or not they divide it.
+            # Chunks of the only span need not divide it: make them of about one size.
             chunk = -(-span // -(-span // min(span, most)))
         else:
             chunk = _dividing(span, most)
-        return replace(whole, chunk_rows=chunk)
+        return replace(one_step, chunk_rows=chunk)
 
     def row_arrays(self) -> list[ArraySpec]:
-        """The arrays of the row table, (N) each, below ``rows/``."""
+        """The arrays of the row table, (N,) each, below ``rows/``."""
         return column_specs(SAMPLE_COLUMNS, min(ROW_CHUNK, self.rows), "rows/")
 
 
 @lru_cache(maxsize=256)
 def _dividing(span: int, most: int) -> int:
-    """The largest number up to ``most`` that divides ``span``: a chunk never crosses a span, for other spans are
-    written by others, at other times. Looked for once: a span may be long, and each look at an array asks.
+    """The largest number up to ``most`` that divides ``span``: a chunk must not cross a span.
+
+    Cached, because a span may be long, and each access to an array asks for it.
     """
     chunk = min(span, most)
     while span % chunk:

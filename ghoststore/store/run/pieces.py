@@ -1,4 +1,4 @@
-"""Committed steps of a run, streamed in order: out of the chunks of its spans, and of the journal of an open one."""
+"""Streams committed steps of a run in order, from the chunks of its spans and the journals of open spans."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
 
 PIECE_BYTES = 1 << 20
-"""Bytes of a piece's widest array, where a step has fewer."""
+"""Most bytes of the widest array of a piece, unless one step has more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Steps ``start`` to ``stop`` of several arrays, by name: of those that keep every so many steps, the kept ones
-    among them. Valid until the next are asked for.
+    """Steps ``start`` to ``stop`` of several arrays, by name; of an array of some steps only, those among them.
+
+    Valid until the next piece is read.
     """
 
     start: int
@@ -35,10 +36,10 @@ class Pieces:
 
 
 def side_by_side(run: Run, names: Sequence[str], ranges: Sequence[Steps]) -> Iterator[Pieces]:
-    """Several arrays over ``ranges`` of committed steps, in order. Every checksum is checked.
+    """Stream several arrays over ``ranges`` of committed steps, in order. Every checksum is checked.
 
-    Memory: one chunk of each array, or one save interval, whatever the length of the run. Where an array keeps every
-    so many steps, ``ranges`` may begin and end anywhere.
+    Memory: one chunk of each array, or one save interval, whatever the length of the run. ``ranges`` may begin and end
+    anywhere, also for an array of some steps only.
     """
     specs = [run.spec(name) for name in dict.fromkeys(names)]
     committed = set(run.spans)
@@ -54,24 +55,24 @@ def side_by_side(run: Run, names: Sequence[str], ranges: Sequence[Steps]) -> Ite
 
 
 def _of_chunks(run: Run, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
-    """Steps of one committed span."""
+    """Stream steps of one committed span."""
     start, stop = steps
-    buffers = {spec.name: NOTHING for spec in specs}  # made when a chunk has shown its size
-    held: dict[str, tuple[int, NDArray[Any]]] = {}
+    buffers = {spec.name: NOTHING for spec in specs}  # made when the size of a chunk is checked
+    chunks: dict[str, tuple[int, NDArray[Any]]] = {}
     most = _steps_of_a_piece(specs)
     while start < stop:
         for spec in specs:
             covered = spec.chunk_rows * spec.every
-            if spec.name in held and held[spec.name][0] + covered > start:
+            if spec.name in chunks and chunks[spec.name][0] + covered > start:
                 continue
             first = start - start % covered
             path = run.path / chunk_keys(spec, first, first + 1)[0]
             buffer = read_chunk(path, spec.chunk_bytes + CRC_BYTES, buffers[spec.name], run.path)
             buffers[spec.name] = buffer
-            held[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, spec.count(stop - first))))
-        ends = (held[spec.name][0] + spec.chunk_rows * spec.every for spec in specs)
+            chunks[spec.name] = (first, chunk_numbers(buffer, spec, min(spec.chunk_rows, spec.count(stop - first))))
+        ends = (chunks[spec.name][0] + spec.chunk_rows * spec.every for spec in specs)
         end = min(start + most, stop, *ends)
-        yield Pieces(start, end, {spec.name: _cut(spec, *held[spec.name], start, end) for spec in specs})
+        yield Pieces(start, end, {spec.name: _cut(spec, *chunks[spec.name], start, end) for spec in specs})
         start = end
 
 
@@ -81,28 +82,28 @@ def _cut(spec: ArraySpec, first: int, data: NDArray[Any], start: int, stop: int)
 
 
 def _of_journal(run: Run, journal: Journal, specs: Sequence[ArraySpec], steps: Steps) -> Iterator[Pieces]:
-    """Steps of a span that was open when the run was looked at."""
+    """Stream steps of a span that was open when the run was opened."""
     names = {spec.name for spec in specs}
     entries = sorted(
         (entry for entry in journal.entries if inside([(entry.start, entry.stop)], steps)), key=lambda e: e.start
     )
     try:
         with opened(journal.path) as handle:
-            for some in _batches(entries, _steps_of_a_piece(specs)):
-                read = [read_arrays(handle, journal, entry, run.layout, names) for entry in some]
-                data = {name: np.concatenate([arrays[name] for arrays in read]) for name in names}
-                start, stop = max(some[0].start, steps[0]), min(some[-1].stop, steps[1])
-                cut = {spec.name: _cut(spec, some[0].start, data[spec.name], start, stop) for spec in specs}
-                yield Pieces(start, stop, cut)
+            for batch in _batches(entries, _steps_of_a_piece(specs)):
+                parts = [read_arrays(handle, journal, entry, run.layout, names) for entry in batch]
+                data = {name: np.concatenate([arrays[name] for arrays in parts]) for name in names}
+                start, stop = max(batch[0].start, steps[0]), min(batch[-1].stop, steps[1])
+                piece = {spec.name: _cut(spec, batch[0].start, data[spec.name], start, stop) for spec in specs}
+                yield Pieces(start, stop, piece)
     except FileNotFoundError:
-        # The journal goes when its span is committed: the same steps are in chunks now.
+        # A journal is removed when its span is committed: its steps are in chunks now.
         if not commit_path(run.path, journal.span).exists():
             raise CorruptError(f"{journal.path} is missing, and its span is not committed") from None
         yield from _of_chunks(run, specs, steps)
 
 
 def _batches(entries: Sequence[Any], most: int) -> Iterator[list[Any]]:
-    """Entries that follow one another, at most about ``most`` steps together."""
+    """Batches of adjacent entries, of at most about ``most`` steps."""
     batch: list[Any] = []
     for entry in entries:
         if batch and (batch[-1].stop != entry.start or entry.stop - batch[0].start > most):

@@ -1,4 +1,4 @@
-"""Ranges of steps: lists of (first, one past the last) that are in order and do not touch."""
+"""Ranges of steps: sorted lists of (first, one past the last) that neither overlap nor touch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Steps = tuple[int, int]
 
 
 def merged(ranges: Iterable[Steps]) -> list[Steps]:
-    """The steps of ``ranges``, which may lie anyhow."""
+    """The union of ``ranges``, which may be in any order and overlap."""
     result: list[Steps] = []
     for start, stop in sorted(ranges):
         if start >= stop:
@@ -22,29 +22,29 @@ def merged(ranges: Iterable[Steps]) -> list[Steps]:
 
 
 def inside(ranges: Sequence[Steps], window: Steps) -> list[Steps]:
-    """What of ``ranges`` lies in ``window``."""
-    cut = ((max(start, window[0]), min(stop, window[1])) for start, stop in ranges)
-    return [(start, stop) for start, stop in cut if start < stop]
+    """The part of ``ranges`` inside ``window``."""
+    clipped = ((max(start, window[0]), min(stop, window[1])) for start, stop in ranges)
+    return [(start, stop) for start, stop in clipped if start < stop]
 
 
-def without(ranges: Sequence[Steps], taken: Sequence[Steps]) -> list[Steps]:
-    """What of ``ranges`` is not in ``taken``; both in order."""
+def without(ranges: Sequence[Steps], removed: Sequence[Steps]) -> list[Steps]:
+    """The part of ``ranges`` outside ``removed``, both sorted."""
     result: list[Steps] = []
-    place = 0
+    first = 0
     for start, stop in ranges:
-        while place < len(taken) and taken[place][1] <= start:
-            place += 1
-        here = place  # the next range may begin inside the last one that is taken here
-        while here < len(taken) and taken[here][0] < stop:
-            if taken[here][0] > start:
-                result.append((start, taken[here][0]))
-            start = max(start, taken[here][1])
-            here += 1
+        while first < len(removed) and removed[first][1] <= start:
+            first += 1
+        index = first  # the last removed range here may reach into the next range
+        while index < len(removed) and removed[index][0] < stop:
+            if removed[index][0] > start:
+                result.append((start, removed[index][0]))
+            start = max(start, removed[index][1])
+            index += 1
         if start < stop:
             result.append((start, stop))
     return result
 
 
 def count(ranges: Iterable[Steps]) -> int:
-    """How many steps they are."""
+    """Number of steps in ``ranges``."""
     return sum(stop - start for start, stop in ranges)

@@ -1,4 +1,4 @@
-"""The row table of a run: which samples the rows are. Written when the run is made, read lazily and checked."""
+"""The row table of a run: the sample of each row. It is written when the run is made, and read lazily and checked."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
 
 LARGEST_STRINGS = 256 << 20
-"""Bytes of a chunk of ids."""
+"""Most bytes of a chunk of ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTable:
-    """What a run's rows are, one entry each; the columns mean what they mean in a part."""
+    """The sample of each row of a run. The columns are those of a part."""
 
     sample_id: NDArray[Any]
     """Strings."""
@@ -39,20 +39,20 @@ class RowTable:
     n_tokens: NDArray[Any]
 
     def checked(self, layout: RunLayout, domains: int) -> dict[str, NDArray[Any]]:
-        """The columns in their stored dtypes, by array. UsageError naming the first that does not fit."""
+        """The columns in their stored dtypes, by array. UsageError naming the first column that does not fit."""
         columns = {}
         for spec in layout.row_arrays():
             name = spec.name.removeprefix("rows/")
-            given = np.asarray(getattr(self, name))
-            if given.shape != (layout.rows,):
-                raise UsageError(f"{name} of the row table has shape {given.shape}; the run has {layout.rows} rows")
+            values = np.asarray(getattr(self, name))
+            if values.shape != (layout.rows,):
+                raise UsageError(f"{name} of the row table has shape {values.shape}; the run has {layout.rows} rows")
             if spec.dtype is str:
-                stored = given.astype(object)
+                stored = values.astype(object)
                 _check_strings(name, stored, spec)
             else:
-                stored = given.astype(spec.dtype) if given.dtype.kind in "iu" else np.empty(0)
-                if not np.array_equal(stored, given):
-                    raise UsageError(f"{name} of the row table has values that are not {spec.dtype}: {given.dtype}")
+                stored = values.astype(spec.dtype) if values.dtype.kind in "iu" else np.empty(0)
+                if not np.array_equal(stored, values):
+                    raise UsageError(f"{name} of the row table has values that are not {spec.dtype}: {values.dtype}")
             columns[spec.name] = stored
         domain = columns["rows/domain"]
         if domain.min() < -1 or domain.max() >= domains:
@@ -61,7 +61,7 @@ class RowTable:
 
 
 def _check_strings(name: str, values: NDArray[Any], spec: ArraySpec) -> None:
-    """UsageError unless every chunk of ``values`` is one that :class:`RunRows` reads."""
+    """UsageError unless :class:`RunRows` can read every chunk of ``values``."""
     for start in range(0, len(values), spec.chunk_rows):
         chunk = values[start : start + spec.chunk_rows]
         if not all(isinstance(value, str) for value in chunk):
@@ -78,27 +78,28 @@ NAMES = tuple(field.name for field in fields(RowTable))
 
 
 def write_rows(group: zarr.Group, layout: RunLayout, columns: dict[str, NDArray[Any]]) -> None:
-    """Make the arrays of the row table in a run's group, whole. ``columns`` are those of :meth:`RowTable.checked`."""
+    """Write the arrays of the row table to a run's group. ``columns`` are those of :meth:`RowTable.checked`."""
     for spec in layout.row_arrays():
         create_array(group, spec, layout.rows)[...] = columns[spec.name]
 
 
 class RunRows:
-    """The row table as it is read: nothing until it is asked for, and each file checked when it is first read.
+    """Reads the row table lazily. Each file is checked when it is first read.
 
-    Memory: what is returned, and one chunk.
+    Memory: the values that are returned, and one chunk.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._sound: set[str] = set()
+        self._checked: set[str] = set()
 
     def __len__(self) -> int:
         return self._run.layout.rows
 
     def bear_out(self) -> None:
-        """CorruptError unless the table is as large as the manifest says: before memory for something of each of its
-        rows is asked for. Looks at the smallest column.
+        """CorruptError unless the table is as large as the manifest says.
+
+        Call it before allocating memory for a value of each row. It checks the smallest column.
         """
         spec = self._spec("domain")
         for key in chunk_keys(spec, 0, len(self)):
@@ -109,7 +110,7 @@ class RunRows:
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows ``start`` to ``stop`` of one column.
 
-        UsageError for another name or range, CorruptError naming the file that is not what was written.
+        UsageError for another name or range, CorruptError naming a damaged file.
         """
         spec = self._spec(name)
         if not 0 <= start <= stop <= len(self):
@@ -117,19 +118,19 @@ class RunRows:
         if start == stop:
             return np.empty(0, dtype=spec.dtype)
         for key in chunk_keys(spec, start, stop):
-            if key not in self._sound:
+            if key not in self._checked:
                 self._check(spec, key)
         return self._run.slice(spec, len(self), start, stop)
 
     def read_rows(self, name: str, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[Any]:
-        """One value for each of ``rows``, in their order; each chunk is read once. UsageError outside the table."""
+        """The value of each of ``rows``, in their order; each chunk is read once. UsageError outside the table."""
         spec = self._spec(name)
-        wanted = np.asarray(rows, dtype=np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
-            raise UsageError(f"rows {wanted.min()} to {wanted.max()} of run {self._run.name!r}, which has {len(self)}")
+        row_N = np.asarray(rows, dtype=np.int64)
+        if len(row_N) and (row_N.min() < 0 or row_N.max() >= len(self)):
+            raise UsageError(f"rows {row_N.min()} to {row_N.max()} of run {self._run.name!r}, which has {len(self)}")
         size = spec.chunk_rows
         return gather(
-            wanted, size, lambda chunk: self.read(name, chunk * size, min((chunk + 1) * size, len(self))), spec.dtype
+            row_N, size, lambda chunk: self.read(name, chunk * size, min((chunk + 1) * size, len(self))), spec.dtype
         )
 
     def _spec(self, name: str) -> ArraySpec:
@@ -139,9 +140,9 @@ class RunRows:
         raise UsageError(f"the row table of run {self._run.name!r} has no column {name!r}; it has: {', '.join(NAMES)}")
 
     def _check(self, spec: ArraySpec, key: str) -> None:
-        self._run.check_chunk(spec, key)  # before it is read whole
+        self._run.check_chunk(spec, key)  # before the whole chunk is read
         path = self._run.path / key
         if spec.dtype is str and (size := size_of(path, self._run.path)) > LARGEST_STRINGS + (1 << 20):
             raise CorruptError(f"{path} is not what was written: it has {size} bytes")
         self._run.check_file(key)
-        self._sound.add(key)
+        self._checked.add(key)

@@ -1,4 +1,4 @@
-"""A run: what one training run wrote of itself, step by step, and which samples it trained on.
+"""A run: the record of a training run, step by step, and the samples that it trained on.
 
 Legend: S steps, R ranks, B samples of one rank's step, N rows of the row table.
 """
@@ -32,10 +32,10 @@ __all__ = ["RowTable", "Run", "RunLayout", "RunRows", "RunWriter", "create_run"]
 
 
 class Run(Spanned[RunLayout]):
-    """One training run, as it stood when it was opened or last reloaded.
+    """A training run in the state in which it was opened or last reloaded.
 
-    Opened by :meth:`ghoststore.Store.run`, while it is written too. Opening is cheap: neither arrays nor the row
-    table are read. Steps of a span that is not full yet are in its journal; every way of reading sees both.
+    Open it with :meth:`ghoststore.Store.run`, also while it is written. Opening is cheap: it reads neither arrays nor
+    the row table. Steps of a span that is not full yet are in its journal; every method of reading sees both.
     """
 
     kind = RUN
@@ -43,11 +43,11 @@ class Run(Spanned[RunLayout]):
 
     def __init__(self, path: Path) -> None:
         self.journals: dict[int, Journal] = {}
-        """Of spans without a record, by span."""
+        """By span, the journals of spans without a record."""
         self.skipped: list[Steps] = []
-        """Ranges of steps of which the writer has said that they will not come."""
+        """Ranges of steps that the writer gave up."""
         self.skipped_problem: str | None = None
-        """What is wrong with the file that says so."""
+        """What is wrong with the file of skipped steps; None if nothing is."""
         self._ranges: list[Steps] | None = None
         super().__init__(path)
         self.rows = RunRows(self)
@@ -60,11 +60,11 @@ class Run(Spanned[RunLayout]):
     def _committed(self) -> list[int]:
         while True:
             skipped = self._read_skipped()
-            # Before the records: a span that is committed in between has a record then, where its journal is gone.
+            # Before the records: a span that is committed in between has lost its journal, and has a record then.
             journals = read_journals(self, self.journals)
             spans = super()._committed()
             if skipped == self._read_skipped():
-                break  # else a record may hold steps that were given up meanwhile, or that came after all
+                break  # else steps in a record may have been given up, or have come after all, in between
         self.skipped, self.skipped_problem = skipped
         recorded = set(spans)
         self.journals = {span: journal for span, journal in journals.items() if span not in recorded}
@@ -72,7 +72,7 @@ class Run(Spanned[RunLayout]):
         return spans
 
     def _read_skipped(self) -> tuple[list[Steps], str | None]:
-        """Steps that will not come, and what is wrong with the file that says so."""
+        """The steps that were given up, and what is wrong with the file that lists them."""
         try:
             return read_skipped(self.path, self.layout), None
         except CorruptError as error:
@@ -80,9 +80,9 @@ class Run(Spanned[RunLayout]):
 
     @property
     def ranges(self) -> list[Steps]:
-        """Committed steps, in order: (first, one past the last) of each piece without a gap.
+        """Committed steps: (first, one past the last) of each piece without a gap, in order.
 
-        CorruptError if a journal is damaged: what it does not tell of is not passed over.
+        CorruptError if a journal is damaged: steps must not be left out silently.
         """
         if self._ranges is None:
             if self.skipped_problem is not None:
@@ -109,14 +109,14 @@ class Run(Spanned[RunLayout]):
         return self.length == self.layout.steps
 
     def reload(self) -> list[Steps]:
-        """Look again what is committed; ranges of the steps that were not before, in order."""
-        before = self.ranges
+        """Read again which steps are committed. Returns the ranges of new ones, in order."""
+        earlier = self.ranges
         self.spans = self._committed()
-        self._borne_out = False
-        return without(self.ranges, before)
+        self._sizes_checked = False
+        return without(self.ranges, earlier)
 
     def commits(self) -> Iterator[Commit]:
-        """The record of each span, and of each save interval of a journal one that is as it would be."""
+        """The record of each span, and a record in the same form for each save interval of a journal."""
         yield from super().commits()
         for journal in self.journals.values():
             journal.check()
@@ -132,7 +132,7 @@ class Run(Spanned[RunLayout]):
                 )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest, every commit record, and what the journals hold: what a cache was made from."""
+        """SHA-256 of the manifest, every commit record and the journals. It identifies what a cache covers."""
         recorded = super().fingerprint()
         if not self.journals and not self.skipped:
             return recorded
@@ -142,23 +142,23 @@ class Run(Spanned[RunLayout]):
         return digest.hexdigest()
 
     def committed_steps(self, spans: Sequence[int] | None = None) -> NDArray[np.int64]:
-        """Numbers, from 0, of the committed steps, or of those of ``spans``, in their order."""
+        """The committed steps, numbered from 0, or those of ``spans``, in their order."""
         chosen = self._of_spans(spans)
         self.bear_out(self._recorded(chosen))
         return np.concatenate([np.arange(0), *(np.arange(start, stop) for start, stop in chosen)]).astype(np.int64)
 
     def read_committed(self, array: str, spans: Sequence[int] | None = None) -> NDArray[Any]:
-        """One step array over all committed steps, or those of ``spans``, end to end along axis 0.
+        """A step array over all committed steps, or those of ``spans``, concatenated along axis 0.
 
-        Which steps these are says :meth:`committed_steps`. UsageError for a span without a committed step, CorruptError
-        naming the file that is not what was committed.
+        :meth:`committed_steps` gives the steps. UsageError for a span without a committed step, CorruptError naming a
+        damaged file.
         """
         return self._together(array, self._of_spans(spans))
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Steps ``start`` to ``stop`` of one array, all of them committed; of one that keeps some steps alone, those.
+        """Steps ``start`` to ``stop`` of one array; of an array of some steps only, those among them.
 
-        CorruptError naming the file that is not what was committed; UsageError where a step is not committed.
+        CorruptError naming a damaged file. UsageError if a step is not committed.
         """
         gap = without([(start, stop)], self.ranges)
         if not gap and any(inside(journal.steps, (start, stop)) for journal in self.journals.values()):
@@ -166,36 +166,36 @@ class Run(Spanned[RunLayout]):
         return super().read(name, start, stop)
 
     def _of_spans(self, spans: Sequence[int] | None) -> list[Steps]:
-        """Ranges of the committed steps of ``spans``, in their order; UsageError for a span that has none."""
+        """Ranges of the committed steps of ``spans``, in their order. UsageError for a span without any."""
         if spans is None:
             return self.ranges
-        inside_each = [inside(self.ranges, self.layout.span_of(span)) for span in spans]
-        absent = sorted(span for span, ranges in zip(spans, inside_each, strict=True) if not ranges)
+        ranges_of_spans = [inside(self.ranges, self.layout.span_of(span)) for span in spans]
+        absent = sorted(span for span, ranges in zip(spans, ranges_of_spans, strict=True) if not ranges)
         if absent:
             raise UsageError(f"spans {absent[:5]} of run {self.name!r} are not committed")
-        return [steps for ranges in inside_each for steps in ranges]
+        return [steps for ranges in ranges_of_spans for steps in ranges]
 
     def _recorded(self, ranges: Sequence[Steps]) -> list[int]:
-        """The spans with a record that ``ranges`` lie in."""
+        """The spans with a record that have steps in ``ranges``."""
         length = self.layout.span_steps
         spans = {span for start, stop in ranges for span in range(start // length, -(-stop // length))}
         return sorted(spans.intersection(self.spans))
 
     def _together(self, array: str, ranges: Sequence[Steps]) -> NDArray[Any]:
-        """One array over ``ranges``, end to end."""
+        """One array over ``ranges``, concatenated."""
         spec = self.spec(array)
         self.check_sizes(spec, self._recorded(ranges))
         entries = sum(last - first for first, last in (spec.entries(*steps) for steps in ranges))
         numbers = np.empty((entries, *spec.columns), dtype=spec.dtype)
-        place = 0
+        offset = 0
         for piece in side_by_side(self, [array], ranges):
             data = piece.data[array]
-            numbers[place : place + len(data)] = data
-            place += len(data)
+            numbers[offset : offset + len(data)] = data
+            offset += len(data)
         return numbers
 
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
-        """Samples by what became of their score, and tokens.
+        """Counts of samples by the status of their score, and tokens.
 
         scored: a finite score; unscored: NaN; not_finite: an infinite one.
         """
@@ -209,21 +209,21 @@ class Run(Spanned[RunLayout]):
 
 
 def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
-    """Make a run with no steps yet, in one step: it appears whole or not at all. If it exists, it is opened.
+    """Make an empty run in one step: it appears whole or not at all. If it exists, open it.
 
     ``manifest`` is plain JSON with the sections of a run (``docs/format.md``), ``storage`` that of
     :meth:`RunLayout.to_json`. MismatchError with both values if the run exists with other identity sections,
-    UsageError if manifest or rows cannot be.
+    UsageError for an impossible manifest or row table.
     """
     try:
-        wanted: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
+        plain: Manifest = json.loads(json.dumps(manifest, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UsageError(f"the manifest of run {path.name!r} is not plain JSON: {error}") from error
-    lacking = [name for name in (*RUN.identity, *RUN.description) if name not in wanted]
+    lacking = [name for name in (*RUN.identity, *RUN.description) if name not in plain]
     if lacking:
         raise UsageError(f"the manifest of run {path.name!r} lacks the sections {lacking}")
     try:
-        layout, domains = RunLayout.of(wanted["storage"]), len(wanted["corpus"]["domains"] or [])
+        layout, domains = RunLayout.of(plain["storage"]), len(plain["corpus"]["domains"] or [])
     except (KeyError, TypeError) as error:
         raise UsageError(f"the manifest of run {path.name!r} lacks {error!r} in its storage or corpus") from error
     columns = rows.checked(layout, domains)
@@ -235,7 +235,7 @@ def create_run(path: Path, manifest: Manifest, rows: RowTable) -> Run:
         for spec in layout.arrays():
             create_array(group, spec, spec.count(layout.length))
 
-    create(path, wanted, fill)
+    create(path, plain, fill)
     run = Run(path)
-    refuse_differences(run.manifest, wanted, f"run {path.name!r} of {path.parent.parent}", RUN)
+    refuse_differences(run.manifest, plain, f"run {path.name!r} of {path.parent.parent}", RUN)
     return run

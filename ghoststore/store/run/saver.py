@@ -1,5 +1,6 @@
-"""What makes save intervals of a run durable: chunks where an interval is a span, else the journal of its span, which
-becomes chunks when it is full.
+"""Saves the intervals of a run: as chunks if an interval is a span, else in the journal of its span.
+
+A journal becomes chunks when it is full.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
 
 class Saver:
-    """The one writer of a run's spans and journals; its thread's alone while that works.
+    """The one writer of a run's spans and journals. While the background thread works, only that may use it.
 
-    Memory: a span, while it is committed.
+    Memory: one span, while it is committed.
     """
 
     def __init__(self, run: Run) -> None:
@@ -46,9 +47,10 @@ class Saver:
         self._skipped: list[Steps] = []
 
     def begin(self) -> None:
-        """Take up what is there: the unfinished end of a journal is removed, one that is full becomes chunks, and one
-        whose span is committed, and sound, goes. CorruptError if one is damaged, or its span is; StorageError if the
-        disk refuses.
+        """Continue with the journals of the run.
+
+        The unfinished end of a journal is removed. A full journal becomes chunks. A journal whose span is committed and
+        sound is removed. CorruptError if a journal or its span is damaged; StorageError if the disk refuses.
         """
         run, self._journals = self._run, {}
         with storage_errors(str(run.path)):
@@ -57,7 +59,7 @@ class Saver:
                     refuse_damaged_spans(run, [span])  # the journal would mend it
                     remove(journal)
                     continue
-                for problem in problems_of(journal):  # whole: nothing is linked to an entry that is damaged
+                for problem in problems_of(journal):  # read whole: no entry may be linked to a damaged one
                     raise journal.damaged(problem)
                 cut(journal)
                 self._journals[span] = journal
@@ -67,12 +69,12 @@ class Saver:
             self._commit_if_full(span)
 
     def save(self, target: Run, data: SpanData) -> None:
-        """Commit one save interval (its number stands where that of a span does). StorageError if the disk refuses."""
+        """Commit one save interval; ``data.span`` is its number. StorageError if the disk refuses."""
         layout, number = self._layout, data.span
         start, stop = layout.interval_of(number)
         if layout.interval == layout.span_steps:
             write_span(target, data)
-            self._come(start, stop)
+            self._unskip(start, stop)
             return
         span = start // layout.span_steps
         with storage_errors(f"steps {start} to {stop} of {target.path}"):
@@ -80,42 +82,43 @@ class Saver:
             if start in journal.starts:
                 return
             append_entry(target, journal, start, data.arrays)
-        self._come(start, stop)
+        self._unskip(start, stop)
         self._commit_if_full(span)
 
     def skip(self, ranges: Sequence[Steps]) -> None:
-        """Say that the steps of ``ranges``, whole save intervals, will not come."""
+        """Give up the steps of ``ranges``, which are whole save intervals."""
         if self._layout.save_steps is None or not ranges:
             return
-        self._say(merged([*self._skipped, *ranges]))
+        self._write_skipped(merged([*self._skipped, *ranges]))
         for span in [span for span in self._journals if self._layout.span_of(span)[1] <= ranges[-1][1]]:
             self._commit_if_full(span, passed=True)
 
-    def _come(self, start: int, stop: int) -> None:
-        """Steps that were given up have come after all, after a training began anew."""
+    def _unskip(self, start: int, stop: int) -> None:
+        """Take steps off the list of skipped ones: a training that was restarted has made them after all."""
         if inside(self._skipped, (start, stop)):
-            self._say(without(self._skipped, [(start, stop)]))
+            self._write_skipped(without(self._skipped, [(start, stop)]))
 
-    def _say(self, skipped: list[Steps]) -> None:
+    def _write_skipped(self, skipped: list[Steps]) -> None:
         with storage_errors(str(self._run.path)):
             write_skipped(self._run.path, skipped)
         self._skipped = skipped
 
     def _commit_if_full(self, span: int, *, passed: bool = False) -> None:
-        """Turn the journal of ``span`` into chunks and a record, once nothing more will come to it: its last interval
-        is there, or it was ``passed``, and what lacks was given up.
+        """Turn the journal of ``span`` into chunks and a record, if no more steps will come.
+
+        That is so if its last interval is saved, or the training has ``passed`` it, and missing steps were given up.
         """
         run, journal, steps = self._run, self._journals[span], self._layout.span_of(span)
         if journal.length + count(inside(self._skipped, steps)) < steps[1] - steps[0]:
             return
         if not passed and not any(entry.stop == steps[1] for entry in journal.entries[-1:]):
-            return  # steps that were given up may be coming after all, one interval after the other
+            return  # steps that were given up may still come, interval by interval
         commit_journal(run, journal)
         del self._journals[span]
 
 
 def commit_journal(run: Run, journal: Journal) -> None:
-    """Make chunks and a record of a journal, and remove it. Steps that it lacks have no samples."""
+    """Make chunks and a record of a journal, and remove it. Steps that it lacks get no samples."""
     start, stop = run.layout.span_of(journal.span)
     specs = run.layout.arrays()
     arrays = {
@@ -123,32 +126,33 @@ def commit_journal(run: Run, journal: Journal) -> None:
     }
     with storage_errors(str(journal.path)), opened(journal.path) as handle:
         for entry in journal.entries:
-            read = read_arrays(handle, journal, entry, run.layout, arrays.keys())
+            saved = read_arrays(handle, journal, entry, run.layout, arrays.keys())
             for spec in specs:
-                place = slice(*spec.entries(entry.start - start, entry.stop - start))
-                arrays[spec.name][place] = read[spec.name]
+                entries = slice(*spec.entries(entry.start - start, entry.stop - start))
+                arrays[spec.name][entries] = saved[spec.name]
     write_span(run, SpanData(journal.span, arrays))
-    # Only now: until the record is there, the journal is what was committed.
+    # Only now: until the record exists, the journal is the committed data.
     with storage_errors(str(journal.path)):
         remove(journal)
 
 
 def rebuild_from_journals(run: Run, spans: set[int]) -> list[int]:
-    """Those of the damaged ``spans`` that were written again, from their journals: each was still there, and has every
-    step of its span that was not given up. The caller is the run's one writer.
+    """Write damaged ``spans`` again from their journals, if these exist and lack only steps that were given up.
+
+    Returns the spans that were written. The caller must be the run's one writer.
     """
     try:
         for spec in run.layout.arrays():
             run.check_file(f"{spec.name}/zarr.json")
     except CorruptError:
-        return []  # nothing can be written
+        return []  # spans cannot be written
     journals, rebuilt = read_journals(run), list[int]()
     for span in sorted(spans & journals.keys()):
         journal = journals[span]
         lacking = without([run.layout.span_of(span)], merged([*journal.steps, *run.skipped]))
         if not lacking and not problems_of(journal):
             with storage_errors(str(run.path)):
-                withdraw(run, span)  # a kill after this leaves a full journal: nothing is lost
+                withdraw(run, span)  # a kill after this leaves a full journal, so nothing is lost
             commit_journal(run, journal)
             rebuilt.append(span)
     return rebuilt

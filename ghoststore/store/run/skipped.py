@@ -1,4 +1,4 @@
-"""Steps of a run that will not come, as its writer has said: the store could not be written for a while."""
+"""Steps that the writer of a run gave up, because the store could not be written for a while."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADVICE = "`ghoststore verify` lists what is damaged"
 
 
 def read_skipped(folder: Path, layout: RunLayout) -> list[Steps]:
-    """Ranges of steps of the run in ``folder`` that will not come. CorruptError if the file is damaged."""
+    """Ranges of the steps that the run in ``folder`` gave up. CorruptError if the file is damaged."""
     path = folder / SKIPPED
     if layout.save_steps is None:
         return []
@@ -35,5 +35,5 @@ def read_skipped(folder: Path, layout: RunLayout) -> list[Steps]:
 
 
 def write_skipped(folder: Path, skipped: Sequence[Steps]) -> None:
-    """Say which steps of the run in ``folder`` will not come, in place of what was said before."""
+    """Write the steps that the run in ``folder`` gave up, in place of the earlier list."""
     write_record(folder / SKIPPED, {"steps": [list(steps) for steps in skipped]})

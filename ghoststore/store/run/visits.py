@@ -1,6 +1,6 @@
-"""The projected gradients that a run keeps, streamed: of which samples they are, and the val gradients beside.
+"""Streams the projected gradients of a run, with their samples and the val gradients.
 
-Legend: P samples of some steps, one after another; K steps, D numbers of a vector, C as they are stored, G blocks.
+Legend: P samples of some steps, one after another; K steps, D numbers of a vector, C columns as stored, G blocks.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Visits:
-    """The samples of some steps that keep their gradients, in the order of steps, ranks and places."""
+    """The samples of some steps with kept gradients, in the order of steps, ranks and places."""
 
     step: NDArray[np.int64]
     """(P,)."""
     rank: NDArray[np.int64]
     place: NDArray[np.int64]
     row: NDArray[np.int64]
-    """Place in the row table."""
+    """(P,): index in the row table."""
     learning_rate: NDArray[np.float64]
     weight: NDArray[np.float64]
-    """(P,): that the sample had in its step where that chose among candidates (0: not trained on); else 1."""
+    """(P,): weight of the sample in its step, if the step chose among candidates (0: not trained on); else 1."""
     vectors: Float32
-    """(P, D); NaN where the gradient was not finite, or out of range of the encoding."""
+    """(P, D); NaN if the gradient was not finite, or out of range of the encoding."""
     stored: NDArray[Any]
-    """(P, C), what they were decoded from."""
+    """(P, C): ``vectors`` before decoding."""
     scale: Float32 | None
-    """(P, G), with codes."""
+    """(P, G): scales of ``stored``; None without scales."""
     val: Float32 | None
-    """(K, D), if they were asked for: of each step that keeps gradients. NaN without val samples."""
+    """(K, D): val gradient of each step, NaN without val samples; None unless requested."""
     steps: NDArray[np.int64]
-    """(K,): the steps that keep gradients, with samples or without."""
+    """(K,): the steps with kept gradients, also those without samples."""
     of_step: NDArray[np.int64]
-    """(P,): which of them."""
+    """(P,): index in ``steps``."""
     data: dict[str, NDArray[Any]]
-    """(P, …): the arrays that were asked for, too, as they are stored."""
+    """(P, …): further arrays that were requested, as stored."""
 
 
 def kept_of(run: Run) -> tuple[GradientLayout, KeptArrays]:
-    """What ``run`` keeps of gradients. UsageError if it keeps none."""
+    """Layout and arrays of the gradients that ``run`` keeps. UsageError if it keeps none."""
     if run.layout.kept is None:
         raise UsageError(
             f"run {run.name!r} keeps no gradients, so nothing in it can be searched; a training with "
@@ -63,10 +63,10 @@ def kept_of(run: Run) -> tuple[GradientLayout, KeptArrays]:
 def stream_visits(
     run: Run, ranges: Sequence[Steps], *, val: bool = False, also: Sequence[str] = ()
 ) -> Iterator[Visits]:
-    """The steps of ``ranges`` of committed ones that keep gradients, piece by piece. ``also`` are further arrays of the
-    samples, as they are stored.
+    """Stream the committed steps in ``ranges`` that keep gradients, piece by piece.
 
-    Memory: one chunk of each array, and a few MiB. CorruptError naming what is damaged.
+    ``val`` adds the val gradients; ``also`` names further arrays of the samples. Memory: one chunk of each array, and a
+    few MiB. CorruptError naming what is damaged.
     """
     kept, arrays = kept_of(run)
     names = [arrays.vectors, arrays.scale, *((arrays.val, arrays.val_scale) if val else ()), *also]
@@ -79,28 +79,28 @@ def stream_visits(
 
 def _of_piece(run: Run, piece: Pieces, steps: NDArray[np.int64], *, val: bool, also: Sequence[str]) -> Visits:
     kept, arrays = kept_of(run)
-    data, here = piece.data, steps - piece.start
+    data, index_K = piece.data, steps - piece.start
     check_rows(run, piece)
-    sample = data["sample"][here]
-    there = sample >= 0
-    of_step, rank, place = there.nonzero()
-    stored = data[arrays.vectors][there]
-    scale = None if arrays.scale is None else data[arrays.scale][there]
-    of_val = None
+    sample = data["sample"][index_K]
+    present = sample >= 0
+    of_step, rank, place = present.nonzero()
+    stored = data[arrays.vectors][present]
+    scale = None if arrays.scale is None else data[arrays.scale][present]
+    val_vectors = None
     if val and arrays.val is not None:
-        of_val = kept.decode(data[arrays.val], None if arrays.val_scale is None else data[arrays.val_scale])
+        val_vectors = kept.decode(data[arrays.val], None if arrays.val_scale is None else data[arrays.val_scale])
     return Visits(
         step=steps[of_step],
         rank=rank,
         place=place,
-        row=sample[there],
-        learning_rate=data["learning_rate"][here][of_step],
-        weight=data["weight"][here][there].astype(np.float64) if run.layout.weights else np.ones(len(of_step)),
+        row=sample[present],
+        learning_rate=data["learning_rate"][index_K][of_step],
+        weight=data["weight"][index_K][present].astype(np.float64) if run.layout.weights else np.ones(len(of_step)),
         vectors=kept.decode(stored, scale),
         stored=stored,
         scale=scale,
-        val=of_val,
+        val=val_vectors,
         steps=steps,
         of_step=of_step,
-        data={name: data[name][here][there] for name in also},
+        data={name: data[name][index_K][present] for name in also},
     )

@@ -1,4 +1,4 @@
-"""Writing a run while it trains: steps are gathered into save intervals, which are committed in the background."""
+"""Writes a run during training: gathers steps into save intervals and commits these in the background."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from ghoststore.store.spans.writer import BackgroundWriter, SpanData, writing
 if TYPE_CHECKING:
     from ghoststore.store.run.run import Run
 
-PLACES = ("score", "loss", "weight", "group_score", "block_score", "vector")
-"""Arrays with a number or more for each sample: NaN where there is no sample."""
+SAMPLE_ARRAYS = ("score", "loss", "weight", "group_score", "block_score", "vector")
+"""Arrays with numbers for each sample; NaN if there is no sample."""
 
 
 class RunWriter:
     """The one writer of a run: ``with RunWriter(run) as writer: writer.append(step, values)``.
 
-    It holds the run against other writers (BusyError) and removes what a writer that died had not finished. Steps of a
-    save interval are kept in memory until its last one is appended; then a thread commits it, while at most one more
-    waits. Leaving the block waits for the intervals that are full; steps of one that is not full are in :meth:`pending`
-    alone, for a training checkpoint.
+    It keeps other writers out (BusyError) and removes leftovers of dead ones. Steps of a save interval stay in memory
+    until the last is appended; then a thread commits the interval, while at most one more waits. Leaving the block
+    waits for full intervals. Steps of an interval that is not full are only in :meth:`pending`, for a checkpoint.
 
     Errors of the thread (StorageError, BusyError, CorruptError) are raised by the next call or at the end of the block;
-    nothing is written after one.
+    nothing is written after an error.
     """
 
     def __init__(self, run: Run) -> None:
@@ -44,11 +43,11 @@ class RunWriter:
         self._recorded: set[int] = set()
         """Spans that were committed when the block was entered."""
         self._saved: set[int] = set()
-        """Save intervals of other spans that are committed or handed to the thread."""
+        """Save intervals of other spans that are committed, or handed to the thread."""
         self._next = 0
-        """The step that is appended next."""
+        """The step to append next."""
         self._gathered: dict[str, NDArray[Any]] | None = None
-        """Arrays of the save interval of ``_next``, filled up to it; None at its first step."""
+        """Arrays of the save interval of ``_next``, filled up to that step; None at its first step."""
 
     def __enter__(self) -> RunWriter:
         with ExitStack() as stack:
@@ -74,12 +73,13 @@ class RunWriter:
         return self._next
 
     def append(self, step: int, values: Mapping[str, ArrayLike]) -> None:
-        """Keep one step, from 0: ``values`` by array, each of the array's shape without its first axis.
+        """Append one step, numbered from 0: ``values`` by array, each of the array's shape without its first axis.
 
-        ``sample`` is required; what is not given has the array's fill value: ``tokens`` 0, floats NaN. Arrays of some
-        steps alone are not given for the others. Steps come in
-        order, from the first that is not committed or the one after what was restored; those of committed save
-        intervals are accepted and dropped. UsageError (a ValueError) naming the array or the step that does not fit.
+        ``sample`` is required. Other arrays default to their fill value: ``tokens`` 0, floats NaN. An array of
+        some steps only must not be given for others. Append steps in order, from the first that is not committed or the
+        one after what was restored; steps of committed save intervals are accepted and dropped.
+
+        UsageError (a ValueError) naming the array or the step that does not fit.
         """
         self._background.check()
         checked = self._checked(step, values)
@@ -90,9 +90,9 @@ class RunWriter:
         self._keep(checked)
 
     def pending(self) -> dict[str, NDArray[Any]]:
-        """What was appended and is not committed, for a training checkpoint: every array, and ``step``, its steps.
+        """The appended steps that are not committed, for a training checkpoint: every array, and ``step``, the steps.
 
-        Waits as :meth:`flush` does, so that committed and pending steps together are all that were appended.
+        It waits as :meth:`flush` does, so that committed and pending steps together are all that were appended.
         """
         self.flush()
         start = self._next - self._next % self._layout.interval if self._gathered is not None else self._next
@@ -101,10 +101,10 @@ class RunWriter:
         return {"step": np.arange(start, self._next), **pending}
 
     def restore(self, pending: Mapping[str, NDArray[Any]]) -> None:
-        """Take up what :meth:`pending` gave, before any step is appended; dropped if its interval is committed by now.
+        """Append the steps that :meth:`pending` returned, before any other, unless their interval is committed by now.
 
-        Steps before it that are not committed are given up, as by :meth:`skip_to`. UsageError if it is not the
-        beginning of a save interval, or not of this run's arrays.
+        Earlier steps that are not committed are given up, as by :meth:`skip_to`. UsageError if they are not the
+        beginning of a save interval, or have other arrays than the run.
         """
         steps = np.asarray(pending.get("step")).tolist()
         if self._gathered is not None:
@@ -120,41 +120,41 @@ class RunWriter:
             raise UsageError(f"pending steps {steps[:3]}… are not the beginning of a save interval")
         if len(steps) >= self._layout.interval:
             raise UsageError(f"{len(steps)} pending steps are more than a save interval leaves pending")
-        each = [
+        checked_steps = [
             self._checked(
                 step,
                 {
-                    name: pending[name][place // spec.every]
+                    name: pending[name][index // spec.every]
                     for name, spec in self._specs.items()
-                    if not place % spec.every
+                    if not index % spec.every
                 },
             )
-            for place, step in enumerate(steps)
+            for index, step in enumerate(steps)
         ]
         if self._is_done(begin // self._layout.interval):
             return
         self._give_up(begin // self._layout.interval)
         self._next = begin
-        for checked in each:
+        for checked in checked_steps:
             self._keep(checked)
 
     def skip_to(self, step: int) -> None:
-        """Say that no step before ``step`` will come, though some are not committed; it is appended next.
+        """Give up all steps before ``step`` that are not committed; ``step`` is to be appended next.
 
-        For a training run that goes on without what its store has lost. Save intervals that end before ``step`` are
-        given up: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Steps of its own interval before
-        it are written without samples. UsageError if ``step`` is not ahead.
+        This is for a training that continues without the steps that its store has lost. Save intervals that end before
+        ``step`` are given up: :meth:`ghoststore.store.run.run.Run.committed_steps` shows the gap. Earlier steps of its
+        own interval are written without samples. UsageError if ``step`` is not ahead.
         """
         if self._gathered is not None or not self._next <= step < self._layout.steps:
             raise UsageError(f"cannot skip to step {step}: step {self._next} comes next in run {self.run.name!r}")
         self._give_up(step // self._layout.interval)
         self._next = self._first_open(step // self._layout.interval)
-        nothing = np.full((self._layout.ranks, self._layout.batch), -1)
+        no_samples = np.full((self._layout.ranks, self._layout.batch), -1)
         while self._next < step:
-            self._keep(self._checked(self._next, {"sample": nothing}))
+            self._keep(self._checked(self._next, {"sample": no_samples}))
 
     def flush(self) -> None:
-        """Wait until every full save interval is committed; :attr:`run` sees them then."""
+        """Wait until every full save interval is committed, and reload :attr:`run`."""
         self._background.wait()
         self.run.reload()
 
@@ -162,16 +162,16 @@ class RunWriter:
         return interval in self._saved or interval * self._layout.interval // self._layout.span_steps in self._recorded
 
     def _first_open(self, interval: int) -> int:
-        """First step of the first save interval from ``interval`` on that is not done."""
+        """First step of the first save interval, from ``interval`` on, that is not done."""
         while interval < self._layout.intervals and self._is_done(interval):
             interval += 1
         return min(interval * self._layout.interval, self._layout.steps)
 
     def _give_up(self, until: int) -> None:
-        """Say that the save intervals before ``until`` that are not done will not come."""
+        """Give up the save intervals before ``until`` that are not done."""
         intervals = range(self._next // self._layout.interval, until)
         lost = [self._layout.interval_of(interval) for interval in intervals if not self._is_done(interval)]
-        self._background.wait()  # the saver belongs to the thread while that works
+        self._background.wait()  # while the thread works, only that may use the saver
         self._saver.skip(lost)
 
     def _empty(self, count: int) -> dict[str, NDArray[Any]]:
@@ -180,7 +180,7 @@ class RunWriter:
         }
 
     def _keep(self, checked: Mapping[str, NDArray[Any]]) -> None:
-        """Put one step into its place; hand the save interval over when it is full."""
+        """Add one step to its save interval, and hand that over when it is full."""
         interval = self._next // self._layout.interval
         start, stop = self._layout.interval_of(interval)
         if self._gathered is None:
@@ -210,7 +210,7 @@ class RunWriter:
                 f"'sample' of step {step} has rows {sample.min()} to {sample.max()}; the run has rows 0 to "
                 f"{self._layout.rows - 1}, and -1 for none"
             )
-        for name in PLACES:
+        for name in SAMPLE_ARRAYS:
             if name in checked and not np.isnan(checked[name][sample < 0]).all():
                 raise UsageError(f"{name!r} of step {step} has numbers where 'sample' is -1: NaN is expected there")
         for name, spec in self._specs.items():
@@ -225,11 +225,11 @@ class RunWriter:
 
 
 def _stored(spec: ArraySpec, value: ArrayLike) -> NDArray[Any]:
-    """``value`` in the dtype of ``spec``; UsageError naming the array if shape or kind do not fit."""
-    given = np.asarray(value)
-    if given.shape != spec.columns:
-        raise UsageError(f"{spec.name!r} of a step has shape {given.shape}; expected {spec.columns}")
-    if given.dtype.kind not in ("iu" if spec.dtype.kind in "iu" else "iuf"):
-        raise UsageError(f"{spec.name!r} of a step is of {given.dtype}; expected {spec.dtype}")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite
-        return given.astype(spec.dtype)
+    """``value`` in the dtype of ``spec``. UsageError naming the array if shape or kind do not fit."""
+    array = np.asarray(value)
+    if array.shape != spec.columns:
+        raise UsageError(f"{spec.name!r} of a step has shape {array.shape}; expected {spec.columns}")
+    if array.dtype.kind not in ("iu" if spec.dtype.kind in "iu" else "iuf"):
+        raise UsageError(f"{spec.name!r} of a step is of {array.dtype}; expected {spec.dtype}")
+    with np.errstate(over="ignore"):  # numbers too large for float32 become infinite
+        return array.astype(spec.dtype)

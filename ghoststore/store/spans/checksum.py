@@ -1,4 +1,4 @@
-"""Whether a chunk file is whole by what it says of itself, where no record can tell."""
+"""Checks a chunk file by its own checksum, if no record names it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check_crc(path: Path, within: Path) -> None:
     """CorruptError unless the last four bytes of a chunk file are the crc32c of those before."""
     try:
         with open_regular(path, within) as file:
-            left = os.fstat(file.fileno()).st_size - CRC_BYTES
+            remaining = os.fstat(file.fileno()).st_size - CRC_BYTES
             checksum = 0
-            while left > 0 and (piece := file.read(min(left, _PIECE))):
-                checksum, left = google_crc32c.extend(checksum, piece), left - len(piece)
+            while remaining > 0 and (piece := file.read(min(remaining, _PIECE))):
+                checksum, remaining = google_crc32c.extend(checksum, piece), remaining - len(piece)
             stated = file.read()
     except CorruptError:
         raise
@@ -29,5 +29,5 @@ def check_crc(path: Path, within: Path) -> None:
         raise CorruptError(f"{path} is missing") from None
     except OSError as error:
         raise CorruptError(f"{path} cannot be read: {error}") from error
-    if left or stated != checksum.to_bytes(CRC_BYTES, "little"):
+    if remaining or stated != checksum.to_bytes(CRC_BYTES, "little"):
         raise CorruptError(f"{path} is damaged: its crc32c does not hold")

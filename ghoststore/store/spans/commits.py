@@ -1,7 +1,7 @@
-"""Commit records: one small JSON object a span, naming and checksumming everything the span wrote.
+"""Commit records: a small JSON object for each span, with the name and checksum of every file of the span.
 
-What a record names never changes; what no record names does not exist. :mod:`ghoststore.store.spans.committing` makes
-them.
+A file that a record names never changes; a file that no record names is not part of the data.
+:mod:`ghoststore.store.spans.committing` makes the records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_COMMIT = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """One span's record. ``files`` by path relative to the part; ``statuses`` counts rows by status."""
+    """The record of a span. ``files`` is by path in the part or run; ``statuses`` counts rows by status."""
 
     span: int
     start: int
@@ -30,7 +30,7 @@ class Commit:
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What the record holds, its checksum aside."""
+        """The content of the record, without its checksum."""
         return {
             "span": self.span,
             "rows": [self.start, self.stop],
@@ -54,12 +54,12 @@ class Commit:
 
 
 def commit_path(folder: Path, span: int) -> Path:
-    """Where the record of ``span`` stands."""
+    """The path of the record of ``span``."""
     return folder / "commits" / f"{span:08d}.json"
 
 
 def committed(folder: Path) -> list[int]:
-    """Spans that have a record at this moment, in order."""
+    """Spans that have a record now, in order."""
     names = (entry.name for entry in (folder / "commits").iterdir())
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 

@@ -1,16 +1,17 @@
-"""Committing a span, without a lock: however many writers are at it, and however late one wakes up, its record names
-the files of one of them, and nothing that a record names is written again.
+"""Commits a span without a lock. However many writers there are, and however late one wakes up, the record names the
+files of one of them, and nothing that a record names is written again.
 
-A writer **stages** its files under names in ``commits/`` that nobody else has. Then the span is **decided**: an intent
-appears by a hard link, which fails where one stands. It holds what the record will say, and where each file is staged.
-Whoever finds an intent **moves** its files to their places, flushes, links the **record**, marks that it did, and
-removes the intent and then the mark. A staged file can be moved only once: who comes late has nothing left to move.
+A writer **stages** its files under names in ``commits/`` that no other writer has. Then it **decides** the span: an
+intent appears by a hard link, which fails if there is one already. The intent holds the content of the record and the
+staged name of each file. Any writer that finds an intent **moves** its files to their places, flushes, links the
+**record**, makes a mark, and removes the intent and then the mark. A staged file can be moved only once, so a late
+writer has nothing left to move.
 
-An intent is void once its span has a record: a writer looks for intents first and for the record after them, and
-intents are removed only after the record stands. Intents of a span are numbered: one whose files are neither staged nor
-in place (a disk lost them) is followed by the next, whose maker first removes what is still staged for the one before.
-An intent with a mark beside it tells that the span had its record: where that is not there, it was lost.
-Specified in ``docs/format.md``.
+An intent is void once its span has a record. A writer therefore looks for intents first and for the record after them,
+and intents are removed only after the record exists. The intents of a span are numbered. If the files of one are
+neither staged nor in place (a disk lost them), a next one follows, whose writer first removes what is still staged for
+the one before. An intent with a mark shows that the span had a record: if there is none, it was lost.
+``docs/format.md`` specifies this.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ _MARK = re.compile(r"\.([0-9]{8})\.recorded")
 class _Intent:
     commit: Commit
     staged: dict[str, str]
-    """Name in ``commits/`` of each file of the commit."""
+    """By file of the commit, its staged name in ``commits/``."""
 
 
 def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes | memoryview]]) -> bool:
-    """Write ``files`` (path relative to ``folder``, and bytes) and commit them; each is let go once it is written.
+    """Write ``files`` (path in ``folder``, and bytes) and commit them. Each is released once it is written.
 
-    ``commit`` has no files yet. False if another process committed the span with anything else, which stands. OSError
-    if the disk refuses; running again finishes what was decided, and replaces the rest.
+    ``commit`` has no files yet. Returns False if another process committed the span with other content, which stays.
+    OSError if the disk refuses: another call finishes what was decided and replaces the rest.
     """
     records: dict[str, FileRecord] = {}
     staged: dict[str, str] = {}
-    decided, made = False, 0
+    decided, numbered = False, 0
     try:
         for key, data in files:
             path = unfinished(folder / "commits" / f"{commit.span:08d}.{key.replace('/', '.')}")
@@ -58,7 +59,7 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
         while True:
             number = _intents_of(folder, commit.span)
             intent = _read_intent(folder, commit.span, number - 1, list(records))
-            # After the intents: they go only when the record is there.
+            # After the intents: they are removed only when the record exists.
             if commit_path(folder, commit.span).exists():
                 break
             if intent is not None and _finish(folder, intent):
@@ -68,28 +69,28 @@ def commit_span(folder: Path, commit: Commit, files: Iterable[tuple[str, bytes |
                     f"files of span {commit.span} of {folder} were removed while they were written; the same command "
                     "writes them again"
                 )
-            # Not flushed: an intent holds writers together, and a power cut leaves none. One that is cut is void.
+            # Not flushed: an intent coordinates living writers, and a power cut leaves none. A truncated one is void.
             intended = seal({"commit": own.commit.to_json(), "staged": staged})
             decided = _link(_intent_path(folder, commit.span, number), intended)
-            made = number + 1
+            numbered = number + 1
         decided = False
     finally:
-        if not decided:  # else they are the span, and whoever comes next moves them
+        if not decided:  # else the next writer moves them into place
             _drop(folder, staged)
-    # One of ours may stand beyond a gap: others were cleared away before it appeared.
-    _clear(folder, commit.span, range(max(made, _intents_of(folder, commit.span))))
+    # Our intent may follow a gap: earlier ones may have been removed before it appeared.
+    _clear(folder, commit.span, range(max(numbered, _intents_of(folder, commit.span))))
     return read_commit(folder, commit.span) == own.commit
 
 
 def settle(folder: Path, files: Callable[[int], Sequence[str]]) -> None:
-    """Finish what was decided and not committed in ``folder``, whoever decided it, and remove void intents.
+    """Finish the spans that any writer decided and did not commit in ``folder``, and remove void intents.
 
-    ``files`` are the paths that a span has, none for a number that is no span: an intent of others is not followed.
+    ``files(span)`` are the paths of a span, none if there is no such span: an intent that names others is ignored.
     """
     intents, marks = decided_spans(folder)
     for span in sorted(intents.keys() | marks):
         numbers = intents.get(span, [])
-        # After the intents: they go only when the record is there.
+        # After the intents: they are removed only when the record exists.
         recorded = commit_path(folder, span).exists()
         if not recorded and numbers:
             intent = _read_intent(folder, span, max(numbers), files(span))
@@ -99,7 +100,7 @@ def settle(folder: Path, files: Callable[[int], Sequence[str]]) -> None:
 
 
 def decided_spans(folder: Path) -> tuple[dict[int, list[int]], set[int]]:
-    """Numbers of the intents that stand, by span; and the spans with a mark, which had a record when it was made."""
+    """The numbers of the present intents by span, and the spans with a mark, which had a record when it was made."""
     intents: dict[int, list[int]] = {}
     marks: set[int] = set()
     for name in os.listdir(folder / "commits"):
@@ -111,7 +112,7 @@ def decided_spans(folder: Path) -> tuple[dict[int, list[int]], set[int]]:
 
 
 def _stage(path: Path, data: bytes | memoryview) -> FileRecord:
-    """A new file with ``data``, on the disk."""
+    """Write ``data`` to a new file, on the disk."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -128,26 +129,28 @@ def _mark_path(folder: Path, span: int) -> Path:
 
 
 def _link(path: Path, data: bytes, mark: Path | None = None) -> bool:
-    """Make ``path`` appear whole with ``data``; False if it is there. (:func:`publish` would list ``commits/`` for what
-    the dead left of it, at every span.) With a ``mark``, which appears after it, its bytes are flushed.
+    """Make ``path`` appear whole with ``data``. Returns False if it exists.
+
+    With ``mark`` its bytes are flushed, and the file ``mark`` appears after it. :func:`publish` is not used: it would
+    list ``commits/`` for leftovers at every span.
     """
-    begun = unfinished(path)
+    temporary = unfinished(path)
     try:
-        begun.write_bytes(data)
+        temporary.write_bytes(data)
         if mark is not None:
-            flush(begun)
-        os.link(begun, path)
+            flush(temporary)
+        os.link(temporary, path)
         if mark is not None:
-            os.rename(begun, mark)
+            os.rename(temporary, mark)
     except FileExistsError:
         return False
     finally:
-        begun.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return True
 
 
 def _intents_of(folder: Path, span: int) -> int:
-    """How many intents ``span`` has, up to a gap."""
+    """Number of intents of ``span``, up to the first gap."""
     number = 0
     while _intent_path(folder, span, number).exists():
         number += 1
@@ -155,9 +158,9 @@ def _intents_of(folder: Path, span: int) -> int:
 
 
 def _read_intent(folder: Path, span: int, number: int, files: Sequence[str]) -> _Intent | None:
-    """Intent ``number`` of ``span``; None if there is none, or it is damaged.
+    """Intent ``number`` of ``span``; None if it is missing or damaged, or names other files than ``files``.
 
-    ``files`` are the paths that the span has: an intent that names others could move anything.
+    ``files`` are the paths of the span: an intent that names others could move anything.
     """
     try:
         value = unseal(read_bounded(_intent_path(folder, span, number), LARGEST_COMMIT)) if number >= 0 else {}
@@ -172,14 +175,14 @@ def _read_intent(folder: Path, span: int, number: int, files: Sequence[str]) -> 
 
 
 def _finish(folder: Path, intent: _Intent) -> bool:
-    """Move what is staged, and write the record. False if a file is neither staged nor in place: it is given up."""
+    """Move the staged files and write the record. False if a file is neither staged nor in place."""
     moved_before: list[str] = []
     folders: set[Path] = set()
     for key, name in intent.staged.items():
-        place = folder / key
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(folder / "commits" / name, place)
+            os.rename(folder / "commits" / name, path)
         except FileNotFoundError:
             moved_before.append(key)
         parents = [folder / parent for parent in PurePath(key).parents]
@@ -190,7 +193,7 @@ def _finish(folder: Path, intent: _Intent) -> bool:
                 continue
         except FileNotFoundError:
             pass
-        # Nothing of it may move any more once there is another intent.
+        # Once there is another intent, no file of this one may be moved any more.
         _drop(folder, intent.staged)
         return False
     # Bytes, then their names in the folders, then the record: after a crash no record names what is not there.
@@ -208,8 +211,9 @@ def _drop(folder: Path, staged: dict[str, str]) -> None:
 
 
 def _clear(folder: Path, span: int, numbers: Iterable[int]) -> None:
-    """Remove the intents of a span that has its record, the last first: none is left beyond a gap. Then the mark, which
-    tells of the record while there is an intent.
+    """Remove the intents of a span with a record, then its mark, which must exist as long as there is an intent.
+
+    The last intent goes first, so that none is left beyond a gap.
     """
     for number in sorted(numbers, reverse=True):
         _intent_path(folder, span, number).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What parts and runs share: a sealed folder that appears whole, committed spans, and reads that are checked."""
+"""The common base of parts and runs: a sealed folder that appears whole, committed spans, and checked reads."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from ghoststore.store.spans.soundness import damaged, exact_commit, record_name
 
 LARGEST_METADATA = 64 << 20
 MOST_CHUNKS = 1 << 17
-"""Of one array in a span, whose record names them all."""
+"""Most chunks of an array in a span: the record names them all."""
 MOST_SPANS = 100_000_000
-"""A span's number has eight digits in the name of its record."""
+"""The name of a record has eight digits for the span."""
 LARGEST_ARRAY_METADATA = 1 << 20
 FEW_ROWS = 1 << 24
 MOST_TIMES = 64
-"""Where a number is kept of each row, a part has at most FEW_ROWS rows, or MOST_TIMES what is committed."""
+"""For a number of each row in memory, a part may have at most FEW_ROWS rows, or MOST_TIMES the committed ones."""
 CODECS = {"bytes", "vlen-utf8", "crc32c"}
-"""Of the arrays: none that makes much of little."""
+"""Allowed codecs of arrays: none that expands a little data to much."""
 L = TypeVar("L", bound=SpanLayout)
 
 
 def read_attributes(folder: Path, what: str) -> dict[str, Any]:
-    """The attributes of the Zarr group at ``folder``, read as data alone, in bounded memory.
+    """The attributes of the Zarr group at ``folder``, read as plain data in bounded memory.
 
     ``what`` is "store", "part" or "run". UsageError if there is none, CorruptError if it is damaged.
     """
@@ -59,32 +59,32 @@ def read_attributes(folder: Path, what: str) -> dict[str, Any]:
 
 
 def group_problem(folder: Path, attributes: dict[str, Any]) -> str | None:
-    """Why the group at ``folder`` is not one with these ``attributes``; None if it is. Raises nothing."""
+    """Why the group at ``folder`` does not have these ``attributes``; None if it does. Raises nothing."""
     try:
-        there = read_attributes(folder, "store")
+        present = read_attributes(folder, "store")
     except UsageError:
         return MISSING
     except CorruptError as error:
         return str(error)
-    return None if there == attributes else f"its attributes are {there!r:.80}; {attributes} were written"
+    return None if present == attributes else f"its attributes are {present!r:.80}; {attributes} were written"
 
 
 class Spanned(ABC, Generic[L]):
-    """A part or a run, as it stood when it was opened: later commits are not seen.
+    """A part or a run in the state in which it was opened: later commits are not seen.
 
-    Opening reads its ``zarr.json`` and the names of its records, nothing else.
+    Opening reads only its ``zarr.json`` and the names of its records.
     """
 
     kind: ClassVar[Kind]
     unit: ClassVar[str]
-    """What the first axis counts, in the plural."""
+    """The unit of the first axis, in the plural."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
         self.manifest: Manifest
         self.files: dict[str, str]
-        """SHA-256, by path, of every file that is written when it is made, ``zarr.json`` aside."""
+        """SHA-256 by path of every file that is written when it is made, except ``zarr.json``."""
         attributes = read_attributes(path, self.kind.name)
         self.manifest, self.files = manifest_of(attributes, str(path / "zarr.json"), self.kind)
         try:
@@ -99,16 +99,16 @@ class Spanned(ABC, Generic[L]):
         self.spans: list[int] = self._committed()
         """Committed spans, in order."""
         self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._borne_out = False
+        self._sizes_checked = False
 
     @classmethod
     @abstractmethod
     def layout_of(cls, storage: Mapping[str, Any]) -> L:
-        """The arrays that a manifest's storage section describes; KeyError, TypeError or ValueError if none."""
+        """The layout that a manifest's storage section describes. KeyError, TypeError or ValueError if it is none."""
 
     @abstractmethod
     def summarize(self, arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
-        """What the record of a span with these arrays counts: statuses, and tokens."""
+        """The counts in the record of a span with these arrays: rows by status, and tokens."""
 
     def _committed(self) -> list[int]:
         try:
@@ -135,26 +135,26 @@ class Spanned(ABC, Generic[L]):
 
     @property
     def domains(self) -> list[str]:
-        """Names that the ``domain`` array indexes; -1 there is no domain."""
+        """The names that the ``domain`` array indexes; -1 in it stands for no domain."""
         return list(self.manifest["corpus"]["domains"] or [])
 
     @property
     def repeated_ids(self) -> dict[str, int] | None:
-        """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
+        """The number of ``ids`` that occur more than once, and of ``samples`` with them; None if every id is unique."""
         repeated: dict[str, int] | None = self.manifest["corpus"]["repeated_ids"]
         return repeated
 
     def commit(self, span: int) -> Commit:
-        """The record of a committed span; CorruptError if it is damaged, or names other files than the span has."""
+        """The record of a committed span. CorruptError if it is damaged or names other files than those of the span."""
         return exact_commit(self.path, self.layout, span)
 
     def commits(self) -> Iterator[Commit]:
-        """The record of each committed span, in order; CorruptError for one that is damaged."""
+        """The record of each committed span, in order. CorruptError if one is damaged."""
         for span in self.spans:
             yield self.commit(span)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the manifest and every commit record: what a cache of the committed rows was made from.
+        """SHA-256 of the manifest and every commit record. It identifies the committed rows that a cache was made from.
 
         CorruptError if a record is missing.
         """
@@ -177,18 +177,18 @@ class Spanned(ABC, Generic[L]):
         raise UsageError(f"{self.kind.name} {self.name!r} has no array {name!r}")
 
     def check_file(self, name: str) -> None:
-        """CorruptError unless ``name``, one of ``files``, has the bytes that it was made with."""
+        """CorruptError unless ``name`` is one of ``files`` and has the bytes that were written."""
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CorruptError(f"{self.path / 'zarr.json'} names a file outside the {self.kind.name}: {name!r:.200}")
         check_file(self.path / name, self.files.get(name, "not one of its files"), within=self.path)
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """The Zarr array, checked against the layout; CorruptError if it is not as described."""
+        """The Zarr array ``name``. CorruptError if it does not fit the layout."""
         spec = self.spec(name)
         return self.open_array(spec, spec.count(self.layout.length))
 
     def open_array(self, spec: ArraySpec, length: int) -> zarr.Array[Any]:
-        """The Zarr array of ``spec``, once its metadata are those that were written and describe it."""
+        """The Zarr array of ``spec``. CorruptError if its metadata were changed or do not fit."""
         if spec.name not in self._arrays:
             shape, chunks = (length, *spec.columns), (spec.chunk_rows, *spec.columns)
             array = self.open_zarr(spec.name)
@@ -201,23 +201,21 @@ class Spanned(ABC, Generic[L]):
         return self._arrays[spec.name]
 
     def open_zarr(self, name: str) -> zarr.Array[Any]:
-        """A Zarr array whose metadata are those that were written, and have no codecs but ours. What it says of its
-        shape is not checked. CorruptError otherwise.
-        """
+        """A Zarr array of any shape. CorruptError if its metadata were changed or name codecs that are not ours."""
         self.check_file(f"{name}/zarr.json")
         path = self.path / name / "zarr.json"
         with reading(path, "does not describe an array"):
-            described = parse_json(read_bounded(path, LARGEST_ARRAY_METADATA, self.path))
-            unknown = {str(codec["name"]) for codec in described["codecs"]} - CODECS
-            if unknown or described["chunk_grid"]["name"] != "regular":
+            metadata = parse_json(read_bounded(path, LARGEST_ARRAY_METADATA, self.path))
+            unknown = {str(codec["name"]) for codec in metadata["codecs"]} - CODECS
+            if unknown or metadata["chunk_grid"]["name"] != "regular":
                 raise ValueError(f"it has chunks or codecs that are not ours: {sorted(unknown)[:3]!r:.100}")
-            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # no metadata of other formats
+            return zarr.open_array(self.path / name, mode="r", zarr_format=3)  # ignores metadata of other Zarr formats
 
     def check_chunk(self, spec: ArraySpec, key: str) -> None:
-        """CorruptError unless ``key`` is a file, as large as a chunk of ``spec`` is. Of strings, whose bytes are not
-        known before, it must say that it has as many as a chunk, and be large enough for them.
+        """CorruptError unless the file ``key`` has the size of a chunk of ``spec``.
 
-        Who asks for memory for a chunk, or lets another library read it, does so after this.
+        The bytes of a chunk of strings are not known beforehand: it must state the number of strings of a chunk, and be
+        large enough for them. Call this before allocating memory for a chunk, or letting a library read it.
         """
         path = self.path / key
         try:
@@ -236,25 +234,27 @@ class Spanned(ABC, Generic[L]):
             )
 
     def check_sizes(self, spec: ArraySpec, spans: Sequence[int]) -> None:
-        """:meth:`check_chunk` of every chunk of ``spans``: before memory for all of them is asked for."""
+        """Check every chunk of ``spans`` as :meth:`check_chunk`, before memory for all of them is allocated."""
         for span in spans:
             for key in self.layout.chunk_keys(spec, span):
                 self.check_chunk(spec, key)
 
     def bear_out(self, spans: Sequence[int] | None = None) -> None:
-        """CorruptError unless the files of ``spans`` (default: every committed one) are as large as the manifest says:
-        before memory for something of each of their rows (or steps) is asked for. Looks at the smallest array, once.
+        """CorruptError unless the files of ``spans`` (default: all committed) are as large as the manifest says.
+
+        Call it before allocating memory for a value of each row (or step). It checks the smallest array, once.
         """
-        if self._borne_out:
+        if self._sizes_checked:
             return
         numeric = [spec for spec in self.layout.arrays() if spec.dtype is not str and spec.every == 1]
         smallest = min(numeric, key=lambda spec: spec.width * spec.dtype.itemsize)
         self.check_sizes(smallest, self.spans if spans is None else spans)
-        self._borne_out = spans is None
+        self._sizes_checked = spans is None
 
     def refuse_hollow(self) -> None:
-        """CorruptError if the length that the manifest tells of is out of all proportion to what is committed: before
-        memory for a number of each row (or step), committed or not, is asked for.
+        """CorruptError if the length in the manifest is out of proportion to what is committed.
+
+        Call it before allocating memory for a number of each row (or step), committed or not.
         """
         if self.layout.length > max(FEW_ROWS, MOST_TIMES * self.length):
             raise CorruptError(
@@ -265,10 +265,10 @@ class Spanned(ABC, Generic[L]):
         self.bear_out()
 
     def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows (or steps) ``start`` to ``stop`` of one array, all of committed spans.
+        """Rows (or steps) ``start`` to ``stop`` of one array.
 
-        CorruptError naming the array if a checksum does not hold or a chunk is missing; UsageError where a span is
-        not committed.
+        CorruptError naming the array if a checksum does not hold or a chunk is missing. UsageError if a span is not
+        committed.
         """
         spec, present = self.spec(name), set(self.spans)
         for span in range(start // self.layout.span_length, -(-stop // self.layout.span_length)):
@@ -281,7 +281,7 @@ class Spanned(ABC, Generic[L]):
         return self.slice(spec, spec.count(self.layout.length), *spec.entries(start, stop))
 
     def slice(self, spec: ArraySpec, length: int, start: int, stop: int) -> NDArray[Any]:
-        """Read through Zarr, its complaints as CorruptError. Its chunks have passed :meth:`check_chunk`."""
+        """Read entries through Zarr, whose errors become CorruptError. Call :meth:`check_chunk` before."""
         try:
             return np.asarray(self.open_array(spec, length)[start:stop])
         except GhostStoreError:
@@ -291,32 +291,32 @@ class Spanned(ABC, Generic[L]):
 
 
 def gather(
-    places: Sequence[int] | NDArray[np.int64], size: int, read: Callable[[int], NDArray[Any]], nothing: Any
+    indexes: Sequence[int] | NDArray[np.int64], size: int, read: Callable[[int], NDArray[Any]], dtype: Any
 ) -> NDArray[Any]:
-    """The values at ``places``, in their order, out of blocks of ``size``, each read once: ``read(block)``.
+    """The values at ``indexes``, in their order, from blocks of ``size``; ``read(block)`` is called once for each.
 
-    ``nothing`` is the dtype of no values.
+    ``dtype`` is that of an empty result.
     """
-    wanted = np.asarray(places, dtype=np.int64)
-    if not len(wanted):
-        return np.empty(0, dtype=nothing)
-    order = np.argsort(wanted // size, kind="stable")
-    blocks, begins = np.unique(wanted[order] // size, return_index=True)
+    index_N = np.asarray(indexes, dtype=np.int64)
+    if not len(index_N):
+        return np.empty(0, dtype=dtype)
+    order = np.argsort(index_N // size, kind="stable")
+    blocks, starts = np.unique(index_N[order] // size, return_index=True)
     values: NDArray[Any] | None = None
-    for block, inside in zip(blocks.tolist(), np.split(order, begins[1:]), strict=True):
+    for block, positions in zip(blocks.tolist(), np.split(order, starts[1:]), strict=True):
         data = read(block)
         if values is None:
-            values = np.empty((len(wanted), *data.shape[1:]), dtype=data.dtype)
-        values[inside] = data[wanted[inside] - block * size]
+            values = np.empty((len(index_N), *data.shape[1:]), dtype=data.dtype)
+        values[positions] = data[index_N[positions] - block * size]
     assert values is not None
     return values
 
 
 def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[Any]:
-    """An array of ``spec``, preallocated, without chunks yet. A path in its name leads to a group inside."""
-    *folder, name = spec.name.split("/")
-    for inside in folder:
-        group = group.require_group(inside)
+    """Make an array of ``spec`` at its full length, without chunks. A path in its name makes groups."""
+    *folders, name = spec.name.split("/")
+    for folder in folders:
+        group = group.require_group(folder)
     return group.create_array(
         name,
         shape=(length, *spec.columns),
@@ -330,15 +330,15 @@ def create_array(group: zarr.Group, spec: ArraySpec, length: int) -> zarr.Array[
 
 
 def create(path: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
-    """Make a part or a run with nothing committed yet, in one step: it appears whole or not at all.
+    """Make an empty part or run in one step: it appears whole or not at all. Do nothing if it exists.
 
-    If it exists, nothing is done. ``fill`` makes its arrays. StorageError if the disk refuses.
+    ``fill`` makes its arrays. StorageError if the disk refuses.
     """
     create_whole(path, lambda folder: _fill(folder, manifest, fill))
 
 
 def _fill(folder: Path, manifest: Manifest, fill: Callable[[zarr.Group], None]) -> None:
-    """Everything of a new part or run, in the empty ``folder``."""
+    """Write all files of a new part or run to the empty ``folder``."""
     group = zarr.create_group(folder)
     group.create_group("commits")
     fill(group)

@@ -1,4 +1,4 @@
-"""The shape on disk of what is committed in spans: arrays, chunks, spans.
+"""The layout on disk of parts and runs: arrays, chunks and spans.
 
 Legend: the **length** is that of the first axis of every array: rows of a part, steps of a run.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 CHUNK_BYTES = 8 << 20
-"""Aim for the size of a chunk of vectors; above 32 MiB reading falls off a cliff."""
+"""The size to aim for in a chunk of vectors. Above 32 MiB reading becomes much slower."""
 LARGEST_ROW_BYTES = 32 << 20
 CRC_BYTES = 4
 """The checksum at the end of a chunk file."""
@@ -22,7 +22,7 @@ CRC_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One Zarr array; ``columns`` are the axes after the first, empty for one number (or string) each."""
+    """A Zarr array. ``columns`` are the lengths of the axes after the first; empty for a number or string an entry."""
 
     name: str
     dtype: Any
@@ -31,28 +31,28 @@ class ArraySpec:
     """Length of a chunk along the first axis; the other axes are never split."""
     columns: tuple[int, ...] = ()
     axes: tuple[str, ...] = ("row", "column")
-    """Names of the axes, for readers of the metadata; as many as there are axes are used."""
+    """Names of the axes in the metadata; those beyond the number of axes are not used."""
     fill: Any = 0
-    """What a plain Zarr reader sees where nothing was written."""
+    """The value that a plain Zarr reader sees in chunks that are not written."""
     every: int = 1
-    """The rows (or steps) that one entry of the first axis stands for: it is of the first of them."""
+    """Rows (or steps) between two entries of the first axis."""
 
     def entries(self, start: int, stop: int) -> tuple[int, int]:
-        """First entry and one past the last of rows (or steps) ``start`` to ``stop``; there may be none."""
+        """The range of entries of rows (or steps) ``start`` to ``stop``; it may be empty."""
         return -(-start // self.every), -(-stop // self.every)
 
     def count(self, length: int) -> int:
-        """Entries of so many rows (or steps) from one that has an entry."""
+        """Number of entries of ``length`` rows (or steps), counted from one that has an entry."""
         return -(-length // self.every)
 
     @property
     def width(self) -> int:
-        """Numbers of one row, or step."""
+        """Numbers of an entry."""
         return math.prod(self.columns)
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the numbers of a chunk, its checksum aside; numeric arrays only."""
+        """Bytes of a chunk of a numeric array, without its checksum."""
         return self.chunk_rows * self.width * int(self.dtype.itemsize)
 
 
@@ -66,7 +66,7 @@ SAMPLE_COLUMNS: dict[str, Any] = {
     "window_start": "<i4",
     "n_tokens": "<i4",
 }
-"""Arrays that say which sample, or which window of one, a row is: of a part, and of a run's row table."""
+"""Arrays that identify the sample, or its window, of each row of a part or of a run's row table."""
 
 
 def column_specs(dtypes: Mapping[str, Any], chunk_rows: int, folder: str = "") -> list[ArraySpec]:
@@ -104,13 +104,13 @@ class SpanLayout(ABC):
         return -(-self.length // self.span_length)
 
     def span_of(self, span: int) -> tuple[int, int]:
-        """First row (or step) and one past the last of ``span``."""
+        """The range of rows (or steps) of ``span``."""
         if not 0 <= span < self.spans:
             raise IndexError(f"span {span} of {self.spans}")
         return span * self.span_length, min((span + 1) * self.span_length, self.length)
 
     def most_chunks(self) -> int:
-        """Chunks of a span, of the array that has most."""
+        """The largest number of chunks that an array has in a span."""
         length = min(self.span_length, self.length)
         return max(-(-spec.count(length) // spec.chunk_rows) for spec in self.arrays())
 

@@ -1,8 +1,8 @@
-"""Streaming chunks of a part or a run with read-ahead: bounded memory, every checksum checked.
+"""Streams chunks of a part or a run with read-ahead, in bounded memory, and checks every checksum.
 
-A chunk file is its numbers, little endian and row by row, and the crc32c of them in four bytes (Zarr's
-``bytes`` and ``crc32c`` codecs). Reading that directly into a buffer that is used again is 1.5 to 2 times as
-fast as going through Zarr; ``tests/store/test_reader.py`` holds the two together.
+A chunk file holds its numbers, little endian and row by row, and their crc32c in four bytes (Zarr's ``bytes`` and
+``crc32c`` codecs). Reading it directly into a reused buffer is 1.5 to 2 times as fast as through Zarr;
+``tests/store/test_reader.py`` checks that both give the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOTHING: Bytes = np.empty(0, dtype=np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Entries ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next is asked for."""
+    """Entries ``start`` to ``stop`` of one array, in the stored dtype. Valid until the next chunk is read."""
 
     start: int
     stop: int
@@ -41,20 +41,21 @@ class Chunk:
 
 
 def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, within: Path | None = None) -> Bytes:
-    """A chunk file of ``size`` bytes, in ``buffer`` if that is as large, else in a new one: no memory is asked for
-    before the file is known to have that size. CorruptError naming the file if it is not what was written.
+    """Read a chunk file of ``size`` bytes, into ``buffer`` if that has the same size, else into a new one.
+
+    No memory is allocated before the size of the file is checked. CorruptError naming the file if it is damaged.
     """
     try:
         with open_regular(path, within) as file:
-            there = os.fstat(file.fileno()).st_size
-            if there != size:
-                raise CorruptError(f"{path} has {there} bytes; {size} were written")
+            present = os.fstat(file.fileno()).st_size
+            if present != size:
+                raise CorruptError(f"{path} has {present} bytes; {size} were written")
             if len(buffer) != size:
                 buffer = np.empty(size, dtype=np.uint8)
             view, filled, checksum = memoryview(buffer.data), 0, 0
             numbers = len(buffer) - CRC_BYTES
             while filled < len(view) and (count := file.readinto(view[filled : filled + PIECE_BYTES])):
-                # While the piece is in the processor's cache.
+                # Here, while the piece is in the processor's cache.
                 checksum = google_crc32c.extend(checksum, buffer[filled : min(filled + count, numbers)])
                 filled += count
             end = file.read(1) if filled == len(view) else b""
@@ -72,8 +73,8 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
     return buffer
 
 
-def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
-    """(file, first row, one past the last) of each chunk of the spans."""
+def _chunks(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
+    """(file, start, stop) of each chunk of the spans; the range is in entries."""
     for span in spans:
         start, stop = spec.entries(*source.layout.span_of(span))
         for key in source.layout.chunk_keys(spec, span):
@@ -82,13 +83,13 @@ def _places(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator
 
 
 def chunk_numbers(buffer: NDArray[np.uint8], spec: ArraySpec, count: int) -> NDArray[Any]:
-    """The first ``count`` rows of a chunk that :func:`read_chunk` has read, seen in place."""
+    """A view of the first ``count`` entries of a chunk that :func:`read_chunk` has read."""
     numbers: NDArray[Any] = buffer[:-CRC_BYTES].view(spec.dtype)
     return numbers.reshape(-1, *spec.columns)[:count]
 
 
 def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
-    """One committed span of a numeric array whose chunks are spans, in the stored dtype, checked."""
+    """One committed span of a numeric array with one chunk a span, checked, in the stored dtype."""
     spec = source.spec(name)
     start, stop = spec.entries(*source.layout.span_of(span))
     (key,) = source.layout.chunk_keys(spec, span)
@@ -97,20 +98,20 @@ def read_span(source: Spanned[Any], name: str, span: int) -> NDArray[Any]:
 
 
 def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> Iterator[Chunk]:
-    """Chunks of a numeric array over ``spans`` (default: every committed one), in order, read ahead by a thread.
+    """Chunks of a numeric array over ``spans`` (default: all committed), in order, read ahead by a thread.
 
     Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
     """
     spec = source.spec(name)
-    places = list(_places(source, spec, source.spans if spans is None else spans))
+    chunks = list(_chunks(source, spec, source.spans if spans is None else spans))
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
-    for _ in range(min(READ_AHEAD + 1, len(places))):
-        free.put(NOTHING)  # made when the first chunk has shown its size
+    for _ in range(min(READ_AHEAD + 1, len(chunks))):
+        free.put(NOTHING)  # the buffers are made when the size of a chunk is checked
 
     def read_ahead() -> None:
         try:
-            for path, start, stop in places:
+            for path, start, stop in chunks:
                 buffer = free.get()
                 if buffer is None:
                     return
@@ -122,7 +123,7 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
     thread = threading.Thread(target=read_ahead, name="ghoststore-read-ahead", daemon=True)
     thread.start()
     try:
-        for _ in places:
+        for _ in chunks:
             item = full.get()
             if isinstance(item, BaseException):
                 raise item

@@ -1,9 +1,8 @@
-"""What a store can tell of its spans without reading their bytes: records that went missing, records of other files,
-files of another size.
+"""Checks of spans: lost records, wrong records, files of another size, and whole files against their checksums.
 
-The protocol (``docs/format.md``) moves a span's chunks into place only while its intent or its record stands. So chunks
-in place with neither are the trace of a record that was lost, wherever the span is. A span without chunks is one that
-nobody has written yet, or, in a run, one that its writer left out.
+The protocol (``docs/format.md``) moves a span's chunks into place only while its intent or its record exists. So chunks
+in place with neither show that a record was lost. A span without chunks has not been written yet, or, in a run, its
+writer left it out.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
     from ghoststore.store.spans.group import Spanned
 
 Checked: TypeAlias = tuple[str, int, str | None]
-"""(file, its bytes, what is wrong with it or None)."""
+"""(file, its bytes, what is wrong with it or None if nothing is)."""
 THREADS = 4
 NAMED = 3
-"""Damaged files that a message names; `ghoststore verify` lists them all."""
+"""Most damaged files that a message names; `ghoststore verify` lists all."""
 LOST = "missing, though the chunks of its span are in place"
 TAKEN_OUT = "taken out by a repair that was cut short, and not computed again"
 _NUMBER = re.compile(r"[0-9]{1,12}")
@@ -56,7 +55,7 @@ def record_problem(layout: SpanLayout, commit: Commit) -> str | None:
 
 
 def exact_commit(folder: Path, layout: SpanLayout, span: int) -> Commit:
-    """The record of ``span`` of the part or run at ``folder``; CorruptError unless it can be that record."""
+    """Read the record of ``span`` of the part or run at ``folder``. CorruptError unless it can be that record."""
     commit = read_commit(folder, span)
     if problem := record_problem(layout, commit):
         raise CorruptError(
@@ -67,55 +66,55 @@ def exact_commit(folder: Path, layout: SpanLayout, span: int) -> Commit:
 
 
 def lost_spans(source: Spanned[Any]) -> list[int]:
-    """Spans whose chunks are in place without a record, and without an intent or with a mark that the record stood.
+    """Spans that lost their record: chunks are in place, and there is no intent, or a mark says there was a record.
 
-    Cost: one listing of each array, and none if every span has its record.
+    Cost: one listing of each array, none if every span has its record.
     """
     if len(source.spans) == source.layout.spans:
         return []
     suspects = _spans_with_chunks(source)
     if not suspects:
         return []
-    # In this order: a writer makes the intent before it moves a chunk, and removes it after the record stands.
+    # In this order: a writer makes the intent before it moves a chunk, and removes it after the record exists.
     suspects -= undecided(source.path)
     return sorted(suspects.difference(committed(source.path)))
 
 
 def missing_records(source: Spanned[Any]) -> list[tuple[str, str]]:
-    """(path, why it should be there) of each record that is missing, of rows or steps that were committed."""
+    """(path, why it should exist) of each missing record of rows or steps that were committed."""
     lost = [(record_name(span), LOST) for span in lost_spans(source)]
-    named = {name for name, _ in lost}
-    return [*lost, *((name, TAKEN_OUT) for name in map(record_name, taken_out(source)) if name not in named)]
+    lost_names = {name for name, _ in lost}
+    return [*lost, *((name, TAKEN_OUT) for name in map(record_name, taken_out(source)) if name not in lost_names)]
 
 
 def undecided(folder: Path) -> set[int]:
-    """Spans that are decided, and of which nothing tells that they had a record: they have an intent and no mark."""
+    """Spans that are decided and may never have had a record: they have an intent and no mark."""
     intents, marks = decided_spans(folder)
     return intents.keys() - marks
 
 
 def _spans_with_chunks(source: Spanned[Any]) -> set[int]:
-    """Spans that were not committed when ``source`` was opened, and have a chunk in place."""
+    """Spans that have a chunk in place and were not committed when ``source`` was opened."""
     layout, present = source.layout, set(source.spans)
     spans: set[int] = set()
     for spec in layout.arrays():
         try:
             names = os.listdir(source.path / spec.name / "c")
-        except OSError:  # nothing there yet; what cannot be listed, `verify` names
+        except OSError:  # no chunk yet; `verify` names a folder that cannot be listed
             continue
         for name in names:
             first = first_row(spec, int(name)) if _NUMBER.fullmatch(name) else layout.length
             span = first // layout.span_length
             if first >= layout.length or span in present or span in spans:
                 continue
-            # A folder may be there before its chunk is.
+            # A folder may exist before its chunk.
             if (source.path / chunk_keys(spec, first, first + 1)[0]).is_file():
                 spans.add(span)
     return spans
 
 
 def refuse_lost(source: Spanned[Any]) -> None:
-    """CorruptError if records of ``source`` went missing: what is left would pass for all there is."""
+    """CorruptError if ``source`` has lost records: the remaining spans would pass for all."""
     missing = missing_records(source)
     if missing:
         raise damaged(source, missing)
@@ -127,9 +126,7 @@ def record_name(span: int) -> str:
 
 
 def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) as far as records, metadata and the sizes of files tell: a look at each file, and
-    no chunk is read.
-    """
+    """(file, what is wrong with it) by records, metadata and sizes of files. No chunk is read."""
     for name in source.files:
         if name.endswith("zarr.json"):
             try:
@@ -158,8 +155,9 @@ def quick_damage(source: Spanned[Any]) -> Iterator[tuple[str, str]]:
 
 
 def checked_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
-    """(file, its bytes, what is wrong with it or None): each file of a committed span, read whole, and its record where
-    that is damaged. Without a record a chunk is held against its own crc32c.
+    """Check each file of a committed span, read whole. The record is listed only if it is damaged.
+
+    Without a readable record a chunk is checked by its own crc32c.
     """
     folder = source.path
     try:
@@ -170,7 +168,7 @@ def checked_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
         return
     if problem := record_problem(source.layout, commit):
         yield record_name(span), 0, problem
-    # A record may come from anywhere: what it names beside the files of its span is not read.
+    # A record may come from anywhere: files that are not of its span are not read.
     for key in source.layout.span_keys(span):
         if (record := commit.files.get(key)) is not None:
             problem = record.damage(folder / key, folder)
@@ -178,7 +176,7 @@ def checked_span(source: Spanned[Any], span: int) -> Iterator[Checked]:
 
 
 def unrecorded_damage(source: Spanned[Any], span: int) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it): chunks of a span without a readable record that are not whole."""
+    """(file, what is wrong with it) of each damaged chunk of a span without a readable record."""
     for key in source.layout.span_keys(span):
         try:
             check_crc(source.path / key, source.path)
@@ -187,7 +185,7 @@ def unrecorded_damage(source: Spanned[Any], span: int) -> Iterator[tuple[str, st
 
 
 def checked_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None = None) -> Iterator[Checked]:
-    """What :func:`checked_span` says of each of ``spans``, in their order; some are read at a time."""
+    """Check ``spans`` as :func:`checked_span`, in their order, some of them at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
         for checked in pool.map(lambda span: list(checked_span(source, span)), spans):
             if task is not None:
@@ -196,7 +194,7 @@ def checked_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None 
 
 
 def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int], task: Task | None = None) -> None:
-    """CorruptError naming what :func:`checked_span` finds."""
+    """CorruptError naming the damage that :func:`checked_span` finds in ``spans``."""
     checked = checked_spans(source, spans, task)
     damage = [(file, problem) for file, _, problem in checked if problem is not None]
     if damage:
@@ -204,24 +202,24 @@ def refuse_damaged_spans(source: Spanned[Any], spans: Iterable[int], task: Task 
 
 
 def writers_problem(folder: Path) -> str | None:
-    """Why nobody can write in a part or run: something else is where the records of who writes belong."""
+    """What prevents writing in a part or run: something else has the name of the folder of writers; None if nothing."""
     path = folder / WRITERS
     return "no folder; that of the records of who writes belongs there" if path.exists() and not path.is_dir() else None
 
 
 def refuse_damaged(source: Spanned[Any]) -> None:
-    """CorruptError naming what :func:`quick_damage` finds: nobody goes on writing what is damaged already."""
+    """CorruptError naming the damage that :func:`quick_damage` finds: a damaged part or run is not written further."""
     damage = list(quick_damage(source))
     if damage:
         raise damaged(source, damage)
 
 
 def damaged(source: Spanned[Any], damage: list[tuple[str, str]]) -> CorruptError:
-    """What to raise for damaged files of a part or run, and how they are mended."""
-    store, what = source.path.parent.parent, source.kind.name
+    """The error for damaged files of a part or run, with the command that mends them."""
+    store, kind = source.path.parent.parent, source.kind.name
     files = "; ".join(f"{file}: {problem}" for file, problem in damage[:NAMED])
     more = f"; and {len(damage) - NAMED} more" if len(damage) > NAMED else ""
     return CorruptError(
-        f"{what} {source.name!r} of {store} is damaged ({files}{more}). `ghoststore repair --store {store} --{what} "
+        f"{kind} {source.name!r} of {store} is damaged ({files}{more}). `ghoststore repair --store {store} --{kind} "
         f"{source.name}` mends it"
     )

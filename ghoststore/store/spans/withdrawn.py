@@ -1,7 +1,7 @@
-"""Spans that are taken out of a part or run: their record first, then their chunks, all into ``.withdrawn/<span>/``.
+"""Takes spans out of a part or run: the record first, then the chunks, all into ``.withdrawn/<span>/``.
 
-Nothing is deleted. Whoever is killed in between leaves a span without a record and with chunks, which is named as
-damage, or a span without either, which nobody has built; and in both cases the files are still there.
+Nothing is deleted. A process that is killed in between leaves a span with chunks and no record, which is reported as
+damage, or a span with neither, which counts as not built. In both cases the files still exist.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 FOLDER = ".withdrawn"
 FOREIGN = "foreign"
-"""In it: records and journals of spans that a part or run does not have."""
+"""Subfolder for records and journals of spans that the part or run does not have."""
 RECORD = "record.json"
 _NUMBER = re.compile(r"[0-9]{8}")
 
 
-def aside(source: Spanned[Any], span: int) -> Path:
-    """Where the files of a withdrawn span lie."""
+def withdrawn_folder(source: Spanned[Any], span: int) -> Path:
+    """The folder of the files of a withdrawn span."""
     return source.path / FOLDER / f"{span:08d}"
 
 
 def withdrawn_spans(source: Spanned[Any]) -> list[int]:
-    """Spans that were withdrawn, built again or not, in order."""
+    """Spans that were withdrawn, also those that were built again, in order."""
     folder = source.path / FOLDER
     if not folder.is_dir():
         return []
@@ -41,17 +41,17 @@ def withdrawn_spans(source: Spanned[Any]) -> list[int]:
 
 
 def taken_out(source: Spanned[Any]) -> list[int]:
-    """Spans of a part that a repair withdrew and that are not committed again. (Those of a run were given up.)"""
+    """Spans of a part that a repair withdrew and that are not committed again. (Those of a run are given up.)"""
     if source.kind is not PART:
         return []
     return [span for span in withdrawn_spans(source) if not commit_path(source.path, span).exists()]
 
 
 def withdraw(source: Spanned[Any], span: int) -> None:
-    """Take ``span`` out. Again after a kill, it goes on. The caller is the one writer of ``source``."""
-    to = aside(source, span)
+    """Take ``span`` out; after a kill, another call continues. The caller must be the one writer of ``source``."""
+    to = withdrawn_folder(source, span)
     to.mkdir(parents=True, exist_ok=True)
-    # The record before the chunks that it names, and on the disk: a record never names what is not there.
+    # The record before the chunks, and on the disk: a record must never name a file that is gone.
     withdraw_record(source, span)
     for key in source.layout.span_keys(span):
         _move(source.path / key, to / key.replace("/", "+"))
@@ -59,8 +59,8 @@ def withdraw(source: Spanned[Any], span: int) -> None:
 
 
 def withdraw_record(source: Spanned[Any], span: int) -> None:
-    """Take the record of ``span`` alone out, if there is one."""
-    to = aside(source, span)
+    """Take only the record of ``span`` out, if there is one."""
+    to = withdrawn_folder(source, span)
     to.mkdir(parents=True, exist_ok=True)
     path = commit_path(source.path, span)
     _move(path, to / RECORD)
@@ -68,38 +68,39 @@ def withdraw_record(source: Spanned[Any], span: int) -> None:
 
 
 def put_back(source: Spanned[Any], span: int) -> bool:
-    """Take back what was withdrawn of ``span``, where nothing else is in its place; whether anything was. The caller is
-    the one writer of ``source``, and checks what it has then.
+    """Put back what was withdrawn of ``span``, except where a file exists. Returns whether anything was put back.
+
+    The caller must be the one writer of ``source``, and check the files afterwards.
     """
-    to, back = aside(source, span), False
+    folder, restored = withdrawn_folder(source, span), False
     for key in source.layout.span_keys(span):
-        back = _take(to / key.replace("/", "+"), source.path / key) or back
-    # The record after the chunks that it names, and these on the disk.
-    for folder in {(source.path / key).parent for key in source.layout.span_keys(span)} if back else ():
-        flush(folder)
+        restored = _take(folder / key.replace("/", "+"), source.path / key) or restored
+    # The record after the chunks that it names, once these are on the disk.
+    for parent in {(source.path / key).parent for key in source.layout.span_keys(span)} if restored else ():
+        flush(parent)
     path = commit_path(source.path, span)
-    if _take(to / RECORD, path):
+    if _take(folder / RECORD, path):
         flush(path.parent)
-        back = True
-    if back:
-        for folder in (to, source.path / FOLDER):
-            with suppress(OSError):  # something else is still in there
-                folder.rmdir()
-    return back
+        restored = True
+    if restored:
+        for parent in (folder, source.path / FOLDER):
+            with suppress(OSError):  # it is not empty
+                parent.rmdir()
+    return restored
 
 
-def _take(path: Path, place: Path) -> bool:
-    if not path.is_file() or os.path.lexists(place):
+def _take(path: Path, to: Path) -> bool:
+    if not path.is_file() or os.path.lexists(to):
         return False
-    place.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(path, place)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(path, to)
     return True
 
 
 def forget(source: Spanned[Any], span: int) -> None:
     """Remove what was withdrawn of ``span``."""
-    shutil.rmtree(aside(source, span), ignore_errors=True)
-    with suppress(OSError):  # others are still in there
+    shutil.rmtree(withdrawn_folder(source, span), ignore_errors=True)
+    with suppress(OSError):  # it holds other spans
         (source.path / FOLDER).rmdir()
 
 

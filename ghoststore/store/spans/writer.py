@@ -1,4 +1,4 @@
-"""Writing the spans of a part or a run, in the background, each committed only when it is on the disk."""
+"""Writes the spans of a part or a run in the background. Each is committed only when it is on the disk."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ghoststore.store.spans.group import Spanned
 
 @contextmanager
 def writing(target: Spanned[Any], parameter: str | None = "name") -> Iterator[None]:
-    """Hold a part or a run against other writers; BusyError if one is at work. ``parameter`` is the one with which to
-    choose another, None where there is none.
+    """Keep other writers out of a part or a run while the block runs. BusyError if there is one.
 
-    What a writer before had decided is committed, and what else it left is removed: ``target`` was opened before that.
+    ``parameter`` names the parameter by which to choose another target, None if there is none. Spans that an earlier
+    writer had decided are committed, and its leftovers removed; ``target``, opened before, does not see them.
     """
 
     def files(span: int) -> list[str]:
@@ -39,7 +39,7 @@ def writing(target: Spanned[Any], parameter: str | None = "name") -> Iterator[No
     refuse_links(target.path)
     with exclusive(target.path, f"{target.kind.name} {target.name!r}", parameter):
         with storage_errors(str(target.path)):
-            settle(target.path, files)  # before its staged files are taken for nobody's
+            settle(target.path, files)  # before sweep() would remove their staged files
             sweep(target.path)
         yield
 
@@ -53,8 +53,9 @@ class SpanData:
 
 
 def write_span(target: Spanned[Any], data: SpanData) -> None:
-    """Write one span and commit it. One that another process committed meanwhile with the same content is as good;
-    BusyError for another content.
+    """Write one span and commit it.
+
+    If another process committed the span meanwhile, the same content is accepted, and another is a BusyError.
     """
     start, stop = target.layout.span_of(data.span)
     with storage_errors(f"span {data.span} of {target.path}"):
@@ -73,15 +74,15 @@ def _encoded(target: Spanned[Any], data: SpanData) -> Iterator[tuple[str, memory
         start, stop = spec.entries(*target.layout.span_of(data.span))
         values = data.arrays[spec.name]
         assert len(values) == stop - start, spec.name
-        held = {"zarr.json": _buffer((target.path / spec.name / "zarr.json").read_bytes())}
+        files = {"zarr.json": _buffer((target.path / spec.name / "zarr.json").read_bytes())}
         target.check_file(f"{spec.name}/zarr.json")
-        # Empty chunks, too: what a record names must be there.
-        array = zarr.open_array(MemoryStore(held), mode="r+").with_config({"write_empty_chunks": True})
+        # Empty chunks are written, too: the record names them.
+        array = zarr.open_array(MemoryStore(files), mode="r+").with_config({"write_empty_chunks": True})
         for key in target.layout.chunk_keys(spec, data.span):
             first = max(start, int(key.split("/")[2]) * spec.chunk_rows)
             last = min(stop, first + spec.chunk_rows)
             array[first:last] = values[first - start : last - start]
-            yield key, held.pop(key.removeprefix(f"{spec.name}/")).as_numpy_array().data
+            yield key, files.pop(key.removeprefix(f"{spec.name}/")).as_numpy_array().data
 
 
 def _buffer(data: bytes) -> Buffer:
@@ -89,7 +90,7 @@ def _buffer(data: bytes) -> Buffer:
 
 
 class BackgroundWriter:
-    """Writes spans in a thread of its own while the next batch computes; at most one waits its turn.
+    """Writes spans in a thread of its own while the caller computes the next; at most one waits.
 
     ``with BackgroundWriter(target) as writer: writer.put(span_data)``. An error of the thread is raised by the
     next :meth:`put`, :meth:`wait` or :meth:`check`, or at the end of the block.
@@ -98,7 +99,7 @@ class BackgroundWriter:
     def __init__(self, target: Spanned[Any], write: Callable[[Any, SpanData], None] = write_span) -> None:
         self.target = target
         self.seconds = 0.0
-        """Time spent writing, in the background."""
+        """Seconds spent writing in the background."""
         self.bytes = 0
         self._save = write
         self._queue: queue.Queue[SpanData | None] = queue.Queue(maxsize=1)
@@ -118,7 +119,7 @@ class BackgroundWriter:
             self.check()
 
     def put(self, data: SpanData) -> None:
-        """Hand a span over; blocks while one is being written and another waits."""
+        """Hand over a span. Blocks while one is being written and another waits."""
         self.check()
         self._queue.put(data)
 
@@ -128,7 +129,7 @@ class BackgroundWriter:
         self.check()
 
     def check(self) -> None:
-        """Raise the error of the thread, if there was one: what was handed over since is not written."""
+        """Raise the error of the thread, if there was one. Spans handed over since are not written."""
         if self._error is not None:
             raise self._error
 
@@ -139,10 +140,10 @@ class BackgroundWriter:
             self._queue.task_done()
 
     def _write(self, data: SpanData) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             self._save(self.target, data)
         except BaseException as error:  # noqa: BLE001 - carried to the caller, which raises it
             self._error = error
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - started
         self.bytes += sum(v.nbytes for v in data.arrays.values() if isinstance(v, np.ndarray) and v.dtype != object)

@@ -94,7 +94,7 @@ def by_hand(part: Part, exact: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat(blocks, dim=1)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "sizes"])
 def test_vectors_are_autograds_by_the_sides_of_the_part(
     lab: Lab, stores: Path, exact: list[dict[str, Tensor]], name: str
@@ -151,6 +151,7 @@ def test_groups_are_the_sizes_of_the_manifest(lab: Lab, stores: Path) -> None:
     assert [group for group, _, _ in ghoststore.Store.open(stores).part("together").groups] == ["all"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["default", "pca", "plain-blocks"])
 def test_scores_of_layers_sum_to_the_whole(lab: Lab, stores: Path, name: str) -> None:
     """Also: the query encodes as the build does."""

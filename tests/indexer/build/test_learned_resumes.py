@@ -115,7 +115,7 @@ def test_another_checkpoint_or_corpus_is_refused(lab: Lab, own: Path, tmp_path: 
         build(lab, own, checkpoint=lab.model(tmp_path / "deeper", layers=2))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", [*SIDES, *FACTORS])
 def test_damage_is_named(lab: Lab, own: Path, name: str) -> None:
     file = next(path for path in (own / "parts" / "part" / name / "c").rglob("*") if path.is_file())

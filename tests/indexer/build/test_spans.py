@@ -57,7 +57,7 @@ def plain(row: Row) -> tuple[Any, ...]:
     return (row.sample, row.window, row.window_start, tuple(row.tokens.tolist()), row.first_target, row.status)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

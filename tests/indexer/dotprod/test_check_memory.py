@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from indexer.dotprod import GradDotProdEngine
-from indexer.dotprod.loss_forms import CHUNK_NUMBERS, Watched, explain, names_it, next_tokens
+from indexer.dotprod.loss_forms import CHUNK_NUMBERS, WatchedLoss, explain, is_explained, next_tokens
 from tests.support.models import settle
 
 
@@ -64,9 +64,9 @@ def test_what_a_loss_is_instead_is_found_in_pieces() -> None:
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, logits)
     weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
-    watched = Watched(float(loss.detach()), logits.detach(), targets, weights, gradient, 1.0)
+    watched = WatchedLoss(float(loss.detach()), logits.detach(), targets, weights, gradient, 1.0)
     assert logits.numel() > 2 * CHUNK_NUMBERS
     with Largest(logits, gradient) as largest:
-        assert names_it(watched, labels, 1e-4)
+        assert is_explained(watched, labels, 1e-4)
     assert largest.any <= CHUNK_NUMBERS
     assert "label smoothing 0.1" in explain(watched, labels, 1e-4)

@@ -108,7 +108,7 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return len(found) == len(expected) and all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-@pytest.mark.thin(8)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_same_bits(name: str, mode: str) -> None:
     run = RUNS[name]
@@ -133,6 +133,7 @@ def test_two_runs_differ_where_anything_does() -> None:
     assert not same(run.train(other, None), expected)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_float16_with_a_loss_scaler(clip: float | None) -> None:
     run = Run(autocast=torch.float16, clip=clip)
@@ -183,7 +184,7 @@ def test_a_val_pass_that_fails_leaves_them_alone_too() -> None:
         model(torch.ones(2, 3)).sum().backward()  # an ordinary pass, not taken for a val pass
 
 
-@pytest.mark.thin(4)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_between_steps_changes_nothing(mode: str, detached: bool) -> None:

@@ -23,6 +23,7 @@ COMPANY = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_the_company_of_a_sample_does_not_matter(architecture: str) -> None:
     model = CAUSAL[architecture]()
@@ -126,6 +127,7 @@ def test_a_model_that_copies_the_next_token_has_no_loss() -> None:
 # Causality.
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_a_later_token_does_not_change_what_was_scored_before_it(make: Any, attention: str) -> None:

@@ -24,7 +24,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("route", ["auto", "gram"])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -77,5 +77,5 @@ def test_only_wanted_batches_have_vectors() -> None:
 
 
 def test_vectors_of_two_kinds_are_refused() -> None:
-    with pytest.raises(UsageError, match="projection gives vectors already"):
+    with pytest.raises(UsageError, match="`projection` gives vectors already"):
         causal_engine(gpt2(), projection=ProjectionConfig(), keep=ProjectionConfig())

@@ -62,7 +62,7 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-2) -> None:
     assert relative_error(found.unsqueeze(0), expected.unsqueeze(0)) <= tolerance
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("groups", [None, "each"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("make", MAKES)
@@ -84,7 +84,7 @@ def autocast_losses(dtype: torch.dtype) -> Callable[[Any, Any], Tensor]:
     return losses
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("val", ["bfloat16", "float32", "around prepare"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("make", MAKES)
@@ -104,7 +104,7 @@ def test_autocast(make: str, route: Route, val: str) -> None:
         truth_of(make, torch.bfloat16, autocast=True).check(engine.collect().total)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("losses", [autocast_losses(torch.float16), None], ids=["val autocast", "val in float32"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("route", ROUTES)
@@ -181,6 +181,7 @@ def test_overflow_in_a_train_batch_is_for_the_scaler_and_the_next_batch_is_check
     assert found[1].val_age == 0, "the scaler skipped the optimizer's step"
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("make", ["gpt2", "llama"])
 def test_float64(make: str) -> None:
     """As exact as autograd in float64 is."""

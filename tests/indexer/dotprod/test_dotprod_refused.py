@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         LayerError,
         "'attend' is a MultiheadAttention",
     ),
-    "custom parameter": (WithToken, LayerError, r"'WithToken'.*\['token'\].*exclude_layers=\['token'\]"),
+    "custom parameter": (WithToken, LayerError, r"'WithToken'.*\['token'\].*`exclude_layers=\['token'\]`"),
     "max_norm": (lambda: sequential(e=nn.Embedding(5, 6, max_norm=1.0)), LayerError, "'e' has max_norm"),
     "scale_grad_by_freq": (
         lambda: sequential(e=nn.Embedding(5, 6, scale_grad_by_freq=True)),
@@ -132,7 +132,7 @@ def test_blocks_where_there_are_none_or_none_can_be_scored() -> None:
     model = gpt2()
     model.transformer.h[0].mlp.gate = nn.Parameter(torch.ones(3))
     with pytest.raises(
-        LayerError, match=r"mlp.*no layer type handles it.*exclude_layers=\['transformer.h.0.mlp.gate'\]"
+        LayerError, match=r"mlp.*no layer type handles it.*`exclude_layers=\['transformer.h.0.mlp.gate'\]`"
     ):
         causal_engine(model, score_layers="blocks")
 
@@ -216,7 +216,7 @@ def test_a_functional_use_of_a_weight_is_found_in_the_first_batch(when: str, rou
     engine = GradDotProdEngine(model, VAL_IDS, val_losses=losses_of_behind, route=route, groups=groups)
     with engine:
         for _ in range(2):  # and again, while it is so
-            with pytest.raises(CaptureError, match=r"'emb.weight'.*exclude_layers"):
+            with pytest.raises(CaptureError, match=r"'emb.weight'.*`exclude_layers`; `check=False` trusts"):
                 plain_step(engine, model, IDS)
             engine.discard()
         model.when = "never"
@@ -277,13 +277,13 @@ def test_a_parameter_whose_gradient_is_zero_is_no_reason() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"val_refresh_interval": 0}, "at least 1 step, not 0"),
-        ({"route": "fastest"}, "route 'fastest' is unknown; known: auto, direct, gram"),
+        ({"val_refresh_interval": 0}, "`val_refresh_interval` must be at least 1 step, not 0"),
+        ({"route": "fastest"}, "`route` 'fastest' is unknown; known: auto, direct, gram"),
         ({"projection": ProjectionConfig(), "pairs": True}, "belong to the exact score"),
         ({"projection": ProjectionConfig(), "route": "gram"}, "belong to the exact score"),
         ({"projection": ProjectionConfig(), "exclude_layers": ["ln_f"]}, "belong to the exact score"),
         ({"projection": ProjectionConfig(), "score_layers": "blocks"}, "belong to the exact score"),
-        ({"score_layers": "heads"}, "score_layers 'heads' is unknown; known: blocks, all"),
+        ({"score_layers": "heads"}, "`score_layers` 'heads' is unknown; known: blocks, all"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -293,7 +293,7 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("groups", "message"),
-    [(["a", "b"], "groups names 2 val samples, but there are 3"), ("domain", "not 'domain'"), ([], "names 0 val")],
+    [(["a", "b"], "`groups` names 2 val samples, but there are 3"), ("domain", "not 'domain'"), ([], "names 0 val")],
 )
 def test_groups(groups: Any, message: str) -> None:
     with causal_engine(gpt2(), groups=groups) as engine, pytest.raises(UsageError, match=message):
@@ -313,7 +313,7 @@ def test_an_empty_val_batch() -> None:
 
 
 def test_a_model_that_is_no_language_model_needs_a_loss() -> None:
-    with pytest.raises(UsageError, match="give val_losses"):
+    with pytest.raises(UsageError, match="give `val_losses=f`"):
         GradDotProdEngine(nn.Linear(6, 6), X)
 
 

@@ -36,7 +36,7 @@ def exact_for(architecture: str, val_count: int = len(VAL)) -> Exact:
     return exact_causal(CAUSAL[architecture](), val=VAL[:val_count])
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("layout", VAL_LAYOUTS)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -50,7 +50,7 @@ def test_total_parameters_and_blocks(architecture: str, layout: str, route: Rout
     assert scores.seconds > 0
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("layout", ["eight", "three batches"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -70,7 +70,7 @@ def test_groups_and_each(architecture: str, route: Route, layout: str) -> None:
     check(domains, exact)  # the total is over samples, whatever the sizes of the groups
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_all_pairs(architecture: str, route: Route) -> None:
@@ -125,6 +125,7 @@ def test_weights_of_the_users_own() -> None:
     agree(scores.total[:3], exact_for("gpt2-tied").total().mean(1)[:3])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("lengths", [(13,), (2,), (7, 7, 7, 7), (24, 24)])
 def test_batches_of_any_lengths(lengths: tuple[int, ...]) -> None:
     model, batch = gpt2(), examples(lengths, seed=3)

@@ -34,7 +34,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("config", "layout"),
     [("default", "three batches"), ("all", "three batches"), ("plain", "three batches"), ("plain", "one")],
@@ -68,7 +68,7 @@ def test_equals_the_products_of_the_projected_gradients(architecture: str, layou
         assert float((scores.blocks[name] - exact).norm()) <= 1e-5 * float(size.norm()), name
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_the_vectors_are_those_of_a_build(architecture: str, config: str) -> None:
@@ -80,7 +80,7 @@ def test_the_vectors_are_those_of_a_build(architecture: str, config: str) -> Non
         assert relative_error(vectors, causal_vectors(build, model, BATCH)) <= 1e-5
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("layers", [("all",), ("mlp", "attn")])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_full_rank_is_the_exact_score_of_those_layers(make: Any, layers: tuple[str, ...]) -> None:

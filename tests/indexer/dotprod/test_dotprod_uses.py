@@ -216,7 +216,7 @@ def exact_causal_in_double(model: nn.Module) -> Exact:
     return exact_of(model, len(BATCH), loss_of(BATCH), len(VAL), loss_of(VAL))
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("route", ROUTES)
@@ -244,7 +244,7 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", FROZEN)
 def test_frozen_parameters_have_no_part_in_the_score(kind: str, route: Route) -> None:
@@ -268,6 +268,7 @@ EXCLUDED: dict[str, tuple[str | list[str], Callable[[str], bool]]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", EXCLUDED)
 def test_excluded_layers_are_left_out(kind: str) -> None:
     patterns, hit = EXCLUDED[kind]

@@ -202,13 +202,13 @@ class Own(torch.optim.AdamW):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": None}, "give optimizer="),
-        ({"optimizer": torch.optim.SGD}, 'not SGD.*score_metric="sgd"'),
+        ({"optimizer": None}, "give `optimizer=optimizer`"),
+        ({"optimizer": torch.optim.SGD}, 'not SGD.*`score_metric="sgd"`'),
         ({"optimizer": torch.optim.NAdam}, "not NAdam"),
         ({"optimizer": Own}, "not Own"),
-        ({"route": "gram"}, 'route="gram"'),
-        ({"pairs": True}, "pairs"),
-        ({"score_metric": "lion"}, "score_metric 'lion' is unknown; known: sgd, adam"),
+        ({"route": "gram"}, '`score_metric="adam"`.*`route="gram"`'),
+        ({"pairs": True}, "`pairs`"),
+        ({"score_metric": "lion"}, "`score_metric` 'lion' is unknown; known: sgd, adam"),
     ],
 )
 def test_what_does_not_go_together(settings: dict[str, Any], message: str) -> None:

@@ -76,7 +76,7 @@ def test_gradients_are_those_of_a_plain_backward_pass(architecture: str, method:
     model = CAUSAL[architecture]()
     expected = plain(model, WEIGHTS[weights])
     with causal_engine(model, VAL, **METHODS[method]) as engine:
-        for _ in range(2):  # the first is held against autograd
+        for _ in range(2):  # the first is compared with autograd
             batch = held(engine)
             assert all(parameter.grad is None for parameter in model.parameters())
             batch.add_gradients(WEIGHTS[weights])
@@ -237,7 +237,7 @@ def test_misuse() -> None:
     with causal_engine(model) as engine:
         with engine.scoring(4) as batch:
             batch.scores(language_model_losses(model, val_batch(BATCH)))
-        with pytest.raises(UsageError, match="hold=True"):
+        with pytest.raises(UsageError, match="`hold=True`"):
             batch.add_gradients(torch.ones(4))
         with engine.scoring(4, hold=True) as batch, pytest.raises(UsageError, match="nothing is held"):
             batch.add_gradients(torch.ones(4))

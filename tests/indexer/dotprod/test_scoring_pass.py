@@ -42,7 +42,7 @@ def test_scores_are_exact_and_no_gradient_is_formed(architecture: str, route: An
     first = next(model.parameters())
     first.grad = torch.ones_like(first)
     with causal_engine(model, VAL, route=route, groups="each") as engine:
-        for _ in range(2):  # the first is held against autograd
+        for _ in range(2):  # the first is compared with autograd
             scores = score(engine, model)
             check(scores, exact_causal(model))
         assert not engine.training_batch_open

@@ -51,7 +51,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("first_kept", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("places", [(1,), (0, 2)])
@@ -89,7 +89,7 @@ def test_named_groups() -> None:
     agree(scores.groups, exact_causal(model, BATCH, [VAL[0], VAL[2]]).total())
     with pytest.raises(UsageError, match=r"no row of the val group 'earth' has a target \(2 of -100 alone\)"):
         GradDotProdEngine(model, val_batch(emptied(1, 2)), groups=["sky", "earth", "earth"])
-    with pytest.raises(UsageError, match="groups names 2 val samples, but there are 3"):
+    with pytest.raises(UsageError, match="`groups` names 2 val samples, but there are 3"):
         GradDotProdEngine(model, val_batch(emptied(1)), groups=["sky", "earth"])
 
 

@@ -45,7 +45,7 @@ def check(vectors: Tensor, expected: Naive, engine: GradProjLoraEngine) -> None:
         assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -57,6 +57,7 @@ def test_causal_language_models(architecture: str, layers: str, projection: str)
     check(vectors, naive(model, engine.projection, len(batch), next_token_loss_of(batch)), engine)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_full_blocks_give_exact_inner_products(architecture: str) -> None:
     model, batch = CAUSAL[architecture](), examples((24, 2, 9, 16, 24))
@@ -69,7 +70,7 @@ def test_full_blocks_give_exact_inner_products(architecture: str) -> None:
     assert float(error.abs().max()) <= TOLERANCE
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("lengths", [(13,), (2,), (24, 2), (7, 7, 7), (2, 24, 3, 5, 24, 8, 16)])
 def test_batches_of_any_lengths(lengths: tuple[int, ...], reduction: Any) -> None:
@@ -89,7 +90,7 @@ def test_attention_kernels(make: Any, attention: str) -> None:
     check(vectors, naive(model, engine.projection, len(batch), next_token_loss_of(batch)), engine)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_masked_language_model_with_a_loss_of_its_own(layers: str, projection: str) -> None:

@@ -85,6 +85,7 @@ def test_exact_or_refused(way: Callable[..., None], case: tuple[nn.Module, Tenso
             raise
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=30, deadline=None)
 @given(case=cases((plain, *SOUND)))

@@ -58,7 +58,7 @@ COMPANY = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("architecture", CAUSAL)

@@ -41,7 +41,7 @@ def vectors_of(model: Any, config: ProjectionConfig, batch: Any = None) -> Tenso
         return causal_vectors(engine, model, examples() if batch is None else batch)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama", "neox"])
 def test_bfloat16_model(architecture: str, config: str) -> None:
@@ -52,7 +52,7 @@ def test_bfloat16_model(architecture: str, config: str) -> None:
     assert relative_error(found, vectors_of(model.float(), CONFIGS[config])) <= 3e-2
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_autocast(make: Callable[[], Any], config: str) -> None:
@@ -72,7 +72,7 @@ def test_autocast(make: Callable[[], Any], config: str) -> None:
     assert relative_error(outside, expected) <= 3e-2
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("make", [gpt2, llama, neox])
 def test_checkpointing_is_exact(make: Callable[..., Any], config: str) -> None:

@@ -25,6 +25,7 @@ from tests.support.models import (
     settle,
 )
 from tests.support.oracle import naive, relative_error
+from tests.support.scoring import causal_engine, causal_step
 
 ALL = ProjectionConfig(layers=("all",), rank_total=16)
 DEFAULT = ProjectionConfig()
@@ -217,3 +218,17 @@ def test_dropout_that_comes_alive_between_making_and_attaching_is_refused() -> N
     with pytest.raises(UsageError, match="drop"), engine:
         pass
     assert hooks_of(model) == 0
+
+
+def test_a_check_seeds_no_device_that_begins_later() -> None:
+    """torch notes a seed for CUDA, which draws from it once it begins: that of the user stays."""
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA has begun")
+    torch.manual_seed(7)
+    noted = torch.cuda._lazy_seed_tracker.get_calls()
+    model = CAUSAL["gpt2-tied"]()
+    with GradProjLoraEngine(model, ProjectionConfig()) as engine:
+        causal_vectors(engine, model, examples())
+    with causal_engine(model) as scorer:
+        causal_step(scorer, model)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == noted

@@ -62,6 +62,7 @@ def test_after_the_last_layer_is_refused(dtype: torch.dtype) -> None:
         engine.prepare(4)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("cast", ["float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("architecture", ["gpt2-tied", "llama"])
 def test_rounding_is_not(architecture: str, cast: str) -> None:

@@ -87,7 +87,7 @@ def test_training_stays_what_it_is_and_scores_are_exact(
 SCORED = {name: value for name, value in SETTINGS.items() if name not in ("clipping", "reentrant", "by epoch")}
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("setting", SCORED)
 def test_scores_are_those_of_batch_of_one_autograd(setting: str, tmp_path: Path) -> None:
     watcher, callback = Watcher(), callback_of(tmp_path / "store")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ghoststore import Choosing, GhostConfig, GhostEngineManager
 from ghoststore.errors import UsageError
-from tests.support.loops import VAL_BATCH, batch_of, plan, run_of, weights_of
+from tests.support.loops import VAL_BATCH, batch_of, in_ranks, plan, run_of, weights_of
 from tests.support.managed_loops import config_of, sgd
 from tests.support.models import gpt2, llama
-from tests.support.trainers import SETTINGS, StopAt, callback_of, collate, hooks_of, trainer_of
+from tests.support.trainers import SETTINGS, StopAt, callback_of, collate, dataset, hooks_of, trainer_of
 
 Places = list[list[list[int]]]
 """By step and micro-batch."""
@@ -108,6 +109,33 @@ def test_rows_without_targets_are_not_chosen(choosing: Choosing) -> None:
         assert (weights > 0).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("method", ["GradDotProd", "GradProjLora"])
+def test_contrast_is_over_the_micro_batch(method: str) -> None:
+    """By the engine's own pairs, or the vectors; a row without a target is no part of the mean."""
+    model = gpt2()
+    optimizer = sgd(model)
+    config = GhostConfig(method=method, choosing=Choosing(keep=2, contrast=True))
+    with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+        X, Y, _ = batch_of([0, 1, 2, 3, 4, 5])
+        Y[1] = -100
+        manager.attach_train_batch(X, Y, 0, None)
+        X_forward, Y_forward = manager.prepare_forward_input(X, Y)
+        model(input_ids=X_forward, labels=Y_forward).loss.backward()
+        manager.prepare_gradients()
+        manager.aggregate_and_log()
+        (scores,), (weights,) = manager.last_scores, manager.last_weights
+    assert (scores.pairs is None) == (method == "GradProjLora")
+    usable = torch.tensor([0, 2, 3, 4, 5])
+    if scores.pairs is None:
+        assert scores.vectors is not None
+        vectors = scores.vectors.double()[usable]
+        common = vectors @ vectors.mean(0)
+    else:
+        common = scores.pairs[usable][:, usable].mean(1)
+    highest = usable[(scores.total[usable] - common).argsort(descending=True)[:2]]
+    assert sorted(highest.tolist()) == weights.nonzero().flatten().tolist()
+
+
 @pytest.mark.slow
 def test_policies_in_a_loop() -> None:
     """Without a store, too: what was chosen is in last_weights, the candidates' scores in last_scores."""
@@ -181,6 +209,7 @@ def test_another_loss_is_refused() -> None:
         ({}, "`policy=top-k` chooses so many candidates: give `keep`"),
         ({"keep": 2, "policy": "reweight"}, "weighs its samples alike"),
         ({"keep": 2, "policy": "best"}, "`policy` 'best' is unknown"),
+        ({"keep": 2, "policy": "random", "contrast": True}, "does not choose by scores alone"),
         ({"keep": 0}, "`keep` must be at least 1"),
         ({"keep": 2, "threshold": 1.0}, "belong together"),
     ],
@@ -264,3 +293,140 @@ def test_the_callback_with_accumulation_resumes(tmp_path: Path) -> None:
         one, other = (run.read_committed(array) for run in runs)
         np.testing.assert_array_equal(one, other)
     assert runs[0].read_committed("weight").shape == (6, 1, 8)
+
+
+def of_rank(rank: int, steps: Places) -> Places:
+    """Every other step of a plan is this rank's."""
+    return steps[rank::2]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", ["top-k", "threshold"])
+def test_two_ranks_of_the_manager(name: str, tmp_path: Path) -> None:
+    """Each rank chooses among the samples of its micro-batches; the update is DDP's own on the chosen ones, bit for
+    bit: the mean over ranks of the mean loss of what each chose, however many that are.
+    """
+    steps = plan(8, accumulation=2)
+    choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]
+    config = config_of(tmp_path / "store", 4, gradient_accumulation_steps=2, choosing=choosing)
+
+    def work(rank: int) -> None:
+        inner = gpt2()
+        model = nn.parallel.DistributedDataParallel(inner)
+        optimizer = sgd(inner)
+        own = of_rank(rank, steps)
+        with GhostEngineManager(config, model, optimizer, val_data=VAL_BATCH) as manager:
+            managed(model, own, manager, optimizer)
+        torch.distributed.barrier()
+        run = run_of(tmp_path / "store", "run")
+        sample, weight = (run.read_committed(array)[:, rank] for array in ("sample", "weight"))
+        chosen = [
+            [[place for place in places if place in set(trained.tolist())] for places in micro_batches]
+            for micro_batches, trained in zip(own, (s[w > 0] for s, w in zip(sample, weight, strict=True)), strict=True)
+        ]
+        twin = nn.parallel.DistributedDataParallel(gpt2())
+        expected = plainly(twin, own, chosen)
+        for parameter, given in weights_of(inner).items():
+            assert torch.equal(given, expected[f"module.{parameter}"]), parameter
+        other = [torch.zeros_like(inner.lm_head.weight) for _ in range(2)]
+        torch.distributed.all_gather(other, inner.lm_head.weight.detach())
+        assert torch.equal(*other)
+
+    in_ranks(2, work, tmp_path)
+    run = run_of(tmp_path / "store", "run")
+    sample, weight, score = (run.read_committed(array) for array in ("sample", "weight", "score"))
+    assert sample.shape == (4, 2, 8)
+    for step in range(4):
+        for rank in range(2):
+            places = [place for micro_batch in of_rank(rank, steps)[step] for place in micro_batch]
+            there = sample[step, rank] >= 0
+            assert sample[step, rank, there].tolist() == places
+            assert np.isfinite(score[step, rank, there]).all()
+            assert np.isin(weight[step, rank, there], (0, 1)).all()
+    counts = (weight > 0).sum(2)
+    if name == "top-k":
+        assert (counts == 4).all()
+    else:
+        assert (counts[:, 0] != counts[:, 1]).any()
+
+
+def as_torchrun_sets(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+IN_RANKS: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 7, "ddp_backend": "gloo"}
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("name", ["top-k", "threshold"])
+def test_two_ranks_of_the_callback(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer under DDP that is given the chosen rows alone ends with the same bits, where each rank's loss is the
+    mean over its own targets.
+    """
+    choosing = {"top-k": Choosing(keep=2), "threshold": Choosing(policy="threshold", threshold=0.0)}[name]
+    settings = {**IN_RANKS, "average_tokens_across_devices": False}
+
+    def work(rank: int) -> None:
+        as_torchrun_sets(monkeypatch, rank)
+        callback = callback_of(tmp_path / "store", choosing=choosing, name="run")
+        scored = trainer_of(tmp_path, [callback], model=without_dropout(), **settings)
+        scored.train()
+        torch.distributed.barrier()
+        cut = Cut(run_of(tmp_path / "store", "run"))
+        plain = trainer_of(tmp_path, [], model=without_dropout(), data_collator=cut, **settings)
+        plain.train()
+        for parameter, given in weights_of(scored.model).items():
+            assert torch.equal(given, weights_of(plain.model)[parameter]), parameter
+        other = [torch.zeros_like(scored.model.lm_head.weight) for _ in range(2)]
+        torch.distributed.all_gather(other, scored.model.lm_head.weight.detach())
+        assert torch.equal(*other)
+
+    in_ranks(2, work, tmp_path)
+    run = run_of(tmp_path / "store", "run")
+    sample, weight = run.read_committed("sample"), run.read_committed("weight")
+    assert sample.shape == (4, 2, 7)
+    assert [sorted(step.ravel().tolist()) for step in sample] == [list(range(14))] * 4
+    counts = (weight > 0).sum(2)
+    assert (counts == 2).all() if name == "top-k" else (counts[:, 0] != counts[:, 1]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_ranks_of_the_trainer_weigh_by_their_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default a rank's chosen samples count as much as all that it had to choose from."""
+    # Some releases count the first label, too, which nothing predicts.
+    rows = dataset().map(lambda row: {"labels": [-100, *row["labels"][1:]]})
+    settings = {**IN_RANKS, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "rows": rows}
+
+    def work(rank: int) -> None:
+        as_torchrun_sets(monkeypatch, rank)
+        callback = callback_of(tmp_path / "store", choosing=Choosing(policy=uneven), name="run")
+        trainer = trainer_of(tmp_path, [callback], model=without_dropout(), **settings)
+        trainer.train()
+        if rank == 0:
+            torch.save(weights_of(trainer.model), tmp_path / "weights")
+
+    in_ranks(2, work, tmp_path)
+    run, model = run_of(tmp_path / "store", "run"), without_dropout()
+    sample, weight = run.read_committed("sample")[0], run.read_committed("weight")[0]
+    assert (weight > 0).sum(1).tolist() != [7, 7]
+    targets = [int((batch_of(of_rank.tolist())[1][:, 1:] != -100).sum()) for of_rank in sample]
+    for of_rank, counted, share in zip(sample, weight, targets, strict=True):
+        X, Y, _ = batch_of(of_rank[counted > 0].tolist())
+        (model(input_ids=X, labels=Y).loss * share / sum(targets)).backward()
+    given = torch.load(tmp_path / "weights")
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None
+        torch.testing.assert_close(given[parameter], value.detach() - 0.01 * value.grad, rtol=0, atol=1e-7)
+
+
+def uneven(candidates: Any) -> Any:
+    """Those of rows below 5: another number of them on each rank."""
+    return candidates.rows < 5
+
+
+def without_dropout() -> Any:
+    return gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

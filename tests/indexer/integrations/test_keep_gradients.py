@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghoststore import GhostConfig, GhostEngineManager, ProjectionConfig
+from ghoststore import GhostConfig, GhostEngineManager, GradDotProdEngine, ProjectionConfig
 from ghoststore.errors import UsageError
 from ghoststore.store.run.visits import stream_visits
 from tests.support.loops import VAL_BATCH, batch_of, identical, in_ranks, plan, run_of, same_arrays, weights_of
@@ -27,6 +27,7 @@ def kept(store: Path, name: str = "run") -> dict[str, np.ndarray]:
     return {array: run.read_committed(array) for array in KEPT}
 
 
+@pytest.mark.slow
 def test_beside_exact_scores_as_beside_sketched_ones(tmp_path: Path) -> None:
     """The same vectors; of every other step; and the weights are those of a loop without a manager."""
     steps = plan(7)
@@ -63,6 +64,87 @@ def test_in_the_metric_of_adam_the_val_gradient_is_the_plain_one(tmp_path: Path)
     wanted = stored["GradDotProd", "sgd"]
     for name, vectors in stored.items():
         assert np.linalg.norm(vectors - wanted) < 1e-4 * np.linalg.norm(wanted), name
+
+
+OUT_OF_RANGE = (0, 2, 3, 6)
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_loss_scaler_leaves_out(fused: bool, tmp_path: Path) -> None:
+    """A val gradient lives for three steps that change the weights, and the run says which weights it is of; the
+    learning rate of steps that are left out is 0.
+    """
+    settings = {**SETTINGS, "keep_gradients": 1, "val_refresh_interval": 3, "proj_dtype": "float32"}
+    config, steps, weights = config_of(tmp_path, 10, **settings), plan(10), []
+    model = gpt2()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with GhostEngineManager(config, model, adam, VAL_BATCH, scaler=scaler) as manager:
+        for step in range(10):
+            weights.append(weights_of(model))
+            handle = model.transformer.ln_f.bias.register_hook(
+                lambda gradient, step=step: gradient * (torch.inf if step in OUT_OF_RANGE else 1)
+            )
+            Loop(steps, manager, scaler=scaler).step(model, adam, step)
+            handle.remove()
+    run = run_of(tmp_path)
+    rates, val_steps = run.read_committed("learning_rate").tolist(), run.read_committed("val_step").tolist()
+    assert rates == [0 if step in OUT_OF_RANGE else 1e-3 for step in range(10)]
+    for val_step, vector in zip(val_steps, run.read_committed("val_gradient"), strict=True):
+        wanted = val_vector(weights[val_step], config)
+        assert np.linalg.norm(vector - wanted) < 1e-5 * np.linalg.norm(wanted)
+    if not fused:  # a fused optimizer is called in any case: it ages the val gradient sooner
+        assert val_steps == [0, 1, 1, 1, 1, 1, 6, 7, 7, 7]
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("every", [4, 1])
+def test_a_val_gradient_that_outlives_steps_left_out(every: int, tmp_path: Path) -> None:
+    """Where every fourth step keeps its gradients: it uses the val gradient of before the third."""
+    config = config_of(tmp_path, 8, **{**SETTINGS, "keep_gradients": every, "val_refresh_interval": 2})
+    model = gpt2()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with GhostEngineManager(config, model, optimizer, VAL_BATCH, scaler=scaler) as manager:
+        for step in range(8):
+            handle = model.transformer.ln_f.bias.register_hook(
+                lambda gradient, step=step: gradient * (torch.inf if step in (2, 3) else 1)
+            )
+            Loop(plan(8), manager, scaler=scaler).step(model, optimizer, step)
+            handle.remove()
+    val_steps = run_of(tmp_path).read_committed("val_step").tolist()
+    assert val_steps == [0, 0, 2, 3, 4, 4, 6, 6][::every]
+
+
+@pytest.mark.slow
+def test_steps_that_the_scaler_of_the_trainer_leaves_out(tmp_path: Path) -> None:
+    keep = ProjectionConfig(rank_total=16)
+    callback = callback_of(tmp_path / "store", keep_gradients=1, keep=keep, val_refresh_interval=2)
+    trainer = trainer_of(tmp_path, [callback], max_steps=6, lr_scheduler_type="constant")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # accelerate has one on CUDA alone
+    trainer.model.transformer.ln_f.bias.register_hook(
+        lambda gradient: gradient * (torch.inf if trainer.state.global_step in (1, 2) else 1)
+    )
+    trainer.train()
+    run = run_of(tmp_path / "store", "trainer")
+    assert run.read_committed("learning_rate").tolist() == [0.01, 0, 0, 0.01, 0.01, 0.01]
+    assert run.read_committed("val_step").tolist() == [0, 0, 0, 0, 4, 4]
+
+
+def val_vector(weights: dict[str, torch.Tensor], config: GhostConfig) -> np.ndarray:
+    """The projected val gradient of a model with ``weights``."""
+    model = gpt2()
+    model.load_state_dict(weights)
+    X, Y, _ = batch_of([0])
+    with GradDotProdEngine(model, VAL_BATCH, keep=config.projection()) as engine:
+        engine.prepare(1)
+        loss = model(input_ids=X, labels=Y).loss
+        engine.watch(loss, labels=Y)
+        loss.backward()
+        vector = engine.collect().val_vector
+    assert vector is not None
+    return vector.float().numpy()
 
 
 @pytest.mark.slow

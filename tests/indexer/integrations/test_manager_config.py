@@ -49,6 +49,7 @@ def forms(store: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("form", ["config", "dict", "namespace", "object", "simple"])
 def test_forms_of_the_configuration(form: str, tmp_path: Path) -> None:
     steps = plan(3)

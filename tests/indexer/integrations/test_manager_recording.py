@@ -29,7 +29,7 @@ from tests.support.managed_loops import (
 from tests.support.models import gpt2
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("interval", [1, 3, 10])
 @pytest.mark.parametrize("saves", ["never", "as told", "every step"])
 def test_nothing_between_save_intervals_is_dropped(saves: str, interval: int, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_loop_that_ends_early_has_every_step_in_the_store(ended: int, tmp_path
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("again", [True, False], ids=["made again", "left out"])
 @pytest.mark.parametrize("where", ["forward", "backward", "second micro-batch"])
 def test_an_error_in_a_step_then_clear_gradients_and_on(where: str, again: bool, tmp_path: Path) -> None:

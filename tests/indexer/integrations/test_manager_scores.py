@@ -91,7 +91,7 @@ def test_the_reference_loop(tmp_path: Path) -> None:
     assert run.manifest["scoring"]["method"] == "GradDotProd"
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_those_of_a_loop_without_it(method: str, setting: str, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_weights_are_those_of_a_loop_without_it(method: str, setting: str, tmp_p
         assert run_of(tmp_path / "store").complete
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(("setting", "tolerance"), [("accumulation", 1e-5), ("autocast", 0.05), ("scaler", 1e-5)])
 def test_scores_are_those_of_batch_of_one_autograd(setting: str, tolerance: float, tmp_path: Path) -> None:
     settings = dict(SETTINGS[setting])
@@ -149,7 +149,7 @@ def test_float16_with_a_loss_scaler(tmp_path: Path) -> None:
         roughly(scores, expected[step], 0.02)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("with_val", [False, True])
 @pytest.mark.parametrize("rank_total", [None, 16])
 def test_projected_gradients(rank_total: int | None, with_val: bool, tmp_path: Path) -> None:

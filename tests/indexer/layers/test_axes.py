@@ -103,7 +103,7 @@ def test_each_layer_type(layer: str, projected: str) -> None:
     agree(projection, vectors, model, B, lambda model, i: losses_of(model(x[i : i + 1])).sum())
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("projected", SIDES)
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_language_models(architecture: str, projected: str) -> None:

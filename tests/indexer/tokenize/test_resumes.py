@@ -43,7 +43,7 @@ MOMENTS = {
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("act", ["kill", "interrupt", "ENOSPC"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_resumes_to_the_same_bytes(lab: Lab, whole: Path, moment: str, act: str, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def exhaustive(index: AnnIndex) -> AnnIndex:
     return index
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("factory", KINDS)
 def test_every_kind_equals_exact_search_where_all_rows_are_candidates(part: Part, factory: str, metric: Metric) -> None:
@@ -104,7 +104,7 @@ def test_every_dtype(tmp_path: Path, dtype: str, metric: Metric) -> None:
     equal(AnnIndex.open(part).search(term, top_k=7)[0], search([term], top_k=7)[0])
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("weight", [1.0, 0.25, -2.0])
 def test_weights_and_layers(part: Part, metric: Metric, weight: float) -> None:

@@ -177,7 +177,7 @@ def test_replaced_while_it_is_being_opened(store: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.kill
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("path", [r"begun\.faiss", r"begun\.rows", r"\.index\.json\..*\.tmp", "index.json$"])
 @pytest.mark.parametrize("first", [True, False], ids=["new", "over another"])
 def test_killed_while_building(store: Path, lab: Lab, path: str, first: bool) -> None:

@@ -44,7 +44,7 @@ def ask(store: Path, index: str, **settings: Any) -> Any:
     return ghoststore.query(store=store, val_set=store.parent / "val.jsonl", index=index, **settings)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -50,7 +50,7 @@ def texts(own: Path, val: Path) -> tuple[dict[str, str | None], list[str]]:
     return {hit.id: hit.text for hit in found.results[0].hits}, notes.said
 
 
-@pytest.mark.thin
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("mode", ["--mean", "--each"])
 @pytest.mark.parametrize("bottom", [0, 2])
 def test_json_has_the_documented_keys(lab: Lab, built: Path, val: Path, mode: str, bottom: int) -> None:
@@ -118,7 +118,7 @@ def test_a_row_that_became_longer(lab: Lab, own: Path, val: Path) -> None:
     assert len(said) == 1
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("what", ["gone", "garbage", "empty", "folder"])
 def test_a_source_that_is_gone(lab: Lab, own: Path, val: Path, what: str) -> None:
     """The ranking is the same, without texts, and says why."""

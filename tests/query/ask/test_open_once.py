@@ -65,6 +65,7 @@ def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("part", ["sketched", "plain"])
 @pytest.mark.parametrize("settings", [{}, {"rerank": 12}, {"each": True, "rerank": 12}, {"group_field": "domain"}])
 def test_query(folder: Path, tmp_path: Path, opened: Counter[str], part: str, settings: dict[str, Any]) -> None:
@@ -114,6 +115,7 @@ def test_fidelity(folder: Path, opened: Counter[str], val_set: bool) -> None:
     assert opened == {"sketched": 1, "train": 1, "model": 1, "fingerprint": 1} | ({"val": 1} if val_set else {})
 
 
+@pytest.mark.slow
 def test_plot_error(folder: Path, tmp_path: Path, opened: Counter[str]) -> None:
     """Parts of one checkpoint share its model."""
     ghoststore.plot_error(
@@ -127,6 +129,7 @@ def test_plot_error(folder: Path, tmp_path: Path, opened: Counter[str]) -> None:
     assert opened == {"plain": 1, "wider": 1, "train": 1, "model": 1, "fingerprint": 1}
 
 
+@pytest.mark.slow
 def test_evaluate(folder: Path, tmp_path: Path, opened: Counter[str]) -> None:
     """The trainings read the val set by themselves: once to plan them, once where they run."""
     ghoststore.evaluate(

@@ -72,7 +72,7 @@ def reading(lab: Lab, folder: Path, form: str) -> Path:
     return plain
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_equal_what_was_stored(lab: Lab, tmp_path: Path, projection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("query.ask.encoder.ROWS_AT_ONCE", 4)

@@ -143,6 +143,7 @@ def test_the_row_of_an_id_of_which_one_sample_was_seen(lab: Lab, tmp_path: Path)
 LONG = "train-python-of-a-long-name-"
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("width", [40, 80, 84, 120, 200])
 def test_a_row_is_shown_beside_an_id_that_repeats(width: int, tmp_path: Path) -> None:
     """Whole, however long the id is; of other ids nothing is said."""

@@ -322,6 +322,32 @@ def test_export_writes_the_gradients(folder: Path, form: str, tmp_path: Path) ->
     assert samples == run.read_committed("sample")[::2].ravel().tolist()
 
 
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("form", [".parquet", ".npy"])
+def test_export_says_what_was_trained_on(lab: Lab, folder: Path, form: str, tmp_path: Path) -> None:
+    """Of a run that chose, each candidate with its weight; where a step trains on all, there is no such field."""
+    shutil.copy(folder / "val.jsonl", tmp_path)
+    train(lab, tmp_path, "chose", max_steps=3, candidates=6, keep=2, keep_gradients=1)
+    run, out = Store.open(tmp_path / "store").run("chose"), tmp_path / f"gradients{form}"
+    ghoststore.export(store=tmp_path / "store", run="chose", out=out)
+    weights = run.read_committed("weight").ravel().tolist()
+    assert weights.count(1) == 6
+    assert [row["weight"] for row in rows_of(out)] == weights
+    plain = tmp_path / f"plain{form}"
+    ghoststore.export(store=folder / "store", run="moving", out=plain)
+    assert all("weight" not in row for row in rows_of(plain))
+
+
+def rows_of(exported: Path) -> list[dict[str, Any]]:
+    """The fields of an export."""
+    if exported.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(exported).to_pylist()
+        return rows
+    return [json.loads(line) for line in (exported.parent / f"{exported.name}.rows.jsonl").read_text().splitlines()]
+
+
 def test_damage_is_never_an_answer(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "store", tmp_path / "store")
     (chunk,) = (tmp_path / "store/runs/moving/gradient/c").rglob("0/0/0/0")

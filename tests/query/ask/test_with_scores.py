@@ -67,7 +67,7 @@ def test_the_join_of_the_fixture(value: np.ndarray) -> None:
     assert 5 < np.isfinite(value).sum() < 20
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("weight", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("each", [True, False], ids=["each", "mean"])

@@ -31,7 +31,7 @@ def examine(model: Any, tmp_path: Path, **settings: Any) -> DoctorReport:
     return doctor(model=model, tokenizer=Words(), store=tmp_path, **settings)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("projection", [ProjectionConfig(), ALL], ids=["default", "all"])
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_nothing_is_wrong_with_a_healthy_model(architecture: str, projection: Any, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_numbers_equal_brute_force(
         assert whole.mean_error.value > 1e-3
 
 
+@pytest.mark.slow
 def test_measured_lies_on_theory(store: Path, tmp_path: Path) -> None:
     """One draw of each projection scatters about the standard deviation of the theory, and falls with the rank."""
     points = {point.part: point for point in curve_of(store, tmp_path / "error.png").points}

@@ -61,7 +61,7 @@ def kronecker_products(g: torch.Tensor, h: torch.Tensor, k_out: int, k_in: int) 
     return np.array(found)
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("k_out", "k_in"), [(2, 2), (4, 3), (8, 2), (OUT, 3), (4, IN), (OUT, IN)])
 @pytest.mark.parametrize("kind", ["random", "correlated", "rank-one"])
 def test_kronecker_variance_is_that_of_the_draws(kind: str, k_out: int, k_in: int) -> None:

@@ -82,6 +82,7 @@ def test_the_metric_is_another(store: Path) -> None:
     assert np.abs(products["whole"]).mean() < 0.7 * np.abs(products["plain"]).mean()
 
 
+@pytest.mark.slow
 def test_ranks_cost_something(store: Path) -> None:
     found = [measure(store, name).layers.relative_error.value for name in ("whole", "rank", "sketched")]
     assert found[0] < found[1] < found[2]
@@ -100,6 +101,7 @@ def test_layers_of_a_sketch_of_each_layer(store: Path) -> None:
     assert one.only_layers == other.only_layers != []
 
 
+@pytest.mark.slow
 def test_a_curve_of_one_preconditioner(store: Path, tmp_path: Path) -> None:
     curve = ghoststore.plot_error(
         store=store, out=tmp_path / "error.png", part=list(METRIC), rows=20, val_samples=4, device="cpu"

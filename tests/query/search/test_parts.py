@@ -56,7 +56,7 @@ def scores(store: Path, part: Any, **settings: Any) -> dict[str, dict[int, float
     return {result.query: {hit.source_row: hit.score for hit in result.hits} for result in found.results}
 
 
-@pytest.mark.thin
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("weights", [None, "learning-rate", "equal", (0.3, 7.0), (1.0, 0.0)])
 @pytest.mark.parametrize("precondition", ["none", "second-moment"])

@@ -292,7 +292,7 @@ def test_read_only_store_answers_and_says_so(stores: dict[str, Path], monkeypatc
     assert any("not kept" in note for note in notes.notes)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -76,7 +76,7 @@ def agree(found: Listed, scores_N: np.ndarray, k: int) -> None:
     )
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("projection", [SKETCHED, PLAIN], ids=["sketched", "plain"])
 @pytest.mark.parametrize("dtype", ENCODINGS)
@@ -97,6 +97,7 @@ def test_equals_brute_force(
         agree([(row, -score) for row, score in listed(result.bottom)], -scores_N, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("span_rows", [2, 27, 1000])
 def test_span_size_changes_nothing(lab: Lab, folder: Path, val: Path, span_rows: int) -> None:
@@ -144,7 +145,7 @@ def test_more_than_there_is(lab: Lab, folder: Path, val: Path) -> None:
     assert [hit.source_row for hit in found.bottom] == [hit.source_row for hit in reversed(found.hits)]
 
 
-@pytest.mark.thin
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(
     ("layers", "exclude", "left"),

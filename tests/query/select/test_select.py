@@ -114,6 +114,7 @@ def test_the_report(built: Path, val: Path, tmp_path: Path, score: np.ndarray, t
     assert settings["val_set"] == str(val)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -241,6 +242,7 @@ def test_mmr_is_the_formula(built: Path, val: Path, tmp_path: Path, score: np.nd
     assert order == [places[place] for place in chosen]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("diversity", ["mmr", "greats"])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_diversity_is_in_the_metric_of_the_scores(
@@ -386,7 +388,7 @@ def test_leaks(lab: Lab, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("c.jsonl*"))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("change", ["text", "more", "fewer", "order"])
 def test_a_changed_corpus_is_refused(lab: Lab, own: Path, val: Path, tmp_path: Path, change: str) -> None:
     """Exit code 3, both fingerprints, nothing written."""
@@ -448,7 +450,7 @@ def test_an_incomplete_part(built: Path, val: Path, tmp_path: Path, score: np.nd
     assert source_rows(made) == top(there, 8)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("form", ["folder", "csv", "parquet", "dataset"])
 def test_other_forms(lab: Lab, val: Path, tmp_path: Path, form: str) -> None:
     """From the store to the rows, with a field of the user's own; see also tests/corpus/test_export.py."""

@@ -45,6 +45,7 @@ def frame(tmp_path_factory: pytest.TempPathFactory) -> Frame:
     return Watcher(store).look()
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize("height", [4, 8, 12, 15, 20, 24, 40, 80])
 @pytest.mark.parametrize("width", [40, 80, 140, 200])
 def test_a_frame_fits_the_terminal(frame: Frame, width: int, height: int) -> None:

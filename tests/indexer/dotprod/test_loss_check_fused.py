@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from indexer.dotprod import GradDotProdEngine, target_counts
-from tests.support.held_losses import IDS, LABELS, refused, scored
 from tests.support.models import gpt2
 from tests.support.own_losses import Chunked, chunked_losses, losses_of_logits, mean_loss
 from tests.support.scoring import VAL, agree, exact_causal, val_batch
+from tests.support.watched_losses import IDS, LABELS, refused, scored
 
 COUNTS = target_counts(LABELS)
 
@@ -61,7 +61,7 @@ def test_a_fused_head_that_never_gives_logits() -> None:
 
 
 def test_the_second_forward_pass_leaves_training_alone() -> None:
-    # Dropout: the loss can be held with the same random numbers only, and training must go on with its own.
+    # Dropout: the loss can be compared only with the same random numbers, and training must go on with its own.
     found = []
     for watches in (False, True):
         torch.manual_seed(3)

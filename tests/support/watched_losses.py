@@ -1,4 +1,4 @@
-"""A training step whose loss is watched, and its refusal: what the tests of held losses share."""
+"""A training step whose loss is watched, and its refusal: shared by the tests of the loss check."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from transformers import BertConfig, BertForTokenClassification
 
 from indexer.dotprod import GradDotProdEngine, target_counts
 from indexer.encode.losses import IGNORED
-from tests.support.held_losses import IDS, LABELS, MASK, refused, scored
 from tests.support.models import gpt2, llama, next_token_loss_of, perceptron, settle
 from tests.support.oracle import LossOf
 from tests.support.own_losses import Bare, losses_of_logits, mean_loss, mixture
@@ -31,6 +30,7 @@ from tests.support.scoring import (
     sum_of_squares,
     val_batch,
 )
+from tests.support.watched_losses import IDS, LABELS, MASK, refused, scored
 
 COUNTS = target_counts(LABELS)
 
@@ -116,7 +116,7 @@ def test_integer_labels_of_a_model_that_is_no_language_model(name: str) -> None:
     hot = (torch.randn(4, 5, generator=torch.Generator().manual_seed(9)) > 0).long()
     with GradDotProdEngine(model, x[:3], val_losses=lambda model, x: sum_of_squares(model.inner, x)) as engine:
         own = lambda: model(x, **{name: hot})["loss"]  # noqa: E731
-        with pytest.warns(RuntimeWarning, match="Classes that is watched was not held against its logits, nor against"):
+        with pytest.warns(RuntimeWarning, match="Classes that is watched was not compared with its logits, nor with"):
             found = [scored(engine, own, **said).total for said in ({}, {"weights": torch.full((4,), 0.25)})]
     exact = exact_of(
         model,
@@ -182,7 +182,7 @@ def test_a_loss_of_labels_of_any_name_that_is_taken_at_its_word() -> None:
     x, y = IDS[:, :-1], LABELS[:, 1:].contiguous()
     model = OfAnyName(smoothing=0.3)
     with any_name_engine(model) as engine:
-        with pytest.warns(RuntimeWarning, match="OfAnyName that is watched was not held against its logits"):
+        with pytest.warns(RuntimeWarning, match="OfAnyName that is watched was not compared with its logits"):
             scored(engine, lambda: model(x, y)[1], weights=COUNTS / COUNTS.sum())
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # it is said once
@@ -197,7 +197,7 @@ def test_a_loss_of_a_loop_without_labels_is_said_not_to_be_held(said: dict[str, 
         with pytest.warns(RuntimeWarning, match=r"labels=labels.*batch=batch") as caught:
             scored(engine, lambda: mean_loss(model(IDS), LABELS), **said)
         assert len(caught) == 1
-        assert caught[0].filename.endswith("held_losses.py"), "where watch() is called"
+        assert caught[0].filename.endswith("watched_losses.py"), "where watch() is called"
 
 
 def embedded(model: Any, ids: Tensor) -> Tensor:
@@ -216,10 +216,10 @@ def test_a_loss_is_said_not_to_be_held_whatever_went_in(logits_of: Any, said: di
     """Embeddings instead of tokens; a loop that calls the parts of its model."""
     model = gpt2()
     with causal_engine(model) as engine:
-        with pytest.warns(RuntimeWarning, match=r"not held.*labels=labels.*batch=batch") as caught:
+        with pytest.warns(RuntimeWarning, match=r"not compared.*labels=labels.*batch=batch") as caught:
             scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
         assert len(caught) == 1
-        assert caught[0].filename.endswith("held_losses.py"), "where watch() is called"
+        assert caught[0].filename.endswith("watched_losses.py"), "where watch() is called"
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # it is said once
             scored(engine, lambda: mean_loss(logits_of(model, IDS), LABELS), **said)
@@ -230,7 +230,7 @@ def test_a_loss_of_no_tokens_is_said_not_to_be_held() -> None:
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(4))
     model = perceptron()
     summed = lambda: sum_of_squares(model, x).sum()  # noqa: E731
-    told = pytest.warns(RuntimeWarning, match=r"not held.*a sum that is watched as a mean.*batch=batch")
+    told = pytest.warns(RuntimeWarning, match=r"not compared.*a sum that is watched as a mean.*batch=batch")
     with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine, told:
         scored(engine, summed)
     with GradDotProdEngine(model, x[:3], val_losses=sum_of_squares) as engine:

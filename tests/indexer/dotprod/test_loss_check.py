@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, target_counts
 from indexer.encode.losses import IGNORED, next_token_losses
-from tests.support.held_losses import IDS, LABELS, MASK, refused, scored
 from tests.support.models import bert_masked, gpt2, next_token_loss_of, perceptron
 from tests.support.own_losses import (
     DECODER_LEFT_OUT,
@@ -49,6 +48,7 @@ from tests.support.scoring import (
     sum_of_squares,
     val_batch,
 )
+from tests.support.watched_losses import IDS, LABELS, MASK, refused, scored
 
 # Router losses.
 
@@ -172,7 +172,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.thin
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("fused", [False, True], ids=["with logits", "without"])
 @pytest.mark.parametrize("kind", LOSSES)
 def test_another_loss_is_named(kind: str, fused: bool) -> None:
@@ -257,6 +257,7 @@ def test_a_second_term_that_is_too_small_to_see(kind: str) -> None:
         refused(engine, lambda: model(input_ids=IDS, labels=LABELS)["loss"], message, labels=LABELS)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_numbers(dtype: torch.dtype) -> None:
     model = gpt2()
