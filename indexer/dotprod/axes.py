@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghoststore.errors import CaptureError
 from indexer.encode.forward_probe import ABSENT, Call, CallKeeper, CannotRun, strangers
-from indexer.encode.modes import buffers_kept, evaluating
+from indexer.encode.modes import buffers_kept, evaluating, uncompiled
 from indexer.encode.sample_axis import PROBE_SIZES, AxisProbe, refuse_mixed, taken
 from indexer.layers import LayerType
 
@@ -56,7 +56,7 @@ class KnownAxes:
         if self._probed or not size:
             return
         probe = AxisProbe(self._model, self._kinds)
-        with evaluating(self._model), buffers_kept(self._model):
+        with uncompiled(), evaluating(self._model), buffers_kept(self._model):
             if size > 1:
                 probe.run(partial(losses, self._model, batch), size, more_of_the_same=True)
             for count in PROBE_SIZES:
@@ -110,7 +110,8 @@ class KnownAxes:
     def _strangers(self, call: Call, batch: int, unknown: set[str]) -> dict[str, str]:
         try:
             layers = unknown if self._train_checked else self._ran
-            problems = strangers(self._model, call, batch, layers, outputs=bool(unknown))
+            with uncompiled():
+                problems = strangers(self._model, call, batch, layers, outputs=bool(unknown))
         except CannotRun:
             if unknown:
                 raise

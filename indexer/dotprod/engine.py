@@ -21,6 +21,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import Route, ScoreLayers, ScoreMetric
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.held_factors import FactorHolder
+from indexer.dotprod.in_graph import InGraph, is_compiled
 from indexer.dotprod.ledger import (
     batch_norms_of,
     refuse_batch_statistics,
@@ -35,8 +36,8 @@ from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
-from indexer.encode.modes import without_autocast
-from indexer.encode.tap import See, Tap
+from indexer.encode.modes import uncompiled, without_autocast
+from indexer.encode.tap import Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
 from indexer.projection.matrices import Projection
@@ -75,7 +76,7 @@ class GradDotProdEngine:
     leaves out only the check of the losses, for a loop that computes them from the logits itself.
 
     Raises LayerError naming the module for a trainable parameter that cannot be scored. Raises UsageError for a model
-    whose samples have no gradients of their own (batch norm) or whose parameters are hidden (torch.compile, FSDP).
+    whose samples have no gradients of their own (batch norm) or whose parameters are split (FSDP).
     """
 
     def __init__(
@@ -125,6 +126,9 @@ class GradDotProdEngine:
         self._batch_norms = batch_norms_of(self.model)
         self._check = check
         self._holder: FactorHolder | None = None
+        self._in_graph = InGraph(self.method, copies=pairs, compiled=is_compiled(model))
+        self._hooks = {name: self._hook(name, kind) for name, kind in self._kinds.items()}
+        """The same ones for each :meth:`attach`: compiled graphs are made for them."""
         self._handles: list[RemovableHandle] = []
         self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
@@ -143,11 +147,9 @@ class GradDotProdEngine:
         self.method.attach(self._device)
         try:
             self._axes.attach()
-            for name, kind in self._kinds.items():
+            for name, hook in self._hooks.items():
                 module = self.model.get_submodule(name)
-                self._handles.append(
-                    module.register_forward_hook(self._hook(name, kind), with_kwargs=True, prepend=True)
-                )
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             self._handles += self._loss_check.attach()
             if self._optimizer is not None:
                 self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.stepped()))
@@ -285,7 +287,8 @@ class GradDotProdEngine:
         if holder is not None:
             holder.begin(open_batch)
         try:
-            yield ScoringBatch(open_batch, loss_scale, self.method, holder, self._finish, self._tolerance)
+            with uncompiled():
+                yield ScoringBatch(open_batch, loss_scale, self.method, holder, self._finish, self._tolerance)
         finally:
             if self._train is open_batch:
                 self.discard()
@@ -297,7 +300,7 @@ class GradDotProdEngine:
         return self._holder
 
     def _refuse_to_open(self) -> None:
-        """UsageError where no batch can be open_batch."""
+        """UsageError where no batch can be opened."""
         self._require_attached()
         if self._train is not None:
             raise UsageError("the last batch was not collected; call collect() after its backward pass, or discard()")
@@ -318,6 +321,7 @@ class GradDotProdEngine:
         self._axes.begin_train()
         self.method.begin_train(open_batch.size)
         if open_batch.leaf is None:
+            self._in_graph.begin(open_batch)
             self._loss_check.begin()
 
     def watch(
@@ -338,6 +342,7 @@ class GradDotProdEngine:
         open_batch = self._require_open()
         open_batch.refuse_to_watch(loss)
         open_batch.weights_B = open_batch.weights_of(loss, weights, labels)
+        self._narrow |= self._in_graph.narrow
         try:
             self._loss_check.check(
                 loss,
@@ -365,6 +370,7 @@ class GradDotProdEngine:
         """
         open_batch = self._require_open()
         scale_B = open_batch.scale()
+        self._in_graph.refuse_left_out(open_batch)
         self._loss_check.check_backward(open_batch.upstream)
         return self._finish(open_batch, scale_B)
 
@@ -376,7 +382,7 @@ class GradDotProdEngine:
             scores = self.method.scores(scale_B, self._val.group_share, self._tolerance())
         finally:
             self.discard()
-        seconds = self._seconds + time.perf_counter() - started
+        seconds = self._seconds + open_batch.seconds + time.perf_counter() - started
         self._seconds = 0.0
         return replace(scores, seconds=seconds, val_age=self._age.steps or 0)
 
@@ -385,6 +391,7 @@ class GradDotProdEngine:
         if self._train is not None:
             self._train.closed = True
         self._train = None
+        self._in_graph.end()
         self.method.begin_train(0)
         if self._holder is not None:
             self._holder.end()
@@ -402,8 +409,11 @@ class GradDotProdEngine:
 
     def _hook(self, name: str, kind: LayerType) -> Callable[..., Any]:
         """The forward hook of one module. Without an open batch it leaves the output alone."""
+        graph, key = self._in_graph, self._in_graph.add(name, kind, self._axes.ran)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor | None:
+            if torch.compiler.is_dynamo_compiling():
+                return graph.apply(key, kind, input_of(args, kwargs), y)
             train = self._train
             leaf = self._val.leaf if train is None else train.leaf
             if train is None and leaf is None:
@@ -423,24 +433,13 @@ class GradDotProdEngine:
                 see = self._val.see(name, self._tokens, self.val_refresh_interval)
             else:
                 self._axes.ran(name)
+                train.ran.add(name)
                 self._seconds += time.perf_counter() - started  # the val pass is timed as a whole
-                see = self._see_train(name, train)
+                see = train.in_time(self.method.see_train(name))
             output: Tensor = Tap.apply(y, saved, see, leaf)  # type: ignore[no-untyped-call]
             return output
 
         return hook
-
-    def _see_train(self, name: str, open_batch: OpenBatch) -> See:
-        see = self.method.see_train(name)
-
-        def see_if_open(saved: Tensor, dy: Tensor) -> None:
-            if self._train is not open_batch:
-                return  # the batch was discarded or collected
-            started = time.perf_counter()
-            see(saved, dy)
-            self._seconds += time.perf_counter() - started
-
-        return see_if_open
 
     def _require_attached(self) -> None:
         if not self._handles:

@@ -355,8 +355,8 @@ def _finite(factors: Factors) -> bool:
 def _mismatch(name: str, error: float, what: str) -> str:
     return (
         f"parameter {name!r}: its {what} differs from autograd's by {error:.2g} of its size. It is used where no tap "
-        "sees it (a functional call on the weight, a module that was replaced after attaching, a graph compiled "
-        "before), a hook of the parameter changes its gradient, or a second term went backward beside the watched "
-        "loss (a penalty on the weights: leave that to the optimizer's weight_decay). Leave it out with "
-        "`exclude_layers`; `check=False` trusts the taps"
+        "sees it (a functional call on the weight, a module that was replaced after attaching, a graph that "
+        "torch.compile made before attaching: torch._dynamo.reset(), and run the batch anew), a hook of the parameter "
+        "changes its gradient, or a second term went backward beside the watched loss (a penalty on the weights: leave "
+        "that to the optimizer's weight_decay). Leave it out with `exclude_layers`; `check=False` trusts the taps"
     )

@@ -53,22 +53,12 @@ class Ledger:
 
 
 def refuse_unsupported_wrappers(model: nn.Module) -> None:
-    """UsageError for what hides or splits the parameters, and for batch norm.
-
-    That is torch.compile, FSDP, sharded tensors and several devices.
-    """
-    if hasattr(model, "_orig_mod"):
-        raise UsageError(
-            f"{type(model).__name__} was compiled by torch.compile: its graph would leave the taps out. Give the "
-            "engine the model before it is compiled, and train that"
-        )
+    """UsageError for what splits the parameters (FSDP, sharded tensors, several devices), and for batch norm."""
     refuse_batch_statistics(batch_norms_of(model))
     for name, module in model.named_modules():
         where = name or type(model).__name__
         if "FullyShardedDataParallel" in type(module).__name__ or "FSDP" in type(module).__name__:
             raise UsageError(f"{where} is sharded by {type(module).__name__}: not supported; use DDP")
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise UsageError(f"{where} was compiled in place (module.compile()): its graph would leave the taps out")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise UsageError(f"the parameters lie on {', '.join(devices)}: one device is supported, or DDP")
@@ -180,7 +170,11 @@ def version_of(model: nn.Module) -> int:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel: its layers and their names are the model's own."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    """The module inside DistributedDataParallel and torch.compile: its layers and their names are the model's own."""
+    while True:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        inner = getattr(inner, "_orig_mod", inner)
+        assert isinstance(inner, nn.Module)
+        if inner is model:
+            return inner
+        model = inner

@@ -41,6 +41,7 @@ from indexer.dotprod.loss_graph import coefficient_of, depends_on, gradient_at, 
 from indexer.dotprod.output_gradients import OutputGradients
 from indexer.dotprod.val_data import ValLosses
 from indexer.encode.losses import IGNORED
+from indexer.encode.modes import outside_graphs
 
 WIDE, NARROW = (1e-4, 1e-3), (1e-3, 2e-2)
 """Relative tolerances of the loss and of its gradient at the logits: in float32, and where 16-bit numbers take part.
@@ -102,8 +103,8 @@ class LossCheck:
         if self._done:
             return []
         return [
-            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward, with_kwargs=True),
+            self._model.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
+            self._model.register_forward_hook(outside_graphs(self._after_forward), with_kwargs=True),
         ]
 
     def begin(self) -> None:

@@ -5,13 +5,18 @@ Legend: B samples of a batch, T tokens.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.val_data import target_counts
+from indexer.encode.tap import See
+
+_serials = count()
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +33,25 @@ class OpenBatch:
     closed: bool = False
     without_graph: list[str] = field(default_factory=list)
     """In a scoring pass, tapped modules that ran under no_grad, as in reentrant checkpointing."""
+    ran: set[str] = field(default_factory=set)
+    """Modules that ran, as their taps saw it."""
+    serial: int = field(default_factory=_serials.__next__)
+    """The number by which the backward pass of a compiled graph knows the batch."""
+    seconds: float = 0.0
+    """Time of the taps in the backward pass."""
     _upstreams: list[Tensor] = field(default_factory=list)
+
+    def in_time(self, see: See) -> See:
+        """``see``, timed, while the batch is open. A backward pass after it was discarded or collected is ignored."""
+
+        def see_in_time(saved: Tensor, dy: Tensor) -> None:
+            if self.closed:
+                return
+            started = time.perf_counter()
+            see(saved, dy)
+            self.seconds += time.perf_counter() - started
+
+        return see_in_time
 
     def add_upstream(self, gradient: Tensor) -> None:
         """Record a gradient that the watched loss received."""

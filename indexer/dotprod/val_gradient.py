@@ -16,7 +16,7 @@ from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.method import Method
 from indexer.dotprod.val_data import ValLosses, batches_of, computes_in_float16, language_model_losses, size_of
 from indexer.dotprod.val_targets import Groups, group_names, rows_with_targets
-from indexer.encode.modes import evaluating
+from indexer.encode.modes import evaluating, uncompiled
 from indexer.encode.tap import See
 
 
@@ -93,7 +93,7 @@ class ValGradient:
             for name, p in checked.items()
         }
         self._first = 0
-        with evaluating(self._model), torch.enable_grad():
+        with uncompiled(), evaluating(self._model), torch.enable_grad():
             for batch in self.batches:
                 size = size_of(batch)
                 self.leaf = torch.zeros((), device=device, requires_grad=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def devices_of(model: nn.Module) -> list[int]:
@@ -75,3 +79,17 @@ def autocast_dtype(model: nn.Module) -> torch.dtype | None:
 def device_type(model: nn.Module) -> str:
     """The type of the device of ``model``: ``cpu`` or ``cuda``."""
     return str(next(model.parameters()).device.type)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Every compiled model runs as it was written."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def outside_graphs(hook: Callable[P, T]) -> Callable[P, T]:
+    """``hook`` as a hook of the model itself: torch.compile neither looks into it nor leaves it out."""
+    disabled: Callable[P, T] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled

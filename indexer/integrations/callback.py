@@ -327,7 +327,10 @@ def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
     """UsageError for settings of the Trainer under which samples cannot be scored, or not by one run."""
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "the model's own loss is not the one that is trained"),
-        "torch_compile": (args.torch_compile, "the compiled graph would leave the taps out"),
+        "torch_compile": (
+            args.torch_compile,
+            "a compiled model is scored by GhostEngineManager; leave it out",
+        ),
         "deepspeed": (args.deepspeed, "it splits the parameters; use DDP (torchrun)"),
         "fsdp": (args.fsdp, "it splits the parameters; use DDP (torchrun)"),
         "auto_find_batch_size": (args.auto_find_batch_size, "a run has one batch size; give it"),

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.encode.losses import IGNORED, own_losses
-from indexer.encode.modes import devices_of
+from indexer.encode.modes import devices_of, outside_graphs
 from indexer.session.chooser import Chooser, Scored
 from indexer.session.choosing import Choosing
 from indexer.session.own_loss import tokens_in
@@ -73,7 +73,7 @@ class LoopChooser:
             self.expected = None
             return self._choose(args, kwargs, expected)
 
-        return model.register_forward_pre_hook(before, with_kwargs=True)
+        return model.register_forward_pre_hook(outside_graphs(before), with_kwargs=True)
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Expected) -> Arguments:
         """The arguments of the model's forward pass, of the chosen samples alone. The random state is that of a pass

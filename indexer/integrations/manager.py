@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import UsageError
 from indexer.dotprod import GradDotProdEngine, Scores
 from indexer.dotprod.val_data import ValLosses
+from indexer.encode.modes import outside_graphs
 from indexer.integrations.batches import ranks_of, size_of, tokens_of
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.config import GhostConfig, Method
@@ -411,7 +412,7 @@ class GhostEngineManager:
             if module is model and batch is not None and batch.loss is None:
                 self._session.watch_own_loss(kwargs, output)
 
-        self._hooks = [model.register_forward_hook(hook, with_kwargs=True)]
+        self._hooks = [model.register_forward_hook(outside_graphs(hook), with_kwargs=True)]
         if self._chooser is not None:
             self._hooks.append(self._chooser.attach())
 

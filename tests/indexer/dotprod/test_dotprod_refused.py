@@ -85,16 +85,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         UsageError,
         "lie on cpu, meta",
     ),
-    "compiled in place": (lambda: compiled_in_place(), UsageError, "second was compiled in place"),
-    "compiled": (lambda: torch.compile(nn.Linear(6, 6)), UsageError, "torch.compile"),
     "nothing trains": (lambda: nn.Linear(6, 6).requires_grad_(False), UsageError, "no trainable parameter"),
 }
-
-
-def compiled_in_place() -> nn.Module:
-    model = sequential(first=nn.Linear(6, 6), second=nn.Linear(6, 6))
-    model.get_submodule("second").compile()
-    return model
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -154,15 +146,6 @@ def test_a_batch_norm_that_wakes_up_after_attaching() -> None:
         model.train()
         with pytest.raises(UsageError, match=r"norm is a BatchNorm1d.*after model.train\(\)"):
             engine.prepare(3)
-
-
-def test_a_model_that_is_compiled_between_making_and_attaching() -> None:
-    model = sequential(first=nn.Linear(6, 6), second=nn.Linear(6, 6))
-    engine = GradDotProdEngine(model, X, val_losses=sum_of_squares)
-    model.first.compile()
-    with pytest.raises(UsageError, match="first was compiled in place"):
-        engine.attach()
-    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 6), nn.LayerNorm(6)])
@@ -286,26 +269,6 @@ def test_a_parameter_whose_gradient_is_zero_is_no_reason() -> None:
     keys = [name for name in scores.parameters if name.endswith("key.bias")]
     assert len(keys) == 2
     assert all(float(scores.parameters[name].norm()) <= 1e-6 * float(scores.total.norm()) for name in keys)
-
-
-@pytest.mark.thin(1)
-@pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
-@pytest.mark.parametrize("compiled", ["before", "after"])
-def test_a_compiled_wrapper_of_the_model(compiled: str) -> None:
-    # Compiled afterwards it has the taps; a graph from before has not, which the first batch shows.
-    torch._dynamo.reset()
-    model = settle(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)))
-    exact = exact_plain(model, X, X)
-    wrapper = torch.compile(model, backend="eager")
-    if compiled == "before":
-        wrapper(X)
-    with GradDotProdEngine(model, X, val_losses=sum_of_squares) as engine:
-        if compiled == "before":
-            with pytest.raises(CaptureError, match="a graph compiled before"):
-                plain_step(engine, wrapper, X)
-        else:
-            check(plain_step(engine, wrapper, X), exact)
-    torch._dynamo.reset()
 
 
 # Settings.
