@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -216,6 +217,13 @@ def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tupl
         tuple(axis[far if len(axis) == longest else step % len(axis)] for axis in axes)
         for step, far in enumerate(spread)
     }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fewer examples of each property in the fast set."""
+    hypothesis.settings.register_profile("all", max_examples=100)
+    hypothesis.settings.register_profile("fast", max_examples=20)
+    hypothesis.settings.load_profile("fast" if "not slow" in config.getoption("markexpr") else "all")
 
 
 @pytest.hookimpl(wrapper=True)

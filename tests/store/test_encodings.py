@@ -194,6 +194,7 @@ def test_a_reader_that_does_not_know_the_encoding_names_it(
         Store.open(tmp_path / "store").part("int8")
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.kill
 @pytest.mark.parametrize("name", ENCODINGS)
