@@ -174,6 +174,7 @@ def built(lab: Lab, folder: Path, name: str, **options: Any) -> ghoststore.Part:
     return Store.open(folder / "store").part(name)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", SCALED)
 def test_a_flipped_byte_of_a_scale_is_found(lab: Lab, tmp_path: Path, name: str) -> None:
     part = built(lab, tmp_path, name, span_rows=6)
