@@ -12,7 +12,7 @@ from torch import nn
 
 def devices_of(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that hold parameters of ``model``."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []  # asked for each pass of a check: no walk over the parameters where none can be there
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
