@@ -53,6 +53,8 @@ WORDS = [
     "over",
 ]
 POSITIONS = 32
+CHEAP_TO_FORK = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONMALLOC": "malloc"}
+"""Memory in pages of 2 MiB, where the system has such: to copy the table of the small ones is most of a fork."""
 Rows = list[dict[str, Any]]
 
 
@@ -264,7 +266,7 @@ def open_lab(folder: Path, **environment: str) -> Lab:
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, **CHEAP_TO_FORK, **environment},
     )
     return Lab(folder=folder, checkpoint=model, corpus=corpus, rows=rows, _zygote=zygote)
 
