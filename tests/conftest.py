@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +53,8 @@ WORDS = [
     "over",
 ]
 POSITIONS = 32
+CHEAP_TO_FORK = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "PYTHONMALLOC": "malloc"}
+"""Memory in pages of 2 MiB, where the system has such: to copy the table of the small ones is most of a fork."""
 Rows = list[dict[str, Any]]
 
 
@@ -218,6 +221,13 @@ def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tupl
     }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fewer examples of each property in the fast set."""
+    hypothesis.settings.register_profile("all", max_examples=100)
+    hypothesis.settings.register_profile("fast", max_examples=20)
+    hypothesis.settings.load_profile("fast" if "not slow" in config.getoption("markexpr") else "all")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """All that is imported for the tests stays: nothing looks for garbage in it, while it comes and ever after."""
@@ -256,7 +266,7 @@ def open_lab(folder: Path, **environment: str) -> Lab:
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, **CHEAP_TO_FORK, **environment},
     )
     return Lab(folder=folder, checkpoint=model, corpus=corpus, rows=rows, _zygote=zygote)
 

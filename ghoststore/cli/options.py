@@ -49,6 +49,10 @@ class OptionsCommand(click.Command):
         except GhostStoreError as error:
             raise Refused(self.flags.render(str(error)), error.exit_code) from error
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Those of the group: click keeps the first answer, which may be that of a command asked without its group."""
+        return ["-h", "--help"]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section in (MOST_USED, *SECTIONS):
             parameters = [

@@ -173,6 +173,7 @@ def test_the_list_has_no_field_that_is_not_tested() -> None:
     assert INERT - set(OTHERS) == set()
 
 
+@pytest.mark.thin(8)
 @pytest.mark.parametrize(
     ("kind", "field", "other"),
     [

@@ -204,6 +204,7 @@ def test_arguments_that_are_no_text(lab: Lab, built: Path, tmp_path: Path) -> No
         assert "the argument 'a\\" in outcome.err
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [

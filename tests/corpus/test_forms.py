@@ -155,7 +155,7 @@ def test_dataset_with_mixed_json_content(tmp_path: Path) -> None:
 words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.fixed_dictionaries({"id": words, "text": words, "domain": words}), min_size=1, max_size=8))
 def test_csv_and_jsonl_agree_on_any_text(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     scans: list[Scan] = []

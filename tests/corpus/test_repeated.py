@@ -19,6 +19,7 @@ def counted(ids: Sequence[str]) -> dict[str, int] | None:
     return {"ids": len(times), "samples": sum(times)} if times else None
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("held", [1, 3, 7, 1000], ids=str)
 @given(ids=st.lists(st.text("ab3é", max_size=3), max_size=40))
 def test_plain_counting(held: int, ids: list[str]) -> None:

@@ -79,19 +79,14 @@ def struck(lab: Lab, name: str, places: dict[str, str], folder: Path, **fault: A
         yield place, outcome
 
 
-FAST_REFUSALS = [("select", "name"), ("query-csv", "fsync")]
+FAST_REFUSALS = [("query-csv", "fsync")]
 KILLS = [*((name, "name", when) for name in COMMANDS for when in ("before", "after")), ("select", "fsync", "before")]
 REFUSALS = [*((name, "name") for name in COMMANDS), ("query-csv", "fsync"), ("select", "fsync")]
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize(
-    ("name", "call", "when"),
-    [
-        pytest.param(*kill, marks=[] if kill == ("query-both", "name", "before") else [pytest.mark.slow])
-        for kill in KILLS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "call", "when"), KILLS)
 def test_killed_anywhere(lab: Lab, places: dict[str, str], tmp_path: Path, name: str, call: str, when: str) -> None:
     """What has a name is whole, and all of it where the last one is there; the same command then works."""
     assert run(lab, name, places, tmp_path / "whole").code == 0

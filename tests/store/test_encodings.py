@@ -174,6 +174,7 @@ def built(lab: Lab, folder: Path, name: str, **options: Any) -> ghoststore.Part:
     return Store.open(folder / "store").part(name)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", SCALED)
 def test_a_flipped_byte_of_a_scale_is_found(lab: Lab, tmp_path: Path, name: str) -> None:
     part = built(lab, tmp_path, name, span_rows=6)
@@ -194,6 +195,7 @@ def test_a_reader_that_does_not_know_the_encoding_names_it(
         Store.open(tmp_path / "store").part("int8")
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.kill
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -46,6 +46,7 @@ def test_every_flipped_byte_is_named(half: Path, stride: int) -> None:
         assert journal(half).read_bytes() == changed
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("stop", [23, 12])
 def test_a_flipped_byte_of_the_short_last_interval(tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry of fewer steps is as whole as the others."""

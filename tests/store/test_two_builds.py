@@ -55,6 +55,7 @@ def test_second_is_refused(lab: Lab, built: Path, tmp_path: Path) -> None:
     assert [name for name, data in lab.tree(built).items() if lab.tree(store).get(name) != data] == []
 
 
+@pytest.mark.slow
 def test_at_the_same_time(lab: Lab, built: Path, tmp_path: Path) -> None:
     """Three builds started together on a store that is there: nothing is lost whoever wins."""
     store = tmp_path / "store"

@@ -103,7 +103,7 @@ def test_rows_lead_back_to_their_source(gym: Gym) -> None:
 
 
 @given(step_rows=st.integers(1, 40), seed=st.integers(0, 3), epochs=st.integers(1, 3))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_row_once_an_epoch(shards: dict[str, TokenShards], step_rows: int, seed: int, epochs: int) -> None:
     rows = TrainingRows.cut(shards["holes"], 9, "window")
     order, count = Order(rows, seed=seed, step_rows=step_rows), len(rows.usable)

@@ -141,6 +141,7 @@ def test_a_full_disk(gym: Gym, small_disk: Path, tmp_path: Path) -> None:
 # Two at once.
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("other", ["output", "run"])
 def test_two_trainings_at_once(gym: Gym, whole: Path, other: str, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_sides_hold_the_inverse_roots() -> None:
             same(side, expected, 1e-3)
 
 
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 def test_principal_sides_are_leading_eigenvectors(scaled: bool) -> None:
     model, rows = small(), some_rows(30)

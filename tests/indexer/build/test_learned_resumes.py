@@ -57,6 +57,7 @@ def projection_of(store: Path) -> dict[str, Any]:
     return dict(ghoststore.Store.open(store).part("part").manifest["projection"])
 
 
+@pytest.mark.thin(1)
 @pytest.mark.kill
 @pytest.mark.parametrize("after", ["parts/part$", r"commits/00000001\.json$"])
 def test_resumes_to_the_same_bytes_without_learning(

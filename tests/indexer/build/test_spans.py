@@ -60,7 +60,7 @@ def plain(row: Row) -> tuple[Any, ...]:
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_subset_of_spans_is_a_slice_of_the_whole(
     policy: str, files: int, tmp_path: Path, data: st.DataObject

@@ -57,6 +57,7 @@ def outside_experts(name: str) -> bool:
     return ".mlp." not in name
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("kind", "coefficient"), [("mixtral", 0.001), ("olmoe", 0.02), ("qwen2-moe", 0.1)])
 def test_a_router_loss_is_refused_and_the_advice_works(kind: str, coefficient: float) -> None:
     model = mixture(kind, output_router_logits=True, router_aux_loss_coef=coefficient)
@@ -105,6 +106,7 @@ def test_a_router_loss_that_is_added_after_watching(said: dict[str, Any]) -> Non
 # Losses that are not shifted.
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_loss_that_is_not_shifted_is_refused_and_the_advice_works(kind: str) -> None:
     model = decoder(kind)
@@ -209,6 +211,7 @@ ADVICE: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("kind", ADVICE)
 def test_what_the_advice_says_is_accepted_and_exact(kind: str) -> None:
     model = gpt2()

@@ -216,6 +216,7 @@ def test_no_gradient_of_the_logits_is_kept() -> None:
 # Several forward passes before the loss is watched.
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("train", [True, False])
 def test_a_forward_pass_between_that_of_the_loss_and_watching(grad: bool, train: bool) -> None:

@@ -68,6 +68,7 @@ def manager_of(model: Any, settings: dict[str, Any]) -> GhostEngineManager:
     return GhostEngineManager(config, model, optimizer, VAL_BATCH, val_losses=settings.get("val_losses"))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_manager(kind: str) -> None:
     make, settings, message = REFUSED[kind]

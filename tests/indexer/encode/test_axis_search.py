@@ -71,8 +71,9 @@ def vectors_without_a_val_set_are_exact(model: nn.Module, x: Tensor, val: Tensor
 WAYS = (scores_are_exact, vectors_are_exact, vectors_without_a_val_set_are_exact)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(case=cases((plain, *SOUND, *UNSOUND)))
 def test_exact_or_refused(way: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) -> None:
     try:
@@ -87,7 +88,7 @@ def test_exact_or_refused(way: Callable[..., None], case: tuple[nn.Module, Tenso
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=30, deadline=None)
+@settings(deadline=None)
 @given(case=cases((plain, *SOUND)))
 def test_sound_layouts_are_not_refused(way: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) -> None:
     way(*case)

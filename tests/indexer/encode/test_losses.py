@@ -61,7 +61,7 @@ def assert_equal(fast: tuple[Tensor, ...], slow: tuple[Tensor, ...], tolerance: 
     torch.testing.assert_close(fast[2], slow[2], rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(batch=st.integers(1, 4), length=st.integers(1, 9), vocabulary=st.integers(1, 40), reduction=reductions)
 def test_equal_in_values_and_gradients(batch: int, length: int, vocabulary: int, reduction: Any) -> None:
     logits, labels = drawn(batch, length, vocabulary)

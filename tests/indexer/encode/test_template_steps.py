@@ -77,6 +77,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.thin(12)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_templates_that_do_not_end(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(template_steps, "MOST_STEPS", 200_000)  # for time alone: no step of these takes long

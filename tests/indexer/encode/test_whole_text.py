@@ -123,7 +123,7 @@ TEXTS = st.lists(PIECES, max_size=6).map("".join) | st.text(
     st.characters(exclude_categories=["Cs", "Mn", "Cc"]), max_size=8
 )
 MARKED = st.lists(PIECES | st.sampled_from(["<sep>", "<left>", "<right>"]), max_size=6).map("".join)
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("kind", KINDS)

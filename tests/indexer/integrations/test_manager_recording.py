@@ -52,6 +52,7 @@ def test_nothing_between_save_intervals_is_dropped(saves: str, interval: int, tm
         np.testing.assert_array_equal(scores, totals[step].float().numpy())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("ended", [2, 3, 4, 7])
 def test_a_loop_that_ends_early_has_every_step_in_the_store(ended: int, tmp_path: Path) -> None:
     steps = plan(8)

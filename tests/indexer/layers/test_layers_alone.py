@@ -25,7 +25,7 @@ from tests.support.oracle import naive, relative_error
 
 TOLERANCE = 1e-5
 
-quickly = settings(max_examples=40, deadline=None)
+quickly = settings(deadline=None)
 width = st.integers(2, 12)
 batches = st.integers(1, 4)
 positions = st.lists(st.integers(1, 5), max_size=2)

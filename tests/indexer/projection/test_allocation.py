@@ -94,7 +94,7 @@ def least_error(energies: list[Tensor], total: int) -> float:
     return min(sum(energy[kept:]) ** 2 / (total - kept) for kept in range(total - len(energies) + 1))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=5),
     st.floats(0, 5),

@@ -135,7 +135,7 @@ def test_tree_sum_is_the_sum(numbers: list[float]) -> None:
     assert float(draws.tree_sum(np.array(numbers))) == pytest.approx(exact, rel=0, abs=bound)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(deadline=None)
 @given(n=st.integers(1, 70), share=st.floats(0, 1), key=st.text(max_size=8))
 def test_orthonormal_rows(n: int, share: float, key: str) -> None:
     k = max(1, round(share * n))

@@ -130,6 +130,7 @@ def test_another_model_is_refused(lab: Lab, tmp_path: Path) -> None:
         PartEncoder(part, checkpoint=lab.model(tmp_path / "other", seed=1), device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])

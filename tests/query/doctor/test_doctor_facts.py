@@ -95,6 +95,7 @@ def test_a_slow_disk_brings_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "local disk" in examine(tmp_path).findings["disk"].advice[0]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_refuses_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))

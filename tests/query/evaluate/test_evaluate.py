@@ -44,6 +44,7 @@ def test_halves_are_halves_and_follow_from_the_seed() -> None:
     assert not np.array_equal(half(3, 7, 11), half(4, 7, 11))
 
 
+@pytest.mark.slow
 def test_a_linear_truth_is_found_and_noise_is_not() -> None:
     """Losses that are minus the sum of hidden effects: their scores have 1, the opposite -1, others about 0."""
     rng = np.random.default_rng(0)

@@ -122,6 +122,7 @@ def test_layers_and_preconditioner_together(stores: dict[str, Path]) -> None:
             assert hit.score == pytest.approx(scores[hit.source_row], rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.thin(1)
 @PROJECTIONS
 def test_large_damping_gives_the_plain_scores(stores: dict[str, Path], projection: str) -> None:
     store = stores[projection]

@@ -43,7 +43,8 @@ def store_of(lab: Lab, folder: Path, data: Path, **settings: Any) -> Path:
     projection = settings.get("projection")
     store = store.with_name(store.name + ("-plain" if projection is PLAIN else "-sketch" if projection else ""))
     settings = {"span_rows": 6} | settings
-    ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, device="cpu", **settings)
+    if not store.exists():
+        ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, device="cpu", **settings)
     return store
 
 

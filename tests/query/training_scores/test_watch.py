@@ -295,6 +295,7 @@ def test_texts_are_shown_where_they_are_at_hand(lab: Lab, tmp_path: Path) -> Non
     assert Watcher(tmp_path / "store").look().notes == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_frame_of_any_width(tmp_path: Path, width: int) -> None:
     run = whole(tmp_path / "store")
