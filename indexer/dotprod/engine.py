@@ -36,7 +36,7 @@ from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.dotprod.val_age import ValAge
 from indexer.dotprod.val_data import ValLosses, default_losses, language_model_losses
 from indexer.dotprod.val_gradient import ValGradient
-from indexer.encode.modes import uncompiled, without_autocast
+from indexer.encode.modes import settle_hooks, uncompiled, without_autocast
 from indexer.encode.tap import Tap
 from indexer.layers import LayerType, layer_type_of
 from indexer.layers.base import by_sample, input_of
@@ -314,6 +314,7 @@ class GradDotProdEngine:
             raise UsageError("parameters were frozen or unfrozen since the engine was made; make a new engine")
         refuse_batch_statistics(self._batch_norms)
         self._age.refuse_unreported()
+        settle_hooks()
         self._tokens = tokens
         if self._age.due(self.val_refresh_interval) and (self.method.needs_val or self._val.batches):
             self.refresh(loss_scale)

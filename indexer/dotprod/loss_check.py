@@ -103,8 +103,8 @@ class LossCheck:
         if self._done:
             return []
         return [
-            self._model.register_forward_pre_hook(outside_graphs(self._before_forward), with_kwargs=True),
-            self._model.register_forward_hook(outside_graphs(self._after_forward), with_kwargs=True),
+            outside_graphs(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)),
+            outside_graphs(self._model.register_forward_hook(self._after_forward, with_kwargs=True)),
         ]
 
     def begin(self) -> None:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ghoststore.errors import CaptureError
 from indexer.encode.modes import (
@@ -78,7 +77,7 @@ class CallKeeper:
     def __init__(self, model: nn.Module) -> None:
         self.call: Call | None = None
         self._model, self._wanted = model, False
-        self._handle: RemovableHandle = model.register_forward_pre_hook(outside_graphs(self._see), with_kwargs=True)
+        self._handle = outside_graphs(model.register_forward_pre_hook(self._see, with_kwargs=True))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallKeeper:
         """The keeper itself: a deep copy of the model has this hook, too, and must not get a keeper of its own."""

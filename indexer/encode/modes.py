@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_unsettled: WeakSet[RemovableHandle] = WeakSet()
 
 
 def devices_of(model: nn.Module) -> list[int]:
@@ -89,7 +90,22 @@ def uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
-def outside_graphs(hook: Callable[P, T]) -> Callable[P, T]:
-    """``hook`` as a hook of the model itself: torch.compile neither looks into it nor leaves it out."""
-    disabled: Callable[P, T] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return disabled
+def outside_graphs(handle: RemovableHandle) -> RemovableHandle:
+    """``handle``, whose hook of a model itself torch.compile shall neither look into nor leave out.
+
+    Saying so imports the compiler, which takes seconds: it is said once something was compiled, by
+    :func:`settle_hooks`.
+    """
+    _unsettled.add(handle)
+    return handle
+
+
+def settle_hooks() -> None:
+    """Before a model runs: keep every hook of :func:`outside_graphs` outside compiled graphs, if there may be any."""
+    if not _unsettled or "torch._dynamo" not in sys.modules:
+        return
+    for handle in list(_unsettled):
+        hooks = handle.hooks_dict_ref()
+        if hooks is not None and handle.id in hooks:
+            hooks[handle.id] = torch.compiler.disable(hooks[handle.id])  # type: ignore[no-untyped-call]
+    _unsettled.clear()

@@ -73,7 +73,7 @@ class LoopChooser:
             self.expected = None
             return self._choose(args, kwargs, expected)
 
-        return model.register_forward_pre_hook(outside_graphs(before), with_kwargs=True)
+        return outside_graphs(model.register_forward_pre_hook(before, with_kwargs=True))
 
     def _choose(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Expected) -> Arguments:
         """The arguments of the model's forward pass, of the chosen samples alone. The random state is that of a pass

@@ -412,7 +412,7 @@ class GhostEngineManager:
             if module is model and batch is not None and batch.loss is None:
                 self._session.watch_own_loss(kwargs, output)
 
-        self._hooks = [model.register_forward_hook(outside_graphs(hook), with_kwargs=True)]
+        self._hooks = [outside_graphs(model.register_forward_hook(hook, with_kwargs=True))]
         if self._chooser is not None:
             self._hooks.append(self._chooser.attach())
 
