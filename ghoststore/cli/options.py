@@ -194,7 +194,7 @@ def _parameters(entry: Entry, flags: Flags) -> Iterator[click.Option]:
     default = None if entry.spec.default is MISSING or entry.option.repeated else entry.spec.default
     if isinstance(default, tuple):
         default = ",".join(default) or None
-    switch = entry.spec.type is bool and entry.off is None
+    switch = entry.is_bool and entry.off is None
     settings = _reading(entry)
     if default is not None:
         settings["default"] = default
@@ -217,8 +217,8 @@ def _reading(entry: Entry) -> dict[str, Any]:
     """The arguments of click.Option by which it reads a value of the field's type."""
     kinds, option = members_of(entry.spec.type), entry.option
     words = (*words_of(entry.spec.type), *([option.none] if option.none else []))
-    if entry.spec.type is bool:
-        return {"is_flag": True}
+    if entry.is_bool:
+        return {"is_flag": True, "default": entry.spec.default}
     if option.repeated:
         return {"type": str, "multiple": True, "callback": _several(option.parse), "metavar": "NAME"}
     if option.parse:

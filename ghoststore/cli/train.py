@@ -43,9 +43,12 @@ def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
     projection: ProjectionConfig = keywords["projection"]
     if keywords["score"] == "sketched":
         return replace(projection, exclude_layers=keywords.pop("exclude_layers", ()))
+    of_candidates = keywords["score"] is None and keywords.get("candidates") is not None
     if keywords.get("keep_gradients") is not None:
         return projection
     if projection != ProjectionConfig():
+        if of_candidates:
+            return projection
         raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
     return None
 

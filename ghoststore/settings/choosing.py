@@ -40,10 +40,11 @@ class ChoosingConfig:
     temperature: float | None = option(
         None, "Of `policy=reweight`, in standard deviations of the step's scores (default: 1).", "Choosing"
     )
-    contrast: bool = option(
-        False,
+    contrast: bool | None = option(
+        None,
         "Choose by the score less the sample's product with the mean gradient of the candidates: by what it does for "
-        "the val set beyond what any candidate does. The run keeps the score as it is.",
+        "the val set beyond what any candidate does. The run keeps the score as it is (default: by sketched scores, "
+        "with top-k, bottom-k and reweight).",
         "Choosing",
     )
     choose_over: Over = option(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import Field
 from typing import Any, NamedTuple
 
-from ghoststore.settings.option import Option, options_of
+from ghoststore.settings.option import Option, members_of, options_of
 
 NAMED = re.compile(r"`([A-Za-z_][\w.]*)(?:=([^`]*))?`")
 NAMES = re.compile(r"\['[^']*'(?:, '[^']*')*\]")
@@ -34,6 +34,11 @@ class Entry(NamedTuple):
         return words[1] if len(words) > 1 else None
 
     @property
+    def is_bool(self) -> bool:
+        """Whether the values are True and False (and None, if the option is not given)."""
+        return members_of(self.spec.type) == (bool,)
+
+    @property
     def declarations(self) -> str:
         """All flags of the option, in the form that click expects."""
         return "/".join(self._words())
@@ -41,14 +46,15 @@ class Entry(NamedTuple):
     def _words(self) -> list[str]:
         name = self.spec.name.replace("_", "-")
         if self.option.flag is None:
-            return [f"--{name}", f"--no-{name}"] if self.spec.default is True else [f"--{name}"]
+            both = self.spec.default is True or (self.is_bool and self.spec.default is None)
+            return [f"--{name}", f"--no-{name}"] if both else [f"--{name}"]
         return self.option.flag.split("/")
 
     def render(self, value: str | None) -> str | None:
         """The flag, with ``value`` if that is not None. None if no flag can express the value."""
         if value is None:
             return self.flag
-        if self.spec.type is bool:
+        if self.is_bool:
             return {"True": self.flag, "False": self.off}.get(value, self.flag)
         if value == "None":
             return None if self.option.none is None else f"{self.flag} {self.option.none}"

@@ -89,8 +89,11 @@ class ScoringConfig:
         "rotate", "Each val gradient takes the next val samples of a seeded order, or always the first.", "Scoring"
     )
     val_groups: bool = option(False, "Score against each domain of the val set as well.", "Scoring")
-    score: Score = option(
-        "exact", "sketched: approximate, through random projections, at a fraction of the cost.", "Scoring"
+    score: Score | None = option(
+        None,
+        "sketched: approximate, through random projections, at a fraction of the cost (default: exact; of `candidates` "
+        "sketched, unless `route`, `per_layer` or a choice of layers asks for exact ones).",
+        "Scoring",
     )
     route: Route = option(
         "auto", "How exact scores are computed; auto takes the cheaper for each parameter.", "Scoring"
@@ -221,7 +224,7 @@ class TrainConfig(RunConfig):
             raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
         if self.choosing.policy == "greats":
             self._refuse_greats()
-        if self.choosing.contrast and self.scoring.score_metric != "sgd":
+        if self.contrast and self.scoring.score_metric != "sgd":
             raise UsageError(
                 "`contrast` takes plain products of the candidates, which `score_metric=adam` has none of: give one of "
                 "them"
@@ -235,7 +238,7 @@ class TrainConfig(RunConfig):
 
     def _refuse_greats(self) -> None:
         """UsageError where products within a step's candidates are not to be had."""
-        if self.scoring.score != "exact" or self.scoring.score_metric != "sgd":
+        if self.score != "exact" or self.scoring.score_metric != "sgd":
             raise UsageError("`policy=greats` takes products of whole gradients: leave out `score` and `score_metric`")
         if (self.choosing.candidates or 0) > self.optimization.batch_size:
             raise UsageError(
@@ -258,9 +261,30 @@ class TrainConfig(RunConfig):
             )
 
     @property
+    def score(self) -> Score:
+        """The kind of score; of candidates sketched unless something is given that exact ones alone have."""
+        scoring, choosing = self.scoring, self.choosing
+        if scoring.score is not None:
+            return scoring.score
+        of_exact = scoring.exclude_layers or scoring.score_layers is not None or scoring.route != "auto"
+        if choosing.candidates is None or of_exact or scoring.per_layer or choosing.policy == "greats":
+            return "exact"
+        return "sketched"
+
+    @property
+    def contrast(self) -> bool:
+        """Whether candidates are chosen by contrast: where nothing is said, by sketched scores in the plain metric, if
+        the policy ranks them. (A threshold is one of scores.)
+        """
+        if self.choosing.contrast is not None:
+            return self.choosing.contrast
+        ranked = self.choosing.policy in ("top-k", "bottom-k", "reweight")
+        return ranked and self.score == "sketched" and self.scoring.score_metric == "sgd"
+
+    @property
     def score_layers(self) -> ScoreLayers | None:
         """Of exact scores; None of sketched ones, whose projection names its layers."""
-        if self.scoring.score == "sketched" or self.scoring.score_layers is not None:
+        if self.score == "sketched" or self.scoring.score_layers is not None:
             return self.scoring.score_layers
         return "all" if self.choosing.candidates is None else "blocks"
 
@@ -271,7 +295,7 @@ class TrainConfig(RunConfig):
             raise UsageError(f"`policy=greats` takes products of all candidates: run one process, not {ranks}")
         if choosing.candidates is None:
             return optimization.batch_size * optimization.gradient_accumulation_steps
-        if choosing.contrast and self.scoring.score == "exact":
+        if self.contrast and self.score == "exact":
             self._refuse_contrast(choosing.candidates // ranks, ranks)
         for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):
             if count is not None and count % ranks and (name == "candidates" or choosing.choose_over == "rank"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.settings.choosing import ChoosingConfig
+from ghoststore.settings.train import TrainConfig
 from indexer.dotprod.scores import Scores
 from indexer.session.choosing import Choosing
 from indexer.session.contrast import common_of
@@ -63,12 +63,13 @@ class Chooser:
     contrast: bool = False
 
     @classmethod
-    def of(cls, config: ChoosingConfig, seed: int, ranks: Ranks, steps: int) -> Chooser | None:
+    def of(cls, training: TrainConfig, ranks: Ranks, steps: int) -> Chooser | None:
         """Of ``ghoststore train`` over so many ``steps``; None without candidates."""
+        config = training.choosing
         if config.candidates is None:
             return None
-        policy = policy_of(config.policy, config.threshold, config.temperature)
-        return cls(policy, config.keep, config.begins_at(steps), seed, ranks, config.choose_over, config.contrast)
+        policy, begins_at = policy_of(config.policy, config.threshold, config.temperature), config.begins_at(steps)
+        return cls(policy, config.keep, begins_at, training.seed, ranks, config.choose_over, training.contrast)
 
     @classmethod
     def of_loop(cls, choosing: Choosing, ranks: Ranks) -> Chooser:

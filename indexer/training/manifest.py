@@ -123,14 +123,18 @@ def _scoring(config: TrainConfig, steps: int) -> dict[str, Any]:
     """The options of scoring. Those that are newer than format 1 are left out at their defaults, so that older runs go
     on.
     """
-    section = asdict(config.scoring)
+    section = {**asdict(config.scoring), "score": config.score}
     del section["score_layers"]
     if config.scoring.score_metric == "sgd":
         del section["score_metric"]
     if config.score_layers == "blocks":
         section["score_layers"] = "blocks"
     if config.choosing.candidates is not None:
-        section["choosing"] = {**config.choosing.to_json(), "choosing_begins_at": config.choosing.begins_at(steps)}
+        section["choosing"] = {
+            **config.choosing.to_json(),
+            "contrast": config.contrast,
+            "choosing_begins_at": config.choosing.begins_at(steps),
+        }
     return section
 
 

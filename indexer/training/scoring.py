@@ -25,7 +25,7 @@ def scoring_engine(
     scored so.
     """
     config = training.scoring
-    sketched = config.score == "sketched"
+    sketched = training.score == "sketched"
     projects = sketched or config.keep_gradients is not None
     own = (projection or ProjectionConfig()) if projects else None
     engine = GradDotProdEngine(
@@ -37,7 +37,7 @@ def scoring_engine(
         score_layers=training.score_layers,
         score_metric=config.score_metric,
         route=config.route,
-        pairs=training.choosing.policy == "greats" or (training.choosing.contrast and not sketched),
+        pairs=training.choosing.policy == "greats" or (training.contrast and not sketched),
         projection=own if sketched else None,
         keep=None if sketched else own,
         hold_losses=False,  # Trainer computes them from the logits

@@ -208,7 +208,7 @@ class _Training:
             session=ScoringSession(engine, plan if record else None, self.ranks, note=self.progress.note),
             val_schedule=schedule,
             scaler=make_scaler(self.config, self.device, resumed.scaler),
-            chooser=Chooser.of(self.config.choosing, self.config.seed, self.ranks, inputs.steps),
+            chooser=Chooser.of(self.config, self.ranks, inputs.steps),
         )
         if schedule is not None:
             with trainer.autocast():

@@ -37,7 +37,7 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
     if config.scoring.method == "GradDotProd" and (options.store is None or options.val_set is None):
         raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
     scoring = config.scoring
-    if options.projection is not None and scoring.score != "sketched" and scoring.keep_gradients is None:
+    if options.projection is not None and config.score != "sketched" and scoring.keep_gradients is None:
         raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
     if config.architecture is None and config.dropout:
         raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own, and so has a configuration")

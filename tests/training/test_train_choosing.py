@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import ghoststore
 from ghoststore.errors import MismatchError, UsageError
+from ghoststore.settings.train import TrainConfig
 from ghoststore.store.run.visits import stream_visits
 from indexer.training.data import Order, TrainingRows
 from tests.support.chosen import chosen_of, trained_plainly
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from tests.support.trainings import Gym, Trained
 
 Options = dict[str, Any]
-STEPS = {"max_steps": 8, "batch_size": 4, "candidates": 12, "eval_interval": 4, "choosing_begins_at": 0}
+STEPS = {
+    "max_steps": 8,
+    "batch_size": 4,
+    "candidates": 12,
+    "eval_interval": 4,
+    "choosing_begins_at": 0,
+    "score": "exact",
+}
 
 
 def checkpoint_of(gym: Gym, name: str) -> Path:
@@ -56,7 +64,8 @@ CASES: dict[str, tuple[str, int, Options]] = {
     "dropout": ("dropout", 2, {"keep": 4, "batch_size": 2, "val_refresh_interval": 3}),
     "checkpointing": ("dropout", 1, {"keep": 4, "gradient_checkpointing": True}),
     "threshold": ("two", 1, {"policy": "threshold", "threshold": 0.05, "batch_size": 12}),
-    "sketched": ("two", 1, {"keep": 4, "score": "sketched"}),
+    "sketched": ("two", 1, {"keep": 4, "score": "sketched", "contrast": False}),
+    "default": ("two", 1, {"keep": 4, "score": None}),
     "adam": ("two", 1, {"keep": 4, "score_metric": "adam"}),
     "greats": ("two", 1, {"keep": 4, "batch_size": 12, "policy": "greats"}),
     "contrast": ("two", 1, {"keep": 4, "batch_size": 12, "contrast": True}),
@@ -93,7 +102,7 @@ ONE_PASS: dict[str, tuple[str, float, Options]] = {
     "reweight": ("two", 1e-5, {"policy": "reweight", "batch_size": 12}),
     "autocast-bfloat16": ("two", 0.05, {"keep": 4, "train_dtype": "bfloat16"}),
     "autocast-float16": ("two", 0.02, {"keep": 4, "train_dtype": "float16"}),
-    "sketched": ("two", 1e-5, {"keep": 4, "score": "sketched"}),
+    "default": ("two", 1e-5, {"keep": 4, "score": None}),
     "contrast": ("untied", 1e-5, {"policy": "reweight", "batch_size": 12, "contrast": True}),
 }
 
@@ -285,8 +294,10 @@ def test_contrast_is_the_score_less_the_product_with_the_mean_gradient(gym: Gym)
 
 
 def test_contrast_of_sketched_scores_is_over_all_micro_batches(gym: Gym) -> None:
-    """By the vectors that the run keeps, of three micro-batches a step."""
-    trained = choosing(gym, keep=4, contrast=True, score="sketched", keep_gradients=1, proj_dtype="float32")
+    """By the vectors that the run keeps, of three micro-batches a step; it is the default of candidates."""
+    trained = choosing(gym, keep=4, score=None, keep_gradients=1, proj_dtype="float32")
+    assert trained.run.manifest["scoring"]["score"] == "sketched"
+    assert trained.run.manifest["scoring"]["choosing"]["contrast"] is True
     arrays = trained.arrays()
     for visits in stream_visits(trained.run, trained.run.ranges, val=True):
         assert visits.val is not None
@@ -295,6 +306,32 @@ def test_contrast_of_sketched_scores_is_over_all_micro_batches(gym: Gym) -> None
             contrast_B = vectors_BD @ (visits.val[place] - vectors_BD.mean(0))
             highest = np.sort(np.argsort(-contrast_B, kind="stable")[:4])
             np.testing.assert_array_equal(np.flatnonzero(arrays["weight"][step, 0]), highest)
+
+
+@pytest.mark.parametrize(
+    ("options", "score", "contrast"),
+    [
+        ({}, "sketched", True),
+        ({"policy": "bottom-k"}, "sketched", True),
+        ({"policy": "random"}, "sketched", False),
+        ({"policy": "threshold", "threshold": 0.0}, "sketched", False),
+        ({"policy": "greats"}, "exact", False),
+        ({"contrast": False}, "sketched", False),
+        ({"score": "exact"}, "exact", False),
+        ({"score": "exact", "contrast": True}, "exact", True),
+        ({"score_metric": "adam"}, "sketched", False),
+        ({"per_layer": True}, "exact", False),
+        ({"route": "direct"}, "exact", False),
+        ({"score_layers": "all"}, "exact", False),
+        ({"exclude_layers": ("*.c_fc",)}, "exact", False),
+    ],
+    ids=str,
+)
+def test_scores_of_candidates_where_nothing_is_said(options: Options, score: str, contrast: bool) -> None:
+    """Sketched ones and contrast, as measured; exact ones where something is given that they alone have."""
+    config = TrainConfig.of(**{"candidates": 8, "keep": 4, "batch_size": 8, **options})
+    assert (config.score, config.contrast) == (score, contrast)
+    assert TrainConfig.of().score == "exact"
 
 
 REFUSED: dict[str, tuple[Options, str]] = {
@@ -312,7 +349,7 @@ REFUSED: dict[str, tuple[Options, str]] = {
         "`policy=greats` takes products of whole gradients",
     ),
     "contrast-in-parts": (
-        {"candidates": 8, "keep": 4, "contrast": True},
+        {"candidates": 8, "keep": 4, "contrast": True, "score": "exact"},
         "scored together: give `batch_size=8`, not 3, or `score=sketched`",
     ),
     "contrast-adam": (

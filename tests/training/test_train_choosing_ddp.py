@@ -28,6 +28,8 @@ OPTIONS = (
     "1e-3",
     "--choosing-begins-at",
     "0",
+    "--score",
+    "exact",
 )
 OVER_ALL = {
     "top-k": ("--keep", "4"),
@@ -36,7 +38,7 @@ OVER_ALL = {
     "one-for-two": ("--policy", "threshold", "--threshold", "1e9"),
     "reweight": ("--policy", "reweight"),
     "one-pass": ("--keep", "4", "--choosing-passes", "one"),
-    "contrast": ("--keep", "4", "--contrast", "--score", "sketched"),
+    "contrast": ("--keep", "4", "--score", "sketched"),
     "one-pass-reweight": ("--policy", "reweight", "--choosing-passes", "one"),
 }
 
