@@ -41,9 +41,10 @@ def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
     UsageError for projection options that would be ignored.
     """
     projection: ProjectionConfig = keywords["projection"]
-    if keywords["score"] == "sketched":
+    score = keywords.get("score")
+    if score == "sketched":
         return replace(projection, exclude_layers=keywords.pop("exclude_layers", ()))
-    of_candidates = keywords["score"] is None and keywords.get("candidates") is not None
+    of_candidates = score is None and keywords.get("candidates") is not None
     if keywords.get("keep_gradients") is not None:
         return projection
     if projection != ProjectionConfig():
