@@ -31,6 +31,8 @@ ScoreMetric = Literal["sgd", "adam"]
 ValSampling = Literal["rotate", "fixed"]
 OnStoreError = Literal["stop", "continue"]
 KEPT_DTYPE = "int8"
+VAL_REFRESH = 10
+"""Steps of one val gradient where nothing is said (benchmarks/results/training-scores.md, dot-product.md)."""
 
 
 def check_kept(keep_gradients: int | None, proj_dtype: str) -> None:
@@ -84,7 +86,9 @@ class ScoringConfig:
 
     method: Method = option("GradDotProd", "Regular trains without scores: the same weights, bit for bit.", "Scoring")
     val_batch_size: int = option(8, "Val samples of one val gradient.", "Scoring")
-    val_refresh_interval: int = option(1, "Steps for which a val gradient is used.", "Scoring")
+    val_refresh_interval: int | None = option(
+        None, "Steps for which a val gradient is used (default: 10; with `candidates` 1).", "Scoring"
+    )
     val_sampling: ValSampling = option(
         "rotate", "Each val gradient takes the next val samples of a seeded order, or always the first.", "Scoring"
     )
@@ -270,6 +274,15 @@ class TrainConfig(RunConfig):
         if choosing.candidates is None or of_exact or scoring.per_layer or choosing.policy == "greats":
             return "exact"
         return "sketched"
+
+    @property
+    def val_refresh_interval(self) -> int:
+        """Steps for which a val gradient is used. Candidates take a new one at every step: with an old one they are
+        chosen hardly better than by chance, while sums of scores lose little.
+        """
+        if self.scoring.val_refresh_interval is not None:
+            return self.scoring.val_refresh_interval
+        return VAL_REFRESH if self.choosing.candidates is None else 1
 
     @property
     def contrast(self) -> bool:

@@ -181,7 +181,7 @@ class Trainer:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return seconds + seconds_val / self.config.scoring.val_refresh_interval
+        return seconds + seconds_val / self.config.val_refresh_interval
 
     def _rehearsed(self, step: int) -> float:
         """Seconds of the passes of ``step``, whose gradients and scores are dropped: of its micro-batches the first one

@@ -123,7 +123,11 @@ def _scoring(config: TrainConfig, steps: int) -> dict[str, Any]:
     """The options of scoring. Those that are newer than format 1 are left out at their defaults, so that older runs go
     on.
     """
-    section = {**asdict(config.scoring), "score": config.score}
+    section = {
+        **asdict(config.scoring),
+        "score": config.score,
+        "val_refresh_interval": config.val_refresh_interval,
+    }
     del section["score_layers"]
     if config.scoring.score_metric == "sgd":
         del section["score_metric"]

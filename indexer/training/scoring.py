@@ -10,7 +10,7 @@ from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
 from ghoststore.settings.projection import ProjectionConfig
-from ghoststore.settings.train import ScoringConfig, TrainConfig
+from ghoststore.settings.train import TrainConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.scoring_batch import ScoringBatch
 from indexer.session.session import ScoringSession
@@ -32,7 +32,7 @@ def scoring_engine(
         model,
         None,
         optimizer=optimizer,
-        val_refresh_interval=config.val_refresh_interval,
+        val_refresh_interval=training.val_refresh_interval,
         exclude_layers=config.exclude_layers,
         score_layers=training.score_layers,
         score_metric=config.score_metric,
@@ -53,8 +53,9 @@ class ValSchedule:
     It is due at multiples of the refresh interval, and after a checkpoint, where a resumed run has none.
     """
 
-    def __init__(self, engine: GradDotProdEngine, val: ValSet, config: ScoringConfig, checkpoint_interval: int) -> None:
-        self.engine, self.val, self.config = engine, val, config
+    def __init__(self, engine: GradDotProdEngine, val: ValSet, training: TrainConfig, checkpoint_interval: int) -> None:
+        self.engine, self.val, self.config = engine, val, training.scoring
+        self._interval = training.val_refresh_interval
         self._checkpoint_interval = checkpoint_interval
         self._step: int | None = None
         """The step of the newest batch."""
@@ -90,7 +91,7 @@ class ValSchedule:
     @contextmanager
     def _at(self, step: int) -> Iterator[None]:
         """Where the engine is opened at ``step``: with other val samples, if they are due."""
-        first, interval = self._step is None, self.config.val_refresh_interval
+        first, interval = self._step is None, self._interval
         if step != self._step and (first or not step % interval or not step % self._checkpoint_interval):
             self._choose(step)
         self._step = step
@@ -104,7 +105,7 @@ class ValSchedule:
             ) from error
 
     def _choose(self, step: int) -> None:
-        refresh = step // self.config.val_refresh_interval
+        refresh = step // self._interval
         chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
         batches, places = self.val.batches(chosen.tolist())
         names = [self.val.domain_of(place) for place in places]

@@ -22,7 +22,7 @@ def stop_after(done: int, stopping: Stopping, config: TrainConfig, ranks: Ranks,
     """
     number = ranks.highest(stopping.number)
     scores = config.scoring.method == "GradDotProd"
-    due = not scores or done % config.scoring.val_refresh_interval == 0 or done % checkpoint_interval == 0
+    due = not scores or done % config.val_refresh_interval == 0 or done % checkpoint_interval == 0
     return number if due else 0
 
 

@@ -193,7 +193,7 @@ class _Training:
         )
         schedule = None
         if engine is not None and inputs.val is not None:
-            schedule = ValSchedule(engine, inputs.val, self.config.scoring, self._checkpoint_interval)
+            schedule = ValSchedule(engine, inputs.val, self.config, self._checkpoint_interval)
         resumed = self._resumed(saved, manifest, model, optimizer)
         plan = self._plan(manifest, layout, inputs.rows)
         trainer = Trainer(

@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "max_steps": 20,
     "learning_rate": 5e-3,
     "val_batch_size": 3,
+    "val_refresh_interval": 1,
     "eval_interval": 10,
     "dot_prod_save_interval": 4,
     "name": "run",

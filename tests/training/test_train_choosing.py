@@ -331,7 +331,8 @@ def test_scores_of_candidates_where_nothing_is_said(options: Options, score: str
     """Sketched ones and contrast, as measured; exact ones where something is given that they alone have."""
     config = TrainConfig.of(**{"candidates": 8, "keep": 4, "batch_size": 8, **options})
     assert (config.score, config.contrast) == (score, contrast)
-    assert TrainConfig.of().score == "exact"
+    assert config.val_refresh_interval == 1
+    assert (TrainConfig.of().score, TrainConfig.of().val_refresh_interval) == ("exact", 10)
 
 
 REFUSED: dict[str, tuple[Options, str]] = {
