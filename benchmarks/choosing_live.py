@@ -41,25 +41,32 @@ class Arm:
     """The arm whose options these are, trained for as many steps as take the CPU seconds of a plain training."""
 
 
+EXACT: dict[str, Any] = {"score": "exact"}
 SKETCHED: dict[str, Any] = {"score": "sketched"}
 CONTRAST: dict[str, Any] = {"contrast": True}
 ONE: dict[str, Any] = {"choosing_passes": "one"}
 REWEIGHT: dict[str, Any] = {"policy": "reweight", "keep": None}
+"""It trains on all candidates, as ``random, all candidates`` does."""
 ARMS = (
     Arm("random", {"policy": "random", **SKETCHED}),
-    Arm("top-k, exact"),
-    Arm("top-k, exact, contrast", CONTRAST),
-    Arm("top-k, sketched", SKETCHED),
+    Arm("random, all candidates", {"policy": "random", "keep": None, **SKETCHED}),
+    Arm("top-k, exact", {"contrast": False, **EXACT}),
+    Arm("top-k, exact, contrast", {**EXACT, **CONTRAST}),
+    Arm("top-k, sketched", {**SKETCHED, "contrast": False}),
     Arm("top-k, sketched, contrast", {**SKETCHED, **CONTRAST}),
-    Arm("top-k, exact, Adam's metric", {"score_metric": "adam"}),
-    Arm("bottom-k, exact", {"policy": "bottom-k"}),
-    Arm("reweight, exact, contrast", {**REWEIGHT, **CONTRAST}),
+    Arm("the same, val gradient every 4", {**SKETCHED, **CONTRAST, "val_refresh_interval": 4}),
+    Arm("top-k, exact, Adam's metric", {**EXACT, "score_metric": "adam"}),
+    Arm("bottom-k, exact", {**EXACT, "policy": "bottom-k"}),
+    Arm("reweight, exact, contrast", {**EXACT, **REWEIGHT, **CONTRAST}),
     Arm("reweight, sketched, contrast", {**REWEIGHT, **SKETCHED, **CONTRAST}),
 )
 TIMED = (
-    Arm("top-k, exact, contrast, one pass", {**CONTRAST, **ONE}, "time"),
     Arm("top-k, sketched, contrast, one pass", {**SKETCHED, **CONTRAST, **ONE}, "time"),
-    Arm("reweight, sketched, contrast, one pass", {**REWEIGHT, **SKETCHED, **CONTRAST, **ONE}, "time"),
+    Arm(
+        "top-k, sketched, contrast, one pass, val gradient every 4",
+        {**SKETCHED, **CONTRAST, **ONE, "val_refresh_interval": 4},
+        "time",
+    ),
 )
 
 
@@ -219,15 +226,24 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
 @click.option("--length", type=int, default=64, show_default=True)
 @click.option("--rate", type=float, default=2e-3, show_default=True)
 @click.option("--only", default="", help="Only these val domains, with commas.")
+@click.option("--first-seed", default=0, show_default=True)
+@click.option("--arm", "names", multiple=True, help="Only these ways (and none that is timed, unless named).")
+@click.option("--add", is_flag=True, help="To the results that are there, of the seeds before.")
 @folders
 def main(
     data: Path, val_set: Path, device: str, seeds: int, steps: int, candidates: int, keep: int, length: int,
-    rate: float, only: str, scratch: Path | None, out: Path,
+    rate: float, only: str, first_seed: int, names: tuple[str, ...], add: bool, scratch: Path | None, out: Path,
 ) -> None:  # fmt: skip
     """Train with every way to choose, and compare val losses."""
     disable_progress_bar()
     curves: Curves = {}
     seconds: dict[str, list[float]] = {}
+    name = "choosing-live" + ("" if device == "cpu" else f"-{device}")
+    if add:
+        before = json.loads((out / f"{name}.json").read_text())["numbers"]
+        seconds = before["seconds"]
+        curves = {tuple(key.split("|")): value for key, value in before["curves"].items()}
+    arms = [arm for arm in (*ARMS, *TIMED) if not names or arm.name in names]
     with scratch_folder(scratch) as folder:
         setting = Setting(
             folder=folder, data=data, steps=steps, candidates=candidates, keep=keep, length=length, rate=rate,
@@ -237,18 +253,18 @@ def main(
         parts = split_val(val_set, folder)
         domains = [name for name in parts if not only or name in only.split(",")]
         results = Results(
-            name="choosing-live" + ("" if device == "cpu" else f"-{device}"),
+            name=name,
             title="Choosing in the step, by ghoststore train",
             settings={"steps": steps, "candidates": candidates, "keep": keep, "tokens": length, "rate": rate},
             facts=machine_facts(device),
         )
-        for seed in range(seeds):
+        for seed in range(first_seed, first_seed + seeds):
             plain = {"method": "Regular", "batch_size": keep}
             _, spent = train(setting, plain, parts[domains[0]][0], seed, steps)
             seconds.setdefault("plain", []).append(spent)
             for domain in domains:
                 scored, texts = parts[domain]
-                for arm in (*ARMS, *(TIMED if domain != "all" else ())):
+                for arm in [arm for arm in arms if domain != "all" or arm.of_time is None]:
                     count = steps
                     if arm.of_time is not None:  # a tenth of the steps tells what one costs
                         _, tenth = train(setting, chosen_options(setting, arm), scored, seed, max(2, steps // 10))
@@ -261,7 +277,7 @@ def main(
                     seconds.setdefault(arm.name, []).append(spent)
                     told = f"seed {seed}, {domain}, {arm.name}: {curve[-1]:.3f}, {count} steps, {spent:.0f} s"
                     click.echo(told, err=True)
-                add_tables(results, curves, seconds, [name for name in domains if ("random", name) in curves])
+                add_tables(results, curves, seconds, [name for name in parts if ("random", name) in curves])
                 results.write(out)  # after each domain: what is cut off leaves the ones before
 
 
