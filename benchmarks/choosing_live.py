@@ -134,10 +134,11 @@ def train(setting: Setting, options: dict[str, Any], val_set: Path, seed: int, s
 
 def chosen_options(setting: Setting, arm: Arm) -> dict[str, Any]:
     """Of an arm that chooses. All candidates are one micro-batch."""
-    return {
-        "batch_size": setting.candidates, "candidates": setting.candidates, "keep": setting.keep, "val_batch_size": 8,
-        **arm.options,
-    }  # fmt: skip
+    size = setting.candidates
+    options = {"batch_size": size, "candidates": size, "keep": setting.keep, "val_batch_size": 8, **arm.options}
+    if options.get("policy") == "random" and options["keep"] is None:
+        options["keep"] = size
+    return options
 
 
 def loss_of(checkpoint: Path, texts: list[str], setting: Setting) -> float:
