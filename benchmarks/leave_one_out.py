@@ -41,7 +41,7 @@ class Trained:
 class Bench:
     """The blocks, the val samples and the model that training begins with."""
 
-    def __init__(self, data: Path, val_set: Path, warmup: int, optimizer: str, seed: int) -> None:
+    def __init__(self, data: Path, val_set: Path, warmup: int, optimizer: str, rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(read_texts(data), VOCABULARY)
         stream = [token for text in read_texts(data) for token in tokenizer(text, verbose=False)["input_ids"]]
@@ -61,7 +61,7 @@ class Bench:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         self.model = GPT2LMHeadModel(config)
-        self.optimizer = optimizer
+        self.optimizer, self.rate = optimizer, rate
         self._warm(warmup)
         self.first = {name: value.clone() for name, value in self.model.state_dict().items()}
 
@@ -84,9 +84,10 @@ class Bench:
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Of the training that is looked at: AdamW goes on with the moments of the steps before."""
         if self.optimizer == "sgd":
-            return torch.optim.SGD(self.model.parameters(), lr=0.1)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return torch.optim.SGD(self.model.parameters(), lr=self.rate)
+        optimizer = torch.optim.AdamW(self.model.parameters())
         optimizer.load_state_dict(_copied(self._moments))
+        optimizer.param_groups[0]["lr"] = self.rate
         return optimizer
 
     def val_losses(self) -> NDArray[np.float64]:
@@ -168,8 +169,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def main(data: Path, val_set: Path, warmup: int, scratch: Path | None, out: Path) -> None:
     """Correlate scores with what leaving out one block at a time does."""
     rows, numbers = [], {}
-    for optimizer in ("sgd", "adamw"):
-        bench = Bench(data, val_set, warmup, optimizer, seed=0)
+    for optimizer, rate in (("sgd", 1e-2), ("adamw", 1e-4), ("adamw", 1e-3)):
+        bench = Bench(data, val_set, warmup, optimizer, rate, seed=0)
         base = bench.train()
         removed = np.sort(np.random.default_rng(0).permutation(BLOCKS)[:REMOVED])
         changes_VR = np.stack([bench.train(int(block), base).losses_V - base.losses_V for block in removed], axis=1)
@@ -177,12 +178,12 @@ def main(data: Path, val_set: Path, warmup: int, scratch: Path | None, out: Path
             if options.get("score_metric") == "adam" and optimizer == "sgd":
                 continue
             scores_VN = bench.scores(**options)
-            row = {"optimizer": optimizer, "score": label}
+            row = {"optimizer": f"{optimizer}, {rate:g}", "score": label}
             for kind in ("plain", "unit"):
                 each_V = spearman(weighted(scores_VN, kind)[:, removed], changes_VR)
                 error = each_V.std(ddof=1) / np.sqrt(len(each_V))
                 row[kind] = f"{each_V.mean():.3f} ± {error:.3f}"
-                numbers[f"{optimizer}|{label}|{kind}"] = each_V.tolist()
+                numbers[f"{optimizer}|{rate:g}|{label}|{kind}"] = each_V.tolist()
             rows.append(row)
             click.echo(str(row), err=True)
     results = Results(
