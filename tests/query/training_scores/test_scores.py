@@ -19,6 +19,7 @@ from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.ranges import inside
 from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
+from query.training_scores.weights import StepWeights
 from tests.support.notes import Notes
 from tests.support.score_runs import (
     GAP,
