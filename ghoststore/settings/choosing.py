@@ -109,9 +109,9 @@ class ChoosingConfig:
         assert self.candidates is not None
         return self.candidates if self.keep is None else self.keep
 
-    def to_json(self) -> dict[str, Any]:
-        """What a run says of how its steps choose."""
-        return {**values_of(self), "policy": policy_name(self.policy), "keep": self.least}
+    def to_json(self, *, contrast: bool) -> dict[str, Any]:
+        """What a run says of how its steps choose, ``contrast`` as it was resolved."""
+        return {**described(self, contrast=contrast), "keep": self.least}
 
 
 _DEFAULTS = {spec.name: spec.default for spec in fields(ChoosingConfig) if spec.name != "candidates"}
@@ -120,6 +120,13 @@ _DEFAULTS = {spec.name: spec.default for spec in fields(ChoosingConfig) if spec.
 def values_of(config: Any) -> dict[str, Any]:
     """By field. Not a copy: a policy may be an object of the user's own."""
     return {spec.name: getattr(config, spec.name) for spec in fields(config)}
+
+
+def described(config: Any, *, contrast: bool) -> dict[str, Any]:
+    """What a run says of ``config``. Only one with contrast names it, so that runs from before it came go on."""
+    values = {**values_of(config), "policy": policy_name(config.policy)}
+    del values["contrast"]
+    return {**values, "contrast": True} if contrast else values
 
 
 def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:

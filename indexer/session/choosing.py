@@ -11,9 +11,8 @@ from ghoststore.settings.choosing import (
     POLICIES,
     ChoosingConfig,
     check_policy,
-    policy_name,
+    described,
     refuse_contrast_of,
-    values_of,
 )
 from ghoststore.settings.option import check_at_least
 
@@ -58,8 +57,7 @@ class Choosing:
     def to_json(self) -> dict[str, Any]:
         """What a run says of it."""
         return {
-            **values_of(self),
-            "policy": policy_name(self.policy),
+            **described(self, contrast=self.contrast),
             "choose_over": "micro-batch",
             "choosing_passes": "two",
         }

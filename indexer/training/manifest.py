@@ -135,8 +135,7 @@ def _scoring(config: TrainConfig, steps: int) -> dict[str, Any]:
         section["score_layers"] = "blocks"
     if config.choosing.candidates is not None:
         section["choosing"] = {
-            **config.choosing.to_json(),
-            "contrast": config.contrast,
+            **config.choosing.to_json(contrast=config.contrast),
             "choosing_begins_at": config.choosing.begins_at(steps),
         }
     return section

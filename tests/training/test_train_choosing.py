@@ -308,6 +308,15 @@ def test_contrast_of_sketched_scores_is_over_all_micro_batches(gym: Gym) -> None
             np.testing.assert_array_equal(np.flatnonzero(arrays["weight"][step, 0]), highest)
 
 
+def test_a_run_without_contrast_does_not_name_it(gym: Gym) -> None:
+    """Runs from before it came do not: they must go on."""
+    trained = choosing(gym, keep=4)
+    for said in (trained.run.manifest["scoring"]["choosing"], ghoststore.Choosing(keep=4).to_json()):
+        assert said["keep"] == 4
+        assert "contrast" not in said
+    assert ghoststore.Choosing(keep=4, contrast=True).to_json()["contrast"] is True
+
+
 @pytest.mark.parametrize(
     ("options", "score", "contrast"),
     [
