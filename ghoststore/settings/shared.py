@@ -129,8 +129,8 @@ class WeightOption:
 
     weight: StepWeight = option(
         "unit",
-        "What a score counts with in a sum over steps. unit: each step is scaled to a mean |score| of 1; loss-fall: "
-        "that, times the fall of the training loss at the step; learning-rate: that of the step.",
+        "What a score of a training run counts with in a sum over steps. unit: each step is scaled to a mean |score| "
+        "of 1; loss-fall: that, times the fall of the training loss at the step; learning-rate: that of the step.",
         "Scoring",
     )
 

@@ -93,15 +93,18 @@ def uncompiled() -> AbstractContextManager[Any]:
 def outside_graphs(handle: RemovableHandle) -> RemovableHandle:
     """``handle``, whose hook of a model itself torch.compile shall neither look into nor leave out.
 
-    Saying so imports the compiler, which takes seconds: it is said once something was compiled, by
+    Saying so imports the compiler, which takes seconds: it is said here if something was compiled, else later by
     :func:`settle_hooks`.
     """
     _unsettled.add(handle)
+    settle_hooks()
     return handle
 
 
 def settle_hooks() -> None:
-    """Before a model runs: keep every hook of :func:`outside_graphs` outside compiled graphs, if there may be any."""
+    """Keep every hook of :func:`outside_graphs` outside compiled graphs, if there may be any. Call it before a model
+    runs that may have been compiled since.
+    """
     if not _unsettled or "torch._dynamo" not in sys.modules:
         return
     for handle in list(_unsettled):

@@ -278,7 +278,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         rows = places_of(places, len(labels), self._samples)
         scale, arithmetic = self._loss_scale(), self._arithmetic(labels.device)
         if self._chooser is not None:
-            self._chooser.expected = Expected(rows, session.next_step, scale, arithmetic)
+            self._chooser.expect(Expected(rows, session.next_step, scale, arithmetic))
             return
         self._preparing = True
         try:

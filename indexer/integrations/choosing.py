@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod import GradDotProdEngine, Scores, target_counts
 from indexer.encode.losses import IGNORED, own_losses
-from indexer.encode.modes import devices_of, outside_graphs
+from indexer.encode.modes import devices_of, outside_graphs, settle_hooks
 from indexer.session.chooser import Chooser, Scored
 from indexer.session.choosing import Choosing
 from indexer.session.own_loss import tokens_in
@@ -58,6 +58,11 @@ class LoopChooser:
         """Whether a forward pass of the model is one that scores."""
         self.weights = torch.zeros(0)
         """(B,): of the candidates of the newest micro-batch."""
+
+    def expect(self, expected: Expected) -> None:
+        """Choose in the next forward pass."""
+        settle_hooks()  # the engine is opened within that pass
+        self.expected = expected
 
     def attach(self) -> RemovableHandle:
         """If a micro-batch is :attr:`expected`, cut the arguments of the next forward pass with gradients down to the

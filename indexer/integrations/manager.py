@@ -240,7 +240,7 @@ class GhostEngineManager:
             scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
             if self._chooser is not None:
                 assert self._step is not None
-                self._chooser.expected = Expected(attached.rows, self._step, scale)
+                self._chooser.expect(Expected(attached.rows, self._step, scale))
             else:
                 self._session.prepare(
                     size, rows=attached.rows, labels=Y_train, tokens=attached.tokens, loss_scale=scale

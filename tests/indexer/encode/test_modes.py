@@ -14,6 +14,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from indexer.encode.encoder import RowEncoder
 from indexer.encode.engine import GradProjLoraEngine
 from indexer.encode.losses import next_token_losses
+from indexer.encode.modes import outside_graphs
 from indexer.projection.matrices import Projection
 from tests.indexer.encode.test_invariance import ROWS
 from tests.indexer.encode.test_non_interference import state_of
@@ -301,3 +302,17 @@ def test_collecting_twice_is_refused() -> None:
         engine.collect(losses)
         with pytest.raises(GhostStoreError, match="prepare"):
             engine.collect(losses)
+
+
+def test_a_hook_is_outside_graphs_at_once_where_something_was_compiled(fresh_compiler: None) -> None:
+    """Whatever makes the model run: a pass in which the engine is opened comes before its prepare()."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model, states = Doubled(), []
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    outside_graphs(model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state())))
+    compiled(torch.ones(2))
+    assert len(states) == 1
