@@ -189,7 +189,9 @@ def test_as_faithful_as_a_part(folder: Path, lab: Lab, exact: tuple[np.ndarray, 
         device="cpu",
     )
     for metric in ("dot", "cosine"):
-        result = ask(folder, "still", metric=metric, each=True, **at_checkpoint(folder, "still", 9))
+        result = ask(
+            folder, "still", metric=metric, weight="learning-rate", each=True, **at_checkpoint(folder, "still", 9)
+        )
         part = ghoststore.query(
             store=tmp_path / "s", val_set=folder / "val.jsonl", metric=metric, each=True, top_k=K, text=False
         )
@@ -257,7 +259,7 @@ def test_a_run_that_keeps_every_step_as_float32(lab: Lab, folder: Path, tmp_path
             optimizer.step()
             manager.aggregate_and_log()
             optimizer.zero_grad()
-    asked = {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "metric": "dot"}
+    asked = {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "metric": "dot", "weight": "learning-rate"}
     found, still = (scores(ask(at, name, **asked)) for at, name in ((tmp_path, "loop"), (folder, "still")))
     assert found == pytest.approx(still, rel=0.02, abs=0.02 * max(map(abs, still.values())))
     with pytest.raises(UsageError, match="keeps no val gradients beside its samples'"):
