@@ -127,6 +127,7 @@ def expected(folder: Path) -> dict[str, Any]:
     store = ghoststore.Store.open(folder / "store")
     shards = ghoststore.TokenShards.open(folder / "shards")
     run = store.run("run")
+    top = ghoststore.scores(store=folder / "store", weight="learning-rate", top_k=12).hits
     return {
         "parts": {
             name: {
@@ -147,7 +148,7 @@ def expected(folder: Path) -> dict[str, Any]:
             "steps": run.steps,
             "score": digest(run.read_committed("score")),
             "sample_id": run.rows.read("sample_id", 0, len(run.rows)).tolist(),
-            "top": [[hit.id, hit.value] for hit in ghoststore.scores(store=folder / "store", top_k=12).hits],
+            "top": [[hit.id, hit.value] for hit in top],
         },
         "shards": [shards.tokens_of(sample).tolist() for sample in range(shards.samples)],
     }

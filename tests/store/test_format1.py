@@ -72,7 +72,7 @@ def test_scores_of_the_run(folder: Path, expected: dict[str, Any]) -> None:
     assert run.steps == frozen["steps"]
     assert digest(run.read_committed("score")) == frozen["score"]
     assert run.rows.read("sample_id", 0, len(run.rows)).tolist() == frozen["sample_id"]
-    top = ghoststore.scores(store=folder / "store", top_k=12).hits
+    top = ghoststore.scores(store=folder / "store", weight="learning-rate", top_k=12).hits
     assert [[hit.id, hit.value] for hit in top] == frozen["top"]
 
 

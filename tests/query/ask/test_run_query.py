@@ -142,20 +142,23 @@ def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> No
     )
     vectors = vectors_of(Store.open(tmp_path / "s").part()).astype(np.float64)
     whole = ask(folder, metric="dot", **at_checkpoint(folder))
-    wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors.mean(0))
+    wanted = by_hand(run_of(folder), "dot", "unit", range(12), vectors.mean(0))
     assert scores(whole) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
     each = ask(folder, metric="dot", each=True, **at_checkpoint(folder))
     assert [(one.query, one.val_row) for one in each.results] == [(f"v{i}", i) for i in range(5)]
     for place in range(5):
-        wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors[place])
+        wanted = by_hand(run_of(folder), "dot", "unit", range(12), vectors[place])
         assert scores(each, place) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
     groups = ask(folder, group_field="domain", combine="max", **at_checkpoint(folder))
     assert [one.query for one in groups.results] == ["combined", "earth", "sky"]
     largest = {row: max(scores(groups, 1)[row], scores(groups, 2)[row]) for row in scores(groups)}
     assert scores(groups) == pytest.approx(largest)
-    layers = ask(folder, metric="dot", layers=("mlp",), **at_checkpoint(folder))
-    others = ask(folder, metric="dot", exclude_layers=("mlp",), **at_checkpoint(folder))
-    for row, score in scores(whole).items():
+    rated: dict[str, Any] = {"metric": "dot", "weight": "learning-rate", **at_checkpoint(folder)}
+    whole = ask(folder, **rated)
+    wanted = by_hand(run_of(folder), "dot", "learning-rate", range(12), vectors.mean(0))
+    assert scores(whole) == pytest.approx(wanted, rel=1e-3, abs=1e-5 * max(map(abs, wanted.values())))
+    layers, others = ask(folder, **rated, layers=("mlp",)), ask(folder, **rated, exclude_layers=("mlp",))
+    for row, score in scores(whole).items():  # with `unit` each is scaled by its own mean
         assert scores(layers)[row] + scores(others)[row] == pytest.approx(score, abs=1e-9)
 
 
@@ -186,7 +189,9 @@ def test_as_faithful_as_a_part(folder: Path, lab: Lab, exact: tuple[np.ndarray, 
         device="cpu",
     )
     for metric in ("dot", "cosine"):
-        result = ask(folder, "still", metric=metric, each=True, **at_checkpoint(folder, "still", 9))
+        result = ask(
+            folder, "still", metric=metric, weight="learning-rate", each=True, **at_checkpoint(folder, "still", 9)
+        )
         part = ghoststore.query(
             store=tmp_path / "s", val_set=folder / "val.jsonl", metric=metric, each=True, top_k=K, text=False
         )
@@ -254,7 +259,7 @@ def test_a_run_that_keeps_every_step_as_float32(lab: Lab, folder: Path, tmp_path
             optimizer.step()
             manager.aggregate_and_log()
             optimizer.zero_grad()
-    asked = {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "metric": "dot"}
+    asked = {"val_set": folder / "val.jsonl", "checkpoint": lab.checkpoint, "metric": "dot", "weight": "learning-rate"}
     found, still = (scores(ask(at, name, **asked)) for at, name in ((tmp_path, "loop"), (folder, "still")))
     assert found == pytest.approx(still, rel=0.02, abs=0.02 * max(map(abs, still.values())))
     with pytest.raises(UsageError, match="keeps no val gradients beside its samples'"):
@@ -414,9 +419,11 @@ def test_what_cannot_be_is_refused(folder: Path, lab: Lab, tmp_path: Path) -> No
             ask(folder, **options)
     with pytest.raises(UsageError, match="give `val_set`: what is asked for is near its gradient"):
         ghoststore.query(store=folder / "store")
-    for name, value in (("last", 3), ("step_window", "0:3"), ("weight", "unit")):
+    for name, value in (("last", 3), ("step_window", "0:3")):
         with pytest.raises(UsageError, match=f"`{name}.*` belongs to `run`"):
             ghoststore.query(store=folder / "store", **val, **{name: value})
+    with pytest.raises(UsageError, match=r"`weight=loss-fall` is what a step .*: give `run`, or `with_scores`"):
+        ghoststore.query(store=folder / "store", **val, weight="loss-fall")
     other = lab.model(tmp_path / "other", layers=2)
     with pytest.raises(MismatchError, match=r"run 'moving' is of another model"):
         ask(folder, **val, checkpoint=other)
