@@ -61,6 +61,7 @@ ARMS = (
     Arm("reweight, sketched, contrast", {**REWEIGHT, **SKETCHED, **CONTRAST}),
 )
 TIMED = (
+    Arm("top-k, exact, contrast, one pass", {**EXACT, **CONTRAST, **ONE}, "time"),
     Arm("top-k, sketched, contrast, one pass", {**SKETCHED, **CONTRAST, **ONE}, "time"),
     Arm(
         "top-k, sketched, contrast, one pass, val gradient every 4",
@@ -134,10 +135,11 @@ def train(setting: Setting, options: dict[str, Any], val_set: Path, seed: int, s
 
 def chosen_options(setting: Setting, arm: Arm) -> dict[str, Any]:
     """Of an arm that chooses. All candidates are one micro-batch."""
-    return {
-        "batch_size": setting.candidates, "candidates": setting.candidates, "keep": setting.keep, "val_batch_size": 8,
-        **arm.options,
-    }  # fmt: skip
+    size = setting.candidates
+    options = {"batch_size": size, "candidates": size, "keep": setting.keep, "val_batch_size": 8, **arm.options}
+    if options.get("policy") == "random" and options["keep"] is None:
+        options["keep"] = size
+    return options
 
 
 def loss_of(checkpoint: Path, texts: list[str], setting: Setting) -> float:
@@ -185,6 +187,7 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
         for domain in domains:
             own = [curve for curve in curves.get((arm.name, domain), []) if curve]
             control = curves["random", domain][: len(own)]
+            loss[domain] = share[domain] = ""
             if not own:
                 continue
             differences = np.array([one[-1] - other[-1] for one, other in zip(own, control, strict=True)])
@@ -195,8 +198,8 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
             share[domain] = f"{np.mean(each):.2f}"
             if domain != "all":
                 singles.append(differences)
-        if arm.name != "random" and singles:
-            loss["single domains"] = f"{np.mean(np.concatenate(singles)):+.3f}"
+        single = f"{np.mean(np.concatenate(singles)):+.3f}" if singles else ""
+        loss["single domains"] = "" if arm.name == "random" else single
         loss["CPU s ÷ plain"] = f"{np.median(seconds[arm.name]) / plain:.2f}"
         losses.append(loss)
         if arm.of_time is None:

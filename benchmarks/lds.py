@@ -288,7 +288,7 @@ def add_table(results: Results, bench: Bench, halved: Halved) -> None:
         "losses; `val groups`: over the mean losses of groups; `samples of`: over the val samples of one. Intervals "
         "(95 %) resample the trainings. Preconditioned parts: the Kronecker preconditioner of a build; "
         "`preconditioned-dot`: the second moment of the stored rows, on top. Several checkpoints are weighted by their "
-        "learning rates. `training-time`: Σ η·score of the run, kept for groups alone. Exact gradients are computed "
+        "learning rates. `training-time`: Σ unit·score of the run, kept for groups alone. Exact gradients are computed "
         "for the first line of a metric, and serve the others. Between halves the loss of a val sample has a standard "
         f"deviation of {spread:.3f}."
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from ghoststore.cli import options
 from ghoststore.settings.question import QueryOptions
-from ghoststore.settings.shared import Printing, ResultFile
+from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, Printing, ResultFile
 
 
 @options.command(
@@ -28,17 +28,14 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
     options.run("query", keywords, printing, print_hits, file, also="report")
 
 
-SYMBOLS = {"learning-rate": "η", "unit": "unit", "loss-fall": "fall"}
-"""The factor of a step's scores, as headings show it."""
-
-
 def print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview, print_table, say
 
     metric, blended = result.settings["metric"], "with_scores" in result.settings
     of_run = "run" in result.settings
-    heading = f"Σ {SYMBOLS[result.settings['weight']]}·{metric}" if of_run else metric
-    scores = [("blend", True), (metric, True), ("Σ η·score", True)] if blended else [(heading, True)]
+    symbol = STEP_WEIGHT_SYMBOLS.get(result.settings.get("weight"))
+    heading = f"Σ {symbol}·{metric}" if of_run else metric
+    scores = [("blend", True), (metric, True), (f"Σ {symbol}·score", True)] if blended else [(heading, True)]
     times_seen = [("times", True)] if of_run else []
     columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")

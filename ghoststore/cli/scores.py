@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ghoststore.cli import options
-from ghoststore.cli.query import SYMBOLS
-from ghoststore.settings.shared import Printing, ResultFile
+from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, Printing, ResultFile
 from ghoststore.settings.store import ScoresOptions
 
 
@@ -20,12 +19,12 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
     """Which training samples helped the val set while the model trained, by the scores of a training run.
 
     A score is the inner product of a sample's gradient with that of the val loss, at one step. The value of a sample
-    is the sum over steps of learning rate × score (In-Run Data Shapley of first order), or of another --weight × score.
-    Works while the run trains.
+    is the sum over steps of score ÷ the step's mean |score|, or of another --weight × score. Works while the run
+    trains.
 
     \b
       ghoststore scores --store ./store --top-k 20 --bottom-k 20
-      ghoststore scores --store ./store --by domain --steps -1000: --weight unit
+      ghoststore scores --store ./store --by domain --steps -1000: --weight learning-rate
       ghoststore scores --store ./store --sample row-17
     """
     options.run("scores", keywords, printing, _print, file, also="plot")
@@ -182,7 +181,7 @@ def _title(result: Any) -> str:
 
 def _symbol(result: Any) -> str:
     """The factor of the scores."""
-    return SYMBOLS.get(result.settings["weight"], "η")
+    return STEP_WEIGHT_SYMBOLS.get(result.settings["weight"], "")
 
 
 def _number(value: float | None) -> str:

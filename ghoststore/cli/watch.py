@@ -9,7 +9,7 @@ from typing import Any
 from ghoststore.cli import options
 from ghoststore.errors import UsageError
 from ghoststore.lazy import load
-from ghoststore.settings.shared import AsJson
+from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, AsJson
 from ghoststore.settings.store import WatchOptions
 from ghoststore.shown import visible
 
@@ -152,7 +152,8 @@ def render(frame: Any, width: int, height: int | None = None) -> Any:
         body.append(_chart(frame, width, CHART_HEIGHT))
     if layout.samples:
         half = (width - 1) // 2 if width >= WIDE else width
-        best = _extremes("best so far, by Σ η·score", frame.best[: layout.samples], "green", half)
+        symbol = STEP_WEIGHT_SYMBOLS[frame.weight]
+        best = _extremes(f"best so far, by Σ {symbol}·score", frame.best[: layout.samples], "green", half)
         worst = _extremes("worst so far", frame.worst[: layout.samples], "red", half)
         if width >= WIDE:
             grid = Table.grid()
@@ -337,7 +338,7 @@ def _domains(frame: Any, width: int, height: int) -> Any:
 
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("domain", no_wrap=True)
-    headings = ["η·score", *(["kept"] if frame.kept is not None else []), "negative", "times", "trend"]
+    headings = ["value", *(["kept"] if frame.kept is not None else []), "negative", "times", "trend"]
     room = width - 4 - DOMAIN_WIDTH
     fitting = [heading for index, heading in enumerate(headings) if 11 * (index + 1) <= room]
     for heading in fitting:
@@ -346,7 +347,7 @@ def _domains(frame: Any, width: int, height: int) -> Any:
     for domain in domains:
         style = "dim" if domain.value_per_time is None else "green" if domain.value_per_time > 0 else "red"
         cells: dict[str, Text | str] = {
-            "η·score": Text(_number(domain.value_per_time), style=style),
+            "value": Text(_number(domain.value_per_time), style=style),
             "kept": _share(domain.kept_share),
             "negative": _share(domain.negative_share),
             "times": f"{domain.times:,}",
@@ -354,7 +355,8 @@ def _domains(frame: Any, width: int, height: int) -> Any:
         }
         table.add_row(Line(domain.domain or "(none)"), *(cells[heading] for heading in fitting))
     more = len(frame.domains) - len(domains)
-    return _panel("mean η·score by domain" + (f", {more} more" if more > 0 else ""), table, width, height)
+    title = f"mean {STEP_WEIGHT_SYMBOLS[frame.weight]}·score by domain"
+    return _panel(title + (f", {more} more" if more > 0 else ""), table, width, height)
 
 
 def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:

@@ -23,6 +23,7 @@ from ghoststore.settings.shared import (
     ProgressOption,
     Reduction,
     StoreOption,
+    WeightOption,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ class FullGradientsOptions(ProgressOption, LengthOptions, CorpusOptions, Checkpo
 
 
 @options
-class EvaluateOptions(ProgressOption, RebuiltOptions, FieldsOption, PartsOptions, ValSetOption, StoreOption):
+class EvaluateOptions(
+    ProgressOption, RebuiltOptions, FieldsOption, WeightOption, PartsOptions, ValSetOption, StoreOption
+):
     """Options of ``ghoststore evaluate``."""
 
     out: str | Path = field(

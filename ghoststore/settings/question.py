@@ -68,7 +68,7 @@ class ValSetOption:
 
 
 @options
-class RunGradientsOptions(WeightOption):
+class RunGradientsOptions:
     """The gradients that a training run keeps, in the place of a part."""
 
     run: str | None = option(
@@ -127,7 +127,7 @@ class RebuiltOptions(OpenedAgain):
 
 
 @options
-class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, PartsOptions, StoreOption):
+class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, WeightOption, PartsOptions, StoreOption):
     """The options that say what is scored against what."""
 
     val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
@@ -155,8 +155,8 @@ class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, Pa
     with_scores: str | None = option(
         None,
         "Blend with the values of this training run of the store: (1-W)·z(similarity) + W·z(value). The value of a "
-        "row is Σ learning rate × score of its sample; z standardises over the rows that have both. Rows without a "
-        "value are left out, unless W is 0.",
+        "row is Σ `weight` × score of its sample; z standardises over the rows that have both. Rows without a value "
+        "are left out, unless W is 0.",
         "Scoring",
         metavar="RUN",
     )

@@ -13,7 +13,9 @@ Metric = Literal["cosine", "dot"]
 METRICS: tuple[Metric, ...] = ("dot", "cosine")
 Overlong = Literal["truncate", "window", "skip", "error"]
 Reduction = Literal["mean", "sum"]
-StepWeight = Literal["learning-rate", "unit", "loss-fall"]
+StepWeight = Literal["unit", "learning-rate", "loss-fall"]
+STEP_WEIGHT_SYMBOLS: dict[StepWeight, str] = {"unit": "unit", "learning-rate": "η", "loss-fall": "fall"}
+"""The factor of a step's scores, as headings and pictures show it."""
 VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8", "onebit")
 """Of the vectors in a store."""
 FLOATS = ("float32", "bfloat16", "float16")
@@ -126,9 +128,9 @@ class WeightOption:
     """What the steps of a run count with."""
 
     weight: StepWeight = option(
-        "learning-rate",
-        "What a score counts with in a sum over steps. unit: each step is scaled to a mean |score| of 1; loss-fall: "
-        "that, times the fall of the training loss at the step.",
+        "unit",
+        "What a score of a training run counts with in a sum over steps. unit: each step is scaled to a mean |score| "
+        "of 1; loss-fall: that, times the fall of the training loss at the step; learning-rate: that of the step.",
         "Scoring",
     )
 

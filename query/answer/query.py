@@ -47,10 +47,10 @@ def query(options: QueryOptions) -> QueryResult:
     block, and λ = ``damping`` (default 0.1) × the mean eigenvalue of H. The cosine is then that of this metric. H is
     computed by one scan and cached.
 
-    ``with_scores`` names a training run of the store. Its values (Σ η·score of a sample) are blended with the
-    similarities: (1 - W)·z(similarity) + W·z(value), where W is ``score_weight`` (default 0.5) and z standardises over
-    the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are left
-    out unless W is 0.
+    ``with_scores`` names a training run of the store. Its values (Σ ``weight`` × score of a sample) are blended with
+    the similarities: (1 - W)·z(similarity) + W·z(value), where W is ``score_weight`` (default 0.5) and z standardises
+    over the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are
+    left out unless W is 0.
 
     ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
     ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
@@ -77,7 +77,7 @@ def query(options: QueryOptions) -> QueryResult:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
     if options.run is not None:
         return query_run(options, progress)
-    refuse_options_of_runs(options.step_window, options.last, options.weight, candidates=options.candidates)
+    refuse_options_of_runs(options, candidates=options.candidates)
     page = None if options.report is None else check_output(options.report, "report", (".html",))
     if options.index_name is not None and options.index == "exact":
         raise UsageError("`index_name` belongs to `index=ann`")

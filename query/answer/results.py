@@ -39,7 +39,7 @@ class BlendedHit(Hit):
     similarity: float
     """The cosine or dot product."""
     value: float | None
-    """Σ η·score of the sample in the training run; None where the run has no score of it."""
+    """Σ weight·score of the sample in the training run; None where the run has no score of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

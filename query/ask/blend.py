@@ -1,7 +1,7 @@
 """Similarity blended with the training-time value of samples: ``ghoststore query --with-scores``.
 
 score = (1 − W)·z(similarity) + W·z(value), with z(x) = (x − mean) ÷ standard deviation over the rows that have both.
-The value is Σ η·score of the row's sample in a training run.
+The value is Σ weight·score of the row's sample in a training run, see `query.training_scores.weights`.
 
 Legend: Q queries, N rows of a part, M rows of a run's row table, U units (samples, or windows) of a run.
 """
@@ -26,6 +26,7 @@ from ghoststore.tokens.shards import TokenShards
 from query.search.search import Ranking
 from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
+from query.training_scores.weights import StepWeight, StepWeights
 
 DEFAULT_WEIGHT = 0.5
 BLEND = "(1-W)·z(similarity) + W·z(value)"
@@ -47,7 +48,8 @@ class RowValues:
     """The training-time value of every row of a part in one run."""
 
     value: NDArray[np.float64]
-    """(N,): Σ η·score; NaN for a row without a score."""
+    """(N,): Σ weight·score; NaN for a row without a score."""
+    weight: StepWeight
     joined_by: JoinedBy
     steps: int
     """Committed steps of the run."""
@@ -85,6 +87,7 @@ class Blend:
             "score_weight": self.weight,
             "blend": BLEND,
             "value": "cumulative",
+            "weight": self.values.weight,
             "joined_by": self.values.joined_by,
             "run_steps": self.values.steps,
             "rows_blended": self.rows,
@@ -111,9 +114,15 @@ class _Rows:
 
 
 def values_of_rows(
-    part: Part, run: Run, progress: Progress, group: str | None = None, data: str | Path | None = None
+    part: Part,
+    run: Run,
+    weight: StepWeight,
+    progress: Progress,
+    group: str | None = None,
+    data: str | Path | None = None,
 ) -> RowValues:
     """The value of each committed row of ``part`` in ``run``: for the whole val set, or for one val ``group``.
+    ``weight`` is what a step counts with.
 
     Rows of part and run are joined by the sample's place in the corpus. Where both cut long samples into the same
     windows they are joined by window; otherwise each row has the value of its whole sample.
@@ -128,13 +137,14 @@ def values_of_rows(
     units = Units(run, joined_by)
     sums = ScoreSums(len(units))
     with closing(progress.task("reading scores", run.steps, unit="steps")) as task:
-        for piece in stream_steps(run, choose_column(run, group), inside(run.ranges, window)):
+        weights = StepWeights(run, weight, window)
+        for piece in stream_steps(run, choose_column(run, group), inside(run.ranges, window), weights=weights):
             sums.add(piece.places, units.of(piece.places.row))
             task.advance(piece.stop - piece.start)
     part.refuse_hollow()
     value = np.full(part.layout.rows, np.nan)
     value[part.row_numbers] = join(*_keys(rows, _rows_at(table, units.first_row), joined_by), sums.values("cumulative"))
-    return RowValues(value, joined_by, run.steps)
+    return RowValues(value, weight, joined_by, run.steps)
 
 
 def windowed_alike(part: Part, run: Run) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ghoststore.corpus import Fields
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import check_at_least
-from ghoststore.settings.question import RunGradientsOptions
-from ghoststore.settings.shared import StepWeight
+from ghoststore.settings.question import QueryOptions, RunGradientsOptions, SelectOptions
+from ghoststore.settings.shared import WeightOption
 from ghoststore.store import Run
 from ghoststore.store.run.ranges import Steps
 from query.ask.question import Question
@@ -65,16 +65,15 @@ class RunQuestion(RunGradientsOptions, Question):
         return window_of(run, self.step_window, "step_window")
 
 
-def refuse_options_of_runs(
-    step_window: str | slice | None, last: int | None, weight: StepWeight, **flags: bool
-) -> None:
-    """UsageError for options that only ``run`` reads, where there is none. ``flags`` are further ones, by name."""
-    given = {
-        "step_window": step_window is not None,
-        "last": last is not None,
-        f"weight={weight}": weight != RunGradientsOptions.weight,
-        **flags,
-    }
+def refuse_options_of_runs(options: QueryOptions | SelectOptions, **flags: bool) -> None:
+    """UsageError for options that only a training run has a use for, where there is none. ``flags`` are further ones,
+    by name.
+    """
+    given = {"step_window": options.step_window is not None, "last": options.last is not None, **flags}
     for name, is_given in given.items():
         if is_given:
             raise UsageError(f"`{name}` belongs to `run`, the gradients that a training run keeps")
+    if options.weight != WeightOption.weight and options.with_scores is None:
+        raise UsageError(
+            f"`weight={options.weight}` is what a step of a training run counts with: give `run`, or `with_scores`"
+        )

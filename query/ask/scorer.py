@@ -61,7 +61,7 @@ def open_scorer(
     run = None
     if question.with_scores is not None:
         scored = Store.open(question.store).run(question.with_scores)
-        run = values_of_rows(parts[0], scored, progress, data=question.data)
+        run = values_of_rows(parts[0], scored, question.weight, progress, data=question.data)
     vals = []
     kept_encoder: PartEncoder | None = None
     for part, checkpoint in zip(parts, checkpoints, strict=True):

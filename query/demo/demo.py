@@ -24,6 +24,7 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DemoOptions
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.shared import WeightOption
 from ghoststore.store import Store
 from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
 from ghoststore.store.base.writers import FOLDER as WRITERS
@@ -79,9 +80,11 @@ class DemoReport:
     """Mean training loss of the last 20 steps, nats a token."""
     val_loss: float
     scored: dict[str, Any]
-    """About the training-time scores: ``negative_share``, ``share_of_time``, ``val_refresh_interval``, ``run``."""
+    """About the training-time scores: ``negative_share``, ``share_of_time``, ``val_refresh_interval``, ``run``, and the
+    ``weight`` of a step in ``values``.
+    """
     values: dict[str, dict[str, float]]
-    """For each val domain, the mean cumulative score Σ η·s of a training sample of each domain."""
+    """For each val domain, the mean cumulative score Σ weight·s of a training sample of each domain."""
     domains: dict[str, dict[str, int]]
     """For each val domain, how many of the ten nearest rows are of each domain."""
     recall: dict[str, Recall]
@@ -172,6 +175,7 @@ def _run(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress: Progr
             "negative_share": trained.negative_share,
             "share_of_time": trained.score_share,
             "val_refresh_interval": VAL_REFRESH,
+            "weight": WeightOption.weight,
         },
         values=values,
         recall=recall,
@@ -258,7 +262,7 @@ def _train(
 
 
 def _values(store: Path, corpus: DemoCorpus) -> dict[str, dict[str, float]]:
-    """For each val domain the mean Σ η·s of the training samples of each domain."""
+    """For each val domain the mean Σ weight·s of the training samples of each domain."""
     means = {}
     for group in sorted({row["domain"] for row in corpus.val_domains}):
         result = scores(store=store, run=RUN, by="domain", group=group)

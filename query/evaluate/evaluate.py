@@ -80,7 +80,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
 
     If ``part`` names several parts, the methods are those of the first one. ``checkpoints-dot`` and
     ``checkpoints-cosine`` then are the sums over all, weighted by ``part_weights`` as in ``ghoststore.query``. ``run``
-    names a training run of the store, whose values (Σ η·score) are evaluated, too.
+    names a training run of the store, whose values (Σ ``weight`` × score) are evaluated, too.
 
     Raises UsageError for unknown names and numbers out of range, MismatchError if the corpus has changed or ``out``
     holds another evaluation, and what ``ghoststore.query`` raises.
@@ -101,6 +101,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         options.methods,
         options.damping,
         None if options.run is None else Store.open(options.store).run(options.run),
+        options.weight,
     )
     trainings = _Trainings(task, Path(options.out) / "trainings", workers)
     masks = {f"half-{number:05d}": half(options.seed, number, task.samples) for number in range(options.halves)}
@@ -118,6 +119,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
         "drop": options.drop,
         "top_k": options.top_k,
         "repeats": options.repeats,
+        "weight": None if options.run is None else options.weight,
     }
     return EvaluateReport(
         store=str(options.store),
@@ -180,6 +182,8 @@ def _refuse(options: EvaluateOptions) -> None:
             raise UsageError(f"`{parameter}` {unknown[0]!r} is unknown; known: {', '.join(choices)}")
     if not options.tests:
         raise UsageError(f"`tests` is empty: give at least one of {', '.join(TESTS)}")
+    if options.weight != EvaluateOptions.weight and options.run is None:
+        raise UsageError(f"`weight={options.weight}` is what a step of a training run counts with: give `run`")
     if not 0 < options.drop < 1:
         raise UsageError(f"`drop` must be above 0 and below 1, not {options.drop}")
     check_at_least(3, halves=options.halves)

@@ -20,7 +20,7 @@ from ghoststore.corpus import Corpus, Fields, open_corpus
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.question import RebuiltOptions
-from ghoststore.settings.shared import METRICS
+from ghoststore.settings.shared import METRICS, StepWeight, WeightOption
 from ghoststore.store import Part, Run
 from ghoststore.store.base.own import source_path
 from indexer.encode.tokens import Row
@@ -193,11 +193,13 @@ class Task:
         methods: Sequence[str],
         damping: float | None,
         run: Run | None,
+        step_weight: StepWeight = WeightOption.weight,
     ) -> dict[str, Callable[[], Scored]]:
         """For each method a function that computes its scores.
 
         The first of ``parts`` is the part of this task. The methods ``checkpoints-…`` sum over all ``parts`` with
-        ``weights``. ``base`` is the question that the methods vary; its val set is encoded here, once.
+        ``weights``; the values of ``run`` count a step with ``step_weight``. ``base`` is the question that the methods
+        vary; its val set is encoded here, once.
 
         UsageError for a method that is impossible for the part, and if the usable val samples are not those of the
         trainings.
@@ -240,7 +242,9 @@ class Task:
         for method in BASELINES:
             if method in methods:
                 score_of[method] = self._of_tf_idf if method == "tf-idf" else self._of_random
-        return score_of if run is None else {**score_of, f"training-time ({run.name})": partial(self._of_run, run)}
+        if run is not None:
+            score_of[f"training-time ({run.name})"] = partial(self._of_run, run, step_weight)
+        return score_of
 
     def _encode(self, part: Part, base: Question, val_set: Corpus) -> ValVectors:
         """The vectors of the val samples, as in a query of ``part``. UsageError if they are not those of
@@ -278,16 +282,16 @@ class Task:
             whole_N=scores_VN.mean(0), groups=dict(zip(self.groups, by_group, strict=True)), samples_VN=scores_VN
         )
 
-    def _of_run(self, run: Run) -> Scored:
-        """Σ η·score of a training run: for each val group if the run has scores for these groups, else for the whole
-        val set.
+    def _of_run(self, run: Run, weight: StepWeight) -> Scored:
+        """Σ weight·score of a training run: for each val group if the run has scores for these groups, else for the
+        whole val set.
 
         Groups with equal names are the same groups only if the run has the same val set. If it has another, its scores
         for the whole val set are taken, and a note says so.
         """
 
         def values(group: str | None) -> NDArray[np.float64]:
-            values_N = values_of_rows(self.part, run, self.progress, group, self.corpus.source).value
+            values_N = values_of_rows(self.part, run, weight, self.progress, group, self.corpus.source).value
             return np.asarray(by_sample(values_N[None], self.part, self.samples)[0])
 
         whole_N = values(None)

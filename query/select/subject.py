@@ -25,7 +25,7 @@ class OfParts:
     """The rows of a part, or of several that are summed."""
 
     def __init__(self, options: SelectOptions, progress: Progress) -> None:
-        refuse_options_of_runs(options.step_window, options.last, options.weight, all_candidates=options.all_candidates)
+        refuse_options_of_runs(options, all_candidates=options.all_candidates)
         self.question = part_of(Question, options)
         wanted = self.question
         self._parts, self._weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)

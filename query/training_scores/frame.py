@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ghoststore.settings.shared import StepWeight, WeightOption
+
 RunState = Literal["running", "stopped", "finished"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extreme:
-    """One of the best or worst samples so far, by Σ η·score."""
+    """One of the best or worst samples so far, by Σ weight·score."""
 
     id: str
     id_repeats: bool
@@ -30,7 +32,7 @@ class DomainTrend:
     domain: str | None
     times: int
     value_per_time: float | None
-    """Σ η·score ÷ times; None where no score of the domain counts."""
+    """Σ weight·score ÷ times; None where no score of the domain counts."""
     negative_share: float | None
     kept_share: float | None
     """Share of the domain's candidates that were trained on; None for a run that does not choose."""
@@ -97,8 +99,10 @@ class Frame:
     """Share of the time of the recent steps that scoring took, 0 to 1."""
     scored: int = 0
     left_out: int = 0
-    """Scores that are NaN, infinite, or of a step without a learning rate."""
+    """Scores that are NaN or infinite."""
     negative_share: float | None = None
+    weight: StepWeight = WeightOption.weight
+    """What the score of a step counts with in the values of samples and domains."""
     candidates: int | None = None
     """Samples that steps chose among; None for a run that does not choose."""
     kept: int | None = None

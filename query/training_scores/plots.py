@@ -1,4 +1,4 @@
-"""Pictures of the scores of a run: over its steps, the mean score and the sum Σ η·score of each domain."""
+"""Pictures of the scores of a run: over its steps, the mean score and the sum Σ weight·score of each domain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.shared import WeightOption
+from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, WeightOption
 from ghoststore.shown import picture_label
 from ghoststore.store import Run
 from ghoststore.store.run.ranges import inside
@@ -73,9 +73,7 @@ def plot_scores(
         xlabel=f"step (bins of {curves.width:,})" if curves.width > 1 else "step",
         ylabel="⟨∇ℓ sample, ∇L val⟩   in (nats a token)² / weight²",
     )
-    symbol, unit = {"unit": ("unit", "in steps"), "loss-fall": ("fall", "in nats a token")}.get(
-        weight, ("η", "in nats a token")
-    )
+    symbol, unit = STEP_WEIGHT_SYMBOLS[weight], "in steps" if weight == "unit" else "in nats a token"
     right.set(title=f"What it adds up to: Σ {symbol} · score", xlabel="step", ylabel=f"Σ {symbol} · score   {unit}")
     for axes in (left, right):
         axes.axhline(0, color="black", linewidth=0.7)

@@ -66,7 +66,7 @@ class HistoryEntry:
     score: float | None
     """None if the sample was not scored then, or if the score is not finite: it adds nothing to the sum."""
     weighted: float | None
-    """weight·score; by default the weight is η."""
+    """weight·score, of the weight that the settings name."""
     cumulative: float
     """Sum of ``weighted`` for this sample (this ``source_row``) up to this step."""
 

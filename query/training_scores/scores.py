@@ -1,7 +1,8 @@
 """``ghoststore.scores``: which samples helped a model while it trained, by the scores of its run.
 
-The value of a sample is by default Σ over steps of η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024,
-arXiv:2406.11011, section 4.1). Read ``docs/scores.md`` for what it tells.
+The value of a sample is by default Σ over steps of s_i,t ÷ the step's mean |s|. With ``weight="learning-rate"`` it is
+Σ η_t·s_i,t: In-Run Data Shapley of first order (Wang et al. 2024, arXiv:2406.11011, section 4.1). Read
+``docs/scores.md`` for what it tells.
 
 Legend: U units (samples, or windows).
 """
@@ -47,7 +48,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     With ``by="domain"`` a table of domains instead, with ``sample`` the history of the sample of that id (of each, with
     a running sum of its own, where several have it). ``value`` is
     ``cumulative`` (Σ w·s), ``mean`` (that ÷ times), ``sum`` (Σ s) or ``last`` (the newest score). ``weight`` says what
-    w is: the step's ``learning-rate``, ``unit`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
+    w of a step is: ``unit``, ``learning-rate`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
     often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight that

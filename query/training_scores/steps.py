@@ -155,14 +155,14 @@ def stream_steps(
     column: ScoreColumn,
     ranges: Sequence[Steps],
     *,
+    weights: StepWeights,
     also: Sequence[str] = (),
     loss: bool = False,
     candidates: bool = False,
-    weights: StepWeights | None = None,
 ) -> Iterator[StepPiece]:
     """The steps of ``ranges`` of committed ones, piece by piece; ``also`` are further arrays of one number a step.
 
-    A step counts with its weight of ``weights`` (default: its learning rate). Where steps chose among candidates, the
+    A step counts with its weight of ``weights``. Where steps chose among candidates, the
     places are of those that were trained on, each with its weight in the step, too; with ``candidates`` of all, alike.
 
     Memory: one chunk of each array. CorruptError naming what is damaged.
@@ -177,7 +177,7 @@ def stream_steps(
         step, rank, _ = filled.nonzero()
         score, rate = column.of(data[column.array])[filled], data["learning_rate"][step]
         # A step's weight is over all of its candidates, chosen or not.
-        weight = rate if weights is None else weights.of(step + start, score, rate)
+        weight = weights.of(step + start, score, rate)
         counts = np.ones(len(step), dtype=bool)
         if weighs:
             in_step = data["weight"][filled].astype(np.float64)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
+from ghoststore.settings.shared import WeightOption
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
 from ghoststore.store.base.own import is_own
@@ -29,6 +30,7 @@ from query.training_scores.curves import STEP_ARRAYS, Curves
 from query.training_scores.frame import Curve, DomainTrend, Extreme, Frame, RunState
 from query.training_scores.steps import ScoreColumn, StepPiece, end_of, gaps_of, stream_steps
 from query.training_scores.sums import ScoreSums, Units, best
+from query.training_scores.weights import StepWeights
 
 STEPS_A_FRAME = 20_000
 """Most steps that one frame reads, so that the first frame of a long run appears at once and later ones complete it."""
@@ -126,7 +128,8 @@ class Watcher:
         self._pending = merged([*self._pending, *self._run.reload()])
         chosen, self._pending = _first(self._pending, most_steps)
         if self._last is None or chosen:
-            for piece in stream_steps(self._run, ScoreColumn("score"), chosen, also=STEP_ARRAYS):
+            column, weights = ScoreColumn("score"), self._weights
+            for piece in stream_steps(self._run, column, chosen, weights=weights, also=STEP_ARRAYS):
                 self._add(piece)
             self._last = self._frame(self._run)
         return replace(self._last, **_writer_fields(self._run, self._last))
@@ -147,6 +150,7 @@ class Watcher:
         self._run, self._pending = run, list(run.ranges)
         self._units = Units(run, "sample")
         self._sums = ScoreSums(len(self._units))
+        self._weights = StepWeights(run, WeightOption.weight, (0, run.layout.steps))
         self._curves = Curves(run, BINS if len(run.domains) <= MANY_DOMAINS else FEW_BINS)
         self._domain = self._units.domain
         self._recent_scores: deque[NDArray[np.float64]] = deque()

@@ -1,8 +1,10 @@
 """What a score of a step counts with in a sum over steps: ``--weight``.
 
-``learning-rate``: η of the step, so that the sum is that of In-Run Data Shapley of first order. ``unit``: 1 ÷ the mean
-|score| of the step, so that every step counts alike, however long its gradients are. ``loss-fall``: that, times how far
-the training loss fell at the step: a step that taught more counts more, and one at which the loss did not fall nothing.
+``unit``, the default: 1 ÷ the mean |score| of the step, so that every step counts alike, however long its gradients
+are. ``learning-rate``: η of the step, so that the sum is that of In-Run Data Shapley of first order. ``loss-fall``: 1 ÷
+the mean |score|, times how far the training loss fell at the step: a step that taught more counts more, and one at
+which the loss did not fall nothing. A step whose learning rate is 0 moved no weight and counts nothing, whatever the
+kind.
 
 The fall of a step is the slope of the training loss there. The committed steps of the window are cut into BLOCKS
 blocks; between the middles of two neighbours the loss falls from the mean of the one to that of the other, evenly.
@@ -38,7 +40,8 @@ class StepWeights:
 
     def of(self, step: NDArray[np.int64], score: Float64, learning_rate: Float64) -> Float64:
         """(P,): what each of ``score`` is multiplied with. ``step`` is ascending, and has all places of each step that
-        it has any of. NaN where the step has no finite learning rate, if that is asked for, or no finite score.
+        it has any of. 0 where the learning rate is. NaN where the step has no finite learning rate, if that is asked
+        for, or no finite score.
         """
         if self.kind == "learning-rate":
             return learning_rate
@@ -50,7 +53,7 @@ class StepWeights:
             weights = np.where(sums > 0, counts / sums, np.where(counts > 0, 0.0, np.nan))
         if self._falls is not None:
             weights = weights * self._falls.of(steps)
-        return np.asarray(weights[of_step])
+        return np.where(learning_rate == 0, 0.0, weights[of_step])
 
 
 class _Falls:

@@ -131,8 +131,10 @@ class Reference:
     array: str = "score"
     places: tuple[int, ...] | None = None
     unit: str = "sample"
+    weight: str = "unit"
+    """What a step counts with: ``unit`` or ``learning-rate``."""
     rated: bool = True
-    """Whether a score needs a learning rate."""
+    """Whether a score needs a weight."""
 
     def places_of(self, step: int) -> Iterator[tuple[int, int, float, float, float]]:
         """(rank, row, score, learning rate, loss) as stored."""
@@ -145,26 +147,34 @@ class Reference:
                 loss = float(np.float32(given["loss"][rank, place]))
                 yield rank, row, score, float(given["learning_rate"]), loss
 
-    def counts(self, score: float, eta: float) -> bool:
-        return bool(np.isfinite(score) and (np.isfinite(eta) or not self.rated))
+    def factor(self, step: int) -> float:
+        """The weight of a step."""
+        if self.weight == "learning-rate":
+            return float(values(step)["learning_rate"])
+        sizes = [abs(score) for _, _, score, _, _ in self.places_of(step) if np.isfinite(score)]
+        return len(sizes) / sum(sizes)
+
+    def counts(self, score: float, factor: float) -> bool:
+        return bool(np.isfinite(score) and (np.isfinite(factor) or not self.rated))
 
     def key(self, row: int) -> int:
         return int(row_table().source_row[row]) if self.unit == "sample" else row
 
     def scores(self) -> Mapping[int, list[tuple[int, float, float]]]:
-        """By unit: (step, score, learning rate) of every score that counts."""
+        """By unit: (step, score, weight of the step) of every score that counts."""
         found: dict[int, list[tuple[int, float, float]]] = defaultdict(list)
         for step in self.steps:
-            for _, row, score, eta, _ in self.places_of(step):
-                if self.counts(score, eta):
-                    found[self.key(row)].append((step, score, eta))
+            factor = self.factor(step)
+            for _, row, score, _, _ in self.places_of(step):
+                if self.counts(score, factor):
+                    found[self.key(row)].append((step, score, factor))
         return found
 
     def values(self, kind: str) -> dict[int, float]:
         """By unit, those with a score alone."""
         how = {
-            "cumulative": lambda seen: sum(score * eta for _, score, eta in seen),
-            "mean": lambda seen: sum(score * eta for _, score, eta in seen) / len(seen),
+            "cumulative": lambda seen: sum(score * factor for _, score, factor in seen),
+            "mean": lambda seen: sum(score * factor for _, score, factor in seen) / len(seen),
             "sum": lambda seen: sum(score for _, score, _ in seen),
             "last": lambda seen: seen[-1][1],
         }[kind]
@@ -184,7 +194,9 @@ def domain_of(key: int, unit: str) -> str | None:
 def run_on(
     store: Path, name: str, source: np.ndarray, digest: np.ndarray, start: np.ndarray | None = None, **sections: Any
 ) -> np.ndarray:
-    """A run whose rows are these, each scored in 2 of 3 steps or so; the value of each row (NaN: not scored)."""
+    """A run whose rows are these, each scored in 2 of 3 steps or so; the value of each row (NaN: not scored), every
+    step scaled to a mean |score| of 1.
+    """
     rows = len(source)
     table = RowTable(
         sample_id=np.array([f"row-{i}" for i in source], dtype=object),
@@ -206,7 +218,7 @@ def run_on(
             score[rng.random(rows) < 0.6] = np.nan
             eta = 0.1 * (step + 1)
             counts = np.isfinite(score)
-            value[counts] += eta * score[counts]
+            value[counts] += score[counts] / np.abs(score[counts]).mean(dtype=np.float64)
             times += counts
             writer.append(step, {"sample": np.arange(rows)[None], "score": score[None], "learning_rate": eta})
     value[times == 0] = np.nan

@@ -73,12 +73,14 @@ def table_of(ids: dict[int, str]) -> RowTable:
 
 
 def sums_of(row: int, steps: int) -> list[tuple[int, float]]:
-    """(step, Σ η·score up to there) of every time that a row of the run was trained on, counted one by one."""
+    """(step, Σ score ÷ mean |score| up to there) of every time that a row of the run was trained on, one by one."""
     found, total = [], 0.0
     for step in range(steps):
         given = values(step)
+        score = given["score"].astype(np.float32).astype(np.float64)
+        mean = np.abs(score[np.isfinite(score)]).mean()
         for place in zip(*np.nonzero(given["sample"] == row), strict=True):
-            weighted = float(np.float32(given["score"][place])) * given["learning_rate"]
+            weighted = score[place] / mean
             total += weighted if np.isfinite(weighted) else 0.0
             found.append((step, total))
     return found
@@ -173,7 +175,7 @@ def test_numbers_of_a_table_are_never_cut(
     monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
     columns = [
         ("rank", True),
-        ("Σ η·score", True),
+        ("Σ unit·score", True),
         ("times", True),
         ("negative", True),
         ("id", False),
@@ -312,7 +314,8 @@ def test_what_is_asked_says_so(lab: Lab, folder: Path) -> None:
     assert [one.repeated_ids for one in (*held.parts, *held.runs)] == [REPEATED, REPEATED]
     shown = lab.run("watch", "--once", "--store", store).out
     assert {one.id_repeats for one in frame.best} == {one.id in ("a", "c", "7") for one in frame.best}
-    assert all((f"row {one.source_row} " in shown) == one.id_repeats for one in (*frame.best, *frame.worst))
+    on_screen = (*frame.best[:5], *frame.worst[:5])
+    assert all((f"row {one.source_row} " in shown) == one.id_repeats for one in on_screen)
     for words in (["scores"], ["watch", "--once"], ["info", "--part", "part"], ["info", "--run", "run"]):
         assert "occur more than once" in " ".join(lab.run(*words, "--store", store).out.split()), words
 

@@ -105,6 +105,18 @@ def test_the_ends(store: Path, val: Path, value: np.ndarray) -> None:
     assert [hit.source_row for hit in one.results[0].hits] == order
 
 
+def test_what_a_step_counts_with(store: Path, val: Path, value: np.ndarray) -> None:
+    """The values are those of `scores` with that weight; by default every step is scaled to a mean |score| of 1."""
+    for weight, options in (("unit", {}), ("learning-rate", {"weight": "learning-rate"})):
+        told = ghoststore.scores(store=store, run="mine", weight=weight, top_k=K, text=False)
+        found = ask(store, val, with_scores="mine", score_weight=1.0, **options)
+        assert [(hit.source_row, hit.value) for hit in found.results[0].hits] == [
+            (hit.source_row, pytest.approx(hit.value)) for hit in told.hits
+        ]
+        assert found.settings["weight"] == weight
+        assert (weight == "unit") == all(hit.value == pytest.approx(value[hit.source_row]) for hit in told.hits)
+
+
 def test_rows_without_a_score_are_said(store: Path, val: Path) -> None:
     notes = Notes()
     ask(store, val, with_scores="mine", progress=notes)
@@ -120,6 +132,8 @@ def test_weights_that_are_none(store: Path, val: Path, weight: float) -> None:
 def test_refused_usage(store: Path, val: Path) -> None:
     with pytest.raises(UsageError, match="`score_weight` belongs to `with_scores`"):
         ask(store, val, score_weight=0.5)
+    with pytest.raises(UsageError, match=r"`weight=loss-fall` is what a step .* give `run`, or `with_scores`"):
+        ask(store, val, weight="loss-fall")
     with pytest.raises(UsageError, match="no run 'nonesuch'; it has: mine"):
         ask(store, val, with_scores="nonesuch")
 
@@ -135,7 +149,8 @@ def test_the_command(lab: Lab, store: Path, val: Path, tmp_path: Path) -> None:
     table = lab.run(*words)
     assert table.code == 0, table.err
     assert "blend" in table.out
-    assert "Σ η·score" in table.out
+    assert "Σ unit·score" in table.out
+    assert "Σ η·score" in lab.run(*words, "--weight", "learning-rate").out
     assert "have no score in run" in table.err
     plain = lab.run("query", "--store", store, "--val-set", val, "--json").json
     assert "similarity" not in plain["results"][0]["hits"][0]

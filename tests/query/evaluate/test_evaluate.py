@@ -194,7 +194,16 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
     means = [np.stack([numbers[places].mean(0) for places in groups.values()]) for numbers in (scores, losses)]
     assert by_method["dot"].groups == lds(means[0], kept, means[1])
     assert by_method["training-time (run)"].samples is None
-    assert by_method["training-time (run)"].groups.targets == 2
+    assert report.settings["weight"] == "unit"
+    rated = evaluate(folder, out, methods=["random"], run="run", weight="learning-rate")
+    assert rated.settings["weight"] == "learning-rate"
+    for weight, one in (("unit", by_method["training-time (run)"]), ("learning-rate", rated.lds[-1])):
+        worth = np.zeros((2, SAMPLES))
+        for place, group in enumerate(groups):
+            told = ghoststore.scores(store=folder / "store", group=group, weight=weight, top_k=SAMPLES, text=False)
+            for hit in told.hits:
+                worth[place, hit.source_row] = hit.value
+        assert one.groups == lds(worth, kept, means[1])
 
 
 @pytest.mark.slow
@@ -314,6 +323,7 @@ def test_refused(lab: Lab, folder: Path, done: Path, tmp_path: Path) -> None:
         ({"workers": 0}, "`workers` must be at least 1"),
         ({"max_steps": 0}, "`max_steps` must be at least 1"),
         ({"learning_rate": -1.0}, "`learning_rate`"),
+        ({"weight": "loss-fall"}, "`weight=loss-fall` is what a step .* give `run`"),
     ]:
         with pytest.raises(UsageError, match=message):
             evaluate(folder, tmp_path / "new", **settings)

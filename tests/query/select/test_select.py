@@ -139,11 +139,14 @@ def test_with_scores_of_a_run(built: Path, val: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(built, tmp_path / "store"))
     part = Store.open(store).part()
     run_on(store, "mine", *(part.read(name, 0, 27)[:20] for name in ("source_row", "source_digest")))
-    wanted = score_of(store, val, with_scores="mine")
-    assert 5 < np.isfinite(wanted).sum() < 21
-    made = select(store, val, tmp_path / "out.jsonl", count=5, with_scores="mine", score_weight=0.5)
-    assert source_rows(made) == top(wanted, 5)
-    assert made.available == np.isfinite(wanted).sum()
+    for weight in ("unit", "learning-rate"):
+        wanted = score_of(store, val, with_scores="mine", weight=weight)
+        assert 5 < np.isfinite(wanted).sum() < 21
+        out = tmp_path / f"{weight}.jsonl"
+        made = select(store, val, out, count=5, with_scores="mine", score_weight=0.5, weight=weight)
+        assert source_rows(made) == top(wanted, 5)
+        assert made.available == np.isfinite(wanted).sum()
+        assert made.settings["weight"] == weight
 
 
 def test_layers(lab: Lab, val: Path, tmp_path: Path) -> None:

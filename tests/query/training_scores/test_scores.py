@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ghoststore.store.run.pieces import side_by_side
 from ghoststore.store.run.ranges import inside
 from query.training_scores.steps import choose_column, stream_steps, window_of
 from query.training_scores.sums import ScoreSums, Units, best
+from query.training_scores.weights import StepWeights
 from tests.support.notes import Notes
 from tests.support.score_runs import (
     GAP,
@@ -70,15 +72,26 @@ def agree(hits: Sequence[Any], expected: list[tuple[int, float]], reference: Ref
         assert hit.window_start == (table.window_start[row] if reference.unit == "window" else 0)
 
 
+VALUES = (*itertools.product(WEIGHTED, ("unit", "learning-rate")), ("sum", "unit"), ("last", "unit"))
+"""(value, weight)."""
+
+
 @pytest.mark.thin
-@pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
+@pytest.mark.parametrize(("kind", "weight"), VALUES)
 @pytest.mark.parametrize("unit", ["sample", "window"])
-def test_values(store: Path, kind: Any, unit: Any) -> None:
-    reference = Reference(committed(), unit=unit, rated=kind in WEIGHTED)
-    found = ghoststore.scores(store=store, value=kind, unit=unit, top_k=7, bottom_k=30, text=False)
+def test_values(store: Path, kind: Any, weight: Any, unit: Any) -> None:
+    reference = Reference(committed(), unit=unit, weight=weight, rated=kind in WEIGHTED)
+    found = ghoststore.scores(store=store, value=kind, weight=weight, unit=unit, top_k=7, bottom_k=30, text=False)
     agree(found.hits, ranked(reference, kind, 7), reference)
     agree(found.bottom, ranked(reference, kind, 30, lowest=True), reference)
     assert len(found.hits) == 7
+
+
+def test_the_default_weight(store: Path) -> None:
+    """Every step is scaled to a mean |score| of 1, and what is returned says so."""
+    found, named = (ghoststore.scores(store=store, text=False, **given) for given in ({}, {"weight": "unit"}))
+    assert found == named
+    assert found.settings["weight"] == "unit"
 
 
 @pytest.mark.parametrize(
@@ -90,11 +103,12 @@ def test_values(store: Path, kind: Any, unit: Any) -> None:
         ({"layers": ["h.1*"]}, "block_score", (2,)),
         ({"layers": ["h.0", "h.10"], "exclude_layers": ["h.0.mlp"]}, "block_score", (1, 2)),
         ({"exclude_layers": ["attn"]}, "block_score", (0, 2)),
+        ({"group": "law", "weight": "learning-rate"}, "group_score", (0,)),
     ],
     ids=str,
 )
 def test_groups_and_layers(store: Path, options: Any, array: str, places: tuple[int, ...]) -> None:
-    reference = Reference(committed(), array=array, places=places)
+    reference = Reference(committed(), array=array, places=places, weight=options.get("weight", "unit"))
     found = ghoststore.scores(store=store, top_k=30, text=False, **options)
     expected = ranked(reference, "cumulative", 30)
     assert [hit.source_row for hit in found.hits] == [key for key, _ in expected]
@@ -136,8 +150,10 @@ def test_a_window_is_a_slice(run: Any, start: int | None, stop: int | None) -> N
             window_of(run, text)
         return
     window = window_of(run, text)
-    ranges = inside(run.ranges, window)
-    pieces = [range(piece.start, piece.stop) for piece in stream_steps(run, choose_column(run), ranges)]
+    streamed = stream_steps(
+        run, choose_column(run), inside(run.ranges, window), weights=StepWeights(run, "unit", window)
+    )
+    pieces = [range(piece.start, piece.stop) for piece in streamed]
     assert [step for piece in pieces for step in piece] == wanted
 
 
@@ -163,12 +179,12 @@ def test_filters(store: Path, kind: Any, domains: tuple[str, ...], min_times: in
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize("kind", ["cumulative", "mean", "sum", "last"])
+@pytest.mark.parametrize(("kind", "weight"), VALUES)
 @pytest.mark.parametrize("min_times", [None, 4])
-def test_by_domain(store: Path, kind: Any, min_times: int | None) -> None:
-    reference = Reference(committed(), rated=kind in WEIGHTED)
+def test_by_domain(store: Path, kind: Any, weight: Any, min_times: int | None) -> None:
+    reference = Reference(committed(), weight=weight, rated=kind in WEIGHTED)
     seen, value = reference.scores(), reference.values(kind)
-    found = ghoststore.scores(store=store, by="domain", value=kind, min_times=min_times)
+    found = ghoststore.scores(store=store, by="domain", value=kind, weight=weight, min_times=min_times)
     assert found.domains is not None
     assert {one.domain for one in found.domains} == {"sky", "earth", None}
     assert found.hits == []
@@ -189,17 +205,20 @@ def test_by_domain(store: Path, kind: Any, min_times: int | None) -> None:
     assert order == sorted(order, reverse=True)
 
 
-@pytest.mark.parametrize("sample", ["s0", "s3", "s14"])
-def test_the_history_of_a_sample(store: Path, sample: str) -> None:
-    reference, table = Reference(committed()), row_table()
-    found = ghoststore.scores(store=store, sample=sample)
+@pytest.mark.parametrize(
+    ("sample", "weight"), [("s0", "unit"), ("s0", "learning-rate"), ("s3", "unit"), ("s14", "unit")]
+)
+def test_the_history_of_a_sample(store: Path, sample: str, weight: Any) -> None:
+    reference, table = Reference(committed(), weight=weight), row_table()
+    found = ghoststore.scores(store=store, sample=sample, weight=weight)
     assert found.history is not None
     expected, total = [], 0.0
     for step in committed():
+        factor = reference.factor(step)
         for rank, row, score, eta, loss in reference.places_of(step):
             if table.sample_id[row] == sample:
-                counts = reference.counts(score, eta)
-                total += score * eta if counts else 0.0
+                counts = reference.counts(score, factor)
+                total += score * factor if counts else 0.0
                 expected.append(
                     (
                         step,
@@ -209,7 +228,7 @@ def test_the_history_of_a_sample(store: Path, sample: str) -> None:
                         loss if math.isfinite(loss) else None,
                         eta if math.isfinite(eta) else None,
                         score if math.isfinite(score) else None,
-                        pytest.approx(score * eta) if counts else None,
+                        pytest.approx(score * factor) if counts else None,
                         pytest.approx(total),
                     )
                 )
@@ -247,7 +266,7 @@ def test_the_summary(store: Path) -> None:
     score = np.array([place[2] for place in places])
     rated = np.isfinite([place[3] for place in places])
     counts = np.isfinite(score) & rated
-    summary = ghoststore.scores(store=store, text=False).summary
+    summary = ghoststore.scores(store=store, weight="learning-rate", text=False).summary
     assert (summary.steps, summary.planned, summary.gaps) == (18, 23, [GAP])
     assert (summary.rows, summary.times) == (SAMPLES, len(places))
     assert summary.seen == len({reference.key(place[1]) for place in places})
@@ -256,22 +275,25 @@ def test_the_summary(store: Path) -> None:
     assert summary.not_finite == np.isinf(score).sum() > 0
     assert summary.without_learning_rate == (np.isfinite(score) & ~rated).sum() > 0
     assert summary.negative_share == np.mean(score[counts] < 0)
-    unweighted = ghoststore.scores(store=store, value="sum", text=False).summary
-    assert unweighted.scored == np.isfinite(score).sum()
-    assert unweighted.without_learning_rate == 0
+    for options in ({"value": "sum"}, {"weight": "unit"}):
+        unrated = ghoststore.scores(store=store, text=False, **options).summary
+        assert unrated.scored == np.isfinite(score).sum()
+        assert unrated.without_learning_rate == 0
 
 
-def test_spans_in_any_order(store: Path) -> None:
+@pytest.mark.parametrize("weight", ["unit", "learning-rate"])
+def test_spans_in_any_order(store: Path, weight: Any) -> None:
     """Running sums, the newest score too, are those of the steps in order: a gap may be filled later."""
     run = ghoststore.Store.open(store).run()
+    weights = StepWeights(run, weight, (0, LAYOUT.steps))
     units, sums = Units(run, "sample"), ScoreSums(SAMPLES)
     spans = list(run.spans)
     random.Random(1).shuffle(spans)
     for span in spans:
-        for piece in stream_steps(run, choose_column(run), [run.layout.span_of(span)]):
+        for piece in stream_steps(run, choose_column(run), [run.layout.span_of(span)], weights=weights):
             sums.add(piece.places, units.of(piece.places.row))
     for kind in ("cumulative", "mean", "last"):
-        expected = Reference(committed()).values(kind)
+        expected = Reference(committed(), weight=weight).values(kind)
         found = {key: value for key, value in enumerate(sums.values(kind)) if np.isfinite(value)}
         assert found == pytest.approx(expected)
 

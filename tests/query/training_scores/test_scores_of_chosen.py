@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,27 +45,31 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def expected(*, candidates: bool) -> dict[int, float]:
-    """Σ η·w·s by row, the slow way."""
+def expected(*, candidates: bool, weight_of_step: str = "unit") -> dict[int, float]:
+    """Σ w·s by row, each step scaled to a mean |s| of 1 over all candidates, or times its η; the slow way."""
     values: dict[int, float] = {}
     for step in range(8):
         given = step_of(step)
+        sizes = [abs(float(score)) for score in given["score"].ravel() if np.isfinite(score)]
+        factor = 0.1 * (step + 1) if weight_of_step == "learning-rate" else len(sizes) / sum(sizes)
         for place in np.ndindex(2, 4):
             row, score, weight = (float(given[name][place]) for name in ("sample", "score", "weight"))
             counts = row >= 0 and np.isfinite(score) and (candidates or weight > 0)
             if counts:
-                values[int(row)] = values.get(int(row), 0.0) + 0.1 * (step + 1) * (1 if candidates else weight) * score
+                values[int(row)] = values.get(int(row), 0.0) + factor * (1 if candidates else weight) * score
     return values
 
 
+@pytest.mark.parametrize("weight", ["unit", "learning-rate"])
 @pytest.mark.parametrize("candidates", [False, True])
-def test_values(store: Path, candidates: bool) -> None:
-    result = ghoststore.scores(store=store, unit="window", top_k=100, text=False, candidates=candidates)
+def test_values(store: Path, candidates: bool, weight: Any) -> None:
+    """The mean |s| of a step is over its finite scores, chosen or not; what counts is what was trained on."""
+    result = ghoststore.scores(store=store, unit="window", weight=weight, top_k=100, text=False, candidates=candidates)
     values = {int(hit.source_row) * 100 + hit.window_start: hit.value for hit in result.hits}
     table = row_table()
     wanted = {
         int(table.source_row[row]) * 100 + int(table.window_start[row]): value
-        for row, value in expected(candidates=candidates).items()
+        for row, value in expected(candidates=candidates, weight_of_step=weight).items()
     }
     assert values.keys() == wanted.keys()
     assert [values[key] for key in wanted] == pytest.approx(list(wanted.values()), rel=1e-5)
@@ -74,26 +79,10 @@ def test_values(store: Path, candidates: bool) -> None:
     assert result.settings["candidates"] is candidates
 
 
-def test_unit_is_of_all_candidates(store: Path) -> None:
-    """The mean |s| of a step is over its finite scores, chosen or not; what counts is what was trained on."""
-    table = row_table()
-    wanted: dict[int, float] = {}
-    for step in range(8):
-        given = step_of(step)
-        mean = np.abs(given["score"][np.isfinite(given["score"])]).mean()
-        for row, score, weight in zip(*(given[name].ravel() for name in ("sample", "score", "weight")), strict=True):
-            if row >= 0 and weight > 0:
-                key = int(table.source_row[row]) * 100 + int(table.window_start[row])
-                wanted[key] = wanted.get(key, 0.0) + float(weight * score / mean)
-    result = ghoststore.scores(store=store, unit="window", weight="unit", top_k=100, text=False)
-    values = {hit.source_row * 100 + hit.window_start: hit.value for hit in result.hits}
-    assert values == pytest.approx(wanted, rel=1e-5)
-
-
 def test_history_and_domains(store: Path) -> None:
     """A sample's history is of the steps that trained on it; the learning rate counts with the weight."""
-    history = ghoststore.scores(store=store, sample="s3").history
-    everything = ghoststore.scores(store=store, sample="s3", candidates=True).history
+    history = ghoststore.scores(store=store, sample="s3", weight="learning-rate").history
+    everything = ghoststore.scores(store=store, sample="s3", weight="learning-rate", candidates=True).history
     assert history is not None
     assert everything is not None
     assert 0 < len(history) < len(everything)

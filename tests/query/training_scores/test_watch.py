@@ -71,6 +71,7 @@ def test_a_growing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span: in
 
 def agree(frame: Frame, store: Path, steps: list[int]) -> None:
     """With `scores`, and with what was appended."""
+    assert frame.weight == "unit"
     found = ghoststore.scores(store=store, top_k=20, bottom_k=20, text=False)
     assert [(one.id, one.value, one.times) for one in frame.best] == [(h.id, h.value, h.times) for h in found.hits]
     assert [(one.id, one.value, one.times) for one in frame.worst] == [(h.id, h.value, h.times) for h in found.bottom]
@@ -127,9 +128,9 @@ def test_bins_that_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     scored = Reference(committed()).scores()
     for one in frame.domains:
         mine = [
-            (step, score * eta)
+            (step, score * factor)
             for key, seen in scored.items()
-            for step, score, eta in seen
+            for step, score, factor in seen
             if (DOMAINS[place] if (place := key % 3 - 1) >= 0 else None) == one.domain
         ]
         means = [[value for step, value in mine if step // 8 == bin] for bin in range(3)]
@@ -194,7 +195,8 @@ def test_the_command(lab: Lab, tmp_path: Path) -> None:
         "2.0 steps/s",
         "scoring 25%",
         "earth",
-        "best so far",
+        "best so far, by Σ unit·score",
+        "mean unit·score by domain",
         "s0",
     ):
         assert text in once.out

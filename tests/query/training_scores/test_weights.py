@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,9 +54,9 @@ def test_sums_are_those_of_the_reference(store: Path, kind: str, window: str | N
 def test_history_and_domains_have_the_weight(store: Path) -> None:
     entries = ghoststore.scores(store=store, weight="unit", sample="s0").history
     assert entries is not None
-    plain = ghoststore.scores(store=store, sample="s0").history
-    assert plain is not None
-    assert [entry.score for entry in entries] == [entry.score for entry in plain]
+    rated = ghoststore.scores(store=store, weight="learning-rate", sample="s0").history
+    assert rated is not None
+    assert [entry.score for entry in entries] == [entry.score for entry in rated]
     ratios = {
         entry.step: entry.weighted / entry.score for entry in entries if entry.weighted is not None and entry.score
     }
@@ -83,10 +84,24 @@ def test_a_loss_that_rises_weighs_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["unit", "loss-fall", "learning-rate"])
+def test_a_step_that_was_not_made_weighs_nothing(tmp_path: Path, kind: Any) -> None:
+    """A loss scaler left it out, or a schedule begins at a learning rate of 0: its samples taught nothing then."""
+    store = tmp_path / "store"
+    with RunWriter(make(store)) as writer:
+        for step in range(5):
+            writer.append(step, values(step) | {"learning_rate": 0.0 if step == 2 else 0.1})
+    entries = ghoststore.scores(store=store, weight=kind, sample="s0", steps="2:4").history
+    assert entries is not None
+    assert {entry.weighted for entry in entries if entry.step == 2 and entry.score is not None} == {0.0}
+    assert all(entry.weighted for entry in entries if entry.step == 3 and entry.score is not None)
+
+
 def test_what_cannot_be_is_refused(store: Path, tmp_path: Path) -> None:
     for value in ("sum", "last"):
-        with pytest.raises(UsageError, match=f"`weight=unit` belongs to `value=cumulative` and mean, not to {value}"):
-            ghoststore.scores(store=store, weight="unit", value=value)
+        message = f"`weight=learning-rate` belongs to `value=cumulative` and mean, not to {value}"
+        with pytest.raises(UsageError, match=message):
+            ghoststore.scores(store=store, weight="learning-rate", value=value)
     with pytest.raises(UsageError, match=r"has a training loss at 1 of these steps; two are needed"):
         ghoststore.scores(store=store, weight="loss-fall", steps="0:1")
     with pytest.raises(UsageError, match="`weight` 'one' is unknown"):
