@@ -41,17 +41,16 @@ def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
     UsageError for projection options that would be ignored.
     """
     projection: ProjectionConfig = keywords["projection"]
-    score = keywords.get("score")
-    if score == "sketched":
+    given = projection != ProjectionConfig()
+    keeps = keywords.get("keep_gradients") is not None
+    of_candidates = keywords.get("candidates") is not None and keywords.get("policy") != "greats"
+    if given and not keeps and of_candidates and "score" not in keywords:
+        keywords["score"] = "sketched"
+    if keywords.get("score") == "sketched":
         return replace(projection, exclude_layers=keywords.pop("exclude_layers", ()))
-    of_candidates = score is None and keywords.get("candidates") is not None
-    if keywords.get("keep_gradients") is not None:
-        return projection
-    if projection != ProjectionConfig():
-        if of_candidates:
-            return projection
+    if given and not keeps:
         raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
-    return None
+    return projection if keeps else None
 
 
 def _print(report: Any) -> None:

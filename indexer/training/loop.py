@@ -178,6 +178,8 @@ class Trainer:
                 self._synchronize()
                 seconds_val = time.perf_counter() - begun
             seconds = self._rehearsed(step)
+        if self.val_schedule is not None:
+            self.val_schedule.forget()  # its routes follow from the batch that it was taken for
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

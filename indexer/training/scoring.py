@@ -65,6 +65,10 @@ class ValSchedule:
         self._choose(step)
         self.engine.examine()
 
+    def forget(self) -> None:
+        """Forget every step: the next one takes a val gradient of its own."""
+        self._step = None
+
     def prepare(self, session: ScoringSession, batch: Batch, step: int, loss_scale: float) -> None:
         """Open the session for ``batch``; if the val gradient is due, choose its val samples first.
 

@@ -308,6 +308,14 @@ def test_contrast_of_sketched_scores_is_over_all_micro_batches(gym: Gym) -> None
             np.testing.assert_array_equal(np.flatnonzero(arrays["weight"][step, 0]), highest)
 
 
+def test_projection_options_ask_for_sketched_scores_of_candidates(gym: Gym, tmp_path: Path) -> None:
+    """Which layers are left out is then said of them, as the errors about layers advise."""
+    words = ("--candidates", "8", "--keep", "4", "--proj-layers", "mlp", "--exclude-layers", "c_fc")
+    outcome = gym.run(tmp_path, *words, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["plan"]["layers"] == ["transformer.h.0.mlp.c_proj"]
+
+
 def test_a_run_without_contrast_does_not_name_it(gym: Gym) -> None:
     """Runs from before it came do not: they must go on."""
     trained = choosing(gym, keep=4)
