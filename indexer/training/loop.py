@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ghoststore.errors import DivergedError
+from ghoststore.progress import Task
 from ghoststore.settings.train import OptimizationConfig, TrainConfig
 from indexer.dotprod import Scores
 from indexer.dotprod.scoring_batch import ScoringBatch
@@ -60,6 +61,10 @@ class StepResult:
             "seconds": self.seconds,
         }
         return shared if val_loss is None else {**shared, "val_loss": val_loss}
+
+
+REHEARSALS = 2
+"""How often :meth:`Trainer.rehearse` makes the passes of a step: the first ones do what later ones need not."""
 
 
 class ScoredBatch(NamedTuple):
@@ -160,16 +165,18 @@ class Trainer:
             scored=self.session.complete_step(),
         )
 
-    def rehearse(self, step: int) -> float:
+    def rehearse(self, step: int, task: Task) -> float:
         """About how many seconds each step takes from ``step`` on, measured before it is made: on its gradients and
-        scores, and what a val gradient takes. The optimizer's part is not in it, which changes weights.
+        scores, and what a val gradient takes. The optimizer's part is not in it, which changes weights. ``task`` is of
+        REHEARSALS passes.
 
         Nothing stays of it: weights, buffers, random state, scores are those of a training without it, bit for bit.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.inner.buffers()]
         # No gradient goes to other ranks: their sums would depend on the order in which these first came.
         with self._no_sync():
-            self._rehearsed(step)  # the first one of a process does what later ones need not
+            self._rehearsed(step)
+            task.advance(1)
             seconds_val = 0.0
             if self.val_schedule is not None:
                 begun = time.perf_counter()
@@ -178,6 +185,7 @@ class Trainer:
                 self._synchronize()
                 seconds_val = time.perf_counter() - begun
             seconds = self._rehearsed(step)
+            task.advance(1)
         if self.val_schedule is not None:
             self.val_schedule.forget()  # its routes follow from the batch that it was taken for
         with torch.no_grad():

@@ -37,7 +37,7 @@ from indexer.training.architectures import model_name
 from indexer.training.data import Order, TrainingRows
 from indexer.training.dry_run import Prepared, plan_of, tokens_aside
 from indexer.training.inputs import Inputs, Start, is_shards, read_val, token_shards
-from indexer.training.loop import Trainer, autocast, make_optimizer, make_scaler
+from indexer.training.loop import REHEARSALS, Trainer, autocast, make_optimizer, make_scaler
 from indexer.training.manifest import IDENTITY, remember_corpus, training_layout, training_manifest
 from indexer.training.report import StepTotals
 from indexer.training.report import TrainReport as TrainReport
@@ -236,6 +236,11 @@ class _Training:
             seconds=time.perf_counter() - begun,
         )
 
+    def _rehearsed(self, trainer: Trainer, step: int) -> float:
+        """Seconds that a step is expected to take."""
+        with closing(self.progress.task("measuring a step", REHEARSALS, unit="passes")) as task:
+            return trainer.rehearse(step, task)
+
     def _train(
         self, trainer: Trainer, resumed: Resumed, manifest: Manifest, inputs: Inputs, trackers: Trackers
     ) -> StepTotals:
@@ -251,7 +256,7 @@ class _Training:
             stack.enter_context(trainer.running())
             stopping = stack.enter_context(Stopping())
             left = steps - resumed.step
-            expected = trainer.rehearse(resumed.step) * left if left >= REHEARSED else None
+            expected = self._rehearsed(trainer, resumed.step) * left if left >= REHEARSED else None
             task = stack.enter_context(closing(self.progress.task("training", steps, resumed.step, "steps")))
             if expected is not None:
                 task.expect(expected, "val losses and checkpoints")
