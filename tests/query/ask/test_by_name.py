@@ -125,7 +125,7 @@ def of_run(folder: Path, out: Path, run: str, notes: Notes) -> tuple[Any, Any]:
     files = sorted((out / "trainings").iterdir())
     losses = np.stack([json.loads(file.read_text())["val_loss"] for file in files], axis=1)
     store = ghoststore.Store.open(folder / "store")
-    whole = np.nan_to_num(values_of_rows(store.part("part"), store.run(run), notes).value)
+    whole = np.nan_to_num(values_of_rows(store.part("part"), store.run(run), "unit", notes).value)
     (said,) = (one.groups for one in found.lds if one.method.startswith("training-time"))
     return said, lds(whole[None], kept, losses.mean(0, keepdims=True))
 

@@ -183,5 +183,5 @@ def test_tokenizer_is_the_same_each_time(corpus: DemoCorpus) -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least 257; found 256"):
+    with pytest.raises(UsageError, match="at least 257, not 256"):
         train_tokenizer(["text"], 256)
