@@ -26,7 +26,7 @@ demo: $(READY)  ## the whole story in under 3 minutes, nothing downloaded
 # A file's tests on one worker, so that what they share is built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test: $(READY)  ## run the fast tests: every kind of fault, in about 5 minutes on 2 cores
+test: $(READY)  ## run the fast tests: every kind of fault, in about 4 minutes on 2 cores
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## run all tests: every case of every grid, every moment of a kill
