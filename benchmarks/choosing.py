@@ -64,7 +64,7 @@ class Choosing(Bench):
 def measure(setting: Setting) -> dict[str, Any]:
     """Seconds of plain steps and, for each mode, of steps with a fresh val gradient and without, taking turns."""
     bench = Choosing(setting)
-    engines = {mode: bench.engine(options) for mode, (_, options) in MODES.items()}
+    engines = {mode: bench.engine(options, REFRESH) for mode, (_, options) in MODES.items()}
     seconds: dict[str, Any] = {"plain": [], "modes": {mode: {"fresh": [], "cached": []} for mode in MODES}}
     for turn in range(setting.repeats + 1):
         plain = [*bench.chosen(None)]
@@ -85,7 +85,7 @@ def memory(setting: Setting, mode: str | None) -> int:
     bench = Choosing(setting)
     bench.chosen(None)
     one_pass, options = MODES[mode] if mode is not None else (False, {})
-    engine = None if mode is None else bench.engine(options).attach()
+    engine = None if mode is None else bench.engine(options, REFRESH).attach()
     peak = PeakMemory(setting.device)
     peak.start()
     for _ in range(2):
