@@ -167,8 +167,8 @@ class Trainer:
 
     def rehearse(self, step: int, task: Task) -> float:
         """About how many seconds each step takes from ``step`` on, measured before it is made: on its gradients and
-        scores, and what a val gradient takes. The optimizer's part is not in it, which changes weights. ``task`` is of
-        REHEARSALS passes.
+        scores, and what a val gradient takes. The optimizer's part is not in it, which changes weights. ``task`` has
+        REHEARSALS rounds.
 
         Nothing stays of it: weights, buffers, random state, scores are those of a training without it, bit for bit.
         """

@@ -238,7 +238,7 @@ class _Training:
 
     def _rehearsed(self, trainer: Trainer, step: int) -> float:
         """Seconds that a step is expected to take."""
-        with closing(self.progress.task("measuring a step", REHEARSALS, unit="passes")) as task:
+        with closing(self.progress.task("measuring a step", REHEARSALS, unit="rounds")) as task:
             return trainer.rehearse(step, task)
 
     def _train(
