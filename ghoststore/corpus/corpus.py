@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
+from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, kept_value, resolve
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.locate import locate
 from ghoststore.errors import CorpusError, GhostStoreError, StorageError
@@ -47,6 +47,10 @@ class Corpus:
         self._counts: list[int] = []
         self.domains: frozenset[str] | None = None
         """The domains of the samples that `samples` gives; None for all. See `only`."""
+        self.keep: tuple[str, ...] = ()
+        """Names of further fields whose values `samples` gives with each sample, in ``Sample.kept``. See `keeping`."""
+        self.field_names: tuple[str, ...] = ()
+        """Names of all fields of the first row, once `resolved` is decided on it."""
         self.note: Callable[[str], None] | None = None
         """Gets a message when a row first has a field that is not read and may belong to the text, once a field."""
         self.unread: list[str] = []
@@ -76,6 +80,12 @@ class Corpus:
         narrowed.domains = frozenset(domains)
         return narrowed
 
+    def keeping(self, fields: Iterable[str]) -> Corpus:
+        """A copy of this corpus whose samples have the values of these ``fields``, too."""
+        with_fields = copy(self)
+        with_fields.keep = tuple(fields)
+        return with_fields
+
     @property
     def resolved(self) -> ResolvedFields:
         """The fields to read, decided on the first row. CorpusError for a corpus without rows."""
@@ -95,14 +105,15 @@ class Corpus:
         """All samples in order, or those from ``start`` on. CorpusError for a row that is no sample."""
         start = Position(source_row=0, file=0, offset=-1) if start is None else start
         resolved = self.resolved
-        columns = resolved.columns()
         has_offsets = self._form.has_offsets
         domains = self.domains
         left_out = self._left_out
         source_row, first = self._entry(start)
         for file in range(start.file, len(self.files)):
             path = self.files[file]
-            fields = self._form.fields(path) if left_out else None
+            fields = self._form.fields(path) if left_out or self.keep else None
+            # A file may lack fields that are kept. Asked for one that it lacks, a form reads all that it has.
+            columns = [*resolved.columns(), *(name for name in self.keep if fields is None or name in fields)]
             for key, row in self._form.rows(path, columns, first):
                 if source_row >= start.source_row:
                     try:
@@ -147,9 +158,10 @@ class Corpus:
 
     def sample_of(self, row: object, source_row: int, file: int, offset: int) -> Sample:
         """The sample of a row of this corpus. RowError for a missing field or a value of a wrong type."""
-        return self.resolved.sample(
+        sample = self.resolved.sample(
             row, source_row=source_row, file=file, offset=offset, adds_nulls=self._form.adds_nulls
         )
+        return replace(sample, kept=tuple(kept_value(row, name) for name in self.keep)) if self.keep else sample
 
     def _resolve(self, fields: Fields) -> ResolvedFields:
         for path in self.files:
@@ -160,6 +172,7 @@ class Corpus:
                 except RowError as error:
                     raise CorpusError(f"{where}: {error}") from None
                 self._fields = resolve(fields, first, where)
+                self.field_names = tuple(first)
                 self._left_out |= self._fields.left_out()
                 self._see_unread(first, None)
                 return self._fields

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, date, datetime
 from typing import Any, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -125,6 +126,8 @@ class Tokenized:
 
 
 Content: TypeAlias = str | PromptCompletion | Messages | Tokenized
+Kept: TypeAlias = str | bool | int | float | date | datetime | None
+"""The value of a field that a part keeps. A time is in UTC, without a zone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,8 @@ class Sample:
     content: Content | None
     offset: int
     file: int
+    kept: tuple[Kept, ...] = ()
+    """The values of the fields in `Corpus.keep`. They are no part of `canonical`."""
 
     def canonical(self) -> bytes:
         """The bytes that fingerprints cover: JSON of content, domain and id, without the sample's place.
@@ -306,6 +311,24 @@ def resolve(fields: Fields, first_row: Mapping[str, object], where: str) -> Reso
     raise CorpusError(
         f"{where}: no field 'text', 'prompt' with 'completion', or 'messages'; {found_fields}. "
         "Name the fields with `fields.text`, `fields.prompt` and `fields.completion`, or `fields.messages`"
+    )
+
+
+def kept_value(row: object, field: str) -> Kept:
+    """The value of a field that is kept beside the sample; None where the row lacks it.
+
+    RowError for a value that no column holds: an object, a list, bytes, an integer beyond 64 bits.
+    """
+    value = check_object(row).get(field)
+    if isinstance(value, datetime):
+        return value if value.tzinfo is None else value.astimezone(UTC).replace(tzinfo=None)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RowError(f"field {field!r}: {value} does not fit in 64 bits, so `keep_fields` cannot keep it as a number")
+    if value is None or isinstance(value, str | int | float | date):
+        return value
+    raise RowError(
+        f"field {field!r}: a field that `keep_fields` keeps holds text, a number, true or false, a date or null; found "
+        f"{_shown(value)}. Put what you filter by in a field of its own in the corpus"
     )
 
 

@@ -39,6 +39,12 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     )
     span_rows: int | None = option(None, "Rows committed together (default: about 8 MiB of vectors).", "Advanced")
     store_text: bool = option(False, "Keep the texts in the store.", "Output")
+    keep_fields: Sequence[str] = option(
+        (),
+        "Keep these fields of the samples as columns of the part: what `where` of query, select and export filters by.",
+        "Output",
+        metavar="FIELDS",
+    )
     gradient_checkpointing: bool = option(False, "Less memory for about a third more time.", "Advanced")
     optimizer_state: str | Path | None = option(
         None,

@@ -40,6 +40,8 @@ class PartInfo:
     dtype: str
     row_bytes: int
     """Bytes of a row's numbers, without id and text."""
+    fields: dict[str, str]
+    """Kept fields of the samples, with their types."""
     bytes: int
     """Bytes of the committed files."""
     indexes: list[dict[str, Any]]
@@ -122,6 +124,7 @@ def describe(part: Part) -> PartInfo:
         dimension=part.layout.dimension,
         dtype=part.layout.dtype,
         row_bytes=part.layout.row_bytes,
+        fields={field.name: field.type for field in part.layout.fields},
         indexes=[state.to_json() for state in index_states(part)],
         fidelity=[measured.to_json() for measured in kept_fidelities(part)],
     )

@@ -24,8 +24,10 @@ from ghoststore.errors import CorpusError, MismatchError
 from ghoststore.progress import Progress, Silent, counted
 from ghoststore.store import Part
 from ghoststore.store.base.manifest import difference_lines
+from ghoststore.store.part.kept import KeptField
 from ghoststore.store.part.part import span_table
 from ghoststore.store.spans.layout import SAMPLE_COLUMNS
+from indexer.build.kept_fields import KeptScan, kept_bytes
 from indexer.encode.tokens import SAMPLES_AT_ONCE, Row, Tokenizer, TokenSettings, rows_of
 
 COLUMNS = ("source_row", "window", "file", "offset", "digest")
@@ -47,6 +49,10 @@ class CorpusPlan:
     """(spans,): number of planned samples before the first sample of each span."""
     repeated_ids: Repeated | None
     """None if no two samples have the same id."""
+    fields: tuple[KeptField, ...] = ()
+    """Fields that are kept as columns."""
+    kept_fingerprint: str | None = None
+    """Of their values; None without any."""
 
 
 class SpanDigest:
@@ -61,6 +67,8 @@ class SpanDigest:
         if sample.source_row != self._last:
             self._last = sample.source_row
             self._hash.update(sample.digest().to_bytes(8, "little"))
+            if sample.kept:
+                self._hash.update(kept_bytes(sample))
 
     def value(self) -> int:
         """The hash as a signed 64-bit integer."""
@@ -148,10 +156,11 @@ def plan_corpus(
     lengths_needed = tokenize or settings.needs_lengths or tokenizer.exceeds
     # Without an id field, ids are places in the corpus, which do not repeat.
     ids = None if corpus.resolved.id is None else RepeatedIds()
+    kept = KeptScan(corpus) if corpus.keep else None
     sample_scan = SampleScan(corpus.samples(), max_rows=max_samples)
     table, tokens = _TableBuilder(span_rows), 0
     with closing(progress.task("scanning corpus", None)) as task:
-        samples = _checked(counted(sample_scan, task), tokenizer, ids, learning)
+        samples = _checked(counted(sample_scan, task), tokenizer, ids, learning, kept)
         if lengths_needed:
             for sample, rows in _tokenized(samples, tokenizer, settings):
                 table.add(sample, len(rows))
@@ -173,19 +182,27 @@ def plan_corpus(
         table=table.table(),
         before=np.array(table.before, dtype=np.int64),
         repeated_ids=repeated_ids,
+        fields=() if kept is None else kept.fields(),
+        kept_fingerprint=None if kept is None else kept.fingerprint,
     )
 
 
 def _checked(
-    samples: Iterable[Sample], tokenizer: Tokenizer, ids: RepeatedIds | None, learning: LearningSample | None
+    samples: Iterable[Sample],
+    tokenizer: Tokenizer,
+    ids: RepeatedIds | None,
+    learning: LearningSample | None,
+    kept: KeptScan | None,
 ) -> Iterator[Sample]:
-    """``samples``, unchanged, after each was passed to ``tokenizer``, ``ids`` and ``learning``."""
+    """``samples``, unchanged, after each was passed to ``tokenizer``, ``ids``, ``learning`` and ``kept``."""
     for sample in samples:
         tokenizer.check(sample)
         if ids is not None:
             ids.add(sample.id)
         if learning is not None:
             learning.see(sample)
+        if kept is not None:
+            kept.see(sample)
         yield sample
 
 

@@ -22,6 +22,7 @@ from ghoststore.store import Manifest, Part, Store
 from ghoststore.store.base.names import check_name, safe_name
 from ghoststore.store.base.writable import check_writable
 from ghoststore.store.spans.soundness import refuse_damaged, refuse_damaged_spans
+from indexer.build.kept_fields import checked_names
 from indexer.encode.tokens import Tokenizer, TokenSettings, embedding_rows, longest_row
 from indexer.projection.adam import learning_rate_of
 
@@ -98,6 +99,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
     if not options.dry_run and not (existing is not None and existing.complete):
         check_writable(Path(options.store) / "parts" if existing is None else existing.path)
     with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
+        corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )

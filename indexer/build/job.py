@@ -16,9 +16,11 @@ from ghoststore.progress import Progress
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.part.kept import KeptField
 from indexer.build.calibrate import calibrate
 from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus
 from indexer.build.inputs import BuildInputs
+from indexer.build.kept_fields import refuse_other_fields
 from indexer.build.model_check import ROWS_LOOKED_AT, ModelCheck
 from indexer.encode.tokens import Row, rows_of
 from indexer.projection.adam import SideScales, flat, read_scales, scales_digest
@@ -61,6 +63,7 @@ class BuildJob:
                 "domains": scan.domains,
                 "repeated_ids": self.plan.repeated_ids,
                 "fields": self.inputs.corpus.resolved.to_json(),
+                **({} if self.plan.kept_fingerprint is None else {"kept_fingerprint": self.plan.kept_fingerprint}),
             },
             "tokens": asdict(self.inputs.tokens),
             "loss": {
@@ -73,7 +76,7 @@ class BuildJob:
                 "optimizer_state": None if self.scales is None else scales_digest(self.scales),
             },
             "layers": plan.layers_json(),
-            "storage": {**asdict(self.layout), "groups": [list(group) for group in plan.groups] if hashed else None},
+            "storage": {**self.layout.to_json(), "groups": [list(group) for group in plan.groups] if hashed else None},
             "coverage": {"covered": plan.covered, "total": plan.total, "share": plan.coverage},
             **self.inputs.identity,
             "dtype": {"model": options.model_dtype},
@@ -98,6 +101,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
     plan = ProjectionPlan.for_model(model, config)
     if existing is not None:  # refused before the corpus is read, which takes longer
         _refuse_other(existing, plan, inputs.identity)
+        refuse_other_fields(existing, inputs.corpus.keep)
     padding = _may_pad(inputs, plan, progress)
     learning = LearningSample(config.calibration_samples) if config.calibrated else None
     corpus_plan = plan_corpus(
@@ -111,7 +115,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         learning=learning,
         progress=progress,
     )
-    layout = _layout(inputs, plan, corpus_plan.rows)
+    layout = _layout(inputs, plan, corpus_plan.rows, corpus_plan.fields)
     scales: Mapping[str, SideScales] | None = None
     if inputs.repairing and existing is not None:
         scales = scales_of(existing, plan)
@@ -168,7 +172,9 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     return padding
 
 
-def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int) -> PartLayout:
+def _layout(
+    inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[KeptField, ...] = ()
+) -> PartLayout:
     options = inputs.options
     return PartLayout.choose(
         rows=rows,
@@ -177,6 +183,7 @@ def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int) -> PartLayout:
         dtype=options.proj_dtype,
         span_rows=options.span_rows,
         store_text=options.store_text or options.stdin,
+        fields=fields,
     )
 
 

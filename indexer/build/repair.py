@@ -333,6 +333,7 @@ class _Repair:
             batch_tokens=manifest["batching"]["batch_tokens"],
             span_rows=storage["span_rows"],
             store_text=storage["store_text"],
+            keep_fields=tuple(field.name for field in part.layout.fields),
             loss_reduction=manifest["loss"]["reduction"],
             model_dtype=manifest["dtype"]["model"],
             attn_implementation=compute["attn_implementation"],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ghoststore.progress import Progress
 from ghoststore.store import Part
+from ghoststore.store.part.kept import stored_fields
 from ghoststore.store.part.sealing import seal_vectors
 from ghoststore.store.spans.writer import BackgroundWriter, SpanData
 from indexer.build.corpus_plan import rows_of_spans, sample_columns
@@ -103,7 +104,8 @@ def _read_ahead(job: BuildJob, part: Part, spans: Sequence[int]) -> Iterator[tup
 def span_arrays(rows: Sequence[Row], part: Part) -> dict[str, NDArray[Any]]:
     """The arrays of a span, except ``loss`` and those of its vectors."""
     status = np.array([row.status for row in rows], dtype=np.uint8)
-    arrays = {**sample_columns(rows, part.domains), "status": status}
+    kept = stored_fields(part.layout.fields, [row.sample.kept for row in rows])
+    arrays = {**sample_columns(rows, part.domains), "status": status, **kept}
     if part.layout.store_text:
         arrays["text"] = np.array([row.sample.preview() for row in rows], dtype=object)
     return arrays

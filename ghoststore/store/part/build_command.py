@@ -11,6 +11,7 @@ from ghoststore.settings.build import BuildOptions
 from ghoststore.settings.flags import entries_of
 from ghoststore.settings.projection import ProjectionConfig, unsketched
 from ghoststore.store.base.manifest import Manifest
+from ghoststore.store.part.kept import fields_of
 
 DEFAULTS: dict[str, Any] = {
     **{entry.flag: entry.spec.default for entry in entries_of(BuildOptions)},
@@ -48,6 +49,7 @@ def _options(manifest: Manifest, store: Path, name: str) -> Iterator[tuple[str, 
     yield "--batch-tokens", manifest["batching"]["batch_tokens"]
     yield "--span-rows", storage["span_rows"]
     yield "--store-text", storage["store_text"] and source["data"] != "-"
+    yield "--keep-fields", ",".join(field.name for field in fields_of(storage)) or None
     yield "--loss-reduction", manifest["loss"]["reduction"]
     yield "--model-dtype", manifest["dtype"]["model"]
     yield "--attn-implementation", compute["attn_implementation"]

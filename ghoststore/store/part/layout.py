@@ -6,13 +6,14 @@ Legend: N rows, D numbers of a vector, S rows of a span.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.store.part.encoding import encoding
+from ghoststore.store.part.kept import NULL, KeptField, dtypes_of, fields_of
 from ghoststore.store.spans.layout import (
     CHUNK_BYTES,
     LARGEST_ROW_BYTES,
@@ -40,6 +41,8 @@ class PartLayout(SpanLayout):
     chunk_rows: int
     """Rows of a chunk of ``vectors``, a divisor of ``span_rows``."""
     store_text: bool
+    fields: tuple[KeptField, ...] = ()
+    """Fields of the samples that are kept as columns."""
 
     def __post_init__(self) -> None:
         encoding(self.dtype)
@@ -57,7 +60,15 @@ class PartLayout(SpanLayout):
 
     @classmethod
     def choose(
-        cls, *, rows: int, dimension: int, groups: int, dtype: str, span_rows: int | None, store_text: bool
+        cls,
+        *,
+        rows: int,
+        dimension: int,
+        groups: int,
+        dtype: str,
+        span_rows: int | None,
+        store_text: bool,
+        fields: tuple[KeptField, ...] = (),
     ) -> PartLayout:
         """Choose chunks of about 8 MiB, a power of two of rows, and spans of one chunk, or of 256 rows if that is more.
 
@@ -89,6 +100,7 @@ class PartLayout(SpanLayout):
             span_rows=span,
             chunk_rows=chunk,
             store_text=store_text,
+            fields=fields,
         )
 
     @classmethod
@@ -109,7 +121,15 @@ class PartLayout(SpanLayout):
             span_rows=int(storage["span_rows"]),
             chunk_rows=int(storage["chunk_rows"]),
             store_text=bool(storage["store_text"]),
+            fields=fields_of(storage),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What the storage section of a manifest says of the layout; nothing of kept fields where there are none."""
+        described = {**asdict(self), "fields": [asdict(field) for field in self.fields]}
+        if not self.fields:
+            del described["fields"]
+        return described
 
     @property
     def length(self) -> int:
@@ -135,5 +155,10 @@ class PartLayout(SpanLayout):
         blocks = [
             ArraySpec(name=name, dtype=np.dtype("<f4"), chunk_rows=span, columns=(self.groups,)) for name in of_blocks
         ]
-        text = {"text": str} if self.store_text else {}
-        return [vectors, *blocks, *column_specs({"loss": "<f4", "status": "u1", **SAMPLE_COLUMNS, **text}, span)]
+        columns_of_rows = {"loss": "<f4", "status": "u1", **SAMPLE_COLUMNS}
+        if self.store_text:
+            columns_of_rows["text"] = str
+        kept = column_specs(dtypes_of(self.fields), span)
+        if self.fields:
+            kept.append(ArraySpec(name=NULL, dtype=np.dtype("u1"), chunk_rows=span, columns=(len(self.fields),)))
+        return [vectors, *blocks, *column_specs(columns_of_rows, span), *kept]

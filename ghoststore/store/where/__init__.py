@@ -1,0 +1,1 @@
+"""Choosing rows by a condition in SQL over their columns, ``where``."""
