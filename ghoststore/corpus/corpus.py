@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, kept_value, resolve
+from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sample, check_object, resolve
 from ghoststore.corpus.formats.base import Form
+from ghoststore.corpus.kept import kept_value
 from ghoststore.corpus.locate import locate
 from ghoststore.errors import CorpusError, GhostStoreError, StorageError
 from ghoststore.progress import Progress

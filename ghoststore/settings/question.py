@@ -17,6 +17,7 @@ from ghoststore.settings.shared import (
     RankingOptions,
     StoreOption,
     WeightOption,
+    WhereOption,
 )
 
 Combine = Literal["mean", "max", "rank-fusion"]
@@ -127,11 +128,19 @@ class RebuiltOptions(OpenedAgain):
 
 
 @options
-class QuestionOptions(OpenedAgain, FieldsOption, LayersOptions, MetricOption, WeightOption, PartsOptions, StoreOption):
+class QuestionOptions(
+    OpenedAgain, FieldsOption, LayersOptions, WhereOption, MetricOption, WeightOption, PartsOptions, StoreOption
+):
     """The options that say what is scored against what."""
 
     val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
-
+    minus: str | Path | None = option(
+        None,
+        "A second val set, to be far from: its mean gradient is subtracted from that of `val_set`. By cosine each is "
+        "scaled to length 1 first.",
+        "Input",
+        metavar="VAL_SET",
+    )
     checkpoint: str | Path | Sequence[str | Path] | None = option(
         None,
         "The checkpoint the part was built from (default: where your own build read it); once for each `part`.",
@@ -196,7 +205,9 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
 
 
 @options
-class SelfInfluenceOptions(ProgressOption, RankingOptions, BehindOption, DeviceOption, LayersOptions, StoreOption):
+class SelfInfluenceOptions(
+    ProgressOption, RankingOptions, BehindOption, DeviceOption, LayersOptions, WhereOption, StoreOption
+):
     """Options of ``ghoststore self-influence``."""
 
     part: str | None = option(None, "Part to rank (default: the only one).", "Input")

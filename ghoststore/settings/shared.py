@@ -117,6 +117,19 @@ class LayersOptions:
 
 
 @options
+class WhereOption:
+    """The option for a condition on rows."""
+
+    where: str | None = option(
+        None,
+        "Only rows that match this SQL condition on their columns (id, domain, n_tokens, loss, source_row, …, and kept "
+        "fields): \"domain = 'math' AND n_tokens > 50\".",
+        "Scoring",
+        metavar="SQL",
+    )
+
+
+@options
 class MetricOption:
     """The option for the metric of scores."""
 

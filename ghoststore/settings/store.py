@@ -8,7 +8,15 @@ from typing import Literal
 from ghoststore.errors import UsageError
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.question import RebuiltOptions
-from ghoststore.settings.shared import DOMAINS, BehindOption, MetricOption, ProgressOption, StoreOption, WeightOption
+from ghoststore.settings.shared import (
+    DOMAINS,
+    BehindOption,
+    MetricOption,
+    ProgressOption,
+    StoreOption,
+    WeightOption,
+    WhereOption,
+)
 
 Dimension = int | Literal["none", "auto"]
 Value = Literal["cumulative", "mean", "sum", "last"]
@@ -85,7 +93,7 @@ class CopyOptions(ProgressOption, OneOptions):
 
 
 @options
-class ExportOptions(ProgressOption, StoreOption):
+class ExportOptions(ProgressOption, WhereOption, StoreOption):
     """Options of ``ghoststore export``."""
 
     part: str | None = option(None, "Part to export (default: the only one).", "Input")
@@ -143,7 +151,7 @@ class RunOption(StoreOption):
 
 
 @options
-class ScoresOptions(ProgressOption, WeightOption, BehindOption, RunOption):
+class ScoresOptions(ProgressOption, WeightOption, WhereOption, BehindOption, RunOption):
     """Options of ``ghoststore scores``."""
 
     top_k: int | None = option(None, "Samples with the highest values (default: 10).", "Output")

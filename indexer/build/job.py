@@ -172,9 +172,7 @@ def _may_pad(inputs: BuildInputs, plan: ProjectionPlan, progress: Progress) -> b
     return padding
 
 
-def _layout(
-    inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[KeptField, ...] = ()
-) -> PartLayout:
+def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[KeptField, ...] = ()) -> PartLayout:
     options = inputs.options
     return PartLayout.choose(
         rows=rows,

@@ -36,7 +36,9 @@ def checked_names(names: Sequence[str], corpus: Corpus) -> tuple[str, ...]:
         )
     for name in wanted:
         if name.lower() in RESERVED:
-            advice = "`store_text` keeps texts" if name.lower() == "text" else "give the field another name in the corpus"
+            advice = (
+                "`store_text` keeps texts" if name.lower() == "text" else "give the field another name in the corpus"
+            )
             raise UsageError(f"`keep_fields`: every part has a column {name.lower()!r} of its own; {advice}")
         if not name or "," in name:
             raise UsageError(f"`keep_fields`: {name!r} is no name of a field that can be kept: no commas, not empty")
@@ -53,8 +55,8 @@ def refuse_other_fields(part: Part, names: Sequence[str]) -> None:
     if stored != list(names):
         raise MismatchError(
             f"part {part.name!r} of {part.path.parent.parent} keeps {_listed(stored)}, and `keep_fields` asks for "
-            f"{_listed(names)}: the fields of a part are settled when it is made. Give the same ones to continue it, or "
-            "another `name` for a new one"
+            f"{_listed(names)}: the fields of a part are settled when it is made. Give the same ones to continue it, "
+            "or another `name` for a new one"
         )
 
 
@@ -63,7 +65,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class KeptScan:
-    """Sees every sample of a pass over ``corpus``; then :meth:`fields` and :attr:`fingerprint` are those of its values."""
+    """Sees every sample of a pass over ``corpus``; then :meth:`fields` and :attr:`fingerprint` are of its values."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
@@ -107,14 +109,16 @@ class KeptScan:
         for place, name in enumerate(self._corpus.keep):
             kind, large = self._types[place], self._large[place]
             if kind is None:
-                of_first = f"; the first row has {', '.join(map(repr, names))}" if (names := self._corpus.field_names) else ""
+                of_first = (
+                    f"; the first row has {', '.join(map(repr, names))}" if (names := self._corpus.field_names) else ""
+                )
                 raise CorpusError(
                     f"{self._corpus.source}: no sample has a value in the field {name!r} of `keep_fields`{of_first}"
                 )
             if kind == "float" and large is not None:
                 raise CorpusError(
-                    f"{self._corpus.source}: field {name!r} of `keep_fields` holds fractions, and in row {large[1]} the "
-                    f"integer {large[0]}, which no column of both holds exactly"
+                    f"{self._corpus.source}: field {name!r} of `keep_fields` holds fractions, and in row {large[1]} "
+                    f"the integer {large[0]}, which no column of both holds exactly"
                 )
             fields.append(KeptField(name=name, type=kind))
         return tuple(fields)
@@ -130,6 +134,10 @@ def _type_of(value: Kept) -> FieldType:
         return "bool"
     if isinstance(value, datetime):
         return "timestamp"
-    return "date" if isinstance(value, date) else "string" if isinstance(value, str) else (
-        "int" if isinstance(value, int) else "float"
+    return (
+        "date"
+        if isinstance(value, date)
+        else "string"
+        if isinstance(value, str)
+        else ("int" if isinstance(value, int) else "float")
     )

@@ -6,6 +6,7 @@ Legend: Q queries, R rows, d numbers of a vector in FAISS.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,6 +193,36 @@ class Engine:
         ]
         return np.concatenate(places) if places else np.empty((0, count), dtype=np.int64)
 
+    def search_among(self, queries_Qd: Float32, count: int, allowed_R: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+        """:meth:`search` among the places that are allowed; None if this index cannot: on a GPU, and for some kinds.
+
+        It looks at more lists (or nodes), the more the fewer places are allowed, so that as many vectors are compared
+        as in a search among all.
+        """
+        share = float(allowed_R.mean()) if len(allowed_R) == self.rows else 0.0
+        if self.device != "cpu" or not share > 0:
+            return None
+        faiss = load_faiss()
+        selector = faiss.IDSelectorBitmap(np.packbits(allowed_R, bitorder="little"))
+        parameters = _filtering(self._index, selector, share)
+        if parameters is None:
+            return None
+        count = min(count, int(allowed_R.sum()))
+        try:
+            places_QC = np.concatenate(
+                [
+                    self._index.search(
+                        np.ascontiguousarray(queries_Qd[first : first + CANDIDATE_BATCH]), count, params=parameters
+                    )[1]
+                    for first in range(0, len(queries_Qd), CANDIDATE_BATCH)
+                ]
+            )
+        except RuntimeError:  # a kind that takes no selector
+            return None
+        given = places_QC[places_QC >= 0]
+        # A kind that passes over the selector is no filter.
+        return None if len(given) and (given.max() >= self.rows or not allowed_R[given].all()) else places_QC
+
     @property
     def _inverted(self) -> Any:
         return _find(self._index, "nprobe")
@@ -209,6 +240,37 @@ def _find(index: Any, attribute: str) -> Any:
         if hasattr(index, attribute):
             return index
         index = getattr(index, "index", None) or getattr(index, "base_index", None)
+    return None
+
+
+MOST_NODES = 4096
+"""Most nodes of a graph that a filtered search keeps in view."""
+
+
+def _filtering(index: Any, selector: Any, share: float) -> Any:
+    """The parameters of a search of ``index`` among what ``selector`` takes, a ``share`` of the rows; None where its
+    kind is not known to filter.
+    """
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _filtering(index.index, selector, share)
+        return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        inner = _filtering(index.base_index, selector, share)
+        return (
+            None
+            if inner is None
+            else faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+        )
+    if isinstance(index, faiss.IndexIVF):
+        probes = min(int(index.nlist), math.ceil(index.nprobe / share))
+        return faiss.SearchParametersIVF(sel=selector, nprobe=probes)
+    if isinstance(index, faiss.IndexHNSW):
+        nodes = min(max(MOST_NODES, index.hnsw.efSearch), math.ceil(index.hnsw.efSearch / share))
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=nodes)
+    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexPQ):
+        return faiss.SearchParameters(sel=selector)
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.store import Part
@@ -93,6 +94,13 @@ class AnnIndex:
         """
         self.refuse([term])
         return self._searcher.search(term, top_k=top_k, bottom_k=bottom_k)
+
+    def search_among(
+        self, term: Term, allowed_N: NDArray[np.bool_], *, top_k: int, bottom_k: int = 0
+    ) -> tuple[Ranking, Ranking] | None:
+        """:meth:`search` among the allowed rows; None if this index cannot filter, see `query.ann.engine`."""
+        self.refuse([term])
+        return self._searcher.search_among(term, allowed_N, top_k=top_k, bottom_k=bottom_k)
 
     def settings(self) -> dict[str, Any]:
         """What the settings of a result say about the index: its name, how it searches, and its measured recall."""

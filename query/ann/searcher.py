@@ -79,18 +79,42 @@ class Searcher:
 
         If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged row.
         """
-        return self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
+        best, worst = self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
+        assert best is not None
+        assert worst is not None
+        return best, worst
 
-    def _best(self, term: Term, k: int, sign: float) -> Ranking:
-        """The ``k`` candidates of each query with the highest ``sign`` × score."""
+    def search_among(
+        self, term: Term, allowed_N: NDArray[np.bool_], *, top_k: int, bottom_k: int = 0
+    ) -> tuple[Ranking, Ranking] | None:
+        """:meth:`search` among the allowed rows of the part; None if the index cannot filter.
+
+        Where no more of them are allowed than candidates are scored for a query, all are: the ranking is exact.
+        """
+        allowed_P = allowed_N[self.rows.table["row"]]
+        best = self._best(term, top_k, 1.0, allowed_P)
+        worst = None if best is None else self._best(term, bottom_k, -1.0, allowed_P)
+        return None if best is None or worst is None else (best, worst)
+
+    def _best(self, term: Term, k: int, sign: float, allowed_P: NDArray[np.bool_] | None = None) -> Ranking | None:
+        """The ``k`` candidates of each query with the highest ``sign`` × score, among the allowed places of the table
+        (None: all are). None if the index cannot filter.
+        """
         queries = len(term.queries_QD)
         rows_Qk, scores_Qk = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), -sign * np.inf)
         if k == 0 or queries == 0:
             return Ranking(rows_Qk, scores_Qk)
         signed = sign if term.weight >= 0 else -sign
-        places_QC = self.engine.search(
-            self.front.queries(term.queries_QD * signed), max(self.candidates, OVERSAMPLE * k)
-        )
+        candidates = max(self.candidates, OVERSAMPLE * k)
+        places_QC: NDArray[np.int64] | None
+        if allowed_P is None:
+            places_QC = self.engine.search(self.front.queries(term.queries_QD * signed), candidates)
+        elif (allowed := int(allowed_P.sum())) <= candidates:
+            places_QC = np.broadcast_to(np.flatnonzero(allowed_P), (queries, allowed)).copy()
+        else:
+            places_QC = self.engine.search_among(self.front.queries(term.queries_QD * signed), candidates, allowed_P)
+        if places_QC is None:
+            return None
         if places_QC.max(initial=-1) >= len(self.rows.table):
             raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
         scores_QC = self._scores(term, places_QC)

@@ -20,7 +20,7 @@ from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
 from query.ask.question import Question
 from query.ask.scorer import Scorer, with_mean
-from query.search.part_score import Term
+from query.search.part_score import Term, contrasted
 from query.search.search import RowFacts
 from query.search.vectors import PartVectors
 
@@ -95,6 +95,10 @@ def _by_blocks(
     val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples)
     cosine = question.metric == "cosine"
     queries_QD = val.vectors.double()
+    if scorer.minus_set is not None:
+        minus = encoder.encode_val_set(scorer.minus_set, "mean", question.max_samples)
+        minus_D = minus.vectors[0].double()
+        queries_QD = contrasted(queries_QD, minus_D, question.metric, lambda vectors: vectors.norm(dim=1), val.ids)
     if cosine:
         queries_QD = queries_QD / queries_QD.norm(dim=1, keepdim=True)
     if len(scorer.terms[0].queries_QD) > len(queries_QD):

@@ -35,6 +35,14 @@ def query(options: QueryOptions) -> QueryResult:
     checkpoint, the tokenizer and the corpus (for texts). The default is where the user's own build read them; paths in
     a store that somebody else made are not followed.
 
+    ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
+    sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses. By
+    ``cosine`` both gradients are scaled to length 1 first: lengths are left out there.
+
+    ``where`` is a condition in SQL: only rows that match it rank. Its columns are id, domain, n_tokens, loss,
+    source_row, source_file (a number), window_start, status, the fields that the part keeps
+    (``build(keep_fields=…)``), and text where it keeps texts; of a run those of its row table.
+
     ``group_field`` names a field of the val set. There is one ranking for the mean gradient of each group. The first
     ranking is then ``combined``, over all groups: by the ``mean`` or the ``max`` of a row's scores over the groups, or
     by ``rank-fusion`` (reciprocal ranks). ``combine`` says which.
@@ -102,8 +110,12 @@ def _answer(
     rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
-    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
-        scorer = open_scorer(question, parts, weights, corpus, progress, keep_model=rerank is not None or recomputes)
+    with (
+        open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
+        question.opened_minus(progress) as minus,
+    ):
+        keep_model = rerank is not None or recomputes
+        scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
@@ -113,6 +125,8 @@ def _answer(
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
             rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
+        if ann is not None and not scorer.by_index:  # it could not be filtered
+            settings = {**settings, "index": "exact"}
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
         result = QueryResult(
             store=str(question.store),
@@ -143,10 +157,11 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     """What `ghoststore.fidelity` measured for rankings like this one.
 
     None where nothing was measured, and where the score is of another kind than measured: of some layers, of several
-    parts, preconditioned or blended.
+    parts, preconditioned, blended, or of a difference.
     """
     question = scorer.question
     plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
+    plain = plain and question.minus is None
     measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":
         if measured is not None:

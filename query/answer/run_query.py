@@ -28,8 +28,8 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         if given:
             raise UsageError(f"`{name}` is for parts, and `run={options.run}` asks a training run: leave it out")
     question = replace(part_of(RunQuestion, options), all_candidates=options.candidates)
-    with opened_val_set(question, progress) as val_set:
-        scorer = RunScorer(question, val_set, progress)
+    with opened_val_set(question, progress) as val_set, question.opened_minus(progress) as minus:
+        scorer = RunScorer(question, val_set, progress, minus)
     sums = scorer.sums(progress)
     counts = (min(options.top_k, len(scorer.units)), min(options.bottom_k, len(scorer.units)))
     rankings = rankings_of(sums.score, counts[0]), rankings_of(sums.score, counts[1], sign=-1.0)

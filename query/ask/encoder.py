@@ -68,11 +68,11 @@ class ValVectors:
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
-    def note_left_out(self, progress: Progress) -> None:
+    def note_left_out(self, progress: Progress, whose: str = "val") -> None:
         """Say how many val rows have no vector, and why."""
         if self.left_out:
             shown = ", ".join(f"{count} {status}" for status, count in sorted(self.left_out.items()))
-            progress.note(f"val rows left out: {shown}; {self.used} are used")
+            progress.note(f"{whose} rows left out: {shown}; {self.used} are used")
 
 
 class PartEncoder:

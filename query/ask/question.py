@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ghoststore.corpus import Fields
+from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
 from ghoststore.errors import UsageError
+from ghoststore.progress import Progress
 from ghoststore.settings.option import check_at_least, check_choices
 from ghoststore.settings.question import QuestionOptions
 from query.ask.blend import checked_weight
@@ -28,6 +31,11 @@ class Question(QuestionOptions):
         check_choices(self)
         if self.val_set is None:
             self._refuse_without_val_set()
+        elif self.minus is not None and absolute(str(self.val_set)) == absolute(str(self.minus)):
+            raise UsageError(
+                f"`minus={self.minus}` is the val set itself: the difference of their gradients is zero. Give another "
+                "one, or leave `minus` out"
+            )
         check_at_least(1, max_samples=self.max_samples)
         if self.each and self.group_field is not None:
             raise UsageError("`each` asks for a ranking a val sample, `group_field` for one a group: give one of them")
@@ -68,6 +76,15 @@ class Question(QuestionOptions):
                 "another's; give one for each, in their order"
             )
         return paths
+
+    @contextmanager
+    def opened_minus(self, progress: Progress) -> Iterator[Corpus | None]:
+        """The val set ``minus``; None without. Its rows are read as those of the val set, groups aside."""
+        if self.minus is None:
+            yield None
+            return
+        with open_corpus(str(self.minus), self.fields or Fields(), progress) as corpus:
+            yield corpus
 
     def val_fields(self) -> Fields:
         """The fields of the val set; ``group_field`` takes the place of the domain."""

@@ -49,6 +49,7 @@ class RunQuestion(RunGradientsOptions, Question):
             "`tokenizer`": self.tokenizer is not None,
             "`each`": self.each,
             "`group_field`": self.group_field is not None,
+            "`minus`": self.minus is not None,
             "`max_samples`": self.max_samples is not None,
             "`fields`": self.fields not in (None, Fields()),
         }

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ghoststore.corpus import Corpus, open_corpus
@@ -33,7 +34,9 @@ from query.ask.encoder import ValVectors
 from query.ask.question import COMBINED
 from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
-from query.ask.scorer import fused
+from query.ask.scorer import fused, minus_settings
+from query.search.part_score import contrasted
+from query.training_scores.matching import ChosenUnits
 from query.training_scores.sums import Units
 from query.training_scores.weights import StepWeights
 
@@ -77,7 +80,9 @@ class RunScorer:
     MismatchError for another model or projection; CorruptError for what is damaged.
     """
 
-    def __init__(self, question: RunQuestion, val_set: Corpus | None, progress: Progress) -> None:
+    def __init__(
+        self, question: RunQuestion, val_set: Corpus | None, progress: Progress, minus: Corpus | None = None
+    ) -> None:
         self.question = question
         self.run: Run = Store.open(question.store).run(question.run)
         kept, arrays = kept_of(self.run)
@@ -98,20 +103,24 @@ class RunScorer:
                 f"{stop - 1:,} have none of them; give a longer window"
             )
         self._columns = _columns(self.run, question)
+        self.units = Units(self.run, "sample")
+        self.chosen = ChosenUnits.of(self.run, self.units, question.where, progress)
         self.val: ValVectors | None = None
+        self.minus: ValVectors | None = None
         self._query_QD: Float64 | None = None
         if val_set is not None:
-            self.val = self._encoded(val_set, progress)
-            self._query_QD = self._prepared(self.val)
+            self.val, self.minus = self._encoded(val_set, minus, progress)
+            self._query_QD = self._prepared(self.val, self.minus)
         elif arrays.val is None:
             raise UsageError(
                 f"run {self.run.name!r} keeps no val gradients beside its samples' (keep_gradients does): give "
                 "`val_set` and `checkpoint`"
             )
-        self.units = Units(self.run, "sample")
         self._sums: VisitSums | None = None
 
-    def _encoded(self, corpus: Corpus, progress: Progress) -> ValVectors:
+    def _encoded(
+        self, corpus: Corpus, minus: Corpus | None, progress: Progress
+    ) -> tuple[ValVectors, ValVectors | None]:
         question = self.question
         (checkpoint,) = question.checkpoints(1)
         assert checkpoint is not None
@@ -129,10 +138,16 @@ class RunScorer:
                 f"a group of `group_field={question.group_field}` is called {COMBINED!r}, as the ranking over all "
                 "groups is: give it another name"
             )
-        return val
+        if minus is None:
+            return val, None
+        minus_val = encoder.encode_val_set(minus, "mean", question.max_samples)
+        minus_val.note_left_out(progress, "`minus`")
+        return val, minus_val
 
-    def _prepared(self, val: ValVectors) -> Float64:
-        """(Q, D) queries in the chosen columns; of length 1 for the cosine. Of ``combine="mean"`` their mean first."""
+    def _prepared(self, val: ValVectors, minus: ValVectors | None) -> Float64:
+        """(Q, D) queries in the chosen columns, less ``minus``; of length 1 for the cosine. Of ``combine="mean"`` their
+        mean first.
+        """
         query_QD = val.vectors.double().numpy()[:, self._columns]
         lengths_Q = np.sqrt(np.square(query_QD).sum(1))
         wrong = ~(np.isfinite(lengths_Q) & (lengths_Q > 0))
@@ -141,6 +156,12 @@ class RunScorer:
                 f"the query {val.ids[int(wrong.argmax())]!r} is zero, or not finite: every sample would score the "
                 "same. Leave it out of the val set"
             )
+        if minus is not None:
+            minus_D = minus.vectors[0].double()[self._columns]
+            query_QD = contrasted(
+                torch.from_numpy(query_QD), minus_D, self.question.metric, lambda vectors: vectors.norm(dim=1), val.ids
+            ).numpy()
+            lengths_Q = np.sqrt(np.square(query_QD).sum(1))
         if self.question.metric == "cosine":
             query_QD = query_QD / lengths_Q[:, None]
         if self.question.group_field is not None and self.question.combine == "mean":
@@ -189,6 +210,9 @@ class RunScorer:
                 f"{left_out:,} visits are left out: their gradient, the val gradient or the learning rate is not finite"
             )
         score_QU = np.where(times_U > 0, total_QU, np.nan)
+        if self.chosen is not None:
+            score_QU[:, ~self.chosen.mask] = np.nan
+            times_U[~self.chosen.mask] = 0
         if question.group_field is not None and question.combine != "mean":
             combined = fused(score_QU) if question.combine == "rank-fusion" else score_QU.max(0, keepdims=True)
             score_QU = np.concatenate([combined, score_QU])
@@ -228,6 +252,7 @@ class RunScorer:
             "val_set": None if self.val is None else str(question.val_set),
             "val_rows": 0 if self.val is None else self.val.used,
             "val_rows_left_out": {} if self.val is None else self.val.left_out,
+            **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **grouped,
             "metric": question.metric,
@@ -235,6 +260,7 @@ class RunScorer:
             "candidates": question.all_candidates,
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
+            **({} if self.chosen is None else self.chosen.settings()),
             "checkpoint": None if self.val is None else str(question.checkpoints(1)[0]),
             "steps": list(self.window),
             "every": kept.every,

@@ -23,6 +23,7 @@ from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
+from ghoststore.store.where.rows import part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
@@ -45,24 +46,28 @@ def open_scorer(
     val_set: Corpus,
     progress: Progress,
     *,
+    minus: Corpus | None = None,
     keep_model: bool = False,
 ) -> Scorer:
     """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
-    With ``keep_model``, and for a single part, the scorer keeps the encoder and the val set, which must stay open.
+    ``minus`` is the val set whose mean gradient is subtracted. With ``keep_model``, and for a single part, the scorer
+    keeps the encoder and the val sets, which must stay open.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
     checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
     device = resolve_device(question.device)
     checkpoints = question.checkpoints(len(parts))
-    # Patterns and runs that do not fit are refused before a model is loaded, which takes longest.
+    # Patterns, conditions and runs that do not fit are refused before a model is loaded, which takes longest.
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
+    chosen = ChosenRows.of(parts, question.where, progress)
     run = None
     if question.with_scores is not None:
         scored = Store.open(question.store).run(question.with_scores)
         run = values_of_rows(parts[0], scored, question.weight, progress, data=question.data)
-    vals = []
+    vals: list[ValVectors] = []
+    minus_vals: list[ValVectors] = []
     kept_encoder: PartEncoder | None = None
     for part, checkpoint in zip(parts, checkpoints, strict=True):
         encoder = PartEncoder(
@@ -76,12 +81,51 @@ def open_scorer(
         val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
+        if minus is not None:
+            minus_val = encoder.encode_val_set(minus, "mean", question.max_samples)
+            minus_val.note_left_out(progress, "`minus`")
+            minus_vals.append(minus_val)
         kept_encoder = encoder if keep_model and len(parts) == 1 else None
         del encoder  # before the next model is loaded
-    scorer = Scorer.of(question, parts, weights, vals, progress, groups=groups, run=run)
+    scorer = Scorer.of(
+        question, parts, weights, vals, progress, minus=minus_vals or None, groups=groups, run=run, chosen=chosen
+    )
     if kept_encoder is not None:
-        scorer.encoder, scorer.val_set = kept_encoder, val_set
+        scorer.encoder, scorer.val_set, scorer.minus_set = kept_encoder, val_set, minus
     return scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenRows:
+    """The rows that may rank, where a question has a condition: those that match, and are usable in every part."""
+
+    sql: str
+    mask: NDArray[np.bool_]
+    """(N,)."""
+    count: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], where: str | None, progress: Progress) -> ChosenRows | None:
+        """The rows that match ``where`` by the columns of the first of ``parts``; None without a condition.
+
+        UsageError for what is no condition, and if no row is left.
+        """
+        if where is None:
+            return None
+        matches, first = part_matches(parts[0], where), parts[0]
+        usable_N = np.ones(first.layout.rows, dtype=bool)
+        for part in parts:
+            of_part_N = np.zeros(first.layout.rows, dtype=bool)
+            of_part_N[part.row_numbers] = part.usable()
+            usable_N &= of_part_N
+        usable = usable_N[first.row_numbers]
+        count = matches.among(first, usable, "usable rows")
+        progress.note(f"`where`: {count:,} of {int(usable.sum()):,} usable rows match")
+        return cls(where, matches.mask & usable_N, count)
+
+    def settings(self) -> dict[str, Any]:
+        """What the settings of a result say about it."""
+        return {"where": self.sql, "rows_matching": self.count}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,9 +150,16 @@ class Scorer:
     device: str
     encoder: PartEncoder | None = None
     val_set: Corpus | None = None
-    """Encoder and val set, kept where vectors are to be recomputed: see :func:`open_scorer`."""
+    minus_set: Corpus | None = None
+    """Encoder and val sets, kept where vectors are to be recomputed: see :func:`open_scorer`."""
+    minus: ValVectors | None = None
+    """The vector that is subtracted, of :attr:`part`."""
+    chosen: ChosenRows | None = None
+    """The rows that may rank; None: all usable ones."""
     blend: Blend | None = None
     """Set by :meth:`scores` and :meth:`rank` if the question has ``with_scores``."""
+    by_index: bool = False
+    """Whether an index gave the last ranking."""
     _scores: NDArray[np.float64] | None = None
 
     @classmethod
@@ -120,16 +171,20 @@ class Scorer:
         vals: Sequence[ValVectors],
         progress: Progress,
         *,
+        minus: Sequence[ValVectors] | None = None,
         groups: Sequence[int] | None = None,
         run: RowValues | None = None,
+        chosen: ChosenRows | None = None,
     ) -> Scorer:
         """A scorer for a val set that is encoded already: one of ``vals`` for each of ``parts``. See
         :func:`open_scorer`.
         """
         _refuse_other_queries(parts, vals)
+        if minus is not None:
+            _refuse_other_queries(parts, minus)
         device = resolve_device(question.device)
         terms = []
-        for part, val, weight in zip(parts, vals, weights, strict=True):
+        for place, (part, val, weight) in enumerate(zip(parts, vals, weights, strict=True)):
             inverse = None
             if question.precondition == "second-moment":
                 inverse = DampedInverse(part, checked_damping(question.damping), progress, device)
@@ -142,6 +197,7 @@ class Scorer:
                     groups=groups,
                     preconditioner=inverse,
                     names=val.ids,
+                    minus_D=None if minus is None else minus[place].vectors[0],
                 )
             )
         names = list(vals[0].ids)
@@ -157,27 +213,60 @@ class Scorer:
             rows=sum(stop - start for start, stop in map(parts[0].layout.span_of, shared_spans(terms))),
             run=run,
             device=device,
+            minus=None if minus is None else minus[0],
+            chosen=chosen,
         )
 
     def rank(
         self, top_k: int, bottom_k: int, progress: Progress, *, index: AnnIndex | None = None
     ) -> tuple[Ranking, Ranking]:
         """The best and the worst rows of each ranking: by exact search or, with ``index``, among its candidates."""
-        counts = (min(top_k, self.rows), min(bottom_k, self.rows))
+        most = self.rows if self.chosen is None else self.chosen.count
+        counts = (min(top_k, most), min(bottom_k, most))
         if index is not None:
             index.refuse(self.terms)
             assert self.run is None, "an index does not give the scores of all rows: refused by query()"
             assert not self._by_rows
-            return index.search(self.terms[0], top_k=counts[0], bottom_k=counts[1])
+            self.by_index = True
+            if self.chosen is None:
+                return index.search(self.terms[0], top_k=counts[0], bottom_k=counts[1])
+            if (by_index := self._rank_by_index(index, counts, progress)) is not None:
+                return by_index
+            self.by_index = False
         if self.run is not None or self._fused:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
         combine: Literal["max"] | None = "max" if self._by_rows else None
         with closing(progress.task("searching", self.rows)) as task:
             best, worst = search(
-                self.terms, top_k=counts[0], bottom_k=counts[1], combine=combine, device=self.device, task=task
+                self.terms,
+                top_k=counts[0],
+                bottom_k=counts[1],
+                combine=combine,
+                device=self.device,
+                task=task,
+                allowed_N=self._allowed,
             )
         return (_last_first(best), _last_first(worst)) if combine else (best, worst)
+
+    def _rank_by_index(
+        self, index: AnnIndex, counts: tuple[int, int], progress: Progress
+    ) -> tuple[Ranking, Ranking] | None:
+        """The rankings among the chosen rows by ``index``; None, with a note, if it cannot filter or gives too few."""
+        assert self.chosen is not None
+        rankings = index.search_among(self.terms[0], self.chosen.mask, top_k=counts[0], bottom_k=counts[1])
+        if rankings is None:
+            problem = "cannot be filtered"
+        elif any((ranking.rows < 0).any() for ranking in rankings):
+            problem = "gives fewer matching rows than there are"
+        else:
+            return rankings
+        progress.note(f"index {index.name!r} {problem}: the rows that match are searched exactly")
+        return None
+
+    @property
+    def _allowed(self) -> NDArray[np.bool_] | None:
+        return None if self.chosen is None else self.chosen.mask
 
     def scores(self, progress: Progress, first: int | None = None) -> NDArray[np.float64]:
         """(Q, N) float64: the score of every row in every ranking, or in the ``first`` rankings only.
@@ -191,7 +280,7 @@ class Scorer:
         if independent:
             terms = [term.with_queries(term.queries_QD[:first]) for term in terms]
         with closing(progress.task("scoring", self.rows)) as task:
-            scores = similarities(terms, device=self.device, task=task)
+            scores = similarities(terms, device=self.device, task=task, allowed_N=self._allowed)
         if independent:
             return scores
         if self._fused:
@@ -237,12 +326,14 @@ class Scorer:
             "val_set": str(question.val_set),
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
+            **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": question.metric,
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
+            **({} if self.chosen is None else self.chosen.settings()),
             "checkpoint": str(question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]),
             "rows": self.rows,
             "repeated_ids": self.part.repeated_ids,
@@ -268,6 +359,11 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
                 "give `combine=max` or rank-fusion"
             )
     return terms, [COMBINED, *names]
+
+
+def minus_settings(question: Question, minus: ValVectors) -> dict[str, Any]:
+    """What the settings of a result say about the val set that is subtracted."""
+    return {"minus": str(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
 
 
 def with_mean(queries_QD: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Legend: Q queries, R rows of a span, D numbers of a vector, G blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,9 @@ from ghoststore.errors import UsageError
 from ghoststore.settings.shared import Metric as Metric
 from ghoststore.store import Part
 from query.search.second_moment import DampedInverse
+
+LEAST_DIFFERENCE = 1e-5
+"""Of two gradients, relative to the longer: float32 gradients of the same samples, in other batches, differ by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +49,46 @@ class Term:
         groups: Sequence[int] | None = None,
         preconditioner: DampedInverse | None = None,
         names: Sequence[str] | None = None,
+        minus_D: Tensor | None = None,
     ) -> Term:
         """Restrict ``queries_QD`` to the blocks ``groups`` (default: all) and precondition them. For the cosine, also
-        scale each to length 1 in the metric.
+        scale each to length 1 in the metric. ``minus_D`` is subtracted from each, see :func:`contrasted`.
 
         UsageError for a query that is not finite, or is zero in these blocks. ``names`` are what the error calls the
         queries.
         """
-        queries = queries_QD.double() * mask_of(part, groups)
+        mask = mask_of(part, groups)
+        queries = queries_QD.double() * mask
         finite = torch.isfinite(queries).all(1)
         if not bool(finite.all()):
             raise UsageError(
                 f"{_label_of(~finite, names)} is not finite: the val set's gradient has NaN or infinite numbers"
             )
-        applied = preconditioner.apply(queries) if preconditioner is not None else queries
-        lengths = (queries * applied).sum(1).clamp_min(0).sqrt()
+
+        def lengths_of(vectors_QD: Tensor, applied_QD: Tensor) -> Tensor:
+            return (vectors_QD * applied_QD).sum(1).clamp_min(0).sqrt()
+
+        def applied_to(vectors_QD: Tensor) -> Tensor:
+            return preconditioner.apply(vectors_QD) if preconditioner is not None else vectors_QD
+
+        applied = applied_to(queries)
+        lengths = lengths_of(queries, applied)
         if bool((lengths == 0).any()):
             where = "" if groups is None else " in these layers"
             raise UsageError(
                 f"{_label_of(lengths == 0, names)} is zero{where}: every row would score the same. Leave it out of the "
                 "val set" + ("" if groups is None else ", or choose other layers")
             )
+        if minus_D is not None:
+            queries = contrasted(
+                queries,
+                minus_D.double() * mask,
+                metric,
+                lambda vectors: lengths_of(vectors, applied_to(vectors)),
+                names,
+            )
+            applied = applied_to(queries)
+            lengths = lengths_of(queries, applied)
         if metric == "cosine":
             applied = applied / lengths.unsqueeze(1)
         return cls(part, applied, metric, weight, groups, preconditioner)
@@ -84,6 +106,40 @@ class Term:
     def with_queries(self, queries_QD: Tensor) -> Term:
         """The same term with other queries, which must be preconditioned and scaled already."""
         return Term(self.part, queries_QD, self.metric, self.weight, self.groups, self.preconditioner)
+
+
+def contrasted(
+    queries_QD: Tensor,
+    minus_D: Tensor,
+    metric: Metric,
+    lengths_of: Callable[[Tensor], Tensor],
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """(Q, D): each query less ``minus_D``. For the cosine both are scaled to length 1 first.
+
+    By dot, the product of a row with the difference is what a step on it does to the difference of the two losses. The
+    cosine leaves lengths out; without the scaling the val set with the larger loss, whose gradient is longer, would
+    decide alone. ``lengths_of`` gives the lengths of (Q, D) vectors in the metric.
+
+    UsageError where the difference is no more than rounding, and for a ``minus_D`` that is zero or not finite.
+    """
+    one_minus = minus_D.unsqueeze(0)
+    length_of_minus, lengths_Q = lengths_of(one_minus), lengths_of(queries_QD)
+    if not bool(torch.isfinite(minus_D).all()) or not float(length_of_minus) > 0:
+        raise UsageError(
+            "the mean gradient of `minus` is zero, or not finite: nothing to be far from. Leave `minus` out"
+        )
+    if metric == "cosine":
+        queries_QD, one_minus = queries_QD / lengths_Q.unsqueeze(1), one_minus / length_of_minus
+    difference_QD = queries_QD - one_minus
+    longer_Q = torch.maximum(lengths_of(queries_QD), lengths_of(one_minus))
+    same_Q = lengths_of(difference_QD) <= LEAST_DIFFERENCE * longer_Q
+    if bool(same_Q.any()):
+        raise UsageError(
+            f"{_label_of(same_Q, names)} and the mean of `minus` have the same gradient, up to rounding: their "
+            "difference tells no rows apart. Give `minus` another val set, or leave it out"
+        )
+    return difference_QD
 
 
 def _label_of(wrong_Q: Tensor, names: Sequence[str] | None) -> str:

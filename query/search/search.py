@@ -144,6 +144,14 @@ def shared_spans(terms: Sequence[Term]) -> list[int]:
     return sorted(set.intersection(*(set(term.part.spans) for term in terms)))
 
 
+def searched_spans(terms: Sequence[Term], allowed_N: NDArray[np.bool_] | None) -> list[int]:
+    """Of the :func:`shared_spans` those with an allowed row (None: all rows are allowed)."""
+    spans, layout = shared_spans(terms), terms[0].part.layout
+    if allowed_N is None:
+        return spans
+    return [span for span in spans if allowed_N[slice(*layout.span_of(span))].any()]
+
+
 def product_error(dimension: int) -> float:
     """Largest error of a float32 inner product of two vectors of length 1, in any order of summation.
 
@@ -181,8 +189,10 @@ class _PieceScores:
     With ``combine="max"`` one more column follows those of the queries: the largest score of a row.
     """
 
-    def __init__(self, terms: Sequence[Term], combine: Combine | None, device: str) -> None:
-        self.terms, self.combine = terms, combine
+    def __init__(
+        self, terms: Sequence[Term], combine: Combine | None, device: str, allowed_N: NDArray[np.bool_] | None
+    ) -> None:
+        self.terms, self.combine, self._allowed_N = terms, combine, allowed_N
         self.device = torch.device(device)
         lengths_Q = np.max([term.lengths for term in terms], axis=0)
         if combine:
@@ -201,12 +211,14 @@ class _PieceScores:
         return len(self.units_Q)
 
     def pieces(self) -> Iterator[_Piece]:
-        """All rows that are committed in every part, in order."""
+        """All rows that are committed in every part, in order; no span without an allowed row is read."""
         sources = [PartVectors(term.part, self.device) for term in self.terms]
-        for vectors in side_by_side(sources, shared_spans(self.terms)):
+        for vectors in side_by_side(sources, searched_spans(self.terms, self._allowed_N)):
             start, stop = vectors[0].start, vectors[0].stop
             facts = [fact.of(start, stop) for fact in self._facts]
             usable = np.logical_and.reduce([usable for usable, _, _ in facts])
+            if self._allowed_N is not None:
+                usable = usable & self._allowed_N[start:stop]
             rows, factors, lengths = [], [], []
             for chunk, (_, length, factor) in zip(vectors, facts, strict=True):
                 rows.append(chunk.rows_RD)
@@ -295,19 +307,22 @@ def search(
     combine: Combine | None = None,
     device: str = "cpu",
     task: Task | None = None,
+    allowed_N: NDArray[np.bool_] | None = None,
 ) -> tuple[Ranking, Ranking]:
     """The ``top_k`` rows with the highest and the ``bottom_k`` rows with the lowest scores, for each query of
     ``terms``.
 
     With ``combine="max"`` one more ranking follows: by the largest score that a row has for any query. Rows that are
-    not usable in every part are never returned; the cosine of a zero row is 0.
+    not usable in every part are never returned, nor rows that are not in ``allowed_N`` (None: all are); the cosine of a
+    zero row is 0.
 
-    Reads each committed chunk once; memory does not depend on the number of rows. Scores are float64 products of the
-    stored numbers. Rows that cannot rank are ruled out first, by float32 products and their error bound.
+    Reads each committed chunk once, without those of spans that have no allowed row; memory does not depend on the
+    number of rows. Scores are float64 products of the stored numbers. Rows that cannot rank are ruled out first, by
+    float32 products and their error bound.
 
     Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, combine, device)
+    scores = _PieceScores(terms, combine, device, allowed_N)
     best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
     for piece in scores.pieces():
         cheap_RQ, slack_RQ = scores.cheap(piece)
@@ -319,12 +334,19 @@ def search(
     return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
 
 
-def similarities(terms: Sequence[Term], *, device: str = "cpu", task: Task | None = None) -> NDArray[np.float64]:
-    """(Q, N) float64: the score of every row for each query, equal to that of :func:`search`; NaN for unusable rows.
+def similarities(
+    terms: Sequence[Term],
+    *,
+    device: str = "cpu",
+    task: Task | None = None,
+    allowed_N: NDArray[np.bool_] | None = None,
+) -> NDArray[np.float64]:
+    """(Q, N) float64: the score of every row for each query, equal to that of :func:`search`; NaN for rows that are
+    unusable, or not allowed.
 
     Memory: 8 bytes for each row and query, and one chunk. Raises CorruptError for a damaged chunk.
     """
-    scores = _PieceScores(terms, None, device)
+    scores = _PieceScores(terms, None, device, allowed_N)
     terms[0].part.refuse_hollow()
     scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
     for piece in scores.pieces():

@@ -24,6 +24,9 @@ def select(options: SelectOptions) -> SelectReport:
     What scores are (``store``, ``val_set``, ``part`` or ``run``, ``metric``, …) is as in ``ghoststore.query``. Where
     there are several rankings, the first counts: that over everything.
 
+    Samples are chosen among those that match ``where`` (a long one where any of its windows does), an SQL condition on
+    the columns that ``ghoststore.query`` lists; shares are of these.
+
     How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
     ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
     ``equal``. ``diversity``: ``mmr``, ``facility-location`` or ``greats``, see `query.select.diversity`, among the best

@@ -36,9 +36,12 @@ class OfParts:
     def read_val_set(self, progress: Progress) -> LeakCheck:
         """Read the val set, once; what finds its near-duplicates."""
         wanted = self.question
-        with open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set:
+        with (
+            open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set,
+            wanted.opened_minus(progress) as minus,
+        ):
             leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))
-            self.scorer = open_scorer(wanted, self._parts, self._weights, val_set, progress)
+            self.scorer = open_scorer(wanted, self._parts, self._weights, val_set, progress, minus=minus)
         note_repeated(self.source, progress)
         return leak_check
 
@@ -73,9 +76,9 @@ class OfRun:
 
     def read_val_set(self, progress: Progress) -> LeakCheck:
         """As of parts; without a val set nothing is a near-duplicate."""
-        with opened_val_set(self.question, progress) as val_set:
+        with opened_val_set(self.question, progress) as val_set, self.question.opened_minus(progress) as minus:
             leak_check = LeakCheck(() if val_set is None else islice(val_set.samples(), self.question.max_samples))
-            self._scorer = RunScorer(self.question, val_set, progress)
+            self._scorer = RunScorer(self.question, val_set, progress, minus)
         if val_set is None:
             progress.note("without `val_set` no near-duplicates of val samples are looked for")
         return leak_check

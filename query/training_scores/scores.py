@@ -26,6 +26,7 @@ from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.run.ranges import count as steps_in
 from query.common.output import check_picture
 from query.common.texts import texts_of
+from query.training_scores.matching import ChosenUnits
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
     Places,
@@ -51,9 +52,11 @@ def scores(options: ScoresOptions) -> ScoresResult:
     w of a step is: ``unit``, ``learning-rate`` or ``loss-fall``, see `query.training_scores.weights`. ``steps`` is a
     window, ``"0:100"`` or a slice. ``group`` takes the scores against one val group, ``layers`` and
     ``exclude_layers`` those of some layers (module paths or globs). ``min_times`` leaves out what was scored less
-    often, ``domains`` keeps some domains alone. Where steps chose among candidates, a score counts with the weight that
-    its sample had in the step; ``candidates`` counts those that were not trained on, too, all alike. ``plot`` draws
-    scores by domain to a new .png, .pdf or .svg file.
+    often, ``domains`` keeps some domains alone, ``where`` what matches an SQL condition on the columns of the row
+    table (id, domain, n_tokens, source_row, source_file, window_start; a sample of several windows matches where
+    any does). Where steps chose among candidates, a score counts with the weight that its sample had in the step;
+    ``candidates`` counts those that were not trained on, too, all alike. ``plot`` draws scores by domain to a new
+    .png, .pdf or .svg file.
 
     Reads a run while it is written, too: what is committed at that moment. Scores that are not finite enter nothing;
     they are counted. One pass over the steps; memory grows with the row table alone.
@@ -78,6 +81,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     window = window_of(run, options.steps)
     domains = _domain_places(run, options.domains)
     units = Units(run, options.unit)
+    chosen = ChosenUnits.of(run, units, options.where, progress)
     sums = ScoreSums(len(units), weighted=options.value in WEIGHTED)
     same_id, history = None, None
     if options.sample is not None:
@@ -88,6 +92,8 @@ def scores(options: ScoresOptions) -> ScoresResult:
     if history is not None and not history.entries:
         progress.note(f"sample {options.sample!r} was not trained on in these steps")
     allowed = _allowed(units, sums, domains, options.min_times)
+    if chosen is not None:
+        allowed &= chosen.mask
     hits: list[list[ScoreHit]] = [[], []]
     if history is None and options.by is None:
         values = np.where(allowed, sums.values(options.value), np.nan)
@@ -106,7 +112,10 @@ def scores(options: ScoresOptions) -> ScoresResult:
         )
     return ScoresResult(
         store=str(options.store),
-        settings=_settings(options, run, window, top_k, bottom_k),
+        settings={
+            **_settings(options, run, window, top_k, bottom_k),
+            **({} if chosen is None else chosen.settings()),
+        },
         summary=_summary(run, window, units, sums),
         hits=hits[0],
         bottom=hits[1],
@@ -176,13 +185,15 @@ def _refuse_usage(options: ScoresOptions) -> None:
         raise UsageError(f"`min_times` must be at least 1, not {options.min_times}")
     if options.weight != ScoresOptions.weight and options.value not in WEIGHTED:
         raise UsageError(f"`weight={options.weight}` belongs to `value=cumulative` and mean, not to {options.value}")
+    if options.where is not None and options.plot is not None:
+        raise UsageError("`plot` draws the scores of all samples: give it without `where`")
     excluded = [name for name, count in ranked.items() if count is not None]
     if options.by is not None and excluded:
         raise UsageError(f"`by=domain` is a table of domains: it does not go with {excluded[0]}")
     if options.sample is not None:
         excluded += ["`by`"] * (options.by is not None) + ["`min_times`"] * (options.min_times is not None)
         excluded += ["`domains`"] * bool(options.domains) + ["`value`"] * (options.value != "cumulative")
-        excluded += ["`unit`"] * (options.unit != "sample")
+        excluded += ["`unit`"] * (options.unit != "sample") + ["`where`"] * (options.where is not None)
         if excluded:
             raise UsageError(f"`sample` shows everything of one sample: it does not go with {excluded[0]}")
 

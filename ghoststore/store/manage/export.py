@@ -23,12 +23,14 @@ from ghoststore.settings.keywords import takes
 from ghoststore.settings.store import ExportOptions
 from ghoststore.store.base.new_files import check_new, new_files
 from ghoststore.store.part.encoding import Encoding, Groups
+from ghoststore.store.part.kept import FieldType, python_values, read_field
 from ghoststore.store.part.part import Part
 from ghoststore.store.part.status import Status
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.visits import Visits, kept_of, stream_visits
 from ghoststore.store.spans.reader import read_span, stream
 from ghoststore.store.store import Store
+from ghoststore.store.where.rows import part_matches, run_matches
 
 FORMS = (".safetensors", ".npy", ".parquet")
 ROWS_SUFFIX = ".rows.jsonl"
@@ -55,6 +57,15 @@ FIELDS_OF_RUN = {
     "score": "float32",
     "learning_rate": "float64",
 }
+ARROW_TYPES: dict[FieldType, str] = {
+    "string": "string",
+    "int": "int64",
+    "float": "float64",
+    "bool": "bool_",
+    "date": "string",
+    "timestamp": "string",
+}
+"""Types of kept fields in a table; dates and times are ISO 8601."""
 WEIGHT_OF_RUN = {"weight": "float32"}
 """Of a run that chose among candidates: 0 where its step did not train on the sample."""
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
@@ -146,7 +157,8 @@ def export(options: ExportOptions) -> ExportReport:
     holds all in one table; beside a ``.safetensors`` or ``.npy`` file of vectors, a ``.rows.jsonl`` file has the rest.
     For a run each row is a sample of a step, with ``step``, ``rank``, ``place``, score, loss and learning rate. Where
     a step chose among candidates, ``weight`` says how each counted: 0, it was not trained on. Rows without a vector are
-    left out, unless ``unusable``.
+    left out, unless ``unusable``, and so are those that do not match ``where``, an SQL condition on the columns that
+    ``ghoststore.query`` lists. Fields that the part keeps are written with the others.
 
     ``dtype="stored"`` writes the numbers as stored: bfloat16 as such in safetensors and as its bits (uint16) elsewhere,
     codes of int8 and onebit with the ``scale`` of each row and block (not to ``.npy``, which cannot hold it). Some
@@ -186,10 +198,10 @@ def export(options: ExportOptions) -> ExportReport:
 def _source(options: ExportOptions) -> Source:
     store, stored = Store.open(options.store), options.dtype == "stored"
     if options.run is None:
-        return OfPart(store.part(options.part), stored=stored, unusable=options.unusable)
+        return OfPart(store.part(options.part), stored=stored, unusable=options.unusable, where=options.where)
     if options.part is not None:
         raise UsageError("give `part` or `run`: one of them, and not both")
-    return OfRun(store.run(options.run), stored=stored, unusable=options.unusable)
+    return OfRun(store.run(options.run), stored=stored, unusable=options.unusable, where=options.where)
 
 
 def _refuse(source: Source, options: ExportOptions, out: Path, files: Sequence[Path]) -> None:
@@ -207,13 +219,18 @@ def _refuse(source: Source, options: ExportOptions, out: Path, files: Sequence[P
 class OfPart:
     """The rows of ``part`` that are exported."""
 
-    def __init__(self, part: Part, *, stored: bool, unusable: bool) -> None:
-        self._part, self.stored, self.fields = part, stored, FIELDS_OF_PART
+    def __init__(self, part: Part, *, stored: bool, unusable: bool, where: str | None) -> None:
+        self._part, self.stored = part, stored
+        self.fields = {**FIELDS_OF_PART, **{field.name: ARROW_TYPES[field.type] for field in part.layout.fields}}
         self.encoding = part.encoding
         self.groups: Groups = part.groups
         self.name, self.storage = {"part": part.name}, part.manifest["storage"]
         part.bear_out()  # before allocating a flag for each row
         self._chosen = np.ones(part.rows, dtype=bool) if unusable else part.usable()
+        if where is not None:
+            matches = part_matches(part, where)
+            matches.among(part, self._chosen, "rows" if unusable else "usable rows")
+            self._chosen &= matches.mask[part.row_numbers]
         self.rows = int(self._chosen.sum())
 
     def pieces(self) -> Iterator[Rows]:
@@ -240,6 +257,10 @@ class OfPart:
         part = self._part
         start, stop = part.layout.span_of(span)
         names = np.array([*part.domains, None], dtype=object)  # index -1, no domain, is the last
+        kept = {
+            field.name: python_values(*read_field(part, place, span), field.type)
+            for place, field in enumerate(part.layout.fields)
+        }
         return {
             "row": np.arange(start, stop),
             "source_row": read_span(part, "source_row", span).copy(),
@@ -249,14 +270,20 @@ class OfPart:
             "n_tokens": read_span(part, "n_tokens", span).copy(),
             "status": np.array([Status(code).name.lower() for code in read_span(part, "status", span)], dtype=object),
             "norm": read_span(part, "norm", span).copy(),
+            **kept,
         }
 
 
 class OfRun:
     """The samples of the steps of ``run`` that keep their gradients."""
 
-    def __init__(self, run: Run, *, stored: bool, unusable: bool) -> None:
+    def __init__(self, run: Run, *, stored: bool, unusable: bool, where: str | None) -> None:
         kept, _ = kept_of(run)
+        self._matches: NDArray[np.bool_] | None = None
+        if where is not None:
+            matches = run_matches(run, where)
+            matches.among(run, np.ones(len(run.rows), dtype=bool), "rows")
+            self._matches = matches.mask
         self._run, self.stored, self._all = run, stored, unusable
         self.fields = {**FIELDS_OF_RUN, **WEIGHT_OF_RUN} if run.layout.weights else FIELDS_OF_RUN
         self.encoding = kept.encoding
@@ -265,7 +292,10 @@ class OfRun:
         self.rows = sum(int(self._chosen(visits).sum()) for visits in stream_visits(run, run.ranges))
 
     def _chosen(self, visits: Visits) -> NDArray[np.bool_]:
-        return np.asarray(np.isfinite(visits.vectors).all(axis=1) | self._all, dtype=bool)
+        chosen = np.isfinite(visits.vectors).all(axis=1) | self._all
+        if self._matches is not None:
+            chosen &= self._matches[visits.row]
+        return np.asarray(chosen, dtype=bool)
 
     def pieces(self) -> Iterator[Rows]:
         """All rows, some steps at a time."""

@@ -54,7 +54,7 @@ _EPOCH = datetime(1970, 1, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptField:
-    """A field that a part keeps. ValueError for a type that there is not, and for a name that columns of every part have."""
+    """A field that a part keeps. ValueError for an unknown type, and for a name that columns of every part have."""
 
     name: str
     type: FieldType

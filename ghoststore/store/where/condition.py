@@ -46,7 +46,9 @@ class Condition:
     ``source`` names what has the columns; ``missing`` has advice for columns that it could have.
     """
 
-    def __init__(self, sql: str, types: Mapping[str, str], source: str, missing: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, sql: str, types: Mapping[str, str], source: str, missing: Mapping[str, str] | None = None
+    ) -> None:
         self.sql, self.types, self._source = sql, dict(types), source
         self._duckdb = _load()
         if not sql.strip():
@@ -122,10 +124,15 @@ class Condition:
         except (self._duckdb.Error, RecursionError, ValueError) as error:
             raise self._problem(_first_line(error)) from None
         if parsed["error"]:
-            raise self._problem(str(parsed["error_message"]))
+            message = str(parsed["error_message"])
+            raise self._problem("it is more than one condition" if message.startswith("Only SELECT") else message)
         nodes = [statement["node"] for statement in parsed["statements"]]
-        plain = len(nodes) == 1 and nodes[0]["type"] == "SELECT_NODE" and not any(
-            nodes[0].get(name) for name in ("modifiers", "group_expressions", "having", "sample", "qualify")
+        plain = (
+            len(nodes) == 1
+            and nodes[0]["type"] == "SELECT_NODE"
+            and not any(
+                nodes[0].get(name) for name in ("modifiers", "group_expressions", "having", "sample", "qualify")
+            )
         )
         if not plain:
             raise self._problem("it is more than one condition")
@@ -182,7 +189,7 @@ def _load() -> Any:
 
 
 def _changing(connection: Any) -> frozenset[str]:
-    """Functions whose value changes from call to call, or with the clock: the same condition shall match the same rows."""
+    """Functions whose value changes from call to call, or with the clock: a condition always matches the same rows."""
     # A function may have forms of both kinds: that of two timestamps has one value, that of one takes today's.
     rows = connection.execute(
         "SELECT function_name FROM duckdb_functions() WHERE function_type <> 'table' GROUP BY function_name "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,13 +52,18 @@ class Matches:
     columns: str
     """The columns that there are, for messages."""
 
-    def among(self, candidates: NDArray[np.bool_], what: str, domains: Sequence[str]) -> int:
-        """How many of ``candidates``, a mask of the same rows, match. UsageError, which calls them ``what``, if none."""
-        count = int((self.mask & candidates).sum())
+    def among(self, source: Part | Run, candidates: NDArray[np.bool_], what: str) -> int:
+        """How many of the ``candidates`` match, a mask of the committed rows of ``source``, or of its row table.
+
+        UsageError, which calls them ``what``, if none does.
+        """
+        mask = self.mask[source.row_numbers] if isinstance(source, Part) else self.mask
+        count, domains = int((mask & candidates).sum()), source.domains
         if not count:
             named = ", ".join(map(repr, domains[:SHOWN_DOMAINS])) + (" …" if len(domains) > SHOWN_DOMAINS else "")
             raise UsageError(
-                f"`where` {self.sql!r} matches none of the {int(candidates.sum()):,} {what}. The columns {self.columns}"
+                f"`where` {self.sql!r} matches none of the {int(candidates.sum()):,} {what} of {source.kind.name} "
+                f"{source.name!r}. The columns {self.columns}"
                 + (f"; the domains: {named}" if domains and "domain" in self.sql.lower() else "")
             )
         return count
@@ -94,9 +100,7 @@ def part_matches(part: Part, sql: str) -> Matches:
 
 
 def run_matches(run: Run, sql: str) -> Matches:
-    """The rows of the row table of ``run`` that match; see :func:`part_matches`. Runs know what their rows are, not what
-    became of them: id, domain, n_tokens, source_row, source_file, window_start.
-    """
+    """The rows of the row table of ``run`` that match; see :func:`part_matches`. The columns are :data:`SAMPLE_TYPES`."""
     missing = {"text": "a run keeps no texts", "loss": "a run has it of each step, not of each row"}
     condition = Condition(sql, SAMPLE_TYPES, f"run {run.name!r}", missing)
     rows = len(run.rows)
@@ -104,7 +108,7 @@ def run_matches(run: Run, sql: str) -> Matches:
     mask = np.zeros(rows, dtype=bool)
     for start in range(0, rows, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, rows)
-        read = _reader(lambda name, start=start, stop=stop: run.rows.read(name, start, stop), run.domains)
+        read = _reader(partial(run.rows.read, start=start, stop=stop), run.domains)
         mask[start:stop] = condition.mask(stop - start, {name: read(name) for name in condition.names})
     return Matches(sql, mask, condition.columns)
 
@@ -164,7 +168,7 @@ def _words(names: Sequence[str | None], codes: NDArray[Any]) -> Any:
 
 
 def _status_name(code: int) -> str:
-    return Status(code).name.lower() if code in Status else str(code)
+    return Status(code).name.lower() if code in set(Status) else str(code)
 
 
 def _kept(part: Part, place: int, span: int) -> Any:
@@ -177,6 +181,8 @@ def _kept(part: Part, place: int, span: int) -> Any:
     if kind == "bool":
         return pyarrow.array(values.astype(bool), mask=null)
     array = pyarrow.array(values, mask=null)
-    return array.cast(pyarrow.date32()) if kind == "date" else (
-        array.cast(pyarrow.timestamp("us")) if kind == "timestamp" else array
+    return (
+        array.cast(pyarrow.date32())
+        if kind == "date"
+        else (array.cast(pyarrow.timestamp("us")) if kind == "timestamp" else array)
     )
