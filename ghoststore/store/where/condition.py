@@ -38,6 +38,8 @@ REFUSED = {
     "POSITIONAL_REFERENCE": "names a column by its place (#)",
 }
 """Classes of expressions that a condition may not have. Rows are read some at a time, so one cannot look at others."""
+GROWING = {"range", "generate_series", "repeat", "lpad", "rpad", "list_resize", "array_resize", "format", "printf"}
+"""Functions that make values of any size out of a number. The engine does not count them into its limit of memory."""
 
 
 class Condition:
@@ -51,12 +53,12 @@ class Condition:
     ) -> None:
         self.sql, self.types, self._source = sql, dict(types), source
         self._duckdb = _load()
+        self._connection = self._duckdb.connect(":memory:", config=SETTINGS)
+        self._connection.execute("SET lock_configuration = true")
         if not sql.strip():
             raise UsageError(f"`where` is empty: give a condition on the columns {self.columns}")
         if len(sql) > LONGEST:
             raise UsageError(f"`where` has {len(sql):,} characters; at most {LONGEST:,} are read")
-        self._connection = self._duckdb.connect(":memory:", config=SETTINGS)
-        self._connection.execute("SET lock_configuration = true")
         self._place = "#"
         while self._place in self.types:
             self._place += "#"
@@ -67,7 +69,12 @@ class Condition:
     @property
     def columns(self) -> str:
         """The columns that there are, with their types, for messages."""
-        return f"of {self._source}: " + ", ".join(f"{quoted(name)} {kind}" for name, kind in self.types.items())
+        words = self._connection.execute(
+            "SELECT keyword_name FROM duckdb_keywords() WHERE keyword_category <> 'unreserved'"
+        ).fetchall()
+        keywords = {str(word) for (word,) in words}
+        named = (f"{quoted(name, name.lower() in keywords)} {kind}" for name, kind in self.types.items())
+        return f"of {self._source}: {', '.join(named)}"
 
     def mask(self, rows: int, columns: Mapping[str, Any]) -> NDArray[np.bool_]:
         """(rows,): whether each row matches. ``columns`` are Arrow arrays of :attr:`names`; null is no match.
@@ -101,6 +108,8 @@ class Condition:
             problem = REFUSED.get(node["class"])
             if node["class"] == "FUNCTION" and str(node.get("function_name")).lower() in changing:
                 problem = f"would match other rows another time ({node['function_name']})"
+            if node["class"] == "FUNCTION" and str(node.get("function_name")).lower() in GROWING:
+                problem = f"makes values of any size ({node['function_name']})"
             if problem is not None:
                 raise self._problem(f"it {problem}")
             if node["class"] == "COLUMN_REF":
@@ -161,9 +170,10 @@ class Condition:
         return UsageError(f"`where` {shown!r}: {words.rstrip('.!')}. The columns {self.columns}")
 
 
-def quoted(name: str) -> str:
-    """A column as SQL names it: in double quotes unless it is a plain word."""
-    return name if name.isascii() and name.isidentifier() else '"' + name.replace('"', '""') + '"'
+def quoted(name: str, keyword: bool) -> str:
+    """A column as SQL names it: in double quotes unless it is a plain word, and no ``keyword``."""
+    plain = name.isascii() and name.isidentifier() and not keyword
+    return name if plain else '"' + name.replace('"', '""') + '"'
 
 
 def arrow_types(pyarrow: Any) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def part_matches(part: Part, sql: str) -> Matches:
 
 
 def run_matches(run: Run, sql: str) -> Matches:
-    """The rows of the row table of ``run`` that match; see :func:`part_matches`. The columns are :data:`SAMPLE_TYPES`."""
+    """The rows of the row table of ``run`` that match, by :data:`SAMPLE_TYPES`; see :func:`part_matches`."""
     missing = {"text": "a run keeps no texts", "loss": "a run has it of each step, not of each row"}
     condition = Condition(sql, SAMPLE_TYPES, f"run {run.name!r}", missing)
     rows = len(run.rows)
