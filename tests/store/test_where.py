@@ -74,7 +74,7 @@ def comparisons() -> strategies.SearchStrategy[Case]:
         strategies.sampled_from(["=", "<>"]), strategies.sampled_from(["sky", "earth", "it's", "no"])
     )
     how = {"<": "lt", ">=": "ge", "=": "eq", "<>": "ne"}
-    known = pandas.Series(FRAME["domain"], dtype="string")
+    known = FRAME["domain"].astype(pandas.StringDtype("python"))
     return strategies.one_of(
         numbers.map(
             lambda case: (
@@ -93,7 +93,7 @@ def comparisons() -> strategies.SearchStrategy[Case]:
         strategies.just(("loss BETWEEN 0.25 AND 0.5", FRAME["loss"].between(0.25, 0.5).astype("boolean"))),
         strategies.just(("domain IN ('sky', 'no')", known.eq("sky"))),
         strategies.just(("id LIKE 'row-1%'", FRAME["id"].str.startswith("row-1").astype("boolean"))),
-    )
+    ).map(lambda case: (case[0], case[1].astype("boolean")))
 
 
 def conditions() -> strategies.SearchStrategy[Case]:

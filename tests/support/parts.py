@@ -42,5 +42,8 @@ def opened_scorer(question: Question, *, keep_model: bool = False) -> Iterator[S
     """The scorer that ``ghoststore.query`` opens for ``question``."""
     progress = Silent()
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
-    with open_corpus(str(question.val_set), question.val_fields(), progress) as val_set:
-        yield open_scorer(question, parts, weights, val_set, progress, keep_model=keep_model)
+    with (
+        open_corpus(str(question.val_set), question.val_fields(), progress) as val_set,
+        question.opened_minus(progress) as minus,
+    ):
+        yield open_scorer(question, parts, weights, val_set, progress, minus=minus, keep_model=keep_model)

@@ -102,21 +102,20 @@ class Condition:
         """The columns that the condition names, after it is parsed. UsageError unless it is one expression."""
         # Alone and in brackets: so it can neither close a bracket that it did not open, nor go on after the condition.
         trees = [self._parsed(f"{opened}{self.sql}\n{closed}") for opened, closed in (("", ""), ("(", ")"))]
-        changing = _changing(self._connection)
-        referred: set[str] = set()
-        for node in _nodes(trees[1]):
-            problem = REFUSED.get(node["class"])
-            if node["class"] == "FUNCTION" and str(node.get("function_name")).lower() in changing:
-                problem = f"would match other rows another time ({node['function_name']})"
-            if node["class"] == "FUNCTION" and str(node.get("function_name")).lower() in GROWING:
-                problem = f"makes values of any size ({node['function_name']})"
-            if problem is not None:
+        nodes = list(_nodes(trees[1]))
+        for node in nodes:
+            if (problem := REFUSED.get(node["class"])) is not None:
                 raise self._problem(f"it {problem}")
-            if node["class"] == "COLUMN_REF":
-                referred |= {str(name).lower() for name in node["column_names"]}
+        called = {str(node["function_name"]).lower() for node in nodes if node["class"] == "FUNCTION"}
+        referred = {
+            str(name).lower() for node in nodes if node["class"] == "COLUMN_REF" for name in node["column_names"]
+        }
         known = {name.lower() for name in self.types}
-        if clock := (referred - known) & changing:  # current_date, written without brackets
-            raise self._problem(f"it would match other rows another time ({clock.pop()})")
+        if growing := called & GROWING:
+            raise self._problem(f"it makes values of any size ({growing.pop()})")
+        # current_date is a function, too, and is written as a column.
+        if changing := _changing(self._connection, called | (referred - known)):
+            raise self._problem(f"it would match other rows another time ({changing.pop()})")
         if hidden := (referred - known) & {TABLE, self._place}:
             raise self._problem(f"{self._source} has no column {hidden.pop()!r}")
         for name, advice in missing.items():
@@ -128,7 +127,7 @@ class Condition:
         """The syntax tree of ``condition``, from a query whose WHERE it is."""
         query = f"SELECT 1 FROM {TABLE} WHERE {condition}"
         try:
-            (answer,) = self._connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query]).fetchone()
+            ((answer,),) = self._connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query]).fetchall()
             parsed = json.loads(answer)
         except (self._duckdb.Error, RecursionError, ValueError) as error:
             raise self._problem(_first_line(error)) from None
@@ -198,14 +197,19 @@ def _load() -> Any:
     return duckdb
 
 
-def _changing(connection: Any) -> frozenset[str]:
-    """Functions whose value changes from call to call, or with the clock: a condition always matches the same rows."""
+def _changing(connection: Any, names: set[str]) -> set[str]:
+    """Of ``names`` those of functions whose value changes from call to call, or with the clock: a condition always
+    matches the same rows.
+    """
+    if not names:
+        return set()
     # A function may have forms of both kinds: that of two timestamps has one value, that of one takes today's.
     rows = connection.execute(
-        "SELECT function_name FROM duckdb_functions() WHERE function_type <> 'table' GROUP BY function_name "
-        "HAVING bool_and(stability <> 'CONSISTENT')"
+        "SELECT function_name FROM duckdb_functions() WHERE function_type <> 'table' AND function_name IN "
+        "(SELECT unnest(?)) GROUP BY function_name HAVING bool_and(stability <> 'CONSISTENT')",
+        [sorted(names)],
     ).fetchall()
-    return frozenset(str(name).lower() for (name,) in rows)
+    return {str(name) for (name,) in rows}
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -128,6 +128,47 @@ def test_each_steps_own_val_gradient(folder: Path, metric: str, weight: str) -> 
     )
 
 
+def test_a_second_val_set_is_subtracted(lab: Lab, folder: Path) -> None:
+    """By dot, with weights that do not depend on the question, scores are a difference; by cosine a cosine."""
+    far = lab.write(folder / "far.jsonl", lab.sample_rows(4, 9))
+    given: dict[str, Any] = {**at_checkpoint(folder), "weight": "learning-rate"}
+    for metric in ("dot", "cosine"):
+        near, away = (
+            scores(ask(folder, metric=metric, **given)),
+            scores(ask(folder, metric=metric, **{**given, "val_set": far})),
+        )
+        both = ask(folder, metric=metric, **given, minus=far)
+        rows = sorted(near)
+        difference = np.array([near[row] - away[row] for row in rows])
+        together = np.array([scores(both)[row] for row in rows])
+        size = np.abs(difference).max() / np.abs(together).max() if metric == "cosine" else 1.0
+        np.testing.assert_allclose(together * size, difference, atol=1e-4 * np.abs(difference).max())
+        assert both.settings["minus_rows"] == 4
+    for settings in ({"minus": far}, {"minus": far, "checkpoint": folder / "moving/checkpoint-6"}):
+        with pytest.raises(UsageError, match="is for a val set: give `val_set`"):
+            ask(folder, **settings)
+
+
+def test_samples_that_match_a_condition(folder: Path, tmp_path: Path) -> None:
+    """Of a query, a selection and an export; scores are what they were."""
+    sql = "domain = 'sky' AND source_row > 5"
+    everything, found = ask(folder, bottom_k=K), ask(folder, bottom_k=K, where=sql)
+    expected = {row: score for row, score in scores(everything).items() if row % 2 == 0 and row > 5}
+    assert scores(found) == expected
+    assert [hit.source_row for hit in found.results[0].bottom] == sorted(expected, key=lambda row: expected[row])
+    assert found.settings["where"] == sql
+    assert found.settings["rows_matching"] == len([row for row in range(27) if row % 2 == 0 and row > 5])
+    report = ghoststore.select(
+        store=folder / "store", run="moving", out=tmp_path / "best.jsonl", fraction=1.0, where=sql, device="cpu"
+    )
+    assert report.samples == len(expected)
+    ghoststore.export(store=folder / "store", run="moving", out=tmp_path / "some.npy", where=sql)
+    lines = [json.loads(line) for line in (tmp_path / "some.npy.rows.jsonl").read_text().splitlines()]
+    assert {line["source_row"] for line in lines} == set(expected)
+    with pytest.raises(UsageError, match="run 'moving' has no column 'text'"):
+        ask(folder, where="text = 'a'")
+
+
 @pytest.mark.slow
 def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> None:
     """The query is the vector of a build at that checkpoint, with the run's projection."""
