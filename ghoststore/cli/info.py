@@ -91,6 +91,11 @@ def _print_part(part: Any) -> None:
         ("  content", corpus["fingerprint"]),
         *_repeated(part),
         ("domains", ", ".join(corpus["domains"] or []) or "none"),
+        *(
+            [("kept fields", ", ".join(f"{name} ({kind})" for name, kind in part.fields.items()))]
+            if part.fields
+            else []
+        ),
         ("tokens a row", f"at most {manifest['tokens']['max_length']}, longer: {manifest['tokens']['overlong']}"),
         ("loss", f"{manifest['loss']['reduction']} of {manifest['loss']['definition']}"),
         *((f"index {index['name']}", _index(index)) for index in part.indexes),

@@ -41,7 +41,7 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     store_text: bool = option(False, "Keep the texts in the store.", "Output")
     keep_fields: Sequence[str] = option(
         (),
-        "Keep these fields of the samples as columns of the part: what `where` of query, select and export filters by.",
+        "Keep these fields of the samples as columns of the part, for conditions (`ghoststore query --where`).",
         "Output",
         metavar="FIELDS",
     )

@@ -136,8 +136,7 @@ class QuestionOptions(
     val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
     minus: str | Path | None = option(
         None,
-        "A second val set, to be far from: its mean gradient is subtracted from that of `val_set`. By cosine each is "
-        "scaled to length 1 first.",
+        "A second val set, to be far from: its mean gradient is subtracted from that of `val_set`.",
         "Input",
         metavar="VAL_SET",
     )

@@ -269,6 +269,8 @@ def _filtering(index: Any, selector: Any, share: float) -> Any:
     if isinstance(index, faiss.IndexHNSW):
         nodes = min(max(MOST_NODES, index.hnsw.efSearch), math.ceil(index.hnsw.efSearch / share))
         return faiss.SearchParametersHNSW(sel=selector, efSearch=nodes)
+    if isinstance(index, faiss.IndexRaBitQ):
+        return faiss.RaBitQSearchParameters(sel=selector, qb=index.qb, centered=index.centered)
     if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexPQ):
         return faiss.SearchParameters(sel=selector)
     return None

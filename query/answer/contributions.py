@@ -97,8 +97,7 @@ def _by_blocks(
     queries_QD = val.vectors.double()
     if scorer.minus_set is not None:
         minus = encoder.encode_val_set(scorer.minus_set, "mean", question.max_samples)
-        minus_D = minus.vectors[0].double()
-        queries_QD = contrasted(queries_QD, minus_D, question.metric, lambda vectors: vectors.norm(dim=1), val.ids)
+        queries_QD = contrasted(queries_QD, minus.vectors[0].double(), names=val.ids)
     if cosine:
         queries_QD = queries_QD / queries_QD.norm(dim=1, keepdim=True)
     if len(scorer.terms[0].queries_QD) > len(queries_QD):

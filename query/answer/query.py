@@ -36,8 +36,7 @@ def query(options: QueryOptions) -> QueryResult:
     a store that somebody else made are not followed.
 
     ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
-    sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses. By
-    ``cosine`` both gradients are scaled to length 1 first: lengths are left out there.
+    sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses.
 
     ``where`` is a condition in SQL: only rows that match it rank. Its columns are id, domain, n_tokens, loss,
     source_row, source_file (a number), window_start, status, the fields that the part keeps

@@ -158,9 +158,7 @@ class RunScorer:
             )
         if minus is not None:
             minus_D = minus.vectors[0].double()[self._columns]
-            query_QD = contrasted(
-                torch.from_numpy(query_QD), minus_D, self.question.metric, lambda vectors: vectors.norm(dim=1), val.ids
-            ).numpy()
+            query_QD = contrasted(torch.from_numpy(query_QD), minus_D, names=val.ids).numpy()
             lengths_Q = np.sqrt(np.square(query_QD).sum(1))
         if self.question.metric == "cosine":
             query_QD = query_QD / lengths_Q[:, None]

@@ -81,11 +81,7 @@ class Term:
             )
         if minus_D is not None:
             queries = contrasted(
-                queries,
-                minus_D.double() * mask,
-                metric,
-                lambda vectors: lengths_of(vectors, applied_to(vectors)),
-                names,
+                queries, minus_D.double() * mask, lambda vectors: lengths_of(vectors, applied_to(vectors)), names
             )
             applied = applied_to(queries)
             lengths = lengths_of(queries, applied)
@@ -111,28 +107,21 @@ class Term:
 def contrasted(
     queries_QD: Tensor,
     minus_D: Tensor,
-    metric: Metric,
-    lengths_of: Callable[[Tensor], Tensor],
+    lengths_of: Callable[[Tensor], Tensor] = lambda vectors_QD: vectors_QD.norm(dim=1),
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """(Q, D): each query less ``minus_D``. For the cosine both are scaled to length 1 first.
-
-    By dot, the product of a row with the difference is what a step on it does to the difference of the two losses. The
-    cosine leaves lengths out; without the scaling the val set with the larger loss, whose gradient is longer, would
-    decide alone. ``lengths_of`` gives the lengths of (Q, D) vectors in the metric.
+    """(Q, D): each query less ``minus_D``. ``lengths_of`` gives the lengths of (Q, D) vectors in the metric of scores.
 
     UsageError where the difference is no more than rounding, and for a ``minus_D`` that is zero or not finite.
     """
     one_minus = minus_D.unsqueeze(0)
-    length_of_minus, lengths_Q = lengths_of(one_minus), lengths_of(queries_QD)
+    length_of_minus = lengths_of(one_minus)
     if not bool(torch.isfinite(minus_D).all()) or not float(length_of_minus) > 0:
         raise UsageError(
             "the mean gradient of `minus` is zero, or not finite: nothing to be far from. Leave `minus` out"
         )
-    if metric == "cosine":
-        queries_QD, one_minus = queries_QD / lengths_Q.unsqueeze(1), one_minus / length_of_minus
     difference_QD = queries_QD - one_minus
-    longer_Q = torch.maximum(lengths_of(queries_QD), lengths_of(one_minus))
+    longer_Q = torch.maximum(lengths_of(queries_QD), length_of_minus)
     same_Q = lengths_of(difference_QD) <= LEAST_DIFFERENCE * longer_Q
     if bool(same_Q.any()):
         raise UsageError(
