@@ -158,7 +158,16 @@ def questions(part: Part) -> Term:
     return Term.of(part, torch.from_numpy(clustered(6, part.layout.dimension, seed=0)).double() + 0.1, metric="dot")
 
 
-FILTERED = ["Flat", "RaBitQ", "SQ8", "IVF8,Flat", "IVF8,SQ8", "HNSW16,Flat", "PCAR32,IVF8,SQ8", "IVF4,PQ8x4fs,Refine(SQ8)"]
+FILTERED = [
+    "Flat",
+    "RaBitQ",
+    "SQ8",
+    "IVF8,Flat",
+    "IVF8,SQ8",
+    "HNSW16,Flat",
+    "PCAR32,IVF8,SQ8",
+    "IVF4,PQ8x4fs,Refine(SQ8)",
+]
 NOT_FILTERED = ["PQ8x4fs", "RaBitQfs"]
 
 
