@@ -2,13 +2,13 @@
 
 The text is the user's, and may one day come from elsewhere. So it is parsed first, and only one expression over columns
 of the row at hand is taken: no subquery, no second statement, no window, nothing random. DuckDB itself runs in memory,
-without files, network and extensions, in one thread and bounded memory, and its settings are locked.
+without files, network and extensions, in one thread, and its settings are locked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ REFUSED = {
 """Classes of expressions that a condition may not have. Rows are read some at a time, so one cannot look at others."""
 GROWING = {"range", "generate_series", "repeat", "lpad", "rpad", "list_resize", "array_resize", "format", "printf"}
 """Functions that make values of any size out of a number. The engine does not count them into its limit of memory."""
+CLOCK = {"current_timestamp", "current_time", "localtime", "localtimestamp"}
+"""Words that stand for functions of other names, which change with the clock."""
 
 
 class Condition:
@@ -103,18 +105,18 @@ class Condition:
         # Alone and in brackets: so it can neither close a bracket that it did not open, nor go on after the condition.
         trees = [self._parsed(f"{opened}{self.sql}\n{closed}") for opened, closed in (("", ""), ("(", ")"))]
         nodes = list(_nodes(trees[1]))
-        for node in nodes:
+        inside = self._expanded(nodes)
+        for node in (*nodes, *inside):
             if (problem := REFUSED.get(node["class"])) is not None:
                 raise self._problem(f"it {problem}")
-        called = {str(node["function_name"]).lower() for node in nodes if node["class"] == "FUNCTION"}
-        referred = {
-            str(name).lower() for node in nodes if node["class"] == "COLUMN_REF" for name in node["column_names"]
-        }
+        called = _called((*nodes, *inside))
+        referred, within = _referred(nodes), _referred(inside)
         known = {name.lower() for name in self.types}
         if growing := called & GROWING:
             raise self._problem(f"it makes values of any size ({growing.pop()})")
-        # current_date is a function, too, and is written as a column.
-        if changing := _changing(self._connection, called | (referred - known)):
+        # The clock is written as a column: current_date.
+        words = within | (referred - known)
+        if changing := _changing(self._connection, called | words) | (words & CLOCK):
             raise self._problem(f"it would match other rows another time ({changing.pop()})")
         if hidden := (referred - known) & {TABLE, self._place}:
             raise self._problem(f"{self._source} has no column {hidden.pop()!r}")
@@ -122,6 +124,21 @@ class Condition:
             if name in referred - known:
                 raise self._problem(f"{self._source} has no column {name!r}: {advice}")
         return tuple(name for name in self.types if name.lower() in referred)
+
+    def _expanded(self, nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The expressions inside the macros that ``nodes`` call, and those inside these: pg_sleep is sleep_ms."""
+        inside: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        while names := _called((*nodes, *inside)) - seen:
+            seen |= names
+            macros = self._connection.execute(
+                "SELECT macro_definition FROM duckdb_functions() WHERE function_type = 'macro' AND function_name IN "
+                "(SELECT unnest(?))",
+                [sorted(names)],
+            ).fetchall()
+            for (definition,) in macros:
+                inside += _nodes(self._parsed(f"({definition}\n)"))
+        return inside
 
     def _parsed(self, condition: str) -> Any:
         """The syntax tree of ``condition``, from a query whose WHERE it is."""
@@ -210,6 +227,16 @@ def _changing(connection: Any, names: set[str]) -> set[str]:
         [sorted(names)],
     ).fetchall()
     return {str(name) for (name,) in rows}
+
+
+def _called(nodes: Iterable[dict[str, Any]]) -> set[str]:
+    """The names of the functions among ``nodes``."""
+    return {str(node["function_name"]).lower() for node in nodes if node["class"] == "FUNCTION"}
+
+
+def _referred(nodes: Iterable[dict[str, Any]]) -> set[str]:
+    """The names in the references to columns among ``nodes``."""
+    return {str(name).lower() for node in nodes if node["class"] == "COLUMN_REF" for name in node["column_names"]}
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
