@@ -85,6 +85,7 @@ def test_columns_of_each_type(lab: Lab, kept: Path) -> None:
     assert [type(value) for value in values(part)["my score"][3:5]] == [float, float]
 
 
+@pytest.mark.slow
 def test_a_part_without_has_nothing_of_them(lab: Lab, data: Path, kept: Path, built: Path, tmp_path: Path) -> None:
     """And the other arrays of one with fields are those of one without, byte for byte."""
     build(lab, data, tmp_path / "plain", keep=())
@@ -96,6 +97,7 @@ def test_a_part_without_has_nothing_of_them(lab: Lab, data: Path, kept: Path, bu
     assert [name for name in arrays if plain[name] != more[name]] == []
 
 
+@pytest.mark.slow
 def test_tables_have_dates_and_times(lab: Lab, tmp_path: Path) -> None:
     """Of two files one lacks a field; a time with a zone is kept in UTC."""
     zone = timezone(timedelta(hours=2))
@@ -141,6 +143,7 @@ BAD: list[tuple[dict[str, Any], list[str], str]] = [
 ]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("odd", "keep", "message"), BAD, ids=[keep[-1] for _, keep, _ in BAD])
 def test_what_no_column_holds_is_refused(lab: Lab, tmp_path: Path, odd: Any, keep: list[str], message: str) -> None:
     rows = with_fields(lab.rows)
@@ -151,6 +154,7 @@ def test_what_no_column_holds_is_refused(lab: Lab, tmp_path: Path, odd: Any, kee
     assert not (tmp_path / "store/parts/part").exists()
 
 
+@pytest.mark.slow
 def test_other_fields_are_no_continuation(lab: Lab, data: Path, store: Path, built: Path, tmp_path: Path) -> None:
     unbuild(Store.open(store).part(), 1)
     with pytest.raises(MismatchError, match=r"keeps the fields date,my score,ok,source,year, .*for no fields"):
@@ -189,6 +193,7 @@ def test_verify_and_repair(lab: Lab, kept: Path, store: Path) -> None:
     assert lab.tree(store) == lab.tree(kept)
 
 
+@pytest.mark.slow
 def test_repair_from_other_values_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     flip_middle(store / "parts/part/field_3/c/2")
     rows = with_fields(lab.rows)
@@ -198,6 +203,7 @@ def test_repair_from_other_values_is_refused(lab: Lab, store: Path, tmp_path: Pa
     assert "kept_fingerprint" in report.unmended[0].why
 
 
+@pytest.mark.slow
 def test_copies_and_leftovers(lab: Lab, kept: Path, store: Path) -> None:
     ghoststore.copy(store, part="part", to_name="copy")
     assert values(Store.open(store).part("copy")) == values(Store.open(kept).part())
@@ -228,12 +234,14 @@ def test_exports_have_them(lab: Lab, kept: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none.npy").exists()
 
 
+@pytest.mark.slow
 def test_from_standard_input(lab: Lab, data: Path, kept: Path, tmp_path: Path) -> None:
     outcome = lab.build(tmp_path / "store", "--data", "-", "--keep-fields", "source,year", stdin=str(data))
     assert outcome.code == 0, outcome.err
     assert values(Store.open(tmp_path / "store").part())["year"] == values(Store.open(kept).part())["year"]
 
 
+@pytest.mark.slow
 def test_a_manifest_with_fields_that_there_cannot_be(store: Path) -> None:
     path = store / "parts/part/zarr.json"
     for fields in ([{"name": "loss", "type": "int"}], [{"name": "a", "type": "pickle"}], [{"name": "a"}], 3, ["a"]):

@@ -18,6 +18,7 @@ from ghoststore.store import Part, Store
 from ghoststore.store.where.condition import Condition
 from ghoststore.store.where.rows import part_matches, run_matches
 from tests.support.harms import flip_middle
+from tests.support.made_parts import clustered, make_part
 from tests.support.parts import unbuild
 from tests.support.score_runs import row_table, whole
 
@@ -116,6 +117,7 @@ def masked(sql: str) -> np.ndarray:
     return condition.mask(ROWS, {name: arrow.column(name) for name in condition.names})
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None)
 @hypothesis.given(conditions())
 def test_as_pandas_filters(case: Case) -> None:
@@ -173,6 +175,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.thin(9)
 @pytest.mark.parametrize(("sql", "message"), HOSTILE, ids=[sql[:40] for sql, _ in HOSTILE])
 def test_what_is_no_condition_is_refused(tmp_path: Path, sql: str, message: str) -> None:
     """And nothing is read, written or run. The columns that there are stand in the message."""
@@ -181,6 +184,7 @@ def test_what_is_no_condition_is_refused(tmp_path: Path, sql: str, message: str)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "sql",
     [
@@ -242,6 +246,7 @@ def frame(part: Part) -> pandas.DataFrame:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sql", "expected"),
     [
@@ -269,12 +274,14 @@ def test_rows_of_a_part(part: Part, sql: str, expected: Any) -> None:
     assert np.flatnonzero(mask).tolist() == rows.index[expected(rows)].tolist() != []
 
 
+@pytest.mark.slow
 def test_some_spans_at_a_time(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     whole_mask = part_matches(part, "n_tokens > 12").mask
     monkeypatch.setattr("ghoststore.store.where.rows.ROWS_AT_ONCE", 8)
     np.testing.assert_array_equal(part_matches(part, "n_tokens > 12").mask, whole_mask)
 
 
+@pytest.mark.slow
 def test_a_column_is_read_where_it_is_named(part: Part, lab: Lab, tmp_path: Path) -> None:
     """Damage of one that is not named is not met, of one that is it has its name."""
     ghoststore.copy(part.path.parent.parent, part=part.name, to_store=tmp_path / "store")
@@ -288,11 +295,13 @@ def test_a_column_is_read_where_it_is_named(part: Part, lab: Lab, tmp_path: Path
         part_matches(copy, "text = 'a'")
 
 
-def test_texts_are_no_column_where_they_are_not_stored(built: Path) -> None:
+def test_texts_are_no_column_where_they_are_not_stored(tmp_path: Path) -> None:
+    part = make_part(tmp_path / "store", clustered(50))
     with pytest.raises(UsageError, match=r"part 'part' has no column 'text': it does not keep texts, .*--store-text"):
-        part_matches(Store.open(built).part(), "text LIKE '%moon%'")
+        part_matches(part, "text LIKE '%moon%'")
 
 
+@pytest.mark.slow
 def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, rows = whole(tmp_path), row_table()
     monkeypatch.setattr("ghoststore.store.where.rows.ROWS_AT_ONCE", 7)
@@ -302,6 +311,7 @@ def test_rows_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run_matches(run, "loss > 3")
 
 
+@pytest.mark.slow
 def test_no_match_says_how_many_there_are(part: Part) -> None:
     matches = part_matches(part, "domain = 'sea'")
     with pytest.raises(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 import ghoststore
 from ghoststore import ProjectionConfig
@@ -20,7 +21,9 @@ from ghoststore.store import Store
 from query.answer.contributions import Contributions, contributions
 from query.ask.question import Question
 from query.ask.scorer import fused
+from query.search.part_score import Term
 from query.search.search import similarities
+from tests.support.made_parts import clustered, make_part
 from tests.support.parts import opened_scorer, vectors_of
 
 if TYPE_CHECKING:
@@ -51,6 +54,23 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             device="cpu",
         )
     return folder / "store"
+
+
+def test_a_query_less_a_vector(tmp_path: Path) -> None:
+    """In the chosen blocks alone; by cosine of length 1. A vector that is the query, up to rounding, is refused."""
+    part = make_part(tmp_path / "store", clustered(60))
+    queries, minus = (torch.from_numpy(clustered(count, part.layout.dimension, seed=count)) for count in (3, 1))
+    mask = torch.zeros(part.layout.dimension, dtype=torch.float64)
+    mask[: part.groups[0][2]] = 1.0
+    expected = (queries.double() - minus.double()) * mask
+    for metric in ("dot", "cosine"):
+        term = Term.of(part, queries, metric=metric, groups=[0], minus_D=minus[0])
+        lengths = expected.norm(dim=1, keepdim=True) if metric == "cosine" else 1.0
+        torch.testing.assert_close(term.queries_QD, expected / lengths)
+    with pytest.raises(UsageError, match="the query 'b' and the mean of `minus` have the same gradient"):
+        Term.of(part, queries, metric="dot", names=list("abc"), minus_D=queries[1] * (1 + 1e-6))
+    with pytest.raises(UsageError, match="the mean gradient of `minus` is zero"):
+        Term.of(part, queries, metric="dot", minus_D=minus[0] * 0)
 
 
 def files(store: Path) -> dict[str, Any]:
@@ -124,7 +144,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.thin(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_as_dense_vectors_give_it(store: Path, settings: dict[str, Any], metric: str) -> None:
@@ -139,6 +159,7 @@ def test_as_dense_vectors_give_it(store: Path, settings: dict[str, Any], metric:
     assert (found.settings["minus_rows"], found.settings["minus_rows_left_out"]) == (5, {"empty": 1})
 
 
+@pytest.mark.slow
 def test_scores_are_a_difference(store: Path) -> None:
     """By dot, of those for either val set; by cosine the same, in the length of the difference and of the row."""
 
@@ -153,6 +174,7 @@ def test_scores_are_a_difference(store: Path) -> None:
     np.testing.assert_allclose(scores(metric="cosine"), (near - away) / lengths / length, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_of_several_parts(lab: Lab, store: Path, tmp_path: Path) -> None:
     """Each at its own checkpoint: the sum of the differences."""
     other = lab.model(tmp_path / "other", seed=1)
@@ -177,6 +199,7 @@ def test_of_several_parts(lab: Lab, store: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_select_and_index(store: Path, tmp_path: Path) -> None:
     best = [hit.source_row for hit in ask(store, top_k=6).results[0].hits]
     report = ghoststore.select(**files(store), metric="dot", out=tmp_path / "out.jsonl", count=6)
@@ -187,6 +210,7 @@ def test_select_and_index(store: Path, tmp_path: Path) -> None:
     assert [hit.source_row for hit in ask(store, index="ann", top_k=6).results[0].hits] == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_layers_of_the_report_sum_to_the_score(lab: Lab, store: Path, tmp_path: Path, metric: Any) -> None:
     """Also where they are computed again before the sketch: then to the score of blocks that were never sketched."""
@@ -213,6 +237,7 @@ def test_layers_of_the_report_sum_to_the_score(lab: Lab, store: Path, tmp_path: 
         np.testing.assert_allclose(summed, scores_N[rows], atol=1e-4 * np.abs(scores_N).max())
 
 
+@pytest.mark.slow
 def test_what_tells_nothing_apart_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     val = store.parent / "val.jsonl"
     with pytest.raises(UsageError, match=r"is the val set itself.*Give another one"):
@@ -233,6 +258,7 @@ def test_what_tells_nothing_apart_is_refused(lab: Lab, store: Path, tmp_path: Pa
         ghoststore.query(store=store, run="any", minus=val)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(lab: Lab, store: Path) -> None:
     given = [word for name, value in files(store).items() for word in (f"--{name.replace('_', '-')}", value)]
     outcome = lab.run("query", *given, "--metric", "dot", "--top-k", "3", "--json", "--quiet")

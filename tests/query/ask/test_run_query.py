@@ -128,6 +128,7 @@ def test_each_steps_own_val_gradient(folder: Path, metric: str, weight: str) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_second_val_set_is_subtracted(lab: Lab, folder: Path) -> None:
     """With weights that do not depend on the question, scores by dot are a difference."""
     far = lab.write(folder / "far.jsonl", lab.sample_rows(4, 9))
@@ -144,6 +145,7 @@ def test_a_second_val_set_is_subtracted(lab: Lab, folder: Path) -> None:
             ask(folder, **settings)
 
 
+@pytest.mark.slow
 def test_samples_that_match_a_condition(folder: Path, tmp_path: Path) -> None:
     """Of a query, a selection and an export; scores are what they were."""
     sql = "domain = 'sky' AND source_row > 5"

@@ -25,7 +25,7 @@ from query.ask.scorer import fused
 from query.search.part_score import Term
 from query.search.search import search, similarities
 from tests.support.made_parts import ROWS as MADE_ROWS
-from tests.support.made_parts import clustered, make_part
+from tests.support.made_parts import UNUSABLE, clustered, make_part
 from tests.support.notes import Notes
 from tests.support.parts import opened_scorer
 from tests.support.score_runs import run_on
@@ -92,7 +92,7 @@ def cut(hits: Any, rows: set[int], k: int) -> list[tuple[int, float]]:
     return [(hit.source_row, hit.score) for hit in hits if hit.source_row in rows][:k]
 
 
-@pytest.mark.thin(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sql", EXPECTED)
 @pytest.mark.parametrize(
     "settings",
@@ -129,6 +129,7 @@ def test_an_answer_cut_down(lab: Lab, store: Path, settings: dict[str, Any], sql
             assert [hit.score for hit in hits] == pytest.approx([score for _, score in expected], rel=1e-4)
 
 
+@pytest.mark.slow
 @hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(
     strategies.lists(strategies.booleans(), min_size=MADE_ROWS, max_size=MADE_ROWS), strategies.integers(1, 9)
@@ -158,6 +159,16 @@ def questions(part: Part) -> Term:
     return Term.of(part, torch.from_numpy(clustered(6, part.layout.dimension, seed=0)).double() + 0.1, metric="dot")
 
 
+def test_of_a_part_without_a_model(made: Part) -> None:
+    """Two domains by turns: the best of one, among its usable rows."""
+    settings: dict[str, Any] = {"store": made.path.parent.parent, "part": made.name, "text": False, "device": "cpu"}
+    everything = ghoststore.self_influence(**settings, top_k=MADE_ROWS, damping=1.0)
+    found = ghoststore.self_influence(**settings, top_k=5, damping=1.0, where="domain = 'earth'")
+    odd = {row for row in range(MADE_ROWS) if row % 2}
+    assert [(hit.source_row, hit.score) for hit in found.results[0].hits] == cut(everything.results[0].hits, odd, 5)
+    assert found.settings["rows_matching"] == len(odd - set(UNUSABLE))
+
+
 FILTERED = [
     "Flat",
     "RaBitQ",
@@ -171,7 +182,7 @@ FILTERED = [
 NOT_FILTERED = ["PQ8x4fs", "RaBitQfs"]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(1)
 @pytest.mark.parametrize("share", [0.5, 0.05])
 @pytest.mark.parametrize("factory", [*FILTERED, *NOT_FILTERED])
 def test_through_an_index(made: Part, factory: str, share: float) -> None:
@@ -202,6 +213,7 @@ def test_through_an_index(made: Part, factory: str, share: float) -> None:
         np.testing.assert_array_equal(found[0].rows, exact[0].rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["PQ8x4fs", "IVF32,Flat"])
 def test_never_fewer_than_exact_search_gives(lab: Lab, store: Path, factory: str) -> None:
     """An index that cannot be filtered, and one whose lists hold too few that match: exact search, and a note."""
@@ -220,6 +232,7 @@ def test_never_fewer_than_exact_search_gives(lab: Lab, store: Path, factory: str
     assert [note for note in notes.said if "the rows that match are searched exactly" in note] != []
 
 
+@pytest.mark.slow
 def test_ranks_are_among_those_that_match(store: Path) -> None:
     """Reciprocal ranks of all rows would order them otherwise."""
     settings: dict[str, Any] = {"group_field": "domain", "combine": "rank-fusion", "part": "one"}
@@ -234,6 +247,7 @@ def test_ranks_are_among_those_that_match(store: Path) -> None:
     assert [hit.score for hit in hits] == pytest.approx([expected[hit.source_row] for hit in hits])
 
 
+@pytest.mark.slow
 def test_a_blend_is_over_those_that_match(store: Path) -> None:
     """Means and deviations are of the rows that match and have both."""
     part = Store.open(store).part("one")
@@ -248,6 +262,7 @@ def test_a_blend_is_over_those_that_match(store: Path) -> None:
     assert found.settings["rows_blended"] == len(rows)
 
 
+@pytest.mark.slow
 def test_self_influence(store: Path) -> None:
     settings: dict[str, Any] = {"store": store, "part": "one", "top_k": ROWS, "device": "cpu"}
     everything = ghoststore.self_influence(**settings)
@@ -257,7 +272,7 @@ def test_self_influence(store: Path) -> None:
     assert [(hit.source_row, hit.score) for hit in found.results[0].hits] == cut(everything.results[0].hits, rows, ROWS)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -290,6 +305,7 @@ def test_select(store: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
         assert report.samples == len(rows)
 
 
+@pytest.mark.slow
 def test_no_match_and_no_condition(store: Path) -> None:
     """Refused before a model is loaded, here from a checkpoint that is not there."""
     for where, message in (("year > 3000", "none of the 89 usable rows of part 'one'"), ("yeer > 3", "year BIGINT")):
@@ -298,12 +314,14 @@ def test_no_match_and_no_condition(store: Path) -> None:
     assert isinstance(Store.open(store).part("one"), Part)
 
 
+@pytest.mark.slow
 def test_a_note_says_how_many(store: Path) -> None:
     notes = Notes()
     ask(store, where=SQL, progress=notes)
     assert f"`where`: {len(matching(store, SQL))} of 89 usable rows match" in notes.said
 
 
+@pytest.mark.slow
 def test_scores_of_a_run(tmp_path: Path) -> None:
     """A sample of two windows matches where either does; a ranking and a table are of those that match."""
     from tests.support.score_runs import row_table, whole
