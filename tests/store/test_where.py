@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +208,19 @@ def test_the_engine_itself_reaches_nothing(tmp_path: Path, sql: str) -> None:
     with pytest.raises(condition._duckdb.Error):
         condition._connection.execute(sql.replace("{out}", str(tmp_path / "out")))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_engine_is_imported_where_a_condition_is_given() -> None:
+    code = (
+        "import sys, query.answer.query, query.select.select, query.training_scores.scores\n"
+        "import ghoststore.store.manage.export, indexer.build.build\n"
+        "assert 'duckdb' not in sys.modules\n"
+        "from ghoststore.store.where.condition import Condition\n"
+        "Condition('true', {}, 'nothing')\n"
+        "assert 'duckdb' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_as_sql_has_them() -> None:
