@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
+from ghoststore.settings.choosing import refuse_contrast_in
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from ghoststore.store.base.disk import storage_errors
@@ -96,6 +97,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
+        if choosing is not None and choosing.contrast:
+            refuse_contrast_in(score_metric)
         self._name, self._field, self._choosing = name, sample_field, choosing
         self._samples = Samples.of(samples, domains)
         self._engine_of = partial(
@@ -107,6 +110,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             score_layers=score_layers,
             score_metric=score_metric,
             route=route,
+            pairs=choosing is not None and choosing.contrast and projection is None,
             projection=projection,
             keep=(keep or ProjectionConfig()) if keep_gradients is not None and projection is None else keep,
         )

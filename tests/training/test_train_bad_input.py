@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"`per_layer`: a global sketch has no scores by"),
     "route-of-a-sketch": (
         {"score": "sketched", "route": "gram"},
-        r"`exclude_layers`, `score_layers` and `route` belong to `score=",
+        r"`route` belongs to `score=exact`: leave out one or the other",
     ),
     "projection": ({"projection": ghoststore.ProjectionConfig()}, r"projection options belong to `score=sketched`"),
     "layers": ({"exclude_layers": ("mpl",)}, r"layer pattern 'mpl' matches no module"),

@@ -353,12 +353,12 @@ def test_scores_of_candidates_where_nothing_is_said(options: Options, score: str
 
 
 REFUSED: dict[str, tuple[Options, str]] = {
-    "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`"),
+    "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`, too"),
     "policy-without-candidates": ({"policy": "random"}, "give `candidates`"),
     "no-keep": ({"candidates": 8}, "`policy=top-k` chooses so many candidates: give `keep`"),
     "keep-too-large": ({"candidates": 8, "keep": 9}, "`keep=9` is more than `candidates=8`"),
-    "no-threshold": ({"candidates": 8, "policy": "threshold"}, "give both, or neither"),
-    "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "give both, or neither"),
+    "no-threshold": ({"candidates": 8, "policy": "threshold"}, "chooses all from a score on: give it as `threshold`"),
+    "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "belongs to `policy=threshold`"),
     "temperature-of-another": ({"candidates": 8, "keep": 4, "temperature": 1.0}, "belongs to `policy=reweight`"),
     "temperature-0": ({"candidates": 8, "policy": "reweight", "temperature": 0.0}, "must be above 0"),
     "greats-in-parts": ({"candidates": 8, "keep": 4, "policy": "greats"}, "give `batch_size=8`, not 3"),
