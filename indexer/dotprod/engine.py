@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -173,9 +172,7 @@ class GradDotProdEngine:
     def __enter__(self) -> GradDotProdEngine:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     @property
@@ -200,6 +197,11 @@ class GradDotProdEngine:
         return list(self._val.batches)
 
     @property
+    def val_due(self) -> bool:
+        """Whether the next :meth:`prepare` computes the val gradient."""
+        return self._age.due(self.val_refresh_interval) and (self.method.needs_val or bool(self._val.batches))
+
+    @property
     def val_samples(self) -> int:
         """Samples in the val set."""
         return self._val.samples
@@ -222,7 +224,6 @@ class GradDotProdEngine:
         """Compute the val gradient now.
 
         ``loss_scale`` multiplies the val losses, and the gradient is divided by it: float16 needs that.
-
         UsageError if a val sample's loss is not finite. CaptureError if the gradient is not finite or differs from
         autograd's.
         """
@@ -252,7 +253,6 @@ class GradDotProdEngine:
 
         Refreshes the val gradient if it is due. ``tokens``, the positions in the batch, helps to choose routes.
         ``loss_scale`` is for :meth:`refresh`: with float16, the scale of the loss scaler.
-
         UsageError if the model is no longer the one the engine was made for, or if its weights changed without a
         reported step.
         """
@@ -316,7 +316,7 @@ class GradDotProdEngine:
         self._age.refuse_unreported()
         settle_hooks()
         self._tokens = tokens
-        if self._age.due(self.val_refresh_interval) and (self.method.needs_val or self._val.batches):
+        if self.val_due:
             self.refresh(loss_scale)
         self._train, self._size = open_batch, open_batch.size
         self._axes.begin_train()
