@@ -66,14 +66,12 @@ class GradDotProdEngine:
     ``groups`` names the group of each val sample (its domain), or is ``"each"``: every val sample is a group.
     ``pairs`` adds the products of all pairs within a batch. ``projection`` makes the score sketched: approximate, over
     the projected layers. ``keep`` is a projection, too: scores stay exact, and ``Scores.vectors`` holds its vectors.
-
     ``exclude_layers`` are patterns of modules whose parameters are left out. ``score_layers="blocks"`` scores only the
     linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). With
     ``score_metric="adam"`` a score is ⟨∇ℓ_i, P ∇L_val⟩, P = 1/(√v̂+ε) of ``optimizer`` (torch's Adam or AdamW) at the
     time of the val gradient: to first order, the decrease of L_val by its step along ∇ℓ_i. It is NaN before the first
     step. ``check=False`` checks neither the taps nor the axes of the layers nor the losses. ``hold_losses=False``
     leaves out only the check of the losses, for a loop that computes them from the logits itself.
-
     Raises LayerError naming the module for a trainable parameter that cannot be scored. Raises UsageError for a model
     whose samples have no gradients of their own (batch norm) or whose parameters are split (FSDP).
     """
@@ -131,6 +129,8 @@ class GradDotProdEngine:
         self._handles: list[RemovableHandle] = []
         self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
+        self.on_val_batch: Callable[[int], object] = lambda size: None
+        """Called with the size of each val batch before its forward pass."""
         self._size = self._tokens = 0
         """Samples of the open train or val batch, and positions of the train batch."""
         self._narrow = False
@@ -245,6 +245,7 @@ class GradDotProdEngine:
 
     def _begin_val_batch(self, size: int) -> None:
         self._size = size
+        self.on_val_batch(size)
 
     # A train batch.
 
@@ -273,7 +274,6 @@ class GradDotProdEngine:
         It forms no weight gradient, changes no ``.grad`` and runs no hook of a parameter. The first pass is the
         exception: it is compared with autograd, as a train batch is. Inside DistributedDataParallel call
         :attr:`model`, the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
-
         With ``hold`` the batch keeps the input of each layer with a trainable parameter, scored or not, and the
         gradient at its output, until ``batch.add_gradients(weights_B)`` forms the weighted sum of the samples'
         gradients from them. This takes memory for all inputs and outputs of the linears, with or without

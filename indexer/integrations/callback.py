@@ -353,14 +353,8 @@ def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
 
 def _by_regions() -> bool:
     """Whether accelerate compiles the blocks of a model, each by itself."""
-    return os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "").lower() in (
-        "1",
-        "y",
-        "yes",
-        "t",
-        "true",
-        "on",
-    )
+    given = os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "").lower()
+    return given in ("1", "y", "yes", "t", "true", "on")
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
