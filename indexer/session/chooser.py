@@ -126,8 +126,10 @@ class Chooser:
     ) -> NDArray[np.float32]:
         count = len(scored.rows)
         common = None if scored.common is None else scored.common.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of a gradient that is out of range: such a candidate is not chosen
+            scores = scored.scores.astype(np.float64) - (0.0 if common is None else common)
         candidates = Candidates(
-            scores=scored.scores.astype(np.float64) - (0.0 if common is None else common),
+            scores=scores,
             losses=scored.losses.astype(np.float64),
             tokens=scored.tokens.astype(np.int64),
             rows=scored.rows.astype(np.int64),

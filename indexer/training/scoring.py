@@ -14,6 +14,7 @@ from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import TrainConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.val_data import ValLossError
 from indexer.session.session import ScoringSession
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
@@ -71,6 +72,8 @@ class ValSchedule:
         self._progress, self._shown_after = progress, SHOWN_AFTER
         self._interval = training.val_refresh_interval
         self._checkpoint_interval = checkpoint_interval
+        self._places: list[int] = []
+        """Of the engine's val samples, among the rows of the val set."""
         self._step: int | None = None
         """The step of the newest batch."""
 
@@ -138,8 +141,11 @@ class ValSchedule:
             with self.shown():
                 yield
         except (UsageError, CaptureError) as error:
+            if isinstance(error, ValLossError):
+                ids = [self.val.rows[self._places[index]].sample.id for index in error.indexes]
+                error = ValLossError(error.indexes, [repr(name) for name in ids])
             if first:
-                raise  # the model cannot be scored at all
+                raise error  # the model cannot be scored at all
             raise DivergedError.at(
                 step + 1, f"the val loss, or its gradient, cannot be used any more: {error}"
             ) from error
@@ -147,6 +153,6 @@ class ValSchedule:
     def _choose(self, step: int) -> None:
         refresh = step // self._interval
         chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
-        batches, places = self.val.batches(chosen.tolist())
-        names = [self.val.domain_of(place) for place in places]
+        batches, self._places = self.val.batches(chosen.tolist())
+        names = [self.val.domain_of(place) for place in self._places]
         self.engine.set_validation(batches, names if self.config.val_groups else None)
