@@ -108,14 +108,13 @@ def _repeated(part_or_run: Any) -> list[tuple[str, str]]:
 
 
 def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
-    if projection["optimizer_state"]:
-        return [("  metric", "of an optimizer state (--optimizer-state)")]
-    if projection["calibration"] is None:
-        return []
-    sample = f"learned from {projection['calibration']['samples']:,} samples"
-    if projection["precondition"] == "none":
-        return [("  sizes and sides", sample)]
-    return [("  metric", f"preconditioned ({projection['precondition']}, damping {projection['damping']:g}), {sample}")]
+    from ghoststore.store.part.metric import part_metric
+
+    metric, calibration = part_metric(projection), projection["calibration"]
+    if calibration is None:
+        return [] if metric is None else [("  metric", metric)]
+    sample = f"learned from {calibration['samples']:,} samples"
+    return [("  sizes and sides", sample) if metric is None else ("  metric", f"{metric}, {sample}")]
 
 
 def _index(index: dict[str, Any]) -> str:

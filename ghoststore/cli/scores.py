@@ -73,19 +73,20 @@ def _print_summary(result: Any) -> None:
 
 
 def _print_hits(result: Any) -> None:
-    from ghoststore.cli.terminal import preview, print_table
+    from ghoststore.cli.ranking import Column, print_ranking
+    from ghoststore.cli.terminal import preview
 
     windows = result.settings["unit"] == "window"
-    columns = [
-        ("rank", True),
-        (_title(result), True),
-        ("times", True),
-        ("negative", True),
-        ("id", False),
-        ("row", True),
-        *([("token", True)] if windows else []),
-        ("domain", False),
-        ("text", False),
+    columns: list[Column] = [
+        ("rank", "number"),
+        (_title(result), "number"),
+        ("times", "number"),
+        ("negative", "number"),
+        ("id", "id"),
+        ("row", "number"),
+        *([("token", "number")] if windows else []),
+        ("domain", "text"),
+        ("text", "text"),
     ]
     for title, hits in (("highest", result.hits), ("lowest", result.bottom)):
         rows = [
@@ -103,7 +104,7 @@ def _print_hits(result: Any) -> None:
             for hit in hits
         ]
         if rows:
-            print_table(title, columns, rows, fold=False)
+            print_ranking(title, "", columns, rows)
 
 
 def _print_domains(result: Any) -> None:

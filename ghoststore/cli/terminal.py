@@ -225,32 +225,28 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
+def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     """Print a table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded, and headings between words; numbers only if there is no other way. Without ``fold`` each row
-    is one line: cells that are not right-aligned are cut to the width of the terminal, numbers never. If stdout is no
-    terminal, nothing is cut or folded.
+    Long cells are folded, and headings between words; numbers only if there is no other way. If stdout is no terminal,
+    nothing is folded.
     """
-    console = _stdout()
+    console = stdout_console()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
-    cell_of = Text if fold else Line
-    widths, tight = _widths(columns, rows, console.width, fold=fold)
+    widths, tight = _widths(columns, rows, console.width)
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     if tight:
         table.padding, table.show_edge = 0, False
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
-        table.add_column(cell_of(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
+        table.add_column(Text(heading), justify=align, overflow="fold", width=width)
     for row in rows:
-        table.add_row(*(cell_of(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
-def _widths(
-    columns: list[tuple[str, bool]], rows: list[list[str]], total: int, *, fold: bool
-) -> tuple[list[int | None], bool]:
+def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) -> tuple[list[int | None], bool]:
     """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding.
 
     None stands for a column at its full width. Words are folded before numbers: each line of a folded number would read
@@ -259,9 +255,6 @@ def _widths(
     texts = [[heading, *(row[index] for row in rows)] for index, (heading, _) in enumerate(columns)]
     whole = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
-    if not fold:
-        least = [size if right else 1 for size, (_, right) in zip(whole, columns, strict=True)]
-        return _narrowed(whole, least, total - 2 - 3 * len(columns)), False
     least = [size if right else min(size, SHORT) for size, (_, right) in zip(words, columns, strict=True)]
     for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
         if sum(least) <= room:
@@ -299,7 +292,7 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
-    _stdout().print(table)
+    stdout_console().print(table)
 
 
 def preview(text: str | None, length: int = PREVIEW) -> str:
@@ -308,7 +301,8 @@ def preview(text: str | None, length: int = PREVIEW) -> str:
     return flat if len(flat) <= length else f"{clipped(flat, length - 1)}…"
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
+    """The console of stdout, ``WIDE`` columns wide if that is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDE)
 
