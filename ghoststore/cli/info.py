@@ -113,8 +113,10 @@ def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
     metric, calibration = part_metric(projection), projection["calibration"]
     if calibration is None:
         return [] if metric is None else [("  metric", metric)]
-    sample = f"learned from {calibration['samples']:,} samples"
-    return [("  sizes and sides", sample) if metric is None else ("  metric", f"{metric}, {sample}")]
+    samples = f"{calibration['samples']:,} samples"
+    if metric is None:
+        return [("  sizes and sides", f"learned from {samples}")]
+    return [("  metric", f"{metric} (from {samples}, damping {projection['damping']:g})")]
 
 
 def _index(index: dict[str, Any]) -> str:

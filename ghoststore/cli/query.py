@@ -67,7 +67,7 @@ def print_hits(result: Any) -> None:
 
 
 def _columns(settings: dict[str, Any]) -> list[Column]:
-    metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS.get(settings.get("weight"))
+    metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
     scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [metric]
     if "with_scores" in settings:
         scores = ["blend", metric, f"Σ {symbol}·score"]

@@ -77,17 +77,9 @@ def _print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview
 
     windows = result.settings["unit"] == "window"
-    columns: list[Column] = [
-        ("rank", "number"),
-        (_title(result), "number"),
-        ("times", "number"),
-        ("negative", "number"),
-        ("id", "id"),
-        ("row", "number"),
-        *([("token", "number")] if windows else []),
-        ("domain", "text"),
-        ("text", "text"),
-    ]
+    numbers: list[Column] = [(heading, "number") for heading in ("rank", _title(result), "times", "negative")]
+    place: list[Column] = [("row", "number"), ("token", "number")] if windows else [("row", "number")]
+    columns = [*numbers, ("id", "id"), *place, ("domain", "text"), ("text", "text")]
     for title, hits in (("highest", result.hits), ("lowest", result.bottom)):
         rows = [
             [

@@ -31,7 +31,9 @@ from ghoststore.progress import Silent, Task
 from ghoststore.shown import clipped, json_text, visible
 
 WIDE = 240
-"""Columns if the stream is no terminal."""
+"""Columns of a line of progress if stderr is no terminal."""
+UNFOLDED = 100_000
+"""Columns if stdout is no terminal: what reads it has no width, and each row is one line."""
 PREVIEW = 90
 """Characters of a text in a table."""
 BAR = 24
@@ -302,9 +304,9 @@ def preview(text: str | None, length: int = PREVIEW) -> str:
 
 
 def stdout_console() -> Console:
-    """The console of stdout, ``WIDE`` columns wide if that is no terminal."""
+    """The console of stdout; if that is no terminal, nothing is too wide for it."""
     console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    return console if console.is_terminal else Console(width=UNFOLDED)
 
 
 def human_bytes(count: int) -> str:

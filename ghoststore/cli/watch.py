@@ -393,7 +393,7 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
         if size:
             table.add_column(justify=justify, no_wrap=True, width=size)  # type: ignore[arg-type]
     for sample, number, sample_row in zip(extremes, values, rows, strict=True):
-        cells = [
+        cells: list[tuple[int, Any]] = [
             (value, Text(number, style=style)),
             (name, Line(sample.id)),
             (row, Text(sample_row)),

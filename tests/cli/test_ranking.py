@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ghoststore.cli import ranking
 from ghoststore.cli.ranking import Column, print_ranking
+from ghoststore.cli.terminal import print_facts, print_table
 from ghoststore.cli.watch import render
 from query.training_scores.watch import Watcher
 from tests.support.score_runs import append, make
@@ -21,7 +22,7 @@ from tests.support.score_runs import append, make
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-ABOUT = "metric: dot, preconditioned by the Kronecker factors learned at build, damping 0.1"
+ABOUT = "metric: dot, preconditioned by the Kronecker factors learned at build"
 COLUMNS: list[Column] = [
     ("rank", "number"),
     ("Σ η·score", "number"),
@@ -92,6 +93,15 @@ def test_a_pipe_has_a_line_for_each_sample(monkeypatch: pytest.MonkeyPatch, caps
         assert line.split() == [word for cell in row for word in cell.split()]
 
 
+def test_a_pipe_folds_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor the facts of a part: a name has a line of its own, whole."""
+    print_table("parts", [("part", False), ("rows", True)], [["p" * 300, "12"]])
+    print_facts("part", [("domains", "domain " * 60)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["p" * 300, "12"] in lines
+    assert ["domains", *["domain"] * 60] in lines
+
+
 def test_columns_without_a_text_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +131,7 @@ def test_watch_shows_whole_ids(width: int, tmp_path: Path) -> None:
 def test_a_query_says_the_metric_of_the_part(lab: Lab, built: Path, tmp_path: Path) -> None:
     """That of a preconditioned part: above each table, in the settings, and on the page."""
     val, page = lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5)), tmp_path / "page.html"
-    words = "preconditioned by the Kronecker factors learned at build, damping 0.1"
+    words = "preconditioned by the Kronecker factors learned at build"
     options = ("query", "--store", built, "--val-set", val, "--metric", "dot", "--bottom-k", "2", "--quiet")
     shown = lab.run(*options)
     assert shown.code == 0, shown.err

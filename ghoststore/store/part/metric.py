@@ -11,11 +11,11 @@ LEARNED = {"kronecker": "the Kronecker factors"}
 
 def part_metric(projection: Mapping[str, Any]) -> str | None:
     """A phrase for the metric of a part, from ``projection`` of its manifest, such as "preconditioned by the Kronecker
-    factors learned at build, damping 0.1". None for plain gradients.
+    factors learned at build". None for plain gradients.
     """
     if projection["optimizer_state"] is not None:
         return "scaled by the optimizer state given at build"
     kind = projection["precondition"]
     if kind == "none":
         return None
-    return f"preconditioned by {LEARNED.get(kind, kind)} learned at build, damping {projection['damping']:g}"
+    return f"preconditioned by {LEARNED.get(kind, kind)} learned at build"
