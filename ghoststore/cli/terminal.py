@@ -230,13 +230,20 @@ def print_json(value: Any) -> None:
 def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     """Print a table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded, and headings between words; numbers only if there is no other way. If stdout is no terminal,
-    nothing is folded.
+    Long cells are folded, and headings between words, but no number: if there is no room for these, each row is a list
+    of its cells below the title. If stdout is no terminal, nothing is folded.
     """
     console = stdout_console()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
-    widths, tight = _widths(columns, rows, console.width)
+    fitting = _widths(columns, rows, console.width)
+    if fitting is None:
+        console.print(Text(visible(title), style="bold"))
+        for row in rows:
+            print_facts("", [(heading, cell) for (heading, _), cell in zip(columns, row, strict=True)])
+            console.print()
+        return
+    widths, tight = fitting
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     if tight:
         table.padding, table.show_edge = 0, False
@@ -248,11 +255,11 @@ def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str
     console.print(table)
 
 
-def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) -> tuple[list[int | None], bool]:
-    """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding.
+def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) -> tuple[list[int | None], bool] | None:
+    """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding; None
+    if numbers would have to be folded: each line of a folded number would read as a number.
 
-    None stands for a column at its full width. Words are folded before numbers: each line of a folded number would read
-    as a number.
+    A width of None stands for a column at its full width.
     """
     texts = [[heading, *(row[index] for row in rows)] for index, (heading, _) in enumerate(columns)]
     whole = [max(map(cell_len, column)) for column in texts]
@@ -261,7 +268,7 @@ def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) 
     for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
         if sum(least) <= room:
             return _narrowed(whole, least, room), tight
-    return [None] * len(columns), False
+    return None
 
 
 def _narrowed(whole: list[int], least: list[int], total: int) -> list[int | None]:

@@ -389,9 +389,10 @@ def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
     domain = domain if GAP + domain + GAP + SHORT <= left else 0
     text = max(0, left - (GAP + domain if domain else 0) - GAP)
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_header=False)
-    for size, justify in ((value, "right"), (name, "left"), (row, "left"), (domain, "left"), (text, "left")):
+    table.add_column(justify="right", no_wrap=True, width=value)
+    for size in (name, row, domain, text):
         if size:
-            table.add_column(justify=justify, no_wrap=True, width=size)  # type: ignore[arg-type]
+            table.add_column(no_wrap=True, width=size)
     for sample, number, sample_row in zip(extremes, values, rows, strict=True):
         cells: list[tuple[int, Any]] = [
             (value, Text(number, style=style)),

@@ -155,8 +155,8 @@ def measure(searcher: Searcher, samples: Mapping[str, SampleQueries]) -> dict[st
 
 
 def _recall(searcher: Searcher, sample: SampleQueries, k: int) -> float:
-    """The recall of a search for ``k`` rows. The rows of a query itself are left out of what it gives, and count as
-    rows that it does not find: a query from elsewhere finds as many or more.
+    """The recall of a search for ``k`` rows. The rows that a query was made of are candidates, too, and are left out of
+    the ranking: a query from elsewhere finds as many rows or more.
     """
     ranking, _ = searcher.search(sample.term, top_k=k + sample.own.shape[1], wanted=k)
     return recall_of(without(ranking, sample.own, k), sample.exact, k)
