@@ -73,24 +73,26 @@ class Searcher:
         self.engine, self.front, self.rows = engine, front, rows
         self.candidates = candidates
 
-    def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
+    def search(
+        self, term: Term, *, top_k: int, bottom_k: int = 0, wanted: int | None = None
+    ) -> tuple[Ranking, Ranking]:
         """The best ``top_k`` and the worst ``bottom_k`` candidates for each query of ``term``; equal scores by lower
         row.
 
-        If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged row.
+        The search is as wide as one for ``wanted`` rows (default: ``top_k`` or ``bottom_k``), and wider for a query
+        that would get fewer than that. If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged
+        row.
         """
-        return self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
+        return self._best(term, top_k, 1.0, wanted), self._best(term, bottom_k, -1.0, wanted)
 
-    def _best(self, term: Term, k: int, sign: float) -> Ranking:
+    def _best(self, term: Term, k: int, sign: float, wanted: int | None) -> Ranking:
         """The ``k`` candidates of each query with the highest ``sign`` × score."""
         queries = len(term.queries_QD)
         rows_Qk, scores_Qk = np.full((queries, k), -1, dtype=np.int64), np.full((queries, k), -sign * np.inf)
         if k == 0 or queries == 0:
             return Ranking(rows_Qk, scores_Qk)
         signed = sign if term.weight >= 0 else -sign
-        places_QC = self.engine.search(
-            self.front.queries(term.queries_QD * signed), max(self.candidates, OVERSAMPLE * k)
-        )
+        places_QC = self._candidates(self.front.queries(term.queries_QD * signed), k if wanted is None else wanted)
         if places_QC.max(initial=-1) >= len(self.rows.table):
             raise CorruptError("the index names rows that it does not have; `ghoststore index … --rebuild`")
         scores_QC = self._scores(term, places_QC)
@@ -102,6 +104,27 @@ class Searcher:
         best_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
         scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, best_QC, -sign * np.inf)
         return Ranking(rows_Qk, scores_Qk)
+
+    def _candidates(self, queries_Qd: NDArray[np.float32], wanted: int) -> NDArray[np.int64]:
+        """(Q, C) places of candidates, -1 where there are no more.
+
+        The lists or the graph that the index looks at may hold fewer than ``wanted`` rows: a query that gets fewer
+        is searched for in more of them, until it has enough or there are no more.
+        """
+        count, effort = max(self.candidates, OVERSAMPLE * wanted), self.engine.effort
+        places_QC = self.engine.search(queries_Qd, count)
+        enough = min(wanted, places_QC.shape[1])
+        try:
+            for wider in self.engine.efforts():
+                (short,) = np.nonzero((places_QC >= 0).sum(1) < enough)
+                if not len(short):
+                    break
+                if wider is not None and effort is not None and wider > effort:
+                    self.engine.set_effort(wider)
+                    places_QC[short] = self.engine.search(queries_Qd[short], count)
+        finally:
+            self.engine.set_effort(effort)
+        return places_QC
 
     def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
         """(Q, C) float64: the exact scores of the candidates. Each row is read once."""
