@@ -8,9 +8,13 @@ nothing was scored against.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
+from ghoststore import ProjectionConfig
 from ghoststore.progress import Silent
 from indexer.encode.losses import next_token_losses
 from query.demo.tokenizer import train_tokenizer
@@ -37,8 +42,13 @@ class Arm:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    of_time: str | None = None
-    """The arm whose options these are, trained for as many steps as take the CPU seconds of a plain training."""
+    timed: bool = False
+    """Whether it is trained for as many steps as take the CPU seconds of a plain training."""
+
+    @property
+    def blind(self) -> bool:
+        """Whether the training does not depend on the val set."""
+        return self.options.get("policy") == "random"
 
 
 EXACT: dict[str, Any] = {"score": "exact"}
@@ -55,18 +65,20 @@ ARMS = (
     Arm("top-k, sketched", {**SKETCHED, "contrast": False}),
     Arm("top-k, sketched, contrast", {**SKETCHED, **CONTRAST}),
     Arm("the same, val gradient every 4", {**SKETCHED, **CONTRAST, "val_refresh_interval": 4}),
+    Arm("the same, 8 × 8 numbers a layer", {**SKETCHED, **CONTRAST, "projection": ProjectionConfig(rank_total=64)}),
+    Arm("the same, 32 × 32 a layer", {**SKETCHED, **CONTRAST, "projection": ProjectionConfig(rank_total=1024)}),
     Arm("top-k, exact, Adam's metric", {**EXACT, "score_metric": "adam"}),
     Arm("bottom-k, exact", {**EXACT, "policy": "bottom-k"}),
     Arm("reweight, exact, contrast", {**EXACT, **REWEIGHT, **CONTRAST}),
     Arm("reweight, sketched, contrast", {**REWEIGHT, **SKETCHED, **CONTRAST}),
 )
 TIMED = (
-    Arm("top-k, exact, contrast, one pass", {**EXACT, **CONTRAST, **ONE}, "time"),
-    Arm("top-k, sketched, contrast, one pass", {**SKETCHED, **CONTRAST, **ONE}, "time"),
+    Arm("top-k, exact, contrast, one pass", {**EXACT, **CONTRAST, **ONE}, True),
+    Arm("top-k, sketched, contrast, one pass", {**SKETCHED, **CONTRAST, **ONE}, True),
     Arm(
         "top-k, sketched, contrast, one pass, val gradient every 4",
         {**SKETCHED, **CONTRAST, **ONE, "val_refresh_interval": 4},
-        "time",
+        True,
     ),
 )
 
@@ -101,8 +113,11 @@ class Setting:
         config.save_pretrained(self.folder / "config")
 
 
-def split_val(val_set: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """By domain, and "all": (the rows to score against, texts that nothing is scored against)."""
+Parts = dict[str, tuple[Path, list[str]]]
+"""By domain, and "all": (the rows to score against, texts that nothing is scored against)."""
+
+
+def split_val(val_set: Path, folder: Path) -> Parts:
     rows = [json.loads(line) for line in val_set.read_text().splitlines()]
     domains = sorted({row["domain"] for row in rows})
     parts = {}
@@ -116,11 +131,11 @@ def split_val(val_set: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
 
 def train(setting: Setting, options: dict[str, Any], val_set: Path, seed: int, steps: int) -> tuple[list[Path], float]:
     """(checkpoints, CPU seconds) of one training."""
-    output = setting.folder / "out"
+    output, store = (setting.folder / f"{name}-{os.getpid()}" for name in ("out", "store"))
     shutil.rmtree(output, ignore_errors=True)
-    shutil.rmtree(setting.folder / "store", ignore_errors=True)
+    shutil.rmtree(store, ignore_errors=True)
     begun = time.process_time()
-    stored = {} if options.get("method") == "Regular" else {"store": setting.folder / "store", "name": "run"}
+    stored = {} if options.get("method") == "Regular" else {"store": store, "name": "run"}
     ghoststore.train(
         data=setting.folder / "tokens", val_set=val_set, output_dir=output,
         tokenizer=setting.tokenizer, model_config=setting.folder / "config",
@@ -161,6 +176,34 @@ def loss_of(checkpoint: Path, texts: list[str], setting: Setting) -> float:
     return total / count
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An arm of a seed, and the val sets that it is measured on: of a blind arm all of them."""
+
+    arm: Arm
+    seed: int
+    domains: tuple[str, ...]
+
+    def run(self, setting: Setting, parts: Parts, plain: float) -> tuple[Job, dict[str, list[float]], float]:
+        """(itself, val loss of each checkpoint by domain, CPU seconds). ``plain``: those of a plain training."""
+        disable_progress_bar()
+        options, scored, count = chosen_options(setting, self.arm), parts[self.domains[0]][0], setting.steps
+        if self.arm.timed:  # a tenth of the steps tells what one costs
+            _, tenth = train(setting, options, scored, self.seed, max(2, count // 10))
+            _, few = train(setting, options, scored, self.seed, 2)
+            count = max(4, min(count, round(plain / ((tenth - few) / max(1, count // 10 - 2)))))
+        paths, spent = train(setting, options, scored, self.seed, count)
+        return self, {name: [loss_of(path, parts[name][1], setting) for path in paths] for name in self.domains}, spent
+
+
+def jobs_of(arms: Sequence[Arm], seed: int, domains: Sequence[str]) -> Iterator[Job]:
+    for arm in arms:
+        if arm.blind:
+            yield Job(arm, seed, tuple(domains))
+        else:
+            yield from (Job(arm, seed, (name,)) for name in domains if name != "all" or not arm.timed)
+
+
 def reached(curve: list[float], goal: float) -> float:
     """Share of the updates after which a curve is at ``goal``, between its points on a line; 1.05: never."""
     for place, value in enumerate(curve):
@@ -177,7 +220,7 @@ Curves = dict[tuple[str, str], list[list[float]]]
 
 def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]], domains: list[str]) -> None:
     """Losses, shares of the updates, and costs."""
-    plain = float(np.median(seconds["plain"]))
+    plain = float(np.median(seconds.get("plain", [float("nan")])))
     losses, shares = [], []
     for arm in (*ARMS, *TIMED):
         if not any(curves.get((arm.name, domain)) for domain in domains):
@@ -185,8 +228,9 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
         loss, share = {"way": arm.name}, {"way": arm.name}
         singles = []
         for domain in domains:
-            own = [curve for curve in curves.get((arm.name, domain), []) if curve]
-            control = curves["random", domain][: len(own)]
+            pairs = list(zip(curves.get((arm.name, domain), []), curves["random", domain], strict=False))
+            pairs = [(curve, other) for curve, other in pairs if curve and other]
+            own, control = [curve for curve, _ in pairs], [other for _, other in pairs]
             loss[domain] = share[domain] = ""
             if not own:
                 continue
@@ -200,9 +244,10 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
                 singles.append(differences)
         single = f"{np.mean(np.concatenate(singles)):+.3f}" if singles else ""
         loss["single domains"] = "" if arm.name == "random" else single
-        loss["CPU s ÷ plain"] = f"{np.median(seconds[arm.name]) / plain:.2f}"
+        spent = seconds.get(arm.name)
+        loss["CPU s ÷ plain"] = f"{np.median(spent) / plain:.2f}" if spent else ""
         losses.append(loss)
-        if arm.of_time is None:
+        if not arm.timed:
             shares.append(share)
     del results.tables[:]
     note = (
@@ -231,11 +276,13 @@ def add_tables(results: Results, curves: Curves, seconds: dict[str, list[float]]
 @click.option("--only", default="", help="Only these val domains, with commas.")
 @click.option("--first-seed", default=0, show_default=True)
 @click.option("--arm", "names", multiple=True, help="Only these ways (and none that is timed, unless named).")
+@click.option("--workers", default=1, show_default=True, help="Trainings at once; with several no times are kept.")
 @click.option("--add", is_flag=True, help="To the results that are there, of the seeds before.")
 @folders
 def main(
     data: Path, val_set: Path, device: str, seeds: int, steps: int, candidates: int, keep: int, length: int,
-    rate: float, only: str, first_seed: int, names: tuple[str, ...], add: bool, scratch: Path | None, out: Path,
+    rate: float, only: str, first_seed: int, names: tuple[str, ...], workers: int, add: bool, scratch: Path | None,
+    out: Path,
 ) -> None:  # fmt: skip
     """Train with every way to choose, and compare val losses."""
     disable_progress_bar()
@@ -246,7 +293,7 @@ def main(
         before = json.loads((out / f"{name}.json").read_text())["numbers"]
         seconds = before["seconds"]
         curves = {tuple(key.split("|")): value for key, value in before["curves"].items()}
-    arms = [arm for arm in (*ARMS, *TIMED) if not names or arm.name in names]
+    arms = [arm for arm in (*ARMS, *TIMED) if not (names and arm.name not in names) and not (arm.timed and workers > 1)]
     with scratch_folder(scratch) as folder:
         setting = Setting(
             folder=folder, data=data, steps=steps, candidates=candidates, keep=keep, length=length, rate=rate,
@@ -261,27 +308,36 @@ def main(
             settings={"steps": steps, "candidates": candidates, "keep": keep, "tokens": length, "rate": rate},
             facts=machine_facts(device),
         )
-        for seed in range(first_seed, first_seed + seeds):
-            plain = {"method": "Regular", "batch_size": keep}
-            _, spent = train(setting, plain, parts[domains[0]][0], seed, steps)
-            seconds.setdefault("plain", []).append(spent)
-            for domain in domains:
-                scored, texts = parts[domain]
-                for arm in [arm for arm in arms if domain != "all" or arm.of_time is None]:
-                    count = steps
-                    if arm.of_time is not None:  # a tenth of the steps tells what one costs
-                        _, tenth = train(setting, chosen_options(setting, arm), scored, seed, max(2, steps // 10))
-                        _, few = train(setting, chosen_options(setting, arm), scored, seed, 2)
-                        each = (tenth - few) / max(1, steps // 10 - 2)
-                        count = max(4, min(steps, round(seconds["plain"][-1] / each)))
-                    paths, spent = train(setting, chosen_options(setting, arm), scored, seed, count)
-                    curve = [loss_of(path, texts, setting) for path in paths]
-                    curves.setdefault((arm.name, domain), []).append(curve)
-                    seconds.setdefault(arm.name, []).append(spent)
-                    told = f"seed {seed}, {domain}, {arm.name}: {curve[-1]:.3f}, {count} steps, {spent:.0f} s"
-                    click.echo(told, err=True)
-                add_tables(results, curves, seconds, [name for name in parts if ("random", name) in curves])
-                results.write(out)  # after each domain: what is cut off leaves the ones before
+        jobs = [job for seed in range(first_seed, first_seed + seeds) for job in jobs_of(arms, seed, domains)]
+        for number, (job, curve_of, spent) in enumerate(measured(jobs, setting, parts, seconds, workers), 1):
+            for domain, curve in curve_of.items():
+                own = curves.setdefault((job.arm.name, domain), [])
+                own.extend([[]] * (job.seed - len(own)))  # of seeds that this way was not run with
+                own[job.seed : job.seed + 1] = [curve]
+            click.echo(f"seed {job.seed}, {job.arm.name}, {spent:.0f} s: {json.dumps(curve_of)}", err=True)
+            if number == len(jobs) or job.seed != jobs[number].seed:  # what is cut off leaves the seeds before
+                add_tables(results, curves, seconds, [name for name in parts if curves.get(("random", name))])
+                results.write(out)
+
+
+def measured(
+    jobs: Sequence[Job], setting: Setting, parts: Parts, seconds: dict[str, list[float]], workers: int
+) -> Iterator[tuple[Job, dict[str, list[float]], float]]:
+    """What each job gives: in this process, its CPU seconds kept in ``seconds``, or in several."""
+    if workers > 1:  # beside others a second of the CPU is another: none is kept
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            for future in [pool.submit(job.run, setting, parts, float("nan")) for job in jobs]:
+                yield future.result()
+        return
+    plain: dict[int, float] = {}
+    for job in jobs:
+        if job.seed not in plain:
+            options = {"method": "Regular", "batch_size": setting.keep}
+            _, plain[job.seed] = train(setting, options, parts[job.domains[0]][0], job.seed, setting.steps)
+            seconds.setdefault("plain", []).append(plain[job.seed])
+        result = job.run(setting, parts, plain[job.seed])
+        seconds.setdefault(job.arm.name, []).append(result[2])
+        yield result
 
 
 if __name__ == "__main__":

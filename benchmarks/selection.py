@@ -18,9 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 
 import ghoststore
 from ghoststore import Corpus, Store
+from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, WeightOption
 from query.demo.tokenizer import train_tokenizer
+from query.training_scores.steps import choose_column, stream_steps
+from query.training_scores.weights import StepWeights
 
 VOCABULARY = 4096
+SYMBOL = STEP_WEIGHT_SYMBOLS[WeightOption.weight]
 HALVES = ("highest", "random", "lowest")
 
 
@@ -67,14 +71,18 @@ def score(
 
 
 def values_of(run: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """((rows, groups) Σ η·s of every row, (rows,) how often it was scored)."""
+    """((rows, groups) Σ weight·s of every row, as ``ghoststore scores`` sums by default; (rows,) how often it was
+    scored).
+    """
     total = np.zeros((len(run.rows), len(run.layout.groups)))
     times = np.zeros(len(run.rows), dtype=np.int64)
-    rows, eta = run.read_committed("sample"), run.read_committed("learning_rate")
-    weighted = np.nan_to_num(run.read_committed("group_score").astype(np.float64)) * eta[:, None, None, None]
-    place = rows.ravel()
-    np.add.at(total, place, weighted.reshape(len(place), -1))
-    np.add.at(times, place, 1)
+    for place, group in enumerate(run.layout.groups):
+        weights = StepWeights(run, WeightOption.weight, (0, run.layout.steps))
+        for piece in stream_steps(run, choose_column(run, group), run.ranges, weights=weights):
+            places = piece.places
+            np.add.at(total[:, place], places.row, np.nan_to_num(places.weight * places.score))
+            if not place:
+                np.add.at(times, places.row, 1)
     return total, times
 
 
@@ -210,12 +218,12 @@ def by_domain(
             for index, name in enumerate(names)
         }
         first = max(means, key=lambda name: means[name])
-        cells = {name: f"{1e3 * means[name]:.3f} ± {1e3 * errors[name]:.3f}" for name in names}
+        cells = {name: f"{means[name]:.3f} ± {errors[name]:.3f}" for name in names}
         table.append({"val domain": group, **cells, "first": first})
     score = run.read_committed("score")
     results.add(
         Table(
-            "Mean Σ η·s of a training sample, by domain, for a val set of one domain (10⁻³ nats a token)",
+            f"Mean Σ {SYMBOL}·s of a training sample, by domain, for a val set of one domain",
             table,
             f"± one standard error. {int(seen.sum()):,} rows were trained on; {float((score < 0).mean()):.1%} of the "
             f"scores against the mean of all domains are negative. Final train loss {report.train_loss:.3f}, val loss "
@@ -244,7 +252,7 @@ def by_half(results: Results, found: dict[str, dict[str, list[float]]], shares: 
             "Val loss after training on half of the rows, same number of steps",
             table,
             "Nats a token on the val domain's own val samples; mean ± standard deviation over seeds. Halves by "
-            "Σ η·s against that val domain. The last columns: how much of each half is of the val domain.",
+            f"Σ {SYMBOL}·s against that val domain. The last columns: how much of each half is of the val domain.",
         ),
         val_loss=found,
         share_of_domain=shares,

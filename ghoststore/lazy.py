@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,13 +70,35 @@ FACE = {
 PACKAGES = ("indexer", "query")
 """Packages beside ``ghoststore`` that a user's own files could shadow."""
 
+process_is_ours = False
+"""Set by the command line, whose process ends with the command: nothing looks through what was imported ever again. In
+a process of the user's this would keep what else is there, and is garbage later.
+"""
+
 
 def load(name: str) -> Any:
     """The public object ``name``. AttributeError if there is none, ImportError if its package is shadowed."""
     if name not in FACE:
         raise AttributeError(f"module 'ghoststore' has no attribute {name!r}")
     refuse_shadows()
-    return getattr(importlib.import_module(FACE[name]), name)
+    with importing():
+        return getattr(importlib.import_module(FACE[name]), name)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """While open, nothing looks for garbage: what an import makes stays. torch and transformers make so much that
+    looking through it again and again takes a quarter of a short command's time.
+    """
+    enabled, modules = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if process_is_ours and len(sys.modules) > modules:
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
@@ -58,6 +59,28 @@ class Silent:
 
     def note(self, message: str) -> None:
         pass
+
+
+class Late:
+    """A task of ``total`` rows that is shown once it takes longer than ``after`` seconds; most are done before."""
+
+    def __init__(self, progress: Progress, description: str, total: int, after: float) -> None:
+        self._progress, self._description, self._total, self._after = progress, description, total, after
+        self._begun, self._done = time.monotonic(), 0
+        self._task: Task | None = None
+
+    def advance(self, rows: int) -> None:
+        """Add ``rows`` finished rows."""
+        self._done += rows
+        if self._task is not None:
+            self._task.advance(rows)
+        elif 0 < self._done < self._total and time.monotonic() - self._begun >= self._after:
+            self._task = self._progress.task(self._description, self._total, self._done)
+
+    def close(self) -> None:
+        """End the task."""
+        if self._task is not None:
+            self._task.close()
 
 
 def counted(rows: Iterable[T], task: Task) -> Iterator[T]:

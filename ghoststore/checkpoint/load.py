@@ -20,6 +20,7 @@ from typing import Any
 
 from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files, read_object
 from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.lazy import importing
 from ghoststore.store.base.opening import open_regular, parse_json
 
 LARGEST_HEADER = 256 << 20
@@ -194,7 +195,8 @@ def find_tokenizer(source: str | Path) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer saved in ``folder``. CheckpointError if there is none, or if it cannot be loaded."""
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
@@ -261,8 +263,10 @@ def load_model(
     Raises CheckpointError if the architecture is not a causal language model, and if weights are missing (transformers
     would initialise them at random), have another shape, or are not finite.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    with importing():
+        import torch
+        import transformers.modeling_utils  # noqa: F401 - not below, while the model is made
+        from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise UsageError(f"`model_dtype` {dtype!r} is unknown; known: {', '.join(DTYPES)}")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from gc import freeze  # not `gc`, which is a command of this package
 from typing import Any, TextIO, cast
 
 import click
 
-from ghoststore import __version__
+from ghoststore import __version__, lazy
 from ghoststore.cli.ending import refuse_unreadable, report_error, say_bug, say_error
 from ghoststore.cli.events import FLAG, logging_to
 from ghoststore.cli.streams import EventStderr, guarded
@@ -112,8 +113,10 @@ def _interrupted(error: BaseException) -> int:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit. The ``ghoststore`` script calls this."""
     arguments = sys.argv[1:] if args is None else args
+    lazy.process_is_ours = True
     with guarded():
         code = _logged(arguments) if FLAG in arguments else _run(arguments)
+    freeze()  # the process ends: nothing has to be looked through for garbage once more
     sys.exit(code)
 
 

@@ -41,7 +41,22 @@ def _print(report: Any) -> None:
     if report.dry_run:
         facts.append(("memory", f"about {human_bytes(report.memory_bytes)} beside the model and its activations"))
     if report.seconds:
-        computing = report.seconds["compute"]
-        rate = f" ({(report.rows - report.resumed_rows) / computing:,.1f} rows/s while computing)" if computing else ""
-        facts.append(("time", f"{report.seconds['total']:,.1f} s{rate}"))
+        facts.append(("time", _times(report)))
     print_facts("dry run" if report.dry_run else "built", facts)
+
+
+def _times(report: Any) -> str:
+    """The split between learning and building; of a dry run an estimate."""
+    from ghoststore.cli.terminal import duration
+
+    learning, computing = report.seconds.get("learning", 0.0), report.seconds["compute"]
+    if report.dry_run:
+        split = f"learning the projection {duration(learning)}, " if learning else ""
+        return f"about {duration(learning + computing)}: {split}building {duration(computing)}"
+    new = report.rows - report.resumed_rows
+    rate = f" ({new / computing:,.1f} rows/s)" if computing else ""
+    split = f"learning the projection {duration(learning)}, " if new and learning >= 0.05 else ""
+    text = f"{duration(report.seconds['total'])}: {split}building {duration(computing)}{rate}"
+    if split and learning > computing:
+        text += ". This corpus is small: plain gradients (--proj-precondition none) take no learning, and rank worse"
+    return text

@@ -113,14 +113,15 @@ def _repeated(part_or_run: Any) -> list[tuple[str, str]]:
 
 
 def _learned(projection: dict[str, Any]) -> list[tuple[str, str]]:
-    if projection["optimizer_state"]:
-        return [("  metric", "of an optimizer state (--optimizer-state)")]
-    if projection["calibration"] is None:
-        return []
-    sample = f"learned from {projection['calibration']['samples']:,} samples"
-    if projection["precondition"] == "none":
-        return [("  sizes and sides", sample)]
-    return [("  metric", f"preconditioned ({projection['precondition']}, damping {projection['damping']:g}), {sample}")]
+    from ghoststore.store.part.metric import part_metric
+
+    metric, calibration = part_metric(projection), projection["calibration"]
+    if calibration is None:
+        return [] if metric is None else [("  metric", metric)]
+    samples = f"{calibration['samples']:,} samples"
+    if metric is None:
+        return [("  sizes and sides", f"learned from {samples}")]
+    return [("  metric", f"{metric} (from {samples}, damping {projection['damping']:g})")]
 
 
 def _index(index: dict[str, Any]) -> str:

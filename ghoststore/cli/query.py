@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ghoststore.cli import options
 from ghoststore.settings.question import QueryOptions
 from ghoststore.settings.shared import STEP_WEIGHT_SYMBOLS, Printing, ResultFile
+
+if TYPE_CHECKING:
+    from ghoststore.cli.ranking import Column
 
 
 @options.command(
@@ -29,19 +32,16 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
 
 
 def print_hits(result: Any) -> None:
-    from ghoststore.cli.terminal import preview, print_table, say
+    from ghoststore.cli.ranking import print_ranking
+    from ghoststore.cli.terminal import preview, say
 
-    metric, blended = result.settings["metric"], "with_scores" in result.settings
-    of_run = "run" in result.settings
-    symbol = STEP_WEIGHT_SYMBOLS.get(result.settings.get("weight"))
-    heading = f"Σ {symbol}·{metric}" if of_run else metric
-    scores = [("blend", True), (metric, True), (f"Σ {symbol}·score", True)] if blended else [(heading, True)]
-    times_seen = [("times", True)] if of_run else []
-    columns = [("rank", True), *scores, *times_seen, ("id", False), ("row", True), ("domain", False), ("text", False)]
+    settings = result.settings
+    metric, blended, of_run = settings["metric"], "with_scores" in settings, "run" in settings
+    columns, about = _columns(settings), "" if of_run else _about(settings)
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
-        if of_run and result.settings["mode"] == "own":
+        if of_run and settings["mode"] == "own":
             name = "each step's own val gradient"
         else:
             name = query.query if times[query.query] == 1 else f"{query.query} (val row {query.val_row})"
@@ -53,13 +53,55 @@ def print_hits(result: Any) -> None:
                 cells += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
-                print_table(title.format(name, metric), columns, rows, fold=False)
-    if result.settings.get("candidates_left_out"):
-        say(f"Left out: {result.settings['candidates_left_out']:,} candidates that were not trained on.")
-    if result.settings.get("index") == "ann":
-        recalls = ", ".join(f"{recall['at_10']:.3f} for {kind}s" for kind, recall in result.settings["recall"].items())
-        say(f"Found by index {result.settings['index_name']}; its recall@10 when it was built: {recalls}.")
-    if result.settings.get("fidelity"):
+                print_ranking(title.format(name, metric), about, columns, rows)
+    if fewer := _fewer(result):
+        say(fewer)
+    if settings.get("candidates_left_out"):
+        say(f"Left out: {settings['candidates_left_out']:,} candidates that were not trained on.")
+    if settings.get("index") == "ann":
+        say(_recall(settings))
+    if settings.get("fidelity"):
         from ghoststore.store.part.fidelity import fidelity_line
 
-        say(f"fidelity: {fidelity_line(result.settings['fidelity'])}")
+        say(f"fidelity: {fidelity_line(settings['fidelity'])}")
+
+
+def _columns(settings: dict[str, Any]) -> list[Column]:
+    metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
+    scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [metric]
+    if "with_scores" in settings:
+        scores = ["blend", metric, f"Σ {symbol}·score"]
+    numbers: list[Column] = [(heading, "number") for heading in ("rank", *scores)]
+    return [*numbers, ("id", "id"), ("row", "number"), ("domain", "text"), ("text", "text")]
+
+
+def _about(settings: dict[str, Any]) -> str:
+    """The metric of the scores: that of the part's vectors, and what the question adds."""
+    metric = settings["metric"]
+    of_part = settings.get("part_metric")
+    words = f"{metric} of plain gradients" if of_part is None else f"{metric}, {of_part}"
+    if settings["precondition"] == "second-moment":
+        words += f"; with the second moment of the part's rows, damping {settings['damping']:g}"
+    return f"metric: {words}"
+
+
+def _fewer(result: Any) -> str:
+    """A sentence where a ranking has fewer rows than were asked for; empty otherwise."""
+    for name, hits in (("top_k", "hits"), ("bottom_k", "bottom")):
+        wanted = result.settings[name]
+        least = min((len(getattr(query, hits)) for query in result.results), default=wanted)
+        if least < wanted:
+            why = "the index found no more" if result.settings.get("index") == "ann" else "no more rows have a score"
+            if least >= result.settings.get("rows_matching", least + 1):
+                why = "no more rows match --where"
+            return f"{least:,} of the {wanted:,} rows that were asked for: {why}."
+    return ""
+
+
+def _recall(settings: dict[str, Any]) -> str:
+    """The measured recall of the index, for as many rows as were asked for, or the nearest number that was measured."""
+    rows = max(settings["top_k"], settings["bottom_k"], settings["rerank"] or 0)
+    at = 10 if rows <= 10 else 100
+    recalls = ", ".join(f"{recall[f'at_{at}']:.3f} for {kind}s" for kind, recall in settings["recall"].items())
+    more = f" ({rows:,} rows are searched for here; of so many it was not measured)" if rows > 100 else ""
+    return f"Found by index {settings['index_name']}; its recall@{at} when it was built: {recalls}{more}."

@@ -73,20 +73,13 @@ def _print_summary(result: Any) -> None:
 
 
 def _print_hits(result: Any) -> None:
-    from ghoststore.cli.terminal import preview, print_table
+    from ghoststore.cli.ranking import Column, print_ranking
+    from ghoststore.cli.terminal import preview
 
     windows = result.settings["unit"] == "window"
-    columns = [
-        ("rank", True),
-        (_title(result), True),
-        ("times", True),
-        ("negative", True),
-        ("id", False),
-        ("row", True),
-        *([("token", True)] if windows else []),
-        ("domain", False),
-        ("text", False),
-    ]
+    numbers: list[Column] = [(heading, "number") for heading in ("rank", _title(result), "times", "negative")]
+    place: list[Column] = [("row", "number"), ("token", "number")] if windows else [("row", "number")]
+    columns = [*numbers, ("id", "id"), *place, ("domain", "text"), ("text", "text")]
     for title, hits in (("highest", result.hits), ("lowest", result.bottom)):
         rows = [
             [
@@ -103,7 +96,7 @@ def _print_hits(result: Any) -> None:
             for hit in hits
         ]
         if rows:
-            print_table(title, columns, rows, fold=False)
+            print_ranking(title, "", columns, rows)
 
 
 def _print_domains(result: Any) -> None:

@@ -31,7 +31,9 @@ from ghoststore.progress import Silent, Task
 from ghoststore.shown import clipped, json_text, visible
 
 WIDE = 240
-"""Columns if the stream is no terminal."""
+"""Columns of a line of progress if stderr is no terminal."""
+UNFOLDED = 100_000
+"""Columns if stdout is no terminal: what reads it has no width, and each row is one line."""
 PREVIEW = 90
 """Characters of a text in a table."""
 BAR = 24
@@ -225,48 +227,48 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
-def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]], *, fold: bool = True) -> None:
+def print_table(title: str, columns: list[tuple[str, bool]], rows: list[list[str]]) -> None:
     """Print a table on stdout; ``columns`` are (heading, right-aligned).
 
-    Long cells are folded, and headings between words; numbers only if there is no other way. Without ``fold`` each row
-    is one line: cells that are not right-aligned are cut to the width of the terminal, numbers never. If stdout is no
-    terminal, nothing is cut or folded.
+    Long cells are folded, and headings between words, but no number: if there is no room for these, each row is a list
+    of its cells below the title. If stdout is no terminal, nothing is folded.
     """
-    console = _stdout()
+    console = stdout_console()
     columns = [(visible(heading), right) for heading, right in columns]
     rows = [[visible(cell) for cell in row] for row in rows]
-    cell_of = Text if fold else Line
-    widths, tight = _widths(columns, rows, console.width, fold=fold)
+    fitting = _widths(columns, rows, console.width)
+    if fitting is None:
+        console.print(Text(visible(title), style="bold"))
+        for row in rows:
+            print_facts("", [(heading, cell) for (heading, _), cell in zip(columns, row, strict=True)])
+            console.print()
+        return
+    widths, tight = fitting
     table = Table(title=Text(visible(title), style="bold"), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     if tight:
         table.padding, table.show_edge = 0, False
     for (heading, right), width in zip(columns, widths, strict=True):
         align: Literal["right", "left"] = "right" if right else "left"
-        table.add_column(cell_of(heading), justify=align, no_wrap=not fold, overflow="fold", width=width)
+        table.add_column(Text(heading), justify=align, overflow="fold", width=width)
     for row in rows:
-        table.add_row(*(cell_of(cell) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
-def _widths(
-    columns: list[tuple[str, bool]], rows: list[list[str]], total: int, *, fold: bool
-) -> tuple[list[int | None], bool]:
-    """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding.
+def _widths(columns: list[tuple[str, bool]], rows: list[list[str]], total: int) -> tuple[list[int | None], bool] | None:
+    """Widths of a table's columns on a terminal of ``total`` columns, and whether they only fit without padding; None
+    if numbers would have to be folded: each line of a folded number would read as a number.
 
-    None stands for a column at its full width. Words are folded before numbers: each line of a folded number would read
-    as a number.
+    A width of None stands for a column at its full width.
     """
     texts = [[heading, *(row[index] for row in rows)] for index, (heading, _) in enumerate(columns)]
     whole = [max(map(cell_len, column)) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=1) for column in texts]
-    if not fold:
-        least = [size if right else 1 for size, (_, right) in zip(whole, columns, strict=True)]
-        return _narrowed(whole, least, total - 2 - 3 * len(columns)), False
     least = [size if right else min(size, SHORT) for size, (_, right) in zip(words, columns, strict=True)]
     for room, tight in ((total - 2 - 3 * len(columns), False), (total - len(columns), True)):
         if sum(least) <= room:
             return _narrowed(whole, least, room), tight
-    return [None] * len(columns), False
+    return None
 
 
 def _narrowed(whole: list[int], least: list[int], total: int) -> list[int | None]:
@@ -299,7 +301,7 @@ def print_facts(title: str, facts: list[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(Text(visible(name)), Text(visible(value, lines=True)))
-    _stdout().print(table)
+    stdout_console().print(table)
 
 
 def preview(text: str | None, length: int = PREVIEW) -> str:
@@ -308,9 +310,10 @@ def preview(text: str | None, length: int = PREVIEW) -> str:
     return flat if len(flat) <= length else f"{clipped(flat, length - 1)}…"
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
+    """The console of stdout; if that is no terminal, nothing is too wide for it."""
     console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    return console if console.is_terminal else Console(width=UNFOLDED)
 
 
 def human_bytes(count: int) -> str:

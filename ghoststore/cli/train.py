@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from ghoststore.cli import options
-from ghoststore.errors import UsageError
 from ghoststore.lazy import load
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import Printing
@@ -38,19 +37,18 @@ def command(keywords: options.Keywords, printing: Printing) -> None:
 def _projection(keywords: options.Keywords) -> ProjectionConfig | None:
     """The projection of a sketched score or of kept gradients; None without.
 
-    UsageError for projection options that would be ignored.
+    Options of one ask for sketched scores of candidates, where nothing else asks for exact ones.
     """
     projection: ProjectionConfig = keywords["projection"]
     given = projection != ProjectionConfig()
     keeps = keywords.get("keep_gradients") is not None
     of_candidates = keywords.get("candidates") is not None and keywords.get("policy") != "greats"
-    if given and not keeps and of_candidates and "score" not in keywords:
+    of_exact = keywords.get("route", "auto") != "auto" or keywords.get("score_layers") is not None
+    if given and not keeps and of_candidates and not of_exact and "score" not in keywords:
         keywords["score"] = "sketched"
     if keywords.get("score") == "sketched":
         return replace(projection, exclude_layers=keywords.pop("exclude_layers", ()))
-    if given and not keeps:
-        raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
-    return projection if keeps else None
+    return projection if given or keeps else None
 
 
 def _print(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ SCORES_WIDTH = 38
 LEAST_LINES, SAMPLES = 4, 5
 """On 24 lines: lines of the middle panels, and samples in each of the panels below."""
 DOMAINS = 12
+GAP = 2
+"""Columns between the cells of a sample."""
 CHART_HEIGHT = 9
 DOMAIN_WIDTH = 11
 HISTOGRAM_LINES = 8
@@ -360,40 +363,45 @@ def _domains(frame: Any, width: int, height: int) -> Any:
 
 
 def _extremes(title: str, extremes: Any, style: str, width: int) -> Any:
-    """The panel of the best or the worst samples.
+    """The panel of the best or the worst samples, one line each.
 
-    If an id is not unique, the row of the sample is shown beside it in full; id and domain are cut to make layout.
+    The value and, beside an id that is not unique, the row of the sample are whole, and the id if there is room for it:
+    the text is cut, and the domain left out.
     """
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    from ghoststore.cli.terminal import Line, preview
+    from ghoststore.cli.terminal import SHORT, Line, preview
 
     def longest(cells: list[str], most: int) -> int:
-        return min(most, max(map(len, cells), default=0))
+        return min(most, max(map(cell_len, cells), default=0))
 
+    values = [_number(sample.value) for sample in extremes]
     rows = [f"row {sample.source_row}" if sample.id_repeats else "" for sample in extremes]
-    value = longest([f"{sample.value:.3g}" for sample in extremes], 12)
-    row = longest(rows, width)
-    name = longest([visible(sample.id) for sample in extremes], width // 3)
-    domain = longest([visible(sample.domain or "") for sample in extremes], 11)
-    if row:
-        left = width - 4 - (value + 2) - (row + 2) - 2
-        name = min(name, max(left, 1))
-        domain = domain if name + domain + 4 <= left else 0
-    table = Table(box=None, padding=(0, 1), show_header=False, expand=True)
+    value, row = longest(values, width), longest(rows, width)
+    left = width - 4 - value - (GAP + row if row else 0) - GAP  # within the panel
+    name = longest([visible(sample.id) for sample in extremes], sys.maxsize)
+    if name > left:  # it is cut in any case, and the text may say more
+        name = max(min(width // 3, left), 1)
+    left -= name
+    domain = longest([visible(sample.domain or "") for sample in extremes], DOMAIN_WIDTH)
+    domain = domain if GAP + domain + GAP + SHORT <= left else 0
+    text = max(0, left - (GAP + domain if domain else 0) - GAP)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_header=False)
     table.add_column(justify="right", no_wrap=True, width=value)
-    table.add_column(no_wrap=True, width=name)
-    if row:
-        table.add_column(no_wrap=True, width=row)
-    if domain or not row:
-        table.add_column(no_wrap=True, width=domain)
-    table.add_column(no_wrap=True, ratio=1)
-    for sample, sample_row in zip(extremes, rows, strict=True):
-        cells: list[Any] = [Text(f"{sample.value:.3g}", style=style), Line(sample.id)]
-        cells += [Text(sample_row)] if row else []
-        cells += [Line(sample.domain or "", "dim")] if domain or not row else []
-        table.add_row(*cells, Line(preview(sample.text), "dim"))
+    for size in (name, row, domain, text):
+        if size:
+            table.add_column(no_wrap=True, width=size)
+    for sample, number, sample_row in zip(extremes, values, rows, strict=True):
+        cells: list[tuple[int, Any]] = [
+            (value, Text(number, style=style)),
+            (name, Line(sample.id)),
+            (row, Text(sample_row)),
+            (domain, Line(sample.domain or "", "dim")),
+            (text, Line(preview(sample.text), "dim")),
+        ]
+        table.add_row(*(cell for size, cell in cells if size))
     return _panel(title, table, width)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ghoststore.errors import UsageError
@@ -66,6 +67,7 @@ class ChoosingConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        settle_numbers(self, whole=("candidates", "keep", "choosing_begins_at"), real=("threshold", "temperature"))
         check_at_least(1, candidates=self.candidates, keep=self.keep)
         check_at_least(0, choosing_begins_at=self.choosing_begins_at)
         if self.candidates is None:
@@ -78,7 +80,7 @@ class ChoosingConfig:
             refuse_contrast_of(self.policy)
         if self.temperature is not None:
             if self.policy != "reweight":
-                raise UsageError("`temperature` belongs to `policy=reweight`")
+                raise UsageError("`temperature` belongs to `policy=reweight`: give that, too, or leave it out")
             if not 0 < self.temperature < float("inf"):
                 raise UsageError(f"`temperature` must be above 0, not {self.temperature}")
 
@@ -87,7 +89,10 @@ class ChoosingConfig:
         for name, default in _DEFAULTS.items():
             value = getattr(self, name)
             if value != default:
-                raise UsageError(f"`{name}={value}` is about choosing among candidates: give `candidates`, too")
+                lacking = "`candidates`, too"
+                if self.keep is None and self.policy in EXACTLY:
+                    lacking = "`candidates` and `keep`, too"
+                raise UsageError(f"`{name}={value}` is about choosing among candidates: give {lacking}")
 
     def begins_at(self, steps: int) -> int:
         """The step from which candidates are chosen, of ``steps`` in all; UsageError if there is none.
@@ -129,16 +134,33 @@ def described(config: Any, *, contrast: bool) -> dict[str, Any]:
     return {**values, "contrast": True} if contrast else values
 
 
+def settle_numbers(config: Any, *, whole: tuple[str, ...], real: tuple[str, ...]) -> None:
+    """Python's own numbers in these fields of a frozen ``config`` (numpy's are taken, too), and True, False or None in
+    ``contrast``. UsageError for anything else: it would fail in a step, or mean something else.
+    """
+    for name in (*whole, *real):
+        value: Any = getattr(config, name)
+        kind: Any = Integral if name in whole else Real
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UsageError(f"`{name}` is a {'whole ' * (name in whole)}number, not {value!r:.60}")
+        if not isinstance(value, int | float):
+            object.__setattr__(config, name, int(value) if isinstance(value, Integral) else float(value))
+    if config.contrast is not None and not isinstance(config.contrast, bool):
+        raise UsageError(f"`contrast` is True or False, not {config.contrast!r:.60}")
+
+
 def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold: float | None) -> None:
     """UsageError for what a policy lacks, or would ignore."""
     if not isinstance(policy, str) and not callable(policy):
         raise UsageError(f"`policy` is a name or a function of the candidates, not {type(policy).__name__}")
-    if keep is not None and not isinstance(keep, int):
-        raise UsageError(f"`keep` is a whole number, not {keep!r}")
+    if policy == "threshold" and threshold is None:
+        raise UsageError("`policy=threshold` chooses all from a score on: give it as `threshold`")
+    if policy != "threshold" and threshold is not None:
+        raise UsageError(f"`threshold={threshold}` belongs to `policy=threshold`: give that, too, or leave it out")
     if keep is None and policy in EXACTLY:
         raise UsageError(f"`policy={policy}` chooses so many candidates: give `keep`")
-    if (policy == "threshold") != (threshold is not None):
-        raise UsageError("`policy=threshold` and `threshold` belong together: give both, or neither")
     if threshold is not None and not isfinite(threshold):
         raise UsageError(f"`threshold` must be a finite number, not {threshold}")
 
@@ -146,7 +168,17 @@ def check_policy(policy: str | Callable[[Any], Any], keep: int | None, threshold
 def refuse_contrast_of(policy: str | Callable[[Any], Any]) -> None:
     """UsageError for a policy that ``contrast`` is nothing to."""
     if policy in ("random", "greats"):
-        raise UsageError(f"`contrast` changes scores, and `policy={policy}` does not choose by scores alone")
+        raise UsageError(
+            f"`contrast` changes scores, and `policy={policy}` does not choose by scores alone: leave `contrast` out"
+        )
+
+
+def refuse_contrast_in(score_metric: str) -> None:
+    """UsageError for a metric in which ``contrast`` has no products."""
+    if score_metric != "sgd":
+        raise UsageError(
+            f"`contrast` takes plain products, which `score_metric={score_metric}` has none of: leave one of them out"
+        )
 
 
 def policy_name(policy: str | Callable[[Any], Any]) -> str:

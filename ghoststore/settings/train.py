@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ghoststore.errors import UsageError
-from ghoststore.settings.choosing import ChoosingConfig
+from ghoststore.settings.choosing import ChoosingConfig, refuse_contrast_in
 from ghoststore.settings.keywords import refuse_unknown
 from ghoststore.settings.option import about, check_at_least, check_choices, option, options
 from ghoststore.settings.projection import LEARNED_OPTIONS, ProjectionConfig
@@ -134,10 +134,22 @@ class ScoringConfig:
             raise UsageError("`score_metric` and `score_layers` belong to `method=GradDotProd`")
         if self.score_metric == "adam" and self.route == "gram":
             raise UsageError("`score_metric=adam` takes the direct route: leave `route=gram` out")
-        if self.score == "sketched" and (self.exclude_layers or self.route != "auto" or self.score_layers is not None):
+        if self.score == "sketched" and self.of_exact:
+            instead = "" if self.of_exact == ["`route`"] else "; which layers are sketched `projection.layers` says"
             raise UsageError(
-                "`exclude_layers`, `score_layers` and `route` belong to `score=exact`; give `projection.layers`"
+                f"{' and '.join(self.of_exact)} belong{'s' * (len(self.of_exact) == 1)} to `score=exact`: leave out "
+                f"one or the other{instead}"
             )
+
+    @property
+    def of_exact(self) -> list[str]:
+        """The options given, in backticks, that exact scores alone have."""
+        given = {
+            "exclude_layers": bool(self.exclude_layers),
+            "score_layers": self.score_layers is not None,
+            "route": self.route != "auto",
+        }
+        return [f"`{name}`" for name, is_given in given.items() if is_given]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +237,14 @@ class TrainConfig(RunConfig):
         if self.choosing.candidates is None:
             return
         if self.scoring.method != "GradDotProd":
-            raise UsageError(f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none")
-        if self.choosing.policy == "greats":
-            self._refuse_greats()
-        if self.contrast and self.scoring.score_metric != "sgd":
             raise UsageError(
-                "`contrast` takes plain products of the candidates, which `score_metric=adam` has none of: give one of "
+                f"`candidates` are chosen by their scores: `method={self.scoring.method}` gives none; leave out one of "
                 "them"
             )
+        if self.choosing.policy == "greats":
+            self._refuse_greats()
+        if self.contrast:
+            refuse_contrast_in(self.scoring.score_metric)
         accumulated = self.optimization.gradient_accumulation_steps
         if accumulated > 1:
             raise UsageError(
@@ -242,38 +254,46 @@ class TrainConfig(RunConfig):
 
     def _refuse_greats(self) -> None:
         """UsageError where products within a step's candidates are not to be had."""
-        if self.score != "exact" or self.scoring.score_metric != "sgd":
-            raise UsageError("`policy=greats` takes products of whole gradients: leave out `score` and `score_metric`")
-        if (self.choosing.candidates or 0) > self.optimization.batch_size:
+        candidates, size = self.choosing.candidates or 0, self.optimization.batch_size
+        changes = ["leave out `score=sketched`"] if self.score != "exact" else []
+        changes += ["leave out `score_metric=adam`"] if self.scoring.score_metric != "sgd" else []
+        changes += [f"give `batch_size={candidates}`, not {size}"] if candidates > size else []
+        if changes:
             raise UsageError(
-                f"`policy=greats` takes products of all {self.choosing.candidates} candidates, scored together: give "
-                f"`batch_size={self.choosing.candidates}`, not {self.optimization.batch_size}"
+                f"`policy=greats` takes products of whole gradients of all {candidates} candidates, scored together: "
+                f"{' and '.join(changes)}"
             )
 
     def _refuse_contrast(self, own: int, ranks: int) -> None:
         """UsageError where the exact products of the candidates are not to be had at once."""
-        size = self.optimization.batch_size
-        if own > size:
-            raise UsageError(
-                f"`contrast` of exact scores takes products of all {own} candidates of a rank, scored together: give "
-                f"`batch_size={own}`, not {size}, or `score=sketched`"
-            )
-        if ranks > 1 and self.choosing.choose_over == "all":
-            raise UsageError(
-                f"`contrast` of exact scores takes products of all candidates, and they are on {ranks} ranks: give "
-                "`choose_over=rank`, or `score=sketched`"
-            )
+        choosing, size = self.choosing, self.optimization.batch_size
+        changes = [f"`batch_size={own}`, not {size}"] if own > size else []
+        if ranks > 1 and choosing.choose_over == "all":
+            changes.append("`choose_over=rank`")
+            if choosing.keep is not None and choosing.keep % ranks:
+                changes.append(f"`keep={choosing.keep - choosing.keep % ranks or ranks}`")
+        if not changes:
+            return
+        without = f" without {' and '.join(self.against_sketched)}" if self.against_sketched else ""
+        where = f", and they are on {ranks} ranks" if ranks > 1 and choosing.choose_over == "all" else ""
+        raise UsageError(
+            f"`contrast` of exact scores takes products of all {own} candidates of a rank, scored together{where}: "
+            f"give {' and '.join(changes)}, or `score=sketched`{without}"
+        )
+
+    @property
+    def against_sketched(self) -> list[str]:
+        """The options given, in backticks, that do not go with sketched scores, or not with a global sketch."""
+        scoring = self.scoring
+        greats = ["`policy=greats`"] if self.choosing.policy == "greats" else []
+        return [*scoring.of_exact, *(["`per_layer`"] if scoring.per_layer else []), *greats]
 
     @property
     def score(self) -> Score:
         """The kind of score; of candidates sketched unless something is given that exact ones alone have."""
-        scoring, choosing = self.scoring, self.choosing
-        if scoring.score is not None:
-            return scoring.score
-        of_exact = scoring.exclude_layers or scoring.score_layers is not None or scoring.route != "auto"
-        if choosing.candidates is None or of_exact or scoring.per_layer or choosing.policy == "greats":
-            return "exact"
-        return "sketched"
+        if self.scoring.score is not None:
+            return self.scoring.score
+        return "exact" if self.choosing.candidates is None or self.against_sketched else "sketched"
 
     @property
     def val_refresh_interval(self) -> int:
@@ -308,11 +328,13 @@ class TrainConfig(RunConfig):
             raise UsageError(f"`policy=greats` takes products of all candidates: run one process, not {ranks}")
         if choosing.candidates is None:
             return optimization.batch_size * optimization.gradient_accumulation_steps
-        if self.contrast and self.score == "exact":
-            self._refuse_contrast(choosing.candidates // ranks, ranks)
         for name, count in (("candidates", choosing.candidates), ("keep", choosing.keep)):
             if count is not None and count % ranks and (name == "candidates" or choosing.choose_over == "rank"):
-                raise UsageError(f"`{name}={count}` cannot be dealt out to {ranks} ranks in equal shares")
+                raise UsageError(
+                    f"`{name}={count}` cannot be dealt out to {ranks} ranks in equal shares: give a multiple of {ranks}"
+                )
+        if self.contrast and self.score == "exact":
+            self._refuse_contrast(choosing.candidates // ranks, ranks)
         return choosing.candidates // ranks
 
     @classmethod

@@ -19,6 +19,7 @@ from ghoststore.store.info import describe
 from ghoststore.store.part.part import create_part, span_table
 from ghoststore.store.spans.writer import writing
 from indexer.build.corpus_plan import other_places
+from indexer.build.estimate import estimated_seconds
 from indexer.build.inputs import open_inputs
 from indexer.build.job import BuildJob, plan_job
 from indexer.build.report import BuildReport
@@ -54,7 +55,7 @@ def build(options: BuildOptions) -> BuildReport:
         job = plan_job(inputs, progress)
         report = BuildReport.of(job)
         if options.dry_run:
-            return report
+            return replace(report, seconds=estimated_seconds(job))
         part = _open_part(Store.create(options.store), job, progress)
         if problem := remember(part.manifest, job.manifest["source"], part.path):
             progress.note(problem)
@@ -68,7 +69,7 @@ def build(options: BuildOptions) -> BuildReport:
             tokens=built.tokens,
             resumed_rows=part.rows,
             statuses=built.statuses,
-            seconds={"total": time.perf_counter() - started, **seconds},
+            seconds={"total": time.perf_counter() - started, "learning": job.learning_seconds, **seconds},
         )
 
 

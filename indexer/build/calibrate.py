@@ -1,10 +1,12 @@
-"""Learning the projection from a sample of the corpus, in up to three passes of the model that keep only small sums.
+"""Learning the projection from a sample of the corpus, in one pass of the model that keeps only small sums.
 
-Two passes estimate the second moments of the sides of gradients. In the first, P_in is drawn and the output axis is not
-projected: each sample gives Y = G P_inᵀ, and E[Y Yᵀ] equals E[G Gᵀ] up to noise. The second does the same for E[Gᵀ G]
-with the axes swapped. Neither matrix is ever formed: a Nyström approximation gives its leading eigenvectors from its
-products with a few random directions (Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix
-from streaming data"). The third pass measures the energy of each number of each block.
+The pass estimates the second moments of both sides of gradients. For the output side P_in is drawn and the output axis
+is not projected: each sample gives Y = G P_inᵀ, and E[Y Yᵀ] equals E[G Gᵀ] up to noise. For the input side the axes are
+swapped. One backward pass gives both. Neither matrix is ever formed: a Nyström approximation gives its leading
+eigenvectors from its products with a few random directions (Tropp et al. 2017, "Fixed-rank approximation of a
+positive-semidefinite matrix from streaming data").
+
+How much energy a preconditioned block has follows from the factors. That of other blocks takes a second pass.
 
 Legend: B samples of a batch, K, J the ranks of a block, n an axis of a gradient matrix, m its random directions.
 """
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ghoststore.errors import CorpusError, LayerError
-from ghoststore.progress import Progress, Task
+from ghoststore.progress import Progress
 from ghoststore.settings.projection import LEARNED
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import RowEncoder
@@ -70,21 +72,19 @@ class Leading:
 
         ValueError if the mean is zero or not finite.
         """
-        products, directions = self._products.double().cpu() / self._terms, self._directions.double().cpu()
+        products, directions = self._products.double() / self._terms, self._directions.double()
         trace, size = float(self._trace) / self._terms, float(products.norm())
         if not (0 < size < math.inf and 0 < trace < math.inf):
             raise ValueError("the gradients are zero or not finite")
         core = directions.t() @ products
         inner, turn = torch.linalg.eigh((core + core.t()) / 2)
-        sound = inner > ROUNDING * inner[-1]
-        half = torch.zeros_like(products)
-        half[:, sound] = products @ turn[:, sound] * inner[sound].rsqrt()
+        half = products @ turn * torch.where(inner > ROUNDING * inner[-1], inner.rsqrt(), 0.0)
         left, singular, _ = torch.linalg.svd(half, full_matrices=False)
         rows, values = left[:, : self.k].t(), singular[: self.k].square()
         signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         outside = len(left) - self.k
         rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
-        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
+        return MomentFactor((rows * signs).float().contiguous().cpu(), values.float().cpu(), rest)
 
 
 def calibrate(
@@ -111,27 +111,25 @@ def calibrate(
             f"none of the {len(rows)} samples that were drawn from the corpus to learn the projection from can be "
             "used; give `kind=gaussian`, `precondition=none` and `compress_by=all`"
         )
+    run = _Passes(
+        model=model,
+        plan=plan,
+        rows=usable,
+        reduction=reduction,
+        batch_tokens=batch_tokens,
+        scales=scales,
+        checkpointing=checkpointing,
+        padding=padding,
+        progress=progress,
+    )
     learned = Calibration(samples=len(usable), sides=None, preconditioner=None, shares=None)
-    passes = 2 * plan.config.learns_sides + plan.shared_out
-    with closing(progress.task("learning the projection", passes * len(usable))) as task:
-        run = _Passes(
-            model=model,
-            plan=plan,
-            rows=usable,
-            reduction=reduction,
-            batch_tokens=batch_tokens,
-            scales=scales,
-            checkpointing=checkpointing,
-            padding=padding,
-            task=task,
-        )
-        if plan.config.learns_sides:
-            learned = replace(learned, **run.sides())
-        if plan.shared_out:
-            assert plan.compress is not None
-            concentrated = plan.config.kind == LEARNED and not plan.config.preconditioned
-            energies = run.energies(learned, alike=not concentrated)
-            learned = replace(learned, shares=share_out(energies, plan.compress, keep=concentrated))
+    if plan.config.learns_sides:
+        learned = replace(learned, **run.sides())
+    if plan.shared_out:
+        assert plan.compress is not None
+        concentrated = plan.config.kind == LEARNED and not plan.config.preconditioned
+        energies = run.energies(learned, alike=not concentrated)
+        learned = replace(learned, shares=share_out(energies, plan.compress, keep=concentrated))
     return replace(learned, samples=run.finite)
 
 
@@ -147,7 +145,7 @@ class _Passes:
     scales: Mapping[str, SideScales] | None
     checkpointing: bool
     padding: bool
-    task: Task
+    progress: Progress
     finite: int = 0
     """Number of rows with finite loss and gradient in the last pass, which are the rows that count."""
 
@@ -159,7 +157,7 @@ class _Passes:
     def sides(self) -> dict[str, Any]:
         """The ``sides`` and the ``preconditioner`` of a calibration, without the scales."""
         config = self.plan.config
-        f_out, f_in = self._factors("out"), self._factors("in")
+        f_in, f_out = self._factors()
         preconditioner = None
         if config.preconditioned:
             factors = {name: (f_in[name].leading(), f_out[name].leading()) for name in f_in}
@@ -176,8 +174,17 @@ class _Passes:
 
     def energies(self, learned: Calibration, *, alike: bool) -> list[Tensor]:
         """For each block (k_out · k_in,) float64: the mean square of each number or, if ``alike``, the mean
-        of these.
+        of these: by the factors, where there are some, else by a pass.
         """
+        if alike and learned.preconditioner is not None and learned.sides is not None:
+            return [
+                torch.full(
+                    (layer.stop - layer.start,),
+                    learned.preconditioner.mean_square(layer.block.name, *learned.sides[layer.block.name]),
+                    dtype=torch.float64,
+                )
+                for layer in self.plan.layers
+            ]
         sides = {}
         for layer in self.plan.layers:
             name = layer.block.name
@@ -192,26 +199,30 @@ class _Passes:
         means = [total / self.finite for total in sums]
         return [torch.full_like(mean, float(mean.mean())) for mean in means] if alike else means
 
-    def _factors(self, axis: str) -> dict[str, MomentFactor]:
-        """The factor of E[G Gᵀ] (axis ``"out"``) or of E[Gᵀ G] (axis ``"in"``), by block name."""
-        layers, sums, sides = self.plan.layers, [], {}
+    def _factors(self) -> tuple[dict[str, MomentFactor], dict[str, MomentFactor]]:
+        """The factors of E[Gᵀ G] and of E[G Gᵀ], by block name."""
+        layers, device = self.plan.layers, self.device
+        sums: dict[str, list[Leading]] = {"in": [], "out": []}
         for layer in layers:
-            block = layer.block
-            n, k = (block.n_out, layer.k_out) if axis == "out" else (block.n_in, layer.k_in)
-            most = _eigenvectors(self.plan, n, k)
-            sums.append(Leading(_key(layer, f"directions {axis}"), n, most, self.device))
-            other_side = self._drawn(layer, "in" if axis == "out" else "out")
-            sides[block.name] = (other_side, None) if axis == "out" else (None, other_side)
-        for blocks in self._blocks(Projection.with_sides(self.plan, sides)):
-            for layer, total, block_BKJ in zip(layers, sums, blocks, strict=True):
-                total.add(self._unfolded(layer, axis, block_BKJ), len(block_BKJ))
-        factors = {}
-        for layer, total in zip(layers, sums, strict=True):
-            try:
-                factors[layer.block.name] = total.factor()
-            except (ValueError, RuntimeError) as error:
-                raise _nothing_to_learn(layer.block.name, str(error)) from error
-        return factors
+            for axis, n, k in (("in", layer.block.n_in, layer.k_in), ("out", layer.block.n_out, layer.k_out)):
+                most = _eigenvectors(self.plan, n, k)
+                sums[axis].append(Leading(_key(layer, f"directions {axis}"), n, most, device))
+        out_whole = Projection.with_sides(self.plan, {x.block.name: (self._drawn(x, "in"), None) for x in layers})
+        in_whole = Projection.with_sides(self.plan, {x.block.name: (None, self._drawn(x, "out")) for x in layers})
+        for blocks in self._blocks(out_whole, in_whole):
+            for axis, of_axis in (("out", blocks[: len(layers)]), ("in", blocks[len(layers) :])):
+                for layer, total, block_BKJ in zip(layers, sums[axis], of_axis, strict=True):
+                    total.add(self._unfolded(layer, axis, block_BKJ), len(block_BKJ))
+        factors: dict[str, dict[str, MomentFactor]] = {"in": {}, "out": {}}
+        with closing(self.progress.task("eigenvectors of layers", len(layers), unit="layers")) as task:
+            for place, layer in enumerate(layers):
+                for axis in factors:
+                    try:
+                        factors[axis][layer.block.name] = sums[axis][place].factor()
+                    except (ValueError, RuntimeError) as error:
+                        raise _nothing_to_learn(layer.block.name, str(error)) from error
+                task.advance(1)
+        return factors["in"], factors["out"]
 
     def _drawn(self, layer: BlockPlan, axis: str) -> Tensor | None:
         """The scaled random side for ``axis`` while the other one is learned; None leaves the axis as it is."""
@@ -237,35 +248,48 @@ class _Passes:
         scale = pair.scale_out if axis == "out" else pair.scale_in
         return matrix * scale.to(matrix.device).unsqueeze(1)
 
-    def _blocks(self, projection: Projection) -> Iterator[list[Tensor]]:
-        """Blocks (B, K, J) of all layers for each batch, without rows that are not finite."""
-        layers = projection.plan.layers
-        most = max(1, BYTES_AT_ONCE // (4 * projection.plan.kronecker_dimension))
+    def _blocks(self, *projections: Projection) -> Iterator[list[Tensor]]:
+        """Blocks (B, K, J) of all layers for each batch, of one projection or of two, without rows that are not
+        finite.
+        """
+        layers = [layer for projection in projections for layer in projection.plan.layers]
+        sizes = [layer.stop - layer.start for layer in layers]
+        most = max(1, BYTES_AT_ONCE // (4 * sum(sizes)))
         self.finite, not_finite_layer = 0, ""
-        with RowEncoder(self.model, projection, reduction=self.reduction, checkpointing=self.checkpointing) as encoder:
+        encoder = RowEncoder(
+            self.model,
+            projections[0],
+            reduction=self.reduction,
+            checkpointing=self.checkpointing,
+            beside=projections[1] if len(projections) > 1 else None,
+        )
+        task = self.progress.task("learning the projection", len(self.rows))
+        with closing(task), encoder:
             lengths = [len(row.tokens) for row in self.rows]
             for batch in plan_batches(lengths, self.batch_tokens, padding=self.padding):
                 for start in range(0, len(batch), most):
                     batch_rows = [self.rows[place] for place in batch[start : start + most]]
                     vectors, losses = encoder(batch_rows)
+                    blocks = torch.split(vectors, sizes, dim=1)
                     finite = vectors.isfinite().all(1) & losses.isfinite()
                     if not bool(finite.all()):
                         not_finite_layer = next(
-                            (layer.block.name for layer in layers if not _finite(vectors, layer)), not_finite_layer
+                            (
+                                layer.block.name
+                                for layer, block in zip(layers, blocks, strict=True)
+                                if not bool(block.isfinite().all())
+                            ),
+                            not_finite_layer,
                         )
-                        vectors = vectors[finite]
-                    self.finite += len(vectors)
+                        blocks = torch.split(vectors[finite], sizes, dim=1)
+                    self.finite += len(blocks[0])
                     yield [
-                        vectors[:, layer.start : layer.stop].view(len(vectors), layer.k_out, layer.k_in)
-                        for layer in layers
+                        block.view(len(block), layer.k_out, layer.k_in)
+                        for layer, block in zip(layers, blocks, strict=True)
                     ]
-                    self.task.advance(len(batch_rows), sum(len(row.tokens) for row in batch_rows))
+                    task.advance(len(batch_rows), sum(len(row.tokens) for row in batch_rows))
         if not self.finite:
             raise _nothing_to_learn(not_finite_layer or layers[0].block.name, "the gradients are not finite")
-
-
-def _finite(vectors: Tensor, layer: BlockPlan) -> bool:
-    return bool(vectors[:, layer.start : layer.stop].isfinite().all())
 
 
 def _eigenvectors(plan: ProjectionPlan, n: int, k: int) -> int:
@@ -279,19 +303,14 @@ def _random_directions(n: int, k: int) -> int:
 
 
 def learning_bytes(plan: ProjectionPlan) -> int:
-    """Estimate of the bytes that learning takes beside the model: random directions and their products, for the larger
-    of the two sides, and three times the blocks of a batch.
+    """Estimate of the bytes that learning takes beside the model: random directions and their products, for both
+    sides, and three times the blocks of a batch.
     """
     if not plan.config.calibrated:
         return 0
-    sides = (
-        sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
-        for axes in (
-            [(shape.n_out, shape.k_out) for shape in plan.shapes],
-            [(shape.n_in, shape.k_in) for shape in plan.shapes],
-        )
-    )
-    return (max(sides) if plan.config.learns_sides else 0) + 3 * BYTES_AT_ONCE
+    axes = [pair for shape in plan.shapes for pair in ((shape.n_out, shape.k_out), (shape.n_in, shape.k_in))]
+    sides = sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)
+    return sides * plan.config.learns_sides + 3 * BYTES_AT_ONCE
 
 
 def _key(layer: BlockPlan, purpose: str) -> str:

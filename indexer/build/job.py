@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -43,6 +44,8 @@ class BuildJob:
     layout: PartLayout
     padding: bool
     """Whether rows of different lengths share a batch."""
+    learning_seconds: float = 0.0
+    """Wall time that learning the projection took."""
 
     def fixed(self) -> dict[str, NDArray[Any]]:
         """The arrays that the part keeps beside its rows: scales, and what the projection learned."""
@@ -121,6 +124,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
+    began = time.perf_counter()
     if learning is not None and existing is not None:
         plan = calibrated_as(existing, plan)
     elif learning is not None and not options.dry_run:
@@ -134,6 +138,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         plan=corpus_plan,
         layout=layout,
         padding=padding,
+        learning_seconds=time.perf_counter() - began if learning is not None else 0.0,
     )
 
 

@@ -36,7 +36,8 @@ class BuildReport:
     statuses: dict[str, int] = field(default_factory=dict)
     """Rows of the part by status."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time in seconds: ``total``, ``compute``, ``corpus`` (waiting for it) and ``write`` (in the background)."""
+    """Wall time in seconds: ``total``, ``learning`` (of the projection), ``compute``, ``corpus`` (waiting for it) and
+    ``write`` (in the background). Of a dry run estimates of ``learning`` and ``compute``."""
     manifest: Manifest = field(default_factory=dict, repr=False)
 
     @classmethod

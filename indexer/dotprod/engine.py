@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -67,14 +66,12 @@ class GradDotProdEngine:
     ``groups`` names the group of each val sample (its domain), or is ``"each"``: every val sample is a group.
     ``pairs`` adds the products of all pairs within a batch. ``projection`` makes the score sketched: approximate, over
     the projected layers. ``keep`` is a projection, too: scores stay exact, and ``Scores.vectors`` holds its vectors.
-
     ``exclude_layers`` are patterns of modules whose parameters are left out. ``score_layers="blocks"`` scores only the
     linears inside the transformer blocks, not embeddings, head and norms (default: ``"all"``). With
     ``score_metric="adam"`` a score is ⟨∇ℓ_i, P ∇L_val⟩, P = 1/(√v̂+ε) of ``optimizer`` (torch's Adam or AdamW) at the
     time of the val gradient: to first order, the decrease of L_val by its step along ∇ℓ_i. It is NaN before the first
     step. ``check=False`` checks neither the taps nor the axes of the layers nor the losses. ``hold_losses=False``
     leaves out only the check of the losses, for a loop that computes them from the logits itself.
-
     Raises LayerError naming the module for a trainable parameter that cannot be scored. Raises UsageError for a model
     whose samples have no gradients of their own (batch norm) or whose parameters are split (FSDP).
     """
@@ -132,6 +129,8 @@ class GradDotProdEngine:
         self._handles: list[RemovableHandle] = []
         self._age = ValAge(self.model)
         self._train: OpenBatch | None = None
+        self.on_val_batch: Callable[[int], object] = lambda size: None
+        """Called with the size of each val batch before its forward pass."""
         self._size = self._tokens = 0
         """Samples of the open train or val batch, and positions of the train batch."""
         self._narrow = False
@@ -173,9 +172,7 @@ class GradDotProdEngine:
     def __enter__(self) -> GradDotProdEngine:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     @property
@@ -200,6 +197,11 @@ class GradDotProdEngine:
         return list(self._val.batches)
 
     @property
+    def val_due(self) -> bool:
+        """Whether the next :meth:`prepare` computes the val gradient."""
+        return self._age.due(self.val_refresh_interval) and (self.method.needs_val or bool(self._val.batches))
+
+    @property
     def val_samples(self) -> int:
         """Samples in the val set."""
         return self._val.samples
@@ -222,7 +224,6 @@ class GradDotProdEngine:
         """Compute the val gradient now.
 
         ``loss_scale`` multiplies the val losses, and the gradient is divided by it: float16 needs that.
-
         UsageError if a val sample's loss is not finite. CaptureError if the gradient is not finite or differs from
         autograd's.
         """
@@ -244,6 +245,7 @@ class GradDotProdEngine:
 
     def _begin_val_batch(self, size: int) -> None:
         self._size = size
+        self.on_val_batch(size)
 
     # A train batch.
 
@@ -252,7 +254,6 @@ class GradDotProdEngine:
 
         Refreshes the val gradient if it is due. ``tokens``, the positions in the batch, helps to choose routes.
         ``loss_scale`` is for :meth:`refresh`: with float16, the scale of the loss scaler.
-
         UsageError if the model is no longer the one the engine was made for, or if its weights changed without a
         reported step.
         """
@@ -273,7 +274,6 @@ class GradDotProdEngine:
         It forms no weight gradient, changes no ``.grad`` and runs no hook of a parameter. The first pass is the
         exception: it is compared with autograd, as a train batch is. Inside DistributedDataParallel call
         :attr:`model`, the module within. ``tokens``, ``loss_scale`` and the errors are those of :meth:`prepare`.
-
         With ``hold`` the batch keeps the input of each layer with a trainable parameter, scored or not, and the
         gradient at its output, until ``batch.add_gradients(weights_B)`` forms the weighted sum of the samples'
         gradients from them. This takes memory for all inputs and outputs of the linears, with or without
@@ -316,7 +316,7 @@ class GradDotProdEngine:
         self._age.refuse_unreported()
         settle_hooks()
         self._tokens = tokens
-        if self._age.due(self.val_refresh_interval) and (self.method.needs_val or self._val.batches):
+        if self.val_due:
             self.refresh(loss_scale)
         self._train, self._size = open_batch, open_batch.size
         self._axes.begin_train()

@@ -23,7 +23,7 @@ from indexer.dotprod.open_batch import OpenBatch
 from indexer.dotprod.val_gradient import ValGradient
 from indexer.encode.tap import Tap
 from indexer.layers.base import at_least_float, by_sample, input_of
-from indexer.layers.factors import Factors, Vector
+from indexer.layers.factors import Factors, Vector, add_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _add(factors: Factors, weighted: Weighted, into: Tensor) -> None:
             rows = (rows * share_K11).to(rows.dtype)
     if factors.is_lookup:
         wide = at_least_float(columns.flatten(0, 1)) * factor  # in float16 the product may overflow
-        into.index_add_(0, rows.flatten(), wide.to(into.dtype))
+        add_rows(into, rows.flatten(), wide.to(into.dtype))
     elif columns.dtype == into.dtype == torch.promote_types(into.dtype, torch.float32):
         into.addmm_(rows.flatten(0, 1).t(), columns.flatten(0, 1), alpha=factor)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from indexer.layers.base import at_least_float
-from indexer.layers.factors import Factors, Outer, Vector
+from indexer.layers.factors import Factors, Outer, Vector, add_rows
 
 TILE = 1 << 23
 """Numbers of a temporary array: 32 MiB in float32."""
@@ -183,7 +183,7 @@ def add_gradients(factors: Factors, group_V: Tensor, into_G: Tensor) -> None:
         if isinstance(members, Vector):
             into += members.values.sum(0).to(into.dtype).view_as(into)
         elif members.is_lookup:
-            into.index_add_(0, members.rows.flatten(), members.columns.flatten(0, 1).to(into.dtype))
+            add_rows(into, members.rows.flatten(), members.columns.flatten(0, 1).to(into.dtype))
         elif members.columns.dtype == into.dtype:
             into.addmm_(members.rows.flatten(0, 1).t(), members.columns.flatten(0, 1))
         else:

@@ -18,6 +18,15 @@ ValLosses = Callable[[nn.Module, Any], Tensor]
 """(model, val batch) to the loss of each of its samples, (samples of the batch,)."""
 
 
+class ValLossError(UsageError):
+    """Val samples whose loss is not finite: ``indexes`` are their places in the order of the val batches."""
+
+    def __init__(self, indexes: list[int], named: list[str] | None = None) -> None:
+        self.indexes = indexes
+        which = indexes[:5] if named is None else ", ".join(named[:5])
+        super().__init__(f"the loss of val sample(s) {which} is not finite; leave them out of the val set")
+
+
 def language_model_losses(model: nn.Module, batch: Any) -> Tensor:
     """(B,): mean next-token loss of each sample of a val batch; NaN if a sample has no target.
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from ghoststore.errors import CaptureError, UsageError
 from indexer.dotprod.axes import KnownAxes
 from indexer.dotprod.method import Method
-from indexer.dotprod.val_data import ValLosses, batches_of, computes_in_float16, language_model_losses, size_of
+from indexer.dotprod.val_data import (
+    ValLossError,
+    ValLosses,
+    batches_of,
+    computes_in_float16,
+    language_model_losses,
+    size_of,
+)
 from indexer.dotprod.val_targets import Groups, group_names, rows_with_targets
 from indexer.encode.modes import evaluating, uncompiled
 from indexer.encode.tap import See
@@ -118,9 +125,7 @@ class ValGradient:
             )
         if not bool(torch.isfinite(losses_V).all()):
             indexes = (~torch.isfinite(losses_V)).nonzero().flatten() + self._first
-            raise UsageError(
-                f"the loss of val sample(s) {indexes.tolist()[:5]} is not finite; leave them out of the val set"
-            )
+            raise ValLossError(indexes.tolist())
         assert self.leaf is not None
         total = losses_V.sum() if scale == 1.0 else losses_V.sum() * scale
         if not total.requires_grad:

@@ -48,6 +48,7 @@ class RowEncoder:
         reduction: Reduction = "mean",
         checkpointing: bool = False,
         padding: bool = True,
+        beside: Projection | None = None,
     ) -> None:
         self.model = model
         self.padding = padding
@@ -55,6 +56,8 @@ class RowEncoder:
         self.reduction: Reduction = reduction
         # No check here: a build checks the model before its first row (indexer.build.model_check).
         self.engine = GradProjLoraEngine(model, projection=projection, check=False)
+        self.beside = None if beside is None else GradProjLoraEngine(model, projection=beside, check=False)
+        """Of a second projection, whose vectors stand behind those of the first."""
         self.device = next(model.parameters()).device
         self._extra = forward_options(self.engine.model)
         self._checkpointing = checkpointing
@@ -63,6 +66,8 @@ class RowEncoder:
     def __enter__(self) -> RowEncoder:
         self.engine.attach()
         try:
+            if self.beside is not None:
+                self.beside.attach()
             if self._checkpointing:
                 self._enable_checkpointing()
         except BaseException:
@@ -73,6 +78,8 @@ class RowEncoder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.beside is not None:
+            self.beside.detach()
         self.engine.detach()
         for module, training, before in self._changed:
             module.training = training
@@ -104,10 +111,12 @@ class RowEncoder:
         ids, labels, mask = pad(rows)
         ids, labels, mask = (x.to(self.device, non_blocking=True) for x in (ids, labels, mask))
         self.engine.prepare(len(rows))
+        if self.beside is not None:
+            self.beside.prepare(len(rows))
         logits = self.model(input_ids=ids, attention_mask=mask, **self._extra).logits
         losses, _ = next_token_losses(logits, labels, reduction=self.reduction)
         del logits
-        vectors = self.engine.collect(losses)
+        vectors = self.engine.collect(losses, self.beside)
         return Encoded(vectors, losses.detach())
 
 

@@ -182,10 +182,12 @@ class GradProjLoraEngine:
             for layer in self.projection.plan.layers
         }
 
-    def collect(self, losses_B: Tensor) -> Tensor:
+    def collect(self, losses_B: Tensor, beside: GradProjLoraEngine | None = None) -> Tensor:
         """(B, D) float32: the vectors of the prepared batch, from each sample's own loss.
 
-        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`.
+        ``losses_B[i]`` must depend only on sample i. Call it once after each :meth:`prepare`. Of an engine ``beside``,
+        which is attached to the same model and was prepared for the same pass, the vectors stand behind the own ones;
+        one backward pass gives both.
 
         Raises CaptureError if the backward pass did not reach a branch, or if a check finds that a layer mixes samples;
         no result of the batch may be used then. UsageError if the batch was collected already.
@@ -204,14 +206,15 @@ class GradProjLoraEngine:
                 "A model that was compiled and run before the engine was attached keeps its old graph (attach first, "
                 "or torch._dynamo.reset()); a layer that this input does not use must be left out"
             )
-        leaves = [self._leaves[layer.block.name] for layer in plan.layers]
+        leaves = self._leaves_in_order()
+        others = [] if beside is None else beside._leaves_in_order()
         if not losses_B.requires_grad:
             raise CaptureError(
                 "the losses carry no gradient: was the forward pass under torch.no_grad(), or checkpointed with "
                 "use_reentrant=True? Use use_reentrant=False"
             )
         try:
-            blocks = self._blocks(losses_B, leaves)
+            blocks = self._blocks(losses_B, [*leaves, *others])
         except RuntimeError as error:
             if "use_reentrant=True" in str(error):
                 raise CaptureError(
@@ -221,16 +224,25 @@ class GradProjLoraEngine:
         finally:
             # Not earlier: with checkpointing the forward pass, and so the branches, run again in backward.
             self._leaves, self._witness = {}, None
+            if beside is not None:
+                beside._leaves = {}
             if self._keeper is not None:
                 self._keeper.forget()
-        unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=True) if block is None]
+        unreached = [layer.block.name for layer, block in zip(plan.layers, blocks, strict=False) if block is None]
         if unreached:
             raise CaptureError(
                 f"the loss does not depend on {len(unreached)} projected layer(s): {', '.join(unreached[:5])}; leave "
                 "them out with `exclude_layers`. Gradient checkpointing with use_reentrant=True hides layers: use "
                 "use_reentrant=False"
             )
-        return self.projection.assemble([block for block in blocks if block is not None])
+        reached = [block for block in blocks if block is not None]
+        vectors = self.projection.assemble(reached[: len(leaves)])
+        if beside is None:
+            return vectors
+        return torch.cat([vectors, beside.projection.assemble(reached[len(leaves) :])], dim=1)
+
+    def _leaves_in_order(self) -> list[Tensor]:
+        return [self._leaves[layer.block.name] for layer in self.projection.plan.layers]
 
     def _blocks(self, losses_B: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
         """The blocks of the leaves' layers. In the first batches they are compared with those of reweighted losses."""

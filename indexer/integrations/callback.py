@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,12 +20,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ghoststore.errors import CaptureError, CheckpointError, UsageError
+from ghoststore.settings.choosing import refuse_contrast_in
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from ghoststore.store.base.disk import storage_errors
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.exact import Route
 from indexer.dotprod.val_data import ValLosses
+from indexer.encode.modes import outside_graphs
 from indexer.integrations.choosing import Expected, LoopChooser
 from indexer.integrations.loop_run import LoopRun
 from indexer.session.choosing import Choosing
@@ -96,6 +99,8 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             raise UsageError("`keep` says how the gradients of `keep_gradients` are projected: give that, too")
         if choosing is not None and score_layers is None and projection is None:
             score_layers = "blocks"
+        if choosing is not None and choosing.contrast:
+            refuse_contrast_in(score_metric)
         self._name, self._field, self._choosing = name, sample_field, choosing
         self._samples = Samples.of(samples, domains)
         self._engine_of = partial(
@@ -107,6 +112,7 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             score_layers=score_layers,
             score_metric=score_metric,
             route=route,
+            pairs=choosing is not None and choosing.contrast and projection is None,
             projection=projection,
             keep=(keep or ProjectionConfig()) if keep_gradients is not None and projection is None else keep,
         )
@@ -155,7 +161,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         model = kwargs["model"]
         self._optimizer, self._fp16 = kwargs["optimizer"], bool(args.fp16)
         inner = getattr(self._optimizer, "optimizer", self._optimizer)  # accelerate wraps it; its own hooks fire
-        engine = self._engine_of(model, optimizer=inner)
+        # accelerate has wrapped it, to be compiled, and no event shows the wrapper; this one compiles nothing.
+        wrapped: Any = torch.compile(model) if args.torch_compile else model
+        engine = self._engine_of(wrapped, optimizer=inner)
         run = self._run_of(
             steps=state.max_steps, batch=args.per_device_train_batch_size * args.gradient_accumulation_steps
         )
@@ -246,9 +254,9 @@ class GhostStoreCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 self._watch_loss(kwargs, output)
 
         return [
-            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            outside_graphs(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)),
             *([] if self._chooser is None else [self._chooser.attach()]),
-            inner.register_forward_hook(after, with_kwargs=True),
+            outside_graphs(inner.register_forward_hook(after, with_kwargs=True)),
         ]
 
     def _take_sample(self, kwargs: dict[str, Any], *, scored: bool) -> None:
@@ -327,9 +335,9 @@ def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
     """UsageError for settings of the Trainer under which samples cannot be scored, or not by one run."""
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "the model's own loss is not the one that is trained"),
-        "torch_compile": (
-            args.torch_compile,
-            "a compiled model is scored by GhostEngineManager; leave it out",
+        "torch_compile by regions": (
+            args.torch_compile and _by_regions(),
+            "accelerate puts a copy in place of the model; leave ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION out",
         ),
         "deepspeed": (args.deepspeed, "it splits the parameters; use DDP (torchrun)"),
         "fsdp": (args.fsdp, "it splits the parameters; use DDP (torchrun)"),
@@ -341,6 +349,12 @@ def refuse_arguments(args: TrainingArguments, state: TrainerState) -> None:
             raise UsageError(f"TrainingArguments.{name} cannot be used with GhostStoreCallback: {reason}")
     if state.is_hyper_param_search:
         raise UsageError("a hyperparameter search is many trainings, and a run is one: score the one that you choose")
+
+
+def _by_regions() -> bool:
+    """Whether accelerate compiles the blocks of a model, each by itself."""
+    given = os.environ.get("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "").lower()
+    return given in ("1", "y", "yes", "t", "true", "on")
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

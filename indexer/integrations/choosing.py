@@ -76,7 +76,8 @@ class LoopChooser:
             if module is not model or expected is None or not torch.is_grad_enabled():
                 return None
             self.expected = None
-            return self._choose(args, kwargs, expected)
+            # What fails on one rank alone must not leave the others waiting for its gradient.
+            return self._session.ranks.each(lambda: self._choose(args, kwargs, expected))
 
         return outside_graphs(model.register_forward_pre_hook(before, with_kwargs=True))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.choosing import refuse_contrast_in
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import KEPT_DTYPE, OnStoreError, ScoreLayers, ScoreMetric, check_kept
 from indexer.session.choosing import Choosing
@@ -94,8 +95,8 @@ class GhostConfig:
                 raise UsageError(f"with a store the configuration needs {', '.join(f'`{name}`' for name in lacking)}")
         if self.choosing is not None and not isinstance(self.choosing, Choosing):
             raise UsageError(f"`choosing` is a ghoststore.Choosing, not {self.choosing!r:.60}")
-        if self.choosing is not None and self.choosing.contrast and self.score_metric != "sgd":
-            raise UsageError("`contrast` takes plain products, which `score_metric=adam` has none of: give one of them")
+        if self.choosing is not None and self.choosing.contrast:
+            refuse_contrast_in(self.score_metric)
         if self.domains is not None and self.samples is None:
             raise UsageError("`domains` are those of `samples`: give `samples`, too")
         if self.method == "GradProjLora":

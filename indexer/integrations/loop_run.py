@@ -82,7 +82,7 @@ class LoopRun:
         if self.per_layer and not (method.blocks and engine.val_batches):
             raise UsageError(
                 "`per_layer`: layers have no scores of their own under a global sketch, nor without val data; give "
-                "`proj_rank_total` for plain blocks, and `val_data`"
+                "plain blocks (`proj_rank_total` of GhostConfig, `rank_total` of a ProjectionConfig), and `val_data`"
             )
         every_step = isinstance(method, SketchedMethod) and self.keep_gradients is None
         projection = method.projection if every_step else None

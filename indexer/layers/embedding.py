@@ -20,7 +20,7 @@ from indexer.layers.base import (
     register,
     runs_forward_of,
 )
-from indexer.layers.factors import Factors, Outer
+from indexer.layers.factors import Factors, Outer, add_rows
 
 
 @register
@@ -70,7 +70,7 @@ class EmbeddingLayer(LayerType):
         batch, _, k = d_BMK.shape
         index_BM = ids_BM + axis.size * torch.arange(batch, device=ids_BM.device).unsqueeze(1)
         block = torch.zeros(batch * axis.size, k, device=d_BMK.device)
-        block.index_add_(0, index_BM.flatten(), d_BMK.float().flatten(0, 1))
+        add_rows(block, index_BM.flatten(), d_BMK.float().flatten(0, 1))
         return block.view(batch, axis.size, k).transpose(1, 2)
 
     def factors(self, module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Factors]:

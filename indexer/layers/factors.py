@@ -42,3 +42,14 @@ class Vector:
 
 
 Factors: TypeAlias = Outer | Vector
+
+
+def add_rows(into: Tensor, rows_N: Tensor, values_NK: Tensor) -> None:
+    """Add each value to its row of ``into``, in place, in the same order in every run.
+
+    On a GPU ``index_add_`` adds with atomics, in any order; ``index_put_`` sorts.
+    """
+    if into.is_cuda:
+        into.index_put_((rows_N,), values_NK, accumulate=True)
+    else:
+        into.index_add_(0, rows_N, values_NK)

@@ -51,6 +51,13 @@ class MomentFactor:
         scaled = rows * outer + ((rows @ vectors.t()) * (inner.to(rows.device) - outer)) @ vectors
         return torch.as_tensor(scaled.to(rows_RN.dtype))
 
+    def trace_with(self, rows_RN: Tensor) -> float:
+        """The trace of ``rows`` F ``rows``ᵀ."""
+        rows = rows_RN.double().cpu()
+        inner = (rows @ self.vectors.double().t()).square().sum(0)
+        outside = max(0.0, float(rows.square().sum() - inner.sum()))
+        return float(inner @ self.values.double()) + outside * self.rest
+
     def leading(self) -> MomentFactor:
         """This factor with only as many eigenvectors as a part keeps: see :func:`directions`."""
         m, n = self.vectors.shape
@@ -101,6 +108,13 @@ class KroneckerPreconditioner:
         """``p_in`` (J, I) and ``p_out`` (K, O), multiplied so that they project gradients in the metric."""
         f_in, f_out = self.factors[name]
         return f_in.root_times(p_in, self.damping), f_out.root_times(p_out, self.damping) * self.scale(name)
+
+    def mean_square(self, name: str, side_in: Tensor, side_out: Tensor) -> float:
+        """The mean square of the numbers of a layer's block under ``sides``, if H is what its factors say."""
+        f_in, f_out = self.factors[name]
+        size = f_out.mean * f_out.vectors.shape[1]
+        energy = f_in.trace_with(side_in) * f_out.trace_with(side_out) / size
+        return energy / (len(side_in) * len(side_out))
 
     def matrix(self, name: str, g_OI: Tensor) -> Tensor:
         """(O, I): the gradient matrix ``g_OI`` in the metric. Inner products of two such matrices are the scores."""

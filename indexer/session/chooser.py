@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ghoststore.errors import UsageError
+from ghoststore.settings.choosing import policy_name
 from ghoststore.settings.train import TrainConfig
 from indexer.dotprod.scores import Scores
 from indexer.session.choosing import Choosing
@@ -89,13 +91,25 @@ class Chooser:
         """(R, B): the weight of every candidate of ``step`` (from 0), 0 where it is not chosen, on every rank.
         ``interactions`` are those of :class:`Candidates`, of one rank that is alone.
 
-        UsageError on every rank for weights of a policy that cannot be.
+        An error on every rank where the policy fails, or gives weights that cannot be, on one, and where ranks do not
+        agree.
         """
         each = own.together(self.ranks)
+        weights_RB = self.ranks.each(lambda: self._of_all(step, each, interactions))
+        for rank, others in enumerate(self.ranks.stacked(torch.from_numpy(weights_RB)).numpy()):
+            if (others != weights_RB).any():
+                raise UsageError(
+                    f"`policy={policy_name(self.policy)}` gave other weights on rank {rank} than on rank "
+                    f"{self.ranks.rank} in step {step}: they must follow from the candidates alone, whose generator "
+                    "has the same numbers on every rank"
+                )
+        return weights_RB
+
+    def _of_all(self, step: int, each: list[Scored], interactions: NDArray[np.float64] | None) -> NDArray[np.float32]:
+        """See :meth:`weights`; every rank decides for all."""
         if self.over == "all":
             return self._decide(step, Scored.of(each), self.keep, "", interactions).reshape(len(each), -1)
         keep = None if self.keep is None else self.keep // len(each)
-        # Each rank decides for all: a policy that fails then fails on all.
         return np.stack([self._decide(step, some, keep, f"|rank={i}", interactions) for i, some in enumerate(each)])
 
     def of_micro_batch(self, step: int, place: int, own: Scored) -> NDArray[np.float32]:
@@ -112,8 +126,10 @@ class Chooser:
     ) -> NDArray[np.float32]:
         count = len(scored.rows)
         common = None if scored.common is None else scored.common.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of a gradient that is out of range: such a candidate is not chosen
+            scores = scored.scores.astype(np.float64) - (0.0 if common is None else common)
         candidates = Candidates(
-            scores=scored.scores.astype(np.float64) - (0.0 if common is None else common),
+            scores=scores,
             losses=scored.losses.astype(np.float64),
             tokens=scored.tokens.astype(np.int64),
             rows=scored.rows.astype(np.int64),
@@ -123,4 +139,6 @@ class Chooser:
             common=common,
             interactions=interactions,
         )
-        return first_k(candidates) if step < self.begins_at else decide(self.policy, candidates)
+        if step < self.begins_at:
+            return first_k(candidates)
+        return decide(self.policy, candidates, f" on rank {self.ranks.rank}" if self.ranks.count > 1 else "")

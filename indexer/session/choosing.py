@@ -13,6 +13,7 @@ from ghoststore.settings.choosing import (
     check_policy,
     described,
     refuse_contrast_of,
+    settle_numbers,
 )
 from ghoststore.settings.option import check_at_least
 
@@ -48,6 +49,7 @@ class Choosing:
                 "`policy=reweight`: the loss that the model returns weighs its samples alike; `ghoststore train` can "
                 "weigh them"
             )
+        settle_numbers(self, whole=("keep", "begins_at", "seed"), real=("threshold",))
         if self.contrast:
             refuse_contrast_of(self.policy)
         check_at_least(1, keep=self.keep)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.errors import GhostStoreError, UsageError
+from ghoststore.errors import UsageError
 from ghoststore.settings.choosing import policy_name
 from indexer.projection import draws
 
@@ -116,10 +116,10 @@ def policy_of(policy: str | Policy, least: float | None = None, temperature: flo
     return known[policy]
 
 
-def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:
+def decide(policy: Policy, candidates: Candidates, where: str = "") -> NDArray[np.float32]:
     """(N,): the weight of each candidate, 0 where its score is not finite; the first ``keep`` where no score is.
 
-    UsageError for weights of a policy that cannot be.
+    UsageError for a policy that fails, or weights of it that cannot be; it says ``where``: on which rank.
     """
     finite = np.flatnonzero(np.isfinite(candidates.scores))
     if not len(finite):
@@ -129,16 +129,13 @@ def decide(policy: Policy, candidates: Candidates) -> NDArray[np.float32]:
         columns["common"] = candidates.common[finite]
     within = None if candidates.interactions is None else candidates.interactions[np.ix_(finite, finite)]
     seen = replace(candidates, **columns, keep=min(candidates.keep, len(finite)), interactions=within)
+    named = f"`policy={policy_name(policy)}`"
     try:
         given = policy(seen)
-    except GhostStoreError:
-        raise
     except Exception as error:
-        raise UsageError(
-            f"`policy={policy_name(policy)}` failed in step {candidates.step}: {type(error).__name__}: {error}"
-        ) from error
+        raise UsageError(f"{named} failed{where} in step {candidates.step}: {type(error).__name__}: {error}") from error
     weights = np.zeros(len(candidates), dtype=np.float32)
-    weights[finite] = _checked(given, len(finite), candidates.step)
+    weights[finite] = _checked(given, len(finite), f"{named} gave{where}", candidates.step)
     return weights
 
 
@@ -150,7 +147,8 @@ def first_k(candidates: Candidates) -> NDArray[np.float32]:
     return _ones(usable[: candidates.keep], candidates).astype(np.float32)
 
 
-def _checked(given: Any, count: int, step: int) -> NDArray[np.float64]:
+def _checked(given: Any, count: int, gave: str, step: int) -> NDArray[np.float64]:
+    """The weights, as the run keeps them. UsageError, which begins with ``gave``, for what are none."""
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
         given = given if given.is_complex() else given.double().numpy()
@@ -159,15 +157,15 @@ def _checked(given: Any, count: int, step: int) -> NDArray[np.float64]:
             raise TypeError("real numbers are due, without a mask")
         weights = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"`policy` gave {type(given).__name__} for step {step}; expected weights: {error}") from error
+        raise UsageError(f"{gave} {type(given).__name__} for step {step}; expected weights: {error}") from error
     if weights.shape != (count,):
-        raise UsageError(f"`policy` gave weights of shape {weights.shape} for {count} candidates of step {step}")
+        raise UsageError(f"{gave} weights of shape {weights.shape} for {count} candidates of step {step}")
     with np.errstate(over="ignore"):
         stored = weights.astype(np.float32)  # as the run keeps them
     if not np.isfinite(stored).all() or stored.min() < 0:
-        raise UsageError(f"`policy` gave weights below 0, infinite or NaN for step {step}; 0 is for what is left out")
+        raise UsageError(f"{gave} weights below 0, infinite or NaN for step {step}; 0 is for what is left out")
     if not stored.max() > 0:
-        raise UsageError(f"`policy` gave no candidate of step {step} a weight above 0: a step trains on at least one")
+        raise UsageError(f"{gave} no candidate of step {step} a weight above 0: a step trains on at least one")
     return np.asarray(stored, dtype=np.float64)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from ghoststore.errors import CaptureError, UsageError, WorkerError
+from ghoststore.errors import CaptureError, GhostStoreError, UsageError, WorkerError
 
 T = TypeVar("T")
 
@@ -75,6 +75,27 @@ class Ranks:
             raise failure or WorkerError("the first rank could not go on; see its message")
         return result
 
+    def each(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on this rank; every rank does its own. If it fails on some, every rank raises: these
+        their own errors, the others WorkerError with the words of the first of them, and its exit code.
+        """
+        if self.count == 1:
+            return work()
+        try:
+            result, failure = [work()], None
+        except Exception as error:  # noqa: BLE001 - raised below, when the others know
+            result, failure = [], error
+        if not self.any(failure is not None):
+            return result[0]
+        told: list[tuple[int, str] | None] = [None] * self.count
+        dist.all_gather_object(told, None if failure is None else _told(failure))
+        if failure is not None:
+            raise failure
+        rank, (code, words) = next((rank, said) for rank, said in enumerate(told) if said is not None)
+        other = WorkerError(f"rank {rank} could not go on: {words}")
+        other.exit_code = code
+        raise other
+
     def any(self, happened: bool) -> bool:
         """Whether it happened on any rank."""
         if self.count == 1:
@@ -96,6 +117,13 @@ class Ranks:
         each = [torch.empty_like(moved) for _ in range(self.count)]
         dist.all_gather(each, moved)
         return torch.stack(each).to(values.device)
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """(exit code, words) of an error that other ranks shall know of."""
+    if isinstance(error, GhostStoreError):
+        return error.exit_code, str(error)
+    return GhostStoreError.exit_code, f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghoststore.errors import UsageError
+from ghoststore.errors import UsageError, WorkerError
 from ghoststore.store.run.layout import RunLayout
 from ghoststore.store.run.run import Run
 from ghoststore.store.run.writer import SAMPLE_ARRAYS
@@ -178,8 +178,22 @@ class ScoringSession:
         """
         if self.engine is not None:
             self._want_vectors(self.engine, loss_scale)
-            self.engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
+            self._prepare(self.engine, size, tokens, loss_scale)
         self.batch = MicroBatch(size, rows, labels, tokens)
+
+    def _prepare(self, engine: GradDotProdEngine, size: int, tokens: int, loss_scale: float) -> None:
+        """Open ``engine``. A val pass may fail on one rank alone (its val data, a function of the user's): then it
+        fails on all, and is due on all.
+        """
+        if not engine.val_due:
+            engine.prepare(size, tokens=tokens, loss_scale=loss_scale)
+            return
+        try:
+            self.ranks.each(lambda: engine.prepare(size, tokens=tokens, loss_scale=loss_scale))
+        except WorkerError:
+            engine.discard()
+            engine.set_validation(engine.val_batches)
+            raise
 
     def watch(
         self, loss: Tensor, *, weights: Tensor | None = None, labels: Tensor | None = None, batch: Any = None

@@ -180,7 +180,7 @@ class Trainer:
             seconds_val = 0.0
             if self.val_schedule is not None:
                 begun = time.perf_counter()
-                with self.autocast():
+                with self.autocast(), self.val_schedule.shown():
                     self.val_schedule.engine.refresh(self._scale())
                 self._synchronize()
                 seconds_val = time.perf_counter() - begun

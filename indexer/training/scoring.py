@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import nn
 
 from ghoststore.errors import CaptureError, DivergedError, UsageError
+from ghoststore.progress import Late, Progress
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.train import TrainConfig
 from indexer.dotprod import GradDotProdEngine
 from indexer.dotprod.scoring_batch import ScoringBatch
+from indexer.dotprod.val_data import ValLossError
 from indexer.session.session import ScoringSession
 from indexer.training.data import Batch
 from indexer.training.validation import ValSet
+
+SHOWN_AFTER = 1.0
+"""Seconds that the first val gradient may take without a bar."""
+SHOWN_LATER_AFTER = 10.0
+"""The same of later ones."""
 
 
 def scoring_engine(
@@ -53,10 +60,20 @@ class ValSchedule:
     It is due at multiples of the refresh interval, and after a checkpoint, where a resumed run has none.
     """
 
-    def __init__(self, engine: GradDotProdEngine, val: ValSet, training: TrainConfig, checkpoint_interval: int) -> None:
+    def __init__(
+        self,
+        engine: GradDotProdEngine,
+        val: ValSet,
+        training: TrainConfig,
+        checkpoint_interval: int,
+        progress: Progress,
+    ) -> None:
         self.engine, self.val, self.config = engine, val, training.scoring
+        self._progress, self._shown_after = progress, SHOWN_AFTER
         self._interval = training.val_refresh_interval
         self._checkpoint_interval = checkpoint_interval
+        self._places: list[int] = []
+        """Of the engine's val samples, among the rows of the val set."""
         self._step: int | None = None
         """The step of the newest batch."""
 
@@ -68,6 +85,27 @@ class ValSchedule:
     def forget(self) -> None:
         """Forget every step: the next one takes a val gradient of its own."""
         self._step = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """A val pass within has a bar, if it takes a while. Later ones only if they take long: the first has said it,
+        and a log has a line for each.
+        """
+        total = min(self.config.val_batch_size, len(self.val.rows))
+        before = [0]
+        with closing(Late(self._progress, "val gradient", total, self._shown_after)) as task:
+
+            def batch(size: int) -> None:
+                task.advance(before.pop())
+                before.append(size)
+                self._shown_after = SHOWN_LATER_AFTER
+
+            self.engine.on_val_batch = batch
+            try:
+                yield
+                task.advance(before.pop())
+            finally:
+                self.engine.on_val_batch = lambda size: None
 
     def prepare(self, session: ScoringSession, batch: Batch, step: int, loss_scale: float) -> None:
         """Open the session for ``batch``; if the val gradient is due, choose its val samples first.
@@ -100,10 +138,14 @@ class ValSchedule:
             self._choose(step)
         self._step = step
         try:
-            yield
+            with self.shown():
+                yield
         except (UsageError, CaptureError) as error:
+            if isinstance(error, ValLossError):
+                ids = [self.val.rows[self._places[index]].sample.id for index in error.indexes]
+                error = ValLossError(error.indexes, [repr(name) for name in ids])
             if first:
-                raise  # the model cannot be scored at all
+                raise error  # the model cannot be scored at all
             raise DivergedError.at(
                 step + 1, f"the val loss, or its gradient, cannot be used any more: {error}"
             ) from error
@@ -111,6 +153,6 @@ class ValSchedule:
     def _choose(self, step: int) -> None:
         refresh = step // self._interval
         chosen = self.val.chosen(refresh, self.config.val_batch_size, self.config.val_sampling)
-        batches, places = self.val.batches(chosen.tolist())
-        names = [self.val.domain_of(place) for place in places]
+        batches, self._places = self.val.batches(chosen.tolist())
+        names = [self.val.domain_of(place) for place in self._places]
         self.engine.set_validation(batches, names if self.config.val_groups else None)

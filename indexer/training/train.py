@@ -137,7 +137,7 @@ class _Training:
         val = self._val(self._tokenizer(start, model, None), longest_row(model, self.config.max_length))
         assert val is not None
         with autocast(self.config, self.device):
-            totals = StepTotals(val=val.loss(model, self.ranks))
+            totals = StepTotals(val=val.loss(model, self.ranks, self.progress))
         return totals.report(
             output_dir=str(self.output_dir),
             parameters=parameter_count(model),
@@ -193,7 +193,7 @@ class _Training:
         )
         schedule = None
         if engine is not None and inputs.val is not None:
-            schedule = ValSchedule(engine, inputs.val, self.config, self._checkpoint_interval)
+            schedule = ValSchedule(engine, inputs.val, self.config, self._checkpoint_interval, self.progress)
         resumed = self._resumed(saved, manifest, model, optimizer)
         plan = self._plan(manifest, layout, inputs.rows)
         trainer = Trainer(
@@ -264,7 +264,7 @@ class _Training:
                 result, done, val_loss = trainer.step(step), step + 1, None
                 if val is not None and (done % self.config.eval_interval == 0 or done == steps):
                     with trainer.autocast():
-                        val_loss = val.loss(trainer.inner, self.ranks)
+                        val_loss = val.loss(trainer.inner, self.ranks, self.progress)
                 totals.add(result, val_loss)
                 session.record(result.scored, result.shared(None if val_loss is None else val_loss.loss))
                 trackers.step(result, val_loss)
@@ -279,7 +279,7 @@ class _Training:
                     raise saved_at(self.output_dir / f"checkpoint-{done}", stop, done, steps, self.ranks)
         if totals.val is None and val is not None:  # it was finished before
             with trainer.autocast():
-                totals.val = val.loss(trainer.inner, self.ranks)
+                totals.val = val.loss(trainer.inner, self.ranks, self.progress)
         return totals
 
     def _inputs(self, start: Start, newest: Path | None, saved: SavedState | None, tokens: Path) -> Inputs:

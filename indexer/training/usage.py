@@ -38,7 +38,11 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         raise UsageError("`method=GradDotProd` needs `val_set` and `store`; `method=Regular` trains without scores")
     scoring = config.scoring
     if options.projection is not None and config.score != "sketched" and scoring.keep_gradients is None:
-        raise UsageError("projection options belong to `score=sketched` and `keep_gradients`")
+        without = f" without {' and '.join(config.against_sketched)}" if config.against_sketched else ""
+        raise UsageError(
+            f"projection options belong to `score=sketched`{without} and `keep_gradients`: give one of them, or leave "
+            "the projection options out"
+        )
     if config.architecture is None and config.dropout:
         raise UsageError("`dropout` belongs to `architecture`: a checkpoint has its own, and so has a configuration")
     if options.name is not None:

@@ -6,6 +6,7 @@ Legend: V val rows, B rows of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ghoststore.corpus import Corpus, SampleScan
 from ghoststore.errors import UsageError
+from ghoststore.progress import Late, Progress, Silent
 from ghoststore.settings.train import ValSampling
 from indexer.encode.batching import plan_batches
 from indexer.encode.encoder import pad
@@ -25,6 +27,8 @@ from indexer.projection import draws
 from indexer.session.ranks import Ranks
 
 EVAL_BATCH_TOKENS = 4096
+SHOWN_AFTER = 10.0
+"""Seconds that a val loss may take without a bar: it comes often, and a log has a line for each."""
 NO_DOMAIN = "none"
 """The domain of val rows without one."""
 
@@ -102,8 +106,8 @@ class ValSet:
         return dict(zip(("input_ids", "labels", "attention_mask"), pad([self.rows[p] for p in places]), strict=True))
 
     @torch.no_grad()
-    def loss(self, model: Any, ranks: Ranks) -> ValLoss:
-        """The loss of every row, the work shared among the ranks.
+    def loss(self, model: Any, ranks: Ranks, progress: Progress | None = None) -> ValLoss:
+        """The loss of every row, the work shared among the ranks. ``progress`` shows it if it takes long.
 
         In eval mode; every module's own mode is put back.
         """
@@ -111,8 +115,11 @@ class ValSet:
         domains = self.domains
         column = {name: place for place, name in enumerate(domains)}
         sums = torch.zeros(len(domains), 2, dtype=torch.float64)
-        for places, sums_B2 in self._sums(model, self.order[ranks.rank :: ranks.count].tolist()):
-            sums.index_add_(0, torch.tensor([column[self.domain_of(place)] for place in places]), sums_B2)
+        own = self.order[ranks.rank :: ranks.count].tolist()
+        with closing(Late(progress or Silent(), "val loss", len(own), SHOWN_AFTER)) as task:
+            for places, sums_B2 in self._sums(model, own):
+                sums.index_add_(0, torch.tensor([column[self.domain_of(place)] for place in places]), sums_B2)
+                task.advance(len(places))
         sums = ranks.sum(sums.to(device)).cpu()
         total = sums.sum(0)
         return ValLoss(

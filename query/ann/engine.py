@@ -166,6 +166,13 @@ class Engine:
             return [1 << power for power in range(4, 13)]
         return [None]
 
+    @property
+    def effort(self) -> int | None:
+        """The setting that :meth:`set_effort` set last; None for an index without one."""
+        if self._inverted is not None:
+            return int(self._inverted.nprobe)
+        return None if self._graph is None else int(self._graph.hnsw.efSearch)
+
     def set_effort(self, effort: int | None) -> None:
         """Search with this setting, one of :meth:`efforts`, from now on."""
         if effort is None:

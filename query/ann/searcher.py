@@ -73,13 +73,17 @@ class Searcher:
         self.engine, self.front, self.rows = engine, front, rows
         self.candidates = candidates
 
-    def search(self, term: Term, *, top_k: int, bottom_k: int = 0) -> tuple[Ranking, Ranking]:
+    def search(
+        self, term: Term, *, top_k: int, bottom_k: int = 0, wanted: int | None = None
+    ) -> tuple[Ranking, Ranking]:
         """The best ``top_k`` and the worst ``bottom_k`` candidates for each query of ``term``; equal scores by lower
         row.
 
-        If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged row.
+        The search is as wide as one for ``wanted`` rows (default: ``top_k`` or ``bottom_k``), and wider for a query
+        that would get fewer than that. If there are fewer rows, ``rows`` ends in -1. Raises CorruptError for a damaged
+        row.
         """
-        best, worst = self._best(term, top_k, 1.0), self._best(term, bottom_k, -1.0)
+        best, worst = self._best(term, top_k, 1.0, wanted), self._best(term, bottom_k, -1.0, wanted)
         assert best is not None
         assert worst is not None
         return best, worst
@@ -92,11 +96,13 @@ class Searcher:
         Where no more of them are allowed than candidates are scored for a query, all are: the ranking is exact.
         """
         allowed_P = allowed_N[self.rows.table["row"]]
-        best = self._best(term, top_k, 1.0, allowed_P)
-        worst = None if best is None else self._best(term, bottom_k, -1.0, allowed_P)
+        best = self._best(term, top_k, 1.0, None, allowed_P)
+        worst = None if best is None else self._best(term, bottom_k, -1.0, None, allowed_P)
         return None if best is None or worst is None else (best, worst)
 
-    def _best(self, term: Term, k: int, sign: float, allowed_P: NDArray[np.bool_] | None = None) -> Ranking | None:
+    def _best(
+        self, term: Term, k: int, sign: float, wanted: int | None, allowed_P: NDArray[np.bool_] | None = None
+    ) -> Ranking | None:
         """The ``k`` candidates of each query with the highest ``sign`` × score, among the allowed places of the table
         (None: all are). None if the index cannot filter.
         """
@@ -105,14 +111,8 @@ class Searcher:
         if k == 0 or queries == 0:
             return Ranking(rows_Qk, scores_Qk)
         signed = sign if term.weight >= 0 else -sign
-        candidates = max(self.candidates, OVERSAMPLE * k)
-        places_QC: NDArray[np.int64] | None
-        if allowed_P is None:
-            places_QC = self.engine.search(self.front.queries(term.queries_QD * signed), candidates)
-        elif (allowed := int(allowed_P.sum())) <= candidates:
-            places_QC = np.broadcast_to(np.flatnonzero(allowed_P), (queries, allowed)).copy()
-        else:
-            places_QC = self.engine.search_among(self.front.queries(term.queries_QD * signed), candidates, allowed_P)
+        wanted = k if wanted is None else wanted
+        places_QC = self._candidates(self.front.queries(term.queries_QD * signed), wanted, allowed_P)
         if places_QC is None:
             return None
         if places_QC.max(initial=-1) >= len(self.rows.table):
@@ -126,6 +126,44 @@ class Searcher:
         best_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
         scores_Qk[:, :count] = np.where(rows_Qk[:, :count] >= 0, best_QC, -sign * np.inf)
         return Ranking(rows_Qk, scores_Qk)
+
+    def _candidates(
+        self, queries_Qd: NDArray[np.float32], wanted: int, allowed_P: NDArray[np.bool_] | None
+    ) -> NDArray[np.int64] | None:
+        """(Q, C) places of candidates among the allowed ones (None: all are), -1 where there are no more. None if the
+        index cannot filter.
+
+        The lists or the graph that the index looks at may hold fewer than ``wanted`` rows: a query that gets fewer
+        is searched for in more of them, until it has enough or there are no more.
+        """
+        count, effort = max(self.candidates, OVERSAMPLE * wanted), self.engine.effort
+        if allowed_P is not None and (allowed := int(allowed_P.sum())) <= count:
+            return np.broadcast_to(np.flatnonzero(allowed_P), (len(queries_Qd), allowed)).copy()
+        places_QC = self._searched(queries_Qd, count, allowed_P)
+        if places_QC is None:
+            return None
+        enough = min(wanted, places_QC.shape[1])
+        try:
+            for wider in self.engine.efforts():
+                (short,) = np.nonzero((places_QC >= 0).sum(1) < enough)
+                if not len(short):
+                    break
+                if wider is not None and effort is not None and wider > effort:
+                    self.engine.set_effort(wider)
+                    wider_QC = self._searched(queries_Qd[short], count, allowed_P)
+                    assert wider_QC is not None
+                    places_QC[short] = wider_QC
+        finally:
+            self.engine.set_effort(effort)
+        return places_QC
+
+    def _searched(
+        self, queries_Qd: NDArray[np.float32], count: int, allowed_P: NDArray[np.bool_] | None
+    ) -> NDArray[np.int64] | None:
+        """(Q, count) places that the index gives for its present effort; None if it cannot filter."""
+        if allowed_P is None:
+            return self.engine.search(queries_Qd, count)
+        return self.engine.search_among(queries_Qd, count, allowed_P)
 
     def _scores(self, term: Term, places_QC: NDArray[np.int64]) -> NDArray[np.float64]:
         """(Q, C) float64: the exact scores of the candidates. Each row is read once."""

@@ -197,8 +197,9 @@ def _count(result: QueryResult) -> str:
 
 def _subtitle(scorer: Scorer, result: QueryResult) -> str:
     score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.question.metric.capitalize()}"
+    metric = result.settings["part_metric"] or ""
     return (
-        f"{score} of gradients; {result.settings['rows']:,} rows of part {scorer.part.name}, "
+        f"{score} of gradients {metric}".rstrip() + f"; {result.settings['rows']:,} rows of part {scorer.part.name}, "
         f"{result.settings['val_rows']:,} val samples"
     )
 

@@ -9,6 +9,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.question import SelfInfluenceOptions
+from ghoststore.store.part.metric import part_metric
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.blend import rankings_of
 from query.ask.scorer import ChosenRows
@@ -53,6 +54,7 @@ def self_influence(options: SelfInfluenceOptions) -> QueryResult:
         settings={
             "part": part.name,
             "metric": "self-influence",
+            "part_metric": part_metric(part.manifest["projection"]),
             "precondition": "second-moment",
             "damping": inverse.damping,
             "mean_eigenvalue": inverse.moment.mean_eigenvalue,

@@ -23,6 +23,7 @@ from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
+from ghoststore.store.part.metric import part_metric
 from ghoststore.store.where.rows import part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
@@ -330,6 +331,7 @@ class Scorer:
             "mode": mode,
             **(groups if self._grouped else {}),
             "metric": question.metric,
+            "part_metric": part_metric(self.part.manifest["projection"]),
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),

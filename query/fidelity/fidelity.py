@@ -20,6 +20,7 @@ from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import FidelityOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import keep_fidelity
+from ghoststore.store.part.metric import part_metric
 from indexer.projection.stored import metric_of
 from query.ask.encoder import PartEncoder
 from query.exact.gradients import ExactGradients
@@ -123,10 +124,7 @@ def has_own_metric(part: Part) -> bool:
 
 def own_metric(part: Part) -> str | None:
     """A phrase for the metric of the vectors of ``part``; None for plain gradients."""
-    projection = part.manifest["projection"]
-    if projection["optimizer_state"] is not None:
-        return "scaled by an optimizer state"
-    return None if projection["precondition"] == "none" else "preconditioned when it was built"
+    return part_metric(part.manifest["projection"])
 
 
 def vector_products(part: Part, sample: RowSample, groups: Sequence[int] | None = None) -> Products:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zarr
 
 import ghoststore
 from ghoststore.cli import COMMANDS
+from ghoststore.lazy import importing
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -67,6 +69,50 @@ def test_importing_the_package_is_light(tmp_path: Path) -> None:
     code = f"import ghoststore, sys; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == "[]"
+
+
+UNUSED = ("torch", "transformers", "pyarrow", "datasets", "pandas", "matplotlib", "faiss")
+
+
+@pytest.mark.parametrize(
+    ("functions", "unused"),
+    [
+        (("info", "scores", "watch", "verify", "export"), UNUSED),
+        pytest.param(("query", "select"), UNUSED[2:], marks=pytest.mark.slow),
+    ],
+)
+def test_what_a_function_imports(functions: tuple[str, ...], unused: tuple[str, ...], tmp_path: Path) -> None:
+    """What it uses. The collector of garbage, which waits meanwhile, is as it was, and keeps nothing of the user's."""
+    code = (
+        "import gc, sys, ghoststore; frozen = gc.get_freeze_count(); "
+        f"assert all(getattr(ghoststore, name) for name in {functions}); "
+        f"print([name for name in {unused} if name in sys.modules], gc.isenabled(), gc.get_freeze_count() - frozen)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == "[] True 0"
+
+
+def test_the_collector_waits_for_imports() -> None:
+    for before in (True, False):
+        gc.enable() if before else gc.disable()
+        with importing(), importing():
+            assert not gc.isenabled()
+        with pytest.raises(ImportError), importing():
+            raise ImportError
+        assert gc.isenabled() is before
+    gc.enable()
+
+
+def test_a_command_looks_through_its_imports_once_at_most(built: Path) -> None:
+    """What was imported is kept for as long as the process lives, which is as long as the command."""
+    code = (
+        "import gc, sys, ghoststore.cli\n"
+        "try: ghoststore.cli.main(sys.argv[1:])\n"
+        "except SystemExit: print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    )
+    words = [sys.executable, "-c", code, "info", "--store", built]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True True"
 
 
 @pytest.mark.parametrize("how", [["--version"], ["-m", "ghoststore", "--version"]], ids=["script", "module"])

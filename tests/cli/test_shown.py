@@ -35,12 +35,10 @@ def test_nothing_that_commands_a_terminal_is_left(text: str) -> None:
         assert visible(shown, lines=True) == shown
 
 
-@pytest.mark.parametrize("width", [80, 100, 200])
-def test_no_number_is_folded_where_there_is_room(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each line of a number that is folded reads as a number itself."""
-    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=False))
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+def test_no_number_is_folded(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line of a number that is folded reads as a number itself. Where a row has no room, its cells are a list."""
+    monkeypatch.setattr(terminal, "stdout_console", lambda: Console(width=width, force_terminal=False))
     headings = [
         "domain",
         "rows",
@@ -56,10 +54,11 @@ def test_no_number_is_folded_where_there_is_room(
     terminal.print_table("by domain", [(name, name != "domain") for name in headings], [cells, cells])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(cell_len, lines)) <= width
-    rows = [line for line in lines if cells[2] in line]
-    assert len(rows) == 2
-    for number in cells[2:]:
-        assert all(number in line for line in rows), number
+    for heading, number in zip(headings[2:], cells[2:], strict=True):
+        assert len([line for line in lines if number in line]) == 2, number
+        if width < 80:
+            assert [line.split() for line in lines].count([*heading.split(), number]) == 2
+    assert len([line for line in lines if all(number in line for number in cells[2:])]) == (2 if width >= 80 else 0)
 
 
 @given(TEXTS)
@@ -114,18 +113,6 @@ def test_no_escape_is_cut(text: str, length: int) -> None:
     assert len(cut) <= length
     assert cut in {visible(text[:end]) for end in range(len(text) + 1)}
     assert len(cut) > length - 10 or cut == visible(text)
-
-
-@pytest.mark.parametrize("width", range(40, 60))
-def test_no_escape_is_cut_in_a_cell(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
-    columns = [("rank", True), ("text", False)]
-    terminal.print_table("highest", columns, [["1", "a\x1b\x1b\u202e" + "日\x9b" * 20]], fold=False)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "a\\" in line)
-    assert cell_len(line) <= width
-    assert re.sub(r"\\x1b|\\x9b|\\u202e|日", "", line).split() == ["1", "a…"]
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 100, 132, 200])

@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "per-layer-sketch": ({"score": "sketched", "per_layer": True}, r"`per_layer`: a global sketch has no scores by"),
     "route-of-a-sketch": (
         {"score": "sketched", "route": "gram"},
-        r"`exclude_layers`, `score_layers` and `route` belong to `score=",
+        r"`route` belongs to `score=exact`: leave out one or the other",
     ),
     "projection": ({"projection": ghoststore.ProjectionConfig()}, r"projection options belong to `score=sketched`"),
     "layers": ({"exclude_layers": ("mpl",)}, r"layer pattern 'mpl' matches no module"),
@@ -129,6 +129,21 @@ def test_val_sets_that_cannot_be_used(gym: Gym, rows: list[Any], message: str, t
     val_set = gym.lab.write(tmp_path / "val.jsonl", rows)
     with pytest.raises(UsageError, match=message):
         gym.fresh(tmp_path, val_set=val_set, max_steps=2)
+
+
+def test_val_samples_without_a_finite_loss(gym: Gym, tmp_path: Path) -> None:
+    """They are named by their ids: the order of the val batches is not that of the val set."""
+
+    def overflow(model: Any, tokenizer: Any) -> None:
+        with torch.no_grad():
+            model.transformer.wte.weight[tokenizer("z")["input_ids"][0]] = 1e30
+
+    checkpoint = gym.lab.model(tmp_path / "model", change=overflow)
+    rows = gym.lab.sample_rows(4, seed=3)
+    val_set = gym.lab.write(tmp_path / "val.jsonl", [rows[0], {**rows[1], "id": "bad", "text": "zz"}, *rows[2:]])
+    options = {"val_set": val_set, "val_batch_size": 4, "max_steps": 2}
+    with pytest.raises(UsageError, match=r"^the loss of val sample\(s\) 'bad' is not finite; leave them out"):
+        gym.fresh(tmp_path, model=None, checkpoint=checkpoint, **options)
 
 
 @pytest.mark.parametrize(

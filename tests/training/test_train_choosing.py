@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -353,12 +354,12 @@ def test_scores_of_candidates_where_nothing_is_said(options: Options, score: str
 
 
 REFUSED: dict[str, tuple[Options, str]] = {
-    "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`"),
+    "keep-without-candidates": ({"keep": 4}, "`keep=4` is about choosing among candidates: give `candidates`, too"),
     "policy-without-candidates": ({"policy": "random"}, "give `candidates`"),
     "no-keep": ({"candidates": 8}, "`policy=top-k` chooses so many candidates: give `keep`"),
     "keep-too-large": ({"candidates": 8, "keep": 9}, "`keep=9` is more than `candidates=8`"),
-    "no-threshold": ({"candidates": 8, "policy": "threshold"}, "give both, or neither"),
-    "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "give both, or neither"),
+    "no-threshold": ({"candidates": 8, "policy": "threshold"}, "chooses all from a score on: give it as `threshold`"),
+    "threshold-of-another": ({"candidates": 8, "keep": 4, "threshold": 0.5}, "belongs to `policy=threshold`"),
     "temperature-of-another": ({"candidates": 8, "keep": 4, "temperature": 1.0}, "belongs to `policy=reweight`"),
     "temperature-0": ({"candidates": 8, "policy": "reweight", "temperature": 0.0}, "must be above 0"),
     "greats-in-parts": ({"candidates": 8, "keep": 4, "policy": "greats"}, "give `batch_size=8`, not 3"),
@@ -379,6 +380,12 @@ REFUSED: dict[str, tuple[Options, str]] = {
         "`policy=random` does not choose by scores alone",
     ),
     "contrast-without-candidates": ({"contrast": True}, "give `candidates`"),
+    "candidates-of-a-fraction": ({"candidates": 8.0, "keep": 4}, "`candidates` is a whole number, not 8.0"),
+    "candidates-in-words": ({"candidates": "8", "keep": 4}, "`candidates` is a whole number, not '8'"),
+    "keep-true": ({"candidates": 8, "keep": True}, "`keep` is a whole number, not True"),
+    "begins-at-half": ({"candidates": 8, "keep": 4, "choosing_begins_at": 0.5}, "is a whole number, not 0.5"),
+    "threshold-in-words": ({"candidates": 8, "policy": "threshold", "threshold": "1"}, "is a number, not '1'"),
+    "contrast-in-words": ({"candidates": 8, "keep": 4, "contrast": "no"}, "`contrast` is True or False, not 'no'"),
     "unknown": ({"candidates": 8, "policy": "best"}, "`policy` 'best' is unknown; known: top-k, "),
     "regular": ({"candidates": 8, "keep": 4, "method": "Regular"}, "`method=Regular` gives none"),
     "no-function": ({"candidates": 8, "policy": 3}, "a name or a function of the candidates, not int"),
@@ -398,6 +405,16 @@ def test_options_that_do_not_go_together(gym: Gym, tmp_path: Path, name: str) ->
         gym.fresh(tmp_path, **options)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy() -> None:
+    """They are those of Python in the manifest."""
+    given = {"candidates": np.int64(8), "keep": np.int32(4), "choosing_begins_at": np.int64(2)}
+    config = TrainConfig.of(**given, policy="threshold", threshold=np.float32(0.5)).choosing
+    assert json.loads(json.dumps(config.to_json(contrast=False)))["candidates"] == 8
+    assert ghoststore.Choosing(keep=np.int64(2), seed=np.int64(3)).to_json()["seed"] == 3
+    with pytest.raises(UsageError, match=r"`keep` is a whole number, not 2\.5"):
+        ghoststore.Choosing(keep=2.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

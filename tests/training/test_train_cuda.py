@@ -53,9 +53,10 @@ def test_resumed_to_the_same_bits(gym: Gym, tmp_path: Path, dtype: str | None) -
 
 @pytest.mark.parametrize("passes", ["two", "one"])
 @pytest.mark.parametrize("policy", ["top-k", "reweight"])
-def test_choosing_as_on_a_cpu(gym: Gym, passes: str, policy: str) -> None:
-    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-4, "dot_prod_save_interval": 2}
-    options |= {"candidates": 6, "policy": policy, "choosing_passes": passes, "choosing_begins_at": 0}
+@pytest.mark.parametrize("score", [{}, {"score": "exact"}, {"score": "exact", "contrast": False}], ids=str)
+def test_choosing_as_on_a_cpu(gym: Gym, passes: str, policy: str, score: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "learning_rate": 1e-4, "dot_prod_save_interval": 2, "batch_size": 6}
+    options |= {"candidates": 6, "policy": policy, "choosing_passes": passes, "choosing_begins_at": 0, **score}
     options |= {"keep": 3} if policy == "top-k" else {}
     runs = [gym.train(**options, device=device) for device in ("cpu", "cuda")]
     ours, theirs = (run.arrays() for run in runs)

@@ -57,6 +57,24 @@ def test_exact_scores(architecture: str, route: Route) -> None:
     check(Scores(**{name: _to_cpu(getattr(scores, name)) for name in Scores.__dataclass_fields__}), exact, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the loss of .* that is watched was not held:RuntimeWarning")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_scores_of_a_compiled_model(in_place: bool) -> None:
+    torch._dynamo.reset()
+    exact = exact_causal(gpt2())
+    model = gpt2().cuda()
+    trained: Any = model
+    if in_place:
+        model.compile()
+    else:
+        trained = torch.compile(model)
+    with GradDotProdEngine(trained, on_cuda(val_batch(VAL))) as engine:
+        scores = step(engine, trained)
+    assert scores is not None
+    check(Scores(**{name: _to_cpu(getattr(scores, name)) for name in Scores.__dataclass_fields__}), exact, 1e-4)
+    torch._dynamo.reset()
+
+
 def _to_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _to_cpu(each) for name, each in value.items()}

@@ -19,6 +19,7 @@ from transformers import (
 from ghoststore import ProjectionConfig
 from ghoststore.errors import BusyError, StorageError, UsageError
 from indexer.encode.losses import next_token_losses
+from indexer.integrations.callback import refuse_arguments
 from tests.support.loops import (
     identical,
     run_of,
@@ -103,7 +104,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "columns removed": ({"remove_unused_columns": True}, "remove_unused_columns=False"),
     "out of range": ({"rows": dataset(start=5)}, "there are 14 samples"),
     "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be used"),
-    "compiled": ({"torch_compile": True}, "torch_compile cannot be used"),
     "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size cannot be used"),
     "a loss function": ({"compute_loss_func": mean_loss}, "compute_loss_func"),
     "another loss": ({"trainer": OtherLoss}, "trains on another one"),
@@ -128,6 +128,15 @@ def test_what_cannot_be_scored_is_refused(case: str, tmp_path: Path) -> None:
     callback.close()
     assert identical(weights_of(trainer.model), before)
     assert not hooks_of(trainer.model)
+
+
+def test_regions_that_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the variable it is scored: test_callback_compiled.py."""
+    for variable, value in {"BACKEND": "no", "MODE": "default", "USE_REGIONAL_COMPILATION": "true"}.items():
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{variable}", value)
+    trainer = trainer_of(tmp_path, [], torch_compile=True, max_steps=2)
+    with pytest.raises(UsageError, match="leave ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION out"):
+        refuse_arguments(trainer.args, trainer.state)
 
 
 def test_a_model_without_a_loss(tmp_path: Path) -> None:

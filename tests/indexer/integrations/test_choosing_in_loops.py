@@ -211,7 +211,7 @@ def test_another_loss_is_refused() -> None:
         ({"keep": 2, "policy": "best"}, "`policy` 'best' is unknown"),
         ({"keep": 2, "policy": "random", "contrast": True}, "does not choose by scores alone"),
         ({"keep": 0}, "`keep` must be at least 1"),
-        ({"keep": 2, "threshold": 1.0}, "belong together"),
+        ({"keep": 2, "threshold": 1.0}, "belongs to `policy=threshold`"),
     ],
 )
 def test_what_choosing_cannot_be(settings: dict[str, Any], words: str) -> None:
@@ -251,6 +251,21 @@ class Cut:
         here = [index for index, place in enumerate(places) if place in self.chosen[min(self.batches, 5)]]
         self.batches += 1
         return {name: values[here] for name, values in batch.items()}
+
+
+def test_contrast_of_the_callback(tmp_path: Path) -> None:
+    """It chooses as the manager does with the same samples."""
+    choosing, model = Choosing(keep=2, contrast=True), without_dropout()
+    callback = callback_of(tmp_path / "store", choosing=choosing, name="run", dot_prod_save_interval=1)
+    trainer_of(tmp_path, [callback], model=model, max_steps=1).train()
+    run = run_of(tmp_path / "store", "run")
+    sample, weight, score = (run.read_committed(array)[0, 0] for array in ("sample", "weight", "score"))
+    fresh = without_dropout()
+    with GhostEngineManager(GhostConfig(choosing=choosing), fresh, sgd(fresh), val_data=VAL_BATCH) as manager:
+        managed_step(fresh, manager, manager.optimizer, sample.tolist(), 0)
+        (scores,), (weights,) = manager.last_scores, manager.last_weights
+    np.testing.assert_allclose(score, scores.total, rtol=1e-4)
+    np.testing.assert_array_equal(weight, weights)
 
 
 @pytest.mark.slow

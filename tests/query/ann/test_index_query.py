@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import ghoststore
 from ghoststore import ProjectionConfig
+from ghoststore.cli.query import print_hits
 from ghoststore.errors import GhostStoreError, MismatchError, UsageError
 from tests.support.parts import unbuild
 
@@ -102,10 +104,25 @@ def test_more_rows_than_there_are(store: Path) -> None:
     assert len(found.results[0].hits) == ROWS
 
 
+def test_as_many_rows_as_are_asked_for(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lists that the index looks at hold fewer; what is said of its recall is for so many rows, too."""
+    shutil.copy(store.parent / "val.jsonl", tmp_path)
+    store = Path(shutil.copytree(store, tmp_path / "store"))
+    made = ghoststore.index(store=store, part="two", factory="IVF40,Flat", target_recall=0.1).manifest
+    assert made.effort == 1
+    for rows, at in ((8, 10), (250, 100)):
+        found = ask(store, "ann", part="two", top_k=rows, bottom_k=rows, each=True)
+        for result in found.results:
+            assert (len(result.hits), len(result.bottom)) == (rows, rows)
+        print_hits(found)
+        shown, recall = capsys.readouterr().out, found.settings["recall"]["row"][f"at_{at}"]
+        assert f"its recall@{at} when it was built: {recall:.3f} for rows" in shown
+        assert ("of so many it was not measured" in shown) == (rows > 100)
+        assert "asked for" not in shown
+
+
 def test_stale(lab: Lab, store: Path, tmp_path: Path) -> None:
     """Rows that were committed since are not silently left out."""
-    import shutil
-
     copy = tmp_path / "store"
     shutil.copytree(store, copy)
     put_back = unbuild(ghoststore.Store.open(copy).part("one"), 1)

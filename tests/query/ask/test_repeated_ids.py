@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 import ghoststore
-from ghoststore.cli import terminal
 from ghoststore.cli.watch import render
 from ghoststore.corpus.repeated import RepeatedIds
 from ghoststore.store import RowTable
@@ -165,34 +164,6 @@ def test_a_row_is_shown_beside_an_id_that_repeats(width: int, tmp_path: Path) ->
     words = console.export_text().replace("│", " ").split()
     rows = {int(number) for word, number in itertools.pairwise(words) if word == "row" and number.isdigit()}
     assert rows == {one.source_row for one in shown if one not in alone}
-
-
-@pytest.mark.parametrize("width", [80, 100, 240])
-def test_numbers_of_a_table_are_never_cut(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A row of a ranking is one line; in a narrow terminal its id, domain and text give way."""
-    monkeypatch.setattr(terminal, "_stdout", lambda: Console(width=width, force_terminal=True, color_system=None))
-    columns = [
-        ("rank", True),
-        ("Σ unit·score", True),
-        ("times", True),
-        ("negative", True),
-        ("id", False),
-        ("row", True),
-        ("domain", False),
-        ("text", False),
-    ]
-    rows = [
-        ["1", "1.234e-05", "1,234", "12.3%", f"{LONG}1", "123456789", "encyclopedia", "many words " * 8],
-        ["10", "-1e-300", "9", "–", "x", "7", "", ""],
-    ]
-    terminal.print_table("highest", columns, rows, fold=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= width
-    for row in rows:
-        numbers = [cell for cell, (_, right) in zip(row, columns, strict=True) if right]
-        assert any(all(number in line.split() for number in numbers) for line in lines), row
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

@@ -209,7 +209,7 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
     shown = lab.run("fidelity", "--store", tmp_path / "store", "--rows", "20", "--val-samples", "3", "--quiet")
     assert shown.code == 0, shown.err
     expected = "against all parameters: not known, the part is in a metric of its layers alone"
-    assert f"{expected} (scaled by an optimizer state)" in shown.out
+    assert f"{expected} (scaled by the optimizer state given at build)" in shown.out
     for name, precondition in (("plain", "none"), ("learned", "kronecker")):
         built = lab.run(
             "build",
@@ -231,7 +231,9 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
         words = ("--store", tmp_path / "own", "--part", name, "--rows", "20", "--val-samples", "3", "--quiet")
         shown = lab.run("fidelity", *words)
         assert shown.code == 0, shown.err
-        assert (f"{expected} (preconditioned when it was built)" in shown.out) == (name == "learned")
+        assert (f"{expected} (preconditioned by the Kronecker factors learned at build)" in shown.out) == (
+            name == "learned"
+        )
         assert "optimizer" not in shown.out
 
 

@@ -124,7 +124,7 @@ def test_a_curve_of_two_metrics_is_refused(store: Path, tmp_path: Path) -> None:
     for other in ("plain", "damped"):
         with pytest.raises(MismatchError, match="are no points of one curve: precondition"):
             ghoststore.plot_error(out=tmp_path / "error.png", part=["rank", other], **asked)
-    with pytest.raises(UsageError, match=r"preconditioned when it was built.*give full_layers"):
+    with pytest.raises(UsageError, match=r"preconditioned by the Kronecker factors learned at build.*give full_layers"):
         ghoststore.plot_error(out=tmp_path / "error.png", part=["rank"], reference="full", **asked)
 
 
@@ -140,7 +140,9 @@ def test_evaluation_by_exact_gradients(store: Path, tmp_path: Path) -> None:
             scores[place, hit.source_row] = hit.score
     np.testing.assert_allclose(found, scores, rtol=0, atol=1e-3 * np.abs(scores).max())
     for method in ("exact-dot", "exact-cosine"):
-        with pytest.raises(UsageError, match=rf"`methods={method}`: .*preconditioned when it was built"):
+        with pytest.raises(
+            UsageError, match=rf"`methods={method}`: .*preconditioned by the Kronecker factors learned at build"
+        ):
             scores_of(folder, tmp_path / "other", [method], part="rank")
 
 

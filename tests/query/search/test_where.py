@@ -216,7 +216,7 @@ def test_through_an_index(made: Part, factory: str, share: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("factory", ["PQ8x4fs", "IVF32,Flat"])
 def test_never_fewer_than_exact_search_gives(lab: Lab, store: Path, factory: str) -> None:
-    """An index that cannot be filtered, and one whose lists hold too few that match: exact search, and a note."""
+    """An index that cannot be filtered is followed by exact search, and a note; one with short lists looks at more."""
     ghoststore.index(store=store, part="one", metric="dot", factory=factory, name="poor", rebuild=True)
     index = AnnIndex.open(Store.open(store).part("one"), "poor", metric="dot")
     index._searcher.candidates = 1
@@ -226,10 +226,14 @@ def test_never_fewer_than_exact_search_gives(lab: Lab, store: Path, factory: str
     question, notes = Question(store=store, val_set=store.parent / "val.jsonl", **settings), Notes()
     with opened_scorer(question) as scorer:
         best, _ = scorer.rank(20, 0, notes, index=index)
-        assert not scorer.by_index
+        by_index = scorer.by_index
         exact, _ = scorer.rank(20, 0, notes)
-    assert best.rows.tolist() == exact.rows.tolist()
-    assert [note for note in notes.said if "the rows that match are searched exactly" in note] != []
+    assert by_index == (factory == "IVF32,Flat")
+    assert (best.rows >= 0).all()
+    assert not (best.rows == 5).any()
+    if not by_index:
+        assert best.rows.tolist() == exact.rows.tolist()
+        assert [note for note in notes.said if "the rows that match are searched exactly" in note] != []
 
 
 @pytest.mark.slow
@@ -319,6 +323,15 @@ def test_a_note_says_how_many(store: Path) -> None:
     notes = Notes()
     ask(store, where=SQL, progress=notes)
     assert f"`where`: {len(matching(store, SQL))} of 89 usable rows match" in notes.said
+
+
+@pytest.mark.slow
+def test_a_table_says_that_no_more_match(lab: Lab, store: Path) -> None:
+    given = ("--store", store, "--part", "one", "--val-set", store.parent / "val.jsonl", "--device", "cpu", "--quiet")
+    for index in ("exact", "ann"):
+        outcome = lab.run("query", *given, "--index", index, "--where", "source_row IN (1, 2)", "--top-k", "5")
+        assert outcome.code == 0, outcome.err
+        assert "2 of the 5 rows that were asked for: no more rows match --where" in outcome.out + outcome.err
 
 
 @pytest.mark.slow

@@ -1,0 +1,51 @@
+"""How long a build would take: measured on one batch of its rows."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+
+import torch
+
+from indexer.build.job import BuildJob
+from indexer.encode.batching import plan_batches
+from indexer.encode.encoder import RowEncoder
+from indexer.encode.tokens import rows_of
+from indexer.projection.matrices import Projection, drawn_sides
+
+ROWS = 64
+"""Most rows that are looked at."""
+LEARNING = 1.4
+"""A learning pass ÷ a building one, measured: it forms the products of both sides, and the eigenvectors follow."""
+
+
+def estimated_seconds(job: BuildJob) -> dict[str, float]:
+    """Seconds by kind of work, ``learning`` and ``compute``, on this machine as busy as it is; empty where no row can
+    be used. Computes a batch of the first rows twice, the second time measured, and drops it.
+    """
+    inputs, plan = job.inputs, job.projected
+    rows = rows_of(islice(inputs.corpus.samples(), inputs.options.max_samples), inputs.tokenizer, inputs.tokens)
+    usable = list(islice((row for row in rows if row.status.usable), ROWS))
+    if not usable or job.plan.tokens is None:
+        return {}
+    batch = max(plan_batches([len(row.tokens) for row in usable], inputs.batch_tokens, padding=job.padding), key=len)
+    projection = Projection.with_sides(
+        plan, {layer.block.name: drawn_sides(plan.config, layer) for layer in plan.layers}
+    )
+    options = inputs.options
+    with RowEncoder(
+        inputs.model, projection, reduction=options.loss_reduction, checkpointing=options.gradient_checkpointing
+    ) as encoder:
+        spent = 0.0
+        for _ in range(2):
+            begun = time.perf_counter()
+            encoder([usable[place] for place in batch])
+            if encoder.device.type == "cuda":
+                torch.cuda.synchronize(encoder.device)
+            spent = time.perf_counter() - begun
+    each = spent / sum(len(usable[place].tokens) for place in batch)
+    seconds = {"compute": each * job.plan.tokens}
+    if plan.config.calibrated:
+        share = min(1.0, plan.config.calibration_samples / max(1, job.plan.rows))
+        seconds["learning"] = LEARNING * share * seconds["compute"]
+    return seconds
