@@ -17,6 +17,7 @@ from ghoststore.progress import Progress
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.part.encoding import numbers_per_layer
 from indexer.build.calibrate import calibrate
 from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus
 from indexer.build.inputs import BuildInputs
@@ -98,7 +99,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
             "own: choose one (`precondition=none`)"
         )
-    plan = ProjectionPlan.for_model(model, config)
+    plan = ProjectionPlan.for_model(model, config, numbers=numbers_per_layer(options.proj_dtype))
     if existing is not None:  # refused before the corpus is read, which takes longer
         _refuse_other(existing, plan, inputs.identity)
     padding = _may_pad(inputs, plan, progress)
