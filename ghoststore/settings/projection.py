@@ -39,7 +39,8 @@ class ProjectionConfig:
     """How to project gradients. ``None`` and ``"auto"`` are resolved from the other fields by
     :class:`indexer.projection.plan.ProjectionPlan`.
 
-    By default blocks of up to 64 × 64 numbers are sketched to 64 numbers a layer. ``rank_total`` without ``compress``
+    By default blocks of up to 64 × 64 numbers are sketched, in a build to what 256 bytes a layer hold (64 numbers of
+    float32, 2,048 of onebit), elsewhere to 64 numbers a layer. ``rank_total`` without ``compress``
     gives plain Kronecker blocks, which can be scored layer by layer. ``rank_total="full"`` keeps every axis at its own
     length: the vectors are then the gradients themselves.
 
@@ -81,7 +82,7 @@ class ProjectionConfig:
     )
     compress: Compress = option(
         "auto",
-        "Sketch the whole vector to K numbers; auto: 64 a layer.",
+        "Sketch the whole vector to K numbers; auto: 256 bytes a layer (64 numbers of float32, 2,048 of onebit).",
         "Projection",
         flag="--proj-compress",
         metavar="K|none",

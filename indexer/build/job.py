@@ -17,6 +17,7 @@ from ghoststore.progress import Progress
 from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.store import Manifest, Part, PartLayout
 from ghoststore.store.base.manifest import refuse_differences
+from ghoststore.store.part.encoding import numbers_per_layer
 from ghoststore.store.part.kept import KeptField
 from indexer.build.calibrate import calibrate
 from indexer.build.corpus_plan import CorpusPlan, LearningSample, plan_corpus
@@ -101,7 +102,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
             f"`optimizer_state` and `precondition={config.precondition}` each give the gradients a metric of its "
             "own: choose one (`precondition=none`)"
         )
-    plan = ProjectionPlan.for_model(model, config)
+    plan = ProjectionPlan.for_model(model, config, numbers=numbers_per_layer(options.proj_dtype))
     if existing is not None:  # refused before the corpus is read, which takes longer
         _refuse_other(existing, plan, inputs.identity)
         refuse_other_fields(existing, inputs.corpus.keep)

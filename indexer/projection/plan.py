@@ -16,6 +16,7 @@ from indexer.projection.selection import Block, select_blocks
 
 SKETCHED_RANK_TOTAL = 64 * 64
 NUMBERS_PER_LAYER = 64
+"""Of a sketch by default, where no encoding says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +113,11 @@ class ProjectionPlan:
         return [(layer.block.name, layer.start, layer.stop) for layer in self.layers]
 
     @classmethod
-    def for_model(cls, model: nn.Module, config: ProjectionConfig) -> ProjectionPlan:
-        """Ranks and columns of every layer of ``model`` that ``config`` selects.
+    def for_model(
+        cls, model: nn.Module, config: ProjectionConfig, *, numbers: int = NUMBERS_PER_LAYER
+    ) -> ProjectionPlan:
+        """Ranks and columns of every layer of ``model`` that ``config`` selects. ``numbers`` a layer are what
+        ``compress="auto"`` sketches to, if the blocks have more.
 
         Raises LayerError as :func:`select_blocks` does, and for a rank larger than a layer; UsageError if ``compress``
         is not smaller than the vector.
@@ -142,7 +146,7 @@ class ProjectionPlan:
         return cls(
             config=config,
             layers=tuple(layers),
-            compress=cls._resolve_compress(config, start, len(layers)),
+            compress=cls._resolve_compress(config, start, len(layers), numbers),
             covered=selection.covered,
             total=selection.total,
         )
@@ -158,7 +162,7 @@ class ProjectionPlan:
             )
 
     @staticmethod
-    def _resolve_compress(config: ProjectionConfig, dimension: int, layers: int) -> int | None:
+    def _resolve_compress(config: ProjectionConfig, dimension: int, layers: int, numbers: int) -> int | None:
         """K of the sketch for Kronecker vectors of ``dimension`` numbers; None for no sketch."""
         if not config.sketched:
             return None
@@ -174,7 +178,7 @@ class ProjectionPlan:
                     "or `compress_by=all`"
                 )
             return config.compress
-        default = NUMBERS_PER_LAYER * layers
+        default = numbers * layers
         return default if default < dimension else None
 
     def to_json(self) -> dict[str, Any]:

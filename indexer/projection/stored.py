@@ -12,6 +12,7 @@ from ghoststore.errors import MismatchError
 from ghoststore.settings.projection import ProjectionConfig, unsketched
 from ghoststore.store import Part, Run
 from ghoststore.store.base.records import reading
+from ghoststore.store.part.encoding import numbers_per_layer
 from ghoststore.store.part.part import fixed_array
 from indexer.projection.adam import SCALES, SideScales, unflat
 from indexer.projection.calibration import FACTORS, KEPT, SIDES, Calibration
@@ -35,7 +36,8 @@ def projection_of(part: Part, model: nn.Module) -> Projection:
     stored = part.manifest["projection"]
     with reading(part.path / "zarr.json", "does not describe a projection"):
         config = config_of(stored, part.manifest["layers"])
-    plan = calibrated_as(part, ProjectionPlan.for_model(model, config))
+    numbers = numbers_per_layer(part.layout.dtype)
+    plan = calibrated_as(part, ProjectionPlan.for_model(model, config, numbers=numbers))
     if plan.layers_json() != part.manifest["layers"]:
         raise MismatchError(f"part {part.name!r}: the layers of this model are not those that the part was built from")
     projection = Projection(plan, scales_of(part, plan))

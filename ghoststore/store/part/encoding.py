@@ -18,6 +18,8 @@ Float32 = NDArray[np.float32]
 Groups = Sequence[tuple[str, int, int]]
 """(name, first column, one past the last) of each block, in order. Together they are all D columns."""
 
+LAYER_BYTES = 256
+"""Bytes of a layer of a row by default, without its scale."""
 LARGEST_CODE = 127
 LARGEST_SCALE = np.float32(66052 * 2.0**105)
 """The largest number of 17 bits whose product with 127 is finite in float32."""
@@ -138,3 +140,8 @@ def encoding(name: str) -> Encoding:
         return ENCODINGS[name]
     except KeyError:
         raise UsageError(f"`proj_dtype` {name!r} is unknown; known: {', '.join(ENCODINGS)}") from None
+
+
+def numbers_per_layer(name: str) -> int:
+    """How many numbers of the encoding ``name`` fill :data:`LAYER_BYTES`: 64 of float32, 2,048 of one bit."""
+    return LAYER_BYTES // encoding(name).row_bytes(8) * 8
