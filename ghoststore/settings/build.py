@@ -28,8 +28,8 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
         None, "How gradients are projected.", "Projection", group=ProjectionConfig
     )
     proj_dtype: str = option(
-        "float32",
-        "Numbers in the store; int8 takes a quarter of float32, onebit (signs) a thirtieth.",
+        "onebit",
+        "Numbers in the store: of onebit the signs, which rank best for their bytes; float32 takes 32 times as much each.",
         "Projection",
         choices=VECTOR_DTYPES,
     )
