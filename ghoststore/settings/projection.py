@@ -155,8 +155,3 @@ class ProjectionConfig:
     def learns_sides(self) -> bool:
         """Whether the sides are learned from the corpus."""
         return self.kind == LEARNED or self.preconditioned
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether anything is learned from a sample of the corpus."""
-        return self.learns_sides or self.by_layer

@@ -306,7 +306,7 @@ def learning_bytes(plan: ProjectionPlan) -> int:
     """Estimate of the bytes that learning takes beside the model: random directions and their products, for both
     sides, and three times the blocks of a batch.
     """
-    if not plan.config.calibrated:
+    if not plan.calibrated:
         return 0
     axes = [pair for shape in plan.shapes for pair in ((shape.n_out, shape.k_out), (shape.n_in, shape.k_in))]
     sides = sum(2 * 4 * n * _random_directions(n, _eigenvectors(plan, n, k)) for n, k in axes)

@@ -45,7 +45,7 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
             spent = time.perf_counter() - begun
     each = spent / sum(len(usable[place].tokens) for place in batch)
     seconds = {"compute": each * job.plan.tokens}
-    if plan.config.calibrated:
+    if plan.calibrated:
         share = min(1.0, plan.config.calibration_samples / max(1, job.plan.rows))
         seconds["learning"] = LEARNING * share * seconds["compute"]
     return seconds

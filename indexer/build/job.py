@@ -107,7 +107,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         _refuse_other(existing, plan, inputs.identity)
         refuse_other_fields(existing, inputs.corpus.keep)
     padding = _may_pad(inputs, plan, progress)
-    learning = LearningSample(config.calibration_samples) if config.calibrated else None
+    learning = LearningSample(config.calibration_samples) if plan.calibrated else None
     corpus_plan = plan_corpus(
         inputs.corpus,
         inputs.tokenizer,

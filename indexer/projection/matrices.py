@@ -45,7 +45,7 @@ class Projection:
 
     def __init__(self, plan: ProjectionPlan, scales: Mapping[str, SideScales] | None = None) -> None:
         calibration = plan.calibration
-        if plan.config.calibrated and calibration is None:
+        if plan.calibrated and calibration is None:
             raise UsageError(
                 "the kind 'pca', a precondition, and sketches layer by layer are learned from a sample of a corpus: "
                 "only a build has them. Give `kind=gaussian`, `compress_by=all` and `precondition=none`"

@@ -77,6 +77,11 @@ class ProjectionPlan:
         return self.compress is not None and self.config.by_layer
 
     @property
+    def calibrated(self) -> bool:
+        """Whether anything is learned from a sample of the corpus. Blocks too small for a sketch share nothing out."""
+        return self.config.learns_sides or self.shared_out
+
+    @property
     def shapes(self) -> list[LayerShape]:
         """The shape of each layer, for a calibration."""
         return [
@@ -196,7 +201,7 @@ class ProjectionPlan:
             "compress_by": "layer" if self.shared_out else "all",
             "precondition": "kronecker" if config.preconditioned else "none",
             "damping": config.damping if config.preconditioned else None,
-            "calibration_samples": config.calibration_samples if config.calibrated else None,
+            "calibration_samples": config.calibration_samples if self.calibrated else None,
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             "kronecker_dimension": self.kronecker_dimension,
             "dimension": self.dimension,

@@ -98,7 +98,9 @@ def make(folder: Path) -> None:
     given: dict[str, Any] = {"checkpoint": folder / "model", "data": folder / "corpus.jsonl", "device": "cpu"}
     store = folder / "store"
     plain = ghoststore.ProjectionConfig(rank_total=16, precondition="none")
-    ghoststore.build(**given, store=store, name="plain", projection=plain, span_rows=5, store_text=True)
+    ghoststore.build(
+        **given, store=store, name="plain", projection=plain, proj_dtype="float32", span_rows=5, store_text=True
+    )
     # The default projection, learned from the corpus; codes of 8 bits; long samples cut into windows.
     learned = ghoststore.ProjectionConfig(compress=16)
     ghoststore.build(

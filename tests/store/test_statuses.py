@@ -25,7 +25,13 @@ def build(lab: Lab, folder: Path, rows: list[dict[str, Any]], **settings: Any) -
     corpus = lab.write(folder / "rows.jsonl", rows)
     store = folder / "store"
     plain = ghoststore.ProjectionConfig(precondition="none")  # scales of models stay those of their gradients
-    settings = {"checkpoint": lab.checkpoint, "span_rows": 4, "device": "cpu", "projection": plain} | settings
+    settings = {
+        "checkpoint": lab.checkpoint,
+        "span_rows": 4,
+        "device": "cpu",
+        "projection": plain,
+        "proj_dtype": "float32",
+    } | settings
     report = ghoststore.build(data=corpus, store=store, **settings)
     part = ghoststore.Store.open(store).part()
     counts: dict[str, int] = {}

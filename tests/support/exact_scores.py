@@ -42,7 +42,14 @@ def exact_folder(lab: Lab, folder: Path) -> Path:
     }
     for name, given in settings.items():
         ghoststore.build(
-            checkpoint=lab.checkpoint, data=data, store=folder / "store", name=name, span_rows=16, device="cpu", **given
+            checkpoint=lab.checkpoint,
+            data=data,
+            store=folder / "store",
+            name=name,
+            proj_dtype="float32",
+            span_rows=16,
+            device="cpu",
+            **given,
         )
     return folder
 

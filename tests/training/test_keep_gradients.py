@@ -36,6 +36,7 @@ def built(gym: Gym, trained: Trained, folder: Path, step: int = 0) -> Any:
             store=folder / "store",
             name=name,
             projection=PLAIN,
+            proj_dtype="float32",
             device="cpu",
         )
         vectors.append(vectors_of(Store.open(folder / "store").part(name)).astype(np.float64))

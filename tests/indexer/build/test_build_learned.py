@@ -49,6 +49,7 @@ def build(lab: Lab, store: Path, projection: ProjectionConfig | None = None, **s
         "name": "part",
         "span_rows": 6,
         "device": "cpu",
+        "proj_dtype": "float32",
     } | settings
     return ghoststore.build(store=store, projection=projection or DEFAULT, **settings)
 

@@ -44,7 +44,7 @@ def build(
         projection=config,
         device="cpu",
         progress=notes,
-        **options,
+        **{"proj_dtype": "float32", **options},
     )
 
 
@@ -189,6 +189,7 @@ def test_a_sparse_attention_that_picks_padding(lab: Lab, tmp_path: Path) -> None
             name=name,
             device="cpu",
             projection=ghoststore.ProjectionConfig(layers=("o_proj", "mlp"), rank_total=16, precondition="none"),
+            proj_dtype="float32",
             batch_tokens=batch_tokens,
         )
         part = Store.open(tmp_path / "store").part(name)

@@ -34,6 +34,7 @@ DATED = (
 )
 PLAIN = "{% for m in messages %} {{ m.role }}: {{ m.content }}{% endfor %}"
 LONG_AGO = "2020-02-03"
+FLOATS = ("--proj-precondition", "none", "--proj-dtype", "float32")
 TURNS = [{"role": "user", "content": "hi"}]
 
 
@@ -106,9 +107,7 @@ def test_a_part_keeps_the_date_for_every_question(dated: tuple[Path, Path, Path]
     """The part is of token shards of another day; val sets are chats, tokenized today."""
     checkpoint, data, shards = dated
     store = tmp_path / "store"
-    built = lab.build(
-        store, "--checkpoint", checkpoint, "--data", shards, "--proj-precondition", "none", "--span-rows", "8"
-    )
+    built = lab.build(store, "--checkpoint", checkpoint, "--data", shards, *FLOATS, "--span-rows", "8")
     assert built.code == 0, built.err
     part = Store.open(store).part()
     assert part.manifest["tokens"]["template_date"] == LONG_AGO
@@ -120,9 +119,7 @@ def test_a_part_keeps_the_date_for_every_question(dated: tuple[Path, Path, Path]
     before = np.asarray(part.read("vectors", 0, part.rows))
     np.testing.assert_allclose(vectors, before, rtol=1e-3, atol=1e-4)
     unbuild(part, 1)
-    built = lab.build(
-        store, "--checkpoint", checkpoint, "--data", shards, "--proj-precondition", "none", "--span-rows", "8"
-    )
+    built = lab.build(store, "--checkpoint", checkpoint, "--data", shards, *FLOATS, "--span-rows", "8")
     assert built.code == 0, built.err
     np.testing.assert_array_equal(np.asarray(Store.open(store).part().read("vectors", 0, part.rows)), before)
 
@@ -134,7 +131,7 @@ def test_a_build_goes_on_with_the_date_of_its_first_day(
     """The manifest of a part of chats says a day that has passed: whatever is built on is of that day."""
     checkpoint, data, _ = dated
     store = tmp_path / "store"
-    words = ["--checkpoint", checkpoint, "--data", data, "--proj-precondition", "none", "--span-rows", "8"]
+    words = ["--checkpoint", checkpoint, "--data", data, *FLOATS, "--span-rows", "8"]
     assert lab.build(store, *words).code == 0
     part = Store.open(store).part()
     today = np.asarray(part.read("vectors", 0, part.rows))

@@ -91,6 +91,7 @@ def test_vectors_are_gradients_times_v_to_the_minus_quarter(lab: Lab, checkpoint
             name=name,
             projection=FULL,
             optimizer_state=state,
+            proj_dtype="float32",
             device="cpu",
         )
     store = ghoststore.Store.open(tmp_path / "store")
