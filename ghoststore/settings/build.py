@@ -29,7 +29,7 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     )
     proj_dtype: str = option(
         "onebit",
-        "Numbers in the store: of onebit the signs, which rank best for their bytes; float32 takes 32 times as much each.",
+        "Numbers in the store: onebit, signs, ranks best for its bytes; int8 is searched several times as fast.",
         "Projection",
         choices=VECTOR_DTYPES,
     )

@@ -1,5 +1,6 @@
-"""A part of default options: its signs are sketched, or all kept where the blocks of a small model are few numbers. Either
-way it is continued, mended, asked, exported, and built anew from what its manifest says.
+"""A part of default options: signs of a sketch, or of whole blocks where those of a small model are few numbers.
+
+Either way it is continued, mended, asked, exported, and built anew from what its manifest says.
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def test_killed_and_resumed_to_the_same_bytes(lab: Lab, tmp_path: Path, name: st
 def test_bytes_a_row(lab: Lab, tmp_path: Path) -> None:
     """What is announced, shown and on the disk."""
     layers = 4  # with a scale and a norm each
-    expected = {"float32": 1024, "float16": 512, "bfloat16": 512, "int8": 256 + 4 * layers, "onebit": 32 + 4 * layers}
+    scales = {"int8": 4 * layers, "onebit": 4 * layers}
+    expected = {name: 256 * layers + scales.get(name, 0) for name in ENCODINGS}
     others = 43 + 4 * layers
     for name, size in expected.items():
         options = {"checkpoint": lab.checkpoint, "data": lab.corpus, "store": tmp_path / "store", "name": name}

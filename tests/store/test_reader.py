@@ -75,6 +75,7 @@ def test_stored_numbers_are_the_rounded_vectors(lab: Lab, tmp_path: Path, dtype:
             store=tmp_path / "store",
             name=name,
             proj_dtype=name,
+            projection=ghoststore.ProjectionConfig(compress=256),
             device="cpu",
         )
         part = ghoststore.Store.open(tmp_path / "store").part(name)
@@ -87,7 +88,7 @@ def test_stored_numbers_are_the_rounded_vectors(lab: Lab, tmp_path: Path, dtype:
 
 def test_several_chunks_a_span(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks smaller than spans, which huge vectors have: more chunks than buffers, and a last one cut short."""
-    monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", 2 * D // 8)
+    monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", 2 * D)
     store = tmp_path / "store"
     ghoststore.build(checkpoint=lab.checkpoint, data=lab.corpus, store=store, span_rows=10, device="cpu")
     part = ghoststore.Store.open(store).part()

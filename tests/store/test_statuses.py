@@ -198,10 +198,14 @@ def test_rows_too_large_for_float16(lab: Lab, tmp_path: Path, scale: float, kind
 
     checkpoint = lab.model(tmp_path / "model", change=steeper, tie_word_embeddings=False)
     (tmp_path / "exact").mkdir()
-    exact = build(lab, tmp_path / "exact", lab.rows, checkpoint=checkpoint)
+    same: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "projection": ghoststore.ProjectionConfig(precondition="none", compress=256),
+    }
+    exact = build(lab, tmp_path / "exact", lab.rows, **same)
     assert set(statuses(exact)) == {Status.OK}
     largest = np.abs(read(exact, "vectors")).max(1)
-    part = build(lab, tmp_path, lab.rows, checkpoint=checkpoint, proj_dtype="float16")
+    part = build(lab, tmp_path, lab.rows, **same, proj_dtype="float16")
     assert statuses(part) == [Status.OUT_OF_RANGE if value > 65519 else Status.OK for value in largest]
     assert set(statuses(part)) == kinds
     check(lab, part)
