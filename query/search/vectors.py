@@ -41,6 +41,11 @@ def _bfloat16(bits: Tensor) -> Tensor:
 
 def _signs(bits: Tensor) -> Tensor:
     """(R, columns) uint8 to (R, 8 · columns) int8: 1 for a bit, -1 for none, the lowest bit first."""
+    if not bits.is_cuda:
+        signs: NDArray[np.int8] = np.unpackbits(bits.numpy(), axis=1, bitorder="little").view(np.int8)
+        signs *= 2
+        signs -= 1
+        return torch.from_numpy(signs)
     byte = np.arange(256, dtype=np.uint8)[:, None]
     table = (np.unpackbits(byte, axis=1, bitorder="little").astype(np.int8) * 2 - 1).view(np.int64)
     eights = torch.from_numpy(table.ravel()).to(bits.device).index_select(0, bits.flatten().int())
