@@ -29,7 +29,7 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     )
     proj_dtype: str = option(
         "onebit",
-        "Numbers in the store: onebit keeps signs, the best ranking for its bytes; int8 is searched several times as fast.",
+        "Numbers in the store: onebit, signs, ranks best for its bytes; int8 is searched several times as fast.",
         "Projection",
         choices=VECTOR_DTYPES,
     )
