@@ -314,7 +314,7 @@ def add_learning(results: Results, setting: Setting, rows: int) -> None:
     whole = [sum(run[line["task"]][kind] for line in lines) for run in spent]
     over = ratios(whole, building).show(".2f")
     lines.append({"task": "both", "seconds": Spread.of(whole).show(".2f"), "÷ building as many rows": over})
-    note = f"A default build of {rows:,} rows, of which it learns from {learnt:,}; one thread, CPU seconds (CUDA: wall)."
+    note = f"A default build of {rows:,} rows that learns from {learnt:,}; one thread, CPU seconds (CUDA: wall)."
     results.add(Table("Learning", lines, note), learning=[{name: list(run[name]) for name in run} for run in spent])
 
 
