@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 import ghoststore
 from ghoststore import Corpus, ProjectionConfig, Store
 from ghoststore.checkpoint.load import find_checkpoint, load_model, load_tokenizer
-from ghoststore.corpus import Fields
+from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
 from ghoststore.settings.question import RebuiltOptions
 from indexer.encode.batching import plan_batches
@@ -38,11 +38,14 @@ from indexer.encode.encoder import RowEncoder
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, rows_of
 from indexer.projection.matrices import Projection
 from indexer.training.retrain import Recipe
+from query.ask.question import Question
+from query.ask.scorer import open_scorer
 from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import Lds, half, lds
 from query.evaluate.task import Task
 from query.evaluate.tf_idf import TfIdf
 from query.evaluate.trainings import losses_of
+from query.search.vectors import PartVectors
 
 LAYERS = ("mlp", "attn")
 CALIBRATION = (256, 1024)
@@ -243,17 +246,18 @@ class Judge:
     def of(self, scores_VN: NDArray[np.float64]) -> Lds:
         return lds(scores_VN, self.kept_MN, self.losses_VM)
 
-    def of_part(self, case: Case, label: str, metric: str) -> Lds:
+    def of_part(self, case: Case, label: str) -> dict[str, Lds]:
+        """By dot and cosine."""
         part = case.built(label)
-        answer = ghoststore.query(
-            store=case.folder / "parts-store", part=part.name, val_set=case.val_set, each=True,
-            top_k=self.kept_MN.shape[1], metric=metric, device="cpu", progress=Silent(),
-        )  # fmt: skip
-        scores_VN = np.zeros((len(answer.results), self.kept_MN.shape[1]))
-        for scores_N, ranking in zip(scores_VN, answer.results, strict=True):
-            for hit in ranking.hits:
-                scores_N[hit.source_row] += hit.score
-        return self.of(scores_VN)
+        question = Question(
+            store=part.path.parent.parent, val_set=case.val_set, part=part.name, each=True, device="cpu"
+        )
+        with open_corpus(str(case.val_set), Fields()) as val_set:
+            scorer = open_scorer(question, [part], [1.0], val_set, Silent())
+        rows_ND = PartVectors(part).gather(np.arange(self.kept_MN.shape[1]))
+        dot_VN = (scorer.terms[0].queries_QD.float() @ rows_ND.t()).double()
+        lengths_N = rows_ND.norm(dim=1).double().clamp_min(1e-30)
+        return {"dot": self.of(dot_VN.numpy()), "cosine": self.of((dot_VN / lengths_N).numpy())}
 
 
 def bytes_of(numbers: int, bits: int) -> int:
@@ -317,7 +321,7 @@ def add_tables(results: Results, case: Case, judge: Judge, out: Path) -> None:
     picture(out / f"{results.name}.svg", points, kfac, lexical.value)
     parts = []
     for label in BUILT:
-        measured = {metric: judge.of_part(case, label, metric) for metric in ("dot", "cosine")}
+        measured = judge.of_part(case, label)
         share = f"{measured['dot'].value / kfac:.2f}"
         parts.append({"part": label, **{name: shown(value) for name, value in measured.items()}, "÷ exact": share})
     note = "256 bytes a layer on average, by each layer's share of the gradient. ÷ exact: by K-FAC, damping 0.1."
