@@ -295,6 +295,29 @@ def add_shares(results: Results, setting: Setting) -> None:
     results.add(Table("Where the time of d goes", rows, note), shares=seconds)
 
 
+def measure_learning(setting: Setting) -> dict[str, Clock]:
+    """Seconds by task of one default build: learning in two tasks, and building. For a fresh process."""
+    return build_once(setting, "learning")[1].spent
+
+
+def add_learning(results: Results, setting: Setting, rows: int) -> None:
+    """What the default learns before it builds, beside building as many rows."""
+    learnt = min(rows, ProjectionConfig().calibration_samples)
+    spent = [in_fresh_process(measure_learning, setting, threads=1) for _ in range(setting.repeats)]
+    kind = 1 if setting.device.startswith("cuda") else 0
+    building = [run["building"][kind] * learnt / rows for run in spent]
+    lines = []
+    for name in ("learning the projection", "eigenvectors of layers"):
+        seconds = [run[name][kind] for run in spent]
+        over = ratios(seconds, building).show(".2f")
+        lines.append({"task": name, "seconds": Spread.of(seconds).show(".2f"), "÷ building as many rows": over})
+    whole = [sum(run[line["task"]][kind] for line in lines) for run in spent]
+    over = ratios(whole, building).show(".2f")
+    lines.append({"task": "both", "seconds": Spread.of(whole).show(".2f"), "÷ building as many rows": over})
+    note = f"A default build of {rows:,} rows that learns from {learnt:,}; one thread, CPU seconds (CUDA: wall)."
+    results.add(Table("Learning", lines, note), learning=[{name: list(run[name]) for name in run} for run in spent])
+
+
 def add_memory(results: Results, setting: Setting) -> None:
     peaks = {way: in_fresh_process(measure_memory, setting, way) for way in (PLAIN, ENGINE, BUILD)}
     rows = [
@@ -394,6 +417,7 @@ def main(
             facts=machine_facts(device),
         )
         add_times(results, setting, rows * length)
+        add_learning(results, setting, rows)
         add_shares(results, setting)
         add_memory(results, setting)
         if growth_rows:

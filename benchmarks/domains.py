@@ -116,6 +116,7 @@ def build(folder: Path, name: str, data: Path, max_length: int, projection: Proj
         name=name,
         max_length=max_length,
         projection=projection,
+        proj_dtype="float32",
     )
     return report.dimension
 

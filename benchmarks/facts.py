@@ -37,6 +37,7 @@ SCORES: dict[str, dict[str, Any]] = {
 
 RAW = "none"
 PLAIN = ProjectionConfig(rank_total=256, precondition=RAW)
+FLOAT32 = {"proj_dtype": "float32"}
 
 Rows = list[dict[str, str]]
 
@@ -52,13 +53,9 @@ class Build:
 
 
 BUILDS = (
-    Build(label="default: preconditioned, sketched, 64 a layer", name="default"),
-    Build(label="the same, int8", name="default-int8", settings={"proj_dtype": "int8"}),
-    Build(
-        label="preconditioned, sketched, 256 a layer, int8",
-        name="default256-int8",
-        settings={"projection": ProjectionConfig(compress=4096), "proj_dtype": "int8"},
-    ),
+    Build(label="default: preconditioned, sketched, 2,048 bits a layer", name="default"),
+    Build(label="the same, 256 numbers of int8", name="default-int8", settings={"proj_dtype": "int8"}),
+    Build(label="the same, 64 numbers of float32", name="default-float32", settings=FLOAT32),
     Build(
         label="preconditioned, plain blocks, 256 a layer, int8",
         name="kronecker256-int8",
@@ -67,29 +64,29 @@ BUILDS = (
     Build(
         label="principal directions, 64 a layer",
         name="pca",
-        settings={"projection": ProjectionConfig(kind="pca", precondition=RAW)},
+        settings={"projection": ProjectionConfig(kind="pca", precondition=RAW), **FLOAT32},
     ),
     Build(
         label="sketched together, 64 a layer",
         name="sketched",
-        settings={"projection": ProjectionConfig(precondition=RAW)},
+        settings={"projection": ProjectionConfig(precondition=RAW), **FLOAT32},
     ),
     Build(
         label="plain blocks, 64 a layer",
         name="plain64",
-        settings={"projection": ProjectionConfig(rank_total=64, precondition=RAW)},
+        settings={"projection": ProjectionConfig(rank_total=64, precondition=RAW), **FLOAT32},
     ),
-    Build(label="plain blocks, 256 a layer", name="plain256", settings={"projection": PLAIN}),
+    Build(label="plain blocks, 256 a layer", name="plain256", settings={"projection": PLAIN, **FLOAT32}),
     Build(
         label="plain blocks, 256 a layer, int8",
         name="plain256-int8",
         settings={"projection": PLAIN, "proj_dtype": "int8"},
     ),
-    Build(label="sketched together, with Adam's state", name="sketched-adam", adam=True),
+    Build(label="sketched together, with Adam's state", name="sketched-adam", settings=FLOAT32, adam=True),
     Build(
         label="plain blocks, 256, with Adam's state",
         name="plain256-adam",
-        settings={"projection": PLAIN},
+        settings={"projection": PLAIN, **FLOAT32},
         adam=True,
     ),
 )

@@ -54,6 +54,7 @@ class Built:
     projection: ProjectionConfig
     damping: float
     """Of scores preconditioned by the second moment of the stored rows."""
+    proj_dtype: str = "float32"
     adam: bool = False
     every: bool = False
     """At every checkpoint, not only the last."""
@@ -66,8 +67,14 @@ class Built:
 PARTS = (
     Built(label="sketch", name="sketch", projection=ProjectionConfig(**PLAIN), damping=1.0, every=True),
     Built(
-        label="sketch, preconditioned (default)", name="default", projection=ProjectionConfig(), damping=1.0, every=True
+        label="sketch, preconditioned (default)",
+        name="default",
+        projection=ProjectionConfig(),
+        damping=1.0,
+        proj_dtype="onebit",
+        every=True,
     ),
+    Built(label="the same, 64 of float32", name="default-float32", projection=ProjectionConfig(), damping=1.0),
     Built(label="plain blocks of 256", name="plain", projection=ProjectionConfig(rank_total=256, **PLAIN), damping=0.1),
     Built(
         label="plain blocks of 256, preconditioned",
@@ -181,6 +188,7 @@ def build_parts(setting: Setting, checkpoints: dict[int, Path]) -> None:
                     name=built.at(step),
                     max_length=MAX_LENGTH,
                     projection=built.projection,
+                    proj_dtype=built.proj_dtype,
                     device="cpu",
                     optimizer_state=checkpoint if built.adam else None,
                 )

@@ -23,7 +23,6 @@ from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DemoOptions
-from ghoststore.settings.projection import ProjectionConfig
 from ghoststore.settings.shared import WeightOption
 from ghoststore.store import Store
 from ghoststore.store.base.disk import create_whole, exclusive, replace, storage_errors
@@ -56,8 +55,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dot": {"metric": "dot"},
 }
 WORDS = "TF-IDF, words alone"
-PROJECTION = ProjectionConfig(compress=4096)
-"""256 numbers a layer, four times the default, to distinguish single facts. The corpus is small enough for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +137,6 @@ def _run(folder: Path, corpus: DemoCorpus, options: DemoOptions, progress: Progr
         name=PART,
         max_length=MAX_LENGTH,
         batch_tokens=4096,
-        projection=PROJECTION,
-        proj_dtype="int8",
         progress=progress,
     )
     seconds["build"] = time.perf_counter() - clock

@@ -26,6 +26,10 @@ Combine = Literal["max"]
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 
 PAIRS_AT_ONCE = 1024
+PIECE = 2048
+"""Most numbers of one float32 product. Products of longer vectors are sums of such, in float64: the bound of the error
+grows with the numbers of one product, and what it does not rule out is scored in float64, pair by pair.
+"""
 SAFE = 2.0**90
 """Largest length and factor of a row whose products certainly stay in the range of float32; its inverse is
 the least.
@@ -161,6 +165,20 @@ def product_error(dimension: int) -> float:
     return (dimension + 8) * 2.0**-24
 
 
+def cheap_products(rows_RD: Tensor, query_DQ: Tensor) -> Tensor:
+    """(R, Q) float32: products of rows and queries, with the error of pieces of at most :data:`PIECE` numbers.
+
+    By Cauchy and Schwarz the errors of the pieces add up to no more than one piece's bound for the whole lengths.
+    """
+    dimension = rows_RD.shape[1]
+    if dimension <= PIECE:
+        return rows_RD @ query_DQ
+    total_RQ = torch.zeros(len(rows_RD), query_DQ.shape[1], dtype=torch.float64, device=rows_RD.device)
+    for start in range(0, dimension, PIECE):
+        total_RQ += rows_RD[:, start : start + PIECE] @ query_DQ[start : start + PIECE]
+    return total_RQ.float()
+
+
 def _out_of_range(numbers_R: Tensor) -> Tensor:
     """(R,): whether a number other than zero is so large or small that float32 products overflow or lose digits."""
     size_R = numbers_R.abs()
@@ -231,8 +249,8 @@ class _PieceScores:
         cheap_RQ = slack_RQ = torch.zeros(())
         for place, rows_RD in enumerate(piece.rows):
             factor_R = piece.factors[place]
-            product_RQ = (rows_RD @ self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
-            error_R = self._product_error(rows_RD.shape[1]) * piece.lengths[place] * factor_R.abs()
+            product_RQ = cheap_products(rows_RD, self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
+            error_R = self._product_error(min(PIECE, rows_RD.shape[1])) * piece.lengths[place] * factor_R.abs()
             error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
             wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
             if bool(wild_R.any()):  # the bound does not hold for them: score them exactly

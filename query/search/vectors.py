@@ -18,6 +18,9 @@ from ghoststore.store import Part
 from ghoststore.store.part.encoding import multiply
 from ghoststore.store.spans.reader import Chunk, read_span, stream
 
+DECODED_BYTES = 32 << 20
+"""Most bytes of rows that are decoded at once: a chunk of one-bit rows has 32 times its own bytes as float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class VectorChunk:
@@ -41,6 +44,11 @@ def _bfloat16(bits: Tensor) -> Tensor:
 
 def _signs(bits: Tensor) -> Tensor:
     """(R, columns) uint8 to (R, 8 · columns) int8: 1 for a bit, -1 for none, the lowest bit first."""
+    if not bits.is_cuda:
+        signs: NDArray[np.int8] = np.unpackbits(bits.numpy(), axis=1, bitorder="little").view(np.int8)
+        signs *= 2
+        signs -= 1
+        return torch.from_numpy(signs)
     byte = np.arange(256, dtype=np.uint8)[:, None]
     table = (np.unpackbits(byte, axis=1, bitorder="little").astype(np.int8) * 2 - 1).view(np.int64)
     eights = torch.from_numpy(table.ravel()).to(bits.device).index_select(0, bits.flatten().int())
@@ -72,16 +80,21 @@ class PartVectors:
         """
         layout = self.part.layout
         numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
+        most = max(1, DECODED_BYTES // (4 * layout.dimension))
         spare = torch.empty(0)
         for chunk, stored in self._chunks(spans):
-            rows_RD = numbers(stored)
-            if rows_RD.dtype != torch.float32:
-                if not spare.numel():
-                    spare = torch.empty(layout.chunk_rows, layout.dimension, device=self.device)
-                rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
-            if self.part.encoding.scaled:
-                multiply(rows_RD, scale_of(chunk).to(self.device), self.part.groups)
-            yield VectorChunk(chunk.start, chunk.stop, rows_RD)
+            # Stored as float32, a chunk is the rows: it is not cut.
+            step = len(stored) if stored.dtype == torch.float32 else min(most, len(stored))
+            for first in range(0, len(stored), max(1, step)):
+                rows_RD = numbers(stored[first : first + step])
+                if rows_RD.dtype != torch.float32:
+                    if not spare.numel():
+                        spare = torch.empty(min(most, layout.chunk_rows), layout.dimension, device=self.device)
+                    rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
+                start = chunk.start + first
+                if self.part.encoding.scaled:
+                    multiply(rows_RD, scale_of(start, start + len(rows_RD)).to(self.device), self.part.groups)
+                yield VectorChunk(start, start + len(rows_RD), rows_RD)
 
     def _chunks(self, spans: list[int] | None) -> Iterator[tuple[Chunk, Tensor]]:
         """Chunks with their stored numbers on the device."""
@@ -117,13 +130,13 @@ class _Scales:
         self._span = -1
         self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
-    def __call__(self, chunk: Chunk) -> Tensor:
-        """(R, G): the scales of the rows of ``chunk``."""
-        span = chunk.start // self._part.layout.span_rows
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """(R, G): the scales of the rows ``start`` to ``stop``, of one span."""
+        span = start // self._part.layout.span_rows
         if span != self._span:
             self._span, self._scale = span, read_span(self._part, "scale", span)
         first, _ = self._part.layout.span_of(span)
-        return torch.from_numpy(self._scale[chunk.start - first : chunk.stop - first])
+        return torch.from_numpy(self._scale[start - first : stop - first])
 
 
 def side_by_side(sources: Sequence[PartVectors], spans: list[int]) -> Iterator[list[VectorChunk]]:

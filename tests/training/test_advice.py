@@ -210,6 +210,7 @@ def test_the_callback_refuses_what_the_manager_refuses(tmp_path: Path) -> None:
         GhostStoreCallback(store=tmp_path, val_data=[{}], samples=4, choosing=choosing, score_metric="adam")
 
 
+@pytest.mark.slow
 def test_advice_is_in_flags(tmp_path: Path) -> None:
     """Projection options do not ask for sketched scores where a route asks for exact ones."""
     words = [
