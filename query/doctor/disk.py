@@ -48,8 +48,8 @@ def examine(subject: Subject) -> Finding:
         return right(summary, **details)
     return right(
         summary,
-        "An exact query reads every vector at this speed: keep the store on a local disk, or its rows small "
-        "(`ghoststore build --proj-dtype int8`, or onebit).",
+        "An exact query reads every vector at this speed: keep the store on a local disk, or fewer numbers a row "
+        "(`ghoststore build --proj-compress`).",
         **details,
     )
 

@@ -170,6 +170,7 @@ def test_layers_before_the_sketch(lab: Lab, folder: Path, tmp_path: Path) -> Non
             store=tmp_path / name,
             device="cpu",
             projection=projection,
+            proj_dtype="float32",
         )
     val_set = folder / "val.jsonl"
     for settings in ({}, {"each": True}, {"group_field": "task"}, {"metric": "dot"}):

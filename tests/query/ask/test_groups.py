@@ -43,6 +43,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             name=name,
             span_rows=16,
             projection=ProjectionConfig(precondition="none", rank_total=16),
+            proj_dtype="float32",
             device="cpu",
         )
     return folder / "store"

@@ -51,6 +51,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             name=name,
             span_rows=16,
             projection=PLAIN,
+            proj_dtype="float32",
             device="cpu",
         )
     return folder / "store"
@@ -185,6 +186,7 @@ def test_of_several_parts(lab: Lab, store: Path, tmp_path: Path) -> None:
             store=tmp_path / "store",
             name=name,
             projection=PLAIN,
+            proj_dtype="float32",
             device="cpu",
         )
     both = files(store) | {"store": tmp_path / "store", "top_k": ROWS, "metric": "dot"}
@@ -223,6 +225,7 @@ def test_layers_of_the_report_sum_to_the_score(lab: Lab, store: Path, tmp_path: 
             projection=ProjectionConfig(
                 precondition="none", layers=("attn",), rank_total=None if compress == 24 else "full", compress=compress
             ),
+            proj_dtype="float32",
             device="cpu",
         )
     rows = [3, 7, 20]

@@ -140,7 +140,8 @@ def test_one_bit_reranked_is_the_exact_ranking(
     """All rows reranked: the ranking of the float32 part. A few candidates: these in its order."""
     monkeypatch.setattr("query.ask.rerank.BYTES_AT_ONCE", 5 * 256 * 4)
     data = reading(lab, tmp_path, "jsonl")
-    exact, coarse = (built(lab, tmp_path, data, dtype) for dtype in ("float32", "onebit"))
+    projection = ProjectionConfig(compress=256)
+    exact, coarse = (built(lab, tmp_path, data, dtype, projection=projection) for dtype in ("float32", "onebit"))
     queries = torch.from_numpy(vectors_of(exact, 0, 29)[[2, 20, 5]])
     wanted, _ = search([Term.of(exact, queries * sign, metric=metric)], top_k=28)
     candidates, _ = search([Term.of(coarse, queries * sign, metric=metric)], top_k=29)

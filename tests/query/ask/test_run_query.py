@@ -176,6 +176,7 @@ def test_a_val_set_at_a_checkpoint(folder: Path, lab: Lab, tmp_path: Path) -> No
         store=tmp_path / "s",
         name="val",
         projection=PLAIN,
+        proj_dtype="float32",
         device="cpu",
     )
     vectors = vectors_of(Store.open(tmp_path / "s").part()).astype(np.float64)
@@ -207,7 +208,15 @@ def exact(folder: Path, lab: Lab) -> tuple[np.ndarray, np.ndarray]:
     vectors = []
     for name, data in (("rows", lab.corpus), ("val", folder / "val.jsonl")):
         store = folder / "exact"
-        ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, name=name, projection=whole, device="cpu")
+        ghoststore.build(
+            checkpoint=lab.checkpoint,
+            data=data,
+            store=store,
+            name=name,
+            projection=whole,
+            proj_dtype="float32",
+            device="cpu",
+        )
         vectors.append(vectors_of(Store.open(store).part(name)).astype(np.float64))
     return vectors[0], vectors[1]
 

@@ -91,8 +91,12 @@ def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_slow_disk_brings_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that makes a row smaller: an encoding alone does not, each keeps as many numbers as the same bytes hold."""
     monkeypatch.setattr(disk, "SLOW", float("inf"))
-    assert "local disk" in examine(tmp_path).findings["disk"].advice[0]
+    (advice,) = examine(tmp_path).findings["disk"].advice
+    assert "local disk" in advice
+    assert "--proj-compress" in advice
+    assert "--proj-dtype" not in advice
 
 
 @pytest.mark.slow

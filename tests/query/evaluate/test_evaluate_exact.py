@@ -114,6 +114,7 @@ def test_scaled_by_an_optimizer_state(lab: Lab, folder: Path, tmp_path: Path) ->
         device="cpu",
         name="one",
         projection=ProjectionConfig(rank_total="full"),
+        proj_dtype="float32",
         optimizer_state=tmp_path,
     )
     found = scores_of(tmp_path, tmp_path / "out", ["exact-layers-dot", "dot", "exact-layers-cosine", "cosine"])

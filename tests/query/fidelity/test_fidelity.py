@@ -53,7 +53,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             name=name,
             span_rows=16,
             device="cpu",
-            **settings,
+            **({"proj_dtype": "float32"} | settings),
         )
     return folder / "store"
 
@@ -200,6 +200,7 @@ def test_scaled_by_an_optimizer_state(lab: Lab, store: Path, tmp_path: Path) -> 
         device="cpu",
         name="scaled",
         projection=ProjectionConfig(precondition="none", rank_total="full"),
+        proj_dtype="float32",
         optimizer_state=tmp_path,
     )
     report = measure(tmp_path / "store", "scaled", metric="dot")

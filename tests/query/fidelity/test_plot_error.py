@@ -45,8 +45,9 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, name: str, **settings: Any) -> None:
+    """Of exact numbers: the errors are those of projections alone."""
     settings = {"checkpoint": folder / "model", "store": folder / "store", "device": "cpu", "span_rows": 16} | settings
-    ghoststore.build(name=name, **settings)
+    ghoststore.build(name=name, proj_dtype="float32", **settings)
 
 
 def curve_of(store: Path, out: Path, **settings: Any) -> ghoststore.ErrorCurve:

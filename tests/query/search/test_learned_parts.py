@@ -47,6 +47,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             name=name,
             span_rows=16,
             device="cpu",
+            proj_dtype="float32",
             **settings,
         )
     return folder / "store"

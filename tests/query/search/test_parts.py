@@ -17,6 +17,8 @@ from tests.support.parts import unbuild
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
+# One projection for all dtypes: each has a default of its own.
+PROJECTION = ProjectionConfig(compress=256)
 RATES = (1e-3, 2.5e-4)
 ROWS = 40
 
@@ -44,6 +46,7 @@ def store(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
             name=name,
             span_rows=16,
             device="cpu",
+            projection=PROJECTION,
             proj_dtype=("float32", "float16")[place],
         )
     return folder / "store"
@@ -96,7 +99,12 @@ def test_order_of_parts_and_the_rest_of_the_query(store: Path) -> None:
 
 def test_chunks_of_different_sizes(lab: Lab, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of other dtypes are cut into other chunks: rows still meet."""
-    settings: dict[str, Any] = {"data": store.parent / "train.jsonl", "span_rows": 16, "device": "cpu"}
+    settings: dict[str, Any] = {
+        "data": store.parent / "train.jsonl",
+        "projection": PROJECTION,
+        "span_rows": 16,
+        "device": "cpu",
+    }
     for name, dtype, size in (("one", "float32", 4096), ("two", "float16", 3 * 4096)):
         monkeypatch.setattr("ghoststore.store.part.layout.CHUNK_BYTES", size)
         ghoststore.build(

@@ -49,6 +49,7 @@ def stores(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
                 store=made[name],
                 name=part,
                 projection=projection,
+                proj_dtype="float32",
                 span_rows=16,
                 device="cpu",
             )

@@ -22,7 +22,7 @@ from tests.support.parts import vectors_of
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-SKETCHED = ProjectionConfig(precondition="none")
+SKETCHED = ProjectionConfig(precondition="none", compress=256)  # one sketch for all dtypes
 PLAIN = ProjectionConfig(precondition="none", rank_total=16)
 Listed = list[tuple[int, float]]
 
@@ -42,7 +42,7 @@ def store_of(lab: Lab, folder: Path, data: Path, **settings: Any) -> Path:
     store = folder / "-".join([data.stem, *(f"{value}" for value in settings.values() if isinstance(value, str | int))])
     projection = settings.get("projection")
     store = store.with_name(store.name + ("-plain" if projection is PLAIN else "-sketch" if projection else ""))
-    settings = {"span_rows": 6} | settings
+    settings = {"span_rows": 6, "proj_dtype": "float32"} | settings
     if not store.exists():
         ghoststore.build(checkpoint=lab.checkpoint, data=data, store=store, device="cpu", **settings)
     return store

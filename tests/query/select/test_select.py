@@ -32,6 +32,14 @@ def val(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def built(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of exact numbers, which these tests read; copy it before asking what keeps a cache."""
+    store = tmp_path_factory.mktemp("exact") / "store"
+    assert lab.build(store, "--proj-dtype", "float32").code == 0
+    return store
+
+
+@pytest.fixture(scope="module")
 def score(built: Path, val: Path) -> np.ndarray:
     """(27,): the cosine of each row."""
     return score_of(built, val)
