@@ -58,7 +58,7 @@ def refused(outcome: Outcome, *words: str) -> None:
         (["--proj-seed", "5"], ["projection.seed: stored 0, asked for 5"]),
         (["--max-length", "9"], ["tokens.max_length: stored 32, asked for 9"]),
         (["--overlong", "skip"], ["tokens.overlong: stored 'truncate', asked for 'skip'"]),
-        (["--proj-dtype", "bfloat16"], ["storage.dtype: stored 'onebit', asked for 'bfloat16'"]),
+        (["--proj-dtype", "bfloat16"], ["stored 8192, asked for 512"]),
         (["--proj-kind", "rademacher"], ["projection.kind: stored 'gaussian', asked for 'rademacher'"]),
         (["--proj-compress", "100"], ["projection.compress: stored 8192, asked for 100"]),
         (["--proj-layers", "mlp"], ["projection.layers: stored ['mlp', 'attn'], asked for ['mlp']"]),
