@@ -115,9 +115,13 @@ def test_nobody_writes_where_the_folder_of_writers_is_a_file(lab: Lab, built: Pa
 @pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["zarr.json", "runs/zarr.json", "parts/zarr.json"])
 def test_something_else_in_a_store(store: Path, name: str) -> None:
+    """It is no part or run afterwards: a second repair has nothing to do."""
     before = files(store)
     folder_instead(store / name)
     assert ghoststore.repair(store=store).sound
+    again = ghoststore.repair(store=store)
+    assert (again.mended, again.unmended, again.runs) == ([], [], ["run"])
+    assert ghoststore.verify(store).sound
     now = files(store)
     assert now.pop(f"{name}.moved-aside/mine") == b"mine"
     assert now == before

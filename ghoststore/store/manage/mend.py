@@ -19,6 +19,7 @@ import zarr
 from ghoststore.errors import CorruptError, GhostStoreError
 from ghoststore.store.base.disk import flush, publish, replace, storage_errors
 from ghoststore.store.base.manifest import manifest_of
+from ghoststore.store.base.names import MOVED_ASIDE
 from ghoststore.store.base.records import FileRecord, seal
 from ghoststore.store.base.writers import FOLDER as WRITERS
 from ghoststore.store.part.caches import FOLDERS, caches, drop
@@ -122,7 +123,7 @@ def make_way(folder: Path, name: str, owner: dict[str, str]) -> list[Mended]:
 
 
 def _moved_name(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name.lstrip('.')}.moved-aside{f'-{number}' if number else ''}")
+    return path.with_name(f"{path.name.lstrip('.')}.{MOVED_ASIDE}{f'-{number}' if number else ''}")
 
 
 def restore_metadata(source: Spanned[Any], names: Iterable[str], owner: dict[str, str]) -> list[Mended]:
