@@ -50,6 +50,8 @@ from query.search.vectors import PartVectors
 LAYERS = ("mlp", "attn")
 CALIBRATION = (256, 1024)
 DAMPING = {"K-FAC": (0.3, 0.1, 0.03, 0.01, 0.001), "EK-FAC": (0.3, 0.1, 0.03, 0.01)}
+LIMIT = 270
+"""Bytes of a layer and row that the default may have."""
 FEW = (0.1, 0.01)
 """Damping where calibration samples are few."""
 STORED = {("K-FAC", 0.1), ("EK-FAC", 0.1)}
@@ -265,19 +267,22 @@ def bytes_of(numbers: int, bits: int) -> int:
     return -(-numbers * bits // 8) + (4 if bits < 32 else 0)
 
 
-def picture(path: Path, stored: list[tuple[str, int, int, int, float]], exact: float, words: float) -> None:
-    """LDS against bytes, one line for each number of bits."""
+def picture(path: Path, stored: list[tuple[int, int, float]], exact: float, words: float) -> None:
+    """LDS against bytes: every (bits, bytes, LDS) a point, a line through the best of each size for each number of
+    bits.
+    """
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for bits in sorted({bits for *_, bits, _, _ in stored}):
-        points = sorted((size, value) for label, _, each, size, value in stored if each == bits)
-        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"{bits} bit{'s' * (bits > 1)}", alpha=0.8)
-    axes.axhline(exact, color="black", linewidth=1, linestyle="--")
-    axes.text(axes.get_xlim()[0], exact, " exact gradients", va="bottom", fontsize=8)
-    axes.axhline(words, color="gray", linewidth=1, linestyle=":")
-    axes.text(axes.get_xlim()[0], words, " TF-IDF", va="bottom", fontsize=8)
-    axes.axvline(270, color="gray", linewidth=0.5)
-    axes.set(xscale="log", xlabel="bytes of a layer and row", ylabel="LDS", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+    for bits in sorted({bits for bits, _, _ in stored}):
+        points = sorted((size, value) for each, size, value in stored if each == bits)
+        (line,) = axes.plot(*zip(*sorted(dict(points).items()), strict=True), label=f"{bits} bit{'s' * (bits > 1)}")
+        axes.plot(*zip(*points, strict=True), "o", markersize=4, color=line.get_color())
+    for height, label, style in ((exact, "exact gradients", "--"), (words, "TF-IDF", ":")):
+        axes.axhline(height, color="gray", linewidth=1, linestyle=style)
+        axes.text(0.99, height, label, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    axes.axvline(LIMIT, color="gray", linewidth=0.5)
+    axes.text(LIMIT, 0.01, f" {LIMIT} bytes", transform=axes.get_xaxis_transform(), va="bottom", fontsize=8)
+    axes.set(xscale="log", xlabel="bytes of a layer and row", ylabel="LDS", ylim=(0, 1.1 * max(exact, words)))
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -315,7 +320,7 @@ def add_tables(results: Results, case: Case, judge: Judge, out: Path) -> None:
                 "÷ exact": f"{dot.value / base:.2f}", "cosine": shown(cosine),
             })  # fmt: skip
             if metric.startswith("K-FAC") and numbers:
-                points.append((label, numbers, bits, size, dot.value))
+                points.append((bits, size, dot.value))
     results.add(Table("Projected, sketched and rounded: a layer and row", rows, "As many numbers for each layer."))
     kfac = values[f"K-FAC, damping 0.1, of {min(CALIBRATION)}", "exact", 0, 32][0].value
     picture(out / f"{results.name}.svg", points, kfac, lexical.value)

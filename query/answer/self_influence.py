@@ -12,7 +12,7 @@ from ghoststore.settings.question import SelfInfluenceOptions
 from ghoststore.store.part.metric import part_metric
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.ask.blend import rankings_of
-from query.ask.scorer import ChosenRows
+from query.ask.scorer import chosen_rows
 from query.search.parts import choose_groups, note_repeated, open_parts
 from query.search.second_moment import DampedInverse, checked_damping
 
@@ -36,7 +36,7 @@ def self_influence(options: SelfInfluenceOptions) -> QueryResult:
     (part,), _ = open_parts(options.store, options.part, None, progress)
     note_repeated(part, progress)
     groups = choose_groups(part, options.layers, options.exclude_layers)
-    chosen = ChosenRows.of([part], options.where, progress)
+    chosen = chosen_rows([part], options.where, progress)
     inverse = DampedInverse(part, checked_damping(options.damping), progress, resolve_device(options.device))
     scores = inverse.self_influence()[:, slice(None) if groups is None else groups].sum(1)
     part.refuse_hollow()

@@ -36,7 +36,7 @@ from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
 from query.ask.scorer import fused, minus_settings
 from query.search.part_score import contrasted
-from query.training_scores.matching import ChosenUnits
+from query.training_scores.matching import chosen_units
 from query.training_scores.sums import Units
 from query.training_scores.weights import StepWeights
 
@@ -104,7 +104,7 @@ class RunScorer:
             )
         self._columns = _columns(self.run, question)
         self.units = Units(self.run, "sample")
-        self.chosen = ChosenUnits.of(self.run, self.units, question.where, progress)
+        self.chosen = chosen_units(self.run, self.units, question.where, progress)
         self.val: ValVectors | None = None
         self.minus: ValVectors | None = None
         self._query_QD: Float64 | None = None

@@ -24,7 +24,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
 from ghoststore.store.part.metric import part_metric
-from ghoststore.store.where.rows import part_matches
+from ghoststore.store.where.rows import Chosen, part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
@@ -62,7 +62,7 @@ def open_scorer(
     checkpoints = question.checkpoints(len(parts))
     # Patterns, conditions and runs that do not fit are refused before a model is loaded, which takes longest.
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
-    chosen = ChosenRows.of(parts, question.where, progress)
+    chosen = chosen_rows(parts, question.where, progress)
     run = None
     if question.with_scores is not None:
         scored = Store.open(question.store).run(question.with_scores)
@@ -96,37 +96,24 @@ def open_scorer(
     return scorer
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenRows:
-    """The rows that may rank, where a question has a condition: those that match, and are usable in every part."""
+def chosen_rows(parts: Sequence[Part], where: str | None, progress: Progress) -> Chosen | None:
+    """The rows that match ``where`` by the columns of the first of ``parts`` and are usable in every part; None without
+    a condition.
 
-    sql: str
-    mask: NDArray[np.bool_]
-    """(N,)."""
-    count: int
-
-    @classmethod
-    def of(cls, parts: Sequence[Part], where: str | None, progress: Progress) -> ChosenRows | None:
-        """The rows that match ``where`` by the columns of the first of ``parts``; None without a condition.
-
-        UsageError for what is no condition, and if no row is left.
-        """
-        if where is None:
-            return None
-        matches, first = part_matches(parts[0], where), parts[0]
-        usable_N = np.ones(first.layout.rows, dtype=bool)
-        for part in parts:
-            of_part_N = np.zeros(first.layout.rows, dtype=bool)
-            of_part_N[part.row_numbers] = part.usable()
-            usable_N &= of_part_N
-        usable = usable_N[first.row_numbers]
-        count = matches.among(first, usable, "usable rows")
-        progress.note(f"`where`: {count:,} of {int(usable.sum()):,} usable rows match")
-        return cls(where, matches.mask & usable_N, count)
-
-    def settings(self) -> dict[str, Any]:
-        """What the settings of a result say about it."""
-        return {"where": self.sql, "rows_matching": self.count}
+    UsageError for what is no condition, and if no row is left.
+    """
+    if where is None:
+        return None
+    matches, first = part_matches(parts[0], where), parts[0]
+    usable_N = np.ones(first.layout.rows, dtype=bool)
+    for part in parts:
+        of_part_N = np.zeros(first.layout.rows, dtype=bool)
+        of_part_N[part.row_numbers] = part.usable()
+        usable_N &= of_part_N
+    usable = usable_N[first.row_numbers]
+    count = matches.among(first, usable, "usable rows")
+    progress.note(f"`where`: {count:,} of {int(usable.sum()):,} usable rows match")
+    return Chosen(where, matches.mask & usable_N, count)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -155,7 +142,7 @@ class Scorer:
     """Encoder and val sets, kept where vectors are to be recomputed: see :func:`open_scorer`."""
     minus: ValVectors | None = None
     """The vector that is subtracted, of :attr:`part`."""
-    chosen: ChosenRows | None = None
+    chosen: Chosen | None = None
     """The rows that may rank; None: all usable ones."""
     blend: Blend | None = None
     """Set by :meth:`scores` and :meth:`rank` if the question has ``with_scores``."""
@@ -175,7 +162,7 @@ class Scorer:
         minus: Sequence[ValVectors] | None = None,
         groups: Sequence[int] | None = None,
         run: RowValues | None = None,
-        chosen: ChosenRows | None = None,
+        chosen: Chosen | None = None,
     ) -> Scorer:
         """A scorer for a val set that is encoded already: one of ``vals`` for each of ``parts``. See
         :func:`open_scorer`.

@@ -26,7 +26,7 @@ from ghoststore.store.run.ranges import Steps, inside
 from ghoststore.store.run.ranges import count as steps_in
 from query.common.output import check_picture
 from query.common.texts import texts_of
-from query.training_scores.matching import ChosenUnits
+from query.training_scores.matching import chosen_units
 from query.training_scores.results import DomainScores, HistoryEntry, ScoreHit, ScoresResult, ScoreSummary
 from query.training_scores.steps import (
     Places,
@@ -81,7 +81,7 @@ def scores(options: ScoresOptions) -> ScoresResult:
     window = window_of(run, options.steps)
     domains = _domain_places(run, options.domains)
     units = Units(run, options.unit)
-    chosen = ChosenUnits.of(run, units, options.where, progress)
+    chosen = chosen_units(run, units, options.where, progress)
     sums = ScoreSums(len(units), weighted=options.value in WEIGHTED)
     same_id, history = None, None
     if options.sample is not None:

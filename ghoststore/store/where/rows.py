@@ -69,6 +69,20 @@ class Matches:
         return count
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What may rank, where a question has a condition: rows of parts, or samples of a run."""
+
+    sql: str
+    mask: NDArray[np.bool_]
+    """Of all rows of the part, or of the samples of the run."""
+    count: int
+
+    def settings(self) -> dict[str, Any]:
+        """What the settings of a result say about it."""
+        return {"where": self.sql, "rows_matching": self.count}
+
+
 def part_matches(part: Part, sql: str) -> Matches:
     """The committed rows of ``part`` that match. UsageError for what is no condition on its columns, CorruptError for a
     damaged column.
@@ -181,8 +195,5 @@ def _kept(part: Part, place: int, span: int) -> Any:
     if kind == "bool":
         return pyarrow.array(values.astype(bool), mask=null)
     array = pyarrow.array(values, mask=null)
-    return (
-        array.cast(pyarrow.date32())
-        if kind == "date"
-        else (array.cast(pyarrow.timestamp("us")) if kind == "timestamp" else array)
-    )
+    cast = {"date": pyarrow.date32(), "timestamp": pyarrow.timestamp("us")}
+    return array.cast(cast[kind]) if kind in cast else array
