@@ -47,16 +47,18 @@ def _print(report: Any) -> None:
 
 def _times(report: Any) -> str:
     """The split between learning and building; of a dry run an estimate."""
-    from ghoststore.cli.terminal import duration
-
     learning, computing = report.seconds.get("learning", 0.0), report.seconds["compute"]
+    split = f"learning the projection {_seconds(learning)}, " if learning else ""
     if report.dry_run:
-        split = f"learning the projection {duration(learning)}, " if learning else ""
-        return f"about {duration(learning + computing)}: {split}building {duration(computing)}"
-    new = report.rows - report.resumed_rows
-    rate = f" ({new / computing:,.1f} rows/s)" if computing else ""
-    split = f"learning the projection {duration(learning)}, " if new and learning >= 0.05 else ""
-    text = f"{duration(report.seconds['total'])}: {split}building {duration(computing)}{rate}"
-    if split and learning > computing:
+        return f"about {_seconds(learning + computing)}: {split}building {_seconds(computing)}"
+    rate = f" ({(report.rows - report.resumed_rows) / computing:,.1f} rows/s)" if computing else ""
+    text = f"{_seconds(report.seconds['total'])}: {split}building {_seconds(computing)}{rate}"
+    if learning > computing:
         text += ". This corpus is small: plain gradients (--proj-precondition none) take no learning, and rank worse"
     return text
+
+
+def _seconds(seconds: float) -> str:
+    from ghoststore.cli.terminal import duration
+
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)

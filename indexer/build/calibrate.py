@@ -72,7 +72,7 @@ class Leading:
 
         ValueError if the mean is zero or not finite.
         """
-        products, directions = self._products.double() / self._terms, self._directions.double()
+        products, directions = self._products.double().cpu() / self._terms, self._directions.double().cpu()
         trace, size = float(self._trace) / self._terms, float(products.norm())
         if not (0 < size < math.inf and 0 < trace < math.inf):
             raise ValueError("the gradients are zero or not finite")
@@ -84,7 +84,7 @@ class Leading:
         signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         outside = len(left) - self.k
         rest = max(0.0, trace - float(values.sum())) / outside if outside else 0.0
-        return MomentFactor((rows * signs).float().contiguous().cpu(), values.float().cpu(), rest)
+        return MomentFactor((rows * signs).float().contiguous(), values.float(), rest)
 
 
 def calibrate(

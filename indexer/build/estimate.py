@@ -21,12 +21,14 @@ LEARNING = 1.4
 
 def estimated_seconds(job: BuildJob) -> dict[str, float]:
     """Seconds by kind of work, ``learning`` and ``compute``, on this machine as busy as it is; empty where no row can
-    be used. Computes a batch of the first rows twice, the second time measured, and drops it.
+    be used, or all are built. Computes a batch of the first rows twice, the second time measured, and drops it.
     """
-    inputs, plan = job.inputs, job.projected
+    inputs, plan, rows_left = job.inputs, job.projected, job.plan.rows
+    if inputs.existing is not None:
+        rows_left -= inputs.existing.rows
     rows = rows_of(islice(inputs.corpus.samples(), inputs.options.max_samples), inputs.tokenizer, inputs.tokens)
     usable = list(islice((row for row in rows if row.status.usable), ROWS))
-    if not usable or job.plan.tokens is None:
+    if not usable or not rows_left or job.plan.tokens is None:
         return {}
     batch = max(plan_batches([len(row.tokens) for row in usable], inputs.batch_tokens, padding=job.padding), key=len)
     projection = Projection.with_sides(
@@ -43,9 +45,8 @@ def estimated_seconds(job: BuildJob) -> dict[str, float]:
             if encoder.device.type == "cuda":
                 torch.cuda.synchronize(encoder.device)
             spent = time.perf_counter() - begun
-    each = spent / sum(len(usable[place].tokens) for place in batch)
-    seconds = {"compute": each * job.plan.tokens}
-    if plan.calibrated:
-        share = min(1.0, plan.config.calibration_samples / max(1, job.plan.rows))
-        seconds["learning"] = LEARNING * share * seconds["compute"]
+    of_all = spent / sum(len(usable[place].tokens) for place in batch) * job.plan.tokens
+    seconds = {"compute": of_all * rows_left / job.plan.rows}
+    if plan.calibrated and plan.calibration is None:
+        seconds["learning"] = LEARNING * min(1.0, plan.config.calibration_samples / job.plan.rows) * of_all
     return seconds

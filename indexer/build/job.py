@@ -46,7 +46,7 @@ class BuildJob:
     padding: bool
     """Whether rows of different lengths share a batch."""
     learning_seconds: float = 0.0
-    """Wall time that learning the projection took."""
+    """Wall time that learning the projection took; 0 where nothing was learned now."""
 
     def fixed(self) -> dict[str, NDArray[Any]]:
         """The arrays that the part keeps beside its rows: scales, and what the projection learned."""
@@ -125,11 +125,13 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         scales = scales_of(existing, plan)
     elif options.optimizer_state is not None:
         scales = read_scales(options.optimizer_state, model, [layer.block for layer in plan.layers])
-    began = time.perf_counter()
+    learning_seconds = 0.0
     if learning is not None and existing is not None:
         plan = calibrated_as(existing, plan)
     elif learning is not None and not options.dry_run:
+        began = time.perf_counter()
         plan = _learned(inputs, plan, learning, scales, padding, progress)
+        learning_seconds = time.perf_counter() - began
     drawable = plan.calibration is not None or learning is None
     return BuildJob(
         inputs=inputs,
@@ -139,7 +141,7 @@ def plan_job(inputs: BuildInputs, progress: Progress) -> BuildJob:
         plan=corpus_plan,
         layout=layout,
         padding=padding,
-        learning_seconds=time.perf_counter() - began if learning is not None else 0.0,
+        learning_seconds=learning_seconds,
     )
 
 

@@ -130,14 +130,8 @@ def kept_bytes(sample: Sample) -> bytes:
 
 
 def _type_of(value: Kept) -> FieldType:
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, datetime):
-        return "timestamp"
-    return (
-        "date"
-        if isinstance(value, date)
-        else "string"
-        if isinstance(value, str)
-        else ("int" if isinstance(value, int) else "float")
-    )
+    # True is an int, and a time is a date: the narrower type comes first.
+    types: tuple[tuple[type, FieldType], ...] = (
+        (bool, "bool"), (int, "int"), (float, "float"), (str, "string"), (datetime, "timestamp"), (date, "date"),
+    )  # fmt: skip
+    return next(name for kind, name in types if isinstance(value, kind))

@@ -59,8 +59,9 @@ class SecondMoment:
         if widest > LARGEST_BLOCK:
             raise UsageError(
                 f"`precondition=second-moment`: part {part.name!r} has a block of {widest:,} numbers; a matrix of at "
-                f"most {LARGEST_BLOCK:,} × {LARGEST_BLOCK:,} is made. Build a part with a smaller sketch "
-                "(`ghoststore build --proj-compress`), or of plain blocks (`ghoststore build --proj-rank-total`)"
+                f"most {LARGEST_BLOCK:,} × {LARGEST_BLOCK:,} is made. Build a part with a sketch of each layer "
+                "(`ghoststore build --proj-compress-by layer`), a smaller one (`ghoststore build --proj-compress`), or "
+                "plain blocks (`ghoststore build --proj-rank-total`)"
             )
         cache = PartCache(part, "second_moment", progress)
         sizes = [stop - start for _, start, stop in part.groups]

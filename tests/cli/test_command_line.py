@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,7 +208,10 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     said = dry.json
     assert said["dry_run"] is True
     assert said["memory_bytes"] > 0
+    assert set(said["seconds"]) == {"learning", "compute"}
+    assert min(said["seconds"].values()) > 0
     real = lab.build(store, *options, "--json").json
+    assert real["seconds"]["total"] > real["seconds"]["learning"] > 0
     same = ("rows", "tokens", "dimension", "layers", "coverage", "bytes_on_disk", "part", "memory_bytes")
     assert {name: said[name] for name in same} == {name: real[name] for name in same}
     part = ghoststore.Store.open(store).part()
@@ -220,6 +224,18 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     table = lab.build(store, *options, "--dry-run")
     for what in ("rows", "tokens", "dimension", "on disk", "memory"):
         assert what in table.out
+    assert "learning" not in table.out  # all is built: no time would be taken
+
+
+@pytest.mark.slow
+def test_the_time_is_said_by_kind_of_work(lab: Lab, tmp_path: Path) -> None:
+    plain, number = ["--proj-precondition", "none"], r"[0-9.]+ s"
+    split = f"{number}: learning the projection {number}, building {number}"
+    assert re.search(f"time +about {split}", lab.build(tmp_path / "store", "--dry-run").out)
+    assert re.search(f"time +about {number}: building", lab.build(tmp_path / "store", *plain, "--dry-run").out)
+    assert re.search(f"time +{split}", lab.build(tmp_path / "store").out)
+    assert "learning" not in lab.build(tmp_path / "store").out  # nothing is learned again
+    assert "learning" not in lab.build(tmp_path / "other", *plain).out
 
 
 def test_names_of_parts_by_default(lab: Lab, tmp_path: Path) -> None:

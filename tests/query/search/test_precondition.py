@@ -20,6 +20,7 @@ from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.store.base.records import FileRecord, json_digest
 from query.search.second_moment import DampedInverse, SecondMoment
+from tests.conftest import save_model
 from tests.support.made_parts import clustered, make_part
 from tests.support.parts import unbuild
 
@@ -332,3 +333,17 @@ def test_no_gradient_anywhere(lab: Lab, tmp_path: Path) -> None:
     ghoststore.build(checkpoint=lab.checkpoint, data=data, store=tmp_path / "store", projection=PLAIN, device="cpu")
     with pytest.raises(UsageError, match="no usable row"):
         ghoststore.query(store=tmp_path / "store", val_set=val, precondition="second-moment", device="cpu")
+
+
+@pytest.mark.slow
+def test_advice_for_a_sketch_that_is_too_large_for_a_second_moment(lab: Lab, tmp_path: Path) -> None:
+    """By default that of plain gradients is one of all layers together."""
+    checkpoint = save_model(tmp_path / "deep", layers=17)
+    given: dict[str, Any] = {"checkpoint": checkpoint, "data": lab.corpus, "store": tmp_path / "store", "device": "cpu"}
+    asked: dict[str, Any] = {"store": tmp_path / "store", "val_set": lab.corpus, "precondition": "second-moment"}
+    ghoststore.build(**given, name="one", projection=ProjectionConfig(precondition="none", compress=17_000))
+    with pytest.raises(UsageError, match=r"block of 17,000 numbers.*compress-by layer.*proj-compress`.*rank-total"):
+        ghoststore.query(**asked, part="one", device="cpu")
+    for name, advice in {"layer": {"compress": 17_000, "compress_by": "layer"}, "less": {"compress": 512}}.items():
+        ghoststore.build(**given, name=name, projection=ProjectionConfig(precondition="none", **advice))
+        assert ghoststore.query(**asked, part=name, device="cpu").results[0].hits
