@@ -161,6 +161,21 @@ def test_read_as_tensors_bit_for_bit(
         np.testing.assert_allclose(part.read("norm", 0, 27)[:, place], lengths, rtol=1e-6)
 
 
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_chunk_is_decoded_some_rows_at_a_time(
+    lab: Lab, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = built(lab, tmp_path, name, projection=PLAIN)
+    decoded = vectors_of(part, 0, 27)
+    monkeypatch.setattr("query.search.vectors.DECODED_BYTES", 4 * 5 * part.layout.dimension)
+    streamed = [(piece.start, piece.stop, piece.rows_RD.clone().numpy()) for piece in PartVectors(part).stream()]
+    step = 27 if name == "float32" else 5
+    assert [(start, stop) for start, stop, _ in streamed] == [(n, min(n + step, 27)) for n in range(0, 27, step)]
+    np.testing.assert_array_equal(np.concatenate([rows for _, _, rows in streamed]), decoded)
+    np.testing.assert_array_equal(PartVectors(part).gather([26, 0, 13, 13]).numpy(), decoded[[26, 0, 13, 13]])
+
+
 def built(lab: Lab, folder: Path, name: str, **options: Any) -> ghoststore.Part:
     ghoststore.build(
         checkpoint=lab.checkpoint,

@@ -112,7 +112,6 @@ def test_nobody_writes_where_the_folder_of_writers_is_a_file(lab: Lab, built: Pa
     assert lab.build(store).code == 0
 
 
-@pytest.mark.thin(1)
 @pytest.mark.parametrize("name", ["zarr.json", "runs/zarr.json", "parts/zarr.json"])
 def test_something_else_in_a_store(store: Path, name: str) -> None:
     """It is no part or run afterwards: a second repair has nothing to do."""

@@ -150,3 +150,15 @@ def test_the_digest_depends_on_everything() -> None:
     assert len(set(found)) == len(found)
     assert all(one.startswith("sha256:") for one in found)
     assert found[0] == KroneckerPreconditioner({"layer": pair()}, DAMPING).digest()
+
+
+@pytest.mark.parametrize("m", [12, 5])
+def test_the_mean_square_of_a_block_is_that_of_gradients_with_the_moment_of_the_factors(m: int) -> None:
+    f_in, f_out = factor(12, m, rest=0.0 if m == 12 else 1e-7), factor(7, seed=3)
+    f_out = MomentFactor(f_out.vectors, f_out.values * float(dense(f_in).trace() / dense(f_out).trace()), 0.0)
+    preconditioner = KroneckerPreconditioner({"layer": (f_in, f_out)}, DAMPING)
+    side_in, side_out = preconditioner.sides("layer", numbers(4, 12, seed=5).float(), numbers(3, 7, seed=6).float())
+    both = torch.kron(side_out.double(), side_in.double())
+    moment = torch.kron(dense(f_out), dense(f_in)) / dense(f_in).trace()
+    expected = float((both @ moment @ both.t()).trace()) / (3 * 4)
+    assert preconditioner.mean_square("layer", side_in, side_out) == pytest.approx(expected, rel=1e-4)
