@@ -118,7 +118,7 @@ def _answer(
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
-            ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
+            ann = AnnIndex.open(scorer.part, index_name, metric=scorer.metric, device=scorer.device)
             settings = {**ann.settings(), **settings}
         if rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
@@ -161,7 +161,7 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     question = scorer.question
     plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
     plain = plain and question.minus is None
-    measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
+    measured = read_fidelity(scorer.part, scorer.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":
         if measured is not None:
             progress.note(

@@ -23,13 +23,13 @@ from ghoststore.corpus import Corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
-from ghoststore.store.part.metric import part_metric
+from ghoststore.store.part.metric import metric_for, part_metric
 from ghoststore.store.where.rows import Chosen, part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.question import COMBINED, Question
-from query.search.part_score import Term
+from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
 from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
@@ -61,6 +61,7 @@ def open_scorer(
     device = resolve_device(question.device)
     checkpoints = question.checkpoints(len(parts))
     # Patterns, conditions and runs that do not fit are refused before a model is loaded, which takes longest.
+    metric_for(question.metric, parts)
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     chosen = chosen_rows(parts, question.where, progress)
     run = None
@@ -123,6 +124,8 @@ class Scorer:
     """
 
     question: Question
+    metric: Metric
+    """That of the question, or the one that the parts were made for."""
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
@@ -170,7 +173,7 @@ class Scorer:
         _refuse_other_queries(parts, vals)
         if minus is not None:
             _refuse_other_queries(parts, minus)
-        device = resolve_device(question.device)
+        device, metric = resolve_device(question.device), metric_for(question.metric, parts)
         terms = []
         for place, (part, val, weight) in enumerate(zip(parts, vals, weights, strict=True)):
             inverse = None
@@ -180,7 +183,7 @@ class Scorer:
                 Term.of(
                     part,
                     val.vectors,
-                    metric=question.metric,
+                    metric=metric,
                     weight=weight,
                     groups=groups,
                     preconditioner=inverse,
@@ -193,6 +196,7 @@ class Scorer:
             terms, names = _combined(question, terms, names)
         return cls(
             question=question,
+            metric=metric,
             part=parts[0],
             val=vals[0],
             weights=weights,
@@ -317,7 +321,7 @@ class Scorer:
             **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **(groups if self._grouped else {}),
-            "metric": question.metric,
+            "metric": self.metric,
             "part_metric": part_metric(self.part.manifest["projection"]),
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
