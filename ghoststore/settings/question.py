@@ -171,6 +171,13 @@ class QuestionOptions(
     score_weight: float | None = option(
         None, "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.", "Scoring", metavar="W"
     )
+    lexical: float | None = option(
+        None,
+        "Blend with BM25 of the texts: (1-W)·z(similarity) + W·z(BM25), W from 0 (gradients alone, the default) to 1 "
+        "(words alone); 0.1 is a good one. Needs the texts of all rows.",
+        "Scoring",
+        metavar="W",
+    )
 
 
 @options

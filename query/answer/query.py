@@ -59,6 +59,10 @@ def query(options: QueryOptions) -> QueryResult:
     over the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are
     left out unless W is 0.
 
+    ``lexical`` blends the similarities with BM25 of the rows' texts for the val samples' texts, in the same way, with
+    this weight. The texts are those that the part keeps, or those of its corpus. It ranks what names the same things
+    higher; a weight of 0.1 keeps what only gradients know. `docs/query.md` has the measurements.
+
     ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
     ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
     the result.
@@ -126,7 +130,7 @@ def _answer(
             rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
-        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
+        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data)
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
@@ -147,8 +151,12 @@ def _refuse_index(question: Question) -> None:
     parts = len(part_names(question.part))
     if parts > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
-    option = "`with_scores`" if question.with_scores is not None else f"`combine={question.combine}`"
-    if question.with_scores is not None or question.combine != "mean":
+    needs_all = {
+        "`with_scores`": question.with_scores is not None,
+        "`lexical`": question.lexical is not None,
+        f"`combine={question.combine}`": question.combine != "mean",
+    }
+    for option in (option for option, given in needs_all.items() if given):
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 
@@ -159,7 +167,7 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     parts, preconditioned, blended, or of a difference.
     """
     question = scorer.question
-    plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
+    plain = question.precondition == "none" and not scorer.mixed and scorer.terms[0].groups is None
     plain = plain and question.minus is None
     measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":

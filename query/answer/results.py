@@ -12,6 +12,7 @@ import numpy as np
 from ghoststore.progress import Progress
 from ghoststore.store import Part
 from query.ask.blend import Blend
+from query.ask.lexical import Hybrid
 from query.common.output import columns_of, write_result
 from query.common.texts import texts_of
 from query.search.search import Ranking
@@ -40,6 +41,16 @@ class BlendedHit(Hit):
     """The cosine or dot product."""
     value: float | None
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridHit(Hit):
+    """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
+
+    similarity: float
+    """The cosine or dot product."""
+    bm25: float
+    """Of the row's text for the texts of the val samples; 0 where they share no word."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +118,13 @@ def hits_of(
     rankings: Sequence[Ranking],
     text: bool,
     progress: Progress,
-    blend: Blend | None = None,
+    blend: Blend | Hybrid | None = None,
     data: str | Path | None = None,
 ) -> list[list[list[Hit]]]:
     """The hits as ``[ranking][query][rank]``. The data of each row are read once.
 
     ``text`` says whether to look up texts, in the corpus that the user gives as ``data`` or in the recorded one. With
-    ``blend`` a hit has similarity and value too.
+    ``blend`` a hit has what was blended, too.
     """
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
@@ -136,6 +147,9 @@ def hits_of(
         }
         if blend is None:
             return Hit(**shared)
+        if isinstance(blend, Hybrid):
+            similarity, bm25 = blend.similarity[query, row], blend.lexical[query, row]
+            return HybridHit(**shared, similarity=float(similarity), bm25=float(bm25))
         value = float(blend.values.value[row])
         return BlendedHit(
             **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None

@@ -65,6 +65,8 @@ class ValVectors:
     """Number of val rows in each mean, by its name."""
     places: list[int] = field(default_factory=list)
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
+    samples_of: list[list[int]] = field(default_factory=list)
+    """For each vector the places in the val set of the samples behind it, once for each of their rows."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -177,6 +179,7 @@ class PartEncoder:
         counts: Counter[str] = Counter()
         ids: list[str] = []
         places: list[int] = []
+        samples_of: dict[str, list[int]] = {}
         used_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
@@ -202,6 +205,7 @@ class PartEncoder:
                 for label, members in _by_label([batch[place] for place in used], used, grouping).items():
                     sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
                     counts[label] += len(members)
+                    samples_of.setdefault(label, []).extend(batch[place].sample.source_row for place in members)
         if not ids and not counts:
             raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
         if grouping != "each":
@@ -214,6 +218,7 @@ class PartEncoder:
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
+            samples_of=[[place] for place in places] if grouping == "each" else [samples_of[label] for label in ids],
             digest=digest.intdigest(),
         )
 
