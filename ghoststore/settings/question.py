@@ -202,6 +202,12 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
         "Scoring",
         metavar="N",
     )
+    tokens: bool = option(
+        False,
+        "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
+        "rows shown again.",
+        "Output",
+    )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"
     )

@@ -16,6 +16,7 @@ from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
+from query.answer.tokens import explain, refuse_tokens
 from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
@@ -70,6 +71,10 @@ def query(options: QueryOptions) -> QueryResult:
     ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
     anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
 
+    ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
+    ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
+    a rounding. ``val_sample`` says the same of the tokens of the val sample, or of the one that adds most.
+
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
     sum of its scores at the steps it was in, each times the step's ``weight``, see `query.training_scores.weights`; of
@@ -97,7 +102,10 @@ def query(options: QueryOptions) -> QueryResult:
         _refuse_index(question)
     if options.rerank is not None:
         refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
+    if options.tokens:
+        refuse_tokens(question)
     settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    settings |= {"tokens": True} if options.tokens else {}
     return _answer(question, settings, options.index_name, options.text, page, progress)
 
 
@@ -117,7 +125,7 @@ def _answer(
         open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
-        keep_model = rerank is not None or recomputes
+        keep_model = rerank is not None or recomputes or "tokens" in settings
         scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
         note_repeated(scorer.part, progress)
         ann = None
@@ -130,7 +138,10 @@ def _answer(
             rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
-        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data)
+        explained = explain(scorer, rankings, progress) if "tokens" in settings else None
+        hits = hits_of(
+            scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained
+        )
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
