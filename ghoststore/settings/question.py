@@ -171,6 +171,13 @@ class QuestionOptions(
     score_weight: float | None = option(
         None, "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.", "Scoring", metavar="W"
     )
+    lexical: float | None = option(
+        None,
+        "Blend with BM25 of the texts: (1-W)·z(similarity) + W·z(BM25), W from 0 (gradients alone, the default) to 1 "
+        "(words alone); 0.1 is a good one. Needs the texts of all rows.",
+        "Scoring",
+        metavar="W",
+    )
 
 
 @options
@@ -194,6 +201,12 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
         "Recompute the gradients of the N best rows and rank these by exact scores: for parts of int8 or onebit.",
         "Scoring",
         metavar="N",
+    )
+    tokens: bool = option(
+        False,
+        "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
+        "rows shown again.",
+        "Output",
     )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"

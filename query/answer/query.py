@@ -16,6 +16,7 @@ from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
+from query.answer.tokens import explain, refuse_tokens
 from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
@@ -59,12 +60,20 @@ def query(options: QueryOptions) -> QueryResult:
     over the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are
     left out unless W is 0.
 
+    ``lexical`` blends the similarities with BM25 of the rows' texts for the val samples' texts, in the same way, with
+    this weight. The texts are those that the part keeps, or those of its corpus. It ranks what names the same things
+    higher; a weight of 0.1 keeps what only gradients know. `docs/query.md` has the measurements.
+
     ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
     ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
     the result.
 
     ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
     anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
+
+    ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
+    ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
+    a rounding. ``val_sample`` says the same of the tokens of the val sample, or of the one that adds most.
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
@@ -93,7 +102,10 @@ def query(options: QueryOptions) -> QueryResult:
         _refuse_index(question)
     if options.rerank is not None:
         refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
+    if options.tokens:
+        refuse_tokens(question)
     settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    settings |= {"tokens": True} if options.tokens else {}
     return _answer(question, settings, options.index_name, options.text, page, progress)
 
 
@@ -113,7 +125,7 @@ def _answer(
         open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
-        keep_model = rerank is not None or recomputes
+        keep_model = rerank is not None or recomputes or "tokens" in settings
         scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
         note_repeated(scorer.part, progress)
         ann = None
@@ -126,7 +138,10 @@ def _answer(
             rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
-        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
+        explained = explain(scorer, rankings, progress) if "tokens" in settings else None
+        hits = hits_of(
+            scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained
+        )
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
@@ -147,8 +162,12 @@ def _refuse_index(question: Question) -> None:
     parts = len(part_names(question.part))
     if parts > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
-    option = "`with_scores`" if question.with_scores is not None else f"`combine={question.combine}`"
-    if question.with_scores is not None or question.combine != "mean":
+    needs_all = {
+        "`with_scores`": question.with_scores is not None,
+        "`lexical`": question.lexical is not None,
+        f"`combine={question.combine}`": question.combine != "mean",
+    }
+    for option in (option for option, given in needs_all.items() if given):
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 
@@ -159,7 +178,7 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     parts, preconditioned, blended, or of a difference.
     """
     question = scorer.question
-    plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
+    plain = question.precondition == "none" and not scorer.mixed and scorer.terms[0].groups is None
     plain = plain and question.minus is None
     measured = read_fidelity(scorer.part, scorer.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":

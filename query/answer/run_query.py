@@ -23,6 +23,7 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         "index_name": options.index_name is not None,
         "rerank": options.rerank is not None,
         "report": options.report is not None,
+        "tokens": options.tokens,
     }
     for name, given in of_parts.items():
         if given:

@@ -38,6 +38,7 @@ def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int
         "several parts": len(part_names(question.part)) > 1,
         "`precondition`": question.precondition != "none",
         "`with_scores`": question.with_scores is not None,
+        "`lexical`": question.lexical is not None,
         f"`combine={question.combine}`": question.combine != "mean",
     }
     for option, is_given in unfit.items():
