@@ -17,9 +17,10 @@ from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
 from query.ask.question import Question
-from query.ask.rerank import rank_recomputed, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
+from query.ask.second_stage import Reranking
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
 
@@ -64,7 +65,11 @@ def query(options: QueryOptions) -> QueryResult:
     the result.
 
     ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
-    anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
+    anew by exact scores: the model computes their gradients again. ``rerank_with`` says which. ``exact`` are whole
+    gradients of the part's layers in the part's metric. With ``ekfac`` the eigenvalues of that metric are measured on
+    ``rerank_samples`` rows of the corpus. With ``cg``, ``cg_steps`` steps of conjugate gradients replace the metric by
+    the Gauss-Newton matrix of so many rows, damped by ``rerank_damping`` times its mean eigenvalue in each layer.
+    ``vectors`` are projected as the part's, and not rounded.
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
@@ -91,45 +96,52 @@ def query(options: QueryOptions) -> QueryResult:
     question = part_of(Question, options)
     if options.index == "ann":
         _refuse_index(question)
-    if options.rerank is not None:
-        refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
-    settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
-    return _answer(question, settings, options.index_name, options.text, page, progress)
+    how = part_of(Reranking, options)
+    if how.rerank is not None:
+        refuse_rerank(question, how, options.top_k, options.bottom_k)
+    settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    return _answer(question, settings, how, options.index_name, options.text, page, progress)
 
 
 def _answer(
     question: Question,
     settings: dict[str, Any],
+    how: Reranking,
     index_name: str | None,
     text: bool,
     page: Path | None,
     progress: Progress,
 ) -> QueryResult:
-    """The answer to ``question``. ``settings`` say how rows are ranked: index, rerank, top_k, bottom_k."""
-    rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
+    """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
+    counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
         open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
-        keep_model = rerank is not None or recomputes
+        keep_model = how.rerank is not None or recomputes
         scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
             ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
             settings = {**ann.settings(), **settings}
-        if rerank is None:
+        if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
-            rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
+            rankings = rank_anew(scorer, how, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
         result = QueryResult(
             store=str(question.store),
-            settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
+            settings={
+                **scorer.settings(),
+                **how.settings(scorer.part),
+                **settings,
+                "fidelity": fidelity_settings(scorer, progress),
+            },
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
                 for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)

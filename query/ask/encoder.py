@@ -65,6 +65,8 @@ class ValVectors:
     """Number of val rows in each mean, by its name."""
     places: list[int] = field(default_factory=list)
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
+    row_places: list[int] = field(default_factory=list)
+    """The places, among the rows of the val set, of those that have a vector."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -177,7 +179,8 @@ class PartEncoder:
         counts: Counter[str] = Counter()
         ids: list[str] = []
         places: list[int] = []
-        used_rows, digest = 0, xxhash.xxh3_64()
+        row_places: list[int] = []
+        read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
@@ -190,7 +193,8 @@ class PartEncoder:
                     for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
-                used_rows += len(used)
+                row_places += [read_rows + place for place in used]
+                read_rows += len(batch)
                 for place in used:
                     digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
@@ -210,10 +214,11 @@ class PartEncoder:
         return ValVectors(
             vectors=torch.cat(pieces),
             ids=ids,
-            used=used_rows,
+            used=len(row_places),
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
+            row_places=row_places,
             digest=digest.intdigest(),
         )
 
