@@ -68,6 +68,8 @@ class ValVectors:
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
     samples_of: list[list[int]] = field(default_factory=list)
     """For each vector the places in the val set of the samples behind it, once for each of their rows."""
+    row_places: list[int] = field(default_factory=list)
+    """The places, among the rows of the val set, of those that have a vector."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -181,7 +183,8 @@ class PartEncoder:
         ids: list[str] = []
         places: list[int] = []
         samples_of: dict[str, list[int]] = {}
-        used_rows, digest = 0, xxhash.xxh3_64()
+        row_places: list[int] = []
+        read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
@@ -194,7 +197,8 @@ class PartEncoder:
                     for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
-                used_rows += len(used)
+                row_places += [read_rows + place for place in used]
+                read_rows += len(batch)
                 for place in used:
                     digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
@@ -215,11 +219,12 @@ class PartEncoder:
         return ValVectors(
             vectors=torch.cat(pieces),
             ids=ids,
-            used=used_rows,
+            used=len(row_places),
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
             samples_of=[[place] for place in places] if grouping == "each" else [samples_of[label] for label in ids],
+            row_places=row_places,
             digest=digest.intdigest(),
         )
 
