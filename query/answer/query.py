@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -16,6 +15,7 @@ from query.answer.contributions import recomputable
 from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
+from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
@@ -79,6 +79,11 @@ def query(options: QueryOptions) -> QueryResult:
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    return answer(options)
+
+
+def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryResult:
+    """The answer to ``options``, see :func:`query`, with the model of a session if there is one."""
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
@@ -94,7 +99,7 @@ def query(options: QueryOptions) -> QueryResult:
     if options.rerank is not None:
         refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
     settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
-    return _answer(question, settings, options.index_name, options.text, page, progress)
+    return _answer(question, settings, options.index_name, options.text, page, progress, opened)
 
 
 def _answer(
@@ -104,17 +109,20 @@ def _answer(
     text: bool,
     page: Path | None,
     progress: Progress,
+    opened: OpenedModel | None,
 ) -> QueryResult:
     """The answer to ``question``. ``settings`` say how rows are ranked: index, rerank, top_k, bottom_k."""
     rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
-        open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
+        question.opened_val_set(progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
         keep_model = rerank is not None or recomputes
-        scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
+        scorer = open_scorer(
+            question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
+        )
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
