@@ -9,6 +9,8 @@ from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     BehindOption,
+    Checkpoint,
+    Data,
     DeviceOption,
     FieldsOption,
     LayersOptions,
@@ -16,6 +18,7 @@ from ghoststore.settings.shared import (
     ProgressOption,
     RankingOptions,
     StoreOption,
+    TokenizerSource,
     WeightOption,
     WhereOption,
 )
@@ -66,7 +69,7 @@ def parse_quota(word: str) -> tuple[str, float]:
 class ValSetOption:
     """The option for a val set."""
 
-    val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input"))
+    val_set: Data = field(metadata=about("Val set, in any form of a corpus.", "Input"))
 
 
 @options
@@ -114,7 +117,7 @@ class PartsOptions:
 class OpenedAgain(BehindOption, DeviceOption):
     """The options for the inputs that an existing part was built from, without the checkpoint."""
 
-    tokenizer: str | Path | None = option(
+    tokenizer: TokenizerSource | None = option(
         None, "The tokenizer the part was built with (default: where your own build read it).", "Model"
     )
 
@@ -123,7 +126,7 @@ class OpenedAgain(BehindOption, DeviceOption):
 class RebuiltOptions(OpenedAgain):
     """The options for the inputs that an existing part was built from."""
 
-    checkpoint: str | Path | None = option(
+    checkpoint: Checkpoint | None = option(
         None, "The checkpoint the part was built from (default: where your own build read it).", "Model"
     )
 
@@ -134,14 +137,14 @@ class QuestionOptions(
 ):
     """The options that say what is scored against what."""
 
-    val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
-    minus: str | Path | None = option(
+    val_set: Data | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
+    minus: Data | None = option(
         None,
         "A second val set, to be far from: its mean gradient is subtracted from that of `val_set`.",
         "Input",
         metavar="VAL_SET",
     )
-    checkpoint: str | Path | Sequence[str | Path] | None = option(
+    checkpoint: Checkpoint | Sequence[Checkpoint] | None = option(
         None,
         "The checkpoint the part was built from (default: where your own build read it); once for each `part`.",
         "Model",
@@ -242,6 +245,14 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
     report: str | Path | None = option(
         None, "Write a new .html file: one page with texts, histograms, domains, layers.", "Output", metavar="FILE"
     )
+
+
+@options
+class OpenOptions(ProgressOption, RebuiltOptions):
+    """Options of ``ghoststore.open``."""
+
+    store: str | Path = field(kw_only=False, metadata=about("The store: a directory.", "Input"))
+    part: str | None = option(None, "Part of the session (default: the only one).", "Input")
 
 
 @options

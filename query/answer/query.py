@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -17,6 +16,7 @@ from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
 from query.answer.tokens import explain, refuse_tokens
+from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
 from query.ask.rerank import rank_anew, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
@@ -93,6 +93,11 @@ def query(options: QueryOptions) -> QueryResult:
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    return answer(options)
+
+
+def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryResult:
+    """The answer to ``options``, see :func:`query`, with the model of a session if there is one."""
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
@@ -112,7 +117,7 @@ def query(options: QueryOptions) -> QueryResult:
         refuse_tokens(question)
     settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
     settings |= {"tokens": True} if options.tokens else {}
-    return _answer(question, settings, how, options.index_name, options.text, page, progress)
+    return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
 
 
 def _answer(
@@ -123,17 +128,20 @@ def _answer(
     text: bool,
     page: Path | None,
     progress: Progress,
+    opened: OpenedModel | None,
 ) -> QueryResult:
     """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
     counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
-        open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
+        question.opened_val_set(progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
         keep_model = how.rerank is not None or recomputes or "tokens" in settings
-        scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
+        scorer = open_scorer(
+            question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
+        )
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":

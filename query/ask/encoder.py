@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint.load import (
-    Checkpoint,
+    AnyCheckpoint,
+    AnyTokenizer,
     find_checkpoint,
     find_tokenizer,
     load_model,
@@ -33,6 +34,8 @@ from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_mod
 from ghoststore.corpus import Corpus, Position, Sample
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
+from ghoststore.settings.shared import Data, TokenizerSource
 from ghoststore.store import Part, Status
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
@@ -93,15 +96,15 @@ class PartEncoder:
         self,
         part: Part,
         *,
-        checkpoint: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        data: str | Path | None = None,
+        checkpoint: CheckpointSource | None = None,
+        tokenizer: TokenizerSource | None = None,
+        data: Data | None = None,
         device: str = "auto",
         corpus: Corpus | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._progress = progress or Silent()
-        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device))
+        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device, checkpoint))
         self._tokenizer.note = self._progress.note
         self._corpus, self._data = corpus, data
         self._project(part, projection_of(part, self.model))
@@ -127,6 +130,14 @@ class PartEncoder:
         encoder._corpus = None
         encoder._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
         encoder._project(part, projection_of(part, self.model))
+        return encoder
+
+    def at(self, part: Part, progress: Progress) -> PartEncoder:
+        """This encoder for a later state of its part, with more rows, which tells ``progress``."""
+        encoder = copy(self)
+        encoder.part, encoder._progress = part, progress
+        encoder._tokenizer = copy(self._tokenizer)
+        encoder._tokenizer.note = progress.note
         return encoder
 
     @property
@@ -315,7 +326,7 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
 
 
 def load_for(
-    part: Part, checkpoint: str | Path | None, tokenizer: str | Path | None, device: str
+    part: Part, checkpoint: CheckpointSource | None, tokenizer: TokenizerSource | None, device: str
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
@@ -325,7 +336,10 @@ def load_for(
     refuse_incomplete(part)
     name = f"part {part.name!r}"
     path = source_path(part.manifest, "checkpoint", name, "checkpoint", checkpoint)
-    assert path is not None  # every part names one
+    if path is None:
+        raise UsageError(
+            f"{name} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
+        )
     files = find_checkpoint(path)
     folder = tokenizer_folder(part, tokenizer, files)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
@@ -347,7 +361,7 @@ def load_for(
     )
 
 
-def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Checkpoint) -> Path:
+def tokenizer_folder(part: Part, tokenizer: TokenizerSource | None, checkpoint: AnyCheckpoint) -> AnyTokenizer:
     """The folder of the tokenizer of ``part``: the one the user gives, else the one that the user's own build read,
     else that of the checkpoint. The caller compares the tokenizer with the part's in any case.
     """
@@ -355,5 +369,5 @@ def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Check
         return find_tokenizer(tokenizer)
     recorded = part.manifest["source"]["tokenizer"]
     if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
-        return checkpoint.folder
+        return checkpoint.tokenizer_folder
     return Path(recorded)
