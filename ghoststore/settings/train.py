@@ -104,7 +104,7 @@ class ScoringConfig:
     route: Route = option(
         "auto",
         "How exact scores are computed; auto takes the cheapest for each parameter. low-rank: from the 64 leading "
-        "directions of its val gradient, where these hold 95 % of its energy; direct and gram: to the last digits.",
+        "directions of its val gradient, where these hold 99 % of it; direct and gram: to the last digits.",
         "Scoring",
     )
     per_layer: bool = option(False, "Keep the score of every layer.", "Scoring")

@@ -22,7 +22,7 @@ from indexer.layers.factors import Outer
 
 DIRECTIONS = 64
 """Directions of a val gradient that are used."""
-LEFT_OUT = 0.05
+LEFT_OUT = 0.01
 """Largest share of a val gradient's squared length outside them. Scores are off by far less: what is left out of a val
 gradient has little to do with the gradients of samples (docs/scores.md).
 """
