@@ -42,14 +42,13 @@ class Case:
         self.samples, self.val = rows[chosen[:samples]], rows[chosen[samples:]]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
 
-    def step(self, ids: Tensor) -> Tensor:
+    def loss(self, ids: Tensor) -> Tensor:
         loss: Tensor = self.model(**batch_of(ids), use_cache=False).loss
-        loss.backward()
         return loss
 
     def warm_up(self) -> None:
         for place in range(STEPS):
-            self.step(self.samples[place % len(self.samples)].unsqueeze(0))
+            self.loss(self.samples[place % len(self.samples)].unsqueeze(0)).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -62,7 +61,9 @@ class Case:
         ) as engine:  # fmt: skip
             for ids in self.samples.split(8):
                 engine.prepare(len(ids), tokens=ids.numel())
-                engine.watch(self.step(ids))
+                loss = self.loss(ids)
+                engine.watch(loss)
+                loss.backward()
                 totals.append(engine.collect().total)
                 self.model.zero_grad()
         return torch.cat(totals).numpy()
