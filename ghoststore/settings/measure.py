@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 Parameters = Literal["all", "projected"]
-METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-idf", "random")
+METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "bm25", "tf-idf", "random")
 """The methods that are evaluated by default."""
 
 
@@ -121,6 +121,12 @@ class EvaluateOptions(
     learning_rate: float = option(3e-3, "Peak learning rate.", "Model")
     seed: int = option(0, "Seed of halves, weights and order.", "Advanced")
     damping: float | None = option(None, "Damping of the preconditioned methods (default: 0.1).", "Scoring")
+    lexical: float | None = option(
+        None,
+        "Each method of the part's vectors once more, blended with BM25 as by `ghoststore query --lexical W`.",
+        "Scoring",
+        metavar="W",
+    )
     max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     workers: int | None = option(
         None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"

@@ -36,6 +36,7 @@ all domains.
 Diversity = Literal["none", "mmr", "facility-location", "greats"]
 Leaks = Literal["exclude", "keep", "error"]
 Order = Literal["corpus", "score"]
+RerankWith = Literal["exact", "ekfac", "cg", "vectors"]
 
 
 def parse_weights(word: str) -> PartWeights:
@@ -174,10 +175,50 @@ class QuestionOptions(
     score_weight: float | None = option(
         None, "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.", "Scoring", metavar="W"
     )
+    lexical: float | None = option(
+        None,
+        "Blend with BM25 of the texts: (1-W)·z(similarity) + W·z(BM25), W from 0 (gradients alone, the default) to 1 "
+        "(words alone); 0.1 is a good one. Needs the texts of all rows.",
+        "Scoring",
+        metavar="W",
+    )
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, QuestionOptions):
+class RerankOptions:
+    """The options of the second stage of a query."""
+
+    rerank: int | None = option(
+        None,
+        "Rank the N best rows anew, by gradients that the model computes again and that nothing is left out of.",
+        "Scoring",
+        metavar="N",
+    )
+    rerank_with: RerankWith = option(
+        "exact",
+        "Of `rerank`: whole gradients in the part's metric (exact), with its eigenvalues measured (ekfac), for the "
+        "query that conjugate gradients improve (cg), or vectors as the part has them, not rounded (vectors).",
+        "Scoring",
+    )
+    rerank_samples: int | None = option(
+        None, "Rows of the corpus that `rerank_with` ekfac and cg learn from (default: 256).", "Advanced", metavar="N"
+    )
+    rerank_damping: float | None = option(
+        None,
+        "Damping of `rerank_with` ekfac and cg, relative to the mean eigenvalue of a layer (default: ekfac as the "
+        "part, cg 0.1).",
+        "Advanced",
+    )
+    cg_steps: int | None = option(
+        None,
+        "Steps of conjugate gradients (default: 5). Each takes a few passes over the rows.",
+        "Advanced",
+        metavar="N",
+    )
+
+
+@options
+class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
     each: bool = option(
@@ -192,11 +233,11 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
         "Advanced",
     )
     index_name: str | None = option(None, "Index of `index=ann` (default: the only one for the metric).", "Advanced")
-    rerank: int | None = option(
-        None,
-        "Recompute the gradients of the N best rows and rank these by exact scores: for parts of int8 or onebit.",
-        "Scoring",
-        metavar="N",
+    tokens: bool = option(
+        False,
+        "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
+        "rows shown again.",
+        "Output",
     )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"

@@ -160,7 +160,12 @@ class WhereOption:
 class MetricOption:
     """The option for the metric of scores."""
 
-    metric: Metric = option("cosine", "The score.", "Scoring")
+    metric: Metric | None = option(
+        None,
+        "The score (default: dot for parts whose gradients were preconditioned or scaled at build, cosine for plain "
+        "ones).",
+        "Scoring",
+    )
 
 
 @options

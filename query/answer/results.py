@@ -13,11 +13,16 @@ import numpy as np
 from ghoststore.progress import Progress
 from ghoststore.settings.shared import Data
 from ghoststore.store import Part
+from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
+from query.ask.lexical import Hybrid
 from query.common.notebook import cut, html_table, html_tables
 from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
 from query.search.search import Ranking
+
+OF_TOKENS = ("tokens", "recomputed", "val_sample")
+"""Fields of a hit that only ``tokens`` of a question fills."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -33,10 +38,16 @@ class Hit:
     """The sample's whole text; None where the source is gone or has changed."""
     window_start: int
     """First token of the row in its sample; 0 unless long samples were split."""
+    tokens: Sequence[Token] | None = None
+    """What each token of the row adds to its similarity; None, as the next two, without ``tokens`` of the question."""
+    recomputed: float | None = None
+    """The similarity by the gradient that was computed again for it, which the tokens sum to."""
+    val_sample: ValTokens | None = None
+    """The val sample behind the ranking, or of several the one that adds most, with its tokens."""
 
     def cells(self) -> dict[str, Any]:
         """What a table of a notebook shows of it, by column."""
-        shown = asdict(self)
+        shown = _without_tokens(asdict(self))
         text = shown.pop("text")
         if not self.window_start:
             del shown["window_start"]
@@ -55,6 +66,16 @@ class BlendedHit(Hit):
     """The cosine or dot product."""
     value: float | None
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class HybridHit(Hit):
+    """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
+
+    similarity: float
+    """The cosine or dot product."""
+    bm25: float
+    """Of the row's text for the texts of the val samples; 0 where they share no word."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -167,6 +188,9 @@ class QueryResult:
         """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
         results = [asdict(result) for result in self.results]
         for result in results:
+            if not self.settings.get("tokens"):
+                for hit in (*result["hits"], *result["bottom"]):
+                    _without_tokens(hit)
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}
@@ -176,7 +200,8 @@ class QueryResult:
         for result in self.results:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
-                    yield {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
+                    row = {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
+                    yield _without_tokens(row)
 
     def write(self, path: str | Path) -> None:
         """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
@@ -188,7 +213,7 @@ class QueryResult:
     @property
     def _columns(self) -> dict[str, type]:
         """Of flat rows."""
-        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit)}
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -196,18 +221,26 @@ class QueryResult:
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
 
 
+def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` of a hit without what lies behind its score, which no flat table holds."""
+    for name in OF_TOKENS:
+        row.pop(name, None)
+    return row
+
+
 def hits_of(
     part: Part,
     rankings: Sequence[Ranking],
     text: bool,
     progress: Progress,
-    blend: Blend | None = None,
+    blend: Blend | Hybrid | None = None,
     data: Data | None = None,
+    explained: Explained | None = None,
 ) -> list[list[list[Hit]]]:
     """The hits as ``[ranking][query][rank]``. The data of each row are read once.
 
     ``text`` says whether to look up texts, in the corpus that the user gives as ``data`` or in the recorded one. With
-    ``blend`` a hit has similarity and value too.
+    ``blend`` a hit has what was blended, too; with ``explained`` its tokens.
     """
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
@@ -228,8 +261,14 @@ def hits_of(
             "text": texts[at],
             "window_start": int(windows[at]),
         }
+        if explained is not None:
+            of_tokens = explained[query, row]
+            shared |= {name: getattr(of_tokens, name) for name in OF_TOKENS}
         if blend is None:
             return Hit(**shared)
+        if isinstance(blend, Hybrid):
+            similarity, bm25 = blend.similarity[query, row], blend.lexical[query, row]
+            return HybridHit(**shared, similarity=float(similarity), bm25=float(bm25))
         value = float(blend.values.value[row])
         return BlendedHit(
             **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None

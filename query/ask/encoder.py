@@ -41,6 +41,7 @@ from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.positions import position_scores
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
 from indexer.projection.matrices import Projection
 from indexer.projection.stored import projection_of
@@ -68,6 +69,10 @@ class ValVectors:
     """Number of val rows in each mean, by its name."""
     places: list[int] = field(default_factory=list)
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
+    samples_of: list[list[int]] = field(default_factory=list)
+    """For each vector the places in the val set of the samples behind it, once for each of their rows."""
+    row_places: list[int] = field(default_factory=list)
+    """The places, among the rows of the val set, of those that have a vector."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -188,7 +193,9 @@ class PartEncoder:
         counts: Counter[str] = Counter()
         ids: list[str] = []
         places: list[int] = []
-        used_rows, digest = 0, xxhash.xxh3_64()
+        samples_of: dict[str, list[int]] = {}
+        row_places: list[int] = []
+        read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
@@ -201,7 +208,8 @@ class PartEncoder:
                     for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
-                used_rows += len(used)
+                row_places += [read_rows + place for place in used]
+                read_rows += len(batch)
                 for place in used:
                     digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
@@ -213,6 +221,7 @@ class PartEncoder:
                 for label, members in _by_label([batch[place] for place in used], used, grouping).items():
                     sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
                     counts[label] += len(members)
+                    samples_of.setdefault(label, []).extend(batch[place].sample.source_row for place in members)
         if not ids and not counts:
             raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
         if grouping != "each":
@@ -221,10 +230,12 @@ class PartEncoder:
         return ValVectors(
             vectors=torch.cat(pieces),
             ids=ids,
-            used=used_rows,
+            used=len(row_places),
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
+            samples_of=[[place] for place in places] if grouping == "each" else [samples_of[label] for label in ids],
+            row_places=row_places,
             digest=digest.intdigest(),
         )
 
@@ -245,6 +256,29 @@ class PartEncoder:
                 task.advance(len(batch) - len(usable))
                 vectors[start + usable] = self.vectors(self.source_rows(batch[usable]), task)
         return vectors[place]
+
+    def token_scores(self, rows: Sequence[Row], queries_QD: Tensor) -> list[Tensor]:
+        """For each of ``rows``, which must be usable, (Q, T): see :func:`indexer.encode.positions.position_scores`."""
+        batch_tokens = int(self.part.manifest["batching"]["batch_tokens"])
+        return position_scores(self._encoder, rows, queries_QD, batch_tokens)
+
+    def token_texts(self, row: Row) -> list[tuple[str, int | None, int | None]]:
+        """(text, first character in the sample's text, one past its last) of each token of ``row``.
+
+        The places are None for special tokens, and where the tokens of the text as a reader sees it are not those of
+        the row: messages go through a template. They need a tokenizer of the tokenizers library.
+        """
+        tokenizer, text, ids = self._tokenizer.tokenizer, row.sample.preview(), row.tokens.tolist()
+        for special in (True, False) if getattr(tokenizer, "is_fast", False) else ():
+            encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            window = slice(row.window_start, row.window_start + len(ids))
+            if encoded["input_ids"][window] == ids:
+                offsets = encoded["offset_mapping"][window]
+                return [
+                    (text[start:stop], start, stop) if stop > start else (tokenizer.decode([token]), None, None)
+                    for token, (start, stop) in zip(ids, offsets, strict=True)
+                ]
+        return [(tokenizer.decode([token]), None, None) for token in ids]
 
     def source_rows(self, rows: NDArray[np.int64]) -> list[Row]:
         """``rows`` of the part with their tokens, read from its corpus.

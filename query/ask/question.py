@@ -49,6 +49,10 @@ class Question(QuestionOptions):
             raise UsageError("`damping` belongs to `precondition=second-moment`")
         checked_damping(self.damping)
         checked_weight(self.score_weight)
+        if self.lexical is not None and not 0 <= self.lexical <= 1:
+            raise UsageError(f"`lexical` must be between 0 (gradients alone) and 1 (words alone), not {self.lexical}")
+        if self.lexical is not None and self.with_scores is not None:
+            raise UsageError("`lexical` and `with_scores` each blend the scores with something: give one of them")
         if self.score_weight is not None and self.with_scores is None:
             raise UsageError("`score_weight` belongs to `with_scores`, which names a training run")
 

@@ -36,11 +36,13 @@ from query.ask.question import COMBINED
 from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
 from query.ask.scorer import fused, minus_settings
-from query.search.part_score import contrasted
+from query.search.part_score import Metric, contrasted
 from query.training_scores.matching import chosen_units
 from query.training_scores.sums import Units
 from query.training_scores.weights import StepWeights
 
+DEFAULT_METRIC: Metric = "cosine"
+"""Of the gradients that runs keep, which are plain."""
 OWN = "own"
 """Name of the ranking by each step's own val gradient."""
 Float64 = NDArray[np.float64]
@@ -84,7 +86,7 @@ class RunScorer:
     def __init__(
         self, question: RunQuestion, val_set: Corpus | None, progress: Progress, minus: Corpus | None = None
     ) -> None:
-        self.question = question
+        self.question, self.metric = question, question.metric or DEFAULT_METRIC
         self.run: Run = Store.open(question.store).run(question.run)
         kept, arrays = kept_of(self.run)
         if question.all_candidates and not self.run.layout.weights:
@@ -161,7 +163,7 @@ class RunScorer:
             minus_D = minus.vectors[0].double()[self._columns]
             query_QD = contrasted(torch.from_numpy(query_QD), minus_D, names=val.ids).numpy()
             lengths_Q = np.sqrt(np.square(query_QD).sum(1))
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             query_QD = query_QD / lengths_Q[:, None]
         if self.question.group_field is not None and self.question.combine == "mean":
             query_QD = np.concatenate([query_QD.mean(0, keepdims=True), query_QD])
@@ -222,14 +224,14 @@ class RunScorer:
         """(P,) of each query; NaN without a vector, 0 for the cosine of one that is zero."""
         rows_PD = piece.vectors[:, self._columns].astype(np.float64)
         factor_P = np.ones(len(rows_PD))
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             length_P = np.sqrt(np.einsum("pd,pd->p", rows_PD, rows_PD))
             factor_P = 1 / np.where(length_P > 0, length_P, 1.0)
         if self._query_QD is not None:
             return [np.einsum("pd,d->p", rows_PD, query_D) * factor_P for query_D in self._query_QD]
         assert piece.val is not None
         val_KD = piece.val[:, self._columns].astype(np.float64)
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             with np.errstate(invalid="ignore", divide="ignore"):
                 val_KD = val_KD / np.sqrt(np.square(val_KD).sum(1, keepdims=True))
         return [np.einsum("pd,pd->p", rows_PD, val_KD[piece.of_step]) * factor_P]
@@ -254,7 +256,7 @@ class RunScorer:
             **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **grouped,
-            "metric": question.metric,
+            "metric": self.metric,
             "weight": question.weight,
             "candidates": question.all_candidates,
             "layers": list(question.layers),

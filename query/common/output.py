@@ -17,10 +17,16 @@ FORMS = (".json", ".jsonl", ".csv", ".parquet")
 PICTURES = (".png", ".pdf", ".svg")
 
 
-def columns_of(kind: Any) -> dict[str, type]:
-    """Name and type of each field of a dataclass whose fields are strings, numbers, or None."""
+def columns_of(kind: Any, leave_out: Sequence[str] = ()) -> dict[str, type]:
+    """Name and type of each field of a dataclass whose fields, but for those to ``leave_out``, are strings, numbers, or
+    None.
+    """
     types = {"str": str, "int": int, "float": float}
-    return {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(kind)}
+    return {
+        field.name: types[str(field.type).removesuffix(" | None")]
+        for field in fields(kind)
+        if field.name not in leave_out
+    }
 
 
 def arrow_table(columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> Any:

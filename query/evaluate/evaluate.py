@@ -80,6 +80,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     ``exact-layers-cosine`` by those of the part's layers. They take one backward pass a sample, together for all four,
     and are computed only if ``methods`` names one of them.
 
+    ``lexical`` adds each method of the part's vectors once more, blended with BM25 at this weight: ``dot+bm25``, ….
+
     If ``part`` names several parts, the methods are those of the first one. ``checkpoints-dot`` and
     ``checkpoints-cosine`` then are the sums over all, weighted by ``part_weights`` as in ``ghoststore.query``. ``run``
     names a training run of the store, whose values (Σ ``weight`` × score) are evaluated, too.
@@ -162,6 +164,7 @@ def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
         each=True,
         fields=options.fields,
         max_samples=options.max_val_samples,
+        lexical=options.lexical,
         device=device,
     )
 

@@ -76,7 +76,11 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "groups": {"group_field": "domain", "combine": "rank-fusion"},
     "preconditioned": {"precondition": "second-moment", "metric": "dot"},
     "reranked": {"rerank": 20, "top_k": 4, "text": False},
+    "reranked by vectors": {"rerank": 20, "rerank_with": "vectors", "top_k": 4},
+    "tokens": {"tokens": True, "top_k": 2},
+    "lexical": {"lexical": 0.5},
     "minus": {"minus": rows(2, 9), "metric": "dot"},
+    "mean once more": {},
 }
 
 
