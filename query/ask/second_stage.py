@@ -220,12 +220,13 @@ class _Stage:
             reduction=self.encoder.part.manifest["loss"]["reduction"],
         )
         with closing(self.progress.task("conjugate gradients", (self.how.steps + 1) * len(rows))) as task:
+            with self.layers:
+                means = mean_eigenvalues(self.passes, rows, task)
+            damping = [self.how.damping(self.encoder.part) * mean for mean in means]
 
             def times(vectors: Blocks) -> Blocks:
                 return newton.times(vectors, task)
 
-            means = mean_eigenvalues(times, self.blocks, self.layers.device)
-            damping = [self.how.damping(self.encoder.part) * mean for mean in means]
             return conjugate_gradients(times, gradients, damping, _twice(half, self.blocks), self.how.steps)
 
     def _corpus_sample(self) -> list[Row]:
