@@ -244,7 +244,8 @@ class _Stage:
         rows = f"{len(candidates):,} rows of the corpus ({tokens:,} tokens)"
         if rounds > 1:
             rows += f", these {rounds} times, for {self.queries_at_once} of {queries} queries each"
-        note = f"second stage: forward and backward passes of {vals:,} val rows and {rows}"
+        val_rows = f"{vals:,} val row" + "s" * (vals != 1)
+        note = f"second stage: forward and backward passes of {val_rows} and {rows}"
         if self.how.rerank_with == "ekfac":
             note += f"; before it of {rounds * self.how.samples:,} rows, for the eigenvalues"
         if self.how.rerank_with == "cg":
