@@ -161,7 +161,7 @@ def _answer(
                 **scorer.settings(),
                 **how.settings(scorer.part),
                 **settings,
-                "fidelity": fidelity_settings(scorer, progress),
+                "fidelity": fidelity_settings(scorer, progress) if how.rerank is None else None,
             },
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
