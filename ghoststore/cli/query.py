@@ -37,7 +37,8 @@ def print_hits(result: Any) -> None:
 
     settings = result.settings
     metric, blended, of_run = settings["metric"], "with_scores" in settings, "run" in settings
-    columns, about = _columns(settings), "" if of_run else _about(settings)
+    in_nats = any(hit.nats is not None for query in result.results for hit in (*query.hits, *query.bottom))
+    columns, about = _columns(settings, in_nats), "" if of_run else _about(settings)
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
@@ -50,10 +51,15 @@ def print_hits(result: Any) -> None:
             for hit in hits:
                 numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
                 cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                cells[:1] = [f"{hit.nats:.2e}"] if hit.nats is not None else cells[:1]
                 cells += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
                 print_ranking(title.format(name, metric), about, columns, rows)
+    if in_nats:
+        from query.ask.unit import unit_words
+
+        say(unit_words(settings["unit"]))
     if fewer := _fewer(result):
         say(fewer)
     if settings.get("candidates_left_out"):
@@ -66,9 +72,10 @@ def print_hits(result: Any) -> None:
         say(f"fidelity: {fidelity_line(settings['fidelity'])}")
 
 
-def _columns(settings: dict[str, Any]) -> list[Column]:
+def _columns(settings: dict[str, Any], in_nats: bool) -> list[Column]:
     metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
     scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [metric]
+    scores = [settings["unit"]["name"]] if in_nats else scores
     if "with_scores" in settings:
         scores = ["blend", metric, f"Σ {symbol}·score"]
     numbers: list[Column] = [(heading, "number") for heading in ("rank", *scores)]

@@ -14,12 +14,13 @@ from ghoststore.store.part.fidelity import read_fidelity
 from query.ann.index import AnnIndex
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
-from query.answer.results import QueryHits, QueryResult, hits_of
+from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
 from query.ask.question import Question
 from query.ask.rerank import rank_recomputed, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
+from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
 
@@ -29,11 +30,13 @@ def query(options: QueryOptions) -> QueryResult:
     """The training samples most similar (``top_k``) and least similar (``bottom_k``) to ``val_set``.
 
     There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. ``metric`` is
-    ``dot`` or ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the
-    part must then keep plain Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization
-    and projection that the part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the
-    checkpoint, the tokenizer and the corpus (for texts). The default is where the user's own build read them; paths in
-    a store that somebody else made are not followed.
+    ``dot`` or ``cosine`` (default: the one that the part was made for). Products have a meaning: ``nats`` of a hit is
+    by how much the val loss is predicted to rise if the row were left out of the training, see `docs/query.md`.
+    ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the part must then keep plain
+    Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization and projection that the
+    part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the checkpoint, the tokenizer
+    and the corpus (for texts). The default is where the user's own build read them; paths in a store that somebody else
+    made are not followed.
 
     ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
     sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses.
@@ -127,12 +130,16 @@ def _answer(
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
+        unit = unit_of(question, parts, rounded=rerank is None)
+        settings = {"unit": None if unit is None else unit.to_json(), **settings}
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
-                for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
+                for name, val_row, best, worst in zip(
+                    scorer.names, scorer.val_rows, *with_nats(hits, unit), strict=True
+                )
             ],
         )
         if page is not None:
