@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """The training samples whose gradients point the same way as those of a val set.
 
+    Scores in nats: by how much the val loss is predicted to rise if the row were left out of the training, or to fall
+    if it were seen once more; below 0 the other way round. --out and --json have the raw product, too.
+
     \b
       ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
