@@ -39,7 +39,9 @@ def print_hits(result: Any) -> None:
     from ghoststore.cli.terminal import preview, say
 
     settings = result.settings
-    metric, blended, of_run = settings["metric"], "with_scores" in settings, "run" in settings
+    metric, of_run = settings["metric"], "run" in settings
+    beside = ["similarity", "value"] if "with_scores" in settings else []
+    beside = ["similarity", "bm25"] if "lexical" in settings else beside
     in_nats = any(hit.nats is not None for query in result.results for hit in (*query.hits, *query.bottom))
     columns, about = _columns(settings, in_nats), "" if of_run else _about(settings)
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
@@ -52,7 +54,7 @@ def print_hits(result: Any) -> None:
         for title, hits in zip(titles, (query.hits, query.bottom), strict=True):
             rows = []
             for hit in hits:
-                numbers = [hit.score, hit.similarity, hit.value] if blended else [hit.score]
+                numbers = [hit.score, *(getattr(hit, name) for name in beside)]
                 cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
                 cells[:1] = [f"{hit.nats:.2e}"] if hit.nats is not None else cells[:1]
                 cells += [f"{hit.times:,}"] if of_run else []
@@ -81,6 +83,8 @@ def _columns(settings: dict[str, Any], in_nats: bool) -> list[Column]:
     scores = [settings["unit"]["name"]] if in_nats else scores
     if "with_scores" in settings:
         scores = ["blend", metric, f"Σ {symbol}·score"]
+    if "lexical" in settings:
+        scores = ["hybrid", metric, "BM25"]
     numbers: list[Column] = [(heading, "number") for heading in ("rank", *scores)]
     return [*numbers, ("id", "id"), ("row", "number"), ("domain", "text"), ("text", "text")]
 

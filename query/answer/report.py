@@ -46,7 +46,9 @@ def write_report(
 
     shown = result.results[:MOST_RANKINGS]
     unit = result.settings["unit"]
-    stored, recomputed = (unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False))
+    stored, recomputed = (
+        None if unit is None else unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False)
+    )
     scores = scorer.scores(progress, len(shown)) * (1.0 if stored is None else stored.factor)
     rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
     layers = contributions(scorer, rows, progress)
@@ -209,6 +211,7 @@ def _count(result: QueryResult) -> str:
 
 def _subtitle(scorer: Scorer, result: QueryResult) -> str:
     score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.metric.capitalize()}"
+    score = "Blend of BM25 and similarity" if scorer.hybrid else score
     metric = result.settings["part_metric"] or ""
     return (
         f"{score} of gradients {metric}".rstrip() + f"; {result.settings['rows']:,} rows of part {scorer.part.name}, "

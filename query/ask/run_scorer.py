@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.corpus import Corpus, open_corpus
+from ghoststore.checkpoint.in_memory import checkpoint_name
+from ghoststore.corpus import Corpus, source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
@@ -71,7 +72,7 @@ def opened_val_set(question: RunQuestion, progress: Progress) -> Iterator[Corpus
     if question.val_set is None:
         yield None
         return
-    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
+    with question.opened_val_set(progress) as corpus:
         yield corpus
 
 
@@ -249,7 +250,7 @@ class RunScorer:
             }
         return {
             "run": self.run.name,
-            "val_set": None if self.val is None else str(question.val_set),
+            "val_set": None if self.val is None else source_name(question.val_set),
             "val_rows": 0 if self.val is None else self.val.used,
             "val_rows_left_out": {} if self.val is None else self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
@@ -261,7 +262,7 @@ class RunScorer:
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             **({} if self.chosen is None else self.chosen.settings()),
-            "checkpoint": None if self.val is None else str(question.checkpoints(1)[0]),
+            "checkpoint": None if self.val is None else checkpoint_name(question.checkpoints(1)[0]),
             "steps": list(self.window),
             "every": kept.every,
             "kept_steps": self.kept_steps,

@@ -89,7 +89,8 @@ def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) 
     a second preconditioner, and where ranks or other values are mixed in.
     """
     products = metric_for(question.metric, parts) == "dot" and len(parts) == 1 and question.precondition == "none"
-    if not products or question.with_scores is not None or question.combine == "rank-fusion":
+    mixed = question.with_scores is not None or question.lexical is not None
+    if not products or mixed or question.combine == "rank-fusion":
         return None
     return Unit.of(parts[0], rounded=rounded)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.corpus import source_name
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -102,7 +103,7 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
         metric=metric,
         rows=score_QR.shape[1],
         val_samples=len(score_QR),
-        val_set=None if options.val_set is None else str(options.val_set),
+        val_set=None if options.val_set is None else source_name(options.val_set),
         seed=options.seed,
         layers=agreement(score_QR, references["layers"].scores(metric), seed=options.seed),
         all=None if all_parameters is None else agreement(score_QR, all_parameters.scores(metric), seed=options.seed),

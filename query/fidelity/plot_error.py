@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghoststore.corpus import source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -143,7 +144,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
         metric=metric,
         rows=truth.dots_QR.shape[1],
         val_samples=truth.dots_QR.shape[0],
-        val_set=None if options.val_set is None else str(options.val_set),
+        val_set=None if options.val_set is None else source_name(options.val_set),
         seed=options.seed,
         points=points,
         plot=str(path),
