@@ -22,6 +22,7 @@ from query.answer.contributions import Contributions, contributions
 from query.answer.results import Hit, QueryResult
 from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
+from query.ask.unit import unit_of, unit_words
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -44,9 +45,15 @@ def write_report(
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
-    scores = scorer.scores(progress, len(shown))
+    unit = result.settings["unit"]
+    stored, recomputed = (
+        None if unit is None else unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False)
+    )
+    scores = scorer.scores(progress, len(shown)) * (1.0 if stored is None else stored.factor)
     rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
     layers = contributions(scorer, rows, progress)
+    if isinstance(layers, Contributions) and stored is not None and recomputed is not None:
+        layers = layers.times((recomputed if scorer.part.sketched_together else stored).factor)
     domains = np.bincount(scorer.part.column("domain").astype(np.int64) + 1, minlength=len(scorer.part.domains) + 1)
     titles = {"mean": "the val set's mean gradient"}
     if scorer.question.group_field is not None:
@@ -57,6 +64,8 @@ def write_report(
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
         "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
+        "unit": "" if unit is None else unit["name"],
+        "unit_words": "" if unit is None else unit_words(unit),
         "rankings": [
             {
                 "name": ranking.query,
@@ -107,7 +116,7 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     def place(score: float) -> float | None:
         return round(WIDTH * (score - low) / spread, 1) if spread > 0 and low <= score <= high else None
 
-    lowest = min((hit.score for hit in hits), default=None)
+    lowest = min((_shown_score(hit) for hit in hits), default=None)
     return {
         "rows": len(finite),
         "low": low,
@@ -121,6 +130,11 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
         "mark": None if lowest is None else place(lowest),
         "lowest": lowest,
     }
+
+
+def _shown_score(hit: Hit) -> float:
+    """In nats, where it has them."""
+    return hit.score if hit.nats is None else hit.nats
 
 
 def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -156,7 +170,7 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
             order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
             short = _short(layers.layers)
             strongest = [(short[at], float(values[at])) for at in order]
-        shown.append({**asdict(hit), "text": text, "more": more, "layers": strongest})
+        shown.append({**asdict(hit), "score": _shown_score(hit), "text": text, "more": more, "layers": strongest})
     return shown
 
 
