@@ -139,9 +139,7 @@ def _answer(
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
-        hits = hits_of(
-            scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained
-        )
+        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         result = QueryResult(
             store=str(question.store),
             settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
