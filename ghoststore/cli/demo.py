@@ -74,7 +74,7 @@ def _print(report: Any) -> None:
             ("try", f"ghoststore info --store {report.folder}/store"),
             ("", f"ghoststore scores --store {report.folder}/store --top-k 5 --bottom-k 5"),
             ("", f"{query}/val_recipe.jsonl"),
-            ("", f"{query}/facts_inflected.jsonl --each --metric dot --top-k 3"),
+            ("", f"{query}/facts_inflected.jsonl --each --top-k 3"),
             ("", f"{query}/val.jsonl --group-field domain --combine max --report {report.folder}/report.html"),
             (
                 "",

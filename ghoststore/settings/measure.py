@@ -13,8 +13,10 @@ from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     FLOATS,
     LOSS_REDUCTION,
+    Checkpoint,
     CheckpointOptions,
     CorpusOptions,
+    Data,
     DeviceOption,
     FieldsOption,
     LayersOptions,
@@ -38,9 +40,7 @@ METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "bm25
 class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
     """Options of commands that draw rows and val samples at random."""
 
-    val_set: str | Path | None = option(
-        None, "Draw the val samples here (default: among the part's own rows).", "Input"
-    )
+    val_set: Data | None = option(None, "Draw the val samples here (default: among the part's own rows).", "Input")
     rows: int = option(200, "Rows that are ranked, drawn at random.", "Scoring")
     val_samples: int = option(20, "Val samples they are ranked for.", "Scoring")
     seed: int = option(0, "Seed of the draws.", "Advanced")
@@ -137,14 +137,14 @@ class EvaluateOptions(
 class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     """Options of ``ghoststore doctor``."""
 
-    checkpoint: str | Path | None = option(
+    checkpoint: Checkpoint | None = option(
         None, "The model to examine: a folder in transformers' format, or a hub id.", "Model", required=True
     )
     model: "torch.nn.Module | None" = option(
         None, "Or a model in memory, with its tokenizer.", "Model", python_only=True
     )
     tokenizer: Any = option(None, "Folder of the model's tokenizer (default: the checkpoint's).", "Model")
-    data: str | Path | None = option(None, "Corpus to draw a few samples from (default: built-in sentences).", "Input")
+    data: Data | None = option(None, "Corpus to draw a few samples from (default: built-in sentences).", "Input")
     projection: ProjectionConfig | None = option(
         None, "How a build would project gradients.", "Projection", group=ProjectionConfig, leave_out=LEARNED_OPTIONS
     )

@@ -93,7 +93,7 @@ def _by_blocks(
     assert scorer.val_set is not None
     encoder, question = scorer.encoder.unsketched(), scorer.question
     val = encoder.encode_val_set(scorer.val_set, question.grouping, question.max_samples)
-    cosine = question.metric == "cosine"
+    cosine = scorer.metric == "cosine"
     queries_QD = val.vectors.double()
     if scorer.minus_set is not None:
         minus = encoder.encode_val_set(scorer.minus_set, "mean", question.max_samples)

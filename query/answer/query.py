@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -17,10 +16,12 @@ from query.answer.report import write_report
 from query.answer.results import QueryHits, QueryResult, hits_of
 from query.answer.run_query import query_run
 from query.answer.tokens import explain, refuse_tokens
+from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
-from query.ask.rerank import rank_recomputed, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
+from query.ask.second_stage import Reranking
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
 
@@ -69,7 +70,11 @@ def query(options: QueryOptions) -> QueryResult:
     the result.
 
     ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
-    anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
+    anew by exact scores: the model computes their gradients again. ``rerank_with`` says which. ``exact`` are whole
+    gradients of the part's layers in the part's metric. With ``ekfac`` the eigenvalues of that metric are measured on
+    ``rerank_samples`` rows of the corpus. With ``cg``, ``cg_steps`` steps of conjugate gradients replace the metric by
+    the Gauss-Newton matrix of so many rows, damped by ``rerank_damping`` times its mean eigenvalue in each layer.
+    ``vectors`` are projected as the part's, and not rounded.
 
     ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
     ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
@@ -88,6 +93,11 @@ def query(options: QueryOptions) -> QueryResult:
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    return answer(options)
+
+
+def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryResult:
+    """The answer to ``options``, see :func:`query`, with the model of a session if there is one."""
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
@@ -100,49 +110,59 @@ def query(options: QueryOptions) -> QueryResult:
     question = part_of(Question, options)
     if options.index == "ann":
         _refuse_index(question)
-    if options.rerank is not None:
-        refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
+    how = part_of(Reranking, options)
+    if how.rerank is not None:
+        refuse_rerank(question, how, options.top_k, options.bottom_k)
     if options.tokens:
         refuse_tokens(question)
-    settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
     settings |= {"tokens": True} if options.tokens else {}
-    return _answer(question, settings, options.index_name, options.text, page, progress)
+    return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
 
 
 def _answer(
     question: Question,
     settings: dict[str, Any],
+    how: Reranking,
     index_name: str | None,
     text: bool,
     page: Path | None,
     progress: Progress,
+    opened: OpenedModel | None,
 ) -> QueryResult:
-    """The answer to ``question``. ``settings`` say how rows are ranked: index, rerank, top_k, bottom_k."""
-    rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
+    """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
+    counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
-        open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
+        question.opened_val_set(progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
-        keep_model = rerank is not None or recomputes or "tokens" in settings
-        scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
+        keep_model = how.rerank is not None or recomputes or "tokens" in settings
+        scorer = open_scorer(
+            question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
+        )
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
-            ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
+            ann = AnnIndex.open(scorer.part, index_name, metric=scorer.metric, device=scorer.device)
             settings = {**ann.settings(), **settings}
-        if rerank is None:
+        if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
-            rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
+            rankings = rank_anew(scorer, how, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
         result = QueryResult(
             store=str(question.store),
-            settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
+            settings={
+                **scorer.settings(),
+                **how.settings(scorer.part),
+                **settings,
+                "fidelity": fidelity_settings(scorer, progress),
+            },
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
                 for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
@@ -178,7 +198,7 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     question = scorer.question
     plain = question.precondition == "none" and not scorer.mixed and scorer.terms[0].groups is None
     plain = plain and question.minus is None
-    measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
+    measured = read_fidelity(scorer.part, scorer.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":
         if measured is not None:
             progress.note(

@@ -217,7 +217,7 @@ def _count(result: QueryResult) -> str:
 
 
 def _subtitle(scorer: Scorer, result: QueryResult) -> str:
-    score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.question.metric.capitalize()}"
+    score = "Blend of similarity and training-time value" if scorer.blend else f"{scorer.metric.capitalize()}"
     score = "Blend of BM25 and similarity" if scorer.hybrid else score
     metric = result.settings["part_metric"] or ""
     return (

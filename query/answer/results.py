@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
 from query.ask.lexical import Hybrid
-from query.common.output import columns_of, write_result
+from query.common.notebook import cut, html_table, html_tables
+from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
 from query.search.search import Ranking
 
@@ -22,7 +25,7 @@ OF_TOKENS = ("tokens", "recomputed", "val_sample")
 """Fields of a hit that only ``tokens`` of a question fills."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Hit:
     """One row of a ranking. ``rank`` counts from 1."""
 
@@ -42,8 +45,20 @@ class Hit:
     val_sample: ValTokens | None = None
     """The val sample behind the ranking, or of several the one that adds most, with its tokens."""
 
+    def cells(self) -> dict[str, Any]:
+        """What a table of a notebook shows of it, by column."""
+        shown = _without_tokens(asdict(self))
+        text = shown.pop("text")
+        if not self.window_start:
+            del shown["window_start"]
+        return {**shown, "text": text}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+    def __repr__(self) -> str:
+        text = "" if self.text is None else f", text={cut(self.text, 60)!r}"
+        return f"{type(self).__name__}(rank={self.rank}, score={self.score:.6g}, id={self.id!r}{text})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BlendedHit(Hit):
     """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
 
@@ -53,7 +68,7 @@ class BlendedHit(Hit):
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class HybridHit(Hit):
     """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
 
@@ -63,7 +78,7 @@ class HybridHit(Hit):
     """Of the row's text for the texts of the val samples; 0 where they share no word."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunHit(Hit):
     """A sample of a training run: ``score`` is the sum over the steps that it was in."""
 
@@ -73,9 +88,12 @@ class RunHit(Hit):
     """The newest of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QueryHits:
-    """The best and the worst rows for one query. ``query`` is ``"mean"``, a val sample's id, or a group's name."""
+    """The best and the worst rows for one query. ``query`` is ``"mean"``, a val sample's id, or a group's name.
+
+    It is the sequence of its best rows: ``len``, iteration and indexing go over ``hits``.
+    """
 
     query: str
     """Of a run's own val gradients ``"own"``."""
@@ -85,14 +103,86 @@ class QueryHits:
     bottom: Sequence[Hit]
     """The rows with the lowest scores, lowest first; empty without ``bottom_k``."""
 
+    def __len__(self) -> int:
+        return len(self.hits)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    @overload
+    def __getitem__(self, place: int) -> Hit: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Hit]: ...
+    def __getitem__(self, place: int | slice) -> Hit | Sequence[Hit]:
+        return self.hits[place]
+
+    def __repr__(self) -> str:
+        best = f", best {self.hits[0].score:.6g} {self.hits[0].id!r}" if self.hits else ""
+        lowest = f", {len(self.bottom)} lowest" if self.bottom else ""
+        return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
+
+    def _repr_html_(self) -> str:
+        named = f"ranking {cut(self.query, 80)}"
+        tables = [html_table(named, [hit.cells() for hit in self.hits])] if self.hits else []
+        if self.bottom:
+            tables.append(html_table(f"{named}, lowest", [hit.cells() for hit in self.bottom]))
+        return "".join(tables) or f"<div>{escape(named)}: no hits</div>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QueryResult:
-    """What ``ghoststore.query`` returns: one :class:`QueryHits` for each query, and the settings they came from."""
+    """What ``ghoststore.query`` returns: one :class:`QueryHits` for each query, and the settings they came from.
+
+    It is the sequence of its rankings: ``result[0]`` is the first one, ``result["math"]`` the one of that name, and
+    ``result[0][0]`` the best row. ``to_pandas`` and ``to_arrow`` give a flat table of all hits.
+    """
 
     store: str
     settings: dict[str, Any]
     results: list[QueryHits]
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[QueryHits]:
+        return iter(self.results)
+
+    @overload
+    def __getitem__(self, place: int | str) -> QueryHits: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[QueryHits]: ...
+    def __getitem__(self, place: int | str | slice) -> QueryHits | list[QueryHits]:
+        """The ranking at ``place``, or with that name. KeyError for a name that none has, or several."""
+        if not isinstance(place, str):
+            return self.results[place]
+        named = [result for result in self.results if result.query == place]
+        if len(named) != 1:
+            raise KeyError(f"{len(named)} of {len(self.results)} rankings are called {place!r}")
+        return named[0]
+
+    def __repr__(self) -> str:
+        of = self.settings.get("part") or self.settings.get("run")
+        shown = ", ".join(map(repr, self.results[:2]))
+        more = f", … {len(self.results) - 2} more" if len(self.results) > 2 else ""
+        return f"<answer of {of!r} by {self.settings.get('metric')}: {shown}{more}>"
+
+    def _repr_html_(self) -> str:
+        tables = (result._repr_html_() for result in self.results)
+        return html_tables(tables, len(self.results), "rankings")
+
+    def to_arrow(self) -> Any:
+        """A `pyarrow.Table` of all hits, with the columns of :meth:`rows`."""
+        return arrow_table(self._columns, self.rows())
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of all hits, with the columns of :meth:`rows`."""
+        return self.to_arrow().to_pandas()
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
@@ -118,8 +208,12 @@ class QueryResult:
 
         UsageError for another suffix, or if the file exists.
         """
-        columns = {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
-        write_result(path, self.to_json, columns, self.rows())
+        write_result(path, self.to_json, self._columns, self.rows())
+
+    @property
+    def _columns(self) -> dict[str, type]:
+        """Of flat rows."""
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -140,7 +234,7 @@ def hits_of(
     text: bool,
     progress: Progress,
     blend: Blend | Hybrid | None = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
     explained: Explained | None = None,
 ) -> list[list[list[Hit]]]:
     """The hits as ``[ranking][query][rank]``. The data of each row are read once.

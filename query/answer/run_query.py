@@ -22,6 +22,7 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         f"index={options.index}": options.index != "exact",
         "index_name": options.index_name is not None,
         "rerank": options.rerank is not None,
+        "rerank_with": options.rerank_with != "exact",
         "report": options.report is not None,
         "tokens": options.tokens,
     }

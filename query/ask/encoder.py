@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint.load import (
-    Checkpoint,
+    AnyCheckpoint,
+    AnyTokenizer,
     find_checkpoint,
     find_tokenizer,
     load_model,
@@ -33,6 +34,8 @@ from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_mod
 from ghoststore.corpus import Corpus, Position, Sample
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
+from ghoststore.settings.shared import Data, TokenizerSource
 from ghoststore.store import Part, Status
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
@@ -68,6 +71,8 @@ class ValVectors:
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
     samples_of: list[list[int]] = field(default_factory=list)
     """For each vector the places in the val set of the samples behind it, once for each of their rows."""
+    row_places: list[int] = field(default_factory=list)
+    """The places, among the rows of the val set, of those that have a vector."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -91,15 +96,15 @@ class PartEncoder:
         self,
         part: Part,
         *,
-        checkpoint: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        data: str | Path | None = None,
+        checkpoint: CheckpointSource | None = None,
+        tokenizer: TokenizerSource | None = None,
+        data: Data | None = None,
         device: str = "auto",
         corpus: Corpus | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._progress = progress or Silent()
-        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device))
+        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device, checkpoint))
         self._tokenizer.note = self._progress.note
         self._corpus, self._data = corpus, data
         self._project(part, projection_of(part, self.model))
@@ -125,6 +130,14 @@ class PartEncoder:
         encoder._corpus = None
         encoder._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
         encoder._project(part, projection_of(part, self.model))
+        return encoder
+
+    def at(self, part: Part, progress: Progress) -> PartEncoder:
+        """This encoder for a later state of its part, with more rows, which tells ``progress``."""
+        encoder = copy(self)
+        encoder.part, encoder._progress = part, progress
+        encoder._tokenizer = copy(self._tokenizer)
+        encoder._tokenizer.note = progress.note
         return encoder
 
     @property
@@ -181,7 +194,8 @@ class PartEncoder:
         ids: list[str] = []
         places: list[int] = []
         samples_of: dict[str, list[int]] = {}
-        used_rows, digest = 0, xxhash.xxh3_64()
+        row_places: list[int] = []
+        read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
@@ -194,7 +208,8 @@ class PartEncoder:
                     for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
-                used_rows += len(used)
+                row_places += [read_rows + place for place in used]
+                read_rows += len(batch)
                 for place in used:
                     digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
@@ -215,11 +230,12 @@ class PartEncoder:
         return ValVectors(
             vectors=torch.cat(pieces),
             ids=ids,
-            used=used_rows,
+            used=len(row_places),
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
             samples_of=[[place] for place in places] if grouping == "each" else [samples_of[label] for label in ids],
+            row_places=row_places,
             digest=digest.intdigest(),
         )
 
@@ -310,7 +326,7 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
 
 
 def load_for(
-    part: Part, checkpoint: str | Path | None, tokenizer: str | Path | None, device: str
+    part: Part, checkpoint: CheckpointSource | None, tokenizer: TokenizerSource | None, device: str
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
@@ -320,7 +336,10 @@ def load_for(
     refuse_incomplete(part)
     name = f"part {part.name!r}"
     path = source_path(part.manifest, "checkpoint", name, "checkpoint", checkpoint)
-    assert path is not None  # every part names one
+    if path is None:
+        raise UsageError(
+            f"{name} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
+        )
     files = find_checkpoint(path)
     folder = tokenizer_folder(part, tokenizer, files)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
@@ -342,7 +361,7 @@ def load_for(
     )
 
 
-def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Checkpoint) -> Path:
+def tokenizer_folder(part: Part, tokenizer: TokenizerSource | None, checkpoint: AnyCheckpoint) -> AnyTokenizer:
     """The folder of the tokenizer of ``part``: the one the user gives, else the one that the user's own build read,
     else that of the checkpoint. The caller compares the tokenizer with the part's in any case.
     """
@@ -350,5 +369,5 @@ def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Check
         return find_tokenizer(tokenizer)
     recorded = part.manifest["source"]["tokenizer"]
     if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
-        return checkpoint.folder
+        return checkpoint.tokenizer_folder
     return Path(recorded)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ghoststore.corpus import Corpus
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part
 from query.ask.blend import blended
 from query.ask.encoder import ValVectors
@@ -72,14 +73,14 @@ class PartWords:
     UsageError if the corpus cannot be read, MismatchError if it is no longer the one of the part.
     """
 
-    def __init__(self, part: Part, data: object, progress: Progress) -> None:
+    def __init__(self, part: Part, data: Data | None, progress: Progress) -> None:
         self._documents: list[int] = []
         self.index = WordIndex(self._texts(part, data, progress))
         source_row_S, row_N = np.asarray(self._documents), part.row_numbers
         self._document_N = np.full(part.layout.rows, -1, dtype=np.int64)
         self._document_N[row_N] = np.searchsorted(source_row_S, part.column("source_row"))
 
-    def _texts(self, part: Part, data: object, progress: Progress) -> Iterator[str]:
+    def _texts(self, part: Part, data: Data | None, progress: Progress) -> Iterator[str]:
         """The text of each sample that has rows, in order; their places go to ``_documents``."""
         if part.layout.store_text:
             last = -1
@@ -92,7 +93,7 @@ class PartWords:
                     last = place
             return
         try:
-            samples = read_unchanged(corpus_behind(part, None if data is None else str(data)), part, progress)
+            samples = read_unchanged(corpus_behind(part, data), part, progress)
             for sample in samples:
                 self._documents.append(sample.source_row)
                 yield sample.preview()

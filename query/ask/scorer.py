@@ -18,19 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ghoststore.checkpoint.in_memory import checkpoint_name
 from ghoststore.checkpoint.load import resolve_device
-from ghoststore.corpus import Corpus
+from ghoststore.corpus import Corpus, source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
-from ghoststore.store.part.metric import part_metric
+from ghoststore.store.part.metric import metric_for, part_metric
 from ghoststore.store.where.rows import Chosen, part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
 from query.ask.lexical import Hybrid, PartWords, lexical_scores
+from query.ask.opened_model import OpenedModel
 from query.ask.question import COMBINED, Question
-from query.search.part_score import Term
+from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
 from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
@@ -50,18 +52,20 @@ def open_scorer(
     *,
     minus: Corpus | None = None,
     keep_model: bool = False,
+    opened: OpenedModel | None = None,
 ) -> Scorer:
     """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
     ``minus`` is the val set whose mean gradient is subtracted. With ``keep_model``, and for a single part, the scorer
-    keeps the encoder and the val sets, which must stay open.
+    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
     checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
-    device = resolve_device(question.device)
+    resolve_device(question.device)  # refuses one that is not there, before anything is read
     checkpoints = question.checkpoints(len(parts))
     # Patterns, conditions and runs that do not fit are refused before a model is loaded, which takes longest.
+    metric_for(question.metric, parts)
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     chosen = chosen_rows(parts, question.where, progress)
     run = None
@@ -73,14 +77,17 @@ def open_scorer(
     minus_vals: list[ValVectors] = []
     kept_encoder: PartEncoder | None = None
     for part, checkpoint in zip(parts, checkpoints, strict=True):
-        encoder = PartEncoder(
-            part,
-            checkpoint=checkpoint,
-            tokenizer=question.tokenizer,
-            data=question.data,
-            device=device,
-            progress=progress,
-        )
+        if opened is not None:
+            encoder = opened.encoder(part, progress)
+        else:
+            encoder = PartEncoder(
+                part,
+                checkpoint=checkpoint,
+                tokenizer=question.tokenizer,
+                data=question.data,
+                device=question.device,
+                progress=progress,
+            )
         val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
@@ -138,6 +145,8 @@ class Scorer:
     """
 
     question: Question
+    metric: Metric
+    """That of the question, or the one that the parts were made for."""
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
@@ -190,7 +199,7 @@ class Scorer:
         _refuse_other_queries(parts, vals)
         if minus is not None:
             _refuse_other_queries(parts, minus)
-        device = resolve_device(question.device)
+        device, metric = resolve_device(question.device), metric_for(question.metric, parts)
         terms = []
         for place, (part, val, weight) in enumerate(zip(parts, vals, weights, strict=True)):
             inverse = None
@@ -200,7 +209,7 @@ class Scorer:
                 Term.of(
                     part,
                     val.vectors,
-                    metric=question.metric,
+                    metric=metric,
                     weight=weight,
                     groups=groups,
                     preconditioner=inverse,
@@ -215,6 +224,7 @@ class Scorer:
                 lexical_QN = np.concatenate([lexical_QN.mean(0, keepdims=True), lexical_QN])
         return cls(
             question=question,
+            metric=metric,
             part=parts[0],
             val=vals[0],
             weights=weights,
@@ -343,19 +353,21 @@ class Scorer:
         return {
             "part": self.part.name,
             **(several if len(parts) > 1 else {}),
-            "val_set": str(question.val_set),
+            "val_set": source_name(question.val_set),
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **(groups if self._grouped else {}),
-            "metric": question.metric,
+            "metric": self.metric,
             "part_metric": part_metric(self.part.manifest["projection"]),
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             **({} if self.chosen is None else self.chosen.settings()),
-            "checkpoint": str(question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]),
+            "checkpoint": checkpoint_name(
+                question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]
+            ),
             "rows": self.rows,
             "repeated_ids": self.part.repeated_ids,
             **({} if self.blend is None else self.blend.settings(question.with_scores)),
@@ -385,7 +397,7 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
 
 def minus_settings(question: Question, minus: ValVectors) -> dict[str, Any]:
     """What the settings of a result say about the val set that is subtracted."""
-    return {"minus": str(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
+    return {"minus": source_name(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
 
 
 def with_mean(queries_QD: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ def columns_of(kind: Any, leave_out: Sequence[str] = ()) -> dict[str, type]:
     }
 
 
+def arrow_table(columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> Any:
+    """A `pyarrow.Table` of flat ``rows``."""
+    import pyarrow
+
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
+    return pyarrow.Table.from_pylist(list(rows), schema)
+
+
 def write_result(
     path: str | Path,
     document: Callable[[], dict[str, Any]],
@@ -43,12 +52,9 @@ def write_result(
     target = check_output(path)
     with new_file(target) as temporary:
         if target.suffix == ".parquet":
-            import pyarrow
             import pyarrow.parquet
 
-            kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
-            schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), temporary)
+            pyarrow.parquet.write_table(arrow_table(columns, rows), temporary)
             return
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if target.suffix == ".json":

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint.load import find_checkpoint
-from ghoststore.corpus import Corpus, Fields, open_corpus
+from ghoststore.checkpoint.in_memory import tokenizer_source
+from ghoststore.checkpoint.load import find_folder
+from ghoststore.corpus import Corpus, Fields, Source, open_corpus
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.question import RebuiltOptions
@@ -83,7 +84,7 @@ class Task:
     def of(
         cls,
         part: Part,
-        val_set: str,
+        val_set: Source,
         out: Path,
         *,
         fields: Fields,
@@ -115,15 +116,15 @@ class Task:
         scanned = part.manifest["corpus"]
         path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
         assert path is not None
-        checkpoint = find_checkpoint(path)
+        checkpoint = find_folder(path)
         model, tokenizer = checkpoint.folder, tokenizer_folder(part, behind.tokenizer, checkpoint)
         shards = Path(corpus.source)
-        if not is_shards(str(shards)):
+        if not is_shards(corpus.origin):
             shards = out / "tokens"
             names = ("text", "prompt", "completion", "messages", "id", "domain")
             options = TokenizeOptions(
-                data=corpus.source,
-                tokenizer=tokenizer,
+                data=corpus.origin,
+                tokenizer=tokenizer_source(tokenizer),
                 out=shards,
                 max_samples=scanned["max_samples"],
                 fields=Fields(**{name: scanned["fields"].get(name) for name in names}),
@@ -211,7 +212,7 @@ class Task:
         vals: list[ValVectors] = []
         rows: list[Row] = []
         if gradients or several or exact:
-            with open_corpus(str(base.val_set), base.val_fields(), self.progress) as val_set:
+            with base.opened_val_set(self.progress) as val_set:
                 if gradients or several:
                     vals = [self._encode(part, base, val_set) for part in parts]
                 if exact:

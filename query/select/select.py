@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ghoststore.corpus import source_name
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import SelectOptions
@@ -58,7 +59,7 @@ def select(options: SelectOptions) -> SelectReport:
         leak_check.see(sample)
     leaked = list(leak_check.found.values())
     if options.leaks == "error":
-        refuse(leaked, str(options.val_set))
+        refuse(leaked, source_name(options.val_set))
     samples = subject.samples(progress)
     excluded = np.isin(samples.source_row, list(leak_check.found) if options.leaks == "exclude" else [])
     chosen = strategy.choose(subject.scorer, samples, np.where(excluded, np.nan, samples.score), progress)

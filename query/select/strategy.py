@@ -147,7 +147,7 @@ class Strategy:
         many, for the progress bar and the step size of GREATS.
         """
         score_C = score_M[places]
-        unit = self.diversity != "greats" or scorer.question.metric == "cosine"
+        unit = self.diversity != "greats" or scorer.metric == "cosine"
         vectors_CD = vectors_of(scorer, samples.best_row[places], unit=unit)
         weight = 0.0 if self.weight is None else self.weight
         with closing(progress.task("choosing", count)) as task:

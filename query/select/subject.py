@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.keywords import part_of
@@ -37,7 +36,7 @@ class OfParts:
         """Read the val set, once; what finds its near-duplicates."""
         wanted = self.question
         with (
-            open_corpus(str(wanted.val_set), wanted.val_fields(), progress) as val_set,
+            wanted.opened_val_set(progress) as val_set,
             wanted.opened_minus(progress) as minus,
         ):
             leak_check = LeakCheck(islice(val_set.samples(), wanted.max_samples))

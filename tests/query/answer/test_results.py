@@ -62,7 +62,7 @@ def test_json_has_the_documented_keys(lab: Lab, built: Path, val: Path, mode: st
     assert list(document) == ["store", "settings", "results"]
     assert document["store"] == str(built)
     settings = document["settings"]
-    assert (settings["top_k"], settings["bottom_k"], settings["metric"]) == (4, bottom, "cosine")
+    assert (settings["top_k"], settings["bottom_k"], settings["metric"]) == (4, bottom, "dot")
     queries = ["mean"] if mode == "--mean" else ["v0", "v1", "v2"]
     assert [result["query"] for result in document["results"]] == queries
     assert [result["val_row"] for result in document["results"]] == ([None] if mode == "--mean" else [0, 1, 2])
