@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ghoststore.cli import options
@@ -37,6 +38,7 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
 def print_hits(result: Any) -> None:
     from ghoststore.cli.ranking import print_ranking
     from ghoststore.cli.terminal import preview, say
+    from ghoststore.cli.tokens import token_lines
 
     settings = result.settings
     metric, of_run = settings["metric"], "run" in settings
@@ -60,11 +62,17 @@ def print_hits(result: Any) -> None:
                 cells += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
-                print_ranking(title.format(name, metric), about, columns, rows)
+                print_ranking(title.format(name, metric), about, columns, rows, partial(token_lines, hits))
     if in_nats:
         from query.ask.unit import unit_words
 
         say(unit_words(settings["unit"]))
+    if settings.get("tokens") and (first := next((hit for query in result.results for hit in query.hits), None)):
+        stored = first.similarity if beside else first.score
+        say(
+            "Tokens sum to the similarity of gradients that were computed again and not rounded: "
+            f"{first.recomputed:.4g} for the first row, {stored:.4g} by its stored vector."
+        )
     if fewer := _fewer(result):
         say(fewer)
     if settings.get("candidates_left_out"):

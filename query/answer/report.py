@@ -20,6 +20,7 @@ from ghoststore.store import Part
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
 from query.answer.results import Hit, QueryResult
+from query.answer.tokens import Token, pieces
 from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
 from query.ask.unit import unit_of, unit_words
@@ -170,7 +171,28 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
             order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
             short = _short(layers.layers)
             strongest = [(short[at], float(values[at])) for at in order]
-        shown.append({**asdict(hit), "score": _shown_score(hit), "text": text, "more": more, "layers": strongest})
+        parts = {"pieces": colored(hit.text, hit.tokens)} if hit.tokens is not None else {}
+        if hit.val_sample is not None:
+            parts["asking"] = colored(hit.val_sample.text, hit.val_sample.tokens)
+        score = _shown_score(hit)
+        shown.append({**asdict(hit), "score": score, "text": text, "more": more, "layers": strongest, **parts})
+    return shown
+
+
+def colored(text: str | None, tokens: Sequence[Token]) -> list[tuple[str, str, float | None]]:
+    """``text`` as (characters, class of their color, what their token adds): ``p1`` to ``p5`` for tokens that add, the
+    last most, ``n1`` to ``n5`` for those that take off; no class for what adds next to nothing, None between tokens.
+    It begins at the first token, and is at most :data:`MOST_CHARACTERS` long.
+    """
+    most = max((abs(token.score) for token in tokens), default=0.0) or 1.0
+    first = next((token.start for token in tokens if token.start is not None), 0)
+    shown: list[tuple[str, str, float | None]] = [("… ", "", None)] if first and text else []
+    for characters, place in pieces((text or "")[: first + MOST_CHARACTERS], tokens):
+        if place is None and not shown[1:] and first:
+            continue  # the windows before this one
+        score = None if place is None else tokens[place].score
+        level = 0 if score is None else round(5 * abs(score) / most)
+        shown.append((characters, f"{'n' if (score or 0.0) < 0 else 'p'}{level}" if level else "", score))
     return shown
 
 
