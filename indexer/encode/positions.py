@@ -88,9 +88,7 @@ def blocks_of(projection: Projection, queries_QD: Tensor) -> dict[str, Tensor]:
     return {layer.block.name: block for layer, block in zip(projection.plan.layers, gradients, strict=True)}
 
 
-def position_scores(
-    encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor, batch_tokens: int
-) -> list[Tensor]:
+def position_scores(encoder: RowEncoder, rows: Sequence[Row], queries_QD: Tensor, batch_tokens: int) -> list[Tensor]:
     """For each of ``rows``, which must be usable, (Q, T) float64 on the CPU: what each of its T tokens adds to the
     product of its vector with each query. Summed over T it is that product, up to the rounding of float32.
 
@@ -146,8 +144,8 @@ def _hook(
         inner = y.shape[1:-1]
         if not inner or inner[0] != positions or positions in inner[1:]:
             raise CaptureError(
-                f"layer {use.module!r} gave an output of shape {tuple(y.shape)} for {batch} rows of {positions} tokens: "
-                "its second axis is not that of the tokens, so what each of them adds cannot be told"
+                f"layer {use.module!r} gave an output of shape {tuple(y.shape)} for {batch} rows of {positions} "
+                "tokens: its second axis is not that of the tokens, so what each of them adds cannot be told"
             )
         with torch.no_grad(), without_autocast(y.device.type):
             saved = layer_type.keep(module, x.reshape(-1, *x.shape[2:]), sides, y.dtype)
