@@ -141,6 +141,17 @@ def test_the_check_holds_the_scores_against_the_gradient_that_is_used(
         causal_step(engine, model)
 
 
+def test_the_same_bits_after_another_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "LEFT_OUT", 1.0)
+    model, totals = gpt2(layers=1), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with causal_engine(model, VAL, route="low-rank") as engine:
+            totals.append(causal_step(engine, model).total)
+        assert "low-rank" in engine.method.routes.values()
+    assert torch.equal(*totals)
+
+
 def test_auto_takes_it_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "LEFT_OUT", 1.0)
     model = gpt2()
