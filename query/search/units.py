@@ -78,7 +78,7 @@ class Units:
         return chunk_numbers(memory, spec, stop - start)
 
     def _memory(self, place: int, size: int) -> NDArray[np.uint8]:
-        memories: dict[int, NDArray[np.uint8]] = self._own.__dict__
+        memories: dict[int, NDArray[np.uint8]] = self._own.__dict__.setdefault("memories", {})
         if place not in memories or len(memories[place]) < size:
             memories[place] = np.empty(size, dtype=np.uint8)
         return memories[place][:size]
