@@ -56,9 +56,9 @@ def test_parts_that_nearly_cancel(tmp_path: Path, metric: Metric, combine: Any, 
 
 
 def nearly_equal(late: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Rows of ±127, which codes hold exactly, and a query that tells them apart by numbers too small for two slices of 8 bits.
+    """Rows of ±127, which codes hold exactly, and a query that tells them apart by what two slices of 8 bits lose.
 
-    Of their products with the query, integers miss as much as their bound allows, to a few percent. The first rows
+    Of their products with the query, integers miss what their bound allows, to a few percent. The first rows
     have nearly all that the query has there, row ``late`` all of it, and the others the opposite.
     """
     step = 0.49 / 127
