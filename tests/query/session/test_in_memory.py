@@ -101,7 +101,7 @@ def test_a_build_goes_on_with_the_same_rows_in_memory(lab: Lab, of_memory: Part,
     part = built(lab, store, list(map(dict, ROWS)), name=part.name)
     assert part.complete
     assert arrays(part) == arrays(of_memory)
-    with pytest.raises(MismatchError, match="corpus.fingerprint"):
+    with pytest.raises(MismatchError, match=r"corpus.fingerprint"):
         built(lab, store, ROWS[:-1], name=part.name)
 
 
