@@ -24,6 +24,7 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         "rerank": options.rerank is not None,
         "rerank_with": options.rerank_with != "exact",
         "report": options.report is not None,
+        "tokens": options.tokens,
     }
     for name, given in of_parts.items():
         if given:

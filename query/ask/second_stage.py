@@ -67,6 +67,11 @@ class Reranking(RerankOptions):
                 raise UsageError(f"`{name}` belongs to `rerank` with {ways}")
 
     @property
+    def in_metric(self) -> bool:
+        """Whether scores are in the metric of the part, and not in one that is measured anew."""
+        return self.rerank is None or self.rerank_with not in ("ekfac", "cg")
+
+    @property
     def samples(self) -> int:
         """Rows of the corpus to learn from."""
         return SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
