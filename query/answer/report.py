@@ -66,6 +66,7 @@ def write_report(
         "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
         "unit": "" if unit is None else unit["name"],
+        "of_tokens": 1.0 if recomputed is None else recomputed.factor,
         "unit_words": "" if unit is None else unit_words(unit),
         "rankings": [
             {
