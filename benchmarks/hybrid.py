@@ -82,6 +82,10 @@ def texts_of(path: Path) -> list[str]:
     return [sample.preview() for sample in Corpus.open(str(path)).samples()]
 
 
+def value(judge: Judge, scores_VN: Scores) -> float:
+    return float(spearman(scores_VN @ judge.kept_MN.T.astype(np.float64), -judge.losses_VM).mean())
+
+
 def gain(judge: Judge, scores_VN: Scores, than_VN: Scores) -> str:
     """The difference of two LDS, with the interval of its resamples."""
     predicted, than = (scores @ judge.kept_MN.T.astype(np.float64) for scores in (scores_VN, than_VN))
@@ -115,17 +119,17 @@ def prediction(case: Case, judge: Judge) -> tuple[list[dict[str, str]], dict[str
             for name, fusion in FUSIONS.items()
             for metric in METRICS
         }
-        values = {key: judge.of(scores) for key, scores in blends.items()}
+        values = {key: value(judge, scores) for key, scores in blends.items()}
         rows.append(
             {
                 "weight": f"{weight:g}",
-                "dot": shown(values["z-scores", "dot"]),
+                "dot": shown(judge.of(blends["z-scores", "dot"])),
                 "less that of gradients": gain(judge, blends["z-scores", "dot"], similarity["dot"]) if weight else "",
-                "cosine": f"{values['z-scores', 'cosine'].value:.3f}",
-                **{f"{name}, dot": f"{values[name, 'dot'].value:.3f}" for name in list(FUSIONS)[1:]},
+                "cosine": f"{values['z-scores', 'cosine']:.3f}",
+                **{f"{name}, dot": f"{values[name, 'dot']:.3f}" for name in list(FUSIONS)[1:]},
             }
         )
-        numbers[f"{weight:g}"] = {" ".join(key): value.value for key, value in values.items()}
+        numbers[f"{weight:g}"] = {" ".join(key): number for key, number in values.items()}
     return rows, baselines, numbers
 
 

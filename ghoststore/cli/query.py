@@ -59,10 +59,10 @@ def print_hits(result: Any) -> None:
             if rows:
                 print_ranking(title.format(name, metric), about, columns, rows, partial(token_lines, hits))
     if settings.get("tokens") and (first := next((hit for query in result.results for hit in query.hits), None)):
-        stored = first.similarity if beside else first.score
+        stored = f", {first.similarity if beside else first.score:.4g} by its stored vector"
         say(
             "Tokens sum to the similarity of gradients that were computed again and not rounded: "
-            f"{first.recomputed:.4g} for the first row, {stored:.4g} by its stored vector."
+            f"{first.recomputed:.4g} for the first row{stored if settings['rerank'] is None else ''}."
         )
     if fewer := _fewer(result):
         say(fewer)

@@ -150,7 +150,11 @@ def test_positions_sum_to_the_vector(folder: Path, part: str) -> None:
         pytest.param(
             "all", {"precondition": "second-moment", "damping": 1.0, "metric": "cosine"}, marks=pytest.mark.slow
         ),
-        pytest.param("all", {"rerank": 10, "where": "domain = 'sky'", "layers": ("mlp",)}, marks=pytest.mark.slow),
+        pytest.param(
+            "all",
+            {"rerank": 10, "rerank_with": "vectors", "where": "domain = 'sky'", "layers": ("mlp",)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one bit", "one bit, cosine", "each", "groups", "second-moment", "rerank"],
 )
@@ -196,6 +200,7 @@ def test_refused(folder: Path) -> None:
     common: dict[str, Any] = {"store": folder / "store", "val_set": folder / "val.jsonl", "tokens": True}
     for message, options in (
         ("several parts have several: give one", {"part": ["float32", "all"], "part_weights": "equal"}),
+        ("give `rerank_with=vectors`", {"rerank": 10}),
         ("`combine=max` is not: give `combine=mean`", {"group_field": "task", "combine": "max"}),
     ):
         with pytest.raises(UsageError, match=message):
