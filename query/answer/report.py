@@ -241,8 +241,8 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
         )
     if result.settings.get("tokens"):
         notes.append(
-            "Colors: what a token adds to the similarity of its row, computed again without rounding; red, what it takes "
-            "off. A token adds through all the losses behind it, not by the loss of predicting it alone."
+            "Colors: what a token adds to the similarity of its row, computed again without rounding; red, what it "
+            "takes off. A token adds through all the losses behind it, not by the loss of predicting it alone."
         )
     return " ".join(notes)
 
