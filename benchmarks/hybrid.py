@@ -32,6 +32,7 @@ from query.demo.demo import QUESTIONS
 from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import LEVEL, RESAMPLES
 from query.evaluate.tf_idf import TfIdf
+from query.search.vectors import PartVectors
 
 Scores = NDArray[np.float64]
 DEFAULT = "onebit (default)"
@@ -68,14 +69,15 @@ FUSIONS: dict[str, Callable[[Scores, Scores, float], Scores]] = {
 
 
 def scores_of(part: Any, val_set: Path) -> dict[str, Scores]:
-    """(V, N) for each metric."""
-    found = {}
-    for metric in METRICS:
-        store = part.path.parent.parent
-        question = Question(store=store, val_set=val_set, part=part.name, each=True, metric=metric, device="cpu")
-        with open_corpus(str(val_set), Fields()) as corpus:
-            found[metric] = open_scorer(question, [part], [1.0], corpus, Silent()).scores(Silent())
-    return found
+    """(V, N) for each metric; those of a val sample up to a factor."""
+    question = Question(
+        store=part.path.parent.parent, val_set=val_set, part=part.name, each=True, metric="dot", device="cpu"
+    )
+    with open_corpus(str(val_set), Fields()) as corpus:
+        queries_VD = open_scorer(question, [part], [1.0], corpus, Silent()).terms[0].queries_QD
+    rows_ND = PartVectors(part).gather(np.arange(part.layout.rows))
+    dot_VN = (queries_VD.float() @ rows_ND.t()).double().numpy()
+    return {"dot": dot_VN, "cosine": dot_VN / rows_ND.norm(dim=1).double().clamp_min(1e-30).numpy()}
 
 
 def texts_of(path: Path) -> list[str]:

@@ -23,6 +23,7 @@ from query.answer.results import Hit, QueryResult
 from query.answer.tokens import Token, pieces
 from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
+from query.ask.unit import unit_of, unit_words
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -45,9 +46,15 @@ def write_report(
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
-    scores = scorer.scores(progress, len(shown))
+    unit = result.settings["unit"]
+    stored, recomputed = (
+        None if unit is None else unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False)
+    )
+    scores = scorer.scores(progress, len(shown)) * (1.0 if stored is None else stored.factor)
     rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
     layers = contributions(scorer, rows, progress)
+    if isinstance(layers, Contributions) and stored is not None and recomputed is not None:
+        layers = layers.times((recomputed if scorer.part.sketched_together else stored).factor)
     domains = np.bincount(scorer.part.column("domain").astype(np.int64) + 1, minlength=len(scorer.part.domains) + 1)
     titles = {"mean": "the val set's mean gradient"}
     if scorer.question.group_field is not None:
@@ -58,6 +65,8 @@ def write_report(
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
         "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
+        "unit": "" if unit is None else unit["name"],
+        "unit_words": "" if unit is None else unit_words(unit),
         "rankings": [
             {
                 "name": ranking.query,
@@ -108,7 +117,7 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     def place(score: float) -> float | None:
         return round(WIDTH * (score - low) / spread, 1) if spread > 0 and low <= score <= high else None
 
-    lowest = min((hit.score for hit in hits), default=None)
+    lowest = min((_shown_score(hit) for hit in hits), default=None)
     return {
         "rows": len(finite),
         "low": low,
@@ -122,6 +131,11 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
         "mark": None if lowest is None else place(lowest),
         "lowest": lowest,
     }
+
+
+def _shown_score(hit: Hit) -> float:
+    """In nats, where it has them."""
+    return hit.score if hit.nats is None else hit.nats
 
 
 def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -160,7 +174,8 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
         parts = {"pieces": colored(hit.text, hit.tokens)} if hit.tokens is not None else {}
         if hit.val_sample is not None:
             parts["asking"] = colored(hit.val_sample.text, hit.val_sample.tokens)
-        shown.append({**asdict(hit), "text": text, "more": more, "layers": strongest, **parts})
+        score = _shown_score(hit)
+        shown.append({**asdict(hit), "score": score, "text": text, "more": more, "layers": strongest, **parts})
     return shown
 
 
@@ -241,8 +256,8 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
         )
     if result.settings.get("tokens"):
         notes.append(
-            "Colors: what a token adds to the similarity of its row, computed again without rounding; red, what it "
-            "takes off. A token adds through all the losses behind it, not by the loss of predicting it alone."
+            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
+            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of predicting it alone."
         )
     return " ".join(notes)
 

@@ -104,7 +104,7 @@ def by_hand(encoder: PartEncoder, row: Row, query_D: Tensor) -> list[float]:
             x = torch.cat([captured[name][0][0, t], torch.ones(1, dtype=torch.float64)])
             blocks.append(torch.outer(p_out.double() @ delta[0, t], p_in.double() @ x)[None])
         vector_D = projection.assemble([block * 1e6 for block in blocks])[0].double() / 1e6
-        scores.append(float(vector_D @ query_D))
+        scores.append(float((vector_D @ query_D).detach()))
     return scores
 
 
@@ -283,6 +283,6 @@ def test_the_command(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert "  has: " in table.out
     assert "  asked by row-1: " in table.out
     assert "\x1b[31m" not in table.out
-    assert "Tokens sum to the similarity of gradients that were computed again and not rounded: " in table.out
+    assert "Tokens sum to the cosine of gradients that were computed again and not rounded: " in table.out
     plain = lab.run(*[word for word in words if word != "--tokens"], "--json").json
     assert "tokens" not in plain["results"][0]["hits"][0]

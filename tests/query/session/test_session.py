@@ -46,13 +46,20 @@ def tokenizer(lab: Lab) -> Any:
     return AutoTokenizer.from_pretrained(lab.checkpoint)
 
 
+@pytest.fixture(scope="module")
+def session(store: Path) -> Iterator[ghoststore.Session]:
+    with ghoststore.open(store) as session:
+        session.query(["another question"])
+        yield session
+
+
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that are loaded."""
     loaded: list[str] = []
     real = load.refuse_lookahead
     monkeypatch.setattr(load, "refuse_lookahead", lambda model, where: (loaded.append(str(where)), real(model, where)))
-    yield loaded
+    return loaded
 
 
 def rows(count: int, seed: int = 3) -> list[dict[str, Any]]:
@@ -69,24 +76,35 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "groups": {"group_field": "domain", "combine": "rank-fusion"},
     "preconditioned": {"precondition": "second-moment", "metric": "dot"},
     "reranked": {"rerank": 20, "top_k": 4, "text": False},
+    "reranked by vectors": {"rerank": 20, "rerank_with": "vectors", "top_k": 4},
+    "tokens": {"tokens": True, "top_k": 2},
+    "lexical": {"lexical": 0.5},
     "minus": {"minus": rows(2, 9), "metric": "dot"},
+    "mean once more": {},
 }
 
 
-def test_answers_are_those_of_query(lab: Lab, store: Path, tmp_path: Path, loads: list[str]) -> None:
-    """And those of the same rows in a file, but for what the val set is called."""
+def test_one_model_for_many_questions(lab: Lab, store: Path, tmp_path: Path, loads: list[str]) -> None:
+    """Rows in a file and in memory have the same answer, but for what the val set is called."""
     val = lab.write(tmp_path / "val.jsonl", rows(4))
     with ghoststore.open(store) as session:
-        answers = {name: session.query(rows(4), **options).to_json() for name, options in QUESTIONS.items()}
-        of_file = session.query(val).to_json()
+        assert not loads
+        answers = [session.query(source).to_json() for source in (val, rows(4))]
     assert len(loads) == 1
-    for name, options in QUESTIONS.items():
-        assert answers[name] == ghoststore.query(store=store, val_set=rows(4), **options).to_json(), name
-    assert len(loads) == 1 + len(QUESTIONS)
-    for answer in (of_file, answers["mean"]):
-        answer["settings"]["val_set"] = None
-    assert of_file == answers["mean"]
-    assert answers["mean"]["results"][0]["hits"][0]["text"] is not None
+    assert [answer["settings"].pop("val_set") for answer in answers] == [str(val), "4 rows in memory"]
+    assert answers[0] == answers[1]
+    assert answers[0]["results"][0]["hits"][0]["text"] is not None
+
+
+@pytest.mark.thin(1)
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_answers_are_those_of_query(store: Path, session: ghoststore.Session, name: str) -> None:
+    """To the bit, with all settings. The session has answered other questions before."""
+    options = QUESTIONS[name]
+    assert (
+        session.query(rows(4), **options).to_json()
+        == ghoststore.query(store=store, val_set=rows(4), **options).to_json()
+    )
 
 
 def test_a_loaded_model_answers_as_its_folder(lab: Lab, store: Path, model: Any, tokenizer: Any) -> None:
@@ -131,6 +149,7 @@ def test_rows_that_are_committed_meanwhile_are_seen(lab: Lab, store: Path, tmp_p
     assert reranked.results == ghoststore.query(store=store, val_set=rows(4), rerank=40, top_k=40).results
 
 
+@pytest.mark.slow
 def test_a_part_that_took_its_place_is_refused(lab: Lab, store: Path, tmp_path: Path) -> None:
     place = tmp_path / "store"
     settings: dict[str, Any] = {"checkpoint": lab.checkpoint, "store": place, "name": "part", "device": "cpu"}
@@ -158,6 +177,7 @@ def test_vectors(store: Path) -> None:
     assert (len(some), repr(some).count("\n") < 8) == (20, True)
 
 
+@pytest.mark.slow
 def test_questions_of_threads_wait_for_each_other(store: Path) -> None:
     answers: dict[int, Any] = {}
     with ghoststore.open(store) as session:
@@ -178,7 +198,7 @@ def test_what_a_session_refuses(store: Path) -> None:
     with pytest.raises(UsageError, match="has no part 'other'; it has: part"):
         ghoststore.open(store, part="other")
     with ghoststore.open(str(store)) as session:
-        with pytest.raises(UsageError, match="`checkpoint` is an option of the session: give it to `ghoststore.open`"):
+        with pytest.raises(UsageError, match=r"`checkpoint` is an option of the session: give it to `ghoststore.open`"):
             session.query(["a"], checkpoint="x")
         with pytest.raises(UsageError, match="`run` is not about one part"):
             session.query(["a"], run="x")
