@@ -257,7 +257,8 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
     if result.settings.get("tokens"):
         notes.append(
             f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
-            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of predicting it alone."
+            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of "
+            "predicting it alone."
         )
     return " ".join(notes)
 
