@@ -75,9 +75,10 @@ def print_hits(result: Any) -> None:
                 f"{number:.2e} {unit['name']}"
                 for number in (first.nats, first.recomputed * unit["factor"] / unit["rounding"])
             )
+        by_stored = f", {stored} by its stored vector" if settings["rerank"] is None else ""
         say(
-            "Tokens sum to the similarity of gradients that were computed again and not rounded: "
-            f"{anew} for the first row, {stored} by its stored vector."
+            f"Tokens sum to the {metric} of gradients that were computed again and not rounded: "
+            f"{anew} for the first row{by_stored}."
         )
     if fewer := _fewer(result):
         say(fewer)

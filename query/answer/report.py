@@ -255,6 +255,12 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
             "The scores listed are those of gradients that were computed again; histograms, and what layers add, are "
             "of the stored vectors."
         )
+    if result.settings.get("tokens"):
+        notes.append(
+            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
+            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of "
+            "predicting it alone."
+        )
     return " ".join(notes)
 
 
