@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from query.answer.query import query as query
     from query.answer.results import QueryResult as QueryResult
     from query.answer.self_influence import self_influence as self_influence
+    from query.answer.session import Session as Session
+    from query.answer.session import open as open
     from query.demo.demo import demo as demo
     from query.doctor import DoctorReport as DoctorReport
     from query.doctor import doctor as doctor

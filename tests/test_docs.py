@@ -190,7 +190,7 @@ def test_the_policy_of_the_page_of_choosing_runs(lab: Lab, tmp_path: Path, monke
 
 
 def test_python_in_the_docs_uses_public_names() -> None:
-    names = ("choosing", "loops", "select", "doctor", "fidelity", "query", "evaluate")
+    names = ("choosing", "loops", "select", "doctor", "fidelity", "query", "evaluate", "python")
     pages = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in names)]
     for block in [block for page in pages for block in blocks(page, "python")]:
         used = set(re.findall(r"ghoststore\.(\w+)\(", block)) | {

@@ -10,17 +10,21 @@ import json
 import math
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ghoststore.checkpoint.bounds import CONFIG, bounded_making, check_config, check_files, read_object
+from ghoststore.checkpoint.in_memory import LoadedCheckpoint, LoadedTokenizer
 from ghoststore.errors import CheckpointError, UsageError
 from ghoststore.lazy import importing
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
+from ghoststore.settings.shared import TokenizerSource
 from ghoststore.store.base.opening import open_regular, parse_json
 
 LARGEST_HEADER = 256 << 20
@@ -44,6 +48,31 @@ class Checkpoint:
         """
         return fingerprint_weights(self.weights)
 
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return str(self.folder)
+
+    @property
+    def config_where(self) -> str:
+        """What messages call its configuration."""
+        return str(self.folder / CONFIG)
+
+    @property
+    def name(self) -> str:
+        """A name for it, used in default names."""
+        return self.folder.resolve().name
+
+    @property
+    def recorded(self) -> str:
+        """What a manifest records of where it lies."""
+        return str(self.folder.resolve())
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of its own tokenizer."""
+        return self.folder
+
     def numbers(self) -> int:
         """The number of numbers in all tensors, from the headers of the files."""
         return sum(math.prod(shape) for shape in self.shapes())
@@ -53,12 +82,26 @@ class Checkpoint:
         return [entry["shape"] for path in self.weights for entry in _tensors(path)[1].values()]
 
 
-def find_checkpoint(source: str | Path) -> Checkpoint:
-    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached).
+AnyCheckpoint: TypeAlias = Checkpoint | LoadedCheckpoint
+AnyTokenizer: TypeAlias = Path | LoadedTokenizer
+"""The folder of a tokenizer, or one in memory."""
+
+
+def find_checkpoint(source: CheckpointSource) -> AnyCheckpoint:
+    """The checkpoint in a folder, or of a hub id (downloaded by huggingface_hub unless it is cached); or that of a
+    loaded model.
 
     Raises CheckpointError, with what is missing (the folder, its config.json, its safetensors files) or what is wrong:
-    no JSON object, a damaged header, or a configuration that asks for more than the tensors.
+    no JSON object, a damaged header, or a configuration that asks for more than the tensors; and for a loaded model
+    that cannot be used.
     """
+    if not isinstance(source, str | Path):
+        return LoadedCheckpoint.of(source)
+    return find_folder(source)
+
+
+def find_folder(source: str | Path) -> Checkpoint:
+    """:func:`find_checkpoint` of a folder or a hub id."""
     folder = Path(source)
     if not _exists(folder, "checkpoint"):
         folder = _from_hub(str(source))
@@ -180,12 +223,14 @@ def fingerprint_weights(files: tuple[Path, ...]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def find_tokenizer(source: str | Path) -> Path:
+def find_tokenizer(source: TokenizerSource) -> AnyTokenizer:
     """The folder of a saved tokenizer, or of the tokenizer of a hub id (downloaded without weights unless it is
-    cached).
+    cached); or a loaded one.
 
     Raises CheckpointError if there is no such folder.
     """
+    if not isinstance(source, str | Path):
+        return LoadedTokenizer(source)
     folder = Path(source)
     exists = _exists(folder, "tokenizer")
     if folder.is_file():
@@ -193,8 +238,21 @@ def find_tokenizer(source: str | Path) -> Path:
     return folder if exists else _from_hub(str(source), what="tokenizer", patterns=TOKENIZER_PATTERNS)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved in ``folder``. CheckpointError if there is none, or if it cannot be loaded."""
+def given_tokenizer(given: TokenizerSource) -> AnyTokenizer:
+    """The folder of a tokenizer that a user gives, or a loaded one."""
+    return Path(given) if isinstance(given, str | Path) else LoadedTokenizer(given)
+
+
+def load_tokenizer(folder: AnyTokenizer) -> Any:
+    """The tokenizer saved in ``folder``; of a loaded one, the one that comes back from its saved folder. So it is
+    equal to that, and nothing changes the caller's.
+
+    CheckpointError if there is none, or if it cannot be loaded.
+    """
+    if isinstance(folder, LoadedTokenizer):
+        with tempfile.TemporaryDirectory(prefix="ghoststore-") as temporary, quiet_transformers():
+            folder.save(Path(temporary))
+            return load_tokenizer(Path(temporary))
     with importing():
         from transformers import AutoTokenizer
 
@@ -213,10 +271,14 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def resolve_device(device: str) -> str:
-    """The torch name of ``device``; for ``auto`` cuda if there is a GPU, else cpu. UsageError for a missing device."""
+def resolve_device(device: str, checkpoint: object = None) -> str:
+    """The torch name of ``device``; for ``auto`` that of a loaded model, if ``checkpoint`` is one; else cuda if there
+    is a GPU, else cpu. UsageError for a missing device.
+    """
     import torch
 
+    if device == "auto" and isinstance(checkpoint, torch.nn.Module):
+        return str(next(checkpoint.parameters()).device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -252,21 +314,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     *,
     dtype: str = "float32",
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> Any:
-    """The causal language model of a checkpoint, in eval mode, in ``dtype`` on ``device``.
+    """The causal language model of a checkpoint, in eval mode, in ``dtype`` on ``device``. That of a loaded model is a
+    copy, see :meth:`LoadedCheckpoint.copied`.
 
     Raises CheckpointError if the architecture is not a causal language model, and if weights are missing (transformers
     would initialise them at random), have another shape, or are not finite.
     """
-    with importing():
-        import torch
-        import transformers.modeling_utils  # noqa: F401 - not below, while the model is made
-        from transformers import AutoModelForCausalLM
+    import torch
 
     if dtype not in DTYPES:
         raise UsageError(f"`model_dtype` {dtype!r} is unknown; known: {', '.join(DTYPES)}")
@@ -275,6 +335,34 @@ def load_model(
             f"`attn_implementation` {attn_implementation!r:.80} is code of the hub, which is not fetched and run; give "
             "sdpa, eager, or a kernel that is installed"
         )
+    if isinstance(checkpoint, LoadedCheckpoint):
+        model = checkpoint.copied(dtype=dtype, device=device, kernel=attn_implementation)
+    else:
+        model = _read_model(checkpoint, dtype, attn_implementation)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CheckpointError(
+                f"checkpoint {checkpoint.where}: parameter {name!r} has NaN or infinite weights"
+                + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
+            )
+    model = model.to(device).eval()
+    try:
+        refuse_lookahead(model, checkpoint.where)
+    except CheckpointError:
+        raise
+    except Exception as error:  # as in reading: a wrong configuration may fail only when the model runs
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"checkpoint {checkpoint.where} cannot be run: {reason:.1000}") from error
+    return model
+
+
+def _read_model(checkpoint: Checkpoint, dtype: str, attn_implementation: str | None) -> Any:
+    """The model of a folder, in ``dtype``. Raises as :func:`load_model`."""
+    with importing():
+        import torch
+        import transformers.modeling_utils  # noqa: F401 - not below, while the model is made
+        from transformers import AutoModelForCausalLM
+
     shapes = checkpoint.shapes()  # reports a damaged file before transformers reads it
     check_config(checkpoint.folder / CONFIG, shapes)
     try:
@@ -301,24 +389,10 @@ def load_model(
                 f"checkpoint {checkpoint.folder} does not fit {type(model).__name__}: {problem.replace('_', ' ')} "
                 f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
             )
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(
-                f"checkpoint {checkpoint.folder}: parameter {name!r} has NaN or infinite weights"
-                + (f" in {dtype}; try `model_dtype=bfloat16`" if dtype == "float16" else "")
-            )
-    model = model.to(device).eval()
-    try:
-        refuse_lookahead(model, checkpoint.folder)
-    except CheckpointError:
-        raise
-    except Exception as error:  # as above: a wrong configuration may fail only when the model runs
-        reason = str(error) or type(error).__name__
-        raise CheckpointError(f"checkpoint {checkpoint.folder} cannot be run: {reason:.1000}") from error
     return model
 
 
-def refuse_lookahead(model: Any, where: Path) -> None:
+def refuse_lookahead(model: Any, where: str | Path) -> None:
     """CheckpointError unless the logits at each position are independent of later tokens, which the loss requires."""
     import torch
 

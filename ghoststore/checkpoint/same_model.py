@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ghoststore.checkpoint.config_identity import agreed_config, config_differences
-from ghoststore.checkpoint.load import Checkpoint
+from ghoststore.checkpoint.load import AnyCheckpoint, AnyTokenizer, Checkpoint
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.errors import MismatchError
 from ghoststore.store.base.manifest import Manifest, difference_lines, differences
@@ -35,7 +34,7 @@ def checkpoint_section(fingerprint: str, model: Any, stored: Manifest | None = N
 
 
 def refuse_other_model(
-    part: Part, checkpoint: Checkpoint, fingerprint: str, model: Any, tokenizer: Any, tokenizer_folder: Path
+    part: Part, checkpoint: AnyCheckpoint, fingerprint: str, model: Any, tokenizer: Any, tokenizer_folder: AnyTokenizer
 ) -> None:
     """MismatchError unless ``model`` and ``tokenizer`` are those that ``part`` was built from. It shows every
     difference.
@@ -49,10 +48,9 @@ def refuse_other_model(
     tokens = differences(part.manifest["tokenizer"], tokenizer_identity(tokenizer), "tokenizer")
     if not (weights or config or tokens):
         return
-    folder = checkpoint.folder
     others = [
-        *([f"other weights than those in {folder}"] if weights else []),
-        *([f"another configuration than that of {folder / 'config.json'}"] if config else []),
+        *([f"other weights than those in {checkpoint.where}"] if weights else []),
+        *([f"another configuration than that of {checkpoint.config_where}"] if config else []),
         *([f"another tokenizer than that in {tokenizer_folder}"] if tokens else []),
     ]
     raise MismatchError(

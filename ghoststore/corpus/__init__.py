@@ -15,6 +15,7 @@ from ghoststore.corpus.fields import (
     Tokenized,
 )
 from ghoststore.corpus.locate import absolute
+from ghoststore.corpus.memory import MemoryData, Source, part_word, same_source, source_name, source_of
 from ghoststore.corpus.scan import MAX_DOMAINS, SampleScan, Scan
 from ghoststore.settings.fields import Fields
 
@@ -24,6 +25,7 @@ __all__ = [
     "Content",
     "Corpus",
     "Fields",
+    "MemoryData",
     "Messages",
     "Position",
     "PromptCompletion",
@@ -31,8 +33,13 @@ __all__ = [
     "Sample",
     "SampleScan",
     "Scan",
+    "Source",
     "Tokenized",
     "absolute",
     "open_corpus",
+    "part_word",
+    "same_source",
+    "source_name",
+    "source_of",
     "spool_stdin",
 ]

@@ -17,9 +17,11 @@ from ghoststore.corpus.fields import WELL_KNOWN, ResolvedFields, RowError, Sampl
 from ghoststore.corpus.formats.base import Form
 from ghoststore.corpus.kept import kept_value
 from ghoststore.corpus.locate import locate
+from ghoststore.corpus.memory import MemoryData, Source, recorded, source_of
 from ghoststore.errors import CorpusError, GhostStoreError, StorageError
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import CONTENT_FIELDS, Fields
+from ghoststore.settings.shared import Data, is_stdin
 
 STDIN = "standard input"
 
@@ -39,8 +41,15 @@ class Position:
 class Corpus:
     """The samples of one source. ``files`` are sorted by name. A dataset counts as one file, which is its folder."""
 
-    def __init__(self, source: str, form: Form, files: Sequence[Path], fields: Fields | ResolvedFields):
-        self.source = source
+    def __init__(
+        self, source: Source, form: Form, files: Sequence[Path], fields: Fields | ResolvedFields, recorded: str
+    ) -> None:
+        self.source = str(source)
+        """The path, or what messages call data in memory."""
+        self.origin = source
+        """What :meth:`open` takes to open the same samples."""
+        self.recorded = recorded
+        """What a manifest records: the absolute path, or "-" for what cannot be read again."""
         self.form = form.name
         self.files = list(files)
         self._form = form
@@ -62,18 +71,22 @@ class Corpus:
         """Names of fields that would be among them, and that no row has had so far."""
 
     @classmethod
-    def open(cls, source: str, fields: Fields | ResolvedFields | None = None) -> Corpus:
-        """Find the files of ``source``: a path, ``folder:split`` of a saved DatasetDict, or ``org/name:split`` of the
-        Hugging Face hub. Rows are read later.
+    def open(cls, data: Data, fields: Fields | ResolvedFields | None = None) -> Corpus:
+        """Find the files of ``data``: a path, ``folder:split`` of a saved DatasetDict, or ``org/name:split`` of the
+        Hugging Face hub; or data in memory, see `ghoststore.corpus.memory`. Rows are read later.
 
         Raises CorpusError for a source that is missing, has an unknown or mixed form, or lacks a split; UsageError for
-        "-", which the caller must copy to a file with `spool_stdin`.
+        "-", which the caller must copy to a file with `spool_stdin`, and for an object that is no data.
         """
-        form, files = locate(source)
+        source = source_of(data)
         fields = Fields() if fields is None else fields
+        if isinstance(source, MemoryData):
+            return cls(source, source.form, [Path(source.name)], fields, recorded(source))
+        form, files = locate(source)
         # Resolved fields come from an earlier reading of the corpus, which had a limit for records.
         largest = fields.max_record_bytes if isinstance(fields, Fields) else None
-        return cls(source, replace(form, largest=largest), files, fields)  # type: ignore[type-var]
+        form = replace(form, largest=largest)  # type: ignore[type-var]
+        return cls(source, form, files, fields, recorded(source))
 
     def only(self, domains: Iterable[str]) -> Corpus:
         """A copy of this corpus with only the samples of these ``domains``. They keep their ``source_row``."""
@@ -240,7 +253,7 @@ class Corpus:
 
 
 @contextmanager
-def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
+def open_corpus(data: Data, fields: Fields | ResolvedFields, progress: Progress | None = None) -> Iterator[Corpus]:
     """`Corpus.open`, and also for standard input (``-``, jsonl), which is copied to a temporary file (in TMPDIR) until
     the block ends.
 
@@ -249,14 +262,16 @@ def open_corpus(source: str, fields: Fields | ResolvedFields, progress: Progress
     """
     with ExitStack() as stack:
         spooled: str | None = None
-        if source == "-":
+        if is_stdin(data):
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ghoststore-"))
-            source = spooled = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
+            data = spooled = str(spool_stdin(sys.stdin.buffer, Path(folder) / "stdin.jsonl"))
             stack.enter_context(_naming_stdin(spooled))
-        corpus = Corpus.open(source, fields)
+        corpus = Corpus.open(data, fields)
+        if spooled is not None:
+            corpus.recorded = "-"
         if progress is not None:
             note = progress.note
-            corpus.note = note if spooled is None else lambda words: note(words.replace(source, STDIN))
+            corpus.note = note if spooled is None else lambda words: note(words.replace(spooled, STDIN))
             _ = corpus.resolved
         yield corpus
 

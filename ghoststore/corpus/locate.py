@@ -52,7 +52,9 @@ def _locate(source: str) -> tuple[Form, list[Path]]:
     if hub and form_of(Path(hub["name"])) is None:
         return _locate_on_hub(source, hub["name"], hub["split"])
     hint = f"; for a dataset of the hub, add its split: {source}:train" if HUB_NAME.fullmatch(source) else ""
-    raise CorpusError(f"{source}: does not exist{hint}")
+    if " " in source or "\n" in source:
+        hint = "; a text in memory is given in a list, [text]"
+    raise CorpusError(f"{source:.1000}: does not exist{hint}")
 
 
 def absolute(source: str) -> str:

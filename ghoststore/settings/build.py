@@ -16,6 +16,9 @@ from ghoststore.settings.shared import (
     LengthOptions,
     ProgressOption,
     StoreOption,
+    TokenizerSource,
+    in_memory,
+    is_stdin,
 )
 
 
@@ -62,14 +65,19 @@ class BuildOptions(ProgressOption, LengthOptions, CorpusOptions, StoreOption, Ch
     @property
     def stdin(self) -> bool:
         """Whether the corpus comes from standard input, which can be read only once."""
-        return str(self.data) == "-"
+        return is_stdin(self.data)
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether the part keeps texts: also those that cannot be read again."""
+        return self.store_text or self.stdin or in_memory(self.data)
 
 
 @options
 class TokenizeOptions(ProgressOption, CorpusOptions):
     """Options of ``ghoststore tokenize``."""
 
-    tokenizer: str | Path = field(metadata=about("Folder with a saved tokenizer, or a hub id.", "Model"))
+    tokenizer: TokenizerSource = field(metadata=about("Folder with a saved tokenizer, or a hub id.", "Model"))
     out: str | Path = field(metadata=about("Folder of the shards: a new one, or one to continue.", "Output"))
     domains: Sequence[str] = option((), DOMAINS, "Input", flag="--domain", repeated=True)
     max_samples: int | None = option(None, "Only the first samples (of those domains).", "Input")

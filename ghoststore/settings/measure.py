@@ -13,8 +13,10 @@ from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     FLOATS,
     LOSS_REDUCTION,
+    Checkpoint,
     CheckpointOptions,
     CorpusOptions,
+    Data,
     DeviceOption,
     FieldsOption,
     LayersOptions,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 Parameters = Literal["all", "projected"]
-METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-idf", "random")
+METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "bm25", "tf-idf", "random")
 """The methods that are evaluated by default."""
 
 
@@ -38,9 +40,7 @@ METHODS = ("dot", "cosine", "preconditioned-dot", "preconditioned-cosine", "tf-i
 class DrawOptions(RebuiltOptions, FieldsOption, MetricOption, StoreOption):
     """Options of commands that draw rows and val samples at random."""
 
-    val_set: str | Path | None = option(
-        None, "Draw the val samples here (default: among the part's own rows).", "Input"
-    )
+    val_set: Data | None = option(None, "Draw the val samples here (default: among the part's own rows).", "Input")
     rows: int = option(200, "Rows that are ranked, drawn at random.", "Scoring")
     val_samples: int = option(20, "Val samples they are ranked for.", "Scoring")
     seed: int = option(0, "Seed of the draws.", "Advanced")
@@ -121,6 +121,12 @@ class EvaluateOptions(
     learning_rate: float = option(3e-3, "Peak learning rate.", "Model")
     seed: int = option(0, "Seed of halves, weights and order.", "Advanced")
     damping: float | None = option(None, "Damping of the preconditioned methods (default: 0.1).", "Scoring")
+    lexical: float | None = option(
+        None,
+        "Each method of the part's vectors once more, blended with BM25 as by `ghoststore query --lexical W`.",
+        "Scoring",
+        metavar="W",
+    )
     max_val_samples: int | None = option(None, FIRST_VAL_SAMPLES, "Input")
     workers: int | None = option(
         None, "Trainings at once (default: one a processor, at most 4; 1 on a GPU).", "Advanced"
@@ -131,14 +137,14 @@ class EvaluateOptions(
 class DoctorOptions(ProgressOption, DeviceOption, FieldsOption):
     """Options of ``ghoststore doctor``."""
 
-    checkpoint: str | Path | None = option(
+    checkpoint: Checkpoint | None = option(
         None, "The model to examine: a folder in transformers' format, or a hub id.", "Model", required=True
     )
     model: "torch.nn.Module | None" = option(
         None, "Or a model in memory, with its tokenizer.", "Model", python_only=True
     )
     tokenizer: Any = option(None, "Folder of the model's tokenizer (default: the checkpoint's).", "Model")
-    data: str | Path | None = option(None, "Corpus to draw a few samples from (default: built-in sentences).", "Input")
+    data: Data | None = option(None, "Corpus to draw a few samples from (default: built-in sentences).", "Input")
     projection: ProjectionConfig | None = option(
         None, "How a build would project gradients.", "Projection", group=ProjectionConfig, leave_out=LEARNED_OPTIONS
     )

@@ -9,6 +9,8 @@ from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
     BehindOption,
+    Checkpoint,
+    Data,
     DeviceOption,
     FieldsOption,
     LayersOptions,
@@ -16,6 +18,7 @@ from ghoststore.settings.shared import (
     ProgressOption,
     RankingOptions,
     StoreOption,
+    TokenizerSource,
     WeightOption,
     WhereOption,
 )
@@ -33,6 +36,7 @@ all domains.
 Diversity = Literal["none", "mmr", "facility-location", "greats"]
 Leaks = Literal["exclude", "keep", "error"]
 Order = Literal["corpus", "score"]
+RerankWith = Literal["exact", "ekfac", "cg", "vectors"]
 
 
 def parse_weights(word: str) -> PartWeights:
@@ -65,7 +69,7 @@ def parse_quota(word: str) -> tuple[str, float]:
 class ValSetOption:
     """The option for a val set."""
 
-    val_set: str | Path = field(metadata=about("Val set, in any form of a corpus.", "Input"))
+    val_set: Data = field(metadata=about("Val set, in any form of a corpus.", "Input"))
 
 
 @options
@@ -113,7 +117,7 @@ class PartsOptions:
 class OpenedAgain(BehindOption, DeviceOption):
     """The options for the inputs that an existing part was built from, without the checkpoint."""
 
-    tokenizer: str | Path | None = option(
+    tokenizer: TokenizerSource | None = option(
         None, "The tokenizer the part was built with (default: where your own build read it).", "Model"
     )
 
@@ -122,7 +126,7 @@ class OpenedAgain(BehindOption, DeviceOption):
 class RebuiltOptions(OpenedAgain):
     """The options for the inputs that an existing part was built from."""
 
-    checkpoint: str | Path | None = option(
+    checkpoint: Checkpoint | None = option(
         None, "The checkpoint the part was built from (default: where your own build read it).", "Model"
     )
 
@@ -133,14 +137,14 @@ class QuestionOptions(
 ):
     """The options that say what is scored against what."""
 
-    val_set: str | Path | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
-    minus: str | Path | None = option(
+    val_set: Data | None = option(None, "Val set, in any form of a corpus; needed without `run`.", "Input")
+    minus: Data | None = option(
         None,
         "A second val set, to be far from: its mean gradient is subtracted from that of `val_set`.",
         "Input",
         metavar="VAL_SET",
     )
-    checkpoint: str | Path | Sequence[str | Path] | None = option(
+    checkpoint: Checkpoint | Sequence[Checkpoint] | None = option(
         None,
         "The checkpoint the part was built from (default: where your own build read it); once for each `part`.",
         "Model",
@@ -171,10 +175,50 @@ class QuestionOptions(
     score_weight: float | None = option(
         None, "W of `with_scores`, 0 (similarity alone) to 1 (values alone); default: 0.5.", "Scoring", metavar="W"
     )
+    lexical: float | None = option(
+        None,
+        "Blend with BM25 of the texts: (1-W)·z(similarity) + W·z(BM25), W from 0 (gradients alone, the default) to 1 "
+        "(words alone); 0.1 is a good one. Needs the texts of all rows.",
+        "Scoring",
+        metavar="W",
+    )
 
 
 @options
-class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, QuestionOptions):
+class RerankOptions:
+    """The options of the second stage of a query."""
+
+    rerank: int | None = option(
+        None,
+        "Rank the N best rows anew, by gradients that the model computes again and that nothing is left out of.",
+        "Scoring",
+        metavar="N",
+    )
+    rerank_with: RerankWith = option(
+        "exact",
+        "Of `rerank`: whole gradients in the part's metric (exact), with its eigenvalues measured (ekfac), for the "
+        "query that conjugate gradients improve (cg), or vectors as the part has them, not rounded (vectors).",
+        "Scoring",
+    )
+    rerank_samples: int | None = option(
+        None, "Rows of the corpus that `rerank_with` ekfac and cg learn from (default: 256).", "Advanced", metavar="N"
+    )
+    rerank_damping: float | None = option(
+        None,
+        "Damping of `rerank_with` ekfac and cg, relative to the mean eigenvalue of a layer (default: ekfac as the "
+        "part, cg 0.1).",
+        "Advanced",
+    )
+    cg_steps: int | None = option(
+        None,
+        "Steps of conjugate gradients (default: 5). Each takes a few passes over the rows.",
+        "Advanced",
+        metavar="N",
+    )
+
+
+@options
+class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOptions, QuestionOptions):
     """Options of ``ghoststore query``."""
 
     each: bool = option(
@@ -189,11 +233,11 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
         "Advanced",
     )
     index_name: str | None = option(None, "Index of `index=ann` (default: the only one for the metric).", "Advanced")
-    rerank: int | None = option(
-        None,
-        "Recompute the gradients of the N best rows and rank these by exact scores: for parts of int8 or onebit.",
-        "Scoring",
-        metavar="N",
+    tokens: bool = option(
+        False,
+        "Show which tokens of a row carry its score, and which of the val sample ask for it: the model computes the "
+        "rows shown again.",
+        "Output",
     )
     candidates: bool = option(
         False, "Of a `run` that chose: count candidates that were not trained on, too, all alike.", "Scoring"
@@ -201,6 +245,14 @@ class QueryOptions(ProgressOption, RankingOptions, RunGradientsOptions, Question
     report: str | Path | None = option(
         None, "Write a new .html file: one page with texts, histograms, domains, layers.", "Output", metavar="FILE"
     )
+
+
+@options
+class OpenOptions(ProgressOption, RebuiltOptions):
+    """Options of ``ghoststore.open``."""
+
+    store: str | Path = field(kw_only=False, metadata=about("The store: a directory.", "Input"))
+    part: str | None = option(None, "Part of the session (default: the only one).", "Input")
 
 
 @options
@@ -227,6 +279,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     fraction: float | None = option(None, "Choose this share of the samples that can be chosen.", "Output")
     count: int | None = option(None, "Choose N samples.", "Output", metavar="N")
     threshold: float | None = option(None, "Choose every sample with at least this score.", "Output")
+    threshold_nats: float | None = option(
+        None, "Choose every sample with at least this score in nats, as tables of `query` show it.", "Output"
+    )
     token_budget: int | None = option(
         None, "Choose from the top while all together have N tokens.", "Output", metavar="N"
     )

@@ -1,9 +1,9 @@
 """Options that several commands share, with the same names, defaults and help."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeAlias
 
 from ghoststore.progress import Progress
 from ghoststore.settings.fields import Fields
@@ -19,6 +19,33 @@ STEP_WEIGHT_SYMBOLS: dict[StepWeight, str] = {"unit": "unit", "learning-rate": "
 VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8", "onebit")
 """Of the vectors in a store."""
 FLOATS = ("float32", "bfloat16", "float16")
+
+
+class InMemory(Protocol):
+    """A model or a tokenizer of transformers in memory."""
+
+    @property
+    def save_pretrained(self) -> Any: ...
+
+
+Data: TypeAlias = str | Path | Sequence[str] | Sequence[Mapping[str, object]] | Sized
+"""A path; or texts, dictionaries, or a table in memory (`datasets.Dataset`, pandas, Arrow)."""
+Checkpoint: TypeAlias = str | Path | InMemory
+"""A folder in transformers' format or a hub id; or a loaded model."""
+TokenizerSource: TypeAlias = str | Path | InMemory
+"""A folder or a hub id; or a loaded tokenizer."""
+
+
+def in_memory(given: object) -> bool:
+    """Whether ``given`` is an object in memory, and not a path, a name or None."""
+    return given is not None and not isinstance(given, str | Path)
+
+
+def is_stdin(data: Data | None) -> bool:
+    """Whether ``data`` is standard input, which can be read only once."""
+    return not in_memory(data) and str(data) == "-"
+
+
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
 FIRST_VAL_SAMPLES = "Only the first samples of the val set."
@@ -60,7 +87,7 @@ class FieldsOption:
 class CorpusOptions(FieldsOption):
     """The options for a corpus."""
 
-    data: str | Path = field(
+    data: Data = field(
         metadata=about("Corpus: jsonl, gz, zst, parquet, csv, txt, token shards, a folder, or -.", "Input")
     )
 
@@ -69,7 +96,7 @@ class CorpusOptions(FieldsOption):
 class BehindOption:
     """The option for the corpus that stored rows were made of."""
 
-    data: str | Path | None = option(
+    data: Data | None = option(
         None,
         "The corpus the rows were made of, for their texts and tokens (default: where your own command read it).",
         "Input",
@@ -90,8 +117,8 @@ class LengthOptions:
 class CheckpointOptions(DeviceOption):
     """The options for a checkpoint at which gradients are computed."""
 
-    checkpoint: str | Path = field(metadata=about("Folder in transformers' format, or a hub id.", "Model"))
-    tokenizer: str | Path | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
+    checkpoint: Checkpoint = field(metadata=about("Folder in transformers' format, or a hub id.", "Model"))
+    tokenizer: TokenizerSource | None = option(None, "Folder of the tokenizer (default: the checkpoint's).", "Model")
     model_dtype: str = option("float32", "Numbers the model computes with.", "Model", choices=FLOATS)
     attn_implementation: str | None = option(
         None, "Attention kernel: sdpa, eager, … (default: transformers').", "Advanced"
@@ -133,7 +160,12 @@ class WhereOption:
 class MetricOption:
     """The option for the metric of scores."""
 
-    metric: Metric = option("cosine", "The score.", "Scoring")
+    metric: Metric | None = option(
+        None,
+        "The score (default: dot for parts whose gradients were preconditioned or scaled at build, cosine for plain "
+        "ones). By dot above 0: the row helps.",
+        "Scoring",
+    )
 
 
 @options

@@ -18,9 +18,11 @@ from ghoststore.settings.shared import (
     OVERLONG,
     VECTOR_DTYPES,
     CorpusOptions,
+    Data,
     DeviceOption,
     Overlong,
     ProgressOption,
+    TokenizerSource,
 )
 
 Method = Literal["GradDotProd", "Regular"]
@@ -363,12 +365,12 @@ class TrainOptions(
 ):
     """Options of ``ghoststore train``."""
 
-    val_set: str | Path | None = option(None, "Val samples that training samples are scored against.", "Input")
+    val_set: Data | None = option(None, "Val samples that training samples are scored against.", "Input")
     store: str | Path | None = option(None, "The store that scores go to: a directory.", "Output")
     output_dir: str | Path = field(metadata=about("Folder for checkpoints (and tokens).", "Output"))
     name: str | None = option(None, "Name of the run (default: after model and data).", "Output")
     checkpoint: str | Path | None = option(None, "Continue from this checkpoint instead.", "Model")
-    tokenizer: str | Path | None = option(
+    tokenizer: TokenizerSource | None = option(
         None, "Folder of a saved tokenizer (default: the checkpoint's or shards').", "Model"
     )
     domains: tuple[str, ...] = option((), DOMAINS, "Input", flag="--domain", repeated=True)

@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint.load import Checkpoint, find_checkpoint, load_model, load_tokenizer, resolve_device
+from ghoststore.checkpoint.in_memory import recorded_tokenizer
+from ghoststore.checkpoint.load import (
+    AnyCheckpoint,
+    Checkpoint,
+    find_checkpoint,
+    given_tokenizer,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from ghoststore.checkpoint.same_model import checkpoint_section, refuse_incomplete
-from ghoststore.corpus import Corpus, Fields, ResolvedFields, absolute, open_corpus
-from ghoststore.corpus.locate import corpus_name
+from ghoststore.corpus import Corpus, Fields, ResolvedFields, open_corpus, part_word
 from ghoststore.progress import Progress
 from ghoststore.settings.build import BuildOptions
 from ghoststore.software import versions_of
@@ -34,7 +42,7 @@ class BuildInputs:
     """The open inputs of a build. :func:`open_inputs` makes them."""
 
     options: BuildOptions
-    checkpoint: Checkpoint
+    checkpoint: AnyCheckpoint
     model: Any
     tokenizer: Tokenizer
     corpus: Corpus
@@ -58,15 +66,15 @@ class BuildInputs:
 
     def description(self) -> Manifest:
         """The sections of the manifest that say where the inputs are, and which hardware and software compute."""
-        options, folder = self.options, self.checkpoint.folder
+        options, checkpoint, state = self.options, self.checkpoint, self.options.optimizer_state
         return {
             "source": {
-                "checkpoint": str(folder.resolve()),
-                "tokenizer": _resolved(options.tokenizer),
-                "data": "-" if options.stdin else absolute(self.corpus.source),
+                "checkpoint": checkpoint.recorded,
+                "tokenizer": recorded_tokenizer(options.tokenizer),
+                "data": self.corpus.recorded,
                 "form": self.corpus.form,
-                "optimizer_state": _resolved(options.optimizer_state),
-                "learning_rate": learning_rate_of(folder),
+                "optimizer_state": None if state is None else str(Path(state).resolve()),
+                "learning_rate": learning_rate_of(checkpoint.folder) if isinstance(checkpoint, Checkpoint) else None,
             },
             "compute": {
                 "device": torch.device(self.device).type,
@@ -78,19 +86,16 @@ class BuildInputs:
         }
 
 
-def _resolved(path: str | Path | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
-
-
 @contextmanager
 def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None = None) -> Iterator[BuildInputs]:
     """Open all inputs. Those that cannot be used are refused before the model is loaded, and so is a damaged part,
     unless it is ``repaired``.
     """
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, options.checkpoint)
     checkpoint = find_checkpoint(options.checkpoint)
-    text_tokenizer = load_tokenizer(checkpoint.folder if options.tokenizer is None else Path(options.tokenizer))
-    default_name = safe_name(checkpoint.folder.resolve().name, corpus_name(str(options.data)))
+    given = options.tokenizer
+    text_tokenizer = load_tokenizer(checkpoint.tokenizer_folder if given is None else given_tokenizer(given))
+    default_name = safe_name(checkpoint.name, part_word(options.data))
     part_name = check_name(options.name) if options.name else default_name
     Store.refuse_others(Path(options.store))
     existing = repaired or _existing(options.store, part_name, progress)
@@ -98,7 +103,7 @@ def open_inputs(options: BuildOptions, progress: Progress, repaired: Part | None
         refuse_incomplete(existing)
     if not options.dry_run and not (existing is not None and existing.complete):
         check_writable(Path(options.store) / "parts" if existing is None else existing.path)
-    with open_corpus(str(options.data), _fields(options, repaired), progress) as corpus:
+    with open_corpus(options.data, _fields(options, repaired), progress) as corpus:
         corpus = corpus.keeping(checked_names(options.keep_fields, corpus))
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation

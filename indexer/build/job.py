@@ -188,7 +188,7 @@ def _layout(inputs: BuildInputs, plan: ProjectionPlan, rows: int, fields: tuple[
         groups=plan.group_count,
         dtype=options.proj_dtype,
         span_rows=options.span_rows,
-        store_text=options.store_text or options.stdin,
+        store_text=options.keeps_texts,
         fields=fields,
     )
 

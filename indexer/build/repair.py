@@ -318,8 +318,8 @@ class _Repair:
         data = source_path(manifest, "data", whose, "data", user_options.data)
         if checkpoint is None or data is None:
             raise UsageError(
-                f"{whose} was built on standard input, which cannot be read again: give `data`, a file with the same "
-                "rows"
+                f"{whose} was built on standard input or on what is in memory, which cannot be read again: give `data` "
+                "(and `checkpoint`, if that was in memory), the same as then"
             )
         return BuildOptions(
             checkpoint=checkpoint,

@@ -76,6 +76,24 @@ class Block:
                 matrix[: len(bias), use.bias_column] = bias
         return matrix
 
+    def take_apart(self, matrix_OI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`lay_out`: a tensor for each parameter, in the shape that it has in ``like``."""
+        if not self.is_matrix:
+            sizes = [like[name].numel() for name in self.parameters]
+            return dict(zip(self.parameters, torch.split(matrix_OI[:, 0], sizes), strict=True))
+        weight = like[self.parameters[0]]
+        transposed = layer_type_by_name(self.type).transposed
+        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        matrix = matrix_OI[:rows, :columns]
+        tensors = {self.parameters[0]: matrix.t() if transposed else matrix}
+        for use in self.uses:
+            if use.bias is None or use.bias_column is None:
+                continue
+            count = len(like[use.bias])
+            line = matrix_OI[use.bias_column, :count] if use.flipped else matrix_OI[:count, use.bias_column]
+            tensors[use.bias] = line
+        return tensors
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:

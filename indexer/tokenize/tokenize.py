@@ -22,6 +22,7 @@ from ghoststore.hidden_errors import own_errors
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.keywords import takes
+from ghoststore.settings.shared import in_memory
 from ghoststore.software import versions_of
 from ghoststore.store.base.disk import create_whole, exclusive, storage_errors, sweep
 from ghoststore.store.base.manifest import refuse_differences
@@ -129,9 +130,9 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
     _refuse_others(folder)
     text_tokenizer = load_tokenizer(find_tokenizer(options.tokenizer))
     loaded = time.perf_counter()
-    with open_corpus(str(options.data), options.fields or Fields(), progress) as corpus:
+    with open_corpus(options.data, options.fields or Fields(), progress) as corpus:
         if corpus.resolved.kind == "tokens":
-            raise UsageError(f"{options.data} holds tokens already; give the corpus that they were made of")
+            raise UsageError(f"{corpus.source} holds tokens already; give the corpus that they were made of")
         if options.domains:
             corpus = corpus.only(options.domains)
         span_rows = options.shard_samples or DEFAULT_SHARD_SAMPLES
@@ -141,9 +142,9 @@ def tokenize_as_of(options: TokenizeOptions, template_date: str | None) -> Token
         scanned = time.perf_counter()
         manifest = _manifest(corpus, plan, own, span_rows, options.max_samples)
         manifest["source"] = {
-            "data": "-" if str(options.data) == "-" else absolute(corpus.source),
+            "data": corpus.recorded,
             "form": corpus.form,
-            "tokenizer": absolute(str(options.tokenizer)),
+            "tokenizer": "-" if in_memory(options.tokenizer) else absolute(str(options.tokenizer)),
         }
         _create(folder, manifest, text_tokenizer)
         _refuse_mismatch(folder, manifest, progress)
@@ -273,6 +274,8 @@ def _write(job: ShardJob, workers: int | None, progress: Progress) -> _Work:
     missing = sorted(set(range(layout.shards)) - set(present))
     if not missing:
         return _Work(resumed, 0, 1)
+    if workers is None and job.in_memory:
+        workers = 1  # each worker would get a copy of all rows
     if workers is None:
         workers = max(1, min(_cores(), job.plan.scan.text_bytes // TEXT_A_WORKER))
     # A compressed file is read from its beginning for every piece.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ghoststore.corpus import Corpus, ResolvedFields
+from ghoststore.corpus import Corpus, ResolvedFields, Source
 from ghoststore.errors import BusyError, CheckpointError
 from ghoststore.store.base.disk import storage_errors
 from ghoststore.store.spans.commits import Commit
@@ -28,7 +28,7 @@ class ShardJob:
     """What any process needs to write any shard of a folder."""
 
     folder: Path
-    source: str
+    source: Source
     """Where the corpus can be read."""
     fields: ResolvedFields
     only_domains: tuple[str, ...] | None
@@ -48,7 +48,7 @@ class ShardJob:
         """For the samples of ``corpus`` that ``plan`` is of."""
         return cls(
             folder=folder,
-            source=corpus.source,
+            source=corpus.origin,
             fields=corpus.resolved,
             only_domains=None if corpus.domains is None else tuple(sorted(corpus.domains)),
             domains=tuple(plan.scan.domains or ()),
@@ -57,6 +57,11 @@ class ShardJob:
             template_date=template_date,
             compressed=corpus.form.endswith((".gz", ".zst")),
         )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the corpus is in memory."""
+        return not isinstance(self.source, str)
 
 
 @dataclass(frozen=True, slots=True)

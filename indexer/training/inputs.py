@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ghoststore.checkpoint.in_memory import tokenizer_source
 from ghoststore.checkpoint.load import (
+    AnyTokenizer,
     Checkpoint,
-    find_checkpoint,
+    find_folder,
     find_tokenizer,
     load_model,
     load_tokenizer,
 )
 from ghoststore.checkpoint.same_model import tokenizer_lines
 from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
-from ghoststore.corpus import Fields, open_corpus
+from ghoststore.corpus import Fields, Source, open_corpus
 from ghoststore.errors import BusyError, MismatchError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
+from ghoststore.settings.shared import TokenizerSource
 from ghoststore.settings.train import TrainConfig
 from ghoststore.tokens.manifest import MANIFEST, TOKENIZER
 from ghoststore.tokens.shards import TokenShards
@@ -41,25 +44,26 @@ class Start:
 
     checkpoint: Checkpoint | None
     tokenizer: Any
-    tokenizer_folder: Path
+    tokenizer_folder: AnyTokenizer
 
     @classmethod
-    def find(cls, checkpoint: str | Path | None, tokenizer: str | Path | None, data: str) -> Start:
+    def find(cls, checkpoint: str | Path | None, tokenizer: TokenizerSource | None, data: Source) -> Start:
         """The checkpoint, and the tokenizer of the folder given, of the checkpoint, or of the token shards."""
-        source = None if checkpoint is None else find_checkpoint(checkpoint)
+        source = None if checkpoint is None else find_folder(checkpoint)
+        folder: AnyTokenizer
         if tokenizer is not None:
             folder = find_tokenizer(tokenizer)
         elif source is not None:
             folder = source.folder
         elif is_shards(data):
-            folder = Path(data) / TOKENIZER
+            folder = Path(str(data)) / TOKENIZER
         else:
             raise UsageError("give `tokenizer`: a new model has none, and the data are not tokenized yet")
         return cls(source, load_tokenizer(folder), folder)
 
     def model(self, config: TrainConfig, device: str, resume_from: Path | None) -> Any:
         """The model, every parameter trainable, in its dtype and on ``device``; of ``resume_from`` if there is one."""
-        source = find_checkpoint(resume_from) if resume_from is not None else self.checkpoint
+        source = find_folder(resume_from) if resume_from is not None else self.checkpoint
         if source is not None:
             model = load_model(source, dtype=config.model_dtype, device=device)
         else:
@@ -105,13 +109,13 @@ def _checkpoint_activations(model: Any) -> None:
         module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def is_shards(data: str) -> bool:
+def is_shards(data: Source) -> bool:
     """Whether ``data`` is a folder of token shards."""
-    return (Path(data) / MANIFEST).is_file()
+    return isinstance(data, str) and (Path(data) / MANIFEST).is_file()
 
 
 def read_val(
-    source: str,
+    source: Source,
     fields: Fields,
     tokenizer: Tokenizer,
     max_length: int,
@@ -130,7 +134,7 @@ def read_val(
 
 
 def token_shards(
-    data: str,
+    data: Source,
     start: Start,
     output_dir: Path,
     *,
@@ -145,7 +149,7 @@ def token_shards(
     The chat template writes ``template_date`` into those that are made. MismatchError for tokens of another tokenizer,
     or of another corpus than it was.
     """
-    folder = Path(data)
+    folder = Path(str(data))
     if is_shards(data):
         if max_samples is not None:
             raise UsageError("`max_samples` belongs to a corpus; token shards are taken whole")
@@ -153,7 +157,7 @@ def token_shards(
         folder = output_dir / "tokens"
         options = TokenizeOptions(
             data=data,
-            tokenizer=start.tokenizer_folder,
+            tokenizer=tokenizer_source(start.tokenizer_folder),
             out=folder,
             fields=fields,
             max_samples=max_samples,

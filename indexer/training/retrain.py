@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ghoststore.checkpoint.load import load_tokenizer
-from ghoststore.corpus import Fields
+from ghoststore.corpus import Fields, Source
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.train import TrainConfig
@@ -57,7 +57,7 @@ class Retraining:
     tokenizer_folder: str
     shards: str
     """Token shards of the whole corpus."""
-    val_set: str
+    val_set: Source
     fields: Fields
     max_val_samples: int | None
     max_length: int

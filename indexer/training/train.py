@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ghoststore.checkpoint.load import resolve_device
-from ghoststore.corpus import Fields, absolute
-from ghoststore.corpus.locate import corpus_name
+from ghoststore.corpus import Fields, Source, part_word, source_of
+from ghoststore.corpus.memory import recorded
 from ghoststore.errors import UsageError
 from ghoststore.interrupts import Stopping
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.shared import TokenizerSource
 from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store.base.disk import exclusive, storage_errors
 from ghoststore.store.base.manifest import Manifest
@@ -83,8 +84,8 @@ def train(options: TrainOptions) -> TrainReport:
     with joined(resolve_device(options.device)) as (ranks, own_device):
         refuse_usage(options, config, ranks)
         training = _Training(
-            data=str(options.data),
-            val_set=None if options.val_set is None else str(options.val_set),
+            data=source_of(options.data),
+            val_set=None if options.val_set is None else source_of(options.val_set),
             store=options.store,
             name=options.name,
             output_dir=Path(options.output_dir),
@@ -111,13 +112,13 @@ def train(options: TrainOptions) -> TrainReport:
 class _Training:
     """The parameters of :func:`train` on one rank."""
 
-    data: str
-    val_set: str | None
+    data: Source
+    val_set: Source | None
     store: str | Path | None
     name: str | None
     output_dir: Path
     checkpoint: str | Path | None
-    tokenizer: str | Path | None
+    tokenizer: TokenizerSource | None
     fields: Fields
     domains: tuple[str, ...]
     max_samples: int | None
@@ -160,7 +161,7 @@ class _Training:
         start = Start.find(self.checkpoint, self.tokenizer, self.data)
         with tokens_aside() as folder:
             prepared = self._prepared(start, folder, record=False)
-            plan = plan_of(prepared, self.data, self.output_dir, log_folders)
+            plan = plan_of(prepared, str(self.data), self.output_dir, log_folders)
         return StepTotals().report(
             output_dir=str(self.output_dir),
             steps=prepared.inputs.steps,
@@ -329,7 +330,7 @@ class _Training:
         model = self.config.architecture or model_name(self.config.model_config or str(self.checkpoint))
         return RunPlan(
             store=self.store,
-            name=self.name or safe_name(model, corpus_name(self.data)),
+            name=self.name or safe_name(model, part_word(self.data)),
             layout=layout,
             manifest=manifest,
             rows=rows,
@@ -365,7 +366,7 @@ class _Training:
 
     def _tokenizer(self, start: Start, model: Any, saved: SavedState | None) -> Tokenizer:
         """The chat template writes the date of the tokens that are there, of the checkpoint ``saved``, or today's."""
-        of_tokens = date_in(Path(self.data)) if is_shards(self.data) else date_in(self.output_dir / "tokens")
+        of_tokens = date_in(Path(str(self.data))) if is_shards(self.data) else date_in(self.output_dir / "tokens")
         of_checkpoint = None if saved is None else saved.identity["tokenizer"]["template_date"]
         # All ranks take the day of the first: midnight may come between them.
         day = torch.tensor(date.today().toordinal() if self.ranks.leads else 0, device=self.device)
@@ -391,8 +392,8 @@ class _Training:
 
     def _source(self, start: Start) -> dict[str, str | None]:
         return {
-            "data": absolute(self.data),
-            "val_set": None if self.val_set is None else absolute(self.val_set),
+            "data": recorded(self.data),
+            "val_set": None if self.val_set is None else recorded(self.val_set),
             "checkpoint": None if start.checkpoint is None else str(start.checkpoint.folder.resolve()),
             "output_dir": str(self.output_dir.resolve()),
         }

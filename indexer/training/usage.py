@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ghoststore.errors import UsageError
+from ghoststore.settings.shared import in_memory, is_stdin
 from ghoststore.settings.train import TrainConfig, TrainOptions
 from ghoststore.store import Store
 from ghoststore.store.base.names import check_name
@@ -13,6 +14,11 @@ from indexer.session.ranks import Ranks
 
 def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
     """UsageError for options that do not go together, or not with so many ranks."""
+    if in_memory(options.checkpoint):
+        raise UsageError(
+            "a training goes on from a folder, where it also finds what it resumes: `model.save_pretrained(folder)`, "
+            "and give `checkpoint` that folder"
+        )
     models = (config.architecture, config.model_config, options.checkpoint)
     if sum(model is not None for model in models) != 1:
         raise UsageError(
@@ -24,7 +30,7 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         raise UsageError("`eval_only` writes nothing in any case: leave out `dry_run`")
     if options.dry_run and ranks.count > 1:
         raise UsageError(f"`dry_run` tries a training in one process, not in {ranks.count} ranks")
-    if str(options.val_set) == "-" and ranks.count > 1:
+    if is_stdin(options.val_set) and ranks.count > 1:
         raise UsageError("`val_set=-` cannot be read by several ranks; save it to a file first")
     for name in ("max_samples", "max_val_samples"):
         value = getattr(options, name)
@@ -51,9 +57,9 @@ def refuse_usage(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> No
         check_name(options.name)
     if options.store is not None:
         Store.refuse_others(Path(options.store))
-    if str(options.data) == "-" and ranks.count > 1:
+    if is_stdin(options.data) and ranks.count > 1:
         raise UsageError("`data=-` cannot be read by several ranks; tokenize it first")
-    if str(options.data) == "-" and str(options.val_set) == "-":
+    if is_stdin(options.data) and is_stdin(options.val_set):
         raise UsageError("`data` and `val_set` cannot both be standard input")
     if Path(options.output_dir).exists() and not Path(options.output_dir).is_dir():
         raise UsageError(f"`output_dir={options.output_dir}` is a file; give a folder")

@@ -25,6 +25,7 @@ from ghoststore.store.part.indexes import (
     index_names,
     read_manifest,
 )
+from ghoststore.store.part.metric import metric_for
 from query.ann.build import Plan, build_index
 from query.ann.engine import check_device, load_faiss
 from query.search.part_score import Metric
@@ -76,9 +77,8 @@ def index(options: IndexOptions) -> IndexReport:
     load_faiss()
     check_device(options.device)
     part = Store.open(options.store).part(options.part)
-    plan = _plan(
-        part, options.factory, options.metric, options.name, options.dimension, options.target_recall, options.device
-    )
+    metric = metric_for(options.metric, [part])
+    plan = _plan(part, options.factory, metric, options.name, options.dimension, options.target_recall, options.device)
     manifest = None if options.rebuild else existing(part, plan, progress)
     built = manifest is None
     if manifest is None:

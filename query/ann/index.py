@@ -68,7 +68,7 @@ class AnnIndex:
         if metric is not None and manifest.metric != metric:
             raise MismatchError(
                 f"index {name!r} is for `metric={manifest.metric}`, not {metric}: "
-                f"`ghoststore index --metric {metric}` makes one"
+                f"`ghoststore index --metric {metric}` makes one, or give `metric={manifest.metric}`"
             )
         check_coverage(part, name, manifest)
         folder = index_folder(part, name)
@@ -124,7 +124,7 @@ class AnnIndex:
         if term.metric != self.manifest.metric:
             raise UsageError(
                 f"index {self.name!r} is for `metric={self.manifest.metric}`, not {term.metric}: "
-                f"`ghoststore index --metric {term.metric}` makes one"
+                f"`ghoststore index --metric {term.metric}` makes one, or give `metric={self.manifest.metric}`"
             )
         if term.metric == "cosine" and term.groups is not None:
             raise UsageError(
@@ -154,10 +154,12 @@ def choose_index(part: Part, metric: Metric | None) -> str:
         return names[0]
     wanted = "index" if metric is None else f"index for `metric={metric}`"
     if not names:
-        command = f"ghoststore index --part {part.name}"
+        command, others, other = f"ghoststore index --part {part.name}", index_names(part), ""
         if metric is not None:
             command = f"ghoststore index --part {part.name} --metric {metric}"
-        raise UsageError(f"part {part.name!r} has no {wanted}; `{command}` makes one")
+        if others:
+            other = f", or give `metric={read_manifest(part, others[0]).metric}`, which it has one for"
+        raise UsageError(f"part {part.name!r} has no {wanted}; `{command}` makes one{other}")
     raise UsageError(f"part {part.name!r} has more than one {wanted}; choose with `index_name`: {', '.join(names)}")
 
 

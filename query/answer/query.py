@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ghoststore.corpus import open_corpus
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store.part.fidelity import read_fidelity
+from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
-from query.answer.results import QueryHits, QueryResult, hits_of
+from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
+from query.answer.tokens import explain, refuse_tokens
+from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
-from query.ask.rerank import rank_recomputed, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_cosine, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
+from query.ask.second_stage import Reranking
+from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
 
@@ -29,11 +33,13 @@ def query(options: QueryOptions) -> QueryResult:
     """The training samples most similar (``top_k``) and least similar (``bottom_k``) to ``val_set``.
 
     There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. ``metric`` is
-    ``dot`` or ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the
-    part must then keep plain Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization
-    and projection that the part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the
-    checkpoint, the tokenizer and the corpus (for texts). The default is where the user's own build read them; paths in
-    a store that somebody else made are not followed.
+    ``dot`` or ``cosine`` (default: the one that the part was made for). Products have a meaning: ``nats`` of a hit is
+    by how much the val loss is predicted to rise if the row were left out of the training, see `docs/query.md`.
+    ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the part must then keep plain
+    Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization and projection that the
+    part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the checkpoint, the tokenizer
+    and the corpus (for texts). The default is where the user's own build read them; paths in a store that somebody else
+    made are not followed.
 
     ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
     sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses.
@@ -59,12 +65,24 @@ def query(options: QueryOptions) -> QueryResult:
     over the rows that have both. W = 0 ranks rows by similarity alone, W = 1 by value alone. Rows without a value are
     left out unless W is 0.
 
+    ``lexical`` blends the similarities with BM25 of the rows' texts for the val samples' texts, in the same way, with
+    this weight. The texts are those that the part keeps, or those of its corpus. It ranks what names the same things
+    higher; a weight of 0.1 keeps what only gradients know. `docs/query.md` has the measurements.
+
     ``index="ann"`` takes candidates from a FAISS index that ``ghoststore.index`` made and scores them exactly.
     ``index_name`` names the index (default: the only one for the metric). Its measured recall is among the settings of
     the result.
 
     ``rerank`` is a number of candidates. The best (and worst) rows by the stored vectors, so many of each, are ranked
-    anew by exact scores: the model recomputes their gradients. It helps where vectors are stored in few bits.
+    anew by exact scores: the model computes their gradients again. ``rerank_with`` says which. ``exact`` are whole
+    gradients of the part's layers in the part's metric. With ``ekfac`` the eigenvalues of that metric are measured on
+    ``rerank_samples`` rows of the corpus. With ``cg``, ``cg_steps`` steps of conjugate gradients replace the metric by
+    the Gauss-Newton matrix of so many rows, damped by ``rerank_damping`` times its mean eigenvalue in each layer.
+    ``vectors`` are projected as the part's, and not rounded.
+
+    ``tokens`` computes the gradients of the rows shown again, and says what each token adds to a row's similarity: its
+    ``tokens``, each with its place in the text, sum to ``recomputed``, of which the similarity of the stored vector is
+    a rounding. ``val_sample`` says the same of the tokens of the val sample, or of the one that adds most.
 
     ``run`` names a training run of the store instead of a part: its samples are ranked by the gradients that it keeps
     (``ghoststore train --keep-gradients``), as committed at this moment, also while it trains. A sample's score is the
@@ -79,6 +97,11 @@ def query(options: QueryOptions) -> QueryResult:
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for
     another checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
+    return answer(options)
+
+
+def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryResult:
+    """The answer to ``options``, see :func:`query`, with the model of a session if there is one."""
     progress = options.progress or Silent()
     if options.top_k < 0 or options.bottom_k < 0 or not options.top_k + options.bottom_k:
         raise UsageError(f"`top_k={options.top_k}` and `bottom_k={options.bottom_k}`: ask for at least one row")
@@ -91,48 +114,67 @@ def query(options: QueryOptions) -> QueryResult:
     question = part_of(Question, options)
     if options.index == "ann":
         _refuse_index(question)
-    if options.rerank is not None:
-        refuse_rerank(question, options.rerank, options.top_k, options.bottom_k)
-    settings = {"index": options.index, "rerank": options.rerank, "top_k": options.top_k, "bottom_k": options.bottom_k}
-    return _answer(question, settings, options.index_name, options.text, page, progress)
+    how = part_of(Reranking, options)
+    if how.rerank is not None:
+        refuse_rerank(question, how, options.top_k, options.bottom_k)
+    if options.tokens:
+        refuse_tokens(question)
+    settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
+    settings |= {"tokens": True} if options.tokens else {}
+    return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)
 
 
 def _answer(
     question: Question,
     settings: dict[str, Any],
+    how: Reranking,
     index_name: str | None,
     text: bool,
     page: Path | None,
     progress: Progress,
+    opened: OpenedModel | None,
 ) -> QueryResult:
-    """The answer to ``question``. ``settings`` say how rows are ranked: index, rerank, top_k, bottom_k."""
-    rerank, counts = settings["rerank"], (settings["top_k"], settings["bottom_k"])
+    """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
+    counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
+    refuse_cosine(how, metric_for(question.metric, parts))
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
-        open_corpus(str(question.val_set), question.val_fields(), progress) as corpus,
+        question.opened_val_set(progress) as corpus,
         question.opened_minus(progress) as minus,
     ):
-        keep_model = rerank is not None or recomputes
-        scorer = open_scorer(question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model)
+        keep_model = how.rerank is not None or recomputes or "tokens" in settings
+        scorer = open_scorer(
+            question, parts, weights, corpus, progress, minus=minus, keep_model=keep_model, opened=opened
+        )
         note_repeated(scorer.part, progress)
         ann = None
         if settings["index"] == "ann":
-            ann = AnnIndex.open(scorer.part, index_name, metric=question.metric, device=scorer.device)
+            ann = AnnIndex.open(scorer.part, index_name, metric=scorer.metric, device=scorer.device)
             settings = {**ann.settings(), **settings}
-        if rerank is None:
+        if how.rerank is None:
             rankings = scorer.rank(*counts, progress, index=ann)
         else:
-            rankings = rank_recomputed(scorer, rerank, *counts, progress, ann)
+            rankings = rank_anew(scorer, how, *counts, progress, ann)
         if ann is not None and not scorer.by_index:  # it could not be filtered
             settings = {**settings, "index": "exact"}
-        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend, question.data)
+        explained = explain(scorer, rankings, progress) if "tokens" in settings else None
+        hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
+        unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
+        settings = {"unit": None if unit is None else unit.to_json(), **settings}
         result = QueryResult(
             store=str(question.store),
-            settings={**scorer.settings(), **settings, "fidelity": fidelity_settings(scorer, progress)},
+            settings={
+                **scorer.settings(),
+                **how.settings(scorer.part),
+                **settings,
+                "fidelity": fidelity_settings(scorer, progress) if how.rerank is None else None,
+            },
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
-                for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
+                for name, val_row, best, worst in zip(
+                    scorer.names, scorer.val_rows, *with_nats(hits, unit), strict=True
+                )
             ],
         )
         if page is not None:
@@ -147,8 +189,12 @@ def _refuse_index(question: Question) -> None:
     parts = len(part_names(question.part))
     if parts > 1:
         raise UsageError(f"an index is of one part, the scores are summed over {parts}; use `index=exact`")
-    option = "`with_scores`" if question.with_scores is not None else f"`combine={question.combine}`"
-    if question.with_scores is not None or question.combine != "mean":
+    needs_all = {
+        "`with_scores`": question.with_scores is not None,
+        "`lexical`": question.lexical is not None,
+        f"`combine={question.combine}`": question.combine != "mean",
+    }
+    for option in (option for option, given in needs_all.items() if given):
         raise UsageError(f"{option} needs the scores of all rows, which an index does not give; use `index=exact`")
 
 
@@ -159,9 +205,9 @@ def fidelity_settings(scorer: Scorer, progress: Progress) -> dict[str, Any] | No
     parts, preconditioned, blended, or of a difference.
     """
     question = scorer.question
-    plain = question.precondition == "none" and question.with_scores is None and scorer.terms[0].groups is None
+    plain = question.precondition == "none" and not scorer.mixed and scorer.terms[0].groups is None
     plain = plain and question.minus is None
-    measured = read_fidelity(scorer.part, question.metric) if plain and len(scorer.terms) == 1 else None
+    measured = read_fidelity(scorer.part, scorer.metric) if plain and len(scorer.terms) == 1 else None
     if measured is None or measured.state == "damaged":
         if measured is not None:
             progress.note(

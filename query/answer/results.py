@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part
+from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
-from query.common.output import columns_of, write_result
+from query.ask.lexical import Hybrid
+from query.ask.unit import Unit
+from query.common.notebook import cut, html_table, html_tables
+from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
 from query.search.search import Ranking
 
+OF_TOKENS = ("tokens", "recomputed", "val_sample")
+"""Fields of a hit that only ``tokens`` of a question fills."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Hit:
     """One row of a ranking. ``rank`` counts from 1."""
 
     rank: int
     score: float
+    nats: float | None = None
+    """``score`` in the ``unit`` of the settings, a change of the val loss; None where it has none."""
     id: str
     source_row: int
     domain: str | None
@@ -30,9 +41,29 @@ class Hit:
     """The sample's whole text; None where the source is gone or has changed."""
     window_start: int
     """First token of the row in its sample; 0 unless long samples were split."""
+    tokens: Sequence[Token] | None = None
+    """What each token of the row adds to its similarity; None, as the next two, without ``tokens`` of the question."""
+    recomputed: float | None = None
+    """The similarity by the gradient that was computed again for it, which the tokens sum to."""
+    val_sample: ValTokens | None = None
+    """The val sample behind the ranking, or of several the one that adds most, with its tokens."""
+
+    def cells(self) -> dict[str, Any]:
+        """What a table of a notebook shows of it, by column."""
+        shown = _without_tokens(asdict(self))
+        text = shown.pop("text")
+        if not self.window_start:
+            del shown["window_start"]
+        if self.nats is None:
+            del shown["nats"]
+        return {**shown, "text": text}
+
+    def __repr__(self) -> str:
+        text = "" if self.text is None else f", text={cut(self.text, 60)!r}"
+        return f"{type(self).__name__}(rank={self.rank}, score={self.score:.6g}, id={self.id!r}{text})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class BlendedHit(Hit):
     """One row of a ranking by ``with_scores``: ``score`` is the blend of ``similarity`` and ``value``."""
 
@@ -42,7 +73,17 @@ class BlendedHit(Hit):
     """Σ weight·score of the sample in the training run; None where the run has no score of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class HybridHit(Hit):
+    """One row of a ranking by ``lexical``: ``score`` is the blend of ``similarity`` and ``bm25``."""
+
+    similarity: float
+    """The cosine or dot product."""
+    bm25: float
+    """Of the row's text for the texts of the val samples; 0 where they share no word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RunHit(Hit):
     """A sample of a training run: ``score`` is the sum over the steps that it was in."""
 
@@ -52,9 +93,12 @@ class RunHit(Hit):
     """The newest of them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QueryHits:
-    """The best and the worst rows for one query. ``query`` is ``"mean"``, a val sample's id, or a group's name."""
+    """The best and the worst rows for one query. ``query`` is ``"mean"``, a val sample's id, or a group's name.
+
+    It is the sequence of its best rows: ``len``, iteration and indexing go over ``hits``.
+    """
 
     query: str
     """Of a run's own val gradients ``"own"``."""
@@ -64,19 +108,94 @@ class QueryHits:
     bottom: Sequence[Hit]
     """The rows with the lowest scores, lowest first; empty without ``bottom_k``."""
 
+    def __len__(self) -> int:
+        return len(self.hits)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    @overload
+    def __getitem__(self, place: int) -> Hit: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Hit]: ...
+    def __getitem__(self, place: int | slice) -> Hit | Sequence[Hit]:
+        return self.hits[place]
+
+    def __repr__(self) -> str:
+        best = f", best {self.hits[0].score:.6g} {self.hits[0].id!r}" if self.hits else ""
+        lowest = f", {len(self.bottom)} lowest" if self.bottom else ""
+        return f"<ranking {self.query!r}: {len(self.hits)} hits{best}{lowest}>"
+
+    def _repr_html_(self) -> str:
+        named = f"ranking {cut(self.query, 80)}"
+        tables = [html_table(named, [hit.cells() for hit in self.hits])] if self.hits else []
+        if self.bottom:
+            tables.append(html_table(f"{named}, lowest", [hit.cells() for hit in self.bottom]))
+        return "".join(tables) or f"<div>{escape(named)}: no hits</div>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class QueryResult:
-    """What ``ghoststore.query`` returns: one :class:`QueryHits` for each query, and the settings they came from."""
+    """What ``ghoststore.query`` returns: one :class:`QueryHits` for each query, and the settings they came from.
+
+    It is the sequence of its rankings: ``result[0]`` is the first one, ``result["math"]`` the one of that name, and
+    ``result[0][0]`` the best row. ``to_pandas`` and ``to_arrow`` give a flat table of all hits.
+    """
 
     store: str
     settings: dict[str, Any]
     results: list[QueryHits]
 
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[QueryHits]:
+        return iter(self.results)
+
+    @overload
+    def __getitem__(self, place: int | str) -> QueryHits: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[QueryHits]: ...
+    def __getitem__(self, place: int | str | slice) -> QueryHits | list[QueryHits]:
+        """The ranking at ``place``, or with that name. KeyError for a name that none has, or several."""
+        if not isinstance(place, str):
+            return self.results[place]
+        named = [result for result in self.results if result.query == place]
+        if len(named) != 1:
+            raise KeyError(f"{len(named)} of {len(self.results)} rankings are called {place!r}")
+        return named[0]
+
+    def __repr__(self) -> str:
+        of = self.settings.get("part") or self.settings.get("run")
+        shown = ", ".join(map(repr, self.results[:2]))
+        more = f", … {len(self.results) - 2} more" if len(self.results) > 2 else ""
+        return f"<answer of {of!r} by {self.settings.get('metric')}: {shown}{more}>"
+
+    def _repr_html_(self) -> str:
+        tables = (result._repr_html_() for result in self.results)
+        return html_tables(tables, len(self.results), "rankings")
+
+    def to_arrow(self) -> Any:
+        """A `pyarrow.Table` of all hits, with the columns of :meth:`rows`."""
+        return arrow_table(self._columns, self.rows())
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame of all hits, with the columns of :meth:`rows`."""
+        return self.to_arrow().to_pandas()
+
     def to_json(self) -> dict[str, Any]:
         """The document that ``ghoststore query --json`` prints; with ``bottom`` only if ``bottom_k`` is not 0."""
         results = [asdict(result) for result in self.results]
         for result in results:
+            if not self.settings.get("tokens"):
+                for hit in (*result["hits"], *result["bottom"]):
+                    _without_tokens(hit)
             if not self.settings.get("bottom_k"):
                 del result["bottom"]
         return {"store": self.store, "settings": self.settings, "results": results}
@@ -86,15 +205,20 @@ class QueryResult:
         for result in self.results:
             for name, hits in (("top", result.hits), ("bottom", result.bottom)):
                 for hit in hits:
-                    yield {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
+                    row = {"query": result.query, "val_row": result.val_row, "list": name, **asdict(hit)}
+                    yield _without_tokens(row)
 
     def write(self, path: str | Path) -> None:
         """Write a new file: the document as ``.json``, or flat rows as ``.jsonl``, ``.csv`` or ``.parquet``.
 
         UsageError for another suffix, or if the file exists.
         """
-        columns = {"query": str, "val_row": int, "list": str, **columns_of(self._hit)}
-        write_result(path, self.to_json, columns, self.rows())
+        write_result(path, self.to_json, self._columns, self.rows())
+
+    @property
+    def _columns(self) -> dict[str, type]:
+        """Of flat rows."""
+        return {"query": str, "val_row": int, "list": str, **columns_of(self._hit, leave_out=OF_TOKENS)}
 
     @property
     def _hit(self) -> type[Hit]:
@@ -102,18 +226,39 @@ class QueryResult:
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
 
 
+def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> list[list[list[Hit]]]:
+    """``hits`` of :func:`hits_of` with their ``nats``, where ``unit`` is one and their scores are products."""
+    if unit is None:
+        return [[list(ranking) for ranking in rankings] for rankings in hits]
+    return [
+        [
+            [replace(hit, nats=hit.score * unit.factor) if type(hit) is Hit else hit for hit in ranking]
+            for ranking in rankings
+        ]
+        for rankings in hits
+    ]
+
+
+def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` of a hit without what lies behind its score, which no flat table holds."""
+    for name in OF_TOKENS:
+        row.pop(name, None)
+    return row
+
+
 def hits_of(
     part: Part,
     rankings: Sequence[Ranking],
     text: bool,
     progress: Progress,
-    blend: Blend | None = None,
-    data: str | Path | None = None,
+    blend: Blend | Hybrid | None = None,
+    data: Data | None = None,
+    explained: Explained | None = None,
 ) -> list[list[list[Hit]]]:
     """The hits as ``[ranking][query][rank]``. The data of each row are read once.
 
     ``text`` says whether to look up texts, in the corpus that the user gives as ``data`` or in the recorded one. With
-    ``blend`` a hit has similarity and value too.
+    ``blend`` a hit has what was blended, too; with ``explained`` its tokens.
     """
     rows = sorted({int(row) for ranking in rankings for row in ranking.rows.ravel() if row >= 0})
     place = {row: index for index, row in enumerate(rows)}
@@ -134,8 +279,14 @@ def hits_of(
             "text": texts[at],
             "window_start": int(windows[at]),
         }
+        if explained is not None:
+            of_tokens = explained[query, row]
+            shared |= {name: getattr(of_tokens, name) for name in OF_TOKENS}
         if blend is None:
             return Hit(**shared)
+        if isinstance(blend, Hybrid):
+            similarity, bm25 = blend.similarity[query, row], blend.lexical[query, row]
+            return HybridHit(**shared, similarity=float(similarity), bm25=float(bm25))
         value = float(blend.values.value[row])
         return BlendedHit(
             **shared, similarity=float(blend.similarity[query, row]), value=value if np.isfinite(value) else None

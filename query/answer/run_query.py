@@ -22,7 +22,9 @@ def query_run(options: QueryOptions, progress: Progress) -> QueryResult:
         f"index={options.index}": options.index != "exact",
         "index_name": options.index_name is not None,
         "rerank": options.rerank is not None,
+        "rerank_with": options.rerank_with != "exact",
         "report": options.report is not None,
+        "tokens": options.tokens,
     }
     for name, given in of_parts.items():
         if given:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from ghoststore.corpus import Corpus, ResolvedFields
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Run
 from ghoststore.store.base.own import source_path
 from ghoststore.store.run.ranges import inside
@@ -119,7 +119,7 @@ def values_of_rows(
     weight: StepWeight,
     progress: Progress,
     group: str | None = None,
-    data: str | Path | None = None,
+    data: Data | None = None,
 ) -> RowValues:
     """The value of each committed row of ``part`` in ``run``: for the whole val set, or for one val ``group``.
     ``weight`` is what a step counts with.
@@ -206,14 +206,14 @@ def _standardized(numbers: NDArray[np.float64], over: NDArray[np.bool_]) -> NDAr
     return np.asarray((numbers - mean) / deviation, dtype=np.float64)
 
 
-def _rows_of_part(part: Part, progress: Progress, run: Run, data: str | Path | None) -> _Rows:
+def _rows_of_part(part: Part, progress: Progress, run: Run, data: Data | None) -> _Rows:
     """The committed rows of ``part``, with places in the corpus of ``run``."""
     rows = _Rows(*(part.column(name) for name in ("source_row", "window_start", "source_digest")))
     kinds = [(source.manifest["corpus"].get("fields") or {}).get("kind") for source in (part, run)]
     return _behind_shards(part, run, rows, progress, data) if kinds[0] == "tokens" != kinds[1] else rows
 
 
-def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress, data: str | Path | None) -> _Rows:
+def _behind_shards(part: Part, run: Run, rows: _Rows, progress: Progress, data: Data | None) -> _Rows:
     """The rows of a part that was built from token shards, with places in the corpus that was tokenized.
 
     The digest of every sample of the shards is compared with the part's. MismatchError if the shards are gone or

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ghoststore.checkpoint.load import (
-    Checkpoint,
+    AnyCheckpoint,
+    AnyTokenizer,
     find_checkpoint,
     find_tokenizer,
     load_model,
@@ -33,11 +34,14 @@ from ghoststore.checkpoint.same_model import refuse_incomplete, refuse_other_mod
 from ghoststore.corpus import Corpus, Position, Sample
 from ghoststore.errors import MismatchError, UsageError
 from ghoststore.progress import Progress, Silent, Task
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
+from ghoststore.settings.shared import Data, TokenizerSource
 from ghoststore.store import Part, Status
 from ghoststore.store.base.own import is_own, source_path
 from ghoststore.store.base.records import reading
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from indexer.encode.encoder import RowEncoder, encode_rows
+from indexer.encode.positions import position_scores
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, rows_of
 from indexer.projection.matrices import Projection
 from indexer.projection.stored import projection_of
@@ -65,6 +69,10 @@ class ValVectors:
     """Number of val rows in each mean, by its name."""
     places: list[int] = field(default_factory=list)
     """With ``each``: for each vector the place of its sample in the val set, counted from 0, because ids may repeat."""
+    samples_of: list[list[int]] = field(default_factory=list)
+    """For each vector the places in the val set of the samples behind it, once for each of their rows."""
+    row_places: list[int] = field(default_factory=list)
+    """The places, among the rows of the val set, of those that have a vector."""
     digest: int = 0
     """Hash of which val rows have a vector: their samples' places and first tokens."""
 
@@ -88,15 +96,15 @@ class PartEncoder:
         self,
         part: Part,
         *,
-        checkpoint: str | Path | None = None,
-        tokenizer: str | Path | None = None,
-        data: str | Path | None = None,
+        checkpoint: CheckpointSource | None = None,
+        tokenizer: TokenizerSource | None = None,
+        data: Data | None = None,
         device: str = "auto",
         corpus: Corpus | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._progress = progress or Silent()
-        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device))
+        self.model, self._tokenizer = load_for(part, checkpoint, tokenizer, resolve_device(device, checkpoint))
         self._tokenizer.note = self._progress.note
         self._corpus, self._data = corpus, data
         self._project(part, projection_of(part, self.model))
@@ -122,6 +130,14 @@ class PartEncoder:
         encoder._corpus = None
         encoder._tokenizer = self._tokenizer.at(part.manifest["tokens"]["template_date"])
         encoder._project(part, projection_of(part, self.model))
+        return encoder
+
+    def at(self, part: Part, progress: Progress) -> PartEncoder:
+        """This encoder for a later state of its part, with more rows, which tells ``progress``."""
+        encoder = copy(self)
+        encoder.part, encoder._progress = part, progress
+        encoder._tokenizer = copy(self._tokenizer)
+        encoder._tokenizer.note = progress.note
         return encoder
 
     @property
@@ -177,7 +193,9 @@ class PartEncoder:
         counts: Counter[str] = Counter()
         ids: list[str] = []
         places: list[int] = []
-        used_rows, digest = 0, xxhash.xxh3_64()
+        samples_of: dict[str, list[int]] = {}
+        row_places: list[int] = []
+        read_rows, digest = 0, xxhash.xxh3_64()
         pieces: list[Tensor] = []
         left_out: Counter[str] = Counter()
         rows = self.rows(islice(corpus.samples(), max_samples))
@@ -190,7 +208,8 @@ class PartEncoder:
                     for place, row in enumerate(batch)
                 ]
                 used = [place for place, fate in enumerate(fates) if fate.usable]
-                used_rows += len(used)
+                row_places += [read_rows + place for place in used]
+                read_rows += len(batch)
                 for place in used:
                     digest.update(f"{batch[place].sample.source_row} {batch[place].window_start};".encode())
                 left_out.update(fate.name.lower() for fate in fates if not fate.usable)
@@ -202,6 +221,7 @@ class PartEncoder:
                 for label, members in _by_label([batch[place] for place in used], used, grouping).items():
                     sums[label] = sums.get(label, np.zeros(vectors.shape[1])) + vectors[members].double().sum(0).numpy()
                     counts[label] += len(members)
+                    samples_of.setdefault(label, []).extend(batch[place].sample.source_row for place in members)
         if not ids and not counts:
             raise UsageError(f"no row of the val set {corpus.source} can be used: {dict(left_out)}")
         if grouping != "each":
@@ -210,10 +230,12 @@ class PartEncoder:
         return ValVectors(
             vectors=torch.cat(pieces),
             ids=ids,
-            used=used_rows,
+            used=len(row_places),
             left_out=dict(left_out),
             rows_of=dict(counts),
             places=places,
+            samples_of=[[place] for place in places] if grouping == "each" else [samples_of[label] for label in ids],
+            row_places=row_places,
             digest=digest.intdigest(),
         )
 
@@ -234,6 +256,29 @@ class PartEncoder:
                 task.advance(len(batch) - len(usable))
                 vectors[start + usable] = self.vectors(self.source_rows(batch[usable]), task)
         return vectors[place]
+
+    def token_scores(self, rows: Sequence[Row], queries_QD: Tensor) -> list[Tensor]:
+        """For each of ``rows``, which must be usable, (Q, T): see :func:`indexer.encode.positions.position_scores`."""
+        batch_tokens = int(self.part.manifest["batching"]["batch_tokens"])
+        return position_scores(self._encoder, rows, queries_QD, batch_tokens)
+
+    def token_texts(self, row: Row) -> list[tuple[str, int | None, int | None]]:
+        """(text, first character in the sample's text, one past its last) of each token of ``row``.
+
+        The places are None for special tokens, and where the tokens of the text as a reader sees it are not those of
+        the row: messages go through a template. They need a tokenizer of the tokenizers library.
+        """
+        tokenizer, text, ids = self._tokenizer.tokenizer, row.sample.preview(), row.tokens.tolist()
+        for special in (True, False) if getattr(tokenizer, "is_fast", False) else ():
+            encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            window = slice(row.window_start, row.window_start + len(ids))
+            if encoded["input_ids"][window] == ids:
+                offsets = encoded["offset_mapping"][window]
+                return [
+                    (text[start:stop], start, stop) if stop > start else (tokenizer.decode([token]), None, None)
+                    for token, (start, stop) in zip(ids, offsets, strict=True)
+                ]
+        return [(tokenizer.decode([token]), None, None) for token in ids]
 
     def source_rows(self, rows: NDArray[np.int64]) -> list[Row]:
         """``rows`` of the part with their tokens, read from its corpus.
@@ -281,7 +326,7 @@ def _by_label(rows: list[Row], places: list[int], grouping: Grouping) -> dict[st
 
 
 def load_for(
-    part: Part, checkpoint: str | Path | None, tokenizer: str | Path | None, device: str
+    part: Part, checkpoint: CheckpointSource | None, tokenizer: TokenizerSource | None, device: str
 ) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of ``part``, read from where the user says, or from where the user's own build read them.
 
@@ -291,7 +336,10 @@ def load_for(
     refuse_incomplete(part)
     name = f"part {part.name!r}"
     path = source_path(part.manifest, "checkpoint", name, "checkpoint", checkpoint)
-    assert path is not None  # every part names one
+    if path is None:
+        raise UsageError(
+            f"{name} was built from a model in memory: give `checkpoint`, that model or the folder it was saved to"
+        )
     files = find_checkpoint(path)
     folder = tokenizer_folder(part, tokenizer, files)
     with ThreadPoolExecutor(1) as pool:  # every byte is read while tokenizer and model load
@@ -313,7 +361,7 @@ def load_for(
     )
 
 
-def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Checkpoint) -> Path:
+def tokenizer_folder(part: Part, tokenizer: TokenizerSource | None, checkpoint: AnyCheckpoint) -> AnyTokenizer:
     """The folder of the tokenizer of ``part``: the one the user gives, else the one that the user's own build read,
     else that of the checkpoint. The caller compares the tokenizer with the part's in any case.
     """
@@ -321,5 +369,5 @@ def tokenizer_folder(part: Part, tokenizer: str | Path | None, checkpoint: Check
         return find_tokenizer(tokenizer)
     recorded = part.manifest["source"]["tokenizer"]
     if recorded is None or not (is_own(part.manifest) and Path(recorded).is_absolute()):
-        return checkpoint.folder
+        return checkpoint.tokenizer_folder
     return Path(recorded)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ghoststore.corpus import Corpus, Fields, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, open_corpus, same_source, source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.option import check_at_least, check_choices
 from ghoststore.settings.question import QuestionOptions
+from ghoststore.settings.shared import Checkpoint
 from query.ask.blend import checked_weight
 from query.search.second_moment import checked_damping
 
@@ -31,10 +31,10 @@ class Question(QuestionOptions):
         check_choices(self)
         if self.val_set is None:
             self._refuse_without_val_set()
-        elif self.minus is not None and absolute(str(self.val_set)) == absolute(str(self.minus)):
+        elif self.minus is not None and same_source(self.val_set, self.minus):
             raise UsageError(
-                f"`minus={self.minus}` is the val set itself: the difference of their gradients is zero. Give another "
-                "one, or leave `minus` out"
+                f"`minus={source_name(self.minus)}` is the val set itself: the difference of their gradients is zero. "
+                "Give another one, or leave `minus` out"
             )
         check_at_least(1, max_samples=self.max_samples)
         if self.each and self.group_field is not None:
@@ -49,6 +49,10 @@ class Question(QuestionOptions):
             raise UsageError("`damping` belongs to `precondition=second-moment`")
         checked_damping(self.damping)
         checked_weight(self.score_weight)
+        if self.lexical is not None and not 0 <= self.lexical <= 1:
+            raise UsageError(f"`lexical` must be between 0 (gradients alone) and 1 (words alone), not {self.lexical}")
+        if self.lexical is not None and self.with_scores is not None:
+            raise UsageError("`lexical` and `with_scores` each blend the scores with something: give one of them")
         if self.score_weight is not None and self.with_scores is None:
             raise UsageError("`score_weight` belongs to `with_scores`, which names a training run")
 
@@ -60,16 +64,15 @@ class Question(QuestionOptions):
         """Which val samples make one query: ``each`` alone, ``domain`` by group, or ``mean`` over all."""
         return "each" if self.each else "mean" if self.group_field is None else "domain"
 
-    def checkpoints(self, parts: int) -> list[str | Path | None]:
+    def checkpoints(self, parts: int) -> list[Checkpoint | None]:
         """The path of each part's checkpoint; None for the path that the user's own build read.
 
         UsageError unless ``checkpoint`` names one for each part, or none.
         """
         if self.checkpoint is None:
             return [None] * parts
-        paths: list[str | Path | None] = (
-            [self.checkpoint] if isinstance(self.checkpoint, str | Path) else list(self.checkpoint)
-        )
+        given: Any = self.checkpoint
+        paths: list[Checkpoint | None] = list(given) if isinstance(given, list | tuple) else [given]
         if len(paths) != parts:
             raise UsageError(
                 f"`checkpoint` is given {len(paths)} time(s) for {parts} parts: one part's checkpoint cannot stand for "
@@ -78,12 +81,19 @@ class Question(QuestionOptions):
         return paths
 
     @contextmanager
+    def opened_val_set(self, progress: Progress) -> Iterator[Corpus]:
+        """The val set, which there must be."""
+        assert self.val_set is not None
+        with open_corpus(self.val_set, self.val_fields(), progress) as corpus:
+            yield corpus
+
+    @contextmanager
     def opened_minus(self, progress: Progress) -> Iterator[Corpus | None]:
         """The val set ``minus``; None without. Its rows are read as those of the val set, groups aside."""
         if self.minus is None:
             yield None
             return
-        with open_corpus(str(self.minus), self.fields or Fields(), progress) as corpus:
+        with open_corpus(self.minus, self.fields or Fields(), progress) as corpus:
             yield corpus
 
     def val_fields(self) -> Fields:

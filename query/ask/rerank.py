@@ -1,7 +1,8 @@
 """Two-stage ranking, ``ghoststore query --rerank``: candidates by the stored vectors, ranked by exact scores.
 
 Vectors stored in few bits bring the best rows near the top, but not in the right order. So the first stage takes more
-candidates than rows are wanted, and the second scores them by vectors that the model recomputes.
+candidates than rows are wanted, and the second scores them by gradients that the model computes again: whole ones
+(:mod:`query.ask.second_stage`), or vectors as the part has them, but not rounded.
 
 Legend: Q queries, M candidates of a query, D numbers of a vector.
 """
@@ -20,6 +21,7 @@ from query.ann.index import AnnIndex
 from query.ask.blend import rankings_of
 from query.ask.question import Question
 from query.ask.scorer import Scorer
+from query.ask.second_stage import Reranking, exact_scores
 from query.search.part_score import Metric
 from query.search.parts import part_names
 from query.search.search import Ranking
@@ -28,16 +30,20 @@ BYTES_AT_ONCE = 64 << 20
 """Bytes of recomputed vectors in memory."""
 
 
-def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int) -> None:
-    """UsageError for fewer ``candidates`` than rows to return, and for scores that are not the product with
-    one vector.
-    """
-    if candidates < max(top_k, bottom_k):
-        raise UsageError(f"`rerank={candidates}` is fewer than the rows asked for, {max(top_k, bottom_k)}")
+def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int) -> None:
+    """UsageError for fewer candidates than rows to return, and for scores that are not the product with one vector."""
+    assert how.rerank is not None
+    if how.rerank < max(top_k, bottom_k):
+        raise UsageError(f"`rerank={how.rerank}` is fewer than the rows asked for, {max(top_k, bottom_k)}")
+    if question.precondition != "none":
+        raise UsageError(
+            "`rerank` scores in the metric that the part was built in, and `precondition` is another one: leave "
+            "`precondition` out, and query a part that was built with `precondition=kronecker`, the default"
+        )
     unfit = {
         "several parts": len(part_names(question.part)) > 1,
-        "`precondition`": question.precondition != "none",
         "`with_scores`": question.with_scores is not None,
+        "`lexical`": question.lexical is not None,
         f"`combine={question.combine}`": question.combine != "mean",
     }
     for option, is_given in unfit.items():
@@ -45,32 +51,76 @@ def refuse_rerank(question: Question, candidates: int, top_k: int, bottom_k: int
             raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
 
 
-def rank_recomputed(
-    scorer: Scorer, candidates: int, top_k: int, bottom_k: int, progress: Progress, index: AnnIndex | None = None
+def refuse_cosine(how: Reranking, metric: Metric) -> None:
+    """UsageError for a second stage that gives no ``metric``, which is the question's or the part's own."""
+    if how.rerank_with == "cg" and metric == "cosine":
+        raise UsageError(
+            "`rerank_with=cg` gives no `metric=cosine`: the length of a row under the inverse of the Gauss-Newton "
+            "matrix is not known. Give `metric=dot`"
+        )
+
+
+def rank_anew(
+    scorer: Scorer, how: Reranking, top_k: int, bottom_k: int, progress: Progress, index: AnnIndex | None = None
 ) -> tuple[Ranking, Ranking]:
     """The best and the worst rows of each ranking of ``scorer``, by exact scores.
 
-    The stored vectors, or ``index``, give ``candidates`` rows for each; the model recomputes their gradients.
-    ``scorer`` must keep its model.
+    The stored vectors, or ``index``, give ``how.rerank`` candidates for each; the model recomputes their gradients.
+    ``scorer`` must keep its model and val sets.
     """
+    count = how.rerank
+    assert count is not None
+    first_stage = scorer.rank(count if top_k else 0, count if bottom_k else 0, progress, index=index)
+    counts = tuple(min(k, ranking.rows.shape[1]) for ranking, k in zip(first_stage, (top_k, bottom_k), strict=True))
+    if how.rerank_with == "vectors":
+        best, worst = _by_vectors(scorer, first_stage, counts)
+        return best, worst
+    rows = np.concatenate([ranking.rows for ranking in first_stage], axis=1)
+    union = np.unique(rows[rows >= 0])
+    scores_QU = exact_scores(scorer, how, union, progress)
+    best, worst = (
+        _among(np.sort(ranking.rows, axis=1), union, scores_QU, k, sign)
+        for ranking, k, sign in zip(first_stage, counts, (1.0, -1.0), strict=True)
+    )
+    return best, worst
+
+
+def _among(
+    rows_QM: NDArray[np.int64], union_U: NDArray[np.int64], scores_QU: NDArray[np.float64], top_k: int, sign: float
+) -> Ranking:
+    """The best of each query's own candidates, by the scores of all candidates."""
+    if not len(union_U):
+        return Ranking(np.full((len(rows_QM), top_k), -1, dtype=np.int64), np.full((len(rows_QM), top_k), np.nan))
+    place_QM = np.minimum(np.searchsorted(union_U, rows_QM), len(union_U) - 1)
+    scores_QM = np.where(rows_QM >= 0, np.take_along_axis(scores_QU, place_QM, axis=1), np.nan)
+    return _ranked(rows_QM, scores_QM, top_k, sign)
+
+
+def _ranked(rows_QM: NDArray[np.int64], scores_QM: NDArray[np.float64], top_k: int, sign: float) -> Ranking:
+    best = rankings_of(scores_QM, top_k, sign)
+    rows = np.where(best.rows >= 0, np.take_along_axis(rows_QM, np.maximum(best.rows, 0), axis=1), -1)
+    return Ranking(rows, best.scores)
+
+
+def _by_vectors(scorer: Scorer, first_stage: tuple[Ranking, Ranking], counts: tuple[int, ...]) -> list[Ranking]:
+    """The best and the worst rows by recomputed vectors of the part."""
     (term,), encoder = scorer.terms, scorer.encoder
     assert encoder is not None
-    first_stage = scorer.rank(candidates if top_k else 0, candidates if bottom_k else 0, progress, index=index)
-    best, worst = (
+    rankings = [
         rerank(
             ranking,
             term.queries_QD,
             metric=term.metric,
-            top_k=min(count, ranking.rows.shape[1]),
+            top_k=count,
             recompute=lambda rows: encoder.recompute(rows) * term.mask,
             sign=sign,
         )
-        for ranking, count, sign in zip(first_stage, (top_k, bottom_k), (1.0, -1.0), strict=True)
-    )
+        for ranking, count, sign in zip(first_stage, counts, (1.0, -1.0), strict=True)
+    ]
     if term.metric == "dot":
-        return best, worst
+        return rankings
     lengths = term.lengths[:, None]  # below 1 for a mean of several queries of length 1
-    return Ranking(best.rows, best.scores * lengths), Ranking(worst.rows, worst.scores * lengths)
+    return [Ranking(ranking.rows, ranking.scores * lengths) for ranking in rankings]
 
 
 def rerank(
@@ -103,6 +153,4 @@ def rerank(
             scores /= vectors.norm(dim=1).clamp_min(np.finfo(np.float64).tiny)
         query, place = np.nonzero((rows_QM >= batch[0]) & (rows_QM <= batch[-1]))
         scores_QM[query, place] = scores.numpy()[query, np.searchsorted(batch, rows_QM[query, place])]
-    best = rankings_of(scores_QM, top_k, sign)
-    rows = np.where(best.rows >= 0, np.take_along_axis(rows_QM, np.maximum(best.rows, 0), axis=1), -1)
-    return Ranking(rows, best.scores)
+    return _ranked(rows_QM, scores_QM, top_k, sign)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 
 from torch import Tensor
 
@@ -14,7 +13,8 @@ from ghoststore.checkpoint.tokenizer_identity import tokenizer_identity
 from ghoststore.corpus import Sample
 from ghoststore.errors import MismatchError
 from ghoststore.progress import Progress, Task
-from ghoststore.settings.shared import FLOATS
+from ghoststore.settings.shared import FLOATS, TokenizerSource
+from ghoststore.settings.shared import Checkpoint as CheckpointSource
 from ghoststore.store import Run
 from ghoststore.store.base.manifest import difference_lines, differences
 from ghoststore.store.base.records import reading
@@ -35,11 +35,17 @@ class RunEncoder(PartEncoder):
     """
 
     def __init__(
-        self, run: Run, *, checkpoint: str | Path, tokenizer: str | Path | None, device: str, progress: Progress
+        self,
+        run: Run,
+        *,
+        checkpoint: CheckpointSource,
+        tokenizer: TokenizerSource | None,
+        device: str,
+        progress: Progress,
     ) -> None:
         self._progress = progress
         manifest, found = run.manifest, find_checkpoint(checkpoint)
-        folder = found.folder if tokenizer is None else find_tokenizer(tokenizer)
+        folder = found.tokenizer_folder if tokenizer is None else find_tokenizer(tokenizer)
         loaded = load_tokenizer(folder)
         with reading(run.path / "zarr.json", "does not say how its model was trained"):
             dtype, max_length = (
@@ -51,7 +57,7 @@ class RunEncoder(PartEncoder):
         self.model = load_model(
             found,
             dtype=dtype,
-            device=resolve_device(device),
+            device=resolve_device(device, checkpoint),
             attn_implementation=manifest["compute"].get("attn_implementation"),
         )
         stored_config, stored_tokenizer = manifest["model"].get("config"), dict(manifest["tokenizer"])
@@ -63,7 +69,7 @@ class RunEncoder(PartEncoder):
             different += differences(stored_tokenizer, tokenizer_identity(loaded), "tokenizer")
         if different:
             raise MismatchError(
-                f"run {run.name!r} is of another model or tokenizer than {found.folder} and {folder}:\n"
+                f"run {run.name!r} is of another model or tokenizer than {found.where} and {folder}:\n"
                 f"{difference_lines(different, 'found')}\n"
                 "Give `checkpoint` a checkpoint of that training"
             )

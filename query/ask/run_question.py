@@ -32,6 +32,7 @@ class RunQuestion(RunGradientsOptions, Question):
             "`part_weights`": self.part_weights is not None,
             f"`precondition={self.precondition}`": self.precondition != "none",
             "`with_scores`": self.with_scores is not None,
+            "`lexical`": self.lexical is not None,
         }
         for name, given in of_parts.items():
             if given:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ghoststore.corpus import Corpus, open_corpus
+from ghoststore.checkpoint.in_memory import checkpoint_name
+from ghoststore.corpus import Corpus, source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Run, Store
@@ -35,11 +36,13 @@ from query.ask.question import COMBINED
 from query.ask.run_encoder import RunEncoder
 from query.ask.run_question import RunQuestion
 from query.ask.scorer import fused, minus_settings
-from query.search.part_score import contrasted
+from query.search.part_score import Metric, contrasted
 from query.training_scores.matching import chosen_units
 from query.training_scores.sums import Units
 from query.training_scores.weights import StepWeights
 
+DEFAULT_METRIC: Metric = "cosine"
+"""Of the gradients that runs keep, which are plain."""
 OWN = "own"
 """Name of the ranking by each step's own val gradient."""
 Float64 = NDArray[np.float64]
@@ -69,7 +72,7 @@ def opened_val_set(question: RunQuestion, progress: Progress) -> Iterator[Corpus
     if question.val_set is None:
         yield None
         return
-    with open_corpus(str(question.val_set), question.val_fields(), progress) as corpus:
+    with question.opened_val_set(progress) as corpus:
         yield corpus
 
 
@@ -83,7 +86,7 @@ class RunScorer:
     def __init__(
         self, question: RunQuestion, val_set: Corpus | None, progress: Progress, minus: Corpus | None = None
     ) -> None:
-        self.question = question
+        self.question, self.metric = question, question.metric or DEFAULT_METRIC
         self.run: Run = Store.open(question.store).run(question.run)
         kept, arrays = kept_of(self.run)
         if question.all_candidates and not self.run.layout.weights:
@@ -160,7 +163,7 @@ class RunScorer:
             minus_D = minus.vectors[0].double()[self._columns]
             query_QD = contrasted(torch.from_numpy(query_QD), minus_D, names=val.ids).numpy()
             lengths_Q = np.sqrt(np.square(query_QD).sum(1))
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             query_QD = query_QD / lengths_Q[:, None]
         if self.question.group_field is not None and self.question.combine == "mean":
             query_QD = np.concatenate([query_QD.mean(0, keepdims=True), query_QD])
@@ -221,14 +224,14 @@ class RunScorer:
         """(P,) of each query; NaN without a vector, 0 for the cosine of one that is zero."""
         rows_PD = piece.vectors[:, self._columns].astype(np.float64)
         factor_P = np.ones(len(rows_PD))
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             length_P = np.sqrt(np.einsum("pd,pd->p", rows_PD, rows_PD))
             factor_P = 1 / np.where(length_P > 0, length_P, 1.0)
         if self._query_QD is not None:
             return [np.einsum("pd,d->p", rows_PD, query_D) * factor_P for query_D in self._query_QD]
         assert piece.val is not None
         val_KD = piece.val[:, self._columns].astype(np.float64)
-        if self.question.metric == "cosine":
+        if self.metric == "cosine":
             with np.errstate(invalid="ignore", divide="ignore"):
                 val_KD = val_KD / np.sqrt(np.square(val_KD).sum(1, keepdims=True))
         return [np.einsum("pd,pd->p", rows_PD, val_KD[piece.of_step]) * factor_P]
@@ -247,19 +250,19 @@ class RunScorer:
             }
         return {
             "run": self.run.name,
-            "val_set": None if self.val is None else str(question.val_set),
+            "val_set": None if self.val is None else source_name(question.val_set),
             "val_rows": 0 if self.val is None else self.val.used,
             "val_rows_left_out": {} if self.val is None else self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **grouped,
-            "metric": question.metric,
+            "metric": self.metric,
             "weight": question.weight,
             "candidates": question.all_candidates,
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             **({} if self.chosen is None else self.chosen.settings()),
-            "checkpoint": None if self.val is None else str(question.checkpoints(1)[0]),
+            "checkpoint": None if self.val is None else checkpoint_name(question.checkpoints(1)[0]),
             "steps": list(self.window),
             "every": kept.every,
             "kept_steps": self.kept_steps,

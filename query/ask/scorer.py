@@ -18,18 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ghoststore.checkpoint.in_memory import checkpoint_name
 from ghoststore.checkpoint.load import resolve_device
-from ghoststore.corpus import Corpus
+from ghoststore.corpus import Corpus, source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress
 from ghoststore.store import Part, Store
-from ghoststore.store.part.metric import part_metric
+from ghoststore.store.part.metric import metric_for, part_metric
 from ghoststore.store.where.rows import Chosen, part_matches
 from query.ann.index import AnnIndex
 from query.ask.blend import Blend, RowValues, rankings_of, values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors
+from query.ask.lexical import Hybrid, PartWords, lexical_scores
+from query.ask.opened_model import OpenedModel
 from query.ask.question import COMBINED, Question
-from query.search.part_score import Term
+from query.search.part_score import Metric, Term
 from query.search.parts import choose_groups
 from query.search.search import Ranking, search, shared_spans, similarities
 from query.search.second_moment import DampedInverse, checked_damping
@@ -49,36 +52,42 @@ def open_scorer(
     *,
     minus: Corpus | None = None,
     keep_model: bool = False,
+    opened: OpenedModel | None = None,
 ) -> Scorer:
     """Encode ``val_set`` with the model of each of ``parts``, grouped as ``question`` says, and prepare the rankings.
 
     ``minus`` is the val set whose mean gradient is subtracted. With ``keep_model``, and for a single part, the scorer
-    keeps the encoder and the val sets, which must stay open.
+    keeps the encoder and the val sets, which must stay open. ``opened`` has the model of a single part already.
 
     Raises UsageError for a val set without a usable row and for patterns that match no layer, MismatchError for another
     checkpoint, tokenizer or projection and for a run on other samples, CorruptError for damaged rows.
     """
-    device = resolve_device(question.device)
+    resolve_device(question.device)  # refuses one that is not there, before anything is read
     checkpoints = question.checkpoints(len(parts))
     # Patterns, conditions and runs that do not fit are refused before a model is loaded, which takes longest.
+    metric_for(question.metric, parts)
     groups = choose_groups(parts[0], question.layers, question.exclude_layers)
     chosen = chosen_rows(parts, question.where, progress)
     run = None
     if question.with_scores is not None:
         scored = Store.open(question.store).run(question.with_scores)
         run = values_of_rows(parts[0], scored, question.weight, progress, data=question.data)
+    words = None if question.lexical is None else PartWords(parts[0], question.data, progress)
     vals: list[ValVectors] = []
     minus_vals: list[ValVectors] = []
     kept_encoder: PartEncoder | None = None
     for part, checkpoint in zip(parts, checkpoints, strict=True):
-        encoder = PartEncoder(
-            part,
-            checkpoint=checkpoint,
-            tokenizer=question.tokenizer,
-            data=question.data,
-            device=device,
-            progress=progress,
-        )
+        if opened is not None:
+            encoder = opened.encoder(part, progress)
+        else:
+            encoder = PartEncoder(
+                part,
+                checkpoint=checkpoint,
+                tokenizer=question.tokenizer,
+                data=question.data,
+                device=question.device,
+                progress=progress,
+            )
         val = encoder.encode_val_set(val_set, question.grouping, question.max_samples)
         val.note_left_out(progress)
         vals.append(val)
@@ -88,8 +97,21 @@ def open_scorer(
             minus_vals.append(minus_val)
         kept_encoder = encoder if keep_model and len(parts) == 1 else None
         del encoder  # before the next model is loaded
+    lexical_QN = None
+    if words is not None:
+        far = None if minus is None else (minus_vals[0], minus)
+        lexical_QN = lexical_scores(words, vals[0], val_set, question.max_samples, far)
     scorer = Scorer.of(
-        question, parts, weights, vals, progress, minus=minus_vals or None, groups=groups, run=run, chosen=chosen
+        question,
+        parts,
+        weights,
+        vals,
+        progress,
+        minus=minus_vals or None,
+        groups=groups,
+        run=run,
+        chosen=chosen,
+        lexical_QN=lexical_QN,
     )
     if kept_encoder is not None:
         scorer.encoder, scorer.val_set, scorer.minus_set = kept_encoder, val_set, minus
@@ -123,6 +145,8 @@ class Scorer:
     """
 
     question: Question
+    metric: Metric
+    """That of the question, or the one that the parts were made for."""
     part: Part
     """The part whose rows are ranked."""
     val: ValVectors
@@ -146,6 +170,10 @@ class Scorer:
     """The rows that may rank; None: all usable ones."""
     blend: Blend | None = None
     """Set by :meth:`scores` and :meth:`rank` if the question has ``with_scores``."""
+    lexical_QN: NDArray[np.float64] | None = None
+    """(Q, N): BM25 of every row, with the question's ``lexical``; of all groups together their mean."""
+    hybrid: Hybrid | None = None
+    """Set by :meth:`scores` and :meth:`rank` if the question has ``lexical``."""
     by_index: bool = False
     """Whether an index gave the last ranking."""
     _scores: NDArray[np.float64] | None = None
@@ -163,6 +191,7 @@ class Scorer:
         groups: Sequence[int] | None = None,
         run: RowValues | None = None,
         chosen: Chosen | None = None,
+        lexical_QN: NDArray[np.float64] | None = None,
     ) -> Scorer:
         """A scorer for a val set that is encoded already: one of ``vals`` for each of ``parts``. See
         :func:`open_scorer`.
@@ -170,7 +199,7 @@ class Scorer:
         _refuse_other_queries(parts, vals)
         if minus is not None:
             _refuse_other_queries(parts, minus)
-        device = resolve_device(question.device)
+        device, metric = resolve_device(question.device), metric_for(question.metric, parts)
         terms = []
         for place, (part, val, weight) in enumerate(zip(parts, vals, weights, strict=True)):
             inverse = None
@@ -180,7 +209,7 @@ class Scorer:
                 Term.of(
                     part,
                     val.vectors,
-                    metric=question.metric,
+                    metric=metric,
                     weight=weight,
                     groups=groups,
                     preconditioner=inverse,
@@ -191,8 +220,11 @@ class Scorer:
         names = list(vals[0].ids)
         if question.group_field is not None:
             terms, names = _combined(question, terms, names)
+            if lexical_QN is not None:
+                lexical_QN = np.concatenate([lexical_QN.mean(0, keepdims=True), lexical_QN])
         return cls(
             question=question,
+            metric=metric,
             part=parts[0],
             val=vals[0],
             weights=weights,
@@ -203,6 +235,7 @@ class Scorer:
             device=device,
             minus=None if minus is None else minus[0],
             chosen=chosen,
+            lexical_QN=lexical_QN,
         )
 
     def rank(
@@ -213,7 +246,7 @@ class Scorer:
         counts = (min(top_k, most), min(bottom_k, most))
         if index is not None:
             index.refuse(self.terms)
-            assert self.run is None, "an index does not give the scores of all rows: refused by query()"
+            assert not self.mixed, "an index does not give the scores of all rows: refused by query()"
             assert not self._by_rows
             self.by_index = True
             if self.chosen is None:
@@ -221,7 +254,7 @@ class Scorer:
             if (by_index := self._rank_by_index(index, counts, progress)) is not None:
                 return by_index
             self.by_index = False
-        if self.run is not None or self._fused:
+        if self.mixed or self._fused:
             scores = self.scores(progress)
             return rankings_of(scores, counts[0]), rankings_of(scores, counts[1], sign=-1.0)
         combine: Literal["max"] | None = "max" if self._by_rows else None
@@ -264,7 +297,7 @@ class Scorer:
         if self._scores is not None:
             return self._scores[:first]
         # Combined and blended rankings need the scores of all queries.
-        terms, independent = self.terms, first is not None and self.run is None and not self._by_rows
+        terms, independent = self.terms, first is not None and not self.mixed and not self._by_rows
         if independent:
             terms = [term.with_queries(term.queries_QD[:first]) for term in terms]
         with closing(progress.task("scoring", self.rows)) as task:
@@ -279,13 +312,26 @@ class Scorer:
             self.blend = Blend.of(scores, self.run, self.question.score_weight)
             self.blend.note_left_out(self.question.with_scores, progress)
             scores = self.blend.scores
+        if self.lexical_QN is not None:
+            assert self.question.lexical is not None
+            self.hybrid = Hybrid.of(scores, self.lexical_QN, self.question.lexical)
+            scores = self.hybrid.scores
         self._scores = scores
         return scores[:first]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [term.part for term in self.terms]
 
     @property
     def val_rows(self) -> Sequence[int | None]:
         """For each ranking the place of its val sample in the val set; None for a mean."""
         return self.val.places if self.question.each else [None] * len(self.names)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether scores are mixed with something else, for which those of all rows are needed."""
+        return self.run is not None or self.lexical_QN is not None
 
     @property
     def _grouped(self) -> bool:
@@ -304,29 +350,32 @@ class Scorer:
         """The settings that a result records."""
         question = self.question
         mode = "groups" if self._grouped else "each" if question.each else "mean"
-        parts = [term.part for term in self.terms]
+        parts = self.parts
         several: dict[str, Any] = {"parts": [part.name for part in parts], "part_weights": list(self.weights)}
         preconditioned = {"precondition": question.precondition, "damping": checked_damping(question.damping)}
         groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}
         return {
             "part": self.part.name,
             **(several if len(parts) > 1 else {}),
-            "val_set": str(question.val_set),
+            "val_set": source_name(question.val_set),
             "val_rows": self.val.used,
             "val_rows_left_out": self.val.left_out,
             **({} if self.minus is None else minus_settings(question, self.minus)),
             "mode": mode,
             **(groups if self._grouped else {}),
-            "metric": question.metric,
+            "metric": self.metric,
             "part_metric": part_metric(self.part.manifest["projection"]),
             **({"precondition": "none"} if question.precondition == "none" else preconditioned),
             "layers": list(question.layers),
             "exclude_layers": list(question.exclude_layers),
             **({} if self.chosen is None else self.chosen.settings()),
-            "checkpoint": str(question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]),
+            "checkpoint": checkpoint_name(
+                question.checkpoints(len(parts))[0] or self.part.manifest["source"]["checkpoint"]
+            ),
             "rows": self.rows,
             "repeated_ids": self.part.repeated_ids,
             **({} if self.blend is None else self.blend.settings(question.with_scores)),
+            **({} if self.hybrid is None else self.hybrid.settings()),
         }
 
 
@@ -352,7 +401,7 @@ def _combined(question: Question, terms: list[Term], names: list[str]) -> tuple[
 
 def minus_settings(question: Question, minus: ValVectors) -> dict[str, Any]:
     """What the settings of a result say about the val set that is subtracted."""
-    return {"minus": str(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
+    return {"minus": source_name(question.minus), "minus_rows": minus.used, "minus_rows_left_out": minus.left_out}
 
 
 def with_mean(queries_QD: Tensor) -> Tensor:

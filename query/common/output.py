@@ -17,10 +17,25 @@ FORMS = (".json", ".jsonl", ".csv", ".parquet")
 PICTURES = (".png", ".pdf", ".svg")
 
 
-def columns_of(kind: Any) -> dict[str, type]:
-    """Name and type of each field of a dataclass whose fields are strings, numbers, or None."""
+def columns_of(kind: Any, leave_out: Sequence[str] = ()) -> dict[str, type]:
+    """Name and type of each field of a dataclass whose fields, but for those to ``leave_out``, are strings, numbers, or
+    None.
+    """
     types = {"str": str, "int": int, "float": float}
-    return {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(kind)}
+    return {
+        field.name: types[str(field.type).removesuffix(" | None")]
+        for field in fields(kind)
+        if field.name not in leave_out
+    }
+
+
+def arrow_table(columns: Mapping[str, type], rows: Iterable[Mapping[str, Any]]) -> Any:
+    """A `pyarrow.Table` of flat ``rows``."""
+    import pyarrow
+
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
+    return pyarrow.Table.from_pylist(list(rows), schema)
 
 
 def write_result(
@@ -37,12 +52,9 @@ def write_result(
     target = check_output(path)
     with new_file(target) as temporary:
         if target.suffix == ".parquet":
-            import pyarrow
             import pyarrow.parquet
 
-            kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
-            schema = pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema), temporary)
+            pyarrow.parquet.write_table(arrow_table(columns, rows), temporary)
             return
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             if target.suffix == ".json":

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from ghoststore.corpus import Corpus, Position, ResolvedFields
+from ghoststore.corpus import Corpus, Position, ResolvedFields, source_name
 from ghoststore.errors import CorruptError, MismatchError, UsageError
 from ghoststore.progress import Progress
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Run
 from ghoststore.store.base.own import source_path
 
 
-def texts_of(
-    source: Part | Run, rows: Sequence[int], progress: Progress, data: str | Path | None = None
-) -> list[str | None]:
+def texts_of(source: Part | Run, rows: Sequence[int], progress: Progress, data: Data | None = None) -> list[str | None]:
     """One text for each of ``rows`` of a part, or of a run's row table. ``data`` is the corpus if the user names one.
 
     The text is None where the corpus is gone, or where the sample has changed since the build or the training. Token
@@ -24,7 +22,9 @@ def texts_of(
         return []
     if isinstance(source, Part) and source.layout.store_text:
         if data is not None:
-            progress.note(f"texts are those that part {source.name!r} keeps; `data={data}` is not read for them")
+            progress.note(
+                f"texts are those that part {source.name!r} keeps; `data={source_name(data)}` is not read for them"
+            )
         return [str(text) for text in source.read_rows("text", rows)]
     table = source if isinstance(source, Part) else source.rows
     places = [
@@ -55,11 +55,11 @@ def texts_of(
     return texts
 
 
-def corpus_behind(source: Part | Run, data: str | Path | None = None) -> Corpus:
+def corpus_behind(source: Part | Run, data: Data | None = None) -> Corpus:
     """The corpus that a part was built from, or that the tokens of a run were made of.
 
     Read from ``data`` if the user gives it, else from where the user's own command read it. UsageError (CorpusError) if
-    it is gone, was standard input, or if somebody else may have written the recorded path.
+    it is gone, cannot be read again, or if somebody else may have written the recorded path.
     """
     name = f"{source.kind.name} {source.name!r}"
     key = "data" if isinstance(source, Part) else "corpus"
@@ -69,7 +69,7 @@ def corpus_behind(source: Part | Run, data: str | Path | None = None) -> Corpus:
     path = source_path(source.manifest, key, name, "data", data)
     if path is None:
         raise UsageError(
-            f"{name} was {source.kind.made} on standard input, which cannot be read again: give `data=FILE`, with the "
-            "same samples"
+            f"{name} was {source.kind.made} on standard input or on data in memory, which cannot be read again: "
+            "give `data`, with the same samples"
         )
     return Corpus.open(path, ResolvedFields.from_json(fields))

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ghoststore.checkpoint.load import choose_max_length, find_checkpoint, load_tokenizer, resolve_device
-from ghoststore.corpus import Fields, open_corpus
+from ghoststore.checkpoint.load import choose_max_length, find_folder, load_tokenizer, resolve_device
+from ghoststore.corpus import Fields, open_corpus, source_name
 from ghoststore.errors import CaptureError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import DoctorOptions
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.shared import in_memory
 from indexer.encode.tokens import Tokenizer, embedding_rows
 from indexer.projection.matrices import Projection
 from query.doctor import (
@@ -106,7 +107,7 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         corpus = (
             None
             if options.data is None
-            else stack.enter_context(open_corpus(str(options.data), options.fields or Fields(), progress))
+            else stack.enter_context(open_corpus(options.data, options.fields or Fields(), progress))
         )
         reference = models.reference()
         length = choose_max_length(options.max_length, reference, MAX_LENGTH)
@@ -122,7 +123,7 @@ def doctor(options: DoctorOptions) -> DoctorReport:
         store=Path(options.store),
     )
     settings = {
-        "data": "built-in sentences" if options.data is None else str(options.data),
+        "data": "built-in sentences" if options.data is None else source_name(options.data),
         "samples": len(rows),
         "max_length": length,
         "model_dtype": models.dtype,
@@ -159,7 +160,7 @@ def _run_check(check: Check, subject: Subject, findings: Mapping[str, Finding]) 
 
 
 def _open_models(
-    checkpoint: str | Path | None,
+    checkpoint: Any,
     model: torch.nn.Module | None,
     tokenizer: Any,
     dtype: str | None,
@@ -167,6 +168,8 @@ def _open_models(
     kernel: str | None,
 ) -> tuple[Models, Any]:
     """(source of the model in its dtypes and kernels, its tokenizer). UsageError unless exactly one model is given."""
+    if in_memory(checkpoint):
+        checkpoint, model = None, checkpoint if model is None else None
     if (checkpoint is None) == (model is None):
         raise UsageError("give either a checkpoint or a model in memory")
     models: Models
@@ -176,7 +179,7 @@ def _open_models(
         models = LoadedModels(model, dtype, device, kernel)
         return models, load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, (str, Path)) else tokenizer
     assert checkpoint is not None
-    saved = find_checkpoint(checkpoint)
+    saved = find_folder(checkpoint)
     models = SavedModels(saved, dtype or "float32", resolve_device(device), kernel)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(saved.folder if tokenizer is None else Path(tokenizer))

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint.load import find_checkpoint, load_model, resolve_device
-from ghoststore.corpus import Fields
+from ghoststore.checkpoint.in_memory import as_folders
+from ghoststore.checkpoint.load import find_folder, load_model, resolve_device
+from ghoststore.corpus import Fields, source_name, source_of
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import METHODS, EvaluateOptions
 from ghoststore.settings.option import check_at_least
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part, Store
 from indexer.training.patch import Patch
 from indexer.training.retrain import Recipe
@@ -78,6 +80,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     ``exact-layers-cosine`` by those of the part's layers. They take one backward pass a sample, together for all four,
     and are computed only if ``methods`` names one of them.
 
+    ``lexical`` adds each method of the part's vectors once more, blended with BM25 at this weight: ``dot+bm25``, ….
+
     If ``part`` names several parts, the methods are those of the first one. ``checkpoints-dot`` and
     ``checkpoints-cosine`` then are the sums over all, weighted by ``part_weights`` as in ``ghoststore.query``. ``run``
     names a training run of the store, whose values (Σ ``weight`` × score) are evaluated, too.
@@ -85,8 +89,13 @@ def evaluate(options: EvaluateOptions) -> EvaluateReport:
     Raises UsageError for unknown names and numbers out of range, MismatchError if the corpus has changed or ``out``
     holds another evaluation, and what ``ghoststore.query`` raises.
     """
-    progress = options.progress or Silent()
     _refuse(options)
+    with as_folders(options.checkpoint, options.tokenizer) as (checkpoint, tokenizer):
+        return _evaluate(replace(options, checkpoint=checkpoint, tokenizer=tokenizer))
+
+
+def _evaluate(options: EvaluateOptions) -> EvaluateReport:
+    progress = options.progress or Silent()
     device = resolve_device(options.device)
     parts, weights = open_parts(options.store, options.part, options.part_weights, progress)
     task = _task(options, parts[0], device, progress)
@@ -135,7 +144,7 @@ def _task(options: EvaluateOptions, part: Part, device: str, progress: Progress)
     """The task with which the scores of ``part`` are tested."""
     return Task.of(
         part,
-        str(options.val_set),
+        source_of(options.val_set),
         Path(options.out),
         fields=options.fields or Fields(),
         max_val_samples=options.max_val_samples,
@@ -155,16 +164,17 @@ def _question(options: EvaluateOptions, task: Task, device: str) -> Question:
         each=True,
         fields=options.fields,
         max_samples=options.max_val_samples,
+        lexical=options.lexical,
         device=device,
     )
 
 
-def _facts(task: Task, val_set: str | Path) -> dict[str, Any]:
+def _facts(task: Task, val_set: Data) -> dict[str, Any]:
     """The settings of the report that describe the part and the val set."""
     return {
         "part": task.part.name,
         "repeated_ids": task.part.repeated_ids,
-        "val_set": str(val_set),
+        "val_set": source_name(val_set),
         "val_samples": len(task.ids),
         "samples": task.samples,
         "groups": {name: len(places) for name, places in task.groups.items()},
@@ -236,7 +246,7 @@ def _removals(trainings: _Trainings, scored: Mapping[str, Scored], drop: float, 
 def _tail_patches(task: Task, scored: Mapping[str, Scored], top_k: int, repeats: int) -> list[TailPatch]:
     """The tail patch of each method, from the checkpoint of the part."""
     retrainer = task.retrainer
-    model = load_model(find_checkpoint(retrainer.job.model_folder), device=retrainer.job.device)
+    model = load_model(find_folder(retrainer.job.model_folder), device=retrainer.job.device)
     patch = Patch(model, retrainer.rows, retrainer.val)
     seed = retrainer.job.recipe.seed
     patches = {}

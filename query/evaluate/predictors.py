@@ -25,7 +25,8 @@ GRADIENTS: dict[str, dict[str, Any]] = {
     "preconditioned-cosine": {"metric": "cosine", "precondition": "second-moment"},
 }
 """Methods that use the vectors of a store, with the options of their question."""
-BASELINES = ("tf-idf", "random")
+BASELINES = ("bm25", "tf-idf", "random")
+"""Methods that use no gradients."""
 EXACT: dict[str, tuple[tuple[Share, ...], Metric]] = {
     "exact-dot": (SHARES, "dot"),
     "exact-cosine": (SHARES, "cosine"),

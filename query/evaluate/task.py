@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghoststore.checkpoint.load import find_checkpoint
-from ghoststore.corpus import Corpus, Fields, open_corpus
+from ghoststore.checkpoint.in_memory import tokenizer_source
+from ghoststore.checkpoint.load import find_folder
+from ghoststore.corpus import Corpus, Fields, Source, open_corpus
 from ghoststore.progress import Progress
 from ghoststore.settings.build import TokenizeOptions
 from ghoststore.settings.question import RebuiltOptions
@@ -29,6 +30,7 @@ from indexer.training.inputs import is_shards
 from indexer.training.retrain import Recipe, Retrainer, Retraining
 from query.ask.blend import values_of_rows
 from query.ask.encoder import PartEncoder, ValVectors, tokenizer_folder
+from query.ask.lexical import WordIndex
 from query.ask.question import Question
 from query.ask.scorer import Scorer
 from query.common.texts import corpus_behind
@@ -82,7 +84,7 @@ class Task:
     def of(
         cls,
         part: Part,
-        val_set: str,
+        val_set: Source,
         out: Path,
         *,
         fields: Fields,
@@ -114,15 +116,15 @@ class Task:
         scanned = part.manifest["corpus"]
         path = source_path(part.manifest, "checkpoint", f"part {part.name!r}", "checkpoint", behind.checkpoint)
         assert path is not None
-        checkpoint = find_checkpoint(path)
+        checkpoint = find_folder(path)
         model, tokenizer = checkpoint.folder, tokenizer_folder(part, behind.tokenizer, checkpoint)
         shards = Path(corpus.source)
-        if not is_shards(str(shards)):
+        if not is_shards(corpus.origin):
             shards = out / "tokens"
             names = ("text", "prompt", "completion", "messages", "id", "domain")
             options = TokenizeOptions(
-                data=corpus.source,
-                tokenizer=tokenizer,
+                data=corpus.origin,
+                tokenizer=tokenizer_source(tokenizer),
                 out=shards,
                 max_samples=scanned["max_samples"],
                 fields=Fields(**{name: scanned["fields"].get(name) for name in names}),
@@ -199,7 +201,7 @@ class Task:
 
         The first of ``parts`` is the part of this task. The methods ``checkpoints-…`` sum over all ``parts`` with
         ``weights``; the values of ``run`` count a step with ``step_weight``. ``base`` is the question that the methods
-        vary; its val set is encoded here, once.
+        vary; its val set is encoded here, once. With its ``lexical``, gradients come without and with words.
 
         UsageError for a method that is impossible for the part, and if the usable val samples are not those of the
         trainings.
@@ -210,7 +212,7 @@ class Task:
         vals: list[ValVectors] = []
         rows: list[Row] = []
         if gradients or several or exact:
-            with open_corpus(str(base.val_set), base.val_fields(), self.progress) as val_set:
+            with base.opened_val_set(self.progress) as val_set:
                 if gradients or several:
                     vals = [self._encode(part, base, val_set) for part in parts]
                 if exact:
@@ -218,11 +220,15 @@ class Task:
                     rows = [row for row in self.encoder.rows(samples) if row.status.usable]
                     refuse_other_val([row.sample.source_row for row in rows], self.places_in_val)
         score_of: dict[str, Callable[[], Scored]] = {}
+        bm25 = cache(self._bm25)
         for method in gradients:
             question = replace(base, **GRADIENTS[method])
             if question.precondition != "none":
                 question = replace(question, damping=damping)
-            score_of[method] = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
+            of_gradients = partial(self._of_gradients, question, parts[:1], [1.0], vals[:1])
+            score_of[method] = of_gradients
+            if base.lexical is not None:
+                score_of[f"{method}+bm25"] = partial(of_gradients, bm25)
         if several:
             for metric in METRICS:
                 score_of[f"checkpoints-{metric}"] = partial(
@@ -239,9 +245,12 @@ class Task:
         for method in exact:
             scores.refuse(method)
             score_of[method] = partial(self._of_exact, scores, method)
-        for method in BASELINES:
-            if method in methods:
-                score_of[method] = self._of_tf_idf if method == "tf-idf" else self._of_random
+        baselines = {
+            "bm25": lambda: self._of_samples(bm25()),
+            "tf-idf": self._of_tf_idf,
+            "random": self._of_random,
+        }
+        score_of |= {method: baselines[method] for method in BASELINES if method in methods}
         if run is not None:
             score_of[f"training-time ({run.name})"] = partial(self._of_run, run, step_weight)
         return score_of
@@ -259,13 +268,28 @@ class Task:
         return val
 
     def _of_gradients(
-        self, question: Question, parts: Sequence[Part], weights: Sequence[float], vals: Sequence[ValVectors]
+        self,
+        question: Question,
+        parts: Sequence[Part],
+        weights: Sequence[float],
+        vals: Sequence[ValVectors],
+        bm25: Callable[[], NDArray[np.float64]] | None = None,
     ) -> Scored:
-        scorer = Scorer.of(question, parts, weights, vals, self.progress)
+        """Of rows by their vectors; with ``bm25``, which gives (V, N), blended by the ``lexical`` of ``question``."""
+        lexical_VR = None
+        if bm25 is not None:
+            lexical_VR = np.full((len(vals[0].vectors), self.part.layout.rows), np.nan)
+            lexical_VR[:, self.part.row_numbers] = bm25()[:, self.part.column("source_row")]
+        scorer = Scorer.of(question, parts, weights, vals, self.progress, lexical_QN=lexical_VR)
         return self._of_samples(by_sample(scorer.scores(self.progress), self.part, self.samples))
 
     def _of_exact(self, scores: ExactScores, method: str) -> Scored:
         return self._of_samples(scores.of(method))
+
+    def _bm25(self) -> NDArray[np.float64]:
+        """(V, N): BM25 of each sample of the corpus for each val sample."""
+        index = WordIndex(sample.preview() for sample in islice(self.corpus.samples(), self.samples))
+        return np.stack([index.scores(row.sample.preview()) for row in self.retrainer.val.rows])
 
     def _of_tf_idf(self) -> Scored:
         texts = [row.sample.preview() for row in self.retrainer.val.rows]

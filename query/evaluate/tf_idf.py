@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-_WORD = re.compile(r"\w+")
+from query.ask.lexical import words_of
 
 
 class TfIdf:
@@ -20,7 +19,7 @@ class TfIdf:
     """
 
     def __init__(self, corpus: Sequence[str]) -> None:
-        counts = [Counter(_words(text)) for text in corpus]
+        counts = [Counter(words_of(text)) for text in corpus]
         rows_with = Counter(word for count in counts for word in count)
         self._place = {word: place for place, word in enumerate(sorted(rows_with))}
         self._idf = np.array([math.log(len(corpus) / rows_with[word]) + 1.0 for word in self._place], dtype=np.float32)
@@ -32,7 +31,7 @@ class TfIdf:
         rows = []
         for text in texts:
             vector = np.zeros(len(self._place), dtype=np.float32)
-            for word, count in Counter(_words(text)).items():
+            for word, count in Counter(words_of(text)).items():
                 if word in self._place:
                     vector[self._place[word]] = 1.0 + math.log(count)
             vector *= self._idf
@@ -42,7 +41,3 @@ class TfIdf:
     def nearest(self, query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         """(queries, k): the rows nearest to each query vector, best first; equal scores by lower row."""
         return np.argsort(-(query @ self.rows.T), axis=1, kind="stable")[:, :k]
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())

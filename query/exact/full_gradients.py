@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
+from ghoststore.checkpoint.in_memory import recorded_tokenizer
 from ghoststore.checkpoint.load import (
-    Checkpoint,
+    AnyCheckpoint,
     find_checkpoint,
+    given_tokenizer,
     load_model,
     load_tokenizer,
     resolve_device,
 )
 from ghoststore.checkpoint.same_model import checkpoint_section
-from ghoststore.corpus import Corpus, Fields, Sample, SampleScan, absolute, open_corpus
+from ghoststore.corpus import Corpus, Fields, Sample, SampleScan, open_corpus
 from ghoststore.errors import CorpusError, UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
 from ghoststore.settings.measure import FullGradientsOptions
 from ghoststore.settings.projection import ProjectionConfig
+from ghoststore.settings.shared import TokenizerSource, is_stdin
 from ghoststore.software import versions_of
 from ghoststore.store.base.manifest import Manifest
 from indexer.encode.tokens import Row, Tokenizer, TokenSettings, embedding_rows, longest_row, rows_of
@@ -57,14 +60,13 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
     _refuse(
         options.parameters, options.proj_layers, options.exclude_layers, options.include_embeddings, options.max_samples
     )
-    if options.dry_run and str(options.data) == "-":
+    if options.dry_run and is_stdin(options.data):
         raise UsageError("`dry_run` cannot read standard input: the corpus would be used up; give a file")
-    checkpoint, device = find_checkpoint(options.checkpoint), resolve_device(options.device)
-    folder = Path(options.tokenizer) if options.tokenizer is not None else checkpoint.folder
+    checkpoint, device = find_checkpoint(options.checkpoint), resolve_device(options.device, options.checkpoint)
+    given = options.tokenizer
+    folder = checkpoint.tokenizer_folder if given is None else given_tokenizer(given)
     text_tokenizer = load_tokenizer(folder)
-    with open_corpus(
-        str(options.data), options.fields or Fields(), progress
-    ) as corpus:  # refused before a model is loaded
+    with open_corpus(options.data, options.fields or Fields(), progress) as corpus:  # refused before a model is loaded
         model = load_model(
             checkpoint, dtype=options.model_dtype, device=device, attn_implementation=options.attn_implementation
         )
@@ -99,7 +101,7 @@ def full_gradients(options: FullGradientsOptions) -> FullGradientsReport:
             "dtype": {"model": options.model_dtype, "stored": options.dtype},
             "rows": [_row_entry(row) for row in read.rows],
             "rows_per_file": max(1, FILE_BYTES // (exact.numbers * getattr(torch, options.dtype).itemsize)),
-            "source": _source(checkpoint, options.tokenizer, corpus, str(options.data)),
+            "source": _source(checkpoint, options.tokenizer, corpus),
             "software": versions_of("ghoststore", "torch", "transformers", "tokenizers", "numpy", "safetensors"),
             "compute": {
                 "device": torch.device(device).type,
@@ -147,9 +149,9 @@ def _row_entry(row: Row) -> dict[str, Any]:
     }
 
 
-def _source(checkpoint: Checkpoint, tokenizer: str | Path | None, corpus: Corpus, data: str) -> dict[str, Any]:
+def _source(checkpoint: AnyCheckpoint, tokenizer: TokenizerSource | None, corpus: Corpus) -> dict[str, Any]:
     return {
-        "checkpoint": str(checkpoint.folder.resolve()),
-        "tokenizer": None if tokenizer is None else str(Path(tokenizer).resolve()),
-        "data": "-" if data == "-" else absolute(corpus.source),
+        "checkpoint": checkpoint.recorded,
+        "tokenizer": recorded_tokenizer(tokenizer),
+        "data": corpus.recorded,
     }

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghoststore.corpus import source_name
 from ghoststore.errors import GhostStoreError, UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.measure import FidelityOptions
 from ghoststore.store import Part
 from ghoststore.store.part.fidelity import keep_fidelity
-from ghoststore.store.part.metric import part_metric
+from ghoststore.store.part.metric import metric_for, part_metric
 from indexer.projection.stored import metric_of
 from query.ask.encoder import PartEncoder
 from query.exact.gradients import ExactGradients
@@ -85,6 +86,7 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     progress, started = options.progress or Silent(), time.perf_counter()
     spec = part_of(SampleSpec, options)
     (part,), _ = open_parts(options.store, options.part, None, progress)
+    metric = metric_for(options.metric, [part])
     groups = choose_groups(part, options.layers, options.exclude_layers)
     encoder = open_encoder(part, "the fidelity", options, progress)
     sample = take_sample(encoder, spec, progress)
@@ -92,21 +94,19 @@ def fidelity(options: FidelityOptions) -> FidelityReport:
     pieces = pieces_of(encoder, groups)
     exact = measure_exactly(exact_gradients(encoder, pieces), pieces, sample, progress)
     queries, finite_rows = finite_pairs(exact.values(), progress)
-    score_QR = approximate.only(queries, finite_rows).scores(options.metric)
+    score_QR = approximate.only(queries, finite_rows).scores(metric)
     references = {share: products.only(queries, finite_rows) for share, products in exact.items()}
     all_parameters = None if has_own_metric(part) else references["layers"] + references["rest"]
     report = FidelityReport(
         store=str(options.store),
         part=part.name,
-        metric=options.metric,
+        metric=metric,
         rows=score_QR.shape[1],
         val_samples=len(score_QR),
-        val_set=None if options.val_set is None else str(options.val_set),
+        val_set=None if options.val_set is None else source_name(options.val_set),
         seed=options.seed,
-        layers=agreement(score_QR, references["layers"].scores(options.metric), seed=options.seed),
-        all=None
-        if all_parameters is None
-        else agreement(score_QR, all_parameters.scores(options.metric), seed=options.seed),
+        layers=agreement(score_QR, references["layers"].scores(metric), seed=options.seed),
+        all=None if all_parameters is None else agreement(score_QR, all_parameters.scores(metric), seed=options.seed),
         own_metric=own_metric(part),
         coverage=float(part.manifest["coverage"]["share"]),
         only_layers=list(options.layers),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ghoststore.corpus import source_name
 from ghoststore.errors import UsageError
 from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
@@ -23,6 +24,7 @@ from ghoststore.settings.question import RebuiltOptions
 from ghoststore.shown import json_text
 from ghoststore.store import Part, Store
 from ghoststore.store.base.new_files import check_new, new_files
+from ghoststore.store.part.metric import metric_for
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
 from query.common.output import check_picture
@@ -115,6 +117,7 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     parts = fitting_parts(
         Store.open(options.store), [options.part] if isinstance(options.part, str) else list(options.part or ())
     )
+    metric = metric_for(options.metric, parts)
     if mode == "full" and has_own_metric(parts[0]):
         raise UsageError(
             f"`reference=full`: the vectors of these parts are in a metric of their layers ({own_metric(parts[0])}), "
@@ -132,16 +135,16 @@ def plot_error(options: PlotErrorOptions) -> ErrorCurve:
     finite = finite_pairs([truth], progress)
     truth = truth.only(*finite)
     points = [
-        _point(part, by_vectors[part.name].only(*finite), truth, options.metric, options.seed, reference_numbers, pairs)
+        _point(part, by_vectors[part.name].only(*finite), truth, metric, options.seed, reference_numbers, pairs)
         for part in sorted(parts, key=lambda part: (part.layout.dimension, part.name))
     ]
     curve = ErrorCurve(
         store=str(options.store),
         reference=options.reference,
-        metric=options.metric,
+        metric=metric,
         rows=truth.dots_QR.shape[1],
         val_samples=truth.dots_QR.shape[0],
-        val_set=None if options.val_set is None else str(options.val_set),
+        val_set=None if options.val_set is None else source_name(options.val_set),
         seed=options.seed,
         points=points,
         plot=str(path),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from ghoststore.corpus import Fields, Sample, open_corpus
 from ghoststore.errors import CheckpointError, CorpusError, UsageError
 from ghoststore.progress import Progress
 from ghoststore.settings.question import RebuiltOptions
+from ghoststore.settings.shared import Data
 from ghoststore.store import Part
 from indexer.encode.tokens import Row
 from query.ask.encoder import PartEncoder
@@ -39,7 +39,7 @@ class SampleSpec:
     rows: int
     val_samples: int
     seed: int = 0
-    val_set: str | Path | None = None
+    val_set: Data | None = None
     """Where to draw val samples from. Default: rows of the part, which then are not ranked."""
     fields: Fields | None = None
 
@@ -65,7 +65,8 @@ class SampleSpec:
         if rows < LEAST_ROWS or (self.val_set is None and not vals):
             raise UsageError(
                 f"part {part.name!r} has {len(usable)} usable rows: too few to measure a ranking of {LEAST_ROWS} or "
-                "more" + ("" if self.val_set else " with val samples that are not among them; give `val_set`")
+                "more"
+                + ("" if self.val_set is not None else " with val samples that are not among them; give `val_set`")
             )
         if rows < self.rows:
             progress.note(f"part {part.name!r} has {len(usable):,} usable rows: {rows:,} are ranked")
@@ -78,12 +79,12 @@ class SampleSpec:
         """
         if self.val_set is None:
             return encoder.source_rows(places)
-        with open_corpus(str(self.val_set), self.fields or Fields(), progress) as corpus:
+        with open_corpus(self.val_set, self.fields or Fields(), progress) as corpus:
             encoder.refuse_beyond(corpus.samples())  # checks all samples, so that the draw does not matter
             samples = reservoir(corpus.samples(), self.val_samples, self.seed)
         usable = [row for row in encoder.rows(samples) if row.status.usable]
         if not usable:
-            raise UsageError(f"none of the {len(samples)} samples drawn from {self.val_set} can be used")
+            raise UsageError(f"none of the {len(samples)} samples drawn from {corpus.source} can be used")
         return usable
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from query.common.output import columns_of, write_result
+from query.common.notebook import SHOWN_ROWS, html_table
+from query.common.output import arrow_table, columns_of, write_result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +104,12 @@ class ScoreSummary:
     """``ids`` that occur more than once, and the ``samples`` that have them; None where every id is unique."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ScoresResult:
-    """What ``ghoststore.scores`` returns: a ranking, a table by domain, or the history of one sample."""
+    """What ``ghoststore.scores`` returns: a ranking, a table by domain, or the history of one sample.
+
+    It is the sequence of its entries: of the history, of the table, or of the ranking's best.
+    """
 
     store: str
     settings: dict[str, Any]
@@ -119,6 +123,39 @@ class ScoresResult:
     """The history of ``sample`` (of all samples with that id), in the order of steps; else None."""
     same_id: int | None = None
     """Number of samples of the run with the id ``sample``, whether or not they were trained on in these steps."""
+
+    @property
+    def entries(self) -> Sequence[ScoreHit] | Sequence[DomainScores] | Sequence[HistoryEntry]:
+        """Those of the history, of the table by domain, or the ranking's best."""
+        return self.history if self.history is not None else self.domains if self.domains is not None else self.hits
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[ScoreHit | DomainScores | HistoryEntry]:
+        return iter(self.entries)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.entries[place]
+
+    def __repr__(self) -> str:
+        what = "steps of a sample" if self.history is not None else "domains" if self.domains is not None else "hits"
+        return f"<scores of run {self.settings.get('run')!r}: {len(self)} {what} of {self.summary.steps} steps>"
+
+    def _repr_html_(self) -> str:
+        rows = list(self.rows())
+        return html_table(repr(self).strip("<>"), rows[:SHOWN_ROWS], len(rows))
+
+    def to_arrow(self) -> Any:
+        """A `pyarrow.Table` with the columns of :meth:`rows`."""
+        return arrow_table(self._columns, self.rows())
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with the columns of :meth:`rows`."""
+        return self.to_arrow().to_pandas()
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``ghoststore scores --json`` prints: ``history`` or ``domains`` if there are any, else
@@ -147,10 +184,11 @@ class ScoresResult:
 
         UsageError for another suffix, or if the file exists.
         """
+        write_result(path, self.to_json, self._columns, self.rows())
+
+    @property
+    def _columns(self) -> dict[str, type]:
+        """Of flat rows."""
         if self.history is not None:
-            columns = columns_of(HistoryEntry)
-        elif self.domains is not None:
-            columns = columns_of(DomainScores)
-        else:
-            columns = {"list": str, **columns_of(ScoreHit)}
-        write_result(path, self.to_json, columns, self.rows())
+            return columns_of(HistoryEntry)
+        return columns_of(DomainScores) if self.domains is not None else {"list": str, **columns_of(ScoreHit)}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.progress import Silent
 from ghoststore.settings.keywords import takes
-from ghoststore.settings.shared import WeightOption
+from ghoststore.settings.shared import Data, WeightOption, in_memory
 from ghoststore.settings.store import WatchOptions
 from ghoststore.store import Run, Store
 from ghoststore.store.base.own import is_own
@@ -97,7 +97,7 @@ class Watcher:
     """Running sums over a run. :meth:`look` adds what was committed since the last call."""
 
     def __init__(
-        self, store: str | Path, run: str | None = None, *, text: bool = True, data: str | Path | None = None
+        self, store: str | Path, run: str | None = None, *, text: bool = True, data: Data | None = None
     ) -> None:
         self._store = Store.open(store)
         self._name = run
@@ -265,7 +265,7 @@ class Watcher:
             return False
         recorded = source.get("corpus")
         path = self._data or (recorded if is_own(run.manifest) else None)
-        return recorded is not None if path is None else Path(path).exists()
+        return recorded is not None if path is None else in_memory(path) or Path(str(path)).exists()
 
     def _trends(self) -> list[DomainTrend]:
         times, weighted, negative = (self._curves.domain_sums(name) for name in ("times", "weighted", "negative"))

@@ -56,6 +56,7 @@ def test_a_query(folder: Path, expected: dict[str, Any], name: str) -> None:
         val_set=folder / "val.jsonl",
         checkpoint=folder / "model",
         device="cpu",
+        metric="cosine",
         top_k=12,
     )
     hits = answer.results[0].hits

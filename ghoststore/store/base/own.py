@@ -76,14 +76,15 @@ PATHS = ("checkpoint", "tokenizer", "data", "corpus")
 """Entries of a manifest's ``source`` that are paths to read from."""
 
 
-def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> str | None:
+def source_path(manifest: Manifest, name: str, whose: str, parameter: str, given: Any = None) -> Any:
     """The path of the ``checkpoint``, ``tokenizer``, ``data`` or ``corpus`` (``name``) of a manifest.
 
-    It is ``given`` by the user, else the recorded one, if this user recorded it; None if none is recorded. ``whose``
-    manifest it is is said in messages. UsageError, naming ``parameter``, if the user has to give it.
+    It is ``given`` by the user (a path, or an object in memory), else the recorded one, if this user recorded it; None
+    if none is recorded. ``whose`` manifest it is is said in messages. UsageError, naming ``parameter``, if the user has
+    to give it.
     """
     if given is not None:
-        return str(given)
+        return given
     path = manifest["source"].get(name)
     if path is None or path == "-":
         return None

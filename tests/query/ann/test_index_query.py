@@ -11,7 +11,7 @@ import pytest
 import ghoststore
 from ghoststore import ProjectionConfig
 from ghoststore.cli.query import print_hits
-from ghoststore.errors import GhostStoreError, MismatchError, UsageError
+from ghoststore.errors import MismatchError, UsageError
 from tests.support.parts import unbuild
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def ask(store: Path, index: str, **settings: Any) -> Any:
     [
         {},
         {"each": True},
-        {"metric": "dot"},
+        {"metric": "cosine"},
         {"group_field": "domain"},
         {"metric": "dot", "layers": ["mlp"]},
         {"metric": "dot", "precondition": "second-moment"},
@@ -76,14 +76,14 @@ def test_the_rows_of_exact_search(store: Path, settings: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"layers": ["mlp"]}, UsageError, "ranks whole vectors"),
-        ({"precondition": "second-moment"}, UsageError, "knows no preconditioned lengths"),
+        ({"metric": "cosine", "layers": ["mlp"]}, UsageError, "ranks whole vectors"),
+        ({"metric": "cosine", "precondition": "second-moment"}, UsageError, "knows no preconditioned lengths"),
         ({"part": ["one", "two"], "part_weights": "equal"}, UsageError, "summed over 2"),
         ({"part": ["two", "one"], "part_weights": "equal"}, UsageError, "summed over 2"),  # "two" has no index
         ({"group_field": "domain", "combine": "max"}, UsageError, "`combine=max` needs the scores of all rows"),
         ({"part": "two"}, UsageError, "no index"),
         ({"index_name": "other"}, UsageError, "no index 'other'"),
-        ({"index_name": "dot-Flat"}, GhostStoreError, "dot"),
+        ({"index_name": "cosine-Flat"}, MismatchError, "not dot"),
     ],
 )
 def test_refused(store: Path, settings: dict[str, Any], error: type[Exception], message: str) -> None:

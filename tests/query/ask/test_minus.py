@@ -141,7 +141,7 @@ CASES: list[dict[str, Any]] = [
     {"group_field": "task", "combine": "rank-fusion"},
     {"layers": ["mlp"]},
     {"precondition": "second-moment"},
-    {"rerank": ROWS},
+    {"rerank": ROWS, "rerank_with": "vectors"},
 ]
 
 

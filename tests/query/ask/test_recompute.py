@@ -187,7 +187,7 @@ def test_query_with_rerank_gives_exact_scores(
         wanted = {"metric": metric, "top_k": 28, "bottom_k": 3, "device": "cpu", **settings, **more}
         return ghoststore.query(store=tmp_path / "store", part=part, val_set=val_set, **wanted)
 
-    exact, again = ask("float32"), ask(dtype, rerank=28)
+    exact, again = ask("float32"), ask(dtype, rerank=28, rerank_with="vectors")
     assert again.settings["rerank"] == 28
     for mine, theirs in zip(again.results, exact.results, strict=True):
         assert mine.query == theirs.query
@@ -204,7 +204,7 @@ def test_query_with_rerank_gives_exact_scores(
     ("settings", "message"),
     [
         ({"rerank": 3, "top_k": 4}, "fewer than the rows asked for, 4"),
-        ({"rerank": 5, "top_k": 4, "precondition": "second-moment"}, "with `precondition`"),
+        ({"rerank": 5, "top_k": 4, "precondition": "second-moment"}, "leave `precondition` out"),
         ({"rerank": 5, "top_k": 4, "group_field": "domain", "combine": "max"}, "with `combine=max`"),
     ],
 )

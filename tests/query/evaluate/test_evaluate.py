@@ -165,6 +165,7 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
         "preconditioned-cosine",
         "checkpoints-dot",
         "checkpoints-cosine",
+        "bm25",
         "tf-idf",
         "random",
         "training-time (run)",
@@ -204,6 +205,29 @@ def test_every_method(folder: Path, done: Path, tmp_path: Path) -> None:
             for hit in told.hits:
                 worth[place, hit.source_row] = hit.value
         assert one.groups == lds(worth, kept, means[1])
+
+
+def test_words_and_gradients(folder: Path, done: Path, tmp_path: Path) -> None:
+    """BM25 alone, and blended as a query blends it; a weight that is none is refused before any training."""
+    out = shutil.copytree(done, tmp_path / "out")
+    report = evaluate(folder, out, methods=["dot", "bm25"], lexical=0.3)
+    by_method = {one.method: one.samples for one in report.lds}
+    assert list(by_method) == ["dot", "dot+bm25", "bm25"]
+    kept = np.stack([half(0, number, SAMPLES) for number in range(4)])
+    losses = np.stack(
+        [json.loads(file.read_text())["val_loss"] for file in sorted((out / "trainings").iterdir())], axis=1
+    )
+    options: dict[str, Any] = {"store": folder / "store", "part": "one", "val_set": folder / "val.jsonl"}
+    found = ghoststore.query(**options, each=True, metric="dot", lexical=0.3, top_k=SAMPLES, device="cpu")
+    blend, words = np.zeros((VAL, SAMPLES)), np.zeros((VAL, SAMPLES))
+    for place, result in enumerate(found.results):
+        for hit in result.hits:
+            blend[place, hit.source_row], words[place, hit.source_row] = hit.score, hit.bm25
+    assert by_method["dot+bm25"] == lds(blend, kept, losses)
+    assert by_method["bm25"] == lds(words, kept, losses)
+    with pytest.raises(UsageError, match="`lexical` must be between 0"):
+        evaluate(folder, tmp_path / "none", lexical=2.0)
+    assert not (tmp_path / "none" / "trainings").exists()
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ def test_no_layer_is_left(lab: Lab, folder: Path, val: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_row_is_nearest_to_itself(lab: Lab, folder: Path, dtype: str) -> None:
     store = store_of(lab, folder, lab.corpus, proj_dtype=dtype)
-    found = ghoststore.query(store=store, val_set=lab.corpus, each=True, top_k=1, device="cpu")
+    found = ghoststore.query(store=store, val_set=lab.corpus, each=True, metric="cosine", top_k=1, device="cpu")
     assert [result.query for result in found.results] == [row["id"] for row in lab.rows]
     assert [result.hits[0].id for result in found.results] == [row["id"] for row in lab.rows]
     scores = [result.hits[0].score for result in found.results]

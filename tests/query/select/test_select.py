@@ -41,7 +41,7 @@ def built(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def score(built: Path, val: Path) -> np.ndarray:
-    """(27,): the cosine of each row."""
+    """(27,): the score of each row."""
     return score_of(built, val)
 
 
@@ -116,7 +116,7 @@ def test_the_report(built: Path, val: Path, tmp_path: Path, score: np.ndarray, t
     assert (settings["count"], settings["diversity"], settings["metric"], settings["ranking"]) == (
         6,
         "none",
-        "cosine",
+        "dot",
         "mean",
     )
     assert settings["val_set"] == str(val)

@@ -1,0 +1,224 @@
+"""Models and tokenizers in memory, in the place of their saved folders. The caller's objects are never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ghoststore.errors import CheckpointError, UsageError
+from ghoststore.lazy import importing
+from ghoststore.settings.shared import in_memory
+
+SAVE = "save it (`model.save_pretrained(folder)`) and give the folder"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+"""How safetensors calls the dtypes of torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A model of transformers in memory, in the place of a :class:`ghoststore.checkpoint.load.Checkpoint`."""
+
+    model: Any
+
+    @classmethod
+    def of(cls, model: Any) -> LoadedCheckpoint:
+        """CheckpointError for a model that is no plain one of transformers: its saved folder would hold another."""
+        with importing():
+            import torch
+            from transformers import PreTrainedModel
+
+        name = type(model).__name__
+        if not isinstance(model, PreTrainedModel):
+            inner = "; of a wrapped model give the model inside" if isinstance(model, torch.nn.Module) else ""
+            raise CheckpointError(
+                f"`checkpoint` is a {name}; expected a folder, a hub id, or a model of transformers (PreTrainedModel)"
+                f"{inner}"
+            )
+        odd = sorted({type(p).__name__ for p in model.parameters() if type(p) is not torch.nn.Parameter})
+        places = {p.device for p in model.parameters()}
+        problem = (
+            f"its parameters are of the class {odd[0]}"
+            if odd
+            else "it has adapters"
+            if getattr(model, "_hf_peft_config_loaded", False)
+            else f"its parameters are on {', '.join(sorted(map(str, places)))}"
+            if len(places) != 1 or "meta" in {place.type for place in places}
+            else None
+        )
+        if problem is not None:
+            raise CheckpointError(f"the {name} in memory cannot be used as it is: {problem}; {SAVE}")
+        return cls(model)
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"the {type(self.model).__name__} in memory ({dtype})"
+
+    @property
+    def config_where(self) -> str:
+        """What messages call its configuration."""
+        return self.where
+
+    @property
+    def name(self) -> str:
+        """A name for it, used in default names."""
+        return type(self.model).__name__
+
+    @property
+    def recorded(self) -> str:
+        """What a manifest records of where it lies."""
+        return "-"
+
+    @property
+    def folder(self) -> Path:
+        """UsageError: it has no folder."""
+        raise UsageError(f"{self.where} has no folder: {SAVE}")
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """UsageError: a model in memory has no tokenizer."""
+        raise UsageError(f"{self.where} comes without a tokenizer: give `tokenizer`, a loaded one or its folder")
+
+    def numbers(self) -> int:
+        """The number of numbers in all parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def versions(self) -> tuple[int, ...]:
+        """Counts of the changes of each parameter in place, by which torch notices that weights have changed."""
+        return tuple(parameter._version for parameter in self.model.parameters())
+
+    def fingerprint(self) -> str:
+        """That of the folder which `save_pretrained` would write, see :meth:`Checkpoint.fingerprint`."""
+        import torch
+
+        digests = []
+        for name, tensor in sorted(_saved_tensors(self.model).items()):
+            dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+            if dtype is None:
+                raise CheckpointError(f"{self.where}: tensor {name!r} has the dtype {tensor.dtype}; {SAVE}")
+            hashed = hashlib.sha256(json.dumps([name, dtype, list(tensor.shape)]).encode())
+            hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digests.append(hashed.digest())
+        return f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()}"
+
+    def copied(self, *, dtype: str | None = None, device: str | None = None, kernel: str | None = None) -> Any:
+        """A copy of the model without hooks that shares the memory of its weights; in another ``dtype`` or on another
+        ``device`` it has weights of its own. None: those of the model; likewise the attention ``kernel``.
+
+        UsageError for a kernel that is not there.
+        """
+        import torch
+
+        wanted = self.model.dtype if dtype is None else getattr(torch, dtype)
+
+        def shared(tensor: Any) -> Any:
+            changes = wanted != self.model.dtype and tensor.is_floating_point()
+            return tensor.detach().to(device=device or tensor.device, dtype=wanted if changes else tensor.dtype)
+
+        parameters = {  # deepcopy takes these in the place of copies; a tied parameter stays one
+            id(parameter): torch.nn.Parameter(shared(parameter), requires_grad=parameter.requires_grad)
+            for parameter in self.model.parameters()
+        }
+        try:
+            copied = deepcopy(self.model, parameters)
+        except Exception as error:
+            raise CheckpointError(f"{self.where} cannot be copied ({error!s:.300}); {SAVE}") from error
+        for module in copied.modules():
+            if "forward" in vars(module):
+                raise CheckpointError(f"{self.where}: the forward of a module was replaced by another one; {SAVE}")
+            for hooks in HOOKS:
+                getattr(module, hooks).clear()
+        if kernel is not None and kernel != getattr(copied.config, "_attn_implementation", None):
+            try:
+                copied.set_attn_implementation(kernel)
+            except (ValueError, ImportError) as error:
+                raise UsageError(f"`attn_implementation` {kernel!r}: {str(error).splitlines()[0]}") from error
+        return copied
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A tokenizer in memory, in the place of its folder."""
+
+    tokenizer: Any
+
+    def __str__(self) -> str:
+        return f"the {type(self.tokenizer).__name__} in memory"
+
+    def save(self, folder: Path) -> None:
+        """Write it to ``folder``. UsageError for an object that is no tokenizer."""
+        with importing():
+            from transformers import PreTrainedTokenizerBase
+
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise UsageError(
+                f"`tokenizer` is a {type(self.tokenizer).__name__}; expected a folder, or a tokenizer of transformers"
+            )
+        self.tokenizer.save_pretrained(folder)
+
+
+def checkpoint_name(given: Any) -> str:
+    """What results call a checkpoint: its path, or the model in memory."""
+    return str(given) if isinstance(given, str | Path) else f"the {type(given).__name__} in memory"
+
+
+def tokenizer_source(found: Path | LoadedTokenizer) -> Any:
+    """What a user could have given to mean ``found``."""
+    return found.tokenizer if isinstance(found, LoadedTokenizer) else found
+
+
+def recorded_tokenizer(given: Any) -> str | None:
+    """What a manifest records of the tokenizer that a user gives: its path, or "-" for one in memory."""
+    if given is None:
+        return None
+    return str(Path(given).resolve()) if isinstance(given, str | Path) else "-"
+
+
+def _saved_tensors(model: Any) -> dict[str, Any]:
+    """The tensors that ``save_pretrained`` writes, by name: without tied ones, and named as in files."""
+    with importing():
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    left_out = model._keys_to_ignore_on_save or ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    saved: dict[str, Any] = revert_weight_conversion(model, remove_tied_weights_from_state_dict(tensors, model))
+    return saved
+
+
+@contextmanager
+def as_folders(checkpoint: Any, tokenizer: Any) -> Iterator[tuple[Any, Any]]:
+    """A checkpoint and a tokenizer as paths, for processes that read them from there: what is in memory is saved to a
+    temporary folder until the block ends. None, and paths, stay.
+    """
+    with tempfile.TemporaryDirectory(prefix="ghoststore-") as folder:
+        places = [Path(folder) / name for name in ("model", "tokenizer")]
+        if in_memory(checkpoint):
+            LoadedCheckpoint.of(checkpoint).copied().save_pretrained(places[0])
+            checkpoint = places[0]
+        if in_memory(tokenizer):
+            LoadedTokenizer(tokenizer).save(places[1])
+            tokenizer = places[1]
+        yield checkpoint, tokenizer

@@ -1,0 +1,177 @@
+"""Data in memory as a corpus: texts, dictionaries, and tables (`datasets.Dataset`, pandas, Arrow)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ghoststore.corpus.fields import RowError
+from ghoststore.corpus.formats.base import Form, KeyedRow
+from ghoststore.corpus.formats.dataset import DatasetForm
+from ghoststore.corpus.locate import absolute, corpus_name
+from ghoststore.errors import CorpusError, UsageError
+from ghoststore.settings.shared import Data, in_memory
+
+WHAT = "a path, or a list of texts or of dicts, a datasets.Dataset, a pandas DataFrame or an Arrow table"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryForm:
+    """A list of texts and dictionaries. A row's key is its number; a text is the field "text" of its row."""
+
+    items: Sequence[object]
+    name: str = "memory"
+    has_offsets: bool = False
+    adds_nulls: bool = False
+    largest: int | None = None
+
+    def fields(self, path: Path) -> Sequence[str] | None:
+        return None
+
+    def rows(self, path: Path, columns: Sequence[str] | None, start: int) -> Iterator[KeyedRow]:
+        yield from self.pick(path, columns, range(start, len(self.items)))
+
+    def pick(self, path: Path, columns: Sequence[str] | None, keys: Sequence[int]) -> Iterator[KeyedRow]:
+        for key in keys:
+            if key < len(self.items):
+                try:
+                    yield key, _row(self.items[key])
+                except RowError as error:
+                    raise CorpusError(f"{self.where(path, key)}: {error}") from None
+
+    def count(self, path: Path) -> int:
+        return len(self.items)
+
+    def where(self, path: Path, key: int) -> str:
+        return f"{path}, row {key + 1}"
+
+
+def _row(item: object) -> dict[str, object]:
+    if item is None or isinstance(item, str):
+        item = {"text": item}
+    if not isinstance(item, Mapping):
+        raise RowError(f"expected a text or a dict, found {item!r:.80} ({type(item).__name__})")
+    return {name: _plain(name, value) for name, value in item.items()}
+
+
+def _plain(name: object, value: object) -> object:
+    """``value`` as JSON would give it back. Nested values are checked where they are used."""
+    if isinstance(value, np.generic) and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"field {name!r}: half a surrogate pair at character {error.start}") from None
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryData:
+    """Data in memory, and what messages and results call them. Made by `source_of`."""
+
+    name: str
+    form: Form
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __len__(self) -> int:
+        return self.form.count(Path(self.name))
+
+
+Source: TypeAlias = str | MemoryData
+"""Where a corpus is: what `locate` finds files for, or data in memory."""
+
+
+def source_of(data: Data) -> Source:
+    """The source that a user means by ``data``. UsageError for an object that is no data, or that can be read only
+    once.
+    """
+    if isinstance(data, str | PurePath):
+        return str(data)
+    if isinstance(data, MemoryData):
+        return data
+    if _is_table(data):
+        return MemoryData(_named(data), DatasetForm(_dataset(data)))
+    if isinstance(data, Mapping):
+        advice = "one of its splits" if type(data).__module__.startswith("datasets") else "a list of such rows"
+        raise UsageError(f"a {type(data).__name__} is not data of several rows: give {advice}")
+    if isinstance(data, bytes | bytearray) or not isinstance(data, Sequence):
+        once = hasattr(data, "__iter__") and not hasattr(data, "__len__")
+        advice = (
+            "it can be read only once, and data are read several times: give a list of the rows that you want"
+            if once
+            else f"give {WHAT}"
+        )
+        raise UsageError(f"data of the type {type(data).__name__} cannot be used: {advice}")
+    _refuse_paths(data)
+    kinds = "texts" if all(isinstance(item, str) for item in data) else "rows"
+    return MemoryData(f"{len(data):,} {kinds} in memory", MemoryForm(data))
+
+
+def _refuse_paths(items: Sequence[object]) -> None:
+    """UsageError for a list of the names of files, which would be read as texts."""
+    if any(isinstance(item, PurePath) for item in items) or (
+        0 < len(items) <= 64
+        and all(isinstance(item, str) and len(item) < 256 and os.path.exists(item) for item in items)
+    ):
+        raise UsageError(
+            f"a list holds texts, and {str(items[0])!r:.100} is a path: give one path that is no list (a folder for "
+            "several files)"
+        )
+
+
+def _package(data: object) -> str:
+    return type(data).__module__.partition(".")[0]
+
+
+def _is_table(data: object) -> bool:
+    """Whether ``data`` is a table of a library, by its class: none of them is loaded for that."""
+    columns = {"datasets": "select_columns", "pandas": "columns", "pyarrow": "column_names"}.get(_package(data))
+    return columns is not None and hasattr(data, columns) and hasattr(data, "__len__") and not isinstance(data, Mapping)
+
+
+def _named(table: Any) -> str:
+    return f"{len(table):,} rows in memory"
+
+
+def _dataset(table: Any) -> Any:
+    """A `datasets.Dataset` with the rows of ``table``."""
+    import datasets
+
+    if isinstance(table, datasets.Dataset):
+        return table
+    if _package(table) == "pandas":
+        return datasets.Dataset.from_pandas(table, preserve_index=False)
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def source_name(data: Data | None) -> str:
+    """What results and messages call ``data``: the path, or ``3 texts in memory``."""
+    if in_memory(data) and _is_table(data):
+        return _named(data)  # without a copy of it
+    return str(data if data is None else source_of(data))
+
+
+def part_word(data: Data) -> str:
+    """A short word for ``data`` in default names of parts and runs."""
+    return "memory" if in_memory(data) else corpus_name(str(data))
+
+
+def recorded(source: Source) -> str:
+    """What a manifest records of where a corpus lies: its absolute path, or "-" for what cannot be read again."""
+    return absolute(source) if isinstance(source, str) and source != "-" else "-"
+
+
+def same_source(first: Data, second: Data) -> bool:
+    """Whether two val sets are the same one."""
+    paths = [isinstance(data, str | PurePath) for data in (first, second)]
+    if all(paths):
+        return absolute(str(first)) == absolute(str(second))
+    return first is second or (isinstance(first, list) and isinstance(second, list) and first == second)
