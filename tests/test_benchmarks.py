@@ -54,9 +54,7 @@ def test_beside_libraries_that_are_not_installed(tmp_path: Path) -> None:
     assert ours["ghoststore/tf-idf"]["row_bytes"] is None
     assert ours["ghoststore/default"]["difference"]["value"] == 0.0
     outcomes = tmp_path / "work" / "outcomes"
-    default, exact, words = (
-        np.load(outcomes / f"ghoststore-{name}.npy") for name in ("default-dot", "exact", "tf-idf")
-    )
+    default, exact, words = (np.load(outcomes / f"ghoststore-{name}.npy") for name in ("default", "exact", "tf-idf"))
     assert default.shape == exact.shape == words.shape == (4, 24)
     assert all(np.corrcoef(pair)[0, 1] > 0.8 for pair in zip(default, exact, strict=True))
     assert np.all(words <= 1 + 1e-6)

@@ -59,7 +59,7 @@ class Way:
 
 WAYS = (
     Way(of="ghoststore", name="default", label="default", build="part"),
-    Way(of="ghoststore", name="default-dot", label="default, by dot", build="part"),
+    Way(of="ghoststore", name="lexical", label="default with `--lexical 0.1`", build="part"),
     Way(of="ghoststore", name="exact", label="exact gradients in the default's metric", build="part"),
     Way(of="ghoststore", name="tf-idf", label="TF-IDF"),
     Way(of="bergson", name="index-16-cosine", label="index, 16 × 16 a layer, cosine", build="index"),

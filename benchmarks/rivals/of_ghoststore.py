@@ -44,20 +44,17 @@ def query(job: Job, *, options: dict[str, Any]) -> None:
 
 
 def all_scores(question: dict[str, Any]) -> Any:
-    """(val rows, rows): by the metric of the question."""
+    """(val rows, rows)."""
     from ghoststore import Store
     from ghoststore.corpus import Fields, open_corpus
     from ghoststore.progress import Silent
     from query.ask.question import Question
     from query.ask.scorer import open_scorer
-    from query.search.vectors import PartVectors
 
     asked, part = Question(**question, device="cpu"), Store.open(question["store"]).part(DEFAULT)
     with open_corpus(str(question["val_set"]), Fields()) as val_set:
         scorer = open_scorer(asked, [part], [1.0], val_set, Silent())
-    rows_ND = PartVectors(part).gather(np.arange(part.layout.rows))
-    scores_VN = (scorer.terms[0].queries_QD.float() @ rows_ND.t()).double()
-    return scores_VN / rows_ND.norm(dim=1).double().clamp_min(1e-30) if asked.metric == "cosine" else scores_VN
+        return scorer.scores()
 
 
 def query_exact(job: Job) -> None:
@@ -100,7 +97,7 @@ def query_words(job: Job) -> None:
 
 WAYS = {
     "default": Phases(start, partial(build, options={}), partial(query, options={})),
-    "default-dot": Phases(start, partial(build, options={}), partial(query, options={"metric": "dot"})),
+    "lexical": Phases(start, partial(build, options={}), partial(query, options={"lexical": 0.1})),
     "exact": Phases(start, partial(build, options={}), query_exact),
     "tf-idf": Phases(no_start, build_words, query_words),
 }
