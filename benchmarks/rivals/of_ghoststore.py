@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from exchange import Job, Phases, run
 
 DEFAULT = "default"
@@ -54,7 +53,7 @@ def all_scores(question: dict[str, Any]) -> Any:
     asked, part = Question(**question, device="cpu"), Store.open(question["store"]).part(DEFAULT)
     with open_corpus(str(question["val_set"]), Fields()) as val_set:
         scorer = open_scorer(asked, [part], [1.0], val_set, Silent())
-        return scorer.scores()
+        return scorer.scores(Silent())
 
 
 def query_exact(job: Job) -> None:
