@@ -374,7 +374,8 @@ def main(
     (work / "outcomes").mkdir(exist_ok=True)
     runs = Runs((work / "job").resolve(), (work / "outcomes").resolve(), python_of)
     settings = {"corpus": name, "samples": judged.kept_MN.shape[1], "val rows": len(val_lines),
-                "halves": len(judged.kept_MN), **asdict(case.recipe)}  # fmt: skip
+                "halves": len(judged.kept_MN), **asdict(case.recipe),
+                **({"left out": " ".join(skip)} if skip else {})}  # fmt: skip
     results = Results(name=f"rivals-{name}", title="Beside other libraries", settings=settings, facts=machine_facts())
     add_tables(results, runs, judged, facts, chosen)
     results.write(out)
