@@ -92,7 +92,7 @@ class Outcome:
 
 
 class Runs:
-    """Ways in processes, each done once: outcomes and scores stay in ``folder``."""
+    """Ways in processes, each done once: outcomes and scores stay in ``folder``. What failed is tried again."""
 
     def __init__(self, job: Path, folder: Path, pythons: dict[str, str]) -> None:
         self.job, self.folder, self.pythons = job, folder, pythons
@@ -109,7 +109,7 @@ class Runs:
         try:
             outcome = replace(self._measured(way), load=load)
         except RuntimeError as error:
-            outcome = Outcome(problem=str(error), load=load)
+            return Outcome(problem=str(error), load=load)
         kept.write_text(json.dumps(asdict(outcome)))
         return outcome
 
