@@ -23,7 +23,7 @@ import ghoststore
 from ghoststore import Corpus, Store
 from ghoststore.corpus import Fields, open_corpus
 from ghoststore.progress import Silent
-from query.ask.lexical import Hybrid, WordIndex
+from query.ask.lexical import Hybrid, WordIndex, words_of
 from query.ask.question import Question
 from query.ask.scorer import open_scorer
 from query.common.rank_correlation import mean_ranks, spearman
@@ -100,7 +100,7 @@ def prediction(case: Case, judge: Judge) -> tuple[list[dict[str, str]], dict[str
     similarity, index = scores_of(case.built(DEFAULT), case.val_set), WordIndex(texts_of(case.data))
     val = texts_of(case.val_set)
     words = np.stack([index.scores(text) for text in val])
-    once = np.stack([index.scores(" ".join(dict.fromkeys(text.lower().split()))) for text in val])
+    once = np.stack([index.scores(" ".join(dict.fromkeys(words_of(text)))) for text in val])
     tf_idf = TfIdf(texts_of(case.data))
     cosines = (tf_idf.vectors(val) @ tf_idf.rows.T).astype(np.float64)
     baselines = {
@@ -120,7 +120,7 @@ def prediction(case: Case, judge: Judge) -> tuple[list[dict[str, str]], dict[str
             {
                 "weight": f"{weight:g}",
                 "dot": shown(values["z-scores", "dot"]),
-                "less that of gradients": gain(judge, blends["z-scores", "dot"], similarity["dot"]),
+                "less that of gradients": gain(judge, blends["z-scores", "dot"], similarity["dot"]) if weight else "",
                 "cosine": f"{values['z-scores', 'cosine'].value:.3f}",
                 **{f"{name}, dot": f"{values[name, 'dot'].value:.3f}" for name in list(FUSIONS)[1:]},
             }

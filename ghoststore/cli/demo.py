@@ -60,7 +60,10 @@ def _print(report: Any) -> None:
         verdict = "the source" if example["is_source"] else "not the source"
         print_facts(
             f"asked: {example['question']}",
-            [("nearest row", str(example["nearest"])), ("", f"score {example['score']:.3g}, {verdict}")],
+            [
+                ("nearest row", str(example["nearest"])),
+                ("", f"{verdict}; without it the val loss would be {example['nats']:.2g} nats higher"),
+            ],
         )
         say()
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ghoststore.cli import options
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 def command(keywords: options.Keywords, printing: Printing, file: ResultFile) -> None:
     """The training samples whose gradients point the same way as those of a val set.
 
+    Scores in nats: by how much the val loss is predicted to rise if the row were left out of the training, or to fall
+    if it were seen once more; below 0 the other way round. --out and --json have the raw product, too.
+
     \b
       ghoststore query --store ./store --val-set val.jsonl --report out.html
       ghoststore query --store ./store --val-set val.jsonl --each --top-k 5 --json
@@ -34,12 +38,14 @@ def command(keywords: options.Keywords, printing: Printing, file: ResultFile) ->
 def print_hits(result: Any) -> None:
     from ghoststore.cli.ranking import print_ranking
     from ghoststore.cli.terminal import preview, say
+    from ghoststore.cli.tokens import token_lines
 
     settings = result.settings
     metric, of_run = settings["metric"], "run" in settings
     beside = ["similarity", "value"] if "with_scores" in settings else []
     beside = ["similarity", "bm25"] if "lexical" in settings else beside
-    columns, about = _columns(settings), "" if of_run else _about(settings)
+    in_nats = any(hit.nats is not None for query in result.results for hit in (*query.hits, *query.bottom))
+    columns, about = _columns(settings, in_nats), "" if of_run else _about(settings)
     titles = ("nearest to {0}", "farthest from {0}") if metric in ("cosine", "dot") else ("highest {1}", "lowest {1}")
     times = Counter(query.query for query in result.results)
     for query in result.results:
@@ -52,10 +58,21 @@ def print_hits(result: Any) -> None:
             for hit in hits:
                 numbers = [hit.score, *(getattr(hit, name) for name in beside)]
                 cells = ["–" if number is None else f"{number:.4g}" for number in numbers]
+                cells[:1] = [f"{hit.nats:.2e}"] if hit.nats is not None else cells[:1]
                 cells += [f"{hit.times:,}"] if of_run else []
                 rows.append([str(hit.rank), *cells, hit.id, str(hit.source_row), hit.domain or "", preview(hit.text)])
             if rows:
-                print_ranking(title.format(name, metric), about, columns, rows)
+                print_ranking(title.format(name, metric), about, columns, rows, partial(token_lines, hits))
+    if in_nats:
+        from query.ask.unit import unit_words
+
+        say(unit_words(settings["unit"]))
+    if settings.get("tokens") and (first := next((hit for query in result.results for hit in query.hits), None)):
+        stored = first.similarity if beside else first.score
+        say(
+            "Tokens sum to the similarity of gradients that were computed again and not rounded: "
+            f"{first.recomputed:.4g} for the first row, {stored:.4g} by its stored vector."
+        )
     if fewer := _fewer(result):
         say(fewer)
     if settings.get("candidates_left_out"):
@@ -68,9 +85,10 @@ def print_hits(result: Any) -> None:
         say(f"fidelity: {fidelity_line(settings['fidelity'])}")
 
 
-def _columns(settings: dict[str, Any]) -> list[Column]:
+def _columns(settings: dict[str, Any], in_nats: bool) -> list[Column]:
     metric, symbol = settings["metric"], STEP_WEIGHT_SYMBOLS[settings["weight"]] if "weight" in settings else ""
     scores = [f"Σ {symbol}·{metric}", "times"] if "run" in settings else [metric]
+    scores = [settings["unit"]["name"]] if in_nats else scores
     if "with_scores" in settings:
         scores = ["blend", metric, f"Σ {symbol}·score"]
     if "lexical" in settings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from rich.cells import cell_len
@@ -21,8 +21,16 @@ LEAST = 24
 """Columns below which the last text gets a line of its own."""
 
 
-def print_ranking(title: str, about: str, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def print_ranking(
+    title: str,
+    about: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    below: Callable[[int, int | None, bool], Sequence[str]] = lambda place, columns, ascii_only: (),
+) -> None:
     """Print ``rows``, each a sample, below ``title`` and the line ``about``; the last column is the text.
+
+    ``below`` gives further lines for the sample at a place: of at most so many columns (None: any), in ASCII or not.
 
     A sample is one line if the terminal is wide enough. Else its text, then its id, move to a line below it. Columns
     without any text are left out. If stdout is no terminal, each sample is one line, and nothing is cut.
@@ -38,8 +46,11 @@ def print_ranking(title: str, about: str, columns: Sequence[Column], rows: Seque
     longest = max(cell_len(line) for lines in samples for line in lines)
     _print_lines(console, samples[0], "bold")
     _print_lines(console, [("-" if console.options.ascii_only else "─") * longest])
-    for lines in samples[1:]:
-        _print_lines(console, lines)
+    indent = " " * (2 * GAP)
+    room = console.width - len(indent) if console.is_terminal else None
+    for place, lines in enumerate(samples[1:]):
+        further = [indent + line for line in below(place, room, console.options.ascii_only)]
+        _print_lines(console, [*lines, *further])
     console.print()
 
 

@@ -46,9 +46,10 @@ def _quotas(quotas: Sequence[tuple[str, float]]) -> dict[str, float]:
 
 
 def _print(report: Any) -> None:
-    from ghoststore.cli.terminal import print_facts, print_table
+    from ghoststore.cli.terminal import print_facts, print_table, say
 
-    leaks = report.leaks["found"]
+    leaks, unit = report.leaks["found"], report.settings.get("unit")
+    score, factor, form = ("score", 1.0, ".4g") if unit is None else (unit["name"], unit["factor"], ".2e")
     left_out = report.settings.get("candidates_left_out")
     print_facts(
         f"{report.samples:,} of {report.available:,} samples, {report.tokens:,} tokens",
@@ -56,7 +57,10 @@ def _print(report: Any) -> None:
             ("rows", report.out),
             ("report", report.report),
             ("list of rows", report.rows_file),
-            ("lowest score chosen", f"{report.scores['chosen']['lowest']:.4g}"),
+            (
+                "lowest score chosen",
+                f"{report.scores['chosen']['lowest'] * factor:{form}}{' ' + score if unit else ''}",
+            ),
             (
                 "near-duplicates of the val set",
                 "not looked for" if leaks is None else f"{leaks:,} ({report.leaks['policy']})",
@@ -65,7 +69,7 @@ def _print(report: Any) -> None:
         ],
     )
     if len(report.domains) > 1 or report.settings["quotas"]:
-        columns = [("domain", False), ("chosen", True), ("of", True), ("tokens", True), ("mean score", True)]
+        columns = [("domain", False), ("chosen", True), ("of", True), ("tokens", True), (f"mean {score}", True)]
         print_table(
             "by domain",
             columns,
@@ -75,15 +79,22 @@ def _print(report: Any) -> None:
                     f"{share.chosen:,}",
                     f"{share.available:,}",
                     f"{share.tokens:,}",
-                    "–" if share.mean_score is None else f"{share.mean_score:.4g}",
+                    "–" if share.mean_score is None else f"{share.mean_score * factor:{form}}",
                 ]
                 for share in report.domains
             ],
         )
     labels = list(report.lengths["all"])
     rows = [
-        [f"{what} of {whose}", *(f"{numbers[whose][label]:,.4g}" for label in labels)]
-        for what, numbers in (("tokens", report.lengths), ("score", report.scores))
+        [f"{what} of {whose}", *(f"{numbers[whose][label] * times:{shape}}" for label in labels)]
+        for what, numbers, times, shape in (
+            ("tokens", report.lengths, 1, ",.4g"),
+            (score, report.scores, factor, form if unit else ",.4g"),
+        )
         for whose in ("chosen", "all")
     ]
     print_table("quantiles", [("", False), *((label, True) for label in labels)], rows)
+    if unit is not None:
+        from query.ask.unit import unit_words
+
+        say(unit_words(unit))

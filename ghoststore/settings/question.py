@@ -279,6 +279,9 @@ class SelectOptions(ProgressOption, RunGradientsOptions, QuestionOptions):
     fraction: float | None = option(None, "Choose this share of the samples that can be chosen.", "Output")
     count: int | None = option(None, "Choose N samples.", "Output", metavar="N")
     threshold: float | None = option(None, "Choose every sample with at least this score.", "Output")
+    threshold_nats: float | None = option(
+        None, "Choose every sample with at least this score in nats, as tables of `query` show it.", "Output"
+    )
     token_budget: int | None = option(
         None, "Choose from the top while all together have N tokens.", "Output", metavar="N"
     )

@@ -163,7 +163,7 @@ class MetricOption:
     metric: Metric | None = option(
         None,
         "The score (default: dot for parts whose gradients were preconditioned or scaled at build, cosine for plain "
-        "ones).",
+        "ones). By dot above 0: the row helps.",
         "Scoring",
     )
 

@@ -144,8 +144,8 @@ def _hook(
         inner = y.shape[1:-1]
         if not inner or inner[0] != positions or positions in inner[1:]:
             raise CaptureError(
-                f"layer {use.module!r} gave an output of shape {tuple(y.shape)} for {batch} rows of {positions} tokens: "
-                "its second axis is not that of the tokens, so what each of them adds cannot be told"
+                f"layer {use.module!r} gave an output of shape {tuple(y.shape)} for {batch} rows of {positions} "
+                "tokens: its second axis is not that of the tokens, so what each of them adds cannot be told"
             )
         with torch.no_grad(), without_autocast(y.device.type):
             saved = layer_type.keep(module, x.reshape(-1, *x.shape[2:]), sides, y.dtype)

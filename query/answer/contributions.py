@@ -9,7 +9,7 @@ Legend: Q queries, R rows, D numbers of a vector, G layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class Contributions:
     """For each ranking a dictionary of row to (G,). It is empty for a combined ranking that is no sum over layers."""
     note: str
     """A sentence for the reader: how the contributions were computed."""
+
+    def times(self, factor: float) -> Contributions:
+        """In another unit."""
+        return replace(self, of=[{row: sums * factor for row, sums in ranking.items()} for ranking in self.of])
 
 
 def contributions(scorer: Scorer, rows: Sequence[Sequence[int]], progress: Progress) -> Contributions | str:

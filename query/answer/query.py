@@ -10,18 +10,20 @@ from ghoststore.progress import Progress, Silent
 from ghoststore.settings.keywords import part_of, takes
 from ghoststore.settings.question import QueryOptions
 from ghoststore.store.part.fidelity import read_fidelity
+from ghoststore.store.part.metric import metric_for
 from query.ann.index import AnnIndex
 from query.answer.contributions import recomputable
 from query.answer.report import write_report
-from query.answer.results import QueryHits, QueryResult, hits_of
+from query.answer.results import QueryHits, QueryResult, hits_of, with_nats
 from query.answer.run_query import query_run
 from query.answer.tokens import explain, refuse_tokens
 from query.ask.opened_model import OpenedModel
 from query.ask.question import Question
-from query.ask.rerank import rank_anew, refuse_rerank
+from query.ask.rerank import rank_anew, refuse_cosine, refuse_rerank
 from query.ask.run_question import refuse_options_of_runs
 from query.ask.scorer import Scorer, open_scorer
 from query.ask.second_stage import Reranking
+from query.ask.unit import unit_of
 from query.common.output import check_output
 from query.search.parts import note_repeated, open_parts, part_names
 
@@ -31,11 +33,13 @@ def query(options: QueryOptions) -> QueryResult:
     """The training samples most similar (``top_k``) and least similar (``bottom_k``) to ``val_set``.
 
     There is one ranking for the mean gradient of the val set or, with ``each``, one for every val sample. ``metric`` is
-    ``dot`` or ``cosine``. ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the
-    part must then keep plain Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization
-    and projection that the part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the
-    checkpoint, the tokenizer and the corpus (for texts). The default is where the user's own build read them; paths in
-    a store that somebody else made are not followed.
+    ``dot`` or ``cosine`` (default: the one that the part was made for). Products have a meaning: ``nats`` of a hit is
+    by how much the val loss is predicted to rise if the row were left out of the training, see `docs/query.md`.
+    ``layers`` and ``exclude_layers`` are patterns that restrict the score to some layers; the part must then keep plain
+    Kronecker blocks, or one sketch a layer. The val set goes through the model, tokenization and projection that the
+    part's manifest names. ``checkpoint``, ``tokenizer`` and ``data`` say where to read the checkpoint, the tokenizer
+    and the corpus (for texts). The default is where the user's own build read them; paths in a store that somebody else
+    made are not followed.
 
     ``minus`` is a second val set, to be far from: its mean gradient is subtracted from that of ``val_set`` (of each val
     sample or group). By ``dot`` a score is then what a step on the sample does to the difference of the two losses.
@@ -133,6 +137,7 @@ def _answer(
     """The answer to ``question``. ``settings`` say how rows are ranked: index, top_k, bottom_k; ``how``, how anew."""
     counts = (settings["top_k"], settings["bottom_k"])
     parts, weights = open_parts(question.store, question.part, question.part_weights, progress)
+    refuse_cosine(how, metric_for(question.metric, parts))
     recomputes = page is not None and parts[0].sketched_together and recomputable(question, len(parts))
     with (
         question.opened_val_set(progress) as corpus,
@@ -155,17 +160,21 @@ def _answer(
             settings = {**settings, "index": "exact"}
         explained = explain(scorer, rankings, progress) if "tokens" in settings else None
         hits = hits_of(scorer.part, rankings, text, progress, scorer.blend or scorer.hybrid, question.data, explained)
+        unit = unit_of(question, parts, rounded=how.rerank is None) if how.in_metric else None
+        settings = {"unit": None if unit is None else unit.to_json(), **settings}
         result = QueryResult(
             store=str(question.store),
             settings={
                 **scorer.settings(),
                 **how.settings(scorer.part),
                 **settings,
-                "fidelity": fidelity_settings(scorer, progress),
+                "fidelity": fidelity_settings(scorer, progress) if how.rerank is None else None,
             },
             results=[
                 QueryHits(query=name, hits=best, bottom=worst, val_row=val_row)
-                for name, val_row, best, worst in zip(scorer.names, scorer.val_rows, *hits, strict=True)
+                for name, val_row, best, worst in zip(
+                    scorer.names, scorer.val_rows, *with_nats(hits, unit), strict=True
+                )
             ],
         )
         if page is not None:

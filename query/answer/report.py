@@ -20,8 +20,10 @@ from ghoststore.store import Part
 from ghoststore.store.base.new_files import new_file
 from query.answer.contributions import Contributions, contributions
 from query.answer.results import Hit, QueryResult
+from query.answer.tokens import Token, pieces
 from query.ask.question import COMBINED
 from query.ask.scorer import Scorer
+from query.ask.unit import unit_of, unit_words
 from query.search.search import Ranking
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -44,9 +46,15 @@ def write_report(
     import jinja2
 
     shown = result.results[:MOST_RANKINGS]
-    scores = scorer.scores(progress, len(shown))
+    unit = result.settings["unit"]
+    stored, recomputed = (
+        None if unit is None else unit_of(scorer.question, scorer.parts, rounded=rounded) for rounded in (True, False)
+    )
+    scores = scorer.scores(progress, len(shown)) * (1.0 if stored is None else stored.factor)
     rows = [[int(row) for row in ranking if row >= 0] for ranking in rankings[0].rows[: len(shown)]]
     layers = contributions(scorer, rows, progress)
+    if isinstance(layers, Contributions) and stored is not None and recomputed is not None:
+        layers = layers.times((recomputed if scorer.part.sketched_together else stored).factor)
     domains = np.bincount(scorer.part.column("domain").astype(np.int64) + 1, minlength=len(scorer.part.domains) + 1)
     titles = {"mean": "the val set's mean gradient"}
     if scorer.question.group_field is not None:
@@ -57,6 +65,8 @@ def write_report(
         "title": f"{_count(result)} {Path(str(result.settings['val_set'])).name}",
         "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
+        "unit": "" if unit is None else unit["name"],
+        "unit_words": "" if unit is None else unit_words(unit),
         "rankings": [
             {
                 "name": ranking.query,
@@ -107,7 +117,7 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
     def place(score: float) -> float | None:
         return round(WIDTH * (score - low) / spread, 1) if spread > 0 and low <= score <= high else None
 
-    lowest = min((hit.score for hit in hits), default=None)
+    lowest = min((_shown_score(hit) for hit in hits), default=None)
     return {
         "rows": len(finite),
         "low": low,
@@ -121,6 +131,11 @@ def histogram(scores_N: NDArray[np.float64], hits: Sequence[Hit]) -> dict[str, A
         "mark": None if lowest is None else place(lowest),
         "lowest": lowest,
     }
+
+
+def _shown_score(hit: Hit) -> float:
+    """In nats, where it has them."""
+    return hit.score if hit.nats is None else hit.nats
 
 
 def _domains(part: Part, rows: Sequence[int], all_rows: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -156,7 +171,28 @@ def _hits(hits: Sequence[Hit], rows: Sequence[int], layers: Contributions | str,
             order = np.argsort(-np.abs(values), kind="stable")[:STRONGEST]
             short = _short(layers.layers)
             strongest = [(short[at], float(values[at])) for at in order]
-        shown.append({**asdict(hit), "text": text, "more": more, "layers": strongest})
+        parts = {"pieces": colored(hit.text, hit.tokens)} if hit.tokens is not None else {}
+        if hit.val_sample is not None:
+            parts["asking"] = colored(hit.val_sample.text, hit.val_sample.tokens)
+        score = _shown_score(hit)
+        shown.append({**asdict(hit), "score": score, "text": text, "more": more, "layers": strongest, **parts})
+    return shown
+
+
+def colored(text: str | None, tokens: Sequence[Token]) -> list[tuple[str, str, float | None]]:
+    """``text`` as (characters, class of their color, what their token adds): ``p1`` to ``p5`` for tokens that add, the
+    last most, ``n1`` to ``n5`` for those that take off; no class for what adds next to nothing, None between tokens.
+    It begins at the first token, and is at most :data:`MOST_CHARACTERS` long.
+    """
+    most = max((abs(token.score) for token in tokens), default=0.0) or 1.0
+    first = next((token.start for token in tokens if token.start is not None), 0)
+    shown: list[tuple[str, str, float | None]] = [("… ", "", None)] if first and text else []
+    for characters, place in pieces((text or "")[: first + MOST_CHARACTERS], tokens):
+        if place is None and not shown[1:] and first:
+            continue  # the windows before this one
+        score = None if place is None else tokens[place].score
+        level = 0 if score is None else round(5 * abs(score) / most)
+        shown.append((characters, f"{'n' if (score or 0.0) < 0 else 'p'}{level}" if level else "", score))
     return shown
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +16,7 @@ from ghoststore.store import Part
 from query.answer.tokens import Explained, Token, ValTokens
 from query.ask.blend import Blend
 from query.ask.lexical import Hybrid
+from query.ask.unit import Unit
 from query.common.notebook import cut, html_table, html_tables
 from query.common.output import arrow_table, columns_of, write_result
 from query.common.texts import texts_of
@@ -31,6 +32,8 @@ class Hit:
 
     rank: int
     score: float
+    nats: float | None = None
+    """``score`` in the ``unit`` of the settings, a change of the val loss; None where it has none."""
     id: str
     source_row: int
     domain: str | None
@@ -51,6 +54,8 @@ class Hit:
         text = shown.pop("text")
         if not self.window_start:
             del shown["window_start"]
+        if self.nats is None:
+            del shown["nats"]
         return {**shown, "text": text}
 
     def __repr__(self) -> str:
@@ -219,6 +224,19 @@ class QueryResult:
     def _hit(self) -> type[Hit]:
         """The class of the hits."""
         return next((type(hit) for result in self.results for hit in (*result.hits, *result.bottom)), Hit)
+
+
+def with_nats(hits: Sequence[Sequence[Sequence[Hit]]], unit: Unit | None) -> list[list[list[Hit]]]:
+    """``hits`` of :func:`hits_of` with their ``nats``, where ``unit`` is one and their scores are products."""
+    if unit is None:
+        return [[list(ranking) for ranking in rankings] for rankings in hits]
+    return [
+        [
+            [replace(hit, nats=hit.score * unit.factor) if type(hit) is Hit else hit for hit in ranking]
+            for ranking in rankings
+        ]
+        for rankings in hits
+    ]
 
 
 def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:

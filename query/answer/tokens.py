@@ -90,7 +90,7 @@ def explain(scorer: Scorer, rankings: Sequence[Ranking], progress: Progress) -> 
     """The tokens of every row in ``rankings``, the best and the worst of each. ``scorer`` must keep its model.
 
     About two passes of the model for each row shown, and one for the val rows of each ranking. Raises what
-    `PartEncoder.recompute` raises; CaptureError where a sum over tokens is not the score.
+    `PartEncoder.source_rows` raises; CaptureError where a sum over tokens is not the score.
     """
     (term,), encoder = scorer.terms, scorer.encoder
     assert encoder is not None
@@ -105,10 +105,10 @@ def explain(scorer: Scorer, rankings: Sequence[Ranking], progress: Progress) -> 
             query_D = term.queries_QD[place] * term.weight
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 batch = rows[start : start + ROWS_AT_ONCE]
-                exact_HD = encoder.recompute(batch).double() * term.mask
+                source_rows = encoder.source_rows(batch)
+                exact_HD = encoder.vectors(source_rows, task).double() * term.mask
                 length_H = _lengths(scorer, exact_HD)
                 similarity_H = exact_HD @ query_D / length_H
-                source_rows = encoder.source_rows(batch)
                 of_rows = encoder.token_scores(source_rows, query_D[None])
                 scale_H = exact_HD.norm(dim=1) * query_D.norm() / length_H
                 scores = [scores_QT[0] / length for scores_QT, length in zip(of_rows, length_H, strict=True)]
@@ -121,7 +121,6 @@ def explain(scorer: Scorer, rankings: Sequence[Ranking], progress: Progress) -> 
                         tokens=_tokens(encoder, source_rows[at], scores[at]),
                         val_sample=of_val[at],
                     )
-                task.advance(len(batch))
     return explained
 
 
@@ -221,8 +220,8 @@ def _check(scorer: Scorer, sums_H: Tensor, expected_H: Tensor, scale_H: Tensor, 
     if bool(wrong_H.any()):
         at = int(wrong_H.nonzero()[0])
         raise CaptureError(
-            f"{what} sum to {float(sums_H[at]):.6g} and not to the score {float(expected_H[at]):.6g}: a layer adds to it "
-            "in another way than by its input and the gradient at its output. Leave `tokens` out, or look with "
+            f"{what} sum to {float(sums_H[at]):.6g} and not to the score {float(expected_H[at]):.6g}: a layer adds to "
+            "it in another way than by its input and the gradient at its output. Leave `tokens` out, or look with "
             "`ghoststore doctor`"
         )
 
@@ -236,10 +235,10 @@ def _tokens(encoder: PartEncoder, row: Row, scores_T: Tensor) -> list[Token]:
 
 
 def pieces(text: str, tokens: Sequence[Token]) -> Iterator[tuple[str, int | None]]:
-    """``text`` in order as (characters, place of their token, or None for those between tokens). Without places of
-    tokens in the text, the tokens alone.
+    """``text`` in order as (characters, place of their token, or None for those between tokens). Without a text, or
+    places of the tokens in it, the tokens alone.
     """
-    if any(token.start is not None for token in tokens):
+    if text and any(token.start is not None for token in tokens):
         read = 0
         for place, token in enumerate(tokens):
             if token.start is None or token.end is None or token.end <= read:

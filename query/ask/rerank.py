@@ -49,7 +49,11 @@ def refuse_rerank(question: Question, how: Reranking, top_k: int, bottom_k: int)
     for option, is_given in unfit.items():
         if is_given:
             raise UsageError(f"`rerank` scores rows by one product with each query; it cannot be used with {option}")
-    if how.rerank_with == "cg" and question.metric == "cosine":
+
+
+def refuse_cosine(how: Reranking, metric: Metric) -> None:
+    """UsageError for a second stage that gives no ``metric``, which is the question's or the part's own."""
+    if how.rerank_with == "cg" and metric == "cosine":
         raise UsageError(
             "`rerank_with=cg` gives no `metric=cosine`: the length of a row under the inverse of the Gauss-Newton "
             "matrix is not known. Give `metric=dot`"

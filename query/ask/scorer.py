@@ -320,6 +320,10 @@ class Scorer:
         return scores[:first]
 
     @property
+    def parts(self) -> list[Part]:
+        return [term.part for term in self.terms]
+
+    @property
     def val_rows(self) -> Sequence[int | None]:
         """For each ranking the place of its val sample in the val set; None for a mean."""
         return self.val.places if self.question.each else [None] * len(self.names)
@@ -346,7 +350,7 @@ class Scorer:
         """The settings that a result records."""
         question = self.question
         mode = "groups" if self._grouped else "each" if question.each else "mean"
-        parts = [term.part for term in self.terms]
+        parts = self.parts
         several: dict[str, Any] = {"parts": [part.name for part in parts], "part_weights": list(self.weights)}
         preconditioned = {"precondition": question.precondition, "damping": checked_damping(question.damping)}
         groups = {"group_field": question.group_field, "combine": question.combine, "groups": self.val.rows_of}

@@ -65,6 +65,11 @@ class Reranking(RerankOptions):
                 raise UsageError(f"`{name}` belongs to `rerank` with {ways}")
 
     @property
+    def in_metric(self) -> bool:
+        """Whether scores are in the metric of the part, and not in one that is measured anew."""
+        return self.rerank is None or self.rerank_with not in ("ekfac", "cg")
+
+    @property
     def samples(self) -> int:
         """Rows of the corpus to learn from."""
         return SAMPLES if self.rerank_samples is None else self.rerank_samples
@@ -220,12 +225,13 @@ class _Stage:
             reduction=self.encoder.part.manifest["loss"]["reduction"],
         )
         with closing(self.progress.task("conjugate gradients", (self.how.steps + 1) * len(rows))) as task:
+            with self.layers:
+                means = mean_eigenvalues(self.passes, rows, task)
+            damping = [self.how.damping(self.encoder.part) * mean for mean in means]
 
             def times(vectors: Blocks) -> Blocks:
                 return newton.times(vectors, task)
 
-            means = mean_eigenvalues(times, self.blocks, self.layers.device)
-            damping = [self.how.damping(self.encoder.part) * mean for mean in means]
             return conjugate_gradients(times, gradients, damping, _twice(half, self.blocks), self.how.steps)
 
     def _corpus_sample(self) -> list[Row]:
@@ -243,7 +249,8 @@ class _Stage:
         rows = f"{len(candidates):,} rows of the corpus ({tokens:,} tokens)"
         if rounds > 1:
             rows += f", these {rounds} times, for {self.queries_at_once} of {queries} queries each"
-        note = f"second stage: forward and backward passes of {vals:,} val rows and {rows}"
+        val_rows = f"{vals:,} val row" + "s" * (vals != 1)
+        note = f"second stage: forward and backward passes of {val_rows} and {rows}"
         if self.how.rerank_with == "ekfac":
             note += f"; before it of {rounds * self.how.samples:,} rows, for the eigenvalues"
         if self.how.rerank_with == "cg":

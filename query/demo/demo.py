@@ -290,6 +290,7 @@ def _examples(questions: Sequence[Mapping[str, str]], results: Sequence[Any], co
             "question": question["prompt"] + question["completion"],
             "nearest": result.hits[0].text,
             "score": result.hits[0].score,
+            "nats": result.hits[0].nats,
             "is_source": result.hits[0].id == question["source_id"],
         }
         for question, result in list(zip(questions, results, strict=True))[:count]

@@ -28,6 +28,7 @@ from indexer.encode.losses import IGNORED, Reduction
 from indexer.encode.tokens import Row
 from indexer.layers.base import at_least_float
 from indexer.projection.selection import Block
+from query.exact.layer_gradients import Passes
 
 TOLERANCE = 1e-6
 """A query whose residual is a smaller share of it is solved."""
@@ -124,18 +125,30 @@ def _weights(labels_BT: Tensor, reduction: Reduction) -> Tensor:
     return is_target / is_target.sum(1, keepdim=True).clamp_min(1) if reduction == "mean" else is_target
 
 
-def mean_eigenvalues(times: Callable[[Blocks], Blocks], blocks: Sequence[Block], device: torch.device) -> list[float]:
-    """An estimate of the mean eigenvalue of each block's own part of the matrix, by one product with random signs."""
-    generator = torch.Generator().manual_seed(0)
-    signs = [
-        (torch.randint(0, 2, (1, block.n_out, block.n_in), generator=generator) * 2.0 - 1).to(device)
-        for block in blocks
-    ]
-    products = times(signs)
-    return [
-        max(float((sign * product).sum(dtype=torch.float64)) / block.numel, 0.0)
-        for sign, product, block in zip(signs, products, blocks, strict=True)
-    ]
+def mean_eigenvalues(passes: Passes, rows: Sequence[Row], task: Task, *, seed: int = 0) -> list[float]:
+    """An unbiased estimate of the mean eigenvalue of each block's own part of the Gauss-Newton matrix, in one pass.
+
+    The trace is the mean squared length of gradients for targets that the model draws (Martens 2014, section 9).
+    """
+    layers = passes.layers
+    generator = torch.Generator(layers.device).manual_seed(seed)
+
+    def drawn_losses(logits: Tensor, labels: Tensor, *, reduction: Reduction) -> tuple[Tensor, Tensor]:
+        logits = at_least_float(logits)
+        weights_BT = _weights(labels, reduction).sqrt().to(logits.dtype)
+        p = torch.softmax(logits.detach(), -1).flatten(0, 1)
+        drawn = torch.multinomial(p, 1, generator=generator).view_as(labels)
+        losses_BT = torch.nn.functional.cross_entropy(logits.transpose(1, 2), drawn, reduction="none")
+        return (losses_BT * weights_BT).sum(1), (weights_BT > 0).sum(1)
+
+    squares = torch.zeros(len(layers.blocks), dtype=torch.float64, device=layers.device)
+
+    def see(place: int, samples: Tensor, matrices: Tensor) -> None:
+        squares[place] += matrices.square().sum(dtype=torch.float64)
+
+    with layers.of_losses(drawn_losses):
+        layers.over(rows, see, passes.batch_tokens, task, padding=passes.padding)
+    return [float(square) / len(rows) / block.numel for square, block in zip(squares, layers.blocks, strict=True)]
 
 
 def conjugate_gradients(

@@ -9,7 +9,8 @@ Legend: B rows of a batch, b some of them, O, I axes of a gradient matrix, Q que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -35,6 +36,8 @@ TILE = 1 << 23
 
 Half = Callable[[Block, Tensor], Tensor]
 """From the gradient matrix (O, I) of a block to that matrix in a metric: products of two such matrices are scores."""
+Losses = Callable[..., tuple[Tensor, Tensor]]
+"""As :func:`indexer.encode.losses.next_token_losses`."""
 See = Callable[[int, Tensor, Tensor], None]
 """Is given the place of a block, the places of some rows (b,), and their gradient matrices (b, O, I), at least float32.
 """
@@ -85,12 +88,12 @@ class LayerGradients:
         blocks: Sequence[Block],
         *,
         reduction: Reduction = "mean",
-        losses: Callable[..., tuple[Tensor, Tensor]] = next_token_losses,
+        losses: Losses = next_token_losses,
     ) -> None:
         refuse_randomness(model)
         self.model, self.blocks = model, list(blocks)
         self.device: torch.device = next(model.parameters()).device
-        self._losses = partial(losses, reduction=reduction)
+        self._losses, self._reduction = losses, reduction
         self._options = forward_options(model)
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._handles: list[Any] = []
@@ -116,6 +119,15 @@ class LayerGradients:
             parameter.requires_grad_(flag)
         self._handles, self._flags, self._batch = [], [], None
 
+    @contextmanager
+    def of_losses(self, losses: Losses) -> Iterator[None]:
+        """Inside the block gradients are those of other ``losses``."""
+        before, self._losses = self._losses, losses
+        try:
+            yield
+        finally:
+            self._losses = before
+
     def __call__(self, rows: Sequence[Row], see: See, places: Tensor | None = None) -> Tensor:
         """(B,) the losses of ``rows``, which must all be usable, in one batch. ``see`` is given all their gradient
         matrices, with ``places`` (default: 0 to B - 1).
@@ -125,7 +137,7 @@ class LayerGradients:
         self._batch = batch = _Batch(torch.arange(len(rows)) if places is None else places, see, leaf)
         try:
             logits = self.model(input_ids=ids, attention_mask=mask, **self._options).logits
-            losses, _ = self._losses(logits, labels)
+            losses, _ = self._losses(logits, labels, reduction=self._reduction)
             del logits
             torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
             for place in list(batch.used):  # a run that the loss does not depend on had no backward pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from ghoststore.errors import UsageError
 from ghoststore.settings.question import Quotas as Quotas
 from ghoststore.settings.question import Spread as Spread
+from query.ask.unit import Unit
+
+THRESHOLDS = ("threshold", "threshold_nats")
 
 OTHERS = "(others)"
 """The pool of domains without a quota."""
@@ -36,26 +39,47 @@ class Budget:
     """Number of samples, at least 1."""
     threshold: float | None = None
     """Lowest score to choose."""
+    threshold_nats: float | None = None
+    """Lowest score to choose, in the unit of the scores."""
     token_budget: int | None = None
     """Most tokens of all chosen samples together, at least 1."""
+    factor: float = 1.0
+    """Of the unit of ``threshold_nats``, see :meth:`in_unit`."""
 
     def __post_init__(self) -> None:
-        set_fields = [
-            name for name in ("fraction", "count", "threshold", "token_budget") if getattr(self, name) is not None
-        ]
+        set_fields = list(self.to_json())
         if len(set_fields) != 1:
             named = " and ".join(f"`{name}`" for name in set_fields) or "none of them"
             raise UsageError(
-                f"how much to choose: give one of `fraction`, `count`, `threshold` and `token_budget`, not {named}"
+                "how much to choose: give one of `fraction`, `count`, `threshold`, `threshold_nats` and "
+                f"`token_budget`, not {named}"
             )
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise UsageError(f"`fraction` must be above 0 and at most 1, not {self.fraction}")
         if self.count is not None and self.count < 1:
             raise UsageError(f"`count` must be at least 1, not {self.count}")
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UsageError(f"`threshold` must be a finite number, not {self.threshold}")
+        for name in THRESHOLDS:
+            lowest = getattr(self, name)
+            if lowest is not None and not math.isfinite(lowest):
+                raise UsageError(f"`{name}` must be a finite number, not {lowest}")
         if self.token_budget is not None and self.token_budget < 1:
             raise UsageError(f"`token_budget` must be at least 1, not {self.token_budget}")
+
+    def in_unit(self, unit: Unit | None) -> Budget:
+        """With a ``threshold_nats``, this budget for scores in ``unit``. UsageError if they have none."""
+        if self.threshold_nats is None:
+            return self
+        if unit is None:
+            raise UsageError(
+                "`threshold_nats`: these scores have no unit (cosines, sums over parts or steps, and mixtures have "
+                "none): give `threshold`, or `metric=dot` for one part"
+            )
+        return replace(self, factor=unit.factor)
+
+    @property
+    def threshold_name(self) -> str | None:
+        """The threshold that is given, by its name; None without one."""
+        return next((name for name in THRESHOLDS if getattr(self, name) is not None), None)
 
     def size(self, score_M: NDArray[np.float64]) -> int:
         """How many samples (or tokens, see ``in_tokens``) to choose among samples with these scores (NaN: unusable).
@@ -68,6 +92,8 @@ class Budget:
             return self.count
         if self.fraction is not None:
             return max(1, math.floor(self.fraction * int(np.isfinite(score_M).sum()) + 0.5))
+        if self.threshold_nats is not None:
+            return int((score_M * self.factor >= self.threshold_nats).sum())
         assert self.threshold is not None
         return int((score_M >= self.threshold).sum())
 
@@ -78,7 +104,7 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """The field that is given, by its name."""
-        limits = ("fraction", "count", "threshold", "token_budget")
+        limits = ("fraction", "count", *THRESHOLDS, "token_budget")
         return {name: getattr(self, name) for name in limits if getattr(self, name) is not None}
 
 
@@ -86,8 +112,8 @@ def check_quotas(quotas: Quotas | None, budget: Budget) -> None:
     """UsageError for quotas that are impossible for any part, or that do not fit the kind of budget."""
     if quotas is None:
         return
-    if budget.threshold is not None:
-        raise UsageError("quotas share out a budget: give `count`, `fraction` or `token_budget`, not `threshold`")
+    if name := budget.threshold_name:
+        raise UsageError(f"quotas share out a budget: give `count`, `fraction` or `token_budget`, not `{name}`")
     if isinstance(quotas, str):
         return
     for domain, quota in quotas.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ghoststore.corpus import source_name
@@ -28,11 +30,12 @@ def select(options: SelectOptions) -> SelectReport:
     Samples are chosen among those that match ``where`` (a long one where any of its windows does), an SQL condition on
     the columns that ``ghoststore.query`` lists; shares are of these.
 
-    How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score) and
-    ``token_budget``. ``quotas`` deal it out by domain: {domain: share or number of samples}, ``proportional`` or
-    ``equal``. ``diversity``: ``mmr``, ``facility-location`` or ``greats``, see `query.select.diversity`, among the best
-    ``candidates`` (default: 4 for each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of
-    near-duplicates of the val set, see `query.select.leaks`. The same call writes the same bytes.
+    How much: one of ``fraction`` (of the samples that can be chosen), ``count``, ``threshold`` (lowest score),
+    ``threshold_nats`` (lowest score in nats, where scores have a unit) and ``token_budget``. ``quotas`` deal it out by
+    domain: {domain: share or number of samples}, ``proportional`` or ``equal``. ``diversity``: ``mmr``,
+    ``facility-location`` or ``greats``, see `query.select.diversity`, among the best ``candidates`` (default: 4 for
+    each that is asked for), with a ``diversity_weight``. ``leaks``: what becomes of near-duplicates of the val set, see
+    `query.select.leaks`. The same call writes the same bytes.
 
     ``out`` is a new path: the form of the corpus, or .jsonl, .parquet or a folder (``save_to_disk``). ``order`` of its
     rows is that of the corpus, or falling ``score``. ``report`` is a new .json file (default: ``out`` and
@@ -51,6 +54,7 @@ def select(options: SelectOptions) -> SelectReport:
     )
     files = SelectFiles.of(options.out, options.report, options.order)
     subject = OfParts(options, progress) if options.run is None else OfRun(options, strategy)
+    strategy = replace(strategy, budget=strategy.budget.in_unit(subject.unit))
     corpus = corpus_behind(subject.source, options.data)
     files.check(corpus)
     leak_check, places = subject.read_val_set(progress), Places()

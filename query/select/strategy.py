@@ -45,9 +45,9 @@ class Strategy:
             for name, value in (("diversity_weight", self.diversity_weight), ("candidates", self.candidates)):
                 if value is not None:
                     raise UsageError(f"`{name}` belongs to `diversity=mmr`, facility-location or greats")
-        elif self.budget.threshold is not None:
+        elif threshold := self.budget.threshold_name:
             raise UsageError(
-                "`threshold` takes every sample above it, which leaves `diversity` nothing to choose: give `count`, "
+                f"`{threshold}` takes every sample above it, which leaves `diversity` nothing to choose: give `count`, "
                 "`fraction` or `token_budget`"
             )
         if self.candidates is not None and self.candidates < 1:
@@ -97,7 +97,7 @@ class Strategy:
         ranking = ranked(score_M)
         picked = best = pools.best(ranking)
         if not len(best):
-            raise UsageError(_nothing_chosen(samples, score_M, ranking))
+            raise UsageError(_nothing_chosen(samples, score_M, ranking, self.budget))
         considered = len(ranking)
         if self.diversity != "none":
             assert scorer is not None
@@ -184,14 +184,15 @@ def _short(pools: Pools, ranking: NDArray[np.int64], picked: NDArray[np.int64]) 
     ]
 
 
-def _nothing_chosen(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64]) -> str:
+def _nothing_chosen(samples: Samples, score_M: NDArray[np.float64], ranking: NDArray[np.int64], budget: Budget) -> str:
     if not len(ranking):
         return (
             f"{samples.name} has no sample that can be chosen (usable, and no near-duplicate of the val "
             "set): nothing was written"
         )
-    best = ranking[0]
+    best, threshold = ranking[0], budget.threshold_name or "threshold"
+    score = f"{score_M[best]:.4g}" if budget.threshold_nats is None else f"{score_M[best] * budget.factor:.2e}"
     return (
         f"nothing was chosen, and nothing was written: the best of {len(ranking):,} samples has the score "
-        f"{score_M[best]:.4g} and {samples.tokens[best]:,} tokens. Lower `threshold`, or raise the budget or the quotas"
+        f"{score} and {samples.tokens[best]:,} tokens. Lower `{threshold}`, or raise the budget or the quotas"
     )

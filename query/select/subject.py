@@ -14,6 +14,7 @@ from query.ask.question import Question
 from query.ask.run_question import RunQuestion, refuse_options_of_runs
 from query.ask.run_scorer import RunScorer, opened_val_set
 from query.ask.scorer import Scorer, open_scorer
+from query.ask.unit import unit_of
 from query.search.parts import note_repeated, open_parts
 from query.select.leaks import LeakCheck
 from query.select.samples import Samples
@@ -29,6 +30,7 @@ class OfParts:
         wanted = self.question
         self._parts, self._weights = open_parts(wanted.store, wanted.part, wanted.part_weights, progress)
         self.source = self._parts[0]
+        self.unit = unit_of(wanted, self._parts)
         self.scorer: Scorer | None = None
         """Once the val set is read."""
 
@@ -52,13 +54,15 @@ class OfParts:
     def settings(self) -> dict[str, Any]:
         """What the report says of the scores."""
         assert self.scorer is not None
-        return {**self.scorer.settings(), "ranking": self.scorer.names[0]}
+        unit = None if self.unit is None else self.unit.to_json()
+        return {**self.scorer.settings(), "unit": unit, "ranking": self.scorer.names[0]}
 
 
 class OfRun:
     """The samples of a training run that keeps their gradients."""
 
     scorer = None
+    unit = None
 
     def __init__(self, options: SelectOptions, strategy: Strategy) -> None:
         if strategy.diversity != "none":

@@ -99,7 +99,7 @@ def test_every_kind_of_answer(folder: Path, store: str, settings: dict[str, Any]
     for one in result.results:
         for hit in one.hits:
             assert f"<code>{hit.id}</code>" in text
-            assert f"{hit.score:.4g}" in text
+            assert f"{hit.score if hit.nats is None else hit.nats:.4g}" in text
     shown = any(hit.text == HOSTILE for one in result.results for hit in one.hits)
     assert ("&lt;script&gt;" in text) == shown
     assert shown or not settings.get("each")

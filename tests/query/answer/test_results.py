@@ -71,7 +71,7 @@ def test_json_has_the_documented_keys(lab: Lab, built: Path, val: Path, mode: st
         for hits, count in ((result["hits"], 4), (result.get("bottom", []), bottom)):
             assert [hit["rank"] for hit in hits] == list(range(1, count + 1))
             for hit in hits:
-                assert set(hit) == {"rank", "score", "id", "source_row", "domain", "text", "window_start"}
+                assert set(hit) == {"rank", "score", "nats", "id", "source_row", "domain", "text", "window_start"}
                 row = lab.rows[hit["source_row"]]
                 assert (hit["id"], hit["domain"], hit["text"]) == (row["id"], row["domain"], row["text"])
                 assert math.isfinite(hit["score"])
@@ -248,5 +248,6 @@ def read_back(out: Path, document: Any) -> list[dict[str, Any]]:
         case _:
             rows = pyarrow.parquet.read_table(out).to_pylist()
     whole = dict.fromkeys(("val_row", "rank", "source_row", "window_start"), int)
-    numbers: dict[str, Any] = {**whole, "score": lambda value: float(f"{float(value):.6g}")}
+    rounded = dict.fromkeys(("score", "nats"), lambda value: float(f"{float(value):.6g}"))
+    numbers: dict[str, Any] = {**whole, **rounded}
     return [{key: numbers.get(key, lambda v: v or None)(value) for key, value in row.items()} for row in rows]

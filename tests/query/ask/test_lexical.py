@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ghoststore
+from ghoststore import ProjectionConfig
 from ghoststore.errors import MismatchError, UsageError
 from query.ask.lexical import WordIndex, words_of
 
@@ -56,7 +57,8 @@ def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         ghoststore.build(
             checkpoint=lab.checkpoint, data=folder / "train.jsonl", store=folder / "store", name=name, span_rows=16,
-            device="cpu", **options,
+            device="cpu", projection=ProjectionConfig(precondition="none", rank_total=16), proj_dtype="float32",
+            **options,
         )  # fmt: skip
     return folder
 

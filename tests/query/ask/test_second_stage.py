@@ -159,6 +159,7 @@ def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
         ask(folder, each=True, progress=notes, rerank_with="cg", cg_steps=steps, rerank_samples=6) for steps in (1, 3)
     )
     assert third.settings["cg_steps"] == 3
+    assert third.settings["unit"] is None
     assert third.settings["rerank_damping"] > 0
     assert any("3 steps of conjugate gradients for 4 queries on 6 rows" in note for note in notes.said)
     for ranking, same, other in zip(exact.results, first.results, third.results, strict=True):
@@ -184,6 +185,7 @@ def test_measured_eigenvalues(folder: Path) -> None:
     [
         ("plain", {"rerank_with": "ekfac"}, "part 'plain' has none: give `rerank_with=exact`"),
         ("kfac", {"rerank_with": "cg", "metric": "cosine"}, "Give `metric=dot`"),
+        ("plain", {"rerank_with": "cg", "metric": None}, "Give `metric=dot`"),
         ("kfac", {"rerank_with": "cg", "rerank": None}, "belongs to `rerank`"),
         ("kfac", {"cg_steps": 4}, "`cg_steps` belongs to `rerank` with `rerank_with=cg`"),
         ("kfac", {"rerank_with": "ekfac", "cg_steps": 4}, "`cg_steps` belongs to `rerank` with `rerank_with=cg`"),

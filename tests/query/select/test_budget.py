@@ -127,7 +127,7 @@ def test_what_quotas_mean() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "give one of `fraction`, `count`, `threshold` and `token_budget`, not none of them"),
+        ({}, "give one of `fraction`, `count`, `threshold`, `threshold_nats` and `token_budget`, not none of them"),
         ({"count": 3, "token_budget": 4}, "not `count` and `token_budget`"),
         ({"fraction": 0.0}, "`fraction` must be above 0 and at most 1, not 0.0"),
         ({"fraction": 1.5}, "`fraction` must be above 0"),
@@ -135,6 +135,8 @@ def test_what_quotas_mean() -> None:
         ({"count": 0}, "`count` must be at least 1"),
         ({"threshold": math.nan}, "`threshold` must be a finite number, not nan"),
         ({"threshold": math.inf}, "`threshold` must be a finite number"),
+        ({"threshold_nats": math.nan}, "`threshold_nats` must be a finite number, not nan"),
+        ({"threshold": 1.0, "threshold_nats": 1.0}, "not `threshold` and `threshold_nats`"),
         ({"token_budget": 0}, "`token_budget` must be at least 1"),
     ],
 )

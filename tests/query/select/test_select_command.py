@@ -75,7 +75,7 @@ def test_a_val_set_on_standard_input(lab: Lab, built: Path, val: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --fraction, --count, --threshold and --token-budget, not none of them"),
+        ([], "give one of --fraction, --count, --threshold, --threshold-nats and --token-budget, not none"),
         (["--count", "3", "--fraction", "0.1"], "not --fraction and --count"),
         (["--fraction", "1.2"], "--fraction must be above 0 and at most 1, not 1.2"),
         (["--threshold", "nan"], "--threshold must be a finite number"),

@@ -1,0 +1,108 @@
+"""What a product of vectors means, in nats: by how much the val loss changes.
+
+Of preconditioned parts it is what the influence function predicts if a row is left out of the training. Leaving out
+one of N rows changes the val loss by (1/N) · g_valᵀ F⁻¹ g (Koh, Liang 2017), with F the curvature of the mean loss. The
+part has H = E[g gᵀ] in place of it, where g is the mean over T tokens, so F ≈ T · H. Kronecker factors know nothing of
+the curvature that the rows have along their own vectors v: with Σ v vᵀ beside N · I it is N + d there, d = E|v|². Hence
+
+    nats = product ÷ (T · (N + d)).
+
+Of other parts it is what a small step on the row alone does, by gradient descent or by Adam, ÷ its learning rate.
+`docs/design/0015-scores-in-nats.md` has the derivation, and what true trainings say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ghoststore.store import Part
+from ghoststore.store.part.metric import metric_for
+from ghoststore.store.part.status import FIRST_UNUSABLE
+from ghoststore.store.spans.reader import read_span
+from query.ask.question import Question
+
+NATS, OF_A_STEP = "nats", "nats/lr"
+ONE_BIT = math.pi / 2
+"""What one bit a number divides products with a float vector by, and squared lengths too, for normal numbers
+(Bussgang 1952)."""
+MOST_SPANS = 64
+"""Spans that the means over rows are taken from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """The unit of the products of one part: ``factor`` × product is in nats, or nats per unit of learning rate."""
+
+    name: str
+    factor: float
+    rows: int | None = None
+    """N; this and the next two only of preconditioned parts."""
+    tokens: float | None = None
+    """T, the harmonic mean over rows; 1 where the loss of a row is a sum."""
+    directions: float | None = None
+    """d, the mean squared length of a vector."""
+    step: str | None = None
+    """Of other parts: whose step."""
+
+    @classmethod
+    def of(cls, part: Part, *, rounded: bool = True) -> Unit | None:
+        """That of the products with stored vectors, or with vectors before they were rounded; None without a usable
+        row.
+        """
+        one_bit = ONE_BIT if part.layout.dtype == "onebit" else 1.0
+        gain = one_bit if rounded else 1.0
+        projection = part.manifest["projection"]
+        if projection["precondition"] == "none":
+            step = "gradient descent" if projection["optimizer_state"] is None else "Adam"
+            return cls(name=OF_A_STEP, factor=gain, step=step)
+        last = len(part.spans) - 1
+        chosen = sorted({place * last // (MOST_SPANS - 1) for place in range(MOST_SPANS)}) if last >= 0 else []
+        spans = [part.spans[place] for place in chosen]
+        usable, tokens, squares = [], [], []
+        for span in spans:
+            usable.append(read_span(part, "status", span) < FIRST_UNUSABLE)
+            tokens.append(read_span(part, "n_tokens", span)[usable[-1]])
+            squares.append(np.square(read_span(part, "norm", span)[usable[-1]], dtype=np.float64).sum(1))
+        share = float(np.concatenate(usable).mean()) if spans else 0.0
+        if not share:
+            return None
+        rows, directions = round(part.layout.rows * share), one_bit * float(np.concatenate(squares).mean())
+        targets = np.maximum(np.concatenate(tokens).astype(np.float64) - 1, 1)  # the first token is no target
+        of_row = 1.0 if part.manifest["loss"]["reduction"] == "sum" else 1 / float((1 / targets).mean())
+        factor = gain / (of_row * (rows + directions))
+        return cls(name=NATS, factor=factor, rows=rows, tokens=of_row, directions=directions)
+
+    def to_json(self) -> dict[str, Any]:
+        """``unit`` of the settings of a result."""
+        numbers = {"rows": self.rows, "tokens": self.tokens, "directions": self.directions}
+        about = numbers if self.step is None else {"step": self.step}
+        return {"name": self.name, "factor": self.factor, **about}
+
+
+def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) -> Unit | None:
+    """The unit of the scores that answer ``question``; None where they have none: by cosine, over several parts, with
+    a second preconditioner, and where ranks or other values are mixed in.
+    """
+    products = metric_for(question.metric, parts) == "dot" and len(parts) == 1 and question.precondition == "none"
+    mixed = question.with_scores is not None or question.lexical is not None
+    if not products or mixed or question.combine == "rank-fusion":
+        return None
+    return Unit.of(parts[0], rounded=rounded)
+
+
+def unit_words(unit: Mapping[str, Any]) -> str:
+    """What the sign and the scale of :meth:`Unit.to_json` mean, in a sentence."""
+    if "step" in unit:
+        return (
+            f"{OF_A_STEP}: by how much a small step of {unit['step']} on the row alone lowers the val loss (below 0: "
+            "raises it), divided by its learning rate."
+        )
+    return (
+        f"{NATS}: by how much the val loss is predicted to rise if the row were left out of a training on these "
+        f"{unit['rows']:,} rows, or to fall if it were seen once more; below 0 it is the other way round."
+    )
