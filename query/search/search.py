@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,17 +19,19 @@ from ghoststore.store import Part
 from ghoststore.store.part.status import FIRST_UNUSABLE
 from ghoststore.store.spans.reader import read_span
 from query.search.part_score import Metric, Term
+from query.search.products import products_of
 from query.search.second_moment import DampedInverse
-from query.search.vectors import PartVectors, side_by_side
+from query.search.units import Units, on_threads
+from query.search.vectors import DECODED_BYTES, PartVectors, StoredRows, side_by_side
 
 Combine = Literal["max"]
+Result = TypeVar("Result")
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+"""Rows, queries and scores of pairs."""
 
-PAIRS_AT_ONCE = 1024
-PIECE = 2048
-"""Most numbers of one float32 product. Products of longer vectors are sums of such, in float64: the bound of the error
-grows with the numbers of one product, and what it does not rule out is scored in float64, pair by pair.
-"""
+PAIR_BYTES = 1 << 19
+"""Bytes of the float64 rows of pairs that are scored at once, in the processor's cache."""
 SAFE = 2.0**90
 """Largest length and factor of a row whose products certainly stay in the range of float32; its inverse is
 the least.
@@ -58,31 +60,36 @@ class RunningTopK:
         self.scores = np.full((queries, k), -np.inf)
         self.rows = np.full((queries, k), -1, dtype=np.int64)
 
-    def add(
+    def candidates(
         self, cheap_RQ: Tensor, slack_RQ: Tensor, usable_R: Tensor, first_row: int, exact: Exact, sign: float = 1.0
-    ) -> None:
-        """Add the rows from ``first_row`` on, whose scores lie within ``slack_RQ`` of ``cheap_RQ``.
+    ) -> Pairs:
+        """(rows, queries, scores) of all pairs that may rank, of rows from ``first_row`` on.
 
-        Calls must come in ascending order of rows. ``exact(places, queries)`` times ``sign`` gives the scores of pairs,
-        float64.
+        Their scores times ``sign`` lie within ``slack_RQ`` of ``cheap_RQ``. ``exact(places, queries)`` gives the scores
+        of pairs, float64. Other threads may add pairs meanwhile: a bound that is out of date rules out less.
         """
+        none = np.zeros(0, dtype=np.int64)
         if self.k == 0:
-            return
+            return none, none, np.zeros(0)
         bound_Q = torch.from_numpy(self.scores[:, -1].astype(np.float32)).to(cheap_RQ.device)
         highest_RQ = cheap_RQ + slack_RQ
         candidate_RQ = (highest_RQ >= bound_Q) & usable_R.unsqueeze(1)
         if int(candidate_RQ.sum()) > 4 * candidate_RQ.shape[1] * self.k:
-            # Too many, as in a first chunk: leave out rows that stay below what k rows of this chunk surely reach.
+            # Too many, as in a first piece: leave out rows that stay below what k rows of this piece surely reach.
             lowest_RQ = (cheap_RQ - slack_RQ).masked_fill_(~usable_R.unsqueeze(1), -torch.inf)
             reached_Q = lowest_RQ.topk(min(self.k, len(lowest_RQ)), dim=0).values[-1]
             if self.k <= len(lowest_RQ):
                 candidate_RQ &= highest_RQ >= reached_Q
         place, query = (x.cpu().numpy() for x in candidate_RQ.nonzero(as_tuple=True))
-        if len(place):
-            self._merge(place + first_row, query, exact(place, query) * sign)
+        return place + first_row, query, exact(place, query) * sign
+
+    def add(self, pairs: Pairs) -> None:
+        """Merge pairs into the k best of each query: higher score first, then lower row. In any order of calls."""
+        row, query, score = pairs
+        if len(row):
+            self._merge(row, query, score)
 
     def _merge(self, row: NDArray[np.int64], query: NDArray[np.int64], score: NDArray[np.float64]) -> None:
-        """Merge these rows into the k best of each query: higher score first, then lower row."""
         touched, column = np.unique(query, return_inverse=True)
         all_query = np.concatenate([np.repeat(np.arange(len(touched)), self.k), column])
         all_score = np.concatenate([self.scores[touched].ravel(), score])
@@ -156,29 +163,6 @@ def searched_spans(terms: Sequence[Term], allowed_N: NDArray[np.bool_] | None) -
     return [span for span in spans if allowed_N[slice(*layout.span_of(span))].any()]
 
 
-def product_error(dimension: int) -> float:
-    """Largest error of a float32 inner product of two vectors of length 1, in any order of summation.
-
-    It is n·u with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), and a few u more for
-    the roundings of query, scale and bound.
-    """
-    return (dimension + 8) * 2.0**-24
-
-
-def cheap_products(rows_RD: Tensor, query_DQ: Tensor) -> Tensor:
-    """(R, Q) float32: products of rows and queries, with the error of pieces of at most :data:`PIECE` numbers.
-
-    By Cauchy and Schwarz the errors of the pieces add up to no more than one piece's bound for the whole lengths.
-    """
-    dimension = rows_RD.shape[1]
-    if dimension <= PIECE:
-        return rows_RD @ query_DQ
-    total_RQ = torch.zeros(len(rows_RD), query_DQ.shape[1], dtype=torch.float64, device=rows_RD.device)
-    for start in range(0, dimension, PIECE):
-        total_RQ += rows_RD[:, start : start + PIECE] @ query_DQ[start : start + PIECE]
-    return total_RQ.float()
-
-
 def _out_of_range(numbers_R: Tensor) -> Tensor:
     """(R,): whether a number other than zero is so large or small that float32 products overflow or lose digits."""
     size_R = numbers_R.abs()
@@ -190,15 +174,31 @@ def pair_scores(
 ) -> NDArray[np.float64]:
     """For each pair of a row and a query their product times the row's factor, float64.
 
-    Computed pair by pair, so that a score does not depend on the other rows of the chunk.
+    Computed pair by pair, so that a score does not depend on the other rows of the piece.
     """
     scores = np.empty(len(places))
-    for first in range(0, len(places), PAIRS_AT_ONCE):
-        batch = slice(first, first + PAIRS_AT_ONCE)
-        row, query = torch.from_numpy(places[batch]), torch.from_numpy(queries[batch])
-        products = (rows_RD[row].double() * unit_QD[query]).sum(1) * factor_R[row]
-        scores[batch] = products.cpu().numpy()
+    for batch in _batches(len(places), unit_QD.shape[1]):
+        row, query = places[batch], queries[batch]
+        if len(row) == 1:  # nothing is gathered: long vectors are read where they lie
+            products_PD = rows_RD[row[0] : row[0] + 1].double() * unit_QD[query[0]]
+        else:
+            products_PD = rows_RD[torch.from_numpy(row)].double() * unit_QD[torch.from_numpy(query)]
+        scores[batch] = (_sums(products_PD) * factor_R[torch.from_numpy(row)]).cpu().numpy()
     return scores
+
+
+def _batches(pairs: int, dimension: int) -> Iterator[slice]:
+    step = max(1, PAIR_BYTES // (8 * dimension))
+    return (slice(first, first + step) for first in range(0, pairs, step))
+
+
+def _sums(products_PD: Tensor) -> Tensor:
+    """(P,): the sum of each row. Never that of one row alone: torch would divide it among threads, and round it
+    otherwise than the same row among others.
+    """
+    if len(products_PD) == 1:
+        return products_PD.expand(2, -1).sum(1)[:1]
+    return products_PD.sum(1)
 
 
 class _PieceScores:
@@ -219,39 +219,62 @@ class _PieceScores:
         """(columns,): factors that undo the scaling at the end."""
         self.queries = len(lengths_Q)
         self._unit_QD = [(term.queries_QD / torch.from_numpy(lengths_Q).unsqueeze(1)).to(self.device) for term in terms]
-        self._query_DQ = [unit.float().t().contiguous() for unit in self._unit_QD]
-        self._length_Q = [unit.norm(dim=1).float() for unit in self._unit_QD]
-        self._facts = [RowFacts.for_term(term) for term in terms]
+        self._products = [products_of(term.part, unit_QD) for term, unit_QD in zip(terms, self._unit_QD, strict=True)]
 
     @property
     def columns(self) -> int:
         """Number of rankings: one for each query, and the combined one."""
         return len(self.units_Q)
 
-    def pieces(self) -> Iterator[_Piece]:
-        """All rows that are committed in every part, in order; no span without an allowed row is read."""
-        sources = [PartVectors(term.part, self.device) for term in self.terms]
-        for vectors in side_by_side(sources, searched_spans(self.terms, self._allowed_N)):
-            start, stop = vectors[0].start, vectors[0].stop
-            facts = [fact.of(start, stop) for fact in self._facts]
-            usable = np.logical_and.reduce([usable for usable, _, _ in facts])
-            if self._allowed_N is not None:
-                usable = usable & self._allowed_N[start:stop]
-            rows, factors, lengths = [], [], []
-            for chunk, (_, length, factor) in zip(vectors, facts, strict=True):
-                rows.append(chunk.rows_RD)
-                factors.append(torch.from_numpy(factor).to(self.device))
-                lengths.append(torch.from_numpy(length).to(self.device))
-            yield _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
+    def each(self, work: Callable[[_Piece], Result]) -> Iterator[tuple[int, Result]]:
+        """(rows, result) of ``work`` on each piece of the rows that are committed in every part, in order.
+
+        No span without an allowed row is read. On the CPU, ``work`` runs on several threads.
+        """
+        spans = searched_spans(self.terms, self._allowed_N)
+        parts = [term.part for term in self.terms]
+        if self.device.type != "cpu":
+            facts = [RowFacts.for_term(term) for term in self.terms]
+            for chunks in side_by_side([PartVectors(part, self.device) for part in parts], spans):
+                start, stop = chunks[0].start, chunks[0].stop
+                rows = [
+                    StoredRows("float32", chunk.rows_RD, None, part.groups)
+                    for chunk, part in zip(chunks, parts, strict=True)
+                ]
+                yield stop - start, work(self._piece(start, stop, rows, facts))
+            return
+        for term in self.terms:
+            if term.metric == "cosine" and term.preconditioner is not None:
+                term.preconditioner.self_influence()  # computed once, not by every thread
+        units = Units(parts)
+
+        def work_on(span: int) -> list[tuple[int, Result]]:
+            facts = [RowFacts.for_term(term) for term in self.terms]
+            return [
+                (unit.stop - unit.start, work(self._piece(unit.start, unit.stop, unit.rows, facts)))
+                for unit in units.of_span(span)
+            ]
+
+        for results in on_threads(work_on, spans):
+            yield from results
+
+    def _piece(self, start: int, stop: int, rows: list[StoredRows], facts: list[RowFacts]) -> _Piece:
+        of_rows = [fact.of(start, stop) for fact in facts]
+        usable = np.logical_and.reduce([usable for usable, _, _ in of_rows])
+        if self._allowed_N is not None:
+            usable = usable & self._allowed_N[start:stop]
+        factors = [torch.from_numpy(factor).to(self.device) for _, _, factor in of_rows]
+        lengths = [torch.from_numpy(length).to(self.device) for _, length, _ in of_rows]
+        return _Piece(self, start, stop, torch.from_numpy(usable).to(self.device), rows, factors, lengths)
 
     def cheap(self, piece: _Piece) -> tuple[Tensor, Tensor]:
         """(float32 scores, their largest errors), each (R, columns)."""
         cheap_RQ = slack_RQ = torch.zeros(())
-        for place, rows_RD in enumerate(piece.rows):
+        for place, (rows, products) in enumerate(zip(piece.rows, self._products, strict=True)):
             factor_R = piece.factors[place]
-            product_RQ = cheap_products(rows_RD, self._query_DQ[place]).mul_(factor_R.float().unsqueeze(1))
-            error_R = self._product_error(min(PIECE, rows_RD.shape[1])) * piece.lengths[place] * factor_R.abs()
-            error_RQ = error_R.float().unsqueeze(1) * self._length_Q[place]
+            product_RQ = products.of(rows).mul_(factor_R.float().unsqueeze(1))
+            error_R = piece.lengths[place] * factor_R.abs()
+            error_RQ = (error_R.unsqueeze(1) * products.error_Q).float()
             wild_R = _out_of_range(piece.lengths[place]) | _out_of_range(factor_R)
             if bool(wild_R.any()):  # the bound does not hold for them: score them exactly
                 product_RQ[wild_R], error_RQ[wild_R] = 0.0, torch.inf
@@ -267,11 +290,6 @@ class _PieceScores:
             torch.cat([slack_RQ, slack_RQ.amax(1, keepdim=True)], dim=1),
         )
 
-    def _product_error(self, dimension: int) -> float:
-        """:func:`product_error`, plus the error of inputs rounded to TF32 where the user allows that on a GPU."""
-        tf32 = self.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        return product_error(dimension) + (2.0**-9 if tf32 else 0.0)
-
     def exact(self, piece: _Piece, places: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of pairs of a row of the piece and a column, float64."""
         scores = np.empty(len(places))
@@ -286,17 +304,24 @@ class _PieceScores:
     def _pairs(self, piece: _Piece, places: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.float64]:
         """(pairs,) float64: the scores of pairs of a row of the piece and a query, summed over parts."""
         scores = np.zeros(len(places))
-        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
-            scores += pair_scores(rows_RD, factor_R, unit_QD, places, queries)
+        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            step = max(1, DECODED_BYTES // (4 * unit_QD.shape[1]) // 4)
+            for first in range(0, len(places), step):
+                batch = slice(first, first + step)
+                chosen, place = np.unique(places[batch], return_inverse=True)
+                chosen_R = torch.from_numpy(chosen)
+                rows_RD = rows.decoded(chosen_R)
+                scores[batch] += pair_scores(rows_RD, factor_R[chosen_R], unit_QD, place, queries[batch])
         return scores
 
     def all_of(self, piece: _Piece) -> NDArray[np.float64]:
         """(Q, R) scores, summed in the order that :meth:`exact` sums in, so that equal rows have equal scores."""
         scores = np.zeros((self.queries, piece.stop - piece.start))
-        for unit_QD, rows_RD, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
-            wide_RD = rows_RD.double()
-            for query, unit_D in enumerate(unit_QD):
-                scores[query] += ((wide_RD * unit_D).sum(1) * factor_R).cpu().numpy()
+        for unit_QD, rows, factor_R in zip(self._unit_QD, piece.rows, piece.factors, strict=True):
+            for batch in _batches(len(rows), unit_QD.shape[1]):
+                wide_RD = rows.decoded(batch).double()
+                for query, unit_D in enumerate(unit_QD):
+                    scores[query, batch] += (_sums(wide_RD * unit_D) * factor_R[batch]).cpu().numpy()
         return scores
 
 
@@ -308,7 +333,7 @@ class _Piece:
     start: int
     stop: int
     usable_R: Tensor
-    rows: list[Tensor]
+    rows: list[StoredRows]
     factors: list[Tensor]
     lengths: list[Tensor]
 
@@ -342,12 +367,17 @@ def search(
     """
     scores = _PieceScores(terms, combine, device, allowed_N)
     best, worst = RunningTopK(scores.columns, top_k), RunningTopK(scores.columns, bottom_k)
-    for piece in scores.pieces():
+
+    def work(piece: _Piece) -> tuple[Pairs, Pairs]:
         cheap_RQ, slack_RQ = scores.cheap(piece)
-        best.add(cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact)
-        worst.add(-cheap_RQ, slack_RQ, piece.usable_R, piece.start, piece.exact, sign=-1.0)
+        of_piece = piece.usable_R, piece.start, piece.exact
+        return best.candidates(cheap_RQ, slack_RQ, *of_piece), worst.candidates(-cheap_RQ, slack_RQ, *of_piece, -1.0)
+
+    for rows, (highest, lowest) in scores.each(work):
+        best.add(highest)
+        worst.add(lowest)
         if task:
-            task.advance(piece.stop - piece.start)
+            task.advance(rows)
     units = scores.units_Q[:, None]
     return Ranking(best.rows, best.scores * units), Ranking(worst.rows, -worst.scores * units)
 
@@ -367,9 +397,12 @@ def similarities(
     scores = _PieceScores(terms, None, device, allowed_N)
     terms[0].part.refuse_hollow()
     scores_QN = np.full((scores.queries, terms[0].part.layout.rows), np.nan)
-    for piece in scores.pieces():
+
+    def work(piece: _Piece) -> None:
         usable = piece.usable_R.cpu().numpy()
         scores_QN[:, piece.start : piece.stop] = np.where(usable, scores.all_of(piece), np.nan)
+
+    for rows, _ in scores.each(work):
         if task:
-            task.advance(piece.stop - piece.start)
+            task.advance(rows)
     return np.asarray(scores_QN * scores.units_Q[:, None])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghoststore.errors import UsageError
 from ghoststore.store import Part
-from ghoststore.store.part.encoding import multiply
+from ghoststore.store.part.encoding import Groups, multiply
 from ghoststore.store.spans.reader import Chunk, read_span, stream
 
 DECODED_BYTES = 32 << 20
@@ -66,6 +66,36 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
 float32 holds exactly."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows of a part as they lie in the store, on a device."""
+
+    dtype: str
+    """The name of their encoding."""
+    stored: Tensor
+    """(R, columns)."""
+    scale_RG: Tensor | None
+    """(R, G) float32; None in encodings without scales."""
+    groups: Groups
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def decoded(self, chosen: slice | Tensor, spare: Tensor | None = None) -> Tensor:
+        """(rows, D) float32: the ``chosen`` rows, the same bits everywhere. A view of those that are float32.
+
+        Others are written into the first rows of ``spare``, or into new memory.
+        """
+        rows_RD = NUMBERS[self.dtype](self.stored[chosen])
+        if rows_RD.dtype != torch.float32:
+            shape = (len(rows_RD), self.groups[-1][2])
+            target = torch.empty(shape, device=rows_RD.device) if spare is None else spare[: shape[0]]
+            rows_RD = target.copy_(rows_RD[:, : shape[1]])
+        if self.scale_RG is not None:
+            multiply(rows_RD, self.scale_RG[chosen].to(rows_RD.device), self.groups)
+        return rows_RD
+
+
 class PartVectors:
     """Reads the vectors of ``part`` as float32 tensors on ``device``, and checks every checksum."""
 
@@ -78,22 +108,18 @@ class PartVectors:
 
         CorruptError for a damaged chunk.
         """
-        layout = self.part.layout
-        numbers, scale_of = NUMBERS[layout.dtype], _Scales(self.part)
+        layout, scale_of = self.part.layout, Scales(self.part)
         most = max(1, DECODED_BYTES // (4 * layout.dimension))
         spare = torch.empty(0)
         for chunk, stored in self._chunks(spans):
+            rows = StoredRows(layout.dtype, stored, scale_of(chunk.start, chunk.stop), self.part.groups)
             # Stored as float32, a chunk is the rows: it is not cut.
             step = len(stored) if stored.dtype == torch.float32 else min(most, len(stored))
+            if stored.dtype != torch.float32 and not spare.numel():
+                spare = torch.empty(min(most, layout.chunk_rows), layout.dimension, device=self.device)
             for first in range(0, len(stored), max(1, step)):
-                rows_RD = numbers(stored[first : first + step])
-                if rows_RD.dtype != torch.float32:
-                    if not spare.numel():
-                        spare = torch.empty(min(most, layout.chunk_rows), layout.dimension, device=self.device)
-                    rows_RD = spare[: len(rows_RD)].copy_(rows_RD[:, : layout.dimension])
+                rows_RD = rows.decoded(slice(first, first + step), spare)
                 start = chunk.start + first
-                if self.part.encoding.scaled:
-                    multiply(rows_RD, scale_of(start, start + len(rows_RD)).to(self.device), self.part.groups)
                 yield VectorChunk(start, start + len(rows_RD), rows_RD)
 
     def _chunks(self, spans: list[int] | None) -> Iterator[tuple[Chunk, Tensor]]:
@@ -122,7 +148,7 @@ class PartVectors:
         return vectors_RD
 
 
-class _Scales:
+class Scales:
     """The scales of rows. Holds one span at a time."""
 
     def __init__(self, part: Part) -> None:
@@ -130,8 +156,10 @@ class _Scales:
         self._span = -1
         self._scale: NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
 
-    def __call__(self, start: int, stop: int) -> Tensor:
-        """(R, G): the scales of the rows ``start`` to ``stop``, of one span."""
+    def __call__(self, start: int, stop: int) -> Tensor | None:
+        """(R, G): the scales of the rows ``start`` to ``stop``, of one span; None in encodings without scales."""
+        if not self._part.encoding.scaled:
+            return None
         span = start // self._part.layout.span_rows
         if span != self._span:
             self._span, self._scale = span, read_span(self._part, "scale", span)

@@ -74,6 +74,7 @@ def make_part(
     dtype: str = "float32",
     unusable: Collection[int] = UNUSABLE,
     spans: Collection[int] | None = None,
+    chunk_rows: int = SPAN_ROWS // 2,
 ) -> Part:
     """A part with these rows, of two domains; ``spans`` are committed, by default all. Called again, others are."""
     rows, dimension = vectors.shape
@@ -83,7 +84,7 @@ def make_part(
         groups=2,
         dtype=dtype,
         span_rows=SPAN_ROWS,
-        chunk_rows=SPAN_ROWS // 2,
+        chunk_rows=chunk_rows,
         store_text=False,
     )
     half = dimension // 2

@@ -73,7 +73,7 @@ def read_chunk(path: Path, size: int, buffer: NDArray[np.uint8] = NOTHING, withi
     return buffer
 
 
-def _chunks(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
+def chunks_of(source: Spanned[Any], spec: ArraySpec, spans: list[int]) -> Iterator[tuple[Path, int, int]]:
     """(file, start, stop) of each chunk of the spans; the range is in entries."""
     for span in spans:
         start, stop = spec.entries(*source.layout.span_of(span))
@@ -103,7 +103,7 @@ def stream(source: Spanned[Any], name: str, spans: list[int] | None = None) -> I
     Memory: READ_AHEAD + 1 chunks, whatever the size of the part or run.
     """
     spec = source.spec(name)
-    chunks = list(_chunks(source, spec, source.spans if spans is None else spans))
+    chunks = list(chunks_of(source, spec, source.spans if spans is None else spans))
     free: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
     full: queue.Queue[tuple[NDArray[np.uint8], int, int] | BaseException] = queue.Queue()
     for _ in range(min(READ_AHEAD + 1, len(chunks))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from query.search.search import PIECE, cheap_products, product_error
+from query.search.products import PIECE, cheap_products, product_error
 
 
 @pytest.mark.parametrize("dimension", [PIECE, PIECE + 1, 5 * PIECE + 7])

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from query.search.part_score import Metric, Term
-from query.search.search import Ranking, search, similarities
-from tests.support.made_parts import DIMENSION, clustered, make_part
+from query.search.products import CodeProducts, FloatProducts
+from query.search.search import Ranking, pair_scores, search, similarities
+from query.search.vectors import StoredRows
+from tests.support.made_parts import DIMENSION, ROWS, clustered, make_part
 
 K = 12
 
@@ -51,3 +53,69 @@ def test_parts_that_nearly_cancel(tmp_path: Path, metric: Metric, combine: Any, 
     both_ends(
         [Term.of(part, queries, metric=metric, weight=w) for part, w in zip(parts, weights, strict=True)], combine
     )
+
+
+def nearly_equal(late: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Rows of ±127, which codes hold exactly, and a query that tells them apart by what two slices of 8 bits lose.
+
+    Of their products with the query, integers miss what their bound allows, to a few percent. The first rows
+    have nearly all that the query has there, row ``late`` all of it, and the others the opposite.
+    """
+    step = 0.49 / 127
+    half = torch.tensor([1.0, step, *[0.49 * step / 127] * 29], dtype=torch.float64)  # one for each block
+    query = torch.cat([half, half])
+    (tiny,) = torch.nonzero(query < step, as_tuple=True)
+    rows = np.ones((ROWS, len(query)), dtype=np.float32)
+    rows[:, tiny] = -1
+    rows[: 2 * K, tiny] = 1
+    rows[np.arange(2 * K), tiny[: 2 * K]] = -1  # each but for one number
+    rows[late] = 1
+    return rows * 127, query.unsqueeze(0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("dtype", ["int8", "onebit"])
+def test_a_bound_that_is_a_tenth_too_small_would_lose_the_best_row(tmp_path: Path, metric: Metric, dtype: str) -> None:
+    late = ROWS - 3
+    rows, queries = nearly_equal(late)
+    part = make_part(tmp_path, rows, dtype=dtype)
+    term = Term.of(part, queries, metric=metric)
+    products = CodeProducts(term.queries_QD, part.groups, packed=dtype == "onebit")
+    stored, scale = (torch.from_numpy(numbers) for numbers in part.encoding.encode(rows, part.groups))
+    cheap_R = products.of(StoredRows(dtype, stored, scale, part.groups))[:, 0].double()
+    exact_R = torch.from_numpy(rows).double() @ term.queries_QD[0]
+    bound = float(products.error_Q) * float(np.linalg.norm(rows[late]))
+    assert cheap_R[late] + 0.9 * bound < exact_R[: 2 * K].min() < exact_R[late] < cheap_R[late] + bound
+    both_ends([term])
+    assert search([term], top_k=1)[0].rows.tolist() == [[late]]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_without_a_bound_float32_would_lose_rows(tmp_path: Path, metric: Metric) -> None:
+    """Rows that differ in last bits alone, in an order that float32 products do not tell."""
+    rng = np.random.default_rng(0)
+    rows = np.tile(rng.standard_normal(DIMENSION).astype(np.float32), (ROWS, 1))
+    rows += rng.choice([-1, 0, 1], rows.shape).astype(np.float32) * np.spacing(rows)
+    part = make_part(tmp_path, rows)
+    term = Term.of(part, torch.from_numpy(rng.standard_normal((1, DIMENSION))), metric=metric)
+    cheap_R = FloatProducts(term.queries_QD).of(StoredRows("float32", torch.from_numpy(rows), None, part.groups))[:, 0]
+    exact_R = torch.from_numpy(rows).double() @ term.queries_QD[0]
+    assert set(cheap_R.topk(K).indices.tolist()) != set(exact_R.topk(K).indices.tolist())
+    both_ends([term])
+
+
+def test_a_long_row_scores_alone_as_among_others() -> None:
+    """With several threads torch would divide the sum of one long row among them, and round it otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    rows_RD = torch.randn(1, 100_003, generator=generator).expand(5, -1).contiguous()
+    unit_QD = torch.randn(1, 100_003, generator=generator, dtype=torch.float64)
+    factor_R, queries = torch.ones(5, dtype=torch.float64), np.zeros(5, dtype=np.int64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = pair_scores(rows_RD, factor_R, unit_QD, np.arange(5), queries)
+        alone = [pair_scores(rows_RD, factor_R, unit_QD, np.array([row]), queries[:1])[0] for row in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert set(alone) == set(together.tolist())
+    assert len(set(alone)) == 1

@@ -1,0 +1,104 @@
+"""Stored rows of parts, read and handed out unit by unit, and threads that each take a span at a time.
+
+A thread reads a unit into memory that it uses over and over, checks it and multiplies it, while it is in the
+processor's cache: one pass. Threads divide the spans; within a thread torch computes on that thread alone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ghoststore.store import Part
+from ghoststore.store.spans.layout import CRC_BYTES
+from ghoststore.store.spans.reader import chunk_numbers, chunks_of, read_chunk
+from query.search.vectors import Scales, StoredRows
+
+UNIT_BYTES = 4 << 20
+"""Bytes of stored rows to aim for in a unit; at least one chunk."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows ``start`` to ``stop`` of each part, on the CPU. Valid until the thread that read it takes the next."""
+
+    start: int
+    stop: int
+    rows: list[StoredRows]
+
+
+class Units:
+    """Reads the same rows of one or more ``parts``, whose spans are the same. Threads may share it."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._specs = [part.spec("vectors") for part in parts]
+        # Chunks of every part end where a unit ends: their rows divide those of a span.
+        least = math.lcm(*(spec.chunk_rows for spec in self._specs))
+        widest = max(spec.chunk_bytes // spec.chunk_rows for spec in self._specs)
+        self._rows = least * max(1, UNIT_BYTES // (least * widest))
+        self._own = threading.local()
+
+    def of_span(self, span: int) -> Iterator[Unit]:
+        """The units of a committed span, in order. CorruptError for a damaged chunk."""
+        first, last = self._parts[0].layout.span_of(span)
+        scales = [Scales(part) for part in self._parts]
+        for start in range(first, last, self._rows):
+            stop = min(start + self._rows, last)
+            rows = [
+                StoredRows(
+                    part.layout.dtype, torch.from_numpy(self._read(place, start, stop)), scale(start, stop), part.groups
+                )
+                for place, (part, scale) in enumerate(zip(self._parts, scales, strict=True))
+            ]
+            yield Unit(start, stop, rows)
+
+    def _read(self, place: int, start: int, stop: int) -> NDArray[np.generic]:
+        """(rows, columns) as stored, in this thread's memory for the part at ``place``."""
+        part, spec = self._parts[place], self._specs[place]
+        size = spec.chunk_bytes
+        span = start // part.layout.span_rows
+        files = [path for path, begin, _ in chunks_of(part, spec, [span]) if start <= begin < stop]
+        memory = self._memory(place, len(files) * size + CRC_BYTES)
+        for number, path in enumerate(files):
+            # Chunks come to lie one after the other: each overwrites the checksum of the one before it.
+            read_chunk(path, size + CRC_BYTES, memory[number * size : (number + 1) * size + CRC_BYTES], part.path)
+        return chunk_numbers(memory, spec, stop - start)
+
+    def _memory(self, place: int, size: int) -> NDArray[np.uint8]:
+        memories: dict[int, NDArray[np.uint8]] = self._own.__dict__.setdefault("memories", {})
+        if place not in memories or len(memories[place]) < size:
+            memories[place] = np.empty(size, dtype=np.uint8)
+        return memories[place][:size]
+
+
+def on_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """``work(item)`` of each item, in order, on as many threads as torch has; each computes on one.
+
+    An error of ``work`` is raised here. Few results wait to be taken: memory does not grow with ``items``.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads, "ghoststore-search", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # threads to come start with what was set last, on whichever thread
