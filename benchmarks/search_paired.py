@@ -96,9 +96,9 @@ def add_table(results: Results, store: Path, before: Path, rows: int, turns: int
         line["answers"] = "–" if way == READ else ("same bits" if len(set(answers)) == 1 else "differ")
         table.append(line)
     note = (
-        f"{rows:,} rows of {LAYERS} layers, {', '.join(f'{n:,} {dtype}' for dtype, n in NUMBERS.items())} numbers each; "
-        f"{threads} thread(s), {turns} turns of {REPEATS} repeats in fresh processes, medians (least to largest); warm "
-        f"files, the best {TOP_K}. The plain read goes into one buffer that stays in the cache, and checks nothing. "
+        f"{rows:,} rows of {LAYERS} layers, {', '.join(f'{n:,} {dtype}' for dtype, n in NUMBERS.items())} numbers "
+        f"each; {threads} thread(s), {turns} turns of {REPEATS} repeats in fresh processes, medians (least to largest); "
+        f"warm files, the best {TOP_K}. The plain read goes into one buffer that stays in the cache, and checks nothing. "
         "Vectors are noise: more rows pass the screen than of gradients."
     )
     numbers = {
