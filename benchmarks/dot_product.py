@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +24,11 @@ from common import (
     mebibytes,
     ratios,
 )
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ghoststore import GradDotProdEngine, ProjectionConfig
+from indexer.dotprod.low_rank import DIRECTIONS, PASSES
 from indexer.dotprod.routes import gram_flops
 from indexer.encode.losses import training_loss
 from indexer.training.architectures import ARCHITECTURES
@@ -53,6 +55,8 @@ class Setting:
     dtype: str
     device: str
     repeats: int
+    checkpoint: Path | None = None
+    data: Path | None = None
 
     @property
     def told(self) -> str:
@@ -75,10 +79,11 @@ class Bench:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-        self.model: Any = GPT2LMHeadModel(config).to(device=setting.device, dtype=getattr(torch, setting.dtype)).train()
+        drawn = setting.checkpoint is None
+        model = GPT2LMHeadModel(config) if drawn else GPT2LMHeadModel.from_pretrained(setting.checkpoint)
+        self.model: Any = model.to(device=setting.device, dtype=getattr(torch, setting.dtype)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
-        self.ids = torch.randint(0, VOCABULARY, (setting.batch, setting.length), device=setting.device)
-        self.val = torch.randint(0, VOCABULARY, (setting.val, setting.length), device=setting.device)
+        self.ids, self.val = rows_for(setting).to(setting.device).split([setting.batch, setting.val])
 
     def engine(self, options: dict[str, Any], interval: int) -> GradDotProdEngine:
         batch = {"input_ids": self.val, "labels": self.val}
@@ -103,6 +108,18 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Clock.now(self.setting.device).since(begun)
+
+
+def rows_for(setting: Setting) -> Tensor:
+    """(batch + val, length): random tokens or, of a text, rows of it from all over."""
+    count = setting.batch + setting.val
+    if setting.data is None:
+        return torch.randint(0, VOCABULARY, (count, setting.length))
+    tokenizer = AutoTokenizer.from_pretrained(setting.checkpoint)
+    text = "\n\n".join(json.loads(line)["text"] for line in setting.data.read_text(encoding="utf-8").splitlines())
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    rows = ids[: len(ids) // setting.length * setting.length].view(-1, setting.length)
+    return rows[torch.linspace(0, len(rows) - 1, count).long()]
 
 
 def measure(setting: Setting, modes: Sequence[str]) -> dict[str, Any]:
@@ -172,7 +189,10 @@ def predict(bench: Bench, engine: GradDotProdEngine) -> dict[str, float]:
             for name, p in matrices.items()
             if routes.get(name) == "gram"
         )
-        scoring, val_weights = direct * tokens + gram, direct
+        low_rank = [p.shape for name, p in matrices.items() if routes.get(name) == "low-rank"]
+        thin = float(sum(DIRECTIONS * (rows + columns) for rows, columns in low_rank))
+        scoring = (direct + thin) * tokens + gram
+        val_weights = direct + sum(shape.numel() for shape in low_rank)
     else:
         plan = projection.plan
         each = [
@@ -181,6 +201,8 @@ def predict(bench: Bench, engine: GradDotProdEngine) -> dict[str, float]:
         ]
         scoring, val_weights = float(sum(each)) * tokens, float(sum(each))
     val = val_tokens * (2.0 * forward + val_weights)
+    if projection is None:
+        val += PASSES * DIRECTIONS * (val_weights - direct)
     return {"cached": 1 + scoring / regular, "fresh": 1 + (scoring + val) / regular}
 
 
@@ -254,6 +276,14 @@ def parse(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, default=1, show_default=True, help="CPU time on one thread is the steadiest.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, exists=True),
+    help="A GPT-2 with its tokenizer, in the place of drawn weights: routes depend on the val gradient.",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path, exists=True), help="Texts (jsonl) in the place of random tokens."
+)
 @click.option("--name", default="dot-product", show_default=True, help="Name of the result files.")
 @folders
 def main(
@@ -263,6 +293,8 @@ def main(
     dtype: str,
     device: str,
     threads: int,
+    checkpoint: Path | None,
+    data: Path | None,
     name: str,
     scratch: Path | None,
     out: Path,
@@ -279,10 +311,19 @@ def main(
     rows, numbers, peaks = [], {}, []
     for architecture, batch, length, val in settings:
         setting = Setting(
-            architecture=architecture, batch=batch, length=length, val=val, dtype=dtype, device=device, repeats=repeats
+            architecture=architecture,
+            batch=batch,
+            length=length,
+            val=val,
+            dtype=dtype,
+            device=device,
+            repeats=repeats,
+            checkpoint=checkpoint,
+            data=data,
         )
         found = in_fresh_process(measure, setting, chosen, threads=threads)
-        numbers[setting.told] = {"setting": asdict(setting), **found}
+        said = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(setting).items()}
+        numbers[setting.told] = {"setting": said, **found}
         rows += rows_of(setting, found, clock)
         plain = in_fresh_process(memory, setting, None, threads=threads)
         own = {mode: in_fresh_process(memory, setting, mode, threads=threads) for mode in chosen[:1]}

@@ -32,6 +32,7 @@ from query.demo.demo import QUESTIONS
 from query.demo.tokenizer import train_tokenizer
 from query.evaluate.lds import LEVEL, RESAMPLES
 from query.evaluate.tf_idf import TfIdf
+from query.search.vectors import PartVectors
 
 Scores = NDArray[np.float64]
 DEFAULT = "onebit (default)"
@@ -68,18 +69,23 @@ FUSIONS: dict[str, Callable[[Scores, Scores, float], Scores]] = {
 
 
 def scores_of(part: Any, val_set: Path) -> dict[str, Scores]:
-    """(V, N) for each metric."""
-    found = {}
-    for metric in METRICS:
-        store = part.path.parent.parent
-        question = Question(store=store, val_set=val_set, part=part.name, each=True, metric=metric, device="cpu")
-        with open_corpus(str(val_set), Fields()) as corpus:
-            found[metric] = open_scorer(question, [part], [1.0], corpus, Silent()).scores(Silent())
-    return found
+    """(V, N) for each metric; those of a val sample up to a factor."""
+    question = Question(
+        store=part.path.parent.parent, val_set=val_set, part=part.name, each=True, metric="dot", device="cpu"
+    )
+    with open_corpus(str(val_set), Fields()) as corpus:
+        queries_VD = open_scorer(question, [part], [1.0], corpus, Silent()).terms[0].queries_QD
+    rows_ND = PartVectors(part).gather(np.arange(part.layout.rows))
+    dot_VN = (queries_VD.float() @ rows_ND.t()).double().numpy()
+    return {"dot": dot_VN, "cosine": dot_VN / rows_ND.norm(dim=1).double().clamp_min(1e-30).numpy()}
 
 
 def texts_of(path: Path) -> list[str]:
     return [sample.preview() for sample in Corpus.open(str(path)).samples()]
+
+
+def value(judge: Judge, scores_VN: Scores) -> float:
+    return float(spearman(scores_VN @ judge.kept_MN.T.astype(np.float64), -judge.losses_VM).mean())
 
 
 def gain(judge: Judge, scores_VN: Scores, than_VN: Scores) -> str:
@@ -115,17 +121,17 @@ def prediction(case: Case, judge: Judge) -> tuple[list[dict[str, str]], dict[str
             for name, fusion in FUSIONS.items()
             for metric in METRICS
         }
-        values = {key: judge.of(scores) for key, scores in blends.items()}
+        values = {key: value(judge, scores) for key, scores in blends.items()}
         rows.append(
             {
                 "weight": f"{weight:g}",
-                "dot": shown(values["z-scores", "dot"]),
+                "dot": shown(judge.of(blends["z-scores", "dot"])),
                 "less that of gradients": gain(judge, blends["z-scores", "dot"], similarity["dot"]) if weight else "",
-                "cosine": f"{values['z-scores', 'cosine'].value:.3f}",
-                **{f"{name}, dot": f"{values[name, 'dot'].value:.3f}" for name in list(FUSIONS)[1:]},
+                "cosine": f"{values['z-scores', 'cosine']:.3f}",
+                **{f"{name}, dot": f"{values[name, 'dot']:.3f}" for name in list(FUSIONS)[1:]},
             }
         )
-        numbers[f"{weight:g}"] = {" ".join(key): value.value for key, value in values.items()}
+        numbers[f"{weight:g}"] = {" ".join(key): number for key, number in values.items()}
     return rows, baselines, numbers
 
 

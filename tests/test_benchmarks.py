@@ -1,12 +1,14 @@
-"""The benchmark of GPUs runs on a CPU, too, with tiny sizes: its code is tested where no GPU is."""
+"""Benchmarks that need what is not there run without it, with tiny sizes: no GPU, no other libraries."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -20,3 +22,41 @@ def test_every_section(tmp_path: Path) -> None:
     numbers = json.loads((tmp_path / "gpu-cpu-tiny.json").read_text())["numbers"]
     assert numbers["failed"] == []
     assert set(numbers["sections"]) == {"machine", "build", "step", "kernels", "search", "index"}
+
+
+def corpus(path: Path, rows: int, first: int) -> Path:
+    texts = (f"The {number} th kettle of row {number % 7} stands near the {number * number % 31} th window."
+             for number in range(first, first + rows))  # fmt: skip
+    path.write_text(
+        "".join(json.dumps({"id": f"{path.stem}-{n}", "text": text}) + "\n" for n, text in enumerate(texts))
+    )
+    return path
+
+
+@pytest.mark.slow
+def test_beside_libraries_that_are_not_installed(tmp_path: Path) -> None:
+    data, val_set = corpus(tmp_path / "data.jsonl", 24, 0), corpus(tmp_path / "val.jsonl", 4, 100)
+    venv.create(tmp_path / "bare", with_pip=False)
+    others = ("bergson", "dattri", "dattri-llm")
+    command = [
+        sys.executable, ROOT / "benchmarks" / "rivals" / "compare.py", "--data", data, "--val-set", val_set,
+        "--name", "tiny", "--work", tmp_path / "work", "--out", tmp_path, "--halves", 4, "--max-steps", 3,
+        "--workers", 1, "--few", 2, *(f"--python={name}={tmp_path / 'bare' / 'bin' / 'python'}" for name in others),
+    ]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "rivals-tiny.json").read_text())
+    ways = found["numbers"]["ways"]
+    ours = {name: way for name, way in ways.items() if name.startswith("ghoststore/")}
+    assert not any(way["problem"] for way in ours.values())
+    assert {way["problem"] for name, way in ways.items() if name not in ours} == {"not installed"}
+    assert ours["ghoststore/default"]["row_bytes"] > 0
+    assert ours["ghoststore/tf-idf"]["row_bytes"] is None
+    assert ours["ghoststore/default"]["difference"]["value"] == 0.0
+    outcomes = tmp_path / "work" / "outcomes"
+    default, exact, words = (np.load(outcomes / f"ghoststore-{name}.npy") for name in ("default", "exact", "tf-idf"))
+    assert default.shape == exact.shape == words.shape == (4, 24)
+    assert all(np.corrcoef(pair)[0, 1] > 0.8 for pair in zip(default, exact, strict=True))
+    assert np.all(words <= 1 + 1e-6)
+    (table, _) = found["tables"]
+    assert [row["LDS"] for row in table["rows"] if row["library"] == "bergson"] == ["not installed"] * 8

@@ -233,6 +233,24 @@ def test_the_python_of_the_page_of_shards_runs(lab: Lab, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_the_python_of_the_page_of_sessions_runs(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, results, build, loaded = blocks(ROOT / "docs/python.md", "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(lab.checkpoint)
+    lab.write(tmp_path / "val.jsonl", lab.sample_rows(3, 5))
+    rows = [{**row, "domain": "weather"} for row in lab.sample_rows(12, 1)]
+    ghoststore.build(checkpoint="my-model", data=rows, store="store", name="first")
+    exec(session, names := dict[str, Any]())
+    assert len(names["rows"]) == 12
+    names["result"] = ghoststore.query(store="store", val_set=rows[:2], group_field="domain")
+    exec(results, names)
+    exec(build.replace("./store", "./other"), {"ghoststore": ghoststore})
+    model = transformers.AutoModelForCausalLM.from_pretrained(lab.checkpoint)
+    names |= {"model": model, "tokenizer": transformers.AutoTokenizer.from_pretrained(lab.checkpoint), "rows": rows}
+    exec(loaded.replace("./store", "./third"), names)
+
+
+@pytest.mark.slow
 def test_the_python_of_the_page_of_select_runs(
     lab: Lab, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,7 @@ def _print(report: Any) -> None:
             f"asked: {example['question']}",
             [
                 ("nearest row", str(example["nearest"])),
-                ("", f"{verdict}; without it the val loss would be {example['nats']:.2g} nats higher"),
+                ("", f"{verdict}; without it the answer's loss should be {example['nats']:.2g} nats higher"),
             ],
         )
         say()

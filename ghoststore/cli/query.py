@@ -68,10 +68,17 @@ def print_hits(result: Any) -> None:
 
         say(unit_words(settings["unit"]))
     if settings.get("tokens") and (first := next((hit for query in result.results for hit in query.hits), None)):
-        stored = first.similarity if beside else first.score
+        stored, anew = f"{first.similarity if beside else first.score:.4g}", f"{first.recomputed:.4g}"
+        if first.nats is not None:
+            unit = settings["unit"]
+            stored, anew = (
+                f"{number:.2e} {unit['name']}"
+                for number in (first.nats, first.recomputed * unit["factor"] / unit["rounding"])
+            )
+        by_stored = f", {stored} by its stored vector" if settings["rerank"] is None else ""
         say(
-            "Tokens sum to the similarity of gradients that were computed again and not rounded: "
-            f"{first.recomputed:.4g} for the first row, {stored:.4g} by its stored vector."
+            f"Tokens sum to the {metric} of gradients that were computed again and not rounded: "
+            f"{anew} for the first row{by_stored}."
         )
     if fewer := _fewer(result):
         say(fewer)

@@ -201,7 +201,10 @@ class RerankOptions:
         "Scoring",
     )
     rerank_samples: int | None = option(
-        None, "Rows of the corpus that `rerank_with` ekfac and cg learn from (default: 256).", "Advanced", metavar="N"
+        None,
+        "Rows of the corpus that `rerank_with` ekfac and cg learn from (default: 256, 128).",
+        "Advanced",
+        metavar="N",
     )
     rerank_damping: float | None = option(
         None,
@@ -211,7 +214,7 @@ class RerankOptions:
     )
     cg_steps: int | None = option(
         None,
-        "Steps of conjugate gradients (default: 5). Each takes a few passes over the rows.",
+        "Steps of conjugate gradients (default: 8). Each takes a few passes over the rows.",
         "Advanced",
         metavar="N",
     )

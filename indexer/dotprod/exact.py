@@ -17,10 +17,11 @@ from ghoststore.settings.train import Route as Route
 from indexer.dotprod import routes
 from indexer.dotprod.autograd_check import AutogradDots
 from indexer.dotprod.ledger import Ledger, Scored, Tapped
+from indexer.dotprod.low_rank import DIRECTIONS, LowRank, low_rank, low_rank_dots, low_rank_flops
 from indexer.dotprod.metric import AdamMetric
 from indexer.dotprod.scores import Scores, divide
 from indexer.encode.tap import See
-from indexer.layers.factors import Factors, Vector
+from indexer.layers.factors import Factors, Outer, Vector
 
 LARGEST_VAL_GRADIENTS = 1 << 28
 """Most numbers in the val gradients of one parameter; beyond that (many groups) it takes the Gram route."""
@@ -40,6 +41,8 @@ class ValPass:
     """The scale of the val loss. The factors are still multiplied by it; the gradients are divided already."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of parameters on the direct route, by name, (G, *shape): mean gradient of each group, at least float32."""
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    """Of parameters on the low-rank route, in the place of these, once the pass has ended."""
     factors: dict[str, list[tuple[Factors, int]]] = field(default_factory=dict)
     """Of parameters on the Gram route, by name: factors of each val batch, and the index of its first sample."""
 
@@ -148,22 +151,25 @@ class ExactMethod:
 
     def _choose(self, scored: Scored, factors: Factors, val_tokens: int, tokens: int, interval: int) -> str:
         assert self.val is not None
-        if self.route != "auto":
+        if self.route in ("direct", "gram"):
             return self.route
-        if isinstance(factors, Vector) or self._metric is not None:
+        if isinstance(factors, Vector):
             return "direct"
         shape, groups = scored.parameter.shape, self.val.groups
         if groups * shape.numel() > LARGEST_VAL_GRADIENTS:
-            return "gram"
-        if scored.is_lookup:
-            return "direct"
+            return "gram"  # with a metric refused by begin_val
+        wide = min(shape) > DIRECTIONS
+        if scored.is_lookup or self.route == "low-rank":
+            return "low-rank" if wide and not scored.is_lookup else "direct"
         uses = scored.matrix_uses
+        sizes = {"tokens": tokens, "val_tokens": val_tokens, "groups": groups, "interval": interval}
         batch = max(1, tokens // factors.columns.shape[1])
-        by_direct = uses * routes.direct_flops(
-            shape, tokens=tokens, batch=batch, val_tokens=val_tokens, groups=groups, interval=interval
-        )
-        by_gram = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
-        return "gram" if by_gram < by_direct else "direct"
+        flops = {"direct": uses * routes.direct_flops(shape, batch=batch, **sizes)}
+        if self._metric is None:
+            flops["gram"] = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
+        if wide:
+            flops["low-rank"] = uses * low_rank_flops(shape, **sizes)
+        return min(flops, key=lambda route: flops[route])
 
     def _add_val(self, scored: Scored, factors: Factors, first: int) -> None:
         assert self.val is not None
@@ -223,15 +229,35 @@ class ExactMethod:
 
     def put_in_metric(self) -> bool:
         """See :class:`indexer.dotprod.method.Method`."""
-        if self._metric is None:
-            return True
+        ready = self._metric is None or self._multiply(self._metric)
+        if ready:
+            self._shorten()
+        return ready
+
+    def _shorten(self) -> None:
+        """Put the leading directions of the val gradients in their place, on the low-rank route."""
+        assert self.val is not None
+        names = [name for name, route in self.routes.items() if route == "low-rank"]
+        share_G = self.val.sizes() / len(self.val.group_V)
+        for name, short in zip(names, low_rank([self.val.gradients[name] for name in names]), strict=True):
+            if short is None:
+                self.routes[name] = "direct"
+                continue
+            self.val.low_rank[name] = short
+            del self.val.gradients[name]
+            if self._dots is not None:
+                dense_GRC = short.dense()
+                self._dots.expected[name] = torch.tensordot(share_G.to(dense_GRC.dtype), dense_GRC, dims=1)
+
+    def _multiply(self, metric: AdamMetric) -> bool:
+        """Multiply the val gradients by ``metric``; fill them with NaN, and return False, where it is not ready."""
         assert self.val is not None
         parameters = self.parameters
-        ready = self._metric.ready(parameters)
+        ready = metric.ready(parameters)
         for name, gradient_G in self.val.gradients.items():
             gradients = [gradient_G] if self._dots is None else [gradient_G, self._dots.expected[name]]
             if ready:
-                self._metric.multiply(name, parameters[name], gradients)
+                metric.multiply(name, parameters[name], gradients)
             else:
                 for gradient in gradients:
                     gradient.fill_(torch.nan)
@@ -290,6 +316,9 @@ class ExactMethod:
                     dots_BV = dots.new_zeros(len(dots), count)
                 dots_BV[:, first : first + dots.shape[1]] += dots
             return None if dots_BV is None else (dots_BV / self.val.scale) @ self.val.shares()
+        if full in self.val.low_rank:
+            assert isinstance(factors, Outer), "the factors of a parameter are of one kind"
+            return low_rank_dots(factors, self.val.low_rank[full]).double()
         if full not in self.val.gradients:
             return None
         return routes.direct(factors, self._val_gradient(full, factors)).double()

@@ -118,7 +118,7 @@ def answer(options: QueryOptions, opened: OpenedModel | None = None) -> QueryRes
     if how.rerank is not None:
         refuse_rerank(question, how, options.top_k, options.bottom_k)
     if options.tokens:
-        refuse_tokens(question)
+        refuse_tokens(question, how)
     settings = {"index": options.index, "top_k": options.top_k, "bottom_k": options.bottom_k}
     settings |= {"tokens": True} if options.tokens else {}
     return _answer(question, settings, how, options.index_name, options.text, page, progress, opened)

@@ -66,6 +66,7 @@ def write_report(
         "subtitle": _subtitle(scorer, result),
         "metric": result.settings["metric"],
         "unit": "" if unit is None else unit["name"],
+        "of_tokens": 1.0 if recomputed is None else recomputed.factor,
         "unit_words": "" if unit is None else unit_words(unit),
         "rankings": [
             {
@@ -253,6 +254,12 @@ def _left_out(result: QueryResult, layers: Contributions | str) -> str:
         notes.append(
             "The scores listed are those of gradients that were computed again; histograms, and what layers add, are "
             "of the stored vectors."
+        )
+    if result.settings.get("tokens"):
+        notes.append(
+            f"Colors: what a token adds to the {result.settings['metric']} of its row, computed again without rounding "
+            "(not in nats); red, what it takes off. A token adds through all the losses behind it, not by the loss of "
+            "predicting it alone."
         )
     return " ".join(notes)
 

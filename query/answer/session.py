@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,7 @@ def open(options: OpenOptions) -> Session:
     return Session(options)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class PartRows:
     """Vectors of a part with their rows. ``np.asarray`` takes it as the array of the vectors."""
 
@@ -52,11 +52,14 @@ class PartRows:
     """(N,): numbers of the rows in the part."""
     ids: list[str]
     """N ids of samples."""
-    vectors: Tensor = field(repr=False)
+    vectors: Tensor
     """(N, D) float32 on the CPU."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"<vectors of {len(self):,} rows, {self.vectors.shape[1]:,} numbers each>"
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.to_numpy(), dtype=dtype, copy=copy)

@@ -40,7 +40,9 @@ MEMORY = 2 << 30
 """Bytes of val gradients, and of what conjugate gradients keep beside them, unless those of one query are more."""
 COPIES = {"exact": 2, "ekfac": 2, "cg": 7}
 """How many val gradients of a query are in memory at once."""
-SAMPLES, DAMPING, STEPS = 256, 0.1, 5
+SAMPLES = {"ekfac": 256, "cg": 128}
+DAMPING, STEPS = 0.1, 8
+"""Of conjugate gradients: `benchmarks/rerank.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Reranking(RerankOptions):
     @property
     def samples(self) -> int:
         """Rows of the corpus to learn from."""
-        return SAMPLES if self.rerank_samples is None else self.rerank_samples
+        return SAMPLES[self.rerank_with] if self.rerank_samples is None else self.rerank_samples
 
     @property
     def steps(self) -> int:

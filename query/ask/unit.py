@@ -40,6 +40,8 @@ class Unit:
 
     name: str
     factor: float
+    rounding: float
+    """What of ``factor`` makes up for the rounding of stored vectors: π/2 or 1."""
     rows: int | None = None
     """N; this and the next two only of preconditioned parts."""
     tokens: float | None = None
@@ -59,7 +61,7 @@ class Unit:
         projection = part.manifest["projection"]
         if projection["precondition"] == "none":
             step = "gradient descent" if projection["optimizer_state"] is None else "Adam"
-            return cls(name=OF_A_STEP, factor=gain, step=step)
+            return cls(name=OF_A_STEP, factor=gain, rounding=gain, step=step)
         last = len(part.spans) - 1
         chosen = sorted({place * last // (MOST_SPANS - 1) for place in range(MOST_SPANS)}) if last >= 0 else []
         spans = [part.spans[place] for place in chosen]
@@ -75,13 +77,13 @@ class Unit:
         targets = np.maximum(np.concatenate(tokens).astype(np.float64) - 1, 1)  # the first token is no target
         of_row = 1.0 if part.manifest["loss"]["reduction"] == "sum" else 1 / float((1 / targets).mean())
         factor = gain / (of_row * (rows + directions))
-        return cls(name=NATS, factor=factor, rows=rows, tokens=of_row, directions=directions)
+        return cls(name=NATS, factor=factor, rounding=gain, rows=rows, tokens=of_row, directions=directions)
 
     def to_json(self) -> dict[str, Any]:
         """``unit`` of the settings of a result."""
         numbers = {"rows": self.rows, "tokens": self.tokens, "directions": self.directions}
         about = numbers if self.step is None else {"step": self.step}
-        return {"name": self.name, "factor": self.factor, **about}
+        return {"name": self.name, "factor": self.factor, "rounding": self.rounding, **about}
 
 
 def unit_of(question: Question, parts: Sequence[Part], *, rounded: bool = True) -> Unit | None:

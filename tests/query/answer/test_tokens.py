@@ -104,7 +104,7 @@ def by_hand(encoder: PartEncoder, row: Row, query_D: Tensor) -> list[float]:
             x = torch.cat([captured[name][0][0, t], torch.ones(1, dtype=torch.float64)])
             blocks.append(torch.outer(p_out.double() @ delta[0, t], p_in.double() @ x)[None])
         vector_D = projection.assemble([block * 1e6 for block in blocks])[0].double() / 1e6
-        scores.append(float(vector_D @ query_D))
+        scores.append(float((vector_D @ query_D).detach()))
     return scores
 
 
@@ -150,7 +150,11 @@ def test_positions_sum_to_the_vector(folder: Path, part: str) -> None:
         pytest.param(
             "all", {"precondition": "second-moment", "damping": 1.0, "metric": "cosine"}, marks=pytest.mark.slow
         ),
-        pytest.param("all", {"rerank": 10, "where": "domain = 'sky'", "layers": ("mlp",)}, marks=pytest.mark.slow),
+        pytest.param(
+            "all",
+            {"rerank": 10, "rerank_with": "vectors", "where": "domain = 'sky'", "layers": ("mlp",)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one bit", "one bit, cosine", "each", "groups", "second-moment", "rerank"],
 )
@@ -196,6 +200,7 @@ def test_refused(folder: Path) -> None:
     common: dict[str, Any] = {"store": folder / "store", "val_set": folder / "val.jsonl", "tokens": True}
     for message, options in (
         ("several parts have several: give one", {"part": ["float32", "all"], "part_weights": "equal"}),
+        ("give `rerank_with=vectors`", {"rerank": 10}),
         ("`combine=max` is not: give `combine=mean`", {"group_field": "task", "combine": "max"}),
     ):
         with pytest.raises(UsageError, match=message):
@@ -278,6 +283,6 @@ def test_the_command(lab: Lab, folder: Path, tmp_path: Path) -> None:
     assert "  has: " in table.out
     assert "  asked by row-1: " in table.out
     assert "\x1b[31m" not in table.out
-    assert "Tokens sum to the similarity of gradients that were computed again and not rounded: " in table.out
+    assert "Tokens sum to the cosine of gradients that were computed again and not rounded: " in table.out
     plain = lab.run(*[word for word in words if word != "--tokens"], "--json").json
     assert "tokens" not in plain["results"][0]["hits"][0]

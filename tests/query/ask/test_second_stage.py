@@ -169,6 +169,7 @@ def test_conjugate_gradients_begin_in_the_metric(folder: Path) -> None:
         assert np.abs(c / np.linalg.norm(c) - a / np.linalg.norm(a)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_measured_eigenvalues(folder: Path) -> None:
     """Another order than K-FAC's, near it; cosines of rows with themselves are below or at 1."""
     exact, measured = (ask(folder, each=True, metric="cosine", rerank_with=way) for way in ("exact", "ekfac"))
@@ -180,6 +181,7 @@ def test_measured_eigenvalues(folder: Path) -> None:
         assert np.abs(b).max() <= 1 + 1e-5
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [

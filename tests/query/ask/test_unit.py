@@ -85,7 +85,7 @@ def test_losses_that_are_sums_have_no_mean_over_tokens(lab: Lab, tmp_path: Path)
 
 def test_of_plain_gradients_it_is_that_of_a_step(plain: Path, val: Path) -> None:
     answer = ask(plain, val, metric="dot")
-    assert answer.settings["unit"] == {"name": "nats/lr", "factor": 1.0, "step": "gradient descent"}
+    assert answer.settings["unit"] == {"name": "nats/lr", "factor": 1.0, "rounding": 1.0, "step": "gradient descent"}
     assert all(hit.nats == hit.score for hit in answer.results[0].hits)
 
 
