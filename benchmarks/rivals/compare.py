@@ -315,7 +315,7 @@ def add_tables(results: Results, runs: Runs, judged: Judged, facts: Facts | None
             few_rows.append({"library": way.of, "way": way.label, **few_cells})
         rows.append(line_of(way, outcome, runs, cells))
         numbers[f"{way.of}/{way.name}"] = told
-    starts = {of: runs.start_seconds(of) for of in SCRIPTS}
+    starts = {of: runs.start_seconds(of) for of in dict.fromkeys(way.of for way in WAYS)}
     note = (
         "LDS with 95 % intervals by resampling the trainings; `− default`: the paired difference from ghoststore's "
         "default, by resampling the trainings for both. "
