@@ -163,7 +163,9 @@ class Runs:
         command = [self.pythons[way.of], HERE / f"{SCRIPTS[way.of]}.py", way.name, phase, job, work]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with (self.folder / f"{way.of}-{way.name}-{phase}.log").open("w+") as log:
-            code = subprocess.run(list(map(str, command)), env=environment, stdout=log, stderr=log).returncode
+            code = subprocess.run(
+                list(map(str, command)), env=environment, stdout=log, stderr=log, cwd=self.folder
+            ).returncode
             log.seek(0)
             said = log.read().strip().splitlines()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
