@@ -71,6 +71,9 @@ BUILT: dict[str, dict[str, Any]] = {
     "onebit (default)": {},
     "onebit, damping 0.01": {"projection": ProjectionConfig(damping=0.01)},
     "onebit, plain gradients": {"projection": ProjectionConfig(precondition="none", compress_by="layer")},
+    "onebit, with embeddings and head": {"projection": ProjectionConfig(include_embeddings=True)},
+    "onebit, with norms": {"projection": ProjectionConfig(layers=("mlp", "attn", "norm"))},
+    "onebit, all layers": {"projection": ProjectionConfig(layers=("all",))},
 }
 Key = tuple[str, str, int, int]
 """Metric, projection, numbers a layer (0: all), bits."""

@@ -93,7 +93,7 @@ def row_of(case: Case, directions: int, metric: str, layers: str, whole: NDArray
     return {
         "metric": metric,
         "layers": layers,
-        "directions": directions,
+        "directions": str(directions),
         "Spearman": f"{float(spearman(whole[None], scores[None])[0]):.5f}",
         "error ÷ standard deviation": f"{np.std(scores - whole) / np.std(whole):.1e}",
         "left out: median": f"{median:.1e}",

@@ -107,7 +107,7 @@ class LoadedCheckpoint:
 
     def versions(self) -> tuple[int, ...]:
         """Counts of the changes of each parameter in place, by which torch notices that weights have changed."""
-        return tuple(parameter._version for parameter in self.model.parameters())
+        return tuple(p._version for p in self.model.parameters() if not p.is_inference())  # which count nothing
 
     def fingerprint(self) -> str:
         """That of the folder which `save_pretrained` would write, see :meth:`Checkpoint.fingerprint`."""

@@ -8,6 +8,7 @@ from typing import Literal
 from ghoststore.settings.option import about, option, options
 from ghoststore.settings.shared import (
     FIRST_VAL_SAMPLES,
+    STORE,
     BehindOption,
     Checkpoint,
     Data,
@@ -254,7 +255,7 @@ class QueryOptions(ProgressOption, RankingOptions, RerankOptions, RunGradientsOp
 class OpenOptions(ProgressOption, RebuiltOptions):
     """Options of ``ghoststore.open``."""
 
-    store: str | Path = field(kw_only=False, metadata=about("The store: a directory.", "Input"))
+    store: str | Path = field(kw_only=False, metadata=about(STORE, "Input"))
     part: str | None = option(None, "Part of the session (default: the only one).", "Input")
 
 

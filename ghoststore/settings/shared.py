@@ -48,6 +48,7 @@ def is_stdin(data: Data | None) -> bool:
 
 DOMAINS = "Only samples of this domain; repeatable."
 FIRST_SAMPLES = "Only the first samples of the corpus."
+STORE = "The store: a directory."
 FIRST_VAL_SAMPLES = "Only the first samples of the val set."
 LOSS_REDUCTION = "A sample's loss over its own targets."
 OVERLONG = "What to do with longer samples; window: one row for each window."
@@ -66,7 +67,7 @@ class ProgressOption:
 class StoreOption:
     """The option for the store."""
 
-    store: str | Path = field(metadata=about("The store: a directory.", "Input"))
+    store: str | Path = field(metadata=about(STORE, "Input"))
 
 
 @options

@@ -161,12 +161,15 @@ class ExactMethod:
         wide = min(shape) > DIRECTIONS
         if scored.is_lookup or self.route == "low-rank":
             return "low-rank" if wide and not scored.is_lookup else "direct"
+        if self._metric is not None:
+            return "direct"
         uses = scored.matrix_uses
         sizes = {"tokens": tokens, "val_tokens": val_tokens, "groups": groups, "interval": interval}
         batch = max(1, tokens // factors.columns.shape[1])
-        flops = {"direct": uses * routes.direct_flops(shape, batch=batch, **sizes)}
-        if self._metric is None:
-            flops["gram"] = uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens)
+        flops = {
+            "direct": uses * routes.direct_flops(shape, batch=batch, **sizes),
+            "gram": uses * uses * routes.gram_flops(shape, tokens=tokens, val_tokens=val_tokens),
+        }
         if wide:
             flops["low-rank"] = uses * low_rank_flops(shape, **sizes)
         return min(flops, key=lambda route: flops[route])

@@ -255,7 +255,7 @@ class _PieceScores:
                 for unit in units.of_span(span)
             ]
 
-        for results in on_threads(work_on, spans):
+        for results in on_threads(work_on, units.announced(spans)):
             yield from results
 
     def _piece(self, start: int, stop: int, rows: list[StoredRows], facts: list[RowFacts]) -> _Piece:

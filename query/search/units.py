@@ -7,11 +7,14 @@ processor's cache: one pass. Threads divide the spans; within a thread torch com
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -65,6 +68,14 @@ class Units:
             ]
             yield Unit(start, stop, rows)
 
+    def announced(self, spans: Sequence[int]) -> Iterator[int]:
+        """``spans``, each after the system was told that its chunks are read soon: a disk reads them meanwhile."""
+        for span in spans:
+            for part, spec in zip(self._parts, self._specs, strict=True):
+                for path, _, _ in chunks_of(part, spec, [span]):
+                    _announce(path)
+            yield span
+
     def _read(self, place: int, start: int, stop: int) -> NDArray[np.generic]:
         """(rows, columns) as stored, in this thread's memory for the part at ``place``."""
         part, spec = self._parts[place], self._specs[place]
@@ -84,7 +95,18 @@ class Units:
         return memories[place][:size]
 
 
-def on_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def _announce(path: Path) -> None:
+    """Ask the system to read a file ahead. Where it cannot, nothing happens: reading says what is wrong."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
+
+def on_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """``work(item)`` of each item, in order, on as many threads as torch has; each computes on one.
 
     An error of ``work`` is raised here. Few results wait to be taken: memory does not grow with ``items``.

@@ -230,6 +230,7 @@ def test_train_and_its_run(lab: Lab, tmp_path: Path, loaded: dict[str, Any]) -> 
         "architecture": "GPT2-Tiny",
         "device": "cpu",
         "seed": 0,
+        "keep_gradients": 2,
     }
     data, val = lab.write(tmp_path / "rows.jsonl", ROWS), lab.write(tmp_path / "val.jsonl", VAL)
     losses = [
@@ -244,6 +245,15 @@ def test_train_and_its_run(lab: Lab, tmp_path: Path, loaded: dict[str, Any]) -> 
         for n, (rows, vals, tokenizer) in enumerate(((data, val, lab.checkpoint), (ROWS, VAL, loaded["tokenizer"])))
     ]
     assert losses[0].val_loss == losses[1].val_loss
+    of_run = ghoststore.query(store=tmp_path / "store1", run="GPT2-Tiny-memory", text=False)
+    assert of_run.results == ghoststore.query(store=tmp_path / "store0", run="GPT2-Tiny-rows", text=False).results
+    folder = max((tmp_path / "out1").glob("checkpoint-*"))
+    trained = {"checkpoint": AutoModelForCausalLM.from_pretrained(folder), "tokenizer": loaded["tokenizer"]}
+    answers = [
+        ghoststore.query(store=tmp_path / "store1", run="GPT2-Tiny-memory", val_set=VAL, text=False, **given).results
+        for given in (trained, {"checkpoint": folder})
+    ]
+    assert answers[0] == answers[1]
     again = ghoststore.train(
         data=ROWS,
         val_set=VAL,
