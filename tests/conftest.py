@@ -223,8 +223,10 @@ def diagonal(cases: list[tuple[str, ...]], count: int | None = None) -> set[tupl
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fewer examples of each property in the fast set."""
-    hypothesis.settings.register_profile("all", max_examples=100)
-    hypothesis.settings.register_profile("fast", max_examples=20)
+    # How fast the machine is at this moment is nothing to test.
+    untimed: dict[str, Any] = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+    hypothesis.settings.register_profile("all", max_examples=100, **untimed)
+    hypothesis.settings.register_profile("fast", max_examples=20, **untimed)
     hypothesis.settings.load_profile("fast" if "not slow" in config.getoption("markexpr") else "all")
 
 

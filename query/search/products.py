@@ -11,6 +11,7 @@ of a segment.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -59,12 +60,21 @@ def products_of(part: Part, unit_QD: Tensor) -> Products:
     return FloatProducts(unit_QD)
 
 
+@cache
 def integers_are_exact() -> bool:
-    """Whether this processor adds products of 8-bit integers in 32 bits (VNNI).
+    """Whether this processor adds products of 8-bit integers in 32 bits (VNNI), and torch's product of them is exact.
 
-    Without it they go through 16 bits, which may saturate, or are slower than float32.
+    Without it they go through 16 bits, which may saturate, or are slower than float32. Both functions are private ones
+    of torch: where they are gone, or one of the largest products is wrong, rows are multiplied as float32.
     """
-    return bool(torch.cpu._is_vnni_supported())
+    supported, multiply = getattr(torch.cpu, "_is_vnni_supported", None), getattr(torch, "_int_mm", None)
+    if supported is None or multiply is None or not supported():
+        return False
+    largest_RK, signs_K = torch.full((17, WIDEST), LARGEST, dtype=torch.int8), torch.ones(WIDEST, dtype=torch.int8)
+    signs_K[1::3] = -1
+    columns_KC = torch.stack([largest_RK[0], largest_RK[0] * signs_K], dim=1).repeat(1, 8)
+    expected_RC = largest_RK.double() @ columns_KC.double()
+    return torch.equal(multiply(largest_RK, columns_KC).double(), expected_RC)
 
 
 def product_error(dimension: int) -> float:
