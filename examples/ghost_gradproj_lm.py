@@ -46,7 +46,7 @@ with tempfile.TemporaryDirectory() as folder:
         ),
     )
     print(f"{report.rows} samples, {report.layers} layers, {report.dimension} numbers each")
-    result = ghoststore.query(store=root / "store", val_set=root / "val.jsonl", top_k=5)
+    result = ghoststore.query(store=root / "store", val_set=root / "val.jsonl", metric="cosine", top_k=5)
     print(f"nearest to {facts[1]!r}:")
     for hit in result.results[0].hits:
         print(f"  {hit.rank}. cosine {hit.score:.3f}  {hit.text}")

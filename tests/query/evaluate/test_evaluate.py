@@ -300,7 +300,13 @@ def test_tail_patch(lab: Lab, folder: Path, tmp_path: Path) -> None:
     (one,) = report.tail_patch
     retrainer = Retrainer(job_of(lab.checkpoint, folder, tmp_path / "out", Recipe()))
     found = ghoststore.query(
-        store=folder / "store", part="one", val_set=folder / "val.jsonl", each=True, top_k=SAMPLES, device="cpu"
+        store=folder / "store",
+        part="one",
+        val_set=folder / "val.jsonl",
+        each=True,
+        metric="cosine",
+        top_k=SAMPLES,
+        device="cpu",
     )
     scores = np.zeros((VAL, SAMPLES))
     for place, result in enumerate(found.results):
