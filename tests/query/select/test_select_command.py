@@ -79,7 +79,10 @@ def test_a_val_set_on_standard_input(lab: Lab, built: Path, val: Path, tmp_path:
         (["--count", "3", "--fraction", "0.1"], "not --fraction and --count"),
         (["--fraction", "1.2"], "--fraction must be above 0 and at most 1, not 1.2"),
         (["--threshold", "nan"], "--threshold must be a finite number"),
-        (["--threshold", "2"], "nothing was chosen, and nothing was written: the best of 27 samples has the score 0"),
+        (
+            ["--threshold", "2", "--metric", "cosine"],
+            "nothing was chosen, and nothing was written: the best of 27 samples has the score 0",
+        ),
         (["--token-budget", "1"], "nothing was chosen"),
         (["--count", "3", "--quota", "law=0.1"], "has no such domain; it has earth, sky"),
         (["--count", "3", "--quota", "sky=0.7", "--quota", "earth=0.7"], "add up to 1.4"),
@@ -137,7 +140,7 @@ def test_corpora_whose_rows_cannot_be_written(lab: Lab, val: Path, tmp_path: Pat
     for name, message in (
         ("shards", "holds token shards: tokens, and not the rows"),
         ("gone", "corpus.jsonl: does not exist"),
-        ("stdin", "was built on standard input, which cannot be read again"),
+        ("stdin", "was built on standard input or on data in memory, which cannot be read again"),
     ):
         with pytest.raises(UsageError, match=message):
             select(tmp_path / name, val, out, count=3)
